@@ -1,0 +1,1 @@
+"""The families: one file each, `config -> Spec` and `RULES`, found by `zoo.families`. Nothing else."""

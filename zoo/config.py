@@ -1,0 +1,157 @@
+"""Reading a released `config.json`: every field by name, nothing guessed, nothing ignored.
+
+A family's `spec(config)` reads its fields through `Config`, so that a missing field, an unknown choice or
+a field of another family is one clear error that names the file. Keys are read as released and as later
+re-saved: `c["rope_theta"]`, `c.first("num_experts", "num_local_experts")`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.spec import Rope, RopeScaling
+
+_MISSING: Any = object()
+
+
+class Config(Mapping[str, Any]):
+    """A config.json (or a part of one) that knows where it came from."""
+
+    def __init__(self, data: Mapping[str, Any], where: str = "config.json") -> None:
+        self.data = data
+        self.where = where
+
+    def __getitem__(self, key: str) -> Any:
+        """A required field. Raises ZooError if it is absent or null."""
+        value = self.data.get(key)
+        if value is None:
+            raise ZooError(f"{self.where}: field {key!r} is missing, and this family needs it")
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __contains__(self, key: object) -> bool:
+        return self.data.get(key) is not None  # type: ignore[call-overload, no-any-return]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """An optional field; null counts as absent."""
+        value = self.data.get(key)
+        return default if value is None else value
+
+    def first(self, *keys: str, default: Any = _MISSING) -> Any:
+        """The first of several spellings that is there. Raises ZooError if none is and no default is given."""
+        for key in keys:
+            if self.data.get(key) is not None:
+                return self.data[key]
+        if default is _MISSING:
+            raise ZooError(f"{self.where}: none of the fields {', '.join(map(repr, keys))} is there; one is needed")
+        return default
+
+    def choice(self, key: str, allowed: Iterable[Any], default: Any = _MISSING) -> Any:
+        """A field whose value must be one of `allowed`; anything else is refused by name."""
+        value = self.get(key, default)
+        if value is _MISSING:
+            value = self[key]
+        if value not in (options := list(allowed)):
+            raise ZooError(
+                f"{self.where}: {key} is {value!r}, which this family does not support "
+                f"(supported: {', '.join(map(repr, options))})"
+            )
+        return value
+
+    def table(self, key: str, choices: Mapping[Any, Any], default: Any = _MISSING) -> Any:
+        """`choices[value of key]`, refused by name when the value is not among the choices."""
+        return choices[self.choice(key, choices, default)]
+
+    def refuse(self, **unsupported: Any) -> None:
+        """Refuse any of these fields whose value differs from the one given (absent counts as that one)."""
+        for key, neutral in unsupported.items():
+            value = self.get(key, neutral)
+            if value != neutral:
+                raise ZooError(f"{self.where}: {key} is {value!r}, which zoo does not support (only {neutral!r})")
+
+    def sub(self, key: str) -> Config:
+        """A nested object, e.g. the `text_config` of a wrapper."""
+        value = self[key]
+        if not isinstance(value, Mapping):
+            raise ZooError(f"{self.where}: {key} should be an object, found {type(value).__name__}")
+        return Config(value, f"{self.where}: {key}")
+
+    def each_layer(self, key: str, n_layers: int, allowed: Iterable[Any] | None = None) -> list[Any]:
+        """A list with one entry per layer, its length and (if given) its values checked."""
+        values = self[key]
+        if not isinstance(values, list) or len(values) < n_layers:
+            raise ZooError(f"{self.where}: {key} should list {n_layers} layers, found {values!r}"[:400])
+        if allowed is not None:
+            known = list(allowed)
+            for i, v in enumerate(values):
+                if v not in known:
+                    raise ZooError(f"{self.where}: {key}[{i}] is {v!r}; known: {', '.join(map(repr, known))}")
+        return values[:n_layers]
+
+
+def rope_parameters(c: Config, layer_type: str | None = None, theta: str = "rope_theta") -> dict[str, Any]:
+    """RoPE settings under one set of keys, whichever way the config spells them.
+
+    transformers 5 writes `rope_parameters` (one dict, or one per layer type); releases have a theta
+    (under the key `theta`) and `rope_scaling` (its kind under `type` or `rope_type`).
+    """
+    p = c.get("rope_parameters")
+    if p is not None:
+        nested = layer_type is not None and isinstance(p.get(layer_type), Mapping)
+        out = dict(p[layer_type] if nested else p)
+    else:
+        out = dict(c.get("rope_scaling") or {})
+    out["rope_type"] = out.get("rope_type", out.pop("type", None)) or "default"
+    if out.get("rope_theta") is None:
+        out["rope_theta"] = c[theta]
+    if out.get("partial_rotary_factor") is None and "partial_rotary_factor" in c:
+        out["partial_rotary_factor"] = c["partial_rotary_factor"]
+    return out
+
+
+def rope(c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False, fp32: bool = False) -> Rope:
+    """The `Rope` of settings `p` (see `rope_parameters`) over `dim` channels. An unknown kind is refused."""
+    q = Config(p, f"{c.where}: rope_parameters")
+    kind = q.choice("rope_type", ("default", "linear", "llama3", "yarn"))
+    theta = float(q["rope_theta"])
+    if kind == "default":
+        return Rope(theta, dim, None, interleaved, fp32)
+    factor = float(q["factor"])
+    if kind == "linear":
+        return Rope(theta, dim, RopeScaling("linear", factor), interleaved, fp32)
+    original = int(q.get("original_max_position_embeddings") or c["max_position_embeddings"])
+    if kind == "llama3":
+        scaling = RopeScaling(
+            "llama3", factor, original,
+            low_freq_factor=float(q["low_freq_factor"]), high_freq_factor=float(q["high_freq_factor"]),
+        )  # fmt: skip
+    else:
+        scaling = RopeScaling(
+            "yarn", factor, original,
+            beta_fast=float(q.get("beta_fast", 32)), beta_slow=float(q.get("beta_slow", 1)),
+            truncate=bool(q.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
+        )  # fmt: skip
+    return Rope(theta, dim, scaling, interleaved, fp32)
+
+
+def yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:
+    """What cos and sin are multiplied by (so scores get its square). Source: arXiv 2309.00071, section 3.4."""
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+    mscale, all_dim = p.get("mscale"), p.get("mscale_all_dim")
+    if mscale and all_dim:
+        return yarn_mscale(factor, float(mscale)) / yarn_mscale(factor, float(all_dim))
+    return yarn_mscale(factor)
+
+
+def yarn_mscale(factor: float, scale: float = 1.0) -> float:
+    """0.1 * scale * ln(factor) + 1 for factor > 1, else 1."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

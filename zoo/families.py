@@ -1,0 +1,83 @@
+"""The families zoo can convert: found by what a config says it is, never by name.
+
+A family is a module with a `FAMILY`: in the package `converters`, or in any installed package that names
+it in the entry-point group `zoo.families`. Nothing here or elsewhere in `zoo` knows which there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from zoo.config import Config
+from zoo.errors import ZooError
+from zoo.mapping.rules import RuleSet
+from zoo.spec import Spec
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family is two pieces of data: `spec` (config -> Spec), and `rules`, one set per naming of its
+    tensors ("hf", "meta", "mistral", "gguf", ...; the reader says which namings a checkpoint may have).
+
+    `model_types` and `architectures` are what its configs say in those fields. A config that has
+    `architectures` goes by them; one that has none, by its `model_type`.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    spec: Callable[[Config], Spec]
+    rules: Mapping[str, RuleSet] = field(repr=False)
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """All families by name: the package `converters`, then entry points."""
+    import converters
+
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(converters.__path__):
+        if not module.name.startswith("_"):
+            family = importlib.import_module(f"converters.{module.name}").FAMILY
+            found[family.name] = family
+    for entry in entry_points(group="zoo.families"):
+        family = entry.load()
+        found.setdefault(family.name, family)
+    return found
+
+
+def get(name: str) -> Family:
+    """The family called `name`. Raises ZooError, with the known ones, if there is none."""
+    if name not in families():
+        raise ZooError(f"no family is called {name!r}; known: {', '.join(sorted(families()))}")
+    return families()[name]
+
+
+def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family of a config. Raises ZooError for one that no family claims."""
+    named = [a for a in config.get("architectures") or () if isinstance(a, str)]
+    model_type = config.get("model_type")
+    for family in families().values():
+        if any(a in family.architectures for a in named):
+            return family
+    if not named:
+        for family in families().values():
+            if model_type in family.model_types:
+                return family
+    known = sorted(a for f in families().values() for a in f.architectures)
+    raise ZooError(
+        f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}. Known architectures: "
+        f"{', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family."
+    )
+
+
+def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str = "config.json") -> Spec:
+    """The Spec of a config, by the family that claims it (or the one given)."""
+    family = family or find(config, where)
+    return family.spec(Config(config, where))

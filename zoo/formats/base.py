@@ -1,0 +1,167 @@
+"""What every reader gives: a `Checkpoint`, i.e. its config and its tensors by name, each a byte range.
+
+A reader looks at headers only. Nothing in this module reads a weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+
+ITEMSIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes per element by safetensors dtype name. Sub-byte types travel packed, as U8 or I32."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor's bytes in a file: `nbytes` from absolute `offset`, row-major.
+
+    `dtype` is a safetensors dtype name; for a GGUF block type it is the ggml name (`Q4_K`), `shape`
+    is then the logical one. `shape` is [out, in] order, as torch prints it.
+    `strides` (elements) is set only where a pickle holds a non-contiguous view.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str  # relative to the checkpoint's folder, forward slashes
+    offset: int
+    nbytes: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Checkpoint:
+    """A released checkpoint, opened: names and byte ranges, no data.
+
+    `format` is what the files are ("safetensors", "gguf", "pickle", "meta", "mistral", ...); a
+    family's rules are looked up by `naming`. `config` is in Hugging Face terms, whatever the format's own.
+    `carried` are the files taken along verbatim (tokenizer, templates, generation settings, config).
+    `headers` holds the raw header of each safetensors file so that export can give it back to the byte.
+    `synthesised` are small files the reader makes from what the format embeds (a GGUF's tokenizer).
+    """
+
+    root: Path
+    format: str
+    naming: tuple[str, ...]
+    config: dict[str, Any]
+    tensors: dict[str, TensorRef]
+    files: dict[str, int]  # weight files and their sizes in bytes
+    carried: tuple[str, ...] = ()
+    headers: dict[str, bytes] = field(default_factory=dict)
+    synthesised: dict[str, bytes] = field(default_factory=dict)
+    n_ranks: int = 1
+    notes: tuple[str, ...] = ()
+    default_dtype: str | None = None  # what to convert to when the user asks for nothing (block types)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def path(self, file: str) -> Path:
+        return self.root / file
+
+
+READERS: dict[str, str] = {
+    "canonical": "zoo.formats.canonical",
+    "mistral": "zoo.formats.mistral",
+    "safetensors": "zoo.formats.safetensors",
+    "meta": "zoo.formats.meta",
+    "pickle": "zoo.formats.pickle",
+    "gguf": "zoo.formats.gguf",
+}
+"""Readers in the order in which they are asked whether a path is theirs. Each module has
+`detect(path: Path) -> bool` and `open(path: Path) -> Checkpoint`."""
+
+
+def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> Checkpoint:
+    """Open the checkpoint at `path` (a folder, or a single file) by its headers.
+
+    Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
+    """
+    p = Path(path)
+    if not p.exists():
+        raise ZooError(f"{p}: no such file or folder")
+    if format is not None and format not in READERS:
+        raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
+    for name in [format] if format else READERS:
+        reader = importlib.import_module(READERS[name])
+        if format or reader.detect(p):
+            open_: Callable[[Path], Checkpoint] = reader.open
+            return open_(p)
+    inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
+    raise ZooError(
+        f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
+        f"found: {inside or 'an empty folder'}"
+    )
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Parse a JSON object from `path`, or say what is wrong with it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            data = json.load(f)
+    except FileNotFoundError:
+        raise ZooError(f"{path}: missing; {what}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ZooError(f"{path}: not valid JSON ({e}); {what}") from None
+    except OSError as e:
+        raise ZooError(f"{path}: {e.strerror}; {what}") from None
+    if not isinstance(data, dict):
+        raise ZooError(f"{path}: expected a JSON object, found {type(data).__name__}; {what}")
+    return data
+
+
+def inside(root: Path, name: str, who: str) -> Path:
+    """`root / name`, refused unless it is a plain file name below `root` that doesn't lead out of it.
+
+    The Hub's cache links files from `snapshots/` to `blobs/` of the same model: that is allowed.
+    """
+    path = root / name
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name or not parts:
+        raise ZooError(f"{who} names {name!r}, which is outside the checkpoint's folder: refused")
+    if not path.exists() and not path.is_symlink():
+        raise ZooError(f"{who} names {name!r}, but there is no such file in {root}: is the download complete?")
+    real, base = path.resolve(), root.resolve()
+    allowed = [base]
+    if base.parent.name == "snapshots":
+        allowed.append(base.parent.parent / "blobs")
+    if not any(real.is_relative_to(a) for a in allowed):
+        raise ZooError(f"{path} is a symlink to {real}, outside the checkpoint's folder: refused")
+    if not real.is_file():
+        raise ZooError(f"{path} is not a regular file")
+    return path
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt")
+_CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
+
+
+def carried_files(root: Path) -> tuple[str, ...]:
+    """Small files beside the weights that belong to the model: config, tokenizer, templates, licence.
+    Code is never carried (`*.py` of repositories with remote code)."""
+    out = []
+    for p in sorted(root.iterdir()):
+        keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+        if keep and p.suffix not in WEIGHT_SUFFIXES and p.is_file() and p.stat().st_size < 256 << 20:
+            if p.name not in ("zoo.json", "parity.json"):
+                inside(root, p.name, str(root))
+                out.append(p.name)
+    return tuple(out)

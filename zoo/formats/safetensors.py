@@ -1,0 +1,174 @@
+"""Hugging Face safetensors: one file, or shards with `model.safetensors.index.json`.
+
+The header is parsed here rather than by the library so that its bytes can be kept for the round trip,
+and every way in which it can lie is named. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, carried_files, inside, read_json
+
+MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
+INDEX = "model.safetensors.index.json"
+
+
+def detect(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+
+
+def open(path: Path) -> Checkpoint:
+    """Open a folder with `config.json` and safetensors files (or one such file beside a config)."""
+    root = path if path.is_dir() else path.parent
+    names = [path.name] if path.is_file() else weight_files(root)
+    config = read_json(root / "config.json", "a checkpoint needs its config to be understood")
+    tensors: dict[str, TensorRef] = {}
+    files: dict[str, int] = {}
+    headers: dict[str, bytes] = {}
+    for name in names:
+        file = inside(root, name, INDEX)
+        files[name] = file.stat().st_size
+        headers[name] = raw = read_header(file)
+        for ref in parse_header(raw, name, files[name], str(file)):
+            if (other := tensors.get(ref.name)) is not None:
+                raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+            tensors[ref.name] = ref
+    if path.is_dir() and (root / INDEX).exists():
+        check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
+    carried = carried_files(root)
+    return Checkpoint(root, "safetensors", ("hf",), config, tensors, files, carried, headers)
+
+
+def weight_files(root: Path) -> list[str]:
+    """The weight files of a folder: those the index names, else all `*.safetensors` if they are one
+    set. Raises ZooError for an index that is not one or names files elsewhere."""
+    if (root / INDEX).exists():
+        index = read_json(root / INDEX, "delete it if model.safetensors is whole")
+        return index_files(index, str(root / INDEX))
+    names = sorted(p.name for p in root.glob("*.safetensors"))
+    if "model.safetensors" in names:
+        return ["model.safetensors"]
+    if len(names) > 1 and any("-of-" in n for n in names):
+        raise ZooError(f"{root}: {len(names)} shards but no {INDEX}: is the download complete?")
+    return names
+
+
+def index_files(index: dict[str, Any], who: str) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ZooError(f"{who}: expected an object 'weight_map' of tensor names to file names")
+    return sorted(set(weight_map.values()))
+
+
+def check_index(weight_map: dict[str, str], tensors: dict[str, TensorRef], index: Path) -> None:
+    """The index and the shards' headers must tell the same story."""
+    for name, file in weight_map.items():
+        ref = tensors.get(name)
+        if ref is None:
+            raise ZooError(f"{index}: says {name!r} is in {file}, but that file does not have it")
+        if ref.file != file:
+            raise ZooError(f"{index}: says {name!r} is in {file}, but it is in {ref.file}")
+    # A tensor that is in a shard but not in the index is kept: the files are what was released.
+
+
+def read_header(file: Path) -> bytes:
+    """The raw JSON header of a safetensors file, length-checked against the file."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        start = f.read(8)
+        n = header_length(start, size, str(file))
+        raw = f.read(n)
+    if len(raw) != n:
+        raise ZooError(f"{file}: header of {n} bytes ends after {len(raw)}: truncated file, fetch it again")
+    return raw
+
+
+def header_length(first8: bytes, size: int, who: str) -> int:
+    """Header length in bytes from a file's first 8, checked against the file's `size`."""
+    if len(first8) < 8:
+        raise ZooError(f"{who}: {size} bytes is too short for a safetensors file: truncated, fetch it again")
+    (n,) = struct.unpack("<Q", first8)
+    if n > MAX_HEADER:
+        raise ZooError(f"{who}: claims a header of {n} bytes (limit {MAX_HEADER}): not a safetensors file?")
+    if 8 + n > size:
+        raise ZooError(f"{who}: claims a header of {n} bytes, the file has {size}: truncated, fetch it again")
+    return int(n)
+
+
+def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorRef]:
+    """Tensors of a header. Checks dtypes, shapes against byte counts, and that the ranges tile the
+    data part of a file of `size` bytes without overlap or gap."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        d = dict(items)
+        if len(d) != len(items):
+            seen: set[str] = set()
+            twice = next(k for k, _ in items if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise ZooError(f"{who}: header names {twice!r} twice")
+        return d
+
+    try:
+        header = json.loads(raw, object_pairs_hook=pairs)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ZooError(f"{who}: header is not valid JSON ({e})") from None
+    if not isinstance(header, dict):
+        raise ZooError(f"{who}: header is not a JSON object")
+    data = 8 + len(raw)
+    out = []
+    for name, t in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = t["dtype"], tuple(t["shape"]), t["data_offsets"]
+            ok = all(type(x) is int and x >= 0 for x in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError):
+            ok = False
+        if not ok:
+            raise ZooError(f"{who}: tensor {name!r}: expected dtype, shape and data_offsets, found {t!r}"[:400])
+        if dtype not in ITEMSIZE:
+            raise ZooError(f"{who}: tensor {name!r} has dtype {dtype!r}; known: {', '.join(ITEMSIZE)}")
+        ref = TensorRef(name, dtype, shape, file, data + begin, end - begin)
+        want = ref.size * ITEMSIZE[dtype]
+        if end - begin != want:
+            raise ZooError(
+                f"{who}: tensor {name!r} {dtype} {list(shape)} needs {want} bytes, its offsets "
+                f"[{begin}, {end}] hold {end - begin}"
+            )
+        if data + end > size:
+            raise ZooError(
+                f"{who}: tensor {name!r} ends at byte {data + end}, the file has {size}: truncated, fetch it again"
+            )
+        out.append(ref)
+    at = data
+    for ref in sorted(out, key=lambda r: (r.offset, r.nbytes)):
+        if ref.offset != at:
+            kind = "overlaps another" if ref.offset < at else f"leaves {ref.offset - at} bytes unaccounted for before it"
+            raise ZooError(f"{who}: tensor {ref.name!r} at byte {ref.offset} {kind}")
+        at = ref.offset + ref.nbytes
+    if at != size:
+        raise ZooError(f"{who}: tensors end at byte {at}, the file has {size}: {size - at} bytes too many")
+    return out
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
+    """Header for tensors (name, dtype, shape) stored in this order, padded to 8 bytes, with its length
+    in front: what a safetensors file starts with."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        n = ITEMSIZE[dtype]
+        for d in shape:
+            n *= d
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + n]}
+        at += n
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

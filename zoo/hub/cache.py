@@ -1,0 +1,321 @@
+"""The Hub's cache as every other tool knows it, and two things of our own in it.
+
+HF_HUB_CACHE/models--org--name/blobs/<hash>                   contents, named by sha256 (LFS) or git blob id
+                               blobs/<hash>.zoo.incomplete    ours: a part; `hf cache` lists and prunes it
+                               snapshots/<commit>/<path>      a link to its blob
+                               refs/<branch or tag>           the commit it was last seen at
+                               trees/<commit>.json            the commit's file list
+HF_HUB_CACHE/.locks/models--org--name/<hash>.lock             shared with the library: one writer per blob
+HF_HOME/zoo/verified/<hash>-<size>-<mtime>-<inode>            ours: this very file was hashed and is right
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import filelock
+from huggingface_hub import constants
+
+from zoo.hub.errors import Damaged
+from zoo.hub.http import Watch
+
+if TYPE_CHECKING:
+    from zoo.hub.repo import RemoteFile, Snapshot
+
+SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
+
+
+class Hasher(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+def folder(repo: str) -> Path:
+    """The cache folder of a repository."""
+    return _root(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+@functools.cache
+def _root(at: str) -> Path:
+    return Path(at).expanduser().resolve()
+
+
+def blob_path(repo: str, file: RemoteFile) -> Path:
+    return folder(repo) / "blobs" / file.blob
+
+
+def part_path(repo: str, file: RemoteFile) -> Path:
+    return folder(repo) / "blobs" / f"{file.blob}.zoo.incomplete"
+
+
+def snapshot_folder(snapshot: Snapshot) -> Path:
+    return folder(snapshot.repo) / "snapshots" / snapshot.commit
+
+
+def lock_path(repo: str, name: str) -> Path:
+    at = folder(repo)
+    return at.parent / ".locks" / at.name / f"{name}.lock"
+
+
+# ---- contents
+
+
+def hasher(file: RemoteFile) -> Hasher:
+    """What computes the hash that `file` is listed with. Git hashes a blob with its length in front."""
+    return hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+def find(snapshot: Snapshot, file: RemoteFile) -> Path | None:
+    """The cached contents of `file`, if something of the right size is there; not necessarily intact."""
+    pointer = snapshot_folder(snapshot) / file.path
+    for path in (blob_path(snapshot.repo, file), pointer) if file.blob else (pointer,):
+        # A link in the snapshot to some other blob is not this file; without links the file itself lies there.
+        if (
+            path == pointer
+            and path.is_symlink()
+            and file.blob
+            and os.path.basename(os.readlink(path)) != file.blob
+        ):
+            continue
+        with suppress(OSError):
+            if path.is_file() and path.stat().st_size == file.size:
+                return path
+    return None
+
+
+def cached(snapshot: Snapshot, path: str) -> Path | None:
+    """Where the cache has `path` (a file of the snapshot), verified earlier or now, or None. Makes no request.
+
+    Hashes the file, once, if no one did before. A damaged file counts as absent.
+    """
+    file = snapshot.file(path)
+    at = find(snapshot, file)
+    if at is None:
+        return None
+    try:
+        verify(at, file, Watch())
+    except Damaged:
+        return None
+    return at
+
+
+def verify(path: Path, file: RemoteFile, watch: Watch) -> None:
+    """Raise Damaged unless `path` holds `file`; remembered, so that the same file isn't hashed again."""
+    if not file.blob or is_verified(path, file):
+        watch.advance(file.size)
+        return
+    digest = hasher(file)
+    hash_prefix(path, file.size, digest, watch)
+    if digest.hexdigest() != file.blob:
+        watch.advance(-file.size)
+        raise Damaged(file.blob, digest.hexdigest())
+    mark_verified(path, file)
+
+
+def hash_prefix(path: Path, length: int, digest: Hasher, watch: Watch) -> None:
+    """Feed the first `length` bytes of a file to `digest`, and advance over them."""
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as f:
+        while length > 0 and (n := f.readinto(buffer[: min(len(buffer), length)])):
+            watch.check()
+            digest.update(buffer[:n])
+            watch.advance(n)
+            length -= n
+
+
+# ---- what was verified
+
+
+def identity(path: Path, file: RemoteFile) -> str:
+    """What changes when the file at `path` is touched or replaced."""
+    stat = path.stat()
+    return f"{file.blob}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+
+
+def _mark(path: Path, file: RemoteFile) -> Path:
+    return Path(constants.HF_HOME) / "zoo" / "verified" / identity(path, file)
+
+
+def boot() -> str:
+    """What tells one run of the machine from the next, or nothing where that can't be told."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def is_verified(path: Path, file: RemoteFile) -> bool:
+    """Whether this very file (size, time and inode) was hashed before.
+
+    A file that was verified while still fresh may have been in memory only, so that mark ends with a reboot.
+    """
+    try:
+        return _mark(path, file).read_text() in ("", boot())
+    except OSError:
+        return False
+
+
+def mark_verified(path: Path, file: RemoteFile) -> None:
+    """Remember that `path` holds `file`. Does nothing where the cache can't be written."""
+    with suppress(OSError):
+        mark = _mark(path, file)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("" if time.time() - path.stat().st_mtime > SETTLED else boot())
+
+
+# ---- links and names
+
+
+def link(snapshot: Snapshot, file: RemoteFile) -> None:
+    """Make `file` appear in the snapshot's folder: a link to its blob, where links can be made, else a hard link."""
+    pointer, blob = snapshot_folder(snapshot) / file.path, blob_path(snapshot.repo, file)
+    if not blob.exists():
+        return  # a cache without links: the file itself is there
+    plain_folders(pointer.parent, folder(snapshot.repo))
+    new = pointer.with_name(f".{file.blob[:16]}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        if constants.HF_HUB_DISABLE_SYMLINKS:
+            raise NotImplementedError
+        os.symlink(os.path.relpath(blob, pointer.parent), new)
+    except (OSError, NotImplementedError):
+        new.unlink(missing_ok=True)
+        try:
+            os.link(blob, new)
+        except (OSError, NotImplementedError):
+            shutil.copyfile(blob, new)
+    os.replace(new, pointer)
+
+
+def plain_folders(path: Path, root: Path) -> None:
+    """Create `path` below `root` out of real folders: one that is a link would lead writes elsewhere."""
+    root.mkdir(parents=True, exist_ok=True)
+    at = root
+    for part in path.relative_to(root).parts:
+        at /= part
+        if at.is_symlink():
+            raise OSError(f"{at} is a link; a folder was expected")
+        at.mkdir(exist_ok=True)
+
+
+def is_linked(snapshot: Snapshot, file: RemoteFile) -> bool:
+    pointer = snapshot_folder(snapshot) / file.path
+    return pointer.exists() and (
+        not pointer.is_symlink() or os.path.basename(os.readlink(pointer)) == file.blob
+    )
+
+
+def read_ref(repo: str, revision: str) -> str | None:
+    """The commit at which a branch or tag was last seen, or None."""
+    with suppress(OSError):
+        return (folder(repo) / "refs" / revision).read_text().strip() or None
+    return None
+
+
+def write_ref(snapshot: Snapshot) -> None:
+    """Let other tools, and offline runs, find the snapshot by its branch or tag."""
+    if snapshot.revision == snapshot.commit or read_ref(snapshot.repo, snapshot.revision) == snapshot.commit:
+        return
+    ref = folder(snapshot.repo) / "refs" / snapshot.revision
+    plain_folders(ref.parent, folder(snapshot.repo))
+    new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
+    new.write_text(snapshot.commit)
+    os.replace(new, ref)
+
+
+# ---- file lists
+
+
+def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
+    """The commit's file list, if this or another tool has fetched it before."""
+    with suppress(ImportError, AttributeError, TypeError):
+        # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Without it the list is fetched again.
+        from huggingface_hub._tree_cache import read_tree_cache
+
+        entries = read_tree_cache(str(folder(repo)), commit)
+        if entries is not None:
+            return [
+                {
+                    "path": path,
+                    "size": e.lfs_size if e.lfs_sha256 is not None else e.size,
+                    "sha256": e.lfs_sha256,
+                    "git_sha1": e.blob_id,
+                    "xet_hash": e.xet_hash,
+                }
+                for path, e in entries.items()
+            ]
+    return None
+
+
+def write_tree(snapshot: Snapshot) -> None:
+    """Keep the commit's file list where the library keeps it, for offline runs and for other tools."""
+    with suppress(ImportError, AttributeError, TypeError, OSError):
+        from huggingface_hub._tree_cache import TreeCacheEntry, read_tree_cache, write_tree_cache  # as above
+
+        at = str(folder(snapshot.repo))
+        if read_tree_cache(at, snapshot.commit) is None:
+            entries = {
+                f.path: TreeCacheEntry(
+                    size=f.size,
+                    blob_id=f.git_sha1 or f.lfs_pointer or "",
+                    lfs_sha256=f.sha256,
+                    lfs_size=f.size if f.sha256 else None,
+                    xet_hash=f.xet_hash,
+                )
+                for f in snapshot.files
+            }
+            write_tree_cache(at, snapshot.commit, entries)
+
+
+def read_snapshot(repo: str, commit: str) -> list[dict[str, Any]]:
+    """A file list made from what the cache holds of a commit: the blobs' names are their hashes."""
+    root = folder(repo) / "snapshots" / commit
+    entries: list[dict[str, Any]] = []
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            blob = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+            entries.append(
+                {
+                    "path": path.relative_to(root).as_posix(),
+                    "size": path.stat().st_size,
+                    "sha256": blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None,
+                    "git_sha1": blob if re.fullmatch(r"[0-9a-f]{40}", blob) else None,
+                    "xet_hash": None,
+                }
+            )
+    return entries
+
+
+# ---- locks
+
+
+@contextmanager
+def locked(path: Path, what: str, watch: Watch) -> Iterator[None]:
+    """Hold a lock among processes, saying so when it must be waited for. It ends with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock: filelock.BaseFileLock = filelock.FileLock(path, mode=0o664)
+    waiting = False
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except NotImplementedError:  # a file system without flock
+            lock = filelock.SoftFileLock(path)
+        except filelock.Timeout:
+            if not waiting:
+                watch.note(f"another process is fetching {what}: waiting for it")
+                waiting = True
+            watch.sleep(0.1)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.release()

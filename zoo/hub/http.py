@@ -1,0 +1,383 @@
+"""One request to the Hub that survives real networks.
+
+The library's session is used (proxies, certificates, offline mode, a company's client factory); what it lacks is
+added: a timeout on every call, every transient failure retried and continued at the byte it stopped at, bodies of
+any size, the token kept from other hosts.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urljoin, urlsplit
+
+import httpx2
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
+
+SEGMENT = 16 << 30  # bytes asked for at once: content delivery networks refuse bodies over 50 GB
+MAX_JSON = 64 << 20  # bytes of one page of an API answer
+MAX_REDIRECTS = 8
+SLOWEST = 1 << 10  # bytes per second, over `STALL_WINDOW`: slower is a stall that no timeout sees
+STALL_WINDOW = 60.0  # seconds
+DIRECT = 8 << 20  # bodies at least this long are read from the socket (see `_chunks`)
+RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass
+class Retry:
+    """How patient a pull is. Waits double from `first_wait` to `longest_wait`, in seconds."""
+
+    attempts: int = 8  # failures in a row, without progress, before giving up
+    unreachable_attempts: int = 3  # the same when no connection has been made since the start
+    first_wait: float = 1.0
+    longest_wait: float = 30.0
+    longest_retry_after: float = 300.0  # cap on what a server may ask for
+
+
+RETRY = Retry()
+_reached = threading.Event()  # some answer came since the start of this process
+
+
+class Progress(Protocol):
+    """What a transfer tells its caller. Calls come from several threads, never two at once."""
+
+    def start(self, total: int) -> None:
+        """`total` bytes are to be had; those already there will be advanced over."""
+
+    def advance(self, n: int) -> None:
+        """`n` more bytes are there. Negative when damaged bytes were thrown away."""
+
+    def phase(self, name: str) -> None:
+        """What happens now: `checking` (hashing what was there before) or `downloading`."""
+
+    def note(self, message: str) -> None:
+        """A sentence for people: a wait, a retry, a file fetched again."""
+
+
+class Watch:
+    """The caller's progress and wish to stop, for all threads of one transfer."""
+
+    def __init__(self, progress: Progress | None = None, cancel: threading.Event | None = None) -> None:
+        self.stop = threading.Event()
+        self.damaged: set[str] = set()  # files found wrong, so that they aren't hashed twice
+        self._progress, self._cancel, self._lock = progress, cancel, threading.Lock()
+
+    def check(self) -> None:
+        if self.stop.is_set() or (self._cancel is not None and self._cancel.is_set()):
+            raise Cancelled
+
+    def sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            self.stop.wait(min(left, 0.2))
+        self.check()
+
+    def tell(self, call: Callable[[Progress], None]) -> None:
+        if self._progress is not None:
+            with self._lock:
+                call(self._progress)
+
+    def advance(self, n: int) -> None:
+        if n:
+            self.tell(lambda p: p.advance(n))
+
+    def note(self, message: str) -> None:
+        self.tell(lambda p: p.note(message))
+
+
+class Patience:
+    """Counts failures in a row and waits between them."""
+
+    def __init__(self, about: About, watch: Watch) -> None:
+        self.about, self.watch, self.failures, self.moved = about, watch, 0, 0
+
+    def progressed(self, n: int) -> None:
+        self.moved += n
+        if self.moved >= 1 << 20:
+            self.failures = self.moved = 0
+
+    def failed(self, error: Transient) -> None:
+        """Wait for the next try, or raise HubError when there have been enough."""
+        self.failures += 1
+        first_contact = error.unreachable and not _reached.is_set()
+        if self.failures >= (RETRY.unreachable_attempts if first_contact else RETRY.attempts):
+            raise gave_up(self.about, error, self.failures)
+        wait = min(RETRY.first_wait * 2 ** (self.failures - 1), RETRY.longest_wait) * random.uniform(
+            0.75, 1.25
+        )
+        if error.wait is not None:
+            wait = min(error.wait, RETRY.longest_retry_after)
+        self.watch.note(f"{self.about}: {error}; trying again in {wait:.0f} s")
+        self.watch.sleep(wait)
+
+
+def gave_up(about: About, error: Transient, failures: int) -> HubError:
+    if error.unreachable:
+        return HubError(
+            f"can't reach {constants.ENDPOINT} for {about}: {error}. Check the network and proxy settings and run "
+            "this again; with HF_HUB_OFFLINE=1 only what is in the cache is used.",
+            "network",
+        )
+    return HubError(
+        f"{about}: the transfer failed {failures} times in a row, the last time because {error}. "
+        "Run the same command again later: what was fetched is kept.",
+        "network",
+    )
+
+
+def get_json(url: str, about: About, watch: Watch) -> tuple[Any, str | None]:
+    """The answer of an API call, and the address of the next page if there is one."""
+    patience = Patience(about, watch)
+    while True:
+        try:
+            with _opened(url, about, None) as response:
+                data = bytearray()
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) > MAX_JSON:
+                        raise HubError(f"{about}: the file list is longer than {MAX_JSON} bytes", "server")
+                try:
+                    return json.loads(bytes(data)), _next_page(response)
+                except ValueError:
+                    raise HubError(
+                        f"{constants.ENDPOINT} answered something other than JSON for {about}. "
+                        "If HF_ENDPOINT is set, check that it names a Hub.",
+                        "server",
+                    ) from None
+        except Transient as error:
+            patience.failed(error)
+
+
+def _next_page(response: httpx2.Response) -> str | None:
+    """The next page, always on our endpoint: a Link elsewhere (mirrors keep the Hub's) must not get the token."""
+    url = response.links.get("next", {}).get("url")
+    if not url:
+        return None
+    there = urlsplit(url)
+    return f"{constants.ENDPOINT}{there.path}?{there.query}"
+
+
+def stream(
+    url: str,
+    about: About,
+    start: int,
+    stop: int,
+    size: int,
+    sink: Callable[[bytes | memoryview], None],
+    watch: Watch,
+    *,
+    direct: bool = True,
+) -> None:
+    """Feed bytes [start, stop) of a file of `size` bytes to `sink`, in order and once, whatever the network does.
+
+    Raises HubError when patience ends or the Hub refuses, Damaged when the file has another size than listed.
+    """
+    patience, at = Patience(about, watch), start
+    while at < stop:
+        end = min(stop, at + SEGMENT)
+        try:
+            with _opened(url, about, (at, end)) as response:
+                skip = _skip(response, at, end, size)
+                window, began = 0, time.monotonic()
+                for chunk in _chunks(response, skip + end - at, direct):
+                    watch.check()
+                    if skip:  # the server ignored Range
+                        dropped = min(skip, len(chunk))
+                        skip -= dropped
+                        chunk = memoryview(chunk)[dropped:]
+                    sink(chunk)
+                    at += len(chunk)
+                    patience.progressed(len(chunk))
+                    window += len(chunk)
+                    if (elapsed := time.monotonic() - began) > STALL_WINDOW:
+                        if window < SLOWEST * elapsed:
+                            raise Transient(f"only {window} bytes came in {elapsed:.0f} s")
+                        window, began = 0, time.monotonic()
+            if at < end:
+                raise Transient(f"the connection closed at byte {at} of {size}")
+        except Transient as error:
+            patience.failed(error)
+
+
+def _skip(response: httpx2.Response, start: int, end: int, size: int) -> int:
+    """How many bytes of this body come before `start`. Raises Damaged if the file isn't as long as listed."""
+    headers = response.headers
+    if response.status_code == 416:
+        raise Damaged(
+            f"{size} bytes", f"{headers.get('Content-Range', '').rpartition('/')[2] or 'fewer'} bytes"
+        )
+    if headers.get("Content-Encoding", "identity") != "identity":
+        raise Transient("the server compressed the file")
+    if response.status_code == 200:
+        length = headers.get("Content-Length")
+        if length is not None and int(length) != size:
+            raise Damaged(f"{size} bytes", f"{length} bytes")
+        return start
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+    if match is None or int(match[1]) != start:
+        raise Transient(f"bytes {start}-{end - 1} were asked for, {headers.get('Content-Range')!r} came")
+    if match[3] != "*" and int(match[3]) != size:
+        raise Damaged(f"{size} bytes", f"{match[3]} bytes")
+    return 0
+
+
+def _chunks(response: httpx2.Response, length: int, direct: bool) -> Iterator[bytes | memoryview]:
+    """The first `length` bytes of a body as they arrive. Each chunk is good until the next is asked for.
+
+    A long HTTP/1.1 body is read from the socket itself, which costs an eighth of the CPU of httpx2's way through h11
+    (0.3 against 2.7 s per GB) and lets files arrive in parallel, since nothing holds the GIL. After a chunk h11 has
+    handed out all it had, so the rest of the body is what the socket gives; the connection is not used again.
+    Known to hold for httpx2/httpcore2 2.x with h11 0.16; anything else takes the ordinary way, and so does the
+    second try of a file whose hash was wrong.
+    """
+    body = response.iter_raw()
+    sock = _socket(response) if direct and length >= DIRECT else None
+    with _translated():
+        left = length
+        while left > 0 and (sock is None or left == length) and (data := next(body, b"")):
+            left -= len(data)
+            yield data if left >= 0 else data[:left]
+        if sock is None:
+            if response.headers.get("Content-Length") == str(length):
+                next(body, None)  # lets httpx2 see the end, so that the connection can be used again
+            return
+        buffer = memoryview(bytearray(1 << 20))
+        while left > 0:
+            n = sock.recv_into(buffer, min(left, len(buffer)))
+            if n == 0:
+                return
+            left -= n
+            yield buffer[:n]
+
+
+def _socket(response: httpx2.Response) -> socket.socket | None:
+    """The socket of a response whose body is all that will come over it, or None."""
+    if response.http_version != "HTTP/1.1" or "Content-Length" not in response.headers:
+        return None
+    if "Transfer-Encoding" in response.headers or not httpx2.__version__.startswith("2."):
+        return None
+    stream = response.extensions.get("network_stream")
+    if stream is None:
+        return None
+    sock = stream.get_extra_info("socket")
+    # An SSLObject is TLS inside the TLS of a proxy: the socket would give what is still encrypted.
+    if not isinstance(sock, socket.socket) or isinstance(stream.get_extra_info("ssl_object"), ssl.SSLObject):
+        return None
+    if response.request.url.scheme == "https" and not isinstance(sock, ssl.SSLSocket):
+        return None
+    return sock
+
+
+@contextmanager
+def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
+    """The response to a GET, redirects followed, its body not read. Other answers than 200, 206 and 416 are raised."""
+    session = get_session()
+    hubs = {_origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
+    plain = build_hf_headers(token=False, library_name="zoo")
+    private = build_hf_headers(library_name="zoo")
+    sent_token = "authorization" in private
+    for _ in range(MAX_REDIRECTS):
+        trusted = _origin(url) in hubs  # a mirror may send us on to the Hub
+        headers = dict(private if trusted else plain)
+        if span is not None:
+            headers |= {"Accept-Encoding": "identity", "Range": f"bytes={span[0]}-{span[1] - 1}"}
+        with _translated():
+            request = session.build_request(
+                "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
+            response = session.send(request, stream=True, follow_redirects=False)
+        try:
+            _reached.set()
+            if response.status_code >= 300 and int(response.headers.get("Content-Length", 1 << 20)) < 1 << 20:
+                with _translated():
+                    response.read()  # so that the connection can be used again
+            if response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
+                url = _redirect(url, response.headers["Location"], about)
+                continue
+            if response.status_code in RETRYABLE:
+                raise Transient(f"the server answered {response.status_code}", wait=_retry_after(response))
+            if response.status_code == 403 and not trusted:
+                raise Transient("the storage host answered 403 (an address that ran out?)")
+            if response.status_code not in (200, 206, 416):
+                raise refusal(response.status_code, response.headers, about, sent_token=sent_token)
+            yield response
+            return
+        finally:
+            with _translated():
+                response.close()
+    raise HubError(f"{about}: more than {MAX_REDIRECTS} redirects, the last to {url}", "server")
+
+
+def _redirect(url: str, location: str, about: About) -> str:
+    target = urljoin(url, location)
+    scheme, was = urlsplit(target).scheme, urlsplit(url).scheme
+    if scheme not in ("http", "https") or (was == "https" and scheme == "http"):
+        raise HubError(f"{about}: the server redirects to {scheme}, which is not safe: {target}", "server")
+    return target
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds that the server asks to wait: Retry-After (a number or a date) or the Hub's `RateLimit: ...;t=55`."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    if value:
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:
+            return None
+    limit = re.search(r"r=0\s*;\s*t=(\d+)", response.headers.get("RateLimit", ""))
+    return float(limit[1]) if limit else None
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Network failures as Transient, or as HubError where trying again is no use."""
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise HubError(
+            "HF_HUB_OFFLINE is set and this is not in the cache. Unset it and run this again.", "offline"
+        ) from None
+    except httpx2.ConnectError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise HubError(
+                f"the certificate of {constants.ENDPOINT} can't be verified: {error}", "network"
+            ) from None
+        raise Transient(f"no connection ({error})", unreachable=True) from None
+    except (httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+        raise Transient(f"no connection ({error or 'timed out'})", unreachable=True) from None
+    except (httpx2.TimeoutException, TimeoutError):
+        raise Transient(f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s") from None
+    except httpx2.TransportError as error:
+        raise Transient(f"the connection broke ({error or type(error).__name__})") from None
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise HubError(
+            f"not an address: {constants.ENDPOINT} ({error}). Check HF_ENDPOINT.", "network"
+        ) from None
+    except OSError as error:
+        raise Transient(f"the connection broke ({error})") from None
+    except RuntimeError as error:
+        if "closed" not in str(error):
+            raise
+        raise Transient("the session was closed") from None

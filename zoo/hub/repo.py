@@ -1,0 +1,213 @@
+"""A name and a revision -> a commit and the list of its files, none of which can name a place outside its folder."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from zoo.hub import cache
+from zoo.hub.errors import About, HubError
+from zoo.hub.http import Progress, Watch, get_json
+
+MAX_FILES = 100_000
+MAX_PATH = 1024  # characters
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a commit. It has `sha256` if the repository keeps it in LFS, else `git_sha1`, its git blob id."""
+
+    path: str
+    size: int  # bytes
+    sha256: str | None
+    git_sha1: str | None
+    # What the library's own file list keeps besides; of no use to a transfer over HTTP.
+    lfs_pointer: str | None = field(default=None, repr=False, compare=False)
+    xet_hash: str | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def blob(self) -> str:
+        """The name of its contents in the Hub's cache: the hash."""
+        return self.sha256 or self.git_sha1 or ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit: what every transfer starts from."""
+
+    repo: str
+    revision: str  # as asked: a branch, a tag or a commit
+    commit: str
+    files: tuple[RemoteFile, ...]  # sorted by path
+
+    def file(self, path: str) -> RemoteFile:
+        """The file at `path`. Raises HubError, with the nearest names, if there is none."""
+        if path in self._by_path:
+            return self._by_path[path]
+        near = difflib.get_close_matches(path, self._by_path, n=3)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise HubError(f"{self.repo} has no file {path!r} at commit {self.commit}.{hint}", "file")
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, RemoteFile]:
+        return {f.path: f for f in self.files}
+
+    def url(self, path: str) -> str:
+        """Where the Hub serves `path` of this very commit."""
+        return f"{constants.ENDPOINT}/{self.repo}/resolve/{self.commit}/{quote(path)}"
+
+    def about(self, path: str | None = None) -> About:
+        """What messages about this snapshot, or one file of it, call it."""
+        return About(self.repo, self.revision, path)
+
+
+def resolve(repo: str, revision: str | None = None, progress: Progress | None = None) -> Snapshot:
+    """The commit that `revision` (a branch, tag or commit; default `main`) of `repo` names, and its files.
+
+    Two API calls; one if `revision` is a commit, none if that commit's file list is in the cache. Offline, the cache
+    alone answers. Every path, size and hash is checked before it is believed.
+
+    Raises HubError: gated or private, a refused token, no such repo or revision, no network, offline and not cached,
+    a path that would leave its folder.
+    """
+    revision = revision or constants.DEFAULT_REVISION
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise HubError(
+            f"{repo!r} is not the name of a repository: owner/name was expected.", "repo"
+        ) from None
+    if (why := _why_unsafe(revision)) is not None:
+        raise HubError(f"{revision!r} is not a revision: {why}.", "revision")
+    watch = Watch(progress)
+    about = About(repo, revision)
+    commit = revision if _COMMIT.fullmatch(revision) else None
+    if is_offline_mode():
+        return _resolve_offline(about, commit)
+    try:
+        api = f"{constants.ENDPOINT}/api/models/{repo}"
+        if commit is None:
+            answer, _ = get_json(f"{api}/revision/{quote(revision, safe='')}", about, watch)
+            commit = answer.get("sha") if isinstance(answer, dict) else None
+            if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+                raise HubError(f"{constants.ENDPOINT} named no commit for {repo} at {revision!r}.", "server")
+        entries = cache.read_tree(repo, commit)
+        if entries is None:
+            entries = list(_tree(f"{api}/tree/{commit}?recursive=true&expand=false", about, watch))
+        return Snapshot(repo, revision, commit, _files(entries, repo))
+    except HubError as error:
+        held = cache.read_ref(repo, revision)
+        if error.kind != "network" or held is None:
+            raise
+        raise HubError(f"{error} The cache holds {revision!r} as commit {held}.", "network") from None
+
+
+def _resolve_offline(about: About, commit: str | None) -> Snapshot:
+    commit = commit or cache.read_ref(about.repo, about.revision)
+    if commit is not None and _COMMIT.fullmatch(commit):
+        entries = cache.read_tree(about.repo, commit)
+        if entries is None:
+            entries = cache.read_snapshot(about.repo, commit)
+        if entries:
+            return Snapshot(about.repo, about.revision, commit, _files(entries, about.repo))
+    raise HubError(
+        f"HF_HUB_OFFLINE is set and {about.repo} at revision {about.revision!r} is not in the cache "
+        f"({constants.HF_HUB_CACHE}). Unset it and run this again.",
+        "offline",
+    )
+
+
+def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
+    """The entries of all pages of a file list. Folders are left out; anything not a file is refused."""
+    following: str | None = url
+    seen, count = set[str](), 0
+    while following is not None and following not in seen:
+        seen.add(following)
+        page, following = get_json(following, about, watch)
+        if not isinstance(page, list):
+            raise HubError(f"{constants.ENDPOINT} sent no file list for {about.repo}.", "server")
+        count += len(page)
+        if count > MAX_FILES:
+            raise HubError(f"{about.repo} lists more than {MAX_FILES} files: refused.", "path")
+        for entry in page:
+            kind = entry.get("type") if isinstance(entry, dict) else None
+            if kind == "directory":
+                continue
+            if kind != "file":
+                raise HubError(f"{about.repo} lists {entry!r:.200}, which is not a file: refused.", "path")
+            lfs = entry.get("lfs") or {}
+            yield {
+                "path": entry.get("path"),
+                "size": lfs.get("size", entry.get("size")),
+                "sha256": lfs.get("oid"),
+                "git_sha1": entry.get("oid"),
+                "xet_hash": entry.get("xetHash"),
+            }
+
+
+def _files(entries: Iterable[dict[str, Any]], repo: str) -> tuple[RemoteFile, ...]:
+    """Checked files from raw entries {path, size, sha256, git_sha1, xet_hash}."""
+    files: dict[str, RemoteFile] = {}
+    for entry in entries:
+        path, size, sha256, git_sha1 = entry["path"], entry["size"], entry["sha256"], entry["git_sha1"]
+        check_path(path, repo)
+        if path in files:
+            raise HubError(f"{repo} lists {path!r} twice: refused.", "path")
+        if type(size) is not int or size < 0:
+            raise HubError(f"{repo} lists {path!r} with size {size!r}: refused.", "path")
+        for value, pattern in ((sha256, _SHA256), (git_sha1, _COMMIT), (entry["xet_hash"], _SHA256)):
+            if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
+                raise HubError(f"{repo} lists {path!r} with hash {value!r:.200}: refused.", "path")
+        plain, pointer = (git_sha1, None) if sha256 is None else (None, git_sha1)
+        files[path] = RemoteFile(path, size, sha256, plain, pointer, entry["xet_hash"])
+    for path in files:
+        while (path := path.rpartition("/")[0]) != "":
+            if path in files:
+                raise HubError(f"{repo} lists {path!r} both as a file and as a folder: refused.", "path")
+    return tuple(sorted(files.values(), key=lambda f: f.path))
+
+
+def check_path(path: object, repo: str) -> str:
+    """`path` if it stays inside the folder it is put in, on any system. Raises HubError otherwise.
+
+    Meant for every name that comes from outside: the Hub's file list, a checkpoint's index.
+    """
+    why = "it is no text" if not isinstance(path, str) else _why_unsafe(path)
+    if why is not None:
+        raise HubError(
+            f"{repo} names a file {path!r:.200}, which is not safe to write: {why}. Refused.", "path"
+        )
+    assert isinstance(path, str)
+    return path
+
+
+def _why_unsafe(path: str) -> str | None:
+    if not path or len(path) > MAX_PATH:
+        return f"its length is {len(path)}"
+    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in path):
+        return "it has control characters"
+    if "\\" in path:
+        return "it has a backslash"
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        return "it is absolute"
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        return "it has empty, '.' or '..' parts"
+    if any(len(part.encode()) > 255 for part in parts):
+        return "a part of it is too long"
+    if os.name == "nt" and any(re.search(r'[<>:"|?*]|[. ]$', part) for part in parts):
+        return "Windows has no such name"
+    return None

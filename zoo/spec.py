@@ -1,0 +1,431 @@
+"""Spec: what an architecture is, as frozen dataclasses <-> `zoo.json`.
+
+The thesis of the zoo is that the open LLMs differ in a few structural choices. This file is the
+complete list of those choices. A family (in `converters/`) turns a released `config.json` into a
+`Spec`; `layout.py` turns a `Spec` into canonical tensor names and shapes; `model/` runs it.
+Nothing below knows a family by name.
+
+A field whose default is "absent" (None, False, 1.0) is one that most families don't use, and is
+left out of `zoo.json`, so that the file lists just what is unusual about a model.
+
+One vocabulary, here and everywhere: d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff,
+n_experts, top_k, vocab_size; axes B T D H K E F V.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from zoo.errors import ZooError
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"]
+"""`silu_clamped`: (up + 1) * gate * sigmoid(1.702 gate), gate <= limit, |up| <= limit (gpt-oss card)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation over the last axis; its statistics are always taken in fp32.
+
+    `kind`: "rms" (x / rms(x)) or "layer" (mean removed, with bias).
+    `weight`: "plain" (w * x), "plus_one" ((1 + w) * x) or "none".
+    `scale_in`: where the weight is applied: "model" casts the normalised x to the model's dtype
+    first; "fp32" multiplies in fp32 and casts last. They differ by one rounding in bf16.
+    """
+
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    weight: Literal["plain", "plus_one", "none"] = "plain"
+    scale_in: Literal["model", "fp32"] = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    `linear`: all frequencies / factor. `llama3`: three bands by wavelength. `yarn`: a ramp between
+    interpolation and extrapolation, and cos/sin multiplied by `attention_factor` (resolved when the
+    Spec is made, never implied). Source: arXiv 2309.00071 (YaRN), Llama 3.1 model card.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding over the FIRST `dim` channels of a head.
+
+    `interleaved`: pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
+    `fp32`: rotated in fp32 and cast back; otherwise cos and sin are cast to the model's dtype first.
+    """
+
+    theta: float
+    dim: int
+    scaling: RopeScaling | None = None
+    interleaved: bool = False
+    fp32: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """Normalisation of queries and keys: per head (weight [head_dim]) or over all heads at once
+    (weight [n_heads * head_dim]); before RoPE unless `after_rope`."""
+
+    norm: Norm
+    over: Literal["head", "all_heads"] = "head"
+    after_rope: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScale:
+    """A factor on attention scores that grows with the query's position (attention temperature).
+
+    `floor_log`: 1 + beta * ln(1 + floor((pos + offset) / period)).
+    `log`: log2(pos) / log2(period) where pos > period, else 1.
+    """
+
+    kind: Literal["floor_log", "log"]
+    period: float
+    beta: float = 1.0
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Softmax attention with n_heads query heads and n_kv_heads key/value heads.
+
+    `window`: keys visible to a query, itself included (position > pos - window).
+    `chunk`: keys in the same block of `chunk` positions only. `sinks`: one learned logit per head
+    joins the softmax and is dropped. `gate`: the output is multiplied by sigmoid(gate(x)).
+    `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
+    `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    rope: Rope | None = None
+    window: int | None = None
+    chunk: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QKNorm | None = None
+    value_norm: Norm | None = None
+    query_scale: QueryScale | None = None
+    sinks: bool = False
+    softcap: float | None = None
+    gate: bool = False
+    value_scale: float = 1.0
+    kv_from: int | None = None
+    kind: Literal["attention"] = "attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """DeepSeek sparse attention: a small scorer picks the `top_k` keys each query may see.
+
+    score = sum_h w_h * relu(q_h . k * head_dim^-0.5), w = weights_proj(x) * n_heads^-0.5, in fp32.
+    """
+
+    n_heads: int
+    head_dim: int
+    top_k: int
+    rope: Rope
+    key_norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (MLA, arXiv 2405.04434): keys and values are rebuilt from one
+    cached latent of `kv_rank` channels plus one rotary key of `rope_dim` shared by all heads.
+
+    Per head q is [nope | rope]; the latent gives [k_nope | v]. `rope` None leaves the rope part
+    unrotated. `q_rank` None means queries are not compressed.
+    """
+
+    n_heads: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_head_dim: int
+    scale: float
+    latent_norm: Norm
+    q_rank: int | None = None
+    rope: Rope | None = None
+    query_scale: QueryScale | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    indexer: Indexer | None = None
+    kind: Literal["latent_attention"] = "latent_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Gated delta rule (arXiv 2412.06464; KDA: arXiv 2510.26692): a linear-attention state per head.
+
+    S = decay * S; S += k (beta (v - S^T k))^T; o = S^T q.
+    `decay`: one number per head ("head", Gated DeltaNet) or one per key channel ("channel", KDA).
+    `out_gate`: the normalised output is multiplied by silu or sigmoid of a gate.
+    `out_norm` is over v_head_dim.
+    """
+
+    n_k_heads: int
+    n_v_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    conv: int
+    decay: Literal["head", "channel"]
+    out_gate: Literal["silu", "sigmoid"]
+    out_norm: Norm
+    kind: Literal["delta"] = "delta"
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba:
+    """Mamba-2 (arXiv 2405.21060): n_heads * head_dim = inner channels, n_groups shared B and C of
+    size `state`. `dt_min`: lower clamp of dt; the output norm is over inner / n_groups channels."""
+
+    n_heads: int
+    head_dim: int
+    n_groups: int
+    state: int
+    conv: int
+    out_norm: Norm
+    conv_bias: bool = True
+    dt_min: float = 0.0
+    kind: Literal["mamba"] = "mamba"
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """Feed-forward: down(act(gate x) * up x), or down(act(up x)) when not `gated`.
+
+    `limit`: the clamp of `silu_clamped`. `sparsity`: only gate activations above
+    mean + std * icdf(sparsity) pass (Gaussian top-k, Gemma 3n).
+    """
+
+    d_ff: int
+    act: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+    limit: float | None = None
+    sparsity: float = 0.0
+    kind: Literal["mlp"] = "mlp"
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Chooses `top_k` of the experts for a token and their weights.
+
+    `score`: softmax or sigmoid of the logits; `over`: scores are taken over "all" experts before the
+    choice, or over the "chosen" ones after it. `selection_bias`: a per-expert bias that takes part in
+    the choice, never in the weights. `n_groups` / `top_groups`: only the best groups are eligible, a
+    group's score being the sum of its `group_top` best. `masked_groups`: what ineligible experts score.
+    `normalize`: weights are divided by their sum + `normalize_eps`. `scale` multiplies the weights.
+    `fp32`: logits computed in fp32 rather than the model's dtype. `softcap`: on the logits.
+    """
+
+    top_k: int
+    score: Literal["softmax", "sigmoid"]
+    over: Literal["all", "chosen"] = "all"
+    bias: bool = False
+    selection_bias: bool = False
+    n_groups: int = 1
+    top_groups: int = 1
+    group_top: int = 2
+    masked_groups: Literal["-inf", "zero"] = "-inf"
+    normalize: bool = False
+    normalize_eps: float = 0.0
+    scale: float = 1.0
+    fp32: bool = False
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Mixture of experts. Every token visits `router.top_k` of `n_experts` MLPs of shape `expert`.
+
+    `shared`: an MLP every token visits; `shared_gate`: times sigmoid(gate(x)). `weight_input`: the
+    routing weight multiplies the expert's input, not its output. `latent`: experts work in a
+    projection of that many channels. `scale`: multiplies routed + shared.
+    """
+
+    n_experts: int
+    expert: MLP
+    router: Router
+    shared: MLP | None = None
+    shared_gate: bool = False
+    weight_input: bool = False
+    latent: int | None = None
+    scale: float = 1.0
+    kind: Literal["moe"] = "moe"
+
+
+Mixer = Attention | LatentAttention | DeltaNet | Mamba
+FFN = MLP | MoE
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block: x += post(mixer(pre(x))); x += post(ffn(pre(x))). Norms that a family doesn't
+    have, and a missing half, are None."""
+
+    mixer: Mixer | None
+    ffn: FFN | None
+    attn_norm: Norm | None = None
+    attn_post_norm: Norm | None = None
+    ffn_norm: Norm | None = None
+    ffn_post_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AltUp:
+    """Gemma 3n's streams: `n_streams` copies of the residual of which one is computed per layer and
+    the others are predicted and corrected; a low-rank residual (`laurel_rank`) beside attention."""
+
+    n_streams: int
+    active: int
+    laurel_rank: int
+    norm: Norm
+    coef_clip: float | None = None
+    correct_scale: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PerLayerEmbedding:
+    """Gemma 3n's per-layer inputs: a second embedding of `vocab_size` x (n_layers * dim)."""
+
+    vocab_size: int
+    dim: int
+    norm: Norm
+    act: Activation = "gelu_tanh"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A whole decoder.
+
+    `tied`: the head is the embedding. `positions`: size of a learned position table, else None.
+    `embed_scale` multiplies embeddings (rounded to their dtype first). Logits are multiplied by
+    `logit_scale`, then soft-capped. `dtype` is what the config declares, for information.
+    """
+
+    family: str
+    d_model: int
+    vocab_size: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    tied: bool
+    context_length: int
+    positions: int | None = None
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    altup: AltUp | None = None
+    per_layer_embedding: PerLayerEmbedding | None = None
+    dtype: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict. Equal layers are written once: `layer_kinds` and a list of indices."""
+        d = {
+            f.name: _to_json(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name != "layers" and not _is_default(f, getattr(self, f.name))
+        }
+        kinds: dict[Layer, int] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer, len(kinds))
+        d["layer_kinds"] = [_to_json(k) for k in kinds]
+        d["layers"] = [kinds[layer] for layer in self.layers]
+        return d
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Spec:
+        """Inverse of `to_dict`. Raises ZooError on an unknown, missing or mistyped field."""
+        d = dict(d)
+        try:
+            kinds = [_from_json(Layer, k, f"layer_kinds[{n}]") for n, k in enumerate(d.pop("layer_kinds"))]
+            d["layers"] = [kinds[n] for n in d.pop("layers")]
+        except (KeyError, IndexError, TypeError) as e:
+            raise ZooError(f"zoo.json: spec.layers and spec.layer_kinds do not fit together ({e!r})") from None
+        spec = _from_json(cls, d, "spec")
+        assert isinstance(spec, Spec)
+        return spec
+
+
+def _is_default(f: dataclasses.Field[Any], value: Any) -> bool:
+    return f.name != "kind" and f.default is not dataclasses.MISSING and value == f.default
+
+
+def _to_json(x: Any) -> Any:
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        fields = [(f, getattr(x, f.name)) for f in dataclasses.fields(x)]
+        return {f.name: _to_json(v) for f, v in fields if not _is_default(f, v)}
+    if isinstance(x, tuple):
+        return [_to_json(v) for v in x]
+    return x
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _from_json(tp: Any, x: Any, where: str) -> Any:
+    """Build a value of type `tp` from JSON, strictly: a typo in zoo.json must not become a default."""
+    if dataclasses.is_dataclass(x):
+        return x  # already built (the layers)
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if origin is Literal:
+        if x not in args:
+            raise ZooError(f"zoo.json: {where} is {x!r}; expected one of {', '.join(map(repr, args))}")
+        return x
+    if origin is tuple:
+        if not isinstance(x, list):
+            raise ZooError(f"zoo.json: {where} should be a list, found {type(x).__name__}")
+        return tuple(_from_json(args[0], v, f"{where}[{n}]") for n, v in enumerate(x))
+    if args:  # a union
+        if x is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        classes = [a for a in options if dataclasses.is_dataclass(a)]
+        if len(classes) > 1:
+            kind = x.get("kind") if isinstance(x, dict) else None
+            for c in classes:
+                if typing.get_args(_hints(c)["kind"])[0] == kind:
+                    return _from_json(c, x, where)
+            raise ZooError(f"zoo.json: {where}.kind is {kind!r}, which this version of zoo does not know")
+        return _from_json(options[0], x, where)
+    if dataclasses.is_dataclass(tp):
+        if not isinstance(x, dict):
+            raise ZooError(f"zoo.json: {where} should be an object, found {type(x).__name__}")
+        hints = _hints(typing.cast(type, tp))
+        if unknown := sorted(set(x) - set(hints)):
+            raise ZooError(f"zoo.json: {where} has unknown field(s) {', '.join(unknown)}; written by a newer zoo?")
+        try:
+            return tp(**{k: _from_json(hints[k], v, f"{where}.{k}") for k, v in x.items()})  # type: ignore[operator]
+        except TypeError as e:
+            raise ZooError(f"zoo.json: {where}: {e}") from None
+    if tp is float and isinstance(x, int) and not isinstance(x, bool):
+        return float(x)
+    if not isinstance(x, tp) or (tp is int and isinstance(x, bool)):
+        raise ZooError(f"zoo.json: {where} should be {tp.__name__}, found {x!r}")
+    return x
