@@ -12,9 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.spec import Rope, RopeScaling
+from zoo.spec import Activation, Rope, RopeScaling
 
 _MISSING: Any = object()
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
+"""Activations by the names configs have for them: use with `Config.table`."""
 
 
 class Config(Mapping[str, Any]):
