@@ -468,12 +468,12 @@ def test_a_commit_that_comes_in_the_middle_changes_nothing(server: HubServer) ->
     def push(request: Any) -> None:
         with pushing:
             if request.origin == "cdn" and len(repo.commits) == 1:
-                repo.commit({name: b"other" for name in FILES})
+                repo.commit(dict.fromkeys(FILES, b"other"))
 
     repo, pushing = server.repos["org/toy"], threading.Lock()
     server.before = push
     assert contents(pull()) == FILES
-    assert contents(pull()) == {name: b"other" for name in FILES}
+    assert contents(pull()) == dict.fromkeys(FILES, b"other")
 
 
 def test_a_new_commit_costs_only_the_files_that_changed(server: HubServer) -> None:

@@ -115,7 +115,7 @@ _SMOLLM3 = BASE | {
 }
 _OLMO = BASE | {
     "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 52,
-   
+
 }
 SMOLLM_OLMO = [
     Variant("smollm3", "smollm3", "SmolLM3ForCausalLM", _SMOLLM3, "tied; layer 2 without RoPE"),

@@ -181,7 +181,7 @@ GLM_MINIMAX = [
         BASE | {
             "hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
             "intermediate_size": 28, "num_hidden_layers": 3, "num_local_experts": 6, "num_experts_per_tok": 3,
-           
+
             "rope_parameters": rope(613.0, partial_rotary_factor=8 / 12),
         },
         "QK norm over the full width, partial RoPE on 8 of 12 dims, sigmoid router with a selection bias"),

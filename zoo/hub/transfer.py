@@ -510,7 +510,7 @@ def _parallel(items: Sequence[T], work: Callable[[T], R], workers: int, watch: W
                     break
                 results[i] = work(items[i])
             done.put(None)
-        except BaseException as error:  # noqa: BLE001 (handed to the caller's thread)
+        except BaseException as error:
             done.put(error)
 
     threads = [

@@ -1,0 +1,67 @@
+# make            what there is
+# make demo       a real model: pulled, converted, proven against upstream, and asked a question
+# make test       lint, types and tests, on a fresh clone too
+#
+# PYTHON=python3.12 picks the interpreter (3.11 or later); PIP_ARGS is handed to pip, for an index of CPU builds of
+# torch, say: PyPI's own for Linux carry CUDA and are several GB.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= -c constraints.txt
+PIP_ARGS    ?=
+JOBS        ?= 2
+BIN         := $(VENV)/bin
+# Two test processes on two cores: a thread each, or they fight.
+ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint types unit demo bench bench-gpu docs clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+# One environment for everything that is developed; the demo has a smaller one, as a user would.
+$(VENV)/.dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed (make PYTHON=...), this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[upstream,report,dev,docs]'
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed (make PYTHON=...), this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing zoo, torch and transformers into $(VENV) (minutes on the first run)"
+	@test -e $(VENV)/.dev || $(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[upstream]'
+	@touch $@
+
+venv: $(VENV)/.dev  ## the environment for development, in .venv
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev  ## mypy
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev  ## the tests alone
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --timeout 300
+
+test: lint types unit  ## lint, types and all tests
+
+demo: $(VENV)/.demo  ## pull SmolLM2 135M, convert, verify against upstream, ask it a question
+	$(BIN)/zoo pull smollm2-135m --to demo/smollm2-135m
+	$(BIN)/zoo verify demo/smollm2-135m
+	$(BIN)/zoo generate demo/smollm2-135m "What is the capital of France?"
+
+bench: $(VENV)/.dev  ## conversion, pull and start-up, measured on this machine
+	$(BIN)/python benchmarks/run.py
+
+bench-gpu: $(VENV)/.dev  ## decode and kernels; needs a CUDA device
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make bench-gpu needs a CUDA device, and torch sees none here")'
+	$(BIN)/python benchmarks/run.py --gpu
+
+docs: $(VENV)/.dev  ## the documentation, in site/
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+clean:  ## what the commands above made
+	rm -rf $(VENV) site demo build dist
