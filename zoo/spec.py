@@ -23,7 +23,7 @@ from typing import Any, Literal
 from zoo.errors import ZooError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"]
-"""`silu_clamped`: (up + 1) * gate * sigmoid(1.702 gate), gate <= limit, |up| <= limit (gpt-oss card)."""
+"""`silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit, |up| <= limit (gpt-oss card)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class Mamba:
 class MLP:
     """Feed-forward: down(act(gate x) * up x), or down(act(up x)) when not `gated`.
 
-    `limit`: the clamp of `silu_clamped`. `sparsity`: only gate activations above
+    `limit` and `alpha` belong to `silu_clamped`. `sparsity`: only gate activations above
     mean + std * icdf(sparsity) pass (Gaussian top-k, Gemma 3n).
     """
 
@@ -222,6 +222,7 @@ class MLP:
     gated: bool = True
     bias: bool = False
     limit: float | None = None
+    alpha: float = 1.702
     sparsity: float = 0.0
     kind: Literal["mlp"] = "mlp"
 
