@@ -1,0 +1,113 @@
+"""The canonical layout on disk: `zoo.json` and `model-*.safetensors` under canonical names.
+
+Reading checks that the tensors are those the Spec in `zoo.json` calls for, so that whoever loads a
+canonical folder (decoder, export, verifier) need not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zoo.errors import ZooError
+from zoo.formats.base import TensorRef, inside, read_json
+from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
+from zoo.layout import VERSION, layout
+from zoo.spec import Spec
+
+JSON = "zoo.json"
+
+
+@dataclass
+class Canonical:
+    """An opened canonical checkpoint.
+
+    `tensors` by canonical name (`X.weight`, and `X.scale` etc. of quantised ones); `extra_tensors` by the
+    source's names. `quant`: slot without `.weight` -> scheme. `source`: where it was converted from.
+    `extras`: source name -> why it is not part of the model. `layers`: the ones present, None: all.
+    """
+
+    root: Path
+    spec: Spec
+    quant: dict[str, str]
+    tensors: dict[str, TensorRef]
+    extra_tensors: dict[str, TensorRef]
+    source: dict[str, Any]
+    extras: dict[str, str]
+    layers: tuple[int, ...] | None
+    json: Mapping[str, Any] = field(repr=False)
+
+    def path(self, ref: TensorRef) -> Path:
+        return self.root / ref.file
+
+    @property
+    def files(self) -> list[str]:
+        """The safetensors files, model and extras."""
+        return sorted({t.file for t in (*self.tensors.values(), *self.extra_tensors.values())})
+
+
+def detect(path: Path) -> bool:
+    return path.is_dir() and (path / JSON).exists()
+
+
+def open(path: Path) -> NoReturn:
+    """A canonical folder is not a source: says so."""
+    raise ZooError(
+        f"{path}: is a canonical checkpoint already (it has {JSON}); `zoo export` gives back the release, "
+        "`zoo verify` checks it"
+    )
+
+
+def read(path: str | os.PathLike[str]) -> Canonical:
+    """Open the canonical folder at `path` by its headers.
+
+    Raises ZooError if it is none, is written by a newer zoo, or its tensors are not those of its Spec.
+    """
+    root = Path(path)
+    if not (root / JSON).exists():
+        raise ZooError(f"{root}: not a canonical checkpoint (no {JSON}); make one with `zoo convert`")
+    j = read_json(root / JSON, "it describes the checkpoint")
+    if j.get("layout_version") != VERSION:
+        raise ZooError(
+            f"{root / JSON}: layout version {j.get('layout_version')!r}, this zoo reads {VERSION}; "
+            "convert again, or use a newer zoo"
+        )
+    try:
+        spec, quant, source = Spec.from_dict(j["spec"]), dict(j.get("quant", {})), dict(j.get("source", {}))
+        extras = dict(j.get("extras", {}))
+        layers = tuple(int(i) for i in j["layers"]) if j.get("layers") is not None else None
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r})") from None
+    index = read_json(root / INDEX, "a canonical checkpoint has one")
+    tensors: dict[str, TensorRef] = {}
+    for name in index_files(index, str(root / INDEX)):
+        file = inside(root, name, INDEX)
+        for ref in parse_header(read_header(file), name, file.stat().st_size, str(file)):
+            tensors[ref.name] = ref
+    check_index(index["weight_map"], tensors, root / INDEX)
+    aside = {n: t for n, t in tensors.items() if t.file.startswith("extras-")}
+    model = {n: t for n, t in tensors.items() if not t.file.startswith("extras-")}
+    canonical = Canonical(root, spec, quant, model, aside, source, extras, layers, j)
+    _check(canonical)
+    return canonical
+
+
+def _check(c: Canonical) -> None:
+    slots = layout(c.spec)
+    present = None if c.layers is None else set(c.layers)
+    for slot in slots.values():
+        if present is not None and slot.layer is not None and slot.layer not in present:
+            continue
+        ref = c.tensors.get(slot.name)
+        if ref is None:
+            raise ZooError(f"{c.root}: tensor {slot.name!r} is missing; convert again")
+        if slot.name.removesuffix(".weight") not in c.quant and ref.shape != slot.shape:
+            raise ZooError(
+                f"{c.root / ref.file}: {slot.name} has shape {list(ref.shape)}, its Spec needs {list(slot.shape)}"
+            )
+    for name in c.tensors:
+        if name not in slots and not any(f"{name.rsplit('.', 1)[0]}" == q for q in c.quant):
+            raise ZooError(f"{c.root}: tensor {name!r} is not one of its Spec")
