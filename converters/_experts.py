@@ -1,0 +1,101 @@
+"""What families with experts share: parts of a Spec that are read from the same config fields, and rule lines
+for names that most of Hugging Face's mixture-of-experts decoders give the same parts.
+
+As in `_dense.py`, a family file lists what it has; a line that only one family needs stays there.
+"""
+
+from __future__ import annotations
+
+from zoo.config import Config
+from zoo.mapping.rules import RuleLine, cat, extra, stack
+from zoo.spec import MLP, Router
+
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+
+def dtype(*configs: Config) -> str | None:
+    """The declared dtype, under its old or new key, of the first config (wrapper, text) that has one."""
+    return next((d for c in configs if (d := c.first("dtype", "torch_dtype", default=None))), None)
+
+
+def n_experts(c: Config) -> int:
+    return int(c.first("n_routed_experts", "num_local_experts", "num_experts"))
+
+
+def sparse_layers(c: Config) -> list[bool]:
+    """Which layers have experts: a list as transformers 5 writes it, or all but the first k."""
+    n = c["num_hidden_layers"]
+    if "mlp_layer_types" in c:
+        return [kind == "sparse" for kind in c.each_layer("mlp_layer_types", n, ("dense", "sparse"))]
+    return [i >= c["first_k_dense_replace"] for i in range(n)]
+
+
+def sigmoid_router(c: Config) -> Router:
+    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): sigmoid scores in fp32, a selection bias instead
+    of an auxiliary loss, groups of experts ranked by their two best."""
+    c.choice("scoring_func", ("sigmoid",), "sigmoid")
+    c.choice("topk_method", ("noaux_tc",), "noaux_tc")
+    return Router(
+        top_k=c["num_experts_per_tok"],
+        score="sigmoid",
+        selection_bias=True,
+        n_groups=c.get("n_group", 1),
+        top_groups=c.get("topk_group", 1),
+        normalize=c.get("norm_topk_prob", True),
+        normalize_eps=1e-20,
+        scale=float(c.get("routed_scaling_factor", 1.0)),
+        fp32=True,
+    )
+
+
+def shared_experts(c: Config) -> MLP | None:
+    """The experts that every token visits are one MLP of their widths together."""
+    n = c.get("n_shared_experts", 0)
+    return MLP(n * c["moe_intermediate_size"]) if n else None
+
+
+# --- rules ------------------------------------------------------------------------------------------
+
+
+def gated_mlp(key: str, source: str) -> tuple[RuleLine, ...]:
+    """A gated MLP whose tensors lie under `source`."""
+    return (
+        (f"{key}.gate_up.weight", cat(f"{source}.gate_proj.weight", f"{source}.up_proj.weight")),
+        (f"{key}.down.weight", f"{source}.down_proj.weight"),
+    )
+
+
+def numbered(source: str, gate: str, up: str, down: str) -> tuple[RuleLine, ...]:
+    """Gated experts that are stored one by one under `source`, which holds `{e}`."""
+    return (
+        ("layers.{i}.moe.gate_up.weight", stack(cat(f"{source}.{gate}.weight", f"{source}.{up}.weight"))),
+        ("layers.{i}.moe.down.weight", stack(f"{source}.{down}.weight")),
+    )
+
+
+NUMBERED = numbered("model.layers.{i}.mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
+W123 = numbered("model.layers.{i}.block_sparse_moe.experts.{e}", "w1", "w3", "w2")
+
+DEEPSEEK_MOE: tuple[RuleLine, ...] = (
+    ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
+    *NUMBERED,
+    *gated_mlp("layers.{i}.moe.shared", "model.layers.{i}.mlp.shared_experts"),
+)
+
+MTP_LAYERS = extra(
+    "model.layers.{i}.*", "a multi-token-prediction layer after the last one: no part in the next token's logits"
+)
+
+# llama.cpp's GGUF: experts are stacked, gate and up apart.
+GGUF_MOE: tuple[RuleLine, ...] = (
+    ("layers.{i}.moe.router.weight", "blk.{i}.ffn_gate_inp.weight"),
+    ("layers.{i}.moe.router.selection_bias", "blk.{i}.exp_probs_b.bias"),
+    ("layers.{i}.moe.gate_up.weight", cat("blk.{i}.ffn_gate_exps.weight", "blk.{i}.ffn_up_exps.weight")),
+    ("layers.{i}.moe.down.weight", "blk.{i}.ffn_down_exps.weight"),
+    (
+        "layers.{i}.moe.shared.gate_up.weight",
+        cat("blk.{i}.ffn_gate_shexp.weight", "blk.{i}.ffn_up_shexp.weight"),
+    ),
+    ("layers.{i}.moe.shared.down.weight", "blk.{i}.ffn_down_shexp.weight"),
+)
