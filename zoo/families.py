@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,9 @@ def families() -> dict[str, Family]:
 
 def get(name: str) -> Family:
     """The family called `name`. Raises ZooError, with the known ones, if there is none."""
+    if name.isidentifier() and name[0] != "_" and importlib.util.find_spec(f"converters.{name}") is not None:
+        family: Family = importlib.import_module(f"converters.{name}").FAMILY  # one file, not all of them
+        return family
     if name not in families():
         raise ZooError(f"no family is called {name!r}; known: {', '.join(sorted(families()))}")
     return families()[name]

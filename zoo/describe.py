@@ -1,0 +1,272 @@
+"""A Spec in words: what `zoo show` and `zoo inspect` print, and what the documentation's tables are made of.
+
+Unusual here: everything is derived from the Spec, so two releases that differ in words differ in structure.
+The words are those of "The Big LLM Architecture Comparison" (S. Raschka): attention kind, norm placement,
+MoE shape, positional scheme, KV cache per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from zoo.layout import active_params, total_params
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    LatentAttention,
+    Layer,
+    Mamba,
+    Mixer,
+    MoE,
+    Norm,
+    QueryScale,
+    Rope,
+    Spec,
+)
+
+T = TypeVar("T")
+
+ACTIVATIONS = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)", "relu2": "squared ReLU, gated",
+               "silu_clamped": "clamped SwiGLU"}  # fmt: skip
+UNGATED = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu2": "squared ReLU"}
+
+
+def describe(spec: Spec) -> dict[str, str]:
+    """The architecture, one line a question. A question that doesn't arise is left out."""
+    mixers = [layer.mixer for layer in spec.layers if layer.mixer is not None]
+    ffns = [layer.ffn for layer in spec.layers if layer.ffn is not None]
+    total, active = total_params(spec), active_params(spec)
+    lines = {
+        "family": spec.family,
+        "parameters": f"{count(total)} total" + (f", {count(active)} active per token" if active < total else ""),
+        "shape": f"{spec.n_layers} layers, d_model {spec.d_model:,}",
+        "vocabulary": f"{spec.vocab_size:,}, head {'tied to the embedding' if spec.tied else 'of its own'}",
+        "context": f"{spec.context_length:,} tokens",
+        "attention": _each(mixers, _mixer, spec.n_layers),
+        "attention extras": _each([m for m in mixers if _extras(m)], _extras, spec.n_layers),
+        "positions": _positions(spec, mixers),
+        "norm": _each(spec.layers, _placement, spec.n_layers),
+        "QK-norm": _each([m for m in mixers if _qk_norm(m)], _qk_norm, spec.n_layers),
+        "feed-forward": _each(ffns, _ffn, spec.n_layers),
+        "KV cache": _cache(spec),
+        "ends": _ends(spec),
+    }
+    return {k: v for k, v in lines.items() if v}
+
+
+def kv_bytes_per_token(spec: Spec, itemsize: int = 2) -> int:
+    """Bytes that one more token adds to the KV cache while no window is full, at `itemsize` bytes per number.
+
+    Counts keys, values, latents and indexer keys; layers that reuse another's cache and recurrent states add none.
+    """
+    return sum(_kv_numbers(layer.mixer) for layer in spec.layers) * itemsize
+
+
+def kv_bytes(spec: Spec, tokens: int, itemsize: int = 2) -> int:
+    """Bytes of the KV cache after `tokens` tokens; windowed layers keep no more than their window."""
+    return sum(_kv_numbers(m) * min(tokens, _horizon(m) or tokens) for m in _mixers(spec)) * itemsize
+
+
+def state_bytes(spec: Spec, itemsize: int = 2) -> int:
+    """Bytes of recurrent state, whatever the length: linear attention in fp32, convolutions at `itemsize`."""
+    size = 0
+    for m in _mixers(spec):
+        if isinstance(m, DeltaNet):
+            channels = 2 * m.n_k_heads * m.k_head_dim + m.n_v_heads * m.v_head_dim
+            size += 4 * m.n_v_heads * m.k_head_dim * m.v_head_dim + itemsize * channels * (m.conv - 1)
+        elif isinstance(m, Mamba):
+            channels = m.n_heads * m.head_dim + 2 * m.n_groups * m.state
+            size += 4 * m.n_heads * m.head_dim * m.state + itemsize * channels * (m.conv - 1)
+    return size
+
+
+def count(n: int) -> str:
+    """8030261248 -> '8.03B'; three significant digits, as publishers write."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= size * 0.9995:
+            x = n / size
+            return f"{x:.2f}{unit}" if x < 9.995 else f"{x:.1f}{unit}" if x < 99.95 else f"{x:.0f}{unit}"
+    return str(n)
+
+
+def size(n: float) -> str:
+    """131072 -> '128 KiB': memory, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} TiB"
+
+
+# ---- parts
+
+
+def _mixers(spec: Spec) -> list[Mixer]:
+    return [layer.mixer for layer in spec.layers if layer.mixer is not None]
+
+
+def _each(things: Iterable[T], say: Callable[[T], str], n_layers: int) -> str:
+    """The distinct sayings, each with the number of layers it holds for; without one if it holds for all."""
+    said: dict[str, int] = {}
+    for thing in things:
+        said[say(thing)] = said.get(say(thing), 0) + 1
+    return "; ".join(text if n == n_layers else f"{n} of {n_layers} layers: {text}" for text, n in said.items() if text)
+
+
+def _mixer(m: Mixer) -> str:
+    match m:
+        case Attention():
+            kind = "MHA" if m.n_kv_heads == m.n_heads else "MQA" if m.n_kv_heads == 1 else "GQA"
+            heads = f"{m.n_heads} heads" if kind == "MHA" else f"{m.n_heads} query and {m.n_kv_heads} KV heads"
+            if m.kv_from is not None:
+                kind, heads = "GQA with an earlier layer's keys and values", f"{m.n_heads} query heads"
+            of = f"{m.head_dim}" if m.head_dim == m.v_head_dim else f"{m.head_dim}, values {m.v_head_dim}"
+            seen = f", sliding window {m.window:,}" if m.window else f", chunks of {m.chunk:,}" if m.chunk else ""
+            return f"{kind}, {heads} of {of}{seen}"
+        case LatentAttention():
+            q = f", queries through {m.q_rank:,}" if m.q_rank else ""
+            sparse = f", sparse: {m.indexer.top_k:,} keys chosen by an indexer" if m.indexer else ""
+            head = f"{m.nope_dim}+{m.rope_dim}, values {m.v_head_dim}"
+            return f"MLA, {m.n_heads} heads of {head}, latent {m.kv_rank}{q}{sparse}"
+        case DeltaNet():
+            kind = "Gated DeltaNet" if m.decay == "head" else "Kimi Delta Attention"
+            heads = f"{m.n_k_heads} key and {m.n_v_heads} value heads of {m.k_head_dim}"
+            return f"{kind} (linear), {heads}, convolution {m.conv}"
+        case Mamba():
+            return f"Mamba-2, {m.n_heads} heads of {m.head_dim}, {m.n_groups} groups, state {m.state}"
+
+
+def _extras(m: Mixer) -> str:
+    """What few families do inside attention."""
+    out = []
+    if isinstance(m, Attention):
+        out += ["q, k, v biases"] if m.qkv_bias else []
+        out += ["output bias"] if m.out_bias else []
+        out += ["sinks (a learned logit per head)"] if m.sinks else []
+        out += ["sigmoid output gate"] if m.gate else []
+        out += [f"scores capped at {m.softcap:g}"] if m.softcap else []
+        out += ["values normalised"] if m.value_norm else []
+        out += [f"values x {m.value_scale:g}"] if m.value_scale != 1 else []
+        out += [f"scale {m.scale:.4g}"] if abs(m.scale * m.head_dim**0.5 - 1) > 1e-6 else []
+    if isinstance(m, LatentAttention):
+        out += ["biases"] if m.qkv_bias or m.out_bias else []
+    if isinstance(m, Attention | LatentAttention) and m.query_scale is not None:
+        out.append(_temperature(m.query_scale))
+    return ", ".join(out)
+
+
+def _temperature(q: QueryScale) -> str:
+    return f"temperature grows with the logarithm of position / {q.period:,.0f}"
+
+
+def _qk_norm(m: Mixer) -> str:
+    if not isinstance(m, Attention) or m.qk_norm is None:
+        return ""
+    over = "per head" if m.qk_norm.over == "head" else "over all heads"
+    weight = ", no weight" if m.qk_norm.norm.weight == "none" else ""
+    return f"{_norm(m.qk_norm.norm)} {over}, {'after' if m.qk_norm.after_rope else 'before'} RoPE{weight}"
+
+
+def _positions(spec: Spec, mixers: list[Mixer]) -> str:
+    if spec.positions is not None:
+        return f"learned, {spec.positions:,} positions"
+    attending = [m for m in mixers if isinstance(m, Attention | LatentAttention)]
+    if not attending:
+        return "none"
+    if all(m.rope is None for m in attending):
+        return "NoPE: none in attention"
+    return _each(attending, lambda m: _rope(m.rope, m) if m.rope else "NoPE", len(attending)).replace(
+        "layers:", "attention layers:"
+    )
+
+
+def _rope(r: Rope, m: Attention | LatentAttention) -> str:
+    of = m.head_dim if isinstance(m, Attention) else m.rope_dim
+    text = f"RoPE, theta {r.theta:,.0f}"
+    if r.dim != of:
+        text += f", on {r.dim} of {of} channels"
+    if (s := r.scaling) is not None:
+        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear"}[s.kind]
+        text += f", {kind} x{s.factor:g}" + (f" from {s.original_context:,}" if s.original_context else "")
+    return text
+
+
+def _norm(n: Norm) -> str:
+    text = "RMSNorm" if n.kind == "rms" else "LayerNorm"
+    return text + (" (1 + weight)" if n.weight == "plus_one" else "")
+
+
+def _placement(layer: Layer) -> str:
+    before = layer.attn_norm or layer.ffn_norm
+    after = layer.attn_post_norm or layer.ffn_post_norm
+    match before, after:
+        case Norm(), Norm():
+            return f"{_norm(before)}, before and after attention and feed-forward"
+        case Norm(), None:
+            return f"{_norm(before)}, pre-norm"
+        case None, Norm():
+            return f"{_norm(after)}, post-norm inside the residual branch"
+    return "none"
+
+
+def _mlp(m: MLP) -> str:
+    act = (ACTIVATIONS if m.gated else UNGATED)[m.act]
+    sparse = f", {m.sparsity:.0%} sparse" if m.sparsity else ""
+    return f"{act}, d_ff {m.d_ff:,}" + (", biases" if m.bias else "") + sparse
+
+
+def _ffn(f: MLP | MoE) -> str:
+    if isinstance(f, MLP):
+        return f"dense {_mlp(f)}"
+    r = f.router
+    text = f"MoE, {r.top_k} of {f.n_experts} experts active ({_mlp(f.expert)})"
+    if f.shared is not None:
+        text += f" + shared expert of {f.shared.d_ff:,}" + (" behind a gate" if f.shared_gate else "")
+    if f.latent is not None:
+        text += f", experts in a latent of {f.latent:,}"
+    how = [r.score]
+    how += [f"best {r.top_groups} of {r.n_groups} groups"] if r.n_groups > 1 else []
+    how += ["selection bias"] if r.selection_bias else []
+    how += [f"x {r.scale:g}"] if r.scale != 1 else []
+    return f"{text}; router: {', '.join(how)}"
+
+
+def _kv_numbers(m: Mixer | None) -> int:
+    """Numbers that a token adds to this mixer's cache."""
+    if isinstance(m, Attention) and m.kv_from is None:
+        return m.n_kv_heads * (m.head_dim + m.v_head_dim)
+    if isinstance(m, LatentAttention):
+        return m.kv_rank + m.rope_dim + (m.indexer.head_dim if m.indexer else 0)
+    return 0
+
+
+def _horizon(m: Mixer) -> int | None:
+    return (m.window or m.chunk) if isinstance(m, Attention) else None
+
+
+def _cache(spec: Spec) -> str:
+    parts = []
+    if per_token := kv_bytes_per_token(spec):
+        parts.append(f"{size(per_token)} per token in bf16")
+        full = kv_bytes(spec, spec.context_length)
+        parts.append(f"{size(full)} at {spec.context_length:,} tokens")
+        if full < per_token * spec.context_length:
+            bounded = sum(1 for m in _mixers(spec) if _horizon(m) is not None and _kv_numbers(m))
+            parts.append(f"{bounded} layers keep only their window")
+    if state := state_bytes(spec):
+        parts.append(f"{size(state)} of recurrent state")
+    return ", ".join(parts)
+
+
+def _ends(spec: Spec) -> str:
+    out = []
+    out += [f"embedding x {spec.embed_scale:.4g}"] if spec.embed_scale != 1 else []
+    out += [f"logits x {spec.logit_scale:.4g}"] if spec.logit_scale != 1 else []
+    out += [f"logits capped at {spec.logit_softcap:g}"] if spec.logit_softcap else []
+    if spec.altup is not None:
+        out.append(f"AltUp: {spec.altup.n_streams} residual streams; LAuReL of rank {spec.altup.laurel_rank}")
+    if spec.per_layer_embedding is not None:
+        out.append(f"per-layer embeddings of {spec.per_layer_embedding.dim}")
+    return ", ".join(out)
