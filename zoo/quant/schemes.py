@@ -1,0 +1,214 @@
+"""Quantisation schemes, described: what stands beside a weight, under which names, and what one element of
+it stands for. No arithmetic here (see the module of each scheme) and no tensor library.
+
+A quantised canonical slot `X.weight` is stored as components: the codes under its own name, the rest as
+`X.<component>`. Each is rearranged by the same rule as the weight, at its own grain: where one scale stands
+for 128 x 128 elements, a fused slot has the scale rows of each part one after the other.
+
+| scheme | codes | beside them | released as |
+|---|---|---|---|
+| fp8-block | F8_E4M3 | `scale` per block, F32 mostly | `X.weight`, `X.weight_scale_inv` (or `weight_scale`) |
+| fp8-channel | F8_E4M3 | `scale` [out, 1] | `X.weight`, `X.weight_scale` |
+| fp8-tensor | F8_E4M3 | `scale`, `act_scale`: one number per released tensor | `qscale_weight` and `qscale_act`, ... |
+| mxfp4 | U8, two codes each | `scale` per 32 inputs, U8 exponents | `X_blocks`, `X_scales`; `X.blocks`, `X.scales` |
+| int4-group32 | I32, eight codes each | `scale` per 32 inputs; `shape` [out, in] | `X.weight_packed`, `weight_scale`, `weight_shape` |
+
+`fp8-block` means 128 x 128; another block is part of the name (`fp8-block-64x32`), as is another group
+(`int4-group128`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.formats.base import TensorRef
+
+_SCALES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One stored tensor of a quantised weight.
+
+    `unit`: the logical rows and columns one element stands for (0: all of them). None: the component is a
+    constant of each released tensor, whatever its shape. `trailing`: axes behind those of the grid.
+    `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    unit: tuple[int, int] | None
+    spellings: tuple[tuple[str, str], ...]
+    trailing: tuple[int, ...] = ()
+    optional: bool = False
+
+    def names(self, leaf: str) -> list[str]:
+        """What the component of the weight that a rule calls `leaf` may be called."""
+        return [leaf.removesuffix(a) + b for a, b in self.spellings if leaf.endswith(a)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way to quantise; `components[0]` is the codes."""
+
+    name: str
+    components: tuple[Component, ...]
+
+    def component(self, name: str) -> Component:
+        return next(c for c in self.components if c.name == name)
+
+
+_CODES = (("", ""),)
+_SCALE = Component("scale", _SCALES, (1, 1), (("", "_scale_inv"), ("", "_scale")))
+
+
+def _fp8_block(rows: int, columns: int) -> Scheme:
+    name = "fp8-block" if (rows, columns) == (128, 128) else f"fp8-block-{rows}x{columns}"
+    scale = Component("scale", (*_SCALES, "F8_E8M0", "U8"), (rows, columns), _SCALE.spellings)
+    return Scheme(name, (Component("weight", ("F8_E4M3",), (1, 1), _CODES), scale))
+
+
+_FP8_CHANNEL = Scheme(
+    "fp8-channel",
+    (
+        Component("weight", ("F8_E4M3",), (1, 1), _CODES),
+        Component("scale", _SCALES, (1, 0), (("", "_scale"), ("", "_scale_inv"))),
+    ),
+)
+_FP8_TENSOR = Scheme(
+    "fp8-tensor",
+    (
+        Component("weight", ("F8_E4M3",), (1, 1), _CODES),
+        Component(
+            "scale", _SCALES, None,
+            ((".weight", ".qscale_weight"), ("", "_scale_inv"), ("", "_scale"), ("", "_qscale_weight")),
+        ),
+        Component(
+            "act_scale", _SCALES, None,
+            ((".weight", ".qscale_act"), (".weight", ".activation_scale"), (".weight", ".input_scale"), ("", "_qscale_act")),
+            optional=True,
+        ),
+    ),
+)  # fmt: skip
+_MXFP4 = Scheme(
+    "mxfp4",
+    (
+        Component("weight", ("U8",), (1, 32), (("_blocks", "_blocks"), (".blocks", ".blocks")), trailing=(16,)),
+        Component("scale", ("U8", "F8_E8M0"), (1, 32), (("_blocks", "_scales"), (".blocks", ".scales"))),
+    ),
+)
+
+
+def _int4(group: int) -> Scheme:
+    return Scheme(
+        f"int4-group{group}",
+        (
+            Component("weight", ("I32",), (1, 8), (("", "_packed"),)),
+            Component("scale", ("BF16", "F16", "F32"), (1, group), (("", "_scale"),)),
+            Component("shape", ("I32", "I64"), None, (("", "_shape"),)),
+        ),
+    )
+
+
+@functools.cache
+def scheme(name: str) -> Scheme:
+    """The scheme called `name`. Raises ZooError for one this version does not know."""
+    fixed = {s.name: s for s in (_FP8_CHANNEL, _FP8_TENSOR, _MXFP4)}
+    if name in fixed:
+        return fixed[name]
+    if m := re.fullmatch(r"fp8-block(?:-(\d+)x(\d+))?", name):
+        return _fp8_block(int(m[1] or 128), int(m[2] or 128))
+    if m := re.fullmatch(r"int4-group(\d+)", name):
+        return _int4(int(m[1]))
+    raise ZooError(
+        f"unknown quantisation scheme {name!r}; known: fp8-block, fp8-channel, fp8-tensor, mxfp4, int4-group32"
+    )
+
+
+def block_size(name: str) -> tuple[int, int]:
+    """Logical rows and columns that one scale of the scheme stands for. 0: all of them."""
+    unit = scheme(name).component("scale").unit
+    return unit if unit is not None else (0, 0)
+
+
+def grid(component: Component, parts: Iterable[int], columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(rows per part, shape after the rows) of a component of a weight with these parts and columns."""
+    assert component.unit is not None
+    u, v = component.unit
+    rows = tuple(math.ceil(p / u) if u else 1 for p in parts)
+    return rows, (math.ceil(columns / v) if v else 1, *component.trailing)
+
+
+def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme of the weight that a rule calls `leaf`, by what is beside it; the block size and the
+    strategy by the config's `quantization_config`. None: it is a plain tensor, or not there.
+
+    Raises ZooError for codes without scales, and for a scheme of the config that zoo does not know.
+    """
+    codes = tensors.get(leaf)
+    if codes is None:
+        if leaf + "_packed" not in tensors:
+            return None
+        if leaf + "_zero_point" in tensors or leaf + "_g_idx" in tensors:
+            raise ZooError(f"{leaf}_packed: int4 with zero points or reordered groups is not supported")
+        return _int4(_group(config))
+    if leaf.endswith(("_blocks", ".blocks")) and codes.dtype == "U8":
+        if leaf[: -len("blocks")] + "scales" not in tensors:
+            raise ZooError(f"{leaf} in {codes.file}: mxfp4 codes without their scales ({leaf[:-6]}scales)")
+        return _MXFP4
+    if not codes.dtype.startswith("F8_E4M3"):
+        return None
+    names = dict.fromkeys(n for s in (_FP8_TENSOR, _FP8_CHANNEL) for n in s.component("scale").names(leaf))
+    scale = next((tensors[n] for n in names if n in tensors), None)
+    if scale is None:
+        raise ZooError(f"{leaf} in {codes.file}: {codes.dtype} codes without a scale; looked for {', '.join(names)}")
+    strategy, block = _fp8_strategy(config)
+    if scale.shape in ((), (1,)):
+        return _FP8_TENSOR
+    if strategy == "channel" or (strategy is None and _is_channel(codes, scale)):
+        return _FP8_CHANNEL
+    return _fp8_block(*block)
+
+
+def _is_channel(codes: TensorRef, scale: TensorRef) -> bool:
+    return scale.shape == (*codes.shape[:-1], 1) and codes.shape[-2] > 1
+
+
+def _fp8_strategy(config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int]]:
+    """("block", "channel", "tensor" or None where the config does not say; block size)."""
+    q = _quantization(config)
+    block = q.get("weight_block_size")
+    strategy = "block" if block else None
+    for group in (q.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        strategy = weights.get("strategy") or strategy
+        block = weights.get("block_structure") or block
+    if q.get("quant_method") == "fbgemm_fp8":
+        strategy = "channel"
+    if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
+        raise ZooError(f"config.json: quantization_config has block size {block!r}; expected two positive numbers")
+    return strategy, (block[0], block[1]) if block else (128, 128)
+
+
+def _group(config: Mapping[str, Any]) -> int:
+    groups = list((_quantization(config).get("config_groups") or {}).values())
+    weights = (groups[0].get("weights") or {}) if groups else {}
+    bits, size = weights.get("num_bits", 4), weights.get("group_size", 32)
+    if bits != 4 or weights.get("symmetric", True) is not True or weights.get("type", "int") != "int":
+        raise ZooError(
+            f"config.json: quantization_config asks for {weights}; of packed integers zoo knows symmetric int4 only"
+        )
+    return int(size)
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for c in (config, config.get("text_config") or {}):
+        if c.get("quantization_config"):
+            return c["quantization_config"]  # type: ignore[no-any-return]
+    return {}
