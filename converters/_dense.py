@@ -1,4 +1,6 @@
-"""Rule lines that dense families share: names that most of Hugging Face's decoders give the same parts.
+"""What the families without experts share, and those with experts use too: readings of a wrapper and of RoPE,
+and rule lines for names that most of Hugging Face's decoders, llama.cpp, and Meta and Mistral themselves give
+the same parts.
 
 A family file still says what it has: it lists these groups beside the lines of its own. A line whose
 canonical tensor the Spec doesn't have (a bias, a head that is tied) does nothing.
@@ -6,7 +8,40 @@ canonical tensor the Spec doesn't have (a bias, a head that is tied) does nothin
 
 from __future__ import annotations
 
-from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zoo.config import Config, rope
+from zoo.mapping.rules import Expr, RuleLine, Source, cat, extra, rope_halves
+from zoo.spec import Rope
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# --- reading configs ------------------------------------------------------------------------------------
+
+
+def text_config(c: Config) -> Config:
+    """The language model's part of a config, wrapper or not."""
+    return c.sub("text_config") if "text_config" in c else c
+
+
+def dtype(*configs: Config) -> str | None:
+    """The declared dtype, under its old or new key, of the first config (wrapper, text) that has one."""
+    return next((d for c in configs if (d := c.first("dtype", "torch_dtype", default=None))), None)
+
+
+def tied(c: Config, text: Config, default: bool) -> bool:
+    """Whether the head is the embedding: the wrapper's word counts before its text model's."""
+    return bool(c.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
+
+
+def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, fp32: bool = False) -> Rope:
+    """RoPE over the whole head; a config that wants only a part of it rotated is refused."""
+    Config(p, f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
+    return rope(c, p, head_dim, fp32=fp32)
+
+
+# --- Hugging Face names -----------------------------------------------------------------------------------
 
 _L = "model.layers.{i}."
 
@@ -48,7 +83,54 @@ PRE_NORMS: tuple[RuleLine, ...] = (
 
 INV_FREQ = extra("*.rotary_emb.inv_freq", "rotary frequencies; computed from the config")
 
-# llama.cpp's GGUF.
+WRAPPERS: tuple[dict[str, str], ...] = (
+    {},
+    {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    {"model.": "model.language_model."},
+)
+"""Where a multimodal wrapper puts its language model: as released, and as transformers 5 has it in memory."""
+
+VISION: tuple[RuleLine, ...] = tuple(
+    extra(f"{prefix}{part}.*", reason)
+    for prefix in ("", "model.")
+    for part, reason in (
+        ("vision_tower", "the vision tower; text needs none of it"),
+        ("multi_modal_projector", "carries image features into the text model's width"),
+    )
+)
+
+# --- Meta's and Mistral's own names -----------------------------------------------------------------------
+
+
+def vendor_names(at: Callable[[str, int | None], Source]) -> tuple[RuleLine, ...]:
+    """Attention, MLP, norms and head. Rows of q and k are in interleaved RoPE order.
+
+    `at(name, axis)` is a source tensor that tensor-parallel ranks cut along `axis` (None: each has it whole).
+    """
+    layer = "layers.{i}."
+    return (
+        ("norm.weight", at("norm.weight", None)),
+        ("head.weight", at("output.weight", 0)),
+        ("layers.{i}.attn_norm.weight", at(layer + "attention_norm.weight", None)),
+        ("layers.{i}.ffn_norm.weight", at(layer + "ffn_norm.weight", None)),
+        (
+            "layers.{i}.attn.qkv.weight",
+            cat(
+                rope_halves(at(layer + "attention.wq.weight", 0), "n_heads"),
+                rope_halves(at(layer + "attention.wk.weight", 0), "n_kv_heads"),
+                at(layer + "attention.wv.weight", 0),
+            ),
+        ),
+        ("layers.{i}.attn.out.weight", at(layer + "attention.wo.weight", 1)),
+        (
+            "layers.{i}.mlp.gate_up.weight",
+            cat(at(layer + "feed_forward.w1.weight", 0), at(layer + "feed_forward.w3.weight", 0)),
+        ),
+        ("layers.{i}.mlp.down.weight", at(layer + "feed_forward.w2.weight", 1)),
+    )
+
+
+# --- llama.cpp's GGUF -------------------------------------------------------------------------------------
 
 GGUF_ENDS: tuple[RuleLine, ...] = (
     ("embed.weight", "token_embd.weight"),

@@ -107,21 +107,31 @@ class Config(Mapping[str, Any]):
         return values[:n_layers]
 
 
-def rope_parameters(c: Config, layer_type: str | None = None, theta: str = "rope_theta") -> dict[str, Any]:
+def rope_parameters(
+    c: Config,
+    layer_type: str | None = None,
+    *,
+    theta: str = "rope_theta",
+    scaling: str | None = "rope_scaling",
+    default_theta: float | None = None,
+) -> dict[str, Any]:
     """RoPE settings under one set of keys, whichever way the config spells them.
 
     transformers 5 writes `rope_parameters` (one dict, or one per layer type); releases have a theta
-    (under the key `theta`) and `rope_scaling` (its kind under `type` or `rope_type`).
+    (under the key `theta`) and a dict under the key `scaling` (its kind under `type` or `rope_type`).
+    `scaling` None: a released scaling does not concern these layers. `default_theta` is for families
+    whose older releases leave theta out.
     """
     p = c.get("rope_parameters")
     if p is not None:
         nested = layer_type is not None and isinstance(p.get(layer_type), Mapping)
         out = dict(p[layer_type] if nested else p)
     else:
-        out = dict(c.get("rope_scaling") or {})
-    out["rope_type"] = out.get("rope_type", out.pop("type", None)) or "default"
+        out = dict((c.get(scaling) if scaling else None) or {})
+    kind = out.pop("type", None)
+    out["rope_type"] = out.get("rope_type") or kind or "default"
     if out.get("rope_theta") is None:
-        out["rope_theta"] = c[theta]
+        out["rope_theta"] = c.get(theta, default_theta) if default_theta is not None else c[theta]
     if out.get("partial_rotary_factor") is None and "partial_rotary_factor" in c:
         out["partial_rotary_factor"] = c["partial_rotary_factor"]
     return out

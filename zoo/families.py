@@ -27,7 +27,8 @@ class Family:
     tensors ("hf", "meta", "mistral", "gguf", ...; the reader says which namings a checkpoint may have).
 
     `model_types` and `architectures` are what its configs say in those fields. A config that has
-    `architectures` goes by them; one that has none, by its `model_type`.
+    `architectures` goes by them; one that has none, by its `model_type`. A wrapper's architecture may be
+    claimed by several families: its text model's `model_type` decides.
     """
 
     name: str
@@ -67,9 +68,11 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises ZooError for one that no family claims."""
     named = [a for a in config.get("architectures") or () if isinstance(a, str)]
     model_type = config.get("model_type")
-    for family in families().values():
-        if any(a in family.architectures for a in named):
-            return family
+    claims = [f for f in families().values() if any(a in f.architectures for a in named)]
+    if claims:
+        text = config.get("text_config")
+        kind = text.get("model_type") if isinstance(text, Mapping) else model_type
+        return next((f for f in claims if kind in f.model_types), claims[0])
     if not named:
         for family in families().values():
             if model_type in family.model_types:

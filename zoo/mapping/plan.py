@@ -247,7 +247,7 @@ def _sort_rest(
         if name in used:
             continue
         for e in extras:
-            if e.matches(name, spec.n_layers):
+            if e.matches(name, spec):
                 out.extras[name] = e.reason
                 break
         else:

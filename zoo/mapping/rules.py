@@ -442,13 +442,13 @@ class Rule:
 class Extra:
     """Source tensors the text model does not use: kept aside byte for byte, with the reason.
 
-    `pattern` is a glob; `{i}` in it stands for a layer index that the Spec does not have (beyond the
-    last layer), so that a tensor of a real layer can never slip through. Or `ignore` is a glob of
-    buffers that carry no information of their own but are still kept for the round trip.
+    `pattern` is a glob; `{i}` in it stands for the index of a layer that the Spec does not have (beyond
+    the last one), or of one for which `when` holds: so a tensor of a real layer can't slip through.
     """
 
     pattern: str
     reason: str
+    when: Callable[[Layer], bool] | None = None
 
     @functools.cached_property
     def _regex(self) -> re.Pattern[str]:
@@ -456,13 +456,17 @@ class Extra:
         body = r"(?P<i>\d+)".join(fnmatch.translate(p).removesuffix(r"\Z").removesuffix(r"\z") for p in parts)
         return re.compile(body + r"\Z")
 
-    def matches(self, name: str, n_layers: int) -> bool:
+    def matches(self, name: str, spec: Spec) -> bool:
         m = self._regex.match(name)
-        return m is not None and ("i" not in m.groupdict() or int(m["i"]) >= n_layers)
+        if m is None or "i" not in m.groupdict():
+            return m is not None
+        i = int(m["i"])
+        return i >= spec.n_layers if self.when is None else i < spec.n_layers and self.when(spec.layers[i])
 
 
-def extra(pattern: str, reason: str) -> Extra:
-    return Extra(pattern, reason)
+def extra(pattern: str, reason: str, when: Callable[[Layer], bool] | None = None) -> Extra:
+    """Source tensors kept aside, by a glob of their names; see `Extra`."""
+    return Extra(pattern, reason, when)
 
 
 RuleLine = tuple[str, Source] | tuple[str, Source, Callable[[Layer | None, Spec], bool]] | Extra

@@ -1,0 +1,160 @@
+"""Gemma 3n: E2B, E4B (text model of the wrapper).
+
+- AltUp (arXiv 2301.13310): `altup_num_inputs` streams of the residual. Each layer predicts all of them,
+  computes one, and corrects the others by what it found; they are merged before the final norm.
+- LAuReL (arXiv 2411.07501): a low-rank residual beside attention; (x + attention + laurel) / sqrt(2).
+- A second, per-layer embedding with a smaller vocabulary (ids beyond it count as 0), gated into the streams.
+- Norm weights are plain here (not 1 + w), applied in fp32; before and after both branches; v has a norm
+  without a weight; scores are not scaled at all.
+- The last `num_kv_shared_layers` layers take keys and values from the last layer of their own kind before
+  them. Releases hold k and v weights for those layers too: nothing reads them.
+- Gaussian top-k on the gate of the first layers: only activations above mean + std * icdf(sparsity) pass.
+- As in Gemma 3: GEGLU (tanh), embeddings times sqrt(d_model), tied head, windows with a theta of their own.
+  The full layers are every fifth, the window 512, final softcap 30.
+- `altup_coef_clip` acts in training only.
+"""
+
+from __future__ import annotations
+
+from zoo.config import ACTIVATIONS, Config, rope_parameters
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.mapping.rules import extra, rules, stack
+from zoo.spec import MLP, AltUp, Attention, Layer, Norm, PerLayerEmbedding, QKNorm, Spec
+
+from . import _dense as dense
+
+
+def spec(c: Config) -> Spec:
+    t = dense.text_config(c)
+    t.refuse(altup_active_idx=0, use_bidirectional_attention=False, attention_bias=False)
+    d, n, head_dim = t["hidden_size"], t["num_hidden_layers"], t["head_dim"]
+    norm = Norm(t["rms_norm_eps"], scale_in="fp32")
+    kinds = t.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
+    act = t.table("hidden_activation", ACTIVATIONS)
+
+    def attention(i: int) -> Attention:
+        sliding = kinds[i] == dense.SLIDING
+        parameters = rope_parameters(
+            t,
+            kinds[i],
+            theta="rope_local_base_freq" if sliding else "rope_theta",
+            scaling=None if sliding else "rope_scaling",
+        )
+        return Attention(
+            n_heads=t["num_attention_heads"],
+            n_kv_heads=t["num_key_value_heads"],
+            head_dim=head_dim,
+            v_head_dim=head_dim,
+            scale=1.0,
+            rope=dense.whole_rope(t, parameters, head_dim),
+            window=t["sliding_window"] if sliding else None,
+            qk_norm=QKNorm(norm),
+            value_norm=Norm(norm.eps, weight="none", scale_in="fp32"),
+            kv_from=kv_source(t, kinds, i),
+        )
+
+    widths, sparsities = per_layer(t, "intermediate_size"), per_layer(t, "activation_sparsity_pattern")
+    mlps = [MLP(f, act, sparsity=s) for f, s in zip(widths, sparsities, strict=True)]
+    return Spec(
+        family="gemma3n",
+        d_model=d,
+        vocab_size=t["vocab_size"],
+        layers=tuple(Layer(attention(i), mlps[i], norm, norm, norm, norm) for i in range(n)),
+        norm=norm,
+        tied=dense.tied(c, t, default=True),
+        context_length=t["max_position_embeddings"],
+        embed_scale=d**0.5,
+        logit_softcap=t.get("final_logit_softcapping"),
+        altup=AltUp(
+            n_streams=t["altup_num_inputs"],
+            active=0,
+            laurel_rank=t["laurel_rank"],
+            norm=norm,
+            correct_scale=t.get("altup_correct_scale", True),
+        ),
+        per_layer_embedding=PerLayerEmbedding(
+            t["vocab_size_per_layer_input"], t["hidden_size_per_layer_input"], norm, act
+        ),
+        dtype=dense.dtype(c, t),
+    )
+
+
+def kv_source(t: Config, kinds: list[str], i: int) -> int | None:
+    """The layer whose keys and values layer `i` reuses, or None if it has its own."""
+    own = t["num_hidden_layers"] - t.get("num_kv_shared_layers", 0)
+    if i < own:
+        return None
+    same = [j for j in range(own) if kinds[j] == kinds[i]]
+    if not same:
+        raise ZooError(
+            f"{t.where}: layer {i} shares keys and values, but no layer before {own} is {kinds[i]}"
+        )
+    return same[-1]
+
+
+def per_layer(t: Config, key: str) -> list[float]:
+    """A number for all layers, or a list with one for each."""
+    if isinstance(t[key], list):
+        return t.each_layer(key, t["num_hidden_layers"])
+    return [t[key]] * t["num_hidden_layers"]
+
+
+_L = "model.layers.{i}."
+_UNUSED = "keys and values of a layer that takes another layer's: released, never read"
+
+
+def _shares_kv(layer: Layer) -> bool:
+    return isinstance(layer.mixer, Attention) and layer.mixer.kv_from is not None
+
+
+RULES = {
+    "hf": rules(
+        *dense.ENDS,
+        ("per_layer.embed.weight", "model.embed_tokens_per_layer.weight"),
+        ("per_layer.proj.weight", "model.per_layer_model_projection.weight"),
+        ("per_layer.norm.weight", "model.per_layer_projection_norm.weight"),
+        ("altup.expand.weight", stack("model.altup_projections.{e}.weight")),
+        ("altup.merge.weight", stack("model.altup_unembed_projections.{e}.weight")),
+        ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
+        ("layers.{i}.attn_post_norm.weight", _L + "post_attention_layernorm.weight"),
+        ("layers.{i}.ffn_norm.weight", _L + "pre_feedforward_layernorm.weight"),
+        ("layers.{i}.ffn_post_norm.weight", _L + "post_feedforward_layernorm.weight"),
+        (
+            "layers.{i}.attn.qkv.weight",
+            _L + "self_attn.q_proj.weight",
+            lambda la, _: la is not None and _shares_kv(la),
+        ),
+        *dense.ATTENTION,
+        *dense.QK_NORM,
+        *dense.MLP,
+        ("layers.{i}.altup.router_norm.weight", _L + "altup.router_norm.weight"),
+        ("layers.{i}.altup.router.weight", _L + "altup.modality_router.weight"),
+        ("layers.{i}.altup.predict.weight", _L + "altup.prediction_coefs.weight"),
+        ("layers.{i}.altup.correct.weight", _L + "altup.correction_coefs.weight"),
+        ("layers.{i}.altup.correct_scale", _L + "altup.correct_output_scale"),
+        ("layers.{i}.laurel.down.weight", _L + "laurel.linear_left.weight"),
+        ("layers.{i}.laurel.up.weight", _L + "laurel.linear_right.weight"),
+        ("layers.{i}.laurel.norm.weight", _L + "laurel.post_laurel_norm.weight"),
+        ("layers.{i}.per_layer.gate.weight", _L + "per_layer_input_gate.weight"),
+        ("layers.{i}.per_layer.out.weight", _L + "per_layer_projection.weight"),
+        ("layers.{i}.per_layer.norm.weight", _L + "post_per_layer_input_norm.weight"),
+        *(
+            extra(f"*layers.{{i}}.self_attn.{part}.weight", _UNUSED, when=_shares_kv)
+            for part in ("k_proj", "v_proj", "k_norm")
+        ),
+        extra("model.vision_tower.*", "the vision tower; text needs none of it"),
+        extra("model.audio_tower.*", "the audio encoder; text needs none of it"),
+        extra("model.embed_vision.*", "carries image features into the text model's width"),
+        extra("model.embed_audio.*", "carries audio features into the text model's width"),
+        prefixes=({}, {"model.": "model.language_model."}, {"model.": "language_model.model."}),
+    ),
+}
+
+FAMILY = Family(
+    "gemma3n",
+    ("gemma3n", "gemma3n_text"),
+    ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
+    spec,
+    RULES,
+)

@@ -1,0 +1,125 @@
+"""Mistral 7B, Mistral Small 3.x, Ministral 8B, Ministral 3: `mistral`, `ministral`, `ministral3`, and the
+`mistral3` wrapper around them.
+
+A Llama without biases, and:
+- `sliding_window` null means none; a number means all layers (Mistral 7B v0.1), or those that `layer_types`
+  names (Ministral 8B).
+- Mistral Small has 32 heads of 128 at d_model 5120: head_dim is its own field.
+- Ministral 3 has YaRN whose attention factor comes to 1 (mscale = mscale_all_dim), and multiplies queries by
+  1 + beta ln(1 + floor(position / original_max_position_embeddings)).
+- The wrapper holds a vision tower. Its releases don't say whether the head is tied: their text config does,
+  or there is a head in the files.
+- Mistral's own files (`params.json`, `consolidated.safetensors`) hold q and k rows in interleaved RoPE order.
+"""
+
+from __future__ import annotations
+
+from zoo.config import ACTIVATIONS, Config, rope_parameters
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.mapping.rules import Source, extra, rules
+from zoo.spec import MLP, Attention, Layer, Norm, QueryScale, Spec
+
+from . import _dense as dense
+
+TEXT_TYPES = ("mistral", "ministral", "ministral3")
+
+
+def spec(c: Config) -> Spec:
+    t = dense.text_config(c)
+    kind = t.choice("model_type", TEXT_TYPES)
+    t.refuse(attention_bias=False, mlp_bias=False)
+    norm = Norm(t["rms_norm_eps"])
+    head_dim = t.get("head_dim", t["hidden_size"] // t["num_attention_heads"])
+    parameters = rope_parameters(t)
+    query_scale = None
+    if (beta := parameters.get("llama_4_scaling_beta")) is not None:
+        if kind != "ministral3":
+            raise ZooError(
+                f"{t.where}: llama_4_scaling_beta is {beta!r}; of this family only ministral3 has it"
+            )
+        query_scale = QueryScale(
+            "floor_log", float(parameters["original_max_position_embeddings"]), float(beta)
+        )
+
+    def attention(window: int | None) -> Attention:
+        return Attention(
+            n_heads=t["num_attention_heads"],
+            n_kv_heads=t["num_key_value_heads"],
+            head_dim=head_dim,
+            v_head_dim=head_dim,
+            scale=head_dim**-0.5,
+            rope=dense.whole_rope(t, parameters, head_dim),
+            window=window,
+            query_scale=query_scale,
+        )
+
+    mlp = MLP(t["intermediate_size"], t.table("hidden_act", ACTIVATIONS))
+    return Spec(
+        family="mistral",
+        d_model=t["hidden_size"],
+        vocab_size=t["vocab_size"],
+        layers=tuple(Layer(attention(w), mlp, attn_norm=norm, ffn_norm=norm) for w in windows(t)),
+        norm=norm,
+        tied=dense.tied(c, t, default=False),
+        context_length=t["max_position_embeddings"],
+        dtype=dense.dtype(c, t),
+    )
+
+
+def windows(t: Config) -> list[int | None]:
+    """Each layer's window. The key must be written, be it as null: left out, upstream means 4096."""
+    if "sliding_window" not in t.data:
+        raise ZooError(f"{t.where}: field 'sliding_window' is missing; write null for full attention")
+    window, n = t.get("sliding_window"), t["num_hidden_layers"]
+    if "layer_types" not in t:
+        return [window] * n
+    kinds = t.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
+    if window is None and dense.SLIDING in kinds:
+        raise ZooError(f"{t.where}: layer_types has sliding layers, but sliding_window is null")
+    return [window if kind == dense.SLIDING else None for kind in kinds]
+
+
+def _at(name: str, axis: int | None) -> Source:
+    return name
+
+
+_PIXTRAL = ("vision_encoder.*", "vision_language_adapter.*", "patch_merger.*", "pre_mm_projector_norm.*")
+RULES = {
+    "hf": rules(
+        *dense.ENDS,
+        *dense.PRE_NORMS,
+        *dense.ATTENTION,
+        *dense.MLP,
+        dense.INV_FREQ,
+        *dense.VISION,
+        prefixes=dense.WRAPPERS,
+    ),
+    "mistral": rules(
+        ("embed.weight", "tok_embeddings.weight"),
+        *dense.vendor_names(_at),
+        *(
+            extra(pattern, "the vision encoder and its adapter; text needs none of it")
+            for pattern in _PIXTRAL
+        ),
+    ),
+    "gguf": rules(
+        *dense.GGUF_ENDS,
+        *dense.GGUF_PRE_NORMS,
+        *dense.gguf_attention(interleaved=True),
+        *dense.GGUF_MLP,
+    ),
+}
+
+FAMILY = Family(
+    "mistral",
+    (*TEXT_TYPES, "mistral3"),
+    (
+        "MistralForCausalLM",
+        "MinistralForCausalLM",
+        "Ministral3ForCausalLM",
+        "Mistral3ForConditionalGeneration",
+    ),
+    spec,
+    RULES,
+)

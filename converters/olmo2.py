@@ -1,0 +1,68 @@
+"""OLMo 2: 1B, 7B, 13B, 32B.
+
+- Norms sit on the OUTPUT of attention and of the MLP, inside the residual; there are none on their inputs.
+- QK-norm over the full width of all heads (weights [n_heads * head_dim], [n_kv_heads * head_dim]), before
+  the split into heads and before RoPE.
+- Norm weights multiply in fp32; RoPE is computed in fp32 and cast back.
+- No `head_dim` field: it is d_model / n_heads. The head is not tied.
+"""
+
+from __future__ import annotations
+
+from zoo.config import ACTIVATIONS, Config, rope_parameters
+from zoo.families import Family
+from zoo.mapping.rules import RuleLine, rules
+from zoo.spec import MLP, Attention, Layer, Norm, QKNorm, Rope, Spec
+
+from . import _dense as dense
+
+
+def spec(c: Config) -> Spec:
+    rope = dense.whole_rope(c, rope_parameters(c), head_dim(c), fp32=True)
+    return decoder("olmo2", c, [(rope, None)] * c["num_hidden_layers"])
+
+
+def head_dim(c: Config) -> int:
+    return int(c.get("head_dim", c["hidden_size"] // c["num_attention_heads"]))
+
+
+def decoder(family: str, c: Config, layers: list[tuple[Rope, int | None]]) -> Spec:
+    """The whole model, given each layer's RoPE and window (Olmo 3 differs in just these)."""
+    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", ACTIVATIONS))
+
+    def attention(rope: Rope, window: int | None) -> Attention:
+        return Attention(
+            n_heads=c["num_attention_heads"],
+            n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+            head_dim=head_dim(c),
+            v_head_dim=head_dim(c),
+            scale=head_dim(c) ** -0.5,
+            rope=rope,
+            window=window,
+            qkv_bias=c.get("attention_bias", False),
+            out_bias=c.get("attention_bias", False),
+            qk_norm=QKNorm(norm, over="all_heads"),
+        )
+
+    return Spec(
+        family=family,
+        d_model=c["hidden_size"],
+        vocab_size=c["vocab_size"],
+        layers=tuple(
+            Layer(attention(*kind), mlp, attn_post_norm=norm, ffn_post_norm=norm) for kind in layers
+        ),
+        norm=norm,
+        tied=c.get("tie_word_embeddings", False),
+        context_length=c["max_position_embeddings"],
+        dtype=dense.dtype(c),
+    )
+
+
+POST_NORMS: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn_post_norm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
+    ("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight"),
+)
+RULES = {"hf": rules(*dense.ENDS, *POST_NORMS, *dense.ATTENTION, *dense.QK_NORM, *dense.MLP)}
+
+FAMILY = Family("olmo2", ("olmo2",), ("Olmo2ForCausalLM",), spec, RULES)
