@@ -1,0 +1,264 @@
+"""GGUF, llama.cpp's format: one file (or a split set) that holds everything, tokenizer included.
+
+- Names and hyperparameters are llama.cpp's own; the config is rebuilt from them in Hugging Face terms
+  (`converters/_gguf.py`), and the tokenizer's files are synthesised (`gguf_tokenizer.py`).
+- Shapes are stored innermost first; here they are [out, in] as everywhere.
+- Most tensors are of block types (`zoo/quant/ggml.py`), which have no safetensors dtype: a conversion
+  dequantises them to fp32, which is exact, unless another dtype is asked for.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.formats import gguf_tokenizer
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, inside
+from zoo.quant import ggml
+
+MAGIC = b"GGUF"
+
+# ggml's numbers of element types. What is not among ggml.TYPES or _PLAIN is refused by name.
+TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16",
+    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+}  # fmt: skip
+_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
+
+# Types of metadata values, as struct formats; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+_SPLIT = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def detect(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return any(path.glob("*.gguf"))
+
+
+def open(path: Path) -> Checkpoint:
+    """Open a GGUF file, the first file of a split set, or a folder that holds one of either."""
+    from converters import _gguf
+
+    root, names = (path.parent, _set_of(path.name)) if path.is_file() else (path, _files_of(path))
+    tensors: dict[str, TensorRef] = {}
+    files: dict[str, int] = {}
+    metadata: dict[str, Any] = {}
+    for n, name in enumerate(names):
+        file = inside(root, name, str(path))
+        files[name] = file.stat().st_size
+        fields, refs = read_header(file, name)
+        metadata = metadata if n else fields
+        for ref in refs:
+            if ref.name in tensors:
+                raise ZooError(
+                    f"{file}: tensor {ref.name!r} is also in {tensors[ref.name].file}; which one is meant?"
+                )
+            tensors[ref.name] = ref
+    if (count := metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise ZooError(
+            f"{root / names[0]}: its set has {count} tensors, found {len(tensors)}: is the download complete?"
+        )
+    where = str(root / names[0])
+    tables = {n: _read_table(root, tensors[n]) for n in _gguf.CONSTANTS if n in tensors}
+    config = _gguf.config(metadata, tensors, tables, where)
+    synthesised = {"config.json": _json(config), "generation_config.json": _json(_generation(metadata))}
+    tokenizer, notes = gguf_tokenizer.files(metadata, where)
+    return Checkpoint(
+        root, "gguf", ("gguf",), config, tensors, files,
+        synthesised=synthesised | tokenizer,
+        notes=notes,
+        default_dtype="fp32",
+        metadata={k: v for k, v in metadata.items() if not isinstance(v, list) or len(v) < 64},
+    )  # fmt: skip
+
+
+def _files_of(folder: Path) -> list[str]:
+    names = sorted(p.name for p in folder.glob("*.gguf") if "mmproj" not in p.name)
+    if not names:
+        raise ZooError(f"{folder}: no *.gguf here")
+    first = _set_of(names[0])
+    if set(names) - set(first):
+        raise ZooError(
+            f"{folder}: {len(names)} GGUF files that are not one set; name one of: {', '.join(names[:8])}"
+        )
+    return first
+
+
+def _set_of(name: str) -> list[str]:
+    """The files of the split set that `name` belongs to: `x-00001-of-00003.gguf` and so on."""
+    if (m := _SPLIT.fullmatch(name)) is None:
+        return [name]
+    return [f"{m['stem']}-{n + 1:05d}-of-{m['count']}.gguf" for n in range(int(m["count"]))]
+
+
+def _read_table(root: Path, ref: TensorRef) -> tuple[float, ...]:
+    """A small fp32 tensor of constants that belong to the config (factors of rotary frequencies)."""
+    if ref.dtype != "F32" or ref.size > 4096:
+        raise ZooError(
+            f"{root / ref.file}: tensor {ref.name!r}: expected a small F32 table, found {ref.dtype} {ref.shape}"
+        )
+    with (root / ref.file).open("rb") as f:
+        f.seek(ref.offset)
+        return struct.unpack(f"<{ref.size}f", f.read(ref.nbytes))
+
+
+def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json. A chat model ends its turn with `eot`, which may not be its `eos`."""
+    ids = {k: metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "eot", "eom", "padding")}
+    ends = list(dict.fromkeys(ids[k] for k in ("eos", "eot", "eom") if ids[k] is not None))
+    out = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+    return {k: v for k, v in {**out, "pad_token_id": ids["padding"]}.items() if v is not None}
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The header
+
+
+class _Cursor:
+    """Reads values one after the other from a mapped file, and says where it ends too early."""
+
+    def __init__(self, data: mmap.mmap, who: str) -> None:
+        self.data, self.at, self.who = data, 0, who
+
+    def take(self, n: int) -> bytes:
+        if n < 0 or self.at + n > len(self.data):
+            raise ZooError(
+                f"{self.who}: header needs {n} bytes at byte {self.at}, the file has {len(self.data)}: "
+                "truncated, fetch it again"
+            )
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def scalar(self, fmt: str) -> Any:
+        (value,) = struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt)))
+        return value
+
+    def string(self) -> str:
+        raw = self.take(self.scalar("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ZooError(
+                f"{self.who}: a name at byte {self.at} is not UTF-8 ({e.reason}): damaged file"
+            ) from None
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return _shortest(self.scalar(_SCALARS[kind])) if kind == 6 else self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise ZooError(
+                f"{self.who}: {key!r} has a value of unknown type {kind}: damaged, or of a newer format"
+            )
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner == _STRING:
+            self._at_most(count, 8, key)
+            return [self.string() for _ in range(count)]
+        if inner not in _SCALARS:
+            raise ZooError(f"{self.who}: {key!r} is an array of type {inner}, which is not supported")
+        self._at_most(count, struct.calcsize(_SCALARS[inner]), key)
+        fmt = f"<{count}{_SCALARS[inner]}"
+        return list(struct.unpack(fmt, self.take(struct.calcsize(fmt))))
+
+    def _at_most(self, count: int, size: int, key: str) -> None:
+        if count * size > len(self.data) - self.at:
+            raise ZooError(f"{self.who}: {key!r} claims {count} values, more than the file holds: damaged")
+
+
+def _shortest(x: float) -> float:
+    """The shortest decimal that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
+    if not math.isfinite(x):
+        return x
+    for digits in range(6, 10):
+        if struct.unpack("<f", struct.pack("<f", y := float(f"{x:.{digits}g}")))[0] == x:
+            return y
+    return x
+
+
+def read_header(file: Path, name: str) -> tuple[dict[str, Any], list[TensorRef]]:
+    """Metadata and tensors of one file. Every count, type and range is checked against the file."""
+    size = file.stat().st_size
+    if size < 24:
+        raise ZooError(f"{file}: {size} bytes is too short for a GGUF file: truncated, fetch it again")
+    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        c = _Cursor(data, str(file))
+        if c.take(4) != MAGIC:
+            raise ZooError(
+                f"{file}: does not start with GGUF: not a GGUF file (older GGML files are not supported)"
+            )
+        version = c.scalar("I")
+        if version not in (2, 3):
+            big = " (big-endian file)" if version in (2 << 24, 3 << 24) else ""
+            raise ZooError(f"{file}: GGUF version {version}{big}; supported: 2 and 3, little-endian")
+        n_tensors, n_fields = c.scalar("Q"), c.scalar("Q")
+        if 24 * n_tensors + 13 * n_fields > size:
+            raise ZooError(
+                f"{file}: claims {n_tensors} tensors and {n_fields} fields, more than it holds: damaged"
+            )
+        metadata: dict[str, Any] = {}
+        for _ in range(n_fields):
+            key = c.string()
+            metadata[key] = c.value(c.scalar("I"), key)
+        infos = [_tensor_info(c) for _ in range(n_tensors)]
+        align = metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise ZooError(f"{file}: general.alignment is {align!r}; expected a power of two")
+        data_start = -(-c.at // align) * align
+    return metadata, _place(infos, data_start, size, name, str(file))
+
+
+def _tensor_info(c: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
+    """(name, type name, shape [out, in], offset in the data part)."""
+    name, n_dims = c.string(), c.scalar("I")
+    if n_dims > 4:
+        raise ZooError(
+            f"{c.who}: tensor {name!r} has {n_dims} dimensions (limit 4): damaged, or of a newer format"
+        )
+    shape = tuple(c.scalar("Q") for _ in range(n_dims))[::-1]
+    number, offset = c.scalar("I"), c.scalar("Q")
+    if number not in TYPE_NAMES:
+        raise ZooError(f"{c.who}: tensor {name!r} is of unknown GGUF type {number}; a newer zoo may know it")
+    return name, TYPE_NAMES[number], shape, offset
+
+
+def _place(
+    infos: list[tuple[str, str, tuple[int, ...], int]], start: int, size: int, file: str, who: str
+) -> list[TensorRef]:
+    refs, names = [], set()
+    for name, dtype, shape, offset in infos:
+        tensor = f"{who}: tensor {name!r}"
+        n = math.prod(shape) * ITEMSIZE[dtype] if dtype in _PLAIN else ggml.nbytes(dtype, shape, tensor)
+        if start + offset + n > size:
+            raise ZooError(
+                f"{tensor} ends at byte {start + offset + n}, the file has {size}: truncated, fetch it again"
+            )
+        if name in names:
+            raise ZooError(f"{who}: header names {name!r} twice")
+        names.add(name)
+        refs.append(TensorRef(name, dtype, shape, file, start + offset, n))
+    at = start
+    for ref in sorted(refs, key=lambda r: r.offset):
+        if ref.offset < at:
+            raise ZooError(f"{who}: tensor {ref.name!r} at byte {ref.offset} overlaps another")
+        at = ref.offset + ref.nbytes
+    return refs

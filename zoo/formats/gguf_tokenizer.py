@@ -1,0 +1,208 @@
+"""The tokenizer files of a GGUF: tokenizer.json and tokenizer_config.json from its `tokenizer.*` fields.
+
+Two kinds: "gpt2" (byte-level BPE with merges; how text is split before merging is named by
+`tokenizer.ggml.pre`) and "llama" (SentencePiece BPE: pieces with scores, from which the merges follow).
+What is not known is said in a note, and the conversion goes on without a tokenizer: the weights do not
+depend on it.
+
+The splits are facts about the tokenizers, as published in their tokenizer.json; llama.cpp names them in
+`llama_vocab::impl::load`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.errors import ZooError
+
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # tokenizer.ggml.token_type
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_DIGITS_APART = ({"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True})
+
+# tokenizer.ggml.pre -> how text is split: regexes one after the other, or ready-made steps.
+_PRE: dict[str, tuple[Any, ...]] = {
+    "gpt-2": ({"type": "ByteLevel", "use_regex": True},),
+    "default": ({"type": "ByteLevel", "use_regex": True},),
+    "smollm": _DIGITS_APART,
+    "starcoder": _DIGITS_APART,
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "pixtral": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),
+    "dbrx": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "gpt-4o": (_O200K,),
+    "llama4": (_O200K,),
+    "tekken": (_TEKKEN,),
+    "deepseek-v3": _DEEPSEEK3,
+}
+# Merges are skipped for a word that is a token itself (tiktoken's rule).
+_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken", "gpt-4o", "llama4")
+# These vocabularies begin every text with `bos` even where a file does not say so.
+_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken", "deepseek-v3")
+
+
+def files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The tokenizer's files by name, and notes on what could not be made."""
+    fields = {
+        k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")
+    }
+    tokens = fields.get("tokens")
+    if tokens is None:
+        return {}, ("the file has no tokenizer; none is written",)
+    for name in ("bos", "eos", "eot", "unknown", "padding"):
+        number = fields.get(f"{name}_token_id")
+        if number is not None and not 0 <= number < len(tokens):
+            raise ZooError(f"{where}: {name}_token_id is {number}, the vocabulary has {len(tokens)} tokens")
+    kind, pre = fields.get("model"), fields.get("pre", "default")
+    if kind == "gpt2" and pre in _PRE:
+        model = _byte_level(fields, pre)
+    elif kind == "llama":
+        model = _sentencepiece(fields)
+    else:
+        what = f"split {pre!r}" if kind == "gpt2" else f"kind {kind!r}"
+        return {}, (f"tokenizer of {what} is not known; no tokenizer.json is written",)
+    config = _config(fields, metadata.get("tokenizer.chat_template"))
+    return {"tokenizer.json": _json(model), "tokenizer_config.json": _json(config, indent=2)}, ()
+
+
+def _json(data: Mapping[str, Any], indent: int | None = None) -> bytes:
+    return (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+def _config(fields: Mapping[str, Any], chat_template: str | None) -> dict[str, Any]:
+    tokens = fields["tokens"]
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    out: dict[str, Any] = {
+        key: tokens[fields[f"{name}_token_id"]] for key, name in named.items() if f"{name}_token_id" in fields
+    }
+    out |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if chat_template is not None:
+        out["chat_template"] = chat_template
+    return out
+
+
+def _adds_bos(fields: Mapping[str, Any]) -> bool:
+    default = fields["model"] == "llama" or fields.get("pre") in _BOS_BY_DEFAULT
+    return bool(fields.get("add_bos_token", default)) and "bos_token_id" in fields
+
+
+def _frame(fields: Mapping[str, Any], model: dict[str, Any], **steps: Any) -> dict[str, Any]:
+    tokens, kinds = fields["tokens"], fields.get("token_type") or []
+    added = [
+        {
+            "id": n, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": kind == CONTROL,
+        }
+        for n, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind in (CONTROL, USER_DEFINED)
+    ]  # fmt: skip
+    before = (
+        [{"SpecialToken": {"id": tokens[fields["bos_token_id"]], "type_id": 0}}] if _adds_bos(fields) else []
+    )
+    bos = {t["SpecialToken"]["id"]: fields["bos_token_id"] for t in before}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*before, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {t: {"id": t, "ids": [n], "tokens": [t]} for t, n in bos.items()},
+    }
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": None, "pre_tokenizer": None, "post_processor": template if before else None, "decoder": None,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **model,
+        },
+    } | steps  # fmt: skip
+
+
+def _byte_level(fields: Mapping[str, Any], pre: str) -> dict[str, Any]:
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = _PRE[pre]
+    if isinstance(split[0], str):
+        steps = [
+            {"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in split
+        ]
+        steps.append(whole)
+    else:
+        steps = [{**whole, **s} if s["type"] == "ByteLevel" else dict(s) for s in split]
+    return _frame(
+        fields,
+        {
+            "vocab": {token: n for n, token in enumerate(fields["tokens"])},
+            "merges": [m.split(" ", 1) for m in fields.get("merges", ())],
+            "ignore_merges": pre in _IGNORE_MERGES,
+        },
+        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
+        decoder={**whole, "use_regex": True},
+    )
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = fields["tokens"]
+    space = "\u2581"
+    # Runs of spaces are stored as spaces by some writers; inside the model a space is always U+2581.
+    spelled = [t.replace(" ", space) if t and not t.strip(" ") else t for t in tokens]
+    vocab = {token: n for n, token in enumerate(spelled)}
+    normal: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": space}]
+    decode: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": space}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if fields.get("add_space_prefix", True):
+        normal.insert(0, {"type": "Prepend", "prepend": space})
+        decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = fields.get("unknown_token_id")
+    return _frame(
+        {**fields, "tokens": spelled},
+        {
+            "vocab": vocab,
+            "merges": _merges(spelled, fields),
+            "unk_token": spelled[unknown] if unknown is not None else None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+        normalizer={"type": "Sequence", "normalizers": normal},
+        decoder={"type": "Sequence", "decoders": decode},
+    )
+
+
+def _merges(tokens: list[str], fields: Mapping[str, Any]) -> list[list[str]]:
+    """Pairs of pieces that make a piece, best first: in the order of the vocabulary, which is the order in
+    which the pieces were learned (scores say the same where they are real, and some writers make them up)."""
+    kinds = fields.get("token_type") or [1] * len(tokens)
+    index = {t: n for n, t in enumerate(tokens) if kinds[n] not in (CONTROL, BYTE)}
+    pairs = []
+    for token, n in index.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in index and right in index:
+                pairs.append((n, index[left], index[right], left, right))
+    pairs.sort(key=lambda p: p[:3])
+    return [[left, right] for *_, left, right in pairs]
