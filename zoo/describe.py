@@ -33,6 +33,13 @@ ACTIVATIONS = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)", "
 UNGATED = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu2": "squared ReLU"}
 
 
+QUESTIONS = (
+    "family", "parameters", "shape", "vocabulary", "context", "attention", "attention extras", "positions", "norm",
+    "QK-norm", "feed-forward", "KV cache", "ends",
+)  # fmt: skip
+"""What `describe` answers, in order."""
+
+
 def describe(spec: Spec) -> dict[str, str]:
     """The architecture, one line a question. A question that doesn't arise is left out."""
     mixers = [layer.mixer for layer in spec.layers if layer.mixer is not None]

@@ -11,6 +11,8 @@ What is unusual:
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import tomllib
@@ -101,6 +103,52 @@ class Manifest:
     def facts(self) -> dict[str, str]:
         """Field -> the public source it was read from (`repo`, `revision`: of the first source)."""
         return _tables(self.name)["facts"]
+
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The release's config.json, as far as public sources show it (`manifests/configs`), or None."""
+        stem = _configs().get(self.name)
+        if stem is None:
+            return None
+        with open(os.path.join(manifests.__path__[0], "configs", f"{stem}.config.json"), encoding="utf-8") as file:
+            config: dict[str, Any] = json.load(file)
+        return config
+
+
+def summary(m: Manifest) -> dict[str, Any]:
+    """What programs get to see of a manifest: its fields, absent ones left out."""
+    out = {k: v for k, v in dataclasses.asdict(m).items() if v not in (None, ())}
+    out["sources"] = [
+        {k: v for k, v in dataclasses.asdict(s).items() if v is not None and not (k == "files" and v == HUB_FILES)}
+        for s in m.sources
+    ]
+    return out | {"proven": proof(m)}
+
+
+@cache
+def _proofs() -> dict[str, dict[str, str]]:
+    """What the tests have shown, by family and by release (`manifests/proofs.toml`, written by them)."""
+    try:
+        with open(os.path.join(manifests.__path__[0], "proofs.toml"), "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        return {}
+
+
+def proof(m: Manifest) -> str | None:
+    """How far conversions of this release are proven: "weights" (its real weights, against upstream), "rules" (its
+    family's rules and decoder, against upstream, on small random checkpoints), or None."""
+    proofs = _proofs()
+    return proofs.get("releases", {}).get(m.name) or proofs.get("families", {}).get(m.family)
+
+
+@cache
+def _configs() -> dict[str, str]:
+    """Release -> the stem of its config."""
+    with open(os.path.join(manifests.__path__[0], "configs", "sources.toml"), "rb") as file:
+        entries = tomllib.load(file)
+    return {name: stem for stem, e in entries.items() if not stem.endswith(".params") for name in e["releases"]}
 
 
 def load_all() -> tuple[Manifest, ...]:

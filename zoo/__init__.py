@@ -1,0 +1,127 @@
+"""Open LLM checkpoints in one canonical layout: found, pulled, converted and proven.
+
+    path = zoo.pull("smollm2-135m")              # a folder in the canonical layout
+    model = zoo.load(path)                       # nn.Module: token_ids [B, T] -> logits [B, T, V]
+    print(zoo.verify(path).passed)
+
+These functions are stable; everything else may move. Errors that a user can act on are `zoo.ZooError`.
+
+Unusual here: `import zoo` imports next to nothing; each function imports what it needs when it is called. And
+`spec`, `pull`, `verify` are functions although submodules have the same names (see `_Package`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo._version import __version__
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.hub import Progress
+    from zoo.mapping.plan import Plan
+    from zoo.model import Decoder
+    from zoo.spec import Spec
+    from zoo.verify import Certificate
+
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "spec", "verify"]
+
+
+def load(path: StrPath, device: str = "cpu", dtype: str | None = None) -> Decoder:
+    """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
+    [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
+
+    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32" (None: as stored). Raises ZooError if `path`
+    is no canonical checkpoint.
+    """
+    from zoo.model import load
+
+    return load(path, device=device, dtype=dtype)
+
+
+def plan(src: StrPath, dtype: str | None = None) -> Plan:
+    """What converting `src` would do: a checkpoint on disk, the name of a release, or owner/repo on the Hub, of which
+    only headers are read. Raises ZooError, listing what does not fit, if the family's rules do not account for
+    every tensor; `zoo.hub.HubError` (a ZooError) for what the Hub refuses.
+    """
+    from zoo.pull import open_source
+
+    return open_source(src, dtype).plan
+
+
+def convert(src: StrPath, dst: StrPath, dtype: str | None = None) -> Path:
+    """Convert `src` (as in `plan`; fetched first if it is remote) to the canonical folder `dst`; `dst`.
+
+    `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. Raises ZooError
+    as `plan`, and if `dst` exists, can't be written, or the disk is too small.
+    """
+    from zoo.pull import convert
+
+    return convert(src, dst, dtype=dtype)
+
+
+def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
+    """Give back the release that the canonical folder `canon` was converted from: the same tensors, files and bytes,
+    in `dst`. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    """
+    from zoo.mapping.export import export
+
+    return export(canon, dst, format=format)
+
+
+def verify(canon: StrPath, against: StrPath | None = None, **how: Any) -> Certificate:
+    """Compare the canonical folder `canon` with upstream's implementation of `against` (default: what it was
+    converted from, where that still exists). `how`: see `zoo.verify.verify`. The certificate has `.passed` and
+    `.to_json()`, and is kept as `parity.json` in the folder.
+    """
+    from zoo.verify import verify
+
+    return verify(canon, against=against, **how)
+
+
+def pull(
+    name: str,
+    to: StrPath | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    layers: Sequence[int] | None = None,
+    stream: bool = False,
+    verify: str | None = "bytes",
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch, check, convert and verify a release: a name or alias from `zoo list`, or owner/repo on the Hub.
+    Returns the canonical folder (default `to`: the name, in the current folder).
+
+    Interrupted at any point, the same call continues. `layers` converts only those (and the ends); `stream` keeps no
+    copy of the source; `verify` is the level of parity asked for, None for none. Raises `zoo.hub.HubError` (a
+    ZooError) for what the Hub refuses, ZooError for the rest.
+    """
+    from zoo.pull import pull
+
+    return pull(name, to, dtype=dtype, revision=revision, layers=layers, stream=stream, verify=verify, progress=progress)
+
+
+def spec(src: StrPath) -> Spec:
+    """The architecture of a checkpoint, a canonical folder, a release by name, or owner/repo on the Hub."""
+    from zoo.pull import spec_of
+
+    return spec_of(src)
+
+
+class _Package(types.ModuleType):
+    """Importing the submodule `zoo.spec` must not replace the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,67 @@
+"""The command line: `zoo COMMAND`. One file per command; a command is a file here with a `command` in it.
+
+Exit codes: 0 done; 1 failed, with one message on stderr (`--debug` adds the traceback); 2 wrong usage;
+130 stopped by Ctrl-C. Results go to stdout, as JSON with `--json`; progress and messages to stderr.
+
+Unusual here: starting must cost little more than importing click does, so the files of commands import torch,
+numpy and huggingface_hub only when they run (a test holds them to it).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from zoo._version import __version__
+from zoo.cli import _common
+
+ORDER = ("list", "show", "pull", "plan", "convert", "export", "verify", "inspect", "generate")
+
+
+class _Commands(click.Group):
+    """Finds commands by the names of the files beside this one, and imports only those asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        files = {f[:-3] for f in os.listdir(__path__[0]) if f.endswith(".py") and not f.startswith("_")}
+        return [*(c for c in ORDER if c in files), *sorted(files.difference(ORDER))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(f"zoo.cli.{name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
+            if near:
+                error.message += f" Did you mean: {', '.join(near)}?"
+            raise
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", message="zoo %(version)s")
+def cli() -> None:
+    """Open LLM checkpoints in one canonical layout: found, pulled, converted and proven.
+
+    \b
+    zoo pull smollm2-135m       fetch a release, convert it, check it
+    zoo show qwen3-8b llama3    two architectures side by side
+    zoo verify DIR              compare a conversion with upstream
+
+    Each command takes --json, and --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit the process."""
+    sys.exit(_common.run(cli, args))

@@ -1,0 +1,155 @@
+"""What the commands share: `--json` and `--debug`, how a failure looks, how results are printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.cli._progress import Events
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _State:
+    debug = False
+    json = False
+    events: Events | None = None  # set by a command that streams events
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+        if value:
+            setattr(_State, name, True)
+        return value
+
+    return callback
+
+
+def common(function: F) -> F:
+    """Every command's decorator, under `@click.command()`: adds `--json` (passed as `as_json`) and `--debug`."""
+    function = click.option(
+        "--debug", is_flag=True, expose_value=False, callback=_set("debug"), help="Show a traceback on failure."
+    )(function)
+    return click.option(
+        "--json", "as_json", is_flag=True, callback=_set("json"), help="Print the result as JSON, for programs."
+    )(function)
+
+
+def emit(data: Any) -> None:
+    """Print JSON to stdout."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def say(text: str = "") -> None:
+    click.echo(text)
+
+
+def note(text: str) -> None:
+    """A sentence for people, on stderr."""
+    click.echo(text, err=True)
+
+
+def failed() -> NoReturn:
+    """End the command with exit code 1 after its output said why."""
+    raise click.exceptions.Exit(1)
+
+
+def run(cli: click.Command, args: Sequence[str] | None) -> int:
+    """Run the command line; its exit code."""
+    _State.debug = _State.json = False
+    _State.events = None
+    try:
+        result = cli.main(args=args, prog_name="zoo", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped", 130)
+    except BrokenPipeError:  # `zoo list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ZooError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        hint = "" if _State.debug else " (run again with --debug for the traceback)"
+        return _fail(f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if _State.debug:
+        import traceback
+
+        traceback.print_exc()
+    if _State.events is not None:
+        _State.events.error(message)
+    elif _State.json:
+        emit({"error": message})
+    click.echo(f"zoo: {message}", err=True)
+    return code
+
+
+# ---- arguments
+
+
+class ReleaseName(click.ParamType[str]):
+    """The name of a release; the shell completes it."""
+
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from zoo import manifest
+
+        return [CompletionItem(stem) for stem in manifest.stems() if stem.startswith(incomplete.lower())]
+
+
+class Source(ReleaseName):
+    """A folder or file, a release's name, or owner/repo."""
+
+    name = "src"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
+DTYPE = click.Choice(["bf16", "fp16", "fp32"])
+
+
+# ---- tables
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns, padded; those in `right` are aligned right."""
+    widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
+    lines = []
+    for row in (head, *rows):
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def pairs(items: Sequence[tuple[str, str]]) -> str:
+    """name  value, long values wrapped to the terminal."""
+    import shutil
+    import textwrap
+
+    left = max(len(k) for k, _ in items) + 2
+    width = max(40, min(110, shutil.get_terminal_size((110, 24)).columns)) - left
+    lines = []
+    for k, v in items:
+        wrapped = [part for line in (v.split("\n") or [""]) for part in textwrap.wrap(line, width) or [""]]
+        lines += [(k if n == 0 else "").ljust(left) + part for n, part in enumerate(wrapped)]
+    return "\n".join(line.rstrip() for line in lines)

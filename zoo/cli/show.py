@@ -1,0 +1,105 @@
+"""`zoo show`: the architecture of a release, or of several side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zoo.cli._common import ReleaseName, common, emit, pairs, say
+
+if TYPE_CHECKING:
+    from zoo.manifest import Manifest
+    from zoo.spec import Spec
+
+
+FACTS = ("also called", "from", "published size", "weights", "formats", "licence", "paper", "code", "architecture")
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, type=ReleaseName(), metavar="NAME...")
+@common
+def command(names: tuple[str, ...], as_json: bool) -> None:
+    """Show what is known of a release and how it is built; several are put side by side, differences marked."""
+    from zoo import manifest
+
+    releases = [manifest.find(name) for name in names]
+    specs = [_spec(m) for m in releases]
+    if as_json:
+        shown = [_json(m, s) for m, s in zip(releases, specs, strict=True)]
+        emit(shown[0] if len(shown) == 1 else shown)
+    elif len(releases) == 1:
+        say(pairs([*_facts(releases[0]).items(), *_architecture(releases[0], specs[0]).items()]))
+    else:
+        columns = [_facts(m) | _architecture(m, s) for m, s in zip(releases, specs, strict=True)]
+        say(side_by_side([m.name for m in releases], columns))
+
+
+def _spec(m: Manifest) -> Spec | None:
+    """From the release's config, which zoo has a copy of for most."""
+    from zoo import families
+
+    return None if m.config is None else families.spec_of(m.config, families.get(m.family), f"{m.name}: config.json")
+
+
+def _facts(m: Manifest) -> dict[str, str]:
+    from zoo.describe import count
+
+    published = f"{count(m.params_total)} total" if m.params_total else ""
+    published += f", {count(m.params_active)} active" if m.params_active else ""
+    facts = {
+        "name": m.name,
+        "also called": ", ".join(m.aliases),
+        "from": "\n".join(str(s) for s in m.sources),
+        "published size": published,
+        "weights": m.quantization or m.dtype or "",
+        "formats": ", ".join(m.formats),
+        "licence": (m.licence or "") + (", gated: accept it on the Hub first" if m.gated else ""),
+        "paper": m.links.get("paper", ""),
+        "code": m.links.get("code", ""),
+    }
+    return {k: v for k, v in facts.items() if v}
+
+
+def _architecture(m: Manifest, spec: Spec | None) -> dict[str, str]:
+    from zoo.describe import describe
+
+    if spec is None:
+        return {"family": m.family, "architecture": f"zoo has no copy of its config; `zoo plan {m.name}` reads it"}
+    return describe(spec)
+
+
+def _json(m: Manifest, spec: Spec | None) -> dict[str, Any]:
+    from zoo import describe, manifest
+    from zoo.layout import active_params, total_params
+
+    out = manifest.summary(m) | {"links": m.links}
+    if spec is not None:
+        out |= {
+            "architecture": describe.describe(spec),
+            "params": {"total": total_params(spec), "active": active_params(spec)},
+            "kv_bytes_per_token": describe.kv_bytes_per_token(spec),
+            "spec": spec.to_dict(),
+        }
+    return out
+
+
+def side_by_side(names: list[str], columns: list[dict[str, str]]) -> str:
+    """A column per release; rows in which they differ begin with *."""
+    import shutil
+    import textwrap
+
+    from zoo.describe import QUESTIONS
+
+    keys = [key for key in (*FACTS, *QUESTIONS) if any(key in column for column in columns)]
+    left = max(map(len, keys)) + 4
+    each = max(24, (min(200, shutil.get_terminal_size((110, 24)).columns) - left) // len(columns) - 2)
+    lines = [" " * left + "  ".join(n.ljust(each) for n in names).rstrip()]
+    for key in keys:
+        values = [c.get(key, "-") for c in columns]
+        mark = "*" if len(set(values)) > 1 else " "
+        cells = [[x for v in value.split("\n") for x in textwrap.wrap(v, each, break_on_hyphens=False) or [""]] for value in values]
+        for n in range(max(map(len, cells))):
+            row = "  ".join((c[n] if n < len(c) else "").ljust(each) for c in cells)
+            lines.append((f"{mark} {key}" if n == 0 else "").ljust(left) + row.rstrip())
+    return "\n".join(line.rstrip() for line in lines)
