@@ -93,12 +93,14 @@ class QueryScale:
 
     `floor_log`: 1 + beta * ln(1 + floor((pos + offset) / period)).
     `log`: log2(pos) / log2(period) where pos > period, else 1.
+    `fp32`: queries are multiplied in fp32; otherwise the factor is rounded to the model's dtype first.
     """
 
     kind: Literal["floor_log", "log"]
     period: float
     beta: float = 1.0
     offset: int = 0
+    fp32: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,132 @@
+"""Gemma 3n's additions to a block: alternating updates (arXiv 2301.13310), LAuReL (arXiv 2411.07501) and
+per-layer embeddings.
+
+The residual is `n_streams` wide: x [S, B, T, D]. A layer predicts all streams, computes on the active one,
+and corrects all by what came out. Unusual: the rescaling of streams and many roundings on the way are in
+the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.model.ffn import activation
+from zoo.model.linear import Linear, Stacked
+from zoo.model.norm import Norm
+from zoo.spec import AltUp as AltUpSpec
+from zoo.spec import PerLayerEmbedding as PerLayerSpec
+
+
+class AltUp(nn.Module):
+    """Prediction and correction of the streams, steered by what a small router makes of the active one."""
+
+    def __init__(self, spec: AltUpSpec, d: int) -> None:
+        super().__init__()
+        self.spec, self.d, n = spec, d, spec.n_streams
+        self.router_norm = Norm(spec.norm, d)
+        self.router = Linear(d, n)
+        self.predict = Linear(n, n * n)
+        self.correct = Linear(n, n)
+        self.register_parameter("correct_scale", nn.Parameter(torch.empty(d)) if spec.correct_scale else None)
+
+    def _modalities(self, x: Tensor) -> Tensor:
+        scale = torch.tensor(1 / self.d, dtype=x.dtype, device=x.device)
+        return torch.tanh(self.router(self.router_norm(x) * scale).float()).to(x.dtype)  # [B, T, S]
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """[S, B, T, D] -> what each stream will be if nothing is computed."""
+        n = self.spec.n_streams
+        coefs = self.predict(self._modalities(x[self.spec.active])).unflatten(-1, (n, n)).transpose(-1, -2)
+        mixed = x.permute(1, 2, 3, 0) @ coefs  # [B, T, D, S]
+        return mixed.permute(3, 0, 1, 2) + x
+
+    def corrected(self, predicted: Tensor, computed: Tensor) -> Tensor:
+        """Add to each stream its share of what the active one was mispredicted by."""
+        coefs = self.correct(self._modalities(computed)) + 1.0  # [B, T, S]
+        surprise = computed - predicted[self.spec.active]  # [B, T, D]
+        return surprise * coefs.permute(2, 0, 1).unsqueeze(-1) + predicted
+
+
+class Laurel(nn.Module):
+    """x + norm(up(down(x))): a learned low-rank residual."""
+
+    def __init__(self, spec: AltUpSpec, d: int) -> None:
+        super().__init__()
+        self.down = Linear(d, spec.laurel_rank)
+        self.up = Linear(spec.laurel_rank, d)
+        self.norm = Norm(spec.norm, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.norm(self.up(self.down(x)))
+        return out
+
+
+class Streams(nn.Module):
+    """One residual to many and back, at the ends of the model."""
+
+    def __init__(self, spec: AltUpSpec, d: int) -> None:
+        super().__init__()
+        self.expand = Stacked(spec.n_streams - 1, d, d)
+        self.merge = Stacked(spec.n_streams - 1, d, d)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [S, B, T, D]"""
+        others = [self._like(F.linear(x, w), x) for w in self.expand.dense(x.dtype)]
+        return torch.stack((x, *others))
+
+    def join(self, x: Tensor) -> Tensor:
+        """[S, B, T, D] -> [B, T, D]"""
+        weights = self.merge.dense(x.dtype)
+        others = [self._like(F.linear(s, w), x[0]) for s, w in zip(x[1:], weights, strict=True)]
+        return torch.stack((x[0], *others)).mean(0)
+
+    @staticmethod
+    def _like(x: Tensor, model: Tensor) -> Tensor:
+        """x with the RMS of `model`."""
+        wanted = (model**2).mean(-1, keepdim=True) ** 0.5
+        has = torch.sqrt((x**2).mean(-1, keepdim=True).clamp(min=1e-5))
+        return x * wanted / has
+
+
+class PerLayerEnds(nn.Module):
+    """The second embedding: a vector of `dim` channels for every token and layer."""
+
+    def __init__(self, spec: PerLayerSpec, d: int, n_layers: int) -> None:
+        super().__init__()
+        self.spec, self.d = spec, d
+        self.embed = nn.Module()
+        self.embed.weight = nn.Parameter(torch.empty(spec.vocab_size, n_layers * spec.dim))
+        self.proj = Linear(d, n_layers * spec.dim)
+        self.norm = Norm(spec.norm, spec.dim)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        """ids [B, T], x [B, T, D] -> [B, T, n_layers, dim]. Ids beyond the table count as 0."""
+        s = self.spec
+
+        def number(value: float) -> Tensor:  # constants are rounded to the model's dtype before use
+            return torch.tensor(value, dtype=x.dtype, device=x.device)
+
+        known = torch.where(ids < s.vocab_size, ids, 0)
+        own = F.embedding(known, self.embed.weight).to(x.dtype) * number(s.dim**0.5)
+        projected = (self.proj(x) * number(self.d**-0.5)).unflatten(-1, (-1, s.dim))
+        return (self.norm(projected) + own.view_as(projected)) * number(math.sqrt(0.5))
+
+
+class PerLayer(nn.Module):
+    """What a layer adds to the inactive streams from its per-layer vector."""
+
+    def __init__(self, spec: PerLayerSpec, d: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gate = Linear(d, spec.dim)
+        self.out = Linear(spec.dim, d)
+        self.norm = Norm(spec.norm, d)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        """x [B, T, D], vector [B, T, dim] -> [B, T, D]"""
+        out: Tensor = self.norm(self.out(activation(self.gate(x), self.spec.act) * vector))
+        return out

@@ -1,0 +1,167 @@
+"""Softmax attention: grouped queries, windows, chunks, sinks, QK norm, gates, values shared between layers.
+
+Unusual: `attend` leaves to torch's SDPA all that SDPA computes exactly; sinks and soft-capped scores are
+written out. A single query folds its group of heads into the query axis, so keys are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.model.cache import Context, Slots, Visible
+from zoo.model.linear import Linear
+from zoo.model.norm import Norm
+from zoo.model.rope import rotate
+from zoo.spec import Attention as AttentionSpec
+
+BLOCK = 512  # queries whose scores are held at once where they are written out
+
+
+def attend(
+    q: Tensor,  # [B, H, T, D]
+    k: Tensor,  # [B, K, S, D]
+    v: Tensor,  # [B, K, S, V]
+    visible: Visible,
+    scale: float,
+    sinks: Tensor | None = None,  # [H]
+    softcap: float | None = None,
+    score_scale: Tensor | None = None,  # [T], after the cap
+) -> Tensor:  # [B, T, H, V]
+    """softmax(cap(q k^T scale)) v over the visible keys."""
+    if sinks is None and softcap is None:
+        out = _sdpa(q, k, v, visible, scale)
+    else:
+        allowed = visible.allowed
+        if visible.causal:
+            allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        pieces = []
+        for start in range(0, q.shape[2], BLOCK):
+            rows = slice(start, start + BLOCK)
+            a = None if allowed is None else allowed[rows]
+            f = None if score_scale is None else score_scale[rows]
+            pieces.append(_written_out(q[:, :, rows], k, v, a, scale, sinks, softcap, f))
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    return out.transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
+    B, H, T, D = q.shape
+    K, V = k.shape[1], v.shape[-1]
+    if V < D and T > 1:  # one width for all, or SDPA takes its slow path
+        v = F.pad(v, (0, D - V))
+    if T == 1:
+        folded = q.reshape(B, K, H // K, D)
+        out = F.scaled_dot_product_attention(folded, k, v, visible.allowed, scale=scale)
+        return out.reshape(B, H, 1, V)
+    out = F.scaled_dot_product_attention(
+        q, k, v, visible.allowed, is_causal=visible.causal, scale=scale, enable_gqa=K != H
+    )
+    return out[..., :V]
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+    score_scale: Tensor | None,
+) -> Tensor:
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    grouped = q.reshape(B, K, H // K * T, D)
+    scores = (grouped @ k.transpose(-1, -2)).view(B, K, H // K, T, -1) * scale  # [B, K, H/K, T, S]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if score_scale is not None:
+        scores = scores * score_scale[:, None]
+    scores = scores.float()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is None:
+        p = scores.softmax(-1)
+    else:  # one more column that takes its share of the softmax and is dropped
+        column = sinks.float().view(K, H // K, 1, 1).expand(B, -1, -1, T, 1)
+        p = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    return (p.to(v.dtype).flatten(2, 3) @ v).view(B, H, T, -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: AttentionSpec, d: int, layer: int, shares: bool = False) -> None:
+        """`shares`: a later layer reuses this one's keys and values."""
+        super().__init__()
+        self.spec, self.layer, self.shares = spec, layer, shares
+        H, K, D, V = spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.v_head_dim
+        parts = [H * D]
+        if spec.gate:
+            parts.append(H * V)
+        if spec.kv_from is None:
+            parts += [K * D, K * V]
+        self.qkv = Linear(d, *parts, bias=spec.qkv_bias)
+        self.out = Linear(H * V, d, bias=spec.out_bias)
+        if (n := spec.qk_norm) is not None:
+            per_head = n.over == "head"
+            self.q_norm = Norm(n.norm, D if per_head else H * D)
+            if spec.kv_from is None:
+                self.k_norm = Norm(n.norm, D if per_head else K * D)
+        if spec.value_norm is not None:
+            self.v_norm = Norm(spec.value_norm, V)
+        self.register_parameter("sinks", nn.Parameter(torch.empty(H)) if spec.sinks else None)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        s = self.spec
+        fused = self.qkv(x)
+        q, *rest = fused.split(self.qkv.parts, -1) if len(self.qkv.parts) > 1 else (fused,)
+        gate = rest.pop(0) if s.gate else None
+        q = self._position(q, s.n_heads, "q_norm", ctx)  # [B, H, T, D]
+        if s.kv_from is None:
+            k, v = self._keys_values(*rest, ctx)
+        else:
+            k, v = ctx.kv[s.kv_from]
+        score_scale = None
+        if s.query_scale is not None:
+            factor = ctx.query_scale(s.query_scale)
+            if s.softcap is None:  # the cap is not linear: where there is one, the factor comes after it
+                q = (q * factor[:, None]).to(q.dtype)
+            else:
+                score_scale = factor
+        y = attend(q, k, v, ctx.visible(s.window, s.chunk), s.scale, self.sinks, s.softcap, score_scale)
+        y = y.reshape(*x.shape[:-1], s.n_heads * s.v_head_dim)
+        if gate is not None:
+            y = y * torch.sigmoid(gate)
+        out: Tensor = self.out(y)
+        return out
+
+    def _keys_values(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        s = self.spec
+        k = self._position(k, s.n_kv_heads, "k_norm", ctx)
+        v = v.unflatten(-1, (s.n_kv_heads, s.v_head_dim))
+        if s.value_norm is not None:
+            v = self.v_norm(v)
+        if s.value_scale != 1.0:
+            v = v * s.value_scale
+        v = v.transpose(1, 2)
+        entry = ctx.entry(self.layer)
+        if isinstance(entry, Slots):
+            k, v = entry.put(ctx, k, v)
+        if self.shares:
+            ctx.kv[self.layer] = k, v
+        return k, v
+
+    def _position(self, x: Tensor, heads: int, norm: str, ctx: Context) -> Tensor:
+        """Norm and RoPE of queries or keys: [B, T, heads * D] -> [B, heads, T, D]."""
+        s, n = self.spec, self.spec.qk_norm
+        if n is not None and n.over == "all_heads":
+            x = getattr(self, norm)(x)
+        x = x.unflatten(-1, (heads, s.head_dim))
+        if n is not None and n.over == "head" and not n.after_rope:
+            x = getattr(self, norm)(x)
+        if s.rope is not None:
+            x = rotate(x, *ctx.rope(s.rope), s.rope.interleaved)
+        if n is not None and n.after_rope:
+            x = getattr(self, norm)(x)
+        return x.transpose(1, 2)

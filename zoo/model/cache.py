@@ -1,0 +1,259 @@
+"""The static cache, and what a pass over some tokens shares between layers: positions, RoPE tables, masks.
+
+Unusual:
+- a layer that sees a window (or a chunk) of W positions keeps W slots, used as a ring: position p lies in
+  slot p % W. Slots are therefore out of order; masks are made from the position each slot holds.
+- positions are kept twice: as an int, for slices, and as a tensor on the device. A decode step with
+  `fixed` set reads nothing of the int, so that it can be captured once and replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.model import rope as rotary
+from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mixer, QueryScale, Rope, Spec
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys each query sees. `allowed` [T, S] is None where every key is seen (`causal` False) or
+    where the keys are the T queries' own (`causal` True)."""
+
+    allowed: Tensor | None = None
+    causal: bool = False
+
+
+class Slots:
+    """Tensors of one layer, one slot per position on their second-last axis: [..., size, channels]."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], ring: bool) -> None:
+        self.tensors = tensors
+        self.size = tensors[0].shape[-2]
+        self.ring = ring
+
+    def put(self, ctx: Context, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store the new tokens' [..., T, channels]; return all that their queries may see, [..., S, channels].
+        The order of S is that of `Context.visible`."""
+        T = new[0].shape[-2]
+        slots = ctx.slots(self.size, self.ring)
+        if not self.ring or T == 1:
+            for store, x in zip(self.tensors, new, strict=True):
+                store.index_copy_(-2, slots, x)
+            n = ctx.n_slots(self.size, self.ring)
+            return self.tensors if n == self.size else tuple(t.narrow(-2, 0, n) for t in self.tensors)
+        seen = new
+        if (n := min(ctx.start, self.size)) > 0:
+            seen = tuple(torch.cat((t.narrow(-2, 0, n), x), -2) for t, x in zip(self.tensors, new, strict=True))
+        for store, x in zip(self.tensors, new, strict=True):
+            store.index_copy_(-2, slots[-self.size :], x[..., -self.size :, :])
+        return seen
+
+
+class State:
+    """What a linear mixer carries: the last `conv - 1` inputs of its convolution [B, conv - 1, channels] in
+    the model's dtype, and its state in fp32. Both are updated in place."""
+
+    def __init__(self, tail: Tensor, state: Tensor) -> None:
+        self.tail = tail
+        self.state = state
+
+
+Entry = Slots | State | None
+
+
+class Cache:
+    """Room for `max_len` positions of `batch` sequences of equal length, allocated at once.
+
+    `length` counts the positions stored. `fixed`: decode steps look at every slot, masked by the tensor
+    `position`, instead of at the first `length`.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.max_len = max_len
+        self.length = 0
+        self.fixed = False
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.entries = [_entry(layer.mixer, batch, max_len, dtype, device) for layer in spec.layers]
+        self.index_keys = [
+            Slots((torch.zeros(batch, max_len, m.indexer.head_dim, dtype=dtype, device=device),), ring=False)
+            if isinstance(m, LatentAttention) and m.indexer is not None
+            else None
+            for m in (layer.mixer for layer in spec.layers)
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, for counting bytes."""
+        slots = [e for e in (*self.entries, *self.index_keys) if isinstance(e, Slots)]
+        states = [e for e in self.entries if isinstance(e, State)]
+        return [t for s in slots for t in s.tensors] + [t for s in states for t in (s.tail, s.state)]
+
+    def reset(self) -> None:
+        """Forget everything. Slots need no clearing: nothing reads one before it is written again."""
+        self.length = 0
+        self.position.zero_()
+        for e in self.entries:
+            if isinstance(e, State):
+                e.tail.zero_()
+                e.state.zero_()
+
+    def advance(self, n: int) -> None:
+        self.length += n
+        self.position += n
+
+
+def _entry(m: Mixer | None, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> Entry:
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(B, *shape, dtype=dtype, device=device)
+
+    match m:
+        case Attention():
+            if m.kv_from is not None:
+                return None
+            span = m.window or m.chunk
+            size = min(max_len, span) if span else max_len
+            return Slots(
+                (zeros(m.n_kv_heads, size, m.head_dim), zeros(m.n_kv_heads, size, m.v_head_dim)), span is not None
+            )
+        case LatentAttention():
+            return Slots((zeros(max_len, m.kv_rank + m.rope_dim),), ring=False)
+        case DeltaNet():
+            channels = 2 * m.n_k_heads * m.k_head_dim + m.n_v_heads * m.v_head_dim
+            state = zeros(m.n_v_heads, m.k_head_dim, m.v_head_dim, dtype=torch.float32)
+            return State(zeros(m.conv - 1, channels), state)
+        case Mamba():
+            channels = m.n_heads * m.head_dim + 2 * m.n_groups * m.state
+            return State(
+                zeros(m.conv - 1, channels), zeros(m.n_heads, m.state, m.head_dim, dtype=torch.float32)
+            )
+    return None
+
+
+@dataclass
+class Context:
+    """One pass over T new tokens at positions start .. start + T - 1. Everything in it is made once per
+    pass, however many layers ask."""
+
+    positions: Tensor  # [T] int64
+    start: int
+    dtype: torch.dtype
+    cache: Cache | None = None
+    per_layer: Tensor | None = None  # [B, T, n_layers, p], see altup.PerLayer
+    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # keys and values that later layers reuse
+    _made: dict[object, object] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, T: int, cache: Cache | None, dtype: torch.dtype, device: torch.device) -> Context:
+        """The pass over the next T tokens; the cache counts them as stored from here on."""
+        positions = torch.arange(T, device=device)
+        if cache is None:
+            return cls(positions, 0, dtype)
+        start = cache.length
+        if start + T > cache.max_len:
+            raise ZooError(f"the cache has room for {cache.max_len} tokens; {start} are stored and {T} more came")
+        ctx = cls(positions + cache.position, start, dtype, cache)
+        cache.advance(T)
+        return ctx
+
+    @property
+    def T(self) -> int:
+        return len(self.positions)
+
+    @property
+    def fixed(self) -> bool:
+        return self.cache is not None and self.cache.fixed and self.T == 1
+
+    def entry(self, layer: int) -> Entry:
+        return None if self.cache is None else self.cache.entries[layer]
+
+    def rope(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """cos and sin at the new tokens' positions, [T, dim / 2] each."""
+        if rope not in self._made:
+            self._made[rope] = rotary.tables(rope, self.positions, self.dtype)
+        return self._made[rope]  # type: ignore[return-value]
+
+    def query_scale(self, s: QueryScale) -> Tensor:
+        """The factor at each new position, [T], fp32 or (unless `s.fp32`) rounded to the model's dtype."""
+        if s not in self._made:
+            if s.kind == "floor_log":
+                steps = torch.floor((self.positions.float() + s.offset) / s.period)
+                factor = 1 + s.beta * torch.log1p(steps)
+            else:
+                pos = self.positions.float().clamp(min=1)
+                factor = (pos.log2() / torch.tensor(s.period).log2().to(pos.device)).clamp(min=1)
+            self._made[s] = factor if s.fp32 else factor.to(self.dtype)
+        return self._made[s]  # type: ignore[return-value]
+
+    # --- which slots, and who sees them ---------------------------------------------------------------------
+
+    def slots(self, size: int, ring: bool) -> Tensor:
+        """Where the new tokens are stored, [T]."""
+        key = ("slots", size if ring else 0)
+        if key not in self._made:
+            self._made[key] = self.positions % size if ring else self.positions
+        return self._made[key]  # type: ignore[return-value]
+
+    def n_slots(self, size: int, ring: bool) -> int:
+        """How many slots, from the first, a pass reads (a ring: in single-token passes)."""
+        return size if self.fixed else min(self.start + self.T, size)
+
+    def visible(self, window: int | None = None, chunk: int | None = None) -> Visible:
+        """Who sees whom in a layer with this window or chunk; its keys come from `Slots.put`, or are the
+        new tokens' own where there is no cache."""
+        key = ("visible", window, chunk)
+        if key not in self._made:
+            self._made[key] = self._visible(window, chunk)
+        return self._made[key]  # type: ignore[return-value]
+
+    def _visible(self, window: int | None, chunk: int | None) -> Visible:
+        span, T = window or chunk, self.T
+        if self.start == 0 and not self.fixed and (span is None or T <= span):
+            return Visible(causal=T > 1)
+        if T == 1 and not self.fixed and (chunk is None or (self.start + 1) % chunk == 0 or self.start < chunk):
+            return Visible()
+        keys = self._key_positions(span)  # [S]
+        allowed = (keys >= 0) & (keys <= self.positions[:, None])  # [T, S]
+        if window is not None:
+            allowed &= keys > self.positions[:, None] - window
+        if chunk is not None:
+            allowed &= keys // chunk == self.positions[:, None] // chunk
+        return Visible(allowed)
+
+    def _key_positions(self, span: int | None) -> Tensor:
+        """The position that each key holds, [S]; negative for a slot never written."""
+        if self.cache is None:
+            return self.positions
+        device = self.positions.device
+        if span is None:
+            return torch.arange(self.n_slots(self.cache.max_len, False), device=device)
+        size = min(self.cache.max_len, span)
+        if self.T == 1:
+            return self._ring(torch.arange(self.n_slots(size, True), device=device), self.positions, size)
+        old = self._ring(torch.arange(min(self.start, size), device=device), self.positions[:1] - 1, size)
+        return torch.cat((old, self.positions))
+
+    @staticmethod
+    def _ring(slots: Tensor, last: Tensor, size: int) -> Tensor:
+        """The newest position <= last that a slot can hold."""
+        return last - (last - slots) % size
+
+    @cached_property
+    def causal(self) -> Tensor:
+        """[T, S] for layers that see everything before them, also where `visible` needs no mask."""
+        v = self.visible()
+        if v.allowed is not None:
+            return v.allowed
+        keys = self._key_positions(None)
+        return keys <= self.positions[:, None]

@@ -1,0 +1,222 @@
+"""The decoder: one for all specs. Embedding, layers, norm, head; a layer is two residual branches.
+
+Parameters are named as `zoo.layout` names the tensors. A model is built without storage (on torch's "meta"
+device) and filled by `zoo.model.load`. A layer can be run alone: `start` gives its input and the context
+that all layers share, `finish` turns the last layer's output into logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.model import altup, generate
+from zoo.model.attention import Attention
+from zoo.model.cache import Cache, Context
+from zoo.model.delta import DeltaNet
+from zoo.model.ffn import FeedForward
+from zoo.model.linear import Linear, Weights
+from zoo.model.mamba import Mamba
+from zoo.model.mla import LatentAttention
+from zoo.model.moe import MoE
+from zoo.model.norm import Norm
+from zoo.spec import MLP, Spec
+from zoo.spec import Attention as AttentionSpec
+from zoo.spec import DeltaNet as DeltaSpec
+from zoo.spec import LatentAttention as LatentSpec
+from zoo.spec import Mamba as MambaSpec
+from zoo.spec import MoE as MoESpec
+from zoo.spec import Norm as NormSpec
+
+
+class Layer(nn.Module):
+    """x += post(mixer(pre(x))); x += post(ffn(pre(x)))."""
+
+    def __init__(self, spec: Spec, i: int) -> None:
+        super().__init__()
+        layer, d = spec.layers[i], spec.d_model
+        self.spec, self.index = layer, i
+        self.attn_norm = _norm(layer.attn_norm, d)
+        match layer.mixer:
+            case AttentionSpec():
+                shares = any(isinstance(x.mixer, AttentionSpec) and x.mixer.kv_from == i for x in spec.layers)
+                self.attn: nn.Module = Attention(layer.mixer, d, i, shares)
+            case LatentSpec():
+                self.attn = LatentAttention(layer.mixer, d, i)
+            case DeltaSpec():
+                self.delta = DeltaNet(layer.mixer, d, i)
+            case MambaSpec():
+                self.mamba = Mamba(layer.mixer, d, i)
+        self.attn_post_norm = _norm(layer.attn_post_norm, d)
+        self.ffn_norm = _norm(layer.ffn_norm, d)
+        match layer.ffn:
+            case MLP():
+                self.mlp = FeedForward(layer.ffn, d)
+            case MoESpec():
+                self.moe = MoE(layer.ffn, d)
+        self.ffn_post_norm = _norm(layer.ffn_post_norm, d)
+
+    def mix(self, x: Tensor, ctx: Context) -> Tensor:
+        """The mixer's branch of normed x, before it is added."""
+        match self.spec.mixer:
+            case DeltaSpec():
+                y = self.delta(x, ctx)
+            case MambaSpec():
+                y = self.mamba(x, ctx)
+            case _:
+                y = self.attn(x, ctx)
+        out: Tensor = self.attn_post_norm(y)
+        return out
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward branch, before it is added."""
+        ffn = self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
+        out: Tensor = self.ffn_post_norm(ffn(self.ffn_norm(x)))
+        return out
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
+        if self.spec.mixer is not None:
+            x = x + self.mix(self.attn_norm(x), ctx)
+        if self.spec.ffn is not None:
+            x = x + self.feed(x)
+        return x
+
+
+class StreamLayer(Layer):
+    """A layer on several residual streams (see `altup`)."""
+
+    def __init__(self, spec: Spec, i: int) -> None:
+        super().__init__(spec, i)
+        assert spec.altup is not None
+        self.altup = altup.AltUp(spec.altup, spec.d_model)
+        self.laurel = altup.Laurel(spec.altup, spec.d_model)
+        if spec.per_layer_embedding is not None:
+            self.per_layer = altup.PerLayer(spec.per_layer_embedding, spec.d_model)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [S, B, T, D] -> [S, B, T, D]
+        predicted = self.altup.predicted(x)
+        active = predicted[self.altup.spec.active]
+        normed = self.attn_norm(active)
+        y = (active + self.mix(normed, ctx) + self.laurel(normed)) / math.sqrt(2)
+        y = y + self.feed(y)
+        x = self.altup.corrected(predicted, y)
+        if ctx.per_layer is None:
+            return x
+        first = x[self.altup.spec.active]
+        if self.altup.correct_scale is not None:
+            first = first * self.altup.correct_scale.to(first.dtype)
+        added = self.per_layer(first, ctx.per_layer[:, :, self.index])
+        return torch.cat((x[:1], x[1:] + added))
+
+
+def _norm(spec: NormSpec | None, d: int) -> nn.Module:
+    return nn.Identity() if spec is None else Norm(spec, d)
+
+
+class Table(nn.Module):
+    """An embedding: `weight` [rows, d]."""
+
+    def __init__(self, rows: int, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, d))
+
+
+class Decoder(nn.Module):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        with torch.device("meta"):
+            d = spec.d_model
+            self.embed = Table(spec.vocab_size, d)
+            if spec.positions is not None:
+                self.positions = Table(spec.positions, d)
+            if spec.per_layer_embedding is not None:
+                self.per_layer = altup.PerLayerEnds(spec.per_layer_embedding, d, spec.n_layers)
+            if spec.altup is not None:
+                self.altup = altup.Streams(spec.altup, d)
+            kind = Layer if spec.altup is None else StreamLayer
+            self.layers = nn.ModuleList(kind(spec, i) for i in range(spec.n_layers))
+            self.norm = Norm(spec.norm, d)
+            if not spec.tied:
+                self.head = Linear(d, spec.vocab_size)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in: the embedding's dtype."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def cache(self, batch: int, max_len: int) -> Cache:
+        """An empty cache for this model, on its device and in its dtype."""
+        return Cache(self.spec, batch, max_len, self.dtype, self.device)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Token ids [B, T] (int64) -> logits [B, T, V] in the model's dtype.
+
+        With a cache, the tokens follow those already in it, and are added to it.
+        Raises ZooError if the cache has no room for them.
+        """
+        with torch.inference_mode():
+            return self.finish(self.run(ids, cache))
+
+    def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Token ids [B, T] -> the last layer's output."""
+        x, ctx = self.start(ids, cache)
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return x
+
+    def start(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]:
+        """Token ids [B, T] -> the first layer's input [B, T, D] ([S, B, T, D] with streams), and what all
+        layers share. The cache counts the tokens as stored from here on."""
+        spec = self.spec
+        ctx = Context.begin(ids.shape[1], cache, self.dtype, ids.device)
+        x = F.embedding(ids, self.embed.weight)
+        if spec.embed_scale != 1.0:
+            x = x * torch.tensor(spec.embed_scale, dtype=x.dtype, device=x.device)
+        if spec.positions is not None:
+            x = x + F.embedding(ctx.positions, self.positions.weight)
+        if spec.per_layer_embedding is not None:
+            ctx.per_layer = self.per_layer(ids, x)
+        if spec.altup is not None:
+            x = self.altup.split(x)
+        return x, ctx
+
+    def finish(self, x: Tensor, ctx: Context | None = None) -> Tensor:
+        """The last layer's output -> logits [B, T, V]."""
+        spec = self.spec
+        if spec.altup is not None:
+            x = self.altup.join(x)
+        x = self.norm(x)
+        logits: Tensor = F.linear(x, self.embed.weight) if spec.tied else self.head(x)
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap is not None:
+            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+        return logits
+
+    def generate(
+        self, ids: Tensor, max_new_tokens: int, eos: int | tuple[int, ...] | None = None, temperature: float = 0.0
+    ) -> Tensor:
+        """Continue ids [B, T] by up to `max_new_tokens`: [B, T + n]. See `generate.stream`."""
+        new = list(self.stream(ids, max_new_tokens, eos, temperature))
+        return torch.cat((ids, *(t[:, None] for t in new)), 1)
+
+    def stream(
+        self, ids: Tensor, max_new_tokens: int, eos: int | tuple[int, ...] | None = None, temperature: float = 0.0
+    ) -> Iterator[Tensor]:
+        """The new tokens [B] as they come. See `generate.stream`."""
+        return generate.stream(self, ids, max_new_tokens, eos, temperature)
+
+    def matrices(self) -> Iterator[tuple[str, Weights]]:
+        """All linear maps by name: what can be quantised."""
+        return ((n, m) for n, m in self.named_modules() if isinstance(m, Weights))

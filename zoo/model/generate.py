@@ -1,0 +1,49 @@
+"""Continuing a prompt with the static cache: greedy, or sampled at a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from zoo.model.decoder import Decoder
+
+
+def stream(
+    model: Decoder,
+    ids: Tensor,
+    max_new_tokens: int,
+    eos: int | tuple[int, ...] | None = None,
+    temperature: float = 0.0,
+) -> Iterator[Tensor]:
+    """Yield the next token [B] of each sequence in ids [B, T] until `max_new_tokens`, or until every
+    sequence has produced one of `eos`. A sequence that has goes on with its `eos`.
+
+    `temperature` 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature)
+    with torch's global generator.
+    """
+    ends = (eos,) if isinstance(eos, int) else tuple(eos or ())
+    cache = model.cache(len(ids), ids.shape[1] + max_new_tokens)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    token = ids.new_zeros(len(ids))
+    step = ids
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
+            token = torch.where(done, token, pick(logits, temperature))
+            for end in ends:
+                done = done | (token == end)
+        yield token
+        if ends and bool(done.all()):
+            return
+        step = token[:, None]
+
+
+def pick(logits: Tensor, temperature: float) -> Tensor:
+    """One token [B] from logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(-1)

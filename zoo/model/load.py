@@ -1,0 +1,108 @@
+"""A canonical folder -> a decoder, its weights mapped from the files.
+
+Unusual: on the CPU nothing is read at load time. Each file is mapped once and tensors are views of the
+map, so a layer or expert that is never used costs no memory, and two processes share one copy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.formats import canonical
+from zoo.formats.base import TensorRef
+from zoo.model.decoder import Decoder
+from zoo.model.linear import Weights
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+KEPT = ("selection_bias",)
+"""Parameters that keep their dtype whatever is asked for: near-ties between experts hang on them."""
+
+
+class Source:
+    """The tensors of an opened canonical folder, as views of its mapped files."""
+
+    def __init__(self, folder: canonical.Canonical) -> None:
+        self.folder = folder
+        self._maps: dict[str, torch.UntypedStorage] = {}
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """The tensor's bytes in place (private: writing to it does not reach the file)."""
+        if ref.dtype not in DTYPES:
+            raise ZooError(f"{self.folder.path(ref)}: {ref.name} has dtype {ref.dtype}, which torch cannot hold")
+        dtype = DTYPES[ref.dtype]
+        if ref.size == 0:
+            return torch.empty(ref.shape, dtype=dtype)
+        if ref.file not in self._maps:
+            path = self.folder.path(ref)
+            self._maps[ref.file] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        storage = self._maps[ref.file]
+        if ref.offset % dtype.itemsize:  # torch addresses whole elements; copy what does not start at one
+            raw = torch.empty(0, dtype=torch.uint8).set_(storage, ref.offset, (ref.nbytes,))
+            return raw.clone().view(dtype).view(ref.shape)
+        strides = [math.prod(ref.shape[i + 1 :]) for i in range(len(ref.shape))]
+        return torch.empty(0, dtype=dtype).set_(storage, ref.offset // dtype.itemsize, ref.shape, strides)
+
+    def fill(self, module: nn.Module, prefix: str = "", device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """Give `module` (the decoder's submodule called `prefix`) its tensors.
+
+        Floating-point parameters are cast to `dtype` if given; quantised weights stay as stored.
+        Raises ZooError if the folder lacks one.
+        """
+        dot = f"{prefix}." if prefix else ""
+        for name, m in module.named_modules():
+            slot = f"{dot}{name}".rstrip(".")
+            if isinstance(m, Weights) and slot in self.folder.quant:
+                m.quantise(self.folder.quant[slot], self._components(slot, device))
+        for name, p in list(module.named_parameters()):
+            ref = self.folder.tensors.get(dot + name)
+            if ref is None:
+                raise ZooError(f"{self.folder.root}: tensor {dot + name!r} is missing")
+            t = self.tensor(ref)
+            if tuple(t.shape) != tuple(p.shape):
+                raise ZooError(
+                    f"{self.folder.path(ref)}: {ref.name} has shape {list(t.shape)}, the model needs {list(p.shape)}"
+                )
+            cast = dtype if t.is_floating_point() and not name.endswith(KEPT) else None
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(t.to(device=device, dtype=cast), requires_grad=False)
+            setattr(module.get_submodule(owner), leaf, parameter)
+
+    def _components(self, slot: str, device: str) -> dict[str, Tensor]:
+        refs = self.folder.tensors
+        own = [n for n in refs if n.rpartition(".")[0] == slot and n != f"{slot}.bias"]
+        return {n.rpartition(".")[2]: self.tensor(refs[n]).to(device) for n in own}
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    layers: Iterable[int] | None = None,
+) -> Decoder:
+    """The decoder of the canonical folder at `path`, ready to run.
+
+    `dtype`: what to compute in; None: as stored. `layers`: fill only these (and the ends); the others stay
+    without storage, so the model cannot be run as a whole. Default: the layers that the folder has.
+    Raises ZooError if the folder is not sound.
+    """
+    source = Source(canonical.read(path))
+    model = Decoder(source.folder.spec)
+    wanted = source.folder.layers if layers is None else layers
+    ends = {n: m for n, m in model.named_children() if n != "layers"}
+    for name, module in ends.items():
+        source.fill(module, name, device, dtype)
+    for i in range(model.spec.n_layers) if wanted is None else wanted:
+        source.fill(model.layers[i], f"layers.{i}", device, dtype)
+    return model

@@ -1,0 +1,115 @@
+"""Multi-head latent attention (arXiv 2405.04434), and DeepSeek's sparse attention on top of it.
+
+Unusual: the cache holds the latent (after its norm) and the one rotary key, not keys and values. Several
+new tokens rebuild keys and values of all heads; a single one is attended in absorbed form instead: the
+up-projection of keys moves to the query, that of values to the output, and all heads share the latent as
+their only key and value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.model.attention import attend
+from zoo.model.cache import Context, Slots, Visible
+from zoo.model.linear import Linear
+from zoo.model.norm import Norm
+from zoo.model.rope import rotate
+from zoo.spec import Indexer as IndexerSpec
+from zoo.spec import LatentAttention as LatentSpec
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, spec: LatentSpec, d: int, layer: int) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        q = spec.n_heads * (spec.nope_dim + spec.rope_dim)
+        if spec.q_rank is None:
+            self.q = Linear(d, q)
+        else:
+            self.q_down = Linear(d, spec.q_rank, bias=spec.qkv_bias)
+            self.q_latent_norm = Norm(spec.latent_norm, spec.q_rank)
+            self.q_up = Linear(spec.q_rank, q)
+        self.kv_down = Linear(d, spec.kv_rank + spec.rope_dim, bias=spec.qkv_bias)
+        self.kv_latent_norm = Norm(spec.latent_norm, spec.kv_rank)
+        self.kv_up = Linear(spec.kv_rank, spec.n_heads * (spec.nope_dim + spec.v_head_dim))
+        self.out = Linear(spec.n_heads * spec.v_head_dim, d, bias=spec.out_bias)
+        self.indexer = None if spec.indexer is None else Indexer(spec.indexer, d, spec.q_rank or d, layer)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        s = self.spec
+        q_latent = x if s.q_rank is None else self.q_latent_norm(self.q_down(x))
+        q = (self.q if s.q_rank is None else self.q_up)(q_latent)
+        q = q.unflatten(-1, (s.n_heads, s.nope_dim + s.rope_dim))  # [B, T, H, nope + rope]
+        q_nope, q_rope = q.split((s.nope_dim, s.rope_dim), -1)
+        latent, k_rope = self.kv_down(x).split((s.kv_rank, s.rope_dim), -1)
+        if s.rope is not None:
+            table = ctx.rope(s.rope)
+            q_rope = rotate(q_rope, *table, s.rope.interleaved)
+            k_rope = rotate(k_rope.unsqueeze(2), *table, s.rope.interleaved).squeeze(2)
+        stored = torch.cat((self.kv_latent_norm(latent), k_rope), -1)  # [B, T, rank + rope]
+        entry = ctx.entry(self.layer)
+        if isinstance(entry, Slots):
+            (stored,) = entry.put(ctx, stored)
+        if s.query_scale is not None:
+            factor = ctx.query_scale(s.query_scale)[:, None, None]
+            q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)
+        visible = ctx.visible()
+        if self.indexer is not None:
+            visible = self.indexer(x, q_latent, ctx, visible)
+        attention = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
+        y = attention(q_nope, q_rope, stored, visible)  # [B, T, H, V]
+        out: Tensor = self.out(y.flatten(2))
+        return out
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:
+        s = self.spec
+        latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
+        kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim)).transpose(1, 2)
+        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, H, S, ...]
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, s.n_heads, -1, -1)), -1)
+        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)  # [B, H, T, nope + rope]
+        return attend(q, k, v, visible, s.scale)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:
+        s = self.spec
+        up = self.kv_up.dense(q_nope.dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
+        up_k, up_v = up.split((s.nope_dim, s.v_head_dim), 1)  # [H, nope, rank], [H, V, rank]
+        q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up_k)
+        q = torch.cat((q_latent, q_rope.transpose(1, 2)), -1)  # [B, H, T, rank + rope]
+        shared = stored.unsqueeze(1)  # one key/value head
+        y = attend(q, shared, shared, visible, s.scale)[..., : s.kv_rank]  # [B, T, H, rank]
+        return torch.einsum("bthr,hvr->bthv", y, up_v)
+
+
+class Indexer(nn.Module):
+    """Scores every key for every query with a few small heads and keeps the best `top_k`."""
+
+    def __init__(self, spec: IndexerSpec, d: int, q_rank: int, layer: int) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        self.q = Linear(q_rank, spec.n_heads * spec.head_dim)
+        self.k = Linear(d, spec.head_dim)
+        self.k_norm = Norm(spec.key_norm, spec.head_dim)
+        self.head_weights = Linear(d, spec.n_heads)
+
+    def forward(self, x: Tensor, q_latent: Tensor, ctx: Context, visible: Visible) -> Visible:
+        s = self.spec
+        table = ctx.rope(s.rope)
+        k = self.k_norm(self.k(x)).unsqueeze(2)
+        k = rotate(k, *table, s.rope.interleaved).squeeze(2)  # [B, T, di]
+        if ctx.cache is not None:
+            slots = ctx.cache.index_keys[self.layer]
+            assert slots is not None
+            (k,) = slots.put(ctx, k)
+        if k.shape[1] <= s.top_k:
+            return visible
+        q = rotate(self.q(q_latent).unflatten(-1, (s.n_heads, s.head_dim)), *table, s.rope.interleaved)
+        weights = self.head_weights(x).float() * s.n_heads**-0.5  # [B, T, Hi]
+        scores = torch.relu(torch.einsum("bthd,bsd->bths", q.float(), k.float()) * s.head_dim**-0.5)
+        scores = torch.einsum("bth,bths->bts", weights, scores)
+        scores = scores.masked_fill(~ctx.causal, -torch.inf)
+        best = scores.topk(s.top_k, -1).indices  # [B, T, top_k]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return Visible((chosen & ctx.causal).unsqueeze(1))  # [B, 1, T, S]

@@ -1,0 +1,121 @@
+"""Mixture of experts: a router that chooses experts per token, and the experts as one stacked matrix.
+
+Unusual: tokens are sorted by expert and each expert is one matrix product over its tokens; experts that no
+token chose are never touched (their pages are never read from a mapped checkpoint). The weighted sum over
+a token's experts is taken at once, in fp32 where the routing weights are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.model.ffn import FeedForward, activate
+from zoo.model.linear import Linear, Stacked, Weights
+from zoo.spec import MoE as MoESpec
+from zoo.spec import Router as RouterSpec
+
+
+class Router(Weights):
+    """`weight` [E, d], `bias` [E] and `selection_bias` [E]."""
+
+    def __init__(self, spec: RouterSpec, n_experts: int, d: int) -> None:
+        super().__init__(n_experts, d, parts=(n_experts,), bias=spec.bias)
+        self.spec = spec
+        has_bias = spec.selection_bias
+        self.register_parameter("selection_bias", nn.Parameter(torch.empty(n_experts)) if has_bias else None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, d] -> the chosen experts [N, top_k] (int64) and their weights [N, top_k]."""
+        dtype = torch.float32 if self.spec.fp32 else x.dtype
+        logits = F.linear(x.to(dtype), self.dense(dtype), self.offset(dtype))  # [N, E]
+        chosen, weights = route(logits, self.selection_bias, self.spec)
+        return chosen, weights.to(dtype)
+
+
+def route(logits: Tensor, selection_bias: Tensor | None, r: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Router logits [N, E] -> chosen experts [N, top_k] and their weights [N, top_k]."""
+    if r.softcap is not None:
+        logits = r.softcap * torch.tanh(logits / r.softcap)
+    if r.over == "chosen":
+        top = logits.topk(r.top_k, -1)
+        weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
+        return top.indices, weights * r.scale
+    scores = logits.float().softmax(-1) if r.score == "softmax" else logits.float().sigmoid()
+    choice = scores if selection_bias is None else scores + selection_bias
+    if r.n_groups > 1:
+        groups = choice.unflatten(-1, (r.n_groups, -1))  # [N, G, E/G]
+        best = groups.topk(r.group_top, -1).values.sum(-1).topk(r.top_groups, -1).indices  # [N, top_groups]
+        eligible = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        out = -torch.inf if r.masked_groups == "-inf" else 0.0
+        choice = groups.masked_fill(~eligible.unsqueeze(-1), out).flatten(1)
+    chosen = choice.topk(r.top_k, -1).indices
+    weights = scores.gather(-1, chosen)
+    if r.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + r.normalize_eps)
+    return chosen, weights * r.scale
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Stacked, down: Stacked, spec: MoESpec) -> Tensor:
+    """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d]."""
+    N, k = chosen.shape
+    order = chosen.flatten().argsort(stable=True)  # rows of [N * k], sorted by expert
+    ids, counts = torch.unique_consecutive(chosen.flatten()[order], return_counts=True)
+    rows = x[order // k]  # [N k, d]
+    if spec.weight_input:
+        rows = rows * weights.flatten()[order, None].to(x.dtype)
+    groups = list(zip(ids.tolist(), counts.tolist(), strict=True))
+    h = activate(grouped(rows, up, groups), spec.expert)
+    y = torch.empty_like(rows)
+    y[order] = grouped(h, down, groups)
+    y = y.view(N, k, -1)
+    if spec.weight_input:
+        return y.sum(1)
+    return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def grouped(x: Tensor, stack: Stacked, groups: list[tuple[int, int]]) -> Tensor:
+    """Rows of x [R, in], sorted by expert, each times its expert's matrix -> [R, out].
+    `groups`: (expert, how many rows)."""
+    pieces = x.split([n for _, n in groups])
+    out = [
+        F.linear(p, stack.dense(x.dtype, e), stack.offset(x.dtype, e))
+        for p, (e, _) in zip(pieces, groups, strict=True)
+    ]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class MoE(nn.Module):
+    def __init__(self, spec: MoESpec, d: int) -> None:
+        super().__init__()
+        self.spec = spec
+        width, e = spec.latent or d, spec.expert
+        self.router = Router(spec.router, spec.n_experts, d)
+        if spec.latent is not None:
+            self.latent_down = Linear(d, spec.latent)
+            self.latent_up = Linear(spec.latent, d)
+        if e.gated:
+            self.gate_up = Stacked(spec.n_experts, width, e.d_ff, e.d_ff, bias=e.bias)
+        else:
+            self.up = Stacked(spec.n_experts, width, e.d_ff, bias=e.bias)
+        self.down = Stacked(spec.n_experts, e.d_ff, width, bias=e.bias)
+        if spec.shared is not None:
+            self.shared = FeedForward(spec.shared, d)
+            if spec.shared_gate:
+                self.shared_gate = Linear(d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.spec
+        flat = x.flatten(0, -2)  # [N, d]
+        chosen, weights = self.router(flat)
+        inner = flat if s.latent is None else self.latent_down(flat)
+        y = experts(inner, chosen, weights, self.gate_up if s.expert.gated else self.up, self.down, s)
+        if s.latent is not None:
+            y = self.latent_up(y)
+        if s.shared is not None:
+            shared = self.shared(flat)
+            y = y + (torch.sigmoid(self.shared_gate(flat)) * shared if s.shared_gate else shared)
+        if s.scale != 1.0:
+            y = y * s.scale
+        return y.view_as(x)

@@ -1,0 +1,48 @@
+"""Normalisation over the last axis. Statistics are always fp32; where the weight is applied differs (`Norm.scale_in`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.spec import Norm as NormSpec
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, norm: NormSpec) -> Tensor:
+    """x / rms(x), times w or 1 + w. Same shape and dtype as x."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
+    if weight is None:
+        return y.to(x.dtype)
+    if norm.scale_in == "model":
+        return y.to(x.dtype) * _factor(weight, norm).to(x.dtype)
+    return (y * _factor(weight.float(), norm)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormSpec) -> Tensor:
+    """(x - mean) / std, times w, plus bias. Same shape and dtype as x."""
+    w = None if weight is None else _factor(weight, norm).to(x.dtype)
+    b = None if bias is None else bias.to(x.dtype)
+    return nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)
+
+
+def _factor(weight: Tensor, norm: NormSpec) -> Tensor:
+    return 1 + weight if norm.weight == "plus_one" else weight
+
+
+class Norm(nn.Module):
+    """A norm of width d. Without a weight it has no parameters."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, spec: NormSpec, d: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_parameter("weight", None if spec.weight == "none" else nn.Parameter(torch.empty(d)))
+        self.register_parameter("bias", nn.Parameter(torch.empty(d)) if spec.kind == "layer" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "layer":
+            return layer_norm(x, self.weight, self.bias, self.spec)
+        return rms_norm(x, self.weight, self.spec)

@@ -1,0 +1,86 @@
+"""Rotary position embedding over the first `rope.dim` channels of each head.
+
+Unusual: the angles are fp32, but cos and sin are cast to the model's dtype BEFORE they are used, as the
+released models were trained to see; `Rope.fp32` keeps them in fp32 and casts the rotated result instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoo.spec import Rope, RopeScaling
+
+
+def inverse_frequencies(rope: Rope, device: torch.device | str | None = None) -> Tensor:
+    """1 / theta^(2i / dim), stretched as `rope.scaling` says. [dim / 2], fp32."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64, device=device).float() / rope.dim
+    freqs = 1.0 / rope.theta**exponents  # [dim/2]
+    s = rope.scaling
+    match s:
+        case None:
+            return freqs
+        case RopeScaling(kind="linear"):
+            return freqs / s.factor
+        case RopeScaling(kind="llama3"):
+            return _llama3(freqs, s)
+        case _:
+            return _yarn(freqs, rope, s)
+
+
+def _llama3(freqs: Tensor, s: RopeScaling) -> Tensor:
+    """Long wavelengths are divided, short ones kept, those between blended."""
+    wavelength = 2 * math.pi / freqs
+    longest, shortest = s.original_context / s.low_freq_factor, s.original_context / s.high_freq_factor
+    blend = (s.original_context / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    blended = (1 - blend) * freqs / s.factor + blend * freqs
+    divided = torch.where(wavelength > longest, freqs / s.factor, freqs)
+    between = (wavelength <= longest) & (wavelength >= shortest)
+    return torch.where(between, blended, divided)
+
+
+def _yarn(freqs: Tensor, rope: Rope, s: RopeScaling) -> Tensor:
+    """A linear ramp over channels from extrapolation (kept) to interpolation (divided)."""
+
+    def channel(turns: float) -> float:  # which channel makes that many turns within the original context
+        return rope.dim * math.log(s.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = channel(s.beta_fast), channel(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32, device=freqs.device) - low) / (high - low)
+    kept = 1 - ramp.clamp(0, 1)
+    return freqs / s.factor * (1 - kept) + freqs * kept
+
+
+def tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for `positions` [T]: each [T, dim / 2]."""
+    angles = positions.float()[:, None] * inverse_frequencies(rope, positions.device)
+    magnitude = rope.scaling.attention_factor if rope.scaling else 1.0
+    out = torch.float32 if rope.fp32 else dtype
+    return (angles.cos() * magnitude).to(out), (angles.sin() * magnitude).to(out)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] channels of x [B, T, H, D] by position; the others pass."""
+    dim = 2 * cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, dim/2]
+    turned, rest = x[..., :dim].to(cos.dtype), x[..., dim:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    out = out.to(x.dtype)
+    return torch.cat((out, rest), -1) if rest.shape[-1] else out
+
+
+def apply(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor], rope: Rope) -> tuple[Tensor, Tensor]:
+    """Rotate queries [B, T, H, D] and keys [B, T, K, D] by the positions that `table` was made for."""
+    return rotate(q, *table, rope.interleaved), rotate(k, *table, rope.interleaved)
