@@ -74,7 +74,6 @@ def numbered(source: str, gate: str, up: str, down: str) -> tuple[RuleLine, ...]
 
 
 NUMBERED = numbered("model.layers.{i}.mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
-W123 = numbered("model.layers.{i}.block_sparse_moe.experts.{e}", "w1", "w3", "w2")
 
 DEEPSEEK_MOE: tuple[RuleLine, ...] = (
     ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
@@ -83,9 +82,9 @@ DEEPSEEK_MOE: tuple[RuleLine, ...] = (
     *gated_mlp("layers.{i}.moe.shared", "model.layers.{i}.mlp.shared_experts"),
 )
 
-MTP_LAYERS = extra(
-    "model.layers.{i}.*", "a multi-token-prediction layer after the last one: no part in the next token's logits"
-)
+MTP = "multi-token prediction: no part in the next token's logits"
+MTP_LAYERS = extra("model.layers.{i}.*", MTP)  # layers after the last one
+GGUF_MTP_LAYERS = extra("blk.{i}.*", MTP)
 
 # llama.cpp's GGUF: experts are stacked, gate and up apart.
 GGUF_MOE: tuple[RuleLine, ...] = (

@@ -123,7 +123,7 @@ RULES = {
         ("layers.{i}.attn.out.weight", "blk.{i}.attn_output.weight"),
         *names.GGUF_MLP,
         *experts.GGUF_MOE,
-        extra("blk.{i}.*", "a multi-token-prediction layer"),
+        experts.GGUF_MTP_LAYERS,
     ),
 }
 

@@ -33,7 +33,9 @@ def spec(config: Config) -> Spec:
     qk_norm = QKNorm(Norm(norm.eps, weight="none"), after_rope=True) if c.get("use_qk_norm", True) else None
     temperature = None
     if c.get("attn_temperature_tuning", True):
-        temperature = QueryScale("floor_log", float(c.get("floor_scale", 8192)), float(c.get("attn_scale", 0.1)), 1)
+        temperature = QueryScale(
+            "floor_log", float(c.get("floor_scale", 8192)), float(c.get("attn_scale", 0.1)), 1
+        )
 
     def attention(rotates: bool, chunked: bool) -> Attention:
         return Attention(
@@ -96,7 +98,9 @@ HF: tuple[RuleLine, ...] = (
     extra("multi_modal_projector.*", _VISION),
 )
 RULES = {
-    "hf": rules(*HF, prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})),
+    "hf": rules(
+        *HF, prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
+    ),
     "gguf": rules(
         *names.GGUF_ENDS,
         *names.GGUF_PRE_NORMS,

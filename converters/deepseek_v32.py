@@ -1,0 +1,48 @@
+"""DeepSeek-V3.2 and V3.2-Exp: DeepSeek-V3 with sparse attention.
+
+What is unusual, beyond deepseek_v3:
+- A small indexer in every layer scores all keys and lets each query see the best `index_topk` of them.
+- The indexer's RoPE rotates halves, at the front of its heads; the attention's own rotates neighbouring pairs.
+- The indexer's keys pass a LayerNorm with bias, eps 1e-6 whatever the config says.
+- The vendor's code scores in fp8 after a Hadamard rotation, which changes no weight and is not done here.
+"""
+
+from __future__ import annotations
+
+from zoo.config import Config, rope, rope_parameters
+from zoo.families import Family
+from zoo.mapping.rules import rules
+from zoo.spec import Indexer, Norm, Spec
+
+from . import _experts as experts
+from . import deepseek_v3
+
+
+def spec(c: Config) -> Spec:
+    c.refuse(moe_layer_freq=1, rope_interleave=True)
+    if "layer_types" in c:
+        c.each_layer("layer_types", c["num_hidden_layers"], ("indexed_attention",))
+    indexer = Indexer(
+        n_heads=c["index_n_heads"],
+        head_dim=c["index_head_dim"],
+        top_k=c["index_topk"],
+        rope=rope(c, rope_parameters(c), c["qk_rope_head_dim"]),
+        key_norm=Norm(1e-6, kind="layer"),
+    )
+    mixer = deepseek_v3.latent_attention(c, indexer=indexer)
+    return deepseek_v3.decoder("deepseek_v32", c, mixer, experts.sigmoid_router(c))
+
+
+_I = "model.layers.{i}.self_attn.indexer."
+RULES = {
+    "hf": rules(
+        *deepseek_v3.HF,
+        ("layers.{i}.attn.indexer.q.weight", _I + "wq_b.weight"),
+        ("layers.{i}.attn.indexer.k.weight", _I + "wk.weight"),
+        ("layers.{i}.attn.indexer.k_norm.weight", _I + "k_norm.weight"),
+        ("layers.{i}.attn.indexer.k_norm.bias", _I + "k_norm.bias"),
+        ("layers.{i}.attn.indexer.head_weights.weight", _I + "weights_proj.weight"),
+    ),
+}
+
+FAMILY = Family("deepseek_v32", ("deepseek_v32",), ("DeepseekV32ForCausalLM",), spec, RULES)

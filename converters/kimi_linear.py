@@ -1,0 +1,127 @@
+"""Kimi Linear 48B-A3B.
+
+What is unusual:
+- No positions anywhere: three layers of Kimi Delta Attention (KDA) to one of MLA, whose "rope" part is kept but
+  never rotated (`mla_use_nope`). The latent norm's eps is fixed at 1e-6, the other norms' is 1e-5.
+- KDA decays each key channel on its own. q, k and v have a convolution each; the output is normalised in fp32,
+  weight included, and gated by a sigmoid. A_log is stored as [1, 1, H, 1].
+- The layer lists of `linear_attn_config` count from 1.
+- DeepSeek's router under other keys (`num_experts_per_token`, `moe_renormalize`, `num_expert_group`), a shared
+  expert, the first layer dense. Experts lie under `block_sparse_moe`, w1 (gate), w3 (up), w2 (down); dense layers
+  under `mlp`, except where transformers 5.23 saved them: it renames those too.
+"""
+
+from __future__ import annotations
+
+from zoo.config import Config
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.mapping.rules import cat, rules, squeeze
+from zoo.spec import MLP, DeltaNet, LatentAttention, Layer, Mixer, MoE, Norm, Router, Spec
+
+from . import _dense as names
+from . import _experts as experts
+from . import deepseek_v3
+
+
+def spec(c: Config) -> Spec:
+    c.choice("moe_router_activation_func", ("sigmoid",), "sigmoid")
+    c.choice("hidden_act", ("silu",))
+    c.refuse(mla_use_nope=True, moe_layer_freq=1)
+    norm = Norm(c["rms_norm_eps"])
+    nope, rest = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+    latent = LatentAttention(
+        n_heads=c["num_attention_heads"],
+        q_rank=c.get("q_lora_rank"),
+        kv_rank=c["kv_lora_rank"],
+        nope_dim=nope,
+        rope_dim=rest,
+        v_head_dim=c["v_head_dim"],
+        scale=(nope + rest) ** -0.5,
+        latent_norm=Norm(deepseek_v3.LATENT_EPS),
+    )
+    linear = c.sub("linear_attn_config") if "linear_attn_config" in c else c
+    heads, head_dim = (
+        linear.first("num_heads", "linear_num_heads"),
+        linear.first("head_dim", "linear_head_dim"),
+    )
+    delta = DeltaNet(
+        n_k_heads=heads,
+        n_v_heads=heads,
+        k_head_dim=head_dim,
+        v_head_dim=head_dim,
+        conv=linear.first("short_conv_kernel_size", "linear_conv_kernel_dim"),
+        decay="channel",
+        out_gate="sigmoid",
+        out_norm=Norm(norm.eps, scale_in="fp32"),
+    )
+    mixers: dict[str, Mixer] = {experts.FULL: latent, experts.LINEAR: delta}
+    router = Router(
+        top_k=c.first("num_experts_per_token", "num_experts_per_tok"),
+        score="sigmoid",
+        selection_bias=True,
+        n_groups=c.first("num_expert_group", "n_group", default=1),
+        top_groups=c.get("topk_group", 1),
+        normalize=c.first("moe_renormalize", "norm_topk_prob"),
+        normalize_eps=1e-20,
+        scale=float(c.get("routed_scaling_factor", 1.0)),
+        fp32=True,
+    )
+    dense = MLP(c["intermediate_size"])
+    shared = c.first("num_shared_experts", "n_shared_experts") * c["moe_intermediate_size"]
+    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), router, shared=MLP(shared))
+    return Spec(
+        family="kimi_linear",
+        d_model=c["hidden_size"],
+        vocab_size=c["vocab_size"],
+        layers=tuple(
+            Layer(mixers[t], moe if s else dense, attn_norm=norm, ffn_norm=norm)
+            for t, s in zip(layer_types(c), experts.sparse_layers(c), strict=True)
+        ),
+        norm=norm,
+        tied=c.get("tie_word_embeddings", False),
+        context_length=c.first("model_max_length", "max_position_embeddings"),
+        dtype=experts.dtype(c),
+    )
+
+
+def layer_types(c: Config) -> list[str]:
+    """One list as transformers 5 writes it, or the release's two lists of layers, counted from 1."""
+    n = c["num_hidden_layers"]
+    if "layer_types" in c:
+        return c.each_layer("layer_types", n, (experts.FULL, experts.LINEAR))
+    lists = c.sub("linear_attn_config")
+    types: dict[int, str] = dict.fromkeys(lists["full_attn_layers"], experts.FULL)
+    types |= dict.fromkeys(lists["kda_layers"], experts.LINEAR)
+    if sorted(types) != list(range(1, n + 1)):
+        raise ZooError(f"{lists.where}: full_attn_layers and kda_layers do not make layers 1 to {n}")
+    return [types[i] for i in range(1, n + 1)]
+
+
+_D, _B = "model.layers.{i}.self_attn.", "model.layers.{i}.block_sparse_moe"
+RULES = {
+    "hf": rules(
+        *names.ENDS,
+        *names.PRE_NORMS,
+        *deepseek_v3.MLA,
+        ("layers.{i}.delta.qkv.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkv"))),
+        ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
+        ("layers.{i}.delta.beta.weight", _D + "b_proj.weight"),
+        ("layers.{i}.delta.decay_down.weight", _D + "f_a_proj.weight"),
+        ("layers.{i}.delta.decay_up.weight", _D + "f_b_proj.weight"),
+        ("layers.{i}.delta.gate_down.weight", _D + "g_a_proj.weight"),
+        ("layers.{i}.delta.gate_up.weight", _D + "g_b_proj.weight"),
+        ("layers.{i}.delta.A_log", squeeze(_D + "A_log", 0, 1, 3)),
+        ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
+        ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
+        ("layers.{i}.delta.out.weight", _D + "o_proj.weight"),
+        *names.MLP,
+        *experts.gated_mlp("layers.{i}.mlp", _B),
+        ("layers.{i}.moe.router.weight", _B + ".gate.weight"),
+        ("layers.{i}.moe.router.selection_bias", _B + ".gate.e_score_correction_bias"),
+        *experts.numbered(_B + ".experts.{e}", "w1", "w3", "w2"),
+        *experts.gated_mlp("layers.{i}.moe.shared", _B + ".shared_experts"),
+    ),
+}
+
+FAMILY = Family("kimi_linear", ("kimi_linear",), ("KimiLinearForCausalLM",), spec, RULES)

@@ -1,0 +1,133 @@
+"""Nemotron 3 Nano (30B-A3B) and Super (120B-A12B), Nemotron-H.
+
+What is unusual:
+- A layer is one thing with one norm: Mamba-2 (M), attention without positions (*), experts (E) or an MLP (-), in
+  the order that `hybrid_override_pattern` spells.
+- MLPs and experts have no gate: down(relu(up x)^2). The shared expert has a width of its own.
+- Super's routed experts work in a latent space (`moe_latent_size`); router and shared expert see the full width.
+- Norm weights are applied in fp32, then cast; the Mamba output norm has n_groups groups and comes after its gate.
+- transformers clamps dt to `time_step_min` when it reads a prompt, and not when it decodes a single token; this
+  Spec follows the former. `time_step_limit` is not used.
+- `mtp.*` are multi-token-prediction layers.
+"""
+
+from __future__ import annotations
+
+from zoo.config import Config
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.mapping.rules import cat, extra, rules, squeeze, stack
+from zoo.spec import MLP, Attention, Layer, Mamba, MoE, Norm, Spec
+
+from . import _experts as experts
+
+LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+# As transformers spells them; 5.x calls the first two by the kind of their attention.
+TYPES = {kind: kind for kind in LETTERS.values()} | {experts.LINEAR: "mamba", experts.FULL: "attention"}
+
+
+def spec(c: Config) -> Spec:
+    c.choice("mlp_hidden_act", ("relu2",), "relu2")
+    c.choice("mamba_hidden_act", ("silu",), "silu")
+    c.refuse(attention_bias=False, mlp_bias=False, use_bias=False, mamba_proj_bias=False, sliding_window=None)
+    c.refuse(tie_word_embeddings=False)
+    norm = Norm(c.first("layer_norm_epsilon", "norm_eps"), scale_in="fp32")
+    attention = Attention(
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c["num_key_value_heads"],
+        head_dim=c["head_dim"],
+        v_head_dim=c["head_dim"],
+        scale=c["head_dim"] ** -0.5,
+    )
+    mamba = Mamba(
+        n_heads=c["mamba_num_heads"],
+        head_dim=c["mamba_head_dim"],
+        n_groups=c.first("n_groups", "mamba_n_groups"),
+        state=c["ssm_state_size"],
+        conv=c.first("conv_kernel", "mamba_d_conv"),
+        out_norm=norm,
+        conv_bias=c.first("use_conv_bias", "mamba_conv_bias", default=True),
+        dt_min=float(c.first("time_step_min", "mamba_dt_min")),
+    )
+    layers = {
+        "mamba": Layer(mamba, None, attn_norm=norm),
+        "attention": Layer(attention, None, attn_norm=norm),
+        "mlp": Layer(None, MLP(c["intermediate_size"], "relu2", gated=False), ffn_norm=norm),
+    }
+    kinds = layer_kinds(c)
+    if "moe" in kinds:
+        moe = MoE(
+            experts.n_experts(c),
+            MLP(c["moe_intermediate_size"], "relu2", gated=False),
+            experts.sigmoid_router(c),
+            shared=MLP(c["moe_shared_expert_intermediate_size"], "relu2", gated=False),
+            latent=c.get("moe_latent_size"),
+        )
+        layers["moe"] = Layer(None, moe, ffn_norm=norm)
+    return Spec(
+        family="nemotron_h",
+        d_model=c["hidden_size"],
+        vocab_size=c["vocab_size"],
+        layers=tuple(layers[kind] for kind in kinds),
+        norm=norm,
+        tied=False,
+        context_length=c["max_position_embeddings"],
+        dtype=experts.dtype(c),
+    )
+
+
+def layer_kinds(c: Config) -> list[str]:
+    """The release's pattern of letters, or a list of names as transformers writes it."""
+    if "hybrid_override_pattern" not in c:
+        names = c.first("layers_block_type", "layer_types")
+        if unknown := sorted(set(names) - set(TYPES)):
+            raise ZooError(
+                f"{c.where}: unknown layer type(s) {', '.join(unknown)}; known: {', '.join(TYPES)}"
+            )
+        return [TYPES[name] for name in names]
+    pattern = c["hybrid_override_pattern"]
+    if unknown := sorted(set(pattern) - set(LETTERS)):
+        raise ZooError(
+            f"{c.where}: hybrid_override_pattern has unknown layer type(s) {', '.join(unknown)}; "
+            f"known: {', '.join(LETTERS)}"
+        )
+    if len(pattern) != c.get("num_hidden_layers", len(pattern)):
+        raise ZooError(
+            f"{c.where}: hybrid_override_pattern has {len(pattern)} layers, num_hidden_layers says otherwise"
+        )
+    return [LETTERS[letter] for letter in pattern]
+
+
+_M = "backbone.layers.{i}.mixer."
+RULES = {
+    "hf": rules(
+        ("embed.weight", "backbone.embeddings.weight"),
+        ("norm.weight", "backbone.norm_f.weight"),
+        ("head.weight", "lm_head.weight"),
+        ("layers.{i}.attn_norm.weight", "backbone.layers.{i}.norm.weight"),
+        ("layers.{i}.ffn_norm.weight", "backbone.layers.{i}.norm.weight"),
+        ("layers.{i}.attn.qkv.weight", cat(*(f"{_M}{x}_proj.weight" for x in "qkv"))),
+        ("layers.{i}.attn.out.weight", _M + "o_proj.weight"),
+        ("layers.{i}.mamba.in_proj.weight", _M + "in_proj.weight"),
+        ("layers.{i}.mamba.conv.weight", squeeze(_M + "conv1d.weight", 1)),
+        ("layers.{i}.mamba.conv.bias", _M + "conv1d.bias"),
+        ("layers.{i}.mamba.A_log", _M + "A_log"),
+        ("layers.{i}.mamba.D", _M + "D"),
+        ("layers.{i}.mamba.dt_bias", _M + "dt_bias"),
+        ("layers.{i}.mamba.norm.weight", _M + "norm.weight"),
+        ("layers.{i}.mamba.out.weight", _M + "out_proj.weight"),
+        ("layers.{i}.mlp.up.weight", _M + "up_proj.weight"),
+        ("layers.{i}.mlp.down.weight", _M + "down_proj.weight"),
+        ("layers.{i}.moe.router.weight", _M + "gate.weight"),
+        ("layers.{i}.moe.router.selection_bias", _M + "gate.e_score_correction_bias"),
+        ("layers.{i}.moe.latent_down.weight", _M + "fc1_latent_proj.weight"),
+        ("layers.{i}.moe.latent_up.weight", _M + "fc2_latent_proj.weight"),
+        ("layers.{i}.moe.up.weight", stack(_M + "experts.{e}.up_proj.weight")),
+        ("layers.{i}.moe.down.weight", stack(_M + "experts.{e}.down_proj.weight")),
+        ("layers.{i}.moe.shared.up.weight", _M + "shared_experts.up_proj.weight"),
+        ("layers.{i}.moe.shared.down.weight", _M + "shared_experts.down_proj.weight"),
+        extra("mtp.*", experts.MTP),
+    ),
+}
+
+FAMILY = Family("nemotron_h", ("nemotron_h",), ("NemotronHForCausalLM",), spec, RULES)
