@@ -1,7 +1,7 @@
 """Gemma 3: 270M, 1B, and the text model of the 4B, 12B and 27B wrappers.
 
 - RMS norms multiply by (1 + w), in fp32; before AND after both branches, and per head on q and k.
-  GGUF files hold 1 + w already: their reader says so (`gguf` in the config), and the norms are plain.
+  GGUF files hold 1 + w already: their reader says so (`norm_weight_plus_one`), and the norms are plain.
 - GEGLU (tanh form); embeddings are multiplied by sqrt(d_model), rounded to their dtype first; tied head.
 - Scores are scaled by query_pre_attn_scalar^-0.5, which is not head_dim^-0.5 in the 27B.
 - Five layers with a window to one without (`layer_types`, or every `sliding_window_pattern`-th is full).
@@ -39,7 +39,9 @@ def spec(c: Config) -> Spec:
     t = Config({**DEFAULTS, **t.data}, t.where)
     t.refuse(use_bidirectional_attention=False, attn_logit_softcapping=None)
     d, head_dim = t["hidden_size"], t["head_dim"]
-    norm = Norm(t["rms_norm_eps"], weight="plain" if "gguf" in c else "plus_one", scale_in="fp32")
+    norm = Norm(
+        t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", scale_in="fp32"
+    )
 
     def layer(kind: str) -> Layer:
         sliding = kind == dense.SLIDING

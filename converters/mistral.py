@@ -103,12 +103,6 @@ RULES = {
             for pattern in _PIXTRAL
         ),
     ),
-    "gguf": rules(
-        *dense.GGUF_ENDS,
-        *dense.GGUF_PRE_NORMS,
-        *dense.gguf_attention(interleaved=True),
-        *dense.GGUF_MLP,
-    ),
 }
 
 FAMILY = Family(

@@ -64,9 +64,6 @@ def layers(c: Config) -> list[tuple[int, str]]:
 
 RULES = {
     "hf": rules(*dense.ENDS, *dense.PRE_NORMS, *dense.ATTENTION, *dense.MLP, dense.INV_FREQ),
-    "gguf": rules(
-        *dense.GGUF_ENDS, *dense.GGUF_PRE_NORMS, *dense.gguf_attention(interleaved=True), *dense.GGUF_MLP
-    ),
 }
 
 FAMILY = Family("smollm3", ("smollm3",), ("SmolLM3ForCausalLM",), spec, RULES)
