@@ -30,7 +30,9 @@ def view(flat: torch.Tensor, box: Box) -> torch.Tensor:
     return torch.as_strided(flat, sizes, strides, box.offset)
 
 
-def assemble(source: str | os.PathLike[str] | Checkpoint, plan: Plan | None = None) -> dict[str, torch.Tensor]:
+def assemble(
+    source: str | os.PathLike[str] | Checkpoint, plan: Plan | None = None
+) -> dict[str, torch.Tensor]:
     """Canonical name -> tensor, for a checkpoint of safetensors files."""
     ckpt = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     plan = plan or make_plan(ckpt)
@@ -41,6 +43,9 @@ def assemble(source: str | os.PathLike[str] | Checkpoint, plan: Plan | None = No
         filled = torch.zeros(o.shape, dtype=torch.bool)
         for name, fit in zip(o.sources, o.fits, strict=True):
             tensor = files[ckpt.tensors[name].file].get_tensor(name)
+            if fit.copy:
+                assert torch.equal(view(made.view(-1), fit.canonical), view(tensor.reshape(-1), fit.source))
+                continue
             view(made.view(-1), fit.canonical).copy_(view(tensor.reshape(-1), fit.source))
             assert not view(filled.view(-1), fit.canonical).any(), f"{o.name}: {name} overlaps another"
             view(filled.view(-1), fit.canonical).fill_(True)

@@ -12,10 +12,11 @@ an `Output` adds the names. That is what makes the plan of 92,000 tensors a matt
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +24,10 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
+from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
-from zoo.mapping.rules import Box, Expr, Fit, Rule, RuleSet, Target, respell
+from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Target, Transpose, respell
+from zoo.quant.schemes import Component, Scheme, detect, grid
 from zoo.spec import Layer, Spec
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -36,16 +39,23 @@ class Recipe:
     """A compiled rule: where the elements of each source tensor lie in the canonical one. Names still
     hold `{i}`; one recipe serves every layer of a kind."""
 
-    names: str  # one per line
+    names: tuple[str, ...]  # each: one name per line; alternatives where a component has several spellings
+    shape: tuple[int, ...]
     fits: tuple[Fit, ...]
 
-    def sources(self, layer: int | None) -> list[str]:
-        return self.names.replace("{i}", str(layer)).split("\n")
+    def sources(self, layer: int | None, tensors: Container[str]) -> list[str]:
+        """The source names, in the first spelling that exists (by its first name), else in the first."""
+        found = [names.replace("{i}", str(layer)).split("\n") for names in self.names]
+        return next((names for names in found if names[0] in tensors), found[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A canonical tensor and its making: source tensor `sources[k]` gives the elements `fits[k]`."""
+    """A canonical tensor and its making: source tensor `sources[k]` gives the elements `fits[k]`.
+
+    `scheme`: the source is quantised, and dequantised on the way; `components` are then the names of what
+    stands beside each source (`components["scale"][k]`), and the fits are of logical elements.
+    """
 
     name: str
     dtype: str
@@ -53,6 +63,8 @@ class Output:
     layer: int | None
     sources: tuple[str, ...]
     fits: tuple[Fit, ...]
+    scheme: str | None = None
+    components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -63,8 +75,9 @@ class Output:
 class Plan:
     """A conversion, before it is one.
 
-    `outputs` in the order in which they are stored; `extras`: source tensors kept aside, with the reason;
+    `outputs` in the order of the layout; `extras`: source tensors kept aside, with the reason.
     `dtype`: what floating-point tensors are converted to (safetensors' name), None: as released.
+    `quant`: slot without `.weight` -> scheme, of weights that are carried quantised.
     `layers`: the ones planned for, where that is not all of them.
     """
 
@@ -82,7 +95,8 @@ class Plan:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        return (*self.checkpoint.carried, *self.checkpoint.synthesised)
+        """Files that go along as they are."""
+        return tuple(sorted({*self.checkpoint.carried, *self.checkpoint.synthesised} - {INDEX}))
 
     @property
     def nbytes(self) -> int:
@@ -90,13 +104,113 @@ class Plan:
         extras = sum(self.checkpoint.tensors[n].nbytes for n in self.extras)
         return sum(o.nbytes for o in self.outputs.values()) + extras
 
+    @property
+    def rules_version(self) -> str:
+        return self.family.rules[self.naming].version
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of what the plan does: which elements of which source tensors go where, in which dtype.
+        Equal digests mean equal canonical bytes from equal sources, whatever the rules are written like."""
+        h = hashlib.sha256(repr((self.dtype, self.layers, sorted(self.extras))).encode())
+        seen: dict[int, str] = {}
+        for o in self.outputs.values():
+            if id(o.fits) not in seen:
+                seen[id(o.fits)] = repr([(f.shape, f.source, f.canonical) for f in o.fits])
+                h.update(seen[id(o.fits)].encode())
+            h.update(repr((o.name, o.dtype, o.shape, o.scheme, o.sources, seen[id(o.fits)][:64])).encode())
+        return h.hexdigest()[:32]
+
+    def sources_of(self, o: Output, k: int) -> list[str]:
+        """All source tensors that the k-th fit of an output needs: the weight and what stands beside it."""
+        return [o.sources[k], *(names[k] for names in o.components.values())]
+
+    def files_needed(self) -> dict[str, int]:
+        """Source file -> bytes of it that this plan reads; files that it does not need are left out."""
+        out: dict[str, int] = {}
+        tensors = self.checkpoint.tensors
+        names = {
+            n for o in self.outputs.values() for k in range(len(o.sources)) for n in self.sources_of(o, k)
+        }
+        for name in {*names, *self.extras}:
+            ref = tensors[name]
+            out[ref.file] = out.get(ref.file, 0) + ref.nbytes
+        return dict(sorted(out.items()))
+
+    def restrict(self, layers: Collection[int]) -> Plan:
+        """The plan of these layers and what belongs to none (embedding, final norm, head), without extras.
+
+        Raises ZooError for a layer that the model does not have.
+        """
+        if bad := [i for i in layers if not 0 <= i < self.spec.n_layers]:
+            raise ZooError(
+                f"layer {bad[0]} does not exist: the model has layers 0 to {self.spec.n_layers - 1}"
+            )
+        keep = {n: o for n, o in self.outputs.items() if o.layer is None or o.layer in set(layers)}
+        quant = {n: q for n, q in self.quant.items() if n + ".weight" in keep}
+        return replace(self, outputs=keep, extras={}, quant=quant, layers=tuple(sorted(set(layers))))
+
+    def summary(self) -> str:
+        """What a person wants to know first, in a few lines."""
+        c, refs = self.checkpoint, self.checkpoint.tensors
+        n_sources = len({n for o in self.outputs.values() for n in o.sources})
+        lines = [
+            f"family     {self.family.name} ({self.naming} names, {c.format} files)",
+            f"source     {len(refs):,} tensors in {len(c.files)} file(s), {sum(r.nbytes for r in refs.values()):,} bytes",
+            f"canonical  {len(self.outputs):,} tensors of {n_sources:,} source tensors, "
+            f"{sum(o.nbytes for o in self.outputs.values()):,} bytes",
+            f"dtype      {self.dtype or 'as released'} ({', '.join(sorted({o.dtype for o in self.outputs.values()}))})",
+        ]
+        if self.quant:
+            schemes: dict[str, int] = {}
+            for q in self.quant.values():
+                schemes[q] = schemes.get(q, 0) + 1
+            lines.append("quantised  " + ", ".join(f"{n} weights {q}" for q, n in schemes.items()))
+        if self.layers is not None:
+            lines.append(f"layers     {_span(list(self.layers))} of {self.spec.n_layers}")
+        if self.extras:
+            reasons: dict[str, list[str]] = {}
+            for name, reason in self.extras.items():
+                reasons.setdefault(reason, []).append(name)
+            lines += [f"extras     {len(names):,} tensors: {reason}" for reason, names in reasons.items()]
+        return "\n".join([*lines, *(f"note       {n}" for n in (*c.notes, *self.notes))])
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with one entry per canonical tensor."""
+        return {
+            "family": self.family.name,
+            "naming": self.naming,
+            "format": self.checkpoint.format,
+            "source": str(self.checkpoint.root),
+            "rules": self.rules_version,
+            "digest": self.digest,
+            "dtype": self.dtype,
+            "bytes": self.nbytes,
+            "quant": self.quant,
+            "layers": self.layers,
+            "carried": self.carried,
+            "notes": [*self.checkpoint.notes, *self.notes],
+            "tensors": [
+                {
+                    "name": o.name,
+                    "dtype": o.dtype,
+                    "shape": o.shape,
+                    "sources": o.sources,
+                    "dequantised": o.scheme,
+                }
+                for o in self.outputs.values()
+            ],
+            "extras": self.extras,
+        }
+
 
 # ---------------------------------------------------------------------------------------------------
 # Making one
 
 
 def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None = None) -> Plan:
-    """The plan of converting `ckpt`. `dtype`: "bf16", "fp16" or "fp32", or None to keep what is released.
+    """The plan of converting `ckpt`. `dtype`: "bf16", "fp16" or "fp32", or None to keep what is released
+    (block types of GGUF are never kept: the reader says what they become).
 
     Raises ZooError if no family claims the config, or, with everything that does not fit listed
     (`PlanError`), if the rules and the tensors do not account for each other.
@@ -112,29 +226,38 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             f"{ckpt.root}: family {family.name} has no rules for {ckpt.format} files (names of "
             f"{' or '.join(ckpt.naming)}); it has rules for {', '.join(family.rules)}"
         )
+    asked = DTYPES[dtype] if dtype else ckpt.default_dtype
     best: Match | None = None
     for naming in namings:
-        m = match(spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming)
+        m = match(spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming, asked, ckpt.config)
+        if spec.tied and m.head:
+            m = _judge_head(ckpt, spec, family, m, asked)
         if best is None or m.n_problems < best.n_problems:
             best = m
     assert best is not None
     if best.n_problems:
         raise PlanError(ckpt, family, best)
-    asked = DTYPES[dtype] if dtype else ckpt.default_dtype
-    return Plan(ckpt, family, best.naming, best.prefix, spec, best.outputs, best.extras, asked)
+    return Plan(
+        ckpt, family, best.naming, best.prefix, best.spec, best.outputs, best.extras, asked, best.quant,
+        notes=tuple(best.notes),
+    )  # fmt: skip
 
 
 @dataclass
 class Match:
     """A spec's layout, filled from tensors by a rule set; and what does not fit."""
 
+    spec: Spec
     naming: str
     prefix: tuple[tuple[str, str], ...]
     outputs: dict[str, Output] = field(default_factory=dict)
+    quant: dict[str, str] = field(default_factory=dict)
     extras: dict[str, str] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)  # canonical name -> source names not there
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # anything else, one line each
+    head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
+    notes: list[str] = field(default_factory=list)
 
     @property
     def n_problems(self) -> int:
@@ -142,84 +265,315 @@ class Match:
 
 
 def match(
-    spec: Spec, ruleset: RuleSet, tensors: Mapping[str, TensorRef], n_ranks: int = 1, naming: str = "hf"
+    spec: Spec,
+    ruleset: RuleSet,
+    tensors: Mapping[str, TensorRef],
+    n_ranks: int = 1,
+    naming: str = "hf",
+    dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Match:
-    """Fill the layout of `spec` from `tensors`. Never raises for tensors that do not fit: they are listed."""
-    prefix = _prefix(ruleset, tensors)
-    spell = respell(ruleset, prefix)
-    out = Match(naming, prefix)
-    kinds: dict[Layer, int] = {}
-    kind_of = [kinds.setdefault(layer, len(kinds)) for layer in spec.layers]
-    recipes: dict[tuple[str, int, int | None], Recipe | str] = {}
-    used: set[str] = set()
-    for slot in layout(spec).values():
-        layer = None if slot.layer is None else spec.layers[slot.layer]
-        key = slot_key(slot)
-        chosen: tuple[list[str], Recipe, int] | None = None
-        failures: list[str] = []
-        for n, rule in enumerate(ruleset.by_key.get(key, ())):
-            if rule.when is not None and not rule.when(layer, spec):
+    """Fill the layout of `spec` from `tensors`. Never raises for tensors that do not fit: they are listed.
+
+    `dtype` as in `Plan`; `config` tells of quantisation what shapes do not.
+    """
+    return _Matcher(spec, ruleset, tensors, n_ranks, naming, dtype, config or {}).run()
+
+
+class _Matcher:
+    def __init__(
+        self,
+        spec: Spec,
+        ruleset: RuleSet,
+        tensors: Mapping[str, TensorRef],
+        n_ranks: int,
+        naming: str,
+        dtype: str | None,
+        config: Mapping[str, Any],
+    ) -> None:
+        self.spec, self.rules, self.tensors, self.n_ranks = spec, ruleset, tensors, n_ranks
+        self.dtype, self.config = dtype, config
+        self.out = Match(spec, naming, _prefix(ruleset, tensors))
+        self.spell = respell(ruleset, self.out.prefix)
+        self.recipes: dict[tuple[Any, ...], Recipe | str] = {}
+        self.used: set[str] = set()
+        self.kinds: dict[Layer, int] = {}
+        self.kind_of = [self.kinds.setdefault(layer, len(self.kinds)) for layer in spec.layers]
+        # fp32 tensors beside narrower weights are those the vendor singled out: asking for bf16 keeps them.
+        narrow = any(t.dtype != "F32" and len(t.shape) > 1 for t in tensors.values())
+        self.keep_fp32 = dtype in ("BF16", "F16") and narrow
+
+    def run(self) -> Match:
+        for slot in layout(self.spec).values():
+            if (chosen := self.choose(slot)) is not None:
+                self.fill(slot, *chosen)
+        if self.spec.tied:
+            self.note_head()
+        _sort_rest(self.out, self.spec, self.rules, self.spell, self.tensors, self.used)
+        return self.out
+
+    def recipe(
+        self, rule: Rule, n: int, slot: Slot, scheme: Scheme | None, part: Component | None
+    ) -> Recipe | str:
+        """The rule compiled for a slot (or a component of it), or why it does not apply."""
+        kind = None if slot.layer is None else self.kind_of[slot.layer]
+        own: tuple[int, ...] = ()
+        if part is not None and part.unit is None:  # a constant per source tensor: its shape is its own
+            leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))  # type: ignore[dict-item]
+            own = next((self.tensors[s].shape for s in part.names(leaf) if s in self.tensors), ())
+        key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
+        if (found := self.recipes.get(key)) is None:
+            try:
+                found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks, part, own)
+            except ZooError as e:
+                found = f"{slot.name}: {e}"
+            self.recipes[key] = found
+        return found
+
+    def choose(self, slot: Slot) -> tuple[Rule, int, Scheme | None, Recipe, list[str]] | None:
+        """The first rule for the slot whose source tensors all exist, else the one that lacks the fewest."""
+        layer = None if slot.layer is None else self.spec.layers[slot.layer]
+        best: tuple[Rule, int, Scheme | None, Recipe, list[str]] | None = None
+        fewest = -1
+        reasons: list[str] = []
+        for n, rule in enumerate(self.rules.by_key.get(slot.key, ())):
+            if rule.when is not None and not rule.when(layer, self.spec):
                 continue
-            at = (key, n, None if slot.layer is None else kind_of[slot.layer])
-            if at not in recipes:
+            scheme: Scheme | None = None
+            if slot.name.endswith(".weight") and len(slot.shape) > 1:
+                leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))  # type: ignore[dict-item]
                 try:
-                    recipes[at] = compile_rule(rule, slot, spec, spell, n_ranks)
+                    scheme = detect(leaf, self.tensors, self.config)
                 except ZooError as e:
-                    recipes[at] = f"{slot.name}: {e}"
-            recipe = recipes[at]
+                    reasons.append(str(e))
+                    self.used.add(leaf)
+                    continue
+            recipe = self.recipe(rule, n, slot, scheme, scheme.components[0] if scheme else None)
             if isinstance(recipe, str):
-                failures.append(recipe)
+                reasons.append(recipe)
                 continue
-            sources = recipe.sources(slot.layer)
-            n_missing = sum(name not in tensors for name in sources)
-            if chosen is None or n_missing < chosen[2]:
-                chosen = (sources, recipe, n_missing)
-            if not n_missing:
-                break
-        if chosen is None:
-            reason = "; ".join(failures) or f"{slot.name}: no rule of this family fills it (key {key!r})"
-            out.problems.append(reason)
-            continue
-        sources, recipe, n_missing = chosen
-        used.update(sources)
-        if n_missing:
-            out.missing[slot.name] = [name for name in sources if name not in tensors]
-            continue
-        dtypes = set()
-        for name, fit in zip(sources, recipe.fits, strict=True):
-            ref = tensors[name]
+            sources = recipe.sources(slot.layer, self.tensors)
+            lacks = sum(name not in self.tensors for name in sources)
+            if best is None or lacks < fewest:
+                best, fewest = (rule, n, scheme, recipe, sources), lacks
+            if not lacks:
+                return best
+        if best is None or (reasons and fewest):
+            self.out.problems.append(
+                "; ".join(reasons) or f"{slot.name}: no rule of this family fills it (key {slot.key!r})"
+            )
+            return None
+        return best
+
+    def fill(
+        self, slot: Slot, rule: Rule, n: int, scheme: Scheme | None, recipe: Recipe, sources: list[str]
+    ) -> None:
+        if scheme is None:
+            self.add(slot.name, slot, recipe, sources, None)
+            return
+        if self.dtype is None:
+            self.out.quant[slot.name.removesuffix(".weight")] = scheme.name
+        components: dict[str, tuple[str, ...]] = {}
+        for part in scheme.components:
+            found = self.recipe(rule, n, slot, scheme, part)
+            if isinstance(found, str):
+                self.out.problems.append(found)
+                return
+            names = found.sources(slot.layer, self.tensors)
+            if part.optional and not any(name in self.tensors for name in names):
+                continue
+            name = f"{slot.name.removesuffix('.weight')}.{part.name}"
+            if not self.add(name, slot, found, names, part, keep=self.dtype is None):
+                return
+            components[part.name] = tuple(names)
+        if self.dtype is None:
+            return
+        logical = self.recipe(rule, n, slot, None, None)  # fits in logical elements, of the rule's own names
+        if isinstance(logical, str):
+            self.out.problems.append(logical)
+            return
+        codes = components.pop("weight")
+        self.out.outputs[slot.name] = Output(
+            slot.name, self.dtype, slot.shape, slot.layer, codes, logical.fits, scheme.name, components
+        )
+
+    def add(
+        self,
+        name: str,
+        slot: Slot,
+        recipe: Recipe,
+        sources: list[str],
+        part: Component | None,
+        keep: bool = True,
+    ) -> bool:
+        """Check the source tensors, and make of them an output unless they are only looked at."""
+        self.used.update(sources)
+        tensors = self.tensors
+        if missing := [s for s in sources if s not in tensors]:
+            self.out.missing[name] = missing
+            return False
+        n_before = len(self.out.problems)
+        dtypes: set[str] = set()
+        for source, fit in zip(sources, recipe.fits, strict=True):
+            ref = tensors[source]
             dtypes.add(ref.dtype)
             if ref.shape != fit.shape:
-                out.problems.append(
-                    f"{name} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)} "
-                    f"(for {slot.name} {list(slot.shape)})"
+                self.out.problems.append(
+                    f"{source} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)} "
+                    f"(for {name} {list(recipe.shape)})"
                 )
-        out.outputs[slot.name] = Output(
-            slot.name, _common(dtypes), slot.shape, slot.layer, tuple(sources), recipe.fits
-        )
-    _sort_rest(out, spec, ruleset, spell, tensors, used)
-    return out
+        if part is not None and not dtypes <= set(part.dtypes):
+            self.out.problems.append(
+                f"{name}: its {part.name} is {', '.join(sorted(dtypes))} in {sources[0]}"
+                f"{' and others' if len(sources) > 1 else ''}, expected {' or '.join(part.dtypes)}; if only some of "
+                "its parts are quantised, zoo cannot fuse them: ask the vendor's tools for plain weights"
+            )
+        if len(self.out.problems) > n_before:
+            return False
+        if not keep:
+            return True
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 else _common(dtypes)
+        if part is None:
+            if dtype not in ITEMSIZE and self.dtype is None:
+                self.out.problems.append(f"{sources[0]}: {dtype} is not carried; convert with --dtype")
+                return False
+            is_float = dtype in FLOATS or dtype not in ITEMSIZE
+            if self.dtype is not None and is_float and not (self.keep_fp32 and dtype == "F32"):
+                dtype = self.dtype
+        elif len(dtypes) > 1:
+            self.out.problems.append(
+                f"{name}: its parts have {part.name}s of {', '.join(sorted(dtypes))}: use --dtype"
+            )
+            return False
+        self.out.outputs[name] = Output(name, dtype, recipe.shape, slot.layer, tuple(sources), recipe.fits)
+        return True
+
+    def note_head(self) -> None:
+        for rule in self.rules.by_key.get("head.weight", ()):
+            names = [
+                self.spell(leaf.name({"r": r})) for leaf in rule.expr.leaves() for r in range(self.n_ranks)
+            ]
+            if names and all(name in self.tensors for name in names):
+                self.out.head = list(dict.fromkeys(names))
+                return
 
 
-def slot_key(slot: Slot) -> str:
-    return slot.key
+def compile_rule(
+    rule: Rule,
+    slot: Slot,
+    spec: Spec,
+    spell: Callable[[str], str],
+    n_ranks: int,
+    part: Component | None = None,
+    own: tuple[int, ...] = (),
+) -> Recipe:
+    """The rule's recipe for `slot` (of any layer of its kind), or for a component of it when quantised.
+    `own`: the shape of a component that is a constant of each source tensor.
 
-
-def compile_rule(rule: Rule, slot: Slot, spec: Spec, spell: Any, n_ranks: int) -> Recipe:
-    """The rule's recipe for `slot` (of any layer of its kind). Raises ZooError if it does not apply."""
+    Raises ZooError if it does not apply.
+    """
     layer = None if slot.layer is None else spec.layers[slot.layer]
-    names = {"i": "{i}"}
+    axis = int(slot.stacked)
+    shape, parts, unit = slot.shape, slot.parts, (1, 1)
+    if part is not None:
+        if part.unit is None:
+            parts = (1,) * len(slot.parts)
+            shape = (*slot.shape[:axis], *((len(parts),) if _fuses(rule.expr) else ()), *own)
+        else:
+            columns = slot.shape[-1]
+            unit = (part.unit[0] or sum(slot.parts), part.unit[1] or columns)
+            parts, rest = grid(part, slot.parts, columns)
+            shape = (*slot.shape[:axis], sum(parts), *rest)
+            if part.name == "weight" and (slot.shape[-1] % unit[1] or any(p % unit[0] for p in slot.parts)):
+                raise ZooError(f"rows of {columns} elements do not divide into blocks of {unit[1]}")
+            if part.trailing and _transposes(rule.expr):
+                raise ZooError("its blocks run along the input axis and cannot be transposed as they are")
     target = Target(
-        Box.whole(slot.shape), slot.parts, slot.parts, int(slot.stacked), layer, spec, names=names, n_ranks=n_ranks  # type: ignore[arg-type]
-    )
+        Box.whole(shape), parts, slot.parts, axis, layer, spec,
+        unit, part is not None and part.unit is None, {"i": "{i}"}, n_ranks,
+    )  # fmt: skip
     fits = tuple(rule.expr.compile(target))
-    return Recipe("\n".join(spell(f.name) for f in fits), fits)
+    if sum(math.prod(f.canonical.shape) for f in fits if not f.copy) != math.prod(shape):
+        raise ZooError(
+            "its rule does not fill all of it"
+            + (f"; its {part.name}s cannot be fused: use --dtype" if part else "")
+        )
+    leaves = [spell(f.name) for f in fits]
+    if part is None:
+        return Recipe(("\n".join(leaves),), shape, fits)
+    spelled = [
+        [leaf.removesuffix(a) + b for leaf in leaves] for a, b in part.spellings if leaves[0].endswith(a)
+    ]
+    return Recipe(tuple("\n".join(names) for names in spelled), shape, fits)
+
+
+def _within(expr: Expr) -> Iterator[Expr]:
+    """An expression and all those it is made of."""
+    yield expr
+    for inner in (getattr(expr, "expr", None), *getattr(expr, "parts", ())):
+        if isinstance(inner, Expr):
+            yield from _within(inner)
+
+
+def _transposes(expr: Expr) -> bool:
+    return any(isinstance(e, Transpose) for e in _within(expr))
+
+
+def _fuses(expr: Expr) -> bool:
+    return any(isinstance(e, Cat) for e in _within(expr))
+
+
+TIED = "a copy of the embedding: the config ties the head to it"
+
+
+def _judge_head(ckpt: Checkpoint, spec: Spec, family: Family, m: Match, dtype: str | None) -> Match:
+    """The config ties the head but the files hold one. Equal to the embedding it is a copy; else it is
+    the head that was trained, and the spec is corrected (upstream loads it, too).
+
+    The one place where a plan reads weights: no header can tell.
+    """
+    refs = (
+        [ckpt.tensors[m.outputs["embed.weight"].sources[0]], ckpt.tensors[m.head[0]]]
+        if "embed.weight" in m.outputs
+        else []
+    )
+    if len(refs) < 2 or len(m.head) > 1 or not all(ckpt.path(r.file).exists() for r in refs):
+        m.notes.append(f"{m.head[0]} is taken for a copy of the embedding (tied by the config); not compared")
+        return m
+    if refs[0].dtype == refs[1].dtype and refs[0].strides == refs[1].strides and _equal(ckpt, *refs):
+        return m
+    untied = match(
+        replace(spec, tied=False),
+        family.rules[m.naming],
+        ckpt.tensors,
+        ckpt.n_ranks,
+        m.naming,
+        dtype,
+        ckpt.config,
+    )
+    untied.notes.append(
+        f"the config ties the head, but {m.head[0]} differs from the embedding: kept as the head"
+    )
+    return untied
+
+
+def _equal(ckpt: Checkpoint, a: TensorRef, b: TensorRef) -> bool:
+    if a.nbytes != b.nbytes:
+        return False
+    with open(ckpt.path(a.file), "rb") as f, open(ckpt.path(b.file), "rb") as g:
+        f.seek(a.offset)
+        g.seek(b.offset)
+        left, step = a.nbytes, 4 << 20
+        while left:
+            n = min(step, left)
+            if f.read(n) != g.read(n):
+                return False
+            left -= n
+    return True
 
 
 def _common(dtypes: set[str]) -> str:
-    """The narrowest dtype that holds all of these exactly."""
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
+    """A dtype that holds all of these exactly."""
     return "F64" if "F64" in dtypes else "F32"
 
 
@@ -246,6 +600,9 @@ def _sort_rest(
     for name in tensors:
         if name in used:
             continue
+        if name in out.head:
+            out.extras[name] = TIED
+            continue
         for e in extras:
             if e.matches(name, spec):
                 out.extras[name] = e.reason
@@ -263,7 +620,9 @@ class PlanError(ZooError):
 
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
-        lines = [f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written"]
+        lines = [
+            f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written"
+        ]
         missing = [name for names in m.missing.values() for name in names]
         if missing:
             lines.append(f"missing ({len(missing)}):")
@@ -276,7 +635,9 @@ class PlanError(ZooError):
             near = _nearest(m.unexpected, missing)
             for text, first in fold(m.unexpected):
                 ref, hint = ckpt.tensors[first], near.get(first)
-                lines.append(f"  {text} {list(ref.shape)} in {ref.file}" + (f"   nearest: {hint}" if hint else ""))
+                lines.append(
+                    f"  {text} {list(ref.shape)} in {ref.file}" + (f"   nearest: {hint}" if hint else "")
+                )
         lines += m.problems
         super().__init__("\n".join(lines))
 
@@ -285,15 +646,14 @@ def fold(names: Iterable[str]) -> list[tuple[str, str]]:
     """(text, first name) per group of names that differ in their numbers only."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
     out = []
     for group in groups.values():
         if len(group) == 1:
             out.append((group[0], group[0]))
             continue
-        numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for name in group]
-        spans = iter(_span(sorted({int(n[k]) for n in numbers})) for k in range(len(numbers[0])))
-        text = re.sub(r"(?<=\.)\d+(?=\.|$)", lambda m: next(spans), group[0])
+        words = zip(*(name.split(".") for name in group), strict=True)
+        text = ".".join(w[0] if len(set(w)) == 1 else _span(sorted(set(map(int, w)))) for w in words)
         out.append((f"{text} ({len(group)} tensors)", group[0]))
     return out
 

@@ -19,8 +19,8 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoo.errors import ZooError
@@ -104,12 +104,16 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Source tensor `name`, of `shape`: its elements `source` are the canonical elements `canonical`."""
+    """Source tensor `name`, of `shape`: its elements `source` are the canonical elements `canonical`.
+
+    `copy`: another fit has already given these elements; the bytes must be equal to those.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: Box
     canonical: Box
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ class Target:
     spec: Spec
     unit: tuple[int, int] = (1, 1)
     per_leaf: bool = False
-    names: dict[str, int] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)
     n_ranks: int = 1
 
     def with_(self, **kw: Any) -> Target:
@@ -163,7 +167,7 @@ class Leaf(Expr):
 
     pattern: str
 
-    def name(self, names: dict[str, int]) -> str:
+    def name(self, names: Mapping[str, Any]) -> str:
         return self.pattern.format_map(names) if names else self.pattern
 
     def compile(self, t: Target) -> Iterator[Fit]:
@@ -302,6 +306,9 @@ class Ungroup(Expr):
         return self.n
 
     def compile(self, t: Target) -> Iterator[Fit]:
+        if t.per_leaf:
+            yield from self.leaf.compile(t)
+            return
         groups, axis = _count(self.groups, t), t.out_axis
         if len(t.parts) != self.n:
             raise ZooError(f"a rule ungroups {self.n} parts where the layout has {len(t.parts)}")
@@ -343,7 +350,7 @@ class Unsqueeze(Expr):
             shape = list(fit.shape)
             for a in sorted(self.axes):
                 shape.insert(a, 1)
-            yield Fit(fit.name, tuple(shape), fit.source, fit.canonical)
+            yield replace(fit, shape=tuple(shape))
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.leaf
@@ -360,7 +367,9 @@ class Ranks(Expr):
     def compile(self, t: Target) -> Iterator[Fit]:
         n = t.n_ranks
         if self.axis is None or n == 1:
-            yield from self.expr.compile(t.with_(names={**t.names, "r": 0}))
+            for r in range(n):
+                for fit in self.expr.compile(t.with_(names={**t.names, "r": r})):
+                    yield replace(fit, copy=fit.copy or r > 0)
             return
         size, rest = divmod(t.box.shape[self.axis], n)
         if rest:

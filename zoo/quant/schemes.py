@@ -99,7 +99,9 @@ _FP8_TENSOR = Scheme(
 _MXFP4 = Scheme(
     "mxfp4",
     (
-        Component("weight", ("U8",), (1, 32), (("_blocks", "_blocks"), (".blocks", ".blocks")), trailing=(16,)),
+        Component(
+            "weight", ("U8",), (1, 32), (("_blocks", "_blocks"), (".blocks", ".blocks")), trailing=(16,)
+        ),
         Component("scale", ("U8", "F8_E8M0"), (1, 32), (("_blocks", "_scales"), (".blocks", ".scales"))),
     ),
 )
@@ -167,7 +169,9 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
     names = dict.fromkeys(n for s in (_FP8_TENSOR, _FP8_CHANNEL) for n in s.component("scale").names(leaf))
     scale = next((tensors[n] for n in names if n in tensors), None)
     if scale is None:
-        raise ZooError(f"{leaf} in {codes.file}: {codes.dtype} codes without a scale; looked for {', '.join(names)}")
+        raise ZooError(
+            f"{leaf} in {codes.file}: {codes.dtype} codes without a scale; looked for {', '.join(names)}"
+        )
     strategy, block = _fp8_strategy(config)
     if scale.shape in ((), (1,)):
         return _FP8_TENSOR
@@ -192,7 +196,9 @@ def _fp8_strategy(config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int
     if q.get("quant_method") == "fbgemm_fp8":
         strategy = "channel"
     if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
-        raise ZooError(f"config.json: quantization_config has block size {block!r}; expected two positive numbers")
+        raise ZooError(
+            f"config.json: quantization_config has block size {block!r}; expected two positive numbers"
+        )
     return strategy, (block[0], block[1]) if block else (128, 128)
 
 
