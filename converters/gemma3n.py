@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from zoo.config import ACTIVATIONS, Config, rope_parameters
 from zoo.errors import ZooError
 from zoo.families import Family
@@ -55,7 +57,7 @@ def spec(c: Config) -> Spec:
         )
 
     widths, sparsities = per_layer(t, "intermediate_size"), per_layer(t, "activation_sparsity_pattern")
-    mlps = [MLP(f, act, sparsity=s) for f, s in zip(widths, sparsities, strict=True)]
+    mlps = [MLP(int(f), act, sparsity=float(s)) for f, s in zip(widths, sparsities, strict=True)]
     return Spec(
         family="gemma3n",
         d_model=d,
@@ -93,7 +95,7 @@ def kv_source(t: Config, kinds: list[str], i: int) -> int | None:
     return same[-1]
 
 
-def per_layer(t: Config, key: str) -> list[float]:
+def per_layer(t: Config, key: str) -> list[Any]:
     """A number for all layers, or a list with one for each."""
     if isinstance(t[key], list):
         return t.each_layer(key, t["num_hidden_layers"])

@@ -48,7 +48,7 @@ class Config(Mapping[str, Any]):
         return len(self.data)
 
     def __contains__(self, key: object) -> bool:
-        return self.data.get(key) is not None  # type: ignore[call-overload, no-any-return]
+        return self.data.get(key) is not None  # type: ignore[call-overload]
 
     def get(self, key: str, default: Any = None) -> Any:
         """An optional field; null counts as absent."""
