@@ -1,14 +1,323 @@
+"""PyTorch's pickles: `pytorch_model.bin` (one, or shards with an index), `*.pth`, `*.pt`. Weights only.
+
+- A pickle is a program. Here it can name nothing but tensors, storages and ordered dicts: anything else is
+  refused by name before it exists, and no torch is imported. So no code from a checkpoint runs.
+- Today's files are zip archives whose entries are stored, not compressed: a tensor is a byte range of the
+  file, and is mapped like any other. Files from before torch 1.6 are pickles followed by raw storages;
+  they are ranges too (the first GPT-2 release is one).
+- A tensor may be a view of a larger storage, and two tensors may share bytes (tied weights do).
+"""
+
 from __future__ import annotations
 
+import io
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.safetensors import check_index, index_files
+
+INDEX = "pytorch_model.bin.index.json"
+MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
+
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+# Types without a storage class of their own travel as untyped storage and a dtype.
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "uint16": "U16", "uint32": "U32", "uint64": "U64",
+}  # fmt: skip
 
 
 def detect(path: Path) -> bool:
-    return False
+    if path.is_file():
+        return path.suffix in (".bin", ".pth", ".pt")
+    return (path / INDEX).exists() or any(path.glob("pytorch_model*.bin"))
 
 
 def open(path: Path) -> Checkpoint:
-    raise ZooError(f"{path}: this format is not readable yet")
+    """Open a folder with `config.json` and `pytorch_model*.bin` (or one pickle beside a config)."""
+    root = path if path.is_dir() else path.parent
+    names = [path.name] if path.is_file() else _weight_files(root)
+    config = read_json(root / "config.json", "a checkpoint needs its config to be understood")
+    tensors: dict[str, TensorRef] = {}
+    files: dict[str, int] = {}
+    notes: list[str] = []
+    for name in names:
+        file = inside(root, name, INDEX)
+        files[name] = file.stat().st_size
+        for ref in read_pickle(file, name, notes):
+            if (other := tensors.get(ref.name)) is not None:
+                raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+            tensors[ref.name] = ref
+    if path.is_dir() and (root / INDEX).exists():
+        check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
+    return Checkpoint(
+        root, "pickle", ("hf",), config, tensors, files, carried_files(root), notes=tuple(notes)
+    )  # fmt: skip
+
+
+def _weight_files(root: Path) -> list[str]:
+    if (root / INDEX).exists():
+        return index_files(
+            read_json(root / INDEX, "delete it if pytorch_model.bin is whole"), str(root / INDEX)
+        )
+    names = sorted(p.name for p in root.glob("pytorch_model*.bin"))
+    if "pytorch_model.bin" in names:
+        return ["pytorch_model.bin"]
+    raise ZooError(f"{root}: {len(names)} shards but no {INDEX}: is the download complete?")
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a pickle may build
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+    count: int  # elements
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    dtype: str
+    offset: int  # elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    """torch._utils._rebuild_tensor, _v2 (gradient flag and hooks follow) and _v3 (and a dtype after those)."""
+    dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else getattr(storage, "dtype", "")
+    sizes = (*shape, *strides, offset)
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        raise ZooError("a tensor in it is not made of a storage, a shape and strides")
+    if not all(type(n) is int and n >= 0 for n in sizes):
+        raise ZooError(f"a tensor in it has shape {shape}, strides {strides}, offset {offset}")
+    return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch", "Size"): tuple,
+    **{
+        (m, name): dtype
+        for name, dtype in _STORAGES.items()
+        for m in ("torch", "torch.storage", "torch.cuda")
+    },
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds tensors' descriptions; refuses every global that is not one of a few by name."""
+
+    def __init__(self, file: BinaryIO, who: str) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.who = who
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise ZooError(
+                f"{self.who}: the pickle asks for {module}.{name}, which weights do not need: refused. It could run "
+                "code. If you trust the file, save its tensors as safetensors where you trust it to run"
+            ) from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        try:
+            tag, dtype, key, _, count, *view = pid
+            ok = tag == "storage" and dtype in ITEMSIZE and type(count) is int and not any(view)
+        except (TypeError, ValueError):
+            ok = False
+        if not ok:
+            raise ZooError(f"{self.who}: expected a storage, found {pid!r}"[:300])
+        return _Storage(dtype, str(key), count)
+
+
+def _load(file: BinaryIO, who: str) -> Any:
+    try:
+        return _Unpickler(file, who).load()
+    except ZooError as e:
+        raise e if str(e).startswith(who) else ZooError(f"{who}: {e}") from None
+    except RecursionError:
+        raise ZooError(f"{who}: the pickle is nested too deeply: refused") from None
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise ZooError(f"{who}: the pickle is damaged ({type(e).__name__}: {e}); fetch it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The two containers
+
+
+def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[TensorRef]:
+    """Tensors of one pickled state dict as byte ranges of `file`. Raises ZooError for anything that is
+    not weights, and for ranges that are not in the file."""
+    who = str(file)
+    with file.open("rb") as f:
+        start = f.read(4)
+        if start == b"PK\x03\x04":
+            state, ranges = _zipped(f, who)
+        elif start[:1] == b"\x80":
+            f.seek(0)
+            state, ranges = _legacy(f, who)
+        else:
+            raise ZooError(
+                f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start!r})"
+            )
+    return list(_refs(_state_dict(state, who, notes), ranges, name, who))
+
+
+Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in the file
+
+
+def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
+    try:
+        archive = zipfile.ZipFile(f)
+        entries = {e.filename: e for e in archive.infolist()}
+    except Exception as e:  # a damaged archive can raise nearly anything
+        raise ZooError(
+            f"{who}: the archive's directory is unreadable ({e}): truncated, fetch it again"
+        ) from None
+    pickles = [n for n in entries if n == "data.pkl" or n.endswith("/data.pkl")]
+    if len(pickles) != 1 or any(n.endswith("/constants.pkl") for n in entries):
+        raise ZooError(f"{who}: a zip archive, but not of a state dict (TorchScript modules are refused)")
+    prefix = pickles[0][: -len("data.pkl")]
+    size = f.seek(0, io.SEEK_END)
+    if entries[pickles[0]].file_size > MAX_PICKLE:
+        raise ZooError(f"{who}: {pickles[0]} of {entries[pickles[0]].file_size} bytes (limit {MAX_PICKLE})")
+    try:
+        raw = archive.read(pickles[0])
+        order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"
+    except Exception as e:
+        raise ZooError(f"{who}: {pickles[0]} is unreadable ({e}): damaged, fetch it again") from None
+    if order != b"little":
+        raise ZooError(f"{who}: written on a big-endian machine: not supported")
+    found: dict[str, tuple[int, int]] = {}
+
+    def at(storage: _Storage) -> tuple[int, int]:
+        if storage.key in found:
+            return found[storage.key]
+        entry = entries.get(f"{prefix}data/{storage.key}")
+        if entry is None:
+            raise ZooError(f"{who}: storage {storage.key!r} is not in the archive: damaged, fetch it again")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise ZooError(
+                f"{who}: {entry.filename} is compressed or encrypted; PyTorch writes neither: refused"
+            )
+        f.seek(entry.header_offset)
+        header = f.read(30)  # the local header; its own lengths of name and extra field count
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise ZooError(f"{who}: {entry.filename} has no local header: damaged, fetch it again")
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if start + entry.file_size > size:
+            raise ZooError(
+                f"{who}: {entry.filename} ends behind the end of the file: truncated, fetch it again"
+            )
+        found[storage.key] = start, entry.file_size
+        return found[storage.key]
+
+    # The ranges are looked up while the file is open.
+    state = _load(io.BytesIO(raw), who)
+    for tensor in _tensors(state):
+        at(tensor.storage)
+    return state, at
+
+
+def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
+    """Before torch 1.6: pickles of a magic number, a version, machine facts, the state dict, the storages'
+    keys; then each storage as its length in elements (8 bytes) and its bytes."""
+    size = f.seek(0, io.SEEK_END)
+    f.seek(0)
+    if _load(f, who) != 0x1950A86A20F9469CFC6C:
+        raise ZooError(f"{who}: a pickle, but not of PyTorch: refused")
+    version, facts = _load(f, who), _load(f, who)
+    if version != 1001 or not isinstance(facts, dict) or facts.get("little_endian") is not True:
+        raise ZooError(f"{who}: PyTorch file of version {version!r}, {facts!r}: not supported"[:300])
+    state = _load(f, who)
+    keys = _load(f, who)
+    dtypes = {t.storage.key: t.storage.dtype for t in _tensors(state)}
+    if not isinstance(keys, list) or set(dtypes) - set(keys):
+        raise ZooError(f"{who}: the list of storages lacks some that tensors use: damaged, fetch it again")
+    found: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        head = f.read(8)
+        if len(head) < 8 or key not in dtypes:
+            raise ZooError(f"{who}: storage {key!r} is cut off or of no tensor: damaged, fetch it again")
+        start, n = f.tell(), struct.unpack("<q", head)[0] * ITEMSIZE[dtypes[key]]
+        if n < 0 or start + n > size:
+            raise ZooError(
+                f"{who}: storage {key!r} ends behind the end of the file: truncated, fetch it again"
+            )
+        found[key] = start, n
+        f.seek(start + n)
+    return state, lambda storage: found[storage.key]
+
+
+def _tensors(state: Any) -> Iterator[_Tensor]:
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, _Tensor):
+        yield state
+
+
+def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Tensor]:
+    """The dict of tensors, which trainers put under a key of its own beside an optimiser."""
+    for key in ("state_dict", "model", "module"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ZooError(f"{who}: holds {type(state).__name__}, not a dict of tensors")
+    out = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, _Tensor)}
+    if not out:
+        raise ZooError(f"{who}: there is no tensor in it (keys: {', '.join(map(str, list(state)[:5]))})")
+    if (rest := [str(k) for k in state if k not in out]) and notes is not None:
+        notes.append(
+            f"{Path(who).name}: {len(rest)} entries that are no tensors are left out: {', '.join(rest[:5])}"
+        )
+    return out
+
+
+def _refs(state: dict[str, _Tensor], ranges: Ranges, file: str, who: str) -> Iterable[TensorRef]:
+    for name, t in state.items():
+        start, available = ranges(t.storage)
+        item = ITEMSIZE[t.dtype]
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.strides, strict=True)) if all(t.shape) else 0
+        if (t.offset + span) * item > available:
+            raise ZooError(
+                f"{who}: tensor {name!r} {t.dtype} {list(t.shape)} needs {(t.offset + span) * item} bytes, its storage "
+                f"has {available}: damaged, fetch it again"
+            )
+        strides = None if _contiguous(t.shape, t.strides) else t.strides
+        yield TensorRef(name, t.dtype, t.shape, file, start + t.offset * item, span * item, strides)
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    want = 1
+    for n, s in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and s != want:
+            return False
+        want *= n
+    return True
