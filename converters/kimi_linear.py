@@ -40,17 +40,17 @@ def spec(c: Config) -> Spec:
         scale=(nope + rest) ** -0.5,
         latent_norm=Norm(deepseek_v3.LATENT_EPS),
     )
-    linear = c.sub("linear_attn_config") if "linear_attn_config" in c else c
-    heads, head_dim = (
-        linear.first("num_heads", "linear_num_heads"),
-        linear.first("head_dim", "linear_head_dim"),
-    )
+    if "linear_attn_config" in c:
+        linear = c.sub("linear_attn_config")
+        heads, head_dim, conv = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
+    else:
+        heads, head_dim, conv = c["linear_num_heads"], c["linear_head_dim"], c["linear_conv_kernel_dim"]
     delta = DeltaNet(
         n_k_heads=heads,
         n_v_heads=heads,
         k_head_dim=head_dim,
         v_head_dim=head_dim,
-        conv=linear.first("short_conv_kernel_size", "linear_conv_kernel_dim"),
+        conv=conv,
         decay="channel",
         out_gate="sigmoid",
         out_norm=Norm(norm.eps, scale_in="fp32"),
