@@ -41,9 +41,14 @@ def load(path: StrPath, device: str = "cpu", dtype: str | None = None) -> Decode
     `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32" (None: as stored). Raises ZooError if `path`
     is no canonical checkpoint.
     """
+    import torch
+
     from zoo.model import load
 
-    return load(path, device=device, dtype=dtype)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+    if dtype not in dtypes:
+        raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
+    return load(path, device=device, dtype=dtypes[dtype])
 
 
 def plan(src: StrPath, dtype: str | None = None) -> Plan:

@@ -1,0 +1,69 @@
+"""`zoo generate`: let a converted model continue a prompt."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from zoo.cli._common import DTYPE, common, emit, note, say
+
+
+@click.command()
+@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("prompt")
+@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: greedy.")
+@click.option("--raw", is_flag=True, help="The prompt as it is, not as a message in the chat template.")
+@click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")
+@click.option("--device", default="cpu", show_default=True, help="As torch spells it.")
+@click.option("--dtype", type=DTYPE, help="What to compute in. Default: as stored.")
+@common
+def command(
+    canon: Path, prompt: str, max_new_tokens: int, temperature: float, raw: bool, ids: bool, device: str,
+    dtype: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Let the model in the canonical folder CANON answer PROMPT, through its chat template if it has one."""
+    import zoo
+    from zoo.text import Text
+
+    text = None if ids else Text(canon)
+    if text is None:
+        try:
+            tokens = [int(i) for i in prompt.replace(",", " ").split()]
+        except ValueError:
+            raise click.UsageError("--ids needs whole numbers as PROMPT") from None
+    else:
+        tokens = text.prompt(prompt, raw)
+    if not tokens:
+        raise click.UsageError("PROMPT is empty")
+    import torch
+
+    model = zoo.load(canon, device=device, dtype=dtype)
+    if (largest := max(tokens)) >= model.spec.vocab_size or min(tokens) < 0:
+        raise click.UsageError(f"token id {largest} is outside the vocabulary of {model.spec.vocab_size}")
+    began, new, shown = time.perf_counter(), list[int](), ""
+    for token in model.stream(
+        torch.tensor([tokens], device=device), max_new_tokens, eos=text.ends() if text else None, temperature=temperature
+    ):
+        new.append(int(token[0]))
+        if as_json:
+            continue
+        so_far = text.decode(new) if text else " ".join(map(str, new))
+        if not so_far.endswith("�"):  # half a character
+            click.echo(so_far[len(shown) :], nl=False)
+            shown = so_far
+    seconds = time.perf_counter() - began
+    if as_json:
+        emit(
+            {
+                "prompt_tokens": tokens,
+                "tokens": new,
+                "text": text.decode(new) if text else None,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    say()
+    note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} a second, after a prompt of {len(tokens)}")
