@@ -95,13 +95,13 @@ class Config(Mapping[str, Any]):
         return Config(value, f"{self.where}: {key}")
 
     def each_layer(self, key: str, n_layers: int, allowed: Iterable[Any] | None = None) -> list[Any]:
-        """A list with one entry per layer, its length and (if given) its values checked."""
+        """A list with an entry for each layer (it may be longer), its values checked if `allowed` are given."""
         values = self[key]
         if not isinstance(values, list) or len(values) < n_layers:
             raise ZooError(f"{self.where}: {key} should list {n_layers} layers, found {values!r}"[:400])
         if allowed is not None:
             known = list(allowed)
-            for i, v in enumerate(values):
+            for i, v in enumerate(values[:n_layers]):
                 if v not in known:
                     raise ZooError(f"{self.where}: {key}[{i}] is {v!r}; known: {', '.join(map(repr, known))}")
         return values[:n_layers]

@@ -232,6 +232,17 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
         m = match(spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming, asked, ckpt.config)
         if spec.tied and m.head:
             m = _judge_head(ckpt, spec, family, m, asked)
+        elif set(m.missing) == {"head.weight"} and _unsaid(ckpt.config):
+            m = match(
+                replace(spec, tied=True),
+                family.rules[naming],
+                ckpt.tensors,
+                ckpt.n_ranks,
+                naming,
+                asked,
+                ckpt.config,
+            )
+            m.notes.append("the config does not say whether the head is tied, and the files hold none: it is")
         if best is None or m.n_problems < best.n_problems:
             best = m
     assert best is not None
@@ -524,6 +535,12 @@ def _fuses(expr: Expr) -> bool:
 
 
 TIED = "a copy of the embedding: the config ties the head to it"
+
+
+def _unsaid(config: Mapping[str, Any]) -> bool:
+    """A wrapper that leaves `tie_word_embeddings` to its class, which upstream calls tied."""
+    text = config.get("text_config")
+    return isinstance(text, Mapping) and all(c.get("tie_word_embeddings") is None for c in (config, text))
 
 
 def _judge_head(ckpt: Checkpoint, spec: Spec, family: Family, m: Match, dtype: str | None) -> Match:

@@ -1,0 +1,170 @@
+"""Reading a config: what is there under any spelling, what is missing, what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from zoo.config import ACTIVATIONS, Config, rope, rope_parameters, yarn_attention_factor, yarn_mscale
+from zoo.errors import ZooError
+
+
+def c(**data: Any) -> Config:
+    return Config(data, "some/config.json")
+
+
+# ----------------------------------------------------------------------------------------- single fields
+
+
+def test_a_needed_field_that_is_absent_or_null_is_named_with_its_file() -> None:
+    for config in (c(), c(hidden_size=None)):
+        with pytest.raises(ZooError, match=r"some/config\.json: field 'hidden_size' is missing"):
+            config["hidden_size"]
+
+
+def test_null_counts_as_absent() -> None:
+    config = c(a=None, b=0)
+    assert "a" not in config and "b" in config
+    assert config.get("a", 3) == 3 and config.get("b", 3) == 0
+    assert config.first("a", "b") == 0
+
+
+def test_the_first_spelling_that_is_there_counts() -> None:
+    assert c(num_experts=4, num_local_experts=5).first("num_experts", "num_local_experts") == 4
+    assert c(num_local_experts=5).first("num_experts", "num_local_experts") == 5
+    assert c().first("num_experts", default=None) is None
+    with pytest.raises(ZooError, match="none of the fields 'num_experts', 'num_local_experts'"):
+        c().first("num_experts", "num_local_experts")
+
+
+def test_a_choice_is_one_of_those_allowed() -> None:
+    assert c(kind="b").choice("kind", ("a", "b")) == "b"
+    assert c().choice("kind", ("a", "b"), "a") == "a"
+    with pytest.raises(
+        ZooError, match=r"kind is 'z', which this family does not support \(supported: 'a', 'b'\)"
+    ):
+        c(kind="z").choice("kind", ("a", "b"))
+    with pytest.raises(ZooError, match="'kind' is missing"):
+        c().choice("kind", ("a", "b"))
+
+
+def test_a_table_gives_what_the_choice_stands_for() -> None:
+    assert c(hidden_act="gelu_new").table("hidden_act", ACTIVATIONS) == "gelu_tanh"
+    with pytest.raises(ZooError, match="hidden_act is 'mish'"):
+        c(hidden_act="mish").table("hidden_act", ACTIVATIONS)
+
+
+def test_what_is_not_supported_may_be_absent_or_neutral_only() -> None:
+    c().refuse(clip=None)
+    c(clip=None, bias=False).refuse(clip=None, bias=False)
+    with pytest.raises(ZooError, match=r"clip is 8\.0, which zoo does not support"):
+        c(clip=8.0).refuse(clip=None)
+
+
+def test_a_nested_object_says_where_it_came_from() -> None:
+    with pytest.raises(ZooError, match=r"some/config\.json: text_config: field 'n' is missing"):
+        c(text_config={"m": 1}).sub("text_config")["n"]
+    with pytest.raises(ZooError, match="text_config should be an object, found str"):
+        c(text_config="x").sub("text_config")
+
+
+def test_a_list_has_an_entry_for_each_layer() -> None:
+    config = c(layer_types=["full", "sliding", "odd"])
+    assert config.each_layer("layer_types", 2, ("full", "sliding")) == ["full", "sliding"]
+    with pytest.raises(ZooError, match=r"layer_types\[2\] is 'odd'; known: 'full', 'sliding'"):
+        config.each_layer("layer_types", 3, ("full", "sliding"))
+    with pytest.raises(ZooError, match="layer_types should list 4 layers"):
+        config.each_layer("layer_types", 4)
+    with pytest.raises(ZooError, match="layer_types should list 4 layers, found 'full'"):
+        c(layer_types="full").each_layer("layer_types", 4)
+
+
+# --------------------------------------------------------------------------------------------------- RoPE
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        c(rope_theta=5e5, rope_scaling=LLAMA3),
+        c(
+            rope_theta=5e5,
+            rope_scaling={"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+        ),
+        c(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3}),
+        c(rope_parameters={"rope_theta": 5e5, **LLAMA3}),
+        c(rope_parameters={"rope_theta": 5e5, **LLAMA3}, rope_theta=1.0, rope_scaling={"type": "linear"}),
+    ],
+    ids=["rope_type", "type", "both", "rope_parameters", "rope_parameters first"],
+)
+def test_all_spellings_of_rope_scaling_say_the_same(config: Config) -> None:
+    assert rope_parameters(config) == {"rope_theta": 5e5, **LLAMA3}
+
+
+def test_settings_may_differ_by_layer_type() -> None:
+    nested = c(
+        rope_parameters={"full": {"rope_theta": 1e6, "rope_type": "default"}, "sliding": {"rope_theta": 1e4}}
+    )
+    assert rope_parameters(nested, "full")["rope_theta"] == 1e6
+    assert rope_parameters(nested, "sliding") == {"rope_type": "default", "rope_theta": 1e4}
+    released = c(rope_theta=1e6, local=1e4, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert rope_parameters(released, "full")["factor"] == 8.0
+    assert rope_parameters(released, "sliding", theta="local", scaling=None) == {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+    }
+
+
+def test_theta_is_never_guessed_unless_the_family_knows_it() -> None:
+    with pytest.raises(ZooError, match="'rope_theta' is missing"):
+        rope_parameters(c())
+    assert rope_parameters(c(), default_theta=1e4)["rope_theta"] == 1e4
+    assert rope_parameters(c(rope_theta=7.0), default_theta=1e4)["rope_theta"] == 7.0
+
+
+def test_a_partial_rotary_factor_beside_the_settings_joins_them() -> None:
+    assert rope_parameters(c(rope_theta=1.0, partial_rotary_factor=0.5))["partial_rotary_factor"] == 0.5
+    inner = c(rope_parameters={"rope_theta": 1.0, "partial_rotary_factor": 0.25}, partial_rotary_factor=0.5)
+    assert rope_parameters(inner)["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "mrope", "proportional"])
+def test_an_unknown_kind_of_rope_is_refused_by_name(kind: str) -> None:
+    with pytest.raises(ZooError, match=f"rope_parameters: rope_type is '{kind}'"):
+        rope(c(), {"rope_type": kind, "rope_theta": 1e4}, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8}, "low_freq_factor"),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 8}, "factor"),
+    ],
+)
+def test_a_setting_that_a_kind_of_rope_needs_is_not_made_up(settings: dict[str, Any], missing: str) -> None:
+    with pytest.raises(ZooError, match=f"rope_parameters: field '{missing}' is missing"):
+        rope(c(), {"rope_theta": 1e4, **settings}, 8)
+
+
+def test_yarn_takes_its_original_context_from_the_config_where_it_names_none() -> None:
+    settings = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    scaling = rope(c(max_position_embeddings=512), settings, 8).scaling
+    assert scaling is not None and scaling.original_context == 512
+
+
+def test_yarns_attention_factor_is_the_given_one_a_ratio_or_the_papers() -> None:
+    assert yarn_attention_factor({"attention_factor": 1.2, "mscale": 9.0, "mscale_all_dim": 1.0}, 40.0) == 1.2
+    ratio = yarn_attention_factor({"mscale": 0.7, "mscale_all_dim": 1.0}, 40.0)
+    assert math.isclose(ratio, (0.07 * math.log(40) + 1) / (0.1 * math.log(40) + 1))
+    assert yarn_attention_factor({"mscale": 1.0, "mscale_all_dim": 1.0}, 40.0) == 1.0
+    # With one of the two alone, upstream falls back to the paper's.
+    for p in ({}, {"mscale": 2.0}, {"mscale_all_dim": 2.0}):
+        assert math.isclose(yarn_attention_factor(p, 40.0), 0.1 * math.log(40) + 1)
+    assert yarn_mscale(1.0) == yarn_mscale(0.5) == 1.0
