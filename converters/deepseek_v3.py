@@ -20,7 +20,7 @@ from typing import Any
 
 from zoo.config import Config, rope, rope_parameters, yarn_mscale
 from zoo.families import Family
-from zoo.mapping.rules import RuleLine, extra, rules
+from zoo.mapping.rules import RuleLine, extra, per_head, rules, transpose
 from zoo.spec import MLP, LatentAttention, Layer, Mixer, MoE, Norm, Router, Spec
 
 from . import _dense as names
@@ -120,6 +120,12 @@ RULES = {
         ("layers.{i}.attn.kv_down.weight", "blk.{i}.attn_kv_a_mqa.weight"),
         ("layers.{i}.attn.kv_latent_norm.weight", "blk.{i}.attn_kv_a_norm.weight"),
         ("layers.{i}.attn.kv_up.weight", "blk.{i}.attn_kv_b.weight"),
+        (
+            "layers.{i}.attn.kv_up.weight",
+            per_head(
+                "n_heads", nope_dim=transpose("blk.{i}.attn_k_b.weight"), v_head_dim="blk.{i}.attn_v_b.weight"
+            ),
+        ),
         ("layers.{i}.attn.out.weight", "blk.{i}.attn_output.weight"),
         *names.GGUF_MLP,
         *experts.GGUF_MOE,

@@ -45,16 +45,6 @@ RULES = {
         *experts.DEEPSEEK_MOE,
         experts.MTP_LAYERS,
     ),
-    "gguf": rules(
-        *names.GGUF_ENDS,
-        ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
-        ("layers.{i}.ffn_norm.weight", "blk.{i}.post_attention_norm.weight"),
-        *names.gguf_attention(interleaved=False),
-        *names.GGUF_QK_NORM,
-        *names.GGUF_MLP,
-        *experts.GGUF_MOE,
-        experts.GGUF_MTP_LAYERS,
-    ),
 }
 
 FAMILY = Family("glm4_moe", ("glm4_moe",), ("Glm4MoeForCausalLM",), spec, RULES)

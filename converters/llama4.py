@@ -9,13 +9,15 @@ What is unusual:
 - The router's weight is the sigmoid of a chosen expert's logit and multiplies the expert's INPUT. Each MoE
   layer has a shared expert; in Maverick every second layer is dense, `intermediate_size_mlp` wide.
 - Experts are stacked and stored [in, out], gate beside up; the fp8 release stores them one by one.
+- Meta's own files are slices of 8 ranks: q, k and v of a rank's heads in one tensor, experts' and input axes as
+  one, the dense gate and up in one.
 """
 
 from __future__ import annotations
 
 from zoo.config import Config, rope, rope_parameters
 from zoo.families import Family
-from zoo.mapping.rules import RuleLine, extra, rules, transpose
+from zoo.mapping.rules import Expr, RuleLine, cat, extra, flatten, ranks, rules, transpose
 from zoo.spec import MLP, Attention, Layer, MoE, Norm, QKNorm, QueryScale, Router, Spec
 
 from . import _dense as names
@@ -97,16 +99,51 @@ HF: tuple[RuleLine, ...] = (
     extra("vision_model.*", _VISION),
     extra("multi_modal_projector.*", _VISION),
 )
+_M, _X = "layers.{i}.", "rank{r}.layers.{i}.feed_forward.experts."
+_STATISTICS = "counts of the experts' use in training"
+
+
+def _meta(name: str, axis: int | None = None) -> Expr:
+    return ranks("rank{r}." + name, axis)
+
+
 RULES = {
     "hf": rules(
         *HF, prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
     ),
-    "gguf": rules(
-        *names.GGUF_ENDS,
-        *names.GGUF_PRE_NORMS,
-        *names.gguf_attention(interleaved=False),
-        *names.GGUF_MLP,
-        *experts.GGUF_MOE,
+    "meta": rules(
+        ("embed.weight", _meta("tok_embeddings.weight", 0)),
+        ("norm.weight", _meta("norm.weight")),
+        ("head.weight", _meta("output.weight", 0)),
+        ("layers.{i}.attn_norm.weight", _meta(_M + "attention.wqkv.layer_norm_weight")),
+        ("layers.{i}.attn.qkv.weight", _meta(_M + "attention.wqkv.weight", 0)),
+        ("layers.{i}.attn.out.weight", _meta(_M + "attention.wo.weight", 1)),
+        ("layers.{i}.ffn_norm.weight", _meta(_M + "feed_forward.norm.weight")),
+        ("layers.{i}.ffn_norm.weight", _meta(_M + "feed_forward.mlp.layer_norm_weight")),
+        ("layers.{i}.mlp.gate_up.weight", _meta(_M + "feed_forward.mlp.fc1_weight", 0)),
+        ("layers.{i}.mlp.down.weight", _meta(_M + "feed_forward.mlp.fc2_weight", 1)),
+        ("layers.{i}.moe.router.weight", transpose(_meta(_M + "feed_forward.router_DE"))),
+        (
+            "layers.{i}.moe.gate_up.weight",
+            cat(
+                transpose(ranks(flatten(_X + "moe_w_in_eD_F"), 2)),
+                transpose(ranks(flatten(_X + "moe_w_swiglu_eD_F"), 2)),
+            ),
+        ),
+        ("layers.{i}.moe.down.weight", transpose(ranks(flatten(_X + "moe_w_out_eF_D"), 1))),
+        (
+            "layers.{i}.moe.shared.gate_up.weight",
+            cat(
+                _meta(_M + "feed_forward.w_in_shared_FD.weight", 0),
+                _meta(_M + "feed_forward.w_swiglu_FD.weight", 0),
+            ),
+        ),
+        ("layers.{i}.moe.shared.down.weight", _meta(_M + "feed_forward.w_out_shared_DF.weight", 1)),
+        extra("rank*.vision_embeddings.*", _VISION),
+        extra("rank*.vision_projection.*", _VISION),
+        extra("rank*.rope.freqs", "rotary frequencies; computed from the config"),
+        extra("rank*.layers.*.feed_forward.*gate_stats_3E", _STATISTICS),
+        extra("rank*.layers.*.feed_forward.expert_activation_DE", _STATISTICS),
     ),
 }
 

@@ -64,13 +64,6 @@ RULES = {
         ("layers.{i}.moe.router.selection_bias", _B + "e_score_correction_bias"),
         *experts.numbered(_B + "experts.{e}", "w1", "w3", "w2"),
     ),
-    "gguf": rules(
-        *names.GGUF_ENDS,
-        *names.GGUF_PRE_NORMS,
-        *names.gguf_attention(interleaved=False),
-        *names.GGUF_QK_NORM,
-        *experts.GGUF_MOE,
-    ),
 }
 
 FAMILY = Family("minimax_m2", ("minimax_m2",), ("MiniMaxM2ForCausalLM",), spec, RULES)

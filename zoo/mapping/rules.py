@@ -359,7 +359,8 @@ class Unsqueeze(Expr):
 @dataclass(frozen=True)
 class Ranks(Expr):
     """The tensor was cut into equal slices along `axis` for tensor-parallel ranks `{r}`.
-    `axis` None: every rank holds the whole tensor and the copies must be equal."""
+    `axis` None: every rank holds the whole tensor and the copies must be equal. Of a tensor of several
+    fused parts, a rank has its slice of each, one after the other."""
 
     expr: Expr
     axis: int | None
@@ -374,13 +375,71 @@ class Ranks(Expr):
         size, rest = divmod(t.box.shape[self.axis], n)
         if rest:
             raise ZooError(f"axis {self.axis} of {t.box.shape} does not split over {n} ranks")
+        if len(t.parts) > 1 and self.axis == t.out_axis:
+            yield from self._slices_of_parts(t, n, size)
+            return
         for r, box in enumerate(t.box.split(self.axis, (size,) * n)):
             yield from self.expr.compile(
                 t.with_(box=box, parts=(size,), rows=(t.rows[0] // n,), names={**t.names, "r": r})
             )
 
+    def _slices_of_parts(self, t: Target, n: int, size: int) -> Iterator[Fit]:
+        assert isinstance(self.expr, Leaf), "ranks of fused parts are slices of one plain tensor"
+        if any(p % n for p in t.parts):
+            raise ZooError(f"parts of {'/'.join(map(str, t.parts))} rows do not split over {n} ranks")
+        shape = (*t.box.shape[: t.out_axis], size, *t.box.shape[t.out_axis + 1 :])
+        slices = tuple(p // n for p in t.parts for _ in range(n))
+        pieces = t.box.split(t.out_axis, slices)
+        for r in range(n):
+            source = Box.whole(shape).split(t.out_axis, tuple(p // n for p in t.parts))
+            for k, box in enumerate(source):
+                yield Fit(self.expr.name({**t.names, "r": r}), shape, box, pieces[k * n + r])
+
     def leaves(self) -> Iterator[Leaf]:
         return self.expr.leaves()
+
+
+@dataclass(frozen=True)
+class Flatten(Expr):
+    """The source tensor has its first two axes (experts and what follows) as one."""
+
+    leaf: Leaf
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        for fit in self.leaf.compile(t):
+            a, b, *rest = fit.shape
+            yield replace(fit, shape=(a * b, *rest))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True)
+class PerHead(Expr):
+    """The output rows are, for each of `groups` heads, the rows of several parts; the source has a tensor
+    [groups, rows of a head, columns] for each part. `sizes`: fields of the mixer that give a head's rows."""
+
+    parts: tuple[Expr, ...]
+    groups: Groups
+    sizes: tuple[str, ...]
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        groups = _count(self.groups, t)
+        sizes = tuple(_count(s, t) for s in self.sizes)
+        if t.unit != (1, 1) or t.per_leaf or t.box.shape[t.out_axis] != groups * sum(sizes):
+            raise ZooError(f"{t.box.shape[t.out_axis]} rows are not {groups} heads of {' + '.join(self.sizes)} rows")
+        axes = t.box.axes
+        ((_, stride),) = axes[t.out_axis]
+        start = 0
+        for part, size in zip(self.parts, sizes, strict=True):
+            head = ((groups, sum(sizes) * stride),)
+            box = Box(t.box.offset + start * stride, (head, ((size, stride),), *axes[t.out_axis + 1 :]))
+            yield from part.compile(t.with_(box=box, parts=(size,), rows=(size,), out_axis=1))
+            start += size
+
+    def leaves(self) -> Iterator[Leaf]:
+        for p in self.parts:
+            yield from p.leaves()
 
 
 Source = str | Expr
@@ -434,6 +493,17 @@ def squeeze(name: str, *axes: int) -> Expr:
 def ranks(expr: Source, axis: int | None) -> Expr:
     """Slices along `axis` of tensor-parallel ranks `{r}`; `axis` None: a copy on every rank."""
     return Ranks(leaf(expr), axis)
+
+
+def flatten(name: str) -> Expr:
+    """The source tensor has the experts' axis and the one after it as one."""
+    return Flatten(_leaf(name))
+
+
+def per_head(groups: Groups, **parts: Source) -> Expr:
+    """Rows of each head come from several tensors [groups, rows, columns]; `parts` are they, by the field of
+    the layer's mixer that says how many rows of a head each has."""
+    return PerHead(tuple(leaf(p) for p in parts.values()), groups, tuple(parts))
 
 
 # ---------------------------------------------------------------------------------------------------
