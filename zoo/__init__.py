@@ -15,14 +15,15 @@ from __future__ import annotations
 import os
 import sys
 import types
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo._version import __version__
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from zoo.hub import Progress
     from zoo.mapping.plan import Plan
     from zoo.model import Decoder

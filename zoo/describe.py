@@ -233,7 +233,7 @@ def _ffn(f: MLP | MoE) -> str:
         text += f" + shared expert of {f.shared.d_ff:,}" + (" behind a gate" if f.shared_gate else "")
     if f.latent is not None:
         text += f", experts in a latent of {f.latent:,}"
-    how = [r.score]
+    how: list[str] = [r.score]
     how += [f"best {r.top_groups} of {r.n_groups} groups"] if r.n_groups > 1 else []
     how += ["selection bias"] if r.selection_bias else []
     how += [f"x {r.scale:g}"] if r.scale != 1 else []

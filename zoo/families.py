@@ -12,7 +12,6 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any
 
 from zoo.config import Config
@@ -41,6 +40,8 @@ class Family:
 @functools.cache
 def families() -> dict[str, Family]:
     """All families by name: the package `converters`, then entry points."""
+    from importlib.metadata import entry_points  # slow to import, and `get` seldom needs it
+
     import converters
 
     found: dict[str, Family] = {}

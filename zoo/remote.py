@@ -198,8 +198,8 @@ def mirror_headers(remote: Remote, mirror: Path) -> Remote:
                 f.truncate(file.size)
     tensors = [f.path for f in remote.weights if f.path.endswith(".safetensors")]
     for path, (header, _) in hub.read_headers(remote.snapshot, tensors).items():
-        with open(mirror / path, "r+b") as f:
-            f.write(struct.pack("<Q", len(header)) + header)
+        with open(mirror / path, "r+b") as filled:
+            filled.write(struct.pack("<Q", len(header)) + header)
     for file in remote.weights:
         if file.path.endswith(".gguf"):
             _gguf_header(remote, file, mirror)

@@ -1,0 +1,57 @@
+"""How long the command line takes to start, beside `python -c "import click"`.
+
+    python benchmarks/startup.py [--rounds 15] [--json FILE]
+
+Medians of interleaved runs, in the interpreter that runs this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CLICK = [sys.executable, "-c", "import click"]
+COMMANDS = {
+    "import click": CLICK,
+    "zoo --help": [sys.executable, "-m", "zoo", "--help"],
+    "zoo list": [sys.executable, "-m", "zoo", "list"],
+    "zoo show qwen3-8b": [sys.executable, "-m", "zoo", "show", "qwen3-8b"],
+    "zoo show qwen3-8b llama-3.1-8b": [sys.executable, "-m", "zoo", "show", "qwen3-8b", "llama-3.1-8b"],
+}
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for n in range(rounds + 1):
+        for name, command in COMMANDS.items():
+            began = time.perf_counter()
+            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+            if n:  # the first round fills caches
+                seconds[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    return {name: {"ms": 1000 * s, "times_click": s / median["import click"]} for name, s in median.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    figures = measure(args.rounds)
+    for name, f in figures.items():
+        print(f"{name:32} {f['ms']:6.0f} ms  {f['times_click']:.2f}x")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
