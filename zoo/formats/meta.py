@@ -1,14 +1,116 @@
+"""Meta's own files: `consolidated.00.pth` and so on, one per tensor-parallel rank, and `params.json`.
+
+- Each rank holds its slice of every matrix, and a copy of what is not cut (norms). Here a tensor of rank r
+  is called `rank{r}.<name>`; the rules say along which axis it was cut.
+- q and k rows are in interleaved RoPE order.
+- The files do not say how many ranks there should be; the shapes do.
+
+Mistral's first releases used the same container for one rank, with their own params.json.
+"""
+
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint
+from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.pickle import read_pickle
+
+_FILE = re.compile(r"consolidated\.(\d+)\.pth")
+# Cut along its input axis everywhere, and whole along it in sum: n_heads * head_dim.
+_GAUGE = "layers.0.attention.wo.weight"
 
 
 def detect(path: Path) -> bool:
-    return False
+    if path.is_file():
+        return _FILE.fullmatch(path.name) is not None and (path.parent / "params.json").exists()
+    return (path / "params.json").exists() and any(path.glob("consolidated.*.pth"))
 
 
 def open(path: Path) -> Checkpoint:
-    raise ZooError(f"{path}: this format is not readable yet")
+    """Open the folder of `params.json` (or any of its rank files: the others are found)."""
+    from converters import _params
+
+    root = path if path.is_dir() else path.parent
+    where = root / "params.json"
+    params = read_json(where, "Meta's and Mistral's files need it to be understood")
+    files = _rank_files(root)
+    notes: list[str] = []
+    ranks = [read_pickle(inside(root, f, str(root)), f, notes) for f in files]
+    sizes = {f: (root / f).stat().st_size for f in files}
+    own = params.get("model", params)
+    if "multiple_of" not in own:
+        if len(files) > 1:
+            raise ZooError(f"{where}: not Meta's (no multiple_of), but there are {len(files)} rank files")
+        tensors = {t.name: t for t in ranks[0]}
+        config, naming = _params.mistral(own, str(where)), "mistral"
+    else:
+        tensors = _by_rank(ranks, root, files)
+        _check_count(tensors, own, root, files)
+        vocab = _vocab_size(tensors, own, len(ranks))
+        config = _params.meta(own, vocab, "rank0.output.weight" not in tensors, str(where))
+        naming = "meta"
+    return Checkpoint(
+        root, "meta", (naming,), config, tensors, sizes, carried_files(root),
+        synthesised={"config.json": (json.dumps(config, indent=2) + "\n").encode()},
+        n_ranks=len(files),
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _rank_files(root: Path) -> list[str]:
+    found = {int(m[1]): p.name for p in root.glob("consolidated.*.pth") if (m := _FILE.fullmatch(p.name))}
+    if not found:
+        raise ZooError(f"{root}: no consolidated.NN.pth here")
+    for r in range(max(found) + 1):
+        if r not in found:
+            raise ZooError(
+                f"{root}: consolidated.{r:02d}.pth is missing (found {len(found)} of at least {max(found) + 1} ranks): "
+                "is the download complete?"
+            )
+    return [found[r] for r in range(len(found))]
+
+
+def _by_rank(ranks: list[list[TensorRef]], root: Path, files: list[str]) -> dict[str, TensorRef]:
+    """All tensors as `rank{r}.<name>`. Ranks must hold the same tensors, of the same shapes and dtypes."""
+    first = {t.name: t for t in ranks[0]}
+    out: dict[str, TensorRef] = {}
+    for r, tensors in enumerate(ranks):
+        mine = {t.name: t for t in tensors}
+        if odd := sorted(set(first) ^ set(mine)):
+            has, lacks = (files[0], files[r]) if odd[0] in first else (files[r], files[0])
+            raise ZooError(f"{root}: the ranks disagree: {odd[0]!r} is in {has} but not in {lacks}")
+        for name, t in mine.items():
+            if (t.shape, t.dtype) != (first[name].shape, first[name].dtype):
+                raise ZooError(
+                    f"{root}: the ranks disagree: {name!r} is {first[name].dtype} {list(first[name].shape)} in "
+                    f"{files[0]} but {t.dtype} {list(t.shape)} in {files[r]}: are these files of one release?"
+                )
+            full = f"rank{r}.{name}"
+            out[full] = TensorRef(full, t.dtype, t.shape, t.file, t.offset, t.nbytes, t.strides)
+    return out
+
+
+def _check_count(tensors: dict[str, TensorRef], params: dict[str, Any], root: Path, files: list[str]) -> None:
+    """Whether these are all ranks: slices of the attention's output add up to the model's width."""
+    ref, d = tensors.get("rank0." + _GAUGE), params.get("dim")
+    if ref is None or not isinstance(d, int) or len(ref.shape) != 2:
+        return  # the plan will say what is missing
+    width = ref.shape[1]
+    if width and d % width == 0 and d // width != len(files):
+        n = d // width
+        which = f"consolidated.{len(files):02d}.pth is missing" if n > len(files) else "there are too many"
+        raise ZooError(
+            f"{root}: {_GAUGE} has {width} columns of {d}, so this is a set of {n} rank files; found {len(files)}: {which}"
+        )
+
+
+def _vocab_size(tensors: dict[str, TensorRef], params: dict[str, Any], n_ranks: int) -> int:
+    """Rows of the embedding. Ranks share its rows (Llama 3, 4) or, with all rows each, its columns (Llama 2)."""
+    ref = tensors.get("rank0.tok_embeddings.weight")
+    if ref is None or len(ref.shape) != 2:
+        return int(params.get("vocab_size", -1))
+    return ref.shape[0] * n_ranks if ref.shape[1] == params.get("dim") else ref.shape[0]

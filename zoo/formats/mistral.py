@@ -1,14 +1,61 @@
+"""Mistral's own files: `consolidated*.safetensors` and `params.json`.
+
+The same safetensors as elsewhere under other names; q and k rows are in interleaved RoPE order. fp8
+releases hold `qscale_weight` and `qscale_act` beside a weight, one number each, or `weight_scale` per block.
+A folder that also holds the release in Hugging Face's names is read by those.
+"""
+
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint
+from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.safetensors import check_index, index_files, parse_header, read_header
+
+INDEX = "consolidated.safetensors.index.json"
 
 
 def detect(path: Path) -> bool:
-    return False
+    if path.is_file():
+        return path.name.startswith("consolidated") and path.suffix == ".safetensors"
+    own = (path / "params.json").exists() and any(path.glob("consolidated*.safetensors"))
+    return own and not any(path.glob("model*.safetensors"))
 
 
 def open(path: Path) -> Checkpoint:
-    raise ZooError(f"{path}: this format is not readable yet")
+    """Open a folder of `params.json` and `consolidated*.safetensors`."""
+    from converters import _params
+
+    root = path if path.is_dir() else path.parent
+    where = root / "params.json"
+    params = read_json(where, "Mistral's files need it to be understood")
+    tensors: dict[str, TensorRef] = {}
+    files: dict[str, int] = {}
+    headers: dict[str, bytes] = {}
+    for name in _weight_files(root):
+        file = inside(root, name, INDEX)
+        files[name] = file.stat().st_size
+        headers[name] = raw = read_header(file)
+        for ref in parse_header(raw, name, files[name], str(file)):
+            if (other := tensors.get(ref.name)) is not None:
+                raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+            tensors[ref.name] = ref
+    if (root / INDEX).exists():
+        check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
+    config = _params.mistral(params, str(where))
+    return Checkpoint(
+        root, "mistral", ("mistral",), config, tensors, files, carried_files(root), headers,
+        synthesised={"config.json": (json.dumps(config, indent=2) + "\n").encode()},
+    )  # fmt: skip
+
+
+def _weight_files(root: Path) -> list[str]:
+    if (root / INDEX).exists():
+        index = read_json(root / INDEX, "delete it if consolidated.safetensors is whole")
+        return index_files(index, str(root / INDEX))
+    names = sorted(p.name for p in root.glob("consolidated*.safetensors"))
+    if len(names) > 1:
+        raise ZooError(f"{root}: {len(names)} shards but no {INDEX}: is the download complete?")
+    return names

@@ -113,6 +113,14 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+class _Opaque:
+    """An in-memory file that a training library left beside the weights (`_extra_state`): dropped."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor"): _tensor,
@@ -120,6 +128,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch", "Size"): tuple,
+    ("_io", "BytesIO"): _Opaque,
     **{
         (m, name): dtype
         for name, dtype in _STORAGES.items()

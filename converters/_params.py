@@ -1,0 +1,209 @@
+"""params.json, Meta's and Mistral's own config, in Hugging Face terms.
+
+What these files leave out because the vendor's code knows it is filled in here, with its source:
+- Meta: the width of the FFN is computed, the vocabulary may be -1, scaled RoPE is one flag.
+- Mistral: context length; whether YaRN scales cos and sin is `apply_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.config import Config
+from zoo.errors import ZooError
+
+
+def meta(params: Mapping[str, Any], vocab_size: int, tied: bool, where: str) -> dict[str, Any]:
+    """Llama 2, 3.x and 4. `vocab_size` is that of the embedding, for files that say -1."""
+    p = Config(params.get("model", params), where)
+    d, n_heads = p["dim"], p["n_heads"]
+    for other in ("vision_chunk_size", "vision_num_cross_attention_layers"):
+        if p.get(other, -1) not in (-1, 0):
+            raise ZooError(f"{where}: {other} is set: the vision models of Llama 3.2 are not supported")
+    if "quantization_args" in p or "lora_args" in p:
+        raise ZooError(
+            f"{where}: the quantised mobile releases (quantization_args, lora_args) are not supported"
+        )
+    out = {
+        "vocab_size": vocab_size if p.get("vocab_size", -1) <= 0 else p["vocab_size"],
+        "hidden_size": d,
+        "num_hidden_layers": p["n_layers"],
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": p.get("n_kv_heads", n_heads),
+        "head_dim": d // n_heads,
+        "intermediate_size": _meta_ffn(p, 4 * d),
+        "hidden_act": "silu",
+        "rms_norm_eps": p["norm_eps"],
+        "rope_theta": float(p.get("rope_theta", 10000.0)),
+        "rope_scaling": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+    }
+    if "moe_args" in p or "nope_layer_interval" in p:
+        return _llama4(p, out)
+    scaled = p.get("use_scaled_rope", False)
+    if scaled:
+        # Not in params.json. Meta's code and the Hugging Face configs: 8 for 3.1 and 3.3, 32 for the small 3.2.
+        out["rope_scaling"] = _llama3_rope(p.get("rope_scaling_factor", 32.0 if d < 4096 else 8.0), 4.0)
+    context = 131072 if scaled else 8192 if out["vocab_size"] > 100_000 else 4096
+    return out | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": context,
+    }
+
+
+def _meta_ffn(p: Config, width: int, shrink: float = 1.0) -> int:
+    """2/3 of 4 d, times a multiplier, rounded up: llama_models' TransformerBlock."""
+    width = int(2 * width / 3)
+    if "ffn_dim_multiplier" in p:
+        width = int(p["ffn_dim_multiplier"] * width)
+    width = int(width / shrink)
+    multiple = p["multiple_of"]
+    return -(-width // multiple) * multiple
+
+
+def _llama3_rope(factor: float, high: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": float(factor),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": float(high),
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _llama4(p: Config, out: dict[str, Any]) -> dict[str, Any]:
+    """Source: ModelArgs, MoE and TransformerBlock of llama_models/llama4."""
+    moe = p.sub("moe_args")
+    shrink = moe.get("capacity_factor", 1.0) + 1 if moe.get("auto_scale_F", True) else 1.0
+    if p.get("use_scaled_rope", False):
+        scaling = _llama3_rope(p.get("rope_scaling_factor", 16.0), p.get("rope_high_freq_factor", 1.0))
+        out["rope_scaling"] = scaling
+    step = moe.get("interleave_moe_layer_step", 1)
+    return out | {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "intermediate_size": _meta_ffn(p, int(p.get("ffn_exp", 4.0) * p["dim"]), shrink),
+        "intermediate_size_mlp": _meta_ffn(p, 4 * p["dim"]),
+        "num_local_experts": moe["num_experts"],
+        "num_experts_per_tok": moe.get("top_k", 1),
+        "interleave_moe_layer_step": step,
+        "no_rope_layers": [],
+        "no_rope_layer_interval": p.get("nope_layer_interval") or p["n_layers"] + 1,
+        "attention_chunk_size": p["attention_chunk_size"],
+        "use_qk_norm": p.get("use_qk_norm", False),
+        "attn_temperature_tuning": p.get("attn_temperature_tuning", False),
+        "floor_scale": p.get("floor_scale", 8192.0),
+        "attn_scale": p.get("attn_scale", 0.1),
+        # By release: 10M for 16 experts, 1M for 128 (model cards).
+        "max_position_embeddings": 10485760 if moe["num_experts"] == 16 else 1048576,
+    }
+
+
+def mistral(params: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Mistral 7B to Mistral Large 3; the text model of those that see images."""
+    p = Config(params, where)
+    out = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "vocab_size": p["vocab_size"],
+        "hidden_size": p["dim"],
+        "num_hidden_layers": p["n_layers"],
+        "num_attention_heads": p["n_heads"],
+        "num_key_value_heads": p.get("n_kv_heads", p["n_heads"]),
+        "head_dim": p.get("head_dim", p["dim"] // p["n_heads"]),
+        "intermediate_size": p["hidden_dim"],
+        "hidden_act": "silu",
+        "rms_norm_eps": p["norm_eps"],
+        "rope_theta": float(p.get("rope_theta", 10000.0)),
+        "max_position_embeddings": p.first("max_position_embeddings", "max_seq_len", default=131072),
+        "tie_word_embeddings": p.get("tied_embeddings", False),
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+    }
+    if "quantization_config" in p:
+        out["quantization_config"] = p["quantization_config"]
+    if "sliding_window" in p:
+        out |= _windows(p, out)
+    if "kv_lora_rank" in p:
+        return out | _large3(p)
+    if "moe" in p:
+        raise ZooError(f"{where}: experts without latent attention (Mixtral) are not supported")
+    if "yarn" in p or "llama_4_scaling" in p:
+        out |= {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}
+        out["rope_parameters"] = _mistral_rope(p)
+    return out
+
+
+def _windows(p: Config, out: dict[str, Any]) -> dict[str, Any]:
+    """One window for all layers, or a pattern of them; a window as long as the context is none."""
+    pattern = p["sliding_window"]
+    pattern = [
+        None if w in (None, "null") else int(w) for w in (pattern if isinstance(pattern, list) else [pattern])
+    ]
+    pattern = [None if w is None or w >= out["max_position_embeddings"] else w for w in pattern]
+    widths = sorted({w for w in pattern if w is not None})
+    if len(widths) > 1:
+        raise ZooError(f"{p.where}: sliding_window has {len(widths)} widths {widths}; one is supported")
+    if not widths or len(pattern) == 1:
+        return {"sliding_window": pattern[0]}
+    kinds = ["full_attention" if w is None else "sliding_attention" for w in pattern]
+    n = out["num_hidden_layers"]
+    return {
+        "architectures": ["MinistralForCausalLM"],
+        "model_type": "ministral",
+        "sliding_window": widths[0],
+        "layer_types": [kinds[i % len(kinds)] for i in range(n)],
+    }
+
+
+def _mistral_rope(p: Config) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(p.get("rope_theta", 10000.0))}
+    if "yarn" in p:
+        yarn = p.sub("yarn")
+        rope |= {
+            "rope_type": "yarn",
+            "factor": float(yarn["factor"]),
+            "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+            "beta_fast": float(yarn["beta"]),
+            "beta_slow": float(yarn["alpha"]),
+        }
+        if not yarn.get("apply_scale", True):
+            rope["attention_factor"] = 1.0
+    if "llama_4_scaling" in p:
+        growth = p.sub("llama_4_scaling")
+        original = growth["original_max_position_embeddings"]
+        if rope.setdefault("original_max_position_embeddings", original) != original:
+            raise ZooError(
+                f"{p.where}: llama_4_scaling and yarn have different original contexts ({original} and "
+                f"{rope['original_max_position_embeddings']}): not supported"
+            )
+        rope["llama_4_scaling_beta"] = float(growth["beta"])
+    return rope
+
+
+def _large3(p: Config) -> dict[str, Any]:
+    moe = p.sub("moe")
+    moe.choice("route_every_n", (1,), 1)
+    return {
+        "architectures": ["Mistral4ForCausalLM"],
+        "model_type": "mistral4",
+        "num_key_value_heads": p["n_heads"],
+        "q_lora_rank": p.get("q_lora_rank"),
+        "kv_lora_rank": p["kv_lora_rank"],
+        "qk_nope_head_dim": p["qk_nope_head_dim"],
+        "qk_rope_head_dim": p["qk_rope_head_dim"],
+        "v_head_dim": p["v_head_dim"],
+        "n_routed_experts": moe["num_experts"],
+        "num_experts_per_tok": moe["num_experts_per_tok"],
+        "n_shared_experts": moe.get("num_shared_experts", 0),
+        "moe_intermediate_size": moe["expert_hidden_dim"],
+        "first_k_dense_replace": moe.get("first_k_dense_replace", 0),
+        "n_group": moe.get("num_expert_groups", 1),
+        "topk_group": moe.get("num_expert_groups_per_tok", 1),
+        "routed_scaling_factor": moe.get("routed_scale", 1.0),
+        "norm_topk_prob": True,  # vLLM's MistralLarge3: renormalised
+        "rope_parameters": _mistral_rope(p),
+    }
