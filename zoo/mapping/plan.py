@@ -226,7 +226,8 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             f"{ckpt.root}: family {family.name} has no rules for {ckpt.format} files (names of "
             f"{' or '.join(ckpt.naming)}); it has rules for {', '.join(family.rules)}"
         )
-    asked = DTYPES[dtype] if dtype else ckpt.default_dtype
+    wanted = dtype or ckpt.default_dtype
+    asked = DTYPES[wanted] if wanted else None
     best: Match | None = None
     for naming in namings:
         m = match(spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming, asked, ckpt.config)
