@@ -1,0 +1,249 @@
+"""Certificate: `parity.json`, what was compared with what, how far apart it was, and what that was judged by.
+
+Written once beside the canonical files; `check` hashes everything it names again and says whether it still
+holds. The schema is `parity.schema.json` beside this module. A certificate never says "passed" about what
+was not done: that is listed under `not_checked`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from zoo.errors import ZooError
+from zoo.formats.base import read_json
+
+SCHEMA = "zoo-parity-1"
+FILE = "parity.json"
+LEVELS = ("plan", "bytes", "layers", "logits", "decode")
+Verdict = Literal["passed", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`.
+
+    `why` says where the bound comes from. `value` and `bound` of an exact check count differences: 0 and 0.
+    """
+
+    name: str
+    value: float
+    bound: float
+    why: str
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    @property
+    def margin(self) -> float | None:
+        """How many times the value fits into the bound (bound / value); None where that says nothing."""
+        a, b = (self.value, self.bound) if self.at_least else (self.bound, self.value)
+        return a / b if b > 0 and math.isfinite(a) and math.isfinite(b) else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "value": _number(self.value),
+            "relation": ">=" if self.at_least else "<=",
+            "bound": _number(self.bound),
+            "margin": self.margin,
+            "passed": self.passed,
+            "why": self.why,
+        }
+
+
+@dataclass
+class Level:
+    """The result of one level. `figures` are the measurements behind the checks, for the report."""
+
+    name: str
+    checks: list[Check] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Verdict:
+        if not self.checks:
+            return "skipped"
+        return "passed" if all(c.passed for c in self.checks) else "failed"
+
+    @property
+    def tightest(self) -> Check | None:
+        """The failed check if there is one, else the one with the least margin."""
+        failed = [c for c in self.checks if not c.passed]
+        measured = failed or [c for c in self.checks if c.margin is not None] or self.checks
+        return min(measured, key=lambda c: c.margin if c.margin is not None else 0.0, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "checks": [c.to_json() for c in self.checks],
+            "notes": self.notes,
+            "seconds": round(self.seconds, 3),
+            "figures": self.figures,
+        }
+
+
+@dataclass
+class Certificate:
+    """What `zoo.verify` returns."""
+
+    canonical: dict[str, Any]
+    source: dict[str, Any] | None
+    rules: dict[str, Any] | None
+    oracle: dict[str, Any]
+    dtype: str
+    levels: list[Level] = field(default_factory=list)
+    inputs: dict[str, Any] | None = None
+    not_checked: list[str] = field(default_factory=list)
+    diagnosis: dict[str, Any] | None = None
+    faults: dict[str, Any] | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """True only if something was judged and nothing failed."""
+        verdicts = [level.verdict for level in self.levels]
+        return "failed" not in verdicts and "passed" in verdicts and not self._missed_faults
+
+    @property
+    def _missed_faults(self) -> int:
+        return int(self.faults["applicable"] - self.faults["caught"]) if self.faults else 0
+
+    @property
+    def verdict(self) -> str:
+        return "passed" if self.passed else "failed"
+
+    def level(self, name: str) -> Level | None:
+        return next((x for x in self.levels if x.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return _clean({
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "created": self.created,
+            "dtype": self.dtype,
+            "canonical": self.canonical,
+            "source": self.source,
+            "rules": self.rules,
+            "oracle": self.oracle,
+            "inputs": self.inputs,
+            "levels": {x.name: x.to_json() for x in self.levels},
+            "not_checked": self.not_checked,
+            "diagnosis": self.diagnosis,
+            "faults": self.faults,
+            "timing": self.timing,
+            "versions": self.versions,
+            "machine": machine(),
+        })  # fmt: skip
+
+    def write(self, folder: Path) -> Path:
+        """Write `parity.json` into the canonical folder, whole or not at all."""
+        path, part = folder / FILE, folder / f".{FILE}.part"
+        part.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        return path
+
+
+def _number(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)  # JSON has no infinity
+
+
+def _clean(x: Any) -> Any:
+    """JSON-safe: no NaN or infinity, floats of six digits, which is what they are good for."""
+    if isinstance(x, Mapping):
+        return {str(k): _clean(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_clean(v) for v in x]
+    if isinstance(x, float):
+        return float(f"{x:.6g}") if math.isfinite(x) else str(x)
+    return x
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": platform.system(), "cpu": cpu, "cores": cores}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hashes
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {n: {"sha256": sha256(root / n), "bytes": (root / n).stat().st_size} for n in sorted(set(names))}
+
+
+def canonical_files(root: Path) -> list[str]:
+    """Everything in a canonical folder that the certificate vouches for: all of it but itself."""
+    skip = {FILE, "report.html"}
+    return [p.name for p in root.iterdir() if p.is_file() and p.name not in skip and not p.name.startswith(".")]
+
+
+def check(folder: Path) -> list[str]:
+    """What a folder's certificate says that is not so any more, one line each; empty if it still holds.
+
+    Raises ZooError if there is no certificate, or it isn't one of this schema.
+    """
+    data = read_json(folder / FILE, f"there is no certificate; write one with: zoo verify {folder}")
+    if data.get("schema") != SCHEMA:
+        raise ZooError(f"{folder / FILE}: schema is {data.get('schema')!r}; expected {SCHEMA!r}")
+    problems = []
+    if data.get("verdict") != "passed":
+        problems.append(f"its verdict was {data.get('verdict')!r}")
+    recorded = data["canonical"]["files"]
+    problems += _changed(folder, recorded)
+    problems += [f"{n}: was not there when it was issued" for n in canonical_files(folder) if n not in recorded]
+    source = data.get("source")
+    if source and source.get("files") and Path(source["path"]).exists():
+        root = Path(source["path"])
+        problems += [f"source {p}" for p in _changed(root if root.is_dir() else root.parent, source["files"])]
+    if rules := data.get("rules"):
+        problems += _rules_changed(rules)
+    return problems
+
+
+def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    out = []
+    for name, was in files.items():
+        path = root / name
+        if not path.is_file():
+            out.append(f"{name}: gone")
+        elif path.stat().st_size != was["bytes"]:
+            out.append(f"{name}: {path.stat().st_size:,} bytes, was {was['bytes']:,}")
+        elif sha256(path) != was["sha256"]:
+            out.append(f"{name}: content changed")
+    return out
+
+
+def _rules_changed(rules: Mapping[str, Any]) -> list[str]:
+    from zoo import families
+
+    try:
+        now = families.get(rules["family"]).rules[rules["naming"]].version
+    except (ZooError, KeyError):
+        return [f"rules: family {rules.get('family')!r} ({rules.get('naming')}) is not there any more"]
+    was = rules["version"]
+    return [] if now == was else [f"rules of {rules['family']} ({rules['naming']}): version {now}, was {was}"]

@@ -1,0 +1,253 @@
+"""Two runs side by side: an oracle's and ours, layer by layer, batch by batch.
+
+The oracle is run twice. Its second way goes first and is kept as sketches of its hidden states and as its
+logits; during the first way, ours advances one layer whenever the oracle has finished one, so that neither
+side's hidden states are ever all in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.verify.inputs import Batch, Inputs
+from zoo.verify.metrics import LogitMetrics, Quantiles, relative_error
+from zoo.verify.oracle import Oracle
+from zoo.verify.ours import Ours
+from zoo.verify.tolerance import NEAR_TIE, Spread, representative
+
+SKETCH = 64
+"""Random directions that a recorded hidden state is projected on; a relative error is kept to about 9 %."""
+
+
+class Sketch:
+    """Projections of hidden states on fixed random directions: distances survive, memory does not grow with D."""
+
+    def __init__(self, d: int, k: int = SKETCH, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.directions = torch.randn(d, k, generator=generator) / k**0.5  # [D, k]
+
+    def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, k]
+        return x.float() @ self.directions
+
+
+class Kept:
+    """Logits of several batches, in memory, or in a temporary file beyond 512 MiB."""
+
+    LIMIT = 512 << 20
+
+    def __init__(self, on_disk: bool = False) -> None:
+        self._memory: dict[int, Tensor] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._bytes = 0
+        self._on_disk = on_disk
+
+    def put(self, b: int, logits: Tensor) -> None:
+        self._bytes += logits.numel() * logits.element_size()
+        if self._on_disk or self._bytes > self.LIMIT:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zoo-verify-")
+            torch.save(logits, Path(self._folder.name) / f"{b}.pt")
+        else:
+            self._memory[b] = logits
+
+    def pop(self, b: int) -> Tensor:
+        if b in self._memory:
+            return self._memory.pop(b)
+        assert self._folder is not None
+        path = Path(self._folder.name) / f"{b}.pt"
+        logits: Tensor = torch.load(path, weights_only=True)
+        path.unlink()
+        return logits
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+@dataclass
+class Measured:
+    """What one comparison gives. Tokens are in the order of the inputs."""
+
+    layers: list[list[float]]  # per layer, relative error of each token; empty where it can't be compared
+    settled: LogitMetrics = field(default_factory=LogitMetrics)
+    ties: LogitMetrics = field(default_factory=LogitMetrics)  # tokens at a near tie between experts
+    beyond_tie: int = 0  # settled tokens whose best id differs although the oracle's lead exceeds the bound
+    leads: list[float] = field(default_factory=list)  # oracle's lead of best over second, where best ids differ
+    spread: Spread = field(default_factory=Spread)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> LogitMetrics:
+        return self.settled if not self.ties.n else _joined(self.settled, self.ties)
+
+
+def _joined(a: LogitMetrics, b: LogitMetrics) -> LogitMetrics:
+    out = LogitMetrics()
+    for m in (a, b):
+        for q, r in ((out.error, m.error), (out.kl, m.kl)):
+            q.counts += r.counts
+            q.max = max(q.max, r.max)
+            q.sum += r.sum
+        for name in ("n", "top1", "top5", "nll_ours", "nll_theirs", "n_next"):
+            setattr(out, name, getattr(out, name) + getattr(m, name))
+        for name in ("token_max", "token_p50", "token_kl", "scatter"):
+            setattr(out, name, getattr(out, name) + getattr(m, name))
+        out.largest = max(out.largest, m.largest)
+    return out
+
+
+OnLayer = Callable[[int, int, Tensor], None]  # batch, layer, state
+OnLogits = Callable[[int, Tensor], None]
+
+
+def drive(oracle: Oracle, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
+    """Run all batches. An oracle that streams runs all of them through a layer before the next."""
+    all_at_once: Any = getattr(oracle, "drive", None)
+    if all_at_once is not None:
+        all_at_once(batches, on_layer, on_logits)
+        return
+    for b, batch in enumerate(batches):
+        logits = oracle.run(batch.ids, batch.lengths, lambda i, x, b=b: on_layer(b, i, x))  # type: ignore[misc]
+        on_logits(b, logits)
+
+
+def rows(x: Tensor, batch: Batch, d: int) -> Tensor | None:
+    """The real positions of a hidden state [B, T, D] as [N, D]; of several streams side by side [N, S D]."""
+    if x.ndim == 4:  # [S, B, T, D]
+        x = x.permute(1, 2, 0, 3).flatten(2)
+    if x.ndim != 3 or x.shape[:2] != batch.ids.shape or x.shape[-1] % d:
+        return None
+    return x[batch.mask]
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stack: list[tuple[str, float]] = []
+
+    def __call__(self, name: str) -> Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self._spend(now)
+        self._stack.append((self._name, now))
+
+    def __exit__(self, *_: Any) -> None:
+        now = time.perf_counter()
+        self._spend(now)
+        self._stack.pop()
+        if self._stack:
+            self._stack[-1] = (self._stack[-1][0], now)
+
+    def _spend(self, now: float) -> None:
+        name, since = self._stack[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - since
+
+
+def measure(
+    oracle: Oracle, ours: Ours, inputs: Inputs, dtype: str, spread: Spread | None = None, on_disk: bool = False
+) -> Measured:
+    """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured."""
+    batches = inputs.batches
+    n_layers, d = ours.spec.n_layers, ours.spec.d_model
+    out = Measured([[] for _ in range(n_layers)])
+    clock = Clock()
+    sketches: dict[tuple[int, int], Tensor] = {}
+    second = Kept(on_disk)
+    sketch: dict[int, Sketch] = {}
+
+    def sketched(x: Tensor) -> Tensor:
+        if x.shape[-1] not in sketch:
+            sketch[x.shape[-1]] = Sketch(x.shape[-1])
+        return sketch[x.shape[-1]](x)
+
+    ways: tuple[str, str] | None = None
+    if spread is None:
+
+        def keep(b: int, i: int, x: Tensor) -> None:
+            if (r := rows(x, batches[b], d)) is not None:
+                sketches[b, i] = sketched(r)
+
+        with oracle.second_way() as ways:
+            if ways is not None:
+                with clock("oracle, second way"):
+                    drive(oracle, batches, keep, lambda b, x: second.put(b, x[batches[b].mask]))
+    upstream_layers: list[list[float]] = [[] for _ in range(n_layers)]
+    upstream_logits = LogitMetrics()
+
+    def on_layer(b: int, i: int, x: Tensor) -> None:
+        with clock("ours"):
+            if b not in ours.state:
+                ours.begin(b, batches[b].ids)
+            mine = ours.layer(b, i) if i < n_layers else None
+        with clock("metrics"):
+            theirs = rows(x, batches[b], d)
+            own = rows(mine, batches[b], d) if mine is not None else None
+            if theirs is not None and (b, i) in sketches:
+                upstream_layers[i] += relative_error(sketches.pop((b, i)), sketched(theirs)).tolist()
+            if theirs is not None and own is not None and theirs.shape == own.shape:
+                out.layers[i] += relative_error(own, theirs).tolist()
+
+    def on_logits(b: int, theirs: Tensor) -> None:
+        batch = batches[b]
+        with clock("ours"):
+            if b not in ours.state:  # an oracle without hidden states
+                ours.begin(b, batch.ids)
+                for i in range(n_layers):
+                    ours.layer(b, i)
+            mine = ours.finish(b)
+        with clock("metrics"):
+            mask, following = batch.mask, batch.following[batch.mask]
+            theirs, mine = theirs[mask], mine[mask]
+            if ways is not None:
+                upstream_logits.add(second.pop(b), theirs, following)
+            noise = [representative(dtype, x) for x in upstream_layers] if spread is None else spread.layers
+            tied = near_ties(ours.margins(b), batch, noise, ours)
+            _judge(out, mine, theirs, following, tied)
+
+    with clock("oracle"):
+        drive(oracle, batches, on_layer, on_logits)
+    second.close()
+    if spread is not None:
+        out.spread = spread
+    elif ways is not None:
+        out.spread = Spread.of(ways, upstream_logits, [representative(dtype, x) for x in upstream_layers])
+    out.seconds = clock.seconds
+    return out
+
+
+def _judge(out: Measured, mine: Tensor, theirs: Tensor, following: Tensor, tied: Tensor) -> None:
+    for chosen, metrics in ((~tied, out.settled), (tied, out.ties)):
+        if chosen.any():
+            whole = bool(chosen.all())
+            a, b, f = (x if whole else x[chosen] for x in (mine, theirs, following))
+            metrics.add(a, b, f)
+    differ = (mine.argmax(-1) != theirs.argmax(-1)) & ~tied
+    if differ.any():
+        top = theirs[differ].float().topk(2, -1).values
+        out.leads += (top[:, 0] - top[:, 1]).tolist()
+
+
+def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours: Ours) -> Tensor:
+    """[N] bool: real positions where some layer's choice of experts hangs by less than upstream's own spread."""
+    n = sum(batch.lengths)
+    if margins is None or not noise:
+        return torch.zeros(n, dtype=torch.bool)
+    moe = [i for i, layer in enumerate(ours.spec.layers) if layer.ffn is not None and layer.ffn.kind == "moe"]
+    before = torch.tensor([NEAR_TIE * noise[i] if i < len(noise) else 0.0 for i in moe])
+    return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]
+
+
+__all__ = ["Kept", "Measured", "Quantiles", "Sketch", "drive", "measure", "near_ties", "rows"]

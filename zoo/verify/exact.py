@@ -1,0 +1,247 @@
+"""The levels without arithmetic: plan (every tensor accounted for) and bytes (every element where it belongs).
+
+The bytes level does not run the executor again. It looks up each canonical element in the source through the
+plan's boxes with strided views, which is another way to the same place; and it counts that every element of
+every source tensor is used exactly once. Where the dtype was changed, the source is rounded here (to nearest,
+ties to even) and the bits must agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
+from zoo.formats.canonical import Canonical
+from zoo.layout import layout
+from zoo.mapping.plan import Output, Plan
+from zoo.mapping.rules import Box
+from zoo.model.load import DTYPES as TORCH
+from zoo.verify.certificate import Check, Level
+
+Array = NDArray[Any]
+CHUNK = 1 << 22  # elements compared at a time
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) -> Level:
+    """Every slot of the layout is there in its shape, nothing else is, and every source tensor is accounted for."""
+    level = Level("plan")
+    slots = layout(folder.spec)
+    present = [s for s in slots.values() if folder.layers is None or s.layer is None or s.layer in folder.layers]
+    missing = [s.name for s in present if s.name not in folder.tensors]
+    wrong = [
+        s.name for s in present
+        if s.name in folder.tensors and s.name.removesuffix(".weight") not in folder.quant
+        and folder.tensors[s.name].shape != s.shape
+    ]  # fmt: skip
+    level.checks += [
+        Check("layout tensors missing", len(missing), 0, f"the Spec's layout has {len(present)} tensors"),
+        Check("tensors of another shape", len(wrong), 0, "shapes of the layout"),
+    ]
+    level.figures = {"canonical_tensors": len(folder.tensors), "extras": len(folder.extra_tensors)}
+    level.notes += missing[:5] + wrong[:5]
+    if plan is None:
+        level.notes.append(why_no_plan or "no source to plan from")
+        return level
+    made = {n for n in folder.tensors if n not in plan.outputs}
+    made |= {n for n in plan.outputs if n not in folder.tensors and folder.layers is None}
+    used: dict[str, int] = {}
+    for o in plan.outputs.values():
+        for k, fit in enumerate(o.fits):
+            used[o.sources[k]] = used.get(o.sources[k], 0) + _size(fit.source)
+            for names in o.components.values():
+                used[names[k]] = plan.checkpoint.tensors[names[k]].size
+    refs = plan.checkpoint.tensors
+    partial = [n for n, size in used.items() if size != refs[n].size] if folder.layers is None else []
+    lost = [n for n in refs if n not in used and n not in plan.extras] if folder.layers is None else []
+    aside = [n for n in plan.extras if n not in folder.extra_tensors and n not in folder.extras]
+    level.checks += [
+        Check("canonical tensors not as planned", len(made), 0, f"the plan has {len(plan.outputs)} tensors"),
+        Check("source tensors unaccounted for", len(lost), 0, f"the source has {len(refs)} tensors"),
+        Check("source tensors used in part or twice", len(partial), 0, "each element of a source is used once"),
+        Check("extras not kept", len(aside), 0, f"{len(plan.extras)} source tensors are kept aside"),
+        Check("Spec differs from the source's", int(plan.spec != folder.spec), 0, "Spec made from the source's config"),
+    ]
+    level.figures |= {"source_tensors": len(refs), "rules": plan.rules_version}
+    level.notes += sorted(made)[:5] + lost[:5] + partial[:5] + aside[:5]
+    return level
+
+
+def _size(box: Box) -> int:
+    return math.prod(box.shape)
+
+
+Reader = Callable[[str], Tensor | None]
+
+
+def bytes_level(folder: Canonical, plan: Plan, override: Mapping[str, Tensor] | None = None) -> Level:
+    """Every canonical element against its source. `override`: tensors in memory that stand for the folder's
+    (a seeded fault); then only these are looked at."""
+    level = Level("bytes")
+    bad: dict[str, int] = {}
+    compared = cast = dequantised = 0
+    for name, output in plan.outputs.items():
+        if name not in folder.tensors or (override is not None and name not in override):
+            continue
+        ref = folder.tensors[name]
+        mine = _canonical(folder, ref, None if override is None else override[name])
+        wrong = 0
+        for k in range(len(output.fits)):
+            wrong += _fit_differs(plan, output, k, mine, ref.dtype)
+        if output.scheme is not None or any(plan.checkpoint.tensors[s].dtype not in ITEMSIZE for s in output.sources):
+            dequantised += 1
+        elif any(plan.checkpoint.tensors[s].dtype != ref.dtype for s in output.sources):
+            cast += 1
+        compared += ref.size
+        if wrong:
+            bad[name] = wrong
+    checks = [Check("elements that differ from the source", sum(bad.values()), 0, f"{compared:,} elements compared")]
+    if override is None:
+        moved = [n for n in plan.extras if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)]
+        checks.append(Check("extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"))
+        changed = [n for n in plan.checkpoint.carried if not _same_file(folder.root / n, plan.checkpoint.path(n))]
+        changed += [n for n, data in plan.checkpoint.synthesised.items() if not _holds(folder.root / n, data)]
+        checks.append(Check("carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim"))
+        level.notes += moved[:5] + changed[:5]
+    level.checks = checks
+    level.figures = {"elements": compared, "cast": cast, "dequantised": dequantised, "differing": dict(list(bad.items())[:20])}
+    level.notes += [f"{n}: {c:,} elements differ" for n, c in list(bad.items())[:8]]
+    return level
+
+
+def _canonical(folder: Canonical, ref: TensorRef, override: Tensor | None) -> Array:
+    """A canonical tensor's elements as unsigned integers of their size, flat."""
+    if override is not None:
+        t = override.detach().to(TORCH[ref.dtype]).contiguous()
+        return t.view(torch.uint8).flatten().numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]]) if t.numel() else np.empty(0)
+    return _flat(folder.path(ref), ref)
+
+
+def _flat(path: Path, ref: TensorRef) -> Array:
+    dtype = _UNSIGNED[ITEMSIZE[ref.dtype]]
+    if ref.size == 0:
+        return np.empty(0, dtype)
+    raw = np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
+    if ref.offset % np.dtype(dtype).itemsize:
+        return np.array(raw).view(dtype)
+    return raw.view(dtype)
+
+
+def _view(flat: Array, box: Box) -> Array:
+    sizes, strides = box.flat()
+    step = flat.itemsize
+    return as_strided(flat[box.offset :], sizes, tuple(s * step for s in strides), writeable=False)
+
+
+def _fit_differs(plan: Plan, output: Output, k: int, mine: Array, dtype: str) -> int:
+    """How many elements of the k-th fit differ between canonical and source."""
+    fit = output.fits[k]
+    dst = _view(mine, fit.canonical)
+    src, bits = _source(plan, output, k, dtype)
+    wrong = 0
+    for a, b in _chunks(dst, _view(src, fit.source)):
+        if bits:
+            wrong += int((a != b).sum())
+        else:
+            wrong += int((a != _rounded(b, dtype).view(a.dtype)).sum())
+    return wrong
+
+
+def _source(plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool]:
+    """The source's elements, flat; and whether they are bits of the canonical dtype already."""
+    ckpt, name = plan.checkpoint, output.sources[k]
+    ref = ckpt.tensors[name]
+    path = ckpt.path(ref.file)
+    if output.scheme is not None:
+        return _dequantised(plan, output, k), False
+    if ref.dtype not in ITEMSIZE:  # a block type of GGUF
+        from zoo.quant import ggml
+
+        raw = np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
+        return np.asarray(ggml.dequantise(raw, ref.dtype, ref.shape), np.float32).reshape(-1), False
+    if ref.strides is not None:
+        flat = _flat(path, TensorRef(name, ref.dtype, (ref.nbytes // ITEMSIZE[ref.dtype],), ref.file, ref.offset, ref.nbytes))
+        step = flat.itemsize
+        view = as_strided(flat, ref.shape, tuple(s * step for s in ref.strides), writeable=False)
+        flat = np.ascontiguousarray(view).reshape(-1)
+    else:
+        flat = _flat(path, ref)
+    if ref.dtype == dtype:
+        return flat, True
+    if ref.dtype not in FLOATS or dtype not in FLOATS:
+        raise ZooError(f"{path}: {name} is {ref.dtype} and became {dtype}: not a change of float precision")
+    return _floats(flat, ref.dtype), False
+
+
+def _dequantised(plan: Plan, output: Output, k: int) -> Array:
+    from zoo.quant import dequantise
+
+    ckpt = plan.checkpoint
+    components = {}
+    for part, name in {"weight": output.sources[k], **{c: n[k] for c, n in output.components.items()}}.items():
+        ref = ckpt.tensors[name]
+        raw = torch.from_numpy(np.array(np.memmap(ckpt.path(ref.file), np.uint8, "r", ref.offset, (ref.nbytes,))))
+        components[part] = raw.view(TORCH[ref.dtype]).view(ref.shape)
+    assert output.scheme is not None
+    rows = output.fits[k].shape[-2] if len(output.fits[k].shape) > 1 else output.fits[k].shape[0]
+    return dequantise(output.scheme, components, (rows,), torch.float32).numpy().reshape(-1)
+
+
+def _floats(flat: Array, dtype: str) -> Array:
+    """Bits of a float dtype as numpy floats, exactly."""
+    if dtype == "BF16":
+        return (flat.astype(np.uint32) << 16).view(np.float32)
+    return flat.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+
+
+def _rounded(x: Array, dtype: str) -> Array:
+    """Floats to a float dtype, to nearest with ties to even, as unsigned integers."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        if x.dtype == np.float64:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return np.where(nan, (bits >> 16) | 0x40, up).astype(np.uint16)
+    to = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x).astype(to).view(_UNSIGNED[np.dtype(to).itemsize])
+
+
+def _chunks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
+    """Both arrays in pieces along their first axis, so that no temporary is large."""
+    if a.ndim == 0 or a.size <= CHUNK:
+        yield a, b
+    elif len(a) == 1:
+        yield from _chunks(a[0], b[0])
+    else:
+        step = max(1, CHUNK * len(a) // a.size)
+        for i in range(0, len(a), step):
+            yield from _chunks(a[i : i + step], b[i : i + step])
+
+
+def _same_bytes(folder: Canonical, ckpt: Checkpoint, name: str) -> bool:
+    mine, theirs = folder.extra_tensors[name], ckpt.tensors[name]
+    if mine.nbytes != theirs.nbytes or mine.shape != theirs.shape:
+        return False
+    a = np.memmap(folder.path(mine), np.uint8, "r", mine.offset, (mine.nbytes,)) if mine.nbytes else np.empty(0)
+    b = np.memmap(ckpt.path(theirs.file), np.uint8, "r", theirs.offset, (theirs.nbytes,)) if mine.nbytes else np.empty(0)
+    return all(np.array_equal(a[i : i + CHUNK], b[i : i + CHUNK]) for i in range(0, len(a), CHUNK))
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.is_file() and a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data

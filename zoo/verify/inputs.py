@@ -1,0 +1,178 @@
+"""Inputs: what a model is verified on. Fixed, so that two runs are comparable, and chosen to reach every branch.
+
+- texts in several scripts, and code, through the model's own tokenizer (the canonical folder's tokenizer.json);
+- random ids over the whole vocabulary, which reach embedding rows that no text does;
+- one row long enough to cross each limit the Spec has: window, chunk, index top-k, temperature step,
+  original context;
+- rows of different lengths in one batch, padded on the right: only real positions are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.spec import Attention, LatentAttention, Spec
+
+TEXTS: tuple[tuple[str, str], ...] = (
+    (
+        "english",
+        "The first thing a careful reader notices is that the two columns do not add up. In 1887 the library "
+        "bought 1,204 volumes, yet its catalogue lists 1,240; someone, somewhere, exchanged two digits.",
+    ),
+    (
+        "code",
+        "def transpose(rows: list[list[float]]) -> list[list[float]]:\n    return [list(c) for c in zip(*rows)]\n\n\n"
+        "assert transpose([[1, 2], [3, 4]]) == [[1, 3], [2, 4]]  # and back again\n",
+    ),
+    ("chinese", "图书馆在一八八七年购入了一千二百零四册书，但目录上却写着一千二百四十册。"),
+    ("arabic", "اشترت المكتبة ألفًا ومئتين وأربعة كتب، لكن الفهرس يذكر عددًا آخر."),
+    ("hindi", "पुस्तकालय ने बारह सौ चार पुस्तकें खरीदीं, पर सूची में संख्या कुछ और है।"),
+    ("cyrillic", "Библиотека купила 1204 тома, а в каталоге значится 1240."),
+    ("emoji", "🧪 → ✅ or ❌? Naïve café, 北京, ½ + ¼ = ¾."),
+    ("repetition", "one two three four one two three four one two three four one two three"),
+)
+
+MAX_CROSSED = 4096
+"""Limits beyond this many tokens are not crossed by default: the certificate says so."""
+
+
+@dataclass
+class Batch:
+    """ids [B, T], padded on the right with 0; `lengths` are the real ones; `text` rows count for perplexity."""
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    labels: tuple[str, ...]
+    text: tuple[bool, ...]
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, T]: real positions."""
+        return torch.arange(self.ids.shape[1])[None] < torch.tensor(self.lengths)[:, None]
+
+    @property
+    def following(self) -> Tensor:
+        """[B, T]: the next token of a text row, -1 where there is none or the row is not text."""
+        nxt = torch.full_like(self.ids, -1)
+        for b, (n, text) in enumerate(zip(self.lengths, self.text, strict=True)):
+            if text:
+                nxt[b, : n - 1] = self.ids[b, 1:n]
+        return nxt
+
+
+@dataclass
+class Inputs:
+    batches: list[Batch]
+    limits: dict[str, int]
+    not_crossed: dict[str, int]
+    tokenizer: str | None
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(sum(b.lengths) for b in self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    @property
+    def sha256(self) -> str:
+        h = hashlib.sha256()
+        for b in self.batches:
+            h.update(repr(b.lengths).encode())
+            h.update(b.ids.contiguous().numpy().tobytes())
+        return h.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": self.n_tokens,
+            "batches": [
+                {"rows": list(b.labels), "lengths": list(b.lengths), "shape": list(b.ids.shape)}
+                for b in self.batches
+            ],
+            "tokenizer": self.tokenizer,
+            "limits_crossed": self.limits,
+            "limits_not_crossed": self.not_crossed,
+            "sha256": self.sha256,
+        }
+
+
+def limits(spec: Spec) -> dict[str, int]:
+    """Every number of positions at which the model starts to behave differently."""
+    found: dict[str, int] = {}
+
+    def note(what: str, n: float) -> None:
+        found[f"{what} {int(n)}"] = int(n)
+
+    for layer in spec.layers:
+        m = layer.mixer
+        if not isinstance(m, Attention | LatentAttention):
+            continue
+        if isinstance(m, Attention) and m.window is not None:
+            note("window", m.window)
+        if isinstance(m, Attention) and m.chunk is not None:
+            note("chunk", m.chunk)
+        if isinstance(m, LatentAttention) and m.indexer is not None:
+            note("index top-k", m.indexer.top_k)
+        if m.query_scale is not None:
+            note("query scale period", m.query_scale.period)
+    return found
+
+
+def make(
+    spec: Spec,
+    folder: Path | None = None,
+    avoid: frozenset[int] = frozenset(),
+    max_length: int = MAX_CROSSED,
+    seed: int = 0,
+) -> Inputs:
+    """The standard inputs of a model. `folder` is where its tokenizer.json may be; ids in `avoid`
+    (placeholders that the oracle replaces by images) are not drawn."""
+    crossed = {k: n for k, n in limits(spec).items() if n < max_length}
+    not_crossed = {k: n for k, n in limits(spec).items() if n >= max_length}
+    vocab, longest = spec.vocab_size, spec.positions or 1 << 30
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(n: int) -> list[int]:
+        ids = torch.randint(0, vocab, (n,), generator=generator).tolist()
+        return [i if i not in avoid else next(j for j in range(vocab) if j not in avoid) for i in ids]
+
+    rows: list[tuple[str, list[int], bool]] = []
+    tokenizer = None
+    if folder is not None and (file := Path(folder) / "tokenizer.json").is_file():
+        rows, tokenizer = _texts(file, vocab)
+    rows += [("random", random(min(n, longest)), False) for n in (33, 20, 7, 1)]
+    rows = [(label, ids[:longest], text) for label, ids, text in rows if ids]
+    batches = [_batch(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+    # One row crosses all limits; a second, shorter one ends just past the smallest.
+    if crossed:
+        top, low = max(crossed.values()), min(crossed.values())
+        lengths = sorted({min(top + top // 2 + 3, top + 64, longest), min(low + 2, longest)}, reverse=True)
+        batches.append(_batch([("crossing", random(n), False) for n in lengths]))
+    return Inputs(batches, crossed, not_crossed, tokenizer)
+
+
+def _texts(file: Path, vocab: int) -> tuple[list[tuple[str, list[int], bool]], str | None]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return [], None
+    try:
+        tok = Tokenizer.from_file(str(file))
+    except Exception:  # a tokenizer that this library cannot read costs the texts, not the verification
+        return [], None
+    rows = [(label, tok.encode(text).ids, True) for label, text in TEXTS]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return [(label, ids, t) for label, ids, t in rows if ids and max(ids) < vocab], f"{file.name} sha256:{digest}"
+
+
+def _batch(rows: list[tuple[str, list[int], bool]]) -> Batch:
+    n = max(len(ids) for _, ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (n - len(ids)) for _, ids, _ in rows], dtype=torch.int64)
+    return Batch(ids, tuple(len(i) for _, i, _ in rows), tuple(r[0] for r in rows), tuple(r[2] for r in rows))

@@ -1,0 +1,171 @@
+"""Verdicts: measurements against bounds, level by level."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from zoo.verify import tolerance
+from zoo.verify.certificate import Check, Level
+from zoo.verify.compare import Measured
+from zoo.verify.inputs import Inputs
+from zoo.verify.metrics import LogitMetrics, quantile
+from zoo.verify.oracle import Oracle
+from zoo.verify.ours import Ours
+from zoo.verify.tolerance import QUANTILES, Bound, Spread
+
+
+def layers_level(m: Measured, dtype: str) -> Level:
+    """Hidden states: no layer's representative token may depart by more than the bound."""
+    level = Level("layers")
+    figures: list[dict[str, Any]] = []
+    worst: tuple[float, int, float, Bound] | None = None
+    first = None
+    for i, tokens in enumerate(m.layers):
+        if not tokens:
+            continue
+        value, bound = tolerance.representative(dtype, tokens), tolerance.layer_bound(dtype, i, m.spread)
+        figures.append({
+            "layer": i, "value": value, "bound": bound.value, "p50": quantile(tokens, 0.5), "max": max(tokens),
+            "spread": m.spread.layers[i] if i < len(m.spread.layers) else None,
+        })  # fmt: skip
+        if first is None and value > bound.value:
+            first = i
+        if worst is None or value / bound.value > worst[0]:
+            worst = (value / bound.value, i, value, bound)
+    if worst is None:
+        return level
+    which = "worst token" if dtype == "fp32" else "median token"
+    _, i, value, bound = worst
+    level.checks = [
+        Check(f"relative error of the hidden state, {which}, least margin: after layer {i}", value, bound.value, bound.why)
+    ]
+    if first is not None:
+        level.notes.append(f"layer {first} is the first that departs")
+    level.figures = {"first_departing": first, "which": which, "layers": figures}
+    return level
+
+
+def logits_level(m: Measured, dtype: str) -> Level:
+    """Logits of settled tokens by quantiles; all tokens by KL, top-1 and perplexity."""
+    level = Level("logits")
+    everything, settled = m.everything, m.settled if m.settled.n else m.everything
+    summary = everything.summary()
+    names = ["p50", "p99", "max"] if dtype == "fp32" else ["p50", "p99", "p99.9"]
+    for name in names:
+        bound = tolerance.logit_bound(dtype, name, m.spread, settled.largest)
+        level.checks.append(Check(f"|logit error| {name}", settled.error.at(QUANTILES[name]), bound.value, bound.why))
+    kl = tolerance.kl_bound(dtype, m.spread)
+    level.checks.append(Check("KL divergence p99", settled.kl.at(0.99), kl.value, kl.why))
+    level.checks.append(_top1(m, dtype, settled))
+    if settled.n_next:
+        a, b = settled.perplexities
+        bound = tolerance.perplexity_bound(dtype, m.spread)
+        level.checks.append(Check("|ln perplexity difference|", _log_ratio(a, b), bound.value, bound.why))
+    if m.ties.n:
+        level.checks.append(_share_of_ties(m, dtype))
+        level.notes.append(
+            f"{m.ties.n} of {everything.n} tokens are at a near tie between experts, where either choice is right: "
+            f"of these the largest error is {m.ties.error.max:.2g}, the median {m.ties.error.at(0.5):.2g}"
+        )
+    level.figures = {
+        **summary,
+        "spread": m.spread.to_json(),
+        "near_ties": {"tokens": m.ties.n, **(m.ties.summary() if m.ties.n else {})},
+        "error_histogram": everything.error.histogram(),
+        "kl_histogram": everything.kl.histogram(40),
+        "scatter": [[round(x, 4), round(y, 4)] for x, y in everything.scatter[:1500]],
+    }
+    return level
+
+
+def _log_ratio(a: float, b: float) -> float:
+    return abs(math.log(a / b)) if a > 0 and b > 0 else math.inf
+
+
+def _top1(m: Measured, dtype: str, settled: LogitMetrics) -> Check:
+    if dtype == "fp32":
+        reach = 2 * tolerance.logit_bound(dtype, "max", m.spread, settled.largest).value
+        beyond = sum(lead > reach for lead in m.leads)
+        return Check(
+            "tokens whose best id differs", beyond, 0,
+            f"not counted: {len(m.leads) - beyond} where the two best are within twice the error bound",
+        )  # fmt: skip
+    p, n = m.spread.top1_agreement, max(1, settled.n)
+    p = min(p, 1 - 1 / n)
+    bound = p - 3 * math.sqrt(p * (1 - p) / n) - 1 / n
+    return Check("top-1 agreement", settled.top1 / n, bound, f"{m.spread.why}: {p:.4f}, less 3 standard errors", True)
+
+
+def _share_of_ties(m: Measured, dtype: str) -> Check:
+    n = m.settled.n + m.ties.n
+    limit = 0.05 if dtype == "fp32" else 1.0
+    return Check("share of tokens set apart at near ties", m.ties.n / n, limit, "few in fp32; any number in lower precision")
+
+
+def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: str, n: int) -> Level:
+    """Cached against uncached, and the greedy continuation against the oracle's."""
+    level = Level("decode")
+    decoder = ours.decoder
+    batch = max(asked.batches, key=lambda b: max(b.lengths))
+    row = max(range(len(batch.lengths)), key=lambda r: batch.lengths[r])
+    ids = batch.ids[row : row + 1, : batch.lengths[row]]
+    limit = ours.spec.positions or 1 << 30
+    ids = ids[:, : min(ids.shape[1], limit)]
+    whole = decoder(ids)
+    split = max(1, ids.shape[1] - 16)
+    cache = decoder.cache(1, ids.shape[1])
+    steps = [decoder(ids[:, :split], cache)]
+    steps += [decoder(ids[:, t : t + 1], cache) for t in range(split, ids.shape[1])]
+    cached = torch.cat(steps, 1)
+    error = LogitMetrics()
+    error.add(cached[0], whole[0], torch.full((ids.shape[1],), -1))
+    name = "max" if dtype == "fp32" else "p99.9"
+    bound = tolerance.logit_bound(dtype, name, m.spread, error.largest)
+    level.checks.append(
+        Check(f"cached against uncached |logit error| {name}", error.error.at(QUANTILES[name]), bound.value, bound.why)
+    )
+    prompt = _prompt(asked)[:, : max(1, limit - n)]
+    n = min(n, limit - prompt.shape[1])
+    theirs = oracle.greedy(prompt, n) if n > 0 else None
+    if theirs is None:
+        level.notes.append("the oracle does not generate: the greedy continuation was not compared")
+        return level
+    mine = decoder.generate(prompt, n)[0, prompt.shape[1] :]
+    differ = (mine != theirs).nonzero().flatten()
+    tie = 0.0
+    if len(differ):
+        tie = _lead(ours, torch.cat([prompt[0], theirs[: int(differ[0])]]), int(mine[differ[0]]), int(theirs[differ[0]]))
+    level.checks.append(_greedy(len(theirs), differ, tie, dtype, m.spread, error.largest))
+    level.figures = {"prompt_tokens": prompt.shape[1], "generated": mine.tolist(), "oracle": theirs.tolist()}
+    return level
+
+
+def _prompt(asked: Inputs) -> torch.Tensor:
+    """The first text, or else the first row."""
+    for batch in asked:
+        for row, text in enumerate(batch.text):
+            if text:
+                return batch.ids[row : row + 1, : batch.lengths[row]]
+    batch = asked.batches[0]
+    return batch.ids[:1, : batch.lengths[0]]
+
+
+def _lead(ours: Ours, ids: torch.Tensor, mine: int, theirs: int) -> float:
+    logits = ours.decoder(ids[None])[0, -1].float()
+    return float(logits[mine] - logits[theirs])
+
+
+def _greedy(n: int, differ: torch.Tensor, tie: float, dtype: str, spread: Spread, largest: float) -> Check:
+    if not len(differ):
+        return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache")
+    reach = 2 * tolerance.logit_bound(dtype, "max", spread, largest).value
+    at = int(differ[0])
+    if tie <= reach:
+        return Check(
+            "greedy tokens that differ before a tie", 0, 0,
+            f"{at} of {n} tokens equal; then two ids lie {tie:.2g} apart, within twice the error bound {reach:.2g}",
+        )  # fmt: skip
+    return Check("greedy tokens that differ", n - at, 0, f"{at} of {n} tokens equal, then ours prefers another id by {tie:.2g}")

@@ -1,0 +1,272 @@
+"""Oracles: whatever says what the logits should be.
+
+An oracle is anything with the methods of `Oracle`. Here is the one that runs transformers in process;
+`golden.py` reads a recording; docs/verification.md shows a vendor's own code as a third.
+
+Unusual: hidden states are taken by hooks on the list of decoder layers, which is found by its length and
+not by any family's name for it. Right-padded rows need no mask: every model here is causal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+
+OnLayer = Callable[[int, Tensor], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Oracle(Protocol):
+    """The protocol. Only `describe` and `run` are needed to judge layers and logits."""
+
+    def describe(self) -> dict[str, Any]:
+        """Who this is: at least `kind`; versions and what it was loaded from."""
+        ...
+
+    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
+        """Logits [B, T, V] of right-padded `ids` [B, T]; `on_layer(i, x)` with the state [B, T, D] after layer i."""
+        ...
+
+    def second_way(self) -> contextlib.AbstractContextManager[tuple[str, str] | None]:
+        """While open, `run` computes the same another way; gives the two ways' names, or None if there is one."""
+        ...
+
+    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
+        """The next `n` greedy tokens after `ids` [1, T], with a KV cache: [n]; None if it can't."""
+        ...
+
+    avoid_ids: frozenset[int]
+
+
+def upstream_available() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------
+# transformers
+
+
+class Transformers:
+    """Upstream's own classes on a checkpoint they can read: a Hugging Face folder, or a GGUF file."""
+
+    def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
+        self.path, self.dtype, self.note = path, dtype, note
+        quiet()
+        self.model = load(path, DTYPES[dtype])
+        self.layers = decoder_layers(self.model)
+        self.has_experts = any(p.ndim == 3 for p in self.layers.parameters())
+        self.avoid_ids = placeholder_ids(self.model.config)
+
+    def describe(self) -> dict[str, Any]:
+        import transformers
+
+        return {
+            "kind": "transformers",
+            "version": transformers.__version__,
+            "class": type(self.model).__name__,
+            "loaded_from": str(self.path),
+            "dtype": self.dtype,
+            "attention": self.model.config._attn_implementation,
+            "experts": getattr(self.model.config, "_experts_implementation", None),
+            "note": self.note,
+        }
+
+    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
+        with torch.inference_mode(), hooks(self.layers, on_layer):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @contextlib.contextmanager
+    def second_way(self) -> Iterator[tuple[str, str] | None]:
+        """sdpa for eager attention and batched for looped experts, where upstream has them; else a row at a time."""
+        first, second = [], []
+        for kind, switch, attribute, other in (
+            ("attention", "set_attn_implementation", "_attn_implementation", "sdpa"),
+            ("experts", "set_experts_implementation", "_experts_implementation", "batched_mm"),
+        ):
+            if self._switch(switch, attribute, other):
+                first.append(f"eager {kind}")
+                second.append(f"{other} {kind}")
+        try:
+            if first:
+                yield " and ".join(first), " and ".join(second)
+                return
+            whole, self.run = self.run, self._row_by_row  # type: ignore[method-assign]
+            try:
+                yield "all rows at once", "row by row, one thread"
+            finally:
+                self.run = whole  # type: ignore[method-assign]
+        finally:
+            self._switch("set_attn_implementation", "_attn_implementation", "eager")
+            self._switch("set_experts_implementation", "_experts_implementation", "eager")
+
+    def _switch(self, method: str, attribute: str, to: str) -> bool:
+        """Ask upstream for another kernel; False where this model has no such choice."""
+        config = self.model.config.get_text_config()
+        if attribute == "_experts_implementation" and not self.has_experts:
+            return False
+        try:
+            getattr(self.model, method)(to)
+        except (AttributeError, ValueError, ImportError, NotImplementedError):
+            return False
+        return getattr(config, attribute, None) == to
+
+    def _row_by_row(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        states: dict[int, list[Tensor]] = {}
+        try:
+            rows = []
+            for row, n in zip(ids, lengths, strict=True):
+                got = Transformers.run(self, row[None, :n], (n,), lambda i, x: states.setdefault(i, []).append(x))
+                rows.append(_pad(got, ids.shape[1]))
+        finally:
+            torch.set_num_threads(threads)
+        if on_layer is not None:
+            for i, x in states.items():
+                on_layer(i, torch.cat([_pad(r, ids.shape[1]) for r in x], -3))
+        return torch.cat(rows)
+
+    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
+        with torch.inference_mode():
+            out = self.model(input_ids=ids, use_cache=True)
+            tokens = [out.logits[0, -1].argmax()]
+            while len(tokens) < n:
+                step = tokens[-1].view(1, 1)
+                out = self.model(input_ids=step, use_cache=True, past_key_values=out.past_key_values)
+                tokens.append(out.logits[0, -1].argmax())
+        return torch.stack(tokens)
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """Zeros to the right on the axis of positions (the last but one)."""
+    return nn.functional.pad(x, (0, 0, 0, length - x.shape[-2]))
+
+
+def quiet() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load(path: Path, dtype: torch.dtype) -> Any:
+    """Upstream's model of the checkpoint at `path`, eager attention and experts, in eval mode."""
+    import transformers
+
+    switches: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+    if path.suffix == ".gguf":
+        cls = transformers.AutoModelForCausalLM
+        try:
+            return cls.from_pretrained(path.parent, gguf_file=path.name, **switches).eval()
+        except ImportError as e:
+            raise ZooError(f"{path}: transformers needs another package to read GGUF: {e}") from e
+    config, cls = config_and_class(path)
+    if cls._can_set_experts_implementation():
+        switches["experts_implementation"] = "eager"
+    try:
+        model = cls.from_pretrained(path, config=config, **switches)
+    except ValueError as e:  # a class without the switch
+        if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
+            raise
+        model = cls.from_pretrained(path, config=config, dtype=dtype)
+    return model.eval()
+
+
+def config_and_class(path: Path) -> tuple[Any, Any]:
+    """Upstream's config object and class for a folder: by `architectures`; the text model's where the
+    wrapper's class cannot be built here (a vision tower that needs packages nobody installed)."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    raw = _plain(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    candidates = [(n, raw) for n in raw.get("architectures") or ()]
+    candidates += [(CAUSAL.get(raw.get("model_type")), raw)]
+    if isinstance(text := raw.get("text_config"), dict):
+        inherited = {k: raw[k] for k in ("tie_word_embeddings",) if k in raw and k not in text}
+        candidates += [(CAUSAL.get(text.get("model_type")), inherited | text)]
+    errors = []
+    for name, data in candidates:
+        cls = getattr(transformers, name or "", None)
+        if cls is None:
+            errors.append(f"transformers {transformers.__version__} has no class {name}")
+            continue
+        keys = {k: v for k, v in data.items() if k != "auto_map"}
+        keys["model_type"] = cls.config_class.model_type
+        config = cls.config_class.from_dict(keys)
+        try:
+            with torch.device("meta"):
+                cls._from_config(config)
+        except ImportError as e:
+            errors.append(f"{name}: {e}")
+            continue
+        return config, cls
+    raise NoUpstream(f"{path}: upstream cannot run this: " + "; ".join(dict.fromkeys(errors)))
+
+
+class NoUpstream(ZooError):
+    """There is no upstream implementation to compare with."""
+
+
+def _plain(value: Any) -> Any:
+    """JSON's stand-ins for infinity resolved."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if "__float__" in value else {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the longest-running ModuleList as long as the text config's depth.
+
+    A vision tower has its own; the text model's is the one whose modules hold most parameters.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    n = config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if not lists:
+        raise ZooError(f"{type(model).__name__}: no list of {n} decoder layers found, so hidden states cannot be taken")
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+@contextlib.contextmanager
+def hooks(layers: nn.ModuleList, on_layer: OnLayer | None) -> Iterator[None]:
+    """Call `on_layer(i, state)` with what each layer returns."""
+    if on_layer is None:
+        yield
+        return
+
+    def hook(i: int) -> Callable[..., None]:
+        def call(_module: nn.Module, _args: Any, out: Any) -> None:
+            assert on_layer is not None
+            on_layer(i, out[0] if isinstance(out, tuple) else out)
+
+        return call
+
+    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Ids that stand for an image, a video or a sound in a wrapper's input."""
+    found = set()
+    for key, value in config.to_dict().items():
+        if isinstance(value, int) and any(w in key for w in ("image", "video", "audio", "vision", "boi", "eoi", "boa")):
+            if key.endswith(("token_id", "token_index")):
+                found.add(value)
+    return frozenset(found)

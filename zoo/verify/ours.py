@@ -1,0 +1,229 @@
+"""Our side of a comparison: the reference decoder, run one layer at a time beside an oracle.
+
+Two residencies: the whole model, or (`Streamed`) one layer, whose tensors are mapped one by one and let go
+with it. Stacked experts stay as stored and mapped, and are cast when used: an expert that no token is routed
+to is never read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.formats import canonical
+from zoo.formats.base import TensorRef
+from zoo.model import Decoder
+from zoo.model.linear import Stacked, Weights
+from zoo.model.load import DTYPES as TORCH
+from zoo.model.load import KEPT, Source
+from zoo.model.moe import Router
+from zoo.verify.faults import Subject
+
+
+class Ours:
+    """A decoder that several batches go through, each at its own layer."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.spec = decoder.spec
+        self.gaps: dict[int, list[Tensor]] = {}  # batch -> per MoE layer so far, the router's margin per token
+        self.state: dict[int, tuple[Tensor, Any]] = {}
+
+    def begin(self, b: int, ids: Tensor) -> None:
+        with torch.inference_mode():
+            self.state[b] = self.decoder.start(ids)
+        self.gaps[b] = []
+
+    def layer(self, b: int, i: int) -> Tensor:
+        """Batch `b` through layer `i`: the hidden state after it."""
+        x, ctx = self.state[b]
+        layer = self.resident(i)
+        router = next((m for m in layer.modules() if isinstance(m, Router)), None)
+        handle = router.register_forward_hook(self._gap(b)) if router is not None else None
+        try:
+            with torch.inference_mode():
+                x = layer(x, ctx)
+        finally:
+            if handle is not None:
+                handle.remove()
+        self.state[b] = x, ctx
+        return x
+
+    def finish(self, b: int) -> Tensor:
+        """Logits [B, T, V] of batch `b`, which is then forgotten."""
+        x, ctx = self.state.pop(b)
+        with torch.inference_mode():
+            return self.decoder.finish(x, ctx)
+
+    def run(self, ids: Tensor, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Logits of a batch, all layers at once."""
+        self.begin(-1, ids)
+        for i in range(self.spec.n_layers):
+            x = self.layer(-1, i)
+            if on_layer is not None:
+                on_layer(i, x)
+        return self.finish(-1)
+
+    def resident(self, i: int) -> nn.Module:
+        return self.decoder.layers[i]
+
+    def margins(self, b: int) -> Tensor | None:
+        """[N, n MoE layers]: by how much each token's chosen experts beat the best one left out, relative to
+        the spread of the scores; None without experts."""
+        gaps = self.gaps.pop(b, [])
+        return torch.stack(gaps, -1) if gaps else None
+
+    def _gap(self, b: int) -> Callable[..., None]:
+        def hook(router: Router, args: tuple[Tensor], _out: Any) -> None:
+            self.gaps[b].append(margin(router, args[0]))
+
+        return hook
+
+
+def margin(router: Router, x: Tensor) -> Tensor:
+    """x [N, D] -> [N]: (score of the last chosen - score of the first not chosen) / spread of the scores."""
+    scores = nn.functional.linear(x.float(), router.dense(torch.float32), router.offset(torch.float32))
+    if router.spec.over == "all":
+        scores = scores.softmax(-1) if router.spec.score == "softmax" else scores.sigmoid()
+    if router.selection_bias is not None:
+        scores = scores + router.selection_bias
+    k = router.spec.top_k
+    if k >= scores.shape[-1]:
+        return torch.full((len(x),), torch.inf)
+    top = scores.topk(k + 1, -1).values
+    gap = (top[:, k - 1] - top[:, k]) / scores.std(-1).clamp(min=1e-12)
+    if router.spec.n_groups > 1:  # a group may be chosen by a hair too
+        groups = scores.unflatten(-1, (router.spec.n_groups, -1))
+        best = groups.topk(min(router.spec.group_top, groups.shape[-1]), -1).values.sum(-1)
+        n = router.spec.top_groups
+        if n < best.shape[-1]:
+            edge = best.topk(n + 1, -1).values
+            gap = torch.minimum(gap, (edge[:, n - 1] - edge[:, n]) / scores.std(-1).clamp(min=1e-12))
+    return gap
+
+
+class Streamed(Ours):
+    """One layer resident at a time, from the files of a canonical folder. Of the embedding only the rows that
+    are asked for are read; the head is a layer of its own."""
+
+    def __init__(self, folder: canonical.Canonical, dtype: torch.dtype) -> None:
+        super().__init__(Decoder(folder.spec))
+        self.source, self.dtype = MappedOneByOne(folder), dtype
+        self.current: int | None = None
+        self.waiting: set[int] = set()
+        for name, module in self.decoder.named_children():
+            if name not in ("layers", "embed", "head"):
+                self.source.fill(module, name, "cpu", dtype)
+
+    def begin(self, b: int, ids: Tensor) -> None:
+        table = self.source.tensor(self.source.folder.tensors["embed.weight"])  # [V, D], mapped
+        seen, compact = ids.unique(return_inverse=True)
+        if self.spec.per_layer_embedding is not None:  # its table is indexed by the same ids
+            seen, compact = torch.arange(len(table)), ids
+        self._set_embedding(table[seen].to(self.dtype))
+        super().begin(b, compact)
+        self._set_embedding(torch.empty(0, table.shape[1], dtype=self.dtype))
+        self.waiting.add(b)
+
+    def finish(self, b: int) -> Tensor:
+        self.release()
+        if self.spec.tied and not len(self.decoder.embed.weight):
+            self._set_embedding(self.source.tensor(self.source.folder.tensors["embed.weight"]).to(self.dtype))
+        elif not self.spec.tied and self.decoder.head.weight.is_meta:
+            self.source.fill(self.decoder.head, "head", "cpu", self.dtype)
+        logits = super().finish(b)
+        self.waiting.discard(b)
+        if not self.waiting:
+            self._set_embedding(torch.empty(0, self.spec.d_model, dtype=self.dtype))
+            if not self.spec.tied:
+                self.decoder.head.to("meta")
+        return logits
+
+    def _set_embedding(self, rows: Tensor) -> None:
+        self.decoder.embed.weight = nn.Parameter(rows, requires_grad=False)
+
+    def resident(self, i: int) -> nn.Module:
+        if self.current != i:
+            self.release()
+            layer = self.decoder.layers[i]
+            self.source.fill(layer, f"layers.{i}")
+            for m in layer.modules():
+                if not isinstance(m, Stacked):
+                    _cast(m, self.dtype)
+            self.current = i
+        return self.decoder.layers[i]
+
+    def release(self) -> None:
+        """Let go of the resident layer."""
+        if self.current is not None:
+            with torch.device("meta"):
+                fresh = type(self.decoder.layers[self.current])(self.spec, self.current)  # type: ignore[operator]
+            self.decoder.layers[self.current] = fresh
+            self.current = None
+
+
+def _cast(m: nn.Module, dtype: torch.dtype) -> None:
+    if isinstance(m, Weights) and m.scheme is not None:
+        return
+    for name, p in list(m.named_parameters(recurse=False)):
+        if p.is_floating_point() and not name.endswith(KEPT):
+            setattr(m, name, nn.Parameter(p.to(dtype), requires_grad=False))
+
+
+class MappedOneByOne(Source):
+    """As `Source`, but each tensor has a map of its own, gone with the tensor: neither memory nor address
+    space grows with the checkpoint."""
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        return mapped(self.folder.path(ref), ref)
+
+
+def mapped(path: Path, ref: TensorRef) -> Tensor:
+    """The tensor's bytes in the file, read-only, under a map of their own."""
+    dtype = TORCH[ref.dtype]
+    if ref.size == 0:
+        return torch.empty(ref.shape, dtype=dtype)
+    start = ref.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as f:
+        m = mmap.mmap(f.fileno(), ref.offset - start + ref.nbytes, access=mmap.ACCESS_READ, offset=start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be written to is meant
+        raw = torch.frombuffer(m, dtype=torch.uint8, count=ref.nbytes, offset=ref.offset - start)
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(ref.shape)
+
+
+def subject_of(folder: canonical.Canonical, dtype: torch.dtype) -> Subject:
+    """The canonical tensors in memory, in the dtype they are computed in: what faults are injected into."""
+    source = Source(folder)
+    tensors = {}
+    for name, ref in folder.tensors.items():
+        t = source.tensor(ref)
+        quantised = name.rsplit(".", 1)[0] in folder.quant and not name.endswith(".bias")
+        cast = t.is_floating_point() and not quantised and not name.endswith(KEPT)
+        tensors[name] = t.to(dtype) if cast else t
+    return Subject(folder.spec, tensors, dict(folder.quant))
+
+
+def build(subject: Subject) -> Decoder:
+    """A decoder of tensors in memory."""
+    model = Decoder(subject.spec)
+    for name, m in model.matrices():
+        if name in subject.quant:
+            own = [n for n in subject.tensors if n.rsplit(".", 1)[0] == name and not n.endswith(".bias")]
+            m.quantise(subject.quant[name], {n.rsplit(".", 1)[1]: subject.tensors[n] for n in own})
+    for name, _ in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(subject.tensors[name], requires_grad=False))
+    return model
+
+
+def tensors_in(model: Decoder) -> Mapping[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

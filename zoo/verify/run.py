@@ -1,0 +1,337 @@
+"""`verify`: the levels in order, each judged, and a certificate of all of them.
+
+plan -> bytes -> layers -> logits -> decode. The first two need only the source's files; the others an oracle
+and torch. A level that can't be judged is listed under `not_checked`, with the reason, and never passes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zoo._version import __version__
+from zoo.errors import ZooError
+from zoo.formats import canonical
+from zoo.formats.base import Checkpoint, open_checkpoint
+from zoo.verify import certificate, exact, inputs, judge
+from zoo.verify.certificate import LEVELS, Certificate, Level
+from zoo.verify.compare import Measured, measure
+from zoo.verify.oracle import DTYPES, NoUpstream, Oracle, Transformers, upstream_available
+from zoo.verify.ours import Ours, Streamed, build, subject_of
+
+if TYPE_CHECKING:
+    from zoo.mapping.plan import Plan
+
+StrPath = str | os.PathLike[str]
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Against:
+    """What a canonical folder is compared with: a source's files, an oracle, either or both."""
+
+    checkpoint: Checkpoint | None = None
+    path: Path | None = None
+    oracle: Oracle | None = None
+    why_no_source: str | None = None
+    why_no_oracle: str | None = None
+    cleanup: tempfile.TemporaryDirectory[str] | None = None
+
+
+def verify(
+    canon: StrPath,
+    against: StrPath | Oracle | None = None,
+    *,
+    level: str = "decode",
+    dtype: str = "fp32",
+    stream: bool = False,
+    self_test: bool = False,
+    max_length: int = inputs.MAX_CROSSED,
+    n_greedy: int = 64,
+    write: bool = True,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
+    the source it was converted from, where that still exists), up to and including `level`.
+
+    `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `self_test`: also inject every
+    applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
+    here are crossed. The certificate is written to `parity.json` in the folder if `write`.
+
+    Raises ZooError if the folder is not sound or there is nothing to compare it with.
+    """
+    if level not in LEVELS:
+        raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
+    if dtype not in DTYPES:
+        raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    wanted = LEVELS[: LEVELS.index(level) + 1]
+    say = progress or (lambda _text: None)
+    started = time.perf_counter()
+    folder = canonical.read(canon)
+    needs_oracle = bool({"layers", "logits", "decode"} & set(wanted))
+    say("opening the source")
+    other = resolve(folder, against, dtype, stream, needs_oracle)
+    try:
+        cert = Certificate(
+            canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
+            oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
+            versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        _exact_levels(cert, folder, other, wanted, say)
+        if needs_oracle:
+            if other.oracle is None:
+                names = [n for n in ("layers", "logits", "decode") if n in wanted]
+                cert.not_checked.append(f"{', '.join(names)}: {other.why_no_oracle}")
+            elif folder.layers is not None and len(folder.layers) < folder.spec.n_layers:
+                cert.not_checked.append(
+                    f"layers, logits, decode: the folder has {len(folder.layers)} of {folder.spec.n_layers} layers"
+                )
+            else:
+                _numeric_levels(cert, folder, other, wanted, dtype, stream, max_length, n_greedy, say)
+                if self_test:
+                    say("seeded faults")
+                    from zoo.verify import selftest
+
+                    cert.faults = selftest.run(folder, other, dtype, max_length, say)
+        cert.timing["total"] = round(time.perf_counter() - started, 3)
+        if not any(x.verdict != "skipped" for x in cert.levels):
+            raise ZooError(f"{folder.root}: nothing could be compared. " + "; ".join(cert.not_checked))
+        if write:
+            cert.write(folder.root)
+        return cert
+    finally:
+        if other.cleanup is not None:
+            other.cleanup.cleanup()
+
+
+# ---------------------------------------------------------------------------------------------------
+# What to compare with
+
+
+def resolve(
+    folder: canonical.Canonical, against: StrPath | Oracle | None, dtype: str, stream: bool, needs_oracle: bool
+) -> Against:
+    """Open the source and the oracle that `against` stands for."""
+    if against is not None and not isinstance(against, str | os.PathLike):
+        return Against(oracle=against, why_no_source="the oracle was given as an object")
+    if against is not None and Path(against).suffix == ".safetensors" and _is_golden(Path(against)):
+        from zoo.verify.golden import Golden
+
+        source = _recorded_source(folder)
+        golden = Golden(Path(against))
+        if source is None:
+            return Against(oracle=golden, why_no_source="compared with a recording; the source is not here")
+        return Against(open_checkpoint(source), source, golden)
+    path = _recorded_source(folder) if against is None else Path(against)
+    if path is None:
+        where = folder.source.get("path") or folder.source.get("root") or "an unknown place"
+        return Against(
+            why_no_source=f"the source it was converted from ({where}) is not there any more",
+            why_no_oracle=f"the source ({where}) is not there any more; name one with --against",
+        )
+    if not path.exists():
+        raise ZooError(f"{path}: no such file or folder to verify against")
+    ckpt = open_checkpoint(path)
+    out = Against(ckpt, path)
+    if needs_oracle:
+        _open_oracle(out, folder, ckpt, dtype, stream)
+    return out
+
+
+def _recorded_source(folder: canonical.Canonical) -> Path | None:
+    recorded = folder.source.get("path") or folder.source.get("root")
+    return Path(recorded) if recorded and Path(recorded).exists() else None
+
+
+def _is_golden(path: Path) -> bool:
+    from zoo.verify.golden import is_golden
+
+    return is_golden(path)
+
+
+def _open_oracle(out: Against, folder: canonical.Canonical, ckpt: Checkpoint, dtype: str, stream: bool) -> None:
+    if not upstream_available():
+        out.why_no_oracle = "transformers is not installed (pip install 'zoo[upstream]')"
+        return
+    path, note = readable(ckpt), None
+    try:
+        if path is None:
+            path, out.cleanup = _exported(folder)
+            note = (
+                f"upstream cannot read {ckpt.format} files, so it was given the canonical weights under its own names: "
+                "a mistake that import and export share would not show here (the bytes level is independent of that)"
+            )
+        if stream:
+            from zoo.verify.stream import StreamedTransformers
+
+            out.oracle = StreamedTransformers(path, dtype, note)
+        else:
+            out.oracle = Transformers(path, dtype, note)
+    except NoUpstream as e:
+        out.why_no_oracle = str(e)
+
+
+def readable(ckpt: Checkpoint) -> Path | None:
+    """The path that transformers can load this checkpoint from, or None."""
+    if ckpt.format == "gguf" and len(ckpt.files) == 1:
+        return ckpt.path(next(iter(ckpt.files)))
+    if "hf" in ckpt.naming and (ckpt.root / "config.json").is_file() and ckpt.format in ("safetensors", "pickle"):
+        return ckpt.root
+    return None
+
+
+def _exported(folder: canonical.Canonical) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    from zoo.mapping.export import export
+
+    holder = tempfile.TemporaryDirectory(prefix="zoo-verify-")
+    path = Path(holder.name) / "exported"
+    try:
+        export(folder.root, path, format="hf")
+    except BaseException:
+        holder.cleanup()
+        raise
+    return path, holder
+
+
+# ---------------------------------------------------------------------------------------------------
+# Levels
+
+
+def _exact_levels(
+    cert: Certificate, folder: canonical.Canonical, other: Against, wanted: tuple[str, ...], say: Progress
+) -> None:
+    plan, why = None, other.why_no_source
+    if other.checkpoint is not None:
+        say("planning")
+        plan = plan_of(folder, other.checkpoint)
+        cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+    for name in ("plan", "bytes"):
+        if name not in wanted:
+            continue
+        if name == "bytes" and plan is None:
+            cert.not_checked.append(f"bytes: {why}")
+            continue
+        say(name)
+        t = time.perf_counter()
+        made = exact.plan_level(folder, plan, why) if name == "plan" else exact.bytes_level(folder, plan)  # type: ignore[arg-type]
+        made.seconds = time.perf_counter() - t
+        cert.levels.append(made)
+
+
+def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
+    """The plan by which `folder` should have been made of `ckpt`."""
+    from zoo import families
+    from zoo.mapping.plan import make_plan
+
+    family = families.get(folder.spec.family)
+    asked = folder.source.get("dtype") or folder.json.get("dtype")
+    short = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+    plan = make_plan(ckpt, family, short.get(asked, asked) if asked else None)
+    return plan if folder.layers is None else plan.restrict(folder.layers)
+
+
+def _numeric_levels(
+    cert: Certificate,
+    folder: canonical.Canonical,
+    other: Against,
+    wanted: tuple[str, ...],
+    dtype: str,
+    stream: bool,
+    max_length: int,
+    n_greedy: int,
+    say: Progress,
+) -> None:
+    oracle = other.oracle
+    assert oracle is not None
+    asked = getattr(oracle, "inputs", None) or inputs.make(folder.spec, folder.root, oracle.avoid_ids, max_length)
+    cert.inputs = asked.to_json()
+    cert.not_checked += [f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed]
+    ours = Streamed(folder, DTYPES[dtype]) if stream else Ours(build(subject_of(folder, DTYPES[dtype])))
+    say(f"layers and logits of {asked.n_tokens} tokens")
+    t = time.perf_counter()
+    measured = measure(oracle, ours, asked, dtype, spread=getattr(oracle, "spread", None), on_disk=stream)
+    spent = time.perf_counter() - t
+    levels = {"layers": judge.layers_level(measured, dtype), "logits": judge.logits_level(measured, dtype)}
+    for name, made in levels.items():
+        if name in wanted:
+            made.seconds = spent if name == "logits" else 0.0
+            if made.checks:
+                cert.levels.append(made)
+            else:
+                cert.not_checked.append(f"{name}: the oracle gives no hidden states that ours can be compared with")
+    cert.timing |= {k: round(v, 3) for k, v in measured.seconds.items()}
+    if "decode" in wanted:
+        if stream:
+            cert.not_checked.append("decode: not done while streaming (it would read all weights once per token)")
+        else:
+            say(f"{n_greedy} greedy tokens")
+            t = time.perf_counter()
+            decode = judge.decode_level(oracle, ours, asked, measured, dtype, n_greedy)
+            decode.seconds = time.perf_counter() - t
+            cert.levels.append(decode)
+    if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
+        cert.diagnosis = _diagnose(folder, other, measured, dtype, stream, max_length, say)
+
+
+def _diagnose(
+    folder: canonical.Canonical,
+    other: Against,
+    measured: Measured,
+    dtype: str,
+    stream: bool,
+    max_length: int,
+    say: Progress,
+) -> dict[str, Any]:
+    from zoo.verify import diagnose
+
+    say("looking for the cause")
+    return diagnose.diagnose(folder, other.oracle, measured, dtype, search=not stream, max_length=max_length)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Provenance
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"zoo": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("transformers", "safetensors", "tokenizers", "numpy"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def _canonical(folder: canonical.Canonical) -> dict[str, Any]:
+    return {
+        "path": str(folder.root.resolve()),
+        "family": folder.spec.family,
+        "layout_version": folder.json.get("layout_version"),
+        "files": certificate.hash_files(folder.root, certificate.canonical_files(folder.root)),
+    }
+
+
+def _source(other: Against) -> dict[str, Any] | None:
+    ckpt = other.checkpoint
+    if ckpt is None or other.path is None:
+        return None
+    return {
+        "path": str(other.path.resolve()),
+        "format": ckpt.format,
+        "naming": list(ckpt.naming),
+        "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),
+    }
+
+
+__all__ = ["Level", "verify"]
