@@ -108,10 +108,13 @@ class Manifest:
     @property
     def config(self) -> dict[str, Any] | None:
         """The release's config.json, as far as public sources show it (`manifests/configs`), or None."""
-        stem = _configs().get(self.name)
-        if stem is None:
-            return None
-        with open(os.path.join(manifests.__path__[0], "configs", f"{stem}.config.json"), encoding="utf-8") as file:
+        path = _config_path(self.name)
+        if not os.path.isfile(path):  # else the release's own; a test holds sources.toml to that
+            stem = _configs().get(self.name)
+            if stem is None:
+                return None
+            path = _config_path(stem)
+        with open(path, encoding="utf-8") as file:
             config: dict[str, Any] = json.load(file)
         return config
 
@@ -141,6 +144,10 @@ def proof(m: Manifest) -> str | None:
     family's rules and decoder, against upstream, on small random checkpoints), or None."""
     proofs = _proofs()
     return proofs.get("releases", {}).get(m.name) or proofs.get("families", {}).get(m.family)
+
+
+def _config_path(stem: str) -> str:
+    return os.path.join(manifests.__path__[0], "configs", f"{stem}.config.json")
 
 
 @cache

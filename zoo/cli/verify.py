@@ -1,0 +1,105 @@
+"""`zoo verify`: is a conversion what upstream would compute?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zoo.cli._common import DTYPE, common, emit, failed, note, say, table
+
+if TYPE_CHECKING:
+    from zoo.verify.certificate import Certificate
+
+LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
+
+
+@click.command()
+@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
+@click.option("--level", type=LEVELS, default="decode", show_default=True, help="How far to go; each includes those before it.")  # fmt: skip
+@click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="What both sides compute in.")
+@click.option("--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size.")
+@click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
+@click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
+@click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
+@common
+def command(
+    canon: Path, against: Path | None, level: str, dtype: str, stream: bool, max_length: int, self_test: bool,
+    check_certificate: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
+
+    The result is kept in CANON/parity.json. Exit code 1 if anything departs by more than its bound.
+    """
+    if check_certificate:
+        _check(canon, as_json)
+        return
+    from zoo.verify import verify
+
+    progress = None if as_json else lambda text: note(f"  {text} ...") if click.get_text_stream("stderr").isatty() else None
+    cert = verify(
+        canon, against, level=level, dtype=dtype, stream=stream, max_length=max_length, self_test=self_test, progress=progress
+    )
+    if as_json:
+        emit(cert.to_json())
+    else:
+        say(describe(cert, canon))
+    if not cert.passed:
+        failed()
+
+
+def _check(canon: Path, as_json: bool) -> None:
+    from zoo.verify.certificate import check
+
+    problems = check(canon)
+    if as_json:
+        emit({"holds": not problems, "problems": problems})
+    elif problems:
+        say(f"{canon}: the certificate does not hold any more")
+        for p in problems:
+            say(f"  {p}")
+    else:
+        say(f"{canon}: the certificate holds; every file, source and rule is what it was")
+    if problems:
+        failed()
+
+
+def describe(cert: Certificate, canon: Path) -> str:
+    """A certificate for people: the verdict, a line per check, what was not checked."""
+    lines = [f"{cert.verdict.upper()}  {canon}  ({cert.dtype}, against {_oracle(cert)})", ""]
+    rows = []
+    for level in cert.levels:
+        for n, c in enumerate(level.checks):
+            margin = f"{c.margin:.3g}x" if c.margin is not None else ""
+            relation = ">=" if c.at_least else "<="
+            rows.append([
+                level.name if n == 0 else "", "ok" if c.passed else "FAILED", c.name, f"{c.value:.3g}",
+                f"{relation} {c.bound:.3g}", margin, c.why,
+            ])  # fmt: skip
+    lines.append(table(["level", "", "check", "value", "bound", "margin", "bound from"], rows, right=[3, 4, 5]))
+    for level in cert.levels:
+        lines += [f"  {level.name}: {text}" for text in level.notes]
+    lines += [f"  not checked: {text}" for text in cert.not_checked]
+    if cert.diagnosis:
+        lines += ["", *_diagnosis(cert)]
+    if cert.faults:
+        f = cert.faults
+        lines += ["", f"seeded faults: {f['caught']} of {f['applicable']} caught"]
+        lines += [f"  NOT CAUGHT: {x['what']} ({x['fault']})" for x in f["results"] if not x["caught"]]
+    total = cert.timing.get("total")
+    lines += ["", f"parity.json written; {total:.1f} s" if total else "parity.json written"]
+    return "\n".join(lines)
+
+
+def _oracle(cert: Certificate) -> str:
+    o = cert.oracle
+    if o["kind"] == "transformers":
+        return f"transformers {o['version']}, {o['class']}"
+    return str(o.get("name") or o["kind"])
+
+
+def _diagnosis(cert: Certificate) -> list[str]:
+    d = cert.diagnosis or {}
+    return ["what departs first: " + d["where"], *("  " + text for text in d.get("suggestions", []))]
