@@ -1,0 +1,216 @@
+"""The command line as people and programs meet it: what it prints, how it fails, how little it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import zoo
+from zoo import manifest
+from zoo.cli import _common, cli
+from zoo.errors import ZooError
+
+ROOT = Path(zoo.__file__).parents[1]
+LIGHT = [
+    "--help",
+    "list",
+    "show qwen3-8b",
+    "show qwen3-8b llama4",
+    "pull --help",
+    "convert --help",
+    "verify --help",
+]
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "zoo", *args],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def stdout(*args: str) -> str:
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ------------------------------------------------------------------ starting
+
+
+@pytest.mark.parametrize("args", LIGHT)
+def test_starting_imports_nothing_heavy(args: str) -> None:
+    code = (
+        "import sys, zoo.cli\n"
+        "try: zoo.cli.main(sys.argv[1:])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "heavy = [m for m in ('torch', 'numpy', 'huggingface_hub', 'rich', 'transformers') if m in sys.modules]\n"
+        "print('HEAVY', heavy)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_importing_zoo_imports_no_torch_and_names_stay_functions() -> None:
+    code = (
+        "import sys, zoo\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub', 'click'} & set(sys.modules)\n"
+        "import zoo.spec, zoo.pull, zoo.verify\n"
+        "print([f for f in zoo.__all__ if not callable(getattr(zoo, f)) and f != '__version__'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_has_help_json_and_debug() -> None:
+    names = cli.list_commands(None)  # type: ignore[arg-type]
+    assert {"list", "show", "pull", "plan", "convert", "export", "verify", "inspect", "generate"} <= set(
+        names
+    )
+    for name in names:
+        help_ = CliRunner().invoke(cli, [name, "--help"]).output
+        assert "--json" in help_ and "--debug" in help_, name
+
+
+# ------------------------------------------------------------------ failing
+
+
+def test_wrong_usage_exits_2_and_names_what_is_near() -> None:
+    for args in (["lst"], ["show"], ["convert", "x"], ["pull", "x", "--layers", "a-b"]):
+        assert run(*args).returncode == 2
+    assert "Did you mean: list?" in run("lst").stderr
+
+
+def test_failure_is_one_message_on_stderr_and_exit_1() -> None:
+    done = run("show", "qwen3-8c")
+    assert done.returncode == 1 and done.stdout == ""
+    assert (
+        done.stderr.startswith("zoo: no release is called 'qwen3-8c'. Did you mean:")
+        and "qwen3-8b" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_adds_the_traceback() -> None:
+    done = run("show", "qwen3-8c", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_with_json_a_failure_is_json_too() -> None:
+    done = run("show", "qwen3-8c", "--json")
+    assert done.returncode == 1 and "no release is called" in json.loads(done.stdout)["error"]
+
+
+def fails_with(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> str:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(manifest, "search", broken)
+    code = _common.run(cli, ["list"])
+    return f"{code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ZooError("the shard is short"), "1 zoo: the shard is short\n"),
+        (OSError(28, "No space left on device", "/x/y"), "1 zoo: /x/y: No space left on device\n"),
+        (KeyError("k"), "1 zoo: a bug in zoo"),
+        (KeyboardInterrupt(), "zoo: stopped\n"),
+    ],
+)
+def test_whatever_is_raised_becomes_one_message(
+    error: BaseException, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in fails_with(monkeypatch, error, capsys)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m zoo list | head -n 1; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+
+
+# ------------------------------------------------------------------ list and show
+
+
+def test_list_shows_every_release_in_a_table() -> None:
+    lines = stdout("list").splitlines()
+    assert lines[0].split() == "NAME FAMILY PARAMS ACTIVE FORMATS WEIGHTS LICENCE GATED PROVEN".split()
+    assert [line.split()[0] for line in lines[1:]] == [m.name for m in manifest.load_all()]
+    deepseek = next(line for line in lines if line.startswith("deepseek-v3 "))
+    assert {"671B", "37.0B", "fp8-block"} <= set(deepseek.split())
+
+
+def test_list_filters_by_words() -> None:
+    assert {r["family"] for r in json.loads(stdout("list", "qwen3", "fp8", "--json"))} <= {
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_next",
+    }
+    nothing = run("list", "qwen3", "gguf", "zebra")
+    assert nothing.returncode == 0 and "no release has all of" in nothing.stderr
+
+
+def test_show_says_how_a_release_is_built() -> None:
+    text = stdout("show", "deepseek-v3")
+    for fact in (
+        "MLA, 128 heads",
+        "671B total",
+        "8 of 256 experts",
+        "3 of 61 layers: dense",
+        "YaRN x40",
+        "68.62 KiB per token",
+    ):
+        assert fact in text, fact
+
+
+def test_show_gives_programs_the_numbers() -> None:
+    shown = json.loads(stdout("show", "llama-3.1-8b", "--json"))
+    assert shown["params"] == {"total": 8_030_261_248, "active": 8_030_261_248}
+    assert shown["kv_bytes_per_token"] == 2 * 32 * 2 * 8 * 128
+    assert shown["spec"]["d_model"] == 4096
+
+
+def test_show_marks_where_two_releases_differ() -> None:
+    lines = stdout("show", "llama-3.1-8b", "qwen3-8b").splitlines()
+    rows = {line[2:].split("  ")[0]: line[0] for line in lines if line[2:3].strip() and line[0] in "* "}
+    assert rows["QK-norm"] == "*" and rows["norm"] == " " and rows["shape"] == "*"
+
+
+@pytest.mark.parametrize("name", [m.name for m in manifest.load_all() if m.config])
+def test_every_vendored_config_can_be_shown(name: str) -> None:
+    done = CliRunner().invoke(cli, ["show", name], catch_exceptions=False)
+    assert "attention" in done.output and "KV cache" in done.output or "Mamba" in done.output
+
+
+# ------------------------------------------------------------------ shell completion
+
+
+def test_the_shell_completes_commands_and_release_names() -> None:
+    def complete(words: str, n: int) -> str:
+        return run(_ZOO_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(n)).stdout
+
+    assert "plain,verify" in complete("zoo ver", 1)
+    assert "plain,qwen3-8b\n" in complete("zoo show qwen3-8", 2)
