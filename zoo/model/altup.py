@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.model.ffn import activation
-from zoo.model.linear import Linear, Stacked
+from zoo.model.linear import Linear, Stacked, Table
 from zoo.model.norm import Norm
 from zoo.spec import AltUp as AltUpSpec
 from zoo.spec import PerLayerEmbedding as PerLayerSpec
@@ -23,6 +23,8 @@ from zoo.spec import PerLayerEmbedding as PerLayerSpec
 
 class AltUp(nn.Module):
     """Prediction and correction of the streams, steered by what a small router makes of the active one."""
+
+    correct_scale: Tensor | None
 
     def __init__(self, spec: AltUpSpec, d: int) -> None:
         super().__init__()
@@ -35,20 +37,23 @@ class AltUp(nn.Module):
 
     def _modalities(self, x: Tensor) -> Tensor:
         scale = torch.tensor(1 / self.d, dtype=x.dtype, device=x.device)
-        return torch.tanh(self.router(self.router_norm(x) * scale).float()).to(x.dtype)  # [B, T, S]
+        steer: Tensor = self.router(self.router_norm(x) * scale)  # [B, T, S]
+        return torch.tanh(steer.float()).to(x.dtype)
 
     def predicted(self, x: Tensor) -> Tensor:
         """[S, B, T, D] -> what each stream will be if nothing is computed."""
         n = self.spec.n_streams
         coefs = self.predict(self._modalities(x[self.spec.active])).unflatten(-1, (n, n)).transpose(-1, -2)
         mixed = x.permute(1, 2, 3, 0) @ coefs  # [B, T, D, S]
-        return mixed.permute(3, 0, 1, 2) + x
+        out: Tensor = mixed.permute(3, 0, 1, 2) + x
+        return out
 
     def corrected(self, predicted: Tensor, computed: Tensor) -> Tensor:
         """Add to each stream its share of what the active one was mispredicted by."""
         coefs = self.correct(self._modalities(computed)) + 1.0  # [B, T, S]
         surprise = computed - predicted[self.spec.active]  # [B, T, D]
-        return surprise * coefs.permute(2, 0, 1).unsqueeze(-1) + predicted
+        out: Tensor = surprise * coefs.permute(2, 0, 1).unsqueeze(-1) + predicted
+        return out
 
 
 class Laurel(nn.Module):
@@ -98,8 +103,7 @@ class PerLayerEnds(nn.Module):
     def __init__(self, spec: PerLayerSpec, d: int, n_layers: int) -> None:
         super().__init__()
         self.spec, self.d = spec, d
-        self.embed = nn.Module()
-        self.embed.weight = nn.Parameter(torch.empty(spec.vocab_size, n_layers * spec.dim))
+        self.embed = Table(spec.vocab_size, n_layers * spec.dim)
         self.proj = Linear(d, n_layers * spec.dim)
         self.norm = Norm(spec.norm, spec.dim)
 
@@ -113,7 +117,8 @@ class PerLayerEnds(nn.Module):
         known = torch.where(ids < s.vocab_size, ids, 0)
         own = F.embedding(known, self.embed.weight).to(x.dtype) * number(s.dim**0.5)
         projected = (self.proj(x) * number(self.d**-0.5)).unflatten(-1, (-1, s.dim))
-        return (self.norm(projected) + own.view_as(projected)) * number(math.sqrt(0.5))
+        out: Tensor = (self.norm(projected) + own.view_as(projected)) * number(math.sqrt(0.5))
+        return out
 
 
 class PerLayer(nn.Module):

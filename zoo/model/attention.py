@@ -91,6 +91,8 @@ def _written_out(
 
 
 class Attention(nn.Module):
+    sinks: Tensor | None
+
     def __init__(self, spec: AttentionSpec, d: int, layer: int, shares: bool = False) -> None:
         """`shares`: a later layer reuses this one's keys and values."""
         super().__init__()
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         gate = rest.pop(0) if s.gate else None
         q = self._position(q, s.n_heads, "q_norm", ctx)  # [B, H, T, D]
         if s.kv_from is None:
-            k, v = self._keys_values(*rest, ctx)
+            k, v = self._keys_values(rest[0], rest[1], ctx)
         else:
             k, v = ctx.kv[s.kv_from]
         score_scale = None

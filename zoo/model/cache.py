@@ -49,7 +49,9 @@ class Slots:
             return self.tensors if n == self.size else tuple(t.narrow(-2, 0, n) for t in self.tensors)
         seen = new
         if (n := min(ctx.start, self.size)) > 0:
-            seen = tuple(torch.cat((t.narrow(-2, 0, n), x), -2) for t, x in zip(self.tensors, new, strict=True))
+            seen = tuple(
+                torch.cat((t.narrow(-2, 0, n), x), -2) for t, x in zip(self.tensors, new, strict=True)
+            )
         for store, x in zip(self.tensors, new, strict=True):
             store.index_copy_(-2, slots[-self.size :], x[..., -self.size :, :])
         return seen
@@ -125,7 +127,8 @@ def _entry(m: Mixer | None, B: int, max_len: int, dtype: torch.dtype, device: to
             span = m.window or m.chunk
             size = min(max_len, span) if span else max_len
             return Slots(
-                (zeros(m.n_kv_heads, size, m.head_dim), zeros(m.n_kv_heads, size, m.v_head_dim)), span is not None
+                (zeros(m.n_kv_heads, size, m.head_dim), zeros(m.n_kv_heads, size, m.v_head_dim)),
+                span is not None,
             )
         case LatentAttention():
             return Slots((zeros(max_len, m.kv_rank + m.rope_dim),), ring=False)
@@ -151,7 +154,9 @@ class Context:
     dtype: torch.dtype
     cache: Cache | None = None
     per_layer: Tensor | None = None  # [B, T, n_layers, p], see altup.PerLayer
-    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # keys and values that later layers reuse
+    kv: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # keys and values that later layers reuse
     _made: dict[object, object] = field(default_factory=dict)
 
     @classmethod
@@ -162,7 +167,9 @@ class Context:
             return cls(positions, 0, dtype)
         start = cache.length
         if start + T > cache.max_len:
-            raise ZooError(f"the cache has room for {cache.max_len} tokens; {start} are stored and {T} more came")
+            raise ZooError(
+                f"the cache has room for {cache.max_len} tokens; {start} are stored and {T} more came"
+            )
         ctx = cls(positions + cache.position, start, dtype, cache)
         cache.advance(T)
         return ctx
@@ -221,7 +228,11 @@ class Context:
         span, T = window or chunk, self.T
         if self.start == 0 and not self.fixed and (span is None or T <= span):
             return Visible(causal=T > 1)
-        if T == 1 and not self.fixed and (chunk is None or (self.start + 1) % chunk == 0 or self.start < chunk):
+        if (
+            T == 1
+            and not self.fixed
+            and (chunk is None or (self.start + 1) % chunk == 0 or self.start < chunk)
+        ):
             return Visible()
         keys = self._key_positions(span)  # [S]
         allowed = (keys >= 0) & (keys <= self.positions[:, None])  # [T, S]

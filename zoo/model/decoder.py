@@ -19,7 +19,7 @@ from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context
 from zoo.model.delta import DeltaNet
 from zoo.model.ffn import FeedForward
-from zoo.model.linear import Linear, Weights
+from zoo.model.linear import Linear, Table, Weights
 from zoo.model.mamba import Mamba
 from zoo.model.mla import LatentAttention
 from zoo.model.moe import MoE
@@ -117,14 +117,6 @@ def _norm(spec: NormSpec | None, d: int) -> nn.Module:
     return nn.Identity() if spec is None else Norm(spec, d)
 
 
-class Table(nn.Module):
-    """An embedding: `weight` [rows, d]."""
-
-    def __init__(self, rows: int, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, d))
-
-
 class Decoder(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -205,14 +197,22 @@ class Decoder(nn.Module):
         return logits
 
     def generate(
-        self, ids: Tensor, max_new_tokens: int, eos: int | tuple[int, ...] | None = None, temperature: float = 0.0
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        eos: int | tuple[int, ...] | None = None,
+        temperature: float = 0.0,
     ) -> Tensor:
         """Continue ids [B, T] by up to `max_new_tokens`: [B, T + n]. See `generate.stream`."""
         new = list(self.stream(ids, max_new_tokens, eos, temperature))
         return torch.cat((ids, *(t[:, None] for t in new)), 1)
 
     def stream(
-        self, ids: Tensor, max_new_tokens: int, eos: int | tuple[int, ...] | None = None, temperature: float = 0.0
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        eos: int | tuple[int, ...] | None = None,
+        temperature: float = 0.0,
     ) -> Iterator[Tensor]:
         """The new tokens [B] as they come. See `generate.stream`."""
         return generate.stream(self, ids, max_new_tokens, eos, temperature)

@@ -23,6 +23,9 @@ from zoo.spec import DeltaNet as DeltaSpec
 class Conv(nn.Module):
     """Causal depthwise convolution over time, then SiLU. `weight` [channels, width]: the last column is now."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, channels: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
@@ -123,7 +126,10 @@ class DeltaNet(nn.Module):
             dt = dt.unsqueeze(-1)
         else:
             qkv, z = self.qkv(x), self.gate_up(self.gate_down(x))
-            beta, dt = self.beta(x), self.decay_up(self.decay_down(x)).unflatten(-1, (s.n_k_heads, s.k_head_dim))
+            beta, dt = (
+                self.beta(x),
+                self.decay_up(self.decay_down(x)).unflatten(-1, (s.n_k_heads, s.k_head_dim)),
+            )
         dt_bias = self.dt_bias.float().view(dt.shape[-2:])
         log_decay = -self.A_log.float().exp()[:, None] * F.softplus(dt.float() + dt_bias)  # [B, T, H, K or 1]
         beta = beta.sigmoid().float().unsqueeze(-1)  # [B, T, Hv, 1]
@@ -142,9 +148,11 @@ class DeltaNet(nn.Module):
         else:
             state = carried.state
         if ctx.T == 1:
-            y = step(*(h.squeeze(1) for h in (q, k, v, log_decay, beta)), state).unsqueeze(1)
+            q, k, v, log_decay, beta = (h.squeeze(1) for h in (q, k, v, log_decay, beta))
+            y = step(q, k, v, log_decay, beta, state).unsqueeze(1)
         else:
-            y = scan(*(h.transpose(1, 2) for h in (q, k, v, log_decay, beta)), state).transpose(1, 2)
+            q, k, v, log_decay, beta = (h.transpose(1, 2) for h in (q, k, v, log_decay, beta))
+            y = scan(q, k, v, log_decay, beta, state).transpose(1, 2)
         y = self._gated_norm(y.to(x.dtype), z.view_as(y))  # [B, T, Hv, V]
         out: Tensor = self.out(y.flatten(2))
         return out
@@ -158,4 +166,5 @@ class DeltaNet(nn.Module):
         s = self.spec
         gate = F.silu(z.float()) if s.out_gate == "silu" else torch.sigmoid(z.float())
         normed = self.norm(y) if s.out_norm.scale_in == "model" else self.norm(y.float())
-        return (normed * gate).to(y.dtype)
+        out: Tensor = (normed * gate).to(y.dtype)
+        return out

@@ -15,6 +15,7 @@ class Weights(nn.Module):
     """`weight` [..., out, in], and its quantisation components if `scheme` is set (see `zoo.quant`)."""
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, *shape: int, parts: tuple[int, ...], bias: bool) -> None:
         super().__init__()
@@ -65,3 +66,13 @@ class Stacked(Weights):
 
     def __init__(self, n_experts: int, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(n_experts, sum(parts), d_in, parts=parts, bias=bias)
+
+
+class Table(nn.Module):
+    """An embedding: `weight` [rows, d]."""
+
+    weight: Tensor
+
+    def __init__(self, rows: int, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, d))

@@ -6,7 +6,6 @@ map, so a layer or expert that is never used costs no memory, and two processes 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 
@@ -35,26 +34,26 @@ class Source:
 
     def __init__(self, folder: canonical.Canonical) -> None:
         self.folder = folder
-        self._maps: dict[str, torch.UntypedStorage] = {}
+        self._maps: dict[str, Tensor] = {}
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """The tensor's bytes in place (private: writing to it does not reach the file)."""
         if ref.dtype not in DTYPES:
-            raise ZooError(f"{self.folder.path(ref)}: {ref.name} has dtype {ref.dtype}, which torch cannot hold")
+            raise ZooError(
+                f"{self.folder.path(ref)}: {ref.name} has dtype {ref.dtype}, which torch cannot hold"
+            )
         dtype = DTYPES[ref.dtype]
-        if ref.size == 0:
-            return torch.empty(ref.shape, dtype=dtype)
         if ref.file not in self._maps:
             path = self.folder.path(ref)
-            self._maps[ref.file] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-        storage = self._maps[ref.file]
+            self._maps[ref.file] = torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
+        raw = self._maps[ref.file][ref.offset : ref.offset + ref.nbytes]
         if ref.offset % dtype.itemsize:  # torch addresses whole elements; copy what does not start at one
-            raw = torch.empty(0, dtype=torch.uint8).set_(storage, ref.offset, (ref.nbytes,))
-            return raw.clone().view(dtype).view(ref.shape)
-        strides = [math.prod(ref.shape[i + 1 :]) for i in range(len(ref.shape))]
-        return torch.empty(0, dtype=dtype).set_(storage, ref.offset // dtype.itemsize, ref.shape, strides)
+            raw = raw.clone()
+        return raw.view(dtype).view(ref.shape)
 
-    def fill(self, module: nn.Module, prefix: str = "", device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def fill(
+        self, module: nn.Module, prefix: str = "", device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
         """Give `module` (the decoder's submodule called `prefix`) its tensors.
 
         Floating-point parameters are cast to `dtype` if given; quantised weights stay as stored.

@@ -79,9 +79,11 @@ class Mamba(nn.Module):
         state = u.new_zeros(len(x), s.n_heads, s.state, s.head_dim) if carried is None else carried.state
         scaled = u * dt.unsqueeze(-1)
         if ctx.T == 1:
-            y = step(*(t.squeeze(1) for t in (scaled, log_decay, b, c)), state).unsqueeze(1)
+            scaled, log_decay, b, c = (t.squeeze(1) for t in (scaled, log_decay, b, c))
+            y = step(scaled, log_decay, b, c, state).unsqueeze(1)
         else:
-            y = scan(*(t.transpose(1, 2) for t in (scaled, log_decay, b, c)), state).transpose(1, 2)
+            scaled, log_decay, b, c = (t.transpose(1, 2) for t in (scaled, log_decay, b, c))
+            y = scan(scaled, log_decay, b, c, state).transpose(1, 2)
         y = y + self.D.float()[:, None] * u
         out: Tensor = self.out(self.norm(y.flatten(2), z).to(x.dtype))
         return out

@@ -20,6 +20,8 @@ from zoo.spec import Router as RouterSpec
 class Router(Weights):
     """`weight` [E, d], `bias` [E] and `selection_bias` [E]."""
 
+    selection_bias: Tensor | None
+
     def __init__(self, spec: RouterSpec, n_experts: int, d: int) -> None:
         super().__init__(n_experts, d, parts=(n_experts,), bias=spec.bias)
         self.spec = spec
