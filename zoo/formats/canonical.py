@@ -19,6 +19,7 @@ from zoo.layout import VERSION, layout
 from zoo.spec import Spec
 
 JSON = "zoo.json"
+SOURCE = "source.zip"  # headers of the released files, for export
 
 
 @dataclass

@@ -1,0 +1,221 @@
+"""Source tensors read as elements of another dtype: casts, dequantisation, block types.
+
+A loader gives any range of a tensor's elements, so that a tensor of any size passes through in pieces. Arrays
+here hold bit patterns: numpy has no bf16, so every element of 2 bytes is a uint16, of 4 a uint32.
+
+Casts round to nearest, ties to even; what overflows fp16 is refused rather than made infinite.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoo.errors import ZooError
+from zoo.formats.base import ITEMSIZE, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+Array = NDArray[Any]
+Read = Callable[[str, int, int], bytes]
+"""(file, offset, n) -> bytes; raises ZooError if the file ends before."""
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def reader(fd_of: Callable[[str], int]) -> Read:
+    """A `Read` over open files."""
+
+    def read(file: str, at: int, n: int) -> bytes:
+        out = os.pread(fd_of(file), n, at)
+        if len(out) < n:
+            parts = [out]
+            while (got := sum(map(len, parts))) < n:
+                if not (more := os.pread(fd_of(file), n - got, at + got)):
+                    raise ZooError(f"{file}: ends at byte {at + got}, {at + n} were expected: it changed or is truncated")
+                parts.append(more)
+            return b"".join(parts)
+        return out
+
+    return read
+
+
+def bits(dtype: str) -> Any:
+    """numpy dtype for the bit patterns of a safetensors dtype."""
+    return _BITS[ITEMSIZE[dtype]]
+
+
+@dataclass
+class Raw:
+    """Elements as they are."""
+
+    ref: TensorRef
+    files: Read
+
+    def read(self, at: int, n: int) -> Array:
+        size = ITEMSIZE[self.ref.dtype]
+        return np.frombuffer(self.files(self.ref.file, self.ref.offset + at * size, n * size), bits(self.ref.dtype))
+
+
+@dataclass
+class Cast:
+    """Elements of a float tensor in another float dtype."""
+
+    ref: TensorRef
+    files: Read
+    dtype: str
+    width = 8
+
+    def read(self, at: int, n: int) -> Array:
+        x = to_fp32(Raw(self.ref, self.files).read(at, n), self.ref.dtype)
+        return from_float(x, self.dtype, self.ref.name)
+
+
+def to_fp32(x: Array, dtype: str) -> Array:
+    """Bit patterns of a float dtype -> fp32 values (fp64 stays fp64)."""
+    if dtype == "BF16":
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return x.view(np.float16).astype(np.float32)
+    if dtype in ("F32", "F64"):
+        return x.view(np.float32 if dtype == "F32" else np.float64)
+    raise ZooError(f"{dtype} cannot be converted to a float dtype")
+
+
+def from_float(x: Array, dtype: str, name: str) -> Array:
+    """fp32 (or fp64) values -> bit patterns of `dtype`, rounded to nearest even."""
+    if dtype == "F64":
+        return x.astype(np.float64).view(np.uint64)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            half = x.astype(np.float16)
+        if np.isinf(half).any() and not np.isinf(x).any():
+            worst = float(np.abs(x[np.isfinite(x)]).max())
+            raise ZooError(f"{name}: {worst:g} is beyond fp16 (65504); convert with --dtype bf16 or fp32")
+        return half.view(np.uint16)
+    if x.dtype == np.float64:
+        x = x.astype(np.float32)
+    u = x.view(np.uint32)
+    if dtype == "F32":
+        return u
+    assert dtype == "BF16"
+    nan = np.isnan(x)
+    rounded = ((u + (((u >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    if nan.any():  # rounding up could carry a NaN into infinity: cut it, and keep it a NaN
+        rounded[nan] = (u[nan] >> 16).astype(np.uint16) | np.where(u[nan] & 0x7F0000, 0, 0x40).astype(np.uint16)
+    return rounded
+
+
+@dataclass
+class Blocks:
+    """Elements of one of ggml's block types, whose rows are sequences of blocks."""
+
+    ref: TensorRef
+    files: Read
+    dtype: str
+    width = 8
+
+    def read(self, at: int, n: int) -> Array:
+        from zoo.quant import ggml
+
+        columns = self.ref.shape[-1]
+        row_bytes = self.ref.nbytes // (self.ref.size // columns)
+        first, last = at // columns, -(-(at + n) // columns)
+        raw = self.files(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
+        x = ggml.dequantise(np.frombuffer(raw, np.uint8), self.ref.dtype, (last - first, columns))
+        start = at - first * columns
+        return from_float(x.reshape(-1)[start : start + n], self.dtype, self.ref.name)
+
+
+@dataclass
+class Quantised:
+    """Logical elements of a quantised source tensor: `codes`, and what stands beside them by component."""
+
+    codes: TensorRef
+    others: dict[str, TensorRef]
+    scheme: str
+    shape: tuple[int, ...]  # logical: [.., out, in]
+    files: Read
+    dtype: str
+    width = 8  # bytes of working memory per element, for the size of chunks
+
+    def read(self, at: int, n: int) -> Array:
+        columns, rows = self.shape[-1], self.shape[-2]
+        first, last = at // columns, -(-(at + n) // columns)
+        pieces = []
+        r = first
+        while r < last:  # matrix by matrix: scale rows are counted from the top of each
+            top = r // rows * rows
+            end = min(last, top + rows)
+            pieces.append(self._rows(top // rows, r - top, end - top))
+            r = end
+        x = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        start = at - first * columns
+        return x[start : start + n]
+
+    def _rows(self, matrix: int, begin: int, end: int) -> Array:
+        """Rows [begin, end) of one matrix, flat."""
+        from zoo import quant
+
+        block_size, scheme = quant.block_size, quant.scheme
+        unit = block_size(self.scheme)[0]  # logical rows per row of scales; 0: one scale for all
+        low = begin // unit * unit if unit else begin  # a chunk starts where a block does
+        n_matrices = math.prod(self.shape[:-2])
+        components = {"weight": self._part(self.codes, matrix, n_matrices, low, end, 1)}
+        for name, ref in self.others.items():
+            if scheme(self.scheme).component(name).unit is None:
+                components[name] = self._whole(ref)
+            else:
+                components[name] = self._part(ref, matrix, n_matrices, low, end, unit)
+        import torch
+
+        to = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[self.dtype]
+        out = quant.dequantise(self.scheme, components, (end - low,), to)
+        skip = (begin - low) * self.shape[-1]
+        flat: Array = out.reshape(-1).view(torch.int32 if self.dtype == "F32" else torch.int16).numpy()
+        return flat[skip:].view(bits(self.dtype))
+
+    def _part(self, ref: TensorRef, matrix: int, n_matrices: int, low: int, end: int, unit: int) -> torch.Tensor:
+        """The rows of a component that belong to logical rows [low, end) of a matrix."""
+        per_matrix = ref.nbytes // n_matrices
+        n_rows = -(-self.shape[-2] // unit)
+        row = per_matrix // n_rows
+        a, b = low // unit, -(-end // unit)
+        raw = self.files(ref.file, ref.offset + matrix * per_matrix + a * row, (b - a) * row)
+        axis = len(self.shape) - 2  # of the rows, in the component as in the weight
+        return _tensor(raw, ref.dtype, (b - a, *ref.shape[axis + 1 :]))
+
+    def _whole(self, ref: TensorRef) -> torch.Tensor:
+        return _tensor(self.files(ref.file, ref.offset, ref.nbytes), ref.dtype, ref.shape)
+
+
+def _tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    types = {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8,
+    }  # fmt: skip
+    return torch.frombuffer(bytearray(raw), dtype=types[dtype]).reshape(shape)
+
+
+def bad_scales(ref: TensorRef, files: Read) -> str | None:
+    """What is wrong with a tensor of scales: "NaN or infinite", "zero", or None."""
+    if ref.dtype not in ("F32", "F16", "BF16", "F64"):
+        if ref.dtype in ("U8", "F8_E8M0") and (255 in np.frombuffer(files(ref.file, ref.offset, ref.nbytes), np.uint8)):
+            return "NaN (exponent 255)"
+        return None
+    x = to_fp32(Raw(ref, files).read(0, ref.size), ref.dtype)
+    if not np.isfinite(x).all():
+        return f"NaN or infinite ({int((~np.isfinite(x)).sum())} of {x.size})"
+    if (x == 0).any():
+        return f"zero ({int((x == 0).sum())} of {x.size})"
+    return None

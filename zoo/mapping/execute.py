@@ -1,0 +1,558 @@
+"""Execute a plan: source files -> a canonical folder, by moving bytes.
+
+    convert(plan, dst)                       everything is here already
+
+    with Execution(plan, dst) as run:        the files arrive one by one, in any order
+        for file in run.wanted:              ... those that an earlier, interrupted run has not consumed
+            fetch(file)
+            for name in run.feed(file):      what is done with the file is done
+                delete(name)                 these files are not needed any more
+        run.finish()                         the folder appears under its final name
+
+Every move reads one source file (a quantised weight that is dequantised reads those of its scales, too), so a
+file is consumed when `feed` returns, unless a later file must be read together with it. A file that was fed
+and consumed in an interrupted run is not wanted again. Work within a file is spread over threads.
+
+Renaming, fusing and stacking move whole runs of bytes within the kernel: no tensor library is imported and
+memory does not grow with the checkpoint. numpy comes in where elements are rearranged or cast, torch where
+quantised weights are dequantised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+import zipfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from zoo._version import __version__
+from zoo.errors import ZooError
+from zoo.formats.base import ITEMSIZE, TensorRef
+from zoo.formats.canonical import JSON, SOURCE
+from zoo.formats.safetensors import INDEX, header_bytes
+from zoo.layout import VERSION
+from zoo.mapping.folder import Folder
+from zoo.mapping.moves import (
+    CHUNK,
+    RUN,
+    Copy,
+    Loader,
+    Loop,
+    Rearrange,
+    copy,
+    loops,
+    merged,
+    offsets,
+    restride,
+    run_length,
+)
+from zoo.mapping.plan import Output, Plan
+from zoo.mapping.rules import Box, Fit
+
+log = logging.getLogger("zoo")
+
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all); called from any thread, one call at a time."""
+
+SHARD = 5_000_000_000  # bytes of tensors per file, as Hugging Face cuts them
+
+Task = Callable[[], int]
+"""Does its part and says how many bytes it wrote."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Where the canonical tensors lie
+
+
+@dataclass
+class Sheet:
+    """Safetensors files to be: their sizes and headers, and (file, byte offset) of each tensor."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    headers: dict[str, bytes] = field(default_factory=dict)
+    place: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def add(self, tensors: Iterable[tuple[str, str, tuple[int, ...]]], stem: str, limit: int) -> None:
+        """Files `stem-NNNNN-of-NNNNN.safetensors` of about `limit` bytes for (name, dtype, shape) in this order."""
+        shards: list[list[tuple[str, str, tuple[int, ...]]]] = []
+        left = 0
+        for t in tensors:
+            n = _nbytes(t[1], t[2])
+            if not shards or n > left:
+                shards.append([])
+                left = limit
+            shards[-1].append(t)
+            left -= n
+        for k, shard in enumerate(shards):
+            self.file(f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors", shard)
+
+    def file(self, name: str, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
+        # Wide elements first, as safetensors itself writes: every tensor is then aligned to its elements.
+        tensors = sorted(tensors, key=lambda t: -ITEMSIZE[t[1]])
+        header = header_bytes(tensors, {"format": "pt"})
+        at = len(header)
+        for tensor, dtype, shape in tensors:
+            self.place[tensor] = name, at
+            at += _nbytes(dtype, shape)
+        self.sizes[name], self.headers[name] = at, header
+
+    def index(self) -> bytes:
+        """The index of all files, as Hugging Face writes it."""
+        total = sum(self.sizes[f] - len(self.headers[f]) for f in self.sizes)
+        weight_map = {name: file for name, (file, _) in self.place.items()}
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    n = ITEMSIZE[dtype]
+    for d in shape:
+        n *= d
+    return n
+
+
+def sheet_of(plan: Plan, shard_size: int = SHARD) -> Sheet:
+    """The files of the canonical folder that `plan` makes."""
+    sheet = Sheet()
+    sheet.add(((o.name, o.dtype, o.shape) for o in plan.outputs.values()), "model", shard_size)
+    refs = sorted((plan.checkpoint.tensors[n] for n in plan.extras), key=lambda r: (r.file, r.offset))
+    for r in refs:
+        if r.dtype not in ITEMSIZE or r.name in plan.outputs:
+            raise ZooError(f"{r.name} in {r.file}: an extra of dtype {r.dtype} cannot be kept aside")
+    sheet.add(((r.name, r.dtype, r.shape) for r in refs), "extras", shard_size)
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------
+# Moving
+
+
+class Mover:
+    """Moves between open files; shared by conversion and export."""
+
+    def __init__(self, folder: Folder, total: int, progress: Progress | None, threads: int | None) -> None:
+        self.folder, self.total, self.progress = folder, total, progress
+        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
+        self.n_done = 0
+        self._sources: dict[str, int] = {}
+        self._paths: dict[str, Path] = {}
+        self._lock = threading.Lock()
+        self._loops: dict[int, tuple[Fit, tuple[Loop, ...], tuple[Loop, ...]]] = {}
+
+    def open(self, file: str, path: Path) -> None:
+        self._paths[file] = path
+
+    def source(self, file: str) -> int:
+        """The descriptor of a source file, opened when first asked for."""
+        with self._lock:
+            if (fd := self._sources.get(file)) is None:
+                try:
+                    fd = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    raise ZooError(f"{self._paths[file]}: cannot be read: {e.strerror}") from None
+                self._sources[file] = fd
+            return fd
+
+    def close(self, file: str | None = None) -> None:
+        for name in [file] if file else list(self._sources):
+            if (fd := self._sources.pop(name, None)) is not None:
+                os.close(fd)
+
+    def loop(self, fit: Fit, backwards: bool = False) -> tuple[Loop, ...]:
+        """The loops of a fit, from source to canonical or `backwards`."""
+        if id(fit) not in self._loops:
+            self._loops[id(fit)] = (fit, loops(fit.source, fit.canonical), loops(fit.canonical, fit.source))
+        return self._loops[id(fit)][1 + backwards]
+
+    def copies(self, src: str, src_at: int, dst: str, dst_at: int, itemsize: int, loop: tuple[Loop, ...]) -> list[Copy]:
+        """A move whose runs are long, as one copy per run; offsets in bytes."""
+        n = run_length(loop)
+        outer = loop[:-1] if n > 1 else loop
+        return [
+            Copy(src, src_at + a * itemsize, dst, dst_at + b * itemsize, n * itemsize) for a, b in offsets(outer)
+        ]
+
+    def tasks(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> Iterator[Task]:
+        for c in merged(copies):
+            yield lambda c=c: self._copy(c)  # type: ignore[misc]
+        for r in rearrangements:
+            limit = CHUNK // max(r.itemsize, getattr(r.loader, "width", 1))
+            for chunk in r.chunks(limit):
+                yield lambda chunk=chunk: self._rearrange(chunk)  # type: ignore[misc]
+
+    def _copy(self, c: Copy) -> int:
+        copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.n, c.src)
+        return c.n
+
+    def _rearrange(self, r: Rearrange) -> int:
+        r.run(self.folder.fd(r.dst))
+        return r.nbytes
+
+    def run(self, tasks: Iterator[Task]) -> None:
+        """All tasks, over the threads; the first error stops everything and is raised."""
+        lock, stop, errors = threading.Lock(), threading.Event(), list[BaseException]()
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        return
+                    n = task()
+                    with lock:
+                        self.n_done += n
+                        if self.progress is not None:
+                            self.progress(self.n_done, self.total)
+                except BaseException as e:
+                    stop.set()
+                    errors.append(e)
+                    return
+
+        helpers = [threading.Thread(target=work, daemon=True) for _ in range(self.threads - 1)]
+        for h in helpers:
+            h.start()
+        try:
+            work()
+            for h in helpers:
+                h.join()
+        except BaseException as e:  # Ctrl-C while joining
+            stop.set()
+            errors.append(e)
+            for h in helpers:
+                h.join()
+        if errors:
+            e = errors[0]
+            if isinstance(e, OSError) and not isinstance(e, ZooError):
+                raise ZooError(f"{self.folder.dst}: {e.strerror}; what is written so far is kept, run again to go on") from e
+            raise e
+
+
+# ---------------------------------------------------------------------------------------------------
+# Converting
+
+
+class Execution:
+    """A conversion under way; see the module's docstring. A context manager.
+
+    `identity`: what says that a source is the same as in an interrupted run, where that is not the files'
+    times and sizes (a commit, for a remote one). `strict`: scales that are zero or not finite stop it,
+    otherwise they are warnings (in `warnings`, logged, and written to zoo.json). `durable`: each consumed file
+    is synced to disk, so that its source may be deleted at once.
+    Raises ZooError as `Folder` does, and if a source file is not what its header said.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dst: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        shard_size: int = SHARD,
+        strict: bool = False,
+        durable: bool = False,
+        identity: str | None = None,
+        progress: Progress | None = None,
+        threads: int | None = None,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.plan, self.strict = plan, strict
+        self.sheet = sheet_of(plan, shard_size)
+        self.warnings: list[str] = []
+        self._extra_source = dict(source or {})
+        self._identity = identity or _identity(plan)
+        job = hashlib.sha256(
+            repr((plan.digest, plan.rules_version, __version__, self.sheet.sizes, self._identity)).encode()
+        ).hexdigest()
+        _refuse_overlap(plan.checkpoint.root, Path(dst))
+        self.folder = Folder(
+            dst, self.sheet.sizes, job, force=force, ours=lambda p: (p / JSON).exists(), durable=durable
+        )
+        self.mover = Mover(self.folder, plan.nbytes, progress, threads)
+        self._outputs = list(plan.outputs.values())
+        self._extras: dict[str, list[str]] = {}
+        for name in plan.extras:
+            self._extras.setdefault(plan.checkpoint.tensors[name].file, []).append(name)
+        self._units, self._joint = self._by_file()
+
+    def __enter__(self) -> Self:
+        self.folder.__enter__()
+        for name, header in self.sheet.headers.items():
+            os.pwrite(self.folder.fd(name), header, 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.mover.close()
+        self.folder.__exit__(kind, e, tb)
+
+    @property
+    def wanted(self) -> list[str]:
+        """Source files still to be fed, in their natural order."""
+        files = {*self._units, *self._extras, *(f for files, _, _ in self._joint for f in files)}
+        return [f for f in self.plan.checkpoint.files if f in files and f not in self.folder.done]
+
+    def feed(self, file: str, path: Path | None = None) -> list[str]:
+        """Do all that can be done now that `file` is complete (at `path`, default: in the checkpoint's folder).
+        Returns the fed files that nothing needs any more. Returns at once for a file consumed before."""
+        ckpt = self.plan.checkpoint
+        if file not in self.folder.done:
+            path = path or ckpt.path(file)
+            _check_file(path, ckpt.files[file])
+            self.mover.open(file, path)
+            there = self.folder.done | {file}
+            units = list(self._unpack(self._units.get(file, ())))
+            units += [(o, k) for files, o, k in self._joint if file in files and files <= there]
+            self._run(file, units)
+            self.folder.mark(file)
+        waiting = {f for files, _, _ in self._joint for f in files if not files <= self.folder.done}
+        free = [f for f in ckpt.files if f in self.folder.done and f not in waiting]
+        for f in free:
+            self.mover.close(f)
+        return free
+
+    def finish(self) -> Path:
+        """Write what describes the checkpoint, and let the folder appear. Raises ZooError if files are wanting."""
+        if wanted := self.wanted:
+            raise ZooError(f"{self.folder.dst}: not complete, {len(wanted)} source file(s) were not fed: {wanted[0]}, ...")
+        ckpt = self.plan.checkpoint
+        for name in self.plan.carried:
+            data = ckpt.synthesised.get(name)
+            self.folder.write(name, ckpt.path(name).read_bytes() if data is None else data)
+        self.folder.write(INDEX, self.sheet.index())
+        if kept := _source_zip(self.plan):
+            self.folder.write(SOURCE, kept)
+        self.folder.write(JSON, json.dumps(self._describe(), indent=1, ensure_ascii=False).encode() + b"\n")
+        return self.folder.publish()
+
+    # --- what a source file is needed for -------------------------------------------------------------------
+
+    def _by_file(self) -> tuple[dict[str, array[int]], list[tuple[frozenset[str], Output, int]]]:
+        """(output, fit) by the file that they need, packed: there may be a hundred thousand; and those that
+        need several files."""
+        tensors = self.plan.checkpoint.tensors
+        units: dict[str, array[int]] = {}
+        joint: list[tuple[frozenset[str], Output, int]] = []
+        for n, o in enumerate(self._outputs):
+            for k, (source, fit) in enumerate(zip(o.sources, o.fits)):
+                file = tensors[source].file
+                if o.components or fit.copy:
+                    names = self.plan.sources_of(o, k) + ([o.sources[_original(o, k)]] if fit.copy else [])
+                    files = frozenset(tensors[s].file for s in names)
+                    if len(files) > 1:
+                        joint.append((files, o, k))
+                        continue
+                units.setdefault(file, array("q")).append(n << 32 | k)
+        return units, joint
+
+    def _unpack(self, packed: Iterable[int]) -> Iterator[tuple[Output, int]]:
+        for u in packed:
+            yield self._outputs[u >> 32], u & 0xFFFFFFFF
+
+    def _run(self, file: str, units: list[tuple[Output, int]]) -> None:
+        copies: list[Copy] = []
+        through: list[Rearrange] = []
+        replicas: list[tuple[Output, int]] = []
+        for o, k in units:
+            if o.fits[k].copy:
+                replicas.append((o, k))
+                continue
+            if o.scheme is not None or o.name.endswith("scale"):
+                self._check_scales(o, k)
+            self._move(o, k, copies, through)
+        for name in self._extras.get(file, ()):
+            ref = self.plan.checkpoint.tensors[name]
+            dst, at = self.sheet.place[name]
+            if ref.strides is None:
+                copies.append(Copy(file, ref.offset, dst, at, ref.nbytes))
+            else:
+                whole = Box.whole(ref.shape)
+                box = restride(whole, ref.shape, ref.strides)
+                through.append(Rearrange(self._raw(ref), dst, at, ITEMSIZE[ref.dtype], loops(box, whole), 0, 0))
+        if any(o.scheme for o, _ in units):
+            import torch
+
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)  # the threads here are the parallelism
+            try:
+                self.mover.run(self.mover.tasks(copies, through))
+            finally:
+                torch.set_num_threads(before)
+        else:
+            self.mover.run(self.mover.tasks(copies, through))
+        for o, k in replicas:
+            self._compare(o, k)
+
+    def _move(self, o: Output, k: int, copies: list[Copy], through: list[Rearrange]) -> None:
+        ref, fit = self.plan.checkpoint.tensors[o.sources[k]], o.fits[k]
+        dst, base = self.sheet.place[o.name]
+        size = ITEMSIZE[o.dtype]
+        src_box = fit.source
+        if ref.strides is None:
+            loop = self.mover.loop(fit)
+        else:
+            src_box = restride(src_box, fit.shape, ref.strides)
+            loop = loops(src_box, fit.canonical)
+        plain = o.scheme is None and ref.dtype == o.dtype
+        if plain and (run_length(loop) * size >= RUN or len(loop) == 1 and run_length(loop) > 1):
+            src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
+            copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
+        else:
+            loader = self._raw(ref) if plain else self._decoder(o, k, ref)
+            through.append(Rearrange(loader, dst, base, size, loop, src_box.offset, fit.canonical.offset))
+
+    def _raw(self, ref: TensorRef) -> Loader:
+        from zoo.mapping import decode
+
+        return decode.Raw(ref, decode.reader(self.mover.source))
+
+    def _decoder(self, o: Output, k: int, ref: TensorRef) -> Loader:
+        from zoo.mapping import decode
+
+        files = decode.reader(self.mover.source)
+        if o.scheme is not None:
+            others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
+            return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
+        if ref.dtype not in ITEMSIZE:
+            return decode.Blocks(ref, files, o.dtype)
+        return decode.Cast(ref, files, o.dtype)
+
+    def _compare(self, o: Output, k: int) -> None:
+        """A replica must be the bytes of the original."""
+        tensors = self.plan.checkpoint.tensors
+        a, b = tensors[o.sources[_original(o, k)]], tensors[o.sources[k]]
+        x, y = self._raw(a), self._raw(b)
+        step = CHUNK // ITEMSIZE[a.dtype]
+        same = (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
+        if not same or any(
+            x.read(at, min(step, a.size - at)).tobytes() != y.read(at, min(step, a.size - at)).tobytes()
+            for at in range(0, a.size, step)
+        ):
+            raise ZooError(f"{b.name} in {b.file}: differs from {a.name} in {a.file}, of which it should be a copy")
+
+    def _check_scales(self, o: Output, k: int) -> None:
+        from zoo.mapping import decode
+
+        names = [o.sources[k]] if o.scheme is None else [n[k] for c, n in o.components.items() if c == "scale"]
+        for name in names:
+            ref = self.plan.checkpoint.tensors[name]
+            if bad := decode.bad_scales(ref, decode.reader(self.mover.source)):
+                text = f"{name} in {ref.file}: its scales are {bad}"
+                if self.strict:
+                    raise ZooError(f"{text}; refused because of --strict")
+                if text not in self.warnings:
+                    self.warnings.append(text)
+                    log.warning(text)
+
+    # --- what describes it ----------------------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, Any]:
+        plan, ckpt = self.plan, self.plan.checkpoint
+        out: dict[str, Any] = {
+            "layout_version": VERSION,
+            "zoo_version": __version__,
+            "spec": plan.spec.to_dict(),
+            "quant": plan.quant,
+            "source": {
+                "path": str(ckpt.root.resolve()),
+                "format": ckpt.format,
+                "naming": plan.naming,
+                "family": plan.family.name,
+                "rules": plan.rules_version,
+                "plan": plan.digest,
+                "dtype": plan.dtype,
+                "n_ranks": ckpt.n_ranks,
+                "files": ckpt.files,
+                "config": ckpt.config,
+                **self._extra_source,
+            },
+            "carried": list(plan.carried),
+            "extras": plan.extras,
+        }
+        if plan.layers is not None:
+            out["layers"] = list(plan.layers)
+        if notes := [*ckpt.notes, *plan.notes]:
+            out["notes"] = notes
+        if self.warnings:
+            out["warnings"] = self.warnings
+        return out
+
+
+def convert(
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    shard_size: int = SHARD,
+    strict: bool = False,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Path:
+    """Convert a checkpoint whose files are all here to the canonical folder `dst`, and return it.
+
+    `dst` must not exist (`force` replaces a canonical folder), and does not until it is complete. `shard_size`: bytes
+    of tensors per file. `source`: provenance to add. Raises ZooError as `Execution` does.
+    """
+    with Execution(
+        plan, dst, force=force, shard_size=shard_size, strict=strict, progress=progress, threads=threads, source=source
+    ) as run:
+        for file in run.wanted:
+            run.feed(file)
+        return run.finish()
+
+
+def _original(o: Output, k: int) -> int:
+    """Which fit gives the elements that the k-th is a copy of."""
+    at = o.fits[k].canonical
+    return next(j for j, f in enumerate(o.fits) if not f.copy and f.canonical == at)
+
+
+def _check_file(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as e:
+        raise ZooError(f"{path}: cannot be read: {e.strerror}") from None
+    if found != size:
+        raise ZooError(f"{path}: has {found:,} bytes, its header was read at {size:,}: it changed or is truncated")
+
+
+def _identity(plan: Plan) -> str:
+    """Sizes and times of the source's files."""
+    parts = []
+    for name, size in plan.checkpoint.files.items():
+        path = plan.checkpoint.path(name)
+        parts.append((name, size, path.stat().st_mtime_ns if path.exists() else 0))
+    return repr((str(plan.checkpoint.root.resolve()), parts))
+
+
+def _refuse_overlap(root: Path, dst: Path) -> None:
+    """Neither may lie within the other: replacing the destination would remove the source."""
+    a, b = root.resolve(), Path(os.path.abspath(dst)).resolve()
+    if a == b or a.is_relative_to(b):
+        raise ZooError(f"{dst}: holds the source {root}; choose another destination")
+
+
+def _source_zip(plan: Plan) -> bytes | None:
+    """What export needs to give the files back to the byte, and what could not lie beside the canonical files
+    under its own name: raw headers of the weight files, and their index."""
+    ckpt = plan.checkpoint
+    kept: dict[str, bytes] = {f"headers/{name}": raw for name, raw in ckpt.headers.items()}
+    if INDEX in ckpt.carried:
+        kept[INDEX] = ckpt.path(INDEX).read_bytes()
+    if not kept:
+        return None
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+        for name, data in kept.items():
+            z.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+

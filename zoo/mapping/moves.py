@@ -1,0 +1,265 @@
+"""Byte moves: what a fit comes down to, in loops over runs of bytes.
+
+A fit pairs elements of a source tensor with elements of a canonical one. Written as nested loops with a
+stride on either side it is a `Move`, and a move is done in one of two ways:
+
+- where both sides are contiguous for long, each run is one `copy_file_range`: the kernel moves pages, no
+  byte enters this process, and neighbouring runs are merged;
+- where they are not (transposes, interleaved rows), or where elements change on the way (casts,
+  dequantisation), in chunks of bounded size: read, rearrange in numpy, write.
+
+A move knows nothing of directions: export is the same loops with the sides exchanged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zoo.errors import ZooError
+from zoo.mapping.rules import Box
+
+if TYPE_CHECKING:
+    from zoo.mapping.decode import Array
+
+Loop = tuple[int, int, int]
+"""(count, source stride, destination stride), in elements."""
+
+RUN = 32 << 10  # bytes; shorter runs go through memory: a system call each would cost more than the copy
+COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
+CHUNK = 24 << 20  # bytes of elements in memory per thread and side
+
+
+def loops(source: Box, destination: Box) -> tuple[Loop, ...]:
+    """Nested loops, by falling destination stride, with those that are one run on both sides merged."""
+    (sizes, s), (sizes2, d) = source.flat(), destination.flat()
+    assert sizes == sizes2, (sizes, sizes2)
+    found = sorted(((n, a, b) for n, a, b in zip(sizes, s, d) if n != 1), key=lambda x: -x[2])
+    out: list[Loop] = []
+    for n, a, b in reversed(found):
+        if out and a == out[-1][0] * out[-1][1] and b == out[-1][0] * out[-1][2]:
+            out[-1] = (n * out[-1][0], out[-1][1], out[-1][2])
+        else:
+            out.append((n, a, b))
+    return tuple(reversed(out)) or ((1, 1, 1),)
+
+
+def restride(box: Box, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box:
+    """`box`, which speaks of a contiguous tensor of `shape`, for one stored with other `strides`."""
+    dense = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+    def moved(n: int) -> int:
+        out = 0
+        for size, here, there in zip(shape, dense, strides):
+            out += n // here % size * there
+        return out
+
+    axes = tuple(tuple((n, moved(s) if n > 1 else s) for n, s in axis) for axis in box.axes)
+    return Box(moved(box.offset), axes)
+
+
+def run_length(loop: tuple[Loop, ...]) -> int:
+    """Elements that are contiguous on both sides."""
+    n, s, d = loop[-1]
+    return n if s == d == 1 else 1
+
+
+def offsets(loop: Iterable[Loop]) -> Iterator[tuple[int, int]]:
+    """(source, destination) offset of every iteration."""
+    sides = [[(i * s, i * d) for i in range(n)] for n, s, d in loop]
+    for steps in itertools.product(*sides):
+        yield sum(a for a, _ in steps), sum(b for _, b in steps)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Copies
+
+
+@dataclass(slots=True)
+class Copy:
+    """`n` bytes from `src` at `src_at` to `dst` at `dst_at`; the files by the caller's keys."""
+
+    src: str
+    src_at: int
+    dst: str
+    dst_at: int
+    n: int
+
+
+def merged(copies: list[Copy]) -> list[Copy]:
+    """Neighbours on both sides made one, and everything cut into pieces of at most `COPY` bytes."""
+    copies.sort(key=lambda c: (c.src, c.src_at))
+    out: list[Copy] = []
+    for c in copies:
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and (last.src, last.dst) == (c.src, c.dst)
+            and last.src_at + last.n == c.src_at
+            and last.dst_at + last.n == c.dst_at
+        ):
+            last.n += c.n
+        else:
+            out.append(Copy(c.src, c.src_at, c.dst, c.dst_at, c.n))
+    return [
+        Copy(c.src, c.src_at + at, c.dst, c.dst_at + at, min(COPY, c.n - at)) for c in out for at in range(0, c.n, COPY)
+    ]
+
+
+_in_kernel = hasattr(os, "copy_file_range")
+
+
+def copy(src: int, src_at: int, dst: int, dst_at: int, n: int, name: str) -> None:
+    """Copy bytes between file descriptors, in the kernel where it can. Raises ZooError if the source,
+    called `name`, ends early."""
+    global _in_kernel
+    while n:
+        if _in_kernel:
+            try:
+                done = os.copy_file_range(src, dst, n, src_at, dst_at)
+            except OSError as e:
+                if e.errno not in _UNSUPPORTED:
+                    raise
+                _in_kernel = False  # another file system, or an old kernel
+                continue
+        else:
+            done = _write(dst, os.pread(src, min(n, 1 << 20), src_at), dst_at)
+        if done == 0:
+            raise ZooError(f"{name}: ends at byte {src_at}, {n} more were expected: it changed or is truncated")
+        src_at, dst_at, n = src_at + done, dst_at + done, n - done
+
+
+_UNSUPPORTED = {18, 22, 38, 95}  # EXDEV, EINVAL, ENOSYS, EOPNOTSUPP
+
+
+def _write(fd: int, data: Any, at: int) -> int:
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], at + done)
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rearrangements, through memory
+
+
+class Loader(Protocol):
+    """A source tensor as a flat array of elements in the destination's dtype."""
+
+    def read(self, at: int, n: int) -> Array:
+        """Elements [at, at + n)."""
+        ...
+
+
+@dataclass(slots=True)
+class Rearrange:
+    """Elements of `loader` into `dst`, whose tensor begins at byte `base`, by loops from the two offsets."""
+
+    loader: Loader
+    dst: str
+    base: int
+    itemsize: int
+    loop: tuple[Loop, ...]
+    src_at: int
+    dst_at: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(n for n, _, _ in self.loop) * self.itemsize
+
+    def chunks(self, limit: int) -> Iterator[Rearrange]:
+        """The same work in pieces of at most `limit` elements, cut where that costs the fewest reads and writes."""
+        total = math.prod(n for n, _, _ in self.loop)
+        if total <= limit:
+            yield self
+            return
+        best: tuple[float, int, int] | None = None
+        for j, (n, _, _) in enumerate(self.loop):
+            size = max(1, limit * n // total)
+            piece = _cut(self.loop, j, size)
+            n_chunks = -(-n // size)
+            cost = n_chunks * (_n_runs(piece, 1) + _n_runs(piece, 2)) + 1e6 * (total // n > limit)
+            if best is None or cost < best[0]:
+                best = cost, j, size
+        assert best is not None
+        _, j, size = best
+        n, s, d = self.loop[j]
+        for at in range(0, n, size):
+            piece = _cut(self.loop, j, min(size, n - at))
+            part = Rearrange(
+                self.loader, self.dst, self.base, self.itemsize, piece, self.src_at + at * s, self.dst_at + at * d
+            )
+            yield from part.chunks(limit)
+
+    def run(self, fd: int) -> None:
+        """Do it (a chunk of it: what is read and written is held in memory at once)."""
+        import numpy as np
+
+        elements, strides = self._gather()
+        outer, inner = _runs(self.loop, 2)
+        shape = [n for n, _, _ in (*outer, *inner)]
+        itemsize = elements.itemsize
+        view = np.lib.stride_tricks.as_strided(
+            elements, shape, [strides[loop] * itemsize for loop in (*outer, *inner)], writeable=False
+        )
+        rows = rearranged(view).reshape(-1, math.prod(n for n, _, _ in inner) or 1)
+        for row, (_, at) in zip(rows, offsets(outer)):
+            _write(fd, row, self.base + (self.dst_at + at) * itemsize)
+
+    def _gather(self) -> tuple[Array, dict[Loop, int]]:
+        """The source elements in memory, and the stride of each loop there."""
+        import numpy as np
+
+        span = sum((n - 1) * s for n, s, _ in self.loop) + 1
+        total = math.prod(n for n, _, _ in self.loop)
+        outer, inner = _runs(self.loop, 1)
+        if span <= 2 * total or not outer:
+            return self.loader.read(self.src_at, span), {loop: loop[1] for loop in self.loop}
+        length = math.prod(n for n, _, _ in inner)
+        parts = [self.loader.read(self.src_at + at, length) for at, _ in offsets(outer)]
+        strides, stride = {}, 1
+        for loop in reversed((*outer, *inner)):
+            strides[loop] = stride
+            stride *= loop[0]
+        return np.concatenate(parts), strides
+
+
+def _cut(loop: tuple[Loop, ...], j: int, size: int) -> tuple[Loop, ...]:
+    """Loops of which the j-th goes over `size` only; gone if that is one."""
+    cut = ((size, *loop[j][1:]),) if size > 1 else ()
+    return (*loop[:j], *cut, *loop[j + 1 :]) or ((1, 1, 1),)
+
+
+def rearranged(view: Array) -> Array:
+    """A contiguous copy. Where the last axis is strided (a transpose), axis by axis through blocks that fit
+    the cache: numpy's own order would touch a cache line per element."""
+    import numpy as np
+
+    if view.ndim < 2 or abs(view.strides[-1]) == view.itemsize or view.size < 1 << 12:
+        return np.ascontiguousarray(view)
+    out = np.empty(view.shape, view.dtype)
+    fast = min(range(view.ndim - 1), key=lambda a: view.strides[a])  # the source's innermost axis
+    block = 64
+    for at in range(0, view.shape[fast], block):
+        cut = tuple(slice(at, at + block) if a == fast else slice(None) for a in range(view.ndim))
+        out[cut] = view[cut]
+    return out
+
+
+def _runs(loop: Iterable[Loop], side: int) -> tuple[list[Loop], list[Loop]]:
+    """Loops by falling stride on a side (1 source, 2 destination): those outside a run, and the run's own."""
+    order = sorted(loop, key=lambda x: -x[side])
+    length, k = 1, len(order)
+    while k and order[k - 1][side] == length:
+        k -= 1
+        length *= order[k][0]
+    return order[:k], order[k:]
+
+
+def _n_runs(loop: Iterable[Loop], side: int) -> int:
+    return math.prod(n for n, _, _ in _runs(loop, side)[0])
