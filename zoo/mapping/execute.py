@@ -464,6 +464,7 @@ class Execution:
                 "path": str(ckpt.root.resolve()),
                 "format": ckpt.format,
                 "naming": plan.naming,
+                "prefix": [list(p) for p in plan.prefix],
                 "family": plan.family.name,
                 "rules": plan.rules_version,
                 "plan": plan.digest,

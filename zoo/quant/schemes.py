@@ -38,7 +38,8 @@ class Component:
 
     `unit`: the logical rows and columns one element stands for (0: all of them). None: the component is a
     constant of each released tensor, whatever its shape. `trailing`: axes behind those of the grid.
-    `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried.
+    `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried;
+    the first is Hugging Face's.
     """
 
     name: str
@@ -87,11 +88,11 @@ _FP8_TENSOR = Scheme(
         Component("weight", ("F8_E4M3",), (1, 1), _CODES),
         Component(
             "scale", _SCALES, None,
-            ((".weight", ".qscale_weight"), ("", "_scale_inv"), ("", "_scale"), ("", "_qscale_weight")),
+            (("", "_scale_inv"), ("", "_scale"), (".weight", ".qscale_weight"), ("", "_qscale_weight")),
         ),
         Component(
             "act_scale", _SCALES, None,
-            ((".weight", ".qscale_act"), (".weight", ".activation_scale"), (".weight", ".input_scale"), ("", "_qscale_act")),
+            ((".weight", ".activation_scale"), (".weight", ".input_scale"), (".weight", ".qscale_act"), ("", "_qscale_act")),
             optional=True,
         ),
     ),

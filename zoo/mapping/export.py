@@ -1,0 +1,276 @@
+"""Export: a canonical folder -> the release it was made of, or a Hugging Face checkpoint.
+
+The same rules, read from right to left. Where nothing was converted to another dtype, the release comes back
+to the byte: files, headers, index, every tensor (extras too), tokenizer and config. Otherwise (a dtype was
+asked for, or the source was a GGUF, a pickle, a vendor's own format) it is a new checkpoint in Hugging Face
+names, with new headers; its config says what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo import families
+from zoo._version import __version__
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef
+from zoo.formats.canonical import SOURCE, Canonical, read
+from zoo.formats.safetensors import INDEX, parse_header
+from zoo.layout import layout
+from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
+from zoo.mapping.folder import Folder
+from zoo.mapping.moves import RUN, Copy, Rearrange, run_length
+from zoo.mapping.plan import Output, Plan, compile_rule, match
+from zoo.mapping.rules import Fit, respell
+from zoo.quant.schemes import scheme
+
+FORMATS = ("hf", "source")
+
+
+@dataclass
+class _Job:
+    """What will be written: files and headers, where each tensor lies, small files, and the makings."""
+
+    sheet: Sheet
+    outputs: dict[str, Output]
+    dtypes: dict[str, str]  # of released tensors
+    extras: list[str]
+    small: dict[str, bytes]
+    carried: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+def export(
+    canon: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    format: str = "hf",
+    *,
+    force: bool = False,
+    shard_size: int = SHARD,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
+
+    `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
+    (safetensors only). `shard_size` counts where files are new. Raises ZooError if `canon` holds only some layers,
+    if its rules have changed since, or as `Folder` does.
+    """
+    if format not in FORMATS:
+        raise ZooError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    c = read(canon)
+    if c.layers is not None:
+        raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
+    job = _job(c, format, shard_size)
+    files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
+    stamp = [(f, (c.root / f).stat().st_size, (c.root / f).stat().st_mtime_ns) for f in sorted(files)]
+    identity = hashlib.sha256(repr((str(c.root.resolve()), stamp, job.sheet.sizes, format, __version__)).encode()).hexdigest()
+    if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
+        raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
+    total = sum(job.sheet.sizes[f] - len(job.sheet.headers[f]) for f in job.sheet.sizes)
+    with Folder(dst, job.sheet.sizes, identity, force=force, ours=_looks_released) as folder:
+        mover = Mover(folder, total, progress, threads)
+        try:
+            for name, header in job.sheet.headers.items():
+                os.pwrite(folder.fd(name), header, 0)
+            for f in files:
+                mover.open(f, c.root / f)
+            copies: list[Copy] = []
+            through: list[Rearrange] = []
+            for o in job.outputs.values():
+                for k, fit in enumerate(o.fits):
+                    _move(c, job, mover, o, o.sources[k], fit, copies, through)
+            for name in job.extras:
+                ref = c.extra_tensors[name]
+                file, at = job.sheet.place[name]
+                copies.append(Copy(ref.file, ref.offset, file, at, ref.nbytes))
+            mover.run(mover.tasks(copies, through))
+        finally:
+            mover.close()
+        for name, data in job.small.items():
+            folder.write(name, data)
+        for name in job.carried:
+            folder.write(name, (c.root / name).read_bytes())
+        return folder.publish()
+
+
+def _looks_released(path: Path) -> bool:
+    return not (path / "zoo.json").exists() and any(path.glob("*.safetensors")) and (path / "config.json").exists()
+
+
+def _move(
+    c: Canonical, job: _Job, mover: Mover, o: Output, name: str, fit: Fit, copies: list[Copy], through: list[Rearrange]
+) -> None:
+    from_ = c.tensors[o.name]
+    file, base = job.sheet.place[name]
+    dtype, loop = job.dtypes[name], mover.loop(fit, backwards=True)
+    size = ITEMSIZE[dtype]
+    if from_.dtype == dtype and (run_length(loop) * size >= RUN or len(loop) == 1 and run_length(loop) > 1):
+        src_at, dst_at = from_.offset + fit.canonical.offset * size, base + fit.source.offset * size
+        copies += mover.copies(from_.file, src_at, file, dst_at, size, loop)
+        return
+    from zoo.mapping import decode
+
+    files = decode.reader(mover.source)
+    loader = decode.Raw(from_, files) if from_.dtype == dtype else decode.Cast(from_, files, dtype)
+    through.append(Rearrange(loader, file, base, size, loop, fit.canonical.offset, fit.source.offset))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What to write
+
+
+def _job(c: Canonical, format: str, shard_size: int) -> _Job:
+    source = c.source
+    family = families.get(source["family"])
+    kept = _kept(c)
+    headers = {n.removeprefix("headers/"): raw for n, raw in kept.items() if n.startswith("headers/")}
+    same_names = source["naming"] == "hf" or format == "source"
+    if same_names and headers and source.get("dtype") is None:
+        return _as_released(c, family, headers, kept)
+    if format == "source" and source["naming"] != "hf":
+        raise ZooError(
+            f"{c.root}: the released files cannot be made again ("
+            + (f"converted to {source['dtype']}" if source.get("dtype") else f"they were {source['format']} files")
+            + '); export with format "hf"'
+        )
+    return _as_new(c, family, shard_size)
+
+
+def _kept(c: Canonical) -> dict[str, bytes]:
+    path = c.root / SOURCE
+    if not path.exists():
+        return {}
+    try:
+        with zipfile.ZipFile(path) as z:
+            return {n: z.read(n) for n in z.namelist()}
+    except (OSError, zipfile.BadZipFile, ValueError) as e:
+        raise ZooError(f"{path}: cannot be read ({e}); convert again") from None
+
+
+def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: Mapping[str, bytes]) -> _Job:
+    """The same files with the same headers."""
+    source, sheet = c.source, Sheet()
+    tensors: dict[str, TensorRef] = {}
+    for file, raw in headers.items():
+        size = source["files"][file]
+        for ref in parse_header(raw, file, size, f"{c.root / SOURCE}: {file}"):
+            tensors[ref.name] = ref
+            sheet.place[ref.name] = file, ref.offset
+        sheet.sizes[file], sheet.headers[file] = size, struct.pack("<Q", len(raw)) + raw
+    plan = _plan_again(c, family, tensors)
+    for o in plan.outputs.values():
+        have = c.tensors.get(o.name)
+        if have is None or (have.dtype, have.shape) != (o.dtype, o.shape):
+            raise ZooError(f"{c.root}: {o.name} is not as it was converted (expected {o.dtype} {list(o.shape)})")
+    if missing := [n for n in plan.extras if n not in c.extra_tensors]:
+        raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
+    small = {INDEX: kept[INDEX]} if INDEX in kept else {}
+    dtypes = {name: ref.dtype for name, ref in tensors.items()}
+    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, list(c.json.get("carried", ())))
+
+
+def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> Plan:
+    """The plan by which it was converted; refused if today's rules make another one."""
+    source = c.source
+    naming, config = source["naming"], source["config"]
+    m = match(c.spec, family.rules[naming], tensors, source["n_ranks"], naming, None, config)
+    ckpt = Checkpoint(c.root, source["format"], (naming,), config, tensors, source["files"], n_ranks=source["n_ranks"])
+    plan = Plan(ckpt, family, naming, m.prefix, c.spec, m.outputs, m.extras, None, m.quant)
+    if m.n_problems or plan.digest != source["plan"]:
+        raise ZooError(
+            f"{c.root}: family {family.name}'s rules have changed since it was converted (zoo {c.json['zoo_version']}); "
+            "what they give back now would not be the release. Export with that version, or convert again"
+        )
+    return plan
+
+
+def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
+    """A checkpoint in Hugging Face names, from what the canonical tensors are now."""
+    if "hf" not in family.rules:
+        raise ZooError(f"family {family.name} has no Hugging Face names; it has {', '.join(family.rules)}")
+    source, rules = c.source, family.rules["hf"]
+    from_hf = source["naming"] == "hf"
+    prefix = tuple((a, b) for a, b in source["prefix"]) if from_hf else rules.prefixes[0]
+    outputs: dict[str, Output] = {}
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    for o in _outputs(c, family, respell(rules, prefix)):
+        outputs[o.name] = o
+        tensors += [(name, o.dtype, fit.shape) for name, fit in zip(o.sources, o.fits)]
+    notes = []
+    extras = [n for n in c.extra_tensors if from_hf]
+    if len(extras) < len(c.extra_tensors):
+        notes.append(f"{len(c.extra_tensors)} tensors of {source['naming']} files that the model does not use are left out")
+    unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
+    listed = [*unique.values(), *((n, c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)]
+    sheet = Sheet()
+    sheet.add(listed, "model", shard_size)
+    small: dict[str, bytes] = {}
+    if len(sheet.sizes) == 1:
+        sheet = Sheet()
+        sheet.file("model.safetensors", listed)
+    else:
+        small[INDEX] = sheet.index()
+    carried = [n for n in c.json.get("carried", ()) if n != "config.json"]
+    small["config.json"] = _config(c)
+    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, notes)
+
+
+def _outputs(c: Canonical, family: Family, spell: Any) -> Iterator[Output]:
+    """Canonical tensors with the names and shapes of the first rule that applies to each."""
+    rules = family.rules["hf"]
+    for slot in layout(c.spec).values():
+        layer = None if slot.layer is None else c.spec.layers[slot.layer]
+        how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
+        reason = "no rule fills it"
+        for rule in rules.by_key.get(slot.key, ()):
+            if rule.when is not None and not rule.when(layer, c.spec):
+                continue
+            made: list[Output] = []
+            try:
+                for part in scheme(how).components if how else (None,):
+                    name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
+                    if (ref := c.tensors.get(name)) is None:
+                        continue  # an optional component
+                    own = ref.shape[-1:] if part is not None and part.unit is None and part.name == "shape" else ()
+                    recipe = compile_rule(rule, slot, c.spec, spell, 1, part, own)
+                    sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
+                    if recipe.shape != ref.shape:
+                        raise ZooError(f"{name} is {list(ref.shape)}, expected {list(recipe.shape)}")
+                    made.append(Output(name, ref.dtype, recipe.shape, slot.layer, sources, recipe.fits))
+            except (ZooError, IndexError) as e:
+                reason = str(e) or "its codes have no name there"
+                continue
+            yield from made
+            break
+        else:
+            raise ZooError(f"{c.root}: {slot.name} has no Hugging Face form: {reason}; convert with --dtype")
+
+
+def _config(c: Canonical) -> bytes:
+    """config.json: as released, except for what the conversion changed."""
+    source = c.source
+    given = c.root / "config.json"
+    has_own = "config.json" in c.json.get("carried", ())
+    if source.get("dtype") is None and has_own:
+        return given.read_bytes()
+    config: dict[str, Any] = json.loads(given.read_text(encoding="utf-8")) if has_own and source["naming"] == "hf" else {}
+    config = config or dict(source["config"])
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    dtype = names.get(c.tensors["embed.weight"].dtype)
+    parts = [config, *(v for k, v in config.items() if k == "text_config" and isinstance(v, dict))]
+    for part in parts:
+        if not c.quant:
+            part.pop("quantization_config", None)
+        if dtype and (part is config or "dtype" in part or "torch_dtype" in part):
+            part["dtype" if "dtype" in part else "torch_dtype"] = dtype
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
