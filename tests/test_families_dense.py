@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from assemble import assemble
+from safetensors.torch import load_file, save_file
 from test_manifests import CONFIGS, COUNTS, expand, rounds_to
 
 from zoo import families, manifest
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
-from zoo.formats.base import TensorRef
+from zoo.formats.base import Checkpoint, TensorRef
 from zoo.layout import active_params, layout, total_params
 from zoo.mapping.plan import Match, make_plan, match
 from zoo.spec import Attention, MoE, Spec
@@ -339,6 +342,116 @@ def test_the_rules_account_for_a_dense_model_in_mistrals_own_names() -> None:
     )
     tensors |= refs(dict.fromkeys(vision, ("BF16", (2, 2))))
     assert set(account(config, tensors, "mistral").extras) == set(vision)
+
+
+# --- the same bytes, whatever the naming
+
+
+def in_other_names(
+    folder: Path, tensors: dict[str, torch.Tensor], naming: str, n_ranks: int = 1
+) -> Checkpoint:
+    """A checkpoint of these tensors with the config of `folder`, as a reader of that naming would open it."""
+    new = folder.with_name(f"{folder.name}-{naming}{n_ranks}")
+    new.mkdir()
+    (new / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({k: t.contiguous().clone() for k, t in tensors.items()}, new / "model.safetensors")
+    return replace(open_checkpoint(new), naming=(naming,), n_ranks=n_ranks)
+
+
+def interleaved(t: torch.Tensor, heads: int) -> torch.Tensor:
+    """Half-split RoPE rows -> neighbouring pairs (the inverse of what Meta's releases went through)."""
+    first, second = t.unflatten(0, (heads, -1)).chunk(2, dim=1)
+    return torch.stack((first, second), dim=2).flatten(0, 2)
+
+
+META = {
+    "model.embed_tokens": ("tok_embeddings", 0), "model.norm": ("norm", None), "lm_head": ("output", 0),
+    "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
+    "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
+    "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.up_proj": ("feed_forward.w3", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1),
+}  # fmt: skip
+
+
+def metas(hf: dict[str, torch.Tensor], a: Attention, n: int) -> dict[str, torch.Tensor]:
+    """Hugging Face's tensors -> Meta's of n ranks, the embedding cut by columns (small vocabulary)."""
+    out = {}
+    for name, t in hf.items():
+        stem = name.removesuffix(".weight")
+        layer = stem.split(".")[2] if ".layers." in stem else None
+        theirs, axis = META[stem if layer is None else stem.split(".", 3)[3]]
+        if theirs in ("attention.wq", "attention.wk"):
+            t = interleaved(t, a.n_heads if theirs == "attention.wq" else a.n_kv_heads)
+        if theirs == "tok_embeddings":
+            axis = 1
+        full = f"{theirs}.weight" if layer is None else f"layers.{layer}.{theirs}.weight"
+        pieces = [t] * n if axis is None else t.chunk(n, dim=axis)
+        out |= {f"rank{r}.{full}": piece for r, piece in enumerate(pieces)}
+    return out
+
+
+def llama_cpps(hf: dict[str, torch.Tensor], a: Attention, permuted: bool) -> dict[str, torch.Tensor]:
+    """Hugging Face's tensors -> llama.cpp's."""
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "input_layernorm": "attn_norm", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm", "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    } | {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}  # fmt: skip
+    four_norms = any("pre_feedforward" in name for name in hf)
+    names["post_attention_layernorm"] = "post_attention_norm" if four_norms else "ffn_norm"
+    out = {}
+    for name, t in hf.items():
+        stem, kind = name.rsplit(".", 1)
+        layer = stem.split(".")[2] if ".layers." in stem else None
+        theirs = names[stem if layer is None else stem.split(".", 3)[3]]
+        if permuted and theirs in ("attn_q", "attn_k"):
+            t = interleaved(t, a.n_heads if theirs == "attn_q" else a.n_kv_heads)
+        out[f"{theirs}.{kind}" if layer is None else f"blk.{layer}.{theirs}.{kind}"] = t
+    return out
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def with_even_vocabulary(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The checkpoint without its last token: 131 of them do not split over ranks."""
+    path = folder / "model.safetensors"
+    tensors = {k: t[:130].clone() if t.shape[0] == 131 else t for k, t in load_file(path).items()}
+    save_file(tensors, path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 130}), encoding="utf-8")
+    return folder, tensors
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_metas_files_of_any_number_of_ranks_give_the_same_canonical_bytes(n: int, tmp_path: Path) -> None:
+    folder, tensors = with_even_vocabulary(tiny.make("llama", tmp_path / "llama"))
+    a = attention(make_plan(open_checkpoint(folder)).spec, 0)
+    assert same(assemble(in_other_names(folder, metas(tensors, a, n), "meta", n)), assemble(folder))
+
+
+def test_a_dense_model_in_mistrals_own_names_gives_the_same_canonical_bytes(tmp_path: Path) -> None:
+    folder = tiny.make("mistral", tmp_path / "mistral")
+    a = attention(make_plan(open_checkpoint(folder)).spec, 0)
+    theirs = metas(load_file(folder / "model.safetensors"), a, 1)
+    theirs = {name.removeprefix("rank0."): t for name, t in theirs.items()}
+    assert same(assemble(in_other_names(folder, theirs, "mistral")), assemble(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "permuted"),
+    [("llama", True), ("llama_tied", True), ("llama_bias", True), ("qwen3", False), ("gemma3", False)],
+)
+def test_llama_cpps_names_give_the_same_canonical_bytes(name: str, permuted: bool, tmp_path: Path) -> None:
+    """Its llama files hold rows of q and k in pairs; those of architectures it rotates in halves do not."""
+    folder = tiny.make(name, tmp_path / name)
+    a = attention(make_plan(open_checkpoint(folder)).spec, 0)
+    theirs = llama_cpps(load_file(folder / "model.safetensors"), a, permuted)
+    assert same(assemble(in_other_names(folder, theirs, "gguf")), assemble(folder))
 
 
 # -------------------------------------------------------------------------------------- what is refused
