@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -357,6 +357,7 @@ def _quantise(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor
     ]
     if config["model_type"] == "mimo_v2_flash":
         skip.append("o_proj")  # kept in bf16 by the release, though its config does not say so
+    listed = _listed(skip)
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
         module = name.removesuffix(".weight")
@@ -366,7 +367,7 @@ def _quantise(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor
             not name.endswith(".weight")
             or len(t.shape) != 2
             or _PLAIN.search(module)
-            or _listed(module, skip)
+            or listed(module)
         ):
             out[name] = t
         elif method == "fp8":
@@ -386,15 +387,19 @@ def _quantise(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor
     return out
 
 
-def _listed(module: str, patterns: Iterable[str]) -> bool:
+def _listed(patterns: Iterable[str]) -> Callable[[str], bool]:
     """As the configs list modules: a whole path, one component of it, or a regular expression after `re:`."""
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.match(pattern.removeprefix("re:"), module):
-                return True
-        elif module == pattern or pattern in module.split("."):
-            return True
-    return False
+    expressions = [re.compile(p.removeprefix("re:")) for p in patterns if p.startswith("re:")]
+    names = {p for p in patterns if not p.startswith("re:")}
+
+    def listed(module: str) -> bool:
+        return (
+            module in names
+            or not names.isdisjoint(module.split("."))
+            or any(e.match(module) for e in expressions)
+        )
+
+    return listed
 
 
 def _mxfp4(name: str, t: Tensor) -> dict[str, Tensor]:
