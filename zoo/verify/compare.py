@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoo.verify.inputs import Batch, Inputs
-from zoo.verify.metrics import LogitMetrics, Quantiles, relative_error
+from zoo.verify.metrics import LogitMetrics, Reference, references, relative_error
 from zoo.verify.oracle import Oracle
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import NEAR_TIE, Spread, representative
@@ -78,7 +78,6 @@ class Measured:
     layers: list[list[float]]  # per layer, relative error of each token; empty where it can't be compared
     settled: LogitMetrics = field(default_factory=LogitMetrics)
     ties: LogitMetrics = field(default_factory=LogitMetrics)  # tokens at a near tie between experts
-    beyond_tie: int = 0  # settled tokens whose best id differs although the oracle's lead exceeds the bound
     leads: list[float] = field(default_factory=list)  # oracle's lead of best over second, where best ids differ
     spread: Spread = field(default_factory=Spread)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -97,8 +96,7 @@ def _joined(a: LogitMetrics, b: LogitMetrics) -> LogitMetrics:
             q.sum += r.sum
         for name in ("n", "top1", "top5", "nll_ours", "nll_theirs", "n_next"):
             setattr(out, name, getattr(out, name) + getattr(m, name))
-        for name in ("token_max", "token_p50", "token_kl", "scatter"):
-            setattr(out, name, getattr(out, name) + getattr(m, name))
+        out.scatter = out.scatter + m.scatter
         out.largest = max(out.largest, m.largest)
     return out
 
@@ -211,11 +209,14 @@ def measure(
         with clock("metrics"):
             mask, following = batch.mask, batch.following[batch.mask]
             theirs, mine = theirs[mask], mine[mask]
-            if ways is not None:
-                upstream_logits.add(second.pop(b), theirs, following)
+            other = second.pop(b) if ways is not None else None
             noise = [representative(dtype, x) for x in upstream_layers] if spread is None else spread.layers
             tied = near_ties(ours.margins(b), batch, noise, ours)
-            _judge(out, mine, theirs, following, tied)
+            for at, reference in references(theirs, following):
+                if other is not None:
+                    upstream_logits.add(other[at], reference)
+                _judge(out, mine[at], reference, tied[at])
+            out.settled.sample(mine, theirs)
 
     with clock("oracle"):
         drive(oracle, batches, on_layer, on_logits)
@@ -228,15 +229,15 @@ def measure(
     return out
 
 
-def _judge(out: Measured, mine: Tensor, theirs: Tensor, following: Tensor, tied: Tensor) -> None:
-    for chosen, metrics in ((~tied, out.settled), (tied, out.ties)):
-        if chosen.any():
-            whole = bool(chosen.all())
-            a, b, f = (x if whole else x[chosen] for x in (mine, theirs, following))
-            metrics.add(a, b, f)
-    differ = (mine.argmax(-1) != theirs.argmax(-1)) & ~tied
+def _judge(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> None:
+    if not tied.any():
+        out.settled.add(mine, theirs)
+    else:
+        out.settled.add(mine[~tied], theirs[~tied])
+        out.ties.add(mine[tied], theirs[tied])
+    differ = (mine.argmax(-1) != theirs.best[:, 0]) & ~tied
     if differ.any():
-        top = theirs[differ].float().topk(2, -1).values
+        top = theirs.logits[differ].topk(2, -1).values
         out.leads += (top[:, 0] - top[:, 1]).tolist()
 
 
@@ -250,4 +251,4 @@ def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours
     return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]
 
 
-__all__ = ["Kept", "Measured", "Quantiles", "Sketch", "drive", "measure", "near_ties", "rows"]
+__all__ = ["Kept", "Measured", "Sketch", "drive", "measure", "near_ties", "rows"]

@@ -10,6 +10,7 @@ not by any family's name for it. Right-padded rows need no mask: every model her
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -170,7 +171,8 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     if path.suffix == ".gguf":
         cls = transformers.AutoModelForCausalLM
         try:
-            return cls.from_pretrained(path.parent, gguf_file=path.name, **switches).eval()
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+                return cls.from_pretrained(path.parent, gguf_file=path.name, **switches).eval()
         except ImportError as e:
             raise ZooError(f"{path}: transformers needs another package to read GGUF: {e}") from e
     config, cls = config_and_class(path)

@@ -107,4 +107,4 @@ def representative(dtype: str, tokens: Sequence[float]) -> float:
 def _larger(factor: float, spread: float, floor: float, source: Spread, by_floor: str) -> Bound:
     if factor * spread > floor:
         return Bound(factor * spread, f"{factor:g} x {source.why}")
-    return Bound(floor, by_floor + (f" (above {factor:g} x {source.why})" if source.ways else ""))
+    return Bound(floor, by_floor + (f" ({factor:g} x spread is {factor * spread:.2g})" if source.ways else ""))
