@@ -106,29 +106,29 @@ def _rope_scaling(f: _Fields) -> dict[str, Any] | None:
 def _llama3_scaling(f: _Fields, factors: tuple[float, ...]) -> dict[str, Any]:
     """The settings behind `rope_freqs`: convert_hf_to_gguf.py of llama.cpp makes the factors from them."""
     theta, dim = float(f.get("rope.freq_base", 10000.0)), 2 * len(factors)
-    scaling = {
-        "rope_type": "llama3",
-        "factor": round(max(factors), 4),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    factor, low_factor, high_factor, original = round(max(factors), 4), 1.0, 4.0, 8192
+    low, high = original / low_factor, original / high_factor  # wavelengths
     for k, found in enumerate(factors):
         wavelength = 2 * math.pi * theta ** (2 * k / dim)
-        low, high = 8192 / scaling["low_freq_factor"], 8192 / scaling["high_freq_factor"]
         if wavelength < high:
             want = 1.0
         elif wavelength > low:
-            want = scaling["factor"]
+            want = factor
         else:
-            smooth = (8192 / wavelength - 1.0) / 3.0
-            want = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+            smooth = (original / wavelength - low_factor) / (high_factor - low_factor)
+            want = 1 / ((1 - smooth) / factor + smooth)
         if not math.isclose(found, want, rel_tol=1e-4):
             raise ZooError(
                 f"{f.where}: rope_freqs.weight[{k}] is {found:.6g}; the factors of the usual scaling (factor "
-                f"{scaling['factor']:g}, low 1, high 4, original context 8192) would have {want:.6g} there: not supported"
+                f"{factor:g}, low 1, high 4, original context 8192) would have {want:.6g} there: not supported"
             )
-    return scaling
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low_factor,
+        "high_freq_factor": high_factor,
+        "original_max_position_embeddings": original,
+    }
 
 
 def _head_dim(f: _Fields, out: dict[str, Any]) -> int:

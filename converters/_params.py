@@ -1,8 +1,9 @@
-"""params.json, Meta's and Mistral's own config, in Hugging Face terms.
+"""The vendors' own configs in Hugging Face terms: params.json of Meta and Mistral, OpenAI's config.json.
 
 What these files leave out because the vendor's code knows it is filled in here, with its source:
 - Meta: the width of the FFN is computed, the vocabulary may be -1, scaled RoPE is one flag.
 - Mistral: context length; whether YaRN scales cos and sin is `apply_scale`.
+- OpenAI: eps, the pattern of windows, YaRN's form.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _meta_ffn(p: Config, width: int, shrink: float = 1.0) -> int:
     if "ffn_dim_multiplier" in p:
         width = int(p["ffn_dim_multiplier"] * width)
     width = int(width / shrink)
-    multiple = p["multiple_of"]
+    multiple = int(p["multiple_of"])
     return -(-width // multiple) * multiple
 
 
@@ -206,4 +207,42 @@ def _large3(p: Config) -> dict[str, Any]:
         "routed_scaling_factor": moe.get("routed_scale", 1.0),
         "norm_topk_prob": True,  # vLLM's MistralLarge3: renormalised
         "rope_parameters": _mistral_rope(p),
+    }
+
+
+def openai(own: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
+    """gpt-oss. Source: gpt_oss/torch/model.py of openai/gpt-oss."""
+    c = Config(own, where)
+    n, factor = c["num_hidden_layers"], float(c.get("rope_scaling_factor", 1.0))
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": c["initial_context_length"],
+        "beta_fast": float(c["rope_ntk_beta"]),
+        "beta_slow": float(c["rope_ntk_alpha"]),
+        "truncate": False,
+    }
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "vocab_size": c["vocab_size"],
+        "hidden_size": c["hidden_size"],
+        "num_hidden_layers": n,
+        "num_attention_heads": c["num_attention_heads"],
+        "num_key_value_heads": c["num_key_value_heads"],
+        "head_dim": c["head_dim"],
+        "intermediate_size": c["intermediate_size"],
+        "num_local_experts": c["num_experts"],
+        "num_experts_per_tok": c["experts_per_token"],
+        "swiglu_limit": float(c.get("swiglu_limit", 7.0)),
+        "sliding_window": c["sliding_window"],
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(n)],
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": float(c["rope_theta"]),
+        "rope_scaling": scaling if factor > 1 else None,
+        "max_position_embeddings": int(c["initial_context_length"] * factor),
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
     }

@@ -44,7 +44,7 @@ BESIDE = tuple(p for p in HUB_FILES if not p.startswith("model")) + ("*.index.js
 NEEDED = ("config.json", "params.json", "*.index.json")  # read to make a plan
 GGUF_GUESS = 16 << 20  # bytes of a GGUF's start that are fetched to read its header; doubled until it is whole
 MAX_INDEX = 256 << 20
-READERS = {"safetensors-tp8": "safetensors", "openai": "safetensors"}  # a manifest's format -> its reader, where not its own
+READERS = {"safetensors-tp8": "sharded"}  # a manifest's format -> its reader, where not its own
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class Remote:
         }
 
 
-def sources_of(name: str, format: str | None = None, revision: str | None = None) -> tuple[Manifest | None, list[Source]]:
+def sources_of(
+    name: str, format: str | None = None, revision: str | None = None
+) -> tuple[Manifest | None, list[Source]]:
     """The manifest of a name, if there is one, and its sources in order of preference.
 
     Raises ZooError for a name that is neither a release (near misses are suggested) nor owner/repo.

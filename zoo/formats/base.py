@@ -81,6 +81,8 @@ class Checkpoint:
 READERS: dict[str, str] = {
     "canonical": "zoo.formats.canonical",
     "mistral": "zoo.formats.mistral",
+    "openai": "zoo.formats.openai",
+    "sharded": "zoo.formats.sharded",
     "safetensors": "zoo.formats.safetensors",
     "meta": "zoo.formats.meta",
     "pickle": "zoo.formats.pickle",

@@ -114,7 +114,12 @@ def _read_table(root: Path, ref: TensorRef) -> tuple[float, ...]:
         )
     with (root / ref.file).open("rb") as f:
         f.seek(ref.offset)
-        return struct.unpack(f"<{ref.size}f", f.read(ref.nbytes))
+        table = struct.unpack(f"<{ref.size}f", f.read(ref.nbytes))
+    if not any(table):
+        raise ZooError(
+            f"{root / ref.file}: tensor {ref.name!r} holds only zeros; if just the header was fetched, fetch all"
+        )
+    return table
 
 
 def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:

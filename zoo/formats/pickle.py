@@ -86,7 +86,7 @@ def _weight_files(root: Path) -> list[str]:
 class _Storage(NamedTuple):
     dtype: str
     key: str
-    count: int  # elements
+    size: int  # elements
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _q4_1(b: Bytes) -> Floats:
 
 def _fifth_bit(b: Bytes) -> Bytes:
     """[N, 4] bytes -> [N, 32]: bit j of the little-endian word belongs to element j, worth 16."""
-    return np.unpackbits(b, axis=-1, bitorder="little") << 4
+    return np.unpackbits(b, axis=-1, bitorder="little") * np.uint8(16)
 
 
 def _q5_0(b: Bytes) -> Floats:
@@ -106,7 +106,8 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
 
 
 def _mxfp4(b: Bytes) -> Floats:
-    return np.ldexp(FP4[_nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 127)
+    values: Floats = np.ldexp(FP4[_nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 127)
+    return values
 
 
 def _f16(b: Bytes) -> Floats:
