@@ -30,20 +30,21 @@ def sparse_layers(c: Config) -> list[bool]:
     return [i >= c["first_k_dense_replace"] for i in range(n)]
 
 
-def sigmoid_router(c: Config) -> Router:
+def sigmoid_router(c: Config, scale: float | None = None) -> Router:
     """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): sigmoid scores in fp32, a selection bias instead
-    of an auxiliary loss, groups of experts ranked by their two best."""
+    of an auxiliary loss, groups of experts ranked by their two best. No field has a default: families with this
+    router differ in theirs. `scale`: instead of `routed_scaling_factor`."""
     c.choice("scoring_func", ("sigmoid",), "sigmoid")
     c.choice("topk_method", ("noaux_tc",), "noaux_tc")
     return Router(
         top_k=c["num_experts_per_tok"],
         score="sigmoid",
         selection_bias=True,
-        n_groups=c.get("n_group", 1),
-        top_groups=c.get("topk_group", 1),
-        normalize=c.get("norm_topk_prob", True),
+        n_groups=c["n_group"],
+        top_groups=c["topk_group"],
+        normalize=c["norm_topk_prob"],
         normalize_eps=1e-20,
-        scale=float(c.get("routed_scaling_factor", 1.0)),
+        scale=float(c["routed_scaling_factor"] if scale is None else scale),
         fp32=True,
     )
 

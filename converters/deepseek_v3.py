@@ -73,7 +73,7 @@ def decoder(family: str, c: Config, mixer: Mixer, router: Router, wrapper: Confi
             Layer(mixer, moe if s else dense, attn_norm=norm, ffn_norm=norm) for s in experts.sparse_layers(c)
         ),
         norm=norm,
-        tied=c.get("tie_word_embeddings", False),
+        tied=names.tied(wrapper or c, c, default=False),
         context_length=c["max_position_embeddings"],
         dtype=experts.dtype(c, wrapper or c),
     )

@@ -60,11 +60,11 @@ def spec(c: Config) -> Spec:
         top_k=c.first("num_experts_per_token", "num_experts_per_tok"),
         score="sigmoid",
         selection_bias=True,
-        n_groups=c.first("num_expert_group", "n_group", default=1),
-        top_groups=c.get("topk_group", 1),
+        n_groups=c.first("num_expert_group", "n_group"),
+        top_groups=c["topk_group"],
         normalize=c.first("moe_renormalize", "norm_topk_prob"),
         normalize_eps=1e-20,
-        scale=float(c.get("routed_scaling_factor", 1.0)),
+        scale=float(c["routed_scaling_factor"]),
         fp32=True,
     )
     dense = MLP(c["intermediate_size"])

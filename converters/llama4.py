@@ -78,7 +78,7 @@ def spec(config: Config) -> Spec:
             for i, (r, k) in enumerate(zip(rotates, chunked, strict=True))
         ),
         norm=norm,
-        tied=config.get("tie_word_embeddings", False),
+        tied=names.tied(config, c, default=False),
         context_length=c["max_position_embeddings"],
         dtype=experts.dtype(c, config),
     )

@@ -37,7 +37,8 @@ def spec(c: Config) -> Spec:
     layers = {kind: attention(c, kind == experts.SLIDING) for kind in (experts.FULL, experts.SLIDING)}
     norm = Norm(c.first("rms_norm_eps", "layernorm_epsilon"))
     dense = MLP(c["intermediate_size"])
-    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), experts.sigmoid_router(c))
+    router = experts.sigmoid_router(c, scale=c.get("routed_scaling_factor", 1.0))
+    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), router)
     return Spec(
         family="mimo_v2_flash",
         d_model=c["hidden_size"],
@@ -72,7 +73,7 @@ def attention(c: Config, sliding: bool) -> Attention:
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         scale=head_dim**-0.5,
-        rope=rope(c, p, int(head_dim * p["partial_rotary_factor"])),
+        rope=rope(c, p, int(head_dim * p.get("partial_rotary_factor", 1.0))),
         window=window,
         qkv_bias=bias,
         sinks=c.get("add_swa_attention_sink_bias", True)

@@ -33,12 +33,12 @@ def spec(config: Config) -> Spec:
     router = Router(
         top_k=c["num_experts_per_tok"],
         score="softmax",
-        n_groups=c.get("n_group", 1),
-        top_groups=c.get("topk_group", 1),
+        n_groups=c["n_group"],
+        top_groups=c["topk_group"],
         masked_groups="zero",
-        normalize=c.get("norm_topk_prob", True),
+        normalize=c["norm_topk_prob"],
         normalize_eps=1e-20,
-        scale=float(c.get("routed_scaling_factor", 1.0)),
+        scale=float(c["routed_scaling_factor"]),
     )
     mixer = deepseek_v3.latent_attention(c, c.get("rope_interleave", True), query_scale=growth)
     return deepseek_v3.decoder("mistral_large3", c, mixer, router, wrapper=config)
