@@ -38,9 +38,8 @@ def spec(c: Config) -> Spec:
             raise ZooError(
                 f"{t.where}: llama_4_scaling_beta is {beta!r}; of this family only ministral3 has it"
             )
-        query_scale = QueryScale(
-            "floor_log", float(parameters["original_max_position_embeddings"]), float(beta)
-        )
+        original = Config(parameters, f"{t.where}: rope_parameters")["original_max_position_embeddings"]
+        query_scale = QueryScale("floor_log", float(original), float(beta))
 
     def attention(window: int | None) -> Attention:
         return Attention(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from zoo import families, manifest
 from zoo.config import ACTIVATIONS, Config, rope, rope_parameters, yarn_attention_factor, yarn_mscale
 from zoo.errors import ZooError
 
@@ -79,6 +80,32 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
         config.each_layer("layer_types", 4)
     with pytest.raises(ZooError, match="layer_types should list 4 layers, found 'full'"):
         c(layer_types="full").each_layer("layer_types", 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("hidden_size", "4096", "makes no llama model"),
+        ("num_attention_heads", 0, "makes no llama model"),
+        ("num_hidden_layers", "32", "makes no llama model"),
+        ("rope_scaling", 8, "makes no llama model"),
+        ("rms_norm_eps", "1e-5", "eps should be float, found '1e-5'"),
+        ("intermediate_size", 0.5, "d_ff should be int, found 0.5"),
+        ("tie_word_embeddings", "no", "tied should be bool, found 'no'"),
+        ("vocab_size", -1, r"its sizes give embed\.weight the shape \[-1, 4096\]"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_an_error_of_the_config(key: str, value: Any, says: str) -> None:
+    llama = manifest.find("llama-3.1-8b").config
+    assert llama is not None
+    with pytest.raises(ZooError, match=rf"^some/config\.json: .*{says}"):
+        families.spec_of({**llama, key: value}, where="some/config.json")
+
+
+def test_a_config_that_no_family_claims_says_which_there_are() -> None:
+    for config in ({}, {"architectures": ["NoSuchModel"]}, {"architectures": 5, "model_type": "nothing"}):
+        with pytest.raises(ZooError, match=r"no family for .* Known architectures: .*LlamaForCausalLM"):
+            families.find(config)
 
 
 # --------------------------------------------------------------------------------------------------- RoPE

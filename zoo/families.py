@@ -16,6 +16,7 @@ from typing import Any
 
 from zoo.config import Config
 from zoo.errors import ZooError
+from zoo.layout import layout
 from zoo.mapping.rules import RuleSet
 from zoo.spec import Spec
 
@@ -67,7 +68,8 @@ def get(name: str) -> Family:
 
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises ZooError for one that no family claims."""
-    named = [a for a in config.get("architectures") or () if isinstance(a, str)]
+    listed = config.get("architectures")
+    named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
     model_type = config.get("model_type")
     claims = [f for f in families().values() if any(a in f.architectures for a in named)]
     if claims:
@@ -86,6 +88,23 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str = "config.json") -> Spec:
-    """The Spec of a config, by the family that claims it (or the one given)."""
+    """The Spec of a config, by the family that claims it (or the one given).
+
+    Raises ZooError, naming `where`, for a field that is missing, unsupported, or of a value that makes no
+    model: a size below 1, a text where a number should be.
+    """
     family = family or find(config, where)
-    return family.spec(Config(config, where))
+    try:
+        said = family.spec(Config(config, where))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise ZooError(
+            f"{where}: a field has a value that makes no {family.name} model ({type(e).__name__}: {e})"
+        ) from e
+    try:
+        spec = Spec.from_dict(said.to_dict())  # checks the types of all it holds
+    except ZooError as e:
+        raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
+    odd = next((s for s in layout(spec).values() if min(s.shape) < 1), None)
+    if odd is not None:
+        raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}")
+    return spec
