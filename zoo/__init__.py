@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
     from zoo.model import Decoder
     from zoo.spec import Spec
-    from zoo.verify import Certificate
+    from zoo.verify.certificate import Certificate
 
     StrPath = str | os.PathLike[str]
 

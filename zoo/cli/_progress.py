@@ -71,10 +71,10 @@ class Bar:
             text = self._phase
             if self._total:
                 share = min(1.0, self._done / self._total)
-                text += f" [{'#' * int(24 * share):24}] {share:4.0%}  {_bytes(self._done)} of {_bytes(self._total)}"
+                text += f" [{'#' * int(24 * share):24}] {share:4.0%}  {decimal(self._done)} of {decimal(self._total)}"
                 if rate > 0:
                     left = (self._total - self._done) / rate
-                    text += f"  {_bytes(rate)}/s  {int(left // 60)}:{int(left % 60):02} left"
+                    text += f"  {decimal(rate)}/s  {int(left // 60)}:{int(left % 60):02} left"
             self._out.write(f"\r\x1b[K{text}")
             self._out.flush()
 
@@ -121,10 +121,24 @@ class Events:
         pass
 
 
-def _bytes(n: float) -> str:
+def decimal(n: float) -> str:
     """1234567 -> '1.23 MB', as the Hub shows sizes."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n) < 1000:
             return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.0f} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+class Steps:
+    """The executor's (bytes done, bytes in all), shown on a bar."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar, self._done = bar, -1
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._done < 0:
+            self._bar.start(total)
+            self._done = 0
+        self._bar.advance(done - self._done)
+        self._done = done

@@ -45,7 +45,10 @@ def command(
         raise click.UsageError(f"token id {largest} is outside the vocabulary of {model.spec.vocab_size}")
     began, new, shown = time.perf_counter(), list[int](), ""
     for token in model.stream(
-        torch.tensor([tokens], device=device), max_new_tokens, eos=text.ends() if text else None, temperature=temperature
+        torch.tensor([tokens], device=device),
+        max_new_tokens,
+        eos=text.ends() if text else None,
+        temperature=temperature,
     ):
         new.append(int(token[0]))
         if as_json:

@@ -52,7 +52,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
             "path": str(path),
             "format": f"canonical, layout version {folder.json['layout_version']}",
             "family": folder.spec.family,
-            "source": {k: v for k, v in folder.source.items() if k != "files"},
+            "source": _source(folder.source),
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
             "extras": _counts(folder.extras.values()),
@@ -71,7 +71,11 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
         except ZooError as error:  # still worth looking at
             about["family"] = f"unknown: {error}"
         method = (ckpt.config.get("quantization_config") or {}).get("quant_method")
-        about |= {"quantisation": method, "carried": list(ckpt.carried) or list(ckpt.synthesised), "notes": list(ckpt.notes)}
+        about |= {
+            "quantisation": method,
+            "carried": list(ckpt.carried) or list(ckpt.synthesised),
+            "notes": list(ckpt.notes),
+        }
     about |= {
         "files": len({r.file for r in refs}),
         "tensors": len(refs),
@@ -81,6 +85,12 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
     if spec is not None:
         about["architecture"] = {k: v for k, v in describe(spec).items() if k != "family"}
     return about, refs
+
+
+def _source(source: dict[str, Any]) -> dict[str, Any]:
+    """Where it came from, without the lists."""
+    origin = {k: v for k, v in (source.get("origin") or {}).items() if k != "files"}
+    return {k: source[k] for k in ("path", "format", "naming", "dtype", "rules") if source.get(k)} | origin
 
 
 def _verdict(path: Path) -> str:

@@ -98,7 +98,10 @@ def side_by_side(names: list[str], columns: list[dict[str, str]]) -> str:
     for key in keys:
         values = [c.get(key, "-") for c in columns]
         mark = "*" if len(set(values)) > 1 else " "
-        cells = [[x for v in value.split("\n") for x in textwrap.wrap(v, each, break_on_hyphens=False) or [""]] for value in values]
+        cells = [
+            [x for v in value.split("\n") for x in textwrap.wrap(v, each, break_on_hyphens=False) or [""]]
+            for value in values
+        ]
         for n in range(max(map(len, cells))):
             row = "  ".join((c[n] if n < len(c) else "").ljust(each) for c in cells)
             lines.append((f"{mark} {key}" if n == 0 else "").ljust(left) + row.rstrip())

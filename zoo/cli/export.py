@@ -1,0 +1,36 @@
+"""`zoo export`: a canonical folder back into the release it was made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zoo.cli._common import common, emit, say
+
+
+@click.command()
+@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--format", type=click.Choice(["hf", "source"]), default="hf", show_default=True,
+    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace DST if it is a checkpoint.")
+@common
+def command(canon: Path, dst: Path, format: str, force: bool, as_json: bool) -> None:
+    """Write the release that the canonical folder CANON was made of to DST: the same tensors, files and bytes.
+
+    After a conversion that changed the dtype, or from a GGUF, it is a new Hugging Face checkpoint.
+    """
+    from zoo.cli._progress import Bar, Steps
+    from zoo.mapping.export import export
+
+    with Bar() as bar:
+        bar.phase("exporting")
+        path = export(canon, dst, format=format, force=force, progress=Steps(bar))
+    files = sorted(p.name for p in path.iterdir())
+    if as_json:
+        emit({"path": str(path), "files": files})
+        return
+    say(f"exported {len(files)} files to {path}")
