@@ -60,7 +60,8 @@ def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state
 
     With G the decay accumulated within a chunk (in logs) and S the state before it, the corrections
     u_t = beta_t (v_t - S_t^T k_t) solve (1 + beta A) U = beta (V - (e^G k) S) with the strictly lower
-    A_tj = sum_c k_tc k_jc e^(G_tc - G_jc): exponents are of differences only, so nothing overflows.
+    A_tj = sum_c k_tc k_jc e^(G_tc - G_jc): exponents are of differences only, so nothing overflows. G is
+    kept in fp64: where decay is strong, fp32 sums would lose the small differences.
     """
     per_channel = log_decay.shape[-1] > 1
     size = 16 if per_channel else 64  # per channel, the pairs of a chunk are [size, size, K]
@@ -68,18 +69,18 @@ def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state
     q, k, v, log_decay, beta = (
         F.pad(x, (0, 0, 0, -T % size)).unflatten(2, (-1, size)) for x in (q, k, v, log_decay, beta)
     )  # [B, H, N, C, ...]
-    G = log_decay.cumsum(-2)
+    G = log_decay.double().cumsum(-2)
     lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     A, M = _pairs(k, k, G, lower), _pairs(q, k, G, lower)  # [B, H, N, C, C]
     system = beta * A.tril(-1)  # the unit diagonal is implied
-    grown = G.exp()
+    grown = G.float().exp()
     rhs = torch.cat((beta * v, beta * grown * k), -1)
     solved = torch.linalg.solve_triangular(system, rhs, upper=False, unitriangular=True)
     U, W = solved.split((v.shape[-1], k.shape[-1]), -1)  # corrections from the chunk, from the state before
     q = q * grown
     last = G[..., -1:, :]
-    k = k * (last - G).exp()
-    kept = last.exp().transpose(-1, -2)  # [B, H, N, K or 1, 1]
+    k = k * (last - G).float().exp()
+    kept = last.float().exp().transpose(-1, -2)  # [B, H, N, K or 1, 1]
     out = []
     for n in range(q.shape[2]):
         u = U[:, :, n] - W[:, :, n] @ state  # [B, H, C, V]
@@ -91,9 +92,10 @@ def scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state
 def _pairs(a: Tensor, b: Tensor, G: Tensor, lower: Tensor) -> Tensor:
     """sum_c a_tc b_jc e^(G_tc - G_jc) for j <= t, else 0. [..., C, K] -> [..., C, C]"""
     if G.shape[-1] == 1:
-        decay = (G - G.transpose(-1, -2)).masked_fill(~lower, -torch.inf).exp()
+        decay = (G - G.transpose(-1, -2)).float().masked_fill(~lower, -torch.inf).exp()
         return (a @ b.transpose(-1, -2)) * decay
-    diff = (G.unsqueeze(-2) - G.unsqueeze(-3)).masked_fill(~lower.unsqueeze(-1), -torch.inf)  # [..., C, C, K]
+    diff = (G.unsqueeze(-2) - G.unsqueeze(-3)).float()  # [..., C, C, K]
+    diff = diff.masked_fill_(~lower.unsqueeze(-1), -torch.inf)
     return torch.einsum("...tk,...tjk,...jk->...tj", a, diff.exp_(), b)
 
 

@@ -39,8 +39,9 @@ class Weights(nn.Module):
         from zoo.quant import dequantise
 
         components = dict(self.named_buffers(recurse=False))
-        if expert is not None:
-            components = {n: c[expert] for n, c in components.items()}
+        if expert is not None:  # a scale may be one for all experts
+            E = len(self.weight)
+            components = {n: c[expert] if c.ndim and len(c) == E else c for n, c in components.items()}
         return dequantise(self.scheme, components, self.parts, dtype)
 
     def offset(self, dtype: torch.dtype, expert: int | None = None) -> Tensor | None:

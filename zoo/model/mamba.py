@@ -35,13 +35,18 @@ def scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> T
     T = x.shape[2]
     pad = -T % CHUNK
     x, b, c = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, CHUNK)) for t in (x, b, c))  # [B, H, n, C, ...]
-    G = F.pad(log_decay, (0, pad)).unflatten(2, (-1, CHUNK)).cumsum(-1).unsqueeze(-1)  # [B, H, n, C, 1]
+    # Sums of logs in fp64: where decay is strong, fp32 would lose their small differences.
+    G = (
+        F.pad(log_decay, (0, pad)).unflatten(2, (-1, CHUNK)).double().cumsum(-1).unsqueeze(-1)
+    )  # [B, H, n, C, 1]
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril()
-    decay = (G - G.transpose(-1, -2)).masked_fill(~lower, -torch.inf).exp()
+    decay = (G - G.transpose(-1, -2)).float().masked_fill(~lower, -torch.inf).exp()
     within = ((c @ b.transpose(-1, -2)) * decay) @ x
     last = G[..., -1:, :]
-    added = (b * (last - G).exp()).transpose(-1, -2) @ x  # [B, H, n, N, P]: what a chunk leaves in the state
-    c, kept = c * G.exp(), last.exp()
+    added = (b * (last - G).float().exp()).transpose(
+        -1, -2
+    ) @ x  # [B, H, n, N, P]: what a chunk leaves in the state
+    c, kept = c * G.float().exp(), last.float().exp()
     out = []
     for n in range(x.shape[2]):
         out.append(within[:, :, n] + c[:, :, n] @ state)

@@ -1,0 +1,175 @@
+"""A canonical folder becomes a decoder: mapped, cast, in part, quantised."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from built import built, decoder
+from safetensors.torch import load_file, save_file
+
+import zoo.quant
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.layout import layout
+from zoo.mapping.execute import convert
+from zoo.mapping.plan import make_plan
+from zoo.model import Decoder, load
+from zoo.spec import MLP, LatentAttention, Layer, MoE, Norm, Rope, Router, Spec
+
+
+@pytest.mark.parametrize("name", sorted(tiny.VARIANTS))
+def test_parameters_are_the_tensors_of_the_layout(name: str) -> None:
+    spec = built(name).spec
+    model = Decoder(spec)
+    found = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert found == {n: s.shape for n, s in layout(spec).items()}
+    assert all(p.is_meta for p in model.parameters())
+
+
+def folder(name: str, tmp: Path, dtype: str = "float32", shard_size: int = 1 << 30) -> Path:
+    source = tiny.make(name, tmp / "source", dtype=dtype)
+    return convert(make_plan(open_checkpoint(source)), tmp / "canonical", shard_size=shard_size)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_tied", "gemma3n", "deepseek_v3", "gpt_oss", "nemotron_h", "gpt2"]
+)
+def test_a_converted_folder_gives_upstreams_logits(name: str, tmp_path: Path) -> None:
+    model = load(folder(name, tmp_path, shard_size=60_000))
+    b = built(name)
+    assert (model(b.ids) - b.upstream["eager"]).abs().max() < 5e-5
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    model = load(folder("llama_tied", tmp_path))
+    assert "head.weight" not in dict(model.named_parameters())
+    before = model(built("llama_tied").ids)
+    model.embed.weight *= 2  # the map is private: the file does not change
+    assert not torch.equal(model(built("llama_tied").ids), before)
+    assert torch.equal(load(tmp_path / "canonical")(built("llama_tied").ids), before)
+
+
+def test_weights_are_views_of_the_mapped_files(tmp_path: Path) -> None:
+    path = folder("qwen3_moe", tmp_path)
+    model = load(path)
+    maps = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(path) in line:
+            low, high = (int(x, 16) for x in line.split()[0].split("-"))
+            maps.append((low, high))
+    for name, p in model.named_parameters():
+        assert any(low <= p.data_ptr() < high for low, high in maps), name
+
+
+def test_a_dtype_casts_all_but_the_selection_biases(tmp_path: Path) -> None:
+    path = folder("deepseek_v3", tmp_path)
+    model = load(path, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if name.endswith("selection_bias") else torch.bfloat16), name
+    assert {p.dtype for p in load(path).parameters()} == {torch.float32}
+
+
+def test_bf16_folders_load_as_stored_and_run(tmp_path: Path) -> None:
+    model = load(folder("kimi_linear", tmp_path, dtype="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    b = built("kimi_linear", "bfloat16")
+    assert torch.equal(model(b.ids), decoder(b.spec, b.tensors)(b.ids))
+
+
+def test_some_layers_can_be_loaded_alone(tmp_path: Path) -> None:
+    model = load(folder("llama", tmp_path), layers=[1])
+    stored = {n for n, p in model.named_parameters() if not p.is_meta}
+    assert {n.split(".")[1] for n in stored if n.startswith("layers.")} == {"1"}
+    assert {"embed.weight", "norm.weight", "head.weight"} <= stored
+    b = built("llama")
+    whole = decoder(b.spec, b.tensors)
+    x, ctx = whole.start(b.ids)
+    assert torch.equal(model.layers[1](x, ctx), whole.layers[1](x, ctx))
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    path = folder("llama", tmp_path)
+    j = json.loads((path / "zoo.json").read_text())
+    j["spec"]["vocab_size"] += 1
+    (path / "zoo.json").write_text(json.dumps(j))
+    with pytest.raises(ZooError, match=re.escape("embed.weight has shape [131, 36]")):
+        load(path)
+
+
+# --- quantised ----------------------------------------------------------------------------------------------
+
+
+def quantised(shape: tuple[int, ...], parts: tuple[int, ...], scheme: str) -> dict[str, torch.Tensor]:
+    """Random codes and scales of a weight [..., out, in]."""
+    g = torch.Generator().manual_seed(sum(shape))
+    *lead, rows, columns = shape
+    if scheme == "mxfp4":
+        codes = torch.randint(256, (*lead, rows, columns // 32, 16), generator=g, dtype=torch.uint8)
+        scale = torch.randint(122, 126, (*lead, rows, columns // 32), generator=g, dtype=torch.uint8)
+        return {"weight": codes, "scale": scale}
+    unit = {"fp8-block": (128, 128), "fp8-channel": (1, 0), "fp8-tensor": (0, 0)}[scheme]
+    height, width = (
+        sum(-(-p // unit[0]) if unit[0] else 1 for p in parts),
+        -(-columns // unit[1]) if unit[1] else 1,
+    )
+    codes = torch.randn(shape, generator=g).to(torch.float8_e4m3fn)
+    return {"weight": codes, "scale": torch.rand((*lead, height, width), generator=g) * 0.3 + 0.1}
+
+
+LATENT = LatentAttention(2, 32, 16, 8, 16, 0.2, Norm(1e-5), rope=Rope(100.0, 8))
+MIXTURE = MoE(5, MLP(32, bias=True), Router(2, "sigmoid", fp32=True), shared=MLP(96))
+LAYER = Layer(LATENT, MIXTURE, attn_norm=Norm(1e-5), ffn_norm=Norm(1e-5))
+BLOCKS_OF_32 = Spec("test", 160, 50, (LAYER, LAYER), Norm(1e-5), tied=False, context_length=64)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-block", "fp8-channel", "fp8-tensor", "mxfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_weights_give_the_logits_of_weights_expanded_beforehand(
+    scheme: str, dtype: torch.dtype
+) -> None:
+    slots = layout(BLOCKS_OF_32)
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        n: (torch.randn(s.shape, generator=g) / s.shape[-1] ** 0.5).to(dtype) for n, s in slots.items()
+    }
+    kept, expanded = decoder(BLOCKS_OF_32, tensors), dict(tensors)
+    for name, m in kept.matrices():
+        slot = slots[f"{name}.weight"]
+        if "router" not in name:
+            components = quantised(slot.shape, slot.parts, scheme)
+            m.quantise(scheme, components)
+            expanded[slot.name] = zoo.quant.dequantise(scheme, components, slot.parts, dtype)
+    plain = decoder(BLOCKS_OF_32, expanded)
+    ids = torch.arange(22).view(2, 11)
+    assert torch.equal(kept(ids), plain(ids))
+    cache, other = kept.cache(2, 11), plain.cache(2, 11)
+    for t in range(11):  # the absorbed form of attention too
+        assert torch.equal(kept(ids[:, t : t + 1], cache), plain(ids[:, t : t + 1], other))
+
+
+def test_an_fp8_release_is_loaded_as_it_is_and_computes_what_its_expansion_does(tmp_path: Path) -> None:
+    source = tiny.make("deepseek_v3", tmp_path / "source", dtype="bfloat16")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name, w in list(tensors.items()):
+        if re.search(r"(_proj|_proj_with_mqa)\.weight$", name):
+            scale = w.float().abs().max() / 448
+            tensors[name] = (w.float() / scale).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = scale.view(1, 1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(config))
+    ckpt = open_checkpoint(source)
+    kept = load(convert(make_plan(ckpt), tmp_path / "kept"))
+    expanded = load(convert(make_plan(ckpt, dtype="bf16"), tmp_path / "expanded"))
+    codes = [n for n, p in kept.named_buffers() if p.dtype == torch.float8_e4m3fn]
+    assert len(codes) > 20 and not list(expanded.named_buffers())
+    ids = built("deepseek_v3").ids
+    assert torch.equal(kept(ids), expanded(ids))
