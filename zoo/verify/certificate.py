@@ -115,8 +115,13 @@ class Certificate:
     @property
     def passed(self) -> bool:
         """True only if something was judged and nothing failed."""
-        verdicts = [level.verdict for level in self.levels]
-        return "failed" not in verdicts and "passed" in verdicts and not self._missed_faults
+        judged = any(level.verdict == "passed" for level in self.levels)
+        return judged and not self.failed and not self._missed_faults
+
+    @property
+    def failed(self) -> bool:
+        """A level failed."""
+        return any(level.verdict == "failed" for level in self.levels)
 
     @property
     def _missed_faults(self) -> int:

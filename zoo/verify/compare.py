@@ -78,6 +78,7 @@ class Measured:
     layers: list[list[float]]  # per layer, relative error of each token; empty where it can't be compared
     settled: LogitMetrics = field(default_factory=LogitMetrics)
     ties: LogitMetrics = field(default_factory=LogitMetrics)  # tokens at a near tie between experts
+    oracle_layers: int = 0  # how many layers the oracle showed; 0: it shows none
     leads: list[float] = field(default_factory=list)  # oracle's lead of best over second, where best ids differ
     spread: Spread = field(default_factory=Spread)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -186,6 +187,7 @@ def measure(
     upstream_logits = LogitMetrics()
 
     def on_layer(b: int, i: int, x: Tensor) -> None:
+        out.oracle_layers = max(out.oracle_layers, i + 1)
         with clock("ours"):
             if b not in ours.state:
                 ours.begin(b, batches[b].ids)
@@ -193,7 +195,7 @@ def measure(
         with clock("metrics"):
             theirs = rows(x, batches[b], d)
             own = rows(mine, batches[b], d) if mine is not None else None
-            if theirs is not None and (b, i) in sketches:
+            if theirs is not None and (b, i) in sketches and i < n_layers:
                 upstream_layers[i] += relative_error(sketches.pop((b, i)), sketched(theirs)).tolist()
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 out.layers[i] += relative_error(own, theirs).tolist()
@@ -203,8 +205,6 @@ def measure(
         with clock("ours"):
             if b not in ours.state:  # an oracle without hidden states
                 ours.begin(b, batch.ids)
-                for i in range(n_layers):
-                    ours.layer(b, i)
             mine = ours.finish(b)
         with clock("metrics"):
             mask, following = batch.mask, batch.following[batch.mask]
@@ -215,7 +215,7 @@ def measure(
             for at, reference in references(theirs, following):
                 if other is not None:
                     upstream_logits.add(other[at], reference)
-                _judge(out, mine[at], reference, tied[at])
+                judge_rows(out, mine[at], reference, tied[at])
             out.settled.sample(mine, theirs)
 
     with clock("oracle"):
@@ -229,7 +229,7 @@ def measure(
     return out
 
 
-def _judge(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> None:
+def judge_rows(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> None:
     if not tied.any():
         out.settled.add(mine, theirs)
     else:
@@ -250,5 +250,3 @@ def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours
     before = torch.tensor([NEAR_TIE * noise[i] if i < len(noise) else 0.0 for i in moe])
     return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]
 
-
-__all__ = ["Kept", "Measured", "Sketch", "drive", "measure", "near_ties", "rows"]

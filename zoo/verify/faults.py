@@ -15,6 +15,7 @@ chosen where the weights are renormalised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor
 
 from zoo.layout import Slot, layout
+from zoo.model import Decoder
+from zoo.model.moe import Router as RouterModule
+from zoo.model.moe import route
 from zoo.spec import MLP, Attention, DeltaNet, LatentAttention, Layer, Mamba, MoE, Norm, Rope, Router, Spec
 
 Tensors = dict[str, Tensor]
@@ -30,14 +34,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be: what a decoder is built from. Mutations copy; nothing is changed in place."""
+    """A model to be: what a decoder is built from. Changes make a new one; no tensor is changed in place."""
 
     spec: Spec
     tensors: Tensors
     quant: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def with_tensors(self, **changed: Any) -> Subject:
-        raise NotImplementedError
+    patch: Callable[[Decoder], None] | None = None  # for a mistake that neither can express
 
     def put(self, changed: Mapping[str, Tensor]) -> Subject:
         return replace(self, tensors={**self.tensors, **changed})
@@ -56,7 +58,7 @@ Apply = Callable[[Subject, str], Subject]
 @dataclass(frozen=True)
 class Fault:
     """`what` completes "consistent with ...". `sites`: where it can act, by Spec and layout; none: it does
-    not apply. `level`: the lowest level that is expected to see it."""
+    not apply."""
 
     name: str
     what: str
@@ -602,7 +604,7 @@ _spec("post_norms_skipped", "the norms after attention and feed-forward left out
 _spec("qk_norm_skipped", "q and k not normalised", Attention, lambda a: replace(a, qk_norm=None))
 _spec("qk_norm_other_side_of_rope", "q and k normalised on the other side of RoPE", Attention,
       lambda a: replace(a, qk_norm=replace(a.qk_norm, after_rope=not a.qk_norm.after_rope))
-      if a.qk_norm and a.rope and a.qk_norm.norm.weight != "none" else a)  # fmt: skip
+      if a.qk_norm and a.rope and a.qk_norm.over == "head" and a.qk_norm.norm.weight != "none" else a)  # fmt: skip
 _spec("value_norm_skipped", "v not normalised", Attention, lambda a: replace(a, value_norm=None))
 
 # RoPE
@@ -725,7 +727,7 @@ _spec("top_k_plus_one", "one expert more per token", MoE,
       lambda m: replace(m, router=replace(m.router, top_k=m.router.top_k + 1))
       if m.router.top_k < m.n_experts // m.router.n_groups * m.router.top_groups else m)  # fmt: skip
 _spec("routing_not_normalised", "routing weights not (or wrongly) divided by their sum", Router,
-      lambda r: replace(r, normalize=not r.normalize) if r.top_k > 1 and not _already_sums_to_one(r) else r)  # fmt: skip
+      lambda r: replace(r, normalize=not r.normalize) if r.top_k > 1 and r.over == "all" else r)  # fmt: skip
 _spec("routed_scale_dropped", "routed output not scaled", Router, lambda r: replace(r, scale=1.0))
 _spec("router_score", "softmax taken for sigmoid, or the other way round", Router,
       lambda r: _swap_value(r, "score", "softmax", "sigmoid"))  # fmt: skip
@@ -742,8 +744,30 @@ _spec("shared_gate_dropped", "shared expert not gated", MoE, lambda m: replace(m
 _spec("moe_scale_dropped", "routed and shared output not scaled", MoE, lambda m: replace(m, scale=1.0))
 
 
-def _already_sums_to_one(r: Router) -> bool:
-    return r.score == "softmax" and r.over == "chosen"
+def _bias_in_weights(s: Subject, _site: str) -> Subject:
+    """No Spec can say this: the routers themselves are changed."""
+
+    def patch(model: Decoder) -> None:
+        for m in model.modules():
+            if isinstance(m, RouterModule) and m.selection_bias is not None:
+                m.forward = functools.partial(_biased, m)  # type: ignore[method-assign]
+
+    return replace(s, patch=patch)
+
+
+def _biased(m: RouterModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if m.spec.fp32 else x.dtype
+    logits = torch.nn.functional.linear(x.to(dtype), m.dense(dtype), m.offset(dtype))
+    chosen, _ = route(logits, m.selection_bias, m.spec)
+    scores = logits.float().softmax(-1) if m.spec.score == "softmax" else logits.float().sigmoid()
+    weights = (scores + m.selection_bias).gather(-1, chosen)
+    if m.spec.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + m.spec.normalize_eps)
+    return chosen, (weights * m.spec.scale).to(dtype)
+
+
+_add("selection_bias_in_weights", "selection bias used in the routing weights, not in the choice alone", "spec",
+     lambda spec: [s.name for s in layout(spec).values() if s.name.endswith("router.selection_bias")], _bias_in_weights)  # fmt: skip
 
 
 # Linear mixers

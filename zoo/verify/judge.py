@@ -42,6 +42,8 @@ def layers_level(m: Measured, dtype: str) -> Level:
     level.checks = [
         Check(f"relative error of the hidden state, {which}, least margin: after layer {i}", value, bound.value, bound.why)
     ]
+    extra = abs(m.oracle_layers - len(m.layers))
+    level.checks.append(Check("layers more or fewer than the oracle's", extra, 0, f"the oracle has {m.oracle_layers}"))
     if first is not None:
         level.notes.append(f"layer {first} is the first that departs")
     level.figures = {"first_departing": first, "which": which, "layers": figures}

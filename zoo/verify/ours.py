@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Ours:
         self.spec = decoder.spec
         self.gaps: dict[int, list[Tensor]] = {}  # batch -> per MoE layer so far, the router's margin per token
         self.state: dict[int, tuple[Tensor, Any]] = {}
+        self.done: dict[int, int] = {}  # batch -> layers it has been through
 
     def begin(self, b: int, ids: Tensor) -> None:
         with torch.inference_mode():
             self.state[b] = self.decoder.start(ids)
         self.gaps[b] = []
+        self.done[b] = 0
 
     def layer(self, b: int, i: int) -> Tensor:
         """Batch `b` through layer `i`: the hidden state after it."""
@@ -53,10 +55,13 @@ class Ours:
             if handle is not None:
                 handle.remove()
         self.state[b] = x, ctx
+        self.done[b] = i + 1
         return x
 
     def finish(self, b: int) -> Tensor:
-        """Logits [B, T, V] of batch `b`, which is then forgotten."""
+        """Logits [B, T, V] of batch `b`, after the layers it has not been through; it is then forgotten."""
+        for i in range(self.done[b], self.spec.n_layers):
+            self.layer(b, i)
         x, ctx = self.state.pop(b)
         with torch.inference_mode():
             return self.decoder.finish(x, ctx)
@@ -64,10 +69,8 @@ class Ours:
     def run(self, ids: Tensor, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Logits of a batch, all layers at once."""
         self.begin(-1, ids)
-        for i in range(self.spec.n_layers):
-            x = self.layer(-1, i)
-            if on_layer is not None:
-                on_layer(i, x)
+        for i in range(self.spec.n_layers if on_layer is not None else 0):
+            on_layer(i, self.layer(-1, i))
         return self.finish(-1)
 
     def resident(self, i: int) -> nn.Module:
@@ -222,8 +225,7 @@ def build(subject: Subject) -> Decoder:
     for name, _ in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(subject.tensors[name], requires_grad=False))
+    if subject.patch is not None:
+        subject.patch(model)
     return model
 
-
-def tensors_in(model: Decoder) -> Mapping[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

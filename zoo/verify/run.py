@@ -25,6 +25,7 @@ from zoo.formats.base import Checkpoint, open_checkpoint
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, Certificate, Level
 from zoo.verify.compare import Measured, measure
+from zoo.verify.inputs import Inputs
 from zoo.verify.oracle import DTYPES, NoUpstream, Oracle, Transformers, upstream_available
 from zoo.verify.ours import Ours, Streamed, build, subject_of
 
@@ -96,12 +97,14 @@ def verify(
                     f"layers, logits, decode: the folder has {len(folder.layers)} of {folder.spec.n_layers} layers"
                 )
             else:
-                _numeric_levels(cert, folder, other, wanted, dtype, stream, max_length, n_greedy, say)
-                if self_test:
-                    say("seeded faults")
+                asked, measured = _numeric_levels(
+                    cert, folder, other, wanted, dtype, stream, max_length, n_greedy, say
+                )
+                if self_test and not cert.failed:
                     from zoo.verify import selftest
 
-                    cert.faults = selftest.run(folder, other, dtype, max_length, say)
+                    plan = None if other.checkpoint is None else plan_of(folder, other.checkpoint)
+                    cert.faults = selftest.run(folder, other.oracle, asked, measured.spread, dtype, plan, say)
         cert.timing["total"] = round(time.perf_counter() - started, 3)
         if not any(x.verdict != "skipped" for x in cert.levels):
             raise ZooError(f"{folder.root}: nothing could be compared. " + "; ".join(cert.not_checked))
@@ -249,7 +252,7 @@ def _numeric_levels(
     max_length: int,
     n_greedy: int,
     say: Progress,
-) -> None:
+) -> tuple[Inputs, Measured]:
     oracle = other.oracle
     assert oracle is not None
     asked = getattr(oracle, "inputs", None) or inputs.make(folder.spec, folder.root, oracle.avoid_ids, max_length)
@@ -279,22 +282,11 @@ def _numeric_levels(
             decode.seconds = time.perf_counter() - t
             cert.levels.append(decode)
     if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
-        cert.diagnosis = _diagnose(folder, other, measured, dtype, stream, max_length, say)
+        say("looking for the cause")
+        from zoo.verify import diagnose
 
-
-def _diagnose(
-    folder: canonical.Canonical,
-    other: Against,
-    measured: Measured,
-    dtype: str,
-    stream: bool,
-    max_length: int,
-    say: Progress,
-) -> dict[str, Any]:
-    from zoo.verify import diagnose
-
-    say("looking for the cause")
-    return diagnose.diagnose(folder, other.oracle, measured, dtype, search=not stream, max_length=max_length)
+        cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, search=not stream)
+    return asked, measured
 
 
 # ---------------------------------------------------------------------------------------------------
