@@ -1,0 +1,136 @@
+"""Mistral's own format, against the same weights in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+import tiny
+import torch
+import vendor
+from safetensors.torch import load_file, save_file
+
+from zoo import families
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.model.load import load
+from zoo.spec import Spec
+
+
+def architecture(path: Path) -> Spec:
+    return replace(families.spec_of(open_checkpoint(path).config), dtype=None)
+
+
+@pytest.mark.parametrize("name", ["mistral", "ministral3", "mistral3", "mistral3_ministral3"])
+def test_it_converts_to_the_bytes_of_the_hugging_face_layout(name: str, tmp_path: Path) -> None:
+    hf = tiny.make(name, tmp_path / "hf", dtype="bfloat16")
+    own = vendor.to_mistral(hf, tmp_path / "own")
+    assert open_checkpoint(own).format == "mistral"
+    vendor.same(vendor.canonical(own, tmp_path / "b"), vendor.canonical(hf, tmp_path / "a"))
+
+
+@pytest.mark.parametrize("name", ["mistral"])
+def test_params_json_says_what_config_json_says(name: str, tmp_path: Path) -> None:
+    hf = tiny.make(name, tmp_path / "hf")
+    assert architecture(vendor.to_mistral(hf, tmp_path / "own")) == architecture(hf)
+
+
+def test_large3_has_the_logits_of_upstream_on_renamed_weights(tmp_path: Path) -> None:
+    own = tiny.make_mistral_format("mistral_large3", tmp_path / "own")
+    vendor.canonical(own, tmp_path / "zoo")
+    ids = tiny.tokens("mistral_large3")
+    with torch.inference_mode():
+        ours = load(tmp_path / "zoo")(ids)
+    assert (ours - tiny.logits(tiny.upstream_mistral_format(own), ids)).abs().max() <= 5e-5
+
+
+def test_fp8_with_a_scale_per_tensor_has_the_logits_of_upstream_on_the_same_values(tmp_path: Path) -> None:
+    hf = tiny.make("mistral", tmp_path / "hf")
+    own = vendor.to_mistral(hf, tmp_path / "own", fp8=True)
+    vendor.canonical(own, tmp_path / "carried")
+    vendor.canonical(own, tmp_path / "fp32", dtype="fp32")
+    dequantised = dequantised_hf(hf, own, tmp_path / "plain")
+    ids = tiny.tokens("mistral")
+    with torch.inference_mode():
+        carried, plain = load(tmp_path / "carried", dtype=torch.float32)(ids), load(tmp_path / "fp32")(ids)
+    assert torch.equal(carried, plain)
+    assert (plain - tiny.logits(tiny.upstream(dequantised), ids)).abs().max() <= 5e-5
+
+
+def dequantised_hf(hf: Path, own: Path, dst: Path) -> Path:
+    """The Hugging Face layout with the values that the fp8 file holds."""
+    dst.mkdir()
+    (dst / "config.json").write_bytes((hf / "config.json").read_bytes())
+    config, theirs = vendor.read_config(hf), load_file(own / "consolidated.safetensors")
+    out = {}
+    for name, t in vendor.read_tensors(hf).items():
+        new, _ = vendor._meta_name(name, 0)
+        w = theirs[new].float()
+        if (scale := theirs.get(new.removesuffix("weight") + "qscale_weight")) is not None:
+            w = w * scale
+        for part, heads in (("wq", "num_attention_heads"), ("wk", "num_key_value_heads")):
+            if f"attention.{part}." in new:  # back to half-split order
+                n = config[heads]
+                w = w.view(n, w.shape[0] // n // 2, 2, -1).transpose(1, 2).reshape(w.shape)
+        out[name] = w.reshape(t.shape).contiguous()
+    save_file(out, dst / "model.safetensors", metadata={"format": "pt"})
+    return dst
+
+
+def test_large3s_released_params_give_its_architecture() -> None:
+    from converters import _params
+
+    params = json.loads((Path(__file__).parent / "data/configs/mistral-large-3-675b.params.json").read_text())
+    data = json.loads((Path(__file__).parent / "data/configs/mistral-large-3-675b.config.json").read_text())
+    ours = families.spec_of(_params.mistral(params, "params.json"))
+    theirs = families.spec_of(data)
+    assert replace(ours, dtype=None, context_length=0) == replace(theirs, dtype=None, context_length=0)
+
+
+def test_a_folder_that_holds_both_layouts_is_read_by_hugging_faces(tmp_path: Path) -> None:
+    hf = tiny.make("mistral", tmp_path / "both")
+    own = vendor.to_mistral(hf, tmp_path / "own")
+    for file in own.iterdir():
+        (hf / file.name).write_bytes(file.read_bytes())
+    assert open_checkpoint(hf).format == "safetensors"
+
+
+def test_a_first_generation_pickle_is_read_with_mistrals_params(tmp_path: Path) -> None:
+    hf = tiny.make("mistral", tmp_path / "hf")
+    own = vendor.to_mistral(hf, tmp_path / "own")
+    weights = own / "consolidated.safetensors"
+    torch.save(load_file(weights), own / "consolidated.00.pth")
+    weights.unlink()
+    vendor.same(vendor.canonical(own, tmp_path / "b"), vendor.canonical(hf, tmp_path / "a"))
+
+
+def test_experts_without_latent_attention_are_refused(tmp_path: Path) -> None:
+    own = vendor.to_mistral(tiny.make("mistral", tmp_path / "hf"), tmp_path / "own")
+    params = json.loads((own / "params.json").read_text())
+    (own / "params.json").write_text(json.dumps(params | {"moe": {"num_experts": 8}}))
+    with pytest.raises(ZooError, match="Mixtral"):
+        open_checkpoint(own)
+
+
+@pytest.mark.parametrize(
+    ("window", "kinds"),
+    [
+        (None, [None] * 4),
+        (4096, [4096] * 4),
+        ([None, 16], [None, 16, None, 16]),
+        ([999_999, 16], [None, 16, None, 16]),
+    ],
+)
+def test_windows_are_one_for_all_layers_or_a_pattern(window: object, kinds: list[int | None]) -> None:
+    from converters import _params
+
+    params = {
+        "dim": 40, "n_layers": 4, "n_heads": 4, "head_dim": 10, "hidden_dim": 44, "vocab_size": 131, "norm_eps": 1e-5,
+        "max_position_embeddings": 32768, "sliding_window": window,
+    }  # fmt: skip
+    spec = families.spec_of(_params.mistral(params, "params.json"))
+    assert [layer.mixer.window for layer in spec.layers] == kinds  # type: ignore[union-attr]
