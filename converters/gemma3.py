@@ -88,15 +88,27 @@ def layer_types(t: Config) -> list[str]:
     return [dense.FULL if (i + 1) % every == 0 else dense.SLIDING for i in range(n)]
 
 
+def _plus_one(_: Layer | None, spec: Spec) -> bool:
+    """Norms that came as 1 + w have no form in Hugging Face's files: taking the 1 off would round."""
+    return spec.norm.weight == "plus_one"
+
+
+_L = "model.layers.{i}."
+NORMS = {
+    "norm.weight": "model.norm.weight",
+    "layers.{i}.attn_norm.weight": _L + "input_layernorm.weight",
+    "layers.{i}.attn_post_norm.weight": _L + "post_attention_layernorm.weight",
+    "layers.{i}.ffn_norm.weight": _L + "pre_feedforward_layernorm.weight",
+    "layers.{i}.ffn_post_norm.weight": _L + "post_feedforward_layernorm.weight",
+    "layers.{i}.attn.q_norm.weight": _L + "self_attn.q_norm.weight",
+    "layers.{i}.attn.k_norm.weight": _L + "self_attn.k_norm.weight",
+}
 RULES = {
     "hf": rules(
-        *dense.ENDS,
-        ("layers.{i}.attn_norm.weight", "model.layers.{i}.input_layernorm.weight"),
-        ("layers.{i}.attn_post_norm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
-        ("layers.{i}.ffn_norm.weight", "model.layers.{i}.pre_feedforward_layernorm.weight"),
-        ("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight"),
+        ("embed.weight", "model.embed_tokens.weight"),
+        ("head.weight", "lm_head.weight"),
+        *((key, name, _plus_one) for key, name in NORMS.items()),
         *dense.ATTENTION,
-        *dense.QK_NORM,
         *dense.MLP,
         *dense.VISION,
         prefixes=dense.WRAPPERS,

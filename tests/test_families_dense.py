@@ -297,6 +297,15 @@ def test_gemmas_norms_are_plain_where_the_file_holds_one_plus_w() -> None:
     assert stored.norm.weight == "plain"
 
 
+def test_norms_that_came_as_one_plus_w_have_no_form_in_hugging_faces_files() -> None:
+    """Writing them out as w would be wrong, and 1 + w - 1 is not w to the bit."""
+    config = read("gemma3-1b-it")
+    tensors = refs({n: (t.dtype, t.shape) for n, t in tiny.released_tensors(config).items()})
+    spec = families.spec_of({**config, "norm_weight_plus_one": True})
+    m = match(spec, families.get("gemma3").rules["hf"], tensors)
+    assert any("norm.weight: no rule of this family fills it" in problem for problem in m.problems)
+
+
 def meta(config: dict[str, Any], n: int, by_rows: bool) -> dict[str, TensorRef]:
     """The names and slices of Meta's own files for n model-parallel ranks (its llama-models code)."""
     spec = families.spec_of(config)

@@ -30,7 +30,7 @@ def open(path: Path) -> Checkpoint:
     headers: dict[str, bytes] = {}
     for group in ranks.values():
         first: dict[str, TensorRef] = {}
-        for rank, name in group.items():
+        for name in group.values():
             file = inside(root, name, str(root))
             files[name] = file.stat().st_size
             headers[name] = raw = read_header(file)
@@ -38,7 +38,7 @@ def open(path: Path) -> Checkpoint:
             first = first or refs
             _agree(first, refs, file)
             for t in refs.values():
-                full = t.name if rank is None else f"rank{rank}.{t.name}"
+                full = full_name(name, t.name)
                 if full in tensors:
                     raise ZooError(
                         f"{file}: tensor {t.name!r} is also in {tensors[full].file}; which one is meant?"
@@ -48,6 +48,12 @@ def open(path: Path) -> Checkpoint:
     return Checkpoint(
         root, "sharded", ("hf",), config, tensors, files, carried_files(root), headers, n_ranks=n_ranks
     )  # fmt: skip
+
+
+def full_name(file: str, tensor: str) -> str:
+    """What a tensor of this file is called here: by its rank too, if it is a slice."""
+    m = _FILE.fullmatch(file)
+    return tensor if m is None or m["rank"] == "common" else f"rank{int(m['rank'])}.{tensor}"
 
 
 def _groups(root: Path) -> dict[str, dict[int | None, str]]:

@@ -14,7 +14,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from zoo.families import Family
 from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.canonical import SOURCE, Canonical, read
 from zoo.formats.safetensors import INDEX, parse_header
+from zoo.formats.sharded import full_name
 from zoo.layout import layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
@@ -164,8 +165,9 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
     for file, raw in headers.items():
         size = source["files"][file]
         for ref in parse_header(raw, file, size, f"{c.root / SOURCE}: {file}"):
-            tensors[ref.name] = ref
-            sheet.place[ref.name] = file, ref.offset
+            name = full_name(file, ref.name)
+            tensors[name] = replace(ref, name=name)
+            sheet.place[name] = file, ref.offset
         sheet.sizes[file], sheet.headers[file] = size, struct.pack("<Q", len(raw)) + raw
     plan = _plan_again(c, family, tensors)
     for o in plan.outputs.values():
