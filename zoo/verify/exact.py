@@ -109,7 +109,8 @@ def bytes_level(folder: Canonical, plan: Plan, override: Mapping[str, Tensor] | 
     if override is None:
         moved = [n for n in plan.extras if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)]
         checks.append(Check("extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"))
-        changed = [n for n in plan.checkpoint.carried if not _same_file(folder.root / n, plan.checkpoint.path(n))]
+        given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
+        changed = [n for n in sorted(given) if not _same_file(folder.root / n, plan.checkpoint.path(n))]
         changed += [n for n, data in plan.checkpoint.synthesised.items() if not _holds(folder.root / n, data)]
         checks.append(Check("carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim"))
         level.notes += moved[:5] + changed[:5]
