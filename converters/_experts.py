@@ -10,12 +10,11 @@ from zoo.config import Config
 from zoo.mapping.rules import RuleLine, cat, extra, stack
 from zoo.spec import MLP, Router
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+from ._dense import FULL as FULL
+from ._dense import SLIDING as SLIDING
+from ._dense import dtype as dtype
 
-
-def dtype(*configs: Config) -> str | None:
-    """The declared dtype, under its old or new key, of the first config (wrapper, text) that has one."""
-    return next((d for c in configs if (d := c.first("dtype", "torch_dtype", default=None))), None)
+LINEAR = "linear_attention"
 
 
 def n_experts(c: Config) -> int:
