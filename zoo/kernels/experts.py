@@ -1,0 +1,337 @@
+"""The experts of a mixture: for each token the weighted sum of its `top_k` experts' MLPs.
+
+Few tokens: one kernel reads the gate and up rows of just the chosen experts, one their down rows, joined in
+the kernel over a token's experts. Many tokens: pairs (token, expert) are sorted by expert and two grouped
+matrix products run over the sorted rows, gathered as they are read, the activation between gate and up
+inside the first.
+
+Unusual: nothing here waits for the host to learn how many tokens an expert has; the grid is the most there
+could be, and programs without a tile return. Weights are plain, fp8 or mxfp4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.kernels.gated import ACTIVATIONS, gated_reference
+from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.linear import tile
+from zoo.kernels.weights import PLAIN, Weight
+from zoo.spec import MLP
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.gated import activate
+    from zoo.kernels.launch import after_previous
+    from zoo.kernels.linear import gate_and_up_rows
+    from zoo.kernels.weights import rows_times, weight_tile
+
+
+def experts_reference(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+    spec: MLP,
+    weight_input: bool = False,
+) -> Tensor:
+    """x [N, D], chosen and weights [N, k]; up ([E, 2 F, D], bias), down ([E, D, F], bias) -> [N, D].
+
+    `weight_input`: the weight multiplies what the expert reads, not what it gives."""
+    (n, k), out = chosen.shape, []
+    for i in range(n):
+        rows = []
+        for j in range(k):
+            e = int(chosen[i, j])
+            xi = x[i] * weights[i, j].to(x.dtype) if weight_input else x[i]
+            h = gated_reference(F.linear(xi, up[0][e], None if up[1] is None else up[1][e]), spec)
+            rows.append(F.linear(h, down[0][e], None if down[1] is None else down[1][e]))
+        y = torch.stack(rows)
+        out.append(y.sum(0) if weight_input else (y * weights[i, :, None]).sum(0).to(x.dtype))
+    return torch.stack(out)
+
+
+def fits(x: Tensor, up: Weight, down: Weight) -> bool:
+    """Whether the kernels serve x and these weights."""
+    plain = all(w.kind != PLAIN or (w.codes.dtype == x.dtype and w.codes.is_contiguous()) for w in (up, down))
+    return has_triton(x) and plain and x.dtype != torch.float64 and x.is_contiguous()
+
+
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Weight, down: Weight, spec: MLP, weight_input: bool = False
+) -> Tensor:
+    """`experts_reference` by kernels (see `fits`). x [N, D], chosen and weights [N, k] -> [N, D]."""
+    pairs, n_experts = chosen.numel(), up.codes.shape[0]
+    if x.shape[0] <= 2 or pairs <= n_experts // 4:
+        return _few(x, chosen, weights, up, down, spec, weight_input)
+    return _many(x, chosen, weights, up, down, spec, weight_input)
+
+
+def _few(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Weight, down: Weight, spec: MLP, weight_input: bool
+) -> Tensor:
+    (n, k), f = chosen.shape, down.k
+    h = x.new_empty(n * k, f)
+    out = torch.empty_like(x)
+    rows, block, warps = tile(up.n * k, up, spec.gated)
+    _few_up[(ceil_div(up.n, rows), n * k)](
+        x, chosen, weights, *up.pointers, h, k, f, up.n, up.k, *up.n_scales, up.columns,
+        spec.limit or 0.0, spec.alpha,
+        KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
+        WEIGHT_INPUT=weight_input, ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
+    )  # fmt: skip
+    rows, block, warps = tile(down.n, down)
+    _few_down[(ceil_div(down.n, rows), n)](
+        h, chosen, weights, *down.pointers, out, f, down.n, *down.n_scales, down.columns,
+        KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, TOP_K=k,
+        ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
+    )  # fmt: skip
+    return out
+
+
+def sort_by_expert(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """chosen [N, k] -> the pairs in order of their expert [N k], and how many each expert has [E]. int32."""
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True).to(torch.int32)
+    counts = (flat[None] == torch.arange(n_experts, device=flat.device)[:, None]).sum(1)
+    return order, counts.to(torch.int32)
+
+
+def _many(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Weight, down: Weight, spec: MLP, weight_input: bool
+) -> Tensor:
+    (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
+    pairs = n * k
+    order, counts = sort_by_expert(chosen, n_experts)
+    h, y = x.new_empty(pairs, f), x.new_empty(pairs, down.n)
+    out = torch.empty_like(x)
+    exact = x.dtype == torch.float32
+    average = pairs / n_experts
+    block_m = 16 if average <= 16 or exact else 32 if average <= 32 else 64 if average <= 96 else 128
+    block_n, block_k = (32, 32) if exact else (128 if block_m <= 64 else 128, 64)
+    tiles = ceil_div(pairs, block_m) + min(n_experts, pairs)
+    warps = 8 if block_m == 128 else 4
+    common = dict(
+        BLOCK_M=block_m, BLOCK_K=block_k, E=power_of_2(n_experts), PRECISION="ieee" if exact else "tf32",
+        num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    half = block_n // 2 if spec.gated else block_n
+    _many_up[(tiles, ceil_div(f, half))](
+        x, order, counts, weights, *up.pointers, h, n_experts, k, f, up.n, up.k,
+        *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
+        KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
+        WEIGHT_INPUT=weight_input, BLOCK_N=half, **common,
+    )  # fmt: skip
+    _many_down[(tiles, ceil_div(down.n, block_n))](
+        h, order, counts, *down.pointers, y, n_experts, f, down.n,
+        *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BLOCK_N=block_n, **common,
+    )  # fmt: skip
+    block = min(1024, power_of_2(down.n))
+    _sum_experts[(n, ceil_div(down.n, block))](
+        y, weights, out, down.n, WEIGHTED=not weight_input, TOP_K=k, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def _few_up(
+        x_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, top_k, F, N, K, s_rows, s_columns, columns,
+        limit, alpha,
+        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+        WEIGHT_INPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        pair = tl.program_id(1).to(tl.int64)
+        after_previous(OVERLAP)
+        e = tl.load(chosen_ptr + pair).to(tl.int64)
+        if GATED:
+            n, mask = gate_and_up_rows(tl.program_id(0), F, ROWS)
+        else:
+            n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+            mask = n < F
+        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        w_ptr += e * N * (K // bytes_)
+        s_ptr += e * s_rows * s_columns
+        x_ptr += pair // top_k * K
+        dtype = h_ptr.dtype.element_ty
+        if WEIGHT_INPUT:  # x times its weight, rounded: a scale of the sum, but for that rounding
+            y = scaled_rows_times(
+                x_ptr, tl.load(weights_ptr + pair).to(dtype).to(tl.float32), w_ptr, n, mask, K, ROWS, BLOCK, dtype
+            )
+        else:
+            y = rows_times(
+                x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, False
+            )
+        if HAS_BIAS:
+            y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(dtype).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.reshape(y, (ROWS // 2, 2)))
+            f = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+            y = activate(gate, up, limit, alpha, ACT, True, dtype)
+            tl.store(h_ptr + pair * F + f, y.to(dtype), mask=f < F)
+        else:
+            y = activate(y, y, limit, alpha, ACT, False, dtype)
+            tl.store(h_ptr + pair * F + n, y.to(dtype), mask=mask)
+
+    @triton.jit
+    def scaled_rows_times(x_ptr, a, w_ptr, n, n_mask, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+        """`rows_times` of a x, with a x rounded to `DTYPE`, for a plain W."""
+        k = tl.arange(0, BLOCK)
+        at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+        total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
+        for start in range(0, K, BLOCK):
+            x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            ahead = start + BLOCK
+            w_next = tl.load(at + ahead, mask=n_mask[:, None] & (ahead + k < K)[None, :], other=0.0)
+            total += w.to(tl.float32) * (a * x).to(DTYPE).to(tl.float32)[None, :]
+            w = w_next
+        return tl.sum(total, 1)
+
+    @triton.jit
+    def _few_down(
+        h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, N, s_rows, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, TOP_K: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(1).to(tl.int64)
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        mask = n < N
+        dtype = out_ptr.dtype.element_ty
+        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        after_previous(OVERLAP)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        for j in range(TOP_K):
+            pair = token * TOP_K + j
+            e = tl.load(chosen_ptr + pair).to(tl.int64)
+            y = rows_times(
+                h_ptr + pair * F, w_ptr + e * N * (F // bytes_), s_ptr + e * s_rows * s_columns, rows_ptr, n, mask, F,
+                s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, False,
+            )  # fmt: skip
+            if HAS_BIAS:
+                y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
+            y = y.to(dtype).to(tl.float32)
+            if WEIGHTED:
+                a = tl.load(weights_ptr + pair)
+                y = y * a.to(tl.float32)
+                if a.dtype == dtype:
+                    y = y.to(dtype).to(tl.float32)
+            total += y
+        tl.store(out_ptr + token * N + n, total.to(dtype), mask=mask)
+
+    @triton.jit
+    def tile_of(tile_id, counts_ptr, n_experts, E: tl.constexpr, BLOCK_M: tl.constexpr):
+        """(expert, first sorted row, rows left) of a tile when each expert's rows are cut into BLOCK_M.
+        Rows left <= 0: there is no such tile."""
+        e = tl.arange(0, E)
+        counts = tl.load(counts_ptr + e, mask=e < n_experts, other=0)
+        tiles = (counts + BLOCK_M - 1) // BLOCK_M
+        ends = tl.cumsum(tiles, 0)
+        expert = tl.sum((ends <= tile_id).to(tl.int32), 0)
+        here = e == expert
+        into = (tile_id - tl.sum(tl.where(here, ends - tiles, 0), 0)) * BLOCK_M
+        first = tl.sum(tl.where(e < expert, counts, 0), 0) + into
+        return expert, first, tl.sum(tl.where(here, counts, 0), 0) - into
+
+    @triton.jit
+    def _many_up(
+        x_ptr, order_ptr, counts_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+        n_experts, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        e, first, left = tile_of(tl.program_id(0), counts_ptr, n_experts, E, BLOCK_M)
+        if left <= 0:
+            return
+        e = e.to(tl.int64)
+        m = tl.arange(0, BLOCK_M)
+        m_mask = m < left
+        pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
+        f = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        f_mask = f < F
+        dtype = h_ptr.dtype.element_ty
+        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        w_ptr += e * N * (K // bytes_)
+        s_ptr += e * s_rows * s_columns
+        k = tl.arange(0, BLOCK_K)
+        at = x_ptr + (pair // top_k)[:, None] * K + k[None, :]
+        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        if WEIGHT_INPUT:
+            a = tl.load(weights_ptr + pair, mask=m_mask, other=0.0).to(dtype).to(tl.float32)
+        for start in range(0, K, BLOCK_K):
+            x = tl.load(at + start, mask=m_mask[:, None] & (start + k < K)[None, :], other=0.0)
+            if WEIGHT_INPUT:
+                x = (x.to(tl.float32) * a[:, None]).to(dtype)
+            w = weight_tile(
+                w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+            )
+            gate = tl.dot(x, tl.trans(w), gate, input_precision=PRECISION)
+            if GATED:
+                w = weight_tile(
+                    w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                )
+                up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
+        if HAS_BIAS:
+            gate += tl.load(b_ptr + e * N + f, mask=f_mask, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(b_ptr + e * N + F + f, mask=f_mask, other=0.0).to(tl.float32)[None, :]
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        y = activate(gate, up, limit, alpha, ACT, GATED, dtype)
+        at = h_ptr + (first + m).to(tl.int64)[:, None] * F + f[None, :]
+        tl.store(at, y.to(dtype), mask=m_mask[:, None] & f_mask[None, :])
+
+    @triton.jit
+    def _many_down(
+        h_ptr, order_ptr, counts_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+        n_experts, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        e, first, left = tile_of(tl.program_id(0), counts_ptr, n_experts, E, BLOCK_M)
+        if left <= 0:
+            return
+        e = e.to(tl.int64)
+        m = tl.arange(0, BLOCK_M)
+        m_mask = m < left
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask = n < N
+        dtype = y_ptr.dtype.element_ty
+        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        w_ptr += e * N * (F // bytes_)
+        s_ptr += e * s_rows * s_columns
+        k = tl.arange(0, BLOCK_K)
+        at = h_ptr + (first + m).to(tl.int64)[:, None] * F + k[None, :]
+        y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for start in range(0, F, BLOCK_K):
+            h = tl.load(at + start, mask=m_mask[:, None] & (start + k < F)[None, :], other=0.0)
+            w = weight_tile(
+                w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+            )
+            y = tl.dot(h, tl.trans(w), y, input_precision=PRECISION)
+        if HAS_BIAS:
+            y += tl.load(b_ptr + e * N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
+        at = y_ptr + pair[:, None] * N + n[None, :]
+        tl.store(at, y.to(dtype), mask=m_mask[:, None] & n_mask[None, :])
+
+    @triton.jit
+    def _sum_experts(y_ptr, weights_ptr, out_ptr, N, WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        dtype = out_ptr.dtype.element_ty
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for j in range(TOP_K):
+            y = tl.load(y_ptr + (token * TOP_K + j) * N + n, mask=n < N, other=0.0).to(tl.float32)
+            if WEIGHTED:
+                a = tl.load(weights_ptr + token * TOP_K + j)
+                y = y * a.to(tl.float32)
+                if a.dtype == dtype:
+                    y = y.to(dtype).to(tl.float32)
+            total += y
+        tl.store(out_ptr + token * N + n, total.to(dtype), mask=n < N)

@@ -1,0 +1,115 @@
+"""Gated activations: [.., 2 F] (gate | up) -> [.., F], and [.., F] -> [.., F] where nothing gates.
+
+Unusual: in bf16 the kernel rounds after each step, as the plain expression does, so the two agree bit for
+bit up to the last bit of exp and tanh.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.kernels.launch import ceil_div, has_triton, overlap, triton
+from zoo.spec import MLP, Activation
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.launch import after_previous
+
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu_clamped": 4}
+
+
+def activation(x: Tensor, act: Activation) -> Tensor:
+    """The ungated functions, in the dtype of `x`."""
+    match act:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu2":
+            return F.relu(x).square()
+    raise AssertionError(act)
+
+
+def gated_reference(h: Tensor, spec: MLP) -> Tensor:
+    """act(gate) * up of h [.., 2 F]; act(h) of h [.., F] when not `spec.gated`. No sparsity here."""
+    if not spec.gated:
+        return activation(h, spec.act)
+    gate, up = h.chunk(2, -1)
+    if spec.act == "silu_clamped":
+        assert spec.limit is not None
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * spec.alpha))
+    return activation(gate, spec.act) * up
+
+
+def gated(h: Tensor, spec: MLP) -> Tensor:
+    """`gated_reference`, as one kernel where Triton runs."""
+    if not has_triton(h) or h.dtype == torch.float64:
+        return gated_reference(h, spec)
+    f = h.shape[-1] // 2 if spec.gated else h.shape[-1]
+    h = h.contiguous()
+    out = h.new_empty(*h.shape[:-1], f)
+    rows, block = out.numel() // f, 1024
+    _gated[(rows, ceil_div(f, block))](
+        h, out, f, spec.limit or 0.0, spec.alpha,
+        ACT=ACTIVATIONS[spec.act], GATED=spec.gated, BLOCK=block, num_warps=4, **overlap(h),
+    )  # fmt: skip
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def sigmoid(x):
+        return 1.0 / (1.0 + tl.exp(-x))
+
+    @triton.jit
+    def tanh(x):
+        e = tl.exp(-2.0 * tl.abs(x))
+        t = (1.0 - e) / (1.0 + e)
+        return tl.where(x < 0, -t, t)
+
+    @triton.jit
+    def activate(gate, up, limit, alpha, ACT: tl.constexpr, GATED: tl.constexpr, DTYPE: tl.constexpr):
+        """The activation of fp32 values that hold `DTYPE` numbers; the result, in fp32, holds one too."""
+        if ACT == 4:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+            s = sigmoid((gate * alpha).to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
+            s = (gate * s).to(DTYPE).to(tl.float32)
+            y = (up + 1.0).to(DTYPE).to(tl.float32) * s
+        else:
+            if ACT == 0:
+                y = gate * sigmoid(gate)
+            elif ACT == 1:
+                y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+            elif ACT == 2:
+                y = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+            else:
+                y = tl.maximum(gate, 0.0)
+                y = y * y
+            if GATED:
+                y = y.to(DTYPE).to(tl.float32) * up
+        return y.to(DTYPE).to(tl.float32)
+
+    @triton.jit
+    def _gated(
+        h_ptr, out_ptr, F, limit, alpha,
+        ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        after_previous(OVERLAP)
+        base = h_ptr + row * (2 * F if GATED else F)
+        gate = tl.load(base + f, mask=f < F, other=0.0).to(tl.float32)
+        up = gate
+        if GATED:
+            up = tl.load(base + F + f, mask=f < F, other=0.0).to(tl.float32)
+        dtype = out_ptr.dtype.element_ty
+        y = activate(gate, up, limit, alpha, ACT, GATED, dtype)
+        tl.store(out_ptr + row * F + f, y.to(dtype), mask=f < F)

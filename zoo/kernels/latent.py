@@ -1,0 +1,91 @@
+"""Latent attention of one query in absorbed form: the per-head projections around it.
+
+Each head has its own small matrix, [nope, rank] into the latent and [V, rank] out of it, used once: what
+counts is to read each once, from many programs. (`attention.decode` is what stands between the two.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.launch import after_previous
+
+
+def into_latent_reference(q: Tensor, up: Tensor) -> Tensor:
+    """q [B, H, N], up [H, N, R] -> [B, H, R]."""
+    return torch.einsum("bhn,hnr->bhr", q, up)
+
+
+def out_of_latent_reference(y: Tensor, up: Tensor) -> Tensor:
+    """y [B, H, R], up [H, V, R] -> [B, H, V]."""
+    return torch.einsum("bhr,hvr->bhv", y, up)
+
+
+def into_latent(q: Tensor, up: Tensor) -> Tensor:
+    """`into_latent_reference`, as one kernel where Triton runs and B is small."""
+    if not _fits(q, up):
+        return into_latent_reference(q, up)
+    (b, h, n), r = q.shape, up.shape[2]
+    out = q.new_empty(b, h, r)
+    block = min(128, power_of_2(r))
+    _into[(ceil_div(r, block), h, b)](
+        q, up, out, n, r, *q.stride()[:2], *up.stride()[:2], N=power_of_2(n), BLOCK=block, num_warps=4, **overlap(q)
+    )
+    return out
+
+
+def out_of_latent(y: Tensor, up: Tensor) -> Tensor:
+    """`out_of_latent_reference`, as one kernel where Triton runs and B is small."""
+    if not _fits(y, up):
+        return out_of_latent_reference(y, up)
+    (b, h, r), v = y.shape, up.shape[1]
+    out = y.new_empty(b, h, v)
+    block = min(32, power_of_2(v))
+    _out_of[(ceil_div(v, block), h, b)](
+        y, up, out, v, r, *y.stride()[:2], *up.stride()[:2], R=power_of_2(r), BLOCK=block, num_warps=4, **overlap(y)
+    )
+    return out
+
+
+def _fits(x: Tensor, up: Tensor) -> bool:
+    unit = x.stride(-1) == up.stride(-1) == 1
+    return has_triton(x) and len(x) <= 8 and unit and x.dtype == up.dtype and x.dtype != torch.float64
+
+
+if triton is not None:
+
+    @triton.jit
+    def _into(
+        q_ptr, up_ptr, out_ptr, n_in, n_out, q_b, q_h, up_h, up_n,
+        N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        n, r = tl.arange(0, N), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = up_ptr + h * up_h + n[:, None] * up_n + r[None, :]
+        w = tl.load(at, mask=(n < n_in)[:, None] & (r < n_out)[None, :], other=0.0)
+        after_previous(OVERLAP)
+        q = tl.load(q_ptr + b * q_b + h * q_h + n, mask=n < n_in, other=0.0).to(tl.float32)
+        y = tl.sum(w.to(tl.float32) * q[:, None], 0)
+        at = out_ptr + (b * tl.num_programs(1) + h) * n_out + r
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=r < n_out)
+
+    @triton.jit
+    def _out_of(
+        y_ptr, up_ptr, out_ptr, n_out, n_in, y_b, y_h, up_h, up_v,
+        R: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        r, v = tl.arange(0, R), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = up_ptr + h * up_h + v[:, None] * up_v + r[None, :]
+        w = tl.load(at, mask=(v < n_out)[:, None] & (r < n_in)[None, :], other=0.0)
+        after_previous(OVERLAP)
+        x = tl.load(y_ptr + b * y_b + h * y_h + r, mask=r < n_in, other=0.0).to(tl.float32)
+        y = tl.sum(w.to(tl.float32) * x[None, :], 1)
+        at = out_ptr + (b * tl.num_programs(1) + h) * n_out + v
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=v < n_out)

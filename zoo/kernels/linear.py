@@ -1,0 +1,128 @@
+"""Linear maps of one row (decode), where reading the weight is all the time there is.
+
+`y = x W^T + b`, with the residual added, or with the gate's activation between gate and up, in the same
+kernel. Weights are plain, fp8 or mxfp4. Several rows go to cuBLAS.
+
+Unusual: with programmatic launch the first tile of the weight is on its way before x exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.kernels.gated import ACTIVATIONS, gated_reference
+from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.weights import FP8, MXFP4, PLAIN, Weight
+from zoo.spec import MLP
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.gated import activate
+    from zoo.kernels.weights import rows_times
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [.., K] @ weight [N, K]^T + bias, rounded; then + residual [.., N]."""
+    y = F.linear(x, weight, bias)
+    return y if residual is None else residual + y
+
+
+def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MLP) -> Tensor:
+    """x [.., K], weight [2 F, K] (gate rows | up rows) -> act(gate) * up [.., F]."""
+    return gated_reference(F.linear(x, weight, bias), spec)
+
+
+def one_row(x: Tensor, w: Weight) -> bool:
+    """Whether the kernels here serve x [.., K] and the weight: one row, on a GPU."""
+    rows = x.numel() // x.shape[-1]
+    fits = w.kind != PLAIN or (w.codes.dtype == x.dtype and w.codes.is_contiguous())
+    return rows == 1 and has_triton(x) and fits and x.dtype != torch.float64 and x.is_contiguous()
+
+
+def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """`linear_reference` of one row (see `one_row`), as one kernel. `dtype`: of the result."""
+    out = torch.empty(*x.shape[:-1], w.n, dtype=dtype or x.dtype, device=x.device)
+    rows, block, warps = tile(w.n, w)
+    _linear[(ceil_div(w.n, rows),)](
+        x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1], w.columns,
+        KIND=w.kind, HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None,
+        ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
+    )  # fmt: skip
+    return out
+
+
+def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
+    """`gated_linear_reference` of one row (see `one_row`), as one kernel."""
+    f = w.n // 2
+    out = x.new_empty(*x.shape[:-1], f)
+    rows, block, warps = tile(w.n, w, gated=True)
+    _gated_linear[(ceil_div(f, rows // 2),)](
+        x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
+        KIND=w.kind, ACT=ACTIVATIONS[spec.act], HAS_BIAS=w.bias is not None,
+        ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
+    )  # fmt: skip
+    return out
+
+
+def tile(n: int, w: Weight, gated: bool = False) -> tuple[int, int, int]:
+    """Rows and channels of one tile of a weight of which `n` rows are read, and its warps.
+
+    Small, so that the many loads in flight are spread over programs. Measured on an H100."""
+    if w.kind == MXFP4:
+        rows, block, warps = 8, 1024, 4
+    elif w.kind == FP8:
+        rows, block, warps = 4, 512, 2
+    elif gated:
+        rows, block, warps = 2, 2048, 4
+    else:
+        rows, block, warps = 4 if 2048 < n <= 8192 and w.k <= 4096 else 2, 1024, 4
+    return rows, min(block, power_of_2(w.k, w.group)), warps
+
+
+if triton is not None:
+
+    @triton.jit
+    def _linear(
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        mask = n < N
+        y = rows_times(
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, True
+        )
+        if HAS_BIAS:
+            y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(out_ptr.dtype.element_ty)
+        if HAS_RESIDUAL:
+            y = (y.to(tl.float32) + tl.load(residual_ptr + n, mask=mask, other=0.0).to(tl.float32)).to(y.dtype)
+        tl.store(out_ptr + n, y, mask=mask)
+
+    @triton.jit
+    def gate_and_up_rows(pid, F, ROWS: tl.constexpr):
+        """Rows of a [2 F, K] weight for ROWS / 2 outputs: gate and up rows in turn. (rows, mask)."""
+        r = tl.arange(0, ROWS)
+        f = pid * (ROWS // 2) + r // 2
+        return f + (r % 2) * F, f < F
+
+    @triton.jit
+    def _gated_linear(
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, columns, limit, alpha,
+        KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        n, mask = gate_and_up_rows(tl.program_id(0), F, ROWS)
+        y = rows_times(
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, True
+        )
+        if HAS_BIAS:
+            y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        dtype = out_ptr.dtype.element_ty
+        gate, up = tl.split(tl.reshape(y.to(dtype).to(tl.float32), (ROWS // 2, 2)))
+        f = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        h = activate(gate, up, limit, alpha, ACT, True, dtype)
+        tl.store(out_ptr + f, h.to(dtype), mask=f < F)

@@ -1,0 +1,142 @@
+"""RMSNorm, with the residual added before it or after it.
+
+Unusual: `Norm.scale_in` says where the weight meets the rounding. The kernel keeps that order, so in bf16 it
+differs from its twin by nothing but the order of the sum of squares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.launch import has_triton, overlap, power_of_2, triton
+from zoo.spec import Norm
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.launch import after_previous
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
+    """x / rms(x), times w or 1 + w. Same shape and dtype as x; statistics in fp32."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
+    if weight is None:
+        return y.to(x.dtype)
+    if norm.scale_in == "model":
+        return y.to(x.dtype) * _factor(weight, norm).to(x.dtype)
+    return (y * _factor(weight.float(), norm)).to(x.dtype)
+
+
+def _factor(weight: Tensor, norm: Norm) -> Tensor:
+    return 1 + weight if norm.weight == "plus_one" else weight
+
+
+def add_rms_norm_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """(x + h, rms_norm(x + h)): a residual and the norm that reads it."""
+    x = x + h
+    return x, rms_norm_reference(x, weight, norm)
+
+
+def rms_norm_add_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
+    """x + rms_norm(h): the norm of a branch's output, and the residual."""
+    return x + rms_norm_reference(h, weight, norm)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
+    """`rms_norm_reference`, as one kernel where Triton runs. x [.., D]."""
+    if not _fits(x, weight, norm):
+        return rms_norm_reference(x, weight, norm)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(x, None, weight, norm, None, out)
+    return out
+
+
+def add_rms_norm(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_reference`, as one kernel where Triton runs. x, h [.., D], contiguous."""
+    if not _fits(x, weight, norm) or not x.is_contiguous() or not h.is_contiguous():
+        return add_rms_norm_reference(x, h, weight, norm)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, h, weight, norm, total, out)
+    return total, out
+
+
+def rms_norm_add(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
+    """`rms_norm_add_reference`, as one kernel where Triton runs. x, h [.., D], contiguous."""
+    if not _fits(x, weight, norm) or not x.is_contiguous() or not h.is_contiguous():
+        return rms_norm_add_reference(x, h, weight, norm)
+    out = torch.empty_like(x)
+    _launch(h, x, weight, norm, None, out)
+    return out
+
+
+def _fits(x: Tensor, weight: Tensor | None, norm: Norm) -> bool:
+    same = weight is None or (weight.dim() == 1 and weight.dtype in (x.dtype, torch.float32))
+    return has_triton(x) and norm.kind == "rms" and x.shape[-1] <= 16384 and same and x.dtype != torch.float64
+
+
+def _launch(x: Tensor, h: Tensor | None, weight: Tensor | None, norm: Norm, total: Tensor | None, out: Tensor) -> None:
+    d = x.shape[-1]
+    if x.stride(-1) != 1 or (x.dim() > 1 and not _rows_evenly(x)):
+        x = x.contiguous()
+    block = power_of_2(d)
+    _rms_norm[(x.numel() // d,)](
+        x, h, weight, total, out, x.stride(-2) if x.dim() > 1 else d, d, norm.eps,
+        KIND=0 if weight is None else 1 if norm.scale_in == "model" else 2, PLUS_ONE=norm.weight == "plus_one",
+        BEFORE=total is not None, AFTER=h is not None and total is None,
+        BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(x),
+    )  # fmt: skip
+
+
+def _rows_evenly(x: Tensor) -> bool:
+    """Whether the rows of x [.., D] are one stride apart (true of a slice along the last axis)."""
+    stride = x.stride(-2)
+    for n in range(x.dim() - 3, -1, -1):
+        stride *= x.shape[n + 1]
+        if x.shape[n] != 1 and x.stride(n) != stride:
+            return False
+    return True
+
+
+if triton is not None:
+
+    @triton.jit
+    def normalise(y, w, KIND: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
+        """Weight and rounding of fp32 y (already divided by its rms): fp32 that holds a `DTYPE` number.
+        KIND 0: no weight; 1: rounded, then multiplied; 2: multiplied, then rounded."""
+        if KIND == 1:
+            if PLUS_ONE:
+                w = (1.0 + w).to(DTYPE).to(tl.float32)
+            y = y.to(DTYPE).to(tl.float32) * w
+        elif KIND == 2:
+            if PLUS_ONE:
+                w = 1.0 + w
+            y = y * w
+        return y.to(DTYPE).to(tl.float32)
+
+    @triton.jit
+    def _rms_norm(
+        x_ptr, h_ptr, w_ptr, total_ptr, out_ptr, stride, D, eps,
+        KIND: tl.constexpr, PLUS_ONE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+        BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        mask = d < D
+        dtype = out_ptr.dtype.element_ty
+        w = d.to(tl.float32)
+        if KIND != 0:
+            w = tl.load(w_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        after_previous(OVERLAP)
+        x = tl.load(x_ptr + row * stride + d, mask=mask, other=0.0).to(tl.float32)
+        if BEFORE:
+            x += tl.load(h_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+            x = x.to(dtype)
+            tl.store(total_ptr + row * D + d, x, mask=mask)
+            x = x.to(tl.float32)
+        y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        y = normalise(y, w, KIND, PLUS_ONE, dtype)
+        if AFTER:
+            y += tl.load(h_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * D + d, y.to(dtype), mask=mask)

@@ -1,0 +1,173 @@
+"""What stands between the q, k, v projection and attention: per-head QK norm, RoPE, and the write to the cache.
+
+Unusual: cos and sin come in the dtype they are used in. In bf16 the kernel rounds each product and the sum, as
+the plain expression does; with fp32 tables it rotates in fp32 and rounds once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.norm import rms_norm_reference
+from zoo.spec import Norm
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.launch import after_previous
+    from zoo.kernels.norm import normalise
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] channels of x [B, T, H, D] by the tables [T, .]; the others pass."""
+    dim = 2 * cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, dim/2]
+    turned, rest = x[..., :dim].to(cos.dtype), x[..., dim:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    out = out.to(x.dtype)
+    return torch.cat((out, rest), -1) if rest.shape[-1] else out
+
+
+def place_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    table: tuple[Tensor, Tensor] | None,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """Norm and rotate q [B, T, H, D] and k [B, T, K, D] (per head, if `norm`), and write k and v to the slots
+    (position + t) % C of keys [B, C, K, D] and values [B, C, K, V]. Only the last C of T tokens are written.
+    Returns the rotated q."""
+    if norm is not None:
+        q, k = rms_norm_reference(q, q_norm, norm), rms_norm_reference(k, k_norm, norm)
+    if table is not None:
+        q, k = rotate(q, *table, interleaved), rotate(k, *table, interleaved)
+    t, c = q.shape[1], keys.shape[1]
+    tokens = torch.arange(max(0, t - c), t, device=q.device)
+    slots = (position + tokens) % c
+    keys[:, slots], values[:, slots] = k[:, tokens], v[:, tokens]
+    return q
+
+
+def place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    table: tuple[Tensor, Tensor] | None,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """`place_reference` as one kernel where Triton runs. q, k and v are slices of one projection
+    [B, T, (H + K) D + K V], in that order; `position` is a tensor of one int on their device."""
+    b, t, h, d = q.shape
+    kv, dv = v.shape[2:]
+    if not place_fits(q, k, v, keys, values, norm):
+        return place_reference(q, k, v, keys, values, position, table, interleaved, q_norm, k_norm, norm)
+    out = q.new_empty(b, t, h, d)
+    cos, sin = table if table is not None else (q, q)
+    heads = 4 if t == 1 else 8
+    kind = 0 if norm is None else 1 if norm.weight == "none" else 2 if norm.scale_in == "model" else 3
+    _place[(b * t, ceil_div(h + 2 * kv, heads))](
+        q, k, v, keys, values, out, position, cos, sin, q_norm, k_norm,
+        t, h, kv, keys.shape[1], d, dv, cos.shape[-1] if table else 0, 0.0 if norm is None else norm.eps,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        KIND=kind, PLUS_ONE=norm is not None and norm.weight == "plus_one", ROPE=table is not None,
+        INTERLEAVED=interleaved, HEADS=heads, D=power_of_2(max(d, dv)), num_warps=4, **overlap(q),
+    )  # fmt: skip
+    return out
+
+
+def place_fits(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, norm: Norm | None) -> bool:
+    """Whether the kernel serves these tensors."""
+    unit = all(x.stride(-1) == 1 for x in (q, k, v, keys, values))
+    same = q.dtype == keys.dtype == values.dtype and q.dtype != torch.float64
+    return has_triton(q) and unit and same and (norm is None or norm.kind == "rms")
+
+
+if triton is not None:
+
+    @triton.jit
+    def _place(
+        q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr,
+        T, H, KV, C, d_qk, d_v, half, eps,
+        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_s, ks_h, vs_b, vs_s, vs_h,
+        KIND: tl.constexpr, PLUS_ONE: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+        HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
+        h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)  # q heads, then k heads, then v heads
+        is_q, is_k, is_v = h < H, (h >= H) & (h < H + KV), (h >= H + KV) & (h < H + 2 * KV)
+        d = tl.arange(0, D)
+        dtype = out_ptr.dtype.element_ty
+        after_previous(OVERLAP)
+        slot = (tl.load(position_ptr).to(tl.int64) + t) % C
+        kept = t + 0 * h >= T - C
+        k_at, v_at = k_b * b + k_t * t + k_h * (h - H), v_b * b + v_t * t + v_h * (h - H - KV)
+        base = tl.where(is_q, q_b * b + q_t * t + q_h * h, tl.where(is_k, k_at, v_at))
+        # three pointers, each read where its heads are: the masks are disjoint
+        qk = ((is_q | is_k)[:, None]) & (d < d_qk)[None, :]
+        at = base[:, None] + d[None, :]
+        x = tl.load(q_ptr + at, mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
+        x += tl.load(k_ptr + at, mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
+        if ROPE:
+            if INTERLEAVED:
+                mate = tl.where(d % 2 == 0, d + 1, d - 1)
+                angle = d // 2
+                first = d % 2 == 0
+            else:
+                mate = tl.where(d < half, d + half, d - half)
+                angle = tl.where(d < half, d, d - half)
+                first = d < half
+            turns = d < 2 * half
+            mate = tl.where(turns, mate, d)
+            at = base[:, None] + mate[None, :]
+            y = tl.load(q_ptr + at, mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
+            y += tl.load(k_ptr + at, mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
+        if KIND != 0:
+            r = tl.rsqrt(tl.sum(x * x, 1) / d_qk + eps)[:, None]
+            x = x * r
+            w = x
+            if KIND > 1:
+                w = tl.load(qn_ptr + d[None, :], mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
+                w += tl.load(kn_ptr + d[None, :], mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
+            x = normalise(x, w, KIND - 1, PLUS_ONE, dtype)
+            if ROPE:
+                y = y * r
+                if KIND > 1:
+                    w = tl.load(qn_ptr + mate[None, :], mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
+                    w += tl.load(kn_ptr + mate[None, :], mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
+                y = normalise(y, w, KIND - 1, PLUS_ONE, dtype)
+        if ROPE:
+            cos = tl.load(cos_ptr + t * half + angle, mask=turns, other=1.0)
+            sin = tl.load(sin_ptr + t * half + angle, mask=turns, other=0.0)
+            work = cos.dtype
+            c32, s32 = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
+            a = (x * c32).to(work).to(tl.float32)
+            o = (y * s32).to(work).to(tl.float32)
+            x = tl.where(turns[None, :], tl.where(first[None, :], a - o, a + o).to(work).to(tl.float32), x)
+        at = ((b * T + t) * H + h)[:, None] * d_qk + d[None, :]
+        tl.store(out_ptr + at, x.to(dtype), mask=is_q[:, None] & qk)
+        at = (ks_b * b + ks_s * slot + ks_h * (h - H))[:, None] + d[None, :]
+        tl.store(keys_ptr + at, x.to(dtype), mask=(is_k & kept)[:, None] & qk)
+        vm = is_v[:, None] & (d < d_v)[None, :]
+        v = tl.load(v_ptr + base[:, None] + d[None, :], mask=vm, other=0.0)
+        at = (vs_b * b + vs_s * slot + vs_h * (h - H - KV))[:, None] + d[None, :]
+        tl.store(values_ptr + at, v, mask=vm & kept[:, None])

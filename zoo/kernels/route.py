@@ -1,0 +1,133 @@
+"""Routing: from logits to the chosen experts and their weights, one program per token.
+
+Unusual: what the plain version sorts, the kernel takes as `top_k` successive maxima, the lower expert first
+among equals.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.launch import has_triton, overlap, power_of_2, triton
+from zoo.spec import Router
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.gated import sigmoid, tanh
+    from zoo.kernels.launch import after_previous
+
+
+def route_reference(logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """logits [N, E], selection bias [E] -> experts [N, top_k] and their weights in `dtype`."""
+    if spec.softcap is not None:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    if spec.over == "chosen":
+        top, experts = logits.topk(spec.top_k, -1)
+        scores = top.softmax(-1) if spec.score == "softmax" else torch.sigmoid(top.float())
+    else:
+        s = logits.softmax(-1, dtype=torch.float32) if spec.score == "softmax" else torch.sigmoid(logits.float())
+        choice = s if bias is None else s + bias.float()
+        if spec.n_groups > 1:
+            grouped = choice.unflatten(-1, (spec.n_groups, -1))  # [N, G, E / G]
+            best = grouped.topk(spec.group_top, -1).values.sum(-1)  # [N, G]
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(spec.top_groups, -1).indices, True)
+            out = -torch.inf if spec.masked_groups == "-inf" else 0.0
+            choice = grouped.masked_fill(~kept[..., None], out).flatten(-2)
+        experts = choice.topk(spec.top_k, -1).indices
+        scores = s.gather(-1, experts)
+    if spec.normalize:
+        scores = scores / (scores.sum(-1, keepdim=True) + spec.normalize_eps)
+    return experts, (scores * spec.scale).to(dtype)
+
+
+def route(logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`route_reference`, as one kernel where Triton runs (experts are then int32)."""
+    if not has_triton(logits) or logits.dtype == torch.float64:
+        return route_reference(logits, bias, spec, dtype)
+    n, e = logits.shape
+    logits = logits.contiguous()
+    experts = torch.empty(n, spec.top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(n, spec.top_k, dtype=dtype, device=logits.device)
+    _route[(n,)](
+        logits, bias, experts, weights, e, e // spec.n_groups, spec.scale, spec.normalize_eps, spec.softcap or 0.0,
+        TOP_K=spec.top_k, SOFTMAX=spec.score == "softmax", CHOSEN=spec.over == "chosen", BIAS=bias is not None,
+        GROUPS=spec.n_groups, TOP_GROUPS=spec.top_groups, GROUP_TOP=spec.group_top,
+        MASK_ZERO=spec.masked_groups == "zero", NORMALIZE=spec.normalize, SOFTCAP=spec.softcap is not None,
+        E=power_of_2(e), K=power_of_2(spec.top_k), G=power_of_2(spec.n_groups),
+        num_warps=1 if e <= 128 else 4, **overlap(logits),
+    )  # fmt: skip
+    return experts, weights
+
+
+if triton is not None:
+
+    @triton.jit
+    def _route(
+        logits_ptr, bias_ptr, experts_ptr, weights_ptr, n_experts, per_group, scale, eps, cap,
+        TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, CHOSEN: tl.constexpr, BIAS: tl.constexpr,
+        GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr,
+        MASK_ZERO: tl.constexpr, NORMALIZE: tl.constexpr, SOFTCAP: tl.constexpr,
+        E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        e = tl.arange(0, E)
+        real = e < n_experts
+        bias = e.to(tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + e, mask=real, other=0.0).to(tl.float32)
+        after_previous(OVERLAP)
+        raw = tl.load(logits_ptr + row * n_experts + e, mask=real, other=0.0)
+        logits = raw.to(tl.float32)
+        if SOFTCAP:
+            logits = (cap * tanh(logits / cap)).to(raw.dtype).to(tl.float32)
+        masked = tl.where(real, logits, float("-inf"))
+        if CHOSEN:
+            score = masked
+        elif SOFTMAX:
+            p = tl.exp(masked - tl.max(masked, 0))
+            score = p / tl.sum(p, 0)
+        else:
+            score = sigmoid(logits)
+        choice = score
+        if BIAS:
+            choice += bias
+        choice = tl.where(real, choice, float("-inf"))
+        if GROUPS > 1:
+            g = tl.arange(0, G)
+            best = tl.full([G], float("-inf"), dtype=tl.float32)
+            for i in tl.static_range(GROUPS):
+                inside = tl.where(e // per_group == i, choice, float("-inf"))
+                sum_of_best = 0.0
+                for _ in tl.static_range(GROUP_TOP):
+                    m = tl.argmax(inside, 0)
+                    sum_of_best += tl.max(inside, 0)
+                    inside = tl.where(e == m, float("-inf"), inside)
+                best = tl.where(g == i, sum_of_best, best)
+            kept = tl.zeros([E], dtype=tl.int32)
+            for _ in tl.static_range(TOP_GROUPS):
+                m = tl.argmax(best, 0)
+                kept = tl.where(e // per_group == m, 1, kept)
+                best = tl.where(g == m, float("-inf"), best)
+            out = 0.0 if MASK_ZERO else float("-inf")
+            choice = tl.where(real, tl.where(kept == 1, choice, out), float("-inf"))
+        k = tl.arange(0, K)
+        chosen = tl.zeros([K], dtype=tl.int32)
+        weight = tl.full([K], float("-inf") if CHOSEN else 0.0, dtype=tl.float32)
+        for i in tl.static_range(TOP_K):
+            m = tl.argmax(choice, 0)
+            chosen = tl.where(k == i, m, chosen)
+            weight = tl.where(k == i, tl.sum(tl.where(e == m, score, 0.0), 0), weight)
+            choice = tl.where(e == m, float("-inf"), choice)
+        if CHOSEN:
+            if SOFTMAX:
+                p = tl.exp(weight - tl.max(weight, 0))
+                weight = (p / tl.sum(p, 0)).to(raw.dtype).to(tl.float32)
+            else:
+                weight = tl.where(k < TOP_K, sigmoid(weight), 0.0)
+        if NORMALIZE:
+            weight = weight / (tl.sum(weight, 0) + eps)
+        weight = weight * scale
+        tl.store(experts_ptr + row * TOP_K + k, chosen, mask=k < TOP_K)
+        tl.store(weights_ptr + row * TOP_K + k, weight.to(weights_ptr.dtype.element_ty), mask=k < TOP_K)

@@ -1,0 +1,203 @@
+"""A weight as kernels read it: plain, fp8 with scales, or mxfp4, one matrix or one per expert.
+
+Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
+partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
+of x first, as a weight expanded beforehand would be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.launch import triton
+from zoo.quant.schemes import block_size
+
+if triton is not None:
+    import triton.language as tl
+
+    from zoo.kernels.launch import after_previous
+
+PLAIN, FP8, MXFP4 = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes) and for quantised ones `scale` [E, R, C] and
+    `rows` [N] int32, the row of `scale` that a row of the weight uses. `bias` [E, N]. A lone matrix has E = 1."""
+
+    codes: Tensor
+    n: int
+    k: int
+    kind: int = PLAIN
+    scale: Tensor | None = None
+    rows: Tensor | None = None
+    columns: int = 0  # how many columns share a scale
+    bias: Tensor | None = None
+
+    @property
+    def n_scales(self) -> tuple[int, int]:
+        return (0, 0) if self.scale is None else (self.scale.shape[-2], self.scale.shape[-1])
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Codes, scales, scale rows (where there are none, the codes stand in) and bias: kernel arguments."""
+        scale = self.codes if self.scale is None else self.scale
+        return self.codes, scale, self.codes if self.rows is None else self.rows, self.bias
+
+    @property
+    def group(self) -> int:
+        """Columns per scale, in the tile."""
+        return 32 if self.kind == MXFP4 else 128
+
+
+def plain(weight: Tensor, bias: Tensor | None = None) -> Weight:
+    """A weight [N, K] or [E, N, K] that is what it is."""
+    return Weight(weight, weight.shape[-2], weight.shape[-1], bias=bias)
+
+
+def quantised(
+    scheme: str, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None = None
+) -> Weight | None:
+    """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`)."""
+    codes, scale = components["weight"], components["scale"]
+    if not codes.is_contiguous() or not scale.is_contiguous():
+        return None
+    n = sum(parts)
+    if scheme == "mxfp4":
+        k = codes.shape[-2] * 32
+        scale = scale.view(torch.uint8)
+        return Weight(codes, n, k, MXFP4, scale, None, 32, bias)
+    if not scheme.startswith(("fp8-block", "fp8-channel")) or scale.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    k = codes.shape[-1]
+    rows, columns = block_size(scheme)
+    columns = columns or k
+    if columns % 128 and columns < k:
+        return None
+    index, first = [], 0
+    for part in parts:
+        index.append(first + torch.arange(part) // rows)
+        first += -(-part // rows)
+    table = torch.cat(index).to(torch.int32).to(codes.device)
+    return Weight(codes, n, k, FP8, scale, table, columns, bias)
+
+
+if triton is not None:
+
+    @triton.jit
+    def fp4(code):
+        """An e2m1 code in the low four bits -> fp32, times 2^-14 (its bits are a half's, see `fp4_scale`)."""
+        bits = ((code & 7).to(tl.uint16) << 9) | ((code & 8).to(tl.uint16) << 12)
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def fp4_scale(s):
+        """2^(s - 127) * 2^14 of an e8m0 exponent s."""
+        return (s.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 16384.0
+
+    @triton.jit
+    def rows_times(
+        x_ptr, w_ptr, s_ptr, rows_ptr, n, n_mask, K, s_columns, columns,
+        KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, WAIT: tl.constexpr,
+    ):  # fmt: skip
+        """W[n, :] . x for the rows n [ROWS] of a row-major W with K columns: fp32 [ROWS].
+        `WAIT`: x is not there yet; the first tile of W is fetched before waiting for it."""
+        n = n.to(tl.int64)
+        if KIND == 0:
+            k = tl.arange(0, BLOCK)
+            at = w_ptr + n[:, None] * K + k[None, :]
+            w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
+            if WAIT:
+                after_previous(OVERLAP)
+            total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+            for start in range(0, K, BLOCK):
+                x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+                ahead = start + BLOCK
+                w_next = tl.load(at + ahead, mask=n_mask[:, None] & (ahead + k < K)[None, :], other=0.0)
+                total += w.to(tl.float32) * x[None, :]
+                w = w_next
+            return tl.sum(total, 1)
+        elif KIND == 1:
+            G: tl.constexpr = BLOCK // 128
+            g, i = tl.arange(0, G), tl.arange(0, 128)
+            k = g[:, None] * 128 + i[None, :]
+            at = w_ptr + n[:, None, None] * K + k[None, :, :]
+            w = tl.load(at, mask=n_mask[:, None, None] & (k < K)[None, :, :], other=0.0)
+            row = tl.load(rows_ptr + n, mask=n_mask, other=0).to(tl.int64) * s_columns
+            if WAIT:
+                after_previous(OVERLAP)
+            total = tl.zeros([ROWS, G, 128], dtype=tl.float32)
+            for start in range(0, K, BLOCK):
+                x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+                first = start + g * 128
+                s_at = s_ptr + row[:, None] + (first // columns)[None, :]
+                s = tl.load(s_at, mask=n_mask[:, None] & (first < K)[None, :], other=0.0).to(tl.float32)
+                ahead = start + BLOCK
+                w_next = tl.load(at + ahead, mask=n_mask[:, None, None] & (ahead + k < K)[None, :, :], other=0.0)
+                total += w.to(tl.float32) * s[:, :, None] * x[None, :, :]
+                w = w_next
+            return tl.sum(tl.sum(total, 2), 1)
+        else:
+            # Words of eight codes; two of them at a time, four apart, become a pair of halves.
+            G: tl.constexpr = BLOCK // 32
+            g, i = tl.arange(0, G), tl.arange(0, 4)
+            word = g[:, None] * 4 + i[None, :]
+            words = s_columns * 4  # K / 8, and plainly a multiple of 16 bytes
+            at = w_ptr.to(tl.pointer_type(tl.uint32)) + n[:, None, None] * words + word[None, :, :]
+            w = tl.load(at, mask=n_mask[:, None, None] & (word < words)[None, :, :], other=0)
+            s_at = s_ptr + n[:, None] * s_columns + g[None, :]
+            s = tl.load(s_at, mask=n_mask[:, None] & (g < s_columns)[None, :], other=0)
+            if WAIT:
+                after_previous(OVERLAP)
+            total = tl.zeros([ROWS, G], dtype=tl.float32)
+            for start in range(0, words, BLOCK // 8):
+                ahead = start + BLOCK // 8
+                w_next = tl.load(at + ahead, mask=n_mask[:, None, None] & (ahead + word < words)[None, :, :], other=0)
+                g_next = ahead // 4 + g
+                s_next = tl.load(s_at + ahead // 4, mask=n_mask[:, None] & (g_next < s_columns)[None, :], other=0)
+                part = tl.zeros([ROWS, G, 4], dtype=tl.float32)
+                for c in tl.static_range(4):
+                    if c < 3:
+                        pair = (w << (9 - 4 * c)) & 0x0E000E00
+                    else:
+                        pair = (w >> 3) & 0x0E000E00
+                    pair = pair | ((w << (12 - 4 * c)) & 0x80008000)
+                    low = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                    high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                    x_at = x_ptr + 8 * (start + word) + c
+                    inside = start + word < words
+                    part += low * tl.load(x_at, mask=inside, other=0.0).to(tl.float32)[None, :, :]
+                    part += high * tl.load(x_at + 4, mask=inside, other=0.0).to(tl.float32)[None, :, :]
+                total += tl.sum(part, 2) * fp4_scale(s)
+                w, s = w_next, s_next
+            return tl.sum(total, 1)
+
+    @triton.jit
+    def weight_tile(
+        w_ptr, s_ptr, rows_ptr, n, n_mask, start, K, s_columns, columns,
+        KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        """W[n, start : start + BLOCK_K] in `DTYPE`, [BLOCK_N, BLOCK_K]."""
+        n = n.to(tl.int64)
+        if KIND == 2:
+            g, i = tl.arange(0, BLOCK_K // 32), tl.arange(0, 16)
+            byte = start // 2 + g[:, None] * 16 + i[None, :]
+            at = w_ptr + n[:, None, None] * (K // 2) + byte[None, :, :]
+            w = tl.load(at, mask=n_mask[:, None, None] & (byte < K // 2)[None, :, :], other=0)
+            group = start // 32 + g
+            s_at = s_ptr + n[:, None] * s_columns + group[None, :]
+            s = fp4_scale(tl.load(s_at, mask=n_mask[:, None] & (group < s_columns)[None, :], other=0))[:, :, None]
+            pair = tl.join((fp4(w) * s).to(DTYPE), (fp4(w >> 4) * s).to(DTYPE))
+            return tl.reshape(pair, (BLOCK_N, BLOCK_K))
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            at = w_ptr + n[:, None] * K + k[None, :]
+            w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
+            if KIND == 1:
+                row = tl.load(rows_ptr + n, mask=n_mask, other=0).to(tl.int64)
+                s = tl.load(s_ptr + row * s_columns + start // columns, mask=n_mask, other=0.0).to(tl.float32)
+                w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
+            return w
