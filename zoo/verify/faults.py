@@ -4,8 +4,8 @@ A verifier that misses one of these is broken. Each fault acts on a `Subject` (a
 tensors) in memory, at one site: a tensor (mistakes in weights), or all layers it concerns (mistakes in the
 Spec). Where it applies follows from Spec and layout alone; no family is known by name.
 
-The same catalogue read backwards suggests causes: if ours with fault X injected agrees with upstream, then
-ours as it is lacks X (`zoo.verify.diagnose`). So most faults are their own inverse, or have one here.
+The same catalogue read backwards suggests causes: if ours with mistake X undone agrees with upstream, then X
+was the mistake (`zoo.verify.diagnose`). Many undo themselves when made again; others have their `undo` here.
 
 Left out on purpose are mistakes that cannot show: whole experts permuted together with their router rows,
 a RoPE order changed in q and k where nothing is rotated, a softmax over all experts against one over the
@@ -65,6 +65,7 @@ class Fault:
     kind: Literal["weights", "spec"]
     sites: Sites
     apply: Apply
+    undo: Apply | None = None  # what repairs it; None: nothing can, or nobody knows the right value
 
     def applies(self, spec: Spec) -> bool:
         return bool(self.sites(spec))
@@ -78,9 +79,11 @@ class Fault:
 CATALOGUE: dict[str, Fault] = {}
 
 
-def _add(name: str, what: str, kind: Literal["weights", "spec"], sites: Sites, apply: Apply) -> None:
+def _add(
+    name: str, what: str, kind: Literal["weights", "spec"], sites: Sites, apply: Apply, undo: Apply | Literal["again"] | None = None
+) -> None:
     assert name not in CATALOGUE
-    CATALOGUE[name] = Fault(name, what, kind, sites, apply)
+    CATALOGUE[name] = Fault(name, what, kind, sites, apply, apply if undo == "again" else undo)
 
 
 def applicable(spec: Spec, quant: Mapping[str, str] | None = None) -> list[Fault]:
@@ -218,6 +221,10 @@ def _transposed(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
     return t.transpose(-1, -2).reshape(t.shape)
 
 
+def _untransposed(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
+    return t.reshape(*t.shape[:-2], t.shape[-1], t.shape[-2]).transpose(-1, -2)
+
+
 def _zero_row(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
     t = t.clone()
     t[..., t.shape[-2] // 2, :] = 0
@@ -244,6 +251,10 @@ def _roll(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
     return t.roll(1, 0)
 
 
+def _roll_back(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
+    return t.roll(-1, 0)
+
+
 def _is_dense(spec: Spec, slot: Slot) -> bool:
     return len(slot.shape) == 2
 
@@ -257,17 +268,17 @@ def _head_slots(spec: Spec) -> list[str]:
 
 _QKV = "attn.qkv.weight"
 _add("q_k_swapped", "q and k exchanged in the fused matrix", "weights",
-     _slots(_QKV, lambda _s, t: len(t.parts) == 3 and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots(_QKV, lambda _s, t: len(t.parts) == 3 and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("k_v_swapped", "k and v exchanged in the fused matrix", "weights",
-     _slots(_QKV, lambda _s, t: len(t.parts) >= 3 and t.parts[-2] == t.parts[-1]), _edit(_swap_parts(-2, -1)))  # fmt: skip
+     _slots(_QKV, lambda _s, t: len(t.parts) >= 3 and t.parts[-2] == t.parts[-1]), _edit(_swap_parts(-2, -1)), "again")  # fmt: skip
 _add("q_gate_swapped", "query and output gate exchanged", "weights",
-     _slots(_QKV, lambda s, t: bool(_mixer(s, t).gate) and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots(_QKV, lambda s, t: bool(_mixer(s, t).gate) and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("rope_rows_interleaved", "rows of q and k in interleaved RoPE order", "weights",
-     _slots(_QKV, _rotated), _q_and_k(_interleave))  # fmt: skip
+     _slots(_QKV, _rotated), _q_and_k(_interleave), _q_and_k(_deinterleave))  # fmt: skip
 _add("rope_rows_deinterleaved", "rows of q and k put in half order although they were", "weights",
-     _slots(_QKV, _rotated), _q_and_k(_deinterleave))  # fmt: skip
+     _slots(_QKV, _rotated), _q_and_k(_deinterleave), _q_and_k(_interleave))  # fmt: skip
 _add("rope_rows_of_k_only", "rows of k alone in interleaved RoPE order", "weights",
-     _slots(_QKV, lambda s, t: _rotated(s, t) and _mixer(s, t).kv_from is None), _q_and_k(_interleave, q=False))  # fmt: skip
+     _slots(_QKV, lambda s, t: _rotated(s, t) and _mixer(s, t).kv_from is None), _q_and_k(_interleave, q=False), _q_and_k(_deinterleave, q=False))  # fmt: skip
 
 
 def _grouped(spec: Spec, slot: Slot) -> bool:
@@ -279,8 +290,12 @@ def _tile(t: Tensor, m: Any) -> Tensor:
     return t.unflatten(0, (m.n_kv_heads, m.n_heads // m.n_kv_heads, -1)).transpose(0, 1).reshape(t.shape)
 
 
+def _untile(t: Tensor, m: Any) -> Tensor:
+    return t.unflatten(0, (m.n_heads // m.n_kv_heads, m.n_kv_heads, -1)).transpose(0, 1).reshape(t.shape)
+
+
 _add("kv_heads_tiled", "key heads tiled over query heads (0 1 0 1) instead of repeated (0 0 1 1)", "weights",
-     _slots(_QKV, _grouped), _edit(_part(0, _tile)))  # fmt: skip
+     _slots(_QKV, _grouped), _edit(_part(0, _tile)), _edit(_part(0, _untile)))  # fmt: skip
 
 
 def _two_heads(t: Tensor, m: Any) -> Tensor:
@@ -289,9 +304,9 @@ def _two_heads(t: Tensor, m: Any) -> Tensor:
 
 
 _add("two_heads_swapped", "first and last query head exchanged", "weights",
-     _slots(_QKV, lambda s, t: _mixer(s, t).n_heads > 1), _edit(_part(0, _two_heads)))  # fmt: skip
+     _slots(_QKV, lambda s, t: _mixer(s, t).n_heads > 1), _edit(_part(0, _two_heads)), "again")  # fmt: skip
 _add("shards_out_of_order", "tensor-parallel shards joined in the wrong order", "weights",
-     _slots("attn.out.weight", lambda _s, t: t.shape[1] % 2 == 0), _edit(lambda t, _s, _t: torch.cat(t.chunk(2, 1)[::-1], 1)))  # fmt: skip
+     _slots("attn.out.weight", lambda _s, t: t.shape[1] % 2 == 0), _edit(lambda t, _s, _t: torch.cat(t.chunk(2, 1)[::-1], 1)), "again")  # fmt: skip
 _add("sinks_zeroed", "attention sinks left at 0", "weights", _slots("attn.sinks"), _edit(_zeros))
 
 
@@ -308,7 +323,7 @@ def _swap_qk_norm(s: Subject, site: str) -> Subject:
 
 
 _add("q_norm_k_norm_swapped", "q_norm and k_norm exchanged", "weights",
-     _slots("attn.k_norm.weight", _norms_do_not_commute), _swap_qk_norm)  # fmt: skip
+     _slots("attn.k_norm.weight", _norms_do_not_commute), _swap_qk_norm, "again")  # fmt: skip
 
 # Latent attention
 
@@ -333,17 +348,35 @@ def _kv_not_per_head(t: Tensor, spec: Spec, slot: Slot) -> Tensor:
     return torch.cat([rows[:, : m.nope_dim].flatten(0, 1), rows[:, m.nope_dim :].flatten(0, 1)])
 
 
-def _rope_part_interleaved(s: Subject, site: str) -> Subject:
-    """Query rows only: with the one rotary key it would cancel where the rotation takes pairs alike."""
-    m = _mixer(s.spec, site)
-    t = s.tensors[site].clone()
-    rows = t.view(m.n_heads, m.nope_dim + m.rope_dim, -1)
-    r = rows[:, m.nope_dim :]
-    rows[:, m.nope_dim :] = r.unflatten(1, (2, -1)).transpose(1, 2).reshape(r.shape)
-    kv = site.rsplit("attn.", 1)[0] + "attn.kv_down.weight"
-    k = s.tensors[kv].clone()
-    k[m.kv_rank :] = _interleave(k[m.kv_rank :].contiguous(), 1)
-    return s.put({site: t, kv: k})
+def _q_rope_last(t: Tensor, spec: Spec, slot: Slot) -> Tensor:
+    m = _mixer(spec, slot)
+    return t.unflatten(0, (m.n_heads, m.nope_dim + m.rope_dim)).roll(-m.rope_dim, 1).reshape(t.shape)
+
+
+def _kv_value_last(t: Tensor, spec: Spec, slot: Slot) -> Tensor:
+    m = _mixer(spec, slot)
+    return t.unflatten(0, (m.n_heads, m.nope_dim + m.v_head_dim)).roll(-m.v_head_dim, 1).reshape(t.shape)
+
+
+def _kv_per_head(t: Tensor, spec: Spec, slot: Slot) -> Tensor:
+    m = _mixer(spec, slot)
+    k, v = t.split([m.n_heads * m.nope_dim, m.n_heads * m.v_head_dim])
+    return torch.cat([k.unflatten(0, (m.n_heads, -1)), v.unflatten(0, (m.n_heads, -1))], 1).flatten(0, 1)
+
+
+def _rope_parts(order: Callable[[Tensor, int], Tensor]) -> Apply:
+    """The rotary rows of q (of each head) and of the one key all heads share."""
+
+    def apply(s: Subject, site: str) -> Subject:
+        m = _mixer(s.spec, site)
+        rows = s.tensors[site].unflatten(0, (m.n_heads, m.nope_dim + m.rope_dim))  # [H, nope + rope, in]
+        nope, rope = rows.split([m.nope_dim, m.rope_dim], 1)
+        rope = order(rope.flatten(0, 1), m.n_heads).view_as(rope)
+        kv = site.rsplit("attn.", 1)[0] + "attn.kv_down.weight"
+        latent, key = s.tensors[kv].split([m.kv_rank, m.rope_dim])
+        return s.put({site: torch.cat([nope, rope], 1).flatten(0, 1), kv: torch.cat([latent, order(key, 1)])})
+
+    return apply
 
 
 def _latent_q(when: Callable[[Spec, Slot], bool]) -> Sites:
@@ -354,14 +387,14 @@ def _latent_q(when: Callable[[Spec, Slot], bool]) -> Sites:
     return sites
 
 
-_add("latent_q_rope_first", "rotary channels of q before the others", "weights", _latent_q(_latent), _edit(_q_rope_first))
+_add("latent_q_rope_first", "rotary channels of q before the others", "weights", _latent_q(_latent), _edit(_q_rope_first), _edit(_q_rope_last))
 _add("latent_v_before_k", "values before keys in each head of kv_up", "weights",
-     _slots("attn.kv_up.weight"), _edit(_kv_value_first))  # fmt: skip
+     _slots("attn.kv_up.weight"), _edit(_kv_value_first), _edit(_kv_value_last))  # fmt: skip
 _add("latent_kv_not_per_head", "kv_up read as all keys, then all values", "weights",
-     _slots("attn.kv_up.weight", lambda s, t: _mixer(s, t).n_heads > 1), _edit(_kv_not_per_head))  # fmt: skip
+     _slots("attn.kv_up.weight", lambda s, t: _mixer(s, t).n_heads > 1), _edit(_kv_not_per_head), _edit(_kv_per_head))  # fmt: skip
 _add("latent_rope_interleaved", "rotary channels of q and k in the other RoPE order", "weights",
      _latent_q(lambda s, t: _latent(s, t) and _mixer(s, t).rope is not None and _mixer(s, t).rope_dim > 2),
-     _rope_part_interleaved)  # fmt: skip
+     _rope_parts(_interleave), _rope_parts(_deinterleave))  # fmt: skip
 _add("indexer_weights_zeroed", "the sparse indexer's head weights lost", "weights",
      _slots("attn.indexer.head_weights.weight"), _edit(_zeros))  # fmt: skip
 
@@ -369,11 +402,11 @@ _add("indexer_weights_zeroed", "the sparse indexer's head weights lost", "weight
 
 _GATED = "gate_up.weight"
 _add("gate_up_swapped", "gate and up exchanged", "weights",
-     _slots("mlp." + _GATED), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots("mlp." + _GATED), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("expert_gate_up_swapped", "gate and up of the experts exchanged", "weights",
-     _slots("moe." + _GATED), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots("moe." + _GATED), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("shared_gate_up_swapped", "gate and up of the shared expert exchanged", "weights",
-     _slots("moe.shared." + _GATED), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots("moe.shared." + _GATED), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 
 
 def _interleaved_gate(t: Tensor, _spec: Spec, slot: Slot) -> Tensor:
@@ -381,8 +414,13 @@ def _interleaved_gate(t: Tensor, _spec: Spec, slot: Slot) -> Tensor:
     return t.unflatten(axis, (2, -1)).transpose(axis, axis + 1).reshape(t.shape)
 
 
+def _deinterleaved_gate(t: Tensor, _spec: Spec, slot: Slot) -> Tensor:
+    axis = int(slot.stacked)
+    return t.unflatten(axis, (-1, 2)).transpose(axis, axis + 1).reshape(t.shape)
+
+
 _add("gate_up_interleaved", "gate and up rows alternating instead of one after the other", "weights",
-     lambda spec: _slots("mlp." + _GATED)(spec) or _slots("moe." + _GATED)(spec), _edit(_interleaved_gate))  # fmt: skip
+     lambda spec: _slots("mlp." + _GATED)(spec) or _slots("moe." + _GATED)(spec), _edit(_interleaved_gate), _edit(_deinterleaved_gate))  # fmt: skip
 
 
 def _first_and_last(s: Subject, site: str) -> Subject:
@@ -401,8 +439,8 @@ def _roll_experts(s: Subject, site: str) -> Subject:
 
 
 _EXPERTS = _slots("moe.down.weight", lambda _s, t: t.shape[0] > 1)
-_add("expert_misplaced", "two experts exchanged", "weights", _EXPERTS, _first_and_last)
-_add("experts_off_by_one", "down matrices of the experts shifted by one expert", "weights", _EXPERTS, _roll_experts)
+_add("expert_misplaced", "two experts exchanged", "weights", _EXPERTS, _first_and_last, "again")
+_add("experts_off_by_one", "down matrices of the experts shifted by one expert", "weights", _EXPERTS, _roll_experts, _edit(_roll_back))
 
 
 def _zero_expert(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
@@ -412,7 +450,7 @@ def _zero_expert(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
 
 
 _add("expert_missing", "one expert never filled", "weights", _EXPERTS, _edit(_zero_expert))
-_add("router_rows_shifted", "rows of the router shifted by one expert", "weights", _slots("moe.router.weight"), _edit(_roll))
+_add("router_rows_shifted", "rows of the router shifted by one expert", "weights", _slots("moe.router.weight"), _edit(_roll), _edit(_roll_back))
 _add("selection_bias_lost", "selection bias left at 0", "weights", _slots("moe.router.selection_bias"), _edit(_zeros))
 _add("router_bias_lost", "router bias left at 0", "weights", _slots("moe.router.bias"), _edit(_zeros))
 _add("shared_expert_lost", "shared expert left out", "weights", _slots("moe.shared.down.weight"), _edit(_zeros))
@@ -422,7 +460,7 @@ _add("shared_gate_lost", "gate of the shared expert left at 0", "weights", _slot
 
 _add("matrix_transposed", "a matrix read as [in, out]", "weights",
      lambda spec: [s.name for s in layout(spec).values() if s.layer is not None and len(s.shape) == 2
-                   and min(s.shape) > 1 and s.name.endswith((".out.weight", ".down.weight"))], _edit(_transposed))  # fmt: skip
+                   and min(s.shape) > 1 and s.name.endswith((".out.weight", ".down.weight"))], _edit(_transposed), _edit(_untransposed))  # fmt: skip
 _add("row_zeroed", "one row lost", "weights",
      lambda spec: [s.name for s in layout(spec).values() if s.layer is not None and _is_dense(spec, s)
                    and s.name.endswith((".out.weight", ".down.weight"))], _edit(_zero_row))  # fmt: skip
@@ -433,10 +471,10 @@ _add("bf16_truncated", "fp32 cut to bf16 instead of rounded", "weights",
      lambda spec: [s.name for s in layout(spec).values() if s.layer is not None and _is_dense(spec, s)
                    and s.name.endswith((".out.weight", ".down.weight"))], _edit(_truncate))  # fmt: skip
 _add("layer_duplicated", "a layer's weights used for the next layer too", "weights", _pairs_of_layers, _layer_pair(False))
-_add("layers_swapped", "two layers exchanged", "weights", _pairs_of_layers, _layer_pair(True))
-_add("embedding_off_by_one", "rows of the embedding shifted by one id", "weights", _slots("embed.weight"), _edit(_roll))
-_add("head_off_by_one", "rows of the head shifted by one id", "weights", _slots("head.weight"), _edit(_roll))
-_add("positions_off_by_one", "rows of the position table shifted by one", "weights", _slots("positions.weight"), _edit(_roll))
+_add("layers_swapped", "two layers exchanged", "weights", _pairs_of_layers, _layer_pair(True), "again")
+_add("embedding_off_by_one", "rows of the embedding shifted by one id", "weights", _slots("embed.weight"), _edit(_roll), _edit(_roll_back))
+_add("head_off_by_one", "rows of the head shifted by one id", "weights", _slots("head.weight"), _edit(_roll), _edit(_roll_back))
+_add("positions_off_by_one", "rows of the position table shifted by one", "weights", _slots("positions.weight"), _edit(_roll), _edit(_roll_back))
 _add("bias_lost", "a bias left at 0", "weights",
      lambda spec: [s.name for s in layout(spec).values() if s.layer is not None and not s.stacked
                    and s.name.endswith((".qkv.bias", ".out.bias", ".down.bias", ".up.bias", ".gate_up.bias"))], _edit(_zeros))  # fmt: skip
@@ -475,13 +513,13 @@ _add("norm_stale", "a norm's weight left at its initial value", "weights", _laye
 _add("final_norm_stale", "the final norm's weight left at its initial value", "weights",
      lambda spec: ["norm.weight"] if "norm.weight" in layout(spec) else [], _edit(_initial))  # fmt: skip
 _add("norms_swapped", "the norms before attention and feed-forward exchanged", "weights",
-     _slots(".attn_norm.weight", _has_pair(("attn_norm", "ffn_norm"))), _swap_norms)  # fmt: skip
+     _slots(".attn_norm.weight", _has_pair(("attn_norm", "ffn_norm"))), _swap_norms, "again")  # fmt: skip
 _add("post_norms_swapped", "the norms after attention and feed-forward exchanged", "weights",
-     _slots(".attn_post_norm.weight", _has_pair(("attn_post_norm", "ffn_post_norm"))), _swap_post_norms)  # fmt: skip
+     _slots(".attn_post_norm.weight", _has_pair(("attn_post_norm", "ffn_post_norm"))), _swap_post_norms, "again")  # fmt: skip
 _add("pre_post_norms_swapped", "the norms before and after attention exchanged", "weights",
      _slots(".attn_post_norm.weight", _has_pair(("attn_post_norm", "attn_norm"))),
      lambda s, site: s.put({site: s.tensors[site.replace("post_norm", "norm")],
-                            site.replace("post_norm", "norm"): s.tensors[site]}))  # fmt: skip
+                            site.replace("post_norm", "norm"): s.tensors[site]}), "again")  # fmt: skip
 
 
 def _stale_head(s: Subject, _site: str) -> Subject:
@@ -498,32 +536,32 @@ _add("head_tied", "the embedding used as head although the head is its own", "sp
 # Linear mixers
 
 _add("conv_reversed", "the causal convolution's taps in reverse order", "weights",
-     _slots("conv.weight", lambda _s, t: t.shape[-1] > 1), _edit(lambda t, _s, _t: t.flip(-1)))  # fmt: skip
+     _slots("conv.weight", lambda _s, t: t.shape[-1] > 1), _edit(lambda t, _s, _t: t.flip(-1)), "again")  # fmt: skip
 _add("conv_bias_lost", "the convolution's bias left at 0", "weights", _slots("conv.bias"), _edit(_zeros))
-_add("decay_not_log", "A_log stored as A", "weights", _slots(".A_log"), _edit(lambda t, _s, _t: t.float().exp().to(t.dtype)))
+_add("decay_not_log", "A_log stored as A", "weights", _slots(".A_log"), _edit(lambda t, _s, _t: t.float().exp().to(t.dtype)), _edit(lambda t, _s, _t: t.float().log().to(t.dtype)))
 _add("dt_bias_lost", "dt_bias left at 0", "weights", _slots(".dt_bias"), _edit(_zeros))
 _add("skip_lost", "the state-space skip D left at 0", "weights", _slots("mamba.D"), _edit(_zeros))
 _add("delta_v_z_swapped", "value and output gate of the delta rule exchanged", "weights",
-     _slots("delta.qkvz.weight"), _edit(_swap_parts(2, 3)))  # fmt: skip
+     _slots("delta.qkvz.weight"), _edit(_swap_parts(2, 3)), "again")  # fmt: skip
 _add("delta_q_k_swapped", "query and key of the delta rule exchanged", "weights",
-     lambda spec: _slots("delta.qkvz.weight")(spec) + _slots("delta.qkv.weight")(spec), _edit(_swap_parts(0, 1)))  # fmt: skip
+     lambda spec: _slots("delta.qkvz.weight")(spec) + _slots("delta.qkv.weight")(spec), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("delta_beta_decay_swapped", "beta and decay inputs of the delta rule exchanged", "weights",
-     _slots("delta.ba.weight"), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots("delta.ba.weight"), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("mamba_z_x_swapped", "gate and input of the state space exchanged", "weights",
-     _slots("mamba.in_proj.weight"), _edit(_swap_parts(0, 1)))  # fmt: skip
+     _slots("mamba.in_proj.weight"), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 _add("mamba_b_c_swapped", "B and C of the state space exchanged", "weights",
-     _slots("mamba.in_proj.weight"), _edit(_swap_parts(2, 3)))  # fmt: skip
+     _slots("mamba.in_proj.weight"), _edit(_swap_parts(2, 3)), "again")  # fmt: skip
 
 # Streams and per-layer inputs
 
 _add("stream_coefficients_transposed", "prediction coefficients of the streams transposed", "weights",
      _slots("altup.predict.weight"),
-     _edit(lambda t, _s, _t: t.unflatten(0, (t.shape[1], t.shape[1])).transpose(0, 1).reshape(t.shape)))  # fmt: skip
+     _edit(lambda t, _s, _t: t.unflatten(0, (t.shape[1], t.shape[1])).transpose(0, 1).reshape(t.shape)), "again")  # fmt: skip
 _add("streams_swapped", "projections to the streams in another order", "weights",
-     _slots("altup.expand.weight", lambda _s, t: t.shape[0] > 1), _edit(lambda t, _s, _t: t.flip(0)))  # fmt: skip
+     _slots("altup.expand.weight", lambda _s, t: t.shape[0] > 1), _edit(lambda t, _s, _t: t.flip(0)), "again")  # fmt: skip
 _add("low_rank_residual_lost", "the low-rank residual left out", "weights", _slots("laurel.up.weight"), _edit(_zeros))
 _add("per_layer_embedding_off_by_one", "per-layer embeddings shifted by one id", "weights",
-     _slots("per_layer.embed.weight"), _edit(_roll))  # fmt: skip
+     _slots("per_layer.embed.weight"), _edit(_roll), _edit(_roll_back))  # fmt: skip
 
 # Quantised tensors: sites are found among the subject's own tensors
 
@@ -573,18 +611,23 @@ def _map(spec: Spec, change: Callable[[Any], Any]) -> Spec:
     return done
 
 
-def _spec(name: str, what: str, kinds: type | tuple[type, ...], wrong: Callable[[Any], Any]) -> None:
+def _spec(
+    name: str, what: str, kinds: type | tuple[type, ...], wrong: Callable[[Any], Any], undo: Callable[[Any], Any] | None = None
+) -> None:
     """A mistake in every part of the Spec of this kind: `wrong(part)` gives the part as mistaken, or the
     same part where the mistake can't be made. Applies where it changes the Spec and fits the same layout."""
 
-    def mistaken(spec: Spec) -> Spec:
-        return _map(spec, lambda x: wrong(x) if isinstance(x, kinds) else x)
+    def everywhere(spec: Spec, change: Callable[[Any], Any]) -> Spec:
+        return _map(spec, lambda x: change(x) if isinstance(x, kinds) else x)
 
     def sites(spec: Spec) -> list[str]:
-        new = mistaken(spec)
+        new = everywhere(spec, wrong)
         return ["spec"] if new != spec and set(layout(new)) <= set(layout(spec)) else []
 
-    _add(name, what, "spec", sites, lambda s, _site: s.with_spec(mistaken(s.spec)))
+    def repair(s: Subject, _site: str) -> Subject:
+        return s.with_spec(everywhere(s.spec, undo or wrong))
+
+    _add(name, what, "spec", sites, lambda s, _site: s.with_spec(everywhere(s.spec, wrong)), repair)
 
 
 def _swap_value(x: Any, field: str, a: Any, b: Any) -> Any:
@@ -670,14 +713,17 @@ _whole("nope_shifted", "the pattern of layers without RoPE off by one", _shift((
 # Masks
 
 _spec("window_plus_one", "the window one key wider", Attention,
-      lambda a: replace(a, window=a.window + 1) if a.window else a)  # fmt: skip
+      lambda a: replace(a, window=a.window + 1) if a.window else a,
+      lambda a: replace(a, window=a.window - 1) if a.window else a)  # fmt: skip
 _spec("window_minus_one", "the window one key narrower", Attention,
-      lambda a: replace(a, window=a.window - 1) if a.window and a.window > 1 else a)  # fmt: skip
+      lambda a: replace(a, window=a.window - 1) if a.window and a.window > 1 else a,
+      lambda a: replace(a, window=a.window + 1) if a.window else a)  # fmt: skip
 _spec("window_ignored", "no window", Attention, lambda a: replace(a, window=None))
 _whole("window_shifted", "the pattern of windowed layers off by one", _shift(("window",)),
        lambda s: len({a.window for a in _attentions(s)}) > 1)  # fmt: skip
 _spec("chunk_ignored", "no chunks", Attention, lambda a: replace(a, chunk=None))
-_spec("chunk_plus_one", "chunks one key longer", Attention, lambda a: replace(a, chunk=a.chunk + 1) if a.chunk else a)
+_spec("chunk_plus_one", "chunks one key longer", Attention, lambda a: replace(a, chunk=a.chunk + 1) if a.chunk else a,
+      lambda a: replace(a, chunk=a.chunk - 1) if a.chunk else a)  # fmt: skip
 _spec("chunk_as_window", "chunks taken for a sliding window", Attention,
       lambda a: replace(a, chunk=None, window=a.chunk) if a.chunk else a)  # fmt: skip
 _spec("indexer_top_k", "one key fewer chosen by the indexer", LatentAttention,
@@ -688,7 +734,7 @@ _spec("indexer_ignored", "all keys seen instead of the indexer's choice", Latent
 # Attention scores
 
 _spec("attention_scale", "another scale of attention scores", (Attention, LatentAttention),
-      lambda a: replace(a, scale=a.scale * 1.05))  # fmt: skip
+      lambda a: replace(a, scale=a.scale * 1.05), lambda a: replace(a, scale=a.scale / 1.05))  # fmt: skip
 _spec("sinks_dropped", "attention sinks left out", Attention, lambda a: replace(a, sinks=False))
 _spec("attention_softcap_dropped", "no soft cap on attention scores", Attention, lambda a: replace(a, softcap=None))
 _spec("query_scale_dropped", "queries not scaled by position", (Attention, LatentAttention),
@@ -722,10 +768,11 @@ def _other_act(m: MLP) -> MLP:
 # Routing
 
 _spec("top_k_minus_one", "one expert fewer per token", Router,
-      lambda r: replace(r, top_k=r.top_k - 1) if r.top_k > 1 else r)  # fmt: skip
+      lambda r: replace(r, top_k=r.top_k - 1) if r.top_k > 1 else r, lambda r: replace(r, top_k=r.top_k + 1))  # fmt: skip
 _spec("top_k_plus_one", "one expert more per token", MoE,
       lambda m: replace(m, router=replace(m.router, top_k=m.router.top_k + 1))
-      if m.router.top_k < m.n_experts // m.router.n_groups * m.router.top_groups else m)  # fmt: skip
+      if m.router.top_k < m.n_experts // m.router.n_groups * m.router.top_groups else m,
+      lambda m: replace(m, router=replace(m.router, top_k=m.router.top_k - 1)))  # fmt: skip
 _spec("routing_not_normalised", "routing weights not (or wrongly) divided by their sum", Router,
       lambda r: replace(r, normalize=not r.normalize) if r.top_k > 1 and r.over == "all" else r)  # fmt: skip
 _spec("routed_scale_dropped", "routed output not scaled", Router, lambda r: replace(r, scale=1.0))

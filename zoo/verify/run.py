@@ -285,7 +285,8 @@ def _numeric_levels(
         say("looking for the cause")
         from zoo.verify import diagnose
 
-        cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, search=not stream)
+        expected = None if other.checkpoint is None else plan_of(folder, other.checkpoint).spec
+        cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, expected, search=not stream)
     return asked, measured
 
 

@@ -1,0 +1,333 @@
+"""When it fails: where it departs first, in which part, and what single mistake would explain it.
+
+The part is found by giving each part of our layer the input that upstream's own part had, so that no error
+is inherited. The cause is found by running the catalogue of faults in reverse: a wrong layer with one more
+fault injected that agrees with upstream names its mistake, because most mistakes are undone by being made
+again. Only the departing layer is run, on upstream's input to it: the search costs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.formats.canonical import Canonical
+from zoo.spec import Attention, LatentAttention, Norm, Rope, Spec
+from zoo.verify import tolerance
+from zoo.verify.compare import Measured, rows
+from zoo.verify.faults import CATALOGUE, Fault, Subject, _map
+from zoo.verify.inputs import Batch, Inputs
+from zoo.verify.metrics import relative_error
+from zoo.verify.oracle import DTYPES, Oracle
+from zoo.verify.ours import build, subject_of
+from zoo.verify.selftest import Recorded
+
+EMBEDDING, HEAD = "the embedding", "the final norm or the head"
+KINDS = (
+    ("norm", ("norm", "ln_")),
+    ("attention", ("attn", "attention", "mixer", "mamba", "delta")),
+    ("feed-forward", ("mlp", "moe", "ffn", "feed_forward")),
+)
+
+
+def diagnose(
+    folder: Canonical,
+    oracle: Oracle,
+    asked: Inputs,
+    measured: Measured,
+    dtype: str,
+    expected: Spec | None = None,
+    search: bool = True,
+) -> dict[str, Any]:
+    """Where ours departs first, and what would explain it; ready for the certificate. `expected`: the Spec that
+    the source's config gives."""
+    first = next(
+        (i for i, tokens in enumerate(measured.layers)
+         if tokens and not tolerance.representative(dtype, tokens) <= tolerance.layer_bound(dtype, i, measured.spread).value),
+        None,
+    )  # fmt: skip
+    shown = any(measured.layers)
+    out: dict[str, Any] = {"layer": first, "part": None, "where": _where(first, shown), "suggestions": []}
+    if shown and measured.oracle_layers != folder.spec.n_layers:
+        out["where"] = f"ours has {folder.spec.n_layers} layers, the oracle {measured.oracle_layers}"
+    if expected is not None and expected != folder.spec:
+        out["suggestions"] = spec_differences(folder.spec, expected)
+    if not search or not shown:
+        return out
+    one = Inputs(asked.batches[:1], asked.limits, asked.not_crossed, asked.tokenizer)
+    recorded = Recorded.of(oracle, one, measured.spread)
+    clean = subject_of(folder, DTYPES[dtype])
+    probe = Probe(recorded, dtype, first, folder.spec.n_layers)
+    if first == 0 and probe.departs_before(clean, oracle):
+        out |= {"part": "embedding", "where": EMBEDDING}
+    elif first is not None:
+        part = probe.part(clean, oracle)
+        if part is not None:
+            out |= {"part": part, "where": f"layer {first}, {part}"}
+    out["suggestions"] += observations(clean, first)
+    before = probe.error(clean)
+    found = []
+    for name, what, site, subject in hypotheses(clean, first):
+        after = probe.error(subject)
+        if after <= probe.bound or after < before / 50:
+            found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
+            out["suggestions"].append(f"consistent with {what}" + (f" ({site})" if site != "spec" else ""))
+    out["hypotheses"] = sorted(found, key=lambda f: float(f["error"]))[:8]
+    out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
+    if not out["suggestions"]:
+        out["suggestions"] = ["no single mistake of the catalogue explains it"]
+    return out
+
+
+def spec_differences(mine: Spec, expected: Spec) -> list[str]:
+    """Where zoo.json's Spec is not the one the source's config gives."""
+
+    def flat(x: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(x, dict):
+            for k, v in x.items():
+                yield from flat(v, f"{at}.{k}" if at else k)
+        elif isinstance(x, list) and len(x) < 200:
+            for n, v in enumerate(x):
+                yield from flat(v, f"{at}[{n}]")
+        else:
+            yield at, x
+
+    a, b = dict(flat(mine.to_dict())), dict(flat(expected.to_dict()))
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    return [f"zoo.json says {k} is {a.get(k)!r}, the source's config {b.get(k)!r}" for k in keys[:4]]
+
+
+def observations(subject: Subject, layer: int | None) -> list[str]:
+    """What is odd about the tensors themselves: constant, with empty rows, not numbers, the same as elsewhere."""
+    mine = f"layers.{layer}." if layer is not None else "layers."
+    out = []
+    for name, t in subject.tensors.items():
+        if name.startswith("layers.") if layer is None else not name.startswith((mine, "embed.") if layer == 0 else mine):
+            continue
+        if not t.is_floating_point() or t.numel() < 2:
+            continue
+        x = t.float()
+        if not bool(x.isfinite().all()):
+            out.append(f"{name} holds numbers that are not finite")
+        elif bool((x == x.flatten()[0]).all()):
+            out.append(f"{name} is {float(x.flatten()[0]):g} throughout: was it ever filled?")
+        elif x.ndim > 1 and (empty := int((x == 0).all(-1).sum())) and not name.startswith("embed."):
+            out.append(f"{name} has {empty} rows of zeros")
+        elif layer is not None and x.ndim > 1:
+            same = [n for n, u in subject.tensors.items() if n != name and n.endswith(name.removeprefix(mine))
+                    and n.startswith("layers.") and u.shape == t.shape and torch.equal(u, t)]  # fmt: skip
+            out += [f"{name} is the same as {n}" for n in same[:1]]
+    return out[:4]
+
+
+def _where(first: int | None, shown: bool) -> str:
+    if first is not None:
+        return f"layer {first}"
+    return HEAD if shown else "unknown: the oracle shows no hidden states"
+
+
+@dataclass
+class Probe:
+    """Runs only what departs: layer `first` on upstream's input to it, or norm and head on upstream's last state."""
+
+    recorded: Recorded
+    dtype: str
+    first: int | None
+    n_layers: int
+
+    @property
+    def batch(self) -> Batch:
+        return self.recorded.inputs.batches[0]
+
+    @property
+    def bound(self) -> float:
+        layer = self.n_layers - 1 if self.first is None else self.first
+        return tolerance.layer_bound(self.dtype, layer, self.recorded.spread).value
+
+    def error(self, subject: Subject) -> float:
+        """The relative error of what comes out, for a representative token; infinite if it can't be run."""
+        try:
+            with torch.inference_mode():
+                return self._error(build(subject))
+        except Exception:
+            return float("inf")
+
+    def _error(self, model: Any) -> float:
+        ids = self.batch.ids
+        x, ctx = model.start(ids)
+        last = (self.n_layers if self.first is None else self.first) - 1
+        if last >= 0:
+            x = self.recorded.states[0, last].to(x.dtype)
+        if self.first is None:
+            mine, theirs = model.finish(x, ctx), self.recorded.logits[0]
+        else:
+            layer = model.layers[self.first]
+            for earlier in self._feeding(model):  # keys and values that this layer reuses
+                y = self.recorded.states[0, earlier - 1].to(x.dtype) if earlier else model.start(ids)[0]
+                model.layers[earlier](y, ctx)
+            mine, theirs = layer(x, ctx), self.recorded.states[0, self.first]
+        d = mine.shape[-1]
+        a, b = rows(mine, self.batch, d), rows(theirs, self.batch, d)
+        if a is None or b is None or a.shape != b.shape:
+            return float("inf")
+        return tolerance.representative(self.dtype, relative_error(a, b).tolist())
+
+    def _feeding(self, model: Any) -> list[int]:
+        assert self.first is not None
+        source = getattr(model.spec.layers[self.first].mixer, "kv_from", None)
+        return [] if source is None else [source]
+
+    def departs_before(self, subject: Subject, oracle: Oracle) -> bool:
+        """Whether the first layer's input is wrong already."""
+        layers = getattr(oracle, "layers", None)
+        if layers is None:
+            return False
+        seen: list[Tensor] = []
+        handle = layers[0].register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        try:
+            oracle.run(self.batch.ids, self.batch.lengths)
+            with torch.inference_mode():
+                x, _ = build(subject).start(self.batch.ids)
+        except Exception:
+            return False
+        finally:
+            handle.remove()
+        d = x.shape[-1]
+        a, b = rows(x, self.batch, d), rows(seen[0], self.batch, d)
+        return a is not None and b is not None and a.shape == b.shape and float(relative_error(a, b).max()) > self.bound
+
+    def part(self, subject: Subject, oracle: Oracle) -> str | None:
+        """Which part of the departing layer is wrong, each given upstream's own input; None if that can't be told."""
+        layers = getattr(oracle, "layers", None)
+        if layers is None or self.first is None:
+            return None
+        theirs = calls(layers[self.first], lambda: oracle.run(self.batch.ids, self.batch.lengths))
+        model = build(subject)
+        with torch.inference_mode():
+            x, ctx = model.start(self.batch.ids)
+            layer = model.layers[self.first]
+            if self.first > 0:
+                x = self.recorded.states[0, self.first - 1].to(x.dtype)
+            for earlier in self._feeding(model):
+                y = self.recorded.states[0, earlier - 1].to(x.dtype) if earlier else x
+                model.layers[earlier](y, ctx)
+            ours = calls(layer, lambda: layer(x, ctx))
+            if [c.kind for c in ours] != [c.kind for c in theirs]:
+                mine, others = ", ".join(c.kind for c in ours), ", ".join(c.kind for c in theirs)
+                return f"its parts run in another order ({mine}; upstream: {others})" if len(ours) != len(theirs) else None
+            for own, other in zip(ours, theirs, strict=True):
+                if own.input.shape != other.input.shape:
+                    continue
+                made = own.run(other.input.to(x.dtype))
+                if made.shape == other.output.shape and _far(made, other.output, self.batch, self.bound):
+                    return own.kind if own.kind != "norm" else f"norm ({own.name})"
+        return "how its parts are put together (residuals, placement of norms)"
+
+
+def _far(a: Tensor, b: Tensor, batch: Batch, bound: float) -> bool:
+    if a.ndim == 3 and a.shape[:2] == batch.ids.shape:
+        a, b = a[batch.mask], b[batch.mask]
+    return float(relative_error(a.flatten(0, -2), b.flatten(0, -2)).quantile(0.9)) > bound
+
+
+@dataclass
+class Call:
+    """One part of a layer as it was run."""
+
+    name: str
+    kind: str
+    input: Tensor
+    output: Tensor
+    run: Callable[[Tensor], Tensor]
+
+
+def calls(layer: nn.Module, forward: Callable[[], Any]) -> list[Call]:
+    """The direct parts of `layer` that one `forward` runs, in order, with what went in and out."""
+    seen: list[Call] = []
+    handles = []
+
+    def hook(name: str, kind: str) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+            y = out[0] if isinstance(out, tuple) else out
+            if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+                return
+
+            def again(new: Tensor) -> Tensor:
+                z = module(new, *args[1:], **kwargs)
+                return z[0] if isinstance(z, tuple) else z
+
+            seen.append(Call(name, kind, x, y, again))
+
+        return call
+
+    for name, child in layer.named_children():
+        kind = next((k for k, words in KINDS if any(w in name.lower() for w in words)), None)
+        if kind is not None and not isinstance(child, nn.Identity):
+            handles.append(child.register_forward_hook(hook(name, kind), with_kwargs=True))
+    try:
+        forward()
+    finally:
+        for h in handles:
+            h.remove()
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------
+# Single mistakes, made again
+
+THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
+EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4)
+GLOBAL = ("embed.", "head.", "norm.", "positions.")
+
+
+def hypotheses(subject: Subject, layer: int | None) -> Iterator[tuple[str, str, str, Subject]]:
+    """(name, what it would mean, site, subject with that mistake undone) of everything that could be wrong in
+    `layer`, or (None) in the ends."""
+    for fault in CATALOGUE.values():
+        if fault.undo is None:
+            continue
+        for site in _sites(fault, subject, layer):
+            try:
+                yield fault.name, fault.what, site, fault.undo(subject, site)
+            except Exception:  # this site does not take it
+                continue
+    if layer is None:
+        return
+    mixer = subject.spec.layers[layer].mixer
+    for theta in THETAS:
+        yield "rope_theta", f"a RoPE theta other than {theta:g}", "spec", _with(subject, lambda r, t=theta: replace(r, theta=t), Rope)
+    for eps in EPSILONS:
+        yield "norm_eps", f"an eps other than {eps:g} in the norms", "spec", _with(subject, lambda n, e=eps: replace(n, eps=e), Norm)
+    if isinstance(mixer, Attention | LatentAttention):
+        width = mixer.head_dim if isinstance(mixer, Attention) else mixer.nope_dim + mixer.rope_dim
+        for why, scale in {
+            f"head_dim^-0.5, head_dim {width}": width**-0.5,
+            "(d_model / n_heads)^-0.5": (subject.spec.d_model / mixer.n_heads) ** -0.5,
+            "1": 1.0,
+        }.items():
+            kind = type(mixer)
+            yield "attention_scale", f"an attention scale other than {why}", "spec", _with(
+                subject, lambda a, s=scale: replace(a, scale=s), kind
+            )
+
+
+def _with(subject: Subject, change: Callable[[Any], Any], kind: type) -> Subject:
+    return subject.with_spec(_map(subject.spec, lambda x: change(x) if isinstance(x, kind) else x))
+
+
+def _sites(fault: Fault, subject: Subject, layer: int | None) -> list[str]:
+    sites = list(fault.sites(subject.spec))
+    if fault.kind == "spec":
+        return ["spec"]
+    if layer is None:
+        return [s for s in sites if s.startswith(GLOBAL)]
+    here = [s for s in sites if s.startswith(f"layers.{layer}.") or str(layer) in s.split()]
+    return here + ([s for s in sites if s.startswith(("embed.", "positions."))] if layer == 0 else [])
+
