@@ -147,7 +147,7 @@ def test_a_pull_is_the_conversion_of_the_release_with_its_provenance(
     assert path == tmp_path / "canon" and hashes(path) == expected
     origin = canonical.read(path).source["origin"]
     assert origin["repo"] == REPO and origin["commit"] == server.repos[REPO].refs["main"]
-    shard = origin["files"]["model-00001-of-00006.safetensors" if False else sorted(f for f in origin["files"] if "-of-" in f)[0]]
+    shard = next(about for file, about in origin["files"].items() if "-of-" in file)
     assert len(shard["sha256"]) == 64 and shard["size"] > 0
 
 
@@ -160,7 +160,7 @@ def test_the_cache_is_left_as_other_tools_expect_it(server: HubServer, tmp_path:
 
 
 def test_what_another_tool_has_fetched_is_not_fetched_again(server: HubServer, release: Path, tmp_path: Path) -> None:
-    snapshot_download(REPO)
+    snapshot_download(REPO, allow_patterns=["*.safetensors", "*.json"])
     server.forget()
     zoo.pull(REPO, tmp_path / "canon")
     assert not [r for r in server.requests("*.safetensors", "GET", "cdn") if r.range and not r.range.startswith("bytes=0-")]
@@ -218,7 +218,7 @@ def test_plan_and_dry_run_say_what_would_happen_and_fetch_headers_only(
 ) -> None:
     weights = sum(p.stat().st_size for p in release.glob("*.safetensors"))
     found = pulling.preview(REPO, tmp_path / "canon")
-    assert found.fetch >= weights and found.there == 0 and found.write > 0
+    assert found.fetch >= weights > 10_000 > found.there and found.write > 0  # config and index are there now
     code, out, err = run(server, tmp_path / "home2", "pull", REPO, "--dry-run")
     assert code == 0, err
     assert "org/tiny, main = commit" in out and "family     llama" in out
@@ -231,11 +231,11 @@ def test_a_disk_too_small_is_refused_before_weights_are_fetched(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     for how in ({}, {"stream": True}, {"layers": [0]}):
-        with pytest.raises(ZooError, match=r"the disk has 1\.00 kB free; nothing was fetched"):
+        with pytest.raises(ZooError, match=r"the disk has 10\.00 kB free; nothing was fetched"):
             zoo.pull(REPO, tmp_path / "canon", **how)
-    assert not (Path(constants.HF_HUB_CACHE) / "models--org--tiny/blobs").glob("*.incomplete") or True
+    assert not list(Path(constants.HF_HOME).rglob("*.incomplete"))
     assert not (tmp_path / "canon").exists() and not (tmp_path / "canon.partial").exists()
 
 
@@ -260,9 +260,10 @@ def test_layers_fetch_only_their_bytes_and_the_result_says_that_it_is_partial(
         there = full.tensors[name]
         ours = part.path(ref).read_bytes()[ref.offset : ref.offset + ref.nbytes]
         assert ours == full.path(there).read_bytes()[there.offset : there.offset + there.nbytes]
-    wanted = sum(t.nbytes for t in part.tensors.values())
-    headers = 2 * sum(hub.read_safetensors_header(s := hub.resolve(REPO), f.path)[1] for f in s.files if f.path.endswith(".safetensors"))
-    assert server.body_bytes("*.safetensors") <= wanted + headers + sum(p.stat().st_size for p in release.glob("*.safetensors"))
+    read = sum(t.nbytes for t in part.tensors.values())
+    spy = Spy()
+    zoo.pull(REPO, tmp_path / "again", layers=[1], progress=spy)
+    assert read < spy.total - read < read + 40_000  # the ranges, their headers, and what is written of them
     assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == ["part"]
 
 
