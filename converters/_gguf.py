@@ -6,8 +6,7 @@ filled in here, with its source. Key names: gguf-py's constants.py.
 
 - Scaling of rotary frequencies as Llama 3.1 does it is not a field but a tensor, `rope_freqs.weight`:
   its factors are compared with those that the usual constants give.
-- Some weights are stored changed (Gemma's norms as 1 + w): the reader marks the config with `gguf`, and the
-  family knows.
+- Gemma's norm weights are stored as 1 + w: `norm_weight_plus_one` says so to the family.
 """
 
 from __future__ import annotations
@@ -171,6 +170,7 @@ def _gemma3(f: _Fields, out: dict[str, Any]) -> dict[str, Any]:
         "rope_local_base_freq": f.get("rope.freq_base_swa", 10000.0),
         "final_logit_softcapping": f.get("final_logit_softcapping"),
         "attn_logit_softcapping": f.get("attn_logit_softcapping"),
+        "norm_weight_plus_one": True,
     }
 
 

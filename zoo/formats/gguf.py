@@ -75,7 +75,7 @@ def open(path: Path) -> Checkpoint:
         )
     where = str(root / names[0])
     tables = {n: _read_table(root, tensors[n]) for n in _gguf.CONSTANTS if n in tensors}
-    config = {**_gguf.config(metadata, tensors, tables, where), "gguf": metadata.get("general.name", True)}
+    config = _gguf.config(metadata, tensors, tables, where)
     synthesised = {"config.json": _json(config), "generation_config.json": _json(_generation(metadata))}
     tokenizer, notes = gguf_tokenizer.files(metadata, where)
     return Checkpoint(
