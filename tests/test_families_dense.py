@@ -18,7 +18,7 @@ import tiny
 import torch
 from assemble import assemble
 from safetensors.torch import load_file, save_file
-from test_manifests import CONFIGS, COUNTS, expand, rounds_to
+from test_manifests import CONFIGS, COUNTS, TENSORS, expand, rounds_to
 
 from zoo import families, manifest
 from zoo.errors import ZooError
@@ -131,7 +131,7 @@ def test_the_rules_account_for_every_tensor_of_the_release(stem: str) -> None:
 )
 def test_the_rules_account_for_the_tensors_listed_in_the_releases_own_files(listed: str, stem: str) -> None:
     config = read(stem)
-    patterns = json.loads((CONFIGS / f"{listed}.tensors.json").read_text(encoding="utf-8"))["patterns"]
+    patterns = json.loads((TENSORS / f"{listed}.tensors.json").read_text(encoding="utf-8"))["patterns"]
     names = {name: kind for pattern, kind in patterns.items() for name in expand(pattern)}
     spec = families.spec_of(config)
     if all(names.values()):
@@ -144,7 +144,7 @@ def test_the_rules_account_for_the_tensors_listed_in_the_releases_own_files(list
 def test_grok_2_is_put_together_from_its_eight_ranks() -> None:
     """Experts once per rank, cut by rows (w1, w3) and columns (w2); everything else whole."""
     config = read("grok-2")
-    patterns = json.loads((CONFIGS / "grok-2.tensors.json").read_text(encoding="utf-8"))["patterns"]
+    patterns = json.loads((TENSORS / "grok-2.tensors.json").read_text(encoding="utf-8"))["patterns"]
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for pattern, (dtype, shape) in patterns.items():
         for name in expand(pattern):

@@ -19,7 +19,7 @@ import torch
 from assemble import assemble, view
 from safetensors.torch import load_file, save_file
 from test_families_dense import account, family_of, read, refs, saved
-from test_manifests import CONFIGS, COUNTS, expand, rounds_to
+from test_manifests import CONFIGS, COUNTS, TENSORS, expand, rounds_to
 
 from zoo import families, manifest
 from zoo.errors import ZooError
@@ -134,7 +134,7 @@ def test_the_rules_account_for_every_tensor_of_the_release(stem: str) -> None:
 )
 def test_the_rules_account_for_the_tensors_listed_in_the_releases_own_files(listed: str, stem: str) -> None:
     config = read(stem)
-    patterns = json.loads((CONFIGS / f"{listed}.tensors.json").read_text(encoding="utf-8"))["patterns"]
+    patterns = json.loads((TENSORS / f"{listed}.tensors.json").read_text(encoding="utf-8"))["patterns"]
     tensors = {name: (kind[0], tuple(kind[1])) for p, kind in patterns.items() for name in expand(p)}
     m = account(config, refs(tensors))
     n = families.spec_of(config).n_layers
@@ -148,7 +148,7 @@ def test_the_rules_account_for_the_tensors_listed_in_the_releases_own_files(list
 def test_mistral_large_3_is_accounted_for_in_mistrals_own_names() -> None:
     params = json.loads((CONFIGS / "mistral-large-3-675b.params.json").read_text(encoding="utf-8"))
     config = read("mistral-large-3-675b") | {"quantization_config": params["quantization_config"]}
-    listed = json.loads((CONFIGS / "mistral-large-3-675b.tensors.json").read_text(encoding="utf-8"))
+    listed = json.loads((TENSORS / "mistral-large-3-675b.tensors.json").read_text(encoding="utf-8"))
     tensors = tiny.released_tensors(params, quantised=True)
     assert set(tensors) == {name for pattern in listed["patterns"] for name in expand(pattern)}
     vision = {

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import tiny
 import torch
 import vendor
+from test_manifests import CONFIGS
 from tiny.variant import llama3
 
 from zoo import families
@@ -112,7 +113,7 @@ RELEASES = {
 def test_released_params_give_the_released_config(release: str) -> None:
     from converters import _params
 
-    data = json.loads((Path(__file__).parent / f"data/configs/{release}.config.json").read_text())
+    data = json.loads((CONFIGS / f"{release}.config.json").read_text())
     params = RELEASES[release] | {
         "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True,
     }  # fmt: skip
@@ -128,7 +129,7 @@ def test_llama4_scouts_params_give_the_released_config() -> None:
     from converters import _params
 
     data = json.loads(
-        (Path(__file__).parent / "data/configs/llama4-scout-17b-16e-instruct.config.json").read_text()
+        (CONFIGS / "llama4-scout-17b-16e-instruct.config.json").read_text()
     )
     params = {
         "dim": 5120, "n_layers": 48, "n_heads": 40, "n_kv_heads": 8, "vocab_size": 202048, "multiple_of": 2048,

@@ -13,6 +13,7 @@ import tiny
 import torch
 import vendor
 from safetensors.torch import load_file, save_file
+from test_manifests import CONFIGS
 
 from zoo import families
 from zoo.errors import ZooError
@@ -84,8 +85,8 @@ def dequantised_hf(hf: Path, own: Path, dst: Path) -> Path:
 def test_large3s_released_params_give_its_architecture() -> None:
     from converters import _params
 
-    params = json.loads((Path(__file__).parent / "data/configs/mistral-large-3-675b.params.json").read_text())
-    data = json.loads((Path(__file__).parent / "data/configs/mistral-large-3-675b.config.json").read_text())
+    params = json.loads((CONFIGS / "mistral-large-3-675b.params.json").read_text())
+    data = json.loads((CONFIGS / "mistral-large-3-675b.config.json").read_text())
     ours = families.spec_of(_params.mistral(params, "params.json"))
     theirs = families.spec_of(data)
     assert replace(ours, dtype=None, context_length=0) == replace(theirs, dtype=None, context_length=0)

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+import manifests
 from zoo import manifest
 from zoo.errors import ZooError
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(manifests.__path__[0]) / "configs"
+TENSORS = Path(__file__).parent / "data" / "tensors"
 SOURCES: dict[str, Any] = tomllib.loads((CONFIGS / "sources.toml").read_text(encoding="utf-8"))
-COUNTS: dict[str, Any] = json.loads((CONFIGS / "counts.json").read_text(encoding="utf-8"))
+COUNTS: dict[str, Any] = json.loads((TENSORS / "counts.json").read_text(encoding="utf-8"))
 ALL = manifest.load_all()
 NAMES = [m.name for m in ALL]
 FAMILIES = """
@@ -153,6 +155,14 @@ def test_every_config_has_its_source_and_every_source_its_config() -> None:
         assert stem.endswith(".params") or stem in COUNTS
 
 
+def test_a_release_is_given_the_config_that_sources_name_for_it() -> None:
+    for m in ALL:
+        stems = configs_of(m.name)
+        assert (m.config is None) == (not stems), m.name
+        if stems:
+            assert m.config == json.loads((CONFIGS / f"{stems[-1]}.config.json").read_text(encoding="utf-8")), m.name
+
+
 def expand(name: str) -> Iterator[str]:
     """`a.{0-2,5}.b` stands for a.0.b, a.1.b, a.2.b, a.5.b."""
     match = re.search(r"\{([^}]*)\}", name)
@@ -165,7 +175,7 @@ def expand(name: str) -> Iterator[str]:
             yield from expand(name[: match.start()] + str(i) + name[match.end() :])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.tensors.json")), ids=lambda p: p.name[:-13])
+@pytest.mark.parametrize("path", sorted(TENSORS.glob("*.tensors.json")), ids=lambda p: p.name[:-13])
 def test_tensor_lists_expand_to_their_totals(path: Path) -> None:
     listed = json.loads(path.read_text(encoding="utf-8"))
     bits = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I32": 4}
