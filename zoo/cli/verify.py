@@ -38,9 +38,18 @@ def command(
         return
     from zoo.verify import verify
 
-    progress = None if as_json else lambda text: note(f"  {text} ...") if click.get_text_stream("stderr").isatty() else None
+    progress = (
+        None if as_json else lambda text: note(f"  {text} ...") if click.get_text_stream("stderr").isatty() else None
+    )
     cert = verify(
-        canon, against, level=level, dtype=dtype, stream=stream, max_length=max_length, self_test=self_test, progress=progress
+        canon,
+        against,
+        level=level,
+        dtype=dtype,
+        stream=stream,
+        max_length=max_length,
+        self_test=self_test,
+        progress=progress,
     )
     if as_json:
         emit(cert.to_json())

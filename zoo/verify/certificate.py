@@ -135,7 +135,7 @@ class Certificate:
         return next((x for x in self.levels if x.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
-        return _clean({
+        out: dict[str, Any] = _clean({
             "schema": SCHEMA,
             "verdict": self.verdict,
             "created": self.created,
@@ -153,6 +153,7 @@ class Certificate:
             "versions": self.versions,
             "machine": machine(),
         })  # fmt: skip
+        return out
 
     def write(self, folder: Path) -> Path:
         """Write `parity.json` into the canonical folder, whole or not at all."""

@@ -35,7 +35,20 @@ class Sketch:
         self.directions = torch.randn(d, k, generator=generator) / k**0.5  # [D, k]
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, k]
-        return x.float() @ self.directions
+        out: Tensor = x.float() @ self.directions
+        return out
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A recorded hidden state: the real positions' projections [N, k] on `directions` [D, k]."""
+
+    values: Tensor
+    directions: Tensor
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """The same projections of our state [N, D]; None where D is another."""
+        return x.float() @ self.directions if x.shape[-1] == len(self.directions) else None
 
 
 class Kept:
@@ -102,7 +115,7 @@ def _joined(a: LogitMetrics, b: LogitMetrics) -> LogitMetrics:
     return out
 
 
-OnLayer = Callable[[int, int, Tensor], None]  # batch, layer, state
+OnLayer = Callable[[int, int, Tensor | Sketched], None]  # batch, layer, state
 OnLogits = Callable[[int, Tensor], None]
 
 
@@ -155,6 +168,47 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - since
 
 
+class SpreadMeter:
+    """How far an oracle is from itself: its second way is run first and kept; then it listens to the first."""
+
+    def __init__(self, oracle: Oracle, inputs: Inputs, d: int, dtype: str, on_disk: bool = False) -> None:
+        self.batches, self.d, self.dtype = inputs.batches, d, dtype
+        self.layers: dict[int, list[float]] = {}
+        self.logits = LogitMetrics()
+        self._sketches: dict[tuple[int, int], Tensor] = {}
+        self._second = Kept(on_disk)
+        self._sketch: dict[int, Sketch] = {}
+        with oracle.second_way() as self.ways:
+            if self.ways is not None:
+                drive(oracle, self.batches, self._keep, lambda b, x: self._second.put(b, x[self.batches[b].mask]))
+
+    def _keep(self, b: int, i: int, x: Tensor | Sketched) -> None:
+        if isinstance(x, Tensor) and (r := rows(x, self.batches[b], self.d)) is not None:
+            self._sketches[b, i] = self.sketched(r)
+
+    def sketched(self, x: Tensor) -> Tensor:
+        if x.shape[-1] not in self._sketch:
+            self._sketch[x.shape[-1]] = Sketch(x.shape[-1])
+        return self._sketch[x.shape[-1]](x)
+
+    def on_layer(self, b: int, i: int, x: Tensor) -> None:
+        """`x` [N, D]: the first way's state."""
+        if (b, i) in self._sketches:
+            self.layers.setdefault(i, []).extend(relative_error(self._sketches.pop((b, i)), self.sketched(x)).tolist())
+
+    def second_logits(self, b: int) -> Tensor | None:
+        return self._second.pop(b) if self.ways is not None else None
+
+    def noise(self) -> list[float]:
+        """Per layer, the spread of a representative token, as far as has been seen."""
+        n = max(self.layers, default=-1) + 1
+        return [representative(self.dtype, self.layers.get(i, [])) for i in range(n)]
+
+    def result(self) -> Spread:
+        self._second.close()
+        return Spread() if self.ways is None else Spread.of(self.ways, self.logits, self.noise())
+
+
 def measure(
     oracle: Oracle, ours: Ours, inputs: Inputs, dtype: str, spread: Spread | None = None, on_disk: bool = False
 ) -> Measured:
@@ -163,40 +217,24 @@ def measure(
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
     out = Measured([[] for _ in range(n_layers)])
     clock = Clock()
-    sketches: dict[tuple[int, int], Tensor] = {}
-    second = Kept(on_disk)
-    sketch: dict[int, Sketch] = {}
-
-    def sketched(x: Tensor) -> Tensor:
-        if x.shape[-1] not in sketch:
-            sketch[x.shape[-1]] = Sketch(x.shape[-1])
-        return sketch[x.shape[-1]](x)
-
-    ways: tuple[str, str] | None = None
+    meter = None
     if spread is None:
+        with clock("oracle, second way"):
+            meter = SpreadMeter(oracle, inputs, d, dtype, on_disk)
 
-        def keep(b: int, i: int, x: Tensor) -> None:
-            if (r := rows(x, batches[b], d)) is not None:
-                sketches[b, i] = sketched(r)
-
-        with oracle.second_way() as ways:
-            if ways is not None:
-                with clock("oracle, second way"):
-                    drive(oracle, batches, keep, lambda b, x: second.put(b, x[batches[b].mask]))
-    upstream_layers: list[list[float]] = [[] for _ in range(n_layers)]
-    upstream_logits = LogitMetrics()
-
-    def on_layer(b: int, i: int, x: Tensor) -> None:
+    def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
         out.oracle_layers = max(out.oracle_layers, i + 1)
         with clock("ours"):
             if b not in ours.state:
                 ours.begin(b, batches[b].ids)
             mine = ours.layer(b, i) if i < n_layers else None
         with clock("metrics"):
-            theirs = rows(x, batches[b], d)
             own = rows(mine, batches[b], d) if mine is not None else None
-            if theirs is not None and (b, i) in sketches and i < n_layers:
-                upstream_layers[i] += relative_error(sketches.pop((b, i)), sketched(theirs)).tolist()
+            theirs = x.values if isinstance(x, Sketched) else rows(x, batches[b], d)
+            if own is not None and isinstance(x, Sketched):
+                own = x.of(own)
+            if meter is not None and theirs is not None:
+                meter.on_layer(b, i, theirs)
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 out.layers[i] += relative_error(own, theirs).tolist()
 
@@ -209,22 +247,18 @@ def measure(
         with clock("metrics"):
             mask, following = batch.mask, batch.following[batch.mask]
             theirs, mine = theirs[mask], mine[mask]
-            other = second.pop(b) if ways is not None else None
-            noise = [representative(dtype, x) for x in upstream_layers] if spread is None else spread.layers
+            other = meter.second_logits(b) if meter is not None else None
+            noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
             tied = near_ties(ours.margins(b), batch, noise, ours)
             for at, reference in references(theirs, following):
-                if other is not None:
-                    upstream_logits.add(other[at], reference)
+                if meter is not None and other is not None:
+                    meter.logits.add(other[at], reference)
                 judge_rows(out, mine[at], reference, tied[at])
             out.settled.sample(mine, theirs)
 
     with clock("oracle"):
         drive(oracle, batches, on_layer, on_logits)
-    second.close()
-    if spread is not None:
-        out.spread = spread
-    elif ways is not None:
-        out.spread = Spread.of(ways, upstream_logits, [representative(dtype, x) for x in upstream_layers])
+    out.spread = meter.result() if meter is not None else (spread or Spread())
     out.seconds = clock.seconds
     return out
 

@@ -8,8 +8,9 @@ again. Only the departing layer is run, on upstream's input to it: the search co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from zoo.formats.canonical import Canonical
 from zoo.spec import Attention, LatentAttention, Norm, Rope, Spec
 from zoo.verify import tolerance
 from zoo.verify.compare import Measured, rows
-from zoo.verify.faults import CATALOGUE, Fault, Subject, _map
+from zoo.verify.faults import CATALOGUE, Fault, Subject
+from zoo.verify.faults.spec import map_spec
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
@@ -70,13 +72,13 @@ def diagnose(
             out |= {"part": part, "where": f"layer {first}, {part}"}
     out["suggestions"] += observations(clean, first)
     before = probe.error(clean)
-    found = []
+    found: list[dict[str, Any]] = []
     for name, what, site, subject in hypotheses(clean, first):
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
             found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
             out["suggestions"].append(f"consistent with {what}" + (f" ({site})" if site != "spec" else ""))
-    out["hypotheses"] = sorted(found, key=lambda f: float(f["error"]))[:8]
+    out["hypotheses"] = sorted(found, key=lambda f: f["error"])[:8]
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
     if not out["suggestions"]:
         out["suggestions"] = ["no single mistake of the catalogue explains it"]
@@ -261,7 +263,8 @@ def calls(layer: nn.Module, forward: Callable[[], Any]) -> list[Call]:
 
             def again(new: Tensor) -> Tensor:
                 z = module(new, *args[1:], **kwargs)
-                return z[0] if isinstance(z, tuple) else z
+                first: Tensor = z[0] if isinstance(z, tuple) else z
+                return first
 
             seen.append(Call(name, kind, x, y, again))
 
@@ -300,26 +303,28 @@ def hypotheses(subject: Subject, layer: int | None) -> Iterator[tuple[str, str, 
                 continue
     if layer is None:
         return
-    mixer = subject.spec.layers[layer].mixer
     for theta in THETAS:
-        yield "rope_theta", f"a RoPE theta other than {theta:g}", "spec", _with(subject, lambda r, t=theta: replace(r, theta=t), Rope)
+        yield "rope_theta", f"a RoPE theta other than {theta:g}", "spec", _with(subject, Rope, theta=theta)
     for eps in EPSILONS:
-        yield "norm_eps", f"an eps other than {eps:g} in the norms", "spec", _with(subject, lambda n, e=eps: replace(n, eps=e), Norm)
+        yield "norm_eps", f"an eps other than {eps:g} in the norms", "spec", _with(subject, Norm, eps=eps)
+    mixer = subject.spec.layers[layer].mixer
     if isinstance(mixer, Attention | LatentAttention):
         width = mixer.head_dim if isinstance(mixer, Attention) else mixer.nope_dim + mixer.rope_dim
-        for why, scale in {
+        scales = {
             f"head_dim^-0.5, head_dim {width}": width**-0.5,
             "(d_model / n_heads)^-0.5": (subject.spec.d_model / mixer.n_heads) ** -0.5,
             "1": 1.0,
-        }.items():
-            kind = type(mixer)
-            yield "attention_scale", f"an attention scale other than {why}", "spec", _with(
-                subject, lambda a, s=scale: replace(a, scale=s), kind
-            )
+        }
+        for why, scale in scales.items():
+            what = f"an attention scale other than {why}"
+            yield "attention_scale", what, "spec", _with(subject, type(mixer), scale=scale)
 
 
-def _with(subject: Subject, change: Callable[[Any], Any], kind: type) -> Subject:
-    return subject.with_spec(_map(subject.spec, lambda x: change(x) if isinstance(x, kind) else x))
+def _with(subject: Subject, kind: type, **fields: Any) -> Subject:
+    def change(x: Any) -> Any:
+        return dataclasses.replace(x, **fields) if isinstance(x, kind) else x  # type: ignore[type-var]
+
+    return subject.with_spec(map_spec(subject.spec, change))
 
 
 def _sites(fault: Fault, subject: Subject, layer: int | None) -> list[str]:

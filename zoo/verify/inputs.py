@@ -158,6 +158,13 @@ def make(
     return Inputs(batches, crossed, not_crossed, tokenizer)
 
 
+def prompt_of(inputs: Inputs) -> Tensor:
+    """What is continued greedily: the first text, or else the first row. [1, T]"""
+    rows = [(batch, r) for batch in inputs for r in range(len(batch.lengths))]
+    batch, r = next(((b, r) for b, r in rows if b.text[r]), rows[0])
+    return batch.ids[r : r + 1, : batch.lengths[r]]
+
+
 def _texts(file: Path, vocab: int) -> tuple[list[tuple[str, list[int], bool]], str | None]:
     try:
         from tokenizers import Tokenizer

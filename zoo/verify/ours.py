@@ -50,13 +50,13 @@ class Ours:
         handle = router.register_forward_hook(self._gap(b)) if router is not None else None
         try:
             with torch.inference_mode():
-                x = layer(x, ctx)
+                y: Tensor = layer(x, ctx)
         finally:
             if handle is not None:
                 handle.remove()
-        self.state[b] = x, ctx
+        self.state[b] = y, ctx
         self.done[b] = i + 1
-        return x
+        return y
 
     def finish(self, b: int) -> Tensor:
         """Logits [B, T, V] of batch `b`, after the layers it has not been through; it is then forgotten."""
@@ -64,13 +64,15 @@ class Ours:
             self.layer(b, i)
         x, ctx = self.state.pop(b)
         with torch.inference_mode():
-            return self.decoder.finish(x, ctx)
+            logits: Tensor = self.decoder.finish(x, ctx)
+        return logits
 
     def run(self, ids: Tensor, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Logits of a batch, all layers at once."""
         self.begin(-1, ids)
-        for i in range(self.spec.n_layers if on_layer is not None else 0):
-            on_layer(i, self.layer(-1, i))
+        if on_layer is not None:
+            for i in range(self.spec.n_layers):
+                on_layer(i, self.layer(-1, i))
         return self.finish(-1)
 
     def resident(self, i: int) -> nn.Module:
@@ -166,7 +168,7 @@ class Streamed(Ours):
         """Let go of the resident layer."""
         if self.current is not None:
             with torch.device("meta"):
-                fresh = type(self.decoder.layers[self.current])(self.spec, self.current)  # type: ignore[operator]
+                fresh = type(self.decoder.layers[self.current])(self.spec, self.current)
             self.decoder.layers[self.current] = fresh
             self.current = None
 

@@ -158,7 +158,7 @@ def _recorded_source(folder: canonical.Canonical) -> Path | None:
 def _is_golden(path: Path) -> bool:
     from zoo.verify.golden import is_golden
 
-    return is_golden(path)
+    return bool(is_golden(path))
 
 
 def _open_oracle(out: Against, folder: canonical.Canonical, ckpt: Checkpoint, dtype: str, stream: bool) -> None:
@@ -255,7 +255,9 @@ def _numeric_levels(
 ) -> tuple[Inputs, Measured]:
     oracle = other.oracle
     assert oracle is not None
-    asked = getattr(oracle, "inputs", None) or inputs.make(folder.spec, folder.root, oracle.avoid_ids, max_length)
+    asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(folder.spec, folder.root, oracle.avoid_ids, max_length)
+    if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
+        raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
     cert.inputs = asked.to_json()
     cert.not_checked += [f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed]
     ours = Streamed(folder, DTYPES[dtype]) if stream else Ours(build(subject_of(folder, DTYPES[dtype])))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoo.formats.canonical import Canonical
 from zoo.verify import exact, judge, tolerance
-from zoo.verify.compare import Measured, drive, judge_rows, near_ties, rows
+from zoo.verify.compare import Measured, Sketched, drive, judge_rows, near_ties, rows
 from zoo.verify.faults import Fault, Subject, applicable
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import references, relative_error
@@ -45,7 +45,12 @@ class Recorded:
     def of(cls, oracle: Oracle, inputs: Inputs, spread: Spread) -> Recorded:
         out = cls(inputs, spread)
         found: dict[int, Tensor] = {}
-        drive(oracle, inputs.batches, lambda b, i, x: out.states.__setitem__((b, i), x.clone()), found.__setitem__)
+
+        def keep(b: int, i: int, x: Tensor | Sketched) -> None:
+            if isinstance(x, Tensor):
+                out.states[b, i] = x.clone()
+
+        drive(oracle, inputs.batches, keep, found.__setitem__)
         out.logits = [found[b] for b in range(len(inputs.batches))]
         return out
 

@@ -62,7 +62,7 @@ class Spread:
     @classmethod
     def from_json(cls, d: dict[str, Any]) -> Spread:
         ways = tuple(d["ways"]) if d["ways"] else None
-        return cls(**{**d, "ways": ways})  # type: ignore[arg-type]
+        return cls(**{**d, "ways": ways})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""Golden files: an oracle's run, recorded, so that verifying against it needs no upstream.
+
+One safetensors file, which is also the protocol by which anybody's own code can be an oracle
+(docs/verification.md has a worked example). Tensors, for each batch `b` of right-padded rows:
+
+    ids.{b}          int64 [B, T]     what was put in; `lengths.{b}` [B] says how much of a row is real
+    logits.{b}       float [N, V]     of the N real positions, row by row
+    states.{b}.{i}   float [N, k]     optional: the hidden state after layer i, times `directions` [D, k]
+    prompt, greedy   int64            optional: a prompt [T] and its greedy continuation [n]
+
+The metadata's `zoo` is JSON: schema, dtype, who the oracle was, what it was loaded from (with hashes), its own
+spread, versions. Only `schema` and `dtype` are required.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.verify.certificate import machine
+from zoo.verify.compare import OnLayer, OnLogits, Sketch, Sketched, SpreadMeter, drive, rows
+from zoo.verify.inputs import Batch, Inputs, prompt_of
+from zoo.verify.metrics import references
+from zoo.verify.oracle import OnLayer as OnOneLayer
+from zoo.verify.oracle import Oracle
+from zoo.verify.tolerance import Spread
+
+SCHEMA = "zoo-golden-1"
+N_GREEDY = 64
+
+
+def is_golden(path: Path) -> bool:
+    """Whether a safetensors file is a recording rather than weights."""
+    try:
+        with safe_open(path, "pt") as f:  # type: ignore[no-untyped-call]
+            return "zoo" in (f.metadata() or {}) and "ids.0" in f.keys()  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+class Golden:
+    """A recording as an oracle: it knows its own inputs, and no others."""
+
+    avoid_ids: frozenset[int] = frozenset()
+    fixed_inputs = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: Any = safe_open(path, "pt")  # type: ignore[no-untyped-call]
+        self.names = set(self.file.keys())
+        self.about: dict[str, Any] = json.loads(self.file.metadata()["zoo"])
+        if self.about.get("schema") != SCHEMA:
+            raise ZooError(f"{path}: schema is {self.about.get('schema')!r}; expected {SCHEMA!r}")
+        self.inputs = self._inputs()
+        self.spread = Spread.from_json(self.about["spread"]) if self.about.get("spread") else Spread()
+        self.directions = self._get("directions")
+
+    def _get(self, name: str) -> Tensor | None:
+        return self.file.get_tensor(name) if name in self.names else None
+
+    def _need(self, name: str) -> Tensor:
+        t = self._get(name)
+        if t is None:
+            raise ZooError(f"{self.path}: tensor {name!r} is missing; see docs/verification.md for what a golden file holds")
+        return t
+
+    def _inputs(self) -> Inputs:
+        batches: list[Batch] = []
+        text = self.about.get("text", [])
+        while f"ids.{len(batches)}" in self.names:
+            b = len(batches)
+            ids = self._need(f"ids.{b}").long()
+            lengths = self._get(f"lengths.{b}")
+            sizes = tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids)
+            flags = tuple(text[b]) if b < len(text) else (False,) * len(ids)
+            batches.append(Batch(ids, sizes, ("recorded",) * len(ids), flags))
+        return Inputs(batches, self.about.get("limits", {}), self.about.get("not_crossed", {}), self.about.get("tokenizer"))
+
+    def describe(self) -> dict[str, Any]:
+        told = {k: self.about.get(k) for k in ("oracle", "source", "versions", "created", "machine")}
+        return {"kind": "golden", "name": f"recording {self.path.name}", "path": str(self.path), "recorded": told}
+
+    def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
+        for b, batch in enumerate(batches):
+            i = 0
+            while (values := self._get(f"states.{b}.{i}")) is not None and self.directions is not None:
+                on_layer(b, i, Sketched(values, self.directions))
+                i += 1
+            on_logits(b, self._spread_out(self._need(f"logits.{b}"), batch))
+
+    def _spread_out(self, logits: Tensor, batch: Batch) -> Tensor:
+        """[N, V] -> [B, T, V], zeros at the padding."""
+        mask = batch.mask
+        if logits.shape[0] != int(mask.sum()):
+            raise ZooError(
+                f"{self.path}: logits have {logits.shape[0]} rows for {int(mask.sum())} real positions; they are to be of "
+                "the real positions, row by row"
+            )
+        out = logits.new_zeros(*batch.ids.shape, logits.shape[-1])
+        out[mask] = logits
+        return out
+
+    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnOneLayer | None = None) -> Tensor:
+        raise ZooError(f"{self.path}: a recording has only its own inputs")
+
+    def second_way(self) -> contextlib.AbstractContextManager[tuple[str, str] | None]:
+        return contextlib.nullcontext()
+
+    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
+        prompt, tokens = self._get("prompt"), self._get("greedy")
+        if prompt is None or tokens is None or not torch.equal(prompt, ids[0]):
+            return None
+        return tokens[:n]
+
+
+def record(oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about: dict[str, Any] | None = None) -> Path:
+    """Run `oracle` on `inputs` both ways and write a golden file to `path`. `d`: the model's width."""
+    meter = SpreadMeter(oracle, inputs, d, dtype)
+    tensors: dict[str, Tensor] = {}
+    width = 0
+
+    def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
+        nonlocal width
+        if isinstance(x, Tensor) and (r := rows(x, inputs.batches[b], d)) is not None:
+            meter.on_layer(b, i, r)
+            tensors[f"states.{b}.{i}"] = meter.sketched(r)
+            width = r.shape[-1]
+
+    def on_logits(b: int, logits: Tensor) -> None:
+        batch = inputs.batches[b]
+        theirs, other = logits[batch.mask], meter.second_logits(b)
+        tensors.update({f"ids.{b}": batch.ids, f"lengths.{b}": torch.tensor(batch.lengths), f"logits.{b}": theirs})
+        for at, reference in references(theirs, batch.following[batch.mask]):
+            if other is not None:
+                meter.logits.add(other[at], reference)
+
+    drive(oracle, inputs.batches, on_layer, on_logits)
+    if width:
+        tensors["directions"] = Sketch(width).directions
+    prompt = prompt_of(inputs)
+    if (tokens := oracle.greedy(prompt, N_GREEDY)) is not None:
+        tensors |= {"prompt": prompt[0].clone(), "greedy": tokens}
+    told = {
+        "schema": SCHEMA, "dtype": dtype, "oracle": oracle.describe(), "spread": meter.result().to_json(),
+        "machine": machine(), **describe_inputs(inputs), **(about or {}),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    write(path, tensors, told)
+    return path
+
+
+def describe_inputs(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "text": [list(b.text) for b in inputs], "limits": inputs.limits, "not_crossed": inputs.not_crossed,
+        "tokenizer": inputs.tokenizer,
+    }  # fmt: skip
+
+
+def write_inputs(inputs: Inputs, path: Path, dtype: str) -> Path:
+    """The standard inputs alone: what somebody's own code is to be run on, to make a golden file of."""
+    tensors = {f"ids.{b}": batch.ids for b, batch in enumerate(inputs)}
+    tensors |= {f"lengths.{b}": torch.tensor(batch.lengths) for b, batch in enumerate(inputs)}
+    tensors["prompt"] = prompt_of(inputs)[0].clone()
+    write(path, tensors, {"schema": SCHEMA, "dtype": dtype, **describe_inputs(inputs)})
+    return path
+
+
+def write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    save_file({k: t.contiguous() for k, t in tensors.items()}, part, metadata={"zoo": json.dumps(about)})
+    part.replace(path)

@@ -1,0 +1,59 @@
+"""What `zoo golden` does: from a checkpoint or a canonical folder to a golden file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.formats import canonical
+from zoo.formats.base import Checkpoint, open_checkpoint
+from zoo.spec import Spec
+from zoo.verify import certificate, golden
+from zoo.verify import inputs as standard
+from zoo.verify.oracle import Transformers
+from zoo.verify.run import readable, versions
+
+
+def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, Any]:
+    """Run upstream on `src` and write `output`; a summary. Raises ZooError if upstream can't read it."""
+    spec, root, ckpt = _open(src)
+    if ckpt is None:
+        raise ZooError(f"{src}: the source it was converted from is not there any more; name the checkpoint itself")
+    path = readable(ckpt)
+    if path is None:
+        raise ZooError(
+            f"{ckpt.root}: upstream cannot read {ckpt.format} files. Run the vendor's own code on `zoo golden inputs` "
+            "instead; docs/verification.md shows how"
+        )
+    oracle = Transformers(path, dtype)
+    asked = standard.make(spec, root, oracle.avoid_ids, max_length)
+    about = {
+        "source": {"path": str(ckpt.root), "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried])},
+        "versions": versions(),
+        "family": spec.family,
+    }
+    golden.record(oracle, asked, spec.d_model, output, dtype, about)
+    told = oracle.describe()
+    return {"output": str(output), "tokens": asked.n_tokens, "by": f"transformers {told['version']}, {told['class']}"}
+
+
+def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, Any]:
+    """Write the standard inputs of `src` to `output`; a summary."""
+    spec, root, _ = _open(src)
+    asked = standard.make(spec, root, frozenset(), max_length)
+    golden.write_inputs(asked, output, dtype)
+    return {"output": str(output), "tokens": asked.n_tokens, "batches": len(asked.batches)}
+
+
+def _open(src: Path) -> tuple[Spec, Path, Checkpoint | None]:
+    """The Spec, the folder that has the tokenizer, and the source if it is there."""
+    if canonical.detect(src):
+        folder = canonical.read(src)
+        source = folder.source.get("path")
+        ckpt = open_checkpoint(source) if source and Path(source).exists() else None
+        return folder.spec, folder.root, ckpt
+    from zoo import families
+
+    ckpt = open_checkpoint(src)
+    return families.spec_of(ckpt.config), ckpt.root, ckpt
