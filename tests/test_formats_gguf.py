@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
-
-pytest.importorskip("transformers")
-gguf = pytest.importorskip("gguf")
 import tiny
 import torch
 import vendor
@@ -344,7 +342,7 @@ def test_a_split_set_is_one_checkpoint(small: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_several_models_asks_which(small: Path) -> None:
     (small.parent / "x.gguf").write_bytes(small.read_bytes())
-    with pytest.raises(ZooError, match="name one of: w.gguf, x.gguf"):
+    with pytest.raises(ZooError, match=r"name one of: w\.gguf, x\.gguf"):
         open_checkpoint(small.parent)
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
 import tiny
 import torch
 import vendor
@@ -128,9 +126,7 @@ def test_released_params_give_the_released_config(release: str) -> None:
 def test_llama4_scouts_params_give_the_released_config() -> None:
     from converters import _params
 
-    data = json.loads(
-        (CONFIGS / "llama4-scout-17b-16e-instruct.config.json").read_text()
-    )
+    data = json.loads((CONFIGS / "llama4-scout-17b-16e-instruct.config.json").read_text())
     params = {
         "dim": 5120, "n_layers": 48, "n_heads": 40, "n_kv_heads": 8, "vocab_size": 202048, "multiple_of": 2048,
         "ffn_exp": 4.0, "ffn_dim_multiplier": 1.2, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True,

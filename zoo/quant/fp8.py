@@ -77,11 +77,14 @@ def per_row(
     counts = [math.ceil(p / h) for p, h in zip(parts, heights, strict=True)]
     width = math.ceil(columns / block[1]) if block[1] else 1
     n = math.prod(lead)
-    want = n * sum(counts) * width
-    if scale.numel() != want:
+    want = (*lead, sum(counts), width)
+    ok = (
+        scale.shape == want if any(block) else scale.numel() == math.prod(want)
+    )  # one number has no shape to speak of
+    if not ok:
         raise ZooError(
             f"a weight of {'+'.join(map(str, parts))} rows and {columns} columns in blocks of {block[0]} x {block[1]} "
-            f"has {want} scales{f' ({n} stacked)' if n > 1 else ''}, found {list(scale.shape)}"
+            f"needs scales {list(want)}, found {list(scale.shape)}"
         )
     values = exponents(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
     values = values.reshape(n, sum(counts), width)
