@@ -107,9 +107,9 @@ def test_the_rules_account_for_every_tensor_of_the_release(stem: str) -> None:
     released = tiny.released_tensors(config, mtp=mtp, quantised="quantization_config" in config)
     tensors = refs({name: (t.dtype, t.shape) for name, t in released.items()})
     families.families()
-    start = time.perf_counter()
+    start = time.process_time()
     m = account(config, tensors)
-    assert time.perf_counter() - start <= 3.0
+    assert time.process_time() - start <= 3.0
     used = {name for o in m.outputs.values() for name in o.sources}
     assert used | set(m.extras) == set(tensors)
     assert not used & set(m.extras)
