@@ -580,7 +580,7 @@ class RuleSet:
 def rules(*lines: RuleLine, prefixes: tuple[dict[str, str], ...] = ({},)) -> RuleSet:
     """A rule set from lines `(canonical key, source expression[, when(layer, spec)])` and extras."""
     made = tuple(
-        Rule(line[0], leaf(line[1]), line[2] if len(line) > 2 else None)  # type: ignore[misc]
+        Rule(line[0], leaf(line[1]), line[2] if len(line) > 2 else None)
         for line in lines
         if not isinstance(line, Extra)
     )
