@@ -33,23 +33,26 @@ ROOT = Path(__file__).resolve().parents[1]
 Tensors = Iterator[tuple[str, str, tuple[int, ...]]]
 SIZE = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 
+PEAK = """
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 CONVERT = """
 import sys
 from zoo.formats import open_checkpoint
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
 convert(make_plan(open_checkpoint(sys.argv[1]), dtype=sys.argv[3] or None), sys.argv[2])
-"""
+""" + PEAK
 EXPORT = """
 import sys
 from zoo.mapping.export import export
 export(sys.argv[1], sys.argv[2])
-"""
+""" + PEAK
 UPSTREAM = """
 import sys
 import transformers
 transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
-"""
+""" + PEAK
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------
@@ -287,17 +290,20 @@ def as_meta(source: Path, target: Path, ranks: int = 2) -> None:
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds and peak RSS (MiB) of a command, with nothing left to write from the one before."""
+    """Wall and CPU seconds of a command, and the peak RSS (MiB) if it prints it last; with nothing left to write
+    from the one before. (The RSS that wait4 gives is at least the parent's: a child starts as its copy.)"""
     os.sync()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     began = time.perf_counter()
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read().split()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"failed: {' '.join(command)[:200]}")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss_mib": usage.ru_maxrss / 1024}
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss_mib": int(printed[-1]) / 1024 if printed else 0.0}
 
 
 def warm(folder: Path) -> None:
