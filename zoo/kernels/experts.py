@@ -55,8 +55,10 @@ def experts_reference(
     return torch.stack(out)
 
 
-def fits(x: Tensor, up: Weight, down: Weight) -> bool:
+def fits(x: Tensor, up: Weight | None, down: Weight | None) -> bool:
     """Whether the kernels serve x and these weights."""
+    if up is None or down is None:
+        return False
     plain = all(w.kind != PLAIN or (w.codes.dtype == x.dtype and w.codes.is_contiguous()) for w in (up, down))
     return has_triton(x) and plain and x.dtype != torch.float64 and x.is_contiguous()
 

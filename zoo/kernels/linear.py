@@ -38,7 +38,8 @@ def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, spec:
 def one_row(x: Tensor, w: Weight) -> bool:
     """Whether the kernels here serve x [.., K] and the weight: one row, on a GPU."""
     rows = x.numel() // x.shape[-1]
-    fits = w.kind != PLAIN or (w.codes.dtype == x.dtype and w.codes.is_contiguous())
+    same = w.codes.dtype == x.dtype or (x.dtype == torch.float32 and w.codes.dtype in (torch.bfloat16, torch.float16))
+    fits = w.kind != PLAIN or (same and w.codes.is_contiguous())
     return rows == 1 and has_triton(x) and fits and x.dtype != torch.float64 and x.is_contiguous()
 
 

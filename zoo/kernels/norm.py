@@ -25,11 +25,12 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     if weight is None:
         return y.to(x.dtype)
     if norm.scale_in == "model":
-        return y.to(x.dtype) * _factor(weight, norm).to(x.dtype)
-    return (y * _factor(weight.float(), norm)).to(x.dtype)
+        return y.to(x.dtype) * factor(weight, norm).to(x.dtype)
+    return (y * factor(weight.float(), norm)).to(x.dtype)
 
 
-def _factor(weight: Tensor, norm: Norm) -> Tensor:
+def factor(weight: Tensor, norm: Norm) -> Tensor:
+    """What the normalised x is multiplied by."""
     return 1 + weight if norm.weight == "plus_one" else weight
 
 

@@ -19,33 +19,36 @@ if triton is not None:
     from zoo.kernels.launch import after_previous
 
 
-def route_reference(logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """logits [N, E], selection bias [E] -> experts [N, top_k] and their weights in `dtype`."""
-    if spec.softcap is not None:
-        logits = spec.softcap * torch.tanh(logits / spec.softcap)
-    if spec.over == "chosen":
-        top, experts = logits.topk(spec.top_k, -1)
-        scores = top.softmax(-1) if spec.score == "softmax" else torch.sigmoid(top.float())
-    else:
-        s = logits.softmax(-1, dtype=torch.float32) if spec.score == "softmax" else torch.sigmoid(logits.float())
-        choice = s if bias is None else s + bias.float()
-        if spec.n_groups > 1:
-            grouped = choice.unflatten(-1, (spec.n_groups, -1))  # [N, G, E / G]
-            best = grouped.topk(spec.group_top, -1).values.sum(-1)  # [N, G]
-            kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(spec.top_groups, -1).indices, True)
-            out = -torch.inf if spec.masked_groups == "-inf" else 0.0
-            choice = grouped.masked_fill(~kept[..., None], out).flatten(-2)
-        experts = choice.topk(spec.top_k, -1).indices
-        scores = s.gather(-1, experts)
-    if spec.normalize:
-        scores = scores / (scores.sum(-1, keepdim=True) + spec.normalize_eps)
-    return experts, (scores * spec.scale).to(dtype)
+def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) -> tuple[Tensor, Tensor]:
+    """Router logits [N, E] -> chosen experts [N, top_k] and their weights [N, top_k]."""
+    if r.softcap is not None:
+        logits = r.softcap * torch.tanh(logits / r.softcap)
+    if r.over == "chosen":
+        top = logits.topk(r.top_k, -1)
+        weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
+        return top.indices, weights * r.scale
+    scores = logits.float().softmax(-1) if r.score == "softmax" else logits.float().sigmoid()
+    choice = scores if selection_bias is None else scores + selection_bias
+    if r.n_groups > 1:
+        groups = choice.unflatten(-1, (r.n_groups, -1))  # [N, G, E/G]
+        best = groups.topk(r.group_top, -1).values.sum(-1).topk(r.top_groups, -1).indices  # [N, top_groups]
+        eligible = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        out = -torch.inf if r.masked_groups == "-inf" else 0.0
+        choice = groups.masked_fill(~eligible.unsqueeze(-1), out).flatten(1)
+    chosen = choice.topk(r.top_k, -1).indices
+    weights = scores.gather(-1, chosen)
+    if r.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + r.normalize_eps)
+    return chosen, weights * r.scale
 
 
-def route(logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`route_reference`, as one kernel where Triton runs (experts are then int32)."""
+def route(
+    logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """`route_reference`, as one kernel where Triton runs (experts are then int32). Weights in `dtype`."""
     if not has_triton(logits) or logits.dtype == torch.float64:
-        return route_reference(logits, bias, spec, dtype)
+        chosen, weights = route_reference(logits, bias, spec)
+        return chosen, weights.to(dtype)
     n, e = logits.shape
     logits = logits.contiguous()
     experts = torch.empty(n, spec.top_k, dtype=torch.int32, device=logits.device)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.attention import attention, decode
+from zoo.kernels.launch import has_triton
+from zoo.kernels.rope import place, place_fits
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
 from zoo.model.norm import Norm
@@ -114,11 +117,24 @@ class Attention(nn.Module):
             self.v_norm = Norm(spec.value_norm, V)
         self.register_parameter("sinks", nn.Parameter(torch.empty(H)) if spec.sinks else None)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
+        """Normed x [B, T, d] -> [B, T, d], added to `onto`."""
         s = self.spec
         fused = self.qkv(x)
         q, *rest = fused.split(self.qkv.parts, -1) if len(self.qkv.parts) > 1 else (fused,)
         gate = rest.pop(0) if s.gate else None
+        y = self._fused(q, rest, ctx) if has_triton(x) else None
+        if y is None:
+            y = self._plain(q, rest, ctx)
+        y = y.reshape(*x.shape[:-1], s.n_heads * s.v_head_dim)
+        if gate is not None:
+            y = y * torch.sigmoid(gate)
+        out: Tensor = self.out(y, onto)
+        return out
+
+    def _plain(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor:
+        """Queries, keys and values as projected -> [B, T, H, V]."""
+        s = self.spec
         q = self._position(q, s.n_heads, "q_norm", ctx)  # [B, H, T, D]
         if s.kv_from is None:
             k, v = self._keys_values(rest[0], rest[1], ctx)
@@ -131,12 +147,61 @@ class Attention(nn.Module):
                 q = (q * factor[:, None]).to(q.dtype)
             else:
                 score_scale = factor
-        y = attend(q, k, v, ctx.visible(s.window, s.chunk), s.scale, self.sinks, s.softcap, score_scale)
-        y = y.reshape(*x.shape[:-1], s.n_heads * s.v_head_dim)
-        if gate is not None:
-            y = y * torch.sigmoid(gate)
-        out: Tensor = self.out(y)
-        return out
+        return attend(q, k, v, ctx.visible(s.window, s.chunk), s.scale, self.sinks, s.softcap, score_scale)
+
+    def _fused(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor | None:
+        """`_plain` by kernels: norm, RoPE and the write to the cache in one, and attention that reads the
+        cache as it lies. None where they do not serve."""
+        s, n, entry = self.spec, self.spec.qk_norm, ctx.entry(self.layer)
+        B, T = q.shape[:2]
+        if s.kv_from is not None or self.shares or (s.query_scale is not None and s.softcap is not None):
+            return None
+        if isinstance(entry, Slots) and entry.ring and ctx.start > 0 and T > 1:
+            return None
+        k, v = rest
+        v = v.unflatten(-1, (s.n_kv_heads, s.v_head_dim))
+        if s.value_norm is not None:
+            v = self.v_norm(v)
+        if s.value_scale != 1.0:
+            v = v * s.value_scale
+        table = None if s.rope is None else ctx.rope(s.rope)
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        norm = None
+        if n is not None and n.after_rope:
+            q, k = (self._position(x, h, m, ctx).transpose(1, 2)
+                    for x, h, m in ((q, s.n_heads, "q_norm"), (k, s.n_kv_heads, "k_norm")))  # fmt: skip
+            table = None
+        else:
+            if n is not None and n.over == "all_heads":
+                q, k = self.q_norm(q), self.k_norm(k)
+            elif n is not None:
+                norm, weights = n.norm, (self.q_norm.weight, self.k_norm.weight)
+            q, k = q.unflatten(-1, (s.n_heads, s.head_dim)), k.unflatten(-1, (s.n_kv_heads, s.head_dim))
+        stored = isinstance(entry, Slots) and (T <= entry.size or not entry.ring)
+        if isinstance(entry, Slots) and stored:
+            keys, values = (t.transpose(1, 2) for t in entry.tensors)  # [B, slots, K, .]
+        else:
+            keys, values = k.new_empty(k.shape), v.new_empty(v.shape)
+        if not place_fits(q, k, v, keys, values, norm):
+            return None
+        interleaved = s.rope is not None and s.rope.interleaved
+        q = place(q, k, v, keys, values, ctx.positions[:1], table, interleaved, *weights, norm)
+        if isinstance(entry, Slots) and not stored:
+            slots = ctx.slots(entry.size, True)[-entry.size :]
+            for store, new in zip(entry.tensors, (keys, values), strict=True):
+                store.index_copy_(2, slots, new[:, -entry.size :].transpose(1, 2))
+        if s.query_scale is not None:
+            q = (q * ctx.query_scale(s.query_scale)[:, None, None]).to(q.dtype)
+        if T == 1 and isinstance(entry, Slots):
+            return decode(
+                q[:, 0], keys, values, ctx.positions, scale=s.scale, window=s.window, chunk=s.chunk,
+                sinks=self.sinks, softcap=s.softcap,
+            )[:, None]  # fmt: skip
+        seen = ctx.start + T
+        return attention(
+            q, keys[:, :seen], values[:, :seen], scale=s.scale, start=ctx.start, window=s.window, chunk=s.chunk,
+            sinks=self.sinks, softcap=s.softcap,
+        )  # fmt: skip
 
     def _keys_values(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         s = self.spec

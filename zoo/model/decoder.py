@@ -60,29 +60,31 @@ class Layer(nn.Module):
                 self.moe = MoE(layer.ffn, d)
         self.ffn_post_norm = _norm(layer.ffn_post_norm, d)
 
-    def mix(self, x: Tensor, ctx: Context) -> Tensor:
-        """The mixer's branch of normed x, before it is added."""
+    def mix(self, x: Tensor, ctx: Context, onto: Tensor) -> Tensor:
+        """`onto` + the mixer's branch of normed x."""
         match self.spec.mixer:
             case DeltaSpec():
-                y = self.delta(x, ctx)
+                mixer: nn.Module = self.delta
             case MambaSpec():
-                y = self.mamba(x, ctx)
+                mixer = self.mamba
             case _:
-                y = self.attn(x, ctx)
-        out: Tensor = self.attn_post_norm(y)
-        return out
+                mixer = self.attn
+        if self.spec.attn_post_norm is None:
+            return mixer(x, ctx, onto)  # type: ignore[no-any-return]
+        return onto + self.attn_post_norm(mixer(x, ctx))  # type: ignore[no-any-return]
 
     def feed(self, x: Tensor) -> Tensor:
-        """The feed-forward branch, before it is added."""
+        """x + the feed-forward branch of it."""
         ffn = self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
-        out: Tensor = self.ffn_post_norm(ffn(self.ffn_norm(x)))
-        return out
+        if self.spec.ffn_post_norm is None:
+            return ffn(self.ffn_norm(x), x)  # type: ignore[no-any-return]
+        return x + self.ffn_post_norm(ffn(self.ffn_norm(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         if self.spec.mixer is not None:
-            x = x + self.mix(self.attn_norm(x), ctx)
+            x = self.mix(self.attn_norm(x), ctx, x)
         if self.spec.ffn is not None:
-            x = x + self.feed(x)
+            x = self.feed(x)
         return x
 
 
@@ -101,8 +103,8 @@ class StreamLayer(Layer):
         predicted = self.altup.predicted(x)
         active = predicted[self.altup.spec.active]
         normed = self.attn_norm(active)
-        y = (active + self.mix(normed, ctx) + self.laurel(normed)) / math.sqrt(2)
-        y = y + self.feed(y)
+        y = (self.mix(normed, ctx, active) + self.laurel(normed)) / math.sqrt(2)
+        y = self.feed(y)
         x = self.altup.corrected(predicted, y)
         if ctx.per_layer is None:
             return x
@@ -189,7 +191,7 @@ class Decoder(nn.Module):
         if spec.altup is not None:
             x = self.altup.join(x)
         x = self.norm(x)
-        logits: Tensor = F.linear(x, self.embed.weight) if spec.tied else self.head(x)
+        logits: Tensor = self.embed.times(x) if spec.tied else self.head(x)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:

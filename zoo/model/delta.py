@@ -119,7 +119,7 @@ class DeltaNet(nn.Module):
         self.norm = Norm(spec.out_norm, spec.v_head_dim)
         self.out = Linear(v, d)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
         s = self.spec
         k_width, v_width = s.n_k_heads * s.k_head_dim, s.n_v_heads * s.v_head_dim
         if s.decay == "head":
@@ -156,7 +156,7 @@ class DeltaNet(nn.Module):
             q, k, v, log_decay, beta = (h.transpose(1, 2) for h in (q, k, v, log_decay, beta))
             y = scan(q, k, v, log_decay, beta, state).transpose(1, 2)
         y = self._gated_norm(y.to(x.dtype), z.view_as(y))  # [B, T, Hv, V]
-        out: Tensor = self.out(y.flatten(2))
+        out: Tensor = self.out(y.flatten(2), onto)
         return out
 
     @staticmethod

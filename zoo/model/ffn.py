@@ -12,35 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.gated import activation, gated
+from zoo.kernels.launch import has_triton
+from zoo.kernels.linear import gated_linear, one_row
 from zoo.model.linear import Linear
-from zoo.spec import MLP, Activation
-
-
-def activation(x: Tensor, act: Activation) -> Tensor:
-    match act:
-        case "silu":
-            return F.silu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "relu2":
-            return F.relu(x).square()
-    raise AssertionError(act)
+from zoo.spec import MLP
 
 
 def activate(h: Tensor, spec: MLP) -> Tensor:
     """What stands between the two matrices: [..., 2 F] (gate | up) -> [..., F], or [..., F] -> [..., F]."""
-    if not spec.gated:
-        return activation(h, spec.act)
-    gate, up = h.chunk(2, -1)
-    if spec.act == "silu_clamped":
-        assert spec.limit is not None
-        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * spec.alpha))
     if spec.sparsity:
-        gate = stand_out(gate, spec.sparsity)
-    return activation(gate, spec.act) * up
+        gate, up = h.chunk(2, -1)
+        return activation(stand_out(gate, spec.sparsity), spec.act) * up
+    return gated(h, spec)
 
 
 def stand_out(gate: Tensor, sparsity: float) -> Tensor:
@@ -61,7 +45,12 @@ class FeedForward(nn.Module):
             self.up = Linear(d, spec.d_ff, bias=spec.bias)
         self.down = Linear(spec.d_ff, d, bias=spec.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.gate_up(x) if self.spec.gated else self.up(x)
-        out: Tensor = self.down(activate(h, self.spec))
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x [..., d] -> [..., d], added to `onto`."""
+        s = self.spec
+        if s.gated and not s.sparsity and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
+            h = gated_linear(x, w, s)
+        else:
+            h = activate(self.gate_up(x) if s.gated else self.up(x), s)
+        out: Tensor = self.down(h, onto)
         return out

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.launch import has_triton
+from zoo.kernels.linear import linear, one_row
+from zoo.kernels.weights import Weight, plain, quantised
+
 
 class Weights(nn.Module):
     """`weight` [..., out, in], and its quantisation components if `scheme` is set (see `zoo.quant`)."""
@@ -21,6 +25,7 @@ class Weights(nn.Module):
         super().__init__()
         self.parts = parts
         self.scheme: str | None = None
+        self._packed: tuple[int, int, Weight | None] | None = None
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[:-1])) if bias else None)
 
@@ -30,6 +35,23 @@ class Weights(nn.Module):
         del self.weight
         for name, value in components.items():
             self.register_buffer(name, value)
+
+    def packed(self) -> Weight | None:
+        """The weight as the kernels read it; None for a scheme that they do not know."""
+        if self._packed is None or self._packed[:2] != (id(self.weight), id(self.bias)):
+            if self.scheme is None:
+                w: Weight | None = plain(self.weight, self.bias)
+            else:
+                w = quantised(self.scheme, dict(self.named_buffers(recurse=False)), self.parts, self.bias)
+            self._packed = id(self.weight), id(self.bias), w
+        return self._packed[2]
+
+    def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
+        if has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
+            return linear(x, w, onto)
+        y = F.linear(x, self.dense(x.dtype), self.offset(x.dtype))
+        return y if onto is None else onto + y
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The logical weight in `dtype` (of one expert, where stacked). A view when nothing is to be done."""
@@ -58,8 +80,8 @@ class Linear(Weights):
     def __init__(self, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(sum(parts), d_in, parts=parts, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(x.dtype), self.offset(x.dtype))
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        return self.times(x, onto)
 
 
 class Stacked(Weights):
@@ -70,10 +92,16 @@ class Stacked(Weights):
 
 
 class Table(nn.Module):
-    """An embedding: `weight` [rows, d]."""
+    """An embedding: `weight` [rows, d], and, where tied, the head."""
 
     weight: Tensor
 
     def __init__(self, rows: int, d: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, d))
+
+    def times(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., rows]."""
+        if one_row(x, w := plain(self.weight)):
+            return linear(x, w)
+        return F.linear(x, self.weight)

@@ -67,7 +67,7 @@ class Mamba(nn.Module):
         self.norm = GroupNorm(spec, inner)
         self.out = Linear(inner, d)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
         s = self.spec
         inner, bc = s.n_heads * s.head_dim, s.n_groups * s.state
         z, xbc, dt = self.in_proj(x).split((inner, inner + 2 * bc, s.n_heads), -1)
@@ -90,7 +90,7 @@ class Mamba(nn.Module):
             scaled, log_decay, b, c = (t.transpose(1, 2) for t in (scaled, log_decay, b, c))
             y = scan(scaled, log_decay, b, c, state).transpose(1, 2)
         y = y + self.D.float()[:, None] * u
-        out: Tensor = self.out(self.norm(y.flatten(2), z).to(x.dtype))
+        out: Tensor = self.out(self.norm(y.flatten(2), z).to(x.dtype), onto)
         return out
 
 

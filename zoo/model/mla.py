@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zoo.kernels.attention import decode, flash
+from zoo.kernels.latent import into_latent, out_of_latent
+from zoo.kernels.launch import has_triton
 from zoo.model.attention import attend
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
@@ -37,7 +40,8 @@ class LatentAttention(nn.Module):
         self.out = Linear(spec.n_heads * spec.v_head_dim, d, bias=spec.out_bias)
         self.indexer = None if spec.indexer is None else Indexer(spec.indexer, d, spec.q_rank or d, layer)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
+        """Normed x [B, T, d] -> [B, T, d], added to `onto`."""
         s = self.spec
         q_latent = x if s.q_rank is None else self.q_latent_norm(self.q_down(x))
         q = (self.q if s.q_rank is None else self.q_up)(q_latent)
@@ -55,13 +59,31 @@ class LatentAttention(nn.Module):
         if s.query_scale is not None:
             factor = ctx.query_scale(s.query_scale)[:, None, None]
             q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)
-        visible = ctx.visible()
-        if self.indexer is not None:
-            visible = self.indexer(x, q_latent, ctx, visible)
-        attention = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
-        y = attention(q_nope, q_rope, stored, visible)  # [B, T, H, V]
-        out: Tensor = self.out(y.flatten(2))
+        if self.indexer is None and has_triton(x) and x.dtype != torch.float64:
+            y = self._fused(q_nope, q_rope, stored, ctx)
+        else:
+            visible = ctx.visible()
+            if self.indexer is not None:
+                visible = self.indexer(x, q_latent, ctx, visible)
+            attention = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
+            y = attention(q_nope, q_rope, stored, visible)  # [B, T, H, V]
+        out: Tensor = self.out(y.flatten(2), onto)
         return out
+
+    def _fused(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context) -> Tensor:
+        """`_absorbed` or `_expanded` by kernels; with a cache, `stored` [B, S, rank + rope] may have more slots
+        than are filled."""
+        s = self.spec
+        latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
+        if ctx.cache is not None and ctx.T == 1:
+            up = self.kv_up.dense(q_nope.dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
+            q = into_latent(q_nope[:, 0], up[:, : s.nope_dim])
+            shared = latent.unsqueeze(2)  # [B, S, 1, rank]
+            y = decode(q, shared, shared, ctx.positions, scale=s.scale, q2=q_rope[:, 0], k2=k_rope)
+            return out_of_latent(y, up[:, s.nope_dim :])[:, None]
+        kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
+        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, S, H, ...]
+        return flash(q_nope, k_nope, v, scale=s.scale, start=ctx.start, q2=q_rope, k2=k_rope)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:
         s = self.spec

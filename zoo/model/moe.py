@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels import experts as fused
+from zoo.kernels.launch import has_triton
+from zoo.kernels.route import route
 from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
 from zoo.spec import MoE as MoESpec
@@ -31,37 +34,15 @@ class Router(Weights):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, d] -> the chosen experts [N, top_k] (int64) and their weights [N, top_k]."""
         dtype = torch.float32 if self.spec.fp32 else x.dtype
-        logits = F.linear(x.to(dtype), self.dense(dtype), self.offset(dtype))  # [N, E]
-        chosen, weights = route(logits, self.selection_bias, self.spec)
-        return chosen, weights.to(dtype)
-
-
-def route(logits: Tensor, selection_bias: Tensor | None, r: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Router logits [N, E] -> chosen experts [N, top_k] and their weights [N, top_k]."""
-    if r.softcap is not None:
-        logits = r.softcap * torch.tanh(logits / r.softcap)
-    if r.over == "chosen":
-        top = logits.topk(r.top_k, -1)
-        weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
-        return top.indices, weights * r.scale
-    scores = logits.float().softmax(-1) if r.score == "softmax" else logits.float().sigmoid()
-    choice = scores if selection_bias is None else scores + selection_bias
-    if r.n_groups > 1:
-        groups = choice.unflatten(-1, (r.n_groups, -1))  # [N, G, E/G]
-        best = groups.topk(r.group_top, -1).values.sum(-1).topk(r.top_groups, -1).indices  # [N, top_groups]
-        eligible = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-        out = -torch.inf if r.masked_groups == "-inf" else 0.0
-        choice = groups.masked_fill(~eligible.unsqueeze(-1), out).flatten(1)
-    chosen = choice.topk(r.top_k, -1).indices
-    weights = scores.gather(-1, chosen)
-    if r.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + r.normalize_eps)
-    return chosen, weights * r.scale
+        logits = self.times(x.to(dtype))  # [N, E]
+        return route(logits, self.selection_bias, self.spec, dtype)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Stacked, down: Stacked, spec: MoESpec) -> Tensor:
     """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d]."""
     N, k = chosen.shape
+    if has_triton(x) and fused.fits(x, a := up.packed(), b := down.packed()) and not spec.expert.sparsity:
+        return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input)
     order = chosen.flatten().argsort(stable=True)  # rows of [N * k], sorted by expert
     ids, counts = torch.unique_consecutive(chosen.flatten()[order], return_counts=True)
     rows = x[order // k]  # [N k, d]
@@ -107,7 +88,8 @@ class MoE(nn.Module):
             if spec.shared_gate:
                 self.shared_gate = Linear(d, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x [..., d] -> [..., d], added to `onto`."""
         s = self.spec
         flat = x.flatten(0, -2)  # [N, d]
         chosen, weights = self.router(flat)
@@ -120,4 +102,5 @@ class MoE(nn.Module):
             y = y + (torch.sigmoid(self.shared_gate(flat)) * shared if s.shared_gate else shared)
         if s.scale != 1.0:
             y = y * s.scale
-        return y.view_as(x)
+        y = y.view_as(x)
+        return y if onto is None else onto + y

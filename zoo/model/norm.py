@@ -5,29 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zoo.kernels.norm import factor, rms_norm
 from zoo.spec import Norm as NormSpec
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, norm: NormSpec) -> Tensor:
-    """x / rms(x), times w or 1 + w. Same shape and dtype as x."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
-    if weight is None:
-        return y.to(x.dtype)
-    if norm.scale_in == "model":
-        return y.to(x.dtype) * _factor(weight, norm).to(x.dtype)
-    return (y * _factor(weight.float(), norm)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: NormSpec) -> Tensor:
     """(x - mean) / std, times w, plus bias. Same shape and dtype as x."""
-    w = None if weight is None else _factor(weight, norm).to(x.dtype)
+    w = None if weight is None else factor(weight, norm).to(x.dtype)
     b = None if bias is None else bias.to(x.dtype)
     return nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)
-
-
-def _factor(weight: Tensor, norm: NormSpec) -> Tensor:
-    return 1 + weight if norm.weight == "plus_one" else weight
 
 
 class Norm(nn.Module):

@@ -6,14 +6,17 @@ released models were trained to see; `Rope.fp32` keeps them in fp32 and casts th
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from zoo.kernels.rope import rotate
 from zoo.spec import Rope, RopeScaling
 
 
+@functools.lru_cache(maxsize=64)
 def inverse_frequencies(rope: Rope, device: torch.device | str | None = None) -> Tensor:
     """1 / theta^(2i / dim), stretched as `rope.scaling` says. [dim / 2], fp32."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64, device=device).float() / rope.dim
@@ -64,21 +67,6 @@ def tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     magnitude = rope.scaling.attention_factor if rope.scaling else 1.0
     out = torch.float32 if rope.fp32 else dtype
     return (angles.cos() * magnitude).to(out), (angles.sin() * magnitude).to(out)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the first 2 * cos.shape[-1] channels of x [B, T, H, D] by position; the others pass."""
-    dim = 2 * cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]  # [T, 1, dim/2]
-    turned, rest = x[..., :dim].to(cos.dtype), x[..., dim:]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    out = out.to(x.dtype)
-    return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
 def apply(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor], rope: Rope) -> tuple[Tensor, Tensor]:

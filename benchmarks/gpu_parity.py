@@ -1,0 +1,129 @@
+"""Parity on a GPU: every tiny family in fp32 and bf16, by the kernels, against transformers.
+
+    python benchmarks/gpu_parity.py [family ...] [--jobs 12] [--json FILE]
+
+For each family: one pass in fp32 (tf32 off), the same tokens decoded one by one with a static cache, and as
+a captured CUDA graph; all against transformers' fp32 logits, to 1e-4. The same run twice must be equal to
+the bit. In bf16, medians over tokens must lie within transformers' own spread (eager, sdpa, fp32).
+Needs tests/ beside it, transformers, and a CUDA device. Exit code 1 if any family fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+TOLERANCE = 1e-4
+
+
+def check(name: str) -> dict[str, Any]:
+    """What a family's logits differ by, and what failed."""
+    import torch
+    from built import built, decoder
+
+    from zoo.model.graph import Step
+
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    out: dict[str, Any] = {"family": name, "failed": []}
+
+    def expect(what: str, ok: bool) -> None:
+        if not ok:
+            out["failed"].append(what)
+
+    def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (a.float().cpu() - b.float().cpu()).abs().max().item()
+
+    b = built(name)
+    model = decoder(b.spec, b.tensors).cuda()
+    ids = b.ids.cuda()
+    T, cut = ids.shape[1], ids.shape[1] - 8
+    logits = model(ids)
+    out["fp32 one pass"] = worst(logits, b.upstream["eager"])
+    expect("fp32 one pass", out["fp32 one pass"] <= TOLERANCE)
+    expect("the same run twice", torch.equal(logits, model(ids)))
+    cache = model.cache(len(ids), T + 3)
+    pieces = [model(ids[:, :cut], cache)] + [model(ids[:, t : t + 1], cache) for t in range(cut, T)]
+    out["fp32 cached"] = worst(torch.cat(pieces, 1), b.upstream["eager"])
+    expect("fp32 cached", out["fp32 cached"] <= TOLERANCE)
+    one = ids[:1]
+    cache = model.cache(1, T + 3)
+    pieces = [model(one[:, :cut], cache)]
+    step = Step(model, cache, 1)
+    pieces += [step(one[:, t])[:, None].clone() for t in range(cut, T)]
+    out["fp32 graph"] = worst(torch.cat(pieces, 1), b.upstream["eager"][:1])
+    expect("fp32 graph", out["fp32 graph"] <= TOLERANCE)
+
+    b = built(name, "bfloat16")
+    model = decoder(b.spec, b.tensors).cuda()
+    logits = model(b.ids.cuda())
+
+    def median(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (a.float().cpu() - b.float().cpu()).abs().amax(-1).flatten().quantile(0.5).item()
+
+    eager, sdpa, exact = (b.upstream[k] for k in ("eager", "sdpa", "fp32"))
+    out["bf16 median"] = median(logits, exact)
+    out["bf16 upstream"] = max(median(eager, exact), median(sdpa, exact))
+    expect("bf16 within upstream's spread", out["bf16 median"] <= 1.25 * out["bf16 upstream"])
+    expect("bf16 the same run twice", torch.equal(logits, model(b.ids.cuda())))
+    cache = model.cache(len(b.ids), T + 3)
+    ids = b.ids.cuda()
+    pieces = [model(ids[:, :cut], cache)] + [model(ids[:, t : t + 1], cache) for t in range(cut, T)]
+    out["bf16 cached median"] = median(torch.cat(pieces, 1), exact)
+    expect("bf16 cached", out["bf16 cached median"] <= 1.25 * out["bf16 upstream"])
+    return out
+
+
+def guarded(name: str) -> dict[str, Any]:
+    try:
+        return check(name)
+    except Exception as e:
+        return {"family": name, "failed": [f"{type(e).__name__}: {str(e)[-300:]}", traceback.format_exc()[-700:]]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu_parity.py needs a CUDA GPU; torch sees none here.", file=sys.stderr)
+        return 2
+    import tiny
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    names = args.family or sorted(tiny.VARIANTS)
+    start, rows = time.time(), []
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        for row in pool.map(guarded, names):
+            rows.append(row)
+            numbers = "  ".join(f"{k} {v:.1e}" for k, v in row.items() if isinstance(v, float))
+            print(f"{'FAIL' if row['failed'] else 'ok':5}{row['family']:22}{numbers}", flush=True)
+            for failure in row["failed"]:
+                print(f"     {failure}", flush=True)
+    bad = sum(bool(r["failed"]) for r in rows)
+    print(f"{len(rows) - bad} of {len(rows)} families agree ({time.time() - start:.0f} s)")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        device = torch.cuda.get_device_name()
+        args.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "families": rows}, indent=1))
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""One decode step, captured as a CUDA graph and replayed for every token.
+
+Unusual: the step is warmed up on the real cache. It writes one slot, which the first replay writes again;
+what carries a state (a linear mixer) is put back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.model.cache import Cache, State
+
+if TYPE_CHECKING:
+    from zoo.model.decoder import Decoder
+
+
+class Step:
+    """`step(token)` is `model(token[:, None], cache)[:, -1]`, for a cache on a CUDA device that already holds the
+    prompt. The result is overwritten by the next step."""
+
+    def __init__(self, model: Decoder, cache: Cache, batch: int) -> None:
+        self.cache = cache
+        cache.fixed = True
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        length, position = cache.length, cache.position.clone()
+        states = [t for e in cache.entries if isinstance(e, State) for t in (e.tail, e.state)]
+        kept = [t.clone() for t in states]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode():
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles the kernels, and lets libraries allocate
+                    model.finish(model.run(self.ids, cache))
+                    self._rewind(length, position)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = model.finish(model.run(self.ids, cache))[:, -1]
+                self.best = self.logits.argmax(-1)
+            self._rewind(length, position)
+            for t, k in zip(states, kept, strict=True):
+                t.copy_(k)
+
+    def _rewind(self, length: int, position: Tensor) -> None:
+        self.cache.length = length
+        self.cache.position.copy_(position)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """token [B] -> logits [B, V] of the next. Raises ZooError if the cache is full."""
+        if self.cache.length >= self.cache.max_len:
+            raise ZooError(f"the cache has room for {self.cache.max_len} tokens and is full")
+        self.ids.copy_(token[:, None])
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits
