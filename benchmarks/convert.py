@@ -36,23 +36,32 @@ SIZE = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 PEAK = """
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-CONVERT = """
+CONVERT = (
+    """
 import sys
 from zoo.formats import open_checkpoint
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
 convert(make_plan(open_checkpoint(sys.argv[1]), dtype=sys.argv[3] or None), sys.argv[2])
-""" + PEAK
-EXPORT = """
+"""
+    + PEAK
+)
+EXPORT = (
+    """
 import sys
 from zoo.mapping.export import export
 export(sys.argv[1], sys.argv[2])
-""" + PEAK
-UPSTREAM = """
+"""
+    + PEAK
+)
+UPSTREAM = (
+    """
 import sys
 import transformers
 transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
-""" + PEAK
+"""
+    + PEAK
+)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------
@@ -113,7 +122,10 @@ def dense(gb: float) -> tuple[dict[str, Any], list[Any]]:
 
     def layer(i: int) -> list[Any]:
         base = f"model.layers.{i}."
-        mlp = [(f"{base}mlp.{n}_proj.weight", "BF16", s) for n, s in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f)))]
+        mlp = [
+            (f"{base}mlp.{n}_proj.weight", "BF16", s)
+            for n, s in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f)))
+        ]
         return [*_attention(base, c), *mlp]
 
     return _model(c, gb, layer)
@@ -181,23 +193,36 @@ def fp8(gb: float) -> tuple[dict[str, Any], list[Any]]:
 def transposed(gb: float) -> tuple[dict[str, Any], list[Any]]:
     c = dict(_GPT2)
     d = c["n_embd"]
-    linear = (("attn.c_attn", (d, 3 * d)), ("attn.c_proj", (d, d)), ("mlp.c_fc", (d, 4 * d)), ("mlp.c_proj", (4 * d, d)))
+    linear = (
+        ("attn.c_attn", (d, 3 * d)),
+        ("attn.c_proj", (d, d)),
+        ("mlp.c_fc", (d, 4 * d)),
+        ("mlp.c_proj", (4 * d, d)),
+    )
 
     def layer(i: int) -> list[Any]:
         out = []
         for name, shape in linear:
-            out += [(f"transformer.h.{i}.{name}.weight", "BF16", shape), (f"transformer.h.{i}.{name}.bias", "BF16", shape[1:])]
+            out += [
+                (f"transformer.h.{i}.{name}.weight", "BF16", shape),
+                (f"transformer.h.{i}.{name}.bias", "BF16", shape[1:]),
+            ]
         for name in ("ln_1", "ln_2"):
             out += [(f"transformer.h.{i}.{name}.{x}", "BF16", (d,)) for x in ("weight", "bias")]
         return out
 
-    ends = [("transformer.wte.weight", "BF16", (c["vocab_size"], d)), ("transformer.wpe.weight", "BF16", (1024, d))]
+    ends = [
+        ("transformer.wte.weight", "BF16", (c["vocab_size"], d)),
+        ("transformer.wpe.weight", "BF16", (1024, d)),
+    ]
     ends += [(f"transformer.ln_f.{x}", "BF16", (d,)) for x in ("weight", "bias")]
     n = _layers(gb, sum(map(_nbytes, ends)), layer)
     return c | {"n_layer": n}, [*ends, *(t for i in range(n) for t in layer(i))]
 
 
-def _model(c: dict[str, Any], gb: float, layer: Callable[[int], list[Any]]) -> tuple[dict[str, Any], list[Any]]:
+def _model(
+    c: dict[str, Any], gb: float, layer: Callable[[int], list[Any]]
+) -> tuple[dict[str, Any], list[Any]]:
     d, v = c["hidden_size"], c["vocab_size"]
     ends = [("model.embed_tokens.weight", "BF16", (v, d)), ("model.norm.weight", "BF16", (d,))]
     if not c["tie_word_embeddings"]:
@@ -235,7 +260,9 @@ def write(folder: Path, config: dict[str, Any], tensors: list[Any], shard: float
                     continue
                 for a in range(0, n, len(block)):
                     f.write(memoryview(block)[: min(len(block), n - a)])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def as_pickle(source: Path, target: Path) -> None:
@@ -303,7 +330,11 @@ def timed(command: list[str]) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"failed: {' '.join(command)[:200]}")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss_mib": int(printed[-1]) / 1024 if printed else 0.0}
+    return {
+        "wall": wall,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "rss_mib": int(printed[-1]) / 1024 if printed else 0.0,
+    }
 
 
 def warm(folder: Path) -> None:
@@ -344,11 +375,20 @@ def measure(case: str, tmp: Path, gb: float, rounds: int, upstream: bool) -> dic
     command = [sys.executable, "-c", CONVERT, str(source), str(out), dtype]
     if case == "export":
         canon = tmp / "canon"
-        subprocess.run([sys.executable, "-c", CONVERT, str(source), str(canon), ""], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        subprocess.run(
+            [sys.executable, "-c", CONVERT, str(source), str(canon), ""],
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         shutil.rmtree(source)
         source = canon
         command = [sys.executable, "-c", EXPORT, str(source), str(out)]
-    result: dict[str, Any] = {"case": case, "goal": goal, "source_bytes": size(source), "source_tensors": len(tensors)}
+    result: dict[str, Any] = {
+        "case": case,
+        "goal": goal,
+        "source_bytes": size(source),
+        "source_tensors": len(tensors),
+    }
     original = source
     if dtype:  # the yardstick is copying what comes out
         timed(command)
@@ -379,8 +419,10 @@ def measure(case: str, tmp: Path, gb: float, rounds: int, upstream: bool) -> dic
 
 
 def machine() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    memory = int(next(line.split()[1] for line in open("/proc/meminfo") if line.startswith("MemTotal"))) // 1024
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "?")
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    memory = int(next(line.split()[1] for line in meminfo if line.startswith("MemTotal"))) // 1024
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
@@ -394,7 +436,9 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--gb", type=float, default=3.2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -419,7 +463,10 @@ def main() -> None:
         )
         if "upstream" in r:
             u = r["upstream"]
-            print(f"  transformers load + save: {u['wall']:.1f} s, {u['ratio']:.1f} x cp, {u['rss_mib']:.0f} MiB", flush=True)
+            print(
+                f"  transformers load + save: {u['wall']:.1f} s, {u['ratio']:.1f} x cp, {u['rss_mib']:.0f} MiB",
+                flush=True,
+            )
         if args.json:
             args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
 

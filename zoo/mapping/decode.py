@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zoo import quant
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
+from zoo.quant.schemes import block_size, scheme
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,9 @@ def reader(fd_of: Callable[[str], int]) -> Read:
             parts = [out]
             while (got := sum(map(len, parts))) < n:
                 if not (more := os.pread(fd_of(file), n - got, at + got)):
-                    raise ZooError(f"{file}: ends at byte {at + got}, {at + n} were expected: it changed or is truncated")
+                    raise ZooError(
+                        f"{file}: ends at byte {at + got}, {at + n} were expected: it changed or is truncated"
+                    )
                 parts.append(more)
             return b"".join(parts)
         return out
@@ -58,10 +62,14 @@ class Raw:
 
     ref: TensorRef
     files: Read
+    chunk = 4 << 20
+    grain = 1
 
     def read(self, at: int, n: int) -> Array:
         size = ITEMSIZE[self.ref.dtype]
-        return np.frombuffer(self.files(self.ref.file, self.ref.offset + at * size, n * size), bits(self.ref.dtype))
+        return np.frombuffer(
+            self.files(self.ref.file, self.ref.offset + at * size, n * size), bits(self.ref.dtype)
+        )
 
 
 @dataclass
@@ -71,7 +79,8 @@ class Cast:
     ref: TensorRef
     files: Read
     dtype: str
-    width = 8
+    chunk = 1 << 18  # what is made of it on the way stays in a core's cache
+    grain = 1
 
     def read(self, at: int, n: int) -> Array:
         x = to_fp32(Raw(self.ref, self.files).read(at, n), self.ref.dtype)
@@ -81,7 +90,9 @@ class Cast:
 def to_fp32(x: Array, dtype: str) -> Array:
     """Bit patterns of a float dtype -> fp32 values (fp64 stays fp64)."""
     if dtype == "BF16":
-        return (x.astype(np.uint32) << 16).view(np.float32)
+        wide = x.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     if dtype == "F16":
         return x.view(np.float16).astype(np.float32)
     if dtype in ("F32", "F64"):
@@ -109,7 +120,9 @@ def from_float(x: Array, dtype: str, name: str) -> Array:
     nan = np.isnan(x)
     rounded = ((u + (((u >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
     if nan.any():  # rounding up could carry a NaN into infinity: cut it, and keep it a NaN
-        rounded[nan] = (u[nan] >> 16).astype(np.uint16) | np.where(u[nan] & 0x7F0000, 0, 0x40).astype(np.uint16)
+        rounded[nan] = (u[nan] >> 16).astype(np.uint16) | np.where(u[nan] & 0x7F0000, 0, 0x40).astype(
+            np.uint16
+        )
     return rounded
 
 
@@ -120,7 +133,11 @@ class Blocks:
     ref: TensorRef
     files: Read
     dtype: str
-    width = 8
+    chunk = 1 << 18
+
+    @property
+    def grain(self) -> int:
+        return self.ref.shape[-1]
 
     def read(self, at: int, n: int) -> Array:
         from zoo.quant import ggml
@@ -144,7 +161,11 @@ class Quantised:
     shape: tuple[int, ...]  # logical: [.., out, in]
     files: Read
     dtype: str
-    width = 8  # bytes of working memory per element, for the size of chunks
+    chunk = 1 << 20
+
+    @property
+    def grain(self) -> int:
+        return max(1, block_size(self.scheme)[0]) * self.shape[-1]
 
     def read(self, at: int, n: int) -> Array:
         columns, rows = self.shape[-1], self.shape[-2]
@@ -162,9 +183,6 @@ class Quantised:
 
     def _rows(self, matrix: int, begin: int, end: int) -> Array:
         """Rows [begin, end) of one matrix, flat."""
-        from zoo import quant
-
-        block_size, scheme = quant.block_size, quant.scheme
         unit = block_size(self.scheme)[0]  # logical rows per row of scales; 0: one scale for all
         low = begin // unit * unit if unit else begin  # a chunk starts where a block does
         n_matrices = math.prod(self.shape[:-2])
@@ -182,7 +200,9 @@ class Quantised:
         flat: Array = out.reshape(-1).view(torch.int32 if self.dtype == "F32" else torch.int16).numpy()
         return flat[skip:].view(bits(self.dtype))
 
-    def _part(self, ref: TensorRef, matrix: int, n_matrices: int, low: int, end: int, unit: int) -> torch.Tensor:
+    def _part(
+        self, ref: TensorRef, matrix: int, n_matrices: int, low: int, end: int, unit: int
+    ) -> torch.Tensor:
         """The rows of a component that belong to logical rows [low, end) of a matrix."""
         per_matrix = ref.nbytes // n_matrices
         n_rows = -(-self.shape[-2] // unit)
@@ -210,7 +230,9 @@ def _tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 def bad_scales(ref: TensorRef, files: Read) -> str | None:
     """What is wrong with a tensor of scales: "NaN or infinite", "zero", or None."""
     if ref.dtype not in ("F32", "F16", "BF16", "F64"):
-        if ref.dtype in ("U8", "F8_E8M0") and (255 in np.frombuffer(files(ref.file, ref.offset, ref.nbytes), np.uint8)):
+        if ref.dtype in ("U8", "F8_E8M0") and (
+            255 in np.frombuffer(files(ref.file, ref.offset, ref.nbytes), np.uint8)
+        ):
             return "NaN (exponent 255)"
         return None
     x = to_fp32(Raw(ref, files).read(0, ref.size), ref.dtype)

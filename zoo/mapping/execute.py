@@ -43,12 +43,12 @@ from zoo.layout import VERSION
 from zoo.mapping.folder import Folder
 from zoo.mapping.moves import (
     CHUNK,
-    RUN,
     Copy,
     Loader,
     Loop,
     Rearrange,
     copy,
+    in_kernel,
     loops,
     merged,
     offsets,
@@ -109,7 +109,10 @@ class Sheet:
         """The index of all files, as Hugging Face writes it."""
         total = sum(self.sizes[f] - len(self.headers[f]) for f in self.sizes)
         weight_map = {name: file for name, (file, _) in self.place.items()}
-        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+        return (
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
+            + b"\n"
+        )
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -170,22 +173,25 @@ class Mover:
         """The loops of a fit, from source to canonical or `backwards`."""
         if id(fit) not in self._loops:
             self._loops[id(fit)] = (fit, loops(fit.source, fit.canonical), loops(fit.canonical, fit.source))
-        return self._loops[id(fit)][1 + backwards]
+        _, there, back = self._loops[id(fit)]
+        return back if backwards else there
 
-    def copies(self, src: str, src_at: int, dst: str, dst_at: int, itemsize: int, loop: tuple[Loop, ...]) -> list[Copy]:
+    def copies(
+        self, src: str, src_at: int, dst: str, dst_at: int, itemsize: int, loop: tuple[Loop, ...]
+    ) -> list[Copy]:
         """A move whose runs are long, as one copy per run; offsets in bytes."""
         n = run_length(loop)
         outer = loop[:-1] if n > 1 else loop
         return [
-            Copy(src, src_at + a * itemsize, dst, dst_at + b * itemsize, n * itemsize) for a, b in offsets(outer)
+            Copy(src, src_at + a * itemsize, dst, dst_at + b * itemsize, n * itemsize)
+            for a, b in offsets(outer)
         ]
 
     def tasks(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> Iterator[Task]:
         for c in merged(copies):
             yield lambda c=c: self._copy(c)  # type: ignore[misc]
         for r in rearrangements:
-            limit = CHUNK // max(r.itemsize, getattr(r.loader, "width", 1))
-            for chunk in r.chunks(limit):
+            for chunk in r.chunks():
                 yield lambda chunk=chunk: self._rearrange(chunk)  # type: ignore[misc]
 
     def _copy(self, c: Copy) -> int:
@@ -230,10 +236,12 @@ class Mover:
             for h in helpers:
                 h.join()
         if errors:
-            e = errors[0]
-            if isinstance(e, OSError) and not isinstance(e, ZooError):
-                raise ZooError(f"{self.folder.dst}: {e.strerror}; what is written so far is kept, run again to go on") from e
-            raise e
+            first = errors[0]
+            if isinstance(first, OSError):
+                raise ZooError(
+                    f"{self.folder.dst}: {first.strerror}; what is written so far is kept, run again to go on"
+                ) from first
+            raise first
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -289,7 +297,9 @@ class Execution:
             os.pwrite(self.folder.fd(name), header, 0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.mover.close()
         self.folder.__exit__(kind, e, tb)
 
@@ -321,7 +331,9 @@ class Execution:
     def finish(self) -> Path:
         """Write what describes the checkpoint, and let the folder appear. Raises ZooError if files are wanting."""
         if wanted := self.wanted:
-            raise ZooError(f"{self.folder.dst}: not complete, {len(wanted)} source file(s) were not fed: {wanted[0]}, ...")
+            raise ZooError(
+                f"{self.folder.dst}: not complete, {len(wanted)} source file(s) were not fed: {wanted[0]}, ..."
+            )
         ckpt = self.plan.checkpoint
         for name in self.plan.carried:
             data = ckpt.synthesised.get(name)
@@ -375,7 +387,9 @@ class Execution:
             else:
                 whole = Box.whole(ref.shape)
                 box = restride(whole, ref.shape, ref.strides)
-                through.append(Rearrange(self._raw(ref), dst, at, ITEMSIZE[ref.dtype], loops(box, whole), 0, 0))
+                through.append(
+                    Rearrange(self._raw(ref), dst, at, ITEMSIZE[ref.dtype], loops(box, whole), 0, 0)
+                )
         if any(o.scheme for o, _ in units):
             import torch
 
@@ -401,7 +415,7 @@ class Execution:
             src_box = restride(src_box, fit.shape, ref.strides)
             loop = loops(src_box, fit.canonical)
         plain = o.scheme is None and ref.dtype == o.dtype
-        if plain and (run_length(loop) * size >= RUN or len(loop) == 1 and run_length(loop) > 1):
+        if plain and in_kernel(loop, size):
             src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
             copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
         else:
@@ -435,12 +449,16 @@ class Execution:
             x.read(at, min(step, a.size - at)).tobytes() != y.read(at, min(step, a.size - at)).tobytes()
             for at in range(0, a.size, step)
         ):
-            raise ZooError(f"{b.name} in {b.file}: differs from {a.name} in {a.file}, of which it should be a copy")
+            raise ZooError(
+                f"{b.name} in {b.file}: differs from {a.name} in {a.file}, of which it should be a copy"
+            )
 
     def _check_scales(self, o: Output, k: int) -> None:
         from zoo.mapping import decode
 
-        names = [o.sources[k]] if o.scheme is None else [n[k] for c, n in o.components.items() if c == "scale"]
+        names = (
+            [o.sources[k]] if o.scheme is None else [n[k] for c, n in o.components.items() if c == "scale"]
+        )
         for name in names:
             ref = self.plan.checkpoint.tensors[name]
             if bad := decode.bad_scales(ref, decode.reader(self.mover.source)):
@@ -503,7 +521,14 @@ def convert(
     of tensors per file. `source`: provenance to add. Raises ZooError as `Execution` does.
     """
     with Execution(
-        plan, dst, force=force, shard_size=shard_size, strict=strict, progress=progress, threads=threads, source=source
+        plan,
+        dst,
+        force=force,
+        shard_size=shard_size,
+        strict=strict,
+        progress=progress,
+        threads=threads,
+        source=source,
     ) as run:
         for file in run.wanted:
             run.feed(file)
@@ -522,7 +547,9 @@ def _check_file(path: Path, size: int) -> None:
     except OSError as e:
         raise ZooError(f"{path}: cannot be read: {e.strerror}") from None
     if found != size:
-        raise ZooError(f"{path}: has {found:,} bytes, its header was read at {size:,}: it changed or is truncated")
+        raise ZooError(
+            f"{path}: has {found:,} bytes, its header was read at {size:,}: it changed or is truncated"
+        )
 
 
 def _identity(plan: Plan) -> str:
@@ -555,5 +582,3 @@ def _source_zip(plan: Plan) -> bytes | None:
         for name, data in kept.items():
             z.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
-
-

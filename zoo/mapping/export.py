@@ -29,7 +29,7 @@ from zoo.formats.sharded import full_name
 from zoo.layout import layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
-from zoo.mapping.moves import RUN, Copy, Rearrange, run_length
+from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, respell
 from zoo.quant.schemes import scheme
@@ -74,7 +74,9 @@ def export(
     job = _job(c, format, shard_size)
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
     stamp = [(f, (c.root / f).stat().st_size, (c.root / f).stat().st_mtime_ns) for f in sorted(files)]
-    identity = hashlib.sha256(repr((str(c.root.resolve()), stamp, job.sheet.sizes, format, __version__)).encode()).hexdigest()
+    identity = hashlib.sha256(
+        repr((str(c.root.resolve()), stamp, job.sheet.sizes, format, __version__)).encode()
+    ).hexdigest()
     if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
         raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
     total = sum(job.sheet.sizes[f] - len(job.sheet.headers[f]) for f in job.sheet.sizes)
@@ -105,17 +107,28 @@ def export(
 
 
 def _looks_released(path: Path) -> bool:
-    return not (path / "zoo.json").exists() and any(path.glob("*.safetensors")) and (path / "config.json").exists()
+    return (
+        not (path / "zoo.json").exists()
+        and any(path.glob("*.safetensors"))
+        and (path / "config.json").exists()
+    )
 
 
 def _move(
-    c: Canonical, job: _Job, mover: Mover, o: Output, name: str, fit: Fit, copies: list[Copy], through: list[Rearrange]
+    c: Canonical,
+    job: _Job,
+    mover: Mover,
+    o: Output,
+    name: str,
+    fit: Fit,
+    copies: list[Copy],
+    through: list[Rearrange],
 ) -> None:
     from_ = c.tensors[o.name]
     file, base = job.sheet.place[name]
     dtype, loop = job.dtypes[name], mover.loop(fit, backwards=True)
     size = ITEMSIZE[dtype]
-    if from_.dtype == dtype and (run_length(loop) * size >= RUN or len(loop) == 1 and run_length(loop) > 1):
+    if from_.dtype == dtype and in_kernel(loop, size):
         src_at, dst_at = from_.offset + fit.canonical.offset * size, base + fit.source.offset * size
         copies += mover.copies(from_.file, src_at, file, dst_at, size, loop)
         return
@@ -141,7 +154,11 @@ def _job(c: Canonical, format: str, shard_size: int) -> _Job:
     if format == "source" and source["naming"] != "hf":
         raise ZooError(
             f"{c.root}: the released files cannot be made again ("
-            + (f"converted to {source['dtype']}" if source.get("dtype") else f"they were {source['format']} files")
+            + (
+                f"converted to {source['dtype']}"
+                if source.get("dtype")
+                else f"they were {source['format']} files"
+            )
             + '); export with format "hf"'
         )
     return _as_new(c, family, shard_size)
@@ -173,7 +190,9 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
     for o in plan.outputs.values():
         have = c.tensors.get(o.name)
         if have is None or (have.dtype, have.shape) != (o.dtype, o.shape):
-            raise ZooError(f"{c.root}: {o.name} is not as it was converted (expected {o.dtype} {list(o.shape)})")
+            raise ZooError(
+                f"{c.root}: {o.name} is not as it was converted (expected {o.dtype} {list(o.shape)})"
+            )
     if missing := [n for n in plan.extras if n not in c.extra_tensors]:
         raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
     small = {INDEX: kept[INDEX]} if INDEX in kept else {}
@@ -186,7 +205,9 @@ def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> 
     source = c.source
     naming, config = source["naming"], source["config"]
     m = match(c.spec, family.rules[naming], tensors, source["n_ranks"], naming, None, config)
-    ckpt = Checkpoint(c.root, source["format"], (naming,), config, tensors, source["files"], n_ranks=source["n_ranks"])
+    ckpt = Checkpoint(
+        c.root, source["format"], (naming,), config, tensors, source["files"], n_ranks=source["n_ranks"]
+    )
     plan = Plan(ckpt, family, naming, m.prefix, c.spec, m.outputs, m.extras, None, m.quant)
     if m.n_problems or plan.digest != source["plan"]:
         raise ZooError(
@@ -211,7 +232,9 @@ def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
     notes = []
     extras = [n for n in c.extra_tensors if from_hf]
     if len(extras) < len(c.extra_tensors):
-        notes.append(f"{len(c.extra_tensors)} tensors of {source['naming']} files that the model does not use are left out")
+        notes.append(
+            f"{len(c.extra_tensors)} tensors of {source['naming']} files that the model does not use are left out"
+        )
     unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
     listed = [*unique.values(), *((n, c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)]
     sheet = Sheet()
@@ -243,7 +266,11 @@ def _outputs(c: Canonical, family: Family, spell: Any) -> Iterator[Output]:
                     name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
                     if (ref := c.tensors.get(name)) is None:
                         continue  # an optional component
-                    own = ref.shape[-1:] if part is not None and part.unit is None and part.name == "shape" else ()
+                    own = (
+                        ref.shape[-1:]
+                        if part is not None and part.unit is None and part.name == "shape"
+                        else ()
+                    )
                     recipe = compile_rule(rule, slot, c.spec, spell, 1, part, own)
                     sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
                     if recipe.shape != ref.shape:
@@ -265,7 +292,9 @@ def _config(c: Canonical) -> bytes:
     has_own = "config.json" in c.json.get("carried", ())
     if source.get("dtype") is None and has_own:
         return given.read_bytes()
-    config: dict[str, Any] = json.loads(given.read_text(encoding="utf-8")) if has_own and source["naming"] == "hf" else {}
+    config: dict[str, Any] = (
+        json.loads(given.read_text(encoding="utf-8")) if has_own and source["naming"] == "hf" else {}
+    )
     config = config or dict(source["config"])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     dtype = names.get(c.tensors["embed.weight"].dtype)

@@ -12,6 +12,7 @@ Without `durable` nothing but the small files is synced, as with `cp`: syncing 3
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -81,7 +82,9 @@ class Folder:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._close()
 
     def fd(self, name: str) -> int:
@@ -135,10 +138,14 @@ class Folder:
         if not os.path.lexists(self.dst):
             return
         if not self.force:
-            raise ZooError(f"{self.dst}: exists already; choose another destination, or replace it with --force")
+            raise ZooError(
+                f"{self.dst}: exists already; choose another destination, or replace it with --force"
+            )
         empty = self.dst.is_dir() and not any(self.dst.iterdir())
         if self.dst.is_symlink() or not self.dst.is_dir() or not (empty or self.ours(self.dst)):
-            raise ZooError(f"{self.dst}: exists and is not a folder that zoo wrote: not replaced, even with --force")
+            raise ZooError(
+                f"{self.dst}: exists and is not a folder that zoo wrote: not replaced, even with --force"
+            )
 
     def _take_lock(self) -> None:
         while True:
@@ -148,7 +155,9 @@ class Folder:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
-                raise ZooError(f"{self.dst}: another process is writing it ({self.partial} is locked)") from None
+                raise ZooError(
+                    f"{self.dst}: another process is writing it ({self.partial} is locked)"
+                ) from None
             try:
                 if os.path.samestat(os.fstat(fd), os.stat(self.partial)):
                     self._lock = fd
@@ -191,10 +200,8 @@ class Folder:
     def _check_space(self) -> None:
         there = 0
         for name in self.sizes:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 there += min((self.partial / name).stat().st_blocks * 512, self.sizes[name])
-            except FileNotFoundError:
-                pass
         need = sum(self.sizes.values()) - there + _SLACK
         disk = os.statvfs(self.partial)
         free = disk.f_bavail * disk.f_frsize

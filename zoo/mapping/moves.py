@@ -31,7 +31,7 @@ Loop = tuple[int, int, int]
 
 RUN = 32 << 10  # bytes; shorter runs go through memory: a system call each would cost more than the copy
 COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
-CHUNK = 24 << 20  # bytes of elements in memory per thread and side
+CHUNK = 48 << 20  # bytes of elements in memory per thread and side, where they are rearranged
 
 
 def loops(source: Box, destination: Box) -> tuple[Loop, ...]:
@@ -66,6 +66,12 @@ def run_length(loop: tuple[Loop, ...]) -> int:
     """Elements that are contiguous on both sides."""
     n, s, d = loop[-1]
     return n if s == d == 1 else 1
+
+
+def in_kernel(loop: tuple[Loop, ...], itemsize: int) -> bool:
+    """Whether a move is better done by copying its runs than through memory."""
+    n = run_length(loop)
+    return n * itemsize >= RUN or math.prod(k for k, _, _ in loop) // n <= 4
 
 
 def offsets(loop: Iterable[Loop]) -> Iterator[tuple[int, int]]:
@@ -106,7 +112,9 @@ def merged(copies: list[Copy]) -> list[Copy]:
         else:
             out.append(Copy(c.src, c.src_at, c.dst, c.dst_at, c.n))
     return [
-        Copy(c.src, c.src_at + at, c.dst, c.dst_at + at, min(COPY, c.n - at)) for c in out for at in range(0, c.n, COPY)
+        Copy(c.src, c.src_at + at, c.dst, c.dst_at + at, min(COPY, c.n - at))
+        for c in out
+        for at in range(0, c.n, COPY)
     ]
 
 
@@ -129,7 +137,9 @@ def copy(src: int, src_at: int, dst: int, dst_at: int, n: int, name: str) -> Non
         else:
             done = _write(dst, os.pread(src, min(n, 1 << 20), src_at), dst_at)
         if done == 0:
-            raise ZooError(f"{name}: ends at byte {src_at}, {n} more were expected: it changed or is truncated")
+            raise ZooError(
+                f"{name}: ends at byte {src_at}, {n} more were expected: it changed or is truncated"
+            )
         src_at, dst_at, n = src_at + done, dst_at + done, n - done
 
 
@@ -149,7 +159,14 @@ def _write(fd: int, data: Any, at: int) -> int:
 
 
 class Loader(Protocol):
-    """A source tensor as a flat array of elements in the destination's dtype."""
+    """A source tensor as a flat array of elements in the destination's dtype. `chunk`: how many to ask for at a
+    time, of which `grain` are best not torn apart."""
+
+    @property
+    def chunk(self) -> int: ...
+
+    @property
+    def grain(self) -> int: ...
 
     def read(self, at: int, n: int) -> Array:
         """Elements [at, at + n)."""
@@ -172,15 +189,18 @@ class Rearrange:
     def nbytes(self) -> int:
         return math.prod(n for n, _, _ in self.loop) * self.itemsize
 
-    def chunks(self, limit: int) -> Iterator[Rearrange]:
-        """The same work in pieces of at most `limit` elements, cut where that costs the fewest reads and writes."""
+    def chunks(self) -> Iterator[Rearrange]:
+        """The same work in pieces of bounded size, cut where that costs the fewest reads and writes."""
+        limit = self.loader.chunk if len(self.loop) == 1 else CHUNK // max(self.itemsize, 4)
         total = math.prod(n for n, _, _ in self.loop)
-        if total <= limit:
+        if total <= max(limit, self.loader.grain):
             yield self
             return
         best: tuple[float, int, int] | None = None
         for j, (n, _, _) in enumerate(self.loop):
             size = max(1, limit * n // total)
+            if len(self.loop) == 1:
+                size = max(size // self.loader.grain, 1) * self.loader.grain
             piece = _cut(self.loop, j, size)
             n_chunks = -(-n // size)
             cost = n_chunks * (_n_runs(piece, 1) + _n_runs(piece, 2)) + 1e6 * (total // n > limit)
@@ -192,9 +212,15 @@ class Rearrange:
         for at in range(0, n, size):
             piece = _cut(self.loop, j, min(size, n - at))
             part = Rearrange(
-                self.loader, self.dst, self.base, self.itemsize, piece, self.src_at + at * s, self.dst_at + at * d
+                self.loader,
+                self.dst,
+                self.base,
+                self.itemsize,
+                piece,
+                self.src_at + at * s,
+                self.dst_at + at * d,
             )
-            yield from part.chunks(limit)
+            yield from part.chunks()
 
     def run(self, fd: int) -> None:
         """Do it (a chunk of it: what is read and written is held in memory at once)."""
@@ -236,18 +262,25 @@ def _cut(loop: tuple[Loop, ...], j: int, size: int) -> tuple[Loop, ...]:
 
 
 def rearranged(view: Array) -> Array:
-    """A contiguous copy. Where the last axis is strided (a transpose), axis by axis through blocks that fit
-    the cache: numpy's own order would touch a cache line per element."""
+    """A contiguous copy. Transposes go tile by tile, each through a compact copy of itself: numpy's own order
+    touches a cache line per element, and rows a power of two apart fall onto the same few lines."""
     import numpy as np
 
-    if view.ndim < 2 or abs(view.strides[-1]) == view.itemsize or view.size < 1 << 12:
+    size = view.itemsize
+    if view.ndim < 2 or view.strides[-1] == size or view.size < 1 << 12:
         return np.ascontiguousarray(view)
+    wide = [a for a in range(view.ndim - 1) if view.shape[a] >= 16]
+    if not wide:
+        return np.ascontiguousarray(view)
+    fast = min(wide, key=lambda a: view.strides[a])  # the source's innermost axis of some length
     out = np.empty(view.shape, view.dtype)
-    fast = min(range(view.ndim - 1), key=lambda a: view.strides[a])  # the source's innermost axis
-    block = 64
-    for at in range(0, view.shape[fast], block):
-        cut = tuple(slice(at, at + block) if a == fast else slice(None) for a in range(view.ndim))
-        out[cut] = view[cut]
+    planes, made = np.moveaxis(view, fast, -2), np.moveaxis(out, fast, -2)
+    tile = max(64, 256 // size)
+    for at in np.ndindex(planes.shape[:-2]):
+        plane, to = planes[at].T, made[at]  # [last, fast], as in the source; [fast, last]
+        for i in range(0, plane.shape[1], tile):
+            for j in range(0, plane.shape[0], tile):
+                to[i : i + tile, j : j + tile] = np.ascontiguousarray(plane[j : j + tile, i : i + tile]).T
     return out
 
 

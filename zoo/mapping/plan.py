@@ -331,7 +331,7 @@ class _Matcher:
         kind = None if slot.layer is None else self.kind_of[slot.layer]
         own: tuple[int, ...] = ()
         if part is not None and part.unit is None:  # a constant per source tensor: its shape is its own
-            leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))  # type: ignore[dict-item]
+            leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
             own = next((self.tensors[s].shape for s in part.names(leaf) if s in self.tensors), ())
         key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
         if (found := self.recipes.get(key)) is None:
@@ -353,7 +353,7 @@ class _Matcher:
                 continue
             scheme: Scheme | None = None
             if slot.name.endswith(".weight") and len(slot.shape) > 1:
-                leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))  # type: ignore[dict-item]
+                leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
                 try:
                     scheme = detect(leaf, self.tensors, self.config)
                 except ZooError as e:

@@ -246,9 +246,7 @@ class Transpose(Expr):
             return
         n = len(t.box.axes)
         other = n - 1 if t.out_axis == n - 2 else t.out_axis
-        yield from self.expr.compile(
-            t.with_(box=t.box.swap(n - 2, n - 1), out_axis=other, unit=t.unit[::-1])
-        )
+        yield from self.expr.compile(t.with_(box=t.box.swap(n - 2, n - 1), out_axis=other, unit=t.unit[::-1]))
 
     def leaves(self) -> Iterator[Leaf]:
         return self.expr.leaves()
@@ -427,7 +425,9 @@ class PerHead(Expr):
         groups = _count(self.groups, t)
         sizes = tuple(_count(s, t) for s in self.sizes)
         if t.unit != (1, 1) or t.per_leaf or t.box.shape[t.out_axis] != groups * sum(sizes):
-            raise ZooError(f"{t.box.shape[t.out_axis]} rows are not {groups} heads of {' + '.join(self.sizes)} rows")
+            raise ZooError(
+                f"{t.box.shape[t.out_axis]} rows are not {groups} heads of {' + '.join(self.sizes)} rows"
+            )
         axes = t.box.axes
         ((_, stride),) = axes[t.out_axis]
         start = 0
