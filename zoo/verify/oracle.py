@@ -104,6 +104,9 @@ class Transformers:
             if first:
                 yield " and ".join(first), " and ".join(second)
                 return
+            if not self._split_rows():
+                yield None
+                return
             whole, self.run = self.run, self._row_by_row  # type: ignore[method-assign]
             try:
                 yield "all rows at once", "row by row, one thread"
@@ -123,6 +126,9 @@ class Transformers:
         except (AttributeError, ValueError, ImportError, NotImplementedError):
             return False
         return getattr(config, attribute, None) == to
+
+    def _split_rows(self) -> bool:
+        return True
 
     def _row_by_row(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
         threads = torch.get_num_threads()

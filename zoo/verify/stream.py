@@ -1,0 +1,345 @@
+"""Upstream with one decoder layer in memory: its own classes and its own forward pass, weights on demand.
+
+The model is built without storage. Hooks give each decoder layer its weights when it is about to run and take
+them away after it; embeddings get the rows that are asked for; the head runs over its vocabulary in pieces.
+Names and fusions of the checkpoint (experts stacked in memory, one by one on disk) go through transformers'
+own conversion, one layer's tensors at a time.
+
+Unusual: all batches go through a layer before the next is read. Upstream's forward cannot be run a layer at a
+time from outside, so each batch has a thread of its own that stops before and after every layer; one runs at
+a time, and a conductor says which.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.formats.base import Checkpoint, open_checkpoint
+from zoo.verify.compare import OnLayer, OnLogits
+from zoo.verify.inputs import Batch
+from zoo.verify.oracle import DTYPES, Transformers, config_and_class, decoder_layers, placeholder_ids, quiet
+from zoo.verify.oracle import OnLayer as OnOneLayer
+from zoo.verify.ours import mapped
+
+HEAD_ROWS = 8192
+"""Rows of the head that are in memory at a time."""
+
+
+class StreamedTransformers(Transformers):
+    """As `Transformers`, for safetensors folders, within the memory of one layer."""
+
+    def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
+        if not path.is_dir():
+            raise ZooError(f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream")
+        self.path, self.dtype, self.note = path, dtype, note
+        quiet()
+        config, cls = config_and_class(path)
+        self.model = skeleton(cls, config, DTYPES[dtype])
+        self.layers = decoder_layers(self.model)
+        self.has_experts = any(p.ndim == 3 for p in self.layers.parameters())
+        self.avoid_ids = placeholder_ids(config)
+        self.weights = Weights(self.model, open_checkpoint(path), DTYPES[dtype])
+        self._workers: dict[int, _Worker] = {}
+        self._hook()
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"streamed": True}
+
+    def _split_rows(self) -> bool:
+        return False
+
+    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnOneLayer | None = None) -> Tensor:
+        raise AssertionError("a streamed oracle is driven over all batches at once")
+
+    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
+        return None  # it would read every weight once per token
+
+    def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
+        """All batches through one layer, then the next."""
+        workers = [_Worker(self, batch) for batch in batches]
+        try:
+            for i, layer in enumerate(self.layers):
+                for w in workers:
+                    w.step()  # to just before layer i
+                self.weights.load(layer, f"layer {i}")
+                for w in workers:
+                    w.step()  # to just after it
+                self.weights.unload(layer)
+                for b, w in enumerate(workers):
+                    state, w.state = w.state, None
+                    assert state is not None
+                    on_layer(b, i, state)
+            for b, w in enumerate(workers):
+                w.step()
+                logits, w.logits = w.logits, None
+                assert logits is not None
+                on_logits(b, logits)
+        finally:
+            for w in workers:
+                w.stop()
+
+    def _hook(self) -> None:
+        for layer in self.layers:
+            layer.register_forward_pre_hook(lambda _m, _args: self._worker().pause())
+            layer.register_forward_hook(lambda _m, _args, out: self._worker().pause(out[0] if isinstance(out, tuple) else out))
+        inside = {id(m) for layer in self.layers for m in layer.modules()}
+        head = self.model.get_output_embeddings()
+        for name, m in self.model.named_modules():
+            own = [*m.named_parameters(recurse=False), *self.weights.buffers_of(m)]
+            if id(m) in inside or not own:
+                continue
+            if isinstance(m, nn.Embedding):
+                m.padding_idx = None
+                _empty(m)
+                m.register_forward_pre_hook(self._gather(name))
+                m.register_forward_hook(lambda m, _args, _out: _empty(m))
+            elif m is head:
+                m.forward = self._head(m, name)
+            else:
+                m.register_forward_pre_hook(lambda m, _args: self.weights.load(m, recurse=False))
+                m.register_forward_hook(lambda m, _args, _out: self.weights.unload(m, recurse=False))
+
+    def _gather(self, name: str) -> Callable[..., tuple[Tensor]]:
+        """Only the embedding's rows for these ids; the ids are renumbered to fit."""
+
+        def hook(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            seen, compact = args[0].unique(return_inverse=True)
+            table = self.weights.one(f"{name}.weight")
+            rows = table[seen].to(DTYPES[self.dtype])
+            m.weight = nn.Parameter(rows, requires_grad=False)
+            return (compact,)
+
+        return hook
+
+    def _head(self, m: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            table = self.weights.one(f"{name}.weight")
+            pieces = [nn.functional.linear(x, part.to(x.dtype)) for part in table.split(HEAD_ROWS)]
+            logits = torch.cat(pieces, -1)
+            if getattr(m, "bias", None) is not None:
+                logits += self.weights.one(f"{name}.bias").to(x.dtype)
+            return logits
+
+        return forward
+
+    def _worker(self) -> _Worker:
+        return self._workers[threading.get_ident()]
+
+
+def _empty(m: nn.Embedding) -> None:
+    """No rows, but on the CPU: some classes look where it is."""
+    m.weight = nn.Parameter(torch.empty(0, m.embedding_dim), requires_grad=False)
+
+
+class _Worker:
+    """One batch's forward pass in a thread that runs only between `step` and the next `pause`."""
+
+    def __init__(self, oracle: StreamedTransformers, batch: Batch) -> None:
+        self.oracle, self.batch = oracle, batch
+        self.state: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.error: BaseException | None = None
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def step(self) -> None:
+        """Run to the next pause, or to the end. Raises what the pass raised."""
+        self._go.release()
+        self._back.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def pause(self, state: Tensor | None = None) -> None:
+        """Called by the pass itself, before a layer and (with its output) after it."""
+        self.state = state if state is None else state.clone()
+        self._back.release()
+        self._go.acquire()
+        if self._stopping:
+            raise _Stopped
+
+    def stop(self) -> None:
+        self._stopping = True
+        while self._thread.is_alive():
+            self._go.release()
+            self._thread.join(0.05)
+
+    def _run(self) -> None:
+        self._go.acquire()
+        workers = self.oracle._workers
+        workers[threading.get_ident()] = self
+        try:
+            if not self._stopping:
+                with torch.inference_mode():
+                    self.logits = self.oracle.model(input_ids=self.batch.ids, use_cache=False).logits
+        except _Stopped:
+            pass
+        except BaseException as e:
+            self.error = e
+        finally:
+            workers.pop(threading.get_ident(), None)
+            self._back.release()
+
+
+class _Stopped(Exception):
+    """The comparison ended early."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights on demand
+
+
+def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Upstream's model without storage, but with the buffers that no checkpoint holds (rotary frequencies)."""
+    switches: dict[str, Any] = {"attn_implementation": "eager"}
+    if cls._can_set_experts_implementation():
+        switches["experts_implementation"] = "eager"
+    with torch.device("meta"):
+        try:
+            model = cls._from_config(config, dtype=dtype, **switches)
+        except (TypeError, ValueError):
+            model = cls._from_config(config, dtype=dtype)
+    kept = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name not in kept:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    for t in model.state_dict(keep_vars=True).values():
+        t._is_hf_initialized = True
+    for m in model.modules():
+        m._is_hf_initialized = False
+    model.initialize_weights()
+    return model.eval()
+
+
+class Weights:
+    """The checkpoint's tensors by upstream's names, read when asked for."""
+
+    def __init__(self, model: Any, ckpt: Checkpoint, dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.model, self.ckpt, self.dtype = model, ckpt, dtype
+        self.names = {id(m): n for n, m in model.named_modules()}
+        self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self.fp32 = [re.compile(rf"(^|\.){re.escape(k)}(\.|$)") for k in model._get_dtype_plan(dtype)]
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.converter = {p: c for c in converters for p in c.source_patterns}
+        self.sources: dict[str, list[tuple[str, str | None]]] = {}  # target -> (source, pattern of its converter)
+        for name in sorted(ckpt.tensors, key=_natural):
+            for chain in ((renamings, converters), ([], [])):
+                target, pattern = rename_source_key(name, *chain, model.base_model_prefix, self.meta)
+                if target in self.meta:
+                    self.sources.setdefault(target, []).append((name, pattern))
+                    break
+        self.targets_of: dict[str, str] = {}  # a further target of a converter -> the first, which it is keyed by
+        self._more_targets()
+
+    def _more_targets(self) -> None:
+        """A converter with several targets is keyed by its first; find the others by their endings."""
+        for first, found in list(self.sources.items()):
+            pattern = found[0][1]
+            if pattern is None:
+                continue
+            targets = self.converter[pattern].target_patterns
+            for other in targets[1:]:
+                name = first.replace(targets[0], other)
+                if name in self.meta and name not in self.sources:
+                    self.targets_of[name] = first
+
+    def buffers_of(self, m: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The module's own buffers that a checkpoint holds."""
+        prefix = self.names[id(m)]
+        for leaf, b in m.named_buffers(recurse=False):
+            if f"{prefix}.{leaf}".lstrip(".") in self.meta:
+                yield leaf, b
+
+    def one(self, name: str) -> Tensor:
+        """A tensor as stored, mapped: for embeddings and heads."""
+        found = self.sources.get(name) or self.sources.get(self.tied.get(name, ""))
+        if found is None or len(found) != 1 or found[0][1] is not None:
+            made = self._convert(name)
+            return made[name]
+        ref = self.ckpt.tensors[found[0][0]]
+        return mapped(self.ckpt.path(ref.file), ref)
+
+    def load(self, module: nn.Module, what: str = "", recurse: bool = True) -> None:
+        """Give `module` its weights, in the dtype that upstream would have them."""
+        prefix = self.names[id(module)]
+        wanted = [n for n in self._of(module, prefix, recurse)]
+        done: set[str] = set()
+        for name in wanted:
+            if name in done:
+                continue
+            made = self._convert(name)
+            for target, t in made.items():
+                if target in self.meta:
+                    self._set(target, t)
+                    done.add(target)
+        if missing := [n for n in wanted if n not in done]:
+            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {missing[0]} ({what or prefix})")
+
+    def unload(self, module: nn.Module, recurse: bool = True) -> None:
+        prefix = self.names[id(module)]
+        for name in self._of(module, prefix, recurse):
+            self._put(name, self.meta[name])
+
+    def _of(self, module: nn.Module, prefix: str, recurse: bool) -> Iterator[str]:
+        for kind in (module.named_parameters, module.named_buffers):
+            for leaf, _ in kind(recurse=recurse, remove_duplicate=False):
+                if (name := f"{prefix}.{leaf}".lstrip(".")) in self.meta:
+                    yield name
+
+    def _convert(self, name: str) -> dict[str, Tensor]:
+        """The tensors that are made together with `name`, by their names."""
+        key = self.targets_of.get(name, name)
+        found = self.sources.get(key) or self.sources.get(self.tied.get(key, ""))
+        if not found:
+            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {name}")
+        refs = [self.ckpt.tensors[source] for source, _ in found]
+        pattern = found[0][1]
+        if pattern is None:
+            return {name: mapped(self.ckpt.path(refs[0].file), refs[0])}
+        mapping = deepcopy(self.converter[pattern])
+        for ref, (source, p) in zip(refs, found, strict=True):
+            mapping.add_tensor(key, source, p, mapped(self.ckpt.path(ref.file), ref))
+        del refs
+        made = mapping.convert(key, model=self.model, config=self.model.config)
+        return {n: (t[0] if isinstance(t, list) else t) for n, t in made.items()}
+
+    def _set(self, name: str, t: Tensor) -> None:
+        like = self.meta[name]
+        if tuple(t.shape) != tuple(like.shape):
+            raise ZooError(f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}")
+        keep = like.dtype == torch.float32 or any(p.search(name) for p in self.fp32)
+        dtype = torch.float32 if keep else self.dtype
+        new = t.to(dtype) if t.is_floating_point() else t
+        if isinstance(like, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=False)
+        self._put(name, new)
+
+    def _put(self, name: str, t: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        m = self.model.get_submodule(owner)
+        if leaf in m._parameters:
+            m._parameters[leaf] = t if isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
+        else:
+            m._buffers[leaf] = t
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which expert 10 comes after expert 9."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
