@@ -1,0 +1,368 @@
+"""Quantised releases, end to end: carried or dequantised while converting, the logits are those of upstream's own
+loading of the same files, and export gives the files back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import vendor
+from tiny.build import read_config, read_tensors, write_config, write_tensors
+
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.mapping.export import export
+from zoo.mapping.plan import make_plan
+from zoo.model.load import load
+
+BLOCK = (4, 4)  # as 128 x 128 in a release; the widths below are multiples of it, but not of 128
+Tensors = dict[str, torch.Tensor]
+
+# Linear layers that no fp8 release quantises
+PLAIN = re.compile(r"embed_tokens|lm_head|norm|\.gate\.|router|indexer\.weights_proj|e_score|bias|sinks")
+
+
+def linear(name: str, t: torch.Tensor) -> bool:
+    return t.ndim == 2 and "layers." in name and PLAIN.search(name) is None
+
+
+def fp8_blocks(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    out: Tensors = {}
+    for name, t in tensors.items():
+        if linear(name, t):
+            out[name], out[name + "_scale_inv"] = vendor.fp8_block(t, BLOCK)
+        else:
+            out[name] = t
+    return out, {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK),
+        "modules_to_not_convert": ["lm_head", "gate", "weights_proj"],
+    }  # fmt: skip
+
+
+def mxfp4_experts(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    out: Tensors = {}
+    for name, t in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # [E, in, out]
+            out[name + "_blocks"], out[name + "_scales"] = vendor.mxfp4(t.transpose(1, 2))
+        else:
+            out[name] = t
+    skip = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return out, {"quant_method": "mxfp4", "modules_to_not_convert": skip}
+
+
+def int4_experts(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    out: Tensors = {}
+    for name, t in tensors.items():
+        if ".mlp.experts." in name:
+            # fp32 scales: upstream multiplies in the scales' dtype, and a release's bf16 would hide errors of ours
+            for k, part in vendor.int4(t, dtype=torch.float32).items():
+                out[name.removesuffix("weight") + k] = part
+        else:
+            out[name] = t
+    weights = {
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False,
+    }  # fmt: skip
+    return out, {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+    }  # fmt: skip
+
+
+def fp8_channels(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    out: Tensors = {}
+    for name, t in tensors.items():
+        if linear(name, t):
+            out[name], out[name + "_scale"] = vendor.fp8_channel(t)
+        else:
+            out[name] = t
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return out, {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head", r"re:.*mlp\.gate$"],
+    }  # fmt: skip
+
+
+MLA = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "v_head_dim": 8}
+Quantiser = Callable[[Tensors], tuple[Tensors, dict[str, Any]]]
+MODELS: dict[str, tuple[str, dict[str, Any], Quantiser, str]] = {
+    # id: (variant, settings, quantiser, scheme)
+    "qwen3 fp8": ("qwen3", {}, fp8_blocks, "fp8-block-4x4"),
+    "qwen3_moe fp8": ("qwen3_moe", {}, fp8_blocks, "fp8-block-4x4"),
+    "deepseek_v3 fp8": ("deepseek_v3", MLA, fp8_blocks, "fp8-block-4x4"),
+    "deepseek_v32 fp8": ("deepseek_v32", MLA | {"index_head_dim": 16, "index_n_heads": 4}, fp8_blocks, "fp8-block-4x4"),
+    "minimax_m2 fp8": ("minimax_m2", {}, fp8_blocks, "fp8-block-4x4"),
+    "mimo_v2_flash fp8": ("mimo_v2_flash", {"v_head_dim": 8}, fp8_blocks, "fp8-block-4x4"),
+    "gpt_oss mxfp4": ("gpt_oss", {"hidden_size": 64, "intermediate_size": 96}, mxfp4_experts, "mxfp4"),
+    "kimi_k2 int4": ("kimi_k2", {"hidden_size": 64, "moe_intermediate_size": 32}, int4_experts, "int4-group32"),
+}  # fmt: skip
+
+
+def quantised(name: str, settings: dict[str, Any], quantise: Quantiser, dst: Path) -> Path:
+    """A tiny release with quantised weights."""
+    path = vendor.make(dst, name, **settings)
+    tensors, config = quantise(read_tensors(path))
+    write_tensors(path, tensors)
+    write_config(path, read_config(path) | {"quantization_config": config})
+    return path
+
+
+@pytest.fixture(params=MODELS)
+def release(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, Path]:
+    name, settings, quantise, scheme = MODELS[request.param]
+    return name, scheme, quantised(name, settings, quantise, tmp_path / "hf")
+
+
+def ours(path: Path, name: str) -> torch.Tensor:
+    with torch.inference_mode():
+        return load(path, dtype=torch.float32)(tiny.tokens(name))
+
+
+def test_its_logits_are_upstreams_carried_or_dequantised(
+    release: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    name, scheme, path = release
+    plan = make_plan(open_checkpoint(path))
+    assert set(plan.quant.values()) == {scheme}
+    vendor.canonical(path, tmp_path / "carried")
+    plain = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    assert {t.dtype for t in plain.values()} == {torch.float32}
+    assert torch.equal(ours(tmp_path / "carried", name), ours(tmp_path / "fp32", name))
+    if (
+        scheme == "int4-group32"
+    ):  # upstream holds experts fused and cannot load packed ones: the package unpacks them
+        path = unpacked(path, tmp_path / "plain")
+    theirs = tiny.logits(tiny.upstream(path), tiny.tokens(name))
+    assert (ours(tmp_path / "fp32", name) - theirs).abs().max() <= 5e-5
+
+
+def unpacked(path: Path, dst: Path) -> Path:
+    """The release with its int4 weights dequantised by compressed-tensors."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    dst.mkdir()
+    config = read_config(path)
+    group = config.pop("quantization_config")["config_groups"]["group_0"]["weights"]
+    write_config(dst, config)
+    tensors = read_tensors(path)
+    out: Tensors = {}
+    for key, t in tensors.items():
+        base = key.removesuffix("_packed")
+        if key.endswith("weight_packed"):
+            codes = unpack_from_int32(t, 4, torch.Size(tensors[base + "_shape"].tolist()))
+            out[base] = dequantize(codes, tensors[base + "_scale"], args=QuantizationArgs(**group))
+        elif not key.endswith(("weight_scale", "weight_shape")):
+            out[key] = t
+    write_tensors(dst, out)
+    return dst
+
+
+def test_bf16_is_the_fp32_value_rounded_once(release: tuple[str, str, Path], tmp_path: Path) -> None:
+    _, _, path = release
+    fp32 = vendor.canonical(path, tmp_path / "a", dtype="fp32")
+    bf16 = vendor.canonical(path, tmp_path / "b", dtype="bf16")
+    assert sorted(fp32) == sorted(bf16)
+    for key, t in bf16.items():
+        assert torch.equal(fp32[key].to(t.dtype), t), key
+
+
+def test_carried_weights_are_given_back_to_the_byte(release: tuple[str, str, Path], tmp_path: Path) -> None:
+    _, _, path = release
+    vendor.canonical(path, tmp_path / "zoo")
+    export(tmp_path / "zoo", tmp_path / "back")
+    for file in path.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_channel_scales_have_the_logits_of_the_values_they_stand_for(tmp_path: Path) -> None:
+    settings = {"num_nextn_predict_layers": 0}
+    path = quantised("glm4_moe_air", settings, fp8_channels, tmp_path / "hf")
+    assert set(make_plan(open_checkpoint(path)).quant.values()) == {"fp8-channel"}
+    vendor.canonical(path, tmp_path / "carried")
+    vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    assert torch.equal(ours(tmp_path / "carried", "glm4_moe_air"), ours(tmp_path / "fp32", "glm4_moe_air"))
+    theirs = tiny.logits(tiny.upstream(values_of(path, tmp_path / "plain")), tiny.tokens("glm4_moe_air"))
+    assert (ours(tmp_path / "fp32", "glm4_moe_air") - theirs).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("block", [(7, 5), (16, 16), (128, 128)])
+def test_blocks_that_divide_nothing_have_the_logits_of_the_values_they_stand_for(
+    block: tuple[int, int], tmp_path: Path
+) -> None:
+    """Upstream's loader refuses such edges; DeepSeek's own releases have them (576 rows in blocks of 128)."""
+
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        out: Tensors = {}
+        for key, t in tensors.items():
+            if linear(key, t):
+                out[key], out[key + "_scale_inv"] = vendor.fp8_block(t, block)
+            else:
+                out[key] = t
+        return out, {"quant_method": "fp8", "weight_block_size": list(block)}
+
+    path = quantised("deepseek_v3", {}, quantise, tmp_path / "hf")
+    vendor.canonical(path, tmp_path / "carried")
+    vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    assert torch.equal(ours(tmp_path / "carried", "deepseek_v3"), ours(tmp_path / "fp32", "deepseek_v3"))
+    theirs = tiny.logits(
+        tiny.upstream(values_of(path, tmp_path / "plain", block)), tiny.tokens("deepseek_v3")
+    )
+    assert (ours(tmp_path / "fp32", "deepseek_v3") - theirs).abs().max() <= 5e-5
+
+
+def values_of(path: Path, dst: Path, block: tuple[int, int] | None = None) -> Path:
+    """The release as if it had been published unquantised, with the values of its codes."""
+    dst.mkdir()
+    config = read_config(path)
+    del config["quantization_config"]
+    write_config(dst, config)
+    tensors = read_tensors(path)
+    out: Tensors = {}
+    for key, t in tensors.items():
+        if key.endswith(("_scale", "_scale_inv")):
+            continue
+        if t.dtype == torch.float8_e4m3fn and block is None:
+            t = t.float() * tensors[key + "_scale"]
+        elif t.dtype == torch.float8_e4m3fn:
+            spread = tensors[key + "_scale_inv"].repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)  # type: ignore[index]
+            t = t.float() * spread[: t.shape[0], : t.shape[1]]
+        out[key] = t
+    write_tensors(dst, out)
+    return dst
+
+
+def test_openais_own_layout_gives_the_canonical_bytes_of_hugging_faces(tmp_path: Path) -> None:
+    settings = {
+        "hidden_size": 64, "intermediate_size": 96, "swiglu_limit": 7.0, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 384,
+    }  # fmt: skip
+    hf = quantised("gpt_oss", settings, mxfp4_experts, tmp_path / "hf")
+    own = to_openai(hf, tmp_path / "original")
+    assert open_checkpoint(own).format == "openai"
+    vendor.same(vendor.canonical(own, tmp_path / "a"), vendor.canonical(hf, tmp_path / "b"))
+    for folder, dtype in (("c", "bf16"), ("d", "fp32")):
+        ours_, theirs = (vendor.canonical(p, tmp_path / (folder + p.name), dtype=dtype) for p in (own, hf))
+        vendor.same(ours_, theirs)
+    specs = [make_plan(open_checkpoint(p)).spec.to_dict() for p in (own, hf)]
+    for s in specs:
+        s.pop("dtype")
+    assert specs[0] == specs[1]
+
+
+def to_openai(hf: Path, dst: Path) -> Path:
+    """gpt-oss under OpenAI's names: gpt_oss/torch/model.py and weights.py of openai/gpt-oss."""
+    from safetensors.torch import save_file
+
+    dst.mkdir()
+    c, tensors = read_config(hf), read_tensors(hf)
+    out = {
+        "embedding.weight": tensors["model.embed_tokens.weight"],
+        "norm.scale": tensors["model.norm.weight"],
+        "unembedding.weight": tensors["lm_head.weight"],
+    }
+    for i in range(c["num_hidden_layers"]):
+        a, b = f"model.layers.{i}.", f"block.{i}."
+        for kind in ("weight", "bias"):
+            out[f"{b}attn.qkv.{kind}"] = torch.cat([tensors[f"{a}self_attn.{x}_proj.{kind}"] for x in "qkv"])
+            out[f"{b}attn.out.{kind}"] = tensors[f"{a}self_attn.o_proj.{kind}"]
+            out[f"{b}mlp.gate.{kind}"] = tensors[f"{a}mlp.router.{kind}"]
+        out[b + "attn.sinks"] = tensors[a + "self_attn.sinks"]
+        out[b + "attn.norm.scale"] = tensors[a + "input_layernorm.weight"]
+        out[b + "mlp.norm.scale"] = tensors[a + "post_attention_layernorm.weight"]
+        for theirs, name in (("mlp1", "gate_up_proj"), ("mlp2", "down_proj")):
+            for x in ("blocks", "scales"):
+                out[f"{b}mlp.{theirs}_weight.{x}"] = tensors[f"{a}mlp.experts.{name}_{x}"]
+            out[f"{b}mlp.{theirs}_bias"] = tensors[f"{a}mlp.experts.{name}_bias"]
+    save_file({k: t.contiguous() for k, t in out.items()}, dst / "model.safetensors")
+    rope = c["rope_parameters"]
+    own = {
+        "num_hidden_layers": c["num_hidden_layers"], "num_experts": c["num_local_experts"],
+        "experts_per_token": c["num_experts_per_tok"], "vocab_size": c["vocab_size"], "hidden_size": c["hidden_size"],
+        "intermediate_size": c["intermediate_size"], "swiglu_limit": c["swiglu_limit"], "head_dim": c["head_dim"],
+        "num_attention_heads": c["num_attention_heads"], "num_key_value_heads": c["num_key_value_heads"],
+        "sliding_window": c["sliding_window"], "initial_context_length": rope["original_max_position_embeddings"],
+        "rope_theta": rope["rope_theta"], "rope_scaling_factor": rope["factor"], "rope_ntk_alpha": rope["beta_slow"],
+        "rope_ntk_beta": rope["beta_fast"],
+    }  # fmt: skip
+    (dst / "config.json").write_text(json.dumps(own))
+    return dst
+
+
+# --- what can be wrong ----------------------------------------------------------------------------------------
+
+SCALE = "model.layers.1.self_attn.k_proj.weight_scale_inv"
+
+
+@pytest.fixture
+def fp8(tmp_path: Path) -> Path:
+    return quantised("qwen3", {}, fp8_blocks, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_scales_of_another_shape_are_refused_by_name(fp8: Path, dtype: str | None) -> None:
+    write_tensors(fp8, read_tensors(fp8) | {SCALE: torch.ones(5, 8)})
+    with pytest.raises(ZooError, match=re.escape(SCALE) + r".*shape \[5, 8\], expected \[5, 9\]"):
+        make_plan(open_checkpoint(fp8), dtype=dtype)
+
+
+def test_codes_without_scales_are_refused_by_name(fp8: Path) -> None:
+    tensors = read_tensors(fp8)
+    del tensors[SCALE]
+    write_tensors(fp8, tensors)
+    with pytest.raises(ZooError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
+        make_plan(open_checkpoint(fp8))
+
+
+def test_scales_without_codes_are_refused_by_name(fp8: Path) -> None:
+    tensors = read_tensors(fp8)
+    name = SCALE.removesuffix("_scale_inv")
+    write_tensors(fp8, tensors | {name: tensors[name].float()})
+    with pytest.raises(ZooError, match=re.escape(SCALE)):
+        make_plan(open_checkpoint(fp8))
+
+
+def test_an_odd_count_of_blocks_is_refused_by_name(tmp_path: Path) -> None:
+    path = quantised("gpt_oss", {"hidden_size": 64, "intermediate_size": 96}, mxfp4_experts, tmp_path / "hf")
+    name = "model.layers.1.mlp.experts.down_proj_blocks"
+    tensors = read_tensors(path)
+    write_tensors(path, tensors | {name: tensors[name][:, :, :2]})
+    with pytest.raises(ZooError, match=re.escape(name)):
+        make_plan(open_checkpoint(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "NaN"), (0.0, "zero"), (float("inf"), "infinite")]
+)
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_scales_that_are_no_scales_are_a_warning_and_with_strict_an_error(
+    value: float, word: str, dtype: str | None, fp8: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = read_tensors(fp8)
+    tensors[SCALE][1, 2] = value
+    write_tensors(fp8, tensors)
+    with pytest.raises(ZooError, match=rf"{re.escape(SCALE)}.*{word}"):
+        vendor.canonical(fp8, tmp_path / "strict", dtype, strict=True)
+    with caplog.at_level("WARNING", logger="zoo"):
+        vendor.canonical(fp8, tmp_path / "warned", dtype)
+    assert any(SCALE in r.getMessage() and word in r.getMessage() for r in caplog.records)
+
+
+def test_codes_out_of_range_are_a_value_of_their_own_not_a_crash(fp8: Path, tmp_path: Path) -> None:
+    """e4m3 has one code that is no number; it stays one."""
+    tensors = read_tensors(fp8)
+    name = SCALE.removesuffix("_scale_inv")
+    tensors[name].view(torch.uint8)[0, 0] = 0x7F
+    write_tensors(fp8, tensors)
+    out = vendor.canonical(fp8, tmp_path / "zoo", dtype="fp32")["layers.1.attn.qkv.weight"]
+    assert int(out.isnan().sum()) == 1
+    assert out[60, 0].isnan()  # the first row of k
