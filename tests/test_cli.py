@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -80,13 +81,15 @@ def test_importing_zoo_imports_no_torch_and_names_stay_functions() -> None:
 
 
 def test_every_command_has_help_json_and_debug() -> None:
-    names = cli.list_commands(None)  # type: ignore[arg-type]
+    names = cli.list_commands(click.Context(cli))
     assert {"list", "show", "pull", "plan", "convert", "export", "verify", "inspect", "generate"} <= set(
         names
     )
     for name in names:
-        help_ = CliRunner().invoke(cli, [name, "--help"]).output
-        assert "--json" in help_ and "--debug" in help_, name
+        found = cli.get_command(click.Context(cli), name)
+        for command in found.commands.values() if isinstance(found, click.Group) else [found]:
+            assert command is not None and {"--json", "--debug"} <= {o for p in command.params for o in p.opts}, name
+
 
 
 # ------------------------------------------------------------------ failing

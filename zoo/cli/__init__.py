@@ -55,7 +55,7 @@ def cli() -> None:
 
     \b
     zoo pull smollm2-135m       fetch a release, convert it, check it
-    zoo show qwen3-8b llama3    two architectures side by side
+    zoo show qwen3-8b llama4    two architectures side by side
     zoo verify DIR              compare a conversion with upstream
 
     Each command takes --json, and --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.

@@ -9,7 +9,7 @@ import click
 from zoo.cli._common import DTYPE, Source, common, emit, say
 
 
-@click.command()
+@click.command(short_help="A checkpoint into the canonical layout")
 @click.argument("src", type=Source())
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as released, quantised ones too.")

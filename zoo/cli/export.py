@@ -9,7 +9,7 @@ import click
 from zoo.cli._common import common, emit, say
 
 
-@click.command()
+@click.command(short_help="A canonical folder back into the release")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(

@@ -10,7 +10,7 @@ import click
 from zoo.cli._common import DTYPE, common, emit, note, say
 
 
-@click.command()
+@click.command(short_help="Let a converted model answer a prompt")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("-n", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))

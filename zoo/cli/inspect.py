@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from zoo.spec import Spec
 
 
-@click.command()
+@click.command(short_help="What a checkpoint on disk is")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @common

@@ -7,7 +7,7 @@ import click
 from zoo.cli._common import common, emit, note, say, table
 
 
-@click.command()
+@click.command(short_help="The releases zoo knows, filtered by words")
 @click.argument("words", nargs=-1)
 @common
 def command(words: tuple[str, ...], as_json: bool) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zoo.pull import Preview
 
 
-@click.command()
+@click.command(short_help="What a conversion would do, from headers alone")
 @click.argument("src", type=Source())
 @click.option("--dtype", type=DTYPE, help="As for `zoo convert`.")
 @click.option("--revision", help="Of a remote SRC: a branch, tag or commit.")

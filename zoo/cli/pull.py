@@ -31,7 +31,7 @@ class Layers(click.ParamType[list[int]]):
             self.fail(f"{value!r} is not a list of layers like 0-3,7", param, ctx)
 
 
-@click.command()
+@click.command(short_help="Fetch a release, check it, convert it")
 @click.argument("name", type=ReleaseName())
 @click.option("--to", type=click.Path(path_type=Path), help="The canonical folder to make. Default: ./NAME")
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as released.")

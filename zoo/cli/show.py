@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FACTS = ("also called", "from", "published size", "weights", "formats", "licence", "paper", "code", "architecture")
 
 
-@click.command()
+@click.command(short_help="How a release is built; several side by side")
 @click.argument("names", nargs=-1, required=True, type=ReleaseName(), metavar="NAME...")
 @common
 def command(names: tuple[str, ...], as_json: bool) -> None:
