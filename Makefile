@@ -15,7 +15,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit demo bench bench-gpu docs clean
+.PHONY: help venv test lint types unit demo bench bench-gpu proofs docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -58,6 +58,9 @@ bench: $(VENV)/.dev  ## conversion, pull and start-up, measured on this machine
 bench-gpu: $(VENV)/.dev  ## decode and kernels; needs a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make bench-gpu needs a CUDA device, and torch sees none here")'
 	$(BIN)/python benchmarks/run.py --gpu
+
+proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, and the PROVEN column of zoo list
+	$(ONE_THREAD) $(BIN)/python tests/prove.py --jobs $(JOBS)
 
 docs: $(VENV)/.dev  ## the documentation, in site/
 	$(BIN)/mkdocs build --strict --quiet

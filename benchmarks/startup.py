@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def main() -> None:
     for name, f in figures.items():
         print(f"{name:32} {f['ms']:6.0f} ms  {f['times_click']:.2f}x")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+        args.json.write_text(json.dumps({"figures": figures, "machine": machine}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
