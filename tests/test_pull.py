@@ -373,9 +373,15 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
     total = sum(p.stat().st_size for p in release.glob("*.safetensors"))
     chance, home, dst = random.Random(how), tmp_path / "home2", tmp_path / "canon"
     server.rate = total / 2.0
-    for _ in range(KILLS):
+    for n in range(KILLS):
         process = start(server, home, "pull", REPO, "--to", str(dst), *options)
-        time.sleep(0.3 + chance.random() * 1.5)
+        # Every other point by what has been sent: how long a start takes is the machine's secret.
+        target = server.body_bytes("*.safetensors") + chance.randrange(total // 2)
+        until = time.monotonic() + (30 if n % 2 else 0.3 + 1.5 * chance.random())
+        while process.poll() is None and time.monotonic() < until:
+            if n % 2 and server.body_bytes("*.safetensors") >= target:
+                break
+            time.sleep(0.001)
         process.kill()
         process.communicate()
         assert not dst.exists() or hashes(dst) == undisturbed
