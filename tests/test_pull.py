@@ -282,6 +282,47 @@ def test_spec_and_plan_take_names_repositories_and_paths(
     assert zoo.spec("llama-3.1-8b").n_layers == 32
 
 
+def test_a_source_that_is_nothing_is_told_to_be_no_path_either(server: HubServer, tmp_path: Path) -> None:
+    for src in ("checkpoint", "org/checkpoint"):
+        for call in (lambda s: zoo.plan(s), lambda s: zoo.convert(s, tmp_path / "canon")):
+            with pytest.raises(ZooError, match=f"Nor is there a file or folder '{src}' here"):
+                call(src)
+    with pytest.raises(ZooError, match=r"\./checkpoint|checkpoint: no such file or folder"):
+        zoo.plan("./checkpoint")
+
+
+def test_offline_a_pull_works_from_the_cache_alone(
+    server: HubServer, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.pull(REPO, tmp_path / "online")
+    server.forget()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hashes(zoo.pull(REPO, tmp_path / "canon")) == expected
+    assert not server.requests()
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        zoo.pull("org/other", tmp_path / "other")
+
+
+def test_a_thousand_tiny_shards_are_no_trouble(server: HubServer, release: Path, tmp_path: Path) -> None:
+    folder, map_ = tmp_path / "shards", {}
+    folder.mkdir()
+    for file in release.glob("*.json"):
+        shutil.copy(file, folder)
+    for name, ref in open_checkpoint(release).tensors.items():
+        data = (release / ref.file).read_bytes()[ref.offset : ref.offset + ref.nbytes]
+        map_[name] = f"model-{len(map_):05}.safetensors"
+        (folder / map_[name]).write_bytes(header_bytes([(name, ref.dtype, ref.shape)]) + data)
+    for n in range(970):
+        map_[f"model.layers.{n % 3}.self_attn.rotary_emb.inv_freq.{n}"] = file = f"model-x{n:05}.safetensors"
+        (folder / file).write_bytes(header_bytes([(f"extra.{n}", "F32", (1,))]) + bytes(4))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": map_}))
+    server.repo("org/shards").commit(folder)
+    began = time.monotonic()
+    with pytest.raises(ZooError, match="does not have it|unexpected"):
+        zoo.pull("org/shards", tmp_path / "canon")
+    assert time.monotonic() - began < 60
+
+
 # ------------------------------------------------------------------ in part, and streamed
 
 

@@ -59,8 +59,19 @@ def open_source(src: StrPath, dtype: str | None = None, progress: Progress | Non
     """The plan of converting `src`, from headers alone. Raises ZooError; see `zoo.plan`."""
     if is_local(src):
         return Opened(make_plan(open_checkpoint(Path(src)), dtype=dtype))
-    with _opened(os.fspath(src), dtype, None, None, None, progress or Quiet()) as opened:
+    with _not_here(src), _opened(os.fspath(src), dtype, None, None, None, progress or Quiet()) as opened:
         return opened
+
+
+@contextmanager
+def _not_here(src: StrPath) -> Iterator[None]:
+    """For what may have been meant as a path: a refusal says that there is none, either."""
+    try:
+        yield
+    except ZooError as error:
+        if getattr(error, "kind", None) == "repo" or str(error).startswith("no release is called"):
+            error.args = (f"{error} Nor is there a file or folder {os.fspath(src)!r} here.",)
+        raise
 
 
 def spec_of(src: StrPath) -> Spec:
@@ -96,7 +107,8 @@ def convert(
 ) -> Path:
     """Convert a checkpoint on disk, or a remote one, to the canonical folder `dst`. See `zoo.convert`."""
     if not is_local(src):
-        return pull(os.fspath(src), dst, dtype=dtype, force=force, progress=progress)
+        with _not_here(src):
+            return pull(os.fspath(src), dst, dtype=dtype, force=force, progress=progress)
     from zoo.mapping.execute import Execution
 
     path = Path(src)
