@@ -39,7 +39,12 @@ def test_the_catalogue_has_more_than_forty_faults_and_every_one_applies_to_some_
     quantised = {"layers.0.mlp.down": "fp8-block"}
     used = {f.name for spec in specs for f in applicable(spec, quantised)}
     # Grok alone caps scores and router logits and scales its branches and logits; upstream cannot run it.
-    elsewhere = {"attention_softcap_dropped", "router_softcap_dropped", "moe_scale_dropped", "logit_scale_dropped"}
+    elsewhere = {
+        "attention_softcap_dropped",
+        "router_softcap_dropped",
+        "moe_scale_dropped",
+        "logit_scale_dropped",
+    }
     assert set(CATALOGUE) - used <= elsewhere
 
 
@@ -54,4 +59,6 @@ def test_a_fault_acts_where_the_layout_says_and_leaves_the_clean_model_alone() -
         faulty = fault.inject(clean)
         changed = {n for n, t in faulty.tensors.items() if n not in before or not t.equal(before[n])}
         assert changed or faulty.spec != clean.spec, f"{fault.name} changes nothing"
-        assert all(t.equal(before[n]) for n, t in clean.tensors.items()), f"{fault.name} changed the clean model"
+        assert all(t.equal(before[n]) for n, t in clean.tensors.items()), (
+            f"{fault.name} changed the clean model"
+        )

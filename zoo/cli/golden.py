@@ -19,7 +19,9 @@ def command() -> None:
 
 _src = click.argument("src", type=click.Path(exists=True, path_type=Path))
 _out = click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The golden file.")  # fmt: skip
-_dtype = click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="What upstream computes in.")
+_dtype = click.option(
+    "--dtype", type=DTYPE, default="fp32", show_default=True, help="What upstream computes in."
+)
 _length = click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 
 

@@ -20,7 +20,9 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
 @click.option("--level", type=LEVELS, default="decode", show_default=True, help="How far to go; each includes those before it.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="What both sides compute in.")
-@click.option("--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size.")
+@click.option(
+    "--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size."
+)
 @click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 @click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
@@ -36,11 +38,12 @@ def command(
     if check_certificate:
         _check(canon, as_json)
         return
-    from zoo.verify import verify
+    from zoo.verify.run import verify
 
-    progress = (
-        None if as_json else lambda text: note(f"  {text} ...") if click.get_text_stream("stderr").isatty() else None
-    )
+    def progress(text: str) -> None:
+        if not as_json and click.get_text_stream("stderr").isatty():
+            note(f"  {text} ...")
+
     cert = verify(
         canon,
         against,
@@ -87,7 +90,9 @@ def describe(cert: Certificate, canon: Path) -> str:
                 level.name if n == 0 else "", "ok" if c.passed else "FAILED", c.name, f"{c.value:.3g}",
                 f"{relation} {c.bound:.3g}", margin, c.why,
             ])  # fmt: skip
-    lines.append(table(["level", "", "check", "value", "bound", "margin", "bound from"], rows, right=[3, 4, 5]))
+    lines.append(
+        table(["level", "", "check", "value", "bound", "margin", "bound from"], rows, right=[3, 4, 5])
+    )
     for level in cert.levels:
         lines += [f"  {level.name}: {text}" for text in level.notes]
     lines += [f"  not checked: {text}" for text in cert.not_checked]

@@ -205,7 +205,9 @@ def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 def canonical_files(root: Path) -> list[str]:
     """Everything in a canonical folder that the certificate vouches for: all of it but itself."""
     skip = {FILE, "report.html"}
-    return [p.name for p in root.iterdir() if p.is_file() and p.name not in skip and not p.name.startswith(".")]
+    return [
+        p.name for p in root.iterdir() if p.is_file() and p.name not in skip and not p.name.startswith(".")
+    ]
 
 
 def check(folder: Path) -> list[str]:
@@ -221,7 +223,9 @@ def check(folder: Path) -> list[str]:
         problems.append(f"its verdict was {data.get('verdict')!r}")
     recorded = data["canonical"]["files"]
     problems += _changed(folder, recorded)
-    problems += [f"{n}: was not there when it was issued" for n in canonical_files(folder) if n not in recorded]
+    problems += [
+        f"{n}: was not there when it was issued" for n in canonical_files(folder) if n not in recorded
+    ]
     source = data.get("source")
     if source and source.get("files") and Path(source["path"]).exists():
         root = Path(source["path"])

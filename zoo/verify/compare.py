@@ -92,7 +92,9 @@ class Measured:
     settled: LogitMetrics = field(default_factory=LogitMetrics)
     ties: LogitMetrics = field(default_factory=LogitMetrics)  # tokens at a near tie between experts
     oracle_layers: int = 0  # how many layers the oracle showed; 0: it shows none
-    leads: list[float] = field(default_factory=list)  # oracle's lead of best over second, where best ids differ
+    leads: list[float] = field(
+        default_factory=list
+    )  # oracle's lead of best over second, where best ids differ
     spread: Spread = field(default_factory=Spread)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -180,7 +182,12 @@ class SpreadMeter:
         self._sketch: dict[int, Sketch] = {}
         with oracle.second_way() as self.ways:
             if self.ways is not None:
-                drive(oracle, self.batches, self._keep, lambda b, x: self._second.put(b, x[self.batches[b].mask]))
+                drive(
+                    oracle,
+                    self.batches,
+                    self._keep,
+                    lambda b, x: self._second.put(b, x[self.batches[b].mask]),
+                )
 
     def _keep(self, b: int, i: int, x: Tensor | Sketched) -> None:
         if isinstance(x, Tensor) and (r := rows(x, self.batches[b], self.d)) is not None:
@@ -194,7 +201,9 @@ class SpreadMeter:
     def on_layer(self, b: int, i: int, x: Tensor) -> None:
         """`x` [N, D]: the first way's state."""
         if (b, i) in self._sketches:
-            self.layers.setdefault(i, []).extend(relative_error(self._sketches.pop((b, i)), self.sketched(x)).tolist())
+            self.layers.setdefault(i, []).extend(
+                relative_error(self._sketches.pop((b, i)), self.sketched(x)).tolist()
+            )
 
     def second_logits(self, b: int) -> Tensor | None:
         return self._second.pop(b) if self.ways is not None else None
@@ -210,7 +219,12 @@ class SpreadMeter:
 
 
 def measure(
-    oracle: Oracle, ours: Ours, inputs: Inputs, dtype: str, spread: Spread | None = None, on_disk: bool = False
+    oracle: Oracle,
+    ours: Ours,
+    inputs: Inputs,
+    dtype: str,
+    spread: Spread | None = None,
+    on_disk: bool = False,
 ) -> Measured:
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured."""
     batches = inputs.batches
@@ -283,4 +297,3 @@ def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours
     moe = [i for i, layer in enumerate(ours.spec.layers) if layer.ffn is not None and layer.ffn.kind == "moe"]
     before = torch.tensor([NEAR_TIE * noise[i] if i < len(noise) else 0.0 for i in moe])
     return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]
-

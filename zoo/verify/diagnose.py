@@ -108,7 +108,11 @@ def observations(subject: Subject, layer: int | None) -> list[str]:
     mine = f"layers.{layer}." if layer is not None else "layers."
     out = []
     for name, t in subject.tensors.items():
-        if name.startswith("layers.") if layer is None else not name.startswith((mine, "embed.") if layer == 0 else mine):
+        if (
+            name.startswith("layers.")
+            if layer is None
+            else not name.startswith((mine, "embed.") if layer == 0 else mine)
+        ):
             continue
         if not t.is_floating_point() or t.numel() < 2:
             continue
@@ -190,7 +194,8 @@ class Probe:
             return False
         seen: list[Tensor] = []
         handle = layers[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
         )
         try:
             oracle.run(self.batch.ids, self.batch.lengths)
@@ -202,7 +207,12 @@ class Probe:
             handle.remove()
         d = x.shape[-1]
         a, b = rows(x, self.batch, d), rows(seen[0], self.batch, d)
-        return a is not None and b is not None and a.shape == b.shape and float(relative_error(a, b).max()) > self.bound
+        return (
+            a is not None
+            and b is not None
+            and a.shape == b.shape
+            and float(relative_error(a, b).max()) > self.bound
+        )
 
     def part(self, subject: Subject, oracle: Oracle) -> str | None:
         """Which part of the departing layer is wrong, each given upstream's own input; None if that can't be told."""
@@ -222,7 +232,11 @@ class Probe:
             ours = calls(layer, lambda: layer(x, ctx))
             if [c.kind for c in ours] != [c.kind for c in theirs]:
                 mine, others = ", ".join(c.kind for c in ours), ", ".join(c.kind for c in theirs)
-                return f"its parts run in another order ({mine}; upstream: {others})" if len(ours) != len(theirs) else None
+                return (
+                    f"its parts run in another order ({mine}; upstream: {others})"
+                    if len(ours) != len(theirs)
+                    else None
+                )
             for own, other in zip(ours, theirs, strict=True):
                 if own.input.shape != other.input.shape:
                     continue
@@ -335,4 +349,3 @@ def _sites(fault: Fault, subject: Subject, layer: int | None) -> list[str]:
         return [s for s in sites if s.startswith(GLOBAL)]
     here = [s for s in sites if s.startswith(f"layers.{layer}.") or str(layer) in s.split()]
     return here + ([s for s in sites if s.startswith(("embed.", "positions."))] if layer == 0 else [])
-

@@ -37,7 +37,9 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     """Every slot of the layout is there in its shape, nothing else is, and every source tensor is accounted for."""
     level = Level("plan")
     slots = layout(folder.spec)
-    present = [s for s in slots.values() if folder.layers is None or s.layer is None or s.layer in folder.layers]
+    present = [
+        s for s in slots.values() if folder.layers is None or s.layer is None or s.layer in folder.layers
+    ]
     missing = [s.name for s in present if s.name not in folder.tensors]
     wrong = [
         s.name for s in present
@@ -68,9 +70,16 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     level.checks += [
         Check("canonical tensors not as planned", len(made), 0, f"the plan has {len(plan.outputs)} tensors"),
         Check("source tensors unaccounted for", len(lost), 0, f"the source has {len(refs)} tensors"),
-        Check("source tensors used in part or twice", len(partial), 0, "each element of a source is used once"),
+        Check(
+            "source tensors used in part or twice", len(partial), 0, "each element of a source is used once"
+        ),
         Check("extras not kept", len(aside), 0, f"{len(plan.extras)} source tensors are kept aside"),
-        Check("Spec differs from the source's", int(plan.spec != folder.spec), 0, "Spec made from the source's config"),
+        Check(
+            "Spec differs from the source's",
+            int(plan.spec != folder.spec),
+            0,
+            "Spec made from the source's config",
+        ),
     ]
     level.figures |= {"source_tensors": len(refs), "rules": plan.rules_version}
     level.notes += sorted(made)[:5] + lost[:5] + partial[:5] + aside[:5]
@@ -98,24 +107,43 @@ def bytes_level(folder: Canonical, plan: Plan, override: Mapping[str, Tensor] | 
         wrong = 0
         for k in range(len(output.fits)):
             wrong += _fit_differs(plan, output, k, mine, ref.dtype)
-        if output.scheme is not None or any(plan.checkpoint.tensors[s].dtype not in ITEMSIZE for s in output.sources):
+        if output.scheme is not None or any(
+            plan.checkpoint.tensors[s].dtype not in ITEMSIZE for s in output.sources
+        ):
             dequantised += 1
         elif any(plan.checkpoint.tensors[s].dtype != ref.dtype for s in output.sources):
             cast += 1
         compared += ref.size
         if wrong:
             bad[name] = wrong
-    checks = [Check("elements that differ from the source", sum(bad.values()), 0, f"{compared:,} elements compared")]
+    checks = [
+        Check("elements that differ from the source", sum(bad.values()), 0, f"{compared:,} elements compared")
+    ]
     if override is None:
-        moved = [n for n in plan.extras if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)]
-        checks.append(Check("extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"))
+        moved = [
+            n
+            for n in plan.extras
+            if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)
+        ]
+        checks.append(
+            Check(
+                "extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"
+            )
+        )
         given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
         changed = [n for n in sorted(given) if not _same_file(folder.root / n, plan.checkpoint.path(n))]
         changed += [n for n, data in plan.checkpoint.synthesised.items() if not _holds(folder.root / n, data)]
-        checks.append(Check("carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim"))
+        checks.append(
+            Check("carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim")
+        )
         level.notes += moved[:5] + changed[:5]
     level.checks = checks
-    level.figures = {"elements": compared, "cast": cast, "dequantised": dequantised, "differing": dict(list(bad.items())[:20])}
+    level.figures = {
+        "elements": compared,
+        "cast": cast,
+        "dequantised": dequantised,
+        "differing": dict(list(bad.items())[:20]),
+    }
     level.notes += [f"{n}: {c:,} elements differ" for n, c in list(bad.items())[:8]]
     return level
 
@@ -124,7 +152,11 @@ def _canonical(folder: Canonical, ref: TensorRef, override: Tensor | None) -> Ar
     """A canonical tensor's elements as unsigned integers of their size, flat."""
     if override is not None:
         t = override.detach().to(TORCH[ref.dtype]).contiguous()
-        return t.view(torch.uint8).flatten().numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]]) if t.numel() else np.empty(0)
+        return (
+            t.view(torch.uint8).flatten().numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
+            if t.numel()
+            else np.empty(0)
+        )
     return _flat(folder.path(ref), ref)
 
 
@@ -171,7 +203,12 @@ def _source(plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool
         raw = np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
         return np.asarray(ggml.dequantise(raw, ref.dtype, ref.shape), np.float32).reshape(-1), False
     if ref.strides is not None:
-        flat = _flat(path, TensorRef(name, ref.dtype, (ref.nbytes // ITEMSIZE[ref.dtype],), ref.file, ref.offset, ref.nbytes))
+        flat = _flat(
+            path,
+            TensorRef(
+                name, ref.dtype, (ref.nbytes // ITEMSIZE[ref.dtype],), ref.file, ref.offset, ref.nbytes
+            ),
+        )
         step = flat.itemsize
         view = as_strided(flat, ref.shape, tuple(s * step for s in ref.strides), writeable=False)
         flat = np.ascontiguousarray(view).reshape(-1)
@@ -189,9 +226,14 @@ def _dequantised(plan: Plan, output: Output, k: int) -> Array:
 
     ckpt = plan.checkpoint
     components = {}
-    for part, name in {"weight": output.sources[k], **{c: n[k] for c, n in output.components.items()}}.items():
+    for part, name in {
+        "weight": output.sources[k],
+        **{c: n[k] for c, n in output.components.items()},
+    }.items():
         ref = ckpt.tensors[name]
-        raw = torch.from_numpy(np.array(np.memmap(ckpt.path(ref.file), np.uint8, "r", ref.offset, (ref.nbytes,))))
+        raw = torch.from_numpy(
+            np.array(np.memmap(ckpt.path(ref.file), np.uint8, "r", ref.offset, (ref.nbytes,)))
+        )
         components[part] = raw.view(TORCH[ref.dtype]).view(ref.shape)
     assert output.scheme is not None
     rows = output.fits[k].shape[-2] if len(output.fits[k].shape) > 1 else output.fits[k].shape[0]
@@ -210,7 +252,13 @@ def _rounded(x: Array, dtype: str) -> Array:
     if dtype == "BF16":
         bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
         if x.dtype == np.float64:
-            return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+            return (
+                torch.from_numpy(np.ascontiguousarray(x))
+                .to(torch.bfloat16)
+                .view(torch.int16)
+                .numpy()
+                .view(np.uint16)
+            )
         up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
         return np.where(nan, (bits >> 16) | 0x40, up).astype(np.uint16)
@@ -235,8 +283,16 @@ def _same_bytes(folder: Canonical, ckpt: Checkpoint, name: str) -> bool:
     mine, theirs = folder.extra_tensors[name], ckpt.tensors[name]
     if mine.nbytes != theirs.nbytes or mine.shape != theirs.shape:
         return False
-    a = np.memmap(folder.path(mine), np.uint8, "r", mine.offset, (mine.nbytes,)) if mine.nbytes else np.empty(0)
-    b = np.memmap(ckpt.path(theirs.file), np.uint8, "r", theirs.offset, (theirs.nbytes,)) if mine.nbytes else np.empty(0)
+    a = (
+        np.memmap(folder.path(mine), np.uint8, "r", mine.offset, (mine.nbytes,))
+        if mine.nbytes
+        else np.empty(0)
+    )
+    b = (
+        np.memmap(ckpt.path(theirs.file), np.uint8, "r", theirs.offset, (theirs.nbytes,))
+        if mine.nbytes
+        else np.empty(0)
+    )
     return all(np.array_equal(a[i : i + CHUNK], b[i : i + CHUNK]) for i in range(0, len(a), CHUNK))
 
 

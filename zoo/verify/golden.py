@@ -37,13 +37,14 @@ from zoo.verify.tolerance import Spread
 
 SCHEMA = "zoo-golden-1"
 N_GREEDY = 64
+_open: Any = safe_open  # the library does not type it
 
 
 def is_golden(path: Path) -> bool:
     """Whether a safetensors file is a recording rather than weights."""
     try:
-        with safe_open(path, "pt") as f:  # type: ignore[no-untyped-call]
-            return "zoo" in (f.metadata() or {}) and "ids.0" in f.keys()  # noqa: SIM118
+        f = _open(path, "pt")
+        return "zoo" in (f.metadata() or {}) and "ids.0" in set(f.keys())
     except (OSError, SafetensorError):
         return False
 
@@ -56,7 +57,7 @@ class Golden:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: Any = safe_open(path, "pt")  # type: ignore[no-untyped-call]
+        self.file = _open(path, "pt")
         self.names = set(self.file.keys())
         self.about: dict[str, Any] = json.loads(self.file.metadata()["zoo"])
         if self.about.get("schema") != SCHEMA:
@@ -71,7 +72,9 @@ class Golden:
     def _need(self, name: str) -> Tensor:
         t = self._get(name)
         if t is None:
-            raise ZooError(f"{self.path}: tensor {name!r} is missing; see docs/verification.md for what a golden file holds")
+            raise ZooError(
+                f"{self.path}: tensor {name!r} is missing; see docs/verification.md for what a golden file holds"
+            )
         return t
 
     def _inputs(self) -> Inputs:
@@ -84,11 +87,21 @@ class Golden:
             sizes = tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids)
             flags = tuple(text[b]) if b < len(text) else (False,) * len(ids)
             batches.append(Batch(ids, sizes, ("recorded",) * len(ids), flags))
-        return Inputs(batches, self.about.get("limits", {}), self.about.get("not_crossed", {}), self.about.get("tokenizer"))
+        return Inputs(
+            batches,
+            self.about.get("limits", {}),
+            self.about.get("not_crossed", {}),
+            self.about.get("tokenizer"),
+        )
 
     def describe(self) -> dict[str, Any]:
         told = {k: self.about.get(k) for k in ("oracle", "source", "versions", "created", "machine")}
-        return {"kind": "golden", "name": f"recording {self.path.name}", "path": str(self.path), "recorded": told}
+        return {
+            "kind": "golden",
+            "name": f"recording {self.path.name}",
+            "path": str(self.path),
+            "recorded": told,
+        }
 
     def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
         for b, batch in enumerate(batches):
@@ -123,7 +136,9 @@ class Golden:
         return tokens[:n]
 
 
-def record(oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about: dict[str, Any] | None = None) -> Path:
+def record(
+    oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about: dict[str, Any] | None = None
+) -> Path:
     """Run `oracle` on `inputs` both ways and write a golden file to `path`. `d`: the model's width."""
     meter = SpreadMeter(oracle, inputs, d, dtype)
     tensors: dict[str, Tensor] = {}
@@ -139,7 +154,9 @@ def record(oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about
     def on_logits(b: int, logits: Tensor) -> None:
         batch = inputs.batches[b]
         theirs, other = logits[batch.mask], meter.second_logits(b)
-        tensors.update({f"ids.{b}": batch.ids, f"lengths.{b}": torch.tensor(batch.lengths), f"logits.{b}": theirs})
+        tensors.update(
+            {f"ids.{b}": batch.ids, f"lengths.{b}": torch.tensor(batch.lengths), f"logits.{b}": theirs}
+        )
         for at, reference in references(theirs, batch.following[batch.mask]):
             if other is not None:
                 meter.logits.add(other[at], reference)

@@ -176,7 +176,9 @@ def _texts(file: Path, vocab: int) -> tuple[list[tuple[str, list[int], bool]], s
         return [], None
     rows = [(label, tok.encode(text).ids, True) for label, text in TEXTS]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return [(label, ids, t) for label, ids, t in rows if ids and max(ids) < vocab], f"{file.name} sha256:{digest}"
+    return [
+        (label, ids, t) for label, ids, t in rows if ids and max(ids) < vocab
+    ], f"{file.name} sha256:{digest}"
 
 
 def _batch(rows: list[tuple[str, list[int], bool]]) -> Batch:

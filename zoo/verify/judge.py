@@ -40,10 +40,17 @@ def layers_level(m: Measured, dtype: str) -> Level:
     which = "worst token" if dtype == "fp32" else "median token"
     _, i, value, bound = worst
     level.checks = [
-        Check(f"relative error of the hidden state, {which}, least margin: after layer {i}", value, bound.value, bound.why)
+        Check(
+            f"relative error of the hidden state, {which}, least margin: after layer {i}",
+            value,
+            bound.value,
+            bound.why,
+        )
     ]
     extra = abs(m.oracle_layers - len(m.layers))
-    level.checks.append(Check("layers more or fewer than the oracle's", extra, 0, f"the oracle has {m.oracle_layers}"))
+    level.checks.append(
+        Check("layers more or fewer than the oracle's", extra, 0, f"the oracle has {m.oracle_layers}")
+    )
     if first is not None:
         level.notes.append(f"layer {first} is the first that departs")
     level.figures = {"first_departing": first, "which": which, "layers": figures}
@@ -58,7 +65,9 @@ def logits_level(m: Measured, dtype: str) -> Level:
     names = ["p50", "p99", "max"] if dtype == "fp32" else ["p50", "p99", "p99.9"]
     for name in names:
         bound = tolerance.logit_bound(dtype, name, m.spread, settled.largest)
-        level.checks.append(Check(f"|logit error| {name}", settled.error.at(QUANTILES[name]), bound.value, bound.why))
+        level.checks.append(
+            Check(f"|logit error| {name}", settled.error.at(QUANTILES[name]), bound.value, bound.why)
+        )
     kl = tolerance.kl_bound(dtype, m.spread)
     level.checks.append(Check("KL divergence p99", settled.kl.at(0.99), kl.value, kl.why))
     level.checks.append(_top1(m, dtype, settled))
@@ -98,13 +107,20 @@ def _top1(m: Measured, dtype: str, settled: LogitMetrics) -> Check:
     p, n = m.spread.top1_agreement, max(1, settled.n)
     p = min(p, 1 - 1 / n)
     bound = p - 3 * math.sqrt(p * (1 - p) / n) - 1 / n
-    return Check("top-1 agreement", settled.top1 / n, bound, f"{m.spread.why}: {p:.4f}, less 3 standard errors", True)
+    return Check(
+        "top-1 agreement", settled.top1 / n, bound, f"{m.spread.why}: {p:.4f}, less 3 standard errors", True
+    )
 
 
 def _share_of_ties(m: Measured, dtype: str) -> Check:
     n = m.settled.n + m.ties.n
     limit = 0.05 if dtype == "fp32" else 1.0
-    return Check("share of tokens set apart at near ties", m.ties.n / n, limit, "few in fp32; any number in lower precision")
+    return Check(
+        "share of tokens set apart at near ties",
+        m.ties.n / n,
+        limit,
+        "few in fp32; any number in lower precision",
+    )
 
 
 def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: str, n: int) -> Level:
@@ -128,7 +144,12 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     name = "max" if dtype == "fp32" else "p99.9"
     bound = tolerance.logit_bound(dtype, name, m.spread, error.largest)
     level.checks.append(
-        Check(f"cached against uncached |logit error| {name}", error.error.at(QUANTILES[name]), bound.value, bound.why)
+        Check(
+            f"cached against uncached |logit error| {name}",
+            error.error.at(QUANTILES[name]),
+            bound.value,
+            bound.why,
+        )
     )
     prompt = prompt_of(asked)[:, : max(1, limit - n)]
     n = min(n, limit - prompt.shape[1])
@@ -138,13 +159,24 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         return level
     mine = decoder.generate(prompt, len(theirs))[0, prompt.shape[1] :]
     differ = (mine != theirs).nonzero().flatten()
-    if len(differ) and not getattr(oracle, "fixed_inputs", False) and _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: int(differ[0]) + 1]])):
-        level.notes.append("the oracle's cached decode departs from its own uncached logits: the latter were followed")
+    if (
+        len(differ)
+        and not getattr(oracle, "fixed_inputs", False)
+        and _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: int(differ[0]) + 1]]))
+    ):
+        level.notes.append(
+            "the oracle's cached decode departs from its own uncached logits: the latter were followed"
+        )
         theirs = _greedy_uncached(oracle, prompt, n)
         differ = (mine != theirs).nonzero().flatten()
     tie = 0.0
     if len(differ):
-        tie = _lead(ours, torch.cat([prompt[0], theirs[: int(differ[0])]]), int(mine[differ[0]]), int(theirs[differ[0]]))
+        tie = _lead(
+            ours,
+            torch.cat([prompt[0], theirs[: int(differ[0])]]),
+            int(mine[differ[0]]),
+            int(theirs[differ[0]]),
+        )
     level.checks.append(_greedy(len(theirs), differ, tie, dtype, m.spread, error.largest))
     level.figures = {"prompt_tokens": prompt.shape[1], "generated": mine.tolist(), "oracle": theirs.tolist()}
     return level
@@ -179,4 +211,9 @@ def _greedy(n: int, differ: torch.Tensor, tie: float, dtype: str, spread: Spread
             "greedy tokens that differ before a tie", 0, 0,
             f"{at} of {n} tokens equal; then two ids lie {tie:.2g} apart, within twice the error bound {reach:.2g}",
         )  # fmt: skip
-    return Check("greedy tokens that differ", n - at, 0, f"{at} of {n} tokens equal, then ours prefers another id by {tie:.2g}")
+    return Check(
+        "greedy tokens that differ",
+        n - at,
+        0,
+        f"{at} of {n} tokens equal, then ours prefers another id by {tie:.2g}",
+    )

@@ -55,7 +55,13 @@ class Quantiles:
         return min(float(edge), self.max)
 
     def summary(self) -> dict[str, float]:
-        return {"max": self.max, "p50": self.at(0.5), "p99": self.at(0.99), "p99.9": self.at(0.999), "mean": self.mean}
+        return {
+            "max": self.max,
+            "p50": self.at(0.5),
+            "p99": self.at(0.99),
+            "p99.9": self.at(0.999),
+            "mean": self.mean,
+        }
 
     def histogram(self, bins: int = 60) -> dict[str, list[float]]:
         """Counts over equal steps of log10, for a picture: `edges` has one more entry than `counts`."""
@@ -166,7 +172,9 @@ class LogitMetrics:
         """(ours, theirs) on the text inputs; 0 where there was no text."""
         if not self.n_next:
             return 0.0, 0.0
-        return math.exp(min(self.nll_ours / self.n_next, 700)), math.exp(min(self.nll_theirs / self.n_next, 700))
+        return math.exp(min(self.nll_ours / self.n_next, 700)), math.exp(
+            min(self.nll_theirs / self.n_next, 700)
+        )
 
     def summary(self) -> dict[str, Any]:
         ours, theirs = self.perplexities
@@ -177,7 +185,9 @@ class LogitMetrics:
             "kl": self.kl.summary(),
             "top1_agreement": self.top1 / max(1, self.n),
             "top5_agreement": self.top5 / max(1, self.n),
-            "perplexity": {"ours": ours, "oracle": theirs, "difference": ours - theirs} if self.n_next else None,
+            "perplexity": {"ours": ours, "oracle": theirs, "difference": ours - theirs}
+            if self.n_next
+            else None,
         }
 
 
@@ -190,7 +200,9 @@ def _kl(d: Tensor, error: Tensor, theirs: Reference) -> Tensor:
     mean = (theirs.weights * d).sum(-1) / theirs.sums
     if float(error.max()) < 1e-2:
         return ((theirs.weights * (d - mean[:, None]).square_()).sum(-1) / theirs.sums) / 2
-    grown = (theirs.weights.double() * (d.double() - mean[:, None].double()).exp()).sum(-1) / theirs.sums.double()
+    grown = (theirs.weights.double() * (d.double() - mean[:, None].double()).exp()).sum(
+        -1
+    ) / theirs.sums.double()
     return torch.nan_to_num(grown.log().float().clamp(min=0), nan=math.inf)
 
 

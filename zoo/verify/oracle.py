@@ -137,7 +137,9 @@ class Transformers:
         try:
             rows = []
             for row, n in zip(ids, lengths, strict=True):
-                got = Transformers.run(self, row[None, :n], (n,), lambda i, x: states.setdefault(i, []).append(x))
+                got = Transformers.run(
+                    self, row[None, :n], (n,), lambda i, x: states.setdefault(i, []).append(x)
+                )
                 rows.append(_pad(got, ids.shape[1]))
         finally:
             torch.set_num_threads(threads)
@@ -244,7 +246,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     n = config.num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     if not lists:
-        raise ZooError(f"{type(model).__name__}: no list of {n} decoder layers found, so hidden states cannot be taken")
+        raise ZooError(
+            f"{type(model).__name__}: no list of {n} decoder layers found, so hidden states cannot be taken"
+        )
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
@@ -274,7 +278,9 @@ def placeholder_ids(config: Any) -> frozenset[int]:
     """Ids that stand for an image, a video or a sound in a wrapper's input."""
     found = set()
     for key, value in config.to_dict().items():
-        if isinstance(value, int) and any(w in key for w in ("image", "video", "audio", "vision", "boi", "eoi", "boa")):
+        if isinstance(value, int) and any(
+            w in key for w in ("image", "video", "audio", "vision", "boi", "eoi", "boa")
+        ):
             if key.endswith(("token_id", "token_index")):
                 found.add(value)
     return frozenset(found)

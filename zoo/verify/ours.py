@@ -32,7 +32,9 @@ class Ours:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.spec = decoder.spec
-        self.gaps: dict[int, list[Tensor]] = {}  # batch -> per MoE layer so far, the router's margin per token
+        self.gaps: dict[
+            int, list[Tensor]
+        ] = {}  # batch -> per MoE layer so far, the router's margin per token
         self.state: dict[int, tuple[Tensor, Any]] = {}
         self.done: dict[int, int] = {}  # batch -> layers it has been through
 
@@ -230,4 +232,3 @@ def build(subject: Subject) -> Decoder:
     if subject.patch is not None:
         subject.patch(model)
     return model
-

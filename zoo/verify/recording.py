@@ -19,7 +19,9 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     """Run upstream on `src` and write `output`; a summary. Raises ZooError if upstream can't read it."""
     spec, root, ckpt = _open(src)
     if ckpt is None:
-        raise ZooError(f"{src}: the source it was converted from is not there any more; name the checkpoint itself")
+        raise ZooError(
+            f"{src}: the source it was converted from is not there any more; name the checkpoint itself"
+        )
     path = readable(ckpt)
     if path is None:
         raise ZooError(
@@ -29,13 +31,20 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     oracle = Transformers(path, dtype)
     asked = standard.make(spec, root, oracle.avoid_ids, max_length)
     about = {
-        "source": {"path": str(ckpt.root), "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried])},
+        "source": {
+            "path": str(ckpt.root),
+            "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),
+        },
         "versions": versions(),
         "family": spec.family,
     }
     golden.record(oracle, asked, spec.d_model, output, dtype, about)
     told = oracle.describe()
-    return {"output": str(output), "tokens": asked.n_tokens, "by": f"transformers {told['version']}, {told['class']}"}
+    return {
+        "output": str(output),
+        "tokens": asked.n_tokens,
+        "by": f"transformers {told['version']}, {told['class']}",
+    }
 
 
 def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, Any]:

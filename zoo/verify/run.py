@@ -121,7 +121,11 @@ def verify(
 
 
 def resolve(
-    folder: canonical.Canonical, against: StrPath | Oracle | None, dtype: str, stream: bool, needs_oracle: bool
+    folder: canonical.Canonical,
+    against: StrPath | Oracle | None,
+    dtype: str,
+    stream: bool,
+    needs_oracle: bool,
 ) -> Against:
     """Open the source and the oracle that `against` stands for."""
     if against is not None and not isinstance(against, str | os.PathLike):
@@ -161,7 +165,9 @@ def _is_golden(path: Path) -> bool:
     return bool(is_golden(path))
 
 
-def _open_oracle(out: Against, folder: canonical.Canonical, ckpt: Checkpoint, dtype: str, stream: bool) -> None:
+def _open_oracle(
+    out: Against, folder: canonical.Canonical, ckpt: Checkpoint, dtype: str, stream: bool
+) -> None:
     if not upstream_available():
         out.why_no_oracle = "transformers is not installed (pip install 'zoo[upstream]')"
         return
@@ -187,7 +193,11 @@ def readable(ckpt: Checkpoint) -> Path | None:
     """The path that transformers can load this checkpoint from, or None."""
     if ckpt.format == "gguf" and len(ckpt.files) == 1:
         return ckpt.path(next(iter(ckpt.files)))
-    if "hf" in ckpt.naming and (ckpt.root / "config.json").is_file() and ckpt.format in ("safetensors", "pickle"):
+    if (
+        "hf" in ckpt.naming
+        and (ckpt.root / "config.json").is_file()
+        and ckpt.format in ("safetensors", "pickle")
+    ):
         return ckpt.root
     return None
 
@@ -255,11 +265,15 @@ def _numeric_levels(
 ) -> tuple[Inputs, Measured]:
     oracle = other.oracle
     assert oracle is not None
-    asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(folder.spec, folder.root, oracle.avoid_ids, max_length)
+    asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(
+        folder.spec, folder.root, oracle.avoid_ids, max_length
+    )
     if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
     cert.inputs = asked.to_json()
-    cert.not_checked += [f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed]
+    cert.not_checked += [
+        f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed
+    ]
     ours = Streamed(folder, DTYPES[dtype]) if stream else Ours(build(subject_of(folder, DTYPES[dtype])))
     say(f"layers and logits of {asked.n_tokens} tokens")
     t = time.perf_counter()
@@ -272,11 +286,15 @@ def _numeric_levels(
             if made.checks:
                 cert.levels.append(made)
             else:
-                cert.not_checked.append(f"{name}: the oracle gives no hidden states that ours can be compared with")
+                cert.not_checked.append(
+                    f"{name}: the oracle gives no hidden states that ours can be compared with"
+                )
     cert.timing |= {k: round(v, 3) for k, v in measured.seconds.items()}
     if "decode" in wanted:
         if stream:
-            cert.not_checked.append("decode: not done while streaming (it would read all weights once per token)")
+            cert.not_checked.append(
+                "decode: not done while streaming (it would read all weights once per token)"
+            )
         else:
             say(f"{n_greedy} greedy tokens")
             t = time.perf_counter()
@@ -288,7 +306,9 @@ def _numeric_levels(
         from zoo.verify import diagnose
 
         expected = None if other.checkpoint is None else plan_of(folder, other.checkpoint).spec
-        cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, expected, search=not stream)
+        cert.diagnosis = diagnose.diagnose(
+            folder, oracle, asked, measured, dtype, expected, search=not stream
+        )
     return asked, measured
 
 

@@ -166,7 +166,11 @@ def _layers(ours: Ours, b: int, batch: Batch, recorded: Recorded, dtype: str) ->
     for i in range(ours.spec.n_layers):
         mine = ours.layer(b, i)
         if i >= n_theirs:
-            return Caught("layers", i, note=f"ours has more layers than the oracle's {n_theirs}") if n_theirs else None
+            return (
+                Caught("layers", i, note=f"ours has more layers than the oracle's {n_theirs}")
+                if n_theirs
+                else None
+            )
         a, theirs = rows(mine, batch, d), rows(recorded.states[b, i], batch, d)
         if a is None or theirs is None or a.shape != theirs.shape:
             continue
@@ -175,7 +179,9 @@ def _layers(ours: Ours, b: int, batch: Batch, recorded: Recorded, dtype: str) ->
         if not value <= bound:
             return Caught("layers", i, value, bound)
     if ours.spec.n_layers < n_theirs:
-        return Caught("layers", ours.spec.n_layers - 1, note=f"ours has fewer layers than the oracle's {n_theirs}")
+        return Caught(
+            "layers", ours.spec.n_layers - 1, note=f"ours has fewer layers than the oracle's {n_theirs}"
+        )
     return None
 
 

@@ -39,7 +39,9 @@ class StreamedTransformers(Transformers):
 
     def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
         if not path.is_dir():
-            raise ZooError(f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream")
+            raise ZooError(
+                f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
+            )
         self.path, self.dtype, self.note = path, dtype, note
         quiet()
         config, cls = config_and_class(path)
@@ -90,7 +92,9 @@ class StreamedTransformers(Transformers):
     def _hook(self) -> None:
         for layer in self.layers:
             layer.register_forward_pre_hook(lambda _m, _args: self._worker().pause())
-            layer.register_forward_hook(lambda _m, _args, out: self._worker().pause(out[0] if isinstance(out, tuple) else out))
+            layer.register_forward_hook(
+                lambda _m, _args, out: self._worker().pause(out[0] if isinstance(out, tuple) else out)
+            )
         inside = {id(m) for layer in self.layers for m in layer.modules()}
         head = self.model.get_output_embeddings()
         for name, m in self.model.named_modules():
@@ -238,14 +242,18 @@ class Weights:
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.converter = {p: c for c in converters for p in c.source_patterns}
-        self.sources: dict[str, list[tuple[str, str | None]]] = {}  # target -> (source, pattern of its converter)
+        self.sources: dict[
+            str, list[tuple[str, str | None]]
+        ] = {}  # target -> (source, pattern of its converter)
         for name in sorted(ckpt.tensors, key=_natural):
             for chain in ((renamings, converters), ([], [])):
                 target, pattern = rename_source_key(name, *chain, model.base_model_prefix, self.meta)
                 if target in self.meta:
                     self.sources.setdefault(target, []).append((name, pattern))
                     break
-        self.targets_of: dict[str, str] = {}  # a further target of a converter -> the first, which it is keyed by
+        self.targets_of: dict[
+            str, str
+        ] = {}  # a further target of a converter -> the first, which it is keyed by
         self._more_targets()
 
     def _more_targets(self) -> None:
@@ -323,7 +331,9 @@ class Weights:
     def _set(self, name: str, t: Tensor) -> None:
         like = self.meta[name]
         if tuple(t.shape) != tuple(like.shape):
-            raise ZooError(f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}")
+            raise ZooError(
+                f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
+            )
         keep = like.dtype == torch.float32 or any(p.search(name) for p in self.fp32)
         dtype = torch.float32 if keep else self.dtype
         new = t.to(dtype) if t.is_floating_point() else t

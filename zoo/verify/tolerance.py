@@ -42,7 +42,11 @@ class Spread:
 
     @property
     def why(self) -> str:
-        return f"upstream's own spread, {self.ways[0]} against {self.ways[1]}" if self.ways else "one way to run upstream"
+        return (
+            f"upstream's own spread, {self.ways[0]} against {self.ways[1]}"
+            if self.ways
+            else "one way to run upstream"
+        )
 
     @classmethod
     def of(cls, ways: tuple[str, str], logits: LogitMetrics, layers: Sequence[float]) -> Spread:
@@ -73,7 +77,11 @@ class Bound:
 
 def logit_bound(dtype: str, quantile: str, spread: Spread, largest: float) -> Bound:
     """The bound on a quantile of |logit error|; `largest` is the largest |logit|."""
-    floor = FLOOR_FP32 if dtype == "fp32" else ULP[dtype] * max(1.0, largest) * (0.25 if quantile == "p50" else 1.0)
+    floor = (
+        FLOOR_FP32
+        if dtype == "fp32"
+        else ULP[dtype] * max(1.0, largest) * (0.25 if quantile == "p50" else 1.0)
+    )
     return _larger(FACTOR, spread.logits.get(quantile, 0.0), floor, spread, f"floor of {dtype}")
 
 
@@ -107,4 +115,6 @@ def representative(dtype: str, tokens: Sequence[float]) -> float:
 def _larger(factor: float, spread: float, floor: float, source: Spread, by_floor: str) -> Bound:
     if factor * spread > floor:
         return Bound(factor * spread, f"{factor:g} x {source.why}")
-    return Bound(floor, by_floor + (f" ({factor:g} x spread is {factor * spread:.2g})" if source.ways else ""))
+    return Bound(
+        floor, by_floor + (f" ({factor:g} x spread is {factor * spread:.2g})" if source.ways else "")
+    )

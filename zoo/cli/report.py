@@ -1,0 +1,29 @@
+"""`zoo report`: a certificate as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zoo.cli._common import common, emit, say
+
+
+@click.command()
+@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: report.html in CANON."
+)
+@common
+def command(canon: Path, output: Path | None, as_json: bool) -> None:
+    """Write the certificate of the canonical folder CANON as one self-contained HTML page."""
+    from zoo.formats.base import read_json
+    from zoo.verify import certificate, report
+
+    data = read_json(canon / certificate.FILE, f"there is no certificate; write one with: zoo verify {canon}")
+    path = output or canon / "report.html"
+    path.write_text(report.page(data), encoding="utf-8")
+    if as_json:
+        emit({"report": str(path), "verdict": data["verdict"]})
+    else:
+        say(f"{path} ({data['verdict']})")
