@@ -39,12 +39,15 @@ def dequantise(
         )
     codes, scale = codes.reshape(-1, words), scale.reshape(-1, width).to(torch.float32)
     out = torch.empty(codes.shape[0], columns, dtype=dtype, device=codes.device)
-    step = max(1, CHUNK // columns)
+    step = min(max(1, CHUNK // max(columns, 1)), max(codes.shape[0], 1))
+    decode = nibbles.Decoder(_PAIRS, step * 4 * words, codes.device)
+    values = torch.empty(step, columns, dtype=torch.float32, device=codes.device)
     for at in range(0, codes.shape[0], step):
         packed = codes[at : at + step].contiguous().view(torch.uint8)
-        values = nibbles.decode(packed, _PAIRS).to(torch.float32)
-        multiply(values, scale[at : at + step], block[1])
-        out[at : at + step] = values
+        n = packed.shape[0]
+        values[:n] = decode(packed)
+        multiply(values[:n], scale[at : at + n], block[1])
+        out[at : at + n] = values[:n]
     return out.reshape(*lead, rows, columns)
 
 

@@ -36,9 +36,10 @@ def dequantise(
     groups = codes.reshape(-1, GROUP // 2)  # [G, 16]
     powers = exponents(scale.reshape(-1, 1).view(torch.uint8))  # [G, 1] fp32
     out = torch.empty(groups.shape[0], GROUP, dtype=dtype, device=codes.device)
-    step = CHUNK // GROUP
+    step = min(CHUNK // GROUP, max(groups.shape[0], 1))
+    decode = nibbles.Decoder(_PAIRS, step * (GROUP // 2), codes.device)
     for at in range(0, groups.shape[0], step):
-        values = nibbles.decode(groups[at : at + step], _PAIRS)
+        values = decode(groups[at : at + step])
         power = powers[at : at + step]
         if dtype == torch.bfloat16:  # a power of two is exact in bf16: the one rounding is the product's
             torch.mul(values, power.to(torch.bfloat16), out=out[at : at + step])

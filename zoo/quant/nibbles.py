@@ -18,9 +18,18 @@ def table(values: Sequence[float]) -> torch.Tensor:
     return torch.stack([one[byte & 15], one[byte >> 4]], dim=-1).view(torch.int32).reshape(256)
 
 
-def decode(codes: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """[N, B] bytes -> [N, 2 B] bf16 values."""
-    n, b = codes.shape
-    index = codes.reshape(-1).to(torch.int32)
-    words = torch.index_select(pairs.to(codes.device), 0, index)
-    return words.view(torch.bfloat16).view(n, 2 * b)
+class Decoder:
+    """Decodes up to `size` bytes at a time, in memory of its own that the next call uses again."""
+
+    def __init__(self, pairs: torch.Tensor, size: int, device: torch.device) -> None:
+        self.pairs = pairs.to(device)
+        self.index = torch.empty(size, dtype=torch.int32, device=device)
+        self.words = torch.empty(size, dtype=torch.int32, device=device)
+
+    def __call__(self, codes: torch.Tensor) -> torch.Tensor:
+        """[N, B] bytes -> [N, 2 B] bf16 values, valid until the next call."""
+        n, b = codes.shape
+        index, words = self.index[: n * b], self.words[: n * b]
+        index.copy_(codes.reshape(-1))
+        torch.index_select(self.pairs, 0, index, out=words)
+        return words.view(torch.bfloat16).view(n, 2 * b)
