@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual added before it or after it.
+"""RMSNorm, and the residual that a norm of a branch's output is added to.
 
 Unusual: `Norm.scale_in` says where the weight meets the rounding. The kernel keeps that order, so in bf16 it
 differs from its twin by nothing but the order of the sum of squares.
@@ -34,12 +34,6 @@ def factor(weight: Tensor, norm: Norm) -> Tensor:
     return 1 + weight if norm.weight == "plus_one" else weight
 
 
-def add_rms_norm_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """(x + h, rms_norm(x + h)): a residual and the norm that reads it."""
-    x = x + h
-    return x, rms_norm_reference(x, weight, norm)
-
-
 def rms_norm_add_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     """x + rms_norm(h): the norm of a branch's output, and the residual."""
     return x + rms_norm_reference(h, weight, norm)
@@ -50,17 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     if not _fits(x, weight, norm):
         return rms_norm_reference(x, weight, norm)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(x, None, weight, norm, None, out)
+    _launch(x, None, weight, norm, out)
     return out
-
-
-def add_rms_norm(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_reference`, as one kernel where Triton runs. x, h [.., D], contiguous."""
-    if not _fits(x, weight, norm) or not x.is_contiguous() or not h.is_contiguous():
-        return add_rms_norm_reference(x, h, weight, norm)
-    total, out = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, h, weight, norm, total, out)
-    return total, out
 
 
 def rms_norm_add(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
@@ -68,7 +53,7 @@ def rms_norm_add(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Ten
     if not _fits(x, weight, norm) or not x.is_contiguous() or not h.is_contiguous():
         return rms_norm_add_reference(x, h, weight, norm)
     out = torch.empty_like(x)
-    _launch(h, x, weight, norm, None, out)
+    _launch(h, x, weight, norm, out)
     return out
 
 
@@ -77,16 +62,15 @@ def _fits(x: Tensor, weight: Tensor | None, norm: Norm) -> bool:
     return has_triton(x) and norm.kind == "rms" and x.shape[-1] <= 16384 and same and x.dtype != torch.float64
 
 
-def _launch(x: Tensor, h: Tensor | None, weight: Tensor | None, norm: Norm, total: Tensor | None, out: Tensor) -> None:
+def _launch(x: Tensor, onto: Tensor | None, weight: Tensor | None, norm: Norm, out: Tensor) -> None:
     d = x.shape[-1]
     if x.stride(-1) != 1 or (x.dim() > 1 and not _rows_evenly(x)):
         x = x.contiguous()
     block = power_of_2(d)
     _rms_norm[(x.numel() // d,)](
-        x, h, weight, total, out, x.stride(-2) if x.dim() > 1 else d, d, norm.eps,
+        x, onto, weight, out, x.stride(-2) if x.dim() > 1 else d, d, norm.eps,
         KIND=0 if weight is None else 1 if norm.scale_in == "model" else 2, PLUS_ONE=norm.weight == "plus_one",
-        BEFORE=total is not None, AFTER=h is not None and total is None,
-        BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(x),
+        ONTO=onto is not None, BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(x),
     )  # fmt: skip
 
 
@@ -118,8 +102,8 @@ if triton is not None:
 
     @triton.jit
     def _rms_norm(
-        x_ptr, h_ptr, w_ptr, total_ptr, out_ptr, stride, D, eps,
-        KIND: tl.constexpr, PLUS_ONE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+        x_ptr, onto_ptr, w_ptr, out_ptr, stride, D, eps,
+        KIND: tl.constexpr, PLUS_ONE: tl.constexpr, ONTO: tl.constexpr,
         BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -131,13 +115,8 @@ if triton is not None:
             w = tl.load(w_ptr + d, mask=mask, other=0.0).to(tl.float32)
         after_previous(OVERLAP)
         x = tl.load(x_ptr + row * stride + d, mask=mask, other=0.0).to(tl.float32)
-        if BEFORE:
-            x += tl.load(h_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
-            x = x.to(dtype)
-            tl.store(total_ptr + row * D + d, x, mask=mask)
-            x = x.to(tl.float32)
         y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
         y = normalise(y, w, KIND, PLUS_ONE, dtype)
-        if AFTER:
-            y += tl.load(h_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+        if ONTO:
+            y += tl.load(onto_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * D + d, y.to(dtype), mask=mask)

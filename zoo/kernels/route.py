@@ -116,12 +116,15 @@ if triton is not None:
             out = 0.0 if MASK_ZERO else float("-inf")
             choice = tl.where(real, tl.where(kept == 1, choice, out), float("-inf"))
         k = tl.arange(0, K)
+        same: tl.constexpr = not BIAS and GROUPS == 1  # an expert is chosen by its score
         chosen = tl.zeros([K], dtype=tl.int32)
         weight = tl.full([K], float("-inf") if CHOSEN else 0.0, dtype=tl.float32)
         for i in tl.static_range(TOP_K):
-            m = tl.argmax(choice, 0)
+            best_score, m = tl.max(choice, 0, return_indices=True)
+            if not same:
+                best_score = tl.sum(tl.where(e == m, score, 0.0), 0)
             chosen = tl.where(k == i, m, chosen)
-            weight = tl.where(k == i, tl.sum(tl.where(e == m, score, 0.0), 0), weight)
+            weight = tl.where(k == i, best_score, weight)
             choice = tl.where(e == m, float("-inf"), choice)
         if CHOSEN:
             if SOFTMAX:

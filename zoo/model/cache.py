@@ -199,7 +199,7 @@ class Context:
                 factor = 1 + s.beta * torch.log1p(steps)
             else:
                 pos = self.positions.float().clamp(min=1)
-                factor = (pos.log2() / torch.tensor(s.period).log2().to(pos.device)).clamp(min=1)
+                factor = (pos.log2() / torch.tensor(s.period).log2().item()).clamp(min=1)
             self._made[s] = factor if s.fp32 else factor.to(self.dtype)
         return self._made[s]  # type: ignore[return-value]
 

@@ -71,14 +71,14 @@ class Layer(nn.Module):
                 mixer = self.attn
         if self.spec.attn_post_norm is None:
             return mixer(x, ctx, onto)  # type: ignore[no-any-return]
-        return onto + self.attn_post_norm(mixer(x, ctx))  # type: ignore[no-any-return]
+        return self.attn_post_norm(mixer(x, ctx), onto)  # type: ignore[no-any-return]
 
     def feed(self, x: Tensor) -> Tensor:
         """x + the feed-forward branch of it."""
         ffn = self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
         if self.spec.ffn_post_norm is None:
             return ffn(self.ffn_norm(x), x)  # type: ignore[no-any-return]
-        return x + self.ffn_post_norm(ffn(self.ffn_norm(x)))  # type: ignore[no-any-return]
+        return self.ffn_post_norm(ffn(self.ffn_norm(x)), x)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         if self.spec.mixer is not None:
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         ctx = Context.begin(ids.shape[1], cache, self.dtype, ids.device)
         x = F.embedding(ids, self.embed.weight)
         if spec.embed_scale != 1.0:
-            x = x * torch.tensor(spec.embed_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(spec.embed_scale, dtype=x.dtype).item()
         if spec.positions is not None:
             x = x + F.embedding(ctx.positions, self.positions.weight)
         if spec.per_layer_embedding is not None:

@@ -1,6 +1,7 @@
-"""One decode step, captured as a CUDA graph and replayed for every token.
+"""CUDA graphs: one decode step, replayed for every token; one pass of a fixed shape, replayed for every batch.
 
-Unusual: the step is warmed up on the real cache. It writes one slot, which the first replay writes again;
+Launching a kernel costs the host 10-50 us, more than most kernels of a step or of a short prompt take.
+Unusual: a step is warmed up on the real cache. It writes one slot, which the first replay writes again;
 what carries a state (a linear mixer) is put back.
 """
 
@@ -40,7 +41,7 @@ class Step:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = model.finish(model.run(self.ids, cache))[:, -1]
-                self.best = self.logits.argmax(-1)
+                self.best = likeliest(self.logits)
             self._rewind(length, position)
             for t, k in zip(states, kept, strict=True):
                 t.copy_(k)
@@ -57,3 +58,32 @@ class Step:
         self.graph.replay()
         self.cache.length += 1
         return self.logits
+
+
+class Pass:
+    """`run(ids)` is `model(ids)` for ids [B, T] of one shape. The result is overwritten by the next pass."""
+
+    def __init__(self, model: Decoder, batch: int, tokens: int) -> None:
+        self.ids = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(self.ids)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = model(self.ids)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax of [B, V] over V, in two stages: one block per row is slow for a large vocabulary."""
+    parts = next((n for n in (64, 32, 16, 8) if logits.shape[-1] % n == 0), 1)
+    best, where = logits.unflatten(-1, (parts, -1)).max(-1)  # [B, parts]
+    part = best.argmax(-1, keepdim=True)
+    inside = logits.shape[-1] // parts
+    return (where.gather(-1, part) + part * inside).squeeze(-1)

@@ -90,6 +90,10 @@ class Stacked(Weights):
     def __init__(self, n_experts: int, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(n_experts, sum(parts), d_in, parts=parts, bias=bias)
 
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """x [N, in] by the map of one expert: [N, out]."""
+        return F.linear(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
+
 
 class Table(nn.Module):
     """An embedding: `weight` [rows, d], and, where tied, the head."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.kernels.norm import factor, rms_norm
+from zoo.kernels.norm import factor, rms_norm, rms_norm_add
 from zoo.spec import Norm as NormSpec
 
 
@@ -28,7 +28,11 @@ class Norm(nn.Module):
         self.register_parameter("weight", None if spec.weight == "none" else nn.Parameter(torch.empty(d)))
         self.register_parameter("bias", nn.Parameter(torch.empty(d)) if spec.kind == "layer" else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The norm of x, added to `onto`."""
         if self.spec.kind == "layer":
-            return layer_norm(x, self.weight, self.bias, self.spec)
-        return rms_norm(x, self.weight, self.spec)
+            y = layer_norm(x, self.weight, self.bias, self.spec)
+            return y if onto is None else onto + y
+        if onto is None:
+            return rms_norm(x, self.weight, self.spec)
+        return rms_norm_add(onto, x, self.weight, self.spec)
