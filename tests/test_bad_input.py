@@ -184,6 +184,12 @@ def test_an_unknown_dtype(source: Path) -> None:
     refused(source, shards(source)[0].name, "dtype 'F4_E2M1_X'", "known: .*BF16")
 
 
+@pytest.mark.parametrize("field, value", [("dtype", ["F32"]), ("dtype", None), ("shape", 7), ("shape", [True, 2])])
+def test_a_tensor_that_is_not_described_as_one(field: str, value: Any, source: Path) -> None:
+    respell(shards(source)[0], lambda h: first(h).update({field: value}))
+    refused(source, shards(source)[0].name, "expected dtype, shape and data_offsets")
+
+
 def test_a_name_twice_in_a_header(source: Path) -> None:
     def twice(h: dict[str, Any]) -> bytes:
         name = next(k for k in h if k != "__metadata__")

@@ -128,7 +128,8 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
             continue
         try:
             dtype, shape, (begin, end) = t["dtype"], tuple(t["shape"]), t["data_offsets"]
-            ok = all(type(x) is int and x >= 0 for x in (*shape, begin, end))
+            numbers = (*shape, begin, end)
+            ok = type(dtype) is str and set(map(type, numbers)) == {int} and min(numbers) >= 0
         except (TypeError, KeyError, ValueError):
             ok = False
         if not ok:
