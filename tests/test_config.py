@@ -126,9 +126,10 @@ LLAMA3 = {
         ),
         c(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3}),
         c(rope_parameters={"rope_theta": 5e5, **LLAMA3}),
-        c(rope_parameters={"rope_theta": 5e5, **LLAMA3}, rope_theta=1.0, rope_scaling={"type": "linear"}),
+        c(rope_parameters={"rope_theta": 5e5, **LLAMA3}, rope_theta=1.0),
+        c(rope_parameters={"rope_theta": 5e5, **LLAMA3}, rope_scaling={"type": "llama3", "factor": 8.0}),
     ],
-    ids=["rope_type", "type", "both", "rope_parameters", "rope_parameters first"],
+    ids=["rope_type", "type", "both", "rope_parameters", "rope_parameters first", "twice the same"],
 )
 def test_all_spellings_of_rope_scaling_say_the_same(config: Config) -> None:
     assert rope_parameters(config) == {"rope_theta": 5e5, **LLAMA3}
@@ -146,6 +147,32 @@ def test_settings_may_differ_by_layer_type() -> None:
         "rope_type": "default",
         "rope_theta": 1e4,
     }
+
+
+def test_two_spellings_that_differ_are_refused() -> None:
+    both = c(rope_parameters={"rope_theta": 5e5, **LLAMA3}, rope_scaling={"type": "linear", "factor": 8.0})
+    with pytest.raises(ZooError, match="rope_parameters and rope_scaling differ in rope_type: delete one"):
+        rope_parameters(both)
+
+
+def test_a_layer_type_without_settings_of_its_own_is_refused() -> None:
+    """Upstream would put its class's defaults there."""
+    for p in ({"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}, {"full": {"rope_theta": 1e6}}):
+        with pytest.raises(ZooError, match="rope_parameters says nothing about sliding layers"):
+            rope_parameters(c(rope_parameters=p), "sliding")
+
+
+def test_truncate_is_read_beside_the_layer_types_as_upstream_does() -> None:
+    yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "truncate": False}
+    assert "truncate" not in rope_parameters(c(rope_parameters={"full": yarn}), "full")
+    assert rope_parameters(c(rope_parameters={"full": yarn, "truncate": False}), "full")["truncate"] is False
+    assert rope_parameters(c(rope_parameters=yarn))["truncate"] is False
+
+
+def test_an_original_context_beside_the_settings_counts_before_the_one_inside() -> None:
+    yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = c(rope_parameters=yarn, original_max_position_embeddings=77)
+    assert rope_parameters(config)["original_max_position_embeddings"] == 77
 
 
 def test_theta_is_never_guessed_unless_the_family_knows_it() -> None:

@@ -120,16 +120,25 @@ def rope_parameters(
     transformers 5 writes `rope_parameters` (one dict, or one per layer type); releases have a theta
     (under the key `theta`) and a dict under the key `scaling` (its kind under `type` or `rope_type`).
     `scaling` None: a released scaling does not concern these layers. `default_theta` is for families
-    whose older releases leave theta out.
+    whose older releases leave theta out. Both at once, saying different things, are refused: which one
+    counts differs between upstream's versions.
     """
-    p = c.get("rope_parameters")
-    if p is not None:
-        nested = layer_type is not None and isinstance(p.get(layer_type), Mapping)
-        out = dict(p[layer_type] if nested else p)
-    else:
-        out = dict((c.get(scaling) if scaling else None) or {})
+    p, old = c.get("rope_parameters"), (c.get(scaling) if scaling else None) or {}
+    nested = p is not None and layer_type is not None
+    if nested and not isinstance(p.get(layer_type), Mapping):
+        raise ZooError(f"{c.where}: rope_parameters says nothing about {layer_type} layers; expected an object for each")
+    out = dict(old if p is None else p[layer_type] if nested else p)
     kind = out.pop("type", None)
     out["rope_type"] = out.get("rope_type") or kind or "default"
+    if p is not None:
+        said = {("rope_type" if k == "type" else k): v for k, v in dict(old).items()}
+        if differ := sorted(k for k, v in said.items() if v != out.get(k)):
+            raise ZooError(f"{c.where}: rope_parameters and {scaling} differ in {', '.join(differ)}: delete one of them")
+    if nested:  # upstream reads this one beside the layer types, never inside
+        out.pop("truncate", None)
+        out |= {"truncate": p["truncate"]} if "truncate" in p else {}
+    elif out["rope_type"] in ("llama3", "yarn") and "original_max_position_embeddings" in c:
+        out["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     if out.get("rope_theta") is None:
         out["rope_theta"] = c.get(theta, default_theta) if default_theta is not None else c[theta]
     if out.get("partial_rotary_factor") is None and "partial_rotary_factor" in c:
@@ -156,7 +165,7 @@ def rope(c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False
     else:
         scaling = RopeScaling(
             "yarn", factor, original,
-            beta_fast=float(q.get("beta_fast", 32)), beta_slow=float(q.get("beta_slow", 1)),
+            beta_fast=float(q.get("beta_fast") or 32), beta_slow=float(q.get("beta_slow") or 1),
             truncate=bool(q.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
         )  # fmt: skip
     return Rope(theta, dim, scaling, interleaved, fp32)
