@@ -413,7 +413,7 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
         if len(classes) > 1:
             kind = x.get("kind") if isinstance(x, dict) else None
             for c in classes:
-                if typing.get_args(_hints(c)["kind"])[0] == kind:
+                if typing.get_args(_hints(typing.cast(type, c))["kind"])[0] == kind:
                     return _from_json(c, x, where)
             raise ZooError(f"zoo.json: {where}.kind is {kind!r}, which this version of zoo does not know")
         return _from_json(options[0], x, where)

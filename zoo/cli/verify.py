@@ -38,7 +38,7 @@ def command(
     if check_certificate:
         _check(canon, as_json)
         return
-    from zoo.verify.run import verify
+    from zoo.verify import verify
 
     def progress(text: str) -> None:
         if not as_json and click.get_text_stream("stderr").isatty():

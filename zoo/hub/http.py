@@ -24,7 +24,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers
 
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
 

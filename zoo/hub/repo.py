@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 
 from zoo.hub import cache
 from zoo.hub.errors import About, HubError
