@@ -151,7 +151,7 @@ def kills(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     total = make(source, args.mb / 1000, 4)
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     figures: dict[str, Any] = {"bytes": total}
-    for way in WAYS:
+    for way in args.ways or WAYS:
         home, dst, again, wrong, tried, shown = work / "home", work / "canon", [], 0, 0, 0
         with HubServer() as server:
             server.repo(REPO).commit(source)
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, default=30)
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), help="kills: only these ways of fetching")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="where to put the files (default: a temporary folder)")
     parser.add_argument("--json", type=Path)

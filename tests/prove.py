@@ -1,4 +1,4 @@
-"""Proves every family against upstream, and writes what came of it: docs/families.md and manifests/proofs.toml.
+"""Proves every family against upstream, and writes what came of it: docs/families.md and manifests/proofs.json.
 
     python tests/prove.py [VARIANT ...] [--jobs 2]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-PROOFS, TABLE = ROOT / "manifests" / "proofs.toml", ROOT / "docs" / "families.md"
+PROOFS, TABLE = ROOT / "manifests" / "proofs.json", ROOT / "docs" / "families.md"
 # Releases whose real weights were compared with upstream, and how anyone can do it again.
 WEIGHTS = {"smollm2-135m": "make demo"}
 
@@ -117,11 +118,13 @@ def proofs(results: Iterable[dict[str, Any]]) -> str:
     results = list(results)
     proven = sorted({r["family"] for r in results} - {r["family"] for r in results if not r["passed"]})
     rules = {r["family"]: r["rules"] for r in results}
-    lines = ["# Written by `make proofs`: what `zoo list` says under PROVEN. See docs/families.md.", "", "[families]"]
-    lines += [f'{name} = "rules"' for name in proven]
-    lines += ["", "[releases]", *(f'"{name}" = "weights"' for name in WEIGHTS), "", "[rules] # their versions then"]
-    lines += [f'{name} = "{rules[name]}"' for name in proven]
-    return "\n".join(lines) + "\n"
+    found = {
+        "about": {"written by": "make proofs", "see": "docs/families.md", "rules": "the hash of a family's rules then"},
+        "families": dict.fromkeys(proven, "rules"),
+        "releases": dict.fromkeys(WEIGHTS, "weights"),
+        "rules": {name: rules[name] for name in proven},
+    }
+    return json.dumps(found, indent=1) + "\n"
 
 
 def main() -> None:

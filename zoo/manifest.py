@@ -131,10 +131,11 @@ def summary(m: Manifest) -> dict[str, Any]:
 
 @cache
 def _proofs() -> dict[str, dict[str, str]]:
-    """What the tests have shown, by family and by release (`manifests/proofs.toml`, written by them)."""
+    """What `make proofs` has shown, by family and by release."""
     try:
-        with open(os.path.join(manifests.__path__[0], "proofs.toml"), "rb") as file:
-            return tomllib.load(file)
+        with open(os.path.join(manifests.__path__[0], "proofs.json"), encoding="utf-8") as file:
+            proofs: dict[str, dict[str, str]] = json.load(file)
+            return proofs
     except FileNotFoundError:
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def command(
     from zoo.verify import verify
 
     def progress(text: str) -> None:
-        if not as_json and click.get_text_stream("stderr").isatty():
+        if not as_json and sys.stderr.isatty():
             note(f"  {text} ...")
 
     cert = verify(

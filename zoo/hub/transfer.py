@@ -21,6 +21,7 @@ from zoo.hub.errors import About, Damaged, HubError, bytes_text
 from zoo.hub.http import Progress, Watch, stream
 from zoo.hub.repo import RemoteFile, Snapshot
 
+NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
 
 T = TypeVar("T")
@@ -417,11 +418,19 @@ def download_sparse(
                         view, offset = view[n:], offset + n
 
                 def fetch(span: tuple[int, int]) -> None:
-                    start, length = span[0], span[1] - span[0]
+                    start, noted = span[0], span[0]
+
+                    def write_and_note(offset: int, data: bytes | memoryview) -> None:  # in order, within a span
+                        nonlocal noted
+                        write(offset, data)
+                        if (end := offset + len(data)) - noted >= NOTED or end == span[1]:
+                            log.write(f"{noted} {end - noted}\n".encode())
+                            noted = end
+
+                    length = span[1] - start
                     download_ranges(
-                        snapshot, path, [(start, length)], write, workers=1, progress=relay, cancel=watch.stop
+                        snapshot, path, [(start, length)], write_and_note, workers=1, progress=relay, cancel=watch.stop
                     )
-                    log.write(f"{start} {length}\n".encode())
 
                 relay = _Relay(watch)
                 _parallel(spans, fetch, workers, watch)
