@@ -15,8 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import tiny  # noqa: E402
-from tiny import VARIANTS, build, names, released  # noqa: E402
+import tiny
+from tiny import VARIANTS, build, names, released
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -54,7 +54,7 @@ def ceil_div(a: int, b: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def after_previous(OVERLAP: tl.constexpr) -> None:  # noqa: N803
+    def after_previous(OVERLAP: tl.constexpr) -> None:
         """Wait until everything the previous kernels wrote is visible; let the next one start."""
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
