@@ -1,0 +1,77 @@
+"""The documentation names what is there: pages, links, commands, options, functions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import zoo
+from zoo import families, manifest
+from zoo.cli import cli
+
+ROOT = Path(zoo.__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="installed without its documentation")
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(command, its options) of every `zoo ...` in code."""
+    found = []
+    code = "\n".join(re.findall(r"```(?:sh|text)?\n(.*?)```", text, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", text))
+    for line in re.findall(r"^(?:\S*/)?zoo ([a-z]+.*)$", code, re.M):
+        words = line.split("#")[0].split()
+        found.append((words[0], [w.split("=")[0] for w in words[1:] if w.startswith("--")]))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_and_options_exist(page: Path) -> None:
+    for name, options in commands(page.read_text(encoding="utf-8")):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, f"zoo {name}"
+        inner = command.commands.values() if isinstance(command, click.Group) else [command]
+        known = {o for c in inner for p in c.params for o in p.opts} | {"--help"}
+        assert set(options) <= known, f"zoo {name} {options}"
+
+
+def test_every_page_is_in_the_navigation_and_every_command_in_the_reference() -> None:
+    nav = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    assert nav == {p.name for p in (ROOT / "docs").glob("*.md")}
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in cli.list_commands(click.Context(cli)):
+        assert f"`zoo {name}" in reference, name
+
+
+def test_the_python_page_lists_the_api() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in set(zoo.__all__) - {"__version__"}:
+        assert f"`zoo.{name}" in page, name
+
+
+def test_every_family_is_in_the_table_and_its_proof_is_of_the_rules_of_today() -> None:
+    table = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    proofs = manifest._proofs()
+    for name, family in families.families().items():
+        assert name in table, f"{name}: run `make proofs`"
+        if name in proofs["families"]:
+            version = family.rules["hf"].version
+            assert proofs["rules"][name] == version, f"the rules of {name} have changed: run `make proofs`"
+
+
+def test_every_rule_expression_is_explained() -> None:
+    from zoo.mapping import rules
+
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    made = [n for n, f in vars(rules).items() if callable(f) and getattr(f, "__annotations__", {}).get("return") == "Expr"]
+    for name in made:
+        assert f"`{name}(" in page or name.startswith("_") or name == "leaf", name
