@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.model import attention, delta, mamba, moe, norm, rope
-from zoo.model.cache import State, Visible
+from zoo.model.cache import Context, State, Visible
 from zoo.model.delta import Conv
 from zoo.model.ffn import activate, stand_out
 from zoo.model.linear import Stacked
@@ -144,6 +144,25 @@ def test_attention_written_out_in_blocks_of_queries_is_the_same(monkeypatch: pyt
     whole = attention.attend(q, k, v, Visible(causal=True), 0.5, sinks)
     monkeypatch.setattr(attention, "BLOCK", 3)
     close(attention.attend(q, k, v, Visible(causal=True), 0.5, sinks), whole)
+
+
+@pytest.mark.parametrize("special", [{}, {"softcap": 1.5}, {"sinks": rand(6)}])
+@pytest.mark.parametrize("span", ["window", "chunk"])
+@pytest.mark.parametrize("T", [12, 13, 25])
+def test_a_window_costs_by_its_size_and_gives_what_the_whole_mask_gives(
+    T: int, span: str, special: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORTEST", 4)
+    q, k, v = rand(2, 6, T, 8), rand(2, 3, T, 8), rand(2, 3, T, 5)
+    visible = Context.begin(T, None, torch.float32, torch.device("cpu")).visible(**{span: 4})
+    assert visible.reach == 4 and visible.allowed is not None
+    seen = []
+    for name in ("_sdpa", "_written_out"):
+        whole = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda q, k, *a, f=whole: seen.append(k.shape[2]) or f(q, k, *a))
+    y = attention.attend(q, k, v, visible, 0.5, **special)  # type: ignore[arg-type]
+    assert max(seen) <= 4 + 3 and len(seen) == math.ceil(T / 4)
+    close(y, attention.attend(q, k, v, Visible(visible.allowed), 0.5, **special))  # type: ignore[arg-type]
 
 
 # --- feed-forward and experts -------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Softmax attention: grouped queries, windows, chunks, sinks, QK norm, gates, values shared between layers.
 
 Unusual: `attend` leaves to torch's SDPA all that SDPA computes exactly; sinks and soft-capped scores are
-written out. A single query folds its group of heads into the query axis, so keys are never repeated.
+written out. A long prompt goes through a window or chunk in blocks of queries, each with the keys it can
+reach. A single query folds its group of heads into the query axis, so keys are never repeated.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from zoo.model.rope import rotate
 from zoo.spec import Attention as AttentionSpec
 
 BLOCK = 512  # queries whose scores are held at once where they are written out
+SHORTEST = 64  # queries in a block of a windowed layer, at least
 
 
 def attend(
@@ -33,34 +35,41 @@ def attend(
     score_scale: Tensor | None = None,  # [T], after the cap
 ) -> Tensor:  # [B, T, H, V]
     """softmax(cap(q k^T scale)) v over the visible keys."""
-    if sinks is None and softcap is None:
-        out = _sdpa(q, k, v, visible, scale)
-    else:
-        allowed = visible.allowed
-        if visible.causal:
-            allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        pieces = []
-        for start in range(0, q.shape[2], BLOCK):
-            rows = slice(start, start + BLOCK)
-            a = None if allowed is None else allowed[rows]
-            f = None if score_scale is None else score_scale[rows]
-            pieces.append(_written_out(q[:, :, rows], k, v, a, scale, sinks, softcap, f))
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    T, S, reach = q.shape[2], k.shape[2], visible.reach
+    written_out = sinks is not None or softcap is not None
+    allowed = visible.allowed
+    if written_out and visible.causal:
+        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    size = BLOCK if written_out else T
+    if reach is not None:
+        size = min(size, max(reach, SHORTEST))
+    pieces = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        # Keys that no query of the block sees are left out: behind the window, or in the future.
+        first = 0 if reach is None else max(0, start + 1 - reach)
+        last = S if reach is None and not visible.causal else end
+        block, keys, values = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
+        mask = None if allowed is None else allowed[..., start:end, first:last]
+        if written_out:
+            factor = None if score_scale is None else score_scale[start:end]
+            pieces.append(_written_out(block, keys, values, mask, scale, sinks, softcap, factor))
+        else:
+            pieces.append(_sdpa(block, keys, values, mask, visible.causal, scale))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
     return out.transpose(1, 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float) -> Tensor:
     B, H, T, D = q.shape
     K, V = k.shape[1], v.shape[-1]
     if V < D and T > 1:  # one width for all, or SDPA takes its slow path
         v = F.pad(v, (0, D - V))
     if T == 1:
         folded = q.reshape(B, K, H // K, D)
-        out = F.scaled_dot_product_attention(folded, k, v, visible.allowed, scale=scale)
+        out = F.scaled_dot_product_attention(folded, k, v, allowed, scale=scale)
         return out.reshape(B, H, 1, V)
-    out = F.scaled_dot_product_attention(
-        q, k, v, visible.allowed, is_causal=visible.causal, scale=scale, enable_gqa=K != H
-    )
+    out = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, scale=scale, enable_gqa=K != H)
     return out[..., :V]
 
 
@@ -153,7 +162,7 @@ class Attention(nn.Module):
         """`_plain` by kernels: norm, RoPE and the write to the cache in one, and attention that reads the
         cache as it lies. None where they do not serve."""
         s, n, entry = self.spec, self.spec.qk_norm, ctx.entry(self.layer)
-        B, T = q.shape[:2]
+        T = q.shape[1]
         if s.kv_from is not None or self.shares or (s.query_scale is not None and s.softcap is not None):
             return None
         if isinstance(entry, Slots) and entry.ring and ctx.start > 0 and T > 1:

@@ -23,10 +23,12 @@ from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mixer, QuerySc
 @dataclass(frozen=True)
 class Visible:
     """Which keys each query sees. `allowed` [T, S] is None where every key is seen (`causal` False) or
-    where the keys are the T queries' own (`causal` True)."""
+    where the keys are the T queries' own (`causal` True). `reach`: the keys are the queries' own, and none
+    is seen from further than that (itself counts as 1)."""
 
     allowed: Tensor | None = None
     causal: bool = False
+    reach: int | None = None
 
 
 class Slots:
@@ -240,7 +242,7 @@ class Context:
             allowed &= keys > self.positions[:, None] - window
         if chunk is not None:
             allowed &= keys // chunk == self.positions[:, None] // chunk
-        return Visible(allowed)
+        return Visible(allowed, reach=span if self.start == 0 and T > 1 else None)
 
     def _key_positions(self, span: int | None) -> Tensor:
         """The position that each key holds, [S]; negative for a slot never written."""

@@ -50,7 +50,8 @@ def experts(
     """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d], added to
     `onto`."""
     N, k = chosen.shape
-    if has_triton(x) and fused.fits(x, a := up.packed(), b := down.packed()) and not spec.expert.sparsity:
+    kernels = has_triton(x) and not spec.expert.sparsity
+    if kernels and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
         return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, onto)
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
     if N == 1:
