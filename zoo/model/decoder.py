@@ -70,15 +70,15 @@ class Layer(nn.Module):
             case _:
                 mixer = self.attn
         if self.spec.attn_post_norm is None:
-            return mixer(x, ctx, onto)  # type: ignore[no-any-return]
-        return self.attn_post_norm(mixer(x, ctx), onto)  # type: ignore[no-any-return]
+            return mixer(x, ctx, onto)
+        return self.attn_post_norm(mixer(x, ctx), onto)
 
     def feed(self, x: Tensor) -> Tensor:
         """x + the feed-forward branch of it."""
         ffn = self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
         if self.spec.ffn_post_norm is None:
-            return ffn(self.ffn_norm(x), x)  # type: ignore[no-any-return]
-        return self.ffn_post_norm(ffn(self.ffn_norm(x)), x)  # type: ignore[no-any-return]
+            return ffn(self.ffn_norm(x), x)
+        return self.ffn_post_norm(ffn(self.ffn_norm(x)), x)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         if self.spec.mixer is not None:

@@ -67,8 +67,3 @@ def tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     magnitude = rope.scaling.attention_factor if rope.scaling else 1.0
     out = torch.float32 if rope.fp32 else dtype
     return (angles.cos() * magnitude).to(out), (angles.sin() * magnitude).to(out)
-
-
-def apply(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor], rope: Rope) -> tuple[Tensor, Tensor]:
-    """Rotate queries [B, T, H, D] and keys [B, T, K, D] by the positions that `table` was made for."""
-    return rotate(q, *table, rope.interleaved), rotate(k, *table, rope.interleaved)
