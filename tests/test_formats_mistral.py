@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,3 +134,39 @@ def test_windows_are_one_for_all_layers_or_a_pattern(window: object, kinds: list
     }  # fmt: skip
     spec = families.spec_of(_params.mistral(params, "params.json"))
     assert [layer.mixer.window for layer in spec.layers] == kinds  # type: ignore[union-attr]
+
+
+def test_large3_in_fp8_blocks_has_the_logits_of_upstream_on_the_same_values(tmp_path: Path) -> None:
+    """As released: `weight_scale` per block, the block size in params.json, some projections left in bf16."""
+    block = (7, 5)
+    own = tiny.make_mistral_format("mistral_large3", tmp_path / "own")
+    plain = tiny.make_mistral_format("mistral_large3", tmp_path / "plain")
+    out, values = {}, {}
+    for name, t in load_file(own / "consolidated.safetensors").items():
+        quantised = (
+            t.ndim == 2 and "layers." in name and not re.search(r"wkv_a_with_mqa|wq_a\.|\.gate\.", name)
+        )
+        out[name], values[name] = t, t
+        if quantised:
+            codes, scale = vendor.fp8_block(t, block)
+            spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[
+                : t.shape[0], : t.shape[1]
+            ]
+            out[name], out[name + "_scale"], values[name] = codes, scale, codes.float() * spread
+    save_file(out, own / "consolidated.safetensors")
+    save_file(values, plain / "consolidated.safetensors")
+    params = json.loads((own / "params.json").read_text())
+    weights = {"strategy": "block", "block_structure": list(block), "num_bits": 8, "type": "float"}
+    group = {"format": "float-quantized", "targets": ["Linear"], "weights": weights}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"FP8_BLOCK": group}}
+    (own / "params.json").write_text(json.dumps(params | {"quantization_config": config}))
+    vendor.canonical(own, tmp_path / "carried")
+    vendor.canonical(own, tmp_path / "fp32", dtype="fp32")
+    ids = tiny.tokens("mistral_large3")
+    with torch.inference_mode():
+        carried, dequantised = (
+            load(tmp_path / "carried", dtype=torch.float32)(ids),
+            load(tmp_path / "fp32")(ids),
+        )
+    assert torch.equal(carried, dequantised)
+    assert (dequantised - tiny.logits(tiny.upstream_mistral_format(plain), ids)).abs().max() <= 5e-5
