@@ -20,12 +20,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CLICK = [sys.executable, "-c", "import click"]
+ZOO = [sys.executable, "-c", "from zoo.cli import main; main()"]  # what the installed script runs
 COMMANDS = {
     "import click": CLICK,
-    "zoo --help": [sys.executable, "-m", "zoo", "--help"],
-    "zoo list": [sys.executable, "-m", "zoo", "list"],
-    "zoo show qwen3-8b": [sys.executable, "-m", "zoo", "show", "qwen3-8b"],
-    "zoo show qwen3-8b llama-3.1-8b": [sys.executable, "-m", "zoo", "show", "qwen3-8b", "llama-3.1-8b"],
+    "zoo --help": [*ZOO, "--help"],
+    "zoo list": [*ZOO, "list"],
+    "zoo show qwen3-8b": [*ZOO, "show", "qwen3-8b"],
+    "zoo show qwen3-8b llama-3.1-8b": [*ZOO, "show", "qwen3-8b", "llama-3.1-8b"],
 }
 
 

@@ -110,7 +110,7 @@ class Manifest:
         """The release's config.json, as far as public sources show it (`manifests/configs`), or None."""
         path = _config_path(self.name)
         if not os.path.isfile(path):  # else the release's own; a test holds sources.toml to that
-            stem = _configs().get(self.name)
+            stem = _config_of(self.name)
             if stem is None:
                 return None
             path = _config_path(stem)
@@ -151,12 +151,14 @@ def _config_path(stem: str) -> str:
     return os.path.join(manifests.__path__[0], "configs", f"{stem}.config.json")
 
 
-@cache
-def _configs() -> dict[str, str]:
-    """Release -> the stem of its config."""
-    with open(os.path.join(manifests.__path__[0], "configs", "sources.toml"), "rb") as file:
-        entries = tomllib.load(file)
-    return {name: stem for stem, e in entries.items() if not stem.endswith(".params") for name in e["releases"]}
+def _config_of(name: str) -> str | None:
+    """The stem of a release's config. The file is searched, not parsed: that would take longer than all the rest."""
+    with open(os.path.join(manifests.__path__[0], "configs", "sources.toml"), encoding="utf-8") as file:
+        text = file.read()
+    for found in re.finditer(rf'^\["?([^"\]\n]+)"?\]\nreleases = \[[^\]\n]*"{re.escape(name)}"', text, re.M):
+        if not found[1].endswith(".params"):
+            return found[1]
+    return None
 
 
 def load_all() -> tuple[Manifest, ...]:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from zoo.cli._progress import Events
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,6 +112,8 @@ class ReleaseName(click.ParamType[str]):
     name = "name"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         from zoo import manifest
 
         return [CompletionItem(stem) for stem in manifest.stems() if stem.startswith(incomplete.lower())]
@@ -122,6 +125,8 @@ class Source(ReleaseName):
     name = "src"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         return [*super().shell_complete(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
 
 
@@ -129,6 +134,14 @@ DTYPE = click.Choice(["bf16", "fp16", "fp32"])
 
 
 # ---- tables
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that stdout is, else 110. (shutil has this, and takes longer to import.)"""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.__stdout__.fileno()).columns)  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return 110
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -143,11 +156,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
 
 def pairs(items: Sequence[tuple[str, str]]) -> str:
     """name  value, long values wrapped to the terminal."""
-    import shutil
     import textwrap
 
     left = max(len(k) for k, _ in items) + 2
-    width = max(40, min(110, shutil.get_terminal_size((110, 24)).columns)) - left
+    width = max(40, min(110, terminal_width())) - left
     lines = []
     for k, v in items:
         wrapped = [part for line in (v.split("\n") or [""]) for part in textwrap.wrap(line, width) or [""]]

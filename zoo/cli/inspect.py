@@ -70,7 +70,8 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
             spec = families.spec_of(ckpt.config, family, f"{path}")
         except ZooError as error:  # still worth looking at
             about["family"] = f"unknown: {error}"
-        method = (ckpt.config.get("quantization_config") or {}).get("quant_method")
+        quantization = ckpt.config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         about |= {
             "quantisation": method,
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
@@ -99,7 +100,8 @@ def _verdict(path: Path) -> str:
     if not (path / "parity.json").is_file():
         return f"no; `zoo verify {path}`"
     found = read_json(path / "parity.json", "it is the certificate")
-    return f"{found.get('verdict')} on {found.get('created')}, up to {list(found.get('levels', {}))[-1:]}"
+    levels = found.get("levels")
+    return f"{found.get('verdict')} on {found.get('created')}, up to {list(levels)[-1:] if isinstance(levels, dict) else levels}"
 
 
 def _counts(things: Any) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import ReleaseName, common, emit, pairs, say
+from zoo.cli._common import ReleaseName, common, emit, pairs, say, terminal_width
 
 if TYPE_CHECKING:
     from zoo.manifest import Manifest
@@ -86,14 +86,13 @@ def _json(m: Manifest, spec: Spec | None) -> dict[str, Any]:
 
 def side_by_side(names: list[str], columns: list[dict[str, str]]) -> str:
     """A column per release; rows in which they differ begin with *."""
-    import shutil
     import textwrap
 
     from zoo.describe import QUESTIONS
 
     keys = [key for key in (*FACTS, *QUESTIONS) if any(key in column for column in columns)]
     left = max(map(len, keys)) + 4
-    each = max(24, (min(200, shutil.get_terminal_size((110, 24)).columns) - left) // len(columns) - 2)
+    each = max(24, (min(200, terminal_width()) - left) // len(columns) - 2)
     lines = [" " * left + "  ".join(n.ljust(each) for n in names).rstrip()]
     for key in keys:
         values = [c.get(key, "-") for c in columns]

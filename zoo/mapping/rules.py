@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -573,6 +572,8 @@ class RuleSet:
     @property
     def version(self) -> str:
         """Hash of the rules as written: part of a certificate's provenance."""
+        import hashlib  # slow to import, and few ask
+
         text = repr([(r.key, r.expr) for r in self.rules]) + repr(self.extras) + repr(self.prefixes)
         return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
 
