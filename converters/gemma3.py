@@ -38,6 +38,8 @@ def spec(c: Config) -> Spec:
     t = dense.text_config(c)
     t = Config({**DEFAULTS, **t.data}, t.where)
     t.refuse(use_bidirectional_attention=False, attn_logit_softcapping=None)
+    if "text_config" in c:  # the wrapper's class has no softcap
+        t.refuse(final_logit_softcapping=None)
     d, head_dim = t["hidden_size"], t["head_dim"]
     norm = Norm(
         t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", scale_in="fp32"

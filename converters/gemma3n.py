@@ -103,6 +103,7 @@ def per_layer(t: Config, key: str) -> list[Any]:
 
 
 _L = "model.layers.{i}."
+_SCALE = "`altup_correct_scale` is off: nothing reads it"
 _UNUSED = "keys and values of a layer that takes another layer's: released, never read"
 
 
@@ -145,6 +146,7 @@ RULES = {
             extra(f"*layers.{{i}}.self_attn.{part}.weight", _UNUSED, when=_shares_kv)
             for part in ("k_proj", "v_proj", "k_norm")
         ),
+        extra("*layers.*.altup.correct_output_scale", _SCALE),
         extra("model.vision_tower.*", "the vision tower; text needs none of it"),
         extra("model.audio_tower.*", "the audio encoder; text needs none of it"),
         extra("model.embed_vision.*", "carries image features into the text model's width"),

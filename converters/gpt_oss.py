@@ -14,7 +14,7 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
+from zoo.config import Config, rope_parameters
 from zoo.families import Family
 from zoo.mapping.rules import cat, deinterleave, rules, transpose
 from zoo.spec import MLP, Attention, Layer, MoE, Norm, Router, Spec
@@ -27,7 +27,7 @@ def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     norm = Norm(c["rms_norm_eps"], scale_in="fp32")
     bias = c.get("attention_bias", True)
-    rotary = rope(c, rope_parameters(c), c["head_dim"])
+    rotary = names.whole_rope(c, rope_parameters(c), c["head_dim"])
 
     def attention(window: int | None) -> Attention:
         return Attention(

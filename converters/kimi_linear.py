@@ -39,6 +39,8 @@ def spec(c: Config) -> Spec:
         v_head_dim=c["v_head_dim"],
         scale=(nope + rest) ** -0.5,
         latent_norm=Norm(deepseek_v3.LATENT_EPS),
+        qkv_bias=c.get("attention_bias", False),
+        out_bias=c.get("attention_bias", False),
     )
     if "linear_attn_config" in c:
         linear = c.sub("linear_attn_config")

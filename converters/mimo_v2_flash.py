@@ -73,7 +73,7 @@ def attention(c: Config, sliding: bool) -> Attention:
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         scale=head_dim**-0.5,
-        rope=rope(c, p, int(head_dim * p.get("partial_rotary_factor", 1.0))),
+        rope=rope(c, p, int(head_dim * Config(p, f"{c.where}: rope_parameters")["partial_rotary_factor"])),
         window=window,
         qkv_bias=bias,
         sinks=c.get("add_swa_attention_sink_bias", True)

@@ -12,6 +12,7 @@ What is unusual:
 from __future__ import annotations
 
 from zoo.config import Config, rope, rope_parameters
+from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.mapping.rules import rules
 from zoo.spec import MLP, Attention, Layer, MoE, Norm, QKNorm, Router, Spec
@@ -30,6 +31,8 @@ def spec(c: Config) -> Spec:
         c.each_layer("attn_type_list", n, (1,))
     norm, head_dim, p = Norm(c["rms_norm_eps"]), c["head_dim"], rope_parameters(c)
     rotary_dim = c.get("rotary_dim", int(head_dim * p.get("partial_rotary_factor", 1.0)))
+    if p.get("partial_rotary_factor", rotary_dim / head_dim) != rotary_dim / head_dim and "rotary_dim" in c:
+        raise ZooError(f"{c.where}: rotary_dim and partial_rotary_factor differ: delete one of them")
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],

@@ -74,6 +74,11 @@ def windows(t: Config) -> list[int | None]:
     if "layer_types" not in t:
         return [window] * n
     kinds = t.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
+    if t["model_type"] != "ministral" and window is not None and dense.FULL in kinds:
+        raise ZooError(
+            f"{t.where}: layer_types has full layers, but upstream gives all layers of a {t['model_type']} the "
+            "window; is the model_type ministral?"
+        )
     if window is None and dense.SLIDING in kinds:
         raise ZooError(f"{t.where}: layer_types has sliding layers, but sliding_window is null")
     return [window if kind == dense.SLIDING else None for kind in kinds]

@@ -42,12 +42,12 @@ def spec(c: Config) -> Spec:
     mamba = Mamba(
         n_heads=c["mamba_num_heads"],
         head_dim=c["mamba_head_dim"],
-        n_groups=c.first("n_groups", "mamba_n_groups"),
+        n_groups=c.first("mamba_n_groups", "n_groups"),
         state=c["ssm_state_size"],
-        conv=c.first("conv_kernel", "mamba_d_conv"),
+        conv=c.first("mamba_d_conv", "conv_kernel"),
         out_norm=norm,
-        conv_bias=c.first("use_conv_bias", "mamba_conv_bias", default=True),
-        dt_min=float(c.first("time_step_min", "mamba_dt_min")),
+        conv_bias=c.first("mamba_conv_bias", "use_conv_bias", default=True),
+        dt_min=float(c.first("mamba_dt_min", "time_step_min")),
     )
     layers = {
         "mamba": Layer(mamba, None, attn_norm=norm),

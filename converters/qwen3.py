@@ -50,7 +50,10 @@ def layer_types(c: Config) -> list[str]:
     """The list, or what upstream makes of `use_sliding_window` and `max_window_layers`."""
     n = c["num_hidden_layers"]
     if "layer_types" in c:
-        return c.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
+        kinds = c.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
+        if dense.SLIDING in kinds:
+            c.choice("use_sliding_window", (True,), False)  # upstream forgets the window otherwise
+        return kinds
     first = c["max_window_layers"] if c.get("use_sliding_window", False) else n
     return [dense.SLIDING if i >= first else dense.FULL for i in range(n)]
 

@@ -10,7 +10,7 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
+from zoo.config import Config, rope_parameters
 from zoo.families import Family
 from zoo.mapping.rules import rules
 from zoo.spec import MLP, Attention, Layer, MoE, Norm, QKNorm, Router, Spec
@@ -26,7 +26,7 @@ def spec(c: Config) -> Spec:
     head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     attention = Attention(
         n_heads=c["num_attention_heads"], n_kv_heads=c["num_key_value_heads"], head_dim=head_dim,
-        v_head_dim=head_dim, scale=head_dim**-0.5, rope=rope(c, rope_parameters(c), head_dim),
+        v_head_dim=head_dim, scale=head_dim**-0.5, rope=names.whole_rope(c, rope_parameters(c), head_dim),
         qkv_bias=c.get("attention_bias", False), out_bias=c.get("attention_bias", False), qk_norm=QKNorm(norm),
     )  # fmt: skip
     dense = MLP(c["intermediate_size"])

@@ -258,7 +258,9 @@ def test_an_index_that_is_none(text: str, source: Path) -> None:
 # --- the config -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\udcff", "[" * 100_000, '{"vocab_size": %s}' % ("9" * 6000)], ids=range(6)
+)
 def test_a_config_that_is_none(text: str, source: Path) -> None:
     (source / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     refused(source, "config.json")

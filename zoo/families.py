@@ -6,11 +6,13 @@ it in the entry-point group `zoo.families`. Nothing here or elsewhere in `zoo` k
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,11 @@ from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.layout import layout
 from zoo.mapping.rules import RuleSet
-from zoo.spec import Spec
+from zoo.spec import Attention, DeltaNet, MoE, Norm, Rope, RopeScaling, Router, Spec
+
+MAX_LAYERS = 4096
+MAX_SIZE = 1 << 40
+"""Beyond these a config is broken: the deepest release has 126 layers, the widest axis 262,400 entries."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,14 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
     model: a size below 1, a text where a number should be.
     """
     family = family or find(config, where)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("num_hidden_layers", "n_layer"):
+            if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
+                raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
     try:
         said = family.spec(Config(config, where))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
         raise ZooError(
             f"{where}: a field has a value that makes no {family.name} model ({type(e).__name__}: {e})"
         ) from e
@@ -104,7 +115,46 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
         spec = Spec.from_dict(said.to_dict())  # checks the types of all it holds
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
-    odd = next((s for s in layout(spec).values() if min(s.shape) < 1), None)
+    if (why := next(_unsound(spec, "spec"), None)) is not None:
+        raise ZooError(f"{where}: {why}")
+    odd = next((s for s in layout(spec).values() if not 0 < min(s.shape) <= max(s.shape) < MAX_SIZE), None)
     if odd is not None:
-        raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}")
+        raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}"[:400])
+    if spec.context_length < 1:
+        raise ZooError(f"{where}: its context is {spec.context_length} positions")
     return spec
+
+
+def _unsound(x: Any, name: str) -> Iterator[str]:
+    """What in a Spec can be written down but not computed with, one sentence each."""
+    if isinstance(x, float) and not math.isfinite(x):
+        yield f"{name} comes to {x}"
+    elif isinstance(x, tuple):
+        for n, part in enumerate(dict.fromkeys(x)):
+            yield from _unsound(part, f"{name}[{n}]")
+    elif dataclasses.is_dataclass(x):
+        for f in dataclasses.fields(x):
+            yield from _unsound(getattr(x, f.name), f.name)
+    match x:
+        case Norm(eps=eps) if eps < 0:
+            yield f"the eps of a norm is {eps}"
+        case Attention(n_heads=q, n_kv_heads=kv) if kv < 1 or q % kv:
+            yield f"{q} query heads cannot share {kv} key/value heads"
+        case DeltaNet(n_v_heads=v, n_k_heads=k) if k < 1 or v % k:
+            yield f"{v} value heads cannot share {k} key heads"
+        case Attention(window=int(n)) | Attention(chunk=int(n)) if n < 1:
+            yield f"a window or chunk of {n} positions shows nothing"
+        case Rope(theta=theta) if theta <= 0 or (theta == 1 and x.scaling is not None):
+            yield f"rope_theta is {theta}"
+        case Rope(dim=dim) if dim < 2 or dim % 2:
+            yield f"RoPE needs pairs of channels, and would rotate {dim}"
+        case RopeScaling(factor=factor) if factor <= 0:
+            yield f"the factor of scaled RoPE is {factor}"
+        case RopeScaling(kind="llama3", low_freq_factor=low, high_freq_factor=high) if low <= 0 or high < low:
+            yield f"high_freq_factor {high} should not be below low_freq_factor {low}, and both above 0"
+        case RopeScaling(kind="yarn" | "llama3", original_context=n) if n < 1:
+            yield f"the original context of scaled RoPE is {n}"
+        case MoE(n_experts=n, router=Router(top_k=k)) if not 0 < k <= n:
+            yield f"{k} of {n} experts cannot be chosen"
+        case MoE(n_experts=n, router=Router(n_groups=g, top_groups=t)) if g < 1 or n % g or not 0 < t <= g:
+            yield f"{n} experts in {g} groups, of which {t} are eligible: they do not divide"

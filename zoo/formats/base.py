@@ -121,7 +121,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             data = json.load(f)
     except FileNotFoundError:
         raise ZooError(f"{path}: missing; {what}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # bad UTF-8, bad JSON, numbers of thousands of digits
         raise ZooError(f"{path}: not valid JSON ({e}); {what}") from None
     except OSError as e:
         raise ZooError(f"{path}: {e.strerror}; {what}") from None

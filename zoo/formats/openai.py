@@ -21,7 +21,7 @@ def detect(path: Path) -> bool:
         return False
     try:
         config = json.loads((root / "config.json").read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False  # whose turn it is will say so
     return isinstance(config, dict) and _OWN_KEYS <= set(config) and "architectures" not in config
 

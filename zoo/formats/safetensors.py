@@ -117,7 +117,7 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
 
     try:
         header = json.loads(raw, object_pairs_hook=pairs)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise ZooError(f"{who}: header is not valid JSON ({e})") from None
     if not isinstance(header, dict):
         raise ZooError(f"{who}: header is not a JSON object")

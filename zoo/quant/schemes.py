@@ -216,6 +216,8 @@ def _group(config: Mapping[str, Any]) -> int:
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for c in (config, config.get("text_config") or {}):
-        if c.get("quantization_config"):
-            return c["quantization_config"]  # type: ignore[no-any-return]
+        if (q := c.get("quantization_config")) is not None:
+            if not isinstance(q, Mapping):
+                raise ZooError(f"config.json: quantization_config is {q!r}; expected an object"[:200])
+            return q
     return {}
