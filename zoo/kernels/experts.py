@@ -11,6 +11,8 @@ could be, and programs without a tile return. Weights are plain, fp8 or mxfp4.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,11 +113,11 @@ def sort_by_expert(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     blocks = ceil_div(pairs, block)
     counts = torch.empty(blocks, n_experts, dtype=torch.int32, device=chosen.device)
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
-    totals = torch.empty(n_experts, dtype=torch.int32, device=chosen.device)
     shape = dict(E=power_of_2(n_experts), BLOCK=block, num_warps=8)
     _count[(blocks,)](chosen, counts, pairs, n_experts, **shape)
-    _place_pairs[(blocks,)](chosen, counts, order, totals, pairs, n_experts, blocks, **shape)
-    return order, totals
+    upto = counts.cumsum(0, dtype=torch.int32)
+    _place_pairs[(blocks,)](chosen, counts, upto, order, pairs, n_experts, blocks, **shape)
+    return order, upto[-1]
 
 
 def sort_by_expert_reference(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,21 @@ def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int,
         return 16, 32, 32, 4, 3
     if average <= 32:
         return 16 if average <= 16 else 32, 128, 64, 4, 3
-    return (64, 128, 64, 4, 3) if average <= 96 else (128, 128, 64, 8, 3)
+    return (128, 256, 64, 8, 3) if kind == PLAIN else (128, 128, 64, 8, 3)
+
+
+def _bulk(x: Tensor, w: Weight) -> bool:
+    """Whether tiles of the weight can be fetched by the copy engine (Hopper)."""
+    aligned = w.codes.data_ptr() % 16 == 0 and w.k * w.codes.element_size() % 16 == 0
+    return w.kind == PLAIN and x.dtype != torch.float32 and aligned and bool(overlap(x).get("launch_pdl"))
+
+
+def _tiles(w: Weight, rows: int, columns: int) -> Any:
+    """The weights of all experts, one below the other, as tiles for the copy engine. A tile that reaches into
+    the next expert is harmless: what comes of those rows is not stored."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(w.codes.view(-1, w.k), [rows, columns])
 
 
 def _many(
@@ -152,15 +168,16 @@ def _many(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     half = block_n // 2 if spec.gated else block_n
+    bulk = _bulk(x, up) and _bulk(x, down)
     _many_up[(tiles, ceil_div(f, half))](
-        x, order, counts, weights, *up.pointers, h, n_experts, k, f, up.n, up.k,
+        _tiles(up, half, block_k) if bulk else x, x, order, counts, weights, *up.pointers, h, n_experts, k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        WEIGHT_INPUT=weight_input, BLOCK_N=half, **common,
+        WEIGHT_INPUT=weight_input, BULK=bulk, BLOCK_N=half, **common,
     )  # fmt: skip
     _many_down[(tiles, ceil_div(down.n, block_n))](
-        h, order, counts, *down.pointers, y, n_experts, f, down.n,
-        *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BLOCK_N=block_n, **common,
+        _tiles(down, block_n, block_k) if bulk else h, h, order, counts, *down.pointers, y, n_experts, f, down.n,
+        *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BULK=bulk, BLOCK_N=block_n, **common,
     )  # fmt: skip
     block = min(1024, power_of_2(down.n))
     _sum_experts[(n, ceil_div(down.n, block))](
@@ -270,21 +287,14 @@ if triton is not None:
 
     @triton.jit
     def _place_pairs(
-        chosen_ptr, counts_ptr, order_ptr, totals_ptr, n_pairs, n_experts, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr
+        chosen_ptr, counts_ptr, upto_ptr, order_ptr, n_pairs, n_experts, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         block = tl.program_id(0)
         p, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
         real = e < n_experts
-        before = tl.zeros([E], dtype=tl.int32)
-        totals = tl.zeros([E], dtype=tl.int32)
-        for first in range(0, n_blocks, 16):
-            i = first + tl.arange(0, 16)
-            at = counts_ptr + i[:, None] * n_experts + e[None, :]
-            counts = tl.load(at, mask=(i < n_blocks)[:, None] & real[None, :], other=0)
-            before += tl.sum(tl.where((i < block)[:, None], counts, 0), 0)
-            totals += tl.sum(counts, 0)
-        if block == 0:
-            tl.store(totals_ptr + e, totals, mask=real)
+        totals = tl.load(upto_ptr + (n_blocks - 1) * n_experts + e, mask=real, other=0)
+        before = tl.load(upto_ptr + block * n_experts + e, mask=real, other=0)
+        before -= tl.load(counts_ptr + block * n_experts + e, mask=real, other=0)
         start = tl.cumsum(totals, 0) - totals + before  # where this block's first pair of each expert goes
         expert = tl.load(chosen_ptr + p, mask=p < n_pairs, other=-1).to(tl.int32)
         mine = (expert[:, None] == e[None, :]).to(tl.int32)
@@ -308,14 +318,15 @@ if triton is not None:
 
     @triton.jit
     def _many_up(
-        x_ptr, order_ptr, counts_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+        w_tiles, x_ptr, order_ptr, counts_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
         n_experts, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
-        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
+        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         e, first, left = tile_of(tl.program_id(0), counts_ptr, n_experts, E, BLOCK_M)
         if left <= 0:
             return
+        row = e * N + tl.program_id(1) * BLOCK_N  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
         m_mask = m < left
@@ -336,14 +347,20 @@ if triton is not None:
             x = tl.load(at + start, mask=m_mask[:, None] & (start + k < K)[None, :], other=0.0)
             if WEIGHT_INPUT:
                 x = (x.to(tl.float32) * a[:, None]).to(dtype)
-            w = weight_tile(
-                w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
-            )
+            if BULK:
+                w = w_tiles.load([row, start])
+            else:
+                w = weight_tile(
+                    w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                )
             gate = tl.dot(x, tl.trans(w), gate, input_precision=PRECISION)
             if GATED:
-                w = weight_tile(
-                    w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
-                )
+                if BULK:
+                    w = w_tiles.load([row + F, start])
+                else:
+                    w = weight_tile(
+                        w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                    )
                 up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
         if HAS_BIAS:
             gate += tl.load(b_ptr + e * N + f, mask=f_mask, other=0.0).to(tl.float32)[None, :]
@@ -356,13 +373,14 @@ if triton is not None:
 
     @triton.jit
     def _many_down(
-        h_ptr, order_ptr, counts_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
-        n_experts, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+        w_tiles, h_ptr, order_ptr, counts_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+        n_experts, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         e, first, left = tile_of(tl.program_id(0), counts_ptr, n_experts, E, BLOCK_M)
         if left <= 0:
             return
+        row = e * N + tl.program_id(1) * BLOCK_N  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
         m_mask = m < left
@@ -377,9 +395,12 @@ if triton is not None:
         y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, F, BLOCK_K):
             h = tl.load(at + start, mask=m_mask[:, None] & (start + k < F)[None, :], other=0.0)
-            w = weight_tile(
-                w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
-            )
+            if BULK:
+                w = w_tiles.load([row, start])
+            else:
+                w = weight_tile(
+                    w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                )
             y = tl.dot(h, tl.trans(w), y, input_precision=PRECISION)
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]

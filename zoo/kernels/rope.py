@@ -20,7 +20,7 @@ if triton is not None:
     from zoo.kernels.norm import normalise
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the first 2 * cos.shape[-1] channels of x [B, T, H, D] by the tables [T, .]; the others pass."""
     dim = 2 * cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, dim/2]
@@ -35,6 +35,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rotate_reference`, as one kernel where Triton runs."""
+    if not has_triton(x) or x.dtype == torch.float64 or x.stride(-1) != 1 or not x.numel():
+        return rotate_reference(x, cos, sin, interleaved)
+    b, t, h, d = x.shape
+    out = x.new_empty(x.shape)
+    heads = min(8, power_of_2(h))
+    _rotate[(b * t, ceil_div(h, heads))](
+        x, cos, sin, out, t, h, d, cos.shape[-1], *x.stride()[:3],
+        INTERLEAVED=interleaved, HEADS=heads, D=power_of_2(d), num_warps=4 if t > 1 else 1, **overlap(x),
+    )  # fmt: skip
+    return out
+
+
 def place_reference(
     q: Tensor,
     k: Tensor,
@@ -47,14 +61,17 @@ def place_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     norm: Norm | None = None,
+    after: bool = False,
 ) -> Tensor:
-    """Norm and rotate q [B, T, H, D] and k [B, T, K, D] (per head, if `norm`), and write k and v to the slots
-    (position + t) % C of keys [B, C, K, D] and values [B, C, K, V]. Only the last C of T tokens are written.
+    """Norm and rotate q [B, T, H, D] and k [B, T, K, D] (per head, if `norm`; the other way round if `after`, for
+    norms without a weight), and write k and v to the slots (position + t) % C of keys [B, C, K, D] and values [B, C, K, V]. Only the last C of T tokens are written.
     Returns the rotated q."""
-    if norm is not None:
+    if norm is not None and not after:
         q, k = rms_norm_reference(q, q_norm, norm), rms_norm_reference(k, k_norm, norm)
     if table is not None:
-        q, k = rotate(q, *table, interleaved), rotate(k, *table, interleaved)
+        q, k = rotate_reference(q, *table, interleaved), rotate_reference(k, *table, interleaved)
+    if norm is not None and after:
+        q, k = rms_norm_reference(q, None, norm), rms_norm_reference(k, None, norm)
     t, c = q.shape[1], keys.shape[1]
     tokens = torch.arange(max(0, t - c), t, device=q.device)
     slots = (position + tokens) % c
@@ -74,13 +91,14 @@ def place(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     norm: Norm | None = None,
+    after: bool = False,
 ) -> Tensor:
     """`place_reference` as one kernel where Triton runs. q, k and v are slices of one projection
     [B, T, (H + K) D + K V], in that order; `position` is a tensor of one int on their device."""
     b, t, h, d = q.shape
     kv, dv = v.shape[2:]
     if not place_fits(q, k, v, keys, values, norm):
-        return place_reference(q, k, v, keys, values, position, table, interleaved, q_norm, k_norm, norm)
+        return place_reference(q, k, v, keys, values, position, table, interleaved, q_norm, k_norm, norm, after)
     out = q.new_empty(b, t, h, d)
     cos, sin = table if table is not None else (q, q)
     heads = 4 if t == 1 else 8
@@ -89,7 +107,7 @@ def place(
         q, k, v, keys, values, out, position, cos, sin, q_norm, k_norm,
         t, h, kv, keys.shape[1], d, dv, cos.shape[-1] if table else 0, 0.0 if norm is None else norm.eps,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        KIND=kind, PLUS_ONE=norm is not None and norm.weight == "plus_one", ROPE=table is not None,
+        KIND=kind, AFTER=after, PLUS_ONE=norm is not None and norm.weight == "plus_one", ROPE=table is not None,
         INTERLEAVED=interleaved, HEADS=heads, D=power_of_2(max(d, dv)), num_warps=4, **overlap(q),
     )  # fmt: skip
     return out
@@ -109,7 +127,7 @@ if triton is not None:
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr,
         T, H, KV, C, d_qk, d_v, half, eps,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_s, ks_h, vs_b, vs_s, vs_h,
-        KIND: tl.constexpr, PLUS_ONE: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+        KIND: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
         HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
@@ -141,7 +159,7 @@ if triton is not None:
             at = base[:, None] + mate[None, :]
             y = tl.load(q_ptr + at, mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
             y += tl.load(k_ptr + at, mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
-        if KIND != 0:
+        if KIND != 0 and not AFTER:
             r = tl.rsqrt(tl.sum(x * x, 1) / d_qk + eps)[:, None]
             x = x * r
             w = x
@@ -163,6 +181,9 @@ if triton is not None:
             a = (x * c32).to(work).to(tl.float32)
             o = (y * s32).to(work).to(tl.float32)
             x = tl.where(turns[None, :], tl.where(first[None, :], a - o, a + o).to(work).to(tl.float32), x)
+        if AFTER:
+            x = x.to(dtype).to(tl.float32)
+            x = x * tl.rsqrt(tl.sum(x * x, 1) / d_qk + eps)[:, None]
         at = ((b * T + t) * H + h)[:, None] * d_qk + d[None, :]
         tl.store(out_ptr + at, x.to(dtype), mask=is_q[:, None] & qk)
         at = (ks_b * b + ks_s * slot + ks_h * (h - H))[:, None] + d[None, :]
@@ -171,3 +192,32 @@ if triton is not None:
         v = tl.load(v_ptr + base[:, None] + d[None, :], mask=vm, other=0.0)
         at = (vs_b * b + vs_s * slot + vs_h * (h - H - KV))[:, None] + d[None, :]
         tl.store(values_ptr + at, v, mask=vm & kept[:, None])
+
+    @triton.jit
+    def _rotate(
+        x_ptr, cos_ptr, sin_ptr, out_ptr, T, H, n_d, half, x_b, x_t, x_h,
+        INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
+        h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        d = tl.arange(0, D)
+        after_previous(OVERLAP)
+        mask = (h < H)[:, None] & (d < n_d)[None, :]
+        if INTERLEAVED:
+            first, angle = d % 2 == 0, d // 2
+            mate = tl.where(first, d + 1, d - 1)
+        else:
+            first = d < half
+            angle = tl.where(first, d, d - half)
+            mate = tl.where(first, d + half, d - half)
+        turns = d < 2 * half
+        base = x_ptr + b * x_b + t * x_t + h[:, None] * x_h
+        x = tl.load(base + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(base + tl.where(turns, mate, d)[None, :], mask=mask, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + t * half + angle, mask=turns, other=1.0)
+        sin = tl.load(sin_ptr + t * half + angle, mask=turns, other=0.0)
+        work = cos.dtype
+        a = (x * cos.to(tl.float32)[None, :]).to(work).to(tl.float32)
+        o = (y * sin.to(tl.float32)[None, :]).to(work).to(tl.float32)
+        x = tl.where(turns[None, :], tl.where(first[None, :], a - o, a + o).to(work).to(tl.float32), x)
+        tl.store(out_ptr + ((b * T + t) * H + h)[:, None] * n_d + d[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)

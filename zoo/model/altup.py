@@ -36,7 +36,7 @@ class AltUp(nn.Module):
         self.register_parameter("correct_scale", nn.Parameter(torch.empty(d)) if spec.correct_scale else None)
 
     def _modalities(self, x: Tensor) -> Tensor:
-        scale = torch.tensor(1 / self.d, dtype=x.dtype, device=x.device)
+        scale = torch.tensor(1 / self.d, dtype=x.dtype).item()
         steer: Tensor = self.router(self.router_norm(x) * scale)  # [B, T, S]
         return torch.tanh(steer.float()).to(x.dtype)
 
@@ -111,8 +111,8 @@ class PerLayerEnds(nn.Module):
         """ids [B, T], x [B, T, D] -> [B, T, n_layers, dim]. Ids beyond the table count as 0."""
         s = self.spec
 
-        def number(value: float) -> Tensor:  # constants are rounded to the model's dtype before use
-            return torch.tensor(value, dtype=x.dtype, device=x.device)
+        def number(value: float) -> float:  # constants are rounded to the model's dtype before use
+            return float(torch.tensor(value, dtype=x.dtype))
 
         known = torch.where(ids < s.vocab_size, ids, 0)
         own = F.embedding(known, self.embed.weight).to(x.dtype) * number(s.dim**0.5)

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from zoo.kernels.attention import attention, decode
 from zoo.kernels.launch import has_triton
-from zoo.kernels.rope import place, place_fits
+from zoo.kernels.rope import place, place_fits, rotate
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
 from zoo.model.norm import Norm
-from zoo.model.rope import rotate
 from zoo.spec import Attention as AttentionSpec
 
 BLOCK = 512  # queries whose scores are held at once where they are written out
@@ -176,7 +175,8 @@ class Attention(nn.Module):
         table = None if s.rope is None else ctx.rope(s.rope)
         weights: tuple[Tensor | None, Tensor | None] = (None, None)
         norm = None
-        if n is not None and n.after_rope:
+        after = n is not None and n.after_rope and n.norm.weight == "none"
+        if n is not None and n.after_rope and not after:
             q, k = (self._position(x, h, m, ctx).transpose(1, 2)
                     for x, h, m in ((q, s.n_heads, "q_norm"), (k, s.n_kv_heads, "k_norm")))  # fmt: skip
             table = None
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         if not place_fits(q, k, v, keys, values, norm):
             return None
         interleaved = s.rope is not None and s.rope.interleaved
-        q = place(q, k, v, keys, values, ctx.positions[:1], table, interleaved, *weights, norm)
+        q = place(q, k, v, keys, values, ctx.positions[:1], table, interleaved, *weights, norm, after)
         if isinstance(entry, Slots) and not stored:
             slots = ctx.slots(entry.size, True)[-entry.size :]
             for store, new in zip(entry.tensors, (keys, values), strict=True):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from zoo.kernels.attention import decode, flash
 from zoo.kernels.latent import into_latent, out_of_latent
 from zoo.kernels.launch import has_triton
+from zoo.kernels.rope import rotate
 from zoo.model.attention import attend
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
 from zoo.model.norm import Norm
-from zoo.model.rope import rotate
 from zoo.spec import Indexer as IndexerSpec
 from zoo.spec import LatentAttention as LatentSpec
 

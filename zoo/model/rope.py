@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.kernels.rope import rotate
 from zoo.spec import Rope, RopeScaling
 
 
