@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError
 
+CHUNK = 1 << 16  # elements at a time: what is made of them stays in a core's cache
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -105,8 +106,12 @@ def _q6_k(b: Bytes) -> Floats:
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 
 
+# Half of 2^(code - 127), so that all 256 are finite; ggml knows no NaN among exponents
+_HALF_POWERS = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
+
+
 def _mxfp4(b: Bytes) -> Floats:
-    values: Floats = np.ldexp(FP4[_nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 127)
+    values: Floats = (2 * FP4).take(_nibbles(b[:, 1:])) * _HALF_POWERS.take(b[:, :1])
     return values
 
 
@@ -164,7 +169,12 @@ def dequantise(raw: Bytes | bytes | memoryview, type_name: str, shape: tuple[int
     if flat.size != want:
         raise ZooError(f"{type_name} of {list(shape)} needs {want} bytes, found {flat.size}")
     t = TYPES[type_name]
-    return t.decode(flat.reshape(-1, t.nbytes)).reshape(shape)
+    blocks = flat.reshape(-1, t.nbytes)
+    out = np.empty((blocks.shape[0], t.block), dtype=np.float32)
+    step = CHUNK // t.block
+    for at in range(0, blocks.shape[0], step):
+        out[at : at + step] = t.decode(blocks[at : at + step])
+    return out.reshape(shape)
 
 
 def _known(type_name: str, who: str) -> BlockType:
