@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import math
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +45,8 @@ class Family:
 @functools.cache
 def families() -> dict[str, Family]:
     """All families by name: the package `converters`, then entry points."""
-    from importlib.metadata import entry_points  # slow to import, and `get` seldom needs it
+    import pkgutil  # this and the next are slow to import, and `get` seldom needs them
+    from importlib.metadata import entry_points
 
     import converters
 
@@ -64,9 +63,13 @@ def families() -> dict[str, Family]:
 
 def get(name: str) -> Family:
     """The family called `name`. Raises ZooError, with the known ones, if there is none."""
-    if name.isidentifier() and name[0] != "_" and importlib.util.find_spec(f"converters.{name}") is not None:
-        family: Family = importlib.import_module(f"converters.{name}").FAMILY  # one file, not all of them
-        return family
+    if name.isidentifier() and name[0] != "_":
+        try:
+            family: Family = importlib.import_module(f"converters.{name}").FAMILY  # one file, not all of them
+            return family
+        except ModuleNotFoundError as e:
+            if e.name != f"converters.{name}":
+                raise
     if name not in families():
         raise ZooError(f"no family is called {name!r}; known: {', '.join(sorted(families()))}")
     return families()[name]
