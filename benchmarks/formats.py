@@ -213,6 +213,10 @@ def int4(gb: float, path: Path) -> None:
                     t["dtype"], t["shape"] = "I64", [2]
                     f.seek(8 + n + t["data_offsets"][0])
                     f.write(struct.pack("<2q", *shapes[name]))
+                elif name.endswith("_scale"):  # sound ones: 1.0
+                    begin, end = t["data_offsets"]
+                    f.seek(8 + n + begin)
+                    f.write(b"\x80\x3f" * ((end - begin) // 2))
             raw = json.dumps(header, separators=(",", ":")).encode()
             f.seek(8)
             f.write(raw + b" " * (n - len(raw)))

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 CPU = {
     "startup": ["startup.py"],
     "convert": ["convert.py", "--upstream"],
+    "formats": ["formats.py"],
     "pull-speed": ["pull.py", "speed"],
     "pull-kills": ["pull.py", "kills"],
     "pull-disk": ["pull.py", "disk", "--shards", "8"],
