@@ -366,3 +366,43 @@ def test_codes_out_of_range_are_a_value_of_their_own_not_a_crash(fp8: Path, tmp_
     out = vendor.canonical(fp8, tmp_path / "zoo", dtype="fp32")["layers.1.attn.qkv.weight"]
     assert int(out.isnan().sum()) == 1
     assert out[60, 0].isnan()  # the first row of k
+
+
+def test_llama4s_experts_published_one_by_one_have_the_logits_of_the_values_they_stand_for(
+    tmp_path: Path,
+) -> None:
+    """The fp8 release of Maverick: experts stacked and [in, out] elsewhere are numbered and [out, in] here."""
+    path = vendor.make(tmp_path / "hf", "llama4_maverick")
+    plain, out, config = {}, {}, read_config(path)
+    for key, t in read_tensors(path).items():
+        found = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", key)
+        if found is None:
+            plain[key] = out[key] = t
+            continue
+        names = ("gate_proj", "up_proj") if found[2] == "gate_up_proj" else ("down_proj",)
+        values = torch.empty_like(t)
+        for e in range(t.shape[0]):
+            columns = []
+            for name, w in zip(names, t[e].T.chunk(len(names)), strict=True):
+                codes, scale = vendor.fp8_channel(w)
+                out[f"{found[1]}.{e}.{name}.weight"], out[f"{found[1]}.{e}.{name}.weight_scale"] = (
+                    codes,
+                    scale,
+                )
+                columns.append((codes.float() * scale).T)
+            values[e] = torch.cat(columns, -1)
+        plain[key] = values
+    _, quantisation = fp8_channels({})
+    write_tensors(path, out)
+    write_config(path, config | {"quantization_config": quantisation})
+    (tmp_path / "plain").mkdir()
+    write_tensors(tmp_path / "plain", plain)
+    write_config(tmp_path / "plain", config)
+    vendor.canonical(path, tmp_path / "carried")
+    vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    assert set(make_plan(open_checkpoint(path)).quant.values()) == {"fp8-channel"}
+    assert torch.equal(
+        ours(tmp_path / "carried", "llama4_maverick"), ours(tmp_path / "fp32", "llama4_maverick")
+    )
+    theirs = tiny.logits(tiny.upstream(tmp_path / "plain"), tiny.tokens("llama4_maverick"))
+    assert (ours(tmp_path / "fp32", "llama4_maverick") - theirs).abs().max() <= 5e-5
