@@ -181,6 +181,7 @@ def test_a_layer_type_without_settings_of_its_own_is_refused() -> None:
 def test_truncate_is_read_beside_the_layer_types_as_upstream_does() -> None:
     yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "truncate": False}
     assert "truncate" not in rope_parameters(c(rope_parameters={"full": yarn}), "full")
+    assert "truncate" not in rope_parameters(c(rope_theta=1e4, rope_scaling=yarn), "full")
     assert rope_parameters(c(rope_parameters={"full": yarn, "truncate": False}), "full")["truncate"] is False
     assert rope_parameters(c(rope_parameters=yarn))["truncate"] is False
 

@@ -108,6 +108,28 @@ def test_parts_of_different_dtypes_are_held_by_one_that_is_exact(llama: Path, tm
     assert make_plan(open_checkpoint(mixed)).outputs["layers.0.attn.qkv.weight"].dtype == "F32"
 
 
+def test_codes_without_scales_are_no_weights(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    odd = changed(llama, tmp_path / "odd", **{name: torch.zeros(36, 52, dtype=torch.int8)})
+    with pytest.raises(PlanError, match=rf"{name} in model\.safetensors: I8 without scales is no weight"):
+        make_plan(open_checkpoint(odd))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "gpt2"])
+def test_a_decoder_saved_without_its_head_is_the_same_model(name: str, tmp_path: Path) -> None:
+    """As AutoModel.save_pretrained writes it: no head, and nothing in front of the decoder's own names."""
+    tiny.perturbed(tiny.VARIANTS[name]).base_model.save_pretrained(tmp_path / "bare")
+    whole = assemble(tiny.make(name, tmp_path / "whole"))
+    bare = assemble(tmp_path / "bare")
+    assert bare.keys() == whole.keys() and all(torch.equal(bare[k], whole[k]) for k in whole)
+
+
+def test_a_decoder_saved_without_a_head_it_needs_is_refused(tmp_path: Path) -> None:
+    tiny.perturbed(tiny.VARIANTS["llama"]).base_model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(PlanError, match=r"missing \(1\):\n  lm_head\.weight"):
+        make_plan(open_checkpoint(tmp_path / "bare"))
+
+
 def test_fp32_tensors_beside_narrower_weights_stay_fp32_when_bf16_is_asked_for(tmp_path: Path) -> None:
     plan = make_plan(
         open_checkpoint(tiny.make("deepseek_v3", tmp_path / "ds", dtype="bfloat16")), dtype="fp16"

@@ -134,9 +134,9 @@ def rope_parameters(
         said = {("rope_type" if k == "type" else k): v for k, v in dict(old).items()}
         if differ := sorted(k for k, v in said.items() if v != out.get(k)):
             raise ZooError(f"{c.where}: rope_parameters and {scaling} differ in {', '.join(differ)}: delete one of them")
-    if nested:  # upstream reads this one beside the layer types, never inside
+    if layer_type is not None:  # upstream reads this one beside the layer types, never inside
         out.pop("truncate", None)
-        out |= {"truncate": p["truncate"]} if "truncate" in p else {}
+        out |= {"truncate": p["truncate"]} if p is not None and "truncate" in p else {}
     elif out["rope_type"] in ("llama3", "yarn") and "original_max_position_embeddings" in c:
         out["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     if out.get("rope_theta") is None:

@@ -31,7 +31,8 @@ class Family:
     tensors ("hf", "meta", "mistral", "gguf", ...; the reader says which namings a checkpoint may have).
 
     `model_types` and `architectures` are what its configs say in those fields. A config that has
-    `architectures` goes by them; one that has none, by its `model_type`. A wrapper's architecture may be
+    `architectures` goes by them; one that has none, or a decoder's without its head (`...Model`), by its
+    `model_type`. A wrapper's architecture may be
     claimed by several families: its text model's `model_type` decides.
     """
 
@@ -85,7 +86,7 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
         text = config.get("text_config")
         kind = text.get("model_type") if isinstance(text, Mapping) else model_type
         return next((f for f in claims if kind in f.model_types), claims[0])
-    if not named:
+    if all(a.endswith("Model") for a in named):  # none, or a decoder saved without its head
         for family in families().values():
             if model_type in family.model_types:
                 return family

@@ -429,6 +429,10 @@ class _Matcher:
         for source, fit in zip(sources, recipe.fits, strict=True):
             ref = tensors[source]
             dtypes.add(ref.dtype)
+            if part is None and ref.dtype in ITEMSIZE and ref.dtype not in FLOATS:
+                self.out.problems.append(
+                    f"{source} in {ref.file}: {ref.dtype} without scales is no weight; expected {', '.join(FLOATS)}"
+                )
             if ref.shape != fit.shape:
                 self.out.problems.append(
                     f"{source} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)} "
@@ -596,8 +600,11 @@ def _common(dtypes: set[str]) -> str:
 
 
 def _prefix(ruleset: RuleSet, tensors: Mapping[str, TensorRef]) -> tuple[tuple[str, str], ...]:
-    """The first spelling of names under which the embedding exists."""
-    for prefix in ruleset.prefixes:
+    """The first spelling of names under which the embedding exists: as the rules have it, or without what
+    comes first in it (`model.`), as a decoder saved without its head has it."""
+    embed = next((leaf.pattern for r in ruleset.by_key.get("embed.weight", ()) for leaf in r.expr.leaves()), "")
+    first = embed.partition(".")[0] + "."
+    for prefix in (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else [])):
         spell = respell(ruleset, prefix)
         for rule in ruleset.by_key.get("embed.weight", ()):
             names = [spell(leaf.pattern.replace("{r}", "0")) for leaf in rule.expr.leaves()]
