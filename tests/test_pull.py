@@ -23,7 +23,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+import test_formats_gguf
 import tiny
+import vendor
 from hub_server import HubServer
 from huggingface_hub import close_session, constants
 
@@ -321,6 +323,44 @@ def test_a_thousand_tiny_shards_are_no_trouble(server: HubServer, release: Path,
     with pytest.raises(ZooError, match="does not have it|unexpected"):
         zoo.pull("org/shards", tmp_path / "canon")
     assert time.monotonic() - began < 60
+
+
+def as_pickle(folder: Path, release: Path) -> None:
+    vendor.to_pickle(release, folder, shards=2)
+
+
+def as_gguf(folder: Path, release: Path) -> None:
+    folder.mkdir()
+    _, file = test_formats_gguf.both("llama", folder.parent / "parts")
+    shutil.copy(file, folder / "model.gguf")
+
+
+def as_mistral(folder: Path, release: Path) -> None:
+    vendor.to_mistral(tiny.make("mistral", folder.parent / "parts"), folder)
+
+
+@pytest.mark.parametrize("make", [as_pickle, as_gguf, as_mistral])
+def test_repositories_in_other_formats_are_pulled_too(
+    make: Callable[[Path, Path], None], server: HubServer, release: Path, tmp_path: Path
+) -> None:
+    make(tmp_path / "source", release)
+    server.repo("org/other").commit(tmp_path / "source")
+    (tmp_path / "parts").mkdir(exist_ok=True)
+    path = zoo.pull("org/other", tmp_path / "canon", verify="bytes")
+    gguf = sorted((tmp_path / "source").glob("*.gguf"))
+    assert hashes(path) == hashes(zoo.convert(gguf[0] if gguf else tmp_path / "source", tmp_path / "local"))
+    if make is not as_pickle:  # whose headers are all over the file
+        assert hashes(zoo.pull("org/other", tmp_path / "streamed", stream=True)) == hashes(path)
+
+
+def test_of_two_copies_of_the_weights_one_is_fetched(
+    server: HubServer, release: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    vendor.to_pickle(release, tmp_path / "pickle")
+    both = {p.name: p for folder in (tmp_path / "pickle", release) for p in folder.iterdir()}
+    server.repo("org/both").commit(both | {"onnx/model.onnx": b"x", "consolidated.safetensors": b"x" * 100})
+    assert hashes(zoo.pull("org/both", tmp_path / "canon")) == expected
+    assert not [f for f in ("*.bin", "*.onnx", "consolidated*") if server.requests(f)]
 
 
 # ------------------------------------------------------------------ in part, and streamed
