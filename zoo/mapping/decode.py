@@ -15,40 +15,47 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zoo import quant
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
+from zoo.mapping.moves import scratch
 from zoo.quant.schemes import block_size, scheme
 
 if TYPE_CHECKING:
     import torch
 
-Array = NDArray[Any]
-Read = Callable[[str, int, int], bytes]
-"""(file, offset, n) -> bytes; raises ZooError if the file ends before."""
+    from zoo.mapping.moves import Array
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def reader(fd_of: Callable[[str], int]) -> Read:
-    """A `Read` over open files."""
+class Files:
+    """Reads of open files, which raise ZooError where a file ends early."""
 
-    def read(file: str, at: int, n: int) -> bytes:
-        out = os.pread(fd_of(file), n, at)
-        if len(out) < n:
-            parts = [out]
-            while (got := sum(map(len, parts))) < n:
-                if not (more := os.pread(fd_of(file), n - got, at + got)):
-                    raise ZooError(
-                        f"{file}: ends at byte {at + got}, {at + n} were expected: it changed or is truncated"
-                    )
-                parts.append(more)
-            return b"".join(parts)
+    def __init__(self, fd_of: Callable[[str], int]) -> None:
+        self.fd_of = fd_of
+
+    def __call__(self, file: str, at: int, n: int) -> bytearray:
+        out = bytearray(n)
+        self._fill(file, at, memoryview(out))
         return out
 
-    return read
+    def view(self, file: str, at: int, n: int) -> Array:
+        """Bytes [at, at + n) in memory that this thread uses again for its next view."""
+        out = scratch("source", n)
+        self._fill(file, at, memoryview(out))  # type: ignore[arg-type]
+        return out
+
+    def _fill(self, file: str, at: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            n = os.preadv(self.fd_of(file), [out[done:]], at + done)
+            if n == 0:
+                raise ZooError(
+                    f"{file}: ends at byte {at + done}, {at + len(out)} were expected: it changed or is truncated"
+                )
+            done += n
 
 
 def bits(dtype: str) -> Any:
@@ -61,14 +68,14 @@ class Raw:
     """Elements as they are."""
 
     ref: TensorRef
-    files: Read
+    files: Files
     chunk = 4 << 20
     grain = 1
 
     def read(self, at: int, n: int) -> Array:
         size = ITEMSIZE[self.ref.dtype]
-        return np.frombuffer(
-            self.files(self.ref.file, self.ref.offset + at * size, n * size), bits(self.ref.dtype)
+        return self.files.view(self.ref.file, self.ref.offset + at * size, n * size).view(
+            bits(self.ref.dtype)
         )
 
 
@@ -77,7 +84,7 @@ class Cast:
     """Elements of a float tensor in another float dtype."""
 
     ref: TensorRef
-    files: Read
+    files: Files
     dtype: str
     chunk = 1 << 18  # what is made of it on the way stays in a core's cache
     grain = 1
@@ -131,7 +138,7 @@ class Blocks:
     """Elements of one of ggml's block types, whose rows are sequences of blocks."""
 
     ref: TensorRef
-    files: Read
+    files: Files
     dtype: str
     chunk = 1 << 18
 
@@ -145,8 +152,8 @@ class Blocks:
         columns = self.ref.shape[-1]
         row_bytes = self.ref.nbytes // (self.ref.size // columns)
         first, last = at // columns, -(-(at + n) // columns)
-        raw = self.files(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
-        x = ggml.dequantise(np.frombuffer(raw, np.uint8), self.ref.dtype, (last - first, columns))
+        raw = self.files.view(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
+        x = ggml.dequantise(raw, self.ref.dtype, (last - first, columns))
         start = at - first * columns
         return from_float(x.reshape(-1)[start : start + n], self.dtype, self.ref.name)
 
@@ -159,7 +166,7 @@ class Quantised:
     others: dict[str, TensorRef]
     scheme: str
     shape: tuple[int, ...]  # logical: [.., out, in]
-    files: Read
+    files: Files
     dtype: str
     chunk = 1 << 20
 
@@ -216,7 +223,7 @@ class Quantised:
         return _tensor(self.files(ref.file, ref.offset, ref.nbytes), ref.dtype, ref.shape)
 
 
-def _tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(raw: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     types = {
@@ -224,10 +231,10 @@ def _tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8,
         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8,
     }  # fmt: skip
-    return torch.frombuffer(bytearray(raw), dtype=types[dtype]).reshape(shape)
+    return torch.frombuffer(raw, dtype=types[dtype]).reshape(shape)
 
 
-def bad_scales(ref: TensorRef, files: Read) -> str | None:
+def bad_scales(ref: TensorRef, files: Files) -> str | None:
     """What is wrong with a tensor of scales: "NaN or infinite", "zero", or None."""
     if ref.dtype not in ("F32", "F16", "BF16", "F64"):
         if ref.dtype in ("U8", "F8_E8M0") and (

@@ -148,6 +148,8 @@ class Mover:
         self._sources: dict[str, int] = {}
         self._paths: dict[str, Path] = {}
         self._lock = threading.Lock()
+        # The kernel lets one writer into a file at a time; others would spin. So they wait here.
+        self._writing = {name: threading.Lock() for name in folder.sizes}
         self._loops: dict[int, tuple[Fit, tuple[Loop, ...], tuple[Loop, ...]]] = {}
 
     def open(self, file: str, path: Path) -> None:
@@ -195,7 +197,8 @@ class Mover:
                 yield lambda chunk=chunk: self._rearrange(chunk)  # type: ignore[misc]
 
     def _copy(self, c: Copy) -> int:
-        copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.n, c.src)
+        with self._writing[c.dst]:
+            copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.n, c.src)
         return c.n
 
     def _rearrange(self, r: Rearrange) -> int:
@@ -425,12 +428,12 @@ class Execution:
     def _raw(self, ref: TensorRef) -> Loader:
         from zoo.mapping import decode
 
-        return decode.Raw(ref, decode.reader(self.mover.source))
+        return decode.Raw(ref, decode.Files(self.mover.source))
 
     def _decoder(self, o: Output, k: int, ref: TensorRef) -> Loader:
         from zoo.mapping import decode
 
-        files = decode.reader(self.mover.source)
+        files = decode.Files(self.mover.source)
         if o.scheme is not None:
             others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
@@ -461,7 +464,7 @@ class Execution:
         )
         for name in names:
             ref = self.plan.checkpoint.tensors[name]
-            if bad := decode.bad_scales(ref, decode.reader(self.mover.source)):
+            if bad := decode.bad_scales(ref, decode.Files(self.mover.source)):
                 text = f"{name} in {ref.file}: its scales are {bad}"
                 if self.strict:
                     raise ZooError(f"{text}; refused because of --strict")

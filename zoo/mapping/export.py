@@ -134,7 +134,7 @@ def _move(
         return
     from zoo.mapping import decode
 
-    files = decode.reader(mover.source)
+    files = decode.Files(mover.source)
     loader = decode.Raw(from_, files) if from_.dtype == dtype else decode.Cast(from_, files, dtype)
     through.append(Rearrange(loader, file, base, size, loop, fit.canonical.offset, fit.source.offset))
 

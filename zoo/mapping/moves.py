@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +25,9 @@ from zoo.errors import ZooError
 from zoo.mapping.rules import Box
 
 if TYPE_CHECKING:
-    from zoo.mapping.decode import Array
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 Loop = tuple[int, int, int]
 """(count, source stride, destination stride), in elements."""
@@ -32,6 +35,8 @@ Loop = tuple[int, int, int]
 RUN = 32 << 10  # bytes; shorter runs go through memory: a system call each would cost more than the copy
 COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
 CHUNK = 48 << 20  # bytes of elements in memory per thread and side, where they are rearranged
+STRIPE = 1 << 20  # bytes rearranged and written at a time
+TILE = 128  # rows and columns transposed at a time
 
 
 def loops(source: Box, destination: Box) -> tuple[Loop, ...]:
@@ -223,19 +228,26 @@ class Rearrange:
             yield from part.chunks()
 
     def run(self, fd: int) -> None:
-        """Do it (a chunk of it: what is read and written is held in memory at once)."""
+        """Do it (a chunk of it: what is read is held in memory at once)."""
         import numpy as np
 
         elements, strides = self._gather()
         outer, inner = _runs(self.loop, 2)
-        shape = [n for n, _, _ in (*outer, *inner)]
-        itemsize = elements.itemsize
+        size = elements.itemsize
         view = np.lib.stride_tricks.as_strided(
-            elements, shape, [strides[loop] * itemsize for loop in (*outer, *inner)], writeable=False
+            elements,
+            [n for n, _, _ in (*outer, *inner)],
+            [strides[loop] * size for loop in (*outer, *inner)],
+            writeable=False,
         )
-        rows = rearranged(view).reshape(-1, math.prod(n for n, _, _ in inner) or 1)
-        for row, (_, at) in zip(rows, offsets(outer)):
-            _write(fd, row, self.base + (self.dst_at + at) * itemsize)
+        base = self.base + self.dst_at * size
+        length = math.prod(n for n, _, _ in inner)
+        if outer and length * size < STRIPE // 16:  # many short runs: rearranged together
+            for row, (_, at) in zip(rearranged(view).reshape(-1, length), offsets(outer)):
+                _write(fd, row, base + at * size)
+            return
+        for index, (_, at) in zip(np.ndindex(view.shape[: len(outer)]), offsets(outer)):
+            _stripes(fd, view[index], base + at * size)
 
     def _gather(self) -> tuple[Array, dict[Loop, int]]:
         """The source elements in memory, and the stride of each loop there."""
@@ -247,12 +259,14 @@ class Rearrange:
         if span <= 2 * total or not outer:
             return self.loader.read(self.src_at, span), {loop: loop[1] for loop in self.loop}
         length = math.prod(n for n, _, _ in inner)
-        parts = [self.loader.read(self.src_at + at, length) for at, _ in offsets(outer)]
+        found = np.empty((total // length, length), self.loader.read(self.src_at, 1).dtype)
+        for row, (at, _) in zip(found, offsets(outer)):
+            row[:] = self.loader.read(self.src_at + at, length)
         strides, stride = {}, 1
         for loop in reversed((*outer, *inner)):
             strides[loop] = stride
             stride *= loop[0]
-        return np.concatenate(parts), strides
+        return found.reshape(-1), strides
 
 
 def _cut(loop: tuple[Loop, ...], j: int, size: int) -> tuple[Loop, ...]:
@@ -261,27 +275,56 @@ def _cut(loop: tuple[Loop, ...], j: int, size: int) -> tuple[Loop, ...]:
     return (*loop[:j], *cut, *loop[j + 1 :]) or ((1, 1, 1),)
 
 
+def _stripes(fd: int, view: Array, at: int) -> None:
+    """Write what `view` shows, one run of the file, in pieces that are still in the cache when they are written."""
+    n = view.nbytes
+    if n <= STRIPE or view.ndim == 0:
+        _write(fd, rearranged(view), at)
+        return
+    row = n // view.shape[0]
+    if row > STRIPE and view.ndim > 1:
+        for i in range(view.shape[0]):
+            _stripes(fd, view[i], at + i * row)
+        return
+    step = max(1, STRIPE // row)
+    step = step // TILE * TILE or step
+    for i in range(0, view.shape[0], step):
+        _write(fd, rearranged(view[i : i + step]), at + i * row)
+
+
 def rearranged(view: Array) -> Array:
-    """A contiguous copy. Transposes go tile by tile, each through a compact copy of itself: numpy's own order
-    touches a cache line per element, and rows a power of two apart fall onto the same few lines."""
+    """A contiguous copy, valid until this thread's next. Transposes go tile by tile, each through a compact copy
+    of itself: numpy's own order touches a cache line per element, and rows a power of two apart fall onto the
+    same few lines."""
     import numpy as np
 
-    size = view.itemsize
-    if view.ndim < 2 or view.strides[-1] == size or view.size < 1 << 12:
-        return np.ascontiguousarray(view)
     wide = [a for a in range(view.ndim - 1) if view.shape[a] >= 16]
-    if not wide:
+    if view.strides[-1:] == (view.itemsize,) or view.size < 1 << 12 or not wide:
         return np.ascontiguousarray(view)
     fast = min(wide, key=lambda a: view.strides[a])  # the source's innermost axis of some length
-    out = np.empty(view.shape, view.dtype)
+    out = scratch("rearranged", view.nbytes).view(view.dtype).reshape(view.shape)
     planes, made = np.moveaxis(view, fast, -2), np.moveaxis(out, fast, -2)
-    tile = max(64, 256 // size)
     for at in np.ndindex(planes.shape[:-2]):
         plane, to = planes[at].T, made[at]  # [last, fast], as in the source; [fast, last]
-        for i in range(0, plane.shape[1], tile):
-            for j in range(0, plane.shape[0], tile):
-                to[i : i + tile, j : j + tile] = np.ascontiguousarray(plane[j : j + tile, i : i + tile]).T
+        for i in range(0, plane.shape[1], TILE):
+            for j in range(0, plane.shape[0], TILE):
+                to[i : i + TILE, j : j + TILE] = np.ascontiguousarray(plane[j : j + TILE, i : i + TILE]).T
     return out
+
+
+_memory = threading.local()
+
+
+def scratch(name: str, n: int) -> Array:
+    """`n` bytes that this thread uses again whenever it asks for them by this name: fresh memory costs a page
+    fault per 4 KiB, as much as the copy itself."""
+    import numpy as np
+
+    held: dict[str, Array] = _memory.__dict__.setdefault("held", {})
+    if name not in held or held[name].nbytes < n:
+        held.pop(name, None)
+        held[name] = np.empty(n, np.uint8)
+    return held[name][:n]
 
 
 def _runs(loop: Iterable[Loop], side: int) -> tuple[list[Loop], list[Loop]]:
