@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.kernels.rope import rotate
 from zoo.model import attention, delta, mamba, moe, norm, rope
 from zoo.model.cache import Context, State, Visible
 from zoo.model.delta import Conv
@@ -58,7 +59,7 @@ def test_layer_norm_removes_the_mean_and_adds_a_bias() -> None:
 def test_rope_turns_pairs_of_the_first_channels_by_position(interleaved: bool) -> None:
     r = Rope(100.0, 6, interleaved=interleaved)
     x = rand(1, 4, 2, 8)
-    y = rope.rotate(x, *rope.tables(r, torch.arange(3, 7), torch.float32), interleaved)
+    y = rotate(x, *rope.tables(r, torch.arange(3, 7), torch.float32), interleaved)
     for t in range(4):
         for j in range(3):
             a, b = (2 * j, 2 * j + 1) if interleaved else (j, j + 3)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.attention import preferring_cudnn
 from zoo.model import altup, generate
 from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context
@@ -165,8 +166,9 @@ class Decoder(nn.Module):
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] -> the last layer's output."""
         x, ctx = self.start(ids, cache)
-        for layer in self.layers:
-            x = layer(x, ctx)
+        with preferring_cudnn(x.device):
+            for layer in self.layers:
+                x = layer(x, ctx)
         return x
 
     def start(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]:

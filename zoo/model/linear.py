@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import linear, one_row
-from zoo.kernels.weights import Weight, plain, quantised
+from zoo.kernels.weights import Weight, expanded, plain, quantised
 
 
 class Weights(nn.Module):
@@ -58,6 +58,8 @@ class Weights(nn.Module):
         if self.scheme is None:
             w = self.weight if expert is None else self.weight[expert]
             return w if w.dtype == dtype else w.to(dtype)
+        if expert is None and has_triton(self.weight) and (packed := self.packed()) is not None:
+            return expanded(packed, dtype)
         from zoo.quant import dequantise
 
         components = dict(self.named_buffers(recurse=False))
