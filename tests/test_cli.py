@@ -96,7 +96,7 @@ def test_every_command_has_help_json_and_debug() -> None:
 
 
 def test_wrong_usage_exits_2_and_names_what_is_near() -> None:
-    for args in (["lst"], ["show"], ["convert", "x"], ["pull", "x", "--layers", "a-b"]):
+    for args in (["lst"], ["show"], ["convert", "x"], ["pull", "x", "--layers", "a-b"], ["pull", "x", "--layers", "0-99999999999"]):
         assert run(*args).returncode == 2
     assert "Did you mean: list?" in run("lst").stderr
 

@@ -23,7 +23,7 @@ class Layers(click.ParamType[list[int]]):
             for part in value.split(","):
                 first, dash, last = part.partition("-")
                 numbers = range(int(first), int(last if dash else first) + 1)
-                if not numbers:
+                if not numbers or numbers[-1] > 9999:  # no model is that deep, and the list is made here
                     raise ValueError
                 out += numbers
             return sorted(set(out))
