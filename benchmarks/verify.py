@@ -183,39 +183,32 @@ def measure_memory(tmp: Path, kind: str) -> dict[str, Any]:
     layer = size(layer_tensors(c, 0), 4)  # in fp32, what it is computed in
     bound = int(2.5 * layer) + GIB
     room = int(2.5 * layer) + (256 << 20)  # beyond what the interpreter and its libraries have mapped already
-    idle = GIB + (128 << 20)
-    n_layers = -(-4 * (idle + room) // size(layer_tensors(c, 0), 2))
-    source, canon = tmp / f"{kind}-source", tmp / f"{kind}-canonical"
-    total = write(source, c, n_layers)
-    zoo.convert(source, canon)
+    n_layers = -(-4 * (GIB + room) // size(layer_tensors(c, 0), 2)) + 1
+
+    def made(n: int) -> tuple[Path, int]:
+        source, canon = tmp / f"{kind}-source", tmp / f"{kind}-canonical"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.rmtree(canon, ignore_errors=True)
+        total = write(source, c, n)
+        zoo.convert(source, canon)
+        return canon, total
+
+    canon, _ = made(8)
+    small, whole = run(canon, stream=True), run(canon)
+    same = all(small[k] == whole[k] for k in ("error", "spread"))
+    canon, total = made(n_layers)
     streamed = run(canon, stream=True, limit=room)
-    limit = streamed["before"]["VmSize"] + room
-    whole = run(canon, stream=False)
-    same = streamed["error"] == whole["error"] and streamed["spread"] == whole["spread"]
-    peak = streamed["after"]["VmHWM"]
-    print(
-        f"{kind}: {total / 1e9:.2f} GB in {n_layers} layers of {layer / 1e6:.0f} MB in fp32; {streamed['tokens']} tokens"
-    )
-    print(f"  RLIMIT_AS        {limit / 1e9:.2f} GB: the checkpoint is {total / limit:.1f} times that")
-    print(
-        f"  peak RSS         {peak / 1e9:.2f} GB streamed (bound {bound / 1e9:.2f}), {whole['after']['VmHWM'] / 1e9:.2f} GB whole"
-    )
-    print(f"  seconds          {streamed['seconds']:.0f} streamed, {whole['seconds']:.0f} whole")
-    print(f"  verdict          {streamed['verdict']} streamed, {whole['verdict']} whole")
-    print(
-        f"  largest error    {streamed['error']['max']:.3g} streamed, {whole['error']['max']:.3g} whole; all figures equal: {same}"
-    )
-    for folder in (source, canon):
-        shutil.rmtree(folder)
+    limit, peak = streamed["before"]["VmSize"] + room, streamed["after"]["VmHWM"]
+    print(f"{kind}: {total / 1e9:.2f} GB in {n_layers} layers of {layer / 1e6:.0f} MB in fp32; {streamed['tokens']} tokens")
+    print(f"  RLIMIT_AS   {limit / 1e9:.2f} GB; the checkpoint is {total / limit:.1f} times that")
+    print(f"  peak RSS    {peak / 1e9:.2f} GB; bound {bound / 1e9:.2f} (2.5 layers + 1 GiB)")
+    print(f"  verdict     {streamed['verdict']} in {streamed['seconds']:.0f} s; largest error {streamed['error']['max']:.3g}")
+    print(f"  8 layers    all figures the same streamed and whole: {same} (largest error {whole['error']['max']:.3g})")
+    print(f"              peak RSS {small['after']['VmHWM'] / 1e9:.2f} GB streamed, {whole['after']['VmHWM'] / 1e9:.2f} GB whole")
     return {
-        "bytes": total,
-        "layer": layer,
-        "limit": limit,
-        "bound": bound,
-        "peak": peak,
-        "streamed": streamed,
-        "whole": whole,
-    }
+        "bytes": total, "layer": layer, "limit": limit, "bound": bound, "peak": peak, "streamed": streamed,
+        "small": small, "whole": whole,
+    }  # fmt: skip
 
 
 def main() -> None:

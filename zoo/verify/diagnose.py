@@ -275,8 +275,11 @@ def calls(layer: nn.Module, forward: Callable[[], Any]) -> list[Call]:
             if not isinstance(x, Tensor) or not isinstance(y, Tensor):
                 return
 
+            # Ours add their output onto a residual that they are handed: without it, for the branch alone.
+            others = [None if isinstance(a, Tensor) else a for a in args[1:]]
+
             def again(new: Tensor) -> Tensor:
-                z = module(new, *args[1:], **kwargs)
+                z = module(new, *others, **kwargs)
                 first: Tensor = z[0] if isinstance(z, tuple) else z
                 return first
 

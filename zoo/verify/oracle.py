@@ -67,7 +67,6 @@ class Transformers:
         quiet()
         self.model = load(path, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
-        self.has_experts = any(p.ndim == 3 for p in self.layers.parameters())
         self.avoid_ids = placeholder_ids(self.model.config)
 
     def describe(self) -> dict[str, Any]:
@@ -91,36 +90,60 @@ class Transformers:
 
     @contextlib.contextmanager
     def second_way(self) -> Iterator[tuple[str, str] | None]:
-        """sdpa for eager attention and batched for looped experts, where upstream has them; else a row at a time."""
+        """sdpa for eager attention and one grouped product for looped experts, where upstream has them. Without another
+        attention: in fp32 a row at a time; in lower precision the same weights in fp32, for there attention's
+        own rounding is most of the spread."""
         first, second = [], []
         for kind, switch, attribute, other in (
             ("attention", "set_attn_implementation", "_attn_implementation", "sdpa"),
-            ("experts", "set_experts_implementation", "_experts_implementation", "batched_mm"),
+            ("experts", "set_experts_implementation", "_experts_implementation", self._other_experts()),
         ):
-            if self._switch(switch, attribute, other):
+            if other and self._switch(switch, attribute, other):
                 first.append(f"eager {kind}")
                 second.append(f"{other} {kind}")
         try:
-            if first:
+            if self.dtype != "fp32" and "eager attention" not in first:
+                with self._in_fp32():
+                    yield self.dtype, "fp32 on the same weights"
+            elif first:
                 yield " and ".join(first), " and ".join(second)
-                return
-            if not self._split_rows():
+            elif not self._split_rows():
                 yield None
-                return
-            whole, self.run = self.run, self._row_by_row  # type: ignore[method-assign]
-            try:
-                yield "all rows at once", "row by row, one thread"
-            finally:
-                self.run = whole  # type: ignore[method-assign]
+            else:
+                whole, self.run = self.run, self._row_by_row  # type: ignore[method-assign]
+                try:
+                    yield "all rows at once", "row by row, one thread"
+                finally:
+                    self.run = whole  # type: ignore[method-assign]
         finally:
             self._switch("set_attn_implementation", "_attn_implementation", "eager")
             self._switch("set_experts_implementation", "_experts_implementation", "eager")
 
+    def _other_experts(self) -> str | None:
+        """The kernel to hold against the loop over experts. The grouped one wants rows of 16 bytes; the batched one
+        gathers every token's experts, which only small models have the memory for."""
+        experts = [p for p in self.layers.parameters() if p.ndim == 3 and p.shape[1] > 1]
+        if not experts:
+            return None
+        size = DTYPES[self.dtype].itemsize
+        if all(n * size % 16 == 0 for p in experts for n in p.shape[1:]):
+            return "grouped_mm"
+        return "batched_mm" if max(p.numel() for p in experts) < 1 << 20 else None
+
+    @contextlib.contextmanager
+    def _in_fp32(self) -> Iterator[None]:
+        """Every parameter exactly as it is, in fp32, and back."""
+        was = {p: p.dtype for p in self.model.parameters()}
+        self.model.float()
+        try:
+            yield
+        finally:
+            for p, dtype in was.items():
+                p.data = p.data.to(dtype)
+
     def _switch(self, method: str, attribute: str, to: str) -> bool:
         """Ask upstream for another kernel; False where this model has no such choice."""
         config = self.model.config.get_text_config()
-        if attribute == "_experts_implementation" and not self.has_experts:
-            return False
         try:
             getattr(self.model, method)(to)
         except (AttributeError, ValueError, ImportError, NotImplementedError):

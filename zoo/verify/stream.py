@@ -12,6 +12,8 @@ a time, and a conductor says which.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +46,10 @@ class StreamedTransformers(Transformers):
             )
         self.path, self.dtype, self.note = path, dtype, note
         quiet()
+        return_freed_memory()
         config, cls = config_and_class(path)
         self.model = skeleton(cls, config, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
-        self.has_experts = any(p.ndim == 3 for p in self.layers.parameters())
         self.avoid_ids = placeholder_ids(config)
         self.weights = Weights(self.model, open_checkpoint(path), DTYPES[dtype])
         self._workers: dict[int, _Worker] = {}
@@ -58,6 +60,14 @@ class StreamedTransformers(Transformers):
 
     def _split_rows(self) -> bool:
         return False
+
+    @contextlib.contextmanager
+    def _in_fp32(self) -> Iterator[None]:
+        was, self.weights.dtype = self.weights.dtype, torch.float32
+        try:
+            yield
+        finally:
+            self.weights.dtype = was
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnOneLayer | None = None) -> Tensor:
         raise AssertionError("a streamed oracle is driven over all batches at once")
@@ -118,7 +128,7 @@ class StreamedTransformers(Transformers):
         def hook(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen, compact = args[0].unique(return_inverse=True)
             table = self.weights.one(f"{name}.weight")
-            rows = table[seen].to(DTYPES[self.dtype])
+            rows = table[seen].to(self.weights.dtype)
             m.weight = nn.Parameter(rows, requires_grad=False)
             return (compact,)
 
@@ -137,6 +147,14 @@ class StreamedTransformers(Transformers):
 
     def _worker(self) -> _Worker:
         return self._workers[threading.get_ident()]
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to give a freed layer back at once. It would learn from the first large tensor that is freed to
+    keep such memory, in heaps that fragment: many times a layer in the end."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also stops it from adapting
 
 
 def _empty(m: nn.Embedding) -> None:
@@ -287,7 +305,7 @@ class Weights:
     def load(self, module: nn.Module, what: str = "", recurse: bool = True) -> None:
         """Give `module` its weights, in the dtype that upstream would have them."""
         prefix = self.names[id(module)]
-        wanted = [n for n in self._of(module, prefix, recurse)]
+        wanted = list(self._of(module, prefix, recurse))
         done: set[str] = set()
         for name in wanted:
             if name in done:

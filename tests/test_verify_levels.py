@@ -1,0 +1,173 @@
+"""What verification says about a right conversion, a wrong one, and one that can't be judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from verified import broken, canonical, copy, rewrite, with_tensor
+
+import zoo
+from zoo.errors import ZooError
+from zoo.verify.tolerance import FLOOR_FP32
+
+FAMILIES = {v.family: v.name for v in reversed(tiny.VARIANTS.values())}
+
+
+def checks(cert: zoo.verify.certificate.Certificate) -> dict[str, bool]:  # type: ignore[name-defined]
+    return {c.name: c.passed for level in cert.levels for c in level.checks}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "nemotron_h_dtmin", "gemma3n"])
+def test_a_right_conversion_passes_every_level(name: str) -> None:
+    cert = zoo.verify(canonical(name), write=False)
+    assert cert.passed
+    assert [x.name for x in cert.levels] == ["plan", "bytes", "layers", "logits", "decode"]
+    assert not cert.not_checked
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_in_bf16_every_family_stays_within_upstreams_own_spread(family: str) -> None:
+    cert = zoo.verify(canonical(FAMILIES[family], "bfloat16"), dtype="bf16", write=False)
+    failed = [(c.name, c.value, c.bound) for x in cert.levels for c in x.checks if not c.passed]
+    assert not failed
+
+
+def test_the_bound_is_twice_upstreams_own_spread_or_the_floor() -> None:
+    cert = zoo.verify(canonical("llama"), level="logits", write=False)
+    level = cert.level("logits")
+    assert level is not None
+    spread = level.figures["spread"]
+    assert spread["ways"] == ("eager attention", "sdpa attention")
+    assert 0 < spread["logits"]["max"] < FLOOR_FP32
+    (worst,) = (c for c in level.checks if c.name == "|logit error| max")
+    assert worst.bound == max(2 * spread["logits"]["max"], FLOOR_FP32)
+    assert "spread" in worst.why
+
+
+def test_inputs_cross_every_limit_and_hold_rows_of_different_lengths() -> None:
+    cert = zoo.verify(canonical("gpt_oss"), level="logits", write=False)
+    assert cert.inputs is not None
+    assert cert.inputs["limits_crossed"]
+    longest = max(n for b in cert.inputs["batches"] for n in b["lengths"])
+    assert longest > max(cert.inputs["limits_crossed"].values())
+    assert any(len(set(b["lengths"])) > 1 for b in cert.inputs["batches"])
+
+
+def test_a_limit_that_is_too_long_to_cross_is_named_as_not_checked() -> None:
+    cert = zoo.verify(canonical("mistral_window"), level="logits", max_length=5, write=False)
+    assert any("window 7" in text for text in cert.not_checked)
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "cause"),
+    [
+        ("rope_rows_interleaved", "layer 1, attention", "rows of q and k in interleaved RoPE order"),
+        ("gate_up_swapped", "layer 1, feed-forward", "gate and up exchanged"),
+        ("norms_swapped", "layer 1, norm (attn_norm)", "norms before attention and feed-forward exchanged"),
+        ("head_off_by_one", "the final norm or the head", "rows of the head shifted"),
+        ("embedding_off_by_one", "the embedding", "rows of the embedding shifted"),
+        ("norm_stale", "layer 1, norm (ffn_norm)", "is 1 throughout"),
+        ("norm_eps", "layer 0, norm (attn_norm)", "attn_norm.eps"),
+        ("mtp_layer_included", "ours has 4 layers, the oracle 3", "layers[3]"),
+    ],
+)
+def test_a_failure_names_layer_part_and_cause(fault: str, where: str, cause: str, tmp_path: Path) -> None:
+    cert = zoo.verify(broken("llama", fault, tmp_path / "broken"), level="logits", write=False)
+    assert not cert.passed
+    assert cert.diagnosis is not None
+    assert cert.diagnosis["where"] == where
+    assert any(cause in text for text in cert.diagnosis["suggestions"])
+
+
+def test_the_bytes_level_sees_truncation_instead_of_rounding(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    right = zoo.convert(source, tmp_path / "right", dtype="bf16")
+    assert zoo.verify(right, level="bytes", write=False).passed
+
+    def truncated(t: torch.Tensor) -> torch.Tensor:
+        from safetensors.torch import load_file
+
+        fp32 = load_file(source / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+        return (fp32.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+    wrong = with_tensor(copy(right, tmp_path / "wrong"), "layers.0.mlp.down.weight", truncated)
+    cert = zoo.verify(wrong, level="bytes", write=False)
+    level = cert.level("bytes")
+    assert level is not None and level.verdict == "failed"
+    assert set(level.figures["differing"]) == {"layers.0.mlp.down.weight"}
+
+
+def test_the_bytes_level_counts_a_single_changed_element(tmp_path: Path) -> None:
+    def flip(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        t.view(-1)[7] += 1e-3
+        return t
+
+    name = "layers.3.moe.gate_up.weight"
+    folder = with_tensor(copy(canonical("qwen3_moe"), tmp_path / "c"), name, flip)
+    level = zoo.verify(folder, level="bytes", write=False).level("bytes")
+    assert level is not None
+    assert level.figures["differing"] == {name: 1}
+
+
+def test_a_carried_file_that_was_edited_is_seen(tmp_path: Path) -> None:
+    folder = copy(canonical("llama"), tmp_path / "c")
+    (folder / "generation_config.json").write_text("{}")
+    assert not checks(zoo.verify(folder, level="bytes", write=False))["carried files that differ"]
+
+
+def test_a_spec_that_is_not_the_sources_fails_the_plan(tmp_path: Path) -> None:
+    cert = zoo.verify(broken("llama", "rope_theta", tmp_path / "c"), level="plan", write=False)
+    assert not checks(cert)["Spec differs from the source's"]
+
+
+def test_without_its_source_only_the_plan_is_judged_and_the_rest_is_listed(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    folder = zoo.convert(source, tmp_path / "canonical")
+    shutil.rmtree(source)
+    cert = zoo.verify(folder, write=False)
+    assert [x.name for x in cert.levels] == ["plan"]
+    text = " ".join(cert.not_checked)
+    assert "bytes" in text and "logits" in text and "not there any more" in text
+
+
+def test_a_family_without_upstream_says_what_it_was_not_compared_with(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    folder = zoo.convert(source, tmp_path / "canonical")
+    config = json.loads((source / "config.json").read_text())
+    # An architecture that transformers has no class for, though its files are llama's.
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["LLaMAForCausalLM"], "model_type": "nobody"}))
+    cert = zoo.verify(folder, write=False)
+    assert any("upstream cannot run this" in text for text in cert.not_checked)
+    assert cert.level("logits") is None
+
+
+def test_another_checkpoint_of_the_same_shape_is_told_apart(tmp_path: Path) -> None:
+    other = tiny.make("llama", tmp_path / "other", seed=1)
+    cert = zoo.verify(canonical("llama"), against=other, level="logits", write=False)
+    assert not cert.passed
+    assert {x.name for x in cert.levels if x.verdict == "failed"} == {"bytes", "layers", "logits"}
+
+
+def test_nan_fails(tmp_path: Path) -> None:
+    def poison(s: zoo.verify.faults.Subject) -> zoo.verify.faults.Subject:  # type: ignore[name-defined]
+        t = s.tensors["layers.2.mlp.down.weight"].clone()
+        t[0, 0] = float("nan")
+        return s.put({"layers.2.mlp.down.weight": t})
+
+    cert = zoo.verify(rewrite(copy(canonical("llama"), tmp_path / "c"), poison), level="logits", write=False)
+    assert {x.name for x in cert.levels if x.verdict == "failed"} == {"bytes", "layers", "logits"}
+    assert cert.diagnosis is not None
+    assert any("not finite" in text for text in cert.diagnosis["suggestions"])
+
+
+def test_nothing_to_compare_with_is_an_error_that_says_so() -> None:
+    with pytest.raises(ZooError, match="no such file or folder to verify against"):
+        zoo.verify(canonical("llama"), against="/nowhere/at/all")
+    with pytest.raises(ZooError, match="unknown level 'all'; expected one of plan, bytes"):
+        zoo.verify(canonical("llama"), level="all")
