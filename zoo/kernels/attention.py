@@ -10,6 +10,8 @@ that no key is ever assembled. Keys sit in `capacity` slots, in order of positio
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,10 +25,12 @@ if triton is not None:
     from zoo.kernels.gated import tanh
     from zoo.kernels.launch import after_previous
 
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
-"""In order of preference: on an H100 cuDNN's kernel is 1.8 times as fast as torch's flash kernel."""
+def preferring_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """Within it SDPA takes cuDNN's kernel where it can: on an H100 1.9 times as fast as torch's flash kernel."""
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)  # type: ignore[no-any-return]
 
 
 def attention_reference(
@@ -119,11 +123,10 @@ def attention(
     t, s = q.shape[1], k.shape[1]
     whole = (window is None or window >= s) and (chunk is None or chunk >= s)
     if whole and sinks is None and softcap is None and (s == t or t == 1) and start == s - t and q.dtype != torch.float64:
-        with sdpa_kernel(BACKENDS, set_priority=True):
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=t > 1, scale=scale,
-                enable_gqa=q.shape[2] != k.shape[2],
-            )  # fmt: skip
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=t > 1, scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )  # fmt: skip
         return y.transpose(1, 2)
     kw = dict(scale=scale, start=start, window=window, chunk=chunk, sinks=sinks, softcap=softcap)
     if has_triton(q) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and q.dtype != torch.float64:

@@ -111,13 +111,14 @@ def sort_by_expert(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     has [E]. int32. A counting sort: blocks count, then place, their pairs."""
     pairs, block = chosen.numel(), 64
     blocks = ceil_div(pairs, block)
-    counts = torch.empty(blocks, n_experts, dtype=torch.int32, device=chosen.device)
+    counts = torch.empty(n_experts, blocks, dtype=torch.int32, device=chosen.device)
+    totals = torch.empty(n_experts, dtype=torch.int32, device=chosen.device)
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
     shape = dict(E=power_of_2(n_experts), BLOCK=block, num_warps=8)
-    _count[(blocks,)](chosen, counts, pairs, n_experts, **shape)
-    upto = counts.cumsum(0, dtype=torch.int32)
-    _place_pairs[(blocks,)](chosen, counts, upto, order, pairs, n_experts, blocks, **shape)
-    return order, upto[-1]
+    _count[(blocks,)](chosen, counts, pairs, n_experts, blocks, **shape)
+    upto = counts.cumsum(1, dtype=torch.int32)
+    _place_pairs[(blocks,)](chosen, counts, upto, order, totals, pairs, n_experts, blocks, **shape)
+    return order, totals
 
 
 def sort_by_expert_reference(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int,
         return 16, 32, 32, 4, 3
     if average <= 32:
         return 16 if average <= 16 else 32, 128, 64, 4, 3
-    return (128, 256, 64, 8, 3) if kind == PLAIN else (128, 128, 64, 8, 3)
+    return (128, 256, 64, 8, 4 if average > 96 else 3) if kind == PLAIN else (128, 128, 64, 8, 3)
 
 
 def _bulk(x: Tensor, w: Weight) -> bool:
@@ -278,23 +279,26 @@ if triton is not None:
         tl.store(out_ptr + token * N + n, total.to(dtype), mask=mask)
 
     @triton.jit
-    def _count(chosen_ptr, counts_ptr, n_pairs, n_experts, E: tl.constexpr, BLOCK: tl.constexpr):
+    def _count(chosen_ptr, counts_ptr, n_pairs, n_experts, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
         block = tl.program_id(0)
         p, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
         expert = tl.load(chosen_ptr + p, mask=p < n_pairs, other=-1).to(tl.int32)
         counts = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
-        tl.store(counts_ptr + block * n_experts + e, counts, mask=e < n_experts)
+        tl.store(counts_ptr + e * n_blocks + block, counts, mask=e < n_experts)
 
     @triton.jit
     def _place_pairs(
-        chosen_ptr, counts_ptr, upto_ptr, order_ptr, n_pairs, n_experts, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr
+        chosen_ptr, counts_ptr, upto_ptr, order_ptr, totals_ptr, n_pairs, n_experts, n_blocks,
+        E: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
         p, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
         real = e < n_experts
-        totals = tl.load(upto_ptr + (n_blocks - 1) * n_experts + e, mask=real, other=0)
-        before = tl.load(upto_ptr + block * n_experts + e, mask=real, other=0)
-        before -= tl.load(counts_ptr + block * n_experts + e, mask=real, other=0)
+        totals = tl.load(upto_ptr + e * n_blocks + n_blocks - 1, mask=real, other=0)
+        before = tl.load(upto_ptr + e * n_blocks + block, mask=real, other=0)
+        before -= tl.load(counts_ptr + e * n_blocks + block, mask=real, other=0)
+        if block == 0:
+            tl.store(totals_ptr + e, totals, mask=real)
         start = tl.cumsum(totals, 0) - totals + before  # where this block's first pair of each expert goes
         expert = tl.load(chosen_ptr + p, mask=p < n_pairs, other=-1).to(tl.int32)
         mine = (expert[:, None] == e[None, :]).to(tl.int32)

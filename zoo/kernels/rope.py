@@ -104,7 +104,7 @@ def place(
     heads = 4 if t == 1 else 8
     kind = 0 if norm is None else 1 if norm.weight == "none" else 2 if norm.scale_in == "model" else 3
     _place[(b * t, ceil_div(h + 2 * kv, heads))](
-        q, k, v, keys, values, out, position, cos, sin, q_norm, k_norm,
+        q, _apart(q, k), _apart(q, v), keys, values, out, position, cos, sin, q_norm, k_norm,
         t, h, kv, keys.shape[1], d, dv, cos.shape[-1] if table else 0, 0.0 if norm is None else norm.eps,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         KIND=kind, AFTER=after, PLUS_ONE=norm is not None and norm.weight == "plus_one", ROPE=table is not None,
@@ -113,10 +113,15 @@ def place(
     return out
 
 
+def _apart(q: Tensor, x: Tensor) -> int:
+    """How many elements x lies behind q. (Both are slices of one projection, as a rule, but need not be.)"""
+    return (x.data_ptr() - q.data_ptr()) // q.element_size()
+
+
 def place_fits(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, norm: Norm | None) -> bool:
     """Whether the kernel serves these tensors."""
     unit = all(x.stride(-1) == 1 for x in (q, k, v, keys, values))
-    same = q.dtype == keys.dtype == values.dtype and q.dtype != torch.float64
+    same = q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype and q.dtype != torch.float64
     return has_triton(q) and unit and same and (norm is None or norm.kind == "rms")
 
 
@@ -124,7 +129,7 @@ if triton is not None:
 
     @triton.jit
     def _place(
-        q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr,
+        x_ptr, k_from, v_from, keys_ptr, values_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr,
         T, H, KV, C, d_qk, d_v, half, eps,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_s, ks_h, vs_b, vs_s, vs_h,
         KIND: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -138,13 +143,14 @@ if triton is not None:
         after_previous(OVERLAP)
         slot = (tl.load(position_ptr).to(tl.int64) + t) % C
         kept = t + 0 * h >= T - C
-        k_at, v_at = k_b * b + k_t * t + k_h * (h - H), v_b * b + v_t * t + v_h * (h - H - KV)
+        k_at = k_from + k_b * b + k_t * t + k_h * (h - H)
+        v_at = v_from + v_b * b + v_t * t + v_h * (h - H - KV)
         base = tl.where(is_q, q_b * b + q_t * t + q_h * h, tl.where(is_k, k_at, v_at))
-        # three pointers, each read where its heads are: the masks are disjoint
         qk = ((is_q | is_k)[:, None]) & (d < d_qk)[None, :]
         at = base[:, None] + d[None, :]
-        x = tl.load(q_ptr + at, mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
-        x += tl.load(k_ptr + at, mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
+        vm = is_v[:, None] & (d < d_v)[None, :]
+        raw = tl.load(x_ptr + at, mask=qk | vm, other=0.0)
+        x = raw.to(tl.float32)
         if ROPE:
             if INTERLEAVED:
                 mate = tl.where(d % 2 == 0, d + 1, d - 1)
@@ -157,8 +163,7 @@ if triton is not None:
             turns = d < 2 * half
             mate = tl.where(turns, mate, d)
             at = base[:, None] + mate[None, :]
-            y = tl.load(q_ptr + at, mask=is_q[:, None] & qk, other=0.0).to(tl.float32)
-            y += tl.load(k_ptr + at, mask=is_k[:, None] & qk, other=0.0).to(tl.float32)
+            y = tl.load(x_ptr + at, mask=qk, other=0.0).to(tl.float32)
         if KIND != 0 and not AFTER:
             r = tl.rsqrt(tl.sum(x * x, 1) / d_qk + eps)[:, None]
             x = x * r
@@ -188,10 +193,8 @@ if triton is not None:
         tl.store(out_ptr + at, x.to(dtype), mask=is_q[:, None] & qk)
         at = (ks_b * b + ks_s * slot + ks_h * (h - H))[:, None] + d[None, :]
         tl.store(keys_ptr + at, x.to(dtype), mask=(is_k & kept)[:, None] & qk)
-        vm = is_v[:, None] & (d < d_v)[None, :]
-        v = tl.load(v_ptr + base[:, None] + d[None, :], mask=vm, other=0.0)
         at = (vs_b * b + vs_s * slot + vs_h * (h - H - KV))[:, None] + d[None, :]
-        tl.store(values_ptr + at, v, mask=vm & kept[:, None])
+        tl.store(values_ptr + at, raw, mask=vm & kept[:, None])
 
     @triton.jit
     def _rotate(

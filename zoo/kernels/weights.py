@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import triton
+from zoo.kernels.launch import ceil_div, triton
 from zoo.quant.schemes import block_size
 
 if triton is not None:
@@ -83,6 +83,18 @@ def quantised(
         first += -(-part // rows)
     table = torch.cat(index).to(torch.int32).to(codes.device)
     return Weight(codes, n, k, FP8, scale, table, columns, bias)
+
+
+def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
+    """The weights in `dtype`, [E, N, K] or, of a lone matrix, [N, K]. On a GPU; see `zoo.quant` for elsewhere."""
+    lead = w.codes.shape[: -3 if w.kind == MXFP4 else -2]
+    out = torch.empty(*lead, w.n, w.k, dtype=dtype, device=w.codes.device)
+    block_n, block_k = 32, 128
+    grid = (ceil_div(w.k, block_k), ceil_div(w.n, block_n), out.numel() // (w.n * w.k))
+    _expanded[grid](
+        *w.pointers[:3], out, w.n, w.k, *w.n_scales, w.columns, KIND=w.kind, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4
+    )
+    return out
 
 
 if triton is not None:
@@ -201,3 +213,20 @@ if triton is not None:
                 s = tl.load(s_ptr + row * s_columns + start // columns, mask=n_mask, other=0.0).to(tl.float32)
                 w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
             return w
+
+    @triton.jit
+    def _expanded(
+        w_ptr, s_ptr, rows_ptr, out_ptr, N, K, s_rows, s_columns, columns,
+        KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        e = tl.program_id(2).to(tl.int64)
+        start = tl.program_id(0) * BLOCK_K
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        w_ptr += e * N * (K // bytes_)
+        s_ptr += e * s_rows * s_columns
+        dtype = out_ptr.dtype.element_ty
+        w = weight_tile(w_ptr, s_ptr, rows_ptr, n, n < N, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype)
+        k = start + tl.arange(0, BLOCK_K)
+        at = out_ptr + (e * N + n.to(tl.int64))[:, None] * K + k[None, :]
+        tl.store(at, w, mask=(n < N)[:, None] & (k < K)[None, :])

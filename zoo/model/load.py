@@ -17,6 +17,7 @@ from zoo.formats import canonical
 from zoo.formats.base import TensorRef
 from zoo.model.decoder import Decoder
 from zoo.model.linear import Weights
+from zoo.model.upload import Upload
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,8 +33,9 @@ KEPT = ("selection_bias",)
 class Source:
     """The tensors of an opened canonical folder, as views of its mapped files."""
 
-    def __init__(self, folder: canonical.Canonical) -> None:
-        self.folder = folder
+    def __init__(self, folder: canonical.Canonical, upload: Upload | None = None) -> None:
+        """`upload`: how tensors reach a GPU, if not by way of the mapped files."""
+        self.folder, self.upload = folder, upload
         self._maps: dict[str, Tensor] = {}
 
     def tensor(self, ref: TensorRef) -> Tensor:
@@ -50,6 +52,13 @@ class Source:
         if ref.offset % dtype.itemsize:  # torch addresses whole elements; copy what does not start at one
             raw = raw.clone()
         return raw.view(dtype).view(ref.shape)
+
+    def on(self, device: str, ref: TensorRef, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on a device, cast to `dtype` if given."""
+        if self.upload is None or ref.dtype not in DTYPES:
+            return self.tensor(ref).to(device=device, dtype=dtype)
+        t = self.upload(self.folder.path(ref), ref.offset, tuple(ref.shape), DTYPES[ref.dtype])
+        return t if dtype is None else t.to(dtype)
 
     def fill(
         self, module: nn.Module, prefix: str = "", device: str = "cpu", dtype: torch.dtype | None = None
@@ -68,20 +77,20 @@ class Source:
             ref = self.folder.tensors.get(dot + name)
             if ref is None:
                 raise ZooError(f"{self.folder.root}: tensor {dot + name!r} is missing")
-            t = self.tensor(ref)
-            if tuple(t.shape) != tuple(p.shape):
+            if tuple(ref.shape) != tuple(p.shape):
                 raise ZooError(
-                    f"{self.folder.path(ref)}: {ref.name} has shape {list(t.shape)}, the model needs {list(p.shape)}"
+                    f"{self.folder.path(ref)}: {ref.name} has shape {list(ref.shape)}, the model needs {list(p.shape)}"
                 )
-            cast = dtype if t.is_floating_point() and not name.endswith(KEPT) else None
+            floating = ref.dtype not in DTYPES or DTYPES[ref.dtype].is_floating_point
+            cast = dtype if floating and not name.endswith(KEPT) else None
             owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(t.to(device=device, dtype=cast), requires_grad=False)
+            parameter = nn.Parameter(self.on(device, ref, cast), requires_grad=False)
             setattr(module.get_submodule(owner), leaf, parameter)
 
     def _components(self, slot: str, device: str) -> dict[str, Tensor]:
         refs = self.folder.tensors
         own = [n for n in refs if n.rpartition(".")[0] == slot and n != f"{slot}.bias"]
-        return {n.rpartition(".")[2]: self.tensor(refs[n]).to(device) for n in own}
+        return {n.rpartition(".")[2]: self.on(device, refs[n]) for n in own}
 
 
 def load(
@@ -96,7 +105,8 @@ def load(
     without storage, so the model cannot be run as a whole. Default: the layers that the folder has.
     Raises ZooError if the folder is not sound.
     """
-    source = Source(canonical.read(path))
+    upload = Upload(device) if device.startswith("cuda") else None
+    source = Source(canonical.read(path), upload)
     model = Decoder(source.folder.spec)
     wanted = source.folder.layers if layers is None else layers
     ends = {n: m for n, m in model.named_children() if n != "layers"}
@@ -104,4 +114,6 @@ def load(
         source.fill(module, name, device, dtype)
     for i in range(model.spec.n_layers) if wanted is None else wanted:
         source.fill(model.layers[i], f"layers.{i}", device, dtype)
+    if upload is not None:
+        upload.close()
     return model

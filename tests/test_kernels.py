@@ -1,0 +1,218 @@
+"""Each Triton kernel computes what its plain twin computes, also where shapes are no multiples of its tiles.
+
+Here the kernels run in Triton's interpreter, on the CPU and in fp32 (it truncates where bf16 rounds). What
+is compiled for a GPU is held to transformers by benchmarks/gpu_parity.py, in fp32 and bf16.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:  # the switch must be set before Triton is imported
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+    def test_kernels_agree_with_their_plain_twins() -> None:
+        pytest.importorskip("triton")
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", __file__],
+            env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+        assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-300:]
+
+else:
+    from zoo.kernels import attention, experts, gated, latent, launch, linear, norm, rope, route, weights
+    from zoo.quant import dequantise
+    from zoo.spec import MLP, Norm, Router
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape)
+
+    def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> None:
+        assert a.shape == b.shape
+        assert torch.isfinite(b).all()
+        assert (a - b).abs().max() <= 2e-5 * scale * max(1.0, float(b.abs().max()))
+
+    @pytest.fixture(autouse=True)
+    def seed() -> None:
+        torch.manual_seed(0)
+
+    def test_the_kernels_are_what_runs_here() -> None:
+        assert launch.has_triton(rand(1))
+
+    @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"])
+    def test_gated_activations(act: str) -> None:
+        spec = MLP(37, act=act, gated=act != "relu2", limit=1.5 if act == "silu_clamped" else None, alpha=1.3)  # type: ignore[arg-type]
+        h = rand(3, 2, 74) * 3
+        close(gated.gated(h, spec), gated.gated_reference(h, spec))
+
+    NORMS = [
+        Norm(1e-6), Norm(1e-2, scale_in="fp32"), Norm(1e-6, weight="plus_one", scale_in="fp32"), Norm(1e-6, weight="none")
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("spec", NORMS)
+    def test_norms_also_of_a_slice_and_with_the_residual(spec: Norm) -> None:
+        x, onto = rand(2, 3, 70), rand(2, 3, 70)
+        w = None if spec.weight == "none" else rand(70)
+        close(norm.rms_norm(x, w, spec), norm.rms_norm_reference(x, w, spec))
+        close(norm.rms_norm_add(onto, x, w, spec), norm.rms_norm_add_reference(onto, x, w, spec))
+        part, w = x[..., 3:40], None if w is None else w[3:40]
+        close(norm.rms_norm(part, w, spec), norm.rms_norm_reference(part, w, spec))
+
+    PLACES = [  # B, T, H, K, D, V, slots, rotated pairs, interleaved, norm, after
+        (2, 3, 4, 2, 20, 20, 40, 10, False, NORMS[0], False),
+        (1, 1, 6, 3, 24, 12, 16, 6, True, NORMS[2], False),
+        (1, 30, 2, 1, 16, 16, 20, 8, False, None, False),  # more tokens than slots
+        (2, 1, 5, 5, 18, 18, 16, 9, True, NORMS[3], True),
+    ]
+
+    @pytest.mark.parametrize("case", PLACES)
+    @pytest.mark.parametrize("rotated", [True, False])
+    def test_norm_rope_and_the_write_to_the_cache(case: tuple[int, ...], rotated: bool) -> None:
+        B, T, H, K, D, V, slots, half, interleaved, spec, after = case
+        fused = rand(B, T, (H + K) * D + K * V)
+        q, k, v = fused.split([H * D, K * D, K * V], -1)
+        q, k, v = q.unflatten(-1, (H, D)), k.unflatten(-1, (K, D)), v.unflatten(-1, (K, V))
+        table = (rand(T, half), rand(T, half)) if rotated else None
+        weighted = isinstance(spec, Norm) and spec.weight != "none"
+        qn, kn = (rand(D), rand(D)) if weighted else (None, None)
+        position = torch.tensor(13)
+        stores = [[torch.zeros(B, K, slots, n).transpose(1, 2) for n in (D, V)] for _ in range(2)]
+        args = (position, table, interleaved, qn, kn, spec, after)
+        assert rope.place_fits(q, k, v, *stores[0], spec)  # type: ignore[arg-type]
+        a = rope.place(q, k, v, *stores[0], *args)  # type: ignore[arg-type]
+        b = rope.place_reference(q, k, v, *stores[1], *args)  # type: ignore[arg-type]
+        close(a, b)
+        for x, y in zip(*stores, strict=True):
+            close(x, y)
+
+    @pytest.mark.parametrize("interleaved", [True, False])
+    def test_rope_leaves_the_channels_after_the_first(interleaved: bool) -> None:
+        x, cos, sin = rand(2, 5, 3, 14), rand(5, 4), rand(5, 4)
+        close(rope.rotate(x, cos, sin, interleaved), rope.rotate_reference(x, cos, sin, interleaved))
+
+    EXTRAS = [{}, {"window": 9}, {"chunk": 16}, {"sinks": True}, {"softcap": 5.0}, {"window": 9, "sinks": True}]
+
+    def extras(x: dict[str, object], heads: int) -> dict[str, object]:
+        return x | ({"sinks": rand(heads)} if "sinks" in x else {})
+
+    @pytest.mark.parametrize("extra", EXTRAS)
+    @pytest.mark.parametrize("shape", [(37, 0, 4, 2, 20, 20), (70, 0, 2, 1, 16, 12), (5, 30, 4, 4, 24, 24)])
+    def test_attention_of_a_prompt(shape: tuple[int, ...], extra: dict[str, object]) -> None:
+        T, start, H, K, D, V = shape
+        q, k, v = rand(1, T, H, D), rand(1, start + T, K, D), rand(1, start + T, K, V)
+        kw = {"scale": 0.3, "start": start, **extras(extra, H)}
+        close(attention.flash(q, k, v, **kw), attention.attention_reference(q, k, v, **kw))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("extra", EXTRAS)
+    @pytest.mark.parametrize("shape", [(40, 64, 4, 2, 20, 20), (100, 33, 6, 2, 24, 12), (0, 50, 4, 4, 16, 16)])
+    def test_attention_of_one_query_also_when_the_slots_are_a_ring(
+        shape: tuple[int, ...], extra: dict[str, object]
+    ) -> None:
+        position, slots, H, K, D, V = shape
+        q, k, v = rand(2, H, D), rand(2, slots, K, D), rand(2, slots, K, V)
+        kw = {"scale": 0.3, **extras(extra, H)}
+        at = torch.tensor([position])
+        close(attention.decode(q, k, v, at, **kw), attention.decode_reference(q, k, v, at, **kw))  # type: ignore[arg-type]
+
+    def test_latent_attention_with_a_rotary_key_of_its_own() -> None:
+        q, q2, k, k2, v = rand(1, 20, 3, 16), rand(1, 20, 3, 8), rand(1, 20, 3, 16), rand(1, 20, 8), rand(1, 20, 3, 12)
+        whole = torch.cat((k, k2[:, :, None].expand(-1, -1, 3, -1)), -1)
+        expected = attention.attention_reference(torch.cat((q, q2), -1), whole, v, scale=0.1)
+        close(attention.flash(q, k, v, scale=0.1, q2=q2, k2=k2), expected)
+        q, q2, k, k2, at = rand(2, 20, 64), rand(2, 20, 8), rand(2, 50, 1, 64), rand(2, 50, 8), torch.tensor(44)
+        expected = attention.decode_reference(
+            torch.cat((q, q2), -1), torch.cat((k, k2[:, :, None]), -1), k, at, scale=0.1
+        )
+        close(attention.decode(q, k, k, at, scale=0.1, q2=q2, k2=k2), expected)
+
+    def test_projections_into_and_out_of_the_latent() -> None:
+        up = rand(5 * 20, 40).view(5, 20, 40)
+        q, y = rand(2, 5, 12), rand(2, 5, 40)
+        close(latent.into_latent(q, up[:, :12]), latent.into_latent_reference(q, up[:, :12]))
+        close(latent.out_of_latent(y, up[:, 12:]), latent.out_of_latent_reference(y, up[:, 12:]))
+
+    ROUTERS = [
+        (37, Router(4, "softmax", normalize=True)),
+        (32, Router(3, "softmax", over="chosen")),
+        (24, Router(4, "sigmoid", selection_bias=True, n_groups=4, top_groups=2, normalize=True, scale=2.5)),
+        (24, Router(4, "softmax", n_groups=4, top_groups=2, masked_groups="zero")),
+        (16, Router(1, "sigmoid", over="chosen")),
+        (8, Router(2, "softmax", softcap=3.0)),
+    ]
+
+    @pytest.mark.parametrize(("n_experts", "spec"), ROUTERS)
+    def test_routing(n_experts: int, spec: Router) -> None:
+        logits, bias = rand(9, n_experts), rand(n_experts) if spec.selection_bias else None
+        chosen, shares = route.route(logits, bias, spec)
+        expected, expected_shares = route.route_reference(logits, bias, spec)
+        assert torch.equal(chosen.long(), expected)
+        close(shares, expected_shares)
+
+    @pytest.mark.parametrize("shape", [(5, 2, 7), (130, 3, 10), (1, 1, 4)])
+    def test_pairs_sorted_by_expert(shape: tuple[int, int, int]) -> None:
+        tokens, top_k, n_experts = shape
+        chosen = torch.stack([torch.randperm(n_experts)[:top_k] for _ in range(tokens)]).int()
+        for a, b in zip(
+            experts.sort_by_expert(chosen, n_experts), experts.sort_by_expert_reference(chosen, n_experts), strict=True
+        ):
+            assert torch.equal(a, b)
+
+    def stored(scheme: str, parts: tuple[int, ...], columns: int, *lead: int) -> tuple[torch.Tensor, weights.Weight]:
+        """A random weight of a scheme, expanded and as kernels read it."""
+        n = sum(parts)
+        if scheme == "plain":
+            w = rand(*lead, n, columns) * 0.2
+            return w, weights.plain(w)
+        if scheme == "mxfp4":
+            codes = torch.randint(0, 256, (*lead, n, columns // 32, 16), dtype=torch.uint8)
+            scale = torch.randint(122, 126, (*lead, n, columns // 32), dtype=torch.uint8)
+        else:
+            codes = (rand(*lead, n, columns) * 0.3).to(torch.float8_e4m3fn)
+            rows = n if scheme == "fp8-channel" else sum(-(-p // 128) for p in parts)
+            scale = torch.rand(*lead, rows, 1 if scheme == "fp8-channel" else -(-columns // 128)) + 0.5
+        components = {"weight": codes, "scale": scale}
+        packed = weights.quantised(scheme, components, parts)
+        assert packed is not None
+        return dequantise(scheme, components, parts, torch.float32), packed
+
+    SCHEMES = ["plain", "fp8-block", "fp8-channel", "mxfp4"]
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_a_row_times_a_weight(scheme: str) -> None:
+        w, packed = stored(scheme, (23, 23), 160)
+        x, onto = rand(1, 1, 160), rand(1, 1, 46)
+        assert linear.one_row(x, packed)
+        close(linear.linear(x, packed, onto), linear.linear_reference(x, w, None, onto))
+        close(linear.gated_linear(x, packed, MLP(23)), linear.gated_linear_reference(x, w, None, MLP(23)), 5)
+        if scheme != "plain":
+            close(weights.expanded(packed, torch.float32), w)
+
+    @pytest.mark.parametrize("tokens", [1, 9])
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("spec", [MLP(64), MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)])
+    def test_experts_for_few_tokens_and_for_many(tokens: int, scheme: str, spec: MLP) -> None:
+        d, n, top_k = 96, 5, 2
+        (up, a), (down, b) = stored(scheme, (64, 64) if spec.gated else (64,), d, n), stored(scheme, (d,), 64, n)
+        x, shares, onto = rand(tokens, d), torch.rand(tokens, top_k), rand(tokens, d)
+        chosen = torch.stack([torch.randperm(n)[:top_k] for _ in range(tokens)]).int()
+        y = experts.experts(x, chosen, shares, a, b, spec, onto=onto)
+        close(y, onto + experts.experts_reference(x, chosen, shares, (up, None), (down, None), spec), 5)
+
+    @pytest.mark.parametrize("tokens", [1, 9])
+    def test_experts_whose_input_is_weighted(tokens: int) -> None:
+        (up, a), (down, b) = stored("plain", (40, 40), 36, 4), stored("plain", (36,), 40, 4)
+        biased = [rand(4, 80), rand(4, 36)]
+        a, b = weights.plain(up, biased[0]), weights.plain(down, biased[1])
+        x, shares = rand(tokens, 36), torch.rand(tokens, 1)
+        chosen = torch.randint(0, 4, (tokens, 1)).int()
+        y = experts.experts(x, chosen, shares, a, b, MLP(40), weight_input=True)
+        close(y, experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(40), True), 5)
