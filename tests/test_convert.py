@@ -96,12 +96,30 @@ def test_the_way_through_memory_gives_the_same_bytes_in_pieces_of_any_size(
         assert_same(weights(tmp_path / "whole"), weights(tmp_path / f"pieces{chunk}"))
 
 
-def test_copying_without_the_kernel_gives_the_same_bytes(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", [1, 1 << 30], ids=["by the kernel", "by us"])
+def test_it_does_not_matter_who_copies(
+    page: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(plan_of(llama), tmp_path / "a")
-    monkeypatch.setattr(moves, "_in_kernel", False)
+    monkeypatch.setattr(moves, "_in_kernel", page == 1)
+    monkeypatch.setattr(moves, "PAGE", 1 if page == 1 else 16)
+    monkeypatch.setattr(moves, "BUFFER", 48)
     convert(plan_of(llama), tmp_path / "b")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_a_kernel_that_cannot_copy_is_done_without(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    convert(plan_of(llama), tmp_path / "a")
+    monkeypatch.setattr(moves, "PAGE", 1)
+    monkeypatch.setattr(os, "copy_file_range", unsupported)
+    monkeypatch.setattr(moves, "_in_kernel", True)
+    convert(plan_of(llama), tmp_path / "b")
+    assert not moves._in_kernel
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 

@@ -119,8 +119,7 @@ def convert(
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
     source = {"path": str(path.resolve())} if path.is_file() else {}
     with Execution(plan, dst, force=force, source=source, progress=_Steps(progress)) as run:
-        for file in run.wanted:
-            run.feed(file)
+        run.feed_here()
         return run.finish()
 
 

@@ -9,11 +9,13 @@
                 delete(name)                 these files are not needed any more
         run.finish()                         the folder appears under its final name
 
+    run.feed_here()                          all that lie in the checkpoint's folder, several at a time
+
 Every move reads one source file (a quantised weight that is dequantised reads those of its scales, too), so a
 file is consumed when `feed` returns, unless a later file must be read together with it. A file that was fed
 and consumed in an interrupted run is not wanted again. Work within a file is spread over threads.
 
-Renaming, fusing and stacking move whole runs of bytes within the kernel: no tensor library is imported and
+Renaming, fusing and stacking move whole runs of bytes from file to file: no tensor library is imported and
 memory does not grow with the checkpoint. numpy comes in where elements are rearranged or cast, torch where
 quantised weights are dequantised.
 """
@@ -63,7 +65,14 @@ log = logging.getLogger("zoo")
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all); called from any thread, one call at a time."""
 
-SHARD = 5_000_000_000  # bytes of tensors per file, as Hugging Face cuts them
+SHARD = 5_000_000_000  # bytes of tensors per file at most, as Hugging Face cuts them
+_BATCH = 16_000_000_000  # bytes of source files that are worked on together: what a kill can cost
+
+
+def shard_size_of(total: int) -> int:
+    """Bytes of tensors per file: a small model too has four files, so that several threads can write."""
+    return min(SHARD, max(total // 4 + 1, SHARD // 5))
+
 
 Task = Callable[[], int]
 """Does its part and says how many bytes it wrote."""
@@ -122,9 +131,10 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return n
 
 
-def sheet_of(plan: Plan, shard_size: int = SHARD) -> Sheet:
+def sheet_of(plan: Plan, shard_size: int | None = None) -> Sheet:
     """The files of the canonical folder that `plan` makes."""
     sheet = Sheet()
+    shard_size = shard_size or shard_size_of(plan.nbytes)
     sheet.add(((o.name, o.dtype, o.shape) for o in plan.outputs.values()), "model", shard_size)
     refs = sorted((plan.checkpoint.tensors[n] for n in plan.extras), key=lambda r: (r.file, r.offset))
     for r in refs:
@@ -267,7 +277,7 @@ class Execution:
         dst: str | os.PathLike[str],
         *,
         force: bool = False,
-        shard_size: int = SHARD,
+        shard_size: int | None = None,
         strict: bool = False,
         durable: bool = False,
         identity: str | None = None,
@@ -315,16 +325,36 @@ class Execution:
     def feed(self, file: str, path: Path | None = None) -> list[str]:
         """Do all that can be done now that `file` is complete (at `path`, default: in the checkpoint's folder).
         Returns the fed files that nothing needs any more. Returns at once for a file consumed before."""
-        ckpt = self.plan.checkpoint
         if file not in self.folder.done:
-            path = path or ckpt.path(file)
-            _check_file(path, ckpt.files[file])
+            self._consume({file: path or self.plan.checkpoint.path(file)})
+        return self._free()
+
+    def feed_here(self) -> None:
+        """Feed every file that is still wanted; all lie in the checkpoint's folder."""
+        ckpt = self.plan.checkpoint
+        batch: dict[str, Path] = {}
+        for file in self.wanted:
+            batch[file] = ckpt.path(file)
+            if sum(ckpt.files[f] for f in batch) >= _BATCH:
+                self._consume(batch)
+                self._free()
+                batch = {}
+        self._consume(batch)
+
+    def _consume(self, files: Mapping[str, Path]) -> None:
+        for file, path in files.items():
+            _check_file(path, self.plan.checkpoint.files[file])
             self.mover.open(file, path)
-            there = self.folder.done | {file}
-            units = list(self._unpack(self._units.get(file, ())))
-            units += [(o, k) for files, o, k in self._joint if file in files and files <= there]
-            self._run(file, units)
+        there = self.folder.done | files.keys()
+        units = [u for file in files for u in self._unpack(self._units.get(file, ()))]
+        units += [(o, k) for needed, o, k in self._joint if needed & files.keys() and needed <= there]
+        self._run(files, units)
+        for file in files:
             self.folder.mark(file)
+
+    def _free(self) -> list[str]:
+        """Consumed files that nothing waits for."""
+        ckpt = self.plan.checkpoint
         waiting = {f for files, _, _ in self._joint for f in files if not files <= self.folder.done}
         free = [f for f in ckpt.files if f in self.folder.done and f not in waiting]
         for f in free:
@@ -371,7 +401,7 @@ class Execution:
         for u in packed:
             yield self._outputs[u >> 32], u & 0xFFFFFFFF
 
-    def _run(self, file: str, units: list[tuple[Output, int]]) -> None:
+    def _run(self, files: Iterable[str], units: list[tuple[Output, int]]) -> None:
         copies: list[Copy] = []
         through: list[Rearrange] = []
         replicas: list[tuple[Output, int]] = []
@@ -382,11 +412,11 @@ class Execution:
             if o.scheme is not None or o.name.endswith("scale"):
                 self._check_scales(o, k)
             self._move(o, k, copies, through)
-        for name in self._extras.get(file, ()):
+        for name in (n for file in files for n in self._extras.get(file, ())):
             ref = self.plan.checkpoint.tensors[name]
             dst, at = self.sheet.place[name]
             if ref.strides is None:
-                copies.append(Copy(file, ref.offset, dst, at, ref.nbytes))
+                copies.append(Copy(ref.file, ref.offset, dst, at, ref.nbytes))
             else:
                 whole = Box.whole(ref.shape)
                 box = restride(whole, ref.shape, ref.strides)
@@ -512,7 +542,7 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     force: bool = False,
-    shard_size: int = SHARD,
+    shard_size: int | None = None,
     strict: bool = False,
     progress: Progress | None = None,
     threads: int | None = None,
@@ -521,7 +551,7 @@ def convert(
     """Convert a checkpoint whose files are all here to the canonical folder `dst`, and return it.
 
     `dst` must not exist (`force` replaces a canonical folder), and does not until it is complete. `shard_size`: bytes
-    of tensors per file. `source`: provenance to add. Raises ZooError as `Execution` does.
+    of tensors per file, None: see `shard_size_of`. `source`: provenance to add. Raises ZooError as `Execution` does.
     """
     with Execution(
         plan,
@@ -533,8 +563,7 @@ def convert(
         threads=threads,
         source=source,
     ) as run:
-        for file in run.wanted:
-            run.feed(file)
+        run.feed_here()
         return run.finish()
 
 

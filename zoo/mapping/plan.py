@@ -602,7 +602,9 @@ def _common(dtypes: set[str]) -> str:
 def _prefix(ruleset: RuleSet, tensors: Mapping[str, TensorRef]) -> tuple[tuple[str, str], ...]:
     """The first spelling of names under which the embedding exists: as the rules have it, or without what
     comes first in it (`model.`), as a decoder saved without its head has it."""
-    embed = next((leaf.pattern for r in ruleset.by_key.get("embed.weight", ()) for leaf in r.expr.leaves()), "")
+    embed = next(
+        (leaf.pattern for r in ruleset.by_key.get("embed.weight", ()) for leaf in r.expr.leaves()), ""
+    )
     first = embed.partition(".")[0] + "."
     for prefix in (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else [])):
         spell = respell(ruleset, prefix)
