@@ -12,7 +12,7 @@ _QWEN3_NEXT = BASE | {
     "intermediate_size": 52, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 20,
     "num_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 5, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 10, "linear_value_head_dim": 7, "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 26, "linear_value_head_dim": 21, "linear_conv_kernel_dim": 3,
     "layer_types": [LINEAR, LINEAR, FULL, LINEAR, LINEAR],
     "rope_parameters": rope(613.0, partial_rotary_factor=0.5),
 }

@@ -1,19 +1,14 @@
-"""ggml's block types: what their bytes mean, and dequantisation to fp32, in numpy.
+"""ggml's block types: how many bytes they take, and their values in fp32, as the `gguf` package decodes them.
 
-A row is a sequence of blocks of 32 or 256 elements, each block with its own scale(s) in front of or behind
-its codes. Every type below is exact in fp32 up to the one rounding of its last operation, whatever the
-order of the multiplications. Source: ggml-common.h and ggml-quants.c of llama.cpp (the format);
-checked bit for bit against the `gguf` package.
-
-`dequantise(raw, type_name, shape)` takes any number of whole rows, so that a caller can go through a
-tensor in chunks.
+A row is a sequence of blocks, each with its own scale(s). `dequantise` takes any number of whole rows and
+goes through them a cache's worth at a time. Importing this module does not import `gguf`: it costs half a
+second, and only files of that format need it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,166 +16,57 @@ from numpy.typing import NDArray
 from zoo.errors import ZooError
 
 CHUNK = 1 << 16  # elements at a time: what is made of them stays in a core's cache
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-
-
-class BlockType(NamedTuple):
-    """`block` elements are stored in `nbytes` bytes."""
-
-    block: int
-    nbytes: int
-    decode: Callable[[Bytes], Floats]  # [n_blocks, nbytes] -> [n_blocks, block]
-
-
-def _half(b: Bytes) -> Floats:
-    """[N, 2] bytes -> [N, 1] fp16 scales as fp32."""
-    return np.ascontiguousarray(b).view("<f2").astype(np.float32)
-
-
-def _nibbles(b: Bytes) -> Bytes:
-    """[..., n] bytes -> [..., 2n] codes: all the low nibbles, then all the high ones."""
-    return np.concatenate([b & 15, b >> 4], axis=-1)
-
-
-def _q8_0(b: Bytes) -> Floats:
-    return _half(b[:, :2]) * b[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _q4_0(b: Bytes) -> Floats:
-    return _half(b[:, :2]) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
-
-
-def _q4_1(b: Bytes) -> Floats:
-    return _half(b[:, :2]) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b[:, 2:4])
-
-
-def _fifth_bit(b: Bytes) -> Bytes:
-    """[N, 4] bytes -> [N, 32]: bit j of the little-endian word belongs to element j, worth 16."""
-    return np.unpackbits(b, axis=-1, bitorder="little") * np.uint8(16)
-
-
-def _q5_0(b: Bytes) -> Floats:
-    codes = _nibbles(b[:, 6:]) | _fifth_bit(b[:, 2:6])
-    return _half(b[:, :2]) * (codes.astype(np.float32) - 16)
-
-
-def _q5_1(b: Bytes) -> Floats:
-    codes = _nibbles(b[:, 8:]) | _fifth_bit(b[:, 4:8])
-    return _half(b[:, :2]) * codes.astype(np.float32) + _half(b[:, 2:4])
-
-
-def _six_bit_pairs(s: Bytes) -> tuple[Floats, Floats]:
-    """[N, 12] bytes -> 8 scales and 8 minima of 6 bits each, as [N, 8, 1]."""
-    low, mid, high = s[:, 0:4], s[:, 4:8], s[:, 8:12]
-    scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=-1)
-    minima = np.concatenate([mid & 63, (high >> 4) | ((mid >> 6) << 4)], axis=-1)
-    return scales.astype(np.float32)[..., None], minima.astype(np.float32)[..., None]
-
-
-def _q4_k(b: Bytes) -> Floats:
-    scale, least = _six_bit_pairs(b[:, 4:16])
-    d, dmin = _half(b[:, 0:2])[..., None], _half(b[:, 2:4])[..., None]
-    codes = _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return (d * scale * codes - dmin * least).reshape(-1, 256)
-
-
-def _q5_k(b: Bytes) -> Floats:
-    scale, least = _six_bit_pairs(b[:, 4:16])
-    d, dmin = _half(b[:, 0:2])[..., None], _half(b[:, 2:4])[..., None]
-    codes = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    bits = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # bit j of byte l: sub-block j
-    return (d * scale * (codes | bits << 4) - dmin * least).reshape(-1, 256)
-
-
-def _q6_k(b: Bytes) -> Floats:
-    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
-    shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
-    codes = (low | high << 4).astype(np.float32) - 32
-    scale = _half(b[:, 208:210]) * b[:, 192:208].view(np.int8).astype(np.float32)  # one for 16 elements
-    return (scale[..., None] * codes.reshape(-1, 16, 16)).reshape(-1, 256)
-
-
-# 4-bit floats (1 sign, 2 exponent, 1 mantissa), OCP Microscaling Formats v1.0
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
-
-
-# Half of 2^(code - 127), so that all 256 are finite; ggml knows no NaN among exponents
-_HALF_POWERS = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
-
-
-def _mxfp4(b: Bytes) -> Floats:
-    values: Floats = (2 * FP4).take(_nibbles(b[:, 1:])) * _HALF_POWERS.take(b[:, :1])
-    return values
-
-
-def _f16(b: Bytes) -> Floats:
-    return _half(b)
-
-
-def _bf16(b: Bytes) -> Floats:
-    return (np.ascontiguousarray(b).view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-def _f32(b: Bytes) -> Floats:
-    return np.ascontiguousarray(b).view("<f4")
-
-
-TYPES: dict[str, BlockType] = {
-    "F32": BlockType(1, 4, _f32),
-    "F16": BlockType(1, 2, _f16),
-    "BF16": BlockType(1, 2, _bf16),
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q4_K": BlockType(256, 144, _q4_k),
-    "Q5_K": BlockType(256, 176, _q5_k),
-    "Q6_K": BlockType(256, 210, _q6_k),
-    "MXFP4": BlockType(32, 17, _mxfp4),
-}
+TYPES = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+)  # fmt: skip
+"""The types that can be decoded."""
 
 
 def is_block_type(dtype: str) -> bool:
     """Whether `dtype` names a type whose elements have no bytes of their own (so no safetensors dtype)."""
-    return dtype in TYPES and TYPES[dtype].block > 1
+    return dtype in TYPES
 
 
 def nbytes(type_name: str, shape: tuple[int, ...], who: str = "tensor") -> int:
-    """Bytes of a tensor of logical `shape`. Raises ZooError if its rows are not whole blocks."""
-    t = _known(type_name, who)
-    if shape and shape[-1] % t.block:
+    """Bytes of a tensor of logical `shape`. Raises ZooError for a type that can't be decoded, or rows that
+    are not whole blocks."""
+    _, block, size = _block(type_name, who)
+    if shape and shape[-1] % block:
         raise ZooError(
-            f"{who}: {type_name} needs rows of a multiple of {t.block} elements, found {list(shape)}: "
+            f"{who}: {type_name} needs rows of a multiple of {block} elements, found {list(shape)}: "
             "the file is damaged, or of a newer format"
         )
-    return math.prod(shape) // t.block * t.nbytes
+    return math.prod(shape) // block * size
 
 
-def dequantise(raw: Bytes | bytes | memoryview, type_name: str, shape: tuple[int, ...]) -> Floats:
+def dequantise(
+    raw: NDArray[np.uint8] | bytes | memoryview, type_name: str, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
     """fp32 values of `shape` (whole rows, [..., in]) from their bytes.
 
     Raises ZooError for an unknown type, and if the bytes are not those of the shape.
     """
-    flat: Bytes = np.frombuffer(raw, dtype=np.uint8) if not isinstance(raw, np.ndarray) else raw.reshape(-1)
-    want = nbytes(type_name, shape)
-    if flat.size != want:
+    from gguf.quants import dequantize
+
+    flat = raw.reshape(-1) if isinstance(raw, np.ndarray) else np.frombuffer(raw, dtype=np.uint8)
+    if flat.size != (want := nbytes(type_name, shape)):
         raise ZooError(f"{type_name} of {list(shape)} needs {want} bytes, found {flat.size}")
-    t = TYPES[type_name]
-    blocks = flat.reshape(-1, t.nbytes)
-    out = np.empty((blocks.shape[0], t.block), dtype=np.float32)
-    step = CHUNK // t.block
-    for at in range(0, blocks.shape[0], step):
-        out[at : at + step] = t.decode(blocks[at : at + step])
+    kind, block, size = _block(type_name, "tensor")
+    blocks = flat.reshape(-1, size)
+    out = np.empty((len(blocks), block), dtype=np.float32)
+    step = CHUNK // block
+    with np.errstate(over="ignore", invalid="ignore"):  # what a damaged scale gives shows as inf or NaN
+        for at in range(0, len(blocks), step):
+            out[at : at + step] = dequantize(blocks[at : at + step], kind)
     return out.reshape(shape)
 
 
-def _known(type_name: str, who: str) -> BlockType:
+def _block(type_name: str, who: str) -> tuple[Any, int, int]:
+    """The type as `gguf` knows it, elements in a block, bytes of a block."""
     if type_name not in TYPES:
         raise ZooError(f"{who}: GGUF type {type_name} is not supported; supported: {', '.join(TYPES)}")
-    return TYPES[type_name]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-
-__all__: list[Any] = ["FP4", "TYPES", "dequantise", "is_block_type", "nbytes"]
+    kind = GGMLQuantizationType[type_name]
+    return kind, *GGML_QUANT_SIZES[kind]
