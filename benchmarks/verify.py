@@ -199,12 +199,20 @@ def measure_memory(tmp: Path, kind: str) -> dict[str, Any]:
     canon, total = made(n_layers)
     streamed = run(canon, stream=True, limit=room)
     limit, peak = streamed["before"]["VmSize"] + room, streamed["after"]["VmHWM"]
-    print(f"{kind}: {total / 1e9:.2f} GB in {n_layers} layers of {layer / 1e6:.0f} MB in fp32; {streamed['tokens']} tokens")
+    print(
+        f"{kind}: {total / 1e9:.2f} GB in {n_layers} layers of {layer / 1e6:.0f} MB in fp32; {streamed['tokens']} tokens"
+    )
     print(f"  RLIMIT_AS   {limit / 1e9:.2f} GB; the checkpoint is {total / limit:.1f} times that")
     print(f"  peak RSS    {peak / 1e9:.2f} GB; bound {bound / 1e9:.2f} (2.5 layers + 1 GiB)")
-    print(f"  verdict     {streamed['verdict']} in {streamed['seconds']:.0f} s; largest error {streamed['error']['max']:.3g}")
-    print(f"  8 layers    all figures the same streamed and whole: {same} (largest error {whole['error']['max']:.3g})")
-    print(f"              peak RSS {small['after']['VmHWM'] / 1e9:.2f} GB streamed, {whole['after']['VmHWM'] / 1e9:.2f} GB whole")
+    print(
+        f"  verdict     {streamed['verdict']} in {streamed['seconds']:.0f} s; largest error {streamed['error']['max']:.3g}"
+    )
+    print(
+        f"  8 layers    all figures the same streamed and whole: {same} (largest error {whole['error']['max']:.3g})"
+    )
+    print(
+        f"              peak RSS {small['after']['VmHWM'] / 1e9:.2f} GB streamed, {whole['after']['VmHWM'] / 1e9:.2f} GB whole"
+    )
     return {
         "bytes": total, "layer": layer, "limit": limit, "bound": bound, "peak": peak, "streamed": streamed,
         "small": small, "whole": whole,

@@ -141,7 +141,9 @@ def test_a_family_without_upstream_says_what_it_was_not_compared_with(tmp_path: 
     folder = zoo.convert(source, tmp_path / "canonical")
     config = json.loads((source / "config.json").read_text())
     # An architecture that transformers has no class for, though its files are llama's.
-    (source / "config.json").write_text(json.dumps(config | {"architectures": ["LLaMAForCausalLM"], "model_type": "nobody"}))
+    (source / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LLaMAForCausalLM"], "model_type": "nobody"})
+    )
     cert = zoo.verify(folder, write=False)
     assert any("upstream cannot run this" in text for text in cert.not_checked)
     assert cert.level("logits") is None

@@ -138,7 +138,7 @@ class LogitMetrics:
         ours = ours.float()
         d = ours - theirs.logits  # [N, V]
         if not bool(d.isfinite().all()):
-            d = torch.nan_to_num(d, nan=math.inf)
+            d = torch.nan_to_num(d, nan=math.inf, posinf=math.inf, neginf=-math.inf)
         error = d.abs()
         self.error.add(error)
         self.kl.add(_kl(d, error, theirs))
@@ -203,14 +203,14 @@ def _kl(d: Tensor, error: Tensor, theirs: Reference) -> Tensor:
     grown = (theirs.weights.double() * (d.double() - mean[:, None].double()).exp()).sum(
         -1
     ) / theirs.sums.double()
-    return torch.nan_to_num(grown.log().float().clamp(min=0), nan=math.inf)
+    return torch.nan_to_num(grown.log().float().clamp(min=0), nan=math.inf, posinf=math.inf)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     """|ours - theirs| / |theirs| for each token: [N, D], [N, D] -> [N]. NaN counts as infinite."""
     a, b = ours.double(), theirs.double()
     r = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
-    return torch.nan_to_num(r, nan=math.inf)
+    return torch.nan_to_num(r, nan=math.inf, posinf=math.inf)
 
 
 def quantile(values: Sequence[float] | Tensor, q: float) -> float:

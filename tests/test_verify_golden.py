@@ -1,0 +1,94 @@
+"""A recording stands in for upstream; so does anybody's own code that writes the same file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from verified import ROOT, broken, canonical
+
+import zoo
+from zoo.errors import ZooError
+from zoo.verify import recording
+
+
+@pytest.fixture(scope="module")
+def golden() -> Path:
+    path = ROOT / "llama.golden.safetensors"
+    recording.record(canonical("llama"), path, "fp32", 4096)
+    return path
+
+
+def test_a_recording_judges_layers_logits_and_decoding(golden: Path) -> None:
+    cert = zoo.verify(canonical("llama"), against=golden, write=False)
+    assert cert.passed
+    assert [x.name for x in cert.levels] == ["plan", "bytes", "layers", "logits", "decode"]
+    live = zoo.verify(canonical("llama"), write=False)
+    for name in ("logits", "layers"):
+        ours, theirs = cert.level(name), live.level(name)
+        assert ours is not None and theirs is not None
+        # Bounds are the recorded spread's; a hidden state is judged by its sketch.
+        assert [c.bound for c in ours.checks] == pytest.approx([c.bound for c in theirs.checks])
+        assert [c.value for c in ours.checks] == pytest.approx([c.value for c in theirs.checks], rel=0.5)
+
+
+@pytest.mark.parametrize("fault", ["rope_rows_interleaved", "head_off_by_one"])
+def test_a_recording_catches_what_upstream_would(golden: Path, fault: str, tmp_path: Path) -> None:
+    cert = zoo.verify(broken("llama", fault, tmp_path / "c"), against=golden, level="logits", write=False)
+    assert not cert.passed
+    assert cert.diagnosis is not None
+    assert cert.diagnosis["where"].startswith("layer 1" if fault.startswith("rope") else "the final norm")
+
+
+def test_upstream_is_not_needed_to_verify_against_a_recording(golden: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        f"import zoo; cert = zoo.verify({str(canonical('llama'))!r}, against={str(golden)!r}, write=False)\n"
+        "assert cert.passed and cert.level('decode').verdict == 'passed'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_somebody_elses_code_can_be_the_oracle(tmp_path: Path) -> None:
+    """The worked example of docs/verification.md: ids in, logits out, nothing else."""
+    recording.inputs(canonical("llama"), tmp_path / "inputs.safetensors", "fp32", 4096)
+
+    vendors_model = tiny.upstream(ROOT / "llama-float32-source")
+    asked = load_file(tmp_path / "inputs.safetensors")
+    with safe_open(tmp_path / "inputs.safetensors", "pt") as f:
+        about = f.metadata()
+    answer = dict(asked)
+    for b in range(sum(name.startswith("ids.") for name in asked)):
+        ids, lengths = asked[f"ids.{b}"], asked[f"lengths.{b}"]
+        real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        answer[f"logits.{b}"] = tiny.logits(vendors_model, ids)[real]
+    save_file(answer, tmp_path / "vendor.safetensors", metadata=about)
+
+    cert = zoo.verify(canonical("llama"), against=tmp_path / "vendor.safetensors", write=False)
+    assert cert.passed
+    logits = cert.level("logits")
+    assert logits is not None and logits.verdict == "passed"
+    assert any("no hidden states" in text for text in cert.not_checked)
+    wrong = broken("llama", "norm_eps", tmp_path / "wrong")
+    assert not zoo.verify(wrong, against=tmp_path / "vendor.safetensors", level="logits", write=False).passed
+
+
+def test_a_recording_in_another_dtype_is_refused(golden: Path) -> None:
+    with pytest.raises(ZooError, match="recording was made in fp32; verify with --dtype fp32"):
+        zoo.verify(canonical("llama"), against=golden, dtype="bf16", write=False)
+
+
+def test_a_recording_with_logits_for_the_padding_is_refused(golden: Path, tmp_path: Path) -> None:
+    tensors = load_file(golden)
+    with safe_open(golden, "pt") as f:
+        about = f.metadata()
+    tensors["logits.0"] = torch.cat([tensors["logits.0"], tensors["logits.0"][:1]])
+    save_file(tensors, tmp_path / "g.safetensors", metadata=about)
+    with pytest.raises(ZooError, match="real positions"):
+        zoo.verify(canonical("llama"), against=tmp_path / "g.safetensors", write=False)

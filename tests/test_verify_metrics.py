@@ -1,0 +1,114 @@
+"""The measures themselves: right on what can be worked out by hand, and blind to nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo.verify.compare import Sketch
+from zoo.verify.inputs import Batch
+from zoo.verify.metrics import LogitMetrics, Quantiles, references, relative_error
+from zoo.verify.ours import margin
+from zoo.verify.tolerance import Spread, layer_bound, logit_bound, representative
+
+
+def compared(ours: torch.Tensor, theirs: torch.Tensor, following: torch.Tensor | None = None) -> LogitMetrics:
+    m = LogitMetrics()
+    for at, ref in references(theirs, torch.full((len(theirs),), -1) if following is None else following):
+        m.add(ours[at], ref)
+    return m
+
+
+@given(st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_is_never_understated_and_within_one_percent(values: list[float], q: float) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    counted = Quantiles()
+    counted.add(x)
+    exact = float(x.sort().values[math.ceil(q * len(x)) - 1])
+    assert exact <= counted.at(q) <= exact * 1.008 + 1e-30
+    assert counted.n == len(values)
+
+
+def test_equal_logits_have_no_error() -> None:
+    x = torch.randn(7, 50)
+    m = compared(x, x.clone()).summary()
+    assert m["error"]["max"] == m["kl"]["max"] == 0
+    assert m["top1_agreement"] == m["top5_agreement"] == 1
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0])
+def test_kl_is_what_double_precision_says(scale: float) -> None:
+    a, b = torch.randn(20, 1000) * 4, torch.randn(20, 1000) * scale
+    p, q = a.double().log_softmax(-1), (a + b).double().log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1).mean()
+    assert compared(a + b, a).kl.mean == pytest.approx(float(exact), rel=0.02)
+
+
+def test_a_constant_added_to_all_logits_is_an_error_but_no_divergence() -> None:
+    x = torch.randn(5, 100)
+    m = compared(x + 0.004, x)
+    assert m.error.at(0.5) == pytest.approx(0.004, rel=0.01)
+    assert m.kl.max < 1e-12
+
+
+def test_perplexity_is_of_the_tokens_that_followed_in_the_text() -> None:
+    logits = torch.randn(6, 11)
+    following = torch.tensor([3, -1, 5, 0, -1, 10])
+    ours, theirs = compared(logits, logits, following).perplexities
+    real = following >= 0
+    nll = torch.nn.functional.cross_entropy(logits[real], following[real])
+    assert ours == theirs == pytest.approx(math.exp(float(nll)), rel=1e-5)
+
+
+def test_nan_and_infinity_are_the_worst_error_not_an_unknown_one() -> None:
+    theirs = torch.randn(3, 10)
+    for bad in (math.nan, math.inf):
+        ours = theirs.clone()
+        ours[1, 4] = bad
+        m = compared(ours, theirs)
+        assert m.error.max == math.inf
+        assert relative_error(ours, theirs)[1] == math.inf
+
+
+def test_a_sketch_keeps_relative_distances() -> None:
+    x = torch.randn(200, 768)
+    y = x + 1e-4 * torch.randn(200, 768)
+    sketch = Sketch(768)
+    ratio = relative_error(sketch(y), sketch(x)) / relative_error(y, x)
+    assert 0.5 < float(ratio.min()) and float(ratio.max()) < 2
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_padding_is_not_a_real_position_and_text_ends_have_no_next_token() -> None:
+    batch = Batch(torch.tensor([[5, 6, 7], [8, 9, 0]]), (3, 2), ("a", "b"), (True, False))
+    assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
+    assert batch.following.tolist() == [[6, 7, -1], [-1, -1, -1]]
+
+
+def test_the_bound_is_the_floor_until_upstream_itself_is_wider() -> None:
+    narrow, wide = (Spread(("a", "b"), {"max": x}, layers=[x]) for x in (1e-6, 1e-3))
+    assert logit_bound("fp32", "max", narrow, 10).value == 5e-5
+    assert logit_bound("fp32", "max", wide, 10).value == 2e-3
+    assert layer_bound("fp32", 0, wide).value == 2e-3
+    assert logit_bound("fp32", "max", Spread(), 10).value == 5e-5
+
+
+def test_in_fp32_the_worst_token_stands_for_a_layer_in_bf16_the_median() -> None:
+    tokens = [1.0, 1.0, 1.0, 9.0]
+    assert representative("fp32", tokens) == 9
+    assert representative("bf16", tokens) == 1
+
+
+def test_a_routers_margin_is_what_the_choice_hangs_by() -> None:
+    from zoo.model.moe import Router
+    from zoo.spec import Router as Spec
+
+    router = Router(Spec(top_k=2, score="softmax", over="chosen"), n_experts=4, d=4)
+    router.weight = torch.nn.Parameter(torch.eye(4), requires_grad=False)
+    clear, tie = torch.tensor([[4.0, 3.0, 0.0, -1.0]]), torch.tensor([[4.0, 1.0, 1.0 - 1e-6, -1.0]])
+    assert float(margin(router, clear)) > 1
+    assert float(margin(router, tie)) < 1e-5
