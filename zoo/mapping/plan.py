@@ -312,8 +312,9 @@ class _Matcher:
         self.kinds: dict[Layer, int] = {}
         self.kind_of = [self.kinds.setdefault(layer, len(self.kinds)) for layer in spec.layers]
         # fp32 tensors beside narrower weights are those the vendor singled out: asking for bf16 keeps them.
+        # (Not in a GGUF, which holds every norm in fp32, whatever it was released in.)
         narrow = any(t.dtype != "F32" and len(t.shape) > 1 for t in tensors.values())
-        self.keep_fp32 = dtype in ("BF16", "F16") and narrow
+        self.keep_fp32 = dtype in ("BF16", "F16") and narrow and naming != "gguf"
 
     def run(self) -> Match:
         for slot in layout(self.spec).values():
