@@ -31,14 +31,15 @@ Written by `make proofs`. Each line is a small random checkpoint of a family: sa
 (transformers {upstream}) with every parameter perturbed and constants away from their defaults, converted, and compared
 in fp32 on a CPU: logits with upstream's, cached decoding with uncached, the exported release with the source.
 The bound on logits is the larger of 5e-5 and twice what upstream's own two attentions differ by, measured in
-the same run.
+the same run. "Faults caught" is the verifier's own test: of the mistakes in its catalogue that the architecture
+allows (see [verification](verification.md#seeded-faults)), how many it saw when they were made on purpose.
 
 What it does not show: that a release's real weights convert (their names, shapes and parameter counts are held to the
 release's config by other tests), and anything about lengths beyond those of the checkpoints. `zoo verify` shows
 it for the release at hand.
 
-| family | releases | checkpoint | upstream class | max logit error | bound | cached vs uncached | greedy tokens | round trip |
-|---|---|---|---|---|---|---|---|---|
+| family | releases | checkpoint | upstream class | max logit error | bound | cached vs uncached | greedy tokens | round trip | faults caught |
+|---|---|---|---|---|---|---|---|---|---|
 """
 NOT_UPSTREAM = """
 **Without upstream.** {names}: transformers has no implementation. The decoder and the rules are held to a second
@@ -60,7 +61,7 @@ def prove(name: str) -> dict[str, Any]:
         source, canon, back = (Path(tmp) / n for n in ("source", "canon", "back"))
         tiny.make(name, source)
         zoo.convert(source, canon)
-        certificate = zoo.verify(canon, against=source)
+        certificate = zoo.verify(canon, against=source, self_test=True)
         zoo.export(canon, back)
         same = all(
             (back / p.name).is_file() and (back / p.name).read_bytes() == p.read_bytes()
@@ -82,6 +83,7 @@ def prove(name: str) -> dict[str, Any]:
         "cached": cached.value if cached else None,
         "greedy": "equal" if greedy and greedy.value == 0 else "differ" if greedy else "not compared",
         "round_trip": same,
+        "faults": certificate.faults["score"] if certificate.faults else "",
         "passed": certificate.passed and same,
         "failed": [c.name for c in checks.values() if not c.passed],
     }
@@ -105,7 +107,7 @@ def table(results: Iterable[dict[str, Any]]) -> str:
             f"| {r['family'] if first else ''} | {releases.get(r['family'], 0) if first else ''} | {r['variant']} "
             f"| {r['class']} | {r['logits']:.1e} | {r['bound']:.1e} "
             f"| {'' if r['cached'] is None else format(r['cached'], '.1e')} | {r['greedy']} "
-            f"| {'to the byte' if r['round_trip'] else '**differs**'}{'' if r['passed'] else ' **failed**'} |\n"
+            f"| {'to the byte' if r['round_trip'] else '**differs**'} | {r['faults']}{'' if r['passed'] else ' **failed**'} |\n"
         )
     missing = sorted(set(families.families()) - {r["family"] for r in results})
     if missing:
