@@ -765,8 +765,9 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_the_pull_can_go_on(
     disk = tmp_path / "disk"
     disk.mkdir()
     script = (
-        f"mount -t tmpfs -o size=22m tmpfs {disk} && "
-        f"(sleep 1; head -c 12M /dev/zero > {disk}/other) & sleep 0.1; "
+        f"mount -t tmpfs -o size=22m tmpfs {disk}; "
+        f"(while ! ls {disk}/hub/*/blobs/*.incomplete; do sleep 0.02; done; head -c 12M /dev/zero > {disk}/other) "
+        ">/dev/null 2>&1 & "
         f'{sys.executable} -c "$0" org/toy; ls -s {disk}/hub/models--org--toy/blobs; '
         f'rm {disk}/other; {sys.executable} -c "$0" org/toy'
     )
