@@ -6,6 +6,12 @@ many keys there are is read from the device, so that a captured graph serves eve
 
 Unusual: the head dimension may come in two parts, q = [a | b] with keys of `b` shared by all heads (MLA), so
 that no key is ever assembled. Keys sit in `capacity` slots, in order of position modulo `capacity`.
+
+Margin on an H100, bf16: where the mask is plainly causal torch's SDPA is used (cuDNN's kernel: 403 TFLOP/s at
+2048 tokens, D = 128; this flash kernel 293, torch's own 208). With a window of 128 and sinks, which SDPA does
+not have, 2048 tokens of 32 heads of 64 take 28 us where the whole causal triangle takes 77. MLA: 473 us here, 332
+by cuDNN on assembled keys, which are 100 MB per layer, and 767 by torch's flash on padded ones. Decode reads a
+cache of 32768 keys at 2.4 TB/s.
 """
 
 from __future__ import annotations

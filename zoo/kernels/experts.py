@@ -6,7 +6,13 @@ matrix products run over the sorted rows, gathered as they are read, the activat
 inside the first.
 
 Unusual: nothing here waits for the host to learn how many tokens an expert has; the grid is the most there
-could be, and programs without a tile return. Weights are plain, fp8 or mxfp4.
+could be, and programs without a tile return. Weights are plain, fp8 or mxfp4; plain ones are fetched by the
+copy engine where there is one.
+
+Margin on an H100, 2048 tokens, bf16, sorting and summing included, against torch's `_grouped_mm` with the
+gathering around it: 128 experts of 768 x 2048, top 8: 649 and 1061 us; 32 of 2880 x 2880, top 4: 1041 and
+1264; 16 of 8192 x 5120, top 1: 1740 and 2259; 256 of 2048 x 7168, top 8: 9240 and 9690 (reading the weights
+once takes 7490). One token of gpt-oss-20b: 83 us in bf16, 62 in mxfp4.
 """
 
 from __future__ import annotations
@@ -135,7 +141,9 @@ def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int,
         return 16, 32, 32, 4, 3
     if average <= 32:
         return 16 if average <= 16 else 32, 128, 64, 4, 3
-    return (128, 256, 64, 8, 4 if average > 96 else 3) if kind == PLAIN else (128, 128, 64, 8, 3)
+    if kind != PLAIN:
+        return 128, 128, 64, 8, 3
+    return (128, 256, 64, 8, 4) if average > 96 else (128, 256, 128, 8, 2)
 
 
 def _bulk(x: Tensor, w: Weight) -> bool:

@@ -2,6 +2,9 @@
 
 Unusual: in bf16 the kernel rounds after each step, as the plain expression does, so the two agree bit for
 bit up to the last bit of exp and tanh.
+
+Margin: 2048 x 28672 bf16 in 59 us on an H100, at the copy's bandwidth (176 MB); torch's silu and product, two
+kernels with a tensor of 59 MB between them, move 1.7 times as much.
 """
 
 from __future__ import annotations

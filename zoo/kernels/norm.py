@@ -2,6 +2,9 @@
 
 Unusual: `Norm.scale_in` says where the weight meets the rounding. The kernel keeps that order, so in bf16 it
 differs from its twin by nothing but the order of the sum of squares.
+
+Margin: one kernel (9 us for 2048 x 4096 bf16 on an H100) where the plain expression is seven; torch's fused
+`rms_norm` rounds once where upstream rounds twice.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Unusual: cos and sin come in the dtype they are used in. In bf16 the kernel rounds each product and the sum, as
 the plain expression does; with fp32 tables it rotates in fp32 and rounds once.
+
+Margin: one kernel where the plain expressions are about thirty; torch has none for this. On an H100, of the 33 ms
+of a 2048-token prompt through 8 layers of Llama 4 Scout, some 2 went into the elementwise kernels it replaces.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Unusual: what the plain version sorts, the kernel takes as `top_k` successive maxima, the lower expert first
 among equals.
+
+Margin: one kernel where the plain version is eight to twenty, none of them longer than its launch.
 """
 
 from __future__ import annotations

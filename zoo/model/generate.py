@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoo.model.graph import Step, capturable
+
 if TYPE_CHECKING:
     from zoo.model.decoder import Decoder
+
+SHORT = 8
+"""Capturing a step costs about as much as running this many."""
 
 
 def stream(
@@ -29,17 +34,22 @@ def stream(
     cache = model.cache(len(ids), ids.shape[1] + max_new_tokens)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     token = ids.new_zeros(len(ids))
-    step = ids
-    for _ in range(max_new_tokens):
+    graph = None
+    for n in range(max_new_tokens):
         with torch.inference_mode():
-            logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
+            if n == 1 and max_new_tokens > SHORT and capturable(model):
+                graph = Step(model, cache, len(ids))
+            if graph is not None:
+                logits = graph(token)
+            else:
+                step = ids if n == 0 else token[:, None]
+                logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
             token = torch.where(done, token, pick(logits, temperature))
             for end in ends:
                 done = done | (token == end)
         yield token
         if ends and bool(done.all()):
             return
-        step = token[:, None]
 
 
 def pick(logits: Tensor, temperature: float) -> Tensor:

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.kernels.launch import has_triton
 from zoo.model.cache import Cache, State
 
 if TYPE_CHECKING:
     from zoo.model.decoder import Decoder
+
+
+def capturable(model: Decoder) -> bool:
+    """Whether a step of the model can be captured: on a GPU, and nothing in it waits for the host."""
+    weight = model.embed.weight
+    kernels = weight.is_cuda and has_triton(weight) and weight.dtype != torch.float64
+    return kernels and all(m.packed() is not None for _, m in model.matrices())
 
 
 class Step:

@@ -1,0 +1,115 @@
+"""docs/performance.md, and the table between its markers in README.md, from benchmarks/results/.
+
+    python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- performance: made by benchmarks/table.py -->", "<!-- /performance -->"
+Run = dict[str, Any]
+
+
+def ms(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}" if isinstance(value, float) else str(value or "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def merged(runs: list[Run]) -> tuple[Run, dict[str, Run]]:
+    """The newest run, and per shape everything known of it; newer figures take the place of older ones."""
+    rows: dict[str, Run] = {}
+    for run in runs:
+        for row in run["rows"]:
+            rows.setdefault(row["shape"], {}).update(row)
+    newest = max(runs, key=lambda r: (len(r["rows"]), r["date"]))
+    return newest, rows
+
+
+def speed(rows: dict[str, Run]) -> str:
+    head = [
+        "batch 1, bf16 unless said", "GB per token", "decode, transformers", "compiled, static cache", "decode, zoo",
+        "of copy bandwidth", "prefill 2048, transformers", "zoo", "zoo, captured",
+    ]  # fmt: skip
+    out = []
+    for name, r in rows.items():
+        their, plain, captured = (r.get(k) for k in ("transformers prefill ms", "prefill ms", "prefill captured ms"))
+        times = [f"{ms(x)} ms" + (f" ({their / x:.2f}x)" if their and x else "") for x in (plain, captured)]
+        compiled = r.get("transformers compiled decode ms")
+        out.append([
+            name, f"{r['active GB']:.2f}", *(f"{ms(x)} ms" if x else "" for x in (r.get("transformers decode ms"), compiled)),
+            f"**{ms(r['decode ms'])} ms**", f"**{r['of copy']:.0%}**", f"{ms(their)} ms" if their else "", *times,
+        ])  # fmt: skip
+    return table(head, out)
+
+
+def other(newest: Run, rows: dict[str, Run]) -> str:
+    parts = []
+    batches = {n: r for n, r in rows.items() if "decode ms by batch" in r}
+    if batches:
+        sizes = list(next(iter(batches.values()))["decode ms by batch"])
+        lines = []
+        for n, r in batches.items():
+            lines.append([n, *(ms(r["decode ms by batch"][b]) for b in sizes)])
+            theirs = r.get("transformers decode ms by batch", {})
+            lines.append(["transformers", *(ms(theirs.get(b)) for b in sizes)])
+        parts.append("### Decode by batch, ms per step\n\n" + table(["batch", *map(str, sizes)], lines))
+    long = [
+        [n, ms(r["prefill 32768 ms"]) + " ms", ms(r.get("transformers prefill 32768 ms")), f"{ms(r['decode ms at 32768'])} ms", f"{r['cache GB at 32768']:.2f} GB"]
+        for n, r in rows.items() if "prefill 32768 ms" in r
+    ]  # fmt: skip
+    if long:
+        head = ["32768 tokens", "prefill", "transformers, ms", "decode", "cache"]
+        parts.append("### Long context\n\n" + table(head, long))
+    memory = [[n, f"{r['memory over weights and cache']:.1%}"] for n, r in rows.items() if "memory over weights and cache" in r]
+    parts.append("### Memory of decoding over weights and cache\n\n" + table(["shape", "more"], memory))
+    if load := newest.get("load"):
+        lines = [[k.replace(" GB/s", ""), f"{v:.2f}"] for k, v in load.items() if k != "GB"]
+        parts.append(f"### Loading {load['GB']:.1f} GB to the GPU, GB/s\n\n" + table(["", "GB/s"], lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    runs: list[Run] = json.loads((RESULTS / "gpu.json").read_text())
+    newest, rows = merged(runs)
+    where = (
+        f"{newest['device']}, torch {newest['torch']}, triton {newest['triton']}, transformers {newest['transformers']}, "
+        f"{newest['date'][:10]}; a device copy moves {newest['copy TB/s']:.2f} TB/s."
+    )
+    note = (
+        "Random weights of released shapes, both sides in one run (`make bench-gpu`). Decode is a captured CUDA graph "
+        "with a static cache after 2048 tokens. *Captured* prefill is a pass recorded once for its shape "
+        "(`zoo.model.graph.Pass`): what is left when the host's time for launching kernels is not counted."
+    )
+    cpu = ""
+    if (RESULTS / "cpu.json").exists():
+        c = json.loads((RESULTS / "cpu.json").read_text())[-1]
+        lines = [[r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x"] for r in c["rows"]]
+        cpu = (
+            f"\n## CPU\n\n{c['device']}, {c['threads']} threads, torch {c['torch']}, transformers {c['transformers']}, "
+            f"{c['date'][:10]}. Medians of pairs, bf16.\n\n" + table(["", "zoo, ms", "transformers, ms", "faster"], lines) + "\n"
+        )
+    page = (
+        f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n"
+        f"{speed(rows)}\n\n{other(newest, rows)}\n{cpu}"
+    )
+    (ROOT / "docs/performance.md").write_text(page)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if BEGIN in text:
+        made = f"{BEGIN}\n{where}\n\n{speed(rows)}\n{END}"
+        text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: made, text, flags=re.S)
+        readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
