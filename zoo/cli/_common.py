@@ -133,6 +133,21 @@ class Source(ReleaseName):
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
 
 
+def what_it_is(command: F) -> F:
+    """`--format` and `--family`: for files that do not say it themselves."""
+    family = click.option("--family", help="Take it for this family. Default: what its config says.")
+    format = click.option("--format", help="Take the files for this format. Default: found from them.")
+    return format(family(command))
+
+
+def level(command: F) -> F:
+    """`--verify LEVEL`."""
+    levels = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
+    return click.option(
+        "--verify", type=levels, help="Verify up to this level before the folder appears."
+    )(command)
+
+
 # ---- tables
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Source, common, emit, note, pairs, say, table
+from zoo.cli._common import DTYPE, Source, common, emit, note, pairs, say, table, what_it_is
 
 if TYPE_CHECKING:
     from zoo.pull import Preview
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 @click.command(short_help="What a conversion would do, from headers alone")
 @click.argument("src", type=Source())
 @click.option("--dtype", type=DTYPE, help="As for `zoo convert`.")
+@what_it_is
 @click.option("--revision", help="Of a remote SRC: a branch, tag or commit.")
 @click.option("--tensors", is_flag=True, help="List every canonical tensor and what it is made of.")
 @common
-def command(src: str, dtype: str | None, revision: str | None, tensors: bool, as_json: bool) -> None:
+def command(
+    src: str, dtype: str | None, format: str | None, family: str | None, revision: str | None, tensors: bool, as_json: bool
+) -> None:
     """Show what converting SRC would do, reading only headers: nothing is converted or, from the Hub, downloaded.
 
     SRC is a checkpoint on disk, the name of a release, or owner/repo on the Hub. Fails, listing all that does not
@@ -30,9 +33,11 @@ def command(src: str, dtype: str | None, revision: str | None, tensors: bool, as
     with Bar() as bar:
         found: Preview | None = None
         if is_local(src):
-            opened = open_source(src, dtype)
+            opened = open_source(src, dtype, format=format, family=family)
         else:
-            found = preview(src, dtype=dtype, revision=revision, progress=bar)
+            found = preview(
+                src, dtype=dtype, format=format, family=family, revision=revision, progress=bar
+            )
             opened = found.opened
     if as_json:
         plan = opened.plan.to_json()

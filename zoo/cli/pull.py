@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import DTYPE, ReleaseName, common, emit, pairs, say
+from zoo.cli._common import DTYPE, ReleaseName, common, emit, level, pairs, say
 
 
 class Layers(click.ParamType[list[int]]):
@@ -37,11 +37,7 @@ class Layers(click.ParamType[list[int]]):
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as released.")
 @click.option("--revision", help="A branch, tag or commit. Default: the manifest's, or main.")
 @click.option("--format", help="Take the release in this format, where it comes in several (see `zoo show`).")
-@click.option(
-    "--verify",
-    type=click.Choice(["plan", "bytes", "layers", "logits", "decode"]),
-    help="Verify up to this level before the folder appears.",
-)
+@level
 @click.option(
     "--stream", is_flag=True, help="Convert as files arrive and keep none: needs little more disk than the result."
 )
