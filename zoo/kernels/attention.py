@@ -36,7 +36,7 @@ def preferring_cudnn(device: torch.device) -> AbstractContextManager[None]:
     if device.type != "cuda":
         return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)  # type: ignore[no-any-return]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def attention_reference(

@@ -39,7 +39,7 @@ class Upload:
             i, self.next = self.next, (self.next + 1) % BUFFERS
             if (event := self.emptied[i]) is not None:
                 event.synchronize()
-            self._read(self.files[path], offset + start, memoryview(self.buffers[i].numpy())[:size])
+            self._read(self.files[path], offset + start, memoryview(self.buffers[i].numpy())[:size])  # type: ignore[arg-type]
             raw[start : start + size].copy_(self.buffers[i][:size], non_blocking=True)
             self.emptied[i] = torch.cuda.Event()
             self.emptied[i].record()  # type: ignore[union-attr]
