@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoo.verify.compare import Sketch
@@ -23,6 +23,7 @@ def compared(ours: torch.Tensor, theirs: torch.Tensor, following: torch.Tensor |
     return m
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
 def test_a_quantile_is_never_understated_and_within_one_percent(values: list[float], q: float) -> None:
     x = torch.tensor(values, dtype=torch.float32)

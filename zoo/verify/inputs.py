@@ -148,6 +148,8 @@ def make(
     if folder is not None and (file := Path(folder) / "tokenizer.json").is_file():
         rows, tokenizer = _texts(file, vocab)
     rows += [("random", random(min(n, longest)), False) for n in (33, 20, 7, 1)]
+    if tokenizer is None:  # enough tokens for quantiles all the same
+        rows += [("random", random(min(29, longest)), False) for _ in range(8)]
     rows = [(label, ids[:longest], text) for label, ids, text in rows if ids]
     batches = [_batch(rows[i : i + 4]) for i in range(0, len(rows), 4)]
     # One row crosses all limits; a second, shorter one ends just past the smallest.
