@@ -105,7 +105,7 @@ else:
         return x | ({"sinks": rand(heads)} if "sinks" in x else {})
 
     @pytest.mark.parametrize("extra", EXTRAS)
-    @pytest.mark.parametrize("shape", [(37, 0, 4, 2, 20, 20), (70, 0, 2, 1, 16, 12), (5, 30, 4, 4, 24, 24)])
+    @pytest.mark.parametrize("shape", [(35, 0, 4, 2, 20, 12), (5, 30, 4, 4, 24, 24)])
     def test_attention_of_a_prompt(shape: tuple[int, ...], extra: dict[str, object]) -> None:
         T, start, H, K, D, V = shape
         q, k, v = rand(1, T, H, D), rand(1, start + T, K, D), rand(1, start + T, K, V)
@@ -198,7 +198,7 @@ else:
 
     @pytest.mark.parametrize("tokens", [1, 9])
     @pytest.mark.parametrize("scheme", SCHEMES)
-    @pytest.mark.parametrize("spec", [MLP(64), MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)])
+    @pytest.mark.parametrize("spec", [MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)])
     def test_experts_for_few_tokens_and_for_many(tokens: int, scheme: str, spec: MLP) -> None:
         d, n, top_k = 96, 5, 2
         (up, a), (down, b) = stored(scheme, (64, 64) if spec.gated else (64,), d, n), stored(scheme, (d,), 64, n)

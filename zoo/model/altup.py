@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.model.ffn import activation
+from zoo.kernels.gated import activation
 from zoo.model.linear import Linear, Stacked, Table
 from zoo.model.norm import Norm
 from zoo.spec import AltUp as AltUpSpec

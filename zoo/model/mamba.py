@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.norm import rms_norm
 from zoo.model.cache import Context, State
 from zoo.model.delta import Conv
 from zoo.model.linear import Linear
-from zoo.model.norm import rms_norm
 from zoo.spec import Mamba as MambaSpec
 
 CHUNK = 64

@@ -1,0 +1,129 @@
+"""Speed on a CPU, beside transformers: dense and mixture-of-experts shapes in bf16, the two taken in turn.
+
+    python benchmarks/cpu.py [--threads 2] [--pairs 5]
+
+Random weights (the same number of threads and tokens on both sides). Each figure is the median over pairs of
+runs that follow each other, and the ratio is the median of the pairs' ratios, so that a noisy neighbour hits
+both. Results are appended to benchmarks/results/cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PROMPT, NEW = 256, 16
+QWEN = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 32768, "head_dim": 128, "torch_dtype": "bfloat16",
+    "max_position_embeddings": 4096, "tie_word_embeddings": True, "attention_bias": False, "use_sliding_window": False,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense, 1.7B shape, 2 layers": QWEN | {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 8,
+    },
+    "64 experts of 768, top 8, 2 layers": QWEN | {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 64,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "output_router_logits": False,
+    },
+}  # fmt: skip
+
+
+def our_model(config: dict[str, Any]) -> Any:
+    import torch
+
+    from zoo.families import spec_of
+    from zoo.model import Decoder
+
+    model = Decoder(spec_of(config))
+    for name, p in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        t = torch.empty(p.shape, dtype=torch.bfloat16)
+        t = t.fill_(1.0) if "norm" in name else t.normal_(0, 0.02)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(t, requires_grad=False))
+    return model
+
+
+def their_model(config: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d) / "config.json").write_text(json.dumps(config))
+        c = transformers.AutoConfig.from_pretrained(d)
+    return transformers.AutoModelForCausalLM.from_config(c, dtype=torch.bfloat16).eval()
+
+
+def pairs(ours: Callable[[], object], theirs: Callable[[], object], times: int) -> tuple[float, float, float]:
+    """Medians in ms, and the median ratio theirs / ours."""
+
+    def once(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+
+    once(ours), once(theirs)
+    taken = [(once(ours), once(theirs)) for _ in range(times)]
+    a, b = zip(*taken, strict=True)
+    return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in taken)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name, config in SHAPES.items():
+        ours, theirs = our_model(config), their_model(config)
+        ids = torch.randint(0, config["vocab_size"], (1, PROMPT))
+
+        def decode_ours(ours: Any = ours, ids: Any = ids) -> None:
+            for _ in ours.stream(ids[:, :8], NEW):
+                pass
+
+        def decode_theirs(theirs: Any = theirs, ids: Any = ids) -> None:
+            theirs.generate(ids[:, :8], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+
+        def prefill_theirs(theirs: Any = theirs, ids: Any = ids) -> None:
+            with torch.inference_mode():
+                theirs(ids)
+
+        for what, a, b in (
+            (f"prefill of {PROMPT}", lambda ours=ours, ids=ids: ours(ids), prefill_theirs),
+            (f"decode of {NEW}", decode_ours, decode_theirs),
+        ):
+            x, y, ratio = pairs(a, b, args.pairs)
+            rows.append({"what": f"{name}: {what}", "zoo ms": x, "transformers ms": y, "ratio": ratio})
+            print(f"{rows[-1]['what']:55} zoo {x:8.0f} ms  transformers {y:8.0f} ms  {ratio:.2f}x", flush=True)
+    out = ROOT / "benchmarks/results/cpu.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    result = {
+        "device": model or platform.processor(), "threads": args.threads, "torch": torch.__version__,
+        "transformers": transformers.__version__, "command": " ".join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": rows,
+    }  # fmt: skip
+    runs = json.loads(out.read_text()) if out.exists() else []
+    out.write_text(json.dumps([*runs, result], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
