@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_client import Spy, environment, pointed_at
 from hub_server import HubServer, Repo
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 
-import zoo.hub
 from zoo import hub
 from zoo.hub import HubError, cache, http
 
-ROOT = Path(zoo.hub.__file__).parents[2]
 MIB = 1 << 20
 KILLS = int(os.environ.get("ZOO_KILLS", "3"))
 
@@ -47,52 +46,16 @@ TOTAL = sum(map(len, FILES.values()))
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with `org/toy`, at which this process' huggingface_hub is pointed, with an empty cache and no token."""
-    home = tmp_path / "home"
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
     with HubServer() as server:
         server.repo("org/toy").commit(FILES)
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub.RETRY, "first_wait", 0.01)
-        monkeypatch.setattr(hub.RETRY, "longest_wait", 0.05)
-        yield server
-        close_session()
+        with pointed_at(server, tmp_path / "home", monkeypatch, timeout=0.5):
+            yield server
 
 
 @pytest.fixture(params=["socket", "library"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways that a body can take."""
     monkeypatch.setattr(http, "DIRECT", 0 if request.param == "socket" else 1 << 60)
-
-
-class Spy:
-    """A Progress that remembers."""
-
-    def __init__(self) -> None:
-        self.total = self.done = 0
-        self.phases: list[str] = []
-        self.notes: list[str] = []
-
-    def start(self, total: int) -> None:
-        self.total = total
-
-    def advance(self, n: int) -> None:
-        self.done += n
-
-    def phase(self, name: str) -> None:
-        self.phases.append(name)
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def pull(repo: str = "org/toy", revision: str | None = None, **how: Any) -> Path:
@@ -103,16 +66,6 @@ def pull(repo: str = "org/toy", revision: str | None = None, **how: Any) -> Path
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-
-
-def environment(server: HubServer, home: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return kept | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
     }
 
 

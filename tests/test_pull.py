@@ -26,8 +26,9 @@ pytest.importorskip("transformers")
 import test_formats_gguf
 import tiny
 import vendor
+from hub_client import Spy, environment, pointed_at
 from hub_server import HubServer
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 
 import zoo
 from zoo import hub, manifest, remote
@@ -40,7 +41,6 @@ from zoo.manifest import Source
 pulling = sys.modules.get("zoo.pull") or __import__("importlib").import_module(
     "zoo.pull"
 )  # `zoo.pull` is a function
-ROOT = Path(zoo.__file__).parents[1]
 REPO = "org/tiny"
 KILLS = int(os.environ.get("ZOO_KILLS", "4"))
 
@@ -65,25 +65,10 @@ def expected(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def server(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with the release at `org/tiny`; this process' huggingface_hub points at it, with an empty cache."""
-    home = tmp_path / "home"
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
     with HubServer() as server:
         server.repo(REPO).commit(release)
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 2,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub.RETRY, "first_wait", 0.01)
-        monkeypatch.setattr(hub.RETRY, "longest_wait", 0.05)
-        yield server
-        close_session()
+        with pointed_at(server, tmp_path / "home", monkeypatch, timeout=2):
+            yield server
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -106,35 +91,6 @@ def big_release(tmp_path: Path, release: Path, name: str, size: int = 8 << 20) -
     index["weight_map"][name] = "model-extra.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
-
-
-class Spy(pulling.Quiet):  # type: ignore[misc, name-defined]
-    def __init__(self) -> None:
-        self.total = self.done = 0
-        self.phases: list[str] = []
-        self.notes: list[str] = []
-
-    def start(self, total: int) -> None:
-        self.total = total
-
-    def advance(self, n: int) -> None:
-        self.done += n
-
-    def phase(self, name: str) -> None:
-        self.phases.append(name)
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-
-def environment(server: HubServer, home: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return kept | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-    }
 
 
 def start(server: HubServer, home: Path, *args: str) -> subprocess.Popen[str]:
