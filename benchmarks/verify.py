@@ -224,7 +224,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["time", "memory"])
-    parser.add_argument("kinds", nargs="*", choices=["dense", "moe"], default=[])
+    parser.add_argument("kinds", nargs="*", help="dense, moe; default: both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tmp", type=Path)
     parser.add_argument("--json", type=Path)

@@ -186,7 +186,7 @@ class SpreadMeter:
                     oracle,
                     self.batches,
                     self._keep,
-                    lambda b, x: self._second.put(b, x[self.batches[b].mask]),
+                    self._second.put,
                 )
 
     def _keep(self, b: int, i: int, x: Tensor | Sketched) -> None:
@@ -259,16 +259,17 @@ def measure(
                 ours.begin(b, batch.ids)
             mine = ours.finish(b)
         with clock("metrics"):
-            mask, following = batch.mask, batch.following[batch.mask]
-            theirs, mine = theirs[mask], mine[mask]
             other = meter.second_logits(b) if meter is not None else None
             noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
             tied = near_ties(ours.margins(b), batch, noise, ours)
-            for at, reference in references(theirs, following):
-                if meter is not None and other is not None:
-                    meter.logits.add(other[at], reference)
-                judge_rows(out, mine[at], reference, tied[at])
-            out.settled.sample(mine, theirs)
+            first = 0
+            for r, n in enumerate(batch.lengths):  # a row at a time: views, no copies of what is large
+                for at, reference in references(theirs[r, :n], batch.following[r, :n]):
+                    if meter is not None and other is not None:
+                        meter.logits.add(other[r, :n][at], reference)
+                    judge_rows(out, mine[r, :n][at], reference, tied[first : first + n][at])
+                out.settled.sample(mine[r, :n], theirs[r, :n])
+                first += n
 
     with clock("oracle"):
         drive(oracle, batches, on_layer, on_logits)

@@ -154,6 +154,7 @@ def record(
     def on_logits(b: int, logits: Tensor) -> None:
         batch = inputs.batches[b]
         theirs, other = logits[batch.mask], meter.second_logits(b)
+        other = None if other is None else other[batch.mask]
         tensors.update(
             {f"ids.{b}": batch.ids, f"lengths.{b}": torch.tensor(batch.lengths), f"logits.{b}": theirs}
         )
