@@ -176,7 +176,7 @@ class SpreadMeter:
     def __init__(self, oracle: Oracle, inputs: Inputs, d: int, dtype: str, on_disk: bool = False) -> None:
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
         self.layers: dict[int, list[float]] = {}
-        self.logits = LogitMetrics()
+        self.logits = LogitMetrics(five=False)
         self._sketches: dict[tuple[int, int], Tensor] = {}
         self._second = Kept(on_disk)
         self._sketch: dict[int, Sketch] = {}

@@ -164,7 +164,9 @@ def _flat(path: Path, ref: TensorRef) -> Array:
     dtype = _UNSIGNED[ITEMSIZE[ref.dtype]]
     if ref.size == 0:
         return np.empty(0, dtype)
-    raw = np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
+    raw = np.asarray(
+        np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
+    )  # a plain array: slices cost less
     if ref.offset % np.dtype(dtype).itemsize:
         return np.array(raw).view(dtype)
     return raw.view(dtype)
@@ -200,7 +202,9 @@ def _source(plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool
     if ref.dtype not in ITEMSIZE:  # a block type of GGUF
         from zoo.quant import ggml
 
-        raw = np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
+        raw = np.asarray(
+            np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
+        )  # a plain array: slices cost less
         return np.asarray(ggml.dequantise(raw, ref.dtype, ref.shape), np.float32).reshape(-1), False
     if ref.strides is not None:
         flat = _flat(

@@ -99,7 +99,7 @@ class Reference:
         self.sums = self.weights.sum(-1)  # [N]
         self.lse = peak[:, 0] + self.sums.log()
         self.best = logits.topk(min(5, logits.shape[1])).indices
-        self.largest = _worst(logits.abs().amax(-1))
+        self.largest = max(_worst(peak), -float(logits.amin()))
 
     def __getitem__(self, rows: Tensor) -> Reference:
         """The reference of some rows [N] bool."""
@@ -122,7 +122,9 @@ def references(logits: Tensor, following: Tensor) -> Iterator[tuple[slice, Refer
 
 @dataclass
 class LogitMetrics:
-    """One run's logits against the oracle's, over all real positions."""
+    """One run's logits against the oracle's, over all real positions. `five`: whether top-5 agreement is wanted."""
+
+    five: bool = True
 
     error: Quantiles = field(default_factory=Quantiles)
     kl: Quantiles = field(default_factory=Quantiles)
@@ -150,9 +152,10 @@ class LogitMetrics:
         self.error.add(worst)
         self.kl.add(_kl(d, float(worst.max()), theirs))
         self.largest = max(self.largest, theirs.largest)
-        best = ours.topk(min(5, ours.shape[1])).indices
+        best = ours.topk(min(5, ours.shape[1])).indices if self.five else ours.argmax(-1, keepdim=True)
         self.top1 += int((best[:, 0] == theirs.best[:, 0]).sum())
-        self.top5 += float((best[:, :, None] == theirs.best[:, None, :]).any(-1).float().mean(-1).sum())
+        if self.five:
+            self.top5 += float((best[:, :, None] == theirs.best[:, None, :]).any(-1).float().mean(-1).sum())
         self._next(ours, theirs)
         self.n += len(ours)
 
