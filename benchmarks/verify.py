@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -229,7 +228,7 @@ def main() -> None:
     parser.add_argument("--tmp", type=Path)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
     with tempfile.TemporaryDirectory(prefix="zoo-bench-", dir=a.tmp) as folder:
         tmp = Path(folder)
         if a.what == "time":
@@ -237,7 +236,10 @@ def main() -> None:
         else:
             figures = {kind: measure_memory(tmp, kind) for kind in a.kinds or ["dense", "moe"]}
     if a.json:
-        a.json.write_text(json.dumps({"machine": platform.uname()._asdict(), a.what: figures}, indent=1))
+        from convert import machine
+
+        about = machine() | {"command": " ".join(["python", "benchmarks/verify.py", *sys.argv[1:]])}
+        a.json.write_text(json.dumps({"machine": about, "results": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
