@@ -48,10 +48,11 @@ class StreamedTransformers(Transformers):
         quiet()
         return_freed_memory()
         config, cls = config_and_class(path)
+        quantizer = dequantizer(config)
         self.model = skeleton(cls, config, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
-        self.weights = Weights(self.model, open_checkpoint(path), DTYPES[dtype])
+        self.weights = Weights(self.model, open_checkpoint(path), DTYPES[dtype], quantizer)
         self._workers: dict[int, _Worker] = {}
         self._hook()
 
@@ -221,6 +222,27 @@ class _Stopped(Exception):
 # Weights on demand
 
 
+def dequantizer(config: Any) -> Any:
+    """Upstream's own dequantisation of a quantised checkpoint, or None; the config is then of plain weights."""
+    if (
+        getattr(config.get_text_config(), "quantization_config", None) is None
+        and getattr(config, "quantization_config", None) is None
+    ):
+        return None
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    quantizer, _, _ = get_hf_quantizer(config, None, None, False, {})
+    asked = getattr(quantizer, "quantization_config", None)
+    if not getattr(asked, "dequantize", False):
+        raise ZooError(
+            "upstream cannot dequantise this checkpoint a layer at a time here; verify without --stream, or convert with "
+            "--dtype and verify against that"
+        )
+    for c in (config, config.get_text_config()):
+        c.__dict__.pop("quantization_config", None)
+    return quantizer
+
+
 def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     """Upstream's model without storage, but with the buffers that no checkpoint holds (rotary frequencies)."""
     switches: dict[str, Any] = {"attn_implementation": "eager"}
@@ -247,7 +269,7 @@ def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 class Weights:
     """The checkpoint's tensors by upstream's names, read when asked for."""
 
-    def __init__(self, model: Any, ckpt: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, ckpt: Checkpoint, dtype: torch.dtype, quantizer: Any = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -256,7 +278,8 @@ class Weights:
         self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self.fp32 = [re.compile(rf"(^|\.){re.escape(k)}(\.|$)") for k in model._get_dtype_plan(dtype)]
-        transforms = get_model_conversion_mapping(model)
+        self.quantizer = quantizer
+        transforms = get_model_conversion_mapping(model, None, quantizer)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.converter = {p: c for c in converters for p in c.source_patterns}
@@ -343,7 +366,7 @@ class Weights:
         for ref, (source, p) in zip(refs, found, strict=True):
             mapping.add_tensor(key, source, p, mapped(self.ckpt.path(ref.file), ref))
         del refs
-        made = mapping.convert(key, model=self.model, config=self.model.config)
+        made = mapping.convert(key, model=self.model, config=self.model.config, hf_quantizer=self.quantizer)
         return {n: (t[0] if isinstance(t, list) else t) for n, t in made.items()}
 
     def _set(self, name: str, t: Tensor) -> None:

@@ -302,7 +302,7 @@ def _extra_layer(s: Subject, _site: str) -> Subject:
     n, last = s.spec.n_layers, s.spec.n_layers - 1
     copies = {
         f"layers.{n}." + name.split(".", 2)[2]: s.tensors[name] * 0.9
-        if s.tensors[name].is_floating_point()
+        if s.tensors[name].is_floating_point() and s.tensors[name].element_size() > 1
         else s.tensors[name]
         for slot in names_of(s.spec, last)
         for name in components_of(s, slot)
