@@ -252,27 +252,44 @@ def measure(
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 out.layers[i] += relative_error(own, theirs).tolist()
 
+    # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known.
+    kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
+    waiting: dict[int, Tensor] = {}
+
     def on_logits(b: int, theirs: Tensor) -> None:
-        batch = batches[b]
         with clock("ours"):
             if b not in ours.state:  # an oracle without hidden states
-                ours.begin(b, batch.ids)
+                ours.begin(b, batches[b].ids)
             mine = ours.finish(b)
         with clock("metrics"):
-            other = meter.second_logits(b) if meter is not None else None
-            noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
-            tied = near_ties(ours.margins(b), batch, noise, ours)
-            first = 0
-            for r, n in enumerate(batch.lengths):  # a row at a time: views, no copies of what is large
-                for at, reference in references(theirs[r, :n], batch.following[r, :n]):
-                    if meter is not None and other is not None:
-                        meter.logits.add(other[r, :n][at], reference)
-                    judge_rows(out, mine[r, :n][at], reference, tied[first : first + n][at])
-                out.settled.sample(mine[r, :n], theirs[r, :n])
-                first += n
+            if (margins := ours.margins(b)) is None:
+                judge_batch(b, mine, theirs, None)
+            else:
+                waiting[b] = margins
+                kept_ours.put(b, mine)
+                kept_theirs.put(b, theirs)
+
+    def judge_batch(b: int, mine: Tensor, theirs: Tensor, margins: Tensor | None) -> None:
+        batch = batches[b]
+        other = meter.second_logits(b) if meter is not None else None
+        noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
+        tied = near_ties(margins, batch, noise, ours)
+        first = 0
+        for r, n in enumerate(batch.lengths):  # a row at a time: views, no copies of what is large
+            for at, reference in references(theirs[r, :n], batch.following[r, :n]):
+                if meter is not None and other is not None:
+                    meter.logits.add(other[r, :n][at], reference)
+                judge_rows(out, mine[r, :n][at], reference, tied[first : first + n][at])
+            out.settled.sample(mine[r, :n], theirs[r, :n])
+            first += n
 
     with clock("oracle"):
         drive(oracle, batches, on_layer, on_logits)
+    with clock("metrics"):
+        for b in sorted(waiting):
+            judge_batch(b, kept_ours.pop(b), kept_theirs.pop(b), waiting[b])
+        kept_ours.close()
+        kept_theirs.close()
     out.spread = meter.result() if meter is not None else (spread or Spread())
     out.seconds = clock.seconds
     return out

@@ -163,9 +163,11 @@ class LogitMetrics:
         real = theirs.following >= 0
         if not real.any():
             return
-        at, own = theirs.following[real, None], ours[real]
-        self.nll_theirs += float((theirs.lse[real] - theirs.logits[real].gather(1, at)[:, 0]).double().sum())
-        self.nll_ours += float((own.logsumexp(-1) - own.gather(1, at)[:, 0]).double().sum())
+        at = theirs.following.clamp(min=0)[:, None]
+        nll_theirs = theirs.lse - theirs.logits.gather(1, at)[:, 0]
+        nll_ours = ours.logsumexp(-1) - ours.gather(1, at)[:, 0]
+        self.nll_theirs += float(nll_theirs[real].double().sum())
+        self.nll_ours += float(nll_ours[real].double().sum())
         self.n_next += int(real.sum())
 
     def sample(self, ours: Tensor, theirs: Tensor) -> None:
