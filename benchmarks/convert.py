@@ -85,7 +85,7 @@ _GPT2 = {
 }  # fmt: skip
 _GPT_OSS = {
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
-    "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "num_attention_heads": 64,
+    "num_local_experts": 16, "num_experts_per_tok": 4, "experts_per_token": 4, "num_attention_heads": 64,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088, "rms_norm_eps": 1e-5, "rope_theta": 150000,
     "sliding_window": 128, "swiglu_limit": 7.0, "max_position_embeddings": 131072, "tie_word_embeddings": False,
     "hidden_act": "silu", "attention_bias": True, "torch_dtype": "bfloat16", "initial_context_length": 4096,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
-from zoo.mapping import execute, moves
+from zoo.mapping import decode, execute, moves
 from zoo.mapping.execute import Execution, convert
 from zoo.mapping.plan import Plan, make_plan
 
@@ -90,8 +90,9 @@ def test_the_way_through_memory_gives_the_same_bytes_in_pieces_of_any_size(
     source = tiny.make(name, tmp_path / "source", dtype="bfloat16")
     convert(plan_of(source), tmp_path / "whole")
     monkeypatch.setattr(execute, "in_kernel", lambda loop, itemsize: False)
+    monkeypatch.setattr(decode, "_MAPPED", 1)
     for chunk in (700, 9_000):
-        monkeypatch.setattr(moves, "CHUNK", chunk)
+        monkeypatch.setattr(decode, "MAPPED", chunk)
         convert(plan_of(source), tmp_path / f"pieces{chunk}")
         assert_same(weights(tmp_path / "whole"), weights(tmp_path / f"pieces{chunk}"))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
-from zoo.mapping import execute, moves
+from zoo.mapping import decode, execute
 from zoo.mapping import export as export_module
 from zoo.mapping.execute import convert
 from zoo.mapping.export import export
@@ -103,7 +103,7 @@ def test_the_way_through_memory_gives_the_same_bytes_in_pieces_of_any_size(
     source = tiny.make(name, tmp_path / "source", dtype="bfloat16")
     canon = converted(source, tmp_path / "canon")
     monkeypatch.setattr(export_module, "in_kernel", lambda loop, itemsize: False)
-    monkeypatch.setattr(moves, "CHUNK", 3_000)
+    monkeypatch.setattr(decode, "MAPPED", 3_000)
     export(canon, tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(source)
 

@@ -8,8 +8,12 @@ Casts round to nearest, ties to even; what overflows fp16 is refused rather than
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import mmap
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,6 @@ import numpy as np
 from zoo import quant
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
-from zoo.mapping.moves import scratch
 from zoo.quant.schemes import block_size, scheme
 
 if TYPE_CHECKING:
@@ -27,35 +30,68 @@ if TYPE_CHECKING:
 
     from zoo.mapping.moves import Array
 
+MAPPED = 64 << 20  # bytes of a source in memory per thread, where they are rearranged as they are
+MADE = 12 << 20  # elements, where something is made of them first
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Files:
-    """Reads of open files, which raise ZooError where a file ends early."""
+    """Reads of open files, which raise ZooError where a file ends early or cannot be read.
+
+    Unusual: what is not small is mapped, which saves a copy; and its pages are asked for at once, since the
+    kernel then reports what would otherwise kill the process when the page is touched."""
 
     def __init__(self, fd_of: Callable[[str], int]) -> None:
         self.fd_of = fd_of
 
-    def __call__(self, file: str, at: int, n: int) -> bytearray:
-        out = bytearray(n)
-        self._fill(file, at, memoryview(out))
-        return out
-
-    def view(self, file: str, at: int, n: int) -> Array:
-        """Bytes [at, at + n) in memory that this thread uses again for its next view."""
-        out = scratch("source", n)
+    def __call__(self, file: str, at: int, n: int) -> Array:
+        """Bytes [at, at + n). Writing to them changes no file."""
+        if n >= _MAPPED and (mapped := self._map(file, at, n)) is not None:
+            return mapped
+        out = np.empty(n, np.uint8)
         self._fill(file, at, memoryview(out))  # type: ignore[arg-type]
         return out
+
+    def _map(self, file: str, at: int, n: int) -> Array | None:
+        """None where that does not work, for whatever reason: reading then says what is wrong."""
+        fd, skip = self.fd_of(file), at % mmap.ALLOCATIONGRANULARITY
+        if not _LINUX or os.fstat(fd).st_size < at + n:
+            return None
+        os.posix_fadvise(fd, at, n, os.POSIX_FADV_WILLNEED)
+        try:
+            pages = mmap.mmap(
+                fd, skip + n, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=at - skip
+            )
+        except OSError:
+            return None
+        whole = np.frombuffer(pages, np.uint8)
+        # By ctypes, which lets the other threads run meanwhile: mmap's own madvise does not.
+        failed = _libc().madvise(
+            ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(whole.size), _POPULATE_READ
+        )
+        return None if failed else whole[skip:]
 
     def _fill(self, file: str, at: int, out: memoryview) -> None:
         done = 0
         while done < len(out):
             n = os.preadv(self.fd_of(file), [out[done:]], at + done)
             if n == 0:
-                raise ZooError(
-                    f"{file}: ends at byte {at + done}, {at + len(out)} were expected: it changed or is truncated"
-                )
+                raise _short(file, at + done, at + len(out))
             done += n
+
+
+_MAPPED = 256 << 10  # bytes; mapping fewer costs more than copying them
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; Python has no name for it yet
+_LINUX = sys.platform == "linux"
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _short(file: str, end: int, wanted: int) -> ZooError:
+    return ZooError(f"{file}: ends at byte {end}, {wanted} were expected: it changed or is truncated")
 
 
 def bits(dtype: str) -> Any:
@@ -72,11 +108,13 @@ class Raw:
     chunk = 4 << 20
     grain = 1
 
+    @property
+    def most(self) -> int:
+        return MAPPED // ITEMSIZE[self.ref.dtype]
+
     def read(self, at: int, n: int) -> Array:
         size = ITEMSIZE[self.ref.dtype]
-        return self.files.view(self.ref.file, self.ref.offset + at * size, n * size).view(
-            bits(self.ref.dtype)
-        )
+        return self.files(self.ref.file, self.ref.offset + at * size, n * size).view(bits(self.ref.dtype))
 
 
 @dataclass
@@ -87,6 +125,7 @@ class Cast:
     files: Files
     dtype: str
     chunk = 1 << 18  # what is made of it on the way stays in a core's cache
+    most = MADE
     grain = 1
 
     def read(self, at: int, n: int) -> Array:
@@ -141,6 +180,7 @@ class Blocks:
     files: Files
     dtype: str
     chunk = 1 << 18
+    most = MADE
 
     @property
     def grain(self) -> int:
@@ -152,7 +192,7 @@ class Blocks:
         columns = self.ref.shape[-1]
         row_bytes = self.ref.nbytes // (self.ref.size // columns)
         first, last = at // columns, -(-(at + n) // columns)
-        raw = self.files.view(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
+        raw = self.files(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
         x = ggml.dequantise(raw, self.ref.dtype, (last - first, columns))
         start = at - first * columns
         return from_float(x.reshape(-1)[start : start + n], self.dtype, self.ref.name)
@@ -169,6 +209,7 @@ class Quantised:
     files: Files
     dtype: str
     chunk = 1 << 20
+    most = MADE
 
     @property
     def grain(self) -> int:
@@ -223,7 +264,7 @@ class Quantised:
         return _tensor(self.files(ref.file, ref.offset, ref.nbytes), ref.dtype, ref.shape)
 
 
-def _tensor(raw: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(raw: Array, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     types = {

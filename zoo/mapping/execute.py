@@ -44,7 +44,7 @@ from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
 from zoo.mapping.folder import Folder
 from zoo.mapping.moves import (
-    CHUNK,
+    COPY,
     Copy,
     Loader,
     Loop,
@@ -72,10 +72,6 @@ _BATCH = 16_000_000_000  # bytes of source files that are worked on together: wh
 def shard_size_of(total: int) -> int:
     """Bytes of tensors per file: a small model too has four files, so that several threads can write."""
     return min(SHARD, max(total // 4 + 1, SHARD // 5))
-
-
-Task = Callable[[], int]
-"""Does its part and says how many bytes it wrote."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -199,35 +195,21 @@ class Mover:
             for a, b in offsets(outer)
         ]
 
-    def tasks(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> Iterator[Task]:
-        for c in merged(copies):
-            yield lambda c=c: self._copy(c)  # type: ignore[misc]
-        for r in rearrangements:
-            for chunk in r.chunks():
-                yield lambda chunk=chunk: self._rearrange(chunk)  # type: ignore[misc]
-
-    def _copy(self, c: Copy) -> int:
-        with self._writing[c.dst]:
-            copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.n, c.src)
-        return c.n
-
-    def _rearrange(self, r: Rearrange) -> int:
-        r.run(self.folder.fd(r.dst))
-        return r.nbytes
-
-    def run(self, tasks: Iterator[Task]) -> None:
-        """All tasks, over the threads; the first error stops everything and is raised."""
+    def run(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> None:
+        """Do all of them, over the threads; the first error stops everything and is raised."""
+        queues = _Queues(copies, rearrangements)
         lock, stop, errors = threading.Lock(), threading.Event(), list[BaseException]()
 
         def work() -> None:
             while not stop.is_set():
                 try:
                     with lock:
-                        task = next(tasks, None)
-                    if task is None:
+                        move = queues.take()
+                    if move is None:
                         return
-                    n = task()
+                    n = self._copy(move) if isinstance(move, Copy) else self._rearrange(move)
                     with lock:
+                        queues.done(move)
                         self.n_done += n
                         if self.progress is not None:
                             self.progress(self.n_done, self.total)
@@ -255,6 +237,47 @@ class Mover:
                     f"{self.folder.dst}: {first.strerror}; what is written so far is kept, run again to go on"
                 ) from first
             raise first
+
+    def _copy(self, c: Copy) -> int:
+        with self._writing[c.dst]:
+            copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src)
+        return c.nbytes
+
+    def _rearrange(self, r: Rearrange) -> int:
+        r.run(self.folder.fd(r.dst))
+        return r.nbytes
+
+
+class _Queues:
+    """Moves by destination. The kernel lets one writer into a file at a time, so a thread is given a file that
+    no other is writing, where there is one; of those the one with most left to do, so that the last are short."""
+
+    def __init__(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> None:
+        work: dict[str, list[Copy | Rearrange]] = {}
+        moves: list[Copy | Rearrange] = [*merged(copies), *rearrangements]
+        for move in moves:
+            work.setdefault(move.dst, []).append(move)
+        self.moves = {dst: _pieces(moves) for dst, moves in work.items()}
+        self.left = {dst: sum(m.nbytes for m in moves) for dst, moves in work.items()}
+        self.writers = dict.fromkeys(work, 0)
+
+    def take(self) -> Copy | Rearrange | None:
+        while self.moves:
+            dst = min(self.moves, key=lambda d: (self.writers[d], -self.left[d]))
+            if (move := next(self.moves[dst], None)) is not None:
+                self.writers[dst] += 1
+                self.left[dst] -= move.nbytes
+                return move
+            del self.moves[dst]
+        return None
+
+    def done(self, move: Copy | Rearrange) -> None:
+        self.writers[move.dst] -= 1
+
+
+def _pieces(moves: Iterable[Copy | Rearrange]) -> Iterator[Copy | Rearrange]:
+    for m in moves:
+        yield from (m,) if isinstance(m, Copy) else m.chunks()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -429,11 +452,11 @@ class Execution:
             before = torch.get_num_threads()
             torch.set_num_threads(1)  # the threads here are the parallelism
             try:
-                self.mover.run(self.mover.tasks(copies, through))
+                self.mover.run(copies, through)
             finally:
                 torch.set_num_threads(before)
         else:
-            self.mover.run(self.mover.tasks(copies, through))
+            self.mover.run(copies, through)
         for o, k in replicas:
             self._compare(o, k)
 
@@ -476,7 +499,7 @@ class Execution:
         tensors = self.plan.checkpoint.tensors
         a, b = tensors[o.sources[_original(o, k)]], tensors[o.sources[k]]
         x, y = self._raw(a), self._raw(b)
-        step = CHUNK // ITEMSIZE[a.dtype]
+        step = COPY // ITEMSIZE[a.dtype]
         same = (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides)
         if not same or any(
             x.read(at, min(step, a.size - at)).tobytes() != y.read(at, min(step, a.size - at)).tobytes()

@@ -96,7 +96,7 @@ def export(
                 ref = c.extra_tensors[name]
                 file, at = job.sheet.place[name]
                 copies.append(Copy(ref.file, ref.offset, file, at, ref.nbytes))
-            mover.run(mover.tasks(copies, through))
+            mover.run(copies, through)
         finally:
             mover.close()
         for name, data in job.small.items():

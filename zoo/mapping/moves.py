@@ -36,11 +36,13 @@ Loop = tuple[int, int, int]
 
 RUN = 32 << 10  # bytes; shorter runs go through memory: a system call each would cost more than the copy
 COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
-BUFFER = 1 << 20  # bytes of one thread's copies
+BUFFER = (
+    512 << 10
+)  # bytes of one thread's copies. Larger writes make the page cache ask for larger runs of free
+# memory; on a virtual machine those may be untouched yet, and then cost several times the copy.
 PAGE = 4096
-CHUNK = 48 << 20  # bytes of elements in memory per thread and side, where they are rearranged
 STRIPE = 1 << 20  # bytes rearranged and written at a time
-TILE = 128  # rows and columns transposed at a time
+TILE = 128  # rows and columns transposed at a time, of elements of two bytes
 
 
 def loops(source: Box, destination: Box) -> tuple[Loop, ...]:
@@ -96,18 +98,17 @@ def offsets(loop: Iterable[Loop]) -> Iterator[tuple[int, int]]:
 
 @dataclass(slots=True)
 class Copy:
-    """`n` bytes from `src` at `src_at` to `dst` at `dst_at`; the files by the caller's keys."""
+    """`nbytes` from `src` at `src_at` to `dst` at `dst_at`; the files by the caller's keys."""
 
     src: str
     src_at: int
     dst: str
     dst_at: int
-    n: int
+    nbytes: int
 
 
 def merged(copies: list[Copy]) -> list[Copy]:
-    """Neighbours on both sides made one, everything cut into pieces of at most `COPY` bytes, and the
-    destinations taken in turn: a file has one writer at a time, so threads should have several."""
+    """Neighbours on both sides made one, and everything cut into pieces of at most `COPY` bytes."""
     copies.sort(key=lambda c: (c.src, c.src_at))
     out: list[Copy] = []
     for c in copies:
@@ -115,19 +116,17 @@ def merged(copies: list[Copy]) -> list[Copy]:
         if (
             last is not None
             and (last.src, last.dst) == (c.src, c.dst)
-            and last.src_at + last.n == c.src_at
-            and last.dst_at + last.n == c.dst_at
+            and last.src_at + last.nbytes == c.src_at
+            and last.dst_at + last.nbytes == c.dst_at
         ):
-            last.n += c.n
+            last.nbytes += c.nbytes
         else:
-            out.append(Copy(c.src, c.src_at, c.dst, c.dst_at, c.n))
-    by_file: dict[str, list[Copy]] = {}
-    for c in out:
-        for at in range(0, c.n, COPY):
-            piece = Copy(c.src, c.src_at + at, c.dst, c.dst_at + at, min(COPY, c.n - at))
-            by_file.setdefault(c.dst, []).append(piece)
-    turns = itertools.zip_longest(*by_file.values())
-    return [c for turn in turns for c in turn if c is not None]
+            out.append(Copy(c.src, c.src_at, c.dst, c.dst_at, c.nbytes))
+    return [
+        Copy(c.src, c.src_at + at, c.dst, c.dst_at + at, min(COPY, c.nbytes - at))
+        for c in out
+        for at in range(0, c.nbytes, COPY)
+    ]
 
 
 def copy(src: int, src_at: int, dst: int, dst_at: int, n: int, name: str) -> None:
@@ -179,10 +178,13 @@ def _write(fd: int, data: Any, at: int) -> int:
 
 class Loader(Protocol):
     """A source tensor as a flat array of elements in the destination's dtype. `chunk`: how many to ask for at a
-    time, of which `grain` are best not torn apart."""
+    time, of which `grain` are best not torn apart; `most`: where it has to be more, since they are rearranged."""
 
     @property
     def chunk(self) -> int: ...
+
+    @property
+    def most(self) -> int: ...
 
     @property
     def grain(self) -> int: ...
@@ -210,7 +212,7 @@ class Rearrange:
 
     def chunks(self) -> Iterator[Rearrange]:
         """The same work in pieces of bounded size, cut where that costs the fewest reads and writes."""
-        limit = self.loader.chunk if len(self.loop) == 1 else CHUNK // max(self.itemsize, 4)
+        limit = self.loader.chunk if len(self.loop) == 1 else self.loader.most
         total = math.prod(n for n, _, _ in self.loop)
         if total <= max(limit, self.loader.grain):
             yield self
@@ -218,6 +220,7 @@ class Rearrange:
         best: tuple[float, int, int] | None = None
         for j, (n, _, _) in enumerate(self.loop):
             size = max(1, limit * n // total)
+            size = -(-n // -(-n // size))  # alike, not a small one left over
             if len(self.loop) == 1:
                 size = max(size // self.loader.grain, 1) * self.loader.grain
             piece = _cut(self.loop, j, size)
@@ -296,33 +299,102 @@ def _stripes(fd: int, view: Array, at: int) -> None:
         _write(fd, rearranged(view), at)
         return
     row = n // view.shape[0]
-    if row > STRIPE and view.ndim > 1:
+    if row <= STRIPE or view.ndim == 1:
+        step = _step(view.shape[0], row, view.itemsize)
+        for i in range(0, view.shape[0], step):
+            _write(fd, rearranged(view[i : i + step]), at + i * row)
+    elif view.ndim > 2 and _interleaved(view, 0, 1):  # the same lines of the source hold all of them
+        short = row // view.shape[1]
+        step = _step(view.shape[1], short * view.shape[0], view.itemsize)
+        for i in range(0, view.shape[1], step):
+            for k, part in enumerate(rearranged(view[:, i : i + step])):
+                _write(fd, part, at + k * row + i * short)
+    else:
         for i in range(view.shape[0]):
             _stripes(fd, view[i], at + i * row)
-        return
-    step = max(1, STRIPE // row)
-    step = step // TILE * TILE or step
-    for i in range(0, view.shape[0], step):
-        _write(fd, rearranged(view[i : i + step]), at + i * row)
+
+
+def _step(n: int, row: int, itemsize: int) -> int:
+    """Rows of `row` bytes to rearrange and write at a time, of n: whole tiles, if these are not too large."""
+    step, tile = max(1, STRIPE // row), _tile(n, itemsize)
+    return max(step // tile, 1) * tile if row * tile <= 4 * STRIPE else step
+
+
+def _interleaved(view: Array, a: int, b: int) -> bool:
+    """Whether the source holds all of axis `a`, a short one, for each of axis `b`, as gate, up, gate, up."""
+    return bool(1 < view.shape[a] <= 8 and view.strides[b] == view.shape[a] * view.strides[a])
 
 
 def rearranged(view: Array) -> Array:
-    """A contiguous copy, valid until this thread's next. Transposes go tile by tile, each through a compact copy
-    of itself: numpy's own order touches a cache line per element, and rows a power of two apart fall onto the
-    same few lines."""
+    """A contiguous copy, valid until this thread's next. numpy's own order of a transpose touches a cache line
+    per element, so planes go tile by tile."""
     import numpy as np
 
     wide = [a for a in range(view.ndim - 1) if view.shape[a] >= 16]
     if view.strides[-1:] == (view.itemsize,) or view.size < 1 << 12 or not wide:
         return np.ascontiguousarray(view)
-    fast = min(wide, key=lambda a: view.strides[a])  # the source's innermost axis of some length
-    out = scratch("rearranged", view.nbytes).view(view.dtype).reshape(view.shape)
-    planes, made = np.moveaxis(view, fast, -2), np.moveaxis(out, fast, -2)
-    for at in np.ndindex(planes.shape[:-2]):
-        plane, to = planes[at].T, made[at]  # [last, fast], as in the source; [fast, last]
-        for i in range(0, plane.shape[1], TILE):
-            for j in range(0, plane.shape[0], TILE):
-                to[i : i + TILE, j : j + TILE] = np.ascontiguousarray(plane[j : j + TILE, i : i + TILE]).T
+    out = _array("rearranged", view.shape, view.dtype)
+    # A plane: the last axis of what is made, and the source's innermost of some length; each perhaps of two axes.
+    last = [view.ndim - 1]
+    if view.shape[-1] <= 8 and view.ndim > 2 and wide != [view.ndim - 2]:
+        last = [view.ndim - 2, view.ndim - 1]
+    fast = [min((a for a in wide if a not in last), key=lambda a: view.strides[a])]
+    fast += [a for a in range(view.ndim) if a not in last + fast and _interleaved(view, a, fast[0])]
+    rest = [a for a in range(view.ndim) if a not in last + fast]
+
+    def planes(x: Array, *axes: list[int]) -> Array:
+        """[..., A, B, C, D] for two pairs of axes, of which each may lack the second."""
+        x = x.transpose(rest + [a for pair in axes for a in pair])
+        at = len(rest)
+        for pair in axes:
+            if len(pair) == 1:
+                x = np.expand_dims(x, at + 1)
+            at += 2
+        return x
+
+    there, here = planes(view, last, fast), planes(out, fast, last)
+    for at in np.ndindex(there.shape[:-4]):
+        _transpose(there[at], here[at])
+    return out
+
+
+def _transpose(source: Array, out: Array) -> None:
+    """out [N, n, M, m] = source [M, m, N, n], in three passes: into compact tiles, tile by tile transposed, out of
+    the tiles. Each pass is one call of numpy: a call per tile would have the threads wait for the interpreter.
+    Rows of a tile lie a cache line further apart than they are long, or they would share few lines of the cache."""
+    m, m2, n, n2 = source.shape
+    size = source.itemsize
+    a, b = _tile(m, size * m2), _tile(n, size * n2)
+    i, j = m // a, n // b  # whole tiles
+    if i and j:
+        pad = 64 // size
+        tiles = _array("tiles", (i, j, a * m2, b * n2 + pad), source.dtype)[..., : b * n2]
+        tiles = tiles.reshape(i, j, a, m2, b, n2)
+        turned = _array("turned", (i, j, b, n2, a, m2), source.dtype)
+        tiles[...] = _tiled(source, i, a, j, b)
+        turned[...] = tiles.transpose(0, 1, 4, 5, 2, 3)
+        _tiled(out, j, b, i, a).swapaxes(0, 1)[...] = turned
+    for rows, columns in ((slice(i * a, m), slice(0, n)), (slice(0, i * a), slice(j * b, n))):  # the rest
+        out[columns, :, rows] = source[rows, :, columns].transpose(2, 3, 0, 1)
+
+
+def _tiled(x: Array, i: int, a: int, j: int, b: int) -> Array:
+    """[i, j, a, ., b, .]: the first i x j tiles of a x b of `x` [A, ., B, .], in place."""
+    import numpy as np
+
+    (_, p, _, q), (s, t, u, v) = x.shape, x.strides
+    return np.lib.stride_tricks.as_strided(x, (i, j, a, p, b, q), (a * s, b * u, s, t, u, v))
+
+
+def _tile(n: int, nbytes: int) -> int:
+    """Rows or columns of a tile, of n, of elements of `nbytes`: about as many as a core's first cache has room
+    for, and such that tiles fill the axis, if possible."""
+    most = max(TILE * 2 // max(nbytes, 2), 8)
+    return next((t for t in range(most, most // 2, -8) if n % t == 0), most)
+
+
+def _array(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    out: Array = scratch(name, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
     return out
 
 

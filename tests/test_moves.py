@@ -1,0 +1,66 @@
+"""Elements rearranged in memory, against numpy's own copy; files mapped and read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zoo.errors import ZooError
+from zoo.mapping import decode, moves
+
+SIZES = [1, 2, 3, 4, 8, 16, 17, 31, 64, 96, 100, 128, 130, 200, 260]
+
+
+def views(n: int) -> list[np.ndarray]:
+    """Permuted axes of random arrays of 2 to 4 axes, of 1 to 8 bytes an element."""
+    rng = np.random.default_rng(0)
+    out = []
+    for _ in range(n):
+        shape = [int(k) for k in rng.choice(SIZES, rng.integers(2, 5))]
+        while np.prod(shape) > 200_000:
+            shape[int(rng.integers(len(shape)))] = 2
+        dtype = (np.uint8, np.uint16, np.uint32, np.uint64)[rng.integers(4)]
+        x = rng.integers(0, 250, int(np.prod(shape))).astype(dtype).reshape(shape)
+        out.append(x.transpose(rng.permutation(len(shape))))
+    # what the families hold: transposed, with rows of gate and up in turn, and back
+    x = rng.integers(0, 60_000, (3, 130, 2 * 200)).astype(np.uint16).reshape(3, 130, 200, 2)
+    out += [x.transpose(0, 3, 2, 1), x.transpose(0, 3, 2, 1).copy().transpose(0, 3, 2, 1)]
+    return out
+
+
+@pytest.mark.parametrize("stripe", [1 << 10, 1 << 14, 1 << 20])
+def test_any_view_is_written_as_numpy_copies_it(
+    stripe: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "STRIPE", stripe)
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    for view in views(400):
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, view.nbytes + 9)
+        moves._stripes(fd, view, 5)
+        raw = os.pread(fd, view.nbytes + 9, 0)
+        assert raw[5:-4] == view.tobytes(), (view.shape, view.strides)
+        assert not any(raw[:5]) and not any(raw[-4:])
+    os.close(fd)
+
+
+@pytest.mark.parametrize("mapped", [1, 1 << 40], ids=["mapped", "read"])
+def test_a_range_of_a_file(mapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_MAPPED", mapped)
+    data = os.urandom(3 * mmap.PAGESIZE + 77)
+    (tmp_path / "f").write_bytes(data)
+    fd = os.open(tmp_path / "f", os.O_RDONLY)
+    files = decode.Files(lambda file: fd)
+    for at, n in ((0, len(data)), (1, 1), (4095, 2), (4096, 4096), (5000, 5000), (len(data) - 1, 1), (7, 0)):
+        if n or mapped > 1:
+            assert files("f", at, n).tobytes() == data[at : at + n]
+    array = files("f", 0, len(data))
+    array[:] = 0  # a copy of one's own
+    assert (tmp_path / "f").read_bytes() == data
+    with pytest.raises(ZooError, match=f"f: ends at byte {len(data)}, {len(data) + 1} were expected"):
+        files("f", 5, len(data) - 4)
+    os.close(fd)
