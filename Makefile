@@ -40,6 +40,7 @@ venv: $(VENV)/.dev  ## the environment for development, in .venv
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev  ## mypy
 	$(BIN)/mypy

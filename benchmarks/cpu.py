@@ -112,10 +112,19 @@ def main() -> None:
         ):
             x, y, ratio = pairs(a, b, args.pairs)
             rows.append({"what": f"{name}: {what}", "zoo ms": x, "transformers ms": y, "ratio": ratio})
-            print(f"{rows[-1]['what']:55} zoo {x:8.0f} ms  transformers {y:8.0f} ms  {ratio:.2f}x", flush=True)
+            print(
+                f"{rows[-1]['what']:55} zoo {x:8.0f} ms  transformers {y:8.0f} ms  {ratio:.2f}x", flush=True
+            )
     out = ROOT / "benchmarks/results/cpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    model = next(
+        (
+            x.split(":")[1].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith("model name")
+        ),
+        "",
+    )
     result = {
         "device": model or platform.processor(), "threads": args.threads, "torch": torch.__version__,
         "transformers": transformers.__version__, "command": " ".join(["python", *sys.argv]),

@@ -390,7 +390,16 @@ def write_canonical(model: Any, folder: Path) -> None:
     )
     spec = model.spec.to_dict()
     (folder / "zoo.json").write_text(
-        json.dumps({"layout_version": VERSION, "zoo_version": "0", "spec": spec, "quant": {}, "source": {}, "extras": {}})
+        json.dumps(
+            {
+                "layout_version": VERSION,
+                "zoo_version": "0",
+                "spec": spec,
+                "quant": {},
+                "source": {},
+                "extras": {},
+            }
+        )
     )
 
 
@@ -430,7 +439,9 @@ def rows(args: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES))
-    parser.add_argument("--parts", nargs="*", default=["speed"], choices=["speed", "compiled", "batch", "long", "load"])
+    parser.add_argument(
+        "--parts", nargs="*", default=["speed"], choices=["speed", "compiled", "batch", "long", "load"]
+    )
     parser.add_argument("--ours", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu.json")
     args = parser.parse_args()

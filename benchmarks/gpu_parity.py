@@ -42,7 +42,12 @@ def record(folder: Path) -> None:
         both = {}
         for dtype in ("float32", "bfloat16"):
             b = built(name, dtype)
-            both[dtype] = {"spec": b.spec.to_dict(), "tensors": b.tensors, "ids": b.ids, "upstream": b.upstream}
+            both[dtype] = {
+                "spec": b.spec.to_dict(),
+                "tensors": b.tensors,
+                "ids": b.ids,
+                "upstream": b.upstream,
+            }
         torch.save(both, folder / f"{name}.pt")
 
 
@@ -118,7 +123,10 @@ def guarded(name: str, recorded: Path | None) -> dict[str, Any]:
     try:
         return check(name, recorded)
     except Exception as e:
-        return {"family": name, "failed": [f"{type(e).__name__}: {str(e)[-300:]}", traceback.format_exc()[-700:]]}
+        return {
+            "family": name,
+            "failed": [f"{type(e).__name__}: {str(e)[-300:]}", traceback.format_exc()[-700:]],
+        }
 
 
 def main() -> int:
@@ -159,7 +167,9 @@ def main() -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name()
-        args.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "families": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"device": device, "torch": torch.__version__, "families": rows}, indent=1)
+        )
     return int(bad > 0)
 
 

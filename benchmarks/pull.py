@@ -83,7 +83,18 @@ def environment(url: str, home: Path) -> dict[str, str]:
 
 
 def pull(dst: Path, way: str = "files", workers: int = 4) -> list[str]:
-    return [sys.executable, "-m", "zoo", "pull", REPO, "--to", str(dst), "--workers", str(workers), *WAYS[way]]
+    return [
+        sys.executable,
+        "-m",
+        "zoo",
+        "pull",
+        REPO,
+        "--to",
+        str(dst),
+        "--workers",
+        str(workers),
+        *WAYS[way],
+    ]
 
 
 def serve(source: Path) -> tuple[subprocess.Popen[str], str]:
@@ -105,7 +116,9 @@ def timed(command: list[str], env: dict[str, str] | None = None) -> dict[str, fl
 
 def hashes(folder: Path) -> dict[str, str]:
     """All files of a canonical folder but zoo.json, which says from where and when."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "zoo.json"}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "zoo.json"
+    }
 
 
 def speed(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -143,7 +156,14 @@ def speed(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     ]
     ratio = statistics.median(rounds)
     print(f"  zoo pull / (snapshot_download + sha256sum + cp -r): {ratio:.2f}, median of the rounds' ratios")
-    return {"bytes": total, "shards": len(shards), "ratio": ratio, "wall_s": median, "cpu_s": cpu, "runs": runs}
+    return {
+        "bytes": total,
+        "shards": len(shards),
+        "ratio": ratio,
+        "wall_s": median,
+        "cpu_s": cpu,
+        "runs": runs,
+    }
 
 
 def kills(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -166,7 +186,10 @@ def kills(args: argparse.Namespace, work: Path) -> dict[str, Any]:
                 for _ in range(min(5, args.points - tried)):
                     process = subprocess.Popen(pull(dst, way), env=env, stdout=subprocess.DEVNULL)
                     # Half of the points by time (start-up, headers), half by bytes (transfer, conversion).
-                    until, target = time.monotonic() + 60, server.body_bytes("*.safetensors") + chance.randrange(sent // 4)
+                    until, target = (
+                        time.monotonic() + 60,
+                        server.body_bytes("*.safetensors") + chance.randrange(sent // 4),
+                    )
                     if chance.random() < 0.5:
                         until = time.monotonic() + 0.2 + 2.5 * chance.random()
                         target = sent * 100
@@ -183,8 +206,12 @@ def kills(args: argparse.Namespace, work: Path) -> dict[str, Any]:
                 again.append(server.body_bytes("*.safetensors") - sent)
         for folder in (work / "undisturbed", dst, home):
             shutil.rmtree(folder, ignore_errors=True)
-        print(f"{way}: {tried} kills of a pull of {total / 1e6:.0f} MB: {wrong} results differ, {shown} half-made folders")
-        print(f"  fetched again: {sum(again)} bytes in all, {sum(again) / max(1, tried) / 1e3:.0f} kB per kill")
+        print(
+            f"{way}: {tried} kills of a pull of {total / 1e6:.0f} MB: {wrong} results differ, {shown} half-made folders"
+        )
+        print(
+            f"  fetched again: {sum(again)} bytes in all, {sum(again) / max(1, tried) / 1e3:.0f} kB per kill"
+        )
         figures[way] = {"kills": tried, "different": wrong, "half_made": shown, "fetched_again": sum(again)}
     return figures
 
@@ -211,7 +238,9 @@ def disk(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             watcher.join()
             canonical = size_of(dst)
             over = (peak[0] - canonical) / 1e6
-            print(f"{way}: canonical {canonical / 1e6:.0f} MB, at most {peak[0] / 1e6:.0f} MB on disk at once: {over:.0f} MB over")
+            print(
+                f"{way}: canonical {canonical / 1e6:.0f} MB, at most {peak[0] / 1e6:.0f} MB on disk at once: {over:.0f} MB over"
+            )
             figures |= {way: peak[0], "canonical": canonical}
             shutil.rmtree(home)
             shutil.rmtree(dst)

@@ -1,7 +1,7 @@
 """All benchmarks, one after the other; figures go to benchmarks/results/, with the machine's description.
 
-    python benchmarks/run.py          on this machine's CPU and disk
-    python benchmarks/run.py --gpu    those that need a CUDA device
+python benchmarks/run.py          on this machine's CPU and disk
+python benchmarks/run.py --gpu    those that need a CUDA device
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ OWN_FILE = ("gpu",)  # keeps a history itself
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help=f"some of {', '.join([*CPU, *GPU])}")
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()

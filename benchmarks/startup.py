@@ -44,7 +44,9 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -52,7 +54,11 @@ def main() -> None:
     for name, f in figures.items():
         print(f"{name:32} {f['ms']:6.0f} ms  {f['times_click']:.2f}x")
     if args.json:
-        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+        machine = {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        }
         args.json.write_text(json.dumps({"figures": figures, "machine": machine}, indent=1) + "\n")
 
 

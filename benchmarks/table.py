@@ -1,6 +1,6 @@
 """docs/performance.md, and the table between its markers in README.md, from benchmarks/results/.
 
-    python benchmarks/table.py
+python benchmarks/table.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ Run = dict[str, Any]
 
 
 def ms(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}" if isinstance(value, float) else str(value or "")
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value or "")
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -42,7 +48,9 @@ def speed(rows: dict[str, Run]) -> str:
     ]  # fmt: skip
     out = []
     for name, r in rows.items():
-        their, plain, captured = (r.get(k) for k in ("transformers prefill ms", "prefill ms", "prefill captured ms"))
+        their, plain, captured = (
+            r.get(k) for k in ("transformers prefill ms", "prefill ms", "prefill captured ms")
+        )
         times = [f"{ms(x)} ms" + (f" ({their / x:.2f}x)" if their and x else "") for x in (plain, captured)]
         compiled = r.get("transformers compiled decode ms")
         out.append([
@@ -70,7 +78,11 @@ def other(newest: Run, rows: dict[str, Run]) -> str:
     if long:
         head = ["32768 tokens", "prefill", "transformers, ms", "decode", "cache"]
         parts.append("### Long context\n\n" + table(head, long))
-    memory = [[n, f"{r['memory over weights and cache']:.1%}"] for n, r in rows.items() if "memory over weights and cache" in r]
+    memory = [
+        [n, f"{r['memory over weights and cache']:.1%}"]
+        for n, r in rows.items()
+        if "memory over weights and cache" in r
+    ]
     parts.append("### Memory of decoding over weights and cache\n\n" + table(["shape", "more"], memory))
     if load := newest.get("load"):
         lines = [[k.replace(" GB/s", ""), f"{v:.2f}"] for k, v in load.items() if k != "GB"]
@@ -93,10 +105,14 @@ def main() -> None:
     cpu = ""
     if (RESULTS / "cpu.json").exists():
         c = json.loads((RESULTS / "cpu.json").read_text())[-1]
-        lines = [[r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x"] for r in c["rows"]]
+        lines = [
+            [r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x"] for r in c["rows"]
+        ]
         cpu = (
             f"\n## CPU\n\n{c['device']}, {c['threads']} threads, torch {c['torch']}, transformers {c['transformers']}, "
-            f"{c['date'][:10]}. Medians of pairs, bf16.\n\n" + table(["", "zoo, ms", "transformers, ms", "faster"], lines) + "\n"
+            f"{c['date'][:10]}. Medians of pairs, bf16.\n\n"
+            + table(["", "zoo, ms", "transformers, ms", "faster"], lines)
+            + "\n"
         )
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n"

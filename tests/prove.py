@@ -112,7 +112,9 @@ def table(results: Iterable[dict[str, Any]]) -> str:
     missing = sorted(set(families.families()) - {r["family"] for r in results})
     if missing:
         lines.append(NOT_UPSTREAM.format(names=", ".join(missing)))
-    lines.append("\n**With real weights.** " + "; ".join(f"{n}: `{how}`" for n, how in WEIGHTS.items()) + ".\n")
+    lines.append(
+        "\n**With real weights.** " + "; ".join(f"{n}: `{how}`" for n, how in WEIGHTS.items()) + ".\n"
+    )
     return "".join(lines)
 
 
@@ -121,7 +123,11 @@ def proofs(results: Iterable[dict[str, Any]]) -> str:
     proven = sorted({r["family"] for r in results} - {r["family"] for r in results if not r["passed"]})
     rules = {r["family"]: r["rules"] for r in results}
     found = {
-        "about": {"written by": "make proofs", "see": "docs/families.md", "rules": "the hash of a family's rules then"},
+        "about": {
+            "written by": "make proofs",
+            "see": "docs/families.md",
+            "rules": "the hash of a family's rules then",
+        },
         "families": dict.fromkeys(proven, "rules"),
         "releases": dict.fromkeys(WEIGHTS, "weights"),
         "rules": {name: rules[name] for name in proven},
@@ -130,7 +136,9 @@ def proofs(results: Iterable[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("variants", nargs="*", help="only these, and write nothing")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()

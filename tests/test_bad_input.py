@@ -184,7 +184,9 @@ def test_an_unknown_dtype(source: Path) -> None:
     refused(source, shards(source)[0].name, "dtype 'F4_E2M1_X'", "known: .*BF16")
 
 
-@pytest.mark.parametrize("field, value", [("dtype", ["F32"]), ("dtype", None), ("shape", 7), ("shape", [True, 2])])
+@pytest.mark.parametrize(
+    "field, value", [("dtype", ["F32"]), ("dtype", None), ("shape", 7), ("shape", [True, 2])]
+)
 def test_a_tensor_that_is_not_described_as_one(field: str, value: Any, source: Path) -> None:
     respell(shards(source)[0], lambda h: first(h).update({field: value}))
     refused(source, shards(source)[0].name, "expected dtype, shape and data_offsets")

@@ -89,15 +89,22 @@ def test_every_command_has_help_json_and_debug() -> None:
     for name in names:
         found = cli.get_command(click.Context(cli), name)
         for command in found.commands.values() if isinstance(found, click.Group) else [found]:
-            assert command is not None and {"--json", "--debug"} <= {o for p in command.params for o in p.opts}, name
-
+            assert command is not None and {"--json", "--debug"} <= {
+                o for p in command.params for o in p.opts
+            }, name
 
 
 # ------------------------------------------------------------------ failing
 
 
 def test_wrong_usage_exits_2_and_names_what_is_near() -> None:
-    for args in (["lst"], ["show"], ["convert", "x"], ["pull", "x", "--layers", "a-b"], ["pull", "x", "--layers", "0-99999999999"]):
+    for args in (
+        ["lst"],
+        ["show"],
+        ["convert", "x"],
+        ["pull", "x", "--layers", "a-b"],
+        ["pull", "x", "--layers", "0-99999999999"],
+    ):
         assert run(*args).returncode == 2
     assert "Did you mean: list?" in run("lst").stderr
 
@@ -227,7 +234,17 @@ def test_a_conversion_can_be_told_what_the_files_are_and_wait_for_its_proof(tmp_
     assert wrong.returncode == 1 and "do not fit family olmo2" in wrong.stderr and not dst.exists()
     wrong = run("plan", str(tmp_path / "src"), "--format", "gguf")
     assert wrong.returncode == 1 and "no *.gguf here" in wrong.stderr
-    done = run("convert", str(tmp_path / "src"), str(dst), "--family", "llama", "--format", "safetensors", "--verify", "logits")
+    done = run(
+        "convert",
+        str(tmp_path / "src"),
+        str(dst),
+        "--family",
+        "llama",
+        "--format",
+        "safetensors",
+        "--verify",
+        "logits",
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((dst / "parity.json").read_text())["verdict"] == "passed"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]

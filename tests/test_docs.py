@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="installed 
 def commands(text: str) -> list[tuple[str, list[str]]]:
     """(command, its options) of every `zoo ...` in code."""
     found = []
-    code = "\n".join(re.findall(r"```(?:sh|text)?\n(.*?)```", text, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", text))
+    code = (
+        "\n".join(re.findall(r"```(?:sh|text)?\n(.*?)```", text, re.S))
+        + "\n"
+        + "\n".join(re.findall(r"`([^`\n]+)`", text))
+    )
     for line in re.findall(r"^(?:\S*/)?zoo ([a-z]+.*)$", code, re.M):
         words = line.split("#")[0].split()
         found.append((words[0], [w.split("=")[0] for w in words[1:] if w.startswith("--")]))
@@ -72,6 +76,10 @@ def test_every_rule_expression_is_explained() -> None:
     from zoo.mapping import rules
 
     page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
-    made = [n for n, f in vars(rules).items() if callable(f) and getattr(f, "__annotations__", {}).get("return") == "Expr"]
+    made = [
+        n
+        for n, f in vars(rules).items()
+        if callable(f) and getattr(f, "__annotations__", {}).get("return") == "Expr"
+    ]
     for name in made:
         assert f"`{name}(" in page or name.startswith("_") or name == "leaf", name

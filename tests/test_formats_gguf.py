@@ -209,7 +209,9 @@ def test_a_gguf_becomes_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
     assert {t.dtype for t in fp32.values()} == {torch.float32}
     name = "layers.1.mlp.gate_up.weight"
     assert torch.equal(fp32[name].bfloat16(), bf16[name])
-    assert {t.dtype for t in bf16.values()} == {torch.bfloat16}, "norms too: a GGUF holds them in fp32 whatever they were"
+    assert {t.dtype for t in bf16.values()} == {torch.bfloat16}, (
+        "norms too: a GGUF holds them in fp32 whatever they were"
+    )
 
 
 def test_llama3_scaling_is_read_from_the_factors_in_the_file(tmp_path: Path) -> None:

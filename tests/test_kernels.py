@@ -99,7 +99,14 @@ else:
         x, cos, sin = rand(2, 5, 3, 14), rand(5, 4), rand(5, 4)
         close(rope.rotate(x, cos, sin, interleaved), rope.rotate_reference(x, cos, sin, interleaved))
 
-    EXTRAS = [{}, {"window": 9}, {"chunk": 16}, {"sinks": True}, {"softcap": 5.0}, {"window": 9, "sinks": True}]
+    EXTRAS = [
+        {},
+        {"window": 9},
+        {"chunk": 16},
+        {"sinks": True},
+        {"softcap": 5.0},
+        {"window": 9, "sinks": True},
+    ]
 
     def extras(x: dict[str, object], heads: int) -> dict[str, object]:
         return x | ({"sinks": rand(heads)} if "sinks" in x else {})
@@ -113,7 +120,9 @@ else:
         close(attention.flash(q, k, v, **kw), attention.attention_reference(q, k, v, **kw))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("extra", EXTRAS)
-    @pytest.mark.parametrize("shape", [(40, 64, 4, 2, 20, 20), (100, 33, 6, 2, 24, 12), (0, 50, 4, 4, 16, 16)])
+    @pytest.mark.parametrize(
+        "shape", [(40, 64, 4, 2, 20, 20), (100, 33, 6, 2, 24, 12), (0, 50, 4, 4, 16, 16)]
+    )
     def test_attention_of_one_query_also_when_the_slots_are_a_ring(
         shape: tuple[int, ...], extra: dict[str, object]
     ) -> None:
@@ -124,11 +133,23 @@ else:
         close(attention.decode(q, k, v, at, **kw), attention.decode_reference(q, k, v, at, **kw))  # type: ignore[arg-type]
 
     def test_latent_attention_with_a_rotary_key_of_its_own() -> None:
-        q, q2, k, k2, v = rand(1, 20, 3, 16), rand(1, 20, 3, 8), rand(1, 20, 3, 16), rand(1, 20, 8), rand(1, 20, 3, 12)
+        q, q2, k, k2, v = (
+            rand(1, 20, 3, 16),
+            rand(1, 20, 3, 8),
+            rand(1, 20, 3, 16),
+            rand(1, 20, 8),
+            rand(1, 20, 3, 12),
+        )
         whole = torch.cat((k, k2[:, :, None].expand(-1, -1, 3, -1)), -1)
         expected = attention.attention_reference(torch.cat((q, q2), -1), whole, v, scale=0.1)
         close(attention.flash(q, k, v, scale=0.1, q2=q2, k2=k2), expected)
-        q, q2, k, k2, at = rand(2, 20, 64), rand(2, 20, 8), rand(2, 50, 1, 64), rand(2, 50, 8), torch.tensor(44)
+        q, q2, k, k2, at = (
+            rand(2, 20, 64),
+            rand(2, 20, 8),
+            rand(2, 50, 1, 64),
+            rand(2, 50, 8),
+            torch.tensor(44),
+        )
         expected = attention.decode_reference(
             torch.cat((q, q2), -1), torch.cat((k, k2[:, :, None]), -1), k, at, scale=0.1
         )
@@ -162,11 +183,15 @@ else:
         tokens, top_k, n_experts = shape
         chosen = torch.stack([torch.randperm(n_experts)[:top_k] for _ in range(tokens)]).int()
         for a, b in zip(
-            experts.sort_by_expert(chosen, n_experts), experts.sort_by_expert_reference(chosen, n_experts), strict=True
+            experts.sort_by_expert(chosen, n_experts),
+            experts.sort_by_expert_reference(chosen, n_experts),
+            strict=True,
         ):
             assert torch.equal(a, b)
 
-    def stored(scheme: str, parts: tuple[int, ...], columns: int, *lead: int) -> tuple[torch.Tensor, weights.Weight]:
+    def stored(
+        scheme: str, parts: tuple[int, ...], columns: int, *lead: int
+    ) -> tuple[torch.Tensor, weights.Weight]:
         """A random weight of a scheme, expanded and as kernels read it."""
         n = sum(parts)
         if scheme == "plain":
@@ -198,10 +223,15 @@ else:
 
     @pytest.mark.parametrize("tokens", [1, 9])
     @pytest.mark.parametrize("scheme", SCHEMES)
-    @pytest.mark.parametrize("spec", [MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)])
+    @pytest.mark.parametrize(
+        "spec", [MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)]
+    )
     def test_experts_for_few_tokens_and_for_many(tokens: int, scheme: str, spec: MLP) -> None:
         d, n, top_k = 96, 5, 2
-        (up, a), (down, b) = stored(scheme, (64, 64) if spec.gated else (64,), d, n), stored(scheme, (d,), 64, n)
+        (up, a), (down, b) = (
+            stored(scheme, (64, 64) if spec.gated else (64,), d, n),
+            stored(scheme, (d,), 64, n),
+        )
         x, shares, onto = rand(tokens, d), torch.rand(tokens, top_k), rand(tokens, d)
         chosen = torch.stack([torch.randperm(n)[:top_k] for _ in range(tokens)]).int()
         y = experts.experts(x, chosen, shares, a, b, spec, onto=onto)
@@ -215,4 +245,8 @@ else:
         x, shares = rand(tokens, 36), torch.rand(tokens, 1)
         chosen = torch.randint(0, 4, (tokens, 1)).int()
         y = experts.experts(x, chosen, shares, a, b, MLP(40), weight_input=True)
-        close(y, experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(40), True), 5)
+        close(
+            y,
+            experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(40), True),
+            5,
+        )

@@ -160,7 +160,9 @@ def test_a_release_is_given_the_config_that_sources_name_for_it() -> None:
         stems = configs_of(m.name)
         assert (m.config is None) == (not stems), m.name
         if stems:
-            assert m.config == json.loads((CONFIGS / f"{stems[0]}.config.json").read_text(encoding="utf-8")), m.name
+            assert m.config == json.loads(
+                (CONFIGS / f"{stems[0]}.config.json").read_text(encoding="utf-8")
+            ), m.name
 
 
 def expand(name: str) -> Iterator[str]:

@@ -112,7 +112,16 @@ def pull(
     """
     from zoo.pull import pull
 
-    return pull(name, to, dtype=dtype, revision=revision, layers=layers, stream=stream, verify=verify, progress=progress)
+    return pull(
+        name,
+        to,
+        dtype=dtype,
+        revision=revision,
+        layers=layers,
+        stream=stream,
+        verify=verify,
+        progress=progress,
+    )
 
 
 def spec(src: StrPath) -> Spec:

@@ -61,7 +61,9 @@ class Config(Mapping[str, Any]):
             if self.data.get(key) is not None:
                 return self.data[key]
         if default is _MISSING:
-            raise ZooError(f"{self.where}: none of the fields {', '.join(map(repr, keys))} is there; one is needed")
+            raise ZooError(
+                f"{self.where}: none of the fields {', '.join(map(repr, keys))} is there; one is needed"
+            )
         return default
 
     def choice(self, key: str, allowed: Iterable[Any], default: Any = _MISSING) -> Any:
@@ -85,7 +87,9 @@ class Config(Mapping[str, Any]):
         for key, neutral in unsupported.items():
             value = self.get(key, neutral)
             if value != neutral:
-                raise ZooError(f"{self.where}: {key} is {value!r}, which zoo does not support (only {neutral!r})")
+                raise ZooError(
+                    f"{self.where}: {key} is {value!r}, which zoo does not support (only {neutral!r})"
+                )
 
     def sub(self, key: str) -> Config:
         """A nested object, e.g. the `text_config` of a wrapper."""
@@ -126,14 +130,18 @@ def rope_parameters(
     p, old = c.get("rope_parameters"), (c.get(scaling) if scaling else None) or {}
     nested = p is not None and layer_type is not None
     if nested and not isinstance(p.get(layer_type), Mapping):
-        raise ZooError(f"{c.where}: rope_parameters says nothing about {layer_type} layers; expected an object for each")
+        raise ZooError(
+            f"{c.where}: rope_parameters says nothing about {layer_type} layers; expected an object for each"
+        )
     out = dict(old if p is None else p[layer_type] if nested else p)
     kind = out.pop("type", None)
     out["rope_type"] = out.get("rope_type") or kind or "default"
     if p is not None:
         said = {("rope_type" if k == "type" else k): v for k, v in dict(old).items()}
         if differ := sorted(k for k, v in said.items() if v != out.get(k)):
-            raise ZooError(f"{c.where}: rope_parameters and {scaling} differ in {', '.join(differ)}: delete one of them")
+            raise ZooError(
+                f"{c.where}: rope_parameters and {scaling} differ in {', '.join(differ)}: delete one of them"
+            )
     if layer_type is not None:  # upstream reads this one beside the layer types, never inside
         out.pop("truncate", None)
         out |= {"truncate": p["truncate"]} if p is not None and "truncate" in p else {}

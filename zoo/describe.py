@@ -47,7 +47,8 @@ def describe(spec: Spec) -> dict[str, str]:
     total, active = total_params(spec), active_params(spec)
     lines = {
         "family": spec.family,
-        "parameters": f"{count(total)} total" + (f", {count(active)} active per token" if active < total else ""),
+        "parameters": f"{count(total)} total"
+        + (f", {count(active)} active per token" if active < total else ""),
         "shape": f"{spec.n_layers} layers, d_model {spec.d_model:,}",
         "vocabulary": f"{spec.vocab_size:,}, head {'tied to the embedding' if spec.tied else 'of its own'}",
         "context": f"{spec.context_length:,} tokens",
@@ -119,18 +120,28 @@ def _each(things: Iterable[T], say: Callable[[T], str], n_layers: int) -> str:
     said: dict[str, int] = {}
     for thing in things:
         said[say(thing)] = said.get(say(thing), 0) + 1
-    return "; ".join(text if n == n_layers else f"{n} of {n_layers} layers: {text}" for text, n in said.items() if text)
+    return "; ".join(
+        text if n == n_layers else f"{n} of {n_layers} layers: {text}" for text, n in said.items() if text
+    )
 
 
 def _mixer(m: Mixer) -> str:
     match m:
         case Attention():
             kind = "MHA" if m.n_kv_heads == m.n_heads else "MQA" if m.n_kv_heads == 1 else "GQA"
-            heads = f"{m.n_heads} heads" if kind == "MHA" else f"{m.n_heads} query and {m.n_kv_heads} KV heads"
+            heads = (
+                f"{m.n_heads} heads" if kind == "MHA" else f"{m.n_heads} query and {m.n_kv_heads} KV heads"
+            )
             if m.kv_from is not None:
                 kind, heads = "GQA with an earlier layer's keys and values", f"{m.n_heads} query heads"
             of = f"{m.head_dim}" if m.head_dim == m.v_head_dim else f"{m.head_dim}, values {m.v_head_dim}"
-            seen = f", sliding window {m.window:,}" if m.window else f", chunks of {m.chunk:,}" if m.chunk else ""
+            seen = (
+                f", sliding window {m.window:,}"
+                if m.window
+                else f", chunks of {m.chunk:,}"
+                if m.chunk
+                else ""
+            )
             return f"{kind}, {heads} of {of}{seen}"
         case LatentAttention():
             q = f", queries through {m.q_rank:,}" if m.q_rank else ""

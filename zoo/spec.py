@@ -368,7 +368,9 @@ class Spec:
             kinds = [_from_json(Layer, k, f"layer_kinds[{n}]") for n, k in enumerate(d.pop("layer_kinds"))]
             d["layers"] = [kinds[n] for n in d.pop("layers")]
         except (KeyError, IndexError, TypeError) as e:
-            raise ZooError(f"zoo.json: spec.layers and spec.layer_kinds do not fit together ({e!r})") from None
+            raise ZooError(
+                f"zoo.json: spec.layers and spec.layer_kinds do not fit together ({e!r})"
+            ) from None
         spec = _from_json(cls, d, "spec")
         assert isinstance(spec, Spec)
         return spec
@@ -422,7 +424,9 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
             raise ZooError(f"zoo.json: {where} should be an object, found {type(x).__name__}")
         hints = _hints(typing.cast(type, tp))
         if unknown := sorted(set(x) - set(hints)):
-            raise ZooError(f"zoo.json: {where} has unknown field(s) {', '.join(unknown)}; written by a newer zoo?")
+            raise ZooError(
+                f"zoo.json: {where} has unknown field(s) {', '.join(unknown)}; written by a newer zoo?"
+            )
         try:
             return tp(**{k: _from_json(hints[k], v, f"{where}.{k}") for k, v in x.items()})  # type: ignore[operator]
         except TypeError as e:

@@ -46,7 +46,9 @@ class Text:
         def refuse(message: str) -> NoReturn:
             raise jinja2.TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
         environment.globals |= {"raise_exception": refuse, "strftime_now": _today}
         try:
@@ -54,13 +56,17 @@ class Text:
                 messages=list(messages), add_generation_prompt=True, tools=None, **self.special_tokens
             )
         except jinja2.TemplateError as error:
-            raise ZooError(f"{self.root}: its chat template fails ({error}); give the prompt as it is (--raw)") from None
+            raise ZooError(
+                f"{self.root}: its chat template fails ({error}); give the prompt as it is (--raw)"
+            ) from None
 
     @property
     def special_tokens(self) -> dict[str, str]:
         """bos_token and the like, as text."""
         found = {**(_json(self.root / "special_tokens_map.json") or {}), **self.config}
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items() if k.endswith("_token")}
+        named = {
+            k: v["content"] if isinstance(v, dict) else v for k, v in found.items() if k.endswith("_token")
+        }
         return {k: v for k, v in named.items() if isinstance(v, str)}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -90,7 +96,9 @@ class Text:
 def _tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
-        raise ZooError(f"{path} has no tokenizer.json, so text can't be turned into tokens: give token ids (--ids)")
+        raise ZooError(
+            f"{path} has no tokenizer.json, so text can't be turned into tokens: give token ids (--ids)"
+        )
     from tokenizers import Tokenizer
 
     try:

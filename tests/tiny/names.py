@@ -363,12 +363,7 @@ def _quantise(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor
         module = name.removesuffix(".weight")
         if method == "mxfp4":
             out |= _mxfp4(name, t)
-        elif (
-            not name.endswith(".weight")
-            or len(t.shape) != 2
-            or _PLAIN.search(module)
-            or listed(module)
-        ):
+        elif not name.endswith(".weight") or len(t.shape) != 2 or _PLAIN.search(module) or listed(module):
             out[name] = t
         elif method == "fp8":
             rows, columns = scheme.get("weight_block_size") or (128, 128)

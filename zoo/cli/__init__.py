@@ -48,7 +48,9 @@ class _Commands(click.Group):
             raise click.UsageError(f"{error.message} Did you mean: {', '.join(near)}?", ctx) from None
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, "-V", "--version", message="zoo %(version)s")
 def cli() -> None:
     """Open LLM checkpoints in one canonical layout: found, pulled, converted and proven.

@@ -38,10 +38,18 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
 def common(function: F) -> F:
     """Every command's decorator, under `@click.command()`: adds `--json` (passed as `as_json`) and `--debug`."""
     function = click.option(
-        "--debug", is_flag=True, expose_value=False, callback=_set("debug"), help="Show a traceback on failure."
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_set("debug"),
+        help="Show a traceback on failure.",
     )(function)
     return click.option(
-        "--json", "as_json", is_flag=True, callback=_set("json"), help="Print the result as JSON, for programs."
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=_set("json"),
+        help="Print the result as JSON, for programs.",
     )(function)
 
 
@@ -87,7 +95,9 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         return _fail(f"{where}{error.strerror or error}", 1)
     except Exception as error:
         hint = "" if _State.debug else " (run again with --debug for the traceback)"
-        return _fail(f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1)
+        return _fail(
+            f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1
+        )
 
 
 def _fail(message: str, code: int) -> int:
@@ -111,7 +121,9 @@ class ReleaseName(click.ParamType[str]):
 
     name = "name"
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
         from zoo import manifest
@@ -124,7 +136,9 @@ class Source(ReleaseName):
 
     name = "src"
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
         return [*super().shell_complete(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
@@ -143,9 +157,9 @@ def what_it_is(command: F) -> F:
 def level(command: F) -> F:
     """`--verify LEVEL`."""
     levels = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
-    return click.option(
-        "--verify", type=levels, help="Verify up to this level before the folder appears."
-    )(command)
+    return click.option("--verify", type=levels, help="Verify up to this level before the folder appears.")(
+        command
+    )
 
 
 # ---- tables
@@ -164,7 +178,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
     lines = []
     for row in (head, *rows):
-        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -13,7 +13,9 @@ from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is
 @click.command(short_help="A checkpoint into the canonical layout")
 @click.argument("src", type=Source())
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as released, quantised ones too.")
+@click.option(
+    "--dtype", type=DTYPE, help="Convert weights to this. Default: as released, quantised ones too."
+)
 @what_it_is
 @click.option("--strict", is_flag=True, help="Refuse scales that are zero or not finite, instead of warning.")
 @level

@@ -69,4 +69,6 @@ def command(
         )
         return
     say()
-    note(f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} a second, after a prompt of {len(tokens)}")
+    note(
+        f"{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} a second, after a prompt of {len(tokens)}"
+    )

@@ -25,7 +25,8 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
     if as_json:
         if tensors:
             about["tensor_list"] = [
-                {"name": r.name, "dtype": r.dtype, "shape": r.shape, "file": r.file, "bytes": r.nbytes} for r in listed
+                {"name": r.name, "dtype": r.dtype, "shape": r.shape, "file": r.file, "bytes": r.nbytes}
+                for r in listed
             ]
         emit(about)
         return
@@ -34,7 +35,10 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
     say(pairs([*lines, *architecture.items()]))
     if tensors:
         say()
-        rows = [(r.name, r.dtype, "x".join(map(str, r.shape)) or "scalar", f"{r.nbytes:,}", r.file) for r in listed]
+        rows = [
+            (r.name, r.dtype, "x".join(map(str, r.shape)) or "scalar", f"{r.nbytes:,}", r.file)
+            for r in listed
+        ]
         say(table(("TENSOR", "DTYPE", "SHAPE", "BYTES", "FILE"), rows, right=(3,)))
 
 

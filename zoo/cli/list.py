@@ -23,7 +23,9 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
         emit([manifest.summary(m) for m in found])
         return
     if not found:
-        note(f"no release has all of: {' '.join(words)}. `zoo list` without words shows all {len(manifest.stems())}.")
+        note(
+            f"no release has all of: {' '.join(words)}. `zoo list` without words shows all {len(manifest.stems())}."
+        )
         return
     rows = []
     for m in found:

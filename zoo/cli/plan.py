@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 @click.option("--tensors", is_flag=True, help="List every canonical tensor and what it is made of.")
 @common
 def command(
-    src: str, dtype: str | None, format: str | None, family: str | None, revision: str | None, tensors: bool, as_json: bool
+    src: str,
+    dtype: str | None,
+    format: str | None,
+    family: str | None,
+    revision: str | None,
+    tensors: bool,
+    as_json: bool,
 ) -> None:
     """Show what converting SRC would do, reading only headers: nothing is converted or, from the Hub, downloaded.
 
@@ -35,9 +41,7 @@ def command(
         if is_local(src):
             opened = open_source(src, dtype, format=format, family=family)
         else:
-            found = preview(
-                src, dtype=dtype, format=format, family=family, revision=revision, progress=bar
-            )
+            found = preview(src, dtype=dtype, format=format, family=family, revision=revision, progress=bar)
             opened = found.opened
     if as_json:
         plan = opened.plan.to_json()
@@ -63,6 +67,7 @@ def command(
 def remote_lines(found: Preview) -> list[tuple[str, str]]:
     """Where a remote source is, what would be fetched and written."""
     from zoo.cli._progress import decimal
+
     lines = [("from", _origin(found))]
     if found.opened.remote is not None:
         here = f", {decimal(found.there)} of them here already" if found.there else ""

@@ -39,12 +39,16 @@ class Layers(click.ParamType[list[int]]):
 @click.option("--format", help="Take the release in this format, where it comes in several (see `zoo show`).")
 @level
 @click.option(
-    "--stream", is_flag=True, help="Convert as files arrive and keep none: needs little more disk than the result."
+    "--stream",
+    is_flag=True,
+    help="Convert as files arrive and keep none: needs little more disk than the result.",
 )
 @click.option("--layers", type=Layers(), help="Fetch and convert only these layers, and the ends.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched and written, from headers alone.")
 @click.option("--force", is_flag=True, help="Replace the folder if there is one.")
-@click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Files that arrive at once.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Files that arrive at once."
+)
 @common
 def command(
     name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, verify: str | None,
@@ -63,7 +67,13 @@ def command(
     from zoo.cli.plan import remote_json, remote_lines
     from zoo.pull import preview, pull
 
-    how: dict[str, Any] = {"dtype": dtype, "revision": revision, "format": format, "layers": layers, "stream": stream}
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": revision,
+        "format": format,
+        "layers": layers,
+        "stream": stream,
+    }
     if dry_run:
         with Bar() as bar:
             found = preview(name, to, progress=bar, **how)

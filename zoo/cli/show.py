@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from zoo.spec import Spec
 
 
-FACTS = ("also called", "from", "published size", "weights", "formats", "licence", "paper", "code", "architecture")
+FACTS = (
+    "also called",
+    "from",
+    "published size",
+    "weights",
+    "formats",
+    "licence",
+    "paper",
+    "code",
+    "architecture",
+)
 
 
 @click.command(short_help="How a release is built; several side by side")
@@ -39,7 +49,11 @@ def _spec(m: Manifest) -> Spec | None:
     """From the release's config, which zoo has a copy of for most."""
     from zoo import families
 
-    return None if m.config is None else families.spec_of(m.config, families.get(m.family), f"{m.name}: config.json")
+    return (
+        None
+        if m.config is None
+        else families.spec_of(m.config, families.get(m.family), f"{m.name}: config.json")
+    )
 
 
 def _facts(m: Manifest) -> dict[str, str]:
@@ -65,7 +79,10 @@ def _architecture(m: Manifest, spec: Spec | None) -> dict[str, str]:
     from zoo.describe import describe
 
     if spec is None:
-        return {"family": m.family, "architecture": f"zoo has no copy of its config; `zoo plan {m.name}` reads it"}
+        return {
+            "family": m.family,
+            "architecture": f"zoo has no copy of its config; `zoo plan {m.name}` reads it",
+        }
     return describe(spec)
 
 

@@ -140,7 +140,9 @@ def inside(root: Path, name: str, who: str) -> Path:
     if Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name or not parts:
         raise ZooError(f"{who} names {name!r}, which is outside the checkpoint's folder: refused")
     if not path.exists() and not path.is_symlink():
-        raise ZooError(f"{who} names {name!r}, but there is no such file in {root}: is the download complete?")
+        raise ZooError(
+            f"{who} names {name!r}, but there is no such file in {root}: is the download complete?"
+        )
     real, base = path.resolve(), root.resolve()
     allowed = [base]
     if base.parent.name == "snapshots":
@@ -161,7 +163,9 @@ def carried_files(root: Path) -> tuple[str, ...]:
     Code is never carried (`*.py` of repositories with remote code)."""
     out = []
     for p in sorted(root.iterdir()):
-        keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+        keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+        )
         if keep and p.suffix not in WEIGHT_SUFFIXES and p.is_file() and p.stat().st_size < 256 << 20:
             if p.name not in ("zoo.json", "parity.json"):
                 inside(root, p.name, str(root))

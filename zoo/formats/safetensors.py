@@ -133,7 +133,9 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
         except (TypeError, KeyError, ValueError):
             ok = False
         if not ok:
-            raise ZooError(f"{who}: tensor {name!r}: expected dtype, shape and data_offsets, found {t!r}"[:400])
+            raise ZooError(
+                f"{who}: tensor {name!r}: expected dtype, shape and data_offsets, found {t!r}"[:400]
+            )
         if dtype not in ITEMSIZE:
             raise ZooError(f"{who}: tensor {name!r} has dtype {dtype!r}; known: {', '.join(ITEMSIZE)}")
         ref = TensorRef(name, dtype, shape, file, data + begin, end - begin)
@@ -151,7 +153,11 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
     at = data
     for ref in sorted(out, key=lambda r: (r.offset, r.nbytes)):
         if ref.offset != at:
-            kind = "overlaps another" if ref.offset < at else f"leaves {ref.offset - at} bytes unaccounted for before it"
+            kind = (
+                "overlaps another"
+                if ref.offset < at
+                else f"leaves {ref.offset - at} bytes unaccounted for before it"
+            )
             raise ZooError(f"{who}: tensor {ref.name!r} at byte {ref.offset} {kind}")
         at = ref.offset + ref.nbytes
     if at != size:
@@ -159,7 +165,9 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
     return out
 
 
-def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
+def header_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> bytes:
     """Header for tensors (name, dtype, shape) stored in this order, padded to 8 bytes, with its length
     in front: what a safetensors file starts with."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}

@@ -420,7 +420,9 @@ def download_sparse(
                 def fetch(span: tuple[int, int]) -> None:
                     start, noted = span[0], span[0]
 
-                    def write_and_note(offset: int, data: bytes | memoryview) -> None:  # in order, within a span
+                    def write_and_note(
+                        offset: int, data: bytes | memoryview
+                    ) -> None:  # in order, within a span
                         nonlocal noted
                         write(offset, data)
                         if (end := offset + len(data)) - noted >= NOTED or end == span[1]:
@@ -429,7 +431,13 @@ def download_sparse(
 
                     length = span[1] - start
                     download_ranges(
-                        snapshot, path, [(start, length)], write_and_note, workers=1, progress=relay, cancel=watch.stop
+                        snapshot,
+                        path,
+                        [(start, length)],
+                        write_and_note,
+                        workers=1,
+                        progress=relay,
+                        cancel=watch.stop,
                     )
 
                 relay = _Relay(watch)

@@ -31,11 +31,17 @@ if triton is not None:
     from zoo.kernels.gated import tanh
     from zoo.kernels.launch import after_previous
 
+
 def preferring_cudnn(device: torch.device) -> AbstractContextManager[None]:
     """Within it SDPA takes cuDNN's kernel where it can: on an H100 1.9 times as fast as torch's flash kernel."""
     if device.type != "cuda":
         return nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
     return sdpa_kernel(order, set_priority=True)
 
 
@@ -128,7 +134,14 @@ def attention(
     and there is nothing else to do, the flash kernel otherwise."""
     t, s = q.shape[1], k.shape[1]
     whole = (window is None or window >= s) and (chunk is None or chunk >= s)
-    if whole and sinks is None and softcap is None and (s == t or t == 1) and start == s - t and q.dtype != torch.float64:
+    if (
+        whole
+        and sinks is None
+        and softcap is None
+        and (s == t or t == 1)
+        and start == s - t
+        and q.dtype != torch.float64
+    ):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=t > 1, scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
@@ -248,11 +261,16 @@ if triton is not None:
             begin = tl.maximum(begin, first // chunk * chunk)
         begin = begin // BLOCK_K * BLOCK_K
         end = tl.minimum(last, S)
-        clear = (first + 1) // BLOCK_K * BLOCK_K  # every query of the tile sees all keys up to here, without a window
+        clear = (
+            (first + 1) // BLOCK_K * BLOCK_K
+        )  # every query of the tile sees all keys up to here, without a window
         top = tl.full([BLOCK_Q], -1e30, dtype=tl.float32)
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         if SINKS:
-            top = tl.zeros([BLOCK_Q], dtype=tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
+            top = (
+                tl.zeros([BLOCK_Q], dtype=tl.float32)
+                + tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
+            )
             total = total + 1.0
         out = tl.zeros([BLOCK_Q, V], dtype=tl.float32)
         k_base = k_ptr + b * k_b + (h // GROUP) * k_h

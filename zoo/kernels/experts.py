@@ -90,7 +90,13 @@ def experts(
 
 
 def _few(
-    x: Tensor, chosen: Tensor, weights: Tensor, up: Weight, down: Weight, spec: MLP, weight_input: bool,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Weight,
+    down: Weight,
+    spec: MLP,
+    weight_input: bool,
     onto: Tensor | None,
 ) -> Tensor:
     (n, k), f = chosen.shape, down.k
@@ -161,7 +167,13 @@ def _tiles(w: Weight, rows: int, columns: int) -> Any:
 
 
 def _many(
-    x: Tensor, chosen: Tensor, weights: Tensor, up: Weight, down: Weight, spec: MLP, weight_input: bool,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Weight,
+    down: Weight,
+    spec: MLP,
+    weight_input: bool,
     onto: Tensor | None,
 ) -> Tensor:
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
@@ -220,11 +232,32 @@ if triton is not None:
         dtype = h_ptr.dtype.element_ty
         if WEIGHT_INPUT:  # x times its weight, rounded: a scale of the sum, but for that rounding
             y = scaled_rows_times(
-                x_ptr, tl.load(weights_ptr + pair).to(dtype).to(tl.float32), w_ptr, n, mask, K, ROWS, BLOCK, dtype
+                x_ptr,
+                tl.load(weights_ptr + pair).to(dtype).to(tl.float32),
+                w_ptr,
+                n,
+                mask,
+                K,
+                ROWS,
+                BLOCK,
+                dtype,
             )
         else:
             y = rows_times(
-                x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, False
+                x_ptr,
+                w_ptr,
+                s_ptr,
+                rows_ptr,
+                n,
+                mask,
+                K,
+                s_columns,
+                columns,
+                KIND,
+                ROWS,
+                BLOCK,
+                OVERLAP,
+                False,
             )
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
@@ -239,7 +272,9 @@ if triton is not None:
             tl.store(h_ptr + pair * F + n, y.to(dtype), mask=mask)
 
     @triton.jit
-    def scaled_rows_times(x_ptr, a, w_ptr, n, n_mask, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    def scaled_rows_times(
+        x_ptr, a, w_ptr, n, n_mask, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr
+    ):
         """`rows_times` of a x, with a x rounded to `DTYPE`, for a plain W."""
         k = tl.arange(0, BLOCK)
         at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
@@ -283,7 +318,9 @@ if triton is not None:
                     y = y.to(dtype).to(tl.float32)
             total += y
         if ONTO:
-            total = total.to(dtype).to(tl.float32) + tl.load(onto_ptr + token * N + n, mask=mask, other=0.0).to(tl.float32)
+            total = total.to(dtype).to(tl.float32) + tl.load(
+                onto_ptr + token * N + n, mask=mask, other=0.0
+            ).to(tl.float32)
         tl.store(out_ptr + token * N + n, total.to(dtype), mask=mask)
 
     @triton.jit
@@ -363,7 +400,19 @@ if triton is not None:
                 w = w_tiles.load([row, start])
             else:
                 w = weight_tile(
-                    w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                    w_ptr,
+                    s_ptr,
+                    rows_ptr,
+                    f,
+                    f_mask,
+                    start,
+                    K,
+                    s_columns,
+                    columns,
+                    KIND,
+                    BLOCK_N,
+                    BLOCK_K,
+                    dtype,
                 )
             gate = tl.dot(x, tl.trans(w), gate, input_precision=PRECISION)
             if GATED:
@@ -371,7 +420,19 @@ if triton is not None:
                     w = w_tiles.load([row + F, start])
                 else:
                     w = weight_tile(
-                        w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                        w_ptr,
+                        s_ptr,
+                        rows_ptr,
+                        f + F,
+                        f_mask,
+                        start,
+                        K,
+                        s_columns,
+                        columns,
+                        KIND,
+                        BLOCK_N,
+                        BLOCK_K,
+                        dtype,
                     )
                 up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
         if HAS_BIAS:
@@ -411,7 +472,19 @@ if triton is not None:
                 w = w_tiles.load([row, start])
             else:
                 w = weight_tile(
-                    w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+                    w_ptr,
+                    s_ptr,
+                    rows_ptr,
+                    n,
+                    n_mask,
+                    start,
+                    F,
+                    s_columns,
+                    columns,
+                    KIND,
+                    BLOCK_N,
+                    BLOCK_K,
+                    dtype,
                 )
             y = tl.dot(h, tl.trans(w), y, input_precision=PRECISION)
         if HAS_BIAS:
@@ -438,5 +511,7 @@ if triton is not None:
                     y = y.to(dtype).to(tl.float32)
             total += y
         if ONTO:
-            total = total.to(dtype).to(tl.float32) + tl.load(onto_ptr + token * N + n, mask=n < N, other=0.0).to(tl.float32)
+            total = total.to(dtype).to(tl.float32) + tl.load(
+                onto_ptr + token * N + n, mask=n < N, other=0.0
+            ).to(tl.float32)
         tl.store(out_ptr + token * N + n, total.to(dtype), mask=n < N)

@@ -38,7 +38,17 @@ def into_latent(q: Tensor, up: Tensor) -> Tensor:
     out = q.new_empty(b, h, r)
     block = min(128, power_of_2(r))
     _into[(ceil_div(r, block), h, b)](
-        q, up, out, n, r, *q.stride()[:2], *up.stride()[:2], N=power_of_2(n), BLOCK=block, num_warps=4, **overlap(q)
+        q,
+        up,
+        out,
+        n,
+        r,
+        *q.stride()[:2],
+        *up.stride()[:2],
+        N=power_of_2(n),
+        BLOCK=block,
+        num_warps=4,
+        **overlap(q),
     )
     return out
 
@@ -51,7 +61,17 @@ def out_of_latent(y: Tensor, up: Tensor) -> Tensor:
     out = y.new_empty(b, h, v)
     block = min(32, power_of_2(v))
     _out_of[(ceil_div(v, block), h, b)](
-        y, up, out, v, r, *y.stride()[:2], *up.stride()[:2], R=power_of_2(r), BLOCK=block, num_warps=4, **overlap(y)
+        y,
+        up,
+        out,
+        v,
+        r,
+        *y.stride()[:2],
+        *up.stride()[:2],
+        R=power_of_2(r),
+        BLOCK=block,
+        num_warps=4,
+        **overlap(y),
     )
     return out
 

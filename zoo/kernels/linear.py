@@ -29,7 +29,9 @@ if triton is not None:
     from zoo.kernels.weights import rows_times
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """x [.., K] @ weight [N, K]^T + bias, rounded; then + residual [.., N]."""
     y = F.linear(x, weight, bias)
     return y if residual is None else residual + y
@@ -43,7 +45,9 @@ def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, spec:
 def one_row(x: Tensor, w: Weight) -> bool:
     """Whether the kernels here serve x [.., K] and the weight: one row, on a GPU."""
     rows = x.numel() // x.shape[-1]
-    same = w.codes.dtype == x.dtype or (x.dtype == torch.float32 and w.codes.dtype in (torch.bfloat16, torch.float16))
+    same = w.codes.dtype == x.dtype or (
+        x.dtype == torch.float32 and w.codes.dtype in (torch.bfloat16, torch.float16)
+    )
     fits = w.kind != PLAIN or (same and w.codes.is_contiguous())
     return rows == 1 and has_triton(x) and fits and x.dtype != torch.float64 and x.is_contiguous()
 
@@ -105,7 +109,9 @@ if triton is not None:
             y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
         y = y.to(out_ptr.dtype.element_ty)
         if HAS_RESIDUAL:
-            y = (y.to(tl.float32) + tl.load(residual_ptr + n, mask=mask, other=0.0).to(tl.float32)).to(y.dtype)
+            y = (y.to(tl.float32) + tl.load(residual_ptr + n, mask=mask, other=0.0).to(tl.float32)).to(
+                y.dtype
+            )
         tl.store(out_ptr + n, y, mask=mask)
 
     @triton.jit

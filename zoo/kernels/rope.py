@@ -101,7 +101,9 @@ def place(
     b, t, h, d = q.shape
     kv, dv = v.shape[2:]
     if not place_fits(q, k, v, keys, values, norm):
-        return place_reference(q, k, v, keys, values, position, table, interleaved, q_norm, k_norm, norm, after)
+        return place_reference(
+            q, k, v, keys, values, position, table, interleaved, q_norm, k_norm, norm, after
+        )
     out = q.new_empty(b, t, h, d)
     cos, sin = table if table is not None else (q, q)
     heads = 4 if t == 1 else 8
@@ -226,4 +228,8 @@ if triton is not None:
         a = (x * cos.to(tl.float32)[None, :]).to(work).to(tl.float32)
         o = (y * sin.to(tl.float32)[None, :]).to(work).to(tl.float32)
         x = tl.where(turns[None, :], tl.where(first[None, :], a - o, a + o).to(work).to(tl.float32), x)
-        tl.store(out_ptr + ((b * T + t) * H + h)[:, None] * n_d + d[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + ((b * T + t) * H + h)[:, None] * n_d + d[None, :],
+            x.to(out_ptr.dtype.element_ty),
+            mask=mask,
+        )

@@ -70,7 +70,10 @@ def quantised(
         k = codes.shape[-2] * 32
         scale = scale.view(torch.uint8)
         return Weight(codes, n, k, MXFP4, scale, None, 32, bias)
-    if not scheme.startswith(("fp8-block", "fp8-channel")) or scale.dtype not in (torch.float32, torch.bfloat16):
+    if not scheme.startswith(("fp8-block", "fp8-channel")) or scale.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+    ):
         return None
     k = codes.shape[-1]
     rows, columns = block_size(scheme)
@@ -92,7 +95,16 @@ def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
     block_n, block_k = 32, 128
     grid = (ceil_div(w.k, block_k), ceil_div(w.n, block_n), out.numel() // (w.n * w.k))
     _expanded[grid](
-        *w.pointers[:3], out, w.n, w.k, *w.n_scales, w.columns, KIND=w.kind, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4
+        *w.pointers[:3],
+        out,
+        w.n,
+        w.k,
+        *w.n_scales,
+        w.columns,
+        KIND=w.kind,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
     )
     return out
 
@@ -148,7 +160,9 @@ if triton is not None:
                 s_at = s_ptr + row[:, None] + (first // columns)[None, :]
                 s = tl.load(s_at, mask=n_mask[:, None] & (first < K)[None, :], other=0.0).to(tl.float32)
                 ahead = start + BLOCK
-                w_next = tl.load(at + ahead, mask=n_mask[:, None, None] & (ahead + k < K)[None, :, :], other=0.0)
+                w_next = tl.load(
+                    at + ahead, mask=n_mask[:, None, None] & (ahead + k < K)[None, :, :], other=0.0
+                )
                 total += w.to(tl.float32) * s[:, :, None] * x[None, :, :]
                 w = w_next
             return tl.sum(tl.sum(total, 2), 1)
@@ -167,9 +181,13 @@ if triton is not None:
             total = tl.zeros([ROWS, G], dtype=tl.float32)
             for start in range(0, words, BLOCK // 8):
                 ahead = start + BLOCK // 8
-                w_next = tl.load(at + ahead, mask=n_mask[:, None, None] & (ahead + word < words)[None, :, :], other=0)
+                w_next = tl.load(
+                    at + ahead, mask=n_mask[:, None, None] & (ahead + word < words)[None, :, :], other=0
+                )
                 g_next = ahead // 4 + g
-                s_next = tl.load(s_at + ahead // 4, mask=n_mask[:, None] & (g_next < s_columns)[None, :], other=0)
+                s_next = tl.load(
+                    s_at + ahead // 4, mask=n_mask[:, None] & (g_next < s_columns)[None, :], other=0
+                )
                 part = tl.zeros([ROWS, G, 4], dtype=tl.float32)
                 for c in tl.static_range(4):
                     if c < 3:
@@ -201,7 +219,9 @@ if triton is not None:
             w = tl.load(at, mask=n_mask[:, None, None] & (byte < K // 2)[None, :, :], other=0)
             group = start // 32 + g
             s_at = s_ptr + n[:, None] * s_columns + group[None, :]
-            s = fp4_scale(tl.load(s_at, mask=n_mask[:, None] & (group < s_columns)[None, :], other=0))[:, :, None]
+            s = fp4_scale(tl.load(s_at, mask=n_mask[:, None] & (group < s_columns)[None, :], other=0))[
+                :, :, None
+            ]
             pair = tl.join((fp4(w) * s).to(DTYPE), (fp4(w >> 4) * s).to(DTYPE))
             return tl.reshape(pair, (BLOCK_N, BLOCK_K))
         else:
@@ -226,7 +246,9 @@ if triton is not None:
         w_ptr += e * N * (K // bytes_)
         s_ptr += e * s_rows * s_columns
         dtype = out_ptr.dtype.element_ty
-        w = weight_tile(w_ptr, s_ptr, rows_ptr, n, n < N, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype)
+        w = weight_tile(
+            w_ptr, s_ptr, rows_ptr, n, n < N, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype
+        )
         k = start + tl.arange(0, BLOCK_K)
         at = out_ptr + (e * N + n.to(tl.int64))[:, None] * K + k[None, :]
         tl.store(at, w, mask=(n < N)[:, None] & (k < K)[None, :])
