@@ -168,7 +168,7 @@ def test_a_cast_is_torchs(given_dtype: str, to: str, tmp_path: Path) -> None:
 def test_fp32_to_bf16_rounds_to_nearest_even_for_any_bits(bits: list[int]) -> None:
     import numpy as np
 
-    from zoo.mapping.decode import from_float
+    from zoo.quant.floats import from_float
 
     x = np.array(bits, np.uint32).view(np.float32)
     want = torch.from_numpy(x.copy()).to(torch.bfloat16)

@@ -2,8 +2,6 @@
 
 A loader gives any range of a tensor's elements, so that a tensor of any size passes through in pieces. Arrays
 here hold bit patterns: numpy has no bf16, so every element of 2 bytes is a uint16, of 4 a uint32.
-
-Casts round to nearest, ties to even; what overflows fp16 is refused rather than made infinite.
 """
 
 from __future__ import annotations
@@ -16,23 +14,21 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoo import quant
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
+from zoo.quant import host
+from zoo.quant.floats import bits, from_float, to_fp32
 from zoo.quant.schemes import block_size, scheme
 
 if TYPE_CHECKING:
-    import torch
-
     from zoo.mapping.moves import Array
 
 MAPPED = 64 << 20  # bytes of a source in memory per thread, where they are rearranged as they are
 MADE = 12 << 20  # elements, where something is made of them first
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Files:
@@ -94,11 +90,6 @@ def _short(file: str, end: int, wanted: int) -> ZooError:
     return ZooError(f"{file}: ends at byte {end}, {wanted} were expected: it changed or is truncated")
 
 
-def bits(dtype: str) -> Any:
-    """numpy dtype for the bit patterns of a safetensors dtype."""
-    return _BITS[ITEMSIZE[dtype]]
-
-
 @dataclass
 class Raw:
     """Elements as they are."""
@@ -131,45 +122,6 @@ class Cast:
     def read(self, at: int, n: int) -> Array:
         x = to_fp32(Raw(self.ref, self.files).read(at, n), self.ref.dtype)
         return from_float(x, self.dtype, self.ref.name)
-
-
-def to_fp32(x: Array, dtype: str) -> Array:
-    """Bit patterns of a float dtype -> fp32 values (fp64 stays fp64)."""
-    if dtype == "BF16":
-        wide = x.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    if dtype == "F16":
-        return x.view(np.float16).astype(np.float32)
-    if dtype in ("F32", "F64"):
-        return x.view(np.float32 if dtype == "F32" else np.float64)
-    raise ZooError(f"{dtype} cannot be converted to a float dtype")
-
-
-def from_float(x: Array, dtype: str, name: str) -> Array:
-    """fp32 (or fp64) values -> bit patterns of `dtype`, rounded to nearest even."""
-    if dtype == "F64":
-        return x.astype(np.float64).view(np.uint64)
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            half = x.astype(np.float16)
-        if np.isinf(half).any() and not np.isinf(x).any():
-            worst = float(np.abs(x[np.isfinite(x)]).max())
-            raise ZooError(f"{name}: {worst:g} is beyond fp16 (65504); convert with --dtype bf16 or fp32")
-        return half.view(np.uint16)
-    if x.dtype == np.float64:
-        x = x.astype(np.float32)
-    u = x.view(np.uint32)
-    if dtype == "F32":
-        return u
-    assert dtype == "BF16"
-    nan = np.isnan(x)
-    rounded = ((u + (((u >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
-    if nan.any():  # rounding up could carry a NaN into infinity: cut it, and keep it a NaN
-        rounded[nan] = (u[nan] >> 16).astype(np.uint16) | np.where(u[nan] & 0x7F0000, 0, 0x40).astype(
-            np.uint16
-        )
-    return rounded
 
 
 @dataclass
@@ -224,6 +176,8 @@ class Quantised:
             top = r // rows * rows
             end = min(last, top + rows)
             pieces.append(self._rows(top // rows, r - top, end - top))
+            if end < last or len(pieces) > 1:  # the next one goes into the same memory
+                pieces[-1] = pieces[-1].copy()
             r = end
         x = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         start = at - first * columns
@@ -240,17 +194,11 @@ class Quantised:
                 components[name] = self._whole(ref)
             else:
                 components[name] = self._part(ref, matrix, n_matrices, low, end, unit)
-        import torch
-
-        to = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[self.dtype]
-        out = quant.dequantise(self.scheme, components, (end - low,), to)
+        out = host.dequantise(self.scheme, components, self.dtype, self.codes.name)
         skip = (begin - low) * self.shape[-1]
-        flat: Array = out.reshape(-1).view(torch.int32 if self.dtype == "F32" else torch.int16).numpy()
-        return flat[skip:].view(bits(self.dtype))
+        return out.reshape(-1)[skip:]
 
-    def _part(
-        self, ref: TensorRef, matrix: int, n_matrices: int, low: int, end: int, unit: int
-    ) -> torch.Tensor:
+    def _part(self, ref: TensorRef, matrix: int, n_matrices: int, low: int, end: int, unit: int) -> Array:
         """The rows of a component that belong to logical rows [low, end) of a matrix."""
         per_matrix = ref.nbytes // n_matrices
         n_rows = -(-self.shape[-2] // unit)
@@ -258,21 +206,18 @@ class Quantised:
         a, b = low // unit, -(-end // unit)
         raw = self.files(ref.file, ref.offset + matrix * per_matrix + a * row, (b - a) * row)
         axis = len(self.shape) - 2  # of the rows, in the component as in the weight
-        return _tensor(raw, ref.dtype, (b - a, *ref.shape[axis + 1 :]))
+        return self._values(raw, ref, (b - a, *ref.shape[axis + 1 :]))
 
-    def _whole(self, ref: TensorRef) -> torch.Tensor:
-        return _tensor(self.files(ref.file, ref.offset, ref.nbytes), ref.dtype, ref.shape)
+    def _whole(self, ref: TensorRef) -> Array:
+        return self._values(self.files(ref.file, ref.offset, ref.nbytes), ref, ref.shape)
 
-
-def _tensor(raw: Array, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    import torch
-
-    types = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8,
-    }  # fmt: skip
-    return torch.frombuffer(raw, dtype=types[dtype]).reshape(shape)
+    def _values(self, raw: Array, ref: TensorRef, shape: tuple[int, ...]) -> Array:
+        """As `host` takes them: scales as fp32, but for mxfp4's exponents."""
+        if ref.dtype in ("I32", "I64"):
+            return raw.view(np.int32 if ref.dtype == "I32" else np.int64).reshape(shape)
+        if ref is self.codes or self.scheme == "mxfp4":
+            return raw.reshape(shape)
+        return np.asarray(to_fp32(raw.view(bits(ref.dtype)), ref.dtype), np.float32).reshape(shape)
 
 
 def bad_scales(ref: TensorRef, files: Files) -> str | None:

@@ -16,8 +16,8 @@ file is consumed when `feed` returns, unless a later file must be read together 
 and consumed in an interrupted run is not wanted again. Work within a file is spread over threads.
 
 Renaming, fusing and stacking move whole runs of bytes from file to file: no tensor library is imported and
-memory does not grow with the checkpoint. numpy comes in where elements are rearranged or cast, torch where
-quantised weights are dequantised.
+memory does not grow with the checkpoint. numpy comes in where elements are rearranged, cast or
+dequantised; torch never.
 """
 
 from __future__ import annotations
@@ -446,17 +446,7 @@ class Execution:
                 through.append(
                     Rearrange(self._raw(ref), dst, at, ITEMSIZE[ref.dtype], loops(box, whole), 0, 0)
                 )
-        if any(o.scheme for o, _ in units):
-            import torch
-
-            before = torch.get_num_threads()
-            torch.set_num_threads(1)  # the threads here are the parallelism
-            try:
-                self.mover.run(copies, through)
-            finally:
-                torch.set_num_threads(before)
-        else:
-            self.mover.run(copies, through)
+        self.mover.run(copies, through)
         for o, k in replicas:
             self._compare(o, k)
 

@@ -36,10 +36,9 @@ Loop = tuple[int, int, int]
 
 RUN = 32 << 10  # bytes; shorter runs go through memory: a system call each would cost more than the copy
 COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
-BUFFER = (
-    512 << 10
-)  # bytes of one thread's copies. Larger writes make the page cache ask for larger runs of free
-# memory; on a virtual machine those may be untouched yet, and then cost several times the copy.
+# Bytes of one thread's copies. Larger writes make the page cache ask for larger runs of free memory; on a
+# virtual machine those may be untouched yet, and then cost several times the copy.
+BUFFER = 512 << 10
 PAGE = 4096
 STRIPE = 1 << 20  # bytes rearranged and written at a time
 TILE = 128  # rows and columns transposed at a time, of elements of two bytes
@@ -330,10 +329,12 @@ def rearranged(view: Array) -> Array:
     per element, so planes go tile by tile."""
     import numpy as np
 
+    from zoo.scratch import scratch
+
     wide = [a for a in range(view.ndim - 1) if view.shape[a] >= 16]
     if view.strides[-1:] == (view.itemsize,) or view.size < 1 << 12 or not wide:
         return np.ascontiguousarray(view)
-    out = _array("rearranged", view.shape, view.dtype)
+    out = scratch("rearranged", view.shape, view.dtype)
     # A plane: the last axis of what is made, and the source's innermost of some length; each perhaps of two axes.
     last = [view.ndim - 1]
     if view.shape[-1] <= 8 and view.ndim > 2 and wide != [view.ndim - 2]:
@@ -362,15 +363,17 @@ def _transpose(source: Array, out: Array) -> None:
     """out [N, n, M, m] = source [M, m, N, n], in three passes: into compact tiles, tile by tile transposed, out of
     the tiles. Each pass is one call of numpy: a call per tile would have the threads wait for the interpreter.
     Rows of a tile lie a cache line further apart than they are long, or they would share few lines of the cache."""
+    from zoo.scratch import scratch
+
     m, m2, n, n2 = source.shape
     size = source.itemsize
     a, b = _tile(m, size * m2), _tile(n, size * n2)
     i, j = m // a, n // b  # whole tiles
     if i and j:
         pad = 64 // size
-        tiles = _array("tiles", (i, j, a * m2, b * n2 + pad), source.dtype)[..., : b * n2]
+        tiles = scratch("tiles", (i, j, a * m2, b * n2 + pad), source.dtype)[..., : b * n2]
         tiles = tiles.reshape(i, j, a, m2, b, n2)
-        turned = _array("turned", (i, j, b, n2, a, m2), source.dtype)
+        turned = scratch("turned", (i, j, b, n2, a, m2), source.dtype)
         tiles[...] = _tiled(source, i, a, j, b)
         turned[...] = tiles.transpose(0, 1, 4, 5, 2, 3)
         _tiled(out, j, b, i, a).swapaxes(0, 1)[...] = turned
@@ -391,23 +394,6 @@ def _tile(n: int, nbytes: int) -> int:
     for, and such that tiles fill the axis, if possible."""
     most = max(TILE * 2 // max(nbytes, 2), 8)
     return next((t for t in range(most, most // 2, -8) if n % t == 0), most)
-
-
-def _array(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    out: Array = scratch(name, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-    return out
-
-
-def scratch(name: str, n: int) -> Array:
-    """`n` bytes that this thread uses again whenever it asks for them by this name: fresh memory costs a page
-    fault per 4 KiB, as much as the copy itself."""
-    import numpy as np
-
-    held: dict[str, Array] = _memory.__dict__.setdefault("held", {})
-    if name not in held or held[name].nbytes < n:
-        held.pop(name, None)
-        held[name] = np.empty(n, np.uint8)
-    return held[name][:n]
 
 
 def _runs(loop: Iterable[Loop], side: int) -> tuple[list[Loop], list[Loop]]:

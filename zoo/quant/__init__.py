@@ -5,7 +5,8 @@
     dequantise(components: dict[str, torch.Tensor], parts: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 
 of components named as in `schemes` ("weight" are the codes), giving the logical weight [..., out, in];
-those of schemes with a block size take it as a further argument `block=(rows, columns)`.
+those of schemes with a block size take it as a further argument `block=(rows, columns)`. `host` has all of
+them in numpy.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from zoo.errors import ZooError
 from zoo.quant import nibbles
 from zoo.quant.fp8 import CHUNK, multiply
+from zoo.quant.host import check_shape
 
 _PAIRS = nibbles.table([float(n - 8) for n in range(16)])
 
@@ -30,7 +31,7 @@ def dequantise(
     if rows != sum(parts):
         raise ZooError(f"int4 codes have {rows} rows, expected {sum(parts)}")
     if (shape := components.get("shape")) is not None:
-        check_shape(shape, parts, columns)
+        check_shape(shape.tolist(), parts, columns)
     width = math.ceil(columns / block[1])
     if scale.shape != (*lead, rows, width):
         raise ZooError(
@@ -49,11 +50,3 @@ def dequantise(
         multiply(values[:n], scale[at : at + n], block[1])
         out[at : at + n] = values[:n]
     return out.reshape(*lead, rows, columns)
-
-
-def check_shape(shape: torch.Tensor, parts: tuple[int, ...], columns: int) -> None:
-    """`shape` holds [rows, columns] of every part of every expert; the codes may be some rows of them."""
-    for n, found in enumerate(shape.reshape(-1, 2).tolist()):
-        want = [parts[n % len(parts)], columns]
-        if found[0] < want[0] or found[1] != want[1]:
-            raise ZooError(f"weight_shape says {found}, the packed codes hold {want}")

@@ -11,9 +11,9 @@ import torch
 from zoo.errors import ZooError
 from zoo.quant import nibbles
 from zoo.quant.fp8 import CHUNK, exponents
+from zoo.quant.host import GROUP
+from zoo.quant.host import MXFP4 as VALUES
 
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-GROUP = 32
 _PAIRS = nibbles.table(VALUES)
 
 
