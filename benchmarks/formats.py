@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from zoo.formats import open_checkpoint
-from zoo.quant import dequantise, ggml
+from zoo.quant import dequantise, ggml, host
 
 
 def cpu_seconds(f: Callable[[], Any], rounds: int) -> float:
@@ -52,8 +52,8 @@ def decode(rounds: int) -> list[dict[str, Any]]:
     rows, columns = 512, 7168
     n = rows * columns
     cases: list[tuple[str, str, Callable[[], Any], int]] = []
-    for name, t in ggml.TYPES.items():
-        raw = rng.integers(0, 120, n // t.block * t.nbytes, dtype=np.uint8)
+    for name in ggml.TYPES:
+        raw = rng.integers(0, 120, ggml.nbytes(name, (rows, columns)), dtype=np.uint8)
         cases.append(
             (name, "fp32", lambda raw=raw, name=name: ggml.dequantise(raw, name, (rows, columns)), 4)
         )
@@ -61,6 +61,16 @@ def decode(rounds: int) -> list[dict[str, Any]]:
     def scheme(name: str, dtype: torch.dtype, **parts: torch.Tensor) -> None:
         short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         cases.append((name, short, lambda: dequantise(name, parts, (rows,), dtype), dtype.itemsize))
+        arrays = {
+            k: p.numpy() if p.dtype in (torch.uint8, torch.int32) else p.float().numpy()
+            for k, p in parts.items()
+        }
+        if parts["weight"].dtype == torch.float8_e4m3fn:
+            arrays["weight"] = parts["weight"].view(torch.uint8).numpy()
+        to = {"bf16": "BF16", "fp32": "F32"}[short]
+        cases.append(
+            (f"{name} (numpy)", short, lambda: host.dequantise(name, arrays, to, name), dtype.itemsize)
+        )
 
     codes = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     byte = torch.from_numpy(rng.integers(0, 256, (rows, columns // 32, 16), dtype=np.uint8))
@@ -77,7 +87,7 @@ def decode(rounds: int) -> list[dict[str, Any]]:
             {"type": name, "to": dtype_, "ns_per_element": seconds / n * 1e9, "copy_ns": copy / n * 1e9}
         )
         print(
-            f"{name:14} to {dtype_}: {seconds / n * 1e9:6.2f} ns per element (copying it: {copy / n * 1e9:.2f})"
+            f"{name:20} to {dtype_}: {seconds / n * 1e9:6.2f} ns per element (copying it: {copy / n * 1e9:.2f})"
         )
     return out
 
@@ -146,8 +156,8 @@ def write_gguf(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], laye
         f.write(b"\0" * (-f.tell() % 32))
         for kind, n in sizes:
             if kind not in block:
-                t = ggml.TYPES[kind]
-                raw = np.random.default_rng(0).integers(0, 100, (4096, t.nbytes), dtype=np.uint8)
+                nbytes = ggml.nbytes(kind, (256,)) // (8 if kind == "Q8_0" else 1)  # of a block
+                raw = np.random.default_rng(0).integers(0, 100, (4096, nbytes), dtype=np.uint8)
                 half = np.frombuffer(struct.pack("<e", 0.01), np.uint8)
                 for start in {"Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}.get(kind, ()):
                     raw[:, start : start + 2] = half
@@ -265,8 +275,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [p for p in args.parts if p not in parts]:
         parser.error(f"no part {unknown[0]!r}; known: {', '.join(parts)}")
-    results: dict[str, Any] = {"machine": bench.machine()}
-    results["machine"]["command"] = " ".join(["python", "benchmarks/formats.py", *sys.argv[1:]])
+    bench.touch_memory()
+    results: dict[str, Any] = {"machine": bench.machine("formats.py")}
     for part in args.parts or parts:
         if part in ("decode", "headers"):
             results[part] = {"decode": decode, "headers": headers}[part](args.rounds)

@@ -238,7 +238,7 @@ def main() -> None:
     if a.json:
         from convert import machine
 
-        about = machine() | {"command": " ".join(["python", "benchmarks/verify.py", *sys.argv[1:]])}
+        about = machine("verify.py")
         a.json.write_text(json.dumps({"machine": about, "results": figures}, indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError
 
-CHUNK = 1 << 16  # elements at a time: what is made of them stays in a core's cache
+CHUNK = 1 << 18  # elements at a time: what is made of them stays in a core's cache
 TYPES = (
     "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0",
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
@@ -58,7 +58,10 @@ def dequantise(
     step = CHUNK // block
     with np.errstate(over="ignore", invalid="ignore"):  # what a damaged scale gives shows as inf or NaN
         for at in range(0, len(blocks), step):
-            out[at : at + step] = dequantize(blocks[at : at + step], kind)
+            row = blocks[at : at + step].reshape(
+                1, -1
+            )  # `gguf` takes 16 rows per call of numpy: 16 blocks otherwise
+            out[at : at + step] = dequantize(row, kind).reshape(-1, block)
     return out.reshape(shape)
 
 
