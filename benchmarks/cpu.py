@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from gpu import active_bytes
+
 PROMPT, NEW = 256, 16
 QWEN = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 32768, "head_dim": 128, "torch_dtype": "bfloat16",
@@ -81,6 +84,19 @@ def pairs(ours: Callable[[], object], theirs: Callable[[], object], times: int) 
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in taken)
 
 
+def gemv_rate() -> float:
+    """GB/s of weights that torch's bf16 product of one row reads."""
+    import torch
+
+    w, x = torch.randn(65536, 2048).bfloat16(), torch.randn(1, 2048).bfloat16()
+    taken = []
+    for _ in range(9):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        taken.append(time.perf_counter() - start)
+    return w.nbytes / statistics.median(taken) / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -91,6 +107,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     rows = []
+    limit = gemv_rate()
     for name, config in SHAPES.items():
         ours, theirs = our_model(config), their_model(config)
         ids = torch.randint(0, config["vocab_size"], (1, PROMPT))
@@ -112,6 +129,9 @@ def main() -> None:
         ):
             x, y, ratio = pairs(a, b, args.pairs)
             rows.append({"what": f"{name}: {what}", "zoo ms": x, "transformers ms": y, "ratio": ratio})
+            if what.startswith("decode"):  # its prompt of 8 is another pass, of more rows
+                rows[-1]["GB/s"] = active_bytes(ours) / (x / NEW) / 1e6
+                rows[-1]["GB/s of one product"] = limit
             print(
                 f"{rows[-1]['what']:55} zoo {x:8.0f} ms  transformers {y:8.0f} ms  {ratio:.2f}x", flush=True
             )
@@ -127,7 +147,7 @@ def main() -> None:
     )
     result = {
         "device": model or platform.processor(), "threads": args.threads, "torch": torch.__version__,
-        "transformers": transformers.__version__, "command": " ".join(["python", *sys.argv]),
+        "transformers": transformers.__version__, "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": rows,
     }  # fmt: skip
     runs = json.loads(out.read_text()) if out.exists() else []

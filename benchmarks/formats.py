@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import struct
 import sys
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 
 from zoo.formats import open_checkpoint
+from zoo.formats.base import ITEMSIZE
 from zoo.quant import dequantise, ggml, host
 
 
@@ -147,7 +149,7 @@ def write_gguf(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], laye
     for name, kind, shape in [*tensors, ("token_embd.weight", "Q8_0", (2048, 2048))]:
         dims = shape[::-1]
         infos += string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, numbers[kind], at)
-        n = ggml.nbytes(kind, shape)
+        n = ggml.nbytes(kind, shape) if ggml.is_block_type(kind) else math.prod(shape) * ITEMSIZE[kind]
         sizes.append((kind, n))
         at += -(-n // 32) * 32
     block: dict[str, bytes] = {}
@@ -156,7 +158,8 @@ def write_gguf(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], laye
         f.write(b"\0" * (-f.tell() % 32))
         for kind, n in sizes:
             if kind not in block:
-                nbytes = ggml.nbytes(kind, (256,)) // (8 if kind == "Q8_0" else 1)  # of a block
+                block_type = ggml.is_block_type(kind)
+                nbytes = ggml.nbytes(kind, (32 if kind == "Q8_0" else 256,)) if block_type else ITEMSIZE[kind]
                 raw = np.random.default_rng(0).integers(0, 100, (4096, nbytes), dtype=np.uint8)
                 half = np.frombuffer(struct.pack("<e", 0.01), np.uint8)
                 for start in {"Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}.get(kind, ()):

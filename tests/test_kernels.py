@@ -1,7 +1,8 @@
 """Each Triton kernel computes what its plain twin computes, also where shapes are no multiples of its tiles.
 
-Here the kernels run in Triton's interpreter, on the CPU and in fp32 (it truncates where bf16 rounds). What
-is compiled for a GPU is held to transformers by benchmarks/gpu_parity.py, in fp32 and bf16.
+The kernels run in Triton's interpreter, on the CPU and in fp32 (it truncates where bf16 rounds); and, where there
+is a GPU, compiled for it. Whole models on a GPU are held to transformers by benchmarks/gpu_parity.py, in fp32
+and bf16.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED = not INTERPRETED and torch.cuda.is_available()
 
 if not INTERPRETED:  # the switch must be set before Triton is imported
 
@@ -28,7 +31,8 @@ if not INTERPRETED:  # the switch must be set before Triton is imported
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
         assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-300:]
 
-else:
+
+if INTERPRETED or COMPILED:
     from zoo.kernels import attention, experts, gated, latent, launch, linear, norm, rope, route, weights
     from zoo.quant import dequantise
     from zoo.spec import MLP, Norm, Router
@@ -42,8 +46,10 @@ else:
         assert (a - b).abs().max() <= 2e-5 * scale * max(1.0, float(b.abs().max()))
 
     @pytest.fixture(autouse=True)
-    def seed() -> None:
+    def seeded_on_the_device() -> Iterator[None]:
         torch.manual_seed(0)
+        with torch.device("cuda" if COMPILED else "cpu"):
+            yield
 
     def test_the_kernels_are_what_runs_here() -> None:
         assert launch.has_triton(rand(1))
@@ -178,7 +184,7 @@ else:
         assert torch.equal(chosen.long(), expected)
         close(shares, expected_shares)
 
-    @pytest.mark.parametrize("shape", [(5, 2, 7), (130, 3, 10), (1, 1, 4)])
+    @pytest.mark.parametrize("shape", [(5, 2, 7), (130, 3, 10), (1, 1, 4), (50, 6, 1000)])
     def test_pairs_sorted_by_expert(shape: tuple[int, int, int]) -> None:
         tokens, top_k, n_experts = shape
         chosen = torch.stack([torch.randperm(n_experts)[:top_k] for _ in range(tokens)]).int()

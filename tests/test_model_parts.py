@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.kernels import product
 from zoo.kernels.rope import rotate
 from zoo.model import attention, delta, mamba, moe, norm, rope
 from zoo.model.cache import Context, State, Visible
@@ -328,3 +329,24 @@ def test_short_convolution_sees_the_last_tokens_of_the_piece_before() -> None:
         state = State(torch.zeros(2, 3, 6), torch.zeros(0))
         pieces = [conv(p, state) for p in x.split((1, 2, 5, 1, 1, 1), 1)]
     close(torch.cat(pieces, 1), expected.detach())
+
+
+# --- products -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wide", [1, 100, 1 << 19])  # elements widened at a time: less than a row, some, all
+def test_a_product_widened_to_fp32_is_rounded_once(
+    dtype: torch.dtype, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "_native", lambda _: False)
+    monkeypatch.setattr(product, "WIDE", wide)
+    x, w = rand(3, 5, 24).to(dtype), rand(17, 24).to(dtype)
+    b = rand(17).to(dtype) if bias else None
+    exact = x.double() @ w.double().T + (0 if b is None else b.double())
+    found = product.product(x, w, b)
+    assert found.dtype == dtype
+    assert found.shape == (3, 5, 17)
+    spacing = torch.finfo(dtype).eps * exact.abs()  # two neighbours are at most this far apart
+    assert ((found.double() - exact).abs() <= spacing / 2 + 1e-6).all()

@@ -10,9 +10,10 @@ could be, and programs without a tile return. Weights are plain, fp8 or mxfp4; p
 copy engine where there is one.
 
 Margin on an H100, 2048 tokens, bf16, sorting and summing included, against torch's `_grouped_mm` with the
-gathering around it: 128 experts of 768 x 2048, top 8: 649 and 1061 us; 32 of 2880 x 2880, top 4: 1041 and
-1264; 16 of 8192 x 5120, top 1: 1740 and 2259; 256 of 2048 x 7168, top 8: 9240 and 9690 (reading the weights
-once takes 7490). One token of gpt-oss-20b: 83 us in bf16, 62 in mxfp4.
+gathering around it: 128 experts of 768 x 2048, top 8: 576 and 1061 us; 32 of 2880 x 2880, top 4: 1024 and
+1264; 16 of 8192 x 5120, top 1: 1740 and 2259; 256 of 2048 x 7168, top 8: 8080 and 9690 (reading the weights
+once takes 7490). Programs that read the same rows of x run one after the other: the other way round, x came from
+memory once for each, and the last of these took 9230.
 """
 
 from __future__ import annotations
@@ -120,16 +121,19 @@ def _few(
 
 def sort_by_expert(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """chosen [N, k] -> the pairs in order of their expert [N k], equal ones in order; and how many each expert
-    has [E]. int32. A counting sort: blocks count, then place, their pairs."""
-    pairs, block = chosen.numel(), 64
+    has [E]. int32. A counting sort: blocks count, then place, their pairs, each adding up the counts itself."""
+    pairs, e = chosen.numel(), power_of_2(n_experts)
+    block = max(16, min(128 if pairs <= 1 << 16 else 256, 32768 // e))
     blocks = ceil_div(pairs, block)
-    counts = torch.empty(n_experts, blocks, dtype=torch.int32, device=chosen.device)
+    counts = torch.empty(blocks, n_experts, dtype=torch.int32, device=chosen.device)
     totals = torch.empty(n_experts, dtype=torch.int32, device=chosen.device)
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
-    shape = dict(E=power_of_2(n_experts), BLOCK=block, num_warps=8)
-    _count[(blocks,)](chosen, counts, pairs, n_experts, blocks, **shape)
-    upto = counts.cumsum(1, dtype=torch.int32)
-    _place_pairs[(blocks,)](chosen, counts, upto, order, totals, pairs, n_experts, blocks, **shape)
+    warps = 4 if e <= 128 else 8
+    _count[(blocks,)](chosen, counts, pairs, n_experts, E=e, BLOCK=block, num_warps=warps)
+    _place_pairs[(blocks,)](
+        chosen, counts, order, totals, pairs, n_experts, blocks,
+        E=e, BLOCK=block, COUNTS=max(1, 16384 // e), num_warps=warps,
+    )  # fmt: skip
     return order, totals
 
 
@@ -149,7 +153,7 @@ def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int,
         return 16 if average <= 16 else 32, 128, 64, 4, 3
     if kind != PLAIN:
         return 128, 128, 64, 8, 3
-    return (128, 256, 64, 8, 4) if average > 96 else (128, 256, 128, 8, 2)
+    return (128, 256, 64, 8, 4) if average > 96 else (128, 128, 128, 8, 3)
 
 
 def _bulk(x: Tensor, w: Weight) -> bool:
@@ -190,13 +194,13 @@ def _many(
     )  # fmt: skip
     half = block_n // 2 if spec.gated else block_n
     bulk = _bulk(x, up) and _bulk(x, down)
-    _many_up[(tiles, ceil_div(f, half))](
+    _many_up[(tiles * ceil_div(f, half),)](
         _tiles(up, half, block_k) if bulk else x, x, order, counts, weights, *up.pointers, h, n_experts, k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
         WEIGHT_INPUT=weight_input, BULK=bulk, BLOCK_N=half, **common,
     )  # fmt: skip
-    _many_down[(tiles, ceil_div(down.n, block_n))](
+    _many_down[(tiles * ceil_div(down.n, block_n),)](
         _tiles(down, block_n, block_k) if bulk else h, h, order, counts, *down.pointers, y, n_experts, f, down.n,
         *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BULK=bulk, BLOCK_N=block_n, **common,
     )  # fmt: skip
@@ -324,24 +328,28 @@ if triton is not None:
         tl.store(out_ptr + token * N + n, total.to(dtype), mask=mask)
 
     @triton.jit
-    def _count(chosen_ptr, counts_ptr, n_pairs, n_experts, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
+    def _count(chosen_ptr, counts_ptr, n_pairs, n_experts, E: tl.constexpr, BLOCK: tl.constexpr):
         block = tl.program_id(0)
         p, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
         expert = tl.load(chosen_ptr + p, mask=p < n_pairs, other=-1).to(tl.int32)
         counts = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
-        tl.store(counts_ptr + e * n_blocks + block, counts, mask=e < n_experts)
+        tl.store(counts_ptr + block * n_experts + e, counts, mask=e < n_experts)
 
     @triton.jit
     def _place_pairs(
-        chosen_ptr, counts_ptr, upto_ptr, order_ptr, totals_ptr, n_pairs, n_experts, n_blocks,
-        E: tl.constexpr, BLOCK: tl.constexpr,
+        chosen_ptr, counts_ptr, order_ptr, totals_ptr, n_pairs, n_experts, n_blocks,
+        E: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
-        p, e = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
+        p, e, b = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E), tl.arange(0, COUNTS)
         real = e < n_experts
-        totals = tl.load(upto_ptr + e * n_blocks + n_blocks - 1, mask=real, other=0)
-        before = tl.load(upto_ptr + e * n_blocks + block, mask=real, other=0)
-        before -= tl.load(counts_ptr + e * n_blocks + block, mask=real, other=0)
+        totals, before = tl.zeros([E], dtype=tl.int32), tl.zeros([E], dtype=tl.int32)
+        for first in range(0, n_blocks, COUNTS):
+            at = first + b
+            mask = (at < n_blocks)[:, None] & real[None, :]
+            counts = tl.load(counts_ptr + at[:, None] * n_experts + e[None, :], mask=mask, other=0)
+            totals += tl.sum(counts, 0)
+            before += tl.sum(tl.where((at < block)[:, None], counts, 0), 0)
         if block == 0:
             tl.store(totals_ptr + e, totals, mask=real)
         start = tl.cumsum(totals, 0) - totals + before  # where this block's first pair of each expert goes
@@ -372,15 +380,19 @@ if triton is not None:
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        e, first, left = tile_of(tl.program_id(0), counts_ptr, n_experts, E, BLOCK_M)
+        across = tl.cdiv(
+            F, BLOCK_N
+        )  # tiles that read the same rows of x; one after the other, they find them in L2
+        e, first, left = tile_of(tl.program_id(0) // across, counts_ptr, n_experts, E, BLOCK_M)
         if left <= 0:
             return
-        row = e * N + tl.program_id(1) * BLOCK_N  # of the weights of all experts, one below the other
+        column = tl.program_id(0) % across * BLOCK_N
+        row = e * N + column  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
         m_mask = m < left
         pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
-        f = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        f = column + tl.arange(0, BLOCK_N)
         f_mask = f < F
         dtype = h_ptr.dtype.element_ty
         bytes_: tl.constexpr = 2 if KIND == 2 else 1
@@ -450,14 +462,16 @@ if triton is not None:
         n_experts, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        e, first, left = tile_of(tl.program_id(0), counts_ptr, n_experts, E, BLOCK_M)
+        across = tl.cdiv(N, BLOCK_N)
+        e, first, left = tile_of(tl.program_id(0) // across, counts_ptr, n_experts, E, BLOCK_M)
         if left <= 0:
             return
-        row = e * N + tl.program_id(1) * BLOCK_N  # of the weights of all experts, one below the other
+        column = tl.program_id(0) % across * BLOCK_N
+        row = e * N + column  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
         m_mask = m < left
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = column + tl.arange(0, BLOCK_N)
         n_mask = n < N
         dtype = y_ptr.dtype.element_ty
         bytes_: tl.constexpr = 2 if KIND == 2 else 1

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import linear, one_row
+from zoo.kernels.product import product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 
 
@@ -50,7 +50,7 @@ class Weights(nn.Module):
         """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
         if has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
             return linear(x, w, onto)
-        y = F.linear(x, self.dense(x.dtype), self.offset(x.dtype))
+        y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
@@ -94,7 +94,7 @@ class Stacked(Weights):
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """x [N, in] by the map of one expert: [N, out]."""
-        return F.linear(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
+        return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
 
 
 class Table(nn.Module):
@@ -110,4 +110,4 @@ class Table(nn.Module):
         """x [..., d] -> [..., rows]."""
         if one_row(x, w := plain(self.weight)):
             return linear(x, w)
-        return F.linear(x, self.weight)
+        return product(x, self.weight)
