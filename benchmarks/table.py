@@ -90,9 +90,44 @@ def other(newest: Run, rows: dict[str, Run]) -> str:
     return "\n\n".join(parts)
 
 
+WHAT = {
+    "dense": "dense, renamed and fused",
+    "moe": "mixture of experts, stacked",
+    "export": "export of the dense one",
+    "transposed": "GPT-2's transposed weights",
+    "interleaved": "gpt-oss in bf16: transposed, rows of gate and up alternating",
+    "pickle": "`pytorch_model.bin`",
+    "meta": "Meta's rank files, rows in interleaved RoPE order",
+    "fp8": "fp8 to bf16",
+    "mxfp4": "mxfp4 to bf16",
+    "cast": "bf16 to fp32",
+}
+
+
+def converting(found: Run) -> str:
+    """The section about benchmarks/convert.py."""
+    m, rows = found["machine"], []
+    for r in found["results"]:
+        u = r.get("upstream")
+        rows.append([
+            WHAT[r["case"]], f"{r['source_tensors']:,}", f"{r['output_bytes'] / 1e9:.1f}", ms(r["seconds"]["cp"]), ms(r["seconds"]["zoo"]),
+            f"{r['ratio']:.2f}", f"{r['goal']:.2f}", f"{r['rss_mib']:.0f}",
+            f"{u['ratio']:.1f} x, {u['rss_mib']:,.0f} MiB" if u else "",
+        ])  # fmt: skip
+    head = [
+        "", "tensors", "GB written", "`cp -r`, s", "zoo, s", "times `cp`", "goal", "peak RSS, MiB", "transformers, load and save",
+    ]  # fmt: skip
+    return (
+        f"\n## Converting\n\n{m['cpu']}, {m['cores']} cores, {m['memory_mib'] / 1024:.0f} GiB, {m['date'][:10]}; "
+        f"`{m['command']}`. Medians of {len(found['results'][0]['runs'])} pairs, start-up included, source in the page cache. "
+        "Where more is written than read, `cp` copies what is written.\n\n" + table(head, rows) + "\n"
+    )
+
+
 def main() -> None:
     runs: list[Run] = json.loads((RESULTS / "gpu.json").read_text())
     newest, rows = merged(runs)
+    converted: Run = json.loads((RESULTS / "convert.json").read_text())
     where = (
         f"{newest['device']}, torch {newest['torch']}, triton {newest['triton']}, transformers {newest['transformers']}, "
         f"{newest['date'][:10]}; a device copy moves {newest['copy TB/s']:.2f} TB/s."
@@ -106,23 +141,38 @@ def main() -> None:
     if (RESULTS / "cpu.json").exists():
         c = json.loads((RESULTS / "cpu.json").read_text())[-1]
         lines = [
-            [r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x"] for r in c["rows"]
+            [
+                r["what"],
+                ms(r["zoo ms"]),
+                ms(r["transformers ms"]),
+                f"{r['ratio']:.2f}x",
+                f"{r['GB/s']:.1f} of {r['GB/s of one product']:.1f}" if "GB/s" in r else "",
+            ]
+            for r in c["rows"]
         ]
         cpu = (
             f"\n## CPU\n\n{c['device']}, {c['threads']} threads, torch {c['torch']}, transformers {c['transformers']}, "
-            f"{c['date'][:10]}. Medians of pairs, bf16.\n\n"
-            + table(["", "zoo, ms", "transformers, ms", "faster"], lines)
+            f"{c['date'][:10]}. Medians of pairs, bf16. *GB/s*: weights that a token visits, and what one matrix-vector "
+            "product reads; a prompt of 8 tokens counts as a token.\n\n"
+            + table(["", "zoo, ms", "transformers, ms", "faster", "GB/s"], lines)
             + "\n"
         )
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n"
         f"{speed(rows)}\n\n{other(newest, rows)}\n{cpu}"
+        f"{converting(converted)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
     readme = ROOT / "README.md"
     text = readme.read_text()
     if BEGIN in text:
-        made = f"{BEGIN}\n{where}\n\n{speed(rows)}\n{END}"
+        moved = {r["case"]: r for r in converted["results"]}
+        said = (
+            f"Converting a checkpoint of {moved['dense']['output_bytes'] / 1e9:.0f} GB takes {moved['dense']['ratio']:.1f} times "
+            f"as long as `cp -r` of it and {moved['dense']['rss_mib']:.0f} MiB of memory; loading and saving it with "
+            f"transformers takes {moved['dense']['upstream']['ratio']:.0f} times as long and {moved['dense']['upstream']['rss_mib']:,.0f} MiB."
+        )
+        made = f"{BEGIN}\n{said}\n\n{where}\n\n{speed(rows)}\n{END}"
         text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: made, text, flags=re.S)
         readme.write_text(text)
 

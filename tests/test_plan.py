@@ -8,14 +8,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from assemble import assemble
 from safetensors.torch import load_file, save_file
-from tiny.names import released_tensors
+from tiny.names import holes, released_tensors
 
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
@@ -192,29 +191,6 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found,) = (p for p in (ROOT / "manifests" / "configs").glob("deepseek-v3.config.json"))
     config = json.loads(found.read_text())
     return holes(tmp_path_factory.mktemp("deepseek"), config, released_tensors(config, mtp=1, quantised=True))
-
-
-def holes(dst: Path, config: dict[str, Any], tensors: dict[str, Any], shard: float = 4.3e9) -> Path:
-    (dst / "config.json").write_text(json.dumps(config))
-    shards: list[dict[str, Any]] = [{}]
-    sizes = [0]
-    for name, t in tensors.items():
-        if sizes[-1] > shard:
-            shards.append({})
-            sizes.append(0)
-        offsets = [sizes[-1], sizes[-1] + t.nbytes]
-        shards[-1][name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
-        sizes[-1] += t.nbytes
-    weight_map = {}
-    for k, (header, size) in enumerate(zip(shards, sizes, strict=True)):
-        file = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(header, file)
-        raw = json.dumps(header).encode()
-        with (dst / file).open("wb") as f:
-            f.write(len(raw).to_bytes(8, "little") + raw)
-            f.truncate(8 + len(raw) + size)
-    (dst / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return dst
 
 
 SCRIPT = """

@@ -8,10 +8,12 @@ release and `save_pretrained` differ.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -406,3 +408,27 @@ def _mxfp4(name: str, t: Tensor) -> dict[str, Tensor]:
         f"{name}_blocks": Tensor("U8", (experts, rows, columns // 32, 16)),
         f"{name}_scales": Tensor("U8", (experts, rows, columns // 32)),
     }
+
+
+def holes(dst: Path, config: dict[str, Any], tensors: dict[str, Any], shard: float = 4.3e9) -> Path:
+    """A checkpoint folder of these tensors: real headers and an index over holes that take no room."""
+    (dst / "config.json").write_text(json.dumps(config))
+    shards: list[dict[str, Any]] = [{}]
+    sizes = [0]
+    for name, t in tensors.items():
+        if sizes[-1] > shard:
+            shards.append({})
+            sizes.append(0)
+        offsets = [sizes[-1], sizes[-1] + t.nbytes]
+        shards[-1][name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
+        sizes[-1] += t.nbytes
+    weight_map = {}
+    for k, (header, size) in enumerate(zip(shards, sizes, strict=True)):
+        file = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(header, file)
+        raw = json.dumps(header).encode()
+        with (dst / file).open("wb") as f:
+            f.write(len(raw).to_bytes(8, "little") + raw)
+            f.truncate(8 + len(raw) + size)
+    (dst / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return dst

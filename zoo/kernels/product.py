@@ -42,6 +42,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _native(dtype: torch.dtype) -> bool:
-    """Whether this CPU's matrix products are made for the dtype."""
+    """Whether this CPU's matrix products are made for the dtype, as oneDNN says; a torch without it decides itself."""
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
+    supported = getattr(torch.ops.mkldnn, known[dtype], None) if dtype in known else None
+    return supported is None or bool(supported())

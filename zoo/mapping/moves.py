@@ -369,16 +369,16 @@ def _transpose(source: Array, out: Array) -> None:
     size = source.itemsize
     a, b = _tile(m, size * m2), _tile(n, size * n2)
     i, j = m // a, n // b  # whole tiles
-    if i and j:
-        pad = 64 // size
-        tiles = scratch("tiles", (i, j, a * m2, b * n2 + pad), source.dtype)[..., : b * n2]
-        tiles = tiles.reshape(i, j, a, m2, b, n2)
-        turned = scratch("turned", (i, j, b, n2, a, m2), source.dtype)
-        tiles[...] = _tiled(source, i, a, j, b)
-        turned[...] = tiles.transpose(0, 1, 4, 5, 2, 3)
-        _tiled(out, j, b, i, a).swapaxes(0, 1)[...] = turned
+    pad = 64 // size
+    tiles = scratch("tiles", (i, j, a * m2, b * n2 + pad), source.dtype)[..., : b * n2]
+    tiles = tiles.reshape(i, j, a, m2, b, n2)
+    turned = scratch("turned", (i, j, b, n2, a, m2), source.dtype)
+    tiles[...] = _tiled(source, i, a, j, b)
+    turned[...] = tiles.transpose(0, 1, 4, 5, 2, 3)
+    _tiled(out, j, b, i, a).swapaxes(0, 1)[...] = turned
     for rows, columns in ((slice(i * a, m), slice(0, n)), (slice(0, i * a), slice(j * b, n))):  # the rest
-        out[columns, :, rows] = source[rows, :, columns].transpose(2, 3, 0, 1)
+        if (part := source[rows, :, columns]).size:
+            _transpose(part, out[columns, :, rows])
 
 
 def _tiled(x: Array, i: int, a: int, j: int, b: int) -> Array:
@@ -390,10 +390,8 @@ def _tiled(x: Array, i: int, a: int, j: int, b: int) -> Array:
 
 
 def _tile(n: int, nbytes: int) -> int:
-    """Rows or columns of a tile, of n, of elements of `nbytes`: about as many as a core's first cache has room
-    for, and such that tiles fill the axis, if possible."""
-    most = max(TILE * 2 // max(nbytes, 2), 8)
-    return next((t for t in range(most, most // 2, -8) if n % t == 0), most)
+    """Rows or columns of a tile, of n, of elements of `nbytes`: as many as a core's first cache has room for."""
+    return min(n, max(TILE * 2 // max(nbytes, 2), 8))
 
 
 def _runs(loop: Iterable[Loop], side: int) -> tuple[list[Loop], list[Loop]]:
