@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from zoo.errors import ZooError
 from zoo.quant import dequantise, host
-from zoo.quant.floats import to_fp32
+from zoo.quant.floats import exponents, to_fp32
 from zoo.quant.schemes import block_size
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -53,7 +53,7 @@ def as_numpy(name: str, components: dict[str, torch.Tensor]) -> dict[str, np.nda
     codes, scale = components["weight"], components["scale"]
     raw = codes.numpy() if codes.dtype == torch.int32 else codes.view(torch.uint8).numpy()
     if scale.dtype == torch.uint8:
-        s = scale.numpy() if name == "mxfp4" else to_fp32(scale.numpy(), "F8_E8M0")
+        s = scale.numpy() if name == "mxfp4" else exponents(scale.numpy())
     else:
         s = scale.to(torch.float32).numpy()
     return {"weight": raw, "scale": s}
@@ -155,3 +155,8 @@ def test_scales_of_another_shape_are_refused(name: str) -> None:
     components["scale"] = np.ones((3, 5), components["scale"].dtype)
     with pytest.raises(ZooError, match=r"experts.w: .*need scales .*found \[3, 5\]"):
         host.dequantise(name, components, "BF16", "experts.w")
+
+
+def test_bytes_are_scales_only_where_a_scheme_says_so() -> None:
+    with pytest.raises(ZooError, match="U8 cannot be converted to a float dtype"):
+        to_fp32(np.zeros(4, np.uint8), "U8")

@@ -21,7 +21,7 @@ import numpy as np
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
 from zoo.quant import host
-from zoo.quant.floats import bits, from_float, to_fp32
+from zoo.quant.floats import bits, exponents, from_float, to_fp32
 from zoo.quant.schemes import block_size, scheme
 
 if TYPE_CHECKING:
@@ -170,16 +170,15 @@ class Quantised:
     def read(self, at: int, n: int) -> Array:
         columns, rows = self.shape[-1], self.shape[-2]
         first, last = at // columns, -(-(at + n) // columns)
-        pieces = []
-        r = first
-        while r < last:  # matrix by matrix: scale rows are counted from the top of each
-            top = r // rows * rows
-            end = min(last, top + rows)
-            pieces.append(self._rows(top // rows, r - top, end - top))
-            if end < last or len(pieces) > 1:  # the next one goes into the same memory
-                pieces[-1] = pieces[-1].copy()
-            r = end
-        x = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        matrix = first // rows
+        if last <= (matrix + 1) * rows:
+            x = self._rows(matrix, first - matrix * rows, last - matrix * rows)
+        else:  # matrix by matrix: scale rows are counted from the top of each
+            x = np.empty((last - first) * columns, bits(self.dtype))
+            for top in range(matrix * rows, last, rows):
+                begin, end = max(first, top), min(last, top + rows)
+                part = x[(begin - first) * columns : (end - first) * columns]
+                part[:] = self._rows(top // rows, begin - top, end - top)
         start = at - first * columns
         return x[start : start + n]
 
@@ -217,6 +216,8 @@ class Quantised:
             return raw.view(np.int32 if ref.dtype == "I32" else np.int64).reshape(shape)
         if ref is self.codes or self.scheme == "mxfp4":
             return raw.reshape(shape)
+        if ref.dtype in ("U8", "F8_E8M0"):
+            return exponents(raw).reshape(shape)
         return np.asarray(to_fp32(raw.view(bits(ref.dtype)), ref.dtype), np.float32).reshape(shape)
 
 

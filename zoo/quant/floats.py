@@ -33,12 +33,15 @@ def to_fp32(x: Array, dtype: str) -> Array:
         return x.view(np.float16).astype(np.float32)
     if dtype in ("F32", "F64"):
         return x.view(np.float32 if dtype == "F32" else np.float64)
-    if dtype in ("F8_E8M0", "U8"):  # 2^(code - 127); 255 is NaN
-        word = x.astype(np.uint32) << 23
-        word[x == 0] = 1 << 22  # 2^-127 is subnormal
-        word[x == 255] = 0x7FC00000
-        return word.view(np.float32)
     raise ZooError(f"{dtype} cannot be converted to a float dtype")
+
+
+def exponents(codes: Array) -> Array:
+    """fp32 values of e8m0 scales, held as bytes: 2^(code - 127); 255 is NaN."""
+    word = codes.astype(np.uint32) << 23
+    word[codes == 0] = 1 << 22  # 2^-127 is subnormal
+    word[codes == 255] = 0x7FC00000
+    return word.view(np.float32)
 
 
 def from_float(x: Array, dtype: str, name: str) -> Array:

@@ -58,9 +58,8 @@ def dequantise(
     step = CHUNK // block
     with np.errstate(over="ignore", invalid="ignore"):  # what a damaged scale gives shows as inf or NaN
         for at in range(0, len(blocks), step):
-            row = blocks[at : at + step].reshape(
-                1, -1
-            )  # `gguf` takes 16 rows per call of numpy: 16 blocks otherwise
+            # As one row: `gguf` takes 16 rows per call of numpy, which would be 16 blocks.
+            row = blocks[at : at + step].reshape(1, -1)
             out[at : at + step] = dequantize(row, kind).reshape(-1, block)
     return out.reshape(shape)
 

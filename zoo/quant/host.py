@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
-from zoo.quant.floats import bits, from_float, round_to_bf16, to_fp32
+from zoo.quant.floats import bits, exponents, from_float, round_to_bf16
 from zoo.quant.schemes import block_size, scheme
 from zoo.scratch import scratch
 
@@ -78,9 +78,8 @@ def _fp8(codes: Array, scale: Array, block: tuple[int, int]) -> Iterator[tuple[i
 
     An e4m3 number seen as bits of fp32 is the same number times 2^-120, subnormals included."""
     rows, columns = codes.shape
-    height = (
-        block[0] if block[0] > 1 else rows
-    )  # rows after which the rows of scales change, but for one per row
+    # Rows for which one row of scales stands; all of them where each row has its own.
+    height = block[0] if block[0] > 1 else rows
     finite = bool(np.isfinite(scale).all())
     small = bool((np.abs(scale) < 128).all())  # then times 2^120 is exact
     with np.errstate(over="ignore", invalid="ignore"):
@@ -159,7 +158,7 @@ def _int4_pairs() -> Array:
 @functools.cache
 def _mxfp4_pairs(dtype: str) -> Array:
     """[65536]: both values, as bits, of byte n % 256 with exponent n // 256."""
-    power = to_fp32(np.arange(256, dtype=np.uint8), "F8_E8M0")[:, None]
+    power = exponents(np.arange(256, dtype=np.uint8))[:, None]
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.array(MXFP4, np.float32) * power  # [exponent, code]
         one = values.astype(np.float16).view(np.uint16) if dtype == "F16" else from_float(values, dtype, "")
