@@ -123,6 +123,7 @@ def sort_by_expert(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """chosen [N, k] -> the pairs in order of their expert [N k], equal ones in order; and how many each expert
     has [E]. int32. A counting sort: blocks count, then place, their pairs, each adding up the counts itself."""
     pairs, e = chosen.numel(), power_of_2(n_experts)
+    # More pairs to a block where there are many blocks, since each reads all counts; as many as registers hold.
     block = max(16, min(128 if pairs <= 1 << 16 else 256, 32768 // e))
     blocks = ceil_div(pairs, block)
     counts = torch.empty(blocks, n_experts, dtype=torch.int32, device=chosen.device)
@@ -235,17 +236,8 @@ if triton is not None:
         x_ptr += pair // top_k * K
         dtype = h_ptr.dtype.element_ty
         if WEIGHT_INPUT:  # x times its weight, rounded: a scale of the sum, but for that rounding
-            y = scaled_rows_times(
-                x_ptr,
-                tl.load(weights_ptr + pair).to(dtype).to(tl.float32),
-                w_ptr,
-                n,
-                mask,
-                K,
-                ROWS,
-                BLOCK,
-                dtype,
-            )
+            a = tl.load(weights_ptr + pair).to(dtype).to(tl.float32)
+            y = scaled_rows_times(x_ptr, a, w_ptr, n, mask, K, ROWS, BLOCK, dtype)
         else:
             y = rows_times(
                 x_ptr,
@@ -360,18 +352,39 @@ if triton is not None:
         tl.store(order_ptr + to, p, mask=p < n_pairs)
 
     @triton.jit
-    def tile_of(tile_id, counts_ptr, n_experts, E: tl.constexpr, BLOCK_M: tl.constexpr):
-        """(expert, first sorted row, rows left) of a tile when each expert's rows are cut into BLOCK_M.
-        Rows left <= 0: there is no such tile."""
+    def tile_of(
+        pid, counts_ptr, n_experts, width, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):  # fmt: skip
+        """(expert, first sorted row, rows left, first column) of a program's tile, when each expert's rows are cut
+        into BLOCK_M and the `width` of the result into BLOCK_N. Rows left <= 0: there is no such tile.
+
+        Tiles of the same rows come one after the other: they find what they read in L2."""
+        across = tl.cdiv(width, BLOCK_N)
+        tile = pid // across
         e = tl.arange(0, E)
         counts = tl.load(counts_ptr + e, mask=e < n_experts, other=0)
         tiles = (counts + BLOCK_M - 1) // BLOCK_M
         ends = tl.cumsum(tiles, 0)
-        expert = tl.sum((ends <= tile_id).to(tl.int32), 0)
+        expert = tl.sum((ends <= tile).to(tl.int32), 0)
         here = e == expert
-        into = (tile_id - tl.sum(tl.where(here, ends - tiles, 0), 0)) * BLOCK_M
+        into = (tile - tl.sum(tl.where(here, ends - tiles, 0), 0)) * BLOCK_M
         first = tl.sum(tl.where(e < expert, counts, 0), 0) + into
-        return expert, first, tl.sum(tl.where(here, counts, 0), 0) - into
+        left = tl.sum(tl.where(here, counts, 0), 0) - into
+        return expert, first, left, pid % across * BLOCK_N
+
+    @triton.jit
+    def expert_weights(
+        w_tiles, row, w_ptr, s_ptr, rows_ptr, n, n_mask, start, K, s_columns, columns,
+        BULK: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+    ):  # fmt: skip
+        """`weight_tile` of one expert; by the copy engine (`BULK`) from the row of all experts' weights."""
+        if BULK:
+            w = w_tiles.load([row, start])
+        else:
+            w = weight_tile(
+                w_ptr, s_ptr, rows_ptr, n, n_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, DTYPE
+            )
+        return w
 
     @triton.jit
     def _many_up(
@@ -380,13 +393,9 @@ if triton is not None:
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        across = tl.cdiv(
-            F, BLOCK_N
-        )  # tiles that read the same rows of x; one after the other, they find them in L2
-        e, first, left = tile_of(tl.program_id(0) // across, counts_ptr, n_experts, E, BLOCK_M)
+        e, first, left, column = tile_of(tl.program_id(0), counts_ptr, n_experts, F, E, BLOCK_M, BLOCK_N)
         if left <= 0:
             return
-        column = tl.program_id(0) % across * BLOCK_N
         row = e * N + column  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
@@ -408,44 +417,16 @@ if triton is not None:
             x = tl.load(at + start, mask=m_mask[:, None] & (start + k < K)[None, :], other=0.0)
             if WEIGHT_INPUT:
                 x = (x.to(tl.float32) * a[:, None]).to(dtype)
-            if BULK:
-                w = w_tiles.load([row, start])
-            else:
-                w = weight_tile(
-                    w_ptr,
-                    s_ptr,
-                    rows_ptr,
-                    f,
-                    f_mask,
-                    start,
-                    K,
-                    s_columns,
-                    columns,
-                    KIND,
-                    BLOCK_N,
-                    BLOCK_K,
-                    dtype,
-                )
+            w = expert_weights(
+                w_tiles, row, w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns,
+                BULK, KIND, BLOCK_N, BLOCK_K, dtype,
+            )  # fmt: skip
             gate = tl.dot(x, tl.trans(w), gate, input_precision=PRECISION)
             if GATED:
-                if BULK:
-                    w = w_tiles.load([row + F, start])
-                else:
-                    w = weight_tile(
-                        w_ptr,
-                        s_ptr,
-                        rows_ptr,
-                        f + F,
-                        f_mask,
-                        start,
-                        K,
-                        s_columns,
-                        columns,
-                        KIND,
-                        BLOCK_N,
-                        BLOCK_K,
-                        dtype,
-                    )
+                w = expert_weights(
+                    w_tiles, row + F, w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns,
+                    BULK, KIND, BLOCK_N, BLOCK_K, dtype,
+                )  # fmt: skip
                 up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
         if HAS_BIAS:
             gate += tl.load(b_ptr + e * N + f, mask=f_mask, other=0.0).to(tl.float32)[None, :]
@@ -462,11 +443,9 @@ if triton is not None:
         n_experts, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        across = tl.cdiv(N, BLOCK_N)
-        e, first, left = tile_of(tl.program_id(0) // across, counts_ptr, n_experts, E, BLOCK_M)
+        e, first, left, column = tile_of(tl.program_id(0), counts_ptr, n_experts, N, E, BLOCK_M, BLOCK_N)
         if left <= 0:
             return
-        column = tl.program_id(0) % across * BLOCK_N
         row = e * N + column  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
@@ -482,24 +461,10 @@ if triton is not None:
         y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, F, BLOCK_K):
             h = tl.load(at + start, mask=m_mask[:, None] & (start + k < F)[None, :], other=0.0)
-            if BULK:
-                w = w_tiles.load([row, start])
-            else:
-                w = weight_tile(
-                    w_ptr,
-                    s_ptr,
-                    rows_ptr,
-                    n,
-                    n_mask,
-                    start,
-                    F,
-                    s_columns,
-                    columns,
-                    KIND,
-                    BLOCK_N,
-                    BLOCK_K,
-                    dtype,
-                )
+            w = expert_weights(
+                w_tiles, row, w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns,
+                BULK, KIND, BLOCK_N, BLOCK_K, dtype,
+            )  # fmt: skip
             y = tl.dot(h, tl.trans(w), y, input_precision=PRECISION)
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
