@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import struct
@@ -31,6 +30,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from about import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 Tensors = Iterator[tuple[str, str, tuple[int, ...]]]
@@ -436,29 +437,6 @@ def measure(case: str, tmp: Path, gb: float, rounds: int, upstream: bool) -> dic
     return result
 
 
-def machine(script: str = "convert.py") -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "?")
-    meminfo = Path("/proc/meminfo").read_text().splitlines()
-    memory = int(next(line.split()[1] for line in meminfo if line.startswith("MemTotal"))) // 1024
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_mib": memory,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load": os.getloadavg(),
-        "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "command": " ".join(["python", f"benchmarks/{script}", *_said()]),
-    }
-
-
-def _said() -> list[str]:
-    """The arguments that matter to whoever measures again: not where the figures go."""
-    args = iter(sys.argv[1:])
-    return [a for a in args if not (a in ("--json", "--tmp") and next(args, ""))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -493,7 +471,9 @@ def main() -> None:
                 flush=True,
             )
         if args.json:
-            args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+            args.json.write_text(
+                json.dumps({"machine": machine("convert.py"), "results": results}, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
+from about import command, machine
 from gpu import active_bytes
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 PROMPT, NEW = 256, 16
 QWEN = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 32768, "head_dim": 128, "torch_dtype": "bfloat16",
@@ -137,17 +136,9 @@ def main() -> None:
             )
     out = ROOT / "benchmarks/results/cpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    model = next(
-        (
-            x.split(":")[1].strip()
-            for x in Path("/proc/cpuinfo").read_text().splitlines()
-            if x.startswith("model name")
-        ),
-        "",
-    )
     result = {
-        "device": model or platform.processor(), "threads": args.threads, "torch": torch.__version__,
-        "transformers": transformers.__version__, "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
+        "device": machine("cpu.py")["cpu"], "threads": args.threads, "torch": torch.__version__,
+        "transformers": transformers.__version__, "command": command("cpu.py"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": rows,
     }  # fmt: skip
     runs = json.loads(out.read_text()) if out.exists() else []

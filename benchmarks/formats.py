@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import convert as bench
 import numpy as np
 import torch
+from about import machine
 
 from zoo.formats import open_checkpoint
 from zoo.formats.base import ITEMSIZE
@@ -279,7 +280,7 @@ def main() -> None:
     if unknown := [p for p in args.parts if p not in parts]:
         parser.error(f"no part {unknown[0]!r}; known: {', '.join(parts)}")
     bench.touch_memory()
-    results: dict[str, Any] = {"machine": bench.machine("formats.py")}
+    results: dict[str, Any] = {"machine": machine("formats.py")}
     for part in args.parts or parts:
         if part in ("decode", "headers"):
             results[part] = {"decode": decode, "headers": headers}[part](args.rounds)

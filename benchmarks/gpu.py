@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from about import command
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -406,14 +408,14 @@ def write_canonical(model: Any, folder: Path) -> None:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
+def versions(script: str) -> dict[str, str]:
     import torch
     import transformers
     import triton
 
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "transformers": transformers.__version__, "command": " ".join(["python", *sys.argv]),
+        "transformers": transformers.__version__, "command": command(script),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
@@ -450,7 +452,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA GPU; torch sees none here.", file=sys.stderr)
         return 2
-    result: dict[str, Any] = {**versions(), "copy TB/s": copy_bandwidth(), "rows": []}
+    result: dict[str, Any] = {**versions("gpu.py"), "copy TB/s": copy_bandwidth(), "rows": []}
     free()
     print(f"{result['device']}, torch {result['torch']}, copy {result['copy TB/s']:.2f} TB/s", flush=True)
     for row in rows(args, result["copy TB/s"]):

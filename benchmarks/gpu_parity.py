@@ -24,8 +24,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from gpu import versions
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+VERSION = "transformers.txt"  # in a recording: of which transformers it is
 TOLERANCE = 1e-4
 # Multiplies the rounding of its first layer by 15; upstream in fp32 is 4e-5 away from itself in fp64.
 AMPLIFIED = {"qwen3_next": 2e-4}
@@ -35,9 +38,11 @@ def record(folder: Path) -> None:
     """Write each family's tensors and transformers' logits to `folder`."""
     import tiny
     import torch
+    import transformers
     from built import built
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / VERSION).write_text(transformers.__version__)
     for name in sorted(tiny.VARIANTS):
         both = {}
         for dtype in ("float32", "bfloat16"):
@@ -166,10 +171,10 @@ def main() -> int:
     print(f"{len(rows) - bad} of {len(rows)} families agree ({time.time() - start:.0f} s)")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        device = torch.cuda.get_device_name()
-        args.json.write_text(
-            json.dumps({"device": device, "torch": torch.__version__, "families": rows}, indent=1)
-        )
+        about = versions("gpu_parity.py")
+        if args.recorded:
+            about["transformers"] = (args.recorded / VERSION).read_text()
+        args.json.write_text(json.dumps({**about, "families": rows}, indent=1) + "\n")
     return int(bad > 0)
 
 

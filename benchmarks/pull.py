@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -34,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+from about import machine
 from convert import dense, write
 from hub_server import HubServer
 
@@ -269,11 +269,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         figures = {"speed": speed, "kills": kills, "disk": disk}[args.what](args, Path(work))
-    figures["machine"] = {
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
+    figures["machine"] = machine("pull.py")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from about import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 CLICK = [sys.executable, "-c", "import click"]
@@ -75,14 +76,8 @@ def main() -> None:
     planned = plan(max(3, args.rounds // 3))
     print(f"zoo plan, {planned['tensors']:,} tensors: {planned['seconds']:.2f} s")
     if args.json:
-        machine = {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "system": platform.platform(),
-        }
-        args.json.write_text(
-            json.dumps({"figures": figures, "plan": planned, "machine": machine}, indent=1) + "\n"
-        )
+        about = {"figures": figures, "plan": planned, "machine": machine("startup.py")}
+        args.json.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

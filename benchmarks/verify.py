@@ -236,7 +236,7 @@ def main() -> None:
         else:
             figures = {kind: measure_memory(tmp, kind) for kind in a.kinds or ["dense", "moe"]}
     if a.json:
-        from convert import machine
+        from about import machine
 
         about = machine("verify.py")
         a.json.write_text(json.dumps({"machine": about, "results": figures}, indent=1) + "\n")
