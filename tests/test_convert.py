@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
@@ -445,6 +446,37 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(
 
     monkeypatch.setattr(os, "statvfs", small)
     with pytest.raises(ZooError, match=r"needs [\d,]+ bytes, its disk has [\d,]+ free"):
+        convert(plan_of(llama), tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_are_reserved_before_the_first_byte_or_done_without(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Execution(plan_of(llama), tmp_path / "c")
+    with run:
+        probe = os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
+        if libc.reserve(probe, 1 << 20):  # not every file system can
+            assert os.fstat(probe).st_blocks * 512 >= 1 << 20
+            for name, size in run.sheet.sizes.items():
+                assert os.fstat(run.folder.fd(name)).st_blocks * 512 >= size
+        os.close(probe)
+        run.feed_here()
+        run.finish()
+    assert_same(weights(tmp_path / "c"), assemble(llama))
+    monkeypatch.setattr(libc, "_libc", lambda: None)  # another system
+    convert(plan_of(llama), tmp_path / "d")
+    assert_same(weights(tmp_path / "d"), assemble(llama))
+
+
+def test_a_disk_that_others_filled_since_it_was_looked_at_is_one_message_and_nothing_is_left(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, size: int) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(libc, "reserve", full)
+    with pytest.raises(ZooError, match="c.partial: cannot be written: No space left on device"):
         convert(plan_of(llama), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 

@@ -64,3 +64,20 @@ def test_a_range_of_a_file(mapped: int, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ZooError, match=f"f: ends at byte {len(data)}, {len(data) + 1} were expected"):
         files("f", 5, len(data) - 4)
     os.close(fd)
+
+
+def test_bytes_are_copied_from_any_place_to_any_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "_in_kernel", False)
+    data = os.urandom(3 * moves.BUFFER)
+    (tmp_path / "f").write_bytes(data)
+    src, dst = os.open(tmp_path / "f", os.O_RDONLY), os.open(tmp_path / "g", os.O_RDWR | os.O_CREAT)
+    n = 2 * moves.BUFFER + 100
+    for src_at in (0, 1, 63, 64, 4000, 4095, 4096, 5000):
+        for dst_at in (0, 8, 31, 4095, 4097):
+            os.ftruncate(dst, 0)
+            moves.copy(src, src_at, dst, dst_at, n, "f")
+            assert os.pread(dst, n + 9, dst_at) == data[src_at : src_at + n]
+    os.close(src)
+    os.close(dst)

@@ -44,10 +44,8 @@ class Family:
 
 
 @functools.cache
-def families() -> dict[str, Family]:
-    """All families by name: the package `converters`, then entry points."""
-    import pkgutil  # this and the next are slow to import, and `get` seldom needs them
-    from importlib.metadata import entry_points
+def _built_in() -> dict[str, Family]:
+    import pkgutil  # slow to import, and `get` seldom needs it
 
     import converters
 
@@ -56,6 +54,15 @@ def families() -> dict[str, Family]:
         if not module.name.startswith("_"):
             family = importlib.import_module(f"converters.{module.name}").FAMILY
             found[family.name] = family
+    return found
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """All families by name: the package `converters`, then entry points."""
+    from importlib.metadata import entry_points  # slower still: `find` asks for it when it must
+
+    found = dict(_built_in())
     for entry in entry_points(group="zoo.families"):
         family = entry.load()
         found.setdefault(family.name, family)
@@ -80,16 +87,23 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises ZooError for one that no family claims."""
     listed = config.get("architectures")
     named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
+    text = config.get("text_config") if named else None
+    kind = (text if isinstance(text, Mapping) else config).get("model_type")
+
+    def claims(among: Mapping[str, Family]) -> list[Family]:
+        by_name = [f for f in among.values() if any(a in f.architectures for a in named)]
+        if not by_name and all(
+            a.endswith("Model") for a in named
+        ):  # none, or a decoder saved without its head
+            return [f for f in among.values() if config.get("model_type") in f.model_types]
+        return sorted(by_name, key=lambda f: kind not in f.model_types)
+
+    found = claims(_built_in())
+    if not found or kind not in found[0].model_types:  # one of another package may fit better
+        found = claims(families())
+    if found:
+        return found[0]
     model_type = config.get("model_type")
-    claims = [f for f in families().values() if any(a in f.architectures for a in named)]
-    if claims:
-        text = config.get("text_config")
-        kind = text.get("model_type") if isinstance(text, Mapping) else model_type
-        return next((f for f in claims if kind in f.model_types), claims[0])
-    if all(a.endswith("Model") for a in named):  # none, or a decoder saved without its head
-        for family in families().values():
-            if model_type in family.model_types:
-                return family
     known = sorted(a for f in families().values() for a in f.architectures)
     raise ZooError(
         f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}. Known architectures: "

@@ -6,8 +6,6 @@ here hold bit patterns: numpy has no bf16, so every element of 2 bytes is a uint
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import mmap
 import os
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
 from zoo.quant import host
@@ -61,11 +60,7 @@ class Files:
         except OSError:
             return None
         whole = np.frombuffer(pages, np.uint8)
-        # By ctypes, which lets the other threads run meanwhile: mmap's own madvise does not.
-        failed = _libc().madvise(
-            ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(whole.size), _POPULATE_READ
-        )
-        return None if failed else whole[skip:]
+        return whole[skip:] if libc.populate(whole.ctypes.data, whole.size) else None
 
     def _fill(self, file: str, at: int, out: memoryview) -> None:
         done = 0
@@ -77,13 +72,7 @@ class Files:
 
 
 _MAPPED = 256 << 10  # bytes; mapping fewer costs more than copying them
-_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; Python has no name for it yet
 _LINUX = sys.platform == "linux"
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def _short(file: str, end: int, wanted: int) -> ZooError:

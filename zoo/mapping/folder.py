@@ -9,6 +9,9 @@ A finished step is believed after a crash of the machine only if it was synced (
 the process alone, the pages are still the kernel's and always believed: the boot is noted to tell the two apart.
 Without `durable` nothing is synced, as with `cp`: syncing 3 GB takes as long as copying it, and to sync one small file
 beside them makes some file systems write all of it (ext4 took 1.2 s).
+
+Blocks of the large files are reserved before the first byte, where the file system can: a disk that others fill
+meanwhile does not stop a run half-way, and writing into them takes ext4 0.6 of the time.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from zoo import libc
 from zoo.errors import ZooError
 
 STATE = "state.json"
@@ -73,9 +77,12 @@ class Folder:
                 fd = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 self._fds[name] = fd
                 os.ftruncate(fd, size)
+                libc.reserve(fd, size)
             if not (self.partial / STATE).exists():
                 self.write(STATE, json.dumps({"job": self.job, "boot": _boot()}).encode())
         except OSError as e:
+            if not self.done:
+                self.discard()  # its blocks may be reserved, and what is missing is room
             self._close()
             raise ZooError(f"{self.partial}: cannot be written: {e.strerror}") from None
         except BaseException:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,7 @@ COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
 # Bytes of one thread's copies. Larger writes make the page cache ask for larger runs of free memory; on a
 # virtual machine those may be untouched yet, and then cost several times the copy.
 BUFFER = 512 << 10
-PAGE = 4096
+PAGE, LINE = 4096, 64
 STRIPE = 1 << 20  # bytes rearranged and written at a time
 TILE = 128, 512  # rows and columns of the source transposed at a time, of elements of two bytes
 
@@ -141,7 +142,9 @@ def copy(src: int, src_at: int, dst: int, dst_at: int, n: int, name: str) -> Non
                 _in_kernel = False  # two file systems, or an old kernel
                 continue
         else:
-            piece = _buffer()[: min(n, BUFFER - dst_at % PAGE)]  # ends where a page of the destination does
+            # Ends where a page of the destination does, and begins where in its own page the source does.
+            begin = src_at % PAGE // LINE * LINE
+            piece = _buffer()[begin : begin + min(n, BUFFER - dst_at % PAGE)]
             done = os.preadv(src, [piece], src_at)
             _write(dst, piece[:done], dst_at)
         if done == 0:
@@ -157,9 +160,10 @@ _memory = threading.local()
 
 
 def _buffer() -> memoryview:
-    """This thread's own."""
+    """This thread's own, from the beginning of a page. Some processors copy at half their speed to where, counted from
+    the beginning of a page, is a few bytes behind the source (an EPYC 7003: up to 31)."""
     if not hasattr(_memory, "buffer"):
-        _memory.buffer = memoryview(bytearray(BUFFER))
+        _memory.buffer = memoryview(mmap.mmap(-1, BUFFER + PAGE))
     return _memory.buffer  # type: ignore[no-any-return]
 
 
@@ -316,7 +320,7 @@ def _stripes(fd: int, view: Array, at: int) -> None:
 def _step(n: int, row: int, itemsize: int) -> int:
     """Rows of `row` bytes to rearrange and write at a time, of n: as many as a tile has columns, if these are not
     too large."""
-    step = max(STRIPE // row, min(_tile(n, itemsize, 1), 4 * STRIPE // row), 1)
+    step = max(STRIPE // row, min(_tile(n, itemsize, 1), 8 * STRIPE // row), 1)
     return step // 64 * 64 or step
 
 
