@@ -450,7 +450,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_are_reserved_before_the_first_byte_or_done_without(
+def test_blocks_are_reserved_when_a_file_is_first_written_or_done_without(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Execution(plan_of(llama), tmp_path / "c")
@@ -469,16 +469,19 @@ def test_blocks_are_reserved_before_the_first_byte_or_done_without(
     assert_same(weights(tmp_path / "d"), assemble(llama))
 
 
-def test_a_disk_that_others_filled_since_it_was_looked_at_is_one_message_and_nothing_is_left(
+def test_a_disk_that_has_no_blocks_to_reserve_is_one_message_and_running_again_goes_on(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(fd: int, size: int) -> bool:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(libc, "reserve", full)
-    with pytest.raises(ZooError, match="c.partial: cannot be written: No space left on device"):
-        convert(plan_of(llama), tmp_path / "c")
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as m:
+        m.setattr(libc, "reserve", full)
+        with pytest.raises(ZooError, match="No space left on device; what is written so far is kept"):
+            convert(plan_of(llama), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    convert(plan_of(llama), tmp_path / "c")
+    assert_same(weights(tmp_path / "c"), assemble(llama))
 
 
 def test_a_disk_that_fills_up_midway_is_one_message_and_running_again_goes_on(

@@ -330,7 +330,7 @@ class Execution:
     def __enter__(self) -> Self:
         self.folder.__enter__()
         for name, header in self.sheet.headers.items():
-            os.pwrite(self.folder.fd(name), header, 0)
+            self.folder.head(name, header)
         return self
 
     def __exit__(

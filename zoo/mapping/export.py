@@ -84,7 +84,7 @@ def export(
         mover = Mover(folder, total, progress, threads)
         try:
             for name, header in job.sheet.headers.items():
-                os.pwrite(folder.fd(name), header, 0)
+                folder.head(name, header)
             for f in files:
                 mover.open(f, c.root / f)
             copies: list[Copy] = []

@@ -10,8 +10,9 @@ the process alone, the pages are still the kernel's and always believed: the boo
 Without `durable` nothing is synced, as with `cp`: syncing 3 GB takes as long as copying it, and to sync one small file
 beside them makes some file systems write all of it (ext4 took 1.2 s).
 
-Blocks of the large files are reserved before the first byte, where the file system can: a disk that others fill
-meanwhile does not stop a run half-way, and writing into them takes ext4 0.6 of the time.
+Blocks of a large file are reserved, where the file system can, when it is its turn to be filled: writing into them
+takes ext4 0.6 of the time. (All at the beginning would tell of a disk that others fill; but to find the blocks ext4
+reads its maps of them, half a second that the other threads can use.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +62,8 @@ class Folder:
         self.done: set[str] = set()
         self._lock: int | None = None
         self._fds: dict[str, int] = {}
+        self._reserved: set[str] = set()
+        self._reserving = {name: threading.Lock() for name in self.sizes}
 
     def __enter__(self) -> Self:
         self._check_destination()
@@ -77,12 +81,9 @@ class Folder:
                 fd = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 self._fds[name] = fd
                 os.ftruncate(fd, size)
-                libc.reserve(fd, size)
             if not (self.partial / STATE).exists():
                 self.write(STATE, json.dumps({"job": self.job, "boot": _boot()}).encode())
         except OSError as e:
-            if not self.done:
-                self.discard()  # its blocks may be reserved, and what is missing is room
             self._close()
             raise ZooError(f"{self.partial}: cannot be written: {e.strerror}") from None
         except BaseException:
@@ -96,7 +97,16 @@ class Folder:
         self._close()
 
     def fd(self, name: str) -> int:
+        """The descriptor of a large file, to be filled now. Raises OSError if its blocks cannot be reserved."""
+        with self._reserving[name]:
+            if name not in self._reserved:
+                libc.reserve(self._fds[name], self.sizes[name])
+                self._reserved.add(name)
         return self._fds[name]
+
+    def head(self, name: str, data: bytes) -> None:
+        """The first bytes of a large file."""
+        os.pwrite(self._fds[name], data, 0)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file."""

@@ -41,8 +41,10 @@ COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
 # virtual machine those may be untouched yet, and then cost several times the copy.
 BUFFER = 512 << 10
 PAGE, LINE = 4096, 64
-STRIPE = 1 << 20  # bytes rearranged and written at a time
-TILE = 128, 512  # rows and columns of the source transposed at a time, of elements of two bytes
+STRIPE = 1600 << 10  # bytes rearranged and written at a time: still in a cache when the kernel reads them
+# Rows and columns of the source transposed at a time, of elements of two bytes; more rows where there are fewer columns.
+# Memory is read in runs of as many columns: with 512 it takes half as long as with 128.
+TILE = 128, 512
 
 
 def loops(source: Box, destination: Box) -> tuple[Loop, ...]:
@@ -303,12 +305,12 @@ def _stripes(fd: int, view: Array, at: int) -> None:
         return
     row = n // view.shape[0]
     if row <= STRIPE or view.ndim == 1:
-        step = _step(view.shape[0], row, view.itemsize)
+        step = _step(row)
         for i in range(0, view.shape[0], step):
             _write(fd, rearranged(view[i : i + step]), at + i * row)
     elif view.ndim > 2 and _interleaved(view, 0, 1):  # the same lines of the source hold all of them
         short = row // view.shape[1]
-        step = _step(view.shape[1], short * view.shape[0], view.itemsize)
+        step = _step(short * view.shape[0])
         for i in range(0, view.shape[1], step):
             for k, part in enumerate(rearranged(view[:, i : i + step])):
                 _write(fd, part, at + k * row + i * short)
@@ -317,11 +319,10 @@ def _stripes(fd: int, view: Array, at: int) -> None:
             _stripes(fd, view[i], at + i * row)
 
 
-def _step(n: int, row: int, itemsize: int) -> int:
-    """Rows of `row` bytes to rearrange and write at a time, of n: as many as a tile has columns, if these are not
-    too large."""
-    step = max(STRIPE // row, min(_tile(n, itemsize, 1), 8 * STRIPE // row), 1)
-    return step // 64 * 64 or step
+def _step(row: int) -> int:
+    """Rows of `row` bytes to rearrange and write at a time: at least as many as make runs of two cache lines in the
+    source, of elements of two bytes."""
+    return max(STRIPE // row, 64) // 64 * 64
 
 
 def _interleaved(view: Array, a: int, b: int) -> bool:
@@ -370,7 +371,8 @@ def _transpose(source: Array, out: Array) -> None:
     from zoo.scratch import scratch
 
     m, m2, n, n2 = source.shape
-    a, b = _tile(m, source.itemsize * m2, 0), _tile(n, source.itemsize * n2, 1)
+    b = min(n, max(TILE[1] * 2 // (source.itemsize * n2), 8))
+    a = min(m, max(math.prod(TILE) * 2 // (source.itemsize * m2 * b * n2), 8))
     memory = scratch("tile", (a * m2, b * n2 + 64 // source.itemsize), source.dtype)
     for i in range(0, m, a):
         for j in range(0, n, b):
@@ -379,12 +381,6 @@ def _transpose(source: Array, out: Array) -> None:
             tile = memory[: rows * m2, : columns * n2].reshape(rows, m2, columns, n2)
             tile[...] = part
             out[j : j + b, :, i : i + a] = tile.transpose(2, 3, 0, 1)
-
-
-def _tile(n: int, nbytes: int, axis: int) -> int:
-    """Rows (axis 0) or columns of a tile, of n, of elements of `nbytes`. Memory is read in runs of as many columns:
-    with 512 it takes half as long as with 128, and what is turned stays in the second cache."""
-    return min(n, max(TILE[axis] * 2 // max(nbytes, 2), 8))
 
 
 def _runs(loop: Iterable[Loop], side: int) -> tuple[list[Loop], list[Loop]]:
