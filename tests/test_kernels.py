@@ -256,3 +256,22 @@ if INTERPRETED or COMPILED:
             experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(40), True),
             5,
         )
+
+
+if COMPILED:
+    from zoo.kernels import product
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("n", "m", "k"), [(2, 3, 17), (5, 64, 100), (300, 256, 7168)])
+    def test_a_product_in_fp32_of_narrower_numbers(n: int, m: int, k: int, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        x, w = torch.randn(n, k, device="cuda").to(dtype), torch.randn(m, k, device="cuda").to(dtype)
+        assert (
+            product.wide_fits(x, w)
+            and not product.wide_fits(x[:1], w)
+            and not product.wide_fits(x, w.float())
+        )
+        exact = x.double() @ w.double().T
+        found = product.wide_product(x, w)
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() <= 3e-5 * exact.norm()

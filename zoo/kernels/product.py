@@ -1,11 +1,16 @@
-"""Matrix products of several rows on a CPU that has no instructions for bf16 or fp16.
+"""Matrix products of several rows, where torch's own are not the best there is.
 
-There torch multiplies such numbers one by one. Here rows of the weight are widened to fp32, as many as stay in
-cache, and multiplied by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs.
-The rows of the weight come first in the product: the other way round takes up to twice as long for few rows of x.
+On a CPU that has no instructions for bf16 or fp16 torch multiplies such numbers one by one. Here rows of the weight are
+widened to fp32, as many as stay in cache, and multiplied by the BLAS of fp32; results are rounded once, so nothing but
+the order of sums differs. The rows of the weight come first in the product: the other way round takes up to twice as
+long for few rows of x.
 
 Margin on 2 cores of an EPYC without AVX-512, 6144 x 2048 in bf16, against torch's own: 8 rows 8 and 12 ms, 16 rows
 7 and 21, 64 rows 22 and 83, 256 rows 60 and 330. Up to 4 rows reading the weight takes the time, and torch is as fast.
+
+On a GPU a product of bf16 or fp16 that is asked for in fp32 needs no fp32 units: each product is exact in fp32, and
+tensor cores sum in it. DeepSeek-V3's router, 2048 rows of 7168 by 256, takes 27 us on an H100, and 218 us widened first;
+results are 8e-6 and 2e-7 of their norm from exact ones, where rounding them to bf16 is 2e-3.
 """
 
 from __future__ import annotations
@@ -46,3 +51,14 @@ def _native(dtype: torch.dtype) -> bool:
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     supported = getattr(torch.ops.mkldnn, known[dtype], None) if dtype in known else None
     return supported is None or bool(supported())
+
+
+def wide_fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `wide_product` serves them: several rows on a GPU, of one narrow dtype."""
+    narrow = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and narrow and x.numel() > x.shape[-1]
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, K] times weight [M, K], transposed: [N, M] in fp32 (see `wide_fits`)."""
+    return torch.mm(x, weight.T, out_dtype=torch.float32)

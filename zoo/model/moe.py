@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import experts as fused
 from zoo.kernels.launch import has_triton
+from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
 from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
@@ -34,7 +35,10 @@ class Router(Weights):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, d] -> the chosen experts [N, top_k] (int64) and their weights [N, top_k]."""
         dtype = torch.float32 if self.spec.fp32 else x.dtype
-        logits = self.times(x.to(dtype))  # [N, E]
+        if dtype != x.dtype and self.bias is None and self.scheme is None and wide_fits(x, self.weight):
+            logits = wide_product(x, self.weight)
+        else:
+            logits = self.times(x.to(dtype))  # [N, E]
         return route(logits, self.selection_bias, self.spec, dtype)
 
 
@@ -100,15 +104,19 @@ class MoE(nn.Module):
         chosen, weights = self.router(flat)
         inner = flat if s.latent is None else self.latent_down(flat)
         up = self.gate_up if s.expert.gated else self.up
-        if onto is not None and s.latent is None and s.shared is None and s.scale == 1.0:
-            return experts(flat, chosen, weights, up, self.down, s, onto.flatten(0, -2)).view_as(x)
+        shared = None
+        if s.shared is not None:
+            shared = self.shared(flat)
+            if s.shared_gate:
+                shared = torch.sigmoid(self.shared_gate(flat)) * shared
+        if s.latent is None and s.scale == 1.0:  # the experts' kernel adds one thing more
+            base = onto.flatten(0, -2) if shared is None and onto is not None else shared
+            y = experts(inner, chosen, weights, up, self.down, s, base).view_as(x)
+            return y if onto is None or shared is None else onto + y
         y = experts(inner, chosen, weights, up, self.down, s)
         if s.latent is not None:
             y = self.latent_up(y)
-        if s.shared is not None:
-            shared = self.shared(flat)
-            y = y + (torch.sigmoid(self.shared_gate(flat)) * shared if s.shared_gate else shared)
-        if s.scale != 1.0:
-            y = y * s.scale
-        y = y.view_as(x)
+        if shared is not None:
+            y = y + shared
+        y = (y * s.scale if s.scale != 1.0 else y).view_as(x)
         return y if onto is None else onto + y
