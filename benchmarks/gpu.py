@@ -182,8 +182,6 @@ def our_decode_ms(step: Any) -> float:
 def ours(name: str, parts: list[str], row: dict[str, Any], copy: float) -> None:
     import torch
 
-    from zoo.model.graph import Pass
-
     file, layers, scheme = SHAPES[name]
     model = our_model(config_of(file, layers), scheme)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -193,7 +191,7 @@ def ours(name: str, parts: list[str], row: dict[str, Any], copy: float) -> None:
     if "speed" in parts:
         row["prefill ms"] = median_ms(lambda: model(ids))
         free()
-        captured = Pass(model, 1, PROMPT)
+        captured = model.captured(1, PROMPT)
         row["prefill captured ms"] = median_ms(lambda: captured(ids))
         del captured
         free()

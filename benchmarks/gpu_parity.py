@@ -4,8 +4,8 @@
     python benchmarks/gpu_parity.py --record DIR
 
 For each family: one pass in fp32 (tf32 off), the same tokens decoded one by one with a static cache, and as
-a captured CUDA graph; all against transformers' fp32 logits, to 1e-4. The same run twice must be equal to
-the bit. In bf16, medians over tokens must lie within transformers' own spread (eager, sdpa, fp32).
+a captured CUDA graph; all against transformers' fp32 logits, to 1e-4. The same run twice, and a captured pass, must be
+equal to the bit. In bf16, medians over tokens must lie within transformers' own spread (eager, sdpa, fp32).
 Needs tests/ beside it, transformers, and a CUDA device. Exit code 1 if any family fails. transformers
 computes on the CPU: there, or beforehand on another machine (`--record`; another version may be there).
 """
@@ -62,7 +62,7 @@ def check(name: str, recorded: Path | None) -> dict[str, Any]:
     from built import Built, decoder
     from built import built as made
 
-    from zoo.model.graph import Step
+    from zoo.model.graph import Pass, Step
     from zoo.spec import Spec
 
     def built(name: str, dtype: str = "float32") -> Built:
@@ -92,6 +92,10 @@ def check(name: str, recorded: Path | None) -> dict[str, Any]:
     out["fp32 one pass"] = worst(logits, b.upstream["eager"])
     expect("fp32 one pass", out["fp32 one pass"] <= tolerance)
     expect("the same run twice", torch.equal(logits, model(ids)))
+    graph = model.captured(*ids.shape)
+    expect("the pass is captured", isinstance(graph, Pass))
+    graph(ids.flip(-1))
+    expect("a captured pass", torch.equal(logits, graph(ids)))
     cache = model.cache(len(ids), T + 3)
     pieces = [model(ids[:, :cut], cache)] + [model(ids[:, t : t + 1], cache) for t in range(cut, T)]
     out["fp32 cached"] = worst(torch.cat(pieces, 1), b.upstream["eager"])

@@ -124,6 +124,29 @@ def converting(found: Run) -> str:
     )
 
 
+def on_cpu(runs: list[Run]) -> str:
+    """The section about benchmarks/cpu.py: the newest run on each processor."""
+    out = (
+        "\n## CPU\n\nMedians of pairs, bf16. *GB/s*: weights that a token visits, and what one matrix-vector product "
+        "reads; a prompt of 8 tokens counts as a token.\n"
+    )
+    for run in {r["device"]: r for r in runs}.values():
+        lines = [
+            [
+                r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x",
+                f"{r['GB/s']:.1f} of {r['GB/s of one product']:.1f}" if "GB/s" in r else "",
+            ]
+            for r in run["rows"]
+        ]  # fmt: skip
+        out += (
+            f"\n{run['device']}: {run['threads']} threads, torch {run['torch']}, transformers {run['transformers']}, "
+            f"{run['date'][:10]}.\n\n"
+            + table(["", "zoo, ms", "transformers, ms", "faster", "GB/s"], lines)
+            + "\n"
+        )
+    return out
+
+
 def main() -> None:
     runs: list[Run] = json.loads((RESULTS / "gpu.json").read_text())
     newest, rows = merged(runs)
@@ -135,31 +158,12 @@ def main() -> None:
     note = (
         "Random weights of released shapes, both sides in one run (`make bench-gpu`). Decode is a captured CUDA graph "
         "with a static cache after 2048 tokens. *Captured* prefill is a pass recorded once for its shape "
-        "(`zoo.model.graph.Pass`): what is left when the host's time for launching kernels is not counted."
+        "(`model.captured`): what is left when the host's time for launching kernels is not counted."
     )
-    cpu = ""
-    if (RESULTS / "cpu.json").exists():
-        c = json.loads((RESULTS / "cpu.json").read_text())[-1]
-        lines = [
-            [
-                r["what"],
-                ms(r["zoo ms"]),
-                ms(r["transformers ms"]),
-                f"{r['ratio']:.2f}x",
-                f"{r['GB/s']:.1f} of {r['GB/s of one product']:.1f}" if "GB/s" in r else "",
-            ]
-            for r in c["rows"]
-        ]
-        cpu = (
-            f"\n## CPU\n\n{c['device']}, {c['threads']} threads, torch {c['torch']}, transformers {c['transformers']}, "
-            f"{c['date'][:10]}. Medians of pairs, bf16. *GB/s*: weights that a token visits, and what one matrix-vector "
-            "product reads; a prompt of 8 tokens counts as a token.\n\n"
-            + table(["", "zoo, ms", "transformers, ms", "faster", "GB/s"], lines)
-            + "\n"
-        )
+    cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n"
-        f"{speed(rows)}\n\n{other(newest, rows)}\n{cpu}"
+        f"{speed(rows)}\n\n{other(newest, rows)}\n{on_cpu(cpus)}"
         f"{converting(converted)}"
     )
     (ROOT / "docs/performance.md").write_text(page)

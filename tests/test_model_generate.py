@@ -56,6 +56,11 @@ def test_tokens_can_be_had_as_they_come() -> None:
     assert torch.equal(torch.stack([first, *stream], 1), model.generate(ids, 5)[:, 9:])
 
 
+def test_where_nothing_is_captured_a_pass_is_the_models_own() -> None:
+    model, ids = model_of("qwen3_moe")  # on a GPU: benchmarks/gpu_parity.py, for every family
+    assert torch.equal(model.captured(*ids.shape)(ids), model(ids))
+
+
 def test_a_temperature_draws_from_the_distribution() -> None:
     model, ids = model_of("llama")
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ that all layers share, `finish` turns the last layer's output into logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context
 from zoo.model.delta import DeltaNet
 from zoo.model.ffn import FeedForward
+from zoo.model.graph import Pass, capturable
 from zoo.model.linear import Linear, Table, Weights
 from zoo.model.mamba import Mamba
 from zoo.model.mla import LatentAttention
@@ -162,6 +163,12 @@ class Decoder(nn.Module):
         """
         with torch.inference_mode():
             return self.finish(self.run(ids, cache))
+
+    def captured(self, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
+        """`self` for ids [batch, tokens] only, without the host's time for launching kernels: for many pieces of one
+        length, as when a corpus is evaluated. On a GPU a CUDA graph, which holds the memory of a pass, and whose result
+        the next call overwrites; elsewhere the model itself. Made anew if weights are replaced."""
+        return Pass(self, batch, tokens) if capturable(self) else self
 
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] -> the last layer's output."""

@@ -69,7 +69,8 @@ class Step:
 
 
 class Pass:
-    """`run(ids)` is `model(ids)` for ids [B, T] of one shape. The result is overwritten by the next pass."""
+    """`run(ids)` is `model(ids)` for ids [B, T] of one shape. The result is overwritten by the next pass. Raises ZooError
+    for ids of another shape."""
 
     def __init__(self, model: Decoder, batch: int, tokens: int) -> None:
         self.ids = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
@@ -83,6 +84,8 @@ class Pass:
             self.logits = model(self.ids)
 
     def __call__(self, ids: Tensor) -> Tensor:
+        if ids.shape != self.ids.shape:
+            raise ZooError(f"a pass captured for ids {list(self.ids.shape)} was given {list(ids.shape)}")
         self.ids.copy_(ids)
         self.graph.replay()
         return self.logits
