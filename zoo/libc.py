@@ -23,9 +23,12 @@ def reserve(fd: int, size: int) -> bool:
 
     `os.posix_fallocate` would write into every block where the file system cannot, and take as long as the copy."""
     libc = _libc()
-    if libc is None or not hasattr(libc, "fallocate64") or size == 0:
+    fallocate = getattr(libc, "fallocate64", None) or getattr(
+        libc, "fallocate", None
+    )  # musl has one name for both
+    if fallocate is None or size == 0:
         return False
-    if not libc.fallocate64(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+    if not fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
         return True
     code = ctypes.get_errno()
     if code in _UNSUPPORTED:
