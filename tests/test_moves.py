@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -81,3 +82,52 @@ def test_bytes_are_copied_from_any_place_to_any_place(
             assert os.pread(dst, n + 9, dst_at) == data[src_at : src_at + n]
     os.close(src)
     os.close(dst)
+
+
+class Held:
+    """A loader of what is in memory."""
+
+    chunk = most = 1 << 20
+    grain = 1
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data = data
+
+    def read(self, at: int, n: int) -> np.ndarray:
+        assert at + n <= self.data.size
+        return self.data.reshape(-1)[at : at + n]
+
+
+@pytest.mark.parametrize("stripe", [1, 100, 1 << 20])
+@pytest.mark.parametrize(
+    ("rows", "widths"), [(1, (5, 5)), (7, (3, 3, 3)), (50, (8,) * 8), (13, (4, 5)), (6, (9,))]
+)
+def test_columns_of_several_ranks_are_written_as_one_matrix(
+    rows: int, widths: tuple[int, ...], stripe: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "STRIPE", stripe)
+    whole = np.random.default_rng(0).integers(0, 60_000, (rows, sum(widths))).astype(np.uint16)
+    edges = np.cumsum((0, *widths))
+    parts = []
+    for at, end in itertools.pairwise(edges):
+        loop = ((rows, int(end - at), sum(widths)), (int(end - at), 1, 1))
+        loader = Held(np.ascontiguousarray(whole[:, at:end]))
+        parts.append(moves.Rearrange(loader, "f", 6, 2, loop, 0, int(at)))
+    moved = moves.woven(parts[::-1])
+    alike = len(set(widths)) == 1 and len(widths) > 1
+    assert [type(m) for m in moved] == ([moves.Woven] if alike else [moves.Rearrange] * len(widths))
+    assert sum(m.nbytes for m in moved) == whole.nbytes
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    for m in moved:
+        chunks = list(m.chunks())
+        assert sum(c.nbytes for c in chunks) == m.nbytes
+        for c in chunks:
+            c.run(fd)
+    assert os.pread(fd, whole.nbytes + 99, 6) == whole.tobytes()
+    os.close(fd)
+
+
+def test_columns_with_others_between_them_stay_apart() -> None:
+    loop = ((4, 3, 12), (3, 1, 1))  # of four ranks; the second is missing
+    parts = [moves.Rearrange(Held(np.zeros((4, 3), np.uint16)), "f", 0, 2, loop, 0, 3 * k) for k in (0, 2, 3)]
+    assert moves.woven(parts) == parts

@@ -49,6 +49,7 @@ from zoo.mapping.moves import (
     Loader,
     Loop,
     Rearrange,
+    Woven,
     copy,
     in_kernel,
     loops,
@@ -56,6 +57,7 @@ from zoo.mapping.moves import (
     offsets,
     restride,
     run_length,
+    woven,
 )
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
@@ -195,7 +197,7 @@ class Mover:
             for a, b in offsets(outer)
         ]
 
-    def run(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> None:
+    def run(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
         """Do all of them, over the threads; the first error stops everything and is raised."""
         queues = _Queues(copies, rearrangements)
         lock, stop, errors = threading.Lock(), threading.Event(), list[BaseException]()
@@ -243,7 +245,7 @@ class Mover:
             copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src)
         return c.nbytes
 
-    def _rearrange(self, r: Rearrange) -> int:
+    def _rearrange(self, r: Rearrange | Woven) -> int:
         r.run(self.folder.fd(r.dst))
         return r.nbytes
 
@@ -252,16 +254,16 @@ class _Queues:
     """Moves by destination. The kernel lets one writer into a file at a time, so a thread is given a file that
     no other is writing, where there is one; of those the one with most left to do, so that the last are short."""
 
-    def __init__(self, copies: list[Copy], rearrangements: Iterable[Rearrange]) -> None:
-        work: dict[str, list[Copy | Rearrange]] = {}
-        moves: list[Copy | Rearrange] = [*merged(copies), *rearrangements]
+    def __init__(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
+        work: dict[str, list[Copy | Rearrange | Woven]] = {}
+        moves: list[Copy | Rearrange | Woven] = [*merged(copies), *rearrangements]
         for move in moves:
             work.setdefault(move.dst, []).append(move)
         self.moves = {dst: _pieces(moves) for dst, moves in work.items()}
         self.left = {dst: sum(m.nbytes for m in moves) for dst, moves in work.items()}
         self.writers = dict.fromkeys(work, 0)
 
-    def take(self) -> Copy | Rearrange | None:
+    def take(self) -> Copy | Rearrange | Woven | None:
         while self.moves:
             dst = min(self.moves, key=lambda d: (self.writers[d], -self.left[d]))
             if (move := next(self.moves[dst], None)) is not None:
@@ -271,11 +273,11 @@ class _Queues:
             del self.moves[dst]
         return None
 
-    def done(self, move: Copy | Rearrange) -> None:
+    def done(self, move: Copy | Rearrange | Woven) -> None:
         self.writers[move.dst] -= 1
 
 
-def _pieces(moves: Iterable[Copy | Rearrange]) -> Iterator[Copy | Rearrange]:
+def _pieces(moves: Iterable[Copy | Rearrange | Woven]) -> Iterator[Copy | Rearrange | Woven]:
     for m in moves:
         yield from (m,) if isinstance(m, Copy) else m.chunks()
 
@@ -446,7 +448,7 @@ class Execution:
                 through.append(
                     Rearrange(self._raw(ref), dst, at, ITEMSIZE[ref.dtype], loops(box, whole), 0, 0)
                 )
-        self.mover.run(copies, through)
+        self.mover.run(copies, woven(through))
         for o, k in replicas:
             self._compare(o, k)
 

@@ -7,8 +7,8 @@ stride on either side it is a `Move`, and a move is done in one of two ways:
   pieces that stay in a core's cache; or by the kernel (`copy_file_range`) where the two sides lie alike within
   their pages, so that file systems that can share blocks may do so. Where they do not, the kernel's copy
   takes 1.3 times as long as ours, which writes whole pages;
-- where they are not (transposes, interleaved rows), or where elements change on the way (casts,
-  dequantisation), in chunks of bounded size: read, rearrange in numpy, write.
+- where they are not (transposes, interleaved rows, the columns of several ranks), or where elements change on the way
+  (casts, dequantisation), in chunks of bounded size: read, rearrange in numpy, write.
 
 A move knows nothing of directions: export is the same loops with the sides exchanged.
 """
@@ -289,6 +289,66 @@ class Rearrange:
             strides[loop] = stride
             stride *= loop[0]
         return found.reshape(-1), strides
+
+
+@dataclass(slots=True)
+class Woven:
+    """Matrices that lie side by side in the destination, as the ranks' columns do, each of a loader of its own: `rows`
+    of `length` elements, all of `parts` in turn. Written row by row each would take several times as long."""
+
+    parts: list[Rearrange]
+    rows: int
+    length: int
+
+    @property
+    def dst(self) -> str:
+        return self.parts[0].dst
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+    def chunks(self) -> Iterator[Woven]:
+        step = max(1, STRIPE // (len(self.parts) * self.length * self.parts[0].itemsize))
+        for at in range(0, self.rows, step):
+            n = min(step, self.rows - at)
+            parts = []
+            for p in self.parts:
+                _, s, d = p.loop[0]
+                loop = _cut(p.loop, 0, n)
+                there, here = p.src_at + at * s, p.dst_at + at * d
+                parts.append(Rearrange(p.loader, p.dst, p.base, p.itemsize, loop, there, here))
+            yield Woven(parts, n, self.length)
+
+    def run(self, fd: int) -> None:
+        from zoo.scratch import scratch
+
+        first = self.parts[0]
+        rows = None
+        for k, part in enumerate(self.parts):
+            elements, _ = part._gather()
+            if rows is None:
+                rows = scratch("woven", (self.rows, len(self.parts), self.length), elements.dtype)
+            rows[:, k] = elements[: self.rows * self.length].reshape(self.rows, self.length)
+        _write(fd, rows, first.base + first.dst_at * first.itemsize)
+
+
+def woven(moves: Iterable[Rearrange]) -> list[Rearrange | Woven]:
+    """`moves`, with those that are the columns of one matrix made one."""
+    sets: dict[tuple[str, int, tuple[Loop, ...]], list[Rearrange]] = {}
+    for m in moves:
+        sets.setdefault((m.dst, m.base, m.loop), []).append(m)
+    out: list[Rearrange | Woven] = []
+    for (_, _, loop), parts in sets.items():
+        parts.sort(key=lambda m: m.dst_at)
+        rows, length = loop[0][0], loop[-1][0]
+        whole = ((rows, length, len(parts) * length), (length, 1, 1))
+        side_by_side = all(m.dst_at == parts[0].dst_at + k * length for k, m in enumerate(parts))
+        if len(parts) > 1 and loop == whole and side_by_side and all(m.loader.grain == 1 for m in parts):
+            out.append(Woven(parts, rows, length))
+        else:
+            out += parts
+    return out
 
 
 def _cut(loop: tuple[Loop, ...], j: int, size: int) -> tuple[Loop, ...]:
