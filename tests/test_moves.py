@@ -131,3 +131,11 @@ def test_columns_with_others_between_them_stay_apart() -> None:
     loop = ((4, 3, 12), (3, 1, 1))  # of four ranks; the second is missing
     parts = [moves.Rearrange(Held(np.zeros((4, 3), np.uint16)), "f", 0, 2, loop, 0, 3 * k) for k in (0, 2, 3)]
     assert moves.woven(parts) == parts
+
+
+def test_experts_below_one_another_are_woven_each_by_itself() -> None:
+    loop = ((4, 3, 6), (3, 1, 1))  # two ranks of two experts of [4, 6]
+    held = Held(np.zeros((4, 3), np.uint16))
+    parts = [moves.Rearrange(held, "f", 0, 2, loop, 0, at) for at in (0, 3, 24, 27)]
+    found = moves.woven(parts)
+    assert [(type(m), m.at, m.nbytes) for m in found] == [(moves.Woven, 0, 48), (moves.Woven, 48, 48)]

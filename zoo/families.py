@@ -87,15 +87,14 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises ZooError for one that no family claims."""
     listed = config.get("architectures")
     named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
-    text = config.get("text_config") if named else None
-    kind = (text if isinstance(text, Mapping) else config).get("model_type")
+    model_type, text = config.get("model_type"), config.get("text_config")
+    kind = text.get("model_type") if named and isinstance(text, Mapping) else model_type
 
     def claims(among: Mapping[str, Family]) -> list[Family]:
         by_name = [f for f in among.values() if any(a in f.architectures for a in named)]
-        if not by_name and all(
-            a.endswith("Model") for a in named
-        ):  # none, or a decoder saved without its head
-            return [f for f in among.values() if config.get("model_type") in f.model_types]
+        headless = all(a.endswith("Model") for a in named)  # or none is named
+        if not by_name and headless:
+            return [f for f in among.values() if model_type in f.model_types]
         return sorted(by_name, key=lambda f: kind not in f.model_types)
 
     found = claims(_built_in())
@@ -103,7 +102,6 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
         found = claims(families())
     if found:
         return found[0]
-    model_type = config.get("model_type")
     known = sorted(a for f in families().values() for a in f.architectures)
     raise ZooError(
         f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}. Known architectures: "

@@ -23,9 +23,8 @@ def reserve(fd: int, size: int) -> bool:
 
     `os.posix_fallocate` would write into every block where the file system cannot, and take as long as the copy."""
     libc = _libc()
-    fallocate = getattr(libc, "fallocate64", None) or getattr(
-        libc, "fallocate", None
-    )  # musl has one name for both
+    # musl has one name for both
+    fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if fallocate is None or size == 0:
         return False
     if not fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):

@@ -48,6 +48,7 @@ from zoo.mapping.moves import (
     Copy,
     Loader,
     Loop,
+    Move,
     Rearrange,
     Woven,
     copy,
@@ -255,15 +256,15 @@ class _Queues:
     no other is writing, where there is one; of those the one with most left to do, so that the last are short."""
 
     def __init__(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
-        work: dict[str, list[Copy | Rearrange | Woven]] = {}
-        moves: list[Copy | Rearrange | Woven] = [*merged(copies), *rearrangements]
+        work: dict[str, list[Move]] = {}
+        moves: list[Move] = [*merged(copies), *rearrangements]
         for move in moves:
             work.setdefault(move.dst, []).append(move)
         self.moves = {dst: _pieces(moves) for dst, moves in work.items()}
         self.left = {dst: sum(m.nbytes for m in moves) for dst, moves in work.items()}
         self.writers = dict.fromkeys(work, 0)
 
-    def take(self) -> Copy | Rearrange | Woven | None:
+    def take(self) -> Move | None:
         while self.moves:
             dst = min(self.moves, key=lambda d: (self.writers[d], -self.left[d]))
             if (move := next(self.moves[dst], None)) is not None:
@@ -273,11 +274,11 @@ class _Queues:
             del self.moves[dst]
         return None
 
-    def done(self, move: Copy | Rearrange | Woven) -> None:
+    def done(self, move: Move) -> None:
         self.writers[move.dst] -= 1
 
 
-def _pieces(moves: Iterable[Copy | Rearrange | Woven]) -> Iterator[Copy | Rearrange | Woven]:
+def _pieces(moves: Iterable[Move]) -> Iterator[Move]:
     for m in moves:
         yield from (m,) if isinstance(m, Copy) else m.chunks()
 

@@ -293,59 +293,64 @@ class Rearrange:
 
 @dataclass(slots=True)
 class Woven:
-    """Matrices that lie side by side in the destination, as the ranks' columns do, each of a loader of its own: `rows`
-    of `length` elements, all of `parts` in turn. Written row by row each would take several times as long."""
+    """Matrices that lie side by side in the destination, as the ranks' columns do: `rows` of `length` elements of each
+    loader, from the offset beside it, in turn; `at`: the byte where they begin. Written row by row each would take
+    several times as long."""
 
-    parts: list[Rearrange]
+    sources: list[tuple[Loader, int]]
+    dst: str
+    at: int
+    itemsize: int
     rows: int
     length: int
 
     @property
-    def dst(self) -> str:
-        return self.parts[0].dst
+    def nbytes(self) -> int:
+        return self.rows * self._row
 
     @property
-    def nbytes(self) -> int:
-        return sum(p.nbytes for p in self.parts)
+    def _row(self) -> int:
+        return len(self.sources) * self.length * self.itemsize
 
     def chunks(self) -> Iterator[Woven]:
-        step = max(1, STRIPE // (len(self.parts) * self.length * self.parts[0].itemsize))
-        for at in range(0, self.rows, step):
-            n = min(step, self.rows - at)
-            parts = []
-            for p in self.parts:
-                _, s, d = p.loop[0]
-                loop = _cut(p.loop, 0, n)
-                there, here = p.src_at + at * s, p.dst_at + at * d
-                parts.append(Rearrange(p.loader, p.dst, p.base, p.itemsize, loop, there, here))
-            yield Woven(parts, n, self.length)
+        step = max(1, STRIPE // self._row)
+        for i in range(0, self.rows, step):
+            sources = [(loader, at + i * self.length) for loader, at in self.sources]
+            n, at = min(step, self.rows - i), self.at + i * self._row
+            yield Woven(sources, self.dst, at, self.itemsize, n, self.length)
 
     def run(self, fd: int) -> None:
+        import numpy as np
+
         from zoo.scratch import scratch
 
-        first = self.parts[0]
-        rows = None
-        for k, part in enumerate(self.parts):
-            elements, _ = part._gather()
-            if rows is None:
-                rows = scratch("woven", (self.rows, len(self.parts), self.length), elements.dtype)
-            rows[:, k] = elements[: self.rows * self.length].reshape(self.rows, self.length)
-        _write(fd, rows, first.base + first.dst_at * first.itemsize)
+        shape = self.rows, self.length
+        parts = [loader.read(at, math.prod(shape)).reshape(shape) for loader, at in self.sources]
+        rows = scratch("woven", (self.rows, len(parts), self.length), parts[0].dtype)
+        _write(fd, np.stack(parts, 1, out=rows), self.at)
+
+
+Move = Copy | Rearrange | Woven
 
 
 def woven(moves: Iterable[Rearrange]) -> list[Rearrange | Woven]:
-    """`moves`, with those that are the columns of one matrix made one."""
-    sets: dict[tuple[str, int, tuple[Loop, ...]], list[Rearrange]] = {}
-    for m in moves:
-        sets.setdefault((m.dst, m.base, m.loop), []).append(m)
+    """`moves`, with those that are the columns of the same rows made one."""
     out: list[Rearrange | Woven] = []
-    for (_, _, loop), parts in sets.items():
+    sets: dict[tuple[str, int, tuple[Loop, ...], int], list[Rearrange]] = {}
+    for m in moves:
+        if len(m.loop) == 2 and m.loader.grain == 1:
+            sets.setdefault((m.dst, m.base, m.loop, m.dst_at // m.loop[0][2]), []).append(m)
+        else:
+            out.append(m)
+    for (dst, base, loop, row), parts in sets.items():
         parts.sort(key=lambda m: m.dst_at)
-        rows, length = loop[0][0], loop[-1][0]
-        whole = ((rows, length, len(parts) * length), (length, 1, 1))
-        side_by_side = all(m.dst_at == parts[0].dst_at + k * length for k, m in enumerate(parts))
-        if len(parts) > 1 and loop == whole and side_by_side and all(m.loader.grain == 1 for m in parts):
-            out.append(Woven(parts, rows, length))
+        (rows, _, width), (length, _, _) = loop
+        columns = [row * width + k * length for k in range(width // length)]
+        plain = loop == ((rows, length, len(columns) * length), (length, 1, 1))
+        if plain and len(columns) > 1 and [m.dst_at for m in parts] == columns:
+            size = parts[0].itemsize
+            sources = [(m.loader, m.src_at) for m in parts]
+            out.append(Woven(sources, dst, base + columns[0] * size, size, rows, length))
         else:
             out += parts
     return out
