@@ -1,12 +1,12 @@
-"""Matrix products of several rows, where torch's own are not the best there is.
+"""Matrix products, where torch's own are not the best there is.
 
-On a CPU that has no instructions for bf16 or fp16 torch multiplies such numbers one by one. Here rows of the weight are
-widened to fp32, as many as stay in cache, and multiplied by the BLAS of fp32; results are rounded once, so nothing but
-the order of sums differs. The rows of the weight come first in the product: the other way round takes up to twice as
+On a CPU few rows go to `zoo.kernels.rows`. Of more, bf16 and fp16 are multiplied by torch one number after the other where
+the CPU has no instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied
+by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first in the product: the other way round takes up to twice as
 long for few rows of x.
 
-Margin on 2 cores of an EPYC without AVX-512, 6144 x 2048 in bf16, against torch's own: 8 rows 8 and 12 ms, 16 rows
-7 and 21, 64 rows 22 and 83, 256 rows 60 and 330. Up to 4 rows reading the weight takes the time, and torch is as fast.
+Margin on 2 cores of an EPYC without AVX-512, 6144 x 2048 in bf16, against torch's own: 64 rows 22 and 83 ms, 256 rows
+60 and 330. Without numba, 8 rows 8 and 12, 16 rows 7 and 21.
 
 On a GPU a product of bf16 or fp16 that is asked for in fp32 needs no fp32 units: each product is exact in fp32, and
 tensor cores sum in it. DeepSeek-V3's router, 2048 rows of 7168 by 256, takes 27 us on an H100, and 218 us widened first;
@@ -16,6 +16,7 @@ results are 8e-6 and 2e-7 of their norm from exact ones, where rounding them to 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,25 +25,64 @@ from torch.nn import functional as F
 
 from zoo.scratch import scratch
 
-FEW = 4  # rows, up to which torch's own product is as fast
+FEW, NATIVE_FEW = 16, 2  # rows, up to which our kernel is faster; where the CPU multiplies the dtype itself
+FEWER = 4  # rows, up to which torch's own product is as fast as one that widens
+LARGE = 1 << 20  # elements of a weight, from which importing numba pays
+KNOWN = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = 1 << 20  # elements of the weight widened at a time
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [.., K] times weight [N, K], transposed, plus bias [N]: [.., N] in the dtype of x."""
-    if x.device.type != "cpu" or x.numel() <= FEW * x.shape[-1] or _native(x.dtype):
+    (n, k), lead = weight.shape, x.shape[:-1]
+    rows = lead.numel()
+    if few_fit(x, weight, rows):
+        return _rounded(_times()(x.reshape(rows, k), weight), bias, x.dtype).view(*lead, n)
+    if x.device.type != "cpu" or rows <= FEWER or _native(x.dtype):
         return F.linear(x, weight, bias)
-    n, k = weight.shape
     columns = x.reshape(-1, k).float().T
-    out = torch.empty(columns.shape[1], n, dtype=x.dtype)
+    out = torch.empty(rows, n, dtype=x.dtype)
     step = max(1, min(n, WIDE // k))
     wide = torch.from_numpy(scratch("wide", (step, k), np.float32))
     for at in range(0, n, step):
         part = wide[: min(step, n - at)]
         part.copy_(weight[at : at + step])
-        y = (part @ columns).T
-        out[:, at : at + step] = y if bias is None else y + bias[at : at + step]
-    return out.view(*x.shape[:-1], n)
+        out[:, at : at + step] = _rounded(
+            (part @ columns).T, None if bias is None else bias[at : at + step], x.dtype
+        )
+    return out.view(*lead, n)
+
+
+def grouped_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor, counts: Tensor
+) -> Tensor:
+    """The first `counts[0]` rows of x [M, K] times the weight of `experts[0]`, and so on; weight [E, N, K], bias [E, N],
+    int64 experts and counts [G] -> [M, N] in the dtype of x. Where `few_fit` says so of the largest group."""
+    per_row = None if bias is None else bias[experts].repeat_interleave(counts, 0)
+    return _rounded(_times()(x, weight, experts, counts), per_row, x.dtype)
+
+
+def few_fit(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether `rows` rows of x, at most, and a weight [.., N, K] are for `zoo.kernels.rows`."""
+    if x.device.type != "cpu" or not 0 < rows <= FEW or weight.shape[-2] * weight.shape[-1] < LARGE:
+        return False
+    if x.dtype != weight.dtype or x.dtype not in KNOWN or not weight.is_contiguous():
+        return False
+    narrow_native = x.dtype != torch.float32 and _native(x.dtype)
+    return rows <= (NATIVE_FEW if narrow_native else FEW) and _times() is not None
+
+
+def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias).to(dtype)
+
+
+@functools.cache
+def _times() -> Any:
+    try:
+        from zoo.kernels.rows import times
+    except ImportError:  # no numba, or one that does not go with this numpy
+        return None
+    return times
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import linear, one_row
-from zoo.kernels.product import product
+from zoo.kernels.product import few_fit, grouped_product, product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 
 
@@ -95,6 +95,14 @@ class Stacked(Weights):
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """x [N, in] by the map of one expert: [N, out]."""
         return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
+
+    def fits(self, x: Tensor, most: int) -> bool:
+        """Whether `grouped` serves rows like those of x, at most `most` to an expert."""
+        return self.scheme is None and few_fit(x, self.weight, most)
+
+    def grouped(self, x: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
+        """x [M, in], `counts[0]` rows by the map of `experts[0]`, and so on (int64 [G]): [M, out]."""
+        return grouped_product(x, self.weight, self.bias, experts, counts)
 
 
 class Table(nn.Module):

@@ -58,22 +58,22 @@ def experts(
     if kernels and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
         return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, onto)
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    if N == 1:
-        ids = chosen[0].tolist()
-        column = weights.view(k, 1)
-        rows = (x * column.to(x.dtype)).split(1) if spec.weight_input else [x] * k
-        h = activate(torch.cat([up(r, e) for r, e in zip(rows, ids, strict=True)]), spec.expert)
-        y = torch.cat([down(r, e) for r, e in zip(h.split(1), ids, strict=True)])  # [k, d]
-        y = (y if spec.weight_input else y * column).sum(0, keepdim=True, dtype=sum_dtype).to(x.dtype)
-        return y if onto is None else onto + y
     order = chosen.flatten().argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
     used, counts = torch.unique_consecutive(chosen.flatten()[order], return_counts=True)
-    tokens, shares = ((t.split(counts.tolist())) for t in (order // k, weights.flatten()[order, None]))
-    out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
-    for e, at, share in zip(used.tolist(), tokens, shares, strict=True):
-        rows = x[at] * share.to(x.dtype) if spec.weight_input else x[at]
-        y = down(activate(up(rows, e), spec.expert), e)
-        out[at] += y if spec.weight_input else y * share
+    tokens, shares = order // k, weights.flatten()[order, None]
+    most = int(counts.max())
+    if up.fits(x, most) and down.fits(x, most):
+        rows = x[tokens] * shares.to(x.dtype) if spec.weight_input else x[tokens]
+        y = down.grouped(activate(up.grouped(rows, used, counts), spec.expert), used, counts)
+        out = torch.empty_like(y).index_copy_(0, order, y).view(N, k, -1)
+        out = (out if spec.weight_input else out * weights[..., None]).sum(1, dtype=sum_dtype)
+    else:
+        out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
+        pieces = (t.split(counts.tolist()) for t in (tokens, shares))
+        for e, at, share in zip(used.tolist(), *pieces, strict=True):
+            rows = x[at] * share.to(x.dtype) if spec.weight_input else x[at]
+            y = down(activate(up(rows, e), spec.expert), e)
+            out[at] += y if spec.weight_input else y * share
     y = out.to(x.dtype)
     return y if onto is None else onto + y
 

@@ -1,0 +1,109 @@
+"""Products of few rows on a CPU: the compiled kernel against exact sums, and that models come to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from built import built, decoder
+from torch import Tensor
+
+from zoo.kernels import product
+
+pytest.importorskip("numba")
+from zoo.kernels import rows
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def close(found: Tensor, exact: Tensor) -> None:
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    scale = exact.abs().max().clamp(min=1.0)
+    assert ((found.double() - exact).abs() <= 3e-6 * scale).all()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 2, 3, 16])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 33), (8, 64), (23, 130), (70, 257)])
+def test_every_result_is_its_sum_whatever_the_shape(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    x, w = rand(m, k, dtype=dtype), rand(n, k, dtype=dtype)
+    exact = x.double() @ w.double().T
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(rows.times(x, w))
+    close(found[0], exact)
+    assert torch.equal(*found)  # how many threads there are changes no bit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_rows_meet_the_matrix_of_their_expert(dtype: torch.dtype) -> None:
+    x, w = rand(9, 37, dtype=dtype), rand(6, 21, 37, dtype=dtype)
+    experts, counts = torch.tensor([5, 0, 3]), torch.tensor([1, 6, 2])
+    expert = experts.repeat_interleave(counts)
+    close(rows.times(x, w, experts, counts), torch.einsum("mk,mnk->mn", x.double(), w.double()[expert]))
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x, w = rand(1, 40, dtype=torch.bfloat16), rand(20, 40, dtype=torch.bfloat16)
+    w[3, 5], w[7, 6], w[19, 0] = torch.nan, torch.inf, -torch.inf
+    for m in (1, 3):
+        y = rows.times(x.expand(m, -1), w)
+        assert y[:, 3].isnan().all() and y[:, [7, 19]].isinf().all()
+        assert y[:, [i for i in range(20) if i not in (3, 7, 19)]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "llama4_scout", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_model_says_the_same_by_either(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    b = built(name)
+    model = decoder(b.spec, b.tensors)
+    ids = torch.arange(3, 3 + tokens)[None]
+    before = model(ids)
+    calls = []
+    times = rows.times
+    monkeypatch.setattr(rows, "times", lambda *a: calls.append(a[0].shape) or times(*a))
+    monkeypatch.setattr(product, "LARGE", 0)
+    product._times.cache_clear()
+    after = model(ids)
+    product._times.cache_clear()
+    torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-4)
+    assert len(calls) > 4 * b.spec.n_layers - 2 and not torch.equal(after, before)
+
+
+def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = rand(2, 40), rand(20, 40)
+    monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setitem(sys.modules, "zoo.kernels.rows", None)
+    product._times.cache_clear()
+    assert not product.few_fit(x, w, 2)
+    assert torch.equal(product.product(x, w), x @ w.T)
+    product._times.cache_clear()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_which_products_come_to_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_native", lambda _: native)
+    w = torch.empty(1024, 1024, dtype=torch.bfloat16)
+    most = 2 if native else 16
+    assert product.few_fit(w[:most], w, most)
+    assert not product.few_fit(w[: most + 1], w, most + 1)
+    assert product.few_fit(w[:16].float(), w.float(), 16)  # of fp32 whatever the CPU says of bf16
+    assert not product.few_fit(w[:1].double(), w.double(), 1)
+    assert not product.few_fit(w[:1].float(), w, 1)
+    assert not product.few_fit(w[:1], w[:1023], 1)  # small
+    assert not product.few_fit(w[:1], w.T, 1)
+    assert not product.few_fit(w[:0], w, 0)
