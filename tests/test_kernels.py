@@ -103,6 +103,15 @@ if INTERPRETED or COMPILED:
             close(x, y)
 
     @pytest.mark.parametrize("interleaved", [True, False])
+    def test_rope_in_place(interleaved: bool) -> None:
+        whole, angle = rand(2, 7, 11, 20), rand(7, 6)
+        before, x = whole.clone(), whole[..., 8:]
+        y = rope.rotate(x, angle.cos(), angle.sin(), interleaved, reuse=True)
+        assert y is x
+        close(x, rope.rotate_reference(before[..., 8:], angle.cos(), angle.sin(), interleaved))
+        assert torch.equal(whole[..., :8], before[..., :8])
+
+    @pytest.mark.parametrize("interleaved", [True, False])
     def test_rope_leaves_the_channels_after_the_first(interleaved: bool) -> None:
         x, cos, sin = rand(2, 5, 3, 14), rand(5, 4), rand(5, 4)
         close(rope.rotate(x, cos, sin, interleaved), rope.rotate_reference(x, cos, sin, interleaved))
@@ -163,6 +172,11 @@ if INTERPRETED or COMPILED:
         )
         close(attention.decode(q, k, k, at, scale=0.1, q2=q2, k2=k2), expected)
 
+    def test_keys_of_a_part_of_their_own_and_one_that_heads_share() -> None:
+        kv, shared = rand(2, 9, 5, 30), rand(2, 9, 24)
+        nope, rope = kv[..., 4:20], shared[..., 8:]
+        assert torch.equal(latent.keys(nope, rope), latent.keys_reference(nope, rope))
+
     def test_projections_into_and_out_of_the_latent() -> None:
         up = rand(5 * 20, 40).view(5, 20, 40)
         q, y = rand(2, 5, 12), rand(2, 5, 40)
@@ -187,15 +201,16 @@ if INTERPRETED or COMPILED:
         close(shares, expected_shares)
 
     @pytest.mark.parametrize("shape", [(5, 2, 7), (130, 3, 10), (1, 1, 4), (50, 6, 1000)])
-    def test_pairs_sorted_by_expert(shape: tuple[int, int, int]) -> None:
+    @pytest.mark.parametrize("rows", [4, 32])
+    def test_pairs_sorted_by_expert(shape: tuple[int, int, int], rows: int) -> None:
         tokens, top_k, n_experts = shape
         chosen = torch.stack([torch.randperm(n_experts)[:top_k] for _ in range(tokens)]).int()
-        for a, b in zip(
-            experts.sort_by_expert(chosen, n_experts),
-            experts.sort_by_expert_reference(chosen, n_experts),
-            strict=True,
-        ):
-            assert torch.equal(a, b)
+        order, tiles = experts.sort_by_expert(chosen, n_experts, rows)
+        expected, real = experts.sort_by_expert_reference(chosen, n_experts, rows)
+        assert torch.equal(order, expected)
+        there = real.shape[1]
+        assert torch.equal(tiles[:, :there], real.to(tiles.device))
+        assert (tiles[2, there:] <= 0).all()
 
     def stored(
         scheme: str, parts: tuple[int, ...], columns: int, *lead: int
@@ -220,12 +235,14 @@ if INTERPRETED or COMPILED:
     SCHEMES = ["plain", "fp8-block", "fp8-channel", "mxfp4"]
 
     @pytest.mark.parametrize("scheme", SCHEMES)
-    def test_a_row_times_a_weight(scheme: str) -> None:
-        w, packed = stored(scheme, (23, 23), 160)
-        x, onto = rand(1, 1, 160), rand(1, 1, 46)
+    @pytest.mark.parametrize("f", [23, 128])  # scales of rows that need a table, and of those that do not
+    def test_a_row_times_a_weight(f: int, scheme: str) -> None:
+        w, packed = stored(scheme, (f, f), 160)
+        x, onto = rand(1, 1, 160), rand(1, 1, 2 * f)
         assert linear.one_row(x, packed)
+        assert (packed.rows is None) == (scheme in ("plain", "mxfp4") or (scheme == "fp8-block" and f == 128))
         close(linear.linear(x, packed, onto), linear.linear_reference(x, w, None, onto))
-        close(linear.gated_linear(x, packed, MLP(23)), linear.gated_linear_reference(x, w, None, MLP(23)), 5)
+        close(linear.gated_linear(x, packed, MLP(f)), linear.gated_linear_reference(x, w, None, MLP(f)), 5)
         if scheme != "plain":
             close(weights.expanded(packed, torch.float32), w)
 
@@ -235,15 +252,18 @@ if INTERPRETED or COMPILED:
         "spec", [MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)]
     )
     def test_experts_for_few_tokens_and_for_many(tokens: int, scheme: str, spec: MLP) -> None:
-        d, n, top_k = 96, 5, 2
+        d, n, top_k = 96, 5, 3
         (up, a), (down, b) = (
             stored(scheme, (64, 64) if spec.gated else (64,), d, n),
             stored(scheme, (d,), 64, n),
         )
-        x, shares, onto = rand(tokens, d), torch.rand(tokens, top_k), rand(tokens, d)
+        x, shares = rand(tokens, d), torch.rand(tokens, top_k)
         chosen = torch.stack([torch.randperm(n)[:top_k] for _ in range(tokens)]).int()
-        y = experts.experts(x, chosen, shares, a, b, spec, onto=onto)
-        close(y, onto + experts.experts_reference(x, chosen, shares, (up, None), (down, None), spec), 5)
+        shared, residual = rand(tokens, d), rand(tokens, d)
+        expected = experts.experts_reference(x, chosen, shares, (up, None), (down, None), spec)
+        close(experts.experts(x, chosen, shares, a, b, spec), expected, 5)
+        y = experts.experts(x, chosen, shares, a, b, spec, shared=shared, residual=residual)
+        close(y, residual + (shared + expected), 5)
 
     @pytest.mark.parametrize("tokens", [1, 9])
     def test_experts_whose_input_is_weighted(tokens: int) -> None:

@@ -5,12 +5,12 @@ Decode splits the keys over programs and joins their results (split-K), so that 
 many keys there are is read from the device, so that a captured graph serves every length.
 
 Unusual: the head dimension may come in two parts, q = [a | b] with keys of `b` shared by all heads (MLA), so
-that no key is ever assembled. Keys sit in `capacity` slots, in order of position modulo `capacity`.
+that no key need be assembled. Keys sit in `capacity` slots, in order of position modulo `capacity`.
 
 Margin on an H100, bf16: where the mask is plainly causal torch's SDPA is used (cuDNN's kernel: 403 TFLOP/s at
 2048 tokens, D = 128; this flash kernel 293, torch's own 208). With a window of 128 and sinks, which SDPA does
-not have, 2048 tokens of 32 heads of 64 take 28 us where the whole causal triangle takes 77. MLA: 473 us here, 332
-by cuDNN on assembled keys, which are 100 MB per layer, and 767 by torch's flash on padded ones. Decode reads a
+not have, 2048 tokens of 32 heads of 64 take 28 us where the whole causal triangle takes 77. MLA: 475 us here, 327
+by cuDNN and 62 to assemble its keys (100 MB per layer), and 767 by torch's flash on padded ones. Decode reads a
 cache of 32768 keys at 2.4 TB/s.
 """
 
@@ -43,6 +43,12 @@ def preferring_cudnn(device: torch.device) -> AbstractContextManager[None]:
         SDPBackend.MATH,
     ]
     return sdpa_kernel(order, set_priority=True)
+
+
+def cudnn_fits(q: Tensor) -> bool:
+    """Whether cuDNN has a kernel for heads whose values are narrower than their keys (MLA's): bf16 and fp16 on Hopper and
+    later."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and "launch_pdl" in overlap(q)
 
 
 def attention_reference(

@@ -11,9 +11,10 @@ copy engine where there is one.
 
 Margin on an H100, 2048 tokens, bf16, sorting and summing included, against torch's `_grouped_mm` with the
 gathering around it: 128 experts of 768 x 2048, top 8: 576 and 1061 us; 32 of 2880 x 2880, top 4: 1024 and
-1264; 16 of 8192 x 5120, top 1: 1740 and 2259; 256 of 2048 x 7168, top 8: 8080 and 9690 (reading the weights
+1264; 16 of 8192 x 5120, top 1: 1740 and 2259; 256 of 2048 x 7168, top 8: 8020 and 9690 (reading the weights
 once takes 7490). Programs that read the same rows of x run one after the other: the other way round, x came from
-memory once for each, and the last of these took 9230.
+memory once for each, and the last of these took 9230. One token: all of its experts' down rows are read at once, which
+takes 24 layers of the first from 1.67 to 1.64 ms in bf16 and, with tiles of 8 x 512, to 1.42 in fp8.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from zoo.kernels.gated import ACTIVATIONS, gated_reference
 from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
-from zoo.kernels.weights import PLAIN, Weight
+from zoo.kernels.weights import FP8, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
 
 if triton is not None:
@@ -36,7 +37,7 @@ if triton is not None:
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import after_previous
     from zoo.kernels.linear import gate_and_up_rows
-    from zoo.kernels.weights import rows_times, weight_tile
+    from zoo.kernels.weights import rows_times, scale_row, weight_tile
 
 
 def experts_reference(
@@ -80,14 +81,16 @@ def experts(
     down: Weight,
     spec: MLP,
     weight_input: bool = False,
-    onto: Tensor | None = None,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`experts_reference` by kernels (see `fits`). x [N, D], chosen and weights [N, k] -> [N, D], added to `onto`."""
+    """`experts_reference` by kernels (see `fits`). x [N, D], chosen and weights [N, k] -> [N, D], added to `shared`, and
+    that to `residual`."""
     pairs, n_experts = chosen.numel(), up.codes.shape[0]
     chosen = chosen.contiguous()
     if x.shape[0] <= 2 or pairs <= n_experts // 4:
-        return _few(x, chosen, weights, up, down, spec, weight_input, onto)
-    return _many(x, chosen, weights, up, down, spec, weight_input, onto)
+        return _few(x, chosen, weights, up, down, spec, weight_input, shared, residual)
+    return _many(x, chosen, weights, up, down, spec, weight_input, shared, residual)
 
 
 def _few(
@@ -98,51 +101,76 @@ def _few(
     down: Weight,
     spec: MLP,
     weight_input: bool,
-    onto: Tensor | None,
+    shared: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     (n, k), f = chosen.shape, down.k
     h = x.new_empty(n * k, f)
     out = torch.empty_like(x)
-    rows, block, warps = tile(up.n * k, up, spec.gated)
+    rows, block, warps = up_tile(k, up, spec.gated)
     _few_up[(ceil_div(up.n, rows), n * k)](
         x, chosen, weights, *up.pointers, h, k, f, up.n, up.k, *up.n_scales, up.columns,
         spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
         WEIGHT_INPUT=weight_input, ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
-    rows, block, warps = tile(down.n, down)
-    _few_down[(ceil_div(down.n, rows), n)](
-        h, chosen, weights, *down.pointers, onto, out, f, down.n, *down.n_scales, down.columns,
-        KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, ONTO=onto is not None, TOP_K=k,
+    together = power_of_2(k)
+    rows, block, warps = down_tile(together, down)
+    _few_down[(ceil_div(down.n, rows // together), n)](
+        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
+        KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
         ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
     return out
 
 
-def sort_by_expert(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """chosen [N, k] -> the pairs in order of their expert [N k], equal ones in order; and how many each expert
-    has [E]. int32. A counting sort: blocks count, then place, their pairs, each adding up the counts itself."""
+def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
+    """Rows and channels of a tile of a chosen expert's gate and up weights, and its warps. Measured on an H100."""
+    if w.kind == FP8:
+        return 8, min(512, power_of_2(w.k, w.group)), 2
+    return tile(w.n * experts, w, gated)
+
+
+def down_tile(experts: int, w: Weight) -> tuple[int, int, int]:
+    """Rows, a multiple of `experts`, and channels of a tile of the down weights of a token's experts, and its warps.
+    Measured on an H100."""
+    if w.kind == MXFP4:
+        rows, block, warps = max(experts, 16), 1024, 8
+    else:
+        rows = max(experts, 16 if w.k <= 1024 else 2)
+        block, warps = max(128, min(1024, 4096 // rows)), 4
+    return rows, min(block, power_of_2(w.k, w.group)), warps
+
+
+def sort_by_expert(chosen: Tensor, n_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """chosen [N, k] -> the pairs in order of their expert [N k], equal ones in order; and the tiles of at most `rows` of
+    them, of one expert each: [3, T], expert, first and how many from there are the expert's (<= 0: no tile). int32.
+    A counting sort: blocks count, then place, their pairs, each adding up the counts itself."""
     pairs, e = chosen.numel(), power_of_2(n_experts)
     # More pairs to a block where there are many blocks, since each reads all counts; as many as registers hold.
     block = max(16, min(128 if pairs <= 1 << 16 else 256, 32768 // e))
-    blocks = ceil_div(pairs, block)
+    blocks, n_tiles = ceil_div(pairs, block), ceil_div(pairs, rows) + min(n_experts, pairs)
     counts = torch.empty(blocks, n_experts, dtype=torch.int32, device=chosen.device)
-    totals = torch.empty(n_experts, dtype=torch.int32, device=chosen.device)
+    tiles = torch.empty(3, n_tiles, dtype=torch.int32, device=chosen.device)
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
     warps = 4 if e <= 128 else 8
     _count[(blocks,)](chosen, counts, pairs, n_experts, E=e, BLOCK=block, num_warps=warps)
-    _place_pairs[(blocks,)](
-        chosen, counts, order, totals, pairs, n_experts, blocks,
-        E=e, BLOCK=block, COUNTS=max(1, 16384 // e), num_warps=warps,
+    _place_pairs[(max(blocks, ceil_div(n_tiles, 8)),)](
+        chosen, counts, order, tiles, pairs, n_experts, blocks, n_tiles,
+        E=e, BLOCK=block, COUNTS=max(1, 16384 // e), TILES=8, ROWS=rows, num_warps=warps,
     )  # fmt: skip
-    return order, totals
+    return order, tiles
 
 
-def sort_by_expert_reference(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """`sort_by_expert` by torch."""
+def sort_by_expert_reference(chosen: Tensor, n_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """`sort_by_expert` by torch, with the tiles that there are only."""
     flat = chosen.flatten()
-    counts = (flat[None] == torch.arange(n_experts, device=flat.device)[:, None]).sum(1)
-    return flat.argsort(stable=True).to(torch.int32), counts.to(torch.int32)
+    counts = (flat[None] == torch.arange(n_experts, device=flat.device)[:, None]).sum(1).tolist()
+    tiles, first = [], 0
+    for e, count in enumerate(counts):
+        tiles += [(e, first + at, count - at) for at in range(0, count, rows)]
+        first += count
+    return flat.argsort(stable=True).to(torch.int32), torch.tensor(tiles, dtype=torch.int32).T
 
 
 def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int, int, int]:
@@ -179,36 +207,36 @@ def _many(
     down: Weight,
     spec: MLP,
     weight_input: bool,
-    onto: Tensor | None,
+    shared: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
     pairs = n * k
-    order, counts = sort_by_expert(chosen, n_experts)
     h, y = x.new_empty(pairs, f), x.new_empty(pairs, down.n)
     out = torch.empty_like(x)
     exact = x.dtype == torch.float32
     block_m, block_n, block_k, warps, stages = grouped_tile(pairs / n_experts, up.kind, exact)
-    tiles = ceil_div(pairs, block_m) + min(n_experts, pairs)
+    order, tiles = sort_by_expert(chosen, n_experts, block_m)
     common = dict(
-        BLOCK_M=block_m, BLOCK_K=block_k, E=power_of_2(n_experts), PRECISION="ieee" if exact else "tf32",
+        BLOCK_M=block_m, BLOCK_K=block_k, PRECISION="ieee" if exact else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     half = block_n // 2 if spec.gated else block_n
     bulk = _bulk(x, up) and _bulk(x, down)
-    _many_up[(tiles * ceil_div(f, half),)](
-        _tiles(up, half, block_k) if bulk else x, x, order, counts, weights, *up.pointers, h, n_experts, k, f, up.n, up.k,
+    _many_up[(tiles.shape[1] * ceil_div(f, half),)](
+        _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, tiles.shape[1], k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
         WEIGHT_INPUT=weight_input, BULK=bulk, BLOCK_N=half, **common,
     )  # fmt: skip
-    _many_down[(tiles * ceil_div(down.n, block_n),)](
-        _tiles(down, block_n, block_k) if bulk else h, h, order, counts, *down.pointers, y, n_experts, f, down.n,
+    _many_down[(tiles.shape[1] * ceil_div(down.n, block_n),)](
+        _tiles(down, block_n, block_k) if bulk else h, h, order, tiles, *down.pointers, y, tiles.shape[1], f, down.n,
         *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BULK=bulk, BLOCK_N=block_n, **common,
     )  # fmt: skip
     block = min(1024, power_of_2(down.n))
     _sum_experts[(n, ceil_div(down.n, block))](
-        y, weights, onto, out, down.n,
-        WEIGHTED=not weight_input, ONTO=onto is not None, TOP_K=k, BLOCK=block, num_warps=4,
+        y, weights, shared, residual, out, down.n,
+        WEIGHTED=not weight_input, TOP_K=k, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -232,7 +260,8 @@ if triton is not None:
             mask = n < F
         bytes_: tl.constexpr = 2 if KIND == 2 else 1
         w_ptr += e * N * (K // bytes_)
-        s_ptr += e * s_rows * s_columns
+        if KIND != 0:
+            s_ptr += e * s_rows * s_columns
         x_ptr += pair // top_k * K
         dtype = h_ptr.dtype.element_ty
         if WEIGHT_INPUT:  # x times its weight, rounded: a scale of the sum, but for that rounding
@@ -240,21 +269,9 @@ if triton is not None:
             y = scaled_rows_times(x_ptr, a, w_ptr, n, mask, K, ROWS, BLOCK, dtype)
         else:
             y = rows_times(
-                x_ptr,
-                w_ptr,
-                s_ptr,
-                rows_ptr,
-                n,
-                mask,
-                K,
-                s_columns,
-                columns,
-                KIND,
-                ROWS,
-                BLOCK,
-                OVERLAP,
-                False,
-            )
+                x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
+                KIND, ROWS, BLOCK, False, OVERLAP, False,
+            )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
         y = y.to(dtype).to(tl.float32)
@@ -286,38 +303,48 @@ if triton is not None:
 
     @triton.jit
     def _few_down(
-        h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, onto_ptr, out_ptr, F, N, s_rows, s_columns, columns,
-        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ONTO: tl.constexpr, TOP_K: tl.constexpr,
+        h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
+        top_k, F, N, s_rows, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
+        # A tile holds the rows of all of a token's experts, so that none waits for another's.
         token = tl.program_id(1).to(tl.int64)
-        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        mask = n < N
+        r = tl.arange(0, ROWS)
+        j, row = r % EXPERTS, tl.program_id(0) * (ROWS // EXPERTS) + r // EXPERTS
+        mask = (j < top_k) & (row < N)
+        pair = token * top_k + j
         dtype = out_ptr.dtype.element_ty
-        bytes_: tl.constexpr = 2 if KIND == 2 else 1
         after_previous(OVERLAP)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        for j in range(TOP_K):
-            pair = token * TOP_K + j
-            e = tl.load(chosen_ptr + pair).to(tl.int64)
-            y = rows_times(
-                h_ptr + pair * F, w_ptr + e * N * (F // bytes_), s_ptr + e * s_rows * s_columns, rows_ptr, n, mask, F,
-                s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, False,
-            )  # fmt: skip
-            if HAS_BIAS:
-                y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
-            y = y.to(dtype).to(tl.float32)
-            if WEIGHTED:
-                a = tl.load(weights_ptr + pair)
-                y = y * a.to(tl.float32)
-                if a.dtype == dtype:
-                    y = y.to(dtype).to(tl.float32)
-            total += y
-        if ONTO:
-            total = total.to(dtype).to(tl.float32) + tl.load(
-                onto_ptr + token * N + n, mask=mask, other=0.0
-            ).to(tl.float32)
-        tl.store(out_ptr + token * N + n, total.to(dtype), mask=mask)
+        e = tl.load(chosen_ptr + pair, mask=mask, other=0).to(tl.int64)
+        n = e * N + row
+        s_row = e * s_rows + scale_row(rows_ptr, row, mask, KIND)
+        y = rows_times(
+            h_ptr, pair * F, w_ptr, s_ptr, s_row, n, mask, F, s_columns, columns,
+            KIND, ROWS, BLOCK, True, OVERLAP, False,
+        )  # fmt: skip
+        if HAS_BIAS:
+            y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(dtype).to(tl.float32)
+        if WEIGHTED:
+            a = tl.load(weights_ptr + pair, mask=mask, other=0.0)
+            y = y * a.to(tl.float32)
+            if a.dtype == dtype:
+                y = y.to(dtype).to(tl.float32)
+        total = tl.sum(tl.reshape(tl.where(mask, y, 0.0), (ROWS // EXPERTS, EXPERTS)), 1)
+        row = tl.program_id(0) * (ROWS // EXPERTS) + tl.arange(0, ROWS // EXPERTS)
+        at = token * N + row
+        total = with_others(total, shared_ptr, residual_ptr, at, row < N, dtype)
+        tl.store(out_ptr + at, total.to(dtype), mask=row < N)
+
+    @triton.jit
+    def with_others(y, shared_ptr, residual_ptr, at, mask, DTYPE: tl.constexpr):
+        """y plus what is at `at` behind the pointers that are not None, rounded after each sum."""
+        if shared_ptr is not None:
+            y = y.to(DTYPE).to(tl.float32) + tl.load(shared_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            y = y.to(DTYPE).to(tl.float32) + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        return y
 
     @triton.jit
     def _count(chosen_ptr, counts_ptr, n_pairs, n_experts, E: tl.constexpr, BLOCK: tl.constexpr):
@@ -329,8 +356,8 @@ if triton is not None:
 
     @triton.jit
     def _place_pairs(
-        chosen_ptr, counts_ptr, order_ptr, totals_ptr, n_pairs, n_experts, n_blocks,
-        E: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
+        chosen_ptr, counts_ptr, order_ptr, tiles_ptr, n_pairs, n_experts, n_blocks, n_tiles,
+        E: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0)
         p, e, b = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E), tl.arange(0, COUNTS)
@@ -342,34 +369,31 @@ if triton is not None:
             counts = tl.load(counts_ptr + at[:, None] * n_experts + e[None, :], mask=mask, other=0)
             totals += tl.sum(counts, 0)
             before += tl.sum(tl.where((at < block)[:, None], counts, 0), 0)
-        if block == 0:
-            tl.store(totals_ptr + e, totals, mask=real)
-        start = tl.cumsum(totals, 0) - totals + before  # where this block's first pair of each expert goes
+        begins = tl.cumsum(totals, 0) - totals
         expert = tl.load(chosen_ptr + p, mask=p < n_pairs, other=-1).to(tl.int32)
         mine = (expert[:, None] == e[None, :]).to(tl.int32)
         rank = tl.cumsum(mine, 0) - 1
-        to = tl.sum(mine * (rank + start[None, :]), 1)
+        to = tl.sum(mine * (rank + (begins + before)[None, :]), 1)
         tl.store(order_ptr + to, p, mask=p < n_pairs)
+        # This block's share of the table of tiles.
+        t = block * TILES + tl.arange(0, TILES)
+        tiles = (totals + ROWS - 1) // ROWS
+        ends = tl.cumsum(tiles, 0)
+        expert = tl.sum((ends[None, :] <= t[:, None]).to(tl.int32), 1)
+        here = e[None, :] == expert[:, None]
+        into = (t - tl.sum(tl.where(here, (ends - tiles)[None, :], 0), 1)) * ROWS
+        at = tiles_ptr + t
+        tl.store(at, expert, mask=t < n_tiles)
+        tl.store(at + n_tiles, tl.sum(tl.where(here, begins[None, :], 0), 1) + into, mask=t < n_tiles)
+        tl.store(at + 2 * n_tiles, tl.sum(tl.where(here, totals[None, :], 0), 1) - into, mask=t < n_tiles)
 
     @triton.jit
-    def tile_of(
-        pid, counts_ptr, n_experts, width, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-    ):  # fmt: skip
-        """(expert, first sorted row, rows left, first column) of a program's tile, when each expert's rows are cut
-        into BLOCK_M and the `width` of the result into BLOCK_N. Rows left <= 0: there is no such tile.
-
-        Tiles of the same rows come one after the other: they find what they read in L2."""
+    def tile_of(pid, tiles_ptr, n_tiles, width, BLOCK_N: tl.constexpr):
+        """(expert, first sorted row, rows left, first column) of a program's tile, when the `width` of the result is
+        cut into BLOCK_N. Tiles of the same rows come one after the other: they find what they read in L2."""
         across = tl.cdiv(width, BLOCK_N)
-        tile = pid // across
-        e = tl.arange(0, E)
-        counts = tl.load(counts_ptr + e, mask=e < n_experts, other=0)
-        tiles = (counts + BLOCK_M - 1) // BLOCK_M
-        ends = tl.cumsum(tiles, 0)
-        expert = tl.sum((ends <= tile).to(tl.int32), 0)
-        here = e == expert
-        into = (tile - tl.sum(tl.where(here, ends - tiles, 0), 0)) * BLOCK_M
-        first = tl.sum(tl.where(e < expert, counts, 0), 0) + into
-        left = tl.sum(tl.where(here, counts, 0), 0) - into
+        at = tiles_ptr + pid // across
+        expert, first, left = tl.load(at), tl.load(at + n_tiles), tl.load(at + 2 * n_tiles)
         return expert, first, left, pid % across * BLOCK_N
 
     @triton.jit
@@ -388,12 +412,12 @@ if triton is not None:
 
     @triton.jit
     def _many_up(
-        w_tiles, x_ptr, order_ptr, counts_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
-        n_experts, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+        w_tiles, x_ptr, order_ptr, tiles_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+        n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        e, first, left, column = tile_of(tl.program_id(0), counts_ptr, n_experts, F, E, BLOCK_M, BLOCK_N)
+        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, F, BLOCK_N)
         if left <= 0:
             return
         row = e * N + column  # of the weights of all experts, one below the other
@@ -406,7 +430,8 @@ if triton is not None:
         dtype = h_ptr.dtype.element_ty
         bytes_: tl.constexpr = 2 if KIND == 2 else 1
         w_ptr += e * N * (K // bytes_)
-        s_ptr += e * s_rows * s_columns
+        if KIND != 0:
+            s_ptr += e * s_rows * s_columns
         k = tl.arange(0, BLOCK_K)
         at = x_ptr + (pair // top_k)[:, None] * K + k[None, :]
         gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -439,11 +464,11 @@ if triton is not None:
 
     @triton.jit
     def _many_down(
-        w_tiles, h_ptr, order_ptr, counts_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
-        n_experts, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+        w_tiles, h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+        n_tiles, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        e, first, left, column = tile_of(tl.program_id(0), counts_ptr, n_experts, N, E, BLOCK_M, BLOCK_N)
+        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_N)
         if left <= 0:
             return
         row = e * N + column  # of the weights of all experts, one below the other
@@ -455,7 +480,8 @@ if triton is not None:
         dtype = y_ptr.dtype.element_ty
         bytes_: tl.constexpr = 2 if KIND == 2 else 1
         w_ptr += e * N * (F // bytes_)
-        s_ptr += e * s_rows * s_columns
+        if KIND != 0:
+            s_ptr += e * s_rows * s_columns
         k = tl.arange(0, BLOCK_K)
         at = h_ptr + (first + m).to(tl.int64)[:, None] * F + k[None, :]
         y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -474,8 +500,8 @@ if triton is not None:
 
     @triton.jit
     def _sum_experts(
-        y_ptr, weights_ptr, onto_ptr, out_ptr, N,
-        WEIGHTED: tl.constexpr, ONTO: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+        y_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
+        WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -489,8 +515,6 @@ if triton is not None:
                 if a.dtype == dtype:
                     y = y.to(dtype).to(tl.float32)
             total += y
-        if ONTO:
-            total = total.to(dtype).to(tl.float32) + tl.load(
-                onto_ptr + token * N + n, mask=n < N, other=0.0
-            ).to(tl.float32)
-        tl.store(out_ptr + token * N + n, total.to(dtype), mask=n < N)
+        at = token * N + n
+        total = with_others(total, shared_ptr, residual_ptr, at, n < N, dtype)
+        tl.store(out_ptr + at, total.to(dtype), mask=n < N)

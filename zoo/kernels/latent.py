@@ -1,9 +1,9 @@
-"""Latent attention of one query in absorbed form: the per-head projections around it.
+"""Around latent attention: of one query in absorbed form the per-head projections, of many the assembled keys.
 
 Each head has its own small matrix, [nope, rank] into the latent and [V, rank] out of it, used once: what
 counts is to read each once, from many programs. (`attention.decode` is what stands between the two.)
 
-Margin: not measured apart from the step. DeepSeek-V3's three layers with these decode at 89 % of the copy's
+Margin of the projections: not measured apart from the step. DeepSeek-V3's three layers with these decode at 89 % of the copy's
 bandwidth on an H100.
 """
 
@@ -76,6 +76,25 @@ def out_of_latent(y: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def keys_reference(nope: Tensor, rope: Tensor) -> Tensor:
+    """Each head's own part of its keys [B, S, H, N], and the part that all share [B, S, R] -> [B, S, H, N + R]."""
+    return torch.cat((nope, rope.unsqueeze(2).expand(-1, -1, nope.shape[2], -1)), -1)
+
+
+def keys(nope: Tensor, rope: Tensor) -> Tensor:
+    """`keys_reference`, as one kernel where Triton runs."""
+    if not has_triton(nope) or nope.stride(-1) != 1 or rope.stride(-1) != 1 or not nope.numel():
+        return keys_reference(nope, rope)
+    (b, s, h, n), r = nope.shape, rope.shape[2]
+    out = nope.new_empty(b, s, h, n + r)
+    heads = min(16, power_of_2(h))
+    _keys[(b * s, ceil_div(h, heads))](
+        nope, rope, out, s, h, n, r, *nope.stride()[:3], *rope.stride()[:2],
+        HEADS=heads, D=power_of_2(n + r), num_warps=4, **overlap(nope),
+    )  # fmt: skip
+    return out
+
+
 def _fits(x: Tensor, up: Tensor) -> bool:
     unit = x.stride(-1) == up.stride(-1) == 1
     return has_triton(x) and len(x) <= 8 and unit and x.dtype == up.dtype and x.dtype != torch.float64
@@ -112,3 +131,18 @@ if triton is not None:
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)
         at = out_ptr + (b * tl.num_programs(1) + h) * n_out + v
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=v < n_out)
+
+    @triton.jit
+    def _keys(
+        nope_ptr, rope_ptr, out_ptr, S, H, N, R, nope_b, nope_s, nope_h, rope_b, rope_s,
+        HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
+        h, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+        after_previous(OVERLAP)
+        own, shared = d < N, (d >= N) & (d < N + R)
+        at = nope_ptr + b * nope_b + s * nope_s + h[:, None] * nope_h + d[None, :]
+        x = tl.load(at, mask=(h < H)[:, None] & own[None, :], other=0.0)
+        y = tl.load(rope_ptr + b * rope_b + s * rope_s + d - N, mask=shared, other=0.0)
+        at = out_ptr + (tl.program_id(0).to(tl.int64) * H + h)[:, None] * (N + R) + d[None, :]
+        tl.store(at, tl.where(own[None, :], x, y[None, :]), mask=(h < H)[:, None] & (own | shared)[None, :])

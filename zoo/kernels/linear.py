@@ -26,7 +26,7 @@ if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.gated import activate
-    from zoo.kernels.weights import rows_times
+    from zoo.kernels.weights import rows_times, scale_row
 
 
 def linear_reference(
@@ -103,8 +103,9 @@ if triton is not None:
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         mask = n < N
         y = rows_times(
-            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, True
-        )
+            x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
+            KIND, ROWS, BLOCK, False, OVERLAP, True,
+        )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
         y = y.to(out_ptr.dtype.element_ty)
@@ -129,8 +130,9 @@ if triton is not None:
     ):  # fmt: skip
         n, mask = gate_and_up_rows(tl.program_id(0), F, ROWS)
         y = rows_times(
-            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, ROWS, BLOCK, OVERLAP, True
-        )
+            x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
+            KIND, ROWS, BLOCK, False, OVERLAP, True,
+        )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
         dtype = out_ptr.dtype.element_ty

@@ -38,16 +38,16 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """`rotate_reference`, as one kernel where Triton runs."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, reuse: bool = False) -> Tensor:
+    """`rotate_reference`, as one kernel where Triton runs: then in x itself, if `reuse` allows it."""
     if not has_triton(x) or x.dtype == torch.float64 or x.stride(-1) != 1 or not x.numel():
         return rotate_reference(x, cos, sin, interleaved)
     b, t, h, d = x.shape
-    out = x.new_empty(x.shape)
-    heads = min(8, power_of_2(h))
+    out = x if reuse else x.new_empty(x.shape)
+    heads = min(8 if t == 1 else 32, power_of_2(h))
     _rotate[(b * t, ceil_div(h, heads))](
-        x, cos, sin, out, t, h, d, cos.shape[-1], *x.stride()[:3],
-        INTERLEAVED=interleaved, HEADS=heads, D=power_of_2(d), num_warps=4 if t > 1 else 1, **overlap(x),
+        x, cos, sin, out, t, h, d, cos.shape[-1], *x.stride()[:3], *out.stride()[:3],
+        INTERLEAVED=interleaved, REUSE=reuse, HEADS=heads, D=power_of_2(d), num_warps=4 if t > 1 else 1, **overlap(x),
     )  # fmt: skip
     return out
 
@@ -203,8 +203,8 @@ if triton is not None:
 
     @triton.jit
     def _rotate(
-        x_ptr, cos_ptr, sin_ptr, out_ptr, T, H, n_d, half, x_b, x_t, x_h,
-        INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
+        x_ptr, cos_ptr, sin_ptr, out_ptr, T, H, n_d, half, x_b, x_t, x_h, out_b, out_t, out_h,
+        INTERLEAVED: tl.constexpr, REUSE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
         h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -228,8 +228,7 @@ if triton is not None:
         a = (x * cos.to(tl.float32)[None, :]).to(work).to(tl.float32)
         o = (y * sin.to(tl.float32)[None, :]).to(work).to(tl.float32)
         x = tl.where(turns[None, :], tl.where(first[None, :], a - o, a + o).to(work).to(tl.float32), x)
-        tl.store(
-            out_ptr + ((b * T + t) * H + h)[:, None] * n_d + d[None, :],
-            x.to(out_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        if REUSE:
+            tl.debug_barrier()  # a mate may be another warp's
+        at = out_ptr + b * out_b + t * out_t + h[:, None] * out_h + d[None, :]
+        tl.store(at, x.to(out_ptr.dtype.element_ty), mask=mask)

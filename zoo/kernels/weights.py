@@ -21,12 +21,14 @@ if triton is not None:
     from zoo.kernels.launch import after_previous
 
 PLAIN, FP8, MXFP4 = 0, 1, 2
+SCALE_ROWS = 128  # of a weight in fp8 that share a scale, as a rule: then no table is read to find it
 
 
 @dataclass(frozen=True)
 class Weight:
     """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes) and for quantised ones `scale` [E, R, C] and
-    `rows` [N] int32, the row of `scale` that a row of the weight uses. `bias` [E, N]. A lone matrix has E = 1."""
+    `rows` [N] int32, the row of `scale` that a row of the weight uses (None: row n // 128, in mxfp4 n). `bias` [E, N].
+    A lone matrix has E = 1."""
 
     codes: Tensor
     n: int
@@ -42,10 +44,9 @@ class Weight:
         return (0, 0) if self.scale is None else (self.scale.shape[-2], self.scale.shape[-1])
 
     @property
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Codes, scales, scale rows (where there are none, the codes stand in) and bias: kernel arguments."""
-        scale = self.codes if self.scale is None else self.scale
-        return self.codes, scale, self.codes if self.rows is None else self.rows, self.bias
+    def pointers(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Codes, scales, scale rows and bias: kernel arguments."""
+        return self.codes, self.scale, self.rows, self.bias
 
     @property
     def group(self) -> int:
@@ -80,6 +81,8 @@ def quantised(
     columns = columns or k
     if columns % 128 and columns < k:
         return None
+    if rows == SCALE_ROWS and not any(part % rows for part in parts[:-1]):
+        return Weight(codes, n, k, FP8, scale, None, columns, bias)
     index, first = [], 0
     for part in parts:
         index.append(first + torch.arange(part) // rows)
@@ -123,25 +126,40 @@ if triton is not None:
         return (s.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 16384.0
 
     @triton.jit
+    def scale_row(rows_ptr, n, n_mask, KIND: tl.constexpr):
+        """The row of scales that rows n of a matrix use."""
+        if KIND != 1:
+            return n
+        elif rows_ptr is None:
+            return n // 128
+        else:
+            return tl.load(rows_ptr + n, mask=n_mask, other=0).to(n.dtype)
+
+    @triton.jit
     def rows_times(
-        x_ptr, w_ptr, s_ptr, rows_ptr, n, n_mask, K, s_columns, columns,
-        KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, WAIT: tl.constexpr,
+        x_ptr, x_row, w_ptr, s_ptr, s_row, n, n_mask, K, s_columns, columns,
+        KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OWN_X: tl.constexpr,
+        OVERLAP: tl.constexpr, WAIT: tl.constexpr,
     ):  # fmt: skip
-        """W[n, :] . x for the rows n [ROWS] of a row-major W with K columns: fp32 [ROWS].
+        """W[n, :] . x for the rows n [ROWS] of a row-major W with K columns and rows s_row [ROWS] of its scales: fp32
+        [ROWS]. `OWN_X`: each row has an x of its own, x_row [ROWS] behind x_ptr.
         `WAIT`: x is not there yet; the first tile of W is fetched before waiting for it."""
         n = n.to(tl.int64)
+        s_row = s_row.to(tl.int64)
         if KIND == 0:
             k = tl.arange(0, BLOCK)
             at = w_ptr + n[:, None] * K + k[None, :]
             w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
             if WAIT:
                 after_previous(OVERLAP)
+            if OWN_X:
+                x_ptr += x_row[:, None]
             total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
             for start in range(0, K, BLOCK):
-                x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + (start + k)[None, :], mask=(start + k < K)[None, :], other=0.0)
                 ahead = start + BLOCK
                 w_next = tl.load(at + ahead, mask=n_mask[:, None] & (ahead + k < K)[None, :], other=0.0)
-                total += w.to(tl.float32) * x[None, :]
+                total += w.to(tl.float32) * x.to(tl.float32)
                 w = w_next
             return tl.sum(total, 1)
         elif KIND == 1:
@@ -150,20 +168,21 @@ if triton is not None:
             k = g[:, None] * 128 + i[None, :]
             at = w_ptr + n[:, None, None] * K + k[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (k < K)[None, :, :], other=0.0)
-            row = tl.load(rows_ptr + n, mask=n_mask, other=0).to(tl.int64) * s_columns
             if WAIT:
                 after_previous(OVERLAP)
+            if OWN_X:
+                x_ptr += x_row[:, None, None]
             total = tl.zeros([ROWS, G, 128], dtype=tl.float32)
             for start in range(0, K, BLOCK):
-                x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + (start + k)[None, :, :], mask=(start + k < K)[None, :, :], other=0.0)
                 first = start + g * 128
-                s_at = s_ptr + row[:, None] + (first // columns)[None, :]
+                s_at = s_ptr + s_row[:, None] * s_columns + (first // columns)[None, :]
                 s = tl.load(s_at, mask=n_mask[:, None] & (first < K)[None, :], other=0.0).to(tl.float32)
                 ahead = start + BLOCK
                 w_next = tl.load(
                     at + ahead, mask=n_mask[:, None, None] & (ahead + k < K)[None, :, :], other=0.0
                 )
-                total += w.to(tl.float32) * s[:, :, None] * x[None, :, :]
+                total += w.to(tl.float32) * s[:, :, None] * x.to(tl.float32)
                 w = w_next
             return tl.sum(tl.sum(total, 2), 1)
         else:
@@ -174,10 +193,12 @@ if triton is not None:
             words = s_columns * 4  # K / 8, and plainly a multiple of 16 bytes
             at = w_ptr.to(tl.pointer_type(tl.uint32)) + n[:, None, None] * words + word[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (word < words)[None, :, :], other=0)
-            s_at = s_ptr + n[:, None] * s_columns + g[None, :]
+            s_at = s_ptr + s_row[:, None] * s_columns + g[None, :]
             s = tl.load(s_at, mask=n_mask[:, None] & (g < s_columns)[None, :], other=0)
             if WAIT:
                 after_previous(OVERLAP)
+            if OWN_X:
+                x_ptr += x_row[:, None, None]
             total = tl.zeros([ROWS, G], dtype=tl.float32)
             for start in range(0, words, BLOCK // 8):
                 ahead = start + BLOCK // 8
@@ -197,10 +218,10 @@ if triton is not None:
                     pair = pair | ((w << (12 - 4 * c)) & 0x80008000)
                     low = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
                     high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                    x_at = x_ptr + 8 * (start + word) + c
-                    inside = start + word < words
-                    part += low * tl.load(x_at, mask=inside, other=0.0).to(tl.float32)[None, :, :]
-                    part += high * tl.load(x_at + 4, mask=inside, other=0.0).to(tl.float32)[None, :, :]
+                    x_at = x_ptr + (8 * (start + word) + c)[None, :, :]
+                    inside = (start + word < words)[None, :, :]
+                    part += low * tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+                    part += high * tl.load(x_at + 4, mask=inside, other=0.0).to(tl.float32)
                 total += tl.sum(part, 2) * fp4_scale(s)
                 w, s = w_next, s_next
             return tl.sum(total, 1)
@@ -229,7 +250,7 @@ if triton is not None:
             at = w_ptr + n[:, None] * K + k[None, :]
             w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
             if KIND == 1:
-                row = tl.load(rows_ptr + n, mask=n_mask, other=0).to(tl.int64)
+                row = scale_row(rows_ptr, n, n_mask, KIND)
                 s = tl.load(s_ptr + row * s_columns + start // columns, mask=n_mask, other=0.0).to(tl.float32)
                 w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
             return w
@@ -244,7 +265,8 @@ if triton is not None:
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         bytes_: tl.constexpr = 2 if KIND == 2 else 1
         w_ptr += e * N * (K // bytes_)
-        s_ptr += e * s_rows * s_columns
+        if KIND != 0:
+            s_ptr += e * s_rows * s_columns
         dtype = out_ptr.dtype.element_ty
         w = weight_tile(
             w_ptr, s_ptr, rows_ptr, n, n < N, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, dtype

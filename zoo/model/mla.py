@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.kernels.attention import decode, flash
-from zoo.kernels.latent import into_latent, out_of_latent
+from zoo.kernels.attention import attention, cudnn_fits, decode, flash
+from zoo.kernels.latent import into_latent, keys, out_of_latent
 from zoo.kernels.launch import has_triton
 from zoo.kernels.rope import rotate
 from zoo.model.attention import attend
@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_down(x).split((s.kv_rank, s.rope_dim), -1)
         if s.rope is not None:
             table = ctx.rope(s.rope)
-            q_rope = rotate(q_rope, *table, s.rope.interleaved)
+            q_rope = rotate(q_rope, *table, s.rope.interleaved, reuse=True)
             k_rope = rotate(k_rope.unsqueeze(2), *table, s.rope.interleaved).squeeze(2)
         stored = torch.cat((self.kv_latent_norm(latent), k_rope), -1)  # [B, T, rank + rope]
         entry = ctx.entry(self.layer)
@@ -60,19 +60,21 @@ class LatentAttention(nn.Module):
             factor = ctx.query_scale(s.query_scale)[:, None, None]
             q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)
         if self.indexer is None and has_triton(x) and x.dtype != torch.float64:
-            y = self._fused(q_nope, q_rope, stored, ctx)
+            y = self._fused(q if s.query_scale is None else None, q_nope, q_rope, stored, ctx)
         else:
             visible = ctx.visible()
             if self.indexer is not None:
                 visible = self.indexer(x, q_latent, ctx, visible)
-            attention = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
-            y = attention(q_nope, q_rope, stored, visible)  # [B, T, H, V]
+            mix = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
+            y = mix(q_nope, q_rope, stored, visible)  # [B, T, H, V]
         out: Tensor = self.out(y.flatten(2), onto)
         return out
 
-    def _fused(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context) -> Tensor:
+    def _fused(
+        self, q: Tensor | None, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context
+    ) -> Tensor:
         """`_absorbed` or `_expanded` by kernels; with a cache, `stored` [B, S, rank + rope] may have more slots
-        than are filled."""
+        than are filled. q: the two of it side by side, if they lie so."""
         s = self.spec
         latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
         if ctx.cache is not None and ctx.T == 1:
@@ -83,6 +85,8 @@ class LatentAttention(nn.Module):
             return out_of_latent(y, up[:, s.nope_dim :])[:, None]
         kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
         k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, S, H, ...]
+        if q is not None and ctx.start == 0 and cudnn_fits(q):
+            return attention(q, keys(k_nope, k_rope), v, scale=s.scale)
         return flash(q_nope, k_nope, v, scale=s.scale, start=ctx.start, q2=q_rope, k2=k_rope)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:

@@ -49,21 +49,23 @@ def experts(
     up: Stacked,
     down: Stacked,
     spec: MoESpec,
-    onto: Tensor | None = None,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d], added to
-    `onto`."""
+    `shared`, and that to `residual`."""
     N, k = chosen.shape
     kernels = has_triton(x) and not spec.expert.sparsity
     if kernels and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
-        return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, onto)
+        return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, shared, residual)
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
     order = chosen.flatten().argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
     used, counts = torch.unique_consecutive(chosen.flatten()[order], return_counts=True)
     tokens, shares = order // k, weights.flatten()[order, None]
     most = int(counts.max())
     if up.fits(x, most) and down.fits(x, most):
-        rows = x[tokens] * shares.to(x.dtype) if spec.weight_input else x[tokens]
+        rows = x.index_select(0, tokens)
+        rows = rows * shares.to(x.dtype) if spec.weight_input else rows
         y = down.grouped(activate(up.grouped(rows, used, counts), spec.expert), used, counts)
         out = torch.empty_like(y).index_copy_(0, order, y).view(N, k, -1)
         out = (out if spec.weight_input else out * weights[..., None]).sum(1, dtype=sum_dtype)
@@ -71,11 +73,13 @@ def experts(
         out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
         pieces = (t.split(counts.tolist()) for t in (tokens, shares))
         for e, at, share in zip(used.tolist(), *pieces, strict=True):
-            rows = x[at] * share.to(x.dtype) if spec.weight_input else x[at]
+            rows = x.index_select(0, at)
+            rows = rows * share.to(x.dtype) if spec.weight_input else rows
             y = down(activate(up(rows, e), spec.expert), e)
-            out[at] += y if spec.weight_input else y * share
+            out.index_add_(0, at, (y if spec.weight_input else y * share).to(sum_dtype))
     y = out.to(x.dtype)
-    return y if onto is None else onto + y
+    y = y if shared is None else shared + y
+    return y if residual is None else residual + y
 
 
 class MoE(nn.Module):
@@ -109,10 +113,9 @@ class MoE(nn.Module):
             shared = self.shared(flat)
             if s.shared_gate:
                 shared = torch.sigmoid(self.shared_gate(flat)) * shared
-        if s.latent is None and s.scale == 1.0:  # the experts' kernel adds one thing more
-            base = onto.flatten(0, -2) if shared is None and onto is not None else shared
-            y = experts(inner, chosen, weights, up, self.down, s, base).view_as(x)
-            return y if onto is None or shared is None else onto + y
+        if s.latent is None and s.scale == 1.0:  # the experts' kernel adds the others
+            residual = None if onto is None else onto.flatten(0, -2)
+            return experts(inner, chosen, weights, up, self.down, s, shared, residual).view_as(x)
         y = experts(inner, chosen, weights, up, self.down, s)
         if s.latent is not None:
             y = self.latent_up(y)
