@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ if INTERPRETED or COMPILED:
     def test_the_kernels_are_what_runs_here() -> None:
         assert launch.has_triton(rand(1))
 
+    def test_a_kernel_launched_again_also_with_arguments_of_another_kind() -> None:
+        plain = Norm(1e-5, weight="none")
+        for start, rows, columns in [(0, 3, 40), (1, 3, 40), (0, 3, 40), (1, 3, 40), (0, 1, 16), (0, 4, 1)]:
+            x = rand(200)[start:][: rows * columns].view(rows, columns)  # at 1 not aligned to 16 bytes
+            for _ in range(2):
+                close(norm.rms_norm(x, None, plain), norm.rms_norm_reference(x, None, plain))
+
     @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"])
     def test_gated_activations(act: str) -> None:
         spec = MLP(37, act=act, gated=act != "relu2", limit=1.5 if act == "silu_clamped" else None, alpha=1.3)  # type: ignore[arg-type]
@@ -95,12 +103,20 @@ if INTERPRETED or COMPILED:
         position = torch.tensor(13)
         stores = [[torch.zeros(B, K, slots, n).transpose(1, 2) for n in (D, V)] for _ in range(2)]
         args = (position, table, interleaved, qn, kn, spec, after)
-        assert rope.place_fits(q, k, v, *stores[0], spec)  # type: ignore[arg-type]
+        assert rope.place_fits(spec, q, k, v, *stores[0])  # type: ignore[arg-type]
         a = rope.place(q, k, v, *stores[0], *args)  # type: ignore[arg-type]
         b = rope.place_reference(q, k, v, *stores[1], *args)  # type: ignore[arg-type]
         close(a, b)
         for x, y in zip(*stores, strict=True):
             close(x, y)
+        # Where nothing is stored, queries and keys change where they are, and values do not.
+        whole = [torch.zeros(B, T, K, n) for n in (D, V)]
+        b = rope.place_reference(q, k, v, *whole, torch.tensor(0), *args[1:])  # type: ignore[arg-type]
+        a = rope.place(q, k, v, None, None, *args)  # type: ignore[arg-type]
+        assert a is q
+        close(q, b)
+        close(k, whole[0])
+        assert torch.equal(v, whole[1])
 
     @pytest.mark.parametrize("interleaved", [True, False])
     def test_rope_in_place(interleaved: bool) -> None:
@@ -264,6 +280,19 @@ if INTERPRETED or COMPILED:
         close(experts.experts(x, chosen, shares, a, b, spec), expected, 5)
         y = experts.experts(x, chosen, shares, a, b, spec, shared=shared, residual=residual)
         close(y, residual + (shared + expected), 5)
+
+    @pytest.mark.parametrize(
+        "rows", [64, 128]
+    )  # from 128 rows on, weights in mxfp4 come first in the product
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(experts, "grouped_tile", lambda *_: (rows, 32, 32, 4, 3))
+        (up, a), (down, b) = stored(scheme, (32, 32), 64, 2), stored(scheme, (64,), 32, 2)
+        biased = [rand(2, 64), rand(2, 64)]
+        a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
+        x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 70).int()
+        expected = experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(32))
+        close(experts.experts(x, chosen, shares, a, b, MLP(32)), expected, 5)
 
     @pytest.mark.parametrize("tokens", [1, 9])
     def test_experts_whose_input_is_weighted(tokens: int) -> None:

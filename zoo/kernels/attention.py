@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 
 if triton is not None:
     import triton.language as tl
@@ -238,7 +238,7 @@ def decode(
 
 if triton is not None:
 
-    @triton.jit
+    @Kernel
     def _flash(
         q_ptr, k_ptr, v_ptr, q2_ptr, k2_ptr, sinks_ptr, out_ptr,
         T, S, start, window, chunk, H, GROUP, d_qk, d_v, d_2, scale, cap,
@@ -315,7 +315,7 @@ if triton is not None:
         at = out_ptr + b * o_b + h * o_h + t.to(tl.int64)[:, None] * o_t + dv[None, :]
         tl.store(at, out.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (dv < d_v)[None, :])
 
-    @triton.jit
+    @Kernel
     def _decode(
         q_ptr, k_ptr, v_ptr, q2_ptr, k2_ptr, part_ptr, stats_ptr, position_ptr,
         C, window, chunk, KV, GROUP, d_qk, d_v, d_2, n_splits, n_stats, scale, cap,
@@ -382,7 +382,7 @@ if triton is not None:
         at = part_ptr + row[:, None] * d_v + dv[None, :]
         tl.store(at, out, mask=(g < GROUP)[:, None] & (dv < d_v)[None, :])
 
-    @triton.jit
+    @Kernel
     def _join(
         part_ptr, stats_ptr, sinks_ptr, out_ptr, H, d_v, n_splits, n_stats,
         SINKS: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,

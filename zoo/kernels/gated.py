@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.launch import ceil_div, has_triton, overlap, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, triton
 from zoo.spec import MLP, Activation
 
 if triton is not None:
@@ -100,7 +100,7 @@ if triton is not None:
                 y = y.to(DTYPE).to(tl.float32) * up
         return y.to(DTYPE).to(tl.float32)
 
-    @triton.jit
+    @Kernel
     def _gated(
         h_ptr, out_ptr, F, limit, alpha,
         ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 
 if triton is not None:
     import triton.language as tl
@@ -102,7 +102,7 @@ def _fits(x: Tensor, up: Tensor) -> bool:
 
 if triton is not None:
 
-    @triton.jit
+    @Kernel
     def _into(
         q_ptr, up_ptr, out_ptr, n_in, n_out, q_b, q_h, up_h, up_n,
         N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -117,7 +117,7 @@ if triton is not None:
         at = out_ptr + (b * tl.num_programs(1) + h) * n_out + r
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=r < n_out)
 
-    @triton.jit
+    @Kernel
     def _out_of(
         y_ptr, up_ptr, out_ptr, n_out, n_in, y_b, y_h, up_h, up_v,
         R: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -132,7 +132,7 @@ if triton is not None:
         at = out_ptr + (b * tl.num_programs(1) + h) * n_out + v
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=v < n_out)
 
-    @triton.jit
+    @Kernel
     def _keys(
         nope_ptr, rope_ptr, out_ptr, S, H, N, R, nope_b, nope_s, nope_h, rope_b, rope_s,
         HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,

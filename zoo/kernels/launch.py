@@ -3,18 +3,23 @@
 Unusual here: programmatic dependent launch (Hopper). Each kernel starts while its predecessor is still
 running, fetches what does not depend on it (weights), and only then waits (`after_previous`). At batch 1
 a decode step is a chain of kernels of 2-20 us, so the overlap is worth more than any tile size.
+
+And a kernel remembers what it was compiled to (`Kernel`). Triton itself looks at each argument at each launch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter: kernels run on CPU tensors, slowly. What the tests use."""
+
+MOST = 4096  # kinds of arguments that a kernel remembers
 
 triton: Any = None
 if INTERPRET or torch.cuda.is_available():
@@ -23,6 +28,45 @@ if INTERPRET or torch.cuda.is_available():
         import triton.language as tl
     except ImportError:  # the plain twins run
         pass
+
+
+class Kernel:
+    """A Triton kernel, `kernel[grid](*arguments, **constants)`, whose first launch with arguments of a kind is Triton's,
+    and which launches what that was compiled to from then on. Tensors are of a kind if dtype and alignment are the same,
+    integers if they are equal (which is more than Triton asks). Parameters that are constants come last.
+
+    Margin: some 15 us of the 30-75 that a launch costs the host: 12-15 % of its time for a prompt, 8.4 and 7.4 ms for
+    Llama 3.2 1B, 19.8 and 16.7 for 24 layers of Qwen3-30B-A3B."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.jit = triton.jit(function)
+        self.constants = [] if INTERPRET else [p.name for p in self.jit.params if p.is_constexpr]
+        self.compiled: dict[tuple[object, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if INTERPRET or torch.version.hip:  # on AMD's a tensor's size counts too
+            self.jit[grid](*arguments, **constants)
+            return
+        kinds = [a if a.__class__ is int else _kind(a) for a in arguments]
+        key = (torch.cuda.current_device(), *kinds, *constants.items())
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in self.constants])
+            return
+        if len(self.compiled) >= MOST:
+            self.compiled.clear()
+        self.compiled[key] = self.jit[grid](*arguments, **constants)
+
+
+def _kind(a: Any) -> object:
+    if isinstance(a, torch.Tensor):
+        return a.dtype, a.data_ptr() % 16
+    if a is None or a.__class__ is float:
+        return a.__class__
+    return a.base.dtype, *a.block_shape  # a tensor descriptor
 
 
 def has_triton(x: torch.Tensor) -> bool:

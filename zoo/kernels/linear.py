@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.gated import ACTIVATIONS, gated_reference
-from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 from zoo.kernels.weights import FP8, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
 
@@ -94,7 +94,7 @@ def tile(n: int, w: Weight, gated: bool = False) -> tuple[int, int, int]:
 
 if triton is not None:
 
-    @triton.jit
+    @Kernel
     def _linear(
         x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns, columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -122,7 +122,7 @@ if triton is not None:
         f = pid * (ROWS // 2) + r // 2
         return f + (r % 2) * F, f < F
 
-    @triton.jit
+    @Kernel
     def _gated_linear(
         x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,

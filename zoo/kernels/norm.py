@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, has_triton, overlap, power_of_2, triton
 from zoo.spec import Norm
 
 if triton is not None:
@@ -103,7 +103,7 @@ if triton is not None:
             y = y * w
         return y.to(DTYPE).to(tl.float32)
 
-    @triton.jit
+    @Kernel
     def _rms_norm(
         x_ptr, onto_ptr, w_ptr, out_ptr, stride, D, eps,
         KIND: tl.constexpr, PLUS_ONE: tl.constexpr, ONTO: tl.constexpr,

@@ -16,6 +16,7 @@ results are 8e-6 and 2e-7 of their norm from exact ones, where rounding them to 
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,13 @@ WIDE = 1 << 20  # elements of the weight widened at a time
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [.., K] times weight [N, K], transposed, plus bias [N]: [.., N] in the dtype of x."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
     (n, k), lead = weight.shape, x.shape[:-1]
     rows = lead.numel()
     if few_fit(x, weight, rows):
         return _rounded(_times()(x.reshape(rows, k), weight), bias, x.dtype).view(*lead, n)
-    if x.device.type != "cpu" or rows <= FEWER or _native(x.dtype):
+    if rows <= FEWER or _native(x.dtype):
         return F.linear(x, weight, bias)
     columns = x.reshape(-1, k).float().T
     out = torch.empty(rows, n, dtype=x.dtype)
@@ -78,9 +81,11 @@ def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _times() -> Any:
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return None  # without AVX2 an x86 has nothing to widen fp16 with
     try:
         from zoo.kernels.rows import times
-    except ImportError:  # no numba, or one that does not go with this numpy
+    except (ImportError, OSError):  # no numba, or one that does not go with this numpy or this system
         return None
     return times
 

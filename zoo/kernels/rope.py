@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 from zoo.kernels.norm import rms_norm_reference
 from zoo.spec import Norm
 
@@ -86,8 +86,8 @@ def place(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
     position: Tensor,
     table: tuple[Tensor, Tensor] | None,
     interleaved: bool = False,
@@ -96,23 +96,25 @@ def place(
     norm: Norm | None = None,
     after: bool = False,
 ) -> Tensor:
-    """`place_reference` as one kernel where Triton runs. q, k and v are slices of one projection
-    [B, T, (H + K) D + K V], in that order; `position` is a tensor of one int on their device."""
-    b, t, h, d = q.shape
-    kv, dv = v.shape[2:]
-    if not place_fits(q, k, v, keys, values, norm):
-        return place_reference(
-            q, k, v, keys, values, position, table, interleaved, q_norm, k_norm, norm, after
-        )
-    out = q.new_empty(b, t, h, d)
+    """`place_reference` as one kernel where Triton runs (see `place_fits`). q, k and v are slices of one projection
+    [B, T, (H + K) D + K V], in that order; `position` is a tensor of one int on their device. Without keys and values
+    to write to, q and k are normed and rotated where they are."""
+    (b, t, h, d), (kv, dv) = q.shape, v.shape[2:]
+    out, reuse = q, keys is None or values is None
+    slots, strides = t, tuple([0] * 6)
+    if keys is not None and values is not None:
+        out = q.new_empty(b, t, h, d)
+        slots, strides = keys.shape[1], (*keys.stride()[:3], *values.stride()[:3])
+    elif table is None and norm is None:
+        return q
     cos, sin = table if table is not None else (q, q)
     heads = 4 if t == 1 else 8
     kind = 0 if norm is None else 1 if norm.weight == "none" else 2 if norm.scale_in == "model" else 3
-    _place[(b * t, ceil_div(h + 2 * kv, heads))](
+    _place[(b * t, ceil_div(h + (kv if reuse else 2 * kv), heads))](
         q, _apart(q, k), _apart(q, v), keys, values, out, position, cos, sin, q_norm, k_norm,
-        t, h, kv, keys.shape[1], d, dv, cos.shape[-1] if table else 0, 0.0 if norm is None else norm.eps,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        KIND=kind, AFTER=after, PLUS_ONE=norm is not None and norm.weight == "plus_one", ROPE=table is not None,
+        t, h, kv, slots, d, dv, cos.shape[-1] if table else 0, 0.0 if norm is None else norm.eps,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+        REUSE=reuse, KIND=kind, AFTER=after, PLUS_ONE=norm is not None and norm.weight == "plus_one", ROPE=table is not None,
         INTERLEAVED=interleaved, HEADS=heads, D=power_of_2(max(d, dv)), num_warps=4, **overlap(q),
     )  # fmt: skip
     return out
@@ -123,21 +125,23 @@ def _apart(q: Tensor, x: Tensor) -> int:
     return (x.data_ptr() - q.data_ptr()) // q.element_size()
 
 
-def place_fits(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, norm: Norm | None) -> bool:
-    """Whether the kernel serves these tensors."""
-    unit = all(x.stride(-1) == 1 for x in (q, k, v, keys, values))
-    same = q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype and q.dtype != torch.float64
-    return has_triton(q) and unit and same and (norm is None or norm.kind == "rms")
+def place_fits(norm: Norm | None, *tensors: Tensor | None) -> bool:
+    """Whether the kernel serves q, k, v, keys and values."""
+    there = [x for x in tensors if x is not None]
+    unit = all(x.stride(-1) == 1 for x in there)
+    same = len({x.dtype for x in there}) == 1 and there[0].dtype != torch.float64
+    return has_triton(there[0]) and unit and same and (norm is None or norm.kind == "rms")
 
 
 if triton is not None:
 
-    @triton.jit
+    @Kernel
     def _place(
         x_ptr, k_from, v_from, keys_ptr, values_ptr, out_ptr, position_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr,
         T, H, KV, C, d_qk, d_v, half, eps,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_s, ks_h, vs_b, vs_s, vs_h,
-        KIND: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+        REUSE: tl.constexpr, KIND: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, ROPE: tl.constexpr,
+        INTERLEAVED: tl.constexpr,
         HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         b, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
@@ -194,14 +198,18 @@ if triton is not None:
         if AFTER:
             x = x.to(dtype).to(tl.float32)
             x = x * tl.rsqrt(tl.sum(x * x, 1) / d_qk + eps)[:, None]
-        at = ((b * T + t) * H + h)[:, None] * d_qk + d[None, :]
-        tl.store(out_ptr + at, x.to(dtype), mask=is_q[:, None] & qk)
-        at = (ks_b * b + ks_s * slot + ks_h * (h - H))[:, None] + d[None, :]
-        tl.store(keys_ptr + at, x.to(dtype), mask=(is_k & kept)[:, None] & qk)
-        at = (vs_b * b + vs_s * slot + vs_h * (h - H - KV))[:, None] + d[None, :]
-        tl.store(values_ptr + at, raw, mask=vm & kept[:, None])
+        if REUSE:
+            tl.debug_barrier()  # a mate may be another warp's
+            tl.store(x_ptr + base[:, None] + d[None, :], x.to(dtype), mask=qk)
+        else:
+            at = ((b * T + t) * H + h)[:, None] * d_qk + d[None, :]
+            tl.store(out_ptr + at, x.to(dtype), mask=is_q[:, None] & qk)
+            at = (ks_b * b + ks_s * slot + ks_h * (h - H))[:, None] + d[None, :]
+            tl.store(keys_ptr + at, x.to(dtype), mask=(is_k & kept)[:, None] & qk)
+            at = (vs_b * b + vs_s * slot + vs_h * (h - H - KV))[:, None] + d[None, :]
+            tl.store(values_ptr + at, raw, mask=vm & kept[:, None])
 
-    @triton.jit
+    @Kernel
     def _rotate(
         x_ptr, cos_ptr, sin_ptr, out_ptr, T, H, n_d, half, x_b, x_t, x_h, out_b, out_t, out_h,
         INTERLEAVED: tl.constexpr, REUSE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, has_triton, overlap, power_of_2, triton
 from zoo.spec import Router
 
 if triton is not None:
@@ -68,7 +68,7 @@ def route(
 
 if triton is not None:
 
-    @triton.jit
+    @Kernel
     def _route(
         logits_ptr, bias_ptr, experts_ptr, weights_ptr, n_experts, per_group, scale, eps, cap,
         TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, CHOSEN: tl.constexpr, BIAS: tl.constexpr,

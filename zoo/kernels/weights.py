@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import ceil_div, triton
+from zoo.kernels.launch import Kernel, ceil_div, triton
 from zoo.quant.schemes import block_size
 
 if triton is not None:
@@ -255,7 +255,7 @@ if triton is not None:
                 w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
             return w
 
-    @triton.jit
+    @Kernel
     def _expanded(
         w_ptr, s_ptr, rows_ptr, out_ptr, N, K, s_rows, s_columns, columns,
         KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -186,19 +186,20 @@ class Attention(nn.Module):
             elif n is not None:
                 norm, weights = n.norm, (self.q_norm.weight, self.k_norm.weight)
             q, k = q.unflatten(-1, (s.n_heads, s.head_dim)), k.unflatten(-1, (s.n_kv_heads, s.head_dim))
-        stored = isinstance(entry, Slots) and (T <= entry.size or not entry.ring)
-        if isinstance(entry, Slots) and stored:
+        keys: Tensor | None = None
+        values: Tensor | None = None
+        if isinstance(entry, Slots) and (T <= entry.size or not entry.ring):
             keys, values = (t.transpose(1, 2) for t in entry.tensors)  # [B, slots, K, .]
-        else:
-            keys, values = k.new_empty(k.shape), v.new_empty(v.shape)
-        if not place_fits(q, k, v, keys, values, norm):
+        if not place_fits(norm, q, k, v, keys, values):
             return None
         interleaved = s.rope is not None and s.rope.interleaved
         q = place(q, k, v, keys, values, ctx.positions[:1], table, interleaved, *weights, norm, after)
-        if isinstance(entry, Slots) and not stored:
-            slots = ctx.slots(entry.size, True)[-entry.size :]
-            for store, new in zip(entry.tensors, (keys, values), strict=True):
-                store.index_copy_(2, slots, new[:, -entry.size :].transpose(1, 2))
+        if keys is None or values is None:
+            keys, values = k, v
+            if isinstance(entry, Slots):
+                slots = ctx.slots(entry.size, True)[-entry.size :]
+                for store, new in zip(entry.tensors, (keys, values), strict=True):
+                    store.index_copy_(2, slots, new[:, -entry.size :].transpose(1, 2))
         if s.query_scale is not None:
             q = (q * ctx.query_scale(s.query_scale)[:, None, None]).to(q.dtype)
         if T == 1 and isinstance(entry, Slots):

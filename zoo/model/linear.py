@@ -48,7 +48,7 @@ class Weights(nn.Module):
 
     def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
-        if has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
+        if x.numel() == x.shape[-1] and has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
             return linear(x, w, onto)
         y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
