@@ -127,7 +127,7 @@ def converting(found: Run) -> str:
 def on_cpu(runs: list[Run]) -> str:
     """The section about benchmarks/cpu.py: the newest run on each processor."""
     out = (
-        "\n## CPU\n\nMedians of pairs, bf16. *GB/s*: weights that a token visits, and what one matrix-vector product "
+        "\n## CPU\n\nMedians of pairs, bf16. *GB/s*: weights that a token visits, and what one of torch's matrix-vector products "
         "reads; a prompt of 8 tokens counts as a token.\n"
     )
     for run in {r["device"]: r for r in runs}.values():
