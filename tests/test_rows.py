@@ -46,6 +46,7 @@ def test_every_result_is_its_sum_whatever_the_shape(m: int, n: int, k: int, dtyp
         torch.set_num_threads(threads)
         found.append(rows.times(x, w))
     close(found[0], exact)
+    assert torch.equal(rows.times(x, torch.nn.Parameter(w)), found[0])
     assert torch.equal(*found)  # how many threads there are changes no bit
 
 

@@ -31,9 +31,8 @@ from torch import Tensor
 CODES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """The dtypes of weights, and how numba, which knows neither of the narrow ones, is told them apart."""
 _FIRST = np.zeros(1, np.int64)
-_one_at_a_time = (
-    threading.Lock()
-)  # numba's own pool of threads, where it has no OpenMP, allows no two callers
+# numba's own pool of threads, which it has where there is no OpenMP, allows no two callers.
+_one_at_a_time = threading.Lock()
 
 
 def times(x: Tensor, weight: Tensor, experts: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
@@ -44,7 +43,7 @@ def times(x: Tensor, weight: Tensor, experts: Tensor | None = None, counts: Tens
     groups = (_FIRST, np.array([m]))
     if experts is not None and counts is not None:
         groups = (experts.numpy(), counts.numpy())
-    stack = weight.view(CODES[weight.dtype]).view(-1, n, k).numpy()
+    stack = weight.detach().view(CODES[weight.dtype]).view(-1, n, k).numpy()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _one_at_a_time:
         if numba.get_num_threads() != threads:
