@@ -37,7 +37,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 2, 3, 16])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 33), (8, 64), (23, 130), (70, 257)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 33), (8, 64), (23, 130), (70, 257), (23, 2051)])
 def test_every_result_is_its_sum_whatever_the_shape(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, w = rand(m, k, dtype=dtype), rand(n, k, dtype=dtype)
     exact = x.double() @ w.double().T
@@ -77,7 +77,7 @@ def test_a_model_says_the_same_by_either(name: str, tokens: int, monkeypatch: py
     calls = []
     times = rows.times
     monkeypatch.setattr(rows, "times", lambda *a: calls.append(a[0].shape) or times(*a))
-    monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setattr(product, "LARGE", dict.fromkeys(DTYPES, 0))
     product._times.cache_clear()
     after = model(ids)
     product._times.cache_clear()
@@ -87,7 +87,7 @@ def test_a_model_says_the_same_by_either(name: str, tokens: int, monkeypatch: py
 
 def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = rand(2, 40), rand(20, 40)
-    monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setattr(product, "LARGE", dict.fromkeys(DTYPES, 0))
     monkeypatch.setitem(sys.modules, "zoo.kernels.rows", None)
     product._times.cache_clear()
     assert not product.few_fit(x, w, 2)
@@ -106,5 +106,7 @@ def test_which_products_come_to_it(native: bool, monkeypatch: pytest.MonkeyPatch
     assert not product.few_fit(w[:1].double(), w.double(), 1)
     assert not product.few_fit(w[:1].float(), w, 1)
     assert not product.few_fit(w[:1], w[:1023], 1)  # small
+    assert product.few_fit(w[:1].float(), w[:300].float(), 1)
+    assert not product.few_fit(w[:1].float(), w[:200].float(), 1)
     assert not product.few_fit(w[:1], w.T, 1)
     assert not product.few_fit(w[:0], w, 0)
