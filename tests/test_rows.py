@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -93,6 +95,21 @@ def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None
     assert not product.few_fit(x, w, 2)
     assert torch.equal(product.product(x, w), x @ w.T)
     product._times.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_leaves_the_products_to_torch() -> None:
+    script = """if True:
+        import os, torch
+        from zoo.kernels.product import few_fit, product
+        x, w = torch.ones(1, 1024), torch.ones(1024, 1024)
+        assert few_fit(x, w, 1) and product(x, w)[0, 0] == 1024
+        if (child := os.fork()) == 0:
+            os._exit(7 if not few_fit(x, w, 1) and product(x, w)[0, 0] == 1024 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert few_fit(x, w, 1)
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("native", [True, False])

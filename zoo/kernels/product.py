@@ -16,6 +16,7 @@ results are 8e-6 and 2e-7 of their norm from exact ones, where rounding them to 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from typing import Any
 
@@ -82,13 +83,27 @@ def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _times() -> Any:
+    if _forked:
+        return None
     if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return None  # without AVX2 an x86 has nothing to widen fp16 with
     try:
         from zoo.kernels.rows import times
     except (ImportError, OSError):  # no numba, or one that does not go with this numpy or this system
         return None
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
     return times
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    """OpenMP ends a child of a process that used it, when the child uses it too: there torch multiplies."""
+    global _forked
+    _forked = True
+    _times.cache_clear()
 
 
 @functools.cache
