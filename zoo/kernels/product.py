@@ -2,8 +2,8 @@
 
 On a CPU few rows go to `zoo.kernels.rows`. Of more, bf16 and fp16 are multiplied by torch one number after the other where
 the CPU has no instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied
-by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first in the product: the other way round takes up to twice as
-long for few rows of x.
+by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first
+in the product: the other way round takes up to twice as long for few rows of x.
 
 Margin on 2 cores of an EPYC without AVX-512, 6144 x 2048 in bf16, against torch's own: 64 rows 22 and 83 ms, 256 rows
 60 and 330. Without numba, 8 rows 8 and 12, 16 rows 7 and 21.
