@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,7 @@ def main() -> None:
     import torch
     import transformers
 
+    numba = version("numba") if importlib.util.find_spec("numba") else None
     torch.set_num_threads(args.threads)
     rows = []
     limit = gemv_rate()
@@ -138,7 +141,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "device": machine("cpu.py")["cpu"], "threads": args.threads, "torch": torch.__version__,
-        "transformers": transformers.__version__, "command": command("cpu.py"),
+        "transformers": transformers.__version__, "numba": numba, "command": command("cpu.py"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": rows,
     }  # fmt: skip
     runs = json.loads(out.read_text()) if out.exists() else []

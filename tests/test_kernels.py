@@ -281,9 +281,8 @@ if INTERPRETED or COMPILED:
         y = experts.experts(x, chosen, shares, a, b, spec, shared=shared, residual=residual)
         close(y, residual + (shared + expected), 5)
 
-    @pytest.mark.parametrize(
-        "rows", [64, 128]
-    )  # from 128 rows on, weights in mxfp4 come first in the product
+    # From 128 rows on, weights in mxfp4 come first in the product.
+    @pytest.mark.parametrize("rows", [64, 128])
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experts, "grouped_tile", lambda *_: (rows, 32, 32, 4, 3))

@@ -31,10 +31,12 @@ def close(found: Tensor, exact: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
+def as_before() -> Iterator[None]:
+    """Afterwards, as many threads as before, and the kernel looked for anew."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    product._times.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +84,6 @@ def test_a_model_says_the_same_by_either(name: str, tokens: int, monkeypatch: py
     monkeypatch.setattr(product, "LARGE", dict.fromkeys(DTYPES, 0))
     product._times.cache_clear()
     after = model(ids)
-    product._times.cache_clear()
     torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-4)
     assert len(calls) > 4 * b.spec.n_layers - 2 and not torch.equal(after, before)
 
@@ -94,7 +95,6 @@ def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None
     product._times.cache_clear()
     assert not product.few_fit(x, w, 2)
     assert torch.equal(product.product(x, w), x @ w.T)
-    product._times.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, overlap, power_of_2, triton
 
 if triton is not None:
     import triton.language as tl
@@ -48,7 +48,7 @@ def preferring_cudnn(device: torch.device) -> AbstractContextManager[None]:
 def cudnn_fits(q: Tensor) -> bool:
     """Whether cuDNN has a kernel for heads whose values are narrower than their keys (MLA's): bf16 and fp16 on Hopper and
     later."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and "launch_pdl" in overlap(q)
+    return q.dtype in (torch.bfloat16, torch.float16) and hopper(q)
 
 
 def attention_reference(

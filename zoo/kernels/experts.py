@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.gated import ACTIVATIONS, gated_reference
-from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
 from zoo.kernels.weights import FP8, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
@@ -155,9 +155,10 @@ def sort_by_expert(chosen: Tensor, n_experts: int, rows: int) -> tuple[Tensor, T
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
     warps = 4 if e <= 128 else 8
     _count[(blocks,)](chosen, counts, pairs, n_experts, E=e, BLOCK=block, num_warps=warps)
-    _place_pairs[(max(blocks, ceil_div(n_tiles, 8)),)](
+    share = 8  # tiles that a block writes down
+    _place_pairs[(max(blocks, ceil_div(n_tiles, share)),)](
         chosen, counts, order, tiles, pairs, n_experts, blocks, n_tiles,
-        E=e, BLOCK=block, COUNTS=max(1, 16384 // e), TILES=8, ROWS=rows, num_warps=warps,
+        E=e, BLOCK=block, COUNTS=max(1, 16384 // e), TILES=share, ROWS=rows, num_warps=warps,
     )  # fmt: skip
     return order, tiles
 
@@ -188,7 +189,7 @@ def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int,
 def _bulk(x: Tensor, w: Weight) -> bool:
     """Whether tiles of the weight can be fetched by the copy engine (Hopper)."""
     aligned = w.codes.data_ptr() % 16 == 0 and w.k * w.codes.element_size() % 16 == 0
-    return w.kind == PLAIN and x.dtype != torch.float32 and aligned and bool(overlap(x).get("launch_pdl"))
+    return w.kind == PLAIN and x.dtype != torch.float32 and aligned and hopper(x)
 
 
 def _tiles(w: Weight, rows: int, columns: int) -> Any:
@@ -217,20 +218,21 @@ def _many(
     exact = x.dtype == torch.float32
     block_m, block_n, block_k, warps, stages = grouped_tile(pairs / n_experts, up.kind, exact)
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
+    n_tiles = tiles.shape[1]
     common = dict(
         BLOCK_M=block_m, BLOCK_K=block_k, SWAP=up.kind == MXFP4 and block_m >= 128, PRECISION="ieee" if exact else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     half = block_n // 2 if spec.gated else block_n
     bulk = _bulk(x, up) and _bulk(x, down)
-    _many_up[(tiles.shape[1] * ceil_div(f, half),)](
-        _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, tiles.shape[1], k, f, up.n, up.k,
+    _many_up[(n_tiles * ceil_div(f, half),)](
+        _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, n_tiles, k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
         WEIGHT_INPUT=weight_input, BULK=bulk, BLOCK_N=half, **common,
     )  # fmt: skip
-    _many_down[(tiles.shape[1] * ceil_div(down.n, block_n),)](
-        _tiles(down, block_n, block_k) if bulk else h, h, order, tiles, *down.pointers, y, tiles.shape[1], f, down.n,
+    _many_down[(n_tiles * ceil_div(down.n, block_n),)](
+        _tiles(down, block_n, block_k) if bulk else h, h, order, tiles, *down.pointers, y, n_tiles, f, down.n,
         *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BULK=bulk, BLOCK_N=block_n, **common,
     )  # fmt: skip
     block = min(1024, power_of_2(down.n))

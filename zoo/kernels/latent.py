@@ -3,8 +3,8 @@
 Each head has its own small matrix, [nope, rank] into the latent and [V, rank] out of it, used once: what
 counts is to read each once, from many programs. (`attention.decode` is what stands between the two.)
 
-Margin of the projections: not measured apart from the step. DeepSeek-V3's three layers with these decode at 89 % of the copy's
-bandwidth on an H100.
+Margin of the projections: not measured apart from the step. DeepSeek-V3's three layers with these decode at
+89 % of the copy's bandwidth on an H100.
 """
 
 from __future__ import annotations

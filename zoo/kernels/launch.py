@@ -74,14 +74,19 @@ def has_triton(x: torch.Tensor) -> bool:
     return triton is not None and (x.is_cuda or (INTERPRET and x.device.type == "cpu"))
 
 
+def hopper(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU of Hopper's kind or later: programmatic launch, the copy engine, cuDNN's attention."""
+    return x.is_cuda and _capability(x.device.index or 0) >= 9
+
+
 @functools.cache
-def _overlaps(device: int) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9
+def _capability(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def overlap(x: torch.Tensor) -> dict[str, Any]:
     """Launch arguments of a kernel that calls `after_previous`: overlapped where the GPU can."""
-    if x.is_cuda and _overlaps(x.device.index or 0):
+    if hopper(x):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 

@@ -101,7 +101,8 @@ def place(
     to write to, q and k are normed and rotated where they are."""
     (b, t, h, d), (kv, dv) = q.shape, v.shape[2:]
     out, reuse = q, keys is None or values is None
-    slots, strides = t, tuple([0] * 6)
+    slots = t
+    strides: tuple[int, ...] = (0,) * 6
     if keys is not None and values is not None:
         out = q.new_empty(b, t, h, d)
         slots, strides = keys.shape[1], (*keys.stride()[:3], *values.stride()[:3])

@@ -72,9 +72,8 @@ def _wide(context: Any, code: Any) -> Any:
 
     def bf16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
-        return builder.bitcast(
-            builder.shl(builder.zext(args[0], word), ir.Constant(word, 16)), ir.FloatType()
-        )
+        upper = builder.shl(builder.zext(args[0], word), ir.Constant(word, 16))
+        return builder.bitcast(upper, ir.FloatType())
 
     def fp16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
@@ -117,13 +116,8 @@ def _rows(w, x, out, first, last):
     """Of a few rows of x, the results first .. last: six by two at a time. What is over is computed again."""
     m, end = x.shape[0], last - 1
     for i in range(first, last, 6):
-        i1, i2, i3, i4, i5 = (
-            min(i + 1, end),
-            min(i + 2, end),
-            min(i + 3, end),
-            min(i + 4, end),
-            min(i + 5, end),
-        )
+        i1, i2, i3 = min(i + 1, end), min(i + 2, end), min(i + 3, end)
+        i4, i5 = min(i + 4, end), min(i + 5, end)
         for m0 in range(0, m, 2):
             m1 = min(m0 + 1, m - 1)
             a0 = b0 = c0 = d0 = e0 = f0 = a1 = b1 = c1 = d1 = e1 = f1 = np.float32(0)
@@ -143,22 +137,10 @@ def _rows(w, x, out, first, last):
                 d1 += d * y1
                 e1 += e * y1
                 f1 += f * y1
-            out[m0, i], out[m0, i1], out[m0, i2], out[m0, i3], out[m0, i4], out[m0, i5] = (
-                a0,
-                b0,
-                c0,
-                d0,
-                e0,
-                f0,
-            )
-            out[m1, i], out[m1, i1], out[m1, i2], out[m1, i3], out[m1, i4], out[m1, i5] = (
-                a1,
-                b1,
-                c1,
-                d1,
-                e1,
-                f1,
-            )
+            out[m0, i], out[m0, i1], out[m0, i2] = a0, b0, c0
+            out[m0, i3], out[m0, i4], out[m0, i5] = d0, e0, f0
+            out[m1, i], out[m1, i1], out[m1, i2] = a1, b1, c1
+            out[m1, i3], out[m1, i4], out[m1, i5] = d1, e1, f1
 
 
 @_compiled(parallel=True)

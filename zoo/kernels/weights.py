@@ -131,7 +131,7 @@ if triton is not None:
         if KIND != 1:
             return n
         elif rows_ptr is None:
-            return n // 128
+            return n // 128  # SCALE_ROWS
         else:
             return tl.load(rows_ptr + n, mask=n_mask, other=0).to(n.dtype)
 

@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
             factor = ctx.query_scale(s.query_scale)[:, None, None]
             q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)
         if self.indexer is None and has_triton(x) and x.dtype != torch.float64:
-            y = self._fused(q if s.query_scale is None else None, q_nope, q_rope, stored, ctx)
+            y = self._fused(q, q_nope, q_rope, stored, ctx)
         else:
             visible = ctx.visible()
             if self.indexer is not None:
@@ -70,11 +70,9 @@ class LatentAttention(nn.Module):
         out: Tensor = self.out(y.flatten(2), onto)
         return out
 
-    def _fused(
-        self, q: Tensor | None, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context
-    ) -> Tensor:
+    def _fused(self, q: Tensor, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context) -> Tensor:
         """`_absorbed` or `_expanded` by kernels; with a cache, `stored` [B, S, rank + rope] may have more slots
-        than are filled. q: the two of it side by side, if they lie so."""
+        than are filled. The two parts of a query lie side by side in q, unless they have been scaled."""
         s = self.spec
         latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
         if ctx.cache is not None and ctx.T == 1:
@@ -85,7 +83,7 @@ class LatentAttention(nn.Module):
             return out_of_latent(y, up[:, s.nope_dim :])[:, None]
         kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
         k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, S, H, ...]
-        if q is not None and ctx.start == 0 and cudnn_fits(q):
+        if s.query_scale is None and ctx.start == 0 and cudnn_fits(q):
             return attention(q, keys(k_nope, k_rope), v, scale=s.scale)
         return flash(q_nope, k_nope, v, scale=s.scale, start=ctx.start, q2=q_rope, k2=k_rope)
 

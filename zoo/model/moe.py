@@ -8,6 +8,8 @@ weighted sum over a token's experts is kept in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -54,29 +56,31 @@ def experts(
 ) -> Tensor:
     """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d], added to
     `shared`, and that to `residual`."""
-    N, k = chosen.shape
+    k = chosen.shape[1]
     kernels = has_triton(x) and not spec.expert.sparsity
     if kernels and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
         return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, shared, residual)
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    order = chosen.flatten().argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
-    used, counts = torch.unique_consecutive(chosen.flatten()[order], return_counts=True)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
+    used, counts = torch.unique_consecutive(flat[order], return_counts=True)
     tokens, shares = order // k, weights.flatten()[order, None]
-    most = int(counts.max())
+    sizes = counts.tolist()
+    most = max(sizes, default=0)
+    parts: Iterable[tuple[int | None, Tensor, Tensor]]
+    parts = zip(used.tolist(), tokens.split(sizes), shares.split(sizes), strict=True)
     if up.fits(x, most) and down.fits(x, most):
-        rows = x.index_select(0, tokens)
-        rows = rows * shares.to(x.dtype) if spec.weight_input else rows
-        y = down.grouped(activate(up.grouped(rows, used, counts), spec.expert), used, counts)
-        out = torch.empty_like(y).index_copy_(0, order, y).view(N, k, -1)
-        out = (out if spec.weight_input else out * weights[..., None]).sum(1, dtype=sum_dtype)
-    else:
-        out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
-        pieces = (t.split(counts.tolist()) for t in (tokens, shares))
-        for e, at, share in zip(used.tolist(), *pieces, strict=True):
-            rows = x.index_select(0, at)
-            rows = rows * share.to(x.dtype) if spec.weight_input else rows
-            y = down(activate(up(rows, e), spec.expert), e)
-            out.index_add_(0, at, (y if spec.weight_input else y * share).to(sum_dtype))
+        parts = [(None, tokens, shares)]  # all experts at once
+
+    def times(m: Stacked, rows: Tensor, e: int | None) -> Tensor:
+        return m.grouped(rows, used, counts) if e is None else m(rows, e)
+
+    out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
+    for e, at, share in parts:
+        rows = x.index_select(0, at)
+        rows = rows * share.to(x.dtype) if spec.weight_input else rows
+        y = times(down, activate(times(up, rows, e), spec.expert), e)
+        out.index_add_(0, at, (y if spec.weight_input else y * share).to(sum_dtype))
     y = out.to(x.dtype)
     y = y if shared is None else shared + y
     return y if residual is None else residual + y
