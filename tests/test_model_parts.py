@@ -249,6 +249,7 @@ def test_experts_sum_what_each_chosen_expert_makes_of_a_token(weight_input: bool
             y = y + (down.bias[e] if down.bias is not None else 0)
             expected[n] += y if weight_input else y * w
     close(moe.experts(x, chosen, weights, up, down, spec).detach(), expected, atol=1e-5)
+    assert moe.experts(x[:0], chosen[:0], weights[:0], up, down, spec).shape == (0, d)
 
 
 def test_an_expert_that_no_token_chose_is_never_touched(monkeypatch: pytest.MonkeyPatch) -> None:
