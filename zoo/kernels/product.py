@@ -1,6 +1,6 @@
 """Matrix products, where torch's own are not the best there is.
 
-On a CPU few rows go to `zoo.kernels.rows`. Of more, bf16 and fp16 are multiplied by torch one number after the other where
+On a CPU few rows go to `zoo.kernels.rows`, and in bf16 where there is AMX up to some hundred to `zoo.kernels.tiles`. Of more, bf16 and fp16 are multiplied by torch one number after the other where
 the CPU has no instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied
 by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first
 in the product: the other way round takes up to twice as long for few rows of x.
@@ -16,15 +16,14 @@ results are 8e-6 and 2e-7 of their norm from exact ones, where rounding them to 
 from __future__ import annotations
 
 import functools
-import os
-import platform
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels.compiled import kernels
 from zoo.scratch import scratch
 
 FEW, NATIVE_FEW = 16, 2  # rows, up to which our kernel is faster; where the CPU multiplies the dtype itself
@@ -33,6 +32,7 @@ LARGE = {torch.float32: 1 << 18, torch.bfloat16: 1 << 20, torch.float16: 1 << 20
 """Elements of a weight from which our kernel is faster. Fewer of fp32, which torch multiplies with threads of its own that
 keep ours waiting: all of SmolLM2's products by ours are 1.5 times as fast as all by torch's, the larger half only 1.2."""
 WIDE = 1 << 20  # elements of the weight widened at a time
+Times = Callable[..., Tensor]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,8 +41,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     (n, k), lead = weight.shape, x.shape[:-1]
     rows = lead.numel()
-    if few_fit(x, weight, rows):
-        return _rounded(_times()(x.reshape(rows, k), weight), bias, x.dtype).view(*lead, n)
+    if times := kernel(x, weight, rows):
+        return times(x.reshape(rows, k), weight, bias).view(*lead, n)
     if rows <= FEWER or _native(x.dtype):
         return F.linear(x, weight, bias)
     columns = x.reshape(-1, k).float().T
@@ -58,23 +58,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*lead, n)
 
 
-def grouped_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor, counts: Tensor
-) -> Tensor:
-    """The first `counts[0]` rows of x [M, K] times the weight of `experts[0]`, and so on; weight [E, N, K], bias [E, N],
-    int64 experts and counts [G] -> [M, N] in the dtype of x. Where `few_fit` says so of the largest group."""
-    per_row = None if bias is None else bias[experts].repeat_interleave(counts, 0)
-    return _rounded(_times()(x, weight, experts, counts), per_row, x.dtype)
-
-
-def few_fit(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether `rows` rows of x, at most, and a weight [.., N, K] are for `zoo.kernels.rows`."""
-    if x.device.type != "cpu" or not 0 < rows <= FEW or x.dtype != weight.dtype or not weight.is_contiguous():
-        return False
+def kernel(x: Tensor, weight: Tensor, rows: int) -> Times | None:
+    """Our kernel for `rows` rows of x and a weight [.., N, K] on a CPU, where it is faster than torch; also for groups of
+    rows, up to `rows` to a group, and a stack of weights [E, N, K]: see `zoo.kernels.rows.times`."""
+    if x.device.type != "cpu" or rows <= 0 or x.dtype != weight.dtype or not weight.is_contiguous():
+        return None
     if x.dtype not in LARGE or weight.shape[-2] * weight.shape[-1] < LARGE[x.dtype]:
-        return False
+        return None
+    times: Times | None = None
     narrow_native = x.dtype != torch.float32 and _native(x.dtype)
-    return rows <= (NATIVE_FEW if narrow_native else FEW) and _times() is not None
+    if x.dtype == torch.bfloat16 and _amx() and (tiles := kernels("tiles")).fits(x, weight, rows):
+        times = tiles.times
+    elif rows <= (NATIVE_FEW if narrow_native else FEW) and (few := kernels("rows")):
+        times = few.times
+    return times
 
 
 def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -82,28 +79,8 @@ def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _times() -> Any:
-    if _forked:
-        return None
-    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        return None  # without AVX2 an x86 has nothing to widen fp16 with
-    try:
-        from zoo.kernels.rows import times
-    except (ImportError, OSError):  # no numba, or one that does not go with this numpy or this system
-        return None
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_after_fork)
-    return times
-
-
-_forked = False
-
-
-def _after_fork() -> None:
-    """OpenMP ends a child of a process that used it, when the child uses it too: there torch multiplies."""
-    global _forked
-    _forked = True
-    _times.cache_clear()
+def _amx() -> bool:
+    return (tiles := kernels("tiles")) is not None and tiles.available()
 
 
 @functools.cache

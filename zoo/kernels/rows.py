@@ -16,58 +16,45 @@ fp32 there: 1 to 3 rows the same, 4 rows 2.5 and 3.7, 16 rows 6.0 and 5.2; on th
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from numba import prange
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from zoo.kernels.compiled import compiled, groups, threads
+
 CODES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """The dtypes of weights, and how numba, which knows neither of the narrow ones, is told them apart."""
 SHORT = 2048  # numbers in a row of the weight, below which rows are read one after the other
-_FIRST = np.zeros(1, np.int64)
-# numba's own pool of threads, which it has where there is no OpenMP, allows no two callers.
-_one_at_a_time = threading.Lock()
-_caller = threading.local()  # numba counts threads per caller
 
 
-def times(x: Tensor, weight: Tensor, experts: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-    """x [M, K] times weight [N, K], transposed: [M, N] in fp32. Or, of a stack [E, N, K]: the first `counts[0]` rows of
-    x times the weight of `experts[0]`, and so on (int64 [G]). All of one dtype (see `CODES`), the weight contiguous."""
+def times(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    experts: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] times weight [N, K], transposed, plus bias [N]: [M, N]. Or, of a stack [E, N, K] with bias [E, N]: the first
+    `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]). All of one dtype (see `CODES`), the
+    weight contiguous."""
     (m, k), n = x.shape, weight.shape[-2]
     out = torch.empty(m, n)
-    groups = (_FIRST, np.array([m]))
-    if experts is not None and counts is not None:
-        groups = (experts.numpy(), counts.numpy())
     stack = weight.detach().view(CODES[weight.dtype]).view(-1, n, k).numpy()
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    with _one_at_a_time:
-        if getattr(_caller, "threads", None) != threads:
-            numba.set_num_threads(threads)
-            _caller.threads = threads
-        _grouped(stack, x.float().contiguous().numpy(), *groups, out.numpy(), threads)
-    return out
-
-
-def _compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
-    def compiled(function: Callable[..., None]) -> Any:
-        settings = options | {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
-        try:
-            return numba.njit(function, cache=True, **settings)
-        except RuntimeError:  # nowhere to keep it: neither beside this file nor under the user's home
-            return numba.njit(function, **settings)
-
-    return compiled
+    with threads() as t:
+        _grouped(stack, x.float().contiguous().numpy(), *groups(m, experts, counts), out.numpy(), t)
+    if bias is not None:
+        out += bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
+    return out.to(x.dtype)
 
 
 @intrinsic
-def _wide(context: Any, code: Any) -> Any:
+def wide(context: Any, code: Any) -> Any:
     """A weight's number in fp32: of bf16 its upper half."""
 
     def bf16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -84,7 +71,7 @@ def _wide(context: Any, code: Any) -> Any:
     return types.float32(code), {types.uint16: bf16, types.int16: fp16, types.float32: fp32}[code]
 
 
-@_compiled()
+@compiled()
 def _row(w, x, out, first, last):
     """Of one row of x, the results first .. last."""
     i = first
@@ -92,26 +79,26 @@ def _row(w, x, out, first, last):
         a = b = c = d = e = f = g = h = np.float32(0)
         for j in range(w.shape[1]):
             y = x[0, j]
-            a += _wide(w[i, j]) * y
-            b += _wide(w[i + 1, j]) * y
-            c += _wide(w[i + 2, j]) * y
-            d += _wide(w[i + 3, j]) * y
-            e += _wide(w[i + 4, j]) * y
-            f += _wide(w[i + 5, j]) * y
-            g += _wide(w[i + 6, j]) * y
-            h += _wide(w[i + 7, j]) * y
+            a += wide(w[i, j]) * y
+            b += wide(w[i + 1, j]) * y
+            c += wide(w[i + 2, j]) * y
+            d += wide(w[i + 3, j]) * y
+            e += wide(w[i + 4, j]) * y
+            f += wide(w[i + 5, j]) * y
+            g += wide(w[i + 6, j]) * y
+            h += wide(w[i + 7, j]) * y
         out[0, i], out[0, i + 1], out[0, i + 2], out[0, i + 3] = a, b, c, d
         out[0, i + 4], out[0, i + 5], out[0, i + 6], out[0, i + 7] = e, f, g, h
         i += 8
     while i < last:
         a = np.float32(0)
         for j in range(w.shape[1]):
-            a += _wide(w[i, j]) * x[0, j]
+            a += wide(w[i, j]) * x[0, j]
         out[0, i] = a
         i += 1
 
 
-@_compiled()
+@compiled()
 def _rows(w, x, out, first, last):
     """Of a few rows of x, the results first .. last: six by two at a time. What is over is computed again."""
     m, end = x.shape[0], last - 1
@@ -123,8 +110,8 @@ def _rows(w, x, out, first, last):
             a0 = b0 = c0 = d0 = e0 = f0 = a1 = b1 = c1 = d1 = e1 = f1 = np.float32(0)
             for j in range(w.shape[1]):
                 y0, y1 = x[m0, j], x[m1, j]
-                a, b, c = _wide(w[i, j]), _wide(w[i1, j]), _wide(w[i2, j])
-                d, e, f = _wide(w[i3, j]), _wide(w[i4, j]), _wide(w[i5, j])
+                a, b, c = wide(w[i, j]), wide(w[i1, j]), wide(w[i2, j])
+                d, e, f = wide(w[i3, j]), wide(w[i4, j]), wide(w[i5, j])
                 a0 += a * y0
                 b0 += b * y0
                 c0 += c * y0
@@ -143,12 +130,12 @@ def _rows(w, x, out, first, last):
             out[m1, i3], out[m1, i4], out[m1, i5] = d1, e1, f1
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _grouped(w, x, experts, counts, out, threads):
     """Each thread computes its share of the results of every group."""
     n = w.shape[1]
     step = -(-n // (8 * threads)) * 8
-    for t in numba.prange(threads):
+    for t in prange(threads):
         first, last, start = t * step, min(n, (t + 1) * step), 0
         for g in range(len(experts)):
             end = start + counts[g]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import linear, one_row
-from zoo.kernels.product import few_fit, grouped_product, product
+from zoo.kernels.product import kernel, product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 
 
@@ -98,11 +98,13 @@ class Stacked(Weights):
 
     def fits(self, x: Tensor, most: int) -> bool:
         """Whether `grouped` serves rows like those of x, at most `most` to an expert."""
-        return self.scheme is None and few_fit(x, self.weight, most)
+        return self.scheme is None and kernel(x, self.weight, most) is not None
 
     def grouped(self, x: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
         """x [M, in], `counts[0]` rows by the map of `experts[0]`, and so on (int64 [G]): [M, out]."""
-        return grouped_product(x, self.weight, self.bias, experts, counts)
+        times = kernel(x, self.weight, int(counts.max()))
+        assert times is not None, "asked where `fits` says no"
+        return times(x, self.weight, self.bias, experts, counts)
 
 
 class Table(nn.Module):

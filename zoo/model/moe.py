@@ -1,19 +1,20 @@
 """Mixture of experts: a router that chooses experts per token, and the experts as one stacked matrix.
 
-Unusual: each expert runs once, over the tokens that chose it, gathered while they are in a core's cache
-(grouped products over all sorted tokens at once write and read them thrice more, and take 1.5x as long on a
-CPU); experts that no token chose are never touched, their pages never read from a mapped checkpoint. The
+Unusual: each expert runs once, over the tokens that chose it, and so few experts are taken together that what they
+compute stays in a core's cache (grouped products over all sorted tokens at once write and read them thrice more, and take
+1.5x as long on a CPU); experts that no token chose are never touched, their pages never read from a mapped checkpoint. The
 weighted sum over a token's experts is kept in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from zoo.kernels import experts as fused
+from zoo.kernels.compiled import kernels
 from zoo.kernels.launch import has_triton
 from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
@@ -21,6 +22,8 @@ from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
 from zoo.spec import MoE as MoESpec
 from zoo.spec import Router as RouterSpec
+
+TOGETHER = 512  # rows of several experts' tokens
 
 
 class Router(Weights):
@@ -57,33 +60,48 @@ def experts(
     """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d], added to
     `shared`, and that to `residual`."""
     k = chosen.shape[1]
-    kernels = has_triton(x) and not spec.expert.sparsity
-    if kernels and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
+    triton = has_triton(x) and not spec.expert.sparsity
+    if triton and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
         return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, shared, residual)
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
     used, counts = torch.unique_consecutive(flat[order], return_counts=True)
     tokens, shares = order // k, weights.flatten()[order, None]
-    sizes = counts.tolist()
-    most = max(sizes, default=0)
-    parts: Iterable[tuple[int | None, Tensor, Tensor]]
-    parts = zip(used.tolist(), tokens.split(sizes), shares.split(sizes), strict=True)
-    if up.fits(x, most) and down.fits(x, most):
-        parts = [(None, tokens, shares)]  # all experts at once
-
-    def times(m: Stacked, rows: Tensor, e: int | None) -> Tensor:
-        return m.grouped(rows, used, counts) if e is None else m(rows, e)
-
     out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
-    for e, at, share in parts:
+    scatter = kernels("scatter") if x.device.type == "cpu" and sum_dtype == torch.float32 else None
+    start = 0
+    for part, rows_of in _parts(counts.tolist(), lambda most: up.fits(x, most) and down.fits(x, most)):
+        at, share = tokens[start : start + rows_of], shares[start : start + rows_of]
+        start += rows_of
         rows = x.index_select(0, at)
         rows = rows * share.to(x.dtype) if spec.weight_input else rows
-        y = times(down, activate(times(up, rows, e), spec.expert), e)
-        out.index_add_(0, at, (y if spec.weight_input else y * share).to(sum_dtype))
+        if part.stop - part.start == 1:
+            e = int(used[part])
+            y = down(activate(up(rows, e), spec.expert), e)
+        else:
+            of = used[part], counts[part]
+            y = down.grouped(activate(up.grouped(rows, *of), spec.expert), *of)
+        if scatter is not None:
+            scatter.add_rows(out, y, at, None if spec.weight_input else share)
+        else:
+            out.index_add_(0, at, (y if spec.weight_input else y * share).to(sum_dtype))
     y = out.to(x.dtype)
     y = y if shared is None else shared + y
     return y if residual is None else residual + y
+
+
+def _parts(sizes: list[int], fits: Callable[[int], bool]) -> Iterator[tuple[slice, int]]:
+    """Experts, sorted, to be taken together, and how many rows they have: as many as stay in a core's cache, where the
+    products are for a grouped kernel; else one."""
+    start = total = 0
+    for i, n in enumerate(sizes):
+        if i > start and (total + n > TOGETHER or not fits(n) or not fits(sizes[start])):
+            yield slice(start, i), total
+            start, total = i, 0
+        total += n
+    if sizes:
+        yield slice(start, len(sizes)), total
 
 
 class MoE(nn.Module):

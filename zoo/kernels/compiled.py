@@ -1,0 +1,87 @@
+"""The kernels of a CPU, which numba compiles when they are first used: where they run, and what they have in common."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+try:
+    import numba
+except (ImportError, OSError):  # none, or one that does not go with this numpy or this system
+    numba = None
+
+# numba's own pool of threads, which it has where there is no OpenMP, allows no two callers.
+_one_at_a_time = threading.Lock()
+_caller = threading.local()  # numba counts threads per caller
+_FIRST = np.zeros(1, np.int64)
+
+Groups = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+@functools.cache
+def kernels(name: str) -> Any:
+    """The module `zoo.kernels.<name>`; None where numba does not run."""
+    if numba is None or _forked:
+        return None
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return None  # without AVX2 an x86 has nothing to widen fp16 with
+    _watch_forks()
+    return importlib.import_module(f"zoo.kernels.{name}")
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    """OpenMP ends a child of a process that used it, when the child uses it too: there torch computes."""
+    global _forked
+    _forked = True
+    kernels.cache_clear()
+
+
+@functools.cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    """numba's njit. Sums may change their order; numbers are not assumed to be finite."""
+
+    def compile_later(function: Callable[..., None]) -> Any:
+        settings = options | {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+        try:
+            return numba.njit(function, cache=True, **settings)
+        except RuntimeError:  # nowhere to keep it: neither beside this file nor under the user's home
+            return numba.njit(function, **settings)
+
+    return compile_later
+
+
+@contextmanager
+def threads() -> Iterator[int]:
+    """As many threads as torch has, for this caller's loops alone."""
+    n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    with _one_at_a_time:
+        if getattr(_caller, "threads", None) != n:
+            numba.set_num_threads(n)
+            _caller.threads = n
+        yield n
+
+
+def groups(m: int, experts: Tensor | None, counts: Tensor | None) -> Groups:
+    """Which matrix of a stack multiplies how many rows; without either, the first all m."""
+    if experts is None or counts is None:
+        return _FIRST, np.array([m])
+    return experts.numpy(), counts.numpy()
