@@ -16,11 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-try:
-    import numba
-except (ImportError, OSError):  # none, or one that does not go with this numpy or this system
-    numba = None
-
 # numba's own pool of threads, which it has where there is no OpenMP, allows no two callers.
 _one_at_a_time = threading.Lock()
 _caller = threading.local()  # numba counts threads per caller
@@ -32,12 +27,16 @@ Groups = tuple[NDArray[np.int64], NDArray[np.int64]]
 @functools.cache
 def kernels(name: str) -> Any:
     """The module `zoo.kernels.<name>`; None where numba does not run."""
-    if numba is None or _forked:
+    if _forked:
         return None
     if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return None  # without AVX2 an x86 has nothing to widen fp16 with
+    try:  # numba takes a second to import
+        module = importlib.import_module(f"zoo.kernels.{name}")
+    except (ImportError, OSError):  # no numba, or one that does not go with this numpy or this system
+        return None
     _watch_forks()
-    return importlib.import_module(f"zoo.kernels.{name}")
+    return module
 
 
 _forked = False
@@ -58,6 +57,7 @@ def _watch_forks() -> None:
 
 def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
     """numba's njit. Sums may change their order; numbers are not assumed to be finite."""
+    import numba
 
     def compile_later(function: Callable[..., None]) -> Any:
         settings = options | {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
@@ -72,6 +72,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
 @contextmanager
 def threads() -> Iterator[int]:
     """As many threads as torch has, for this caller's loops alone."""
+    import numba
+
     n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     with _one_at_a_time:
         if getattr(_caller, "threads", None) != n:

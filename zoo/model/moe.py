@@ -24,6 +24,7 @@ from zoo.spec import MoE as MoESpec
 from zoo.spec import Router as RouterSpec
 
 TOGETHER = 512  # rows of several experts' tokens
+MANY = 1 << 17  # numbers of all rows, from which torch takes longer to add them
 
 
 class Router(Weights):
@@ -69,7 +70,8 @@ def experts(
     used, counts = torch.unique_consecutive(flat[order], return_counts=True)
     tokens, shares = order // k, weights.flatten()[order, None]
     out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
-    scatter = kernels("scatter") if x.device.type == "cpu" and sum_dtype == torch.float32 else None
+    many = x.device.type == "cpu" and sum_dtype == torch.float32 and len(flat) * x.shape[1] >= MANY
+    scatter = kernels("scatter") if many else None
     start = 0
     for part, rows_of in _parts(counts.tolist(), lambda most: up.fits(x, most) and down.fits(x, most)):
         at, share = tokens[start : start + rows_of], shares[start : start + rows_of]
