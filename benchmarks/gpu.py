@@ -67,10 +67,11 @@ def config_of(file: str, layers: int | None) -> dict[str, Any]:
     return config
 
 
-def median_ms(run: Callable[[], object], times: int = 5) -> float:
-    """Median over `times` runs, after one that is not counted."""
+def median_ms(run: Callable[[], object], times: int = 9) -> float:
+    """Median over `times` runs, after two that are not counted."""
     import torch
 
+    run()
     run()
     taken = []
     for _ in range(times):

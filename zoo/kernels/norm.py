@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import Kernel, has_triton, overlap, power_of_2, triton
 from zoo.spec import Norm
 
@@ -19,6 +20,8 @@ if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.launch import after_previous
+
+SOME = 2048  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
@@ -43,21 +46,33 @@ def rms_norm_add_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: No
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
-    """`rms_norm_reference`, as one kernel where Triton runs. x [.., D]."""
-    if not _fits(x, weight, norm):
-        return rms_norm_reference(x, weight, norm)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(x, None, weight, norm, out)
-    return out
+    """`rms_norm_reference`, as one kernel where Triton or numba runs. x [.., D]."""
+    if _fits(x, weight, norm):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _launch(x, None, weight, norm, out)
+        return out
+    y = _compiled(x, None, weight, norm)
+    return rms_norm_reference(x, weight, norm) if y is None else y
 
 
 def rms_norm_add(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
-    """`rms_norm_add_reference`, as one kernel where Triton runs. x, h [.., D], contiguous."""
-    if not _fits(x, weight, norm) or not x.is_contiguous() or not h.is_contiguous():
-        return rms_norm_add_reference(x, h, weight, norm)
-    out = torch.empty_like(x)
-    _launch(h, x, weight, norm, out)
-    return out
+    """`rms_norm_add_reference`, as one kernel where Triton or numba runs. x, h [.., D], contiguous."""
+    if _fits(x, weight, norm) and x.is_contiguous() and h.is_contiguous():
+        out = torch.empty_like(x)
+        _launch(h, x, weight, norm, out)
+        return out
+    y = _compiled(h, x, weight, norm)
+    return rms_norm_add_reference(x, h, weight, norm) if y is None else y
+
+
+def _compiled(x: Tensor, onto: Tensor | None, weight: Tensor | None, norm: Norm) -> Tensor | None:
+    """By `zoo.kernels.cpu.norm`; None where that does not serve."""
+    if x.device.type != "cpu" or x.numel() < SOME or norm.kind != "rms":
+        return None
+    if (cpu := kernels("norm")) is None or not cpu.fits(x, onto, weight):
+        return None
+    y: Tensor = cpu.rms_norm(x, onto, weight, norm.weight == "plus_one", norm.scale_in == "model", norm.eps)
+    return y
 
 
 def _fits(x: Tensor, weight: Tensor | None, norm: Norm) -> bool:

@@ -1,9 +1,10 @@
 """Matrix products, where torch's own are not the best there is.
 
-On a CPU few rows go to `zoo.kernels.rows`, and in bf16 where there is AMX up to some hundred to `zoo.kernels.tiles`. Of more, bf16 and fp16 are multiplied by torch one number after the other where
-the CPU has no instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied
-by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first
-in the product: the other way round takes up to twice as long for few rows of x.
+On a CPU few rows go to `zoo.kernels.cpu.rows`, and in bf16 where there is AMX up to some hundred to
+`zoo.kernels.cpu.tiles`. Of more, bf16 and fp16 are multiplied by torch one number after the other where the CPU has no
+instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied by the BLAS of
+fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first in the product:
+the other way round takes up to twice as long for few rows of x.
 
 Margin on 2 cores of an EPYC without AVX-512, 6144 x 2048 in bf16, against torch's own: 64 rows 22 and 83 ms, 256 rows
 60 and 330. Without numba, 8 rows 8 and 12, 16 rows 7 and 21.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.compiled import kernels
+from zoo.kernels.cpu import kernels
 from zoo.scratch import scratch
 
 FEW, NATIVE_FEW = 16, 2  # rows, up to which our kernel is faster; where the CPU multiplies the dtype itself
@@ -60,7 +61,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def kernel(x: Tensor, weight: Tensor, rows: int) -> Times | None:
     """Our kernel for `rows` rows of x and a weight [.., N, K] on a CPU, where it is faster than torch; also for groups of
-    rows, up to `rows` to a group, and a stack of weights [E, N, K]: see `zoo.kernels.rows.times`."""
+    rows, up to `rows` to a group, and a stack of weights [E, N, K]: see `zoo.kernels.cpu.rows.times`."""
     if x.device.type != "cpu" or rows <= 0 or x.dtype != weight.dtype or not weight.is_contiguous():
         return None
     if x.dtype not in LARGE or weight.shape[-2] * weight.shape[-1] < LARGE[x.dtype]:

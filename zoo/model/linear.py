@@ -92,19 +92,19 @@ class Stacked(Weights):
     def __init__(self, n_experts: int, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(n_experts, sum(parts), d_in, parts=parts, bias=bias)
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """x [N, in] by the map of one expert: [N, out]."""
-        return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
-
     def fits(self, x: Tensor, most: int) -> bool:
-        """Whether `grouped` serves rows like those of x, at most `most` to an expert."""
+        """Whether several experts can be asked at once about rows like those of x, at most `most` to an expert."""
         return self.scheme is None and kernel(x, self.weight, most) is not None
 
-    def grouped(self, x: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
-        """x [M, in], `counts[0]` rows by the map of `experts[0]`, and so on (int64 [G]): [M, out]."""
-        times = kernel(x, self.weight, int(counts.max()))
-        assert times is not None, "asked where `fits` says no"
-        return times(x, self.weight, self.bias, experts, counts)
+    def forward(self, x: Tensor, experts: Tensor, counts: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x [M, in], `counts[0]` rows by the map of `experts[0]`, and so on (int64 [G]): [M, out]. The rows x[tokens]
+        (int64) in place of x, where given. One expert, if not `fits`."""
+        times = kernel(x, self.weight, int(counts.max())) if self.scheme is None else None
+        if times is not None:
+            return times(x, self.weight, self.bias, experts, counts, tokens)
+        (expert,) = experts.tolist()
+        x = x if tokens is None else x.index_select(0, tokens)
+        return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
 
 
 class Table(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels import experts as fused
-from zoo.kernels.compiled import kernels
+from zoo.kernels.cpu import MANY, kernels
 from zoo.kernels.launch import has_triton
 from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
@@ -23,8 +23,7 @@ from zoo.model.linear import Linear, Stacked, Weights
 from zoo.spec import MoE as MoESpec
 from zoo.spec import Router as RouterSpec
 
-TOGETHER = 512  # rows of several experts' tokens
-MANY = 1 << 17  # numbers of all rows, from which torch takes longer to add them
+TOGETHER = 768  # rows of several experts' tokens
 
 
 class Router(Weights):
@@ -76,14 +75,12 @@ def experts(
     for part, rows_of in _parts(counts.tolist(), lambda most: up.fits(x, most) and down.fits(x, most)):
         at, share = tokens[start : start + rows_of], shares[start : start + rows_of]
         start += rows_of
-        rows = x.index_select(0, at)
-        rows = rows * share.to(x.dtype) if spec.weight_input else rows
-        if part.stop - part.start == 1:
-            e = int(used[part])
-            y = down(activate(up(rows, e), spec.expert), e)
+        of = used[part], counts[part]
+        if spec.weight_input:
+            h = up(x.index_select(0, at) * share.to(x.dtype), *of)
         else:
-            of = used[part], counts[part]
-            y = down.grouped(activate(up.grouped(rows, *of), spec.expert), *of)
+            h = up(x, *of, at)
+        y = down(activate(h, spec.expert), *of)
         if scatter is not None:
             scatter.add_rows(out, y, at, None if spec.weight_input else share)
         else:

@@ -7,8 +7,7 @@ import importlib
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,27 @@ from torch import Tensor
 
 # numba's own pool of threads, which it has where there is no OpenMP, allows no two callers.
 _one_at_a_time = threading.Lock()
-_caller = threading.local()  # numba counts threads per caller
 _FIRST = np.zeros(1, np.int64)
 
-Groups = tuple[NDArray[np.int64], NDArray[np.int64]]
+MANY = 1 << 17  # numbers, from which threads are worth their start where little is done with each
+
+
+class _Caller(threading.local):
+    threads = 0  # numba counts them per caller
+
+
+_caller = _Caller()
 
 
 @functools.cache
 def kernels(name: str) -> Any:
-    """The module `zoo.kernels.<name>`; None where numba does not run."""
+    """The module `zoo.kernels.cpu.<name>`; None where numba does not run."""
     if _forked:
         return None
     if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return None  # without AVX2 an x86 has nothing to widen fp16 with
     try:  # numba takes a second to import
-        module = importlib.import_module(f"zoo.kernels.{name}")
+        module = importlib.import_module(f"zoo.kernels.cpu.{name}")
     except (ImportError, OSError):  # no numba, or one that does not go with this numpy or this system
         return None
     _watch_forks()
@@ -60,7 +65,11 @@ def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
     import numba
 
     def compile_later(function: Callable[..., None]) -> Any:
-        settings = options | {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+        settings = {
+            "nogil": True,
+            "error_model": "numpy",
+            "fastmath": {"reassoc", "contract", "nsz"},
+        } | options
         try:
             return numba.njit(function, cache=True, **settings)
         except RuntimeError:  # nowhere to keep it: neither beside this file nor under the user's home
@@ -69,21 +78,36 @@ def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
     return compile_later
 
 
-@contextmanager
-def threads() -> Iterator[int]:
-    """As many threads as torch has, for this caller's loops alone."""
-    import numba
+class threads:
+    """As many threads as torch has, for this caller's loops alone: `with threads() as n`."""
 
-    n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    with _one_at_a_time:
-        if getattr(_caller, "threads", None) != n:
+    def __enter__(self) -> int:
+        n = min(torch.get_num_threads(), _most())
+        _one_at_a_time.acquire()
+        if _caller.threads != n:
+            import numba
+
             numba.set_num_threads(n)
             _caller.threads = n
-        yield n
+        return n
+
+    def __exit__(self, *_: object) -> None:
+        _one_at_a_time.release()
 
 
-def groups(m: int, experts: Tensor | None, counts: Tensor | None) -> Groups:
-    """Which matrix of a stack multiplies how many rows; without either, the first all m."""
+@functools.cache
+def _most() -> int:
+    import numba
+
+    most: int = numba.config.NUMBA_NUM_THREADS
+    return most
+
+
+Numbers = NDArray[np.int64]
+
+
+def grouped(experts: Tensor | None, counts: Tensor | None, rows: int) -> tuple[Numbers, Numbers]:
+    """Which matrix of a stack multiplies how many rows; without either, the first all `rows`."""
     if experts is None or counts is None:
-        return _FIRST, np.array([m])
+        return _FIRST, np.array([rows])
     return experts.numpy(), counts.numpy()

@@ -16,20 +16,15 @@ fp32 there: 1 to 3 rows the same, 4 rows 2.5 and 3.7, 16 rows 6.0 and 5.2; on th
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import prange
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.compiled import compiled, groups, threads
+from zoo.kernels.cpu import compiled, grouped, threads
+from zoo.kernels.cpu.codes import CODE, narrow, numbers, wide
+from zoo.scratch import scratch
 
-CODES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-"""The dtypes of weights, and how numba, which knows neither of the narrow ones, is told them apart."""
 SHORT = 2048  # numbers in a row of the weight, below which rows are read one after the other
 
 
@@ -39,40 +34,32 @@ def times(
     bias: Tensor | None = None,
     experts: Tensor | None = None,
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] times weight [N, K], transposed, plus bias [N]: [M, N]. Or, of a stack [E, N, K] with bias [E, N]: the first
-    `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]). All of one dtype (see `CODES`), the
-    weight contiguous."""
+    `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens] (int64) in place of x, where
+    given. All of one dtype (see `zoo.kernels.cpu.codes`), the weight contiguous."""
+    x = x if tokens is None else x[tokens]
     (m, k), n = x.shape, weight.shape[-2]
-    out = torch.empty(m, n)
-    stack = weight.detach().view(CODES[weight.dtype]).view(-1, n, k).numpy()
+    which, sizes = grouped(experts, counts, m)
+    x = x if x.is_contiguous() else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
-        _grouped(stack, x.float().contiguous().numpy(), *groups(m, experts, counts), out.numpy(), t)
-    if bias is not None:
-        out += bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
-    return out.to(x.dtype)
-
-
-@intrinsic
-def wide(context: Any, code: Any) -> Any:
-    """A weight's number in fp32: of bf16 its upper half."""
-
-    def bf16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        upper = builder.shl(builder.zext(args[0], word), ir.Constant(word, 16))
-        return builder.bitcast(upper, ir.FloatType())
-
-    def fp16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    def fp32(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
-
-    return types.float32(code), {types.uint16: bf16, types.int16: fp16, types.float32: fp32}[code]
+        _grouped(
+            weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), CODE[x.dtype],
+            CODE[x.dtype if bias is None else bias.dtype], scratch("wide x", (m, k), np.float32), n, which, sizes, t,
+        )  # fmt: skip
+    return out
 
 
 @compiled()
-def _row(w, x, out, first, last):
+def _put(out, bias, m, i, y):
+    out[m, i] = narrow(y + wide(bias[i]) if len(bias) else y, out[m, i])
+
+
+@compiled()
+def _row(w, x, bias, out, first, last):
     """Of one row of x, the results first .. last."""
     i = first
     while i + 8 <= last and w.shape[1] >= SHORT:
@@ -87,19 +74,19 @@ def _row(w, x, out, first, last):
             f += wide(w[i + 5, j]) * y
             g += wide(w[i + 6, j]) * y
             h += wide(w[i + 7, j]) * y
-        out[0, i], out[0, i + 1], out[0, i + 2], out[0, i + 3] = a, b, c, d
-        out[0, i + 4], out[0, i + 5], out[0, i + 6], out[0, i + 7] = e, f, g, h
+        for j, y in enumerate((a, b, c, d, e, f, g, h)):
+            _put(out, bias, 0, i + j, y)
         i += 8
     while i < last:
         a = np.float32(0)
         for j in range(w.shape[1]):
             a += wide(w[i, j]) * x[0, j]
-        out[0, i] = a
+        _put(out, bias, 0, i, a)
         i += 1
 
 
 @compiled()
-def _rows(w, x, out, first, last):
+def _rows(w, x, bias, out, first, last):
     """Of a few rows of x, the results first .. last: six by two at a time. What is over is computed again."""
     m, end = x.shape[0], last - 1
     for i in range(first, last, 6):
@@ -124,23 +111,36 @@ def _rows(w, x, out, first, last):
                 d1 += d * y1
                 e1 += e * y1
                 f1 += f * y1
-            out[m0, i], out[m0, i1], out[m0, i2] = a0, b0, c0
-            out[m0, i3], out[m0, i4], out[m0, i5] = d0, e0, f0
-            out[m1, i], out[m1, i1], out[m1, i2] = a1, b1, c1
-            out[m1, i3], out[m1, i4], out[m1, i5] = d1, e1, f1
+            for j, y0, y1 in (
+                (i, a0, a1),
+                (i1, b0, b1),
+                (i2, c0, c1),
+                (i3, d0, d1),
+                (i4, e0, e1),
+                (i5, f0, f1),
+            ):
+                _put(out, bias, m0, j, y0)
+                _put(out, bias, m1, j, y1)
 
 
 @compiled(parallel=True)
-def _grouped(w, x, experts, counts, out, threads):
-    """Each thread computes its share of the results of every group."""
-    n = w.shape[1]
+def _grouped(weight, x, bias, out, code, bias_code, wide_x, n, experts, counts, threads):
+    """Each thread computes its share of the results of every group. weight, x, bias and out: where they lie, or zero."""
+    m, k = wide_x.shape
+    narrow_x = numbers(x, 0, (m, k), code)
+    for i in range(m):
+        for j in range(k):
+            wide_x[i, j] = wide(narrow_x[i, j])
     step = -(-n // (8 * threads)) * 8
     for t in prange(threads):
         first, last, start = t * step, min(n, (t + 1) * step), 0
         for g in range(len(experts)):
             end = start + counts[g]
+            w = numbers(weight, experts[g] * n * k, (n, k), code)
+            b = numbers(bias, experts[g] * n, n if bias else 0, bias_code)
+            rows, results = wide_x[start:end], numbers(out, start * n, (counts[g], n), code)
             if counts[g] == 1:
-                _row(w[experts[g]], x[start:end], out[start:end], first, last)
+                _row(w, rows, b, results, first, last)
             else:
-                _rows(w[experts[g]], x[start:end], out[start:end], first, last)
+                _rows(w, rows, b, results, first, last)
             start = end

@@ -7,15 +7,18 @@ asks, brings the weight into pairs, at every call. So results come out transpose
 
 Unusual: rows are taken by 32; where there are fewer, the last one stands in for what is missing, and its results are
 written again. Each product of two numbers is exact and they are summed in fp32, as oneDNN does it; numbers too small for
-a normal fp32 are zero.
+a normal fp32 are zero. What follows in the weight is fetched by hand while tiles are multiplied, or memory rests while
+they are: 64 experts of 2048 x 768 with some 32 rows each 10.1 ms, 12.3 without.
 
-Margin on 2 cores of a Xeon with AMX, of 64 experts, against torch's own, 1536 x 2048: 1 row 276 and 461 us, 16 rows 278
-and 515, 32 rows 310 and 557, 64 rows 406 and 889, 128 rows 741 and 1006, 256 rows 1512 and 1679; up to 16 rows it reads
-23 GB/s, all that there are. Where x no longer stays in a core's second cache, torch is faster: 2048 x 6144 at 192 rows.
+Margin on 2 cores of a Xeon with AMX, of 64 experts, against torch's own, 1536 x 2048: 1 row 251 and 381 us, 16 rows 260
+and 405, 32 rows 269 and 459, 64 rows 395 and 770, 128 rows 666 and 893; one at a time 128 rows 880, 256 rows 1410 and
+1550. Up to 32 rows it reads 23-25 GB/s, all that there are. Where x no longer stays in a core's second cache, torch is
+faster: 2048 x 6144 at 192 rows.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -24,15 +27,15 @@ from llvmlite import ir
 from numba import prange
 from numba.core import types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.compiled import compiled, groups, threads
+from zoo.kernels.cpu import Numbers, compiled, threads
 from zoo.scratch import scratch
 
 ROWS, PAIRED = 256, 1 << 19
 """Rows, and numbers of x, up to which this is faster."""
 BLOCK = 32  # rows of x, rows of the weight and numbers along K taken at a time: two by two tiles
-_NO_BIAS = torch.zeros(1, 1)
 _SHAPES = np.zeros(64, np.uint8)  # "palette 1": of each of eight tiles, bytes in a row and rows
 _SHAPES[0] = 1
 _SHAPES[16:32].view(np.uint16)[:] = 64
@@ -57,25 +60,60 @@ def times(
     bias: Tensor | None = None,
     experts: Tensor | None = None,
     counts: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] times weight [N, K], transposed, plus bias [N]: [M, N]. Or, of a stack [E, N, K] with bias [E, N]: the first
-    `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]). All bf16, N and K multiples of 32, the
-    weight contiguous."""
-    (m, k), n = x.shape, weight.shape[-2]
-    out = torch.empty(m, n, dtype=x.dtype)
-    which, sizes = groups(m, experts, counts)
-    ends = sizes.cumsum()
-    blocks = (-(-sizes // BLOCK)).cumsum()
+    `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens] (int64) in place of x,
+    where given. All bf16, N and K multiples of 32, the weight contiguous."""
+    k, n = x.shape[-1], weight.shape[-2]
+    m = len(x if tokens is None else tokens)
+    which, ends, blocks = (
+        _one(m) if experts is None or counts is None else _groups(experts.numpy(), counts.numpy())
+    )
+    at = _in_order(m) if tokens is None else tokens.numpy()
+    offsets = _zeros(n) if bias is None else bias.float().view(-1, n).contiguous().numpy()
+    x = x if x.is_contiguous() else x.contiguous()
     pairs = scratch("pairs", int(blocks[-1]) * BLOCK * k * 2 + 64)
-    pairs = pairs[-pairs.ctypes.data % 64 :]  # a tile's row is one line of the cache
-    bias = (_NO_BIAS.expand(1, n) if bias is None else bias).float().view(-1, n).contiguous()
+    out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
         _grouped(
-            weight.detach().view(torch.uint16).view(-1, n, k).numpy(),
-            x.contiguous().view(torch.uint16).numpy(), which, ends, blocks, bias.numpy(),
-            pairs, _SHAPES, out.view(torch.uint16).numpy(), t,
-        )  # fmt: skip
+            weight.data_ptr(),
+            x.data_ptr(),
+            at,
+            n,
+            k,
+            which,
+            ends,
+            blocks,
+            offsets,
+            pairs,
+            _SHAPES,
+            out.data_ptr(),
+            t,
+        )
     return out
+
+
+def _groups(experts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """Which matrix of a stack is whose, where in x its rows end, and where in pairs."""
+    return experts, counts.cumsum(), (-(-counts // BLOCK)).cumsum()
+
+
+# Asked for again and again while one token is computed, when all that a product leaves in the caches is its weight: a
+# line of Python then takes microseconds.
+@functools.lru_cache(64)
+def _one(m: int) -> tuple[Numbers, Numbers, Numbers]:
+    return _groups(np.zeros(1, np.int64), np.array([m]))
+
+
+@functools.lru_cache(64)
+def _in_order(m: int) -> Numbers:
+    return np.arange(m)
+
+
+@functools.lru_cache(64)
+def _zeros(n: int) -> NDArray[np.float32]:
+    return np.zeros((1, n), np.float32)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]  # which llvmlite does not have
@@ -103,11 +141,10 @@ def _amx(builder: Any, name: str, *args: Any) -> None:
     builder.call(function, args)
 
 
-def _of_row(builder: Any, base: Any, row: Any, i: int, last: Any, stride: Any, type: Any) -> Any:
-    """Where row + i lies, or the last row."""
+def _or_last(builder: Any, row: Any, i: int, last: Any) -> Any:
+    """row + i, or the last row."""
     at = builder.add(row, ir.Constant(ADDRESS, i))
-    at = builder.select(builder.icmp_signed("<", at, last), at, last)
-    return _at(builder, base, builder.mul(at, stride), type)
+    return builder.select(builder.icmp_signed("<", at, last), at, last)
 
 
 def _load(builder: Any, where: Any) -> Any:
@@ -161,6 +198,23 @@ def _clear(context: Any) -> Any:
     return types.void(), code
 
 
+@intrinsic
+def _fetch(context: Any, address: Any) -> Any:
+    """Has half of what `_add_32` reads at a step, 1 KiB, brought into the second cache."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        flag = ir.Constant(WORD, 0), ir.Constant(WORD, 2), ir.Constant(WORD, 1)
+        pointer = BYTE.as_pointer()
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
+        )
+        for line in range(0, 1024, 64):
+            builder.call(prefetch, (_at(builder, args[0], line), *flag))
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
+
+
 def _multiply(wide: bool) -> Any:
     @intrinsic
     def add(context: Any, weight: Any, stride: Any, pairs: Any) -> Any:
@@ -204,18 +258,22 @@ def _sums(context: Any, sums: Any) -> Any:
 
 
 @intrinsic
-def _pair(context: Any, x: Any, stride: Any, row: Any, last: Any, pairs: Any) -> Any:
-    """32 numbers of each of 16 rows of x, two by two: a tile's second factor."""
+def _pair(context: Any, x: Any, stride: Any, tokens: Any, row: Any, last: Any, pairs: Any) -> Any:
+    """32 numbers of each of 16 rows of x, two by two: a tile's second factor. `tokens` says which row of x is which."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, stride, row, last, pairs = args
-        places = [_of_row(builder, x, row, i, last, stride, WORDS) for i in range(16)]
-        rows = _transposed(builder, [_load(builder, p) for p in places])
+        x, stride, tokens, row, last, pairs = args
+        rows = []
+        for i in range(16):
+            at = builder.mul(_or_last(builder, row, i, last), ir.Constant(ADDRESS, 8))
+            token = builder.load(_at(builder, tokens, at, ADDRESS))
+            rows.append(_load(builder, _at(builder, x, builder.mul(token, stride), WORDS)))
+        rows = _transposed(builder, rows)
         for i, r in enumerate(rows):
             _store(builder, r, _at(builder, pairs, 64 * i, WORDS))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), code
+    return types.void(*[types.intp] * 6), code
 
 
 @intrinsic
@@ -238,58 +296,73 @@ def _turn(context: Any, sums: Any, bias: Any, out: Any, stride: Any, row: Any, l
         )
         two = [builder.shuffle_vector(rounded(i), rounded(i + 1), both) for i in range(0, 32, 2)]
         for i, r in enumerate(_transposed(builder, [builder.bitcast(t, WORDS) for t in two])):
-            _store(builder, r, _of_row(builder, out, row, i, last, stride, WORDS))
+            to = builder.mul(_or_last(builder, row, i, last), stride)
+            _store(builder, r, _at(builder, out, to, WORDS))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), code
 
 
 @compiled()
-def _paired(x, first, last, k, pairs):
-    """The rows first .. last of x, as second factors: [blocks of 32 rows][K / 32][two tiles]."""
-    for row in range(first, last + 1, 32):
-        for j in range(0, k, 32):
-            _pair(x + 2 * j, 2 * k, row, last, pairs)
-            if row + 16 <= last:
-                _pair(x + 2 * j, 2 * k, row + 16, last, pairs + 1024)
-            pairs += 2048
+def _paired(x, tokens, row, last, k, pairs):
+    """32 rows of x[tokens] from `row` on, `last` being the last there is, as second factors: [K / 32][two tiles]."""
+    for j in range(0, k, 32):
+        _pair(x + 2 * j, 2 * k, tokens, row, last, pairs + 64 * j)
+        if row + 16 <= last:
+            _pair(x + 2 * j, 2 * k, tokens, row + 16, last, pairs + 64 * j + 1024)
 
 
 @compiled()
-def _panel(weight, k, pairs, sums, bias, out, stride, first, last):
-    """32 rows of the weight times the rows first .. last of x."""
+def _panel(weight, following, k, pairs, sums, bias, out, stride, first, last):
+    """32 rows of the weight times the rows first .. last of x. Meanwhile the 32 rows `following` are fetched, one half
+    during the first 32 rows of x and one during the next: as evenly as memory delivers."""
+    half = 32 * k
     for row in range(first, last + 1, 32):
         _clear()
-        if row + 16 <= last:
-            for j in range(0, k, 32):
+        for j in range(0, k, 32):
+            if row < first + 64:
+                _fetch(following + 32 * j)
+            if last < first + 32:
+                _fetch(following + half + 32 * j)
+            if row + 16 <= last:
                 _add_32(weight + 2 * j, 2 * k, pairs + 64 * j)
-            _sums(sums)
-            _turn(sums + 1024, bias, out, stride, row + 16, last)
-        else:
-            for j in range(0, k, 32):
+            else:
                 _add_16(weight + 2 * j, 2 * k, pairs + 64 * j)
-            _sums(sums)
+        _sums(sums)
+        if row + 16 <= last:
+            _turn(sums + 1024, bias, out, stride, row + 16, last)
         _turn(sums, bias, out, stride, row, last)
         pairs += 64 * k
+        following += half
 
 
 @compiled(parallel=True)
-def _grouped(w, x, experts, ends, blocks, bias, pairs, shapes, out, threads):
-    """Each thread computes its share of the results of every group. `ends`: of groups, in rows of x; `blocks` in pairs."""
-    n, k = w.shape[1], w.shape[2]
-    for g in prange(len(experts)):
-        start, block = (ends[g - 1], blocks[g - 1]) if g else (0, 0)
-        _paired(x.ctypes.data, start, ends[g] - 1, k, pairs.ctypes.data + block * 64 * k)
+def _grouped(weight, x, tokens, n, k, experts, ends, blocks, bias, pairs, shapes, out, threads):
+    """Each thread computes its share of the results of every group. weight, x and out: where they lie."""
+    to = (pairs.ctypes.data + 63) // 64 * 64  # a tile's row is one line of the cache
+    if blocks[-1] == 1:
+        _paired(x, tokens.ctypes.data, 0, ends[0] - 1, k, to)
+    else:
+        for block in prange(blocks[-1]):
+            g = np.searchsorted(blocks, block, side="right")
+            first, start = (blocks[g - 1], ends[g - 1]) if g else (0, 0)
+            row = start + (block - first) * 32
+            _paired(x, tokens.ctypes.data, row, ends[g] - 1, k, to + block * 64 * k)
     for t in prange(threads):
         sums = np.empty(1024 + 16, np.float32)
         at = (sums.ctypes.data + 63) // 64 * 64
+        low, high = n // 32 * t // threads * 32, n // 32 * (t + 1) // threads * 32
         _configure(shapes.ctypes.data)
         for g in range(len(experts)):
             start, block = (ends[g - 1], blocks[g - 1]) if g else (0, 0)
             of = experts[g] if len(bias) > 1 else 0
-            for i in range(n // 32 * t // threads * 32, n // 32 * (t + 1) // threads * 32, 32):
+            for i in range(low, high, 32):
+                panel = weight + 2 * k * (experts[g] * n + i)
+                following = panel + 64 * k
+                if i + 32 == high:  # the next expert's, or, of the last, what is there already
+                    following = weight + 2 * k * (experts[g + 1] * n + low) if g + 1 < len(experts) else panel
                 _panel(
-                    w[experts[g], i:].ctypes.data, k, pairs.ctypes.data + block * 64 * k, at, bias[of, i:].ctypes.data,
-                    out.ctypes.data + 2 * i, 2 * n, start, ends[g] - 1,
+                    panel, following, k, to + block * 64 * k, at, bias[of, i:].ctypes.data, out + 2 * i, 2 * n,
+                    start, ends[g] - 1,
                 )  # fmt: skip
         _release()
