@@ -128,6 +128,19 @@ if INTERPRETED or COMPILED:
         assert torch.equal(whole[..., :8], before[..., :8])
 
     @pytest.mark.parametrize("interleaved", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_rope_has_the_bits_of_the_expression(dtype: torch.dtype, interleaved: bool) -> None:
+        x = rand(1, 33, 5, 64).to(dtype)
+        for tables in {dtype, torch.float32}:
+            cos, sin = rand(33, 32).to(tables), rand(33, 32).to(tables)
+            found = rope.rotate(x, cos, sin, interleaved)
+            expected = rope.rotate_reference(x, cos, sin, interleaved)
+            if INTERPRETED and dtype == torch.bfloat16:  # the interpreter rounds to it otherwise
+                close(found.float(), expected.float(), 400)
+            else:
+                assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("interleaved", [True, False])
     def test_rope_leaves_the_channels_after_the_first(interleaved: bool) -> None:
         x, cos, sin = rand(2, 5, 3, 14), rand(5, 4), rand(5, 4)
         close(rope.rotate(x, cos, sin, interleaved), rope.rotate_reference(x, cos, sin, interleaved))
