@@ -80,6 +80,10 @@ if INTERPRETED or COMPILED:
         w = None if spec.weight == "none" else rand(70)
         close(norm.rms_norm(x, w, spec), norm.rms_norm_reference(x, w, spec))
         close(norm.rms_norm_add(onto, x, w, spec), norm.rms_norm_add_reference(onto, x, w, spec))
+        y, total = norm.add_rms_norm(onto, x, w, spec)
+        expected = norm.add_rms_norm_reference(onto, x, w, spec)
+        close(y, expected[0])
+        assert torch.equal(total, expected[1])
         part, w = x[..., 3:40], None if w is None else w[3:40]
         close(norm.rms_norm(part, w, spec), norm.rms_norm_reference(part, w, spec))
 

@@ -62,30 +62,39 @@ class Layer(nn.Module):
                 self.moe = MoE(layer.ffn, d)
         self.ffn_post_norm = _norm(layer.ffn_post_norm, d)
 
-    def mix(self, x: Tensor, ctx: Context, onto: Tensor) -> Tensor:
-        """`onto` + the mixer's branch of normed x."""
+    @property
+    def mixer(self) -> nn.Module:
         match self.spec.mixer:
             case DeltaSpec():
-                mixer: nn.Module = self.delta
+                return self.delta
             case MambaSpec():
-                mixer = self.mamba
-            case _:
-                mixer = self.attn
-        if self.spec.attn_post_norm is None:
-            return mixer(x, ctx, onto)
-        return self.attn_post_norm(mixer(x, ctx), onto)
+                return self.mamba
+        return self.attn
 
-    def feed(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, ctx: Context, onto: Tensor) -> Tensor:
+        """`onto` + the mixer's branch of normed x."""
+        if self.spec.attn_post_norm is None:
+            return self.mixer(x, ctx, onto)
+        return self.attn_post_norm(self.mixer(x, ctx), onto)
+
+    def feed(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
         """x + the feed-forward branch of it."""
         ffn = self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
+        normed = self.ffn_norm(x) if normed is None else normed
         if self.spec.ffn_post_norm is None:
-            return ffn(self.ffn_norm(x), x)
-        return self.ffn_post_norm(ffn(self.ffn_norm(x)), x)
+            return ffn(normed, x)
+        return self.ffn_post_norm(ffn(normed), x)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
-        if self.spec.mixer is not None:
+        s = self.spec
+        both = s.mixer is not None and s.ffn is not None and s.attn_post_norm is None
+        if both and isinstance(self.ffn_norm, Norm) and x.numel() > x.shape[-1]:
+            # of several tokens; to a single one the mixer's last product adds the residual
+            normed, x = self.ffn_norm(self.mixer(self.attn_norm(x), ctx), None, x)
+            return self.feed(x, normed)
+        if s.mixer is not None:
             x = self.mix(self.attn_norm(x), ctx, x)
-        if self.spec.ffn is not None:
+        if s.ffn is not None:
             x = self.feed(x)
         return x
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zoo.kernels.norm import factor, rms_norm, rms_norm_add
+from zoo.kernels.norm import add_rms_norm, factor, rms_norm, rms_norm_add
 from zoo.spec import Norm as NormSpec
 
 
@@ -28,8 +28,15 @@ class Norm(nn.Module):
         self.register_parameter("weight", None if spec.weight == "none" else nn.Parameter(torch.empty(d)))
         self.register_parameter("bias", nn.Parameter(torch.empty(d)) if spec.kind == "layer" else None)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """The norm of x, added to `onto`."""
+    def forward(
+        self, x: Tensor, onto: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x, added to `onto`. With `before`: the norm of before + x, and that sum."""
+        if before is not None:
+            if self.spec.kind == "rms":
+                return add_rms_norm(before, x, self.weight, self.spec)
+            total = before + x
+            return layer_norm(total, self.weight, self.bias, self.spec), total
         if self.spec.kind == "layer":
             y = layer_norm(x, self.weight, self.bias, self.spec)
             return y if onto is None else onto + y
