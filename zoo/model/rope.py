@@ -65,4 +65,7 @@ def tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     angles = positions.float()[:, None] * inverse_frequencies(rope, positions.device)
     magnitude = rope.scaling.attention_factor if rope.scaling else 1.0
     out = torch.float32 if rope.fp32 else dtype
-    return (angles.cos() * magnitude).to(out), (angles.sin() * magnitude).to(out)
+    cos, sin = angles.cos(), angles.sin()
+    if magnitude != 1.0:  # before the first layer a GPU waits for every launch
+        cos, sin = cos * magnitude, sin * magnitude
+    return cos.to(out), sin.to(out)
