@@ -172,17 +172,14 @@ if triton is not None:
         raw = tl.load(x_ptr + at, mask=qk | vm, other=0.0)
         x = raw.to(tl.float32)
         if ROPE:
+            turns = d < 2 * half
             if INTERLEAVED:
-                mate = tl.where(d % 2 == 0, d + 1, d - 1)
                 angle = d // 2
                 first = d % 2 == 0
             else:
-                mate = tl.where(d < half, d + half, d - half)
-                angle = tl.where(d < half, d, d - half)
                 first = d < half
-            turns = d < 2 * half
-            mate = tl.where(turns, mate, d)
-            if not INTERLEAVED:
+                angle = tl.where(first, d, d - half)
+                mate = tl.where(turns, tl.where(first, d + half, d - half), d)
                 at = base[:, None] + mate[None, :]
                 y = tl.load(x_ptr + at, mask=qk, other=0.0).to(tl.float32)
         if KIND != 0 and not AFTER:
@@ -238,7 +235,6 @@ if triton is not None:
         mask = (h < H)[:, None] & (d < n_d)[None, :]
         if INTERLEAVED:
             first, angle = d % 2 == 0, d // 2
-            mate = tl.where(first, d + 1, d - 1)
         else:
             first = d < half
             angle = tl.where(first, d, d - half)

@@ -101,7 +101,7 @@ class Stacked(Weights):
         (int64) in place of x, where given. One expert, if not `fits`."""
         times = kernel(x, self.weight, int(counts.max())) if self.scheme is None else None
         if times is not None:
-            return times(x, self.weight, self.bias, experts, counts, tokens)
+            return times(x, self.weight, self.offset(x.dtype), experts, counts, tokens)
         (expert,) = experts.tolist()
         x = x if tokens is None else x.index_select(0, tokens)
         return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))

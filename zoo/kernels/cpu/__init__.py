@@ -17,7 +17,6 @@ from torch import Tensor
 
 # numba's own pool of threads, which it has where there is no OpenMP, allows no two callers.
 _one_at_a_time = threading.Lock()
-_FIRST = np.zeros(1, np.int64)
 
 MANY = 1 << 17  # numbers, from which threads are worth their start where little is done with each
 
@@ -109,5 +108,12 @@ Numbers = NDArray[np.int64]
 def grouped(experts: Tensor | None, counts: Tensor | None, rows: int) -> tuple[Numbers, Numbers]:
     """Which matrix of a stack multiplies how many rows; without either, the first all `rows`."""
     if experts is None or counts is None:
-        return _FIRST, np.array([rows])
+        return _alone(rows)
     return experts.numpy(), counts.numpy()
+
+
+# Kept, and so are others of its kind: it is asked for again and again while one token is computed, when all that a product
+# leaves in the caches is its weight, and a line of Python takes microseconds.
+@functools.lru_cache(64)
+def _alone(rows: int) -> tuple[Numbers, Numbers]:
+    return np.zeros(1, np.int64), np.array([rows])

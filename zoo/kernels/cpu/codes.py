@@ -22,6 +22,11 @@ CODE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float1
 WORD, FLOAT = ir.IntType(32), ir.FloatType()
 
 
+def address(x: Tensor | None) -> int:
+    """Where a tensor lies; zero if there is none."""
+    return 0 if x is None else x.data_ptr()
+
+
 def rows_of(x: Tensor) -> NDArray[np.int64]:
     """Where each row of D numbers, side by side, of x [.., D] begins."""
     starts = np.zeros(1, np.int64)

@@ -17,7 +17,7 @@ from numba import prange
 from torch import Tensor
 
 from zoo.kernels.cpu import MANY, Numbers, compiled, threads
-from zoo.kernels.cpu.codes import CODE, narrow, numbers, rows_of, wide
+from zoo.kernels.cpu.codes import CODE, address, narrow, numbers, rows_of, wide
 
 
 def fits(x: Tensor, onto: Tensor | None, weight: Tensor | None) -> bool:
@@ -40,7 +40,7 @@ def rms_norm(
     starts = _evenly(rows, d) if x.is_contiguous() else rows_of(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     onto = None if onto is None else onto.contiguous()
-    where = x.data_ptr(), starts, _where(weight), _where(onto), out.data_ptr()
+    where = x.data_ptr(), starts, address(weight), address(onto), out.data_ptr()
     how = CODE[x.dtype], CODE[x.dtype if weight is None else weight.dtype], d, plus_one, early, eps
     if rows * d < MANY:
         _some(*where, *how, 0, rows)
@@ -48,10 +48,6 @@ def rms_norm(
         with threads() as t:
             _all(*where, *how, rows, t)
     return out
-
-
-def _where(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 @functools.lru_cache(64)

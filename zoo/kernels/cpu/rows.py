@@ -22,7 +22,7 @@ from numba import prange
 from torch import Tensor
 
 from zoo.kernels.cpu import compiled, grouped, threads
-from zoo.kernels.cpu.codes import CODE, narrow, numbers, wide
+from zoo.kernels.cpu.codes import CODE, address, narrow, numbers, wide
 from zoo.scratch import scratch
 
 SHORT = 2048  # numbers in a row of the weight, below which rows are read one after the other
@@ -47,8 +47,8 @@ def times(
     out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
         _grouped(
-            weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), CODE[x.dtype],
-            CODE[x.dtype if bias is None else bias.dtype], scratch("wide x", (m, k), np.float32), n, which, sizes, t,
+            weight.data_ptr(), x.data_ptr(), address(bias), out.data_ptr(), CODE[x.dtype],
+            scratch("wide x", (m, k), np.float32), n, which, sizes, t,
         )  # fmt: skip
     return out
 
@@ -124,7 +124,7 @@ def _rows(w, x, bias, out, first, last):
 
 
 @compiled(parallel=True)
-def _grouped(weight, x, bias, out, code, bias_code, wide_x, n, experts, counts, threads):
+def _grouped(weight, x, bias, out, code, wide_x, n, experts, counts, threads):
     """Each thread computes its share of the results of every group. weight, x, bias and out: where they lie, or zero."""
     m, k = wide_x.shape
     narrow_x = numbers(x, 0, (m, k), code)
@@ -137,7 +137,7 @@ def _grouped(weight, x, bias, out, code, bias_code, wide_x, n, experts, counts, 
         for g in range(len(experts)):
             end = start + counts[g]
             w = numbers(weight, experts[g] * n * k, (n, k), code)
-            b = numbers(bias, experts[g] * n, n if bias else 0, bias_code)
+            b = numbers(bias, experts[g] * n, n if bias else 0, code)
             rows, results = wide_x[start:end], numbers(out, start * n, (counts[g], n), code)
             if counts[g] == 1:
                 _row(w, rows, b, results, first, last)

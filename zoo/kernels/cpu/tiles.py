@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.cpu import Numbers, compiled, threads
+from zoo.kernels.cpu import Numbers, compiled, grouped, threads
 from zoo.scratch import scratch
 
 ROWS, PAIRED = 256, 1 << 19
@@ -67,43 +67,17 @@ def times(
     where given. All bf16, N and K multiples of 32, the weight contiguous."""
     k, n = x.shape[-1], weight.shape[-2]
     m = len(x if tokens is None else tokens)
-    which, ends, blocks = (
-        _one(m) if experts is None or counts is None else _groups(experts.numpy(), counts.numpy())
-    )
+    which, sizes = grouped(experts, counts, m)
     at = _in_order(m) if tokens is None else tokens.numpy()
     offsets = _zeros(n) if bias is None else bias.float().view(-1, n).contiguous().numpy()
     x = x if x.is_contiguous() else x.contiguous()
-    pairs = scratch("pairs", int(blocks[-1]) * BLOCK * k * 2 + 64)
+    pairs = scratch("pairs", (m // BLOCK + len(which)) * BLOCK * k * 2 + 64)
     out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
         _grouped(
-            weight.data_ptr(),
-            x.data_ptr(),
-            at,
-            n,
-            k,
-            which,
-            ends,
-            blocks,
-            offsets,
-            pairs,
-            _SHAPES,
-            out.data_ptr(),
-            t,
-        )
+            weight.data_ptr(), x.data_ptr(), at, n, k, which, sizes, offsets, pairs, _SHAPES, out.data_ptr(), t,
+        )  # fmt: skip
     return out
-
-
-def _groups(experts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    """Which matrix of a stack is whose, where in x its rows end, and where in pairs."""
-    return experts, counts.cumsum(), (-(-counts // BLOCK)).cumsum()
-
-
-# Asked for again and again while one token is computed, when all that a product leaves in the caches is its weight: a
-# line of Python then takes microseconds.
-@functools.lru_cache(64)
-def _one(m: int) -> tuple[Numbers, Numbers, Numbers]:
-    return _groups(np.zeros(1, np.int64), np.array([m]))
 
 
 @functools.lru_cache(64)
@@ -337,9 +311,15 @@ def _panel(weight, following, k, pairs, sums, bias, out, stride, first, last):
 
 
 @compiled(parallel=True)
-def _grouped(weight, x, tokens, n, k, experts, ends, blocks, bias, pairs, shapes, out, threads):
+def _grouped(weight, x, tokens, n, k, experts, counts, bias, pairs, shapes, out, threads):
     """Each thread computes its share of the results of every group. weight, x and out: where they lie."""
     to = (pairs.ctypes.data + 63) // 64 * 64  # a tile's row is one line of the cache
+    ends, blocks = np.empty_like(counts), np.empty_like(counts)  # of groups: in rows of x, and in pairs
+    rows = pairs_of = 0
+    for g in range(len(counts)):
+        rows += counts[g]
+        pairs_of += (counts[g] + 31) // 32
+        ends[g], blocks[g] = rows, pairs_of
     if blocks[-1] == 1:
         _paired(x, tokens.ctypes.data, 0, ends[0] - 1, k, to)
     else:
