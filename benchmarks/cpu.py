@@ -1,10 +1,10 @@
 """Speed on a CPU, beside transformers: dense and mixture-of-experts shapes in bf16, the two taken in turn.
 
-    python benchmarks/cpu.py [--threads 2] [--pairs 5]
+    python benchmarks/cpu.py [--threads 2] [--pairs 5] [--without-amx]
 
 Random weights (the same number of threads and tokens on both sides). Each figure is the median over pairs of
 runs that follow each other, and the ratio is the median of the pairs' ratios, so that a noisy neighbour hits
-both. Results are appended to benchmarks/results/cpu.json.
+both. `--without-amx`: neither side uses the CPU's AMX, as on one that has AVX-512's bf16 only. Results are appended to benchmarks/results/cpu.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -98,14 +99,37 @@ def gemv_rate() -> float:
     return w.nbytes / statistics.median(taken) / 1e9
 
 
+def device(amx: bool) -> str:
+    """The processor, what it multiplies bf16 with, and how many cores there are."""
+    m = machine("cpu.py")
+    flags = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), ""
+    )
+    has = [
+        name
+        for flag, name in (("avx512f", "AVX-512"), ("avx512_bf16", "bf16"), ("amx_bf16", "AMX"))
+        if flag in flags.split()
+    ]
+    what = f" with {', '.join(has[:-1])} and {has[-1]}" if len(has) > 1 else ""
+    unused = ", which is not used" if "AMX" in has and not amx else ""
+    return f"{m['cpu']}{what}{unused}, a machine of {m['cores']} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--without-amx", action="store_true")
     args = parser.parse_args()
+    if args.without_amx:  # oneDNN reads it when torch is imported
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
     import torch
     import transformers
 
+    if args.without_amx:
+        from zoo.kernels.cpu import tiles
+
+        tiles.available = lambda: False
     numba = version("numba") if importlib.util.find_spec("numba") else None
     torch.set_num_threads(args.threads)
     rows = []
@@ -140,7 +164,7 @@ def main() -> None:
     out = ROOT / "benchmarks/results/cpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "device": machine("cpu.py")["cpu"], "threads": args.threads, "torch": torch.__version__,
+        "device": device(not args.without_amx), "threads": args.threads, "torch": torch.__version__,
         "transformers": transformers.__version__, "numba": numba, "command": command("cpu.py"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": rows,
     }  # fmt: skip

@@ -36,9 +36,9 @@ def close(found: Tensor, exact: Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No AMX here, which has its own tests; afterwards as many threads as before, and kernels looked for anew."""
+    """Neither AMX nor AVX-512's bf16 here, which have tests of their own; afterwards as many threads as before, and kernels looked for anew."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(product, "_amx", lambda: False)
+    monkeypatch.setattr(product, "_made_for_bf16", lambda: None)
     yield
     torch.set_num_threads(before)
     kernels.cache_clear()

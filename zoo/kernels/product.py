@@ -1,7 +1,7 @@
 """Matrix products, where torch's own are not the best there is.
 
-On a CPU few rows go to `zoo.kernels.cpu.rows`, and in bf16 where there is AMX up to some hundred to
-`zoo.kernels.cpu.tiles`. Of more, bf16 and fp16 are multiplied by torch one number after the other where the CPU has no
+On a CPU few rows go to `zoo.kernels.cpu.rows`, and in bf16 up to some hundred to `zoo.kernels.cpu.tiles` where there is AMX,
+to `zoo.kernels.cpu.dots` where there is AVX-512's bf16. Of more, bf16 and fp16 are multiplied by torch one number after the other where the CPU has no
 instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied by the BLAS of
 fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first in the product:
 the other way round takes up to twice as long for few rows of x.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,13 +67,19 @@ def kernel(x: Tensor, weight: Tensor, rows: int) -> Times | None:
         return None
     if x.dtype not in LARGE or weight.shape[-2] * weight.shape[-1] < LARGE[x.dtype]:
         return None
-    times: Times | None = None
-    narrow_native = x.dtype != torch.float32 and _native(x.dtype)
-    if x.dtype == torch.bfloat16 and _amx() and (tiles := kernels("tiles")).fits(x, weight, rows):
-        times = tiles.times
-    elif rows <= (NATIVE_FEW if narrow_native else FEW) and (few := kernels("rows")):
-        times = few.times
-    return times
+    few = kernels("rows")
+    if few is None:
+        return None
+    alone = rows == 1 and weight.shape[-1] >= few.SHORT
+    if (
+        x.dtype == torch.bfloat16
+        and not alone
+        and (made_for := _made_for_bf16())
+        and made_for.fits(x, weight, rows)
+    ):
+        return made_for.times  # type: ignore[no-any-return]
+    most = NATIVE_FEW if x.dtype != torch.float32 and _native(x.dtype) else FEW
+    return few.times if rows <= most else None
 
 
 def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -80,8 +87,12 @@ def _rounded(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _amx() -> bool:
-    return (tiles := kernels("tiles")) is not None and tiles.available()
+def _made_for_bf16() -> Any:
+    """The module of our kernel for what this CPU has to multiply bf16 with; None if it has nothing."""
+    for module in (kernels("tiles"), kernels("dots")):
+        if module is not None and module.available():
+            return module
+    return None
 
 
 @functools.cache

@@ -117,3 +117,19 @@ def grouped(experts: Tensor | None, counts: Tensor | None, rows: int) -> tuple[N
 @functools.lru_cache(64)
 def _alone(rows: int) -> tuple[Numbers, Numbers]:
     return np.zeros(1, np.int64), np.array([rows])
+
+
+@functools.lru_cache(64)
+def in_order(rows: int) -> Numbers:
+    """Rows of x that are taken as they come."""
+    return np.arange(rows)
+
+
+def offsets(bias: Tensor | None, n: int) -> NDArray[np.float32]:
+    """A bias [N] or [E, N] as numbers of fp32 [.., N]; zeros where there is none."""
+    return _zeros(n) if bias is None else bias.float().view(-1, n).contiguous().numpy()
+
+
+@functools.lru_cache(64)
+def _zeros(n: int) -> NDArray[np.float32]:
+    return np.zeros((1, n), np.float32)

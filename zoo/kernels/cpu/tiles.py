@@ -18,19 +18,34 @@ faster: 2048 x 6144 at 192 rows.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import prange
-from numba.core import types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.cpu import Numbers, compiled, grouped, threads
+from zoo.kernels.cpu import compiled, grouped, in_order, offsets, threads
+from zoo.kernels.cpu.vectors import (
+    BYTE,
+    FLOAT,
+    FLOATS,
+    WORD,
+    WORDS,
+    addresses,
+    at,
+    call,
+    fetch,
+    load,
+    number,
+    or_last,
+    rounded,
+    row_of,
+    shuffled,
+    store,
+)  # fmt: skip
 from zoo.scratch import scratch
 
 ROWS, PAIRED = 256, 1 << 19
@@ -68,67 +83,23 @@ def times(
     k, n = x.shape[-1], weight.shape[-2]
     m = len(x if tokens is None else tokens)
     which, sizes = grouped(experts, counts, m)
-    at = _in_order(m) if tokens is None else tokens.numpy()
-    offsets = _zeros(n) if bias is None else bias.float().view(-1, n).contiguous().numpy()
+    order = in_order(m) if tokens is None else tokens.numpy()
     x = x if x.is_contiguous() else x.contiguous()
     pairs = scratch("pairs", (m // BLOCK + len(which)) * BLOCK * k * 2 + 64)
     out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
         _grouped(
-            weight.data_ptr(), x.data_ptr(), at, n, k, which, sizes, offsets, pairs, _SHAPES, out.data_ptr(), t,
+            weight.data_ptr(), x.data_ptr(), order, n, k, which, sizes, offsets(bias, n), pairs, _SHAPES, out.data_ptr(), t,
         )  # fmt: skip
     return out
 
 
-@functools.lru_cache(64)
-def _in_order(m: int) -> Numbers:
-    return np.arange(m)
-
-
-@functools.lru_cache(64)
-def _zeros(n: int) -> NDArray[np.float32]:
-    return np.zeros((1, n), np.float32)
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]  # which llvmlite does not have
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-BYTE, WORD, ADDRESS, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-WORDS, FLOATS, BFLOATS = (ir.VectorType(t, 16) for t in (WORD, FLOAT, _BFloat()))
-HALVES = ir.VectorType(ir.IntType(16), 16)
 # Tiles 0 to 3 hold sums, two by two; 4 and 5 rows of the weight, 6 and 7 pairs of x.
-
-
-def _at(builder: Any, address: Any, offset: Any, type: Any = BYTE) -> Any:
-    offset = ir.Constant(ADDRESS, offset) if isinstance(offset, int) else offset
-    return builder.inttoptr(builder.add(address, offset), type.as_pointer())
 
 
 def _amx(builder: Any, name: str, *args: Any) -> None:
     args = tuple(ir.Constant(BYTE, a) if isinstance(a, int) else a for a in args)
-    name = f"llvm.x86.{name}"
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [a.type for a in args]), name)
-    builder.call(function, args)
-
-
-def _or_last(builder: Any, row: Any, i: int, last: Any) -> Any:
-    """row + i, or the last row."""
-    at = builder.add(row, ir.Constant(ADDRESS, i))
-    return builder.select(builder.icmp_signed("<", at, last), at, last)
-
-
-def _load(builder: Any, where: Any) -> Any:
-    value = builder.load(where)
-    value.align = 2
-    return value
-
-
-def _store(builder: Any, value: Any, where: Any) -> None:
-    builder.store(value, where).align = 2
+    call(builder, f"llvm.x86.{name}", ir.VoidType(), args)
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -136,57 +107,39 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     for bit in (8, 4, 2, 1):
         upper = [i + 16 - bit if i & bit else i for i in range(16)]
         lower = [i + 16 if i & bit else i + bit for i in range(16)]
-        masks = [ir.Constant(WORDS, [ir.Constant(WORD, i) for i in mask]) for mask in (upper, lower)]
         for i in range(16):
             if not i & bit:
                 pair = rows[i], rows[i + bit]
-                rows[i], rows[i + bit] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+                rows[i], rows[i + bit] = (shuffled(builder, *pair, lanes) for lanes in (upper, lower))
     return rows
 
 
 @intrinsic
 def _configure(context: Any, shapes: Any) -> Any:
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _amx(builder, "ldtilecfg", _at(builder, args[0], 0))
-        return context.get_dummy_value()
+    def code(b: Any, shapes: Any) -> None:
+        _amx(b, "ldtilecfg", at(b, shapes, 0))
 
-    return types.void(types.intp), code
+    return addresses(1, code)
 
 
 @intrinsic
 def _release(context: Any) -> Any:
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _amx(builder, "tilerelease")
-        return context.get_dummy_value()
-
-    return types.void(), code
+    return addresses(0, lambda b: _amx(b, "tilerelease"))
 
 
 @intrinsic
 def _clear(context: Any) -> Any:
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def code(b: Any) -> None:
         for tile in range(4):
-            _amx(builder, "tilezero", tile)
-        return context.get_dummy_value()
+            _amx(b, "tilezero", tile)
 
-    return types.void(), code
+    return addresses(0, code)
 
 
 @intrinsic
 def _fetch(context: Any, address: Any) -> Any:
-    """Has half of what `_add_32` reads at a step, 1 KiB, brought into the second cache."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        flag = ir.Constant(WORD, 0), ir.Constant(WORD, 2), ir.Constant(WORD, 1)
-        pointer = BYTE.as_pointer()
-        prefetch = builder.module.declare_intrinsic(
-            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
-        )
-        for line in range(0, 1024, 64):
-            builder.call(prefetch, (_at(builder, args[0], line), *flag))
-        return context.get_dummy_value()
-
-    return types.void(types.intp), code
+    """Half of what `_add_32` reads at a step, 1 KiB."""
+    return addresses(1, lambda b, address: fetch(b, address, 16))
 
 
 def _multiply(wide: bool) -> Any:
@@ -194,23 +147,20 @@ def _multiply(wide: bool) -> Any:
     def add(context: Any, weight: Any, stride: Any, pairs: Any) -> Any:
         """32 rows of the weight, `stride` bytes apart, times 16 rows of x, or 32: of 32 numbers each."""
 
-        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            weight, stride, pairs = args
-            below = builder.mul(stride, ir.Constant(ADDRESS, 16))
-            line = ir.Constant(ADDRESS, 64)
-            _amx(builder, "tileloadd64", 6, _at(builder, pairs, 0), line)
-            _amx(builder, "tileloadd64", 4, _at(builder, weight, 0), stride)
-            _amx(builder, "tdpbf16ps", 0, 4, 6)
+        def code(b: Any, weight: Any, stride: Any, pairs: Any) -> None:
+            below = b.mul(stride, number(16))
+            _amx(b, "tileloadd64", 6, at(b, pairs, 0), number(64))
+            _amx(b, "tileloadd64", 4, at(b, weight, 0), stride)
+            _amx(b, "tdpbf16ps", 0, 4, 6)
             if wide:
-                _amx(builder, "tileloadd64", 7, _at(builder, pairs, 1024), line)
-                _amx(builder, "tdpbf16ps", 1, 4, 7)
-            _amx(builder, "tileloadd64", 5, _at(builder, weight, below), stride)
-            _amx(builder, "tdpbf16ps", 2, 5, 6)
+                _amx(b, "tileloadd64", 7, at(b, pairs, 1024), number(64))
+                _amx(b, "tdpbf16ps", 1, 4, 7)
+            _amx(b, "tileloadd64", 5, at(b, weight, below), stride)
+            _amx(b, "tdpbf16ps", 2, 5, 6)
             if wide:
-                _amx(builder, "tdpbf16ps", 3, 5, 7)
-            return context.get_dummy_value()
+                _amx(b, "tdpbf16ps", 3, 5, 7)
 
-        return types.void(types.intp, types.intp, types.intp), code
+        return addresses(3, code)
 
     return add
 
@@ -222,32 +172,23 @@ _add_16, _add_32 = _multiply(wide=False), _multiply(wide=True)
 def _sums(context: Any, sums: Any) -> Any:
     """The four tiles of sums, written one after the other."""
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def code(b: Any, sums: Any) -> None:
         for tile in range(4):
-            where = _at(builder, args[0], 1024 * tile)
-            _amx(builder, "tilestored64", tile, where, ir.Constant(ADDRESS, 64))
-        return context.get_dummy_value()
+            _amx(b, "tilestored64", tile, at(b, sums, 1024 * tile), number(64))
 
-    return types.void(types.intp), code
+    return addresses(1, code)
 
 
 @intrinsic
 def _pair(context: Any, x: Any, stride: Any, tokens: Any, row: Any, last: Any, pairs: Any) -> Any:
     """32 numbers of each of 16 rows of x, two by two: a tile's second factor. `tokens` says which row of x is which."""
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, stride, tokens, row, last, pairs = args
-        rows = []
-        for i in range(16):
-            at = builder.mul(_or_last(builder, row, i, last), ir.Constant(ADDRESS, 8))
-            token = builder.load(_at(builder, tokens, at, ADDRESS))
-            rows.append(_load(builder, _at(builder, x, builder.mul(token, stride), WORDS)))
-        rows = _transposed(builder, rows)
-        for i, r in enumerate(rows):
-            _store(builder, r, _at(builder, pairs, 64 * i, WORDS))
-        return context.get_dummy_value()
+    def code(b: Any, x: Any, stride: Any, tokens: Any, row: Any, last: Any, pairs: Any) -> None:
+        which = [row_of(b, x, stride, tokens, or_last(b, row, i, last)) for i in range(16)]
+        for i, r in enumerate(_transposed(b, [load(b, at(b, address, 0, WORDS)) for address in which])):
+            store(b, r, at(b, pairs, 64 * i, WORDS))
 
-    return types.void(*[types.intp] * 6), code
+    return addresses(6, code)
 
 
 @intrinsic
@@ -255,26 +196,19 @@ def _turn(context: Any, sums: Any, bias: Any, out: Any, stride: Any, row: Any, l
     """Two tiles of sums, one of 16 rows of the weight and one of the next 16, plus the bias of these rows, rounded: 32
     numbers of each of 16 rows of the result."""
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, bias, out, stride, row, last = args
+    def code(b: Any, sums: Any, bias: Any, out: Any, stride: Any, row: Any, last: Any) -> None:
+        def of_row(i: int) -> Any:
+            y = load(b, at(b, sums, 64 * i + (1024 if i >= 16 else 0), FLOATS))
+            offset = load(b, at(b, bias, 4 * i, FLOAT))
+            offset = b.insert_element(ir.Constant(FLOATS, ir.Undefined), offset, ir.Constant(WORD, 0))
+            return rounded(b, b.fadd(y, shuffled(b, offset, offset, [0] * 16)))
 
-        def rounded(i: int) -> Any:
-            y = _load(builder, _at(builder, sums, 64 * i + (1024 if i >= 16 else 0), FLOATS))
-            offset = _load(builder, _at(builder, bias, 4 * i, FLOAT))
-            offset = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), offset, ir.Constant(WORD, 0))
-            offset = builder.shuffle_vector(offset, offset, ir.Constant(WORDS, None))
-            return builder.bitcast(builder.fptrunc(builder.fadd(y, offset), BFLOATS), HALVES)
+        in_turn = [i // 2 + i % 2 * 16 for i in range(32)]
+        two = [shuffled(b, of_row(i), of_row(i + 1), in_turn) for i in range(0, 32, 2)]
+        for i, r in enumerate(_transposed(b, [b.bitcast(t, WORDS) for t in two])):
+            store(b, r, at(b, out, b.mul(or_last(b, row, i, last), stride), WORDS))
 
-        both = ir.Constant(
-            ir.VectorType(WORD, 32), [ir.Constant(WORD, i // 2 + i % 2 * 16) for i in range(32)]
-        )
-        two = [builder.shuffle_vector(rounded(i), rounded(i + 1), both) for i in range(0, 32, 2)]
-        for i, r in enumerate(_transposed(builder, [builder.bitcast(t, WORDS) for t in two])):
-            to = builder.mul(_or_last(builder, row, i, last), stride)
-            _store(builder, r, _at(builder, out, to, WORDS))
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 6), code
+    return addresses(6, code)
 
 
 @compiled()

@@ -1,8 +1,10 @@
-"""Products of bf16 by AMX against exact sums, where this CPU has it; and weighted rows added to tokens, on every CPU."""
+"""Products of bf16 by AMX and by AVX-512 against exact sums, where this CPU has them; and weighted rows added to tokens, on
+every CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from zoo.kernels import product
 from zoo.model import Decoder, moe
 
 pytest.importorskip("numba")
-from zoo.kernels.cpu import scatter, tiles
+from zoo.kernels.cpu import dots, scatter, tiles
 
-amx = pytest.mark.skipif(not tiles.available(), reason="this CPU has no AMX")
+each = pytest.mark.parametrize("of", [
+    pytest.param(tiles, id="tiles", marks=pytest.mark.skipif(not tiles.available(), reason="this CPU has no AMX")),
+    pytest.param(dots, id="dots", marks=pytest.mark.skipif(not dots.available(), reason="this CPU has no AVX-512 bf16")),
+])  # fmt: skip
 BF16 = torch.bfloat16
 
 
@@ -37,77 +42,91 @@ def as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@amx
-@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 113])
-@pytest.mark.parametrize(("n", "k"), [(32, 32), (96, 64), (64, 736)])
-def test_every_result_is_its_sum_whatever_the_shape(m: int, n: int, k: int) -> None:
+@each
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 47, 64, 113])
+@pytest.mark.parametrize(("blocks", "k"), [(1, 32), (3, 64), (2, 736), (9, 96)])
+def test_every_result_is_its_sum_whatever_the_shape(of: ModuleType, m: int, blocks: int, k: int) -> None:
+    n = blocks * of.BLOCK
     x, w, bias = rand(m, k), rand(n, k), rand(n)
     exact = x.double() @ w.double().T
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(tiles.times(x, w))
+        found.append(of.times(x, w))
     close(found[0], exact)
     assert torch.equal(*found)  # how many threads there are changes no bit
-    close(tiles.times(x, torch.nn.Parameter(w), bias), exact + bias.double())
+    close(of.times(x, torch.nn.Parameter(w), bias), exact + bias.double())
     # a weight mapped from a file begins anywhere, and x may be a part of something wider
     apart = torch.cat([rand(m, 8), x], 1)[:, 8:]
     shifted = torch.cat([rand(3), w.flatten()])[3:].view(n, k)
-    assert torch.equal(tiles.times(apart, shifted), found[0])
+    assert torch.equal(of.times(apart, shifted), found[0])
 
 
-@amx
+@each
 @pytest.mark.parametrize("bias", [False, True])
-def test_groups_of_rows_meet_the_matrix_of_their_expert(bias: bool) -> None:
+def test_groups_of_rows_meet_the_matrix_of_their_expert(of: ModuleType, bias: bool) -> None:
     x, w, b = rand(90, 64), rand(6, 96, 64), rand(6, 96)
     experts, counts = torch.tensor([5, 0, 3, 4]), torch.tensor([1, 40, 32, 17])
     expert = experts.repeat_interleave(counts)
     exact = torch.einsum("mk,mnk->mn", x.double(), w.double()[expert])
-    found = tiles.times(x, w, b if bias else None, experts, counts)
+    found = of.times(x, w, b if bias else None, experts, counts)
     close(found, exact + b.double()[expert] if bias else exact)
     # the rows of a group know nothing of the others
-    alone = tiles.times(x[1:41], w[0], b[0] if bias else None)
+    alone = of.times(x[1:41], w[0], b[0] if bias else None)
     assert torch.equal(found[1:41], alone)
     # and may be taken from where they lie
     shuffled = torch.randperm(90, generator=torch.Generator().manual_seed(1))
     tokens = shuffled.argsort()
-    assert torch.equal(tiles.times(x[shuffled], w, b if bias else None, experts, counts, tokens), found)
+    assert torch.equal(of.times(x[shuffled], w, b if bias else None, experts, counts, tokens), found)
 
 
-@amx
+@each
 @pytest.mark.parametrize("m", [1, 20])
-def test_what_is_not_finite_stays_so(m: int) -> None:
+def test_what_is_not_finite_stays_so(of: ModuleType, m: int) -> None:
     x, w = rand(m, 64), rand(64, 64)
     w[3, 5], w[40, 6], w[63, 0] = torch.nan, torch.inf, -torch.inf
-    y = tiles.times(x, w)
+    y = of.times(x, w)
     assert y[:, 3].isnan().all() and y[:, [40, 63]].isinf().all()
     assert y[:, [i for i in range(64) if i not in (3, 40, 63)]].isfinite().all()
     if m > 1:
         w, x = rand(64, 64), rand(m, 64)
         x[7, 9] = torch.nan
-        y = tiles.times(x, w)
+        y = of.times(x, w)
         assert y[7].isnan().all() and y[[i for i in range(m) if i != 7]].isfinite().all()
-    assert tiles.times(torch.full((m, 32), 3e38).to(BF16), torch.ones(32, 32, dtype=BF16)).isinf().all()
+    assert of.times(torch.full((m, 32), 3e38).to(BF16), torch.ones(32, 32, dtype=BF16)).isinf().all()
 
 
-@amx
-def test_results_are_rounded_to_the_nearest_even() -> None:
+@each
+def test_results_are_rounded_to_the_nearest_even(of: ModuleType) -> None:
     x = torch.ones(1, 32, dtype=BF16)
     w = torch.zeros(32, 32, dtype=BF16)
     w[:, 0] = torch.arange(32) + 128  # 128 to 159: the last bit of bf16 is 1
     w[:, 1] = 0.5  # half way
-    assert torch.equal(tiles.times(x, w)[0], (w[:, 0].float() + 0.5).to(BF16))
+    assert torch.equal(of.times(x, w)[0], (w[:, 0].float() + 0.5).to(BF16))
 
 
-@amx
-@pytest.mark.parametrize(("n", "k", "m", "ours"), [
-    (1024, 1024, 256, True), (1024, 1024, 257, False), (1024, 4096, 128, True), (1024, 4096, 129, False),
-    (1040, 1024, 20, False), (1024, 1040, 20, False), (512, 1024, 20, False),
+@pytest.mark.parametrize(("of", "n", "k", "m", "ours"), [
+    (tiles, 1024, 1024, 256, True), (tiles, 1024, 1024, 257, False), (tiles, 1024, 4096, 128, True),
+    (tiles, 1024, 4096, 129, False), (tiles, 1040, 1024, 20, False), (tiles, 1024, 1040, 20, False),
+    (tiles, 512, 1024, 20, False), (tiles, 1024, 1024, 1, True), (tiles, 1024, 2048, 1, False), (tiles, 1024, 2048, 2, True),
+    (dots, 1024, 1024, 128, True), (dots, 1024, 1024, 129, False), (dots, 1024, 4096, 64, True), (dots, 1024, 4096, 65, False),
+    (dots, 1028, 1024, 20, True), (dots, 1026, 1024, 20, False), (dots, 1024, 1040, 20, False), (dots, 512, 1024, 20, False),
+    (dots, 1024, 1024, 1, True), (dots, 1024, 2048, 1, False), (dots, 1024, 2048, 2, True),
 ])  # fmt: skip
-def test_which_products_come_to_it(n: int, k: int, m: int, ours: bool) -> None:
+def test_which_products_come_to_it(
+    of: ModuleType, n: int, k: int, m: int, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "_made_for_bf16", lambda: of)
     x, w = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16)
-    assert (product.kernel(x, w, m) is tiles.times) is ours
-    assert product.kernel(x.half(), w.half(), m) is not tiles.times
+    assert (product.kernel(x, w, m) is of.times) is ours
+    assert product.kernel(x.half(), w.half(), m) is not of.times
+
+
+def test_tiles_come_before_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_tiles, has_dots, best in ((True, True, tiles), (False, True, dots), (False, False, None)):
+        monkeypatch.setattr(tiles, "available", lambda has=has_tiles: has)
+        monkeypatch.setattr(dots, "available", lambda has=has_dots: has)
+        assert product._made_for_bf16.__wrapped__() is best
 
 
 CONFIG = {
@@ -120,9 +139,11 @@ CONFIG = {
 }  # fmt: skip
 
 
-@amx
+@each
 @pytest.mark.parametrize("tokens", [1, 23])
-def test_a_model_says_the_same_by_either(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_says_the_same_by_either(
+    of: ModuleType, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = spec_of(CONFIG)
     tensors = {
         name: rand(*p.shape, i + 1)[..., 0] / 5 + (p.dim() == 1)
@@ -132,8 +153,9 @@ def test_a_model_says_the_same_by_either(tokens: int, monkeypatch: pytest.Monkey
     ids = torch.arange(3, 3 + tokens)[None]
     right, before = exact(ids), model(ids).double()
     calls = []
-    times = tiles.times
-    monkeypatch.setattr(tiles, "times", lambda *a: calls.append(a[0].shape) or times(*a))
+    times = of.times
+    monkeypatch.setattr(product, "_made_for_bf16", lambda: of)
+    monkeypatch.setattr(of, "times", lambda *a: calls.append(a[0].shape) or times(*a))
     monkeypatch.setattr(product, "LARGE", {BF16: 0})
     after = model(ids).double()
     assert len(calls) >= 2 * 4 + 1  # each layer: attention's two, the experts' two; the head

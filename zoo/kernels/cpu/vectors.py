@@ -1,0 +1,102 @@
+"""Vectors of 512 bits in what numba compiles: how intrinsics load, store, shuffle and round them.
+
+All take LLVM's builder first, and addresses as integers (see `zoo.kernels.cpu.codes`); nothing need be aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # which llvmlite does not have
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+BYTE, HALF, WORD, ADDRESS, FLOAT, BFLOAT = (
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.FloatType(),
+    _BFloat(),
+)
+WORDS, FLOATS, BFLOATS, HALVES = (ir.VectorType(t, 16) for t in (WORD, FLOAT, BFLOAT, HALF))
+PAIRS = ir.VectorType(BFLOAT, 32)
+
+Code = Callable[..., None]
+
+
+def addresses(n: int, code: Code) -> tuple[Any, Callable[..., Any]]:
+    """What a numba intrinsic of `n` addresses or integers returns, which is nothing, when `code(builder, *args)` writes it."""
+
+    def write(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * n), write
+
+
+def number(i: int) -> Any:
+    return ir.Constant(ADDRESS, i)
+
+
+def at(builder: Any, address: Any, offset: Any, type: Any = BYTE) -> Any:
+    """A pointer to what lies `offset` bytes behind an address."""
+    offset = number(offset) if isinstance(offset, int) else offset
+    return builder.inttoptr(builder.add(address, offset), type.as_pointer())
+
+
+def load(builder: Any, where: Any) -> Any:
+    value = builder.load(where)
+    value.align = 2
+    return value
+
+
+def store(builder: Any, value: Any, where: Any) -> None:
+    builder.store(value, where).align = 2
+
+
+def or_last(builder: Any, row: Any, i: int, last: Any) -> Any:
+    """row + i, or the last row."""
+    row = builder.add(row, number(i))
+    return builder.select(builder.icmp_signed("<", row, last), row, last)
+
+
+def row_of(builder: Any, x: Any, stride: Any, tokens: Any, row: Any) -> Any:
+    """The address of the row tokens[row] of x, whose rows are `stride` bytes apart."""
+    token = builder.load(at(builder, tokens, builder.mul(row, number(8)), ADDRESS))
+    return builder.add(x, builder.mul(token, stride))
+
+
+def shuffled(builder: Any, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+    """The numbers of a and b side by side at `lanes`."""
+    mask = ir.Constant(ir.VectorType(WORD, len(lanes)), [ir.Constant(WORD, i) for i in lanes])
+    return builder.shuffle_vector(a, b, mask)
+
+
+def rounded(builder: Any, y: Any) -> Any:
+    """16 numbers of fp32 as those of bf16 next to them."""
+    return builder.bitcast(builder.fptrunc(y, BFLOATS), HALVES)
+
+
+def call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
+    """What LLVM's `name` returns, which is no method of the builder."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(function, args)
+
+
+def fetch(builder: Any, address: Any, lines: int) -> None:
+    """Has `lines` lines of 64 bytes brought into the second cache, from an address on."""
+    pointer = BYTE.as_pointer()
+    prefetch = builder.module.declare_intrinsic(
+        "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, WORD, WORD, WORD])
+    )
+    read, second_cache, data = (ir.Constant(WORD, i) for i in (0, 2, 1))
+    for line in range(lines):
+        builder.call(prefetch, (at(builder, address, 64 * line), read, second_cache, data))
