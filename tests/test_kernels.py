@@ -36,6 +36,9 @@ if not INTERPRETED:  # the switch must be set before Triton is imported
 
 
 if INTERPRETED or COMPILED:
+    import triton
+    import triton.language as tl
+
     from zoo.kernels import attention, experts, gated, latent, launch, linear, norm, rope, route, weights
     from zoo.quant import dequantise
     from zoo.spec import MLP, Norm, Router
@@ -302,13 +305,50 @@ if INTERPRETED or COMPILED:
     @pytest.mark.parametrize("rows", [64, 128])
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(experts, "grouped_tile", lambda *_: (rows, 32, 32, 4, 3))
+        monkeypatch.setattr(experts, "grouped_tile", lambda *_, **__: (rows, 32, 32, 4, 3))
         (up, a), (down, b) = stored(scheme, (32, 32), 64, 2), stored(scheme, (64,), 32, 2)
         biased = [rand(2, 64), rand(2, 64)]
         a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
         x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 70).int()
         expected = experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(32))
         close(experts.experts(x, chosen, shares, a, b, MLP(32)), expected, 5)
+        if (
+            scheme == "mxfp4" and COMPILED
+        ):  # tiles in bf16 are 2^-60 of it; the interpreter multiplies no bf16
+            narrow = [t.bfloat16() for t in (x, *biased)]
+            a, b = replace(a, bias=narrow[1]), replace(b, bias=narrow[2])
+            y = experts.experts(narrow[0], chosen, shares, a, b, MLP(32))
+            assert (y.float() - expected).norm() <= 0.015 * expected.norm()
+
+    @triton.jit
+    def write_tiny(codes, scales, bits, products, N: tl.constexpr, MULTIPLY: tl.constexpr):
+        at = tl.program_id(0) * N + tl.arange(0, N)
+        w, s = tl.load(codes + at), tl.load(scales + at)
+        low, high, factor = weights.tiny_bits(w, s)
+        tl.store(bits + 3 * at, low.to(tl.int16, bitcast=True))
+        tl.store(bits + 3 * at + 1, high.to(tl.int16, bitcast=True))
+        tl.store(bits + 3 * at + 2, factor.to(tl.int16, bitcast=True))
+        if MULTIPLY:
+            low, high = weights.tiny_fp4(w, s)
+            tl.store(products + 2 * at, low)
+            tl.store(products + 2 * at + 1, high)
+
+    def test_mxfp4_in_bf16_is_exact_for_scales_over_40_orders_of_magnitude() -> None:
+        codes = torch.arange(256, dtype=torch.uint8).repeat(256)
+        scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(256)
+        bits, products = torch.empty(65536, 3, dtype=torch.int16), torch.empty(65536, 2, dtype=torch.bfloat16)
+        write_tiny[(64,)](codes, scales, bits, products, N=1024, MULTIPLY=COMPILED)
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
+        exact = values[torch.stack([codes & 15, codes >> 4], 1).int()]
+        exact *= torch.exp2(scales.double() - 127 - 60)[:, None]
+        low_high, factor = bits.view(torch.bfloat16).double().split((2, 1), 1)
+        assert torch.equal((low_high * factor)[scales < 189], exact[scales < 189])
+        assert factor[scales >= 189].isinf().all()
+        if COMPILED:
+            good = (scales >= 55) & (scales < 189)
+            assert torch.equal(products[good].double(), exact[good])
+            assert not products[scales >= 189].isfinite().any()
+            assert ((products[scales < 55] - exact[scales < 55]).abs() <= 2.0**-133).all()
 
     @pytest.mark.parametrize("tokens", [1, 9])
     def test_experts_whose_input_is_weighted(tokens: int) -> None:

@@ -174,15 +174,17 @@ def sort_by_expert_reference(chosen: Tensor, n_experts: int, rows: int) -> tuple
     return flat.argsort(stable=True).to(torch.int32), torch.tensor(tiles, dtype=torch.int32).T
 
 
-def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int, int, int]:
+def grouped_tile(
+    average: float, kind: int, exact: bool, down: bool = False
+) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile of the grouped products, warps and stages, when an expert has `average`
-    rows. Measured on an H100."""
+    rows; rows are the same for both products. Measured on an H100."""
     if exact:
         return 16, 32, 32, 4, 3
     if average <= 32:
         return 16 if average <= 16 else 32, 128, 64, 4, 3
     if kind != PLAIN:
-        return 128, 128, 64, 4 if kind == MXFP4 else 8, 3
+        return (128, 128, 64, 8, 4) if kind == MXFP4 and down else (128, 128, 64, 4, 3)
     return (128, 256, 64, 8, 4) if average > 96 else (128, 128, 128, 8, 3)
 
 
@@ -190,6 +192,16 @@ def _bulk(x: Tensor, w: Weight) -> bool:
     """Whether tiles of the weight can be fetched by the copy engine (Hopper)."""
     aligned = w.codes.data_ptr() % 16 == 0 and w.k * w.codes.element_size() % 16 == 0
     return w.kind == PLAIN and x.dtype != torch.float32 and aligned and hopper(x)
+
+
+def _swap(w: Weight, rows: int) -> bool:
+    """Whether the weight comes first in the products (see `times_tile`)."""
+    return w.kind == MXFP4 and rows >= 128
+
+
+def _tiny(x: Tensor, w: Weight) -> bool:
+    """Whether tiles of the weight are 2^-60 of it (see `tiny_fp4`)."""
+    return w.kind == MXFP4 and x.dtype == torch.bfloat16
 
 
 def _tiles(w: Weight, rows: int, columns: int) -> Any:
@@ -219,21 +231,22 @@ def _many(
     block_m, block_n, block_k, warps, stages = grouped_tile(pairs / n_experts, up.kind, exact)
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
     n_tiles = tiles.shape[1]
-    common = dict(
-        BLOCK_M=block_m, BLOCK_K=block_k, SWAP=up.kind == MXFP4 and block_m >= 128, PRECISION="ieee" if exact else "tf32",
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    half = block_n // 2 if spec.gated else block_n
     bulk = _bulk(x, up) and _bulk(x, down)
+    common = dict(BULK=bulk, BLOCK_M=block_m, PRECISION="ieee" if exact else "tf32")
+    half = block_n // 2 if spec.gated else block_n
     _many_up[(n_tiles * ceil_div(f, half),)](
         _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, n_tiles, k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        WEIGHT_INPUT=weight_input, BULK=bulk, BLOCK_N=half, **common,
+        KIND=up.kind, TINY=_tiny(x, up), SWAP=_swap(up, block_m), ACT=ACTIVATIONS[spec.act], GATED=spec.gated,
+        HAS_BIAS=up.bias is not None, WEIGHT_INPUT=weight_input, BLOCK_N=half, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        **common,
     )  # fmt: skip
+    _, block_n, block_k, warps, stages = grouped_tile(pairs / n_experts, down.kind, exact, down=True)
     _many_down[(n_tiles * ceil_div(down.n, block_n),)](
         _tiles(down, block_n, block_k) if bulk else h, h, order, tiles, *down.pointers, y, n_tiles, f, down.n,
-        *down.n_scales, down.columns, KIND=down.kind, HAS_BIAS=down.bias is not None, BULK=bulk, BLOCK_N=block_n, **common,
+        *down.n_scales, down.columns,
+        KIND=down.kind, TINY=_tiny(x, down), SWAP=_swap(down, block_m), HAS_BIAS=down.bias is not None, BLOCK_N=block_n,
+        BLOCK_K=block_k, num_warps=warps, num_stages=stages, **common,
     )  # fmt: skip
     block = min(1024, power_of_2(down.n))
     _sum_experts[(n, ceil_div(down.n, block))](
@@ -244,6 +257,7 @@ def _many(
 
 
 if triton is not None:
+    WHOLE = tl.constexpr(2.0**60)
 
     @Kernel
     def _few_up(
@@ -402,13 +416,27 @@ if triton is not None:
     def expert_weights(
         w_tiles, row, w_ptr, s_ptr, rows_ptr, n, n_mask, start, K, s_columns, columns,
         BULK: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+        TINY: tl.constexpr,
     ):  # fmt: skip
         """`weight_tile` of one expert; by the copy engine (`BULK`) from the row of all experts' weights."""
         if BULK:
             w = w_tiles.load([row, start])
         else:
             w = weight_tile(
-                w_ptr, s_ptr, rows_ptr, n, n_mask, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, DTYPE
+                w_ptr,
+                s_ptr,
+                rows_ptr,
+                n,
+                n_mask,
+                start,
+                K,
+                s_columns,
+                columns,
+                KIND,
+                BLOCK_N,
+                BLOCK_K,
+                DTYPE,
+                TINY,
             )
         return w
 
@@ -426,7 +454,7 @@ if triton is not None:
         w_tiles, x_ptr, order_ptr, tiles_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
         n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, F, BLOCK_N)
         if left <= 0:
@@ -455,17 +483,19 @@ if triton is not None:
                 x = (x.to(tl.float32) * a[:, None]).to(dtype)
             w = expert_weights(
                 w_tiles, row, w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns,
-                BULK, KIND, BLOCK_N, BLOCK_K, dtype,
+                BULK, KIND, BLOCK_N, BLOCK_K, dtype, TINY,
             )  # fmt: skip
             gate = times_tile(x, w, gate, SWAP, PRECISION)
             if GATED:
                 w = expert_weights(
                     w_tiles, row + F, w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns,
-                    BULK, KIND, BLOCK_N, BLOCK_K, dtype,
+                    BULK, KIND, BLOCK_N, BLOCK_K, dtype, TINY,
                 )  # fmt: skip
                 up = times_tile(x, w, up, SWAP, PRECISION)
         if SWAP:
             gate, up = tl.trans(gate), tl.trans(up)
+        if TINY:
+            gate, up = gate * WHOLE, up * WHOLE
         if HAS_BIAS:
             gate += tl.load(b_ptr + e * N + f, mask=f_mask, other=0.0).to(tl.float32)[None, :]
             if GATED:
@@ -479,7 +509,7 @@ if triton is not None:
     def _many_down(
         w_tiles, h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
         n_tiles, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_N)
         if left <= 0:
@@ -502,11 +532,13 @@ if triton is not None:
             h = tl.load(at + start, mask=m_mask[:, None] & (start + k < F)[None, :], other=0.0)
             w = expert_weights(
                 w_tiles, row, w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns,
-                BULK, KIND, BLOCK_N, BLOCK_K, dtype,
+                BULK, KIND, BLOCK_N, BLOCK_K, dtype, TINY,
             )  # fmt: skip
             y = times_tile(h, w, y, SWAP, PRECISION)
         if SWAP:
             y = tl.trans(y)
+        if TINY:
+            y *= WHOLE
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
