@@ -85,7 +85,7 @@ def other(newest: Run, rows: dict[str, Run]) -> str:
     ]
     parts.append("### Memory of decoding over weights and cache\n\n" + table(["shape", "more"], memory))
     if load := newest.get("load"):
-        lines = [[k.replace(" GB/s", ""), f"{v:.2f}"] for k, v in load.items() if k != "GB"]
+        lines = [[k.replace(" GB/s", ""), f"{v:.2f}"] for k, v in load.items() if "GB/s" in k]
         parts.append(f"### Loading {load['GB']:.1f} GB to the GPU, GB/s\n\n" + table(["", "GB/s"], lines))
     return "\n\n".join(parts)
 
