@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import tiny
-from verified import ROOT, broken, canonical
+from verified import ROOT, broken, canonical, with_tensor
 
 import zoo
 from zoo.errors import ZooError
+from zoo.verify import diagnose
 from zoo.verify.certificate import Certificate
 
 FAMILIES = {v.family: v.name for v in reversed(tiny.VARIANTS.values())} | {"qwen3": "qwen3_tied"}
@@ -41,12 +42,35 @@ def test_bf16_files_stream_in_bf16_and_in_fp32(name: str) -> None:
         assert figures(streamed) == figures(zoo.verify(folder, level="logits", dtype=dtype, write=False))
 
 
-def test_streaming_catches_and_locates_a_fault(tmp_path: Path) -> None:
-    cert = zoo.verify(
-        broken("llama", "gate_up_swapped", tmp_path / "c"), level="logits", stream=True, write=False
-    )
-    assert not cert.passed
-    assert cert.diagnosis is not None and cert.diagnosis["layer"] == 1
+@pytest.mark.parametrize(
+    ("name", "fault", "where", "cause"),
+    [
+        ("llama", "rope_rows_interleaved", "layer 1, attention", "rows of q and k in interleaved RoPE order"),
+        ("llama", "norm_stale", "layer 1, norm (ffn_norm)", "is 1 throughout"),
+        ("llama", "norm_eps", "layer 0, norm (attn_norm)", "attn_norm.eps"),
+        ("llama", "head_off_by_one", "the final norm or the head", "rows of the head shifted"),
+        ("llama", "embedding_off_by_one", "the embedding", ""),
+        ("qwen3_moe", "gate_up_swapped", "layer 1, feed-forward", "gate and up exchanged"),
+        ("qwen3_tied", "norm_stale", "layer 1, attention", "k_norm.weight is 1 throughout"),
+        ("gemma3n", "gate_up_swapped", "layer 3, feed-forward", "gate and up exchanged"),
+    ],
+)
+def test_streaming_names_layer_part_and_cause(
+    name: str, fault: str, where: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = broken(name, fault, tmp_path / "c")
+    built = []
+    build = diagnose.build
+    monkeypatch.setattr(diagnose, "build", lambda subject: built.append(subject) or build(subject))
+    cert = zoo.verify(folder, level="logits", stream=True, write=False)
+    assert not cert.passed and cert.diagnosis is not None
+    assert cert.diagnosis["where"] == where
+    assert any(cause in text for text in cert.diagnosis["suggestions"])
+    # one layer is in memory, or two where it reuses keys and values
+    layers = {n.split(".")[1] for subject in built for n in subject.tensors if n.startswith("layers.")}
+    assert len(layers) <= 2 and built
+    whole = zoo.verify(folder, level="logits", write=False).diagnosis
+    assert whole is not None and whole["where"] == where
 
 
 def test_streaming_does_not_decode_and_says_so() -> None:
@@ -102,6 +126,24 @@ def test_memory_grows_by_a_layer_not_by_the_checkpoint(kind: str, tmp_path: Path
     assert grown["stream"]["VmHWM"] <= 2.5 * layer + (32 << 20)
     assert grown["stream"]["VmPeak"] <= 2.5 * layer + (64 << 20)  # address space: what a limit is set on
     assert grown["whole"]["VmHWM"] >= 24 * layer
+    name = "layers.12.mlp.gate_up.weight" if kind == "dense" else "layers.12.moe.gate_up.weight"
+    failed = growth(with_tensor(folder, name, lambda t: t.flip(-2)), "stream")
+    assert failed["verdict"] == "failed"
+    assert failed["VmHWM"] <= 6 * layer + (32 << 20)
+
+
+def test_a_search_that_runs_out_of_memory_leaves_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(diagnose, "one_layer", full)
+    folder = broken("llama", "gate_up_swapped", tmp_path / "c")
+    cert = zoo.verify(folder, level="logits", stream=True, write=False)
+    assert not cert.passed and cert.diagnosis is not None
+    assert cert.diagnosis["where"] == "layer 1"
+    assert "the search for the cause ended early: can't allocate memory" in cert.diagnosis["suggestions"]
 
 
 def large(name: str, settings: dict[str, Any], tmp_path: Path) -> Path:

@@ -4,13 +4,16 @@ The part is found by giving each part of our layer the input that upstream's own
 is inherited. The cause is found by running the catalogue of faults in reverse: a wrong layer with one more
 fault injected that agrees with upstream names its mistake, because most mistakes are undone by being made
 again. Only the departing layer is run, on upstream's input to it: the search costs seconds.
+
+Streamed, upstream goes through its layers once more up to that one, and ours has no other in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +22,14 @@ from torch import Tensor, nn
 from zoo.formats.canonical import Canonical
 from zoo.spec import Attention, LatentAttention, Norm, Rope, Spec
 from zoo.verify import tolerance
-from zoo.verify.compare import Measured, rows
+from zoo.verify.compare import Measured, Sketched, drive, rows
 from zoo.verify.faults import CATALOGUE, Fault, Subject
 from zoo.verify.faults.spec import map_spec
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
 from zoo.verify.ours import build, subject_of
-from zoo.verify.selftest import Recorded
+from zoo.verify.tolerance import Spread
 
 EMBEDDING, HEAD = "the embedding", "the final norm or the head"
 KINDS = (
@@ -34,6 +37,8 @@ KINDS = (
     ("attention", ("attn", "attention", "mixer", "mamba", "delta")),
     ("feed-forward", ("mlp", "moe", "ffn", "feed_forward")),
 )
+LARGE = 1 << 30
+"""Bytes of a tensor whose mistakes are not made again when streaming: each takes a copy of it or two."""
 
 
 def diagnose(
@@ -43,10 +48,10 @@ def diagnose(
     measured: Measured,
     dtype: str,
     expected: Spec | None = None,
-    search: bool = True,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Where ours departs first, and what would explain it; ready for the certificate. `expected`: the Spec that
-    the source's config gives."""
+    the source's config gives. `stream`: hold no layers but those that must be run."""
     first = next(
         (i for i, tokens in enumerate(measured.layers)
          if tokens and not tolerance.representative(dtype, tokens) <= tolerance.layer_bound(dtype, i, measured.spread).value),
@@ -58,22 +63,50 @@ def diagnose(
         out["where"] = f"ours has {folder.spec.n_layers} layers, the oracle {measured.oracle_layers}"
     if expected is not None and expected != folder.spec:
         out["suggestions"] = spec_differences(folder.spec, expected)
-    if not search or not shown:
+    if not shown:
         return out
-    one = Inputs(asked.batches[:1], asked.limits, asked.not_crossed, asked.tokenizer)
-    recorded = Recorded.of(oracle, one, measured.spread)
-    clean = subject_of(folder, DTYPES[dtype])
-    probe = Probe(recorded, dtype, first, folder.spec.n_layers)
-    if first == 0 and probe.departs_before(clean, oracle):
+    try:
+        _search(out, folder, oracle, asked.batches[0], measured.spread, dtype, first, stream)
+    except (MemoryError, RuntimeError) as e:
+        if not stream:
+            raise
+        out["suggestions"].append(
+            f"the search for the cause ended early: {e}"
+        )  # the verdict stands without it
+    return out
+
+
+def _search(
+    out: dict[str, Any],
+    folder: Canonical,
+    oracle: Oracle,
+    batch: Batch,
+    spread: Spread,
+    dtype: str,
+    first: int | None,
+    stream: bool,
+) -> None:
+    """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
+    spec = folder.spec
+    feeding = [] if first is None else _feeding(spec, first)
+    seen = watch(oracle, batch, first, spec.n_layers, feeding)
+    if stream:
+        ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids)
+    else:
+        ids, clean = batch.ids, subject_of(folder, DTYPES[dtype])
+    layer = spec.n_layers - 1 if first is None else first
+    bound = tolerance.layer_bound(dtype, layer, spread).value
+    probe = Probe(seen, batch, ids, dtype, first, spec.n_layers, bound)
+    if first == 0 and probe.departs_before(clean):
         out |= {"part": "embedding", "where": EMBEDDING}
     elif first is not None:
-        part = probe.part(clean, oracle)
+        part = probe.part(clean)
         if part is not None:
             out |= {"part": part, "where": f"layer {first}, {part}"}
     out["suggestions"] += observations(clean, first)
     before = probe.error(clean)
     found: list[dict[str, Any]] = []
-    for name, what, site, subject in hypotheses(clean, first):
+    for name, what, site, subject in hypotheses(clean, first, LARGE if stream else None):
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
             found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
@@ -82,7 +115,6 @@ def diagnose(
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
     if not out["suggestions"]:
         out["suggestions"] = ["no single mistake of the catalogue explains it"]
-    return out
 
 
 def spec_differences(mine: Spec, expected: Spec) -> list[str]:
@@ -116,18 +148,93 @@ def observations(subject: Subject, layer: int | None) -> list[str]:
             continue
         if not t.is_floating_point() or t.numel() < 2:
             continue
-        x = t.float()
-        if not bool(x.isfinite().all()):
+        one = float(t.flatten()[0])
+        some = t if t.ndim > 2 else t[None]  # of experts one at a time
+        if not all(bool(x.float().isfinite().all()) for x in some):
             out.append(f"{name} holds numbers that are not finite")
-        elif bool((x == x.flatten()[0]).all()):
-            out.append(f"{name} is {float(x.flatten()[0]):g} throughout: was it ever filled?")
-        elif x.ndim > 1 and (empty := int((x == 0).all(-1).sum())) and not name.startswith("embed."):
+        elif all(bool((x.float() == one).all()) for x in some):
+            out.append(f"{name} is {one:g} throughout: was it ever filled?")
+        elif t.ndim > 1 and not name.startswith("embed.") and (empty := sum(_empty_rows(x) for x in some)):
             out.append(f"{name} has {empty} rows of zeros")
-        elif layer is not None and x.ndim > 1:
+        elif layer is not None and t.ndim > 1:
             same = [n for n, u in subject.tensors.items() if n != name and n.endswith(name.removeprefix(mine))
                     and n.startswith("layers.") and u.shape == t.shape and torch.equal(u, t)]  # fmt: skip
             out += [f"{name} is the same as {n}" for n in same[:1]]
     return out[:4]
+
+
+def _empty_rows(x: Tensor) -> int:
+    return int((x.float() == 0).all(-1).sum())
+
+
+def _feeding(spec: Spec, layer: int) -> list[int]:
+    """The layers whose keys and values this one reuses."""
+    source = getattr(spec.layers[layer].mixer, "kv_from", None)
+    return [] if source is None else [source]
+
+
+def one_layer(
+    folder: Canonical, dtype: torch.dtype, first: int | None, feeding: list[int], ids: Tensor
+) -> tuple[Tensor, Subject]:
+    """Ids, and what runs them through layer `first` (None: through norm and head) when upstream's input to it is known:
+    these layers' tensors and, of the embedding, the rows of these ids, renumbered to fit."""
+    spec = folder.spec
+    layers = set() if first is None else {*feeding, first}
+
+    def wanted(name: str) -> bool:
+        if name.startswith("layers."):
+            return int(name.split(".")[1]) in layers
+        return first is None or not name.startswith("head.")
+
+    subject = subject_of(folder, dtype, wanted)
+    embedding = subject.tensors["embed.weight"]  # mapped
+    if spec.per_layer_embedding is None and (first is not None or not spec.tied):
+        used, ids = ids.unique(return_inverse=True)
+        embedding = embedding[used]
+    return ids, subject.put({"embed.weight": embedding.to(dtype)})
+
+
+@dataclass
+class Seen:
+    """What upstream did to one batch."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)  # what layers gave, [B, T, D]
+    logits: Tensor | None = None
+    input: Tensor | None = None  # of the first layer, if that departs
+    calls: list[Call] | None = None  # the parts of the departing layer; None: they cannot be seen
+
+
+class _Enough(Exception):
+    """The departing layer has run."""
+
+
+def watch(oracle: Oracle, batch: Batch, first: int | None, n_layers: int, feeding: list[int]) -> Seen:
+    """Upstream once more, as far as layer `first` (None: to the end)."""
+    seen = Seen()
+    last = n_layers - 1 if first is None else first
+    wanted = {last - 1, last, *(i - 1 for i in feeding)}
+
+    def keep(_b: int, i: int, x: Tensor | Sketched) -> None:
+        if isinstance(x, Tensor) and i in wanted:
+            seen.states[i] = x.clone()
+        if i == first:
+            raise _Enough
+
+    def logits(_b: int, y: Tensor) -> None:
+        seen.logits = y
+
+    def begin(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.input = args[0] if args else kwargs["hidden_states"]
+
+    with contextlib.ExitStack() as stack:
+        layers = getattr(oracle, "layers", None)
+        if layers is not None and first is not None:
+            seen.calls = stack.enter_context(calls(layers[first]))
+            if first == 0:
+                stack.callback(layers[0].register_forward_pre_hook(begin, with_kwargs=True).remove)
+        with contextlib.suppress(_Enough):
+            drive(oracle, [batch], keep, logits)
+    return seen
 
 
 def _where(first: int | None, shown: bool) -> str:
@@ -140,19 +247,13 @@ def _where(first: int | None, shown: bool) -> str:
 class Probe:
     """Runs only what departs: layer `first` on upstream's input to it, or norm and head on upstream's last state."""
 
-    recorded: Recorded
+    seen: Seen
+    batch: Batch
+    ids: Tensor  # of the batch, as ours numbers them
     dtype: str
     first: int | None
     n_layers: int
-
-    @property
-    def batch(self) -> Batch:
-        return self.recorded.inputs.batches[0]
-
-    @property
-    def bound(self) -> float:
-        layer = self.n_layers - 1 if self.first is None else self.first
-        return tolerance.layer_bound(self.dtype, layer, self.recorded.spread).value
+    bound: float
 
     def error(self, subject: Subject) -> float:
         """The relative error of what comes out, for a representative token; infinite if it can't be run."""
@@ -163,50 +264,43 @@ class Probe:
             return float("inf")
 
     def _error(self, model: Any) -> float:
-        ids = self.batch.ids
-        x, ctx = model.start(ids)
-        last = (self.n_layers if self.first is None else self.first) - 1
-        if last >= 0:
-            x = self.recorded.states[0, last].to(x.dtype)
+        x, ctx = self._begin(model)
         if self.first is None:
-            mine, theirs = model.finish(x, ctx), self.recorded.logits[0]
+            mine, theirs = model.finish(x, ctx), self.seen.logits
         else:
-            layer = model.layers[self.first]
-            for earlier in self._feeding(model):  # keys and values that this layer reuses
-                y = self.recorded.states[0, earlier - 1].to(x.dtype) if earlier else model.start(ids)[0]
-                model.layers[earlier](y, ctx)
-            mine, theirs = layer(x, ctx), self.recorded.states[0, self.first]
+            mine, theirs = model.layers[self.first](x, ctx), self.seen.states[self.first]
+        assert theirs is not None
         d = mine.shape[-1]
         a, b = rows(mine, self.batch, d), rows(theirs, self.batch, d)
         if a is None or b is None or a.shape != b.shape:
             return float("inf")
         return tolerance.representative(self.dtype, relative_error(a, b).tolist())
 
-    def _feeding(self, model: Any) -> list[int]:
-        assert self.first is not None
-        source = getattr(model.spec.layers[self.first].mixer, "kv_from", None)
-        return [] if source is None else [source]
+    def _begin(self, model: Any) -> tuple[Tensor, Any]:
+        """Upstream's input to what departs, and the pass so far: keys and values that the layer reuses are in it."""
+        start, ctx = model.start(self.ids)
 
-    def departs_before(self, subject: Subject, oracle: Oracle) -> bool:
+        def given(layer: int) -> Tensor:
+            x: Tensor = self.seen.states[layer - 1].to(start.dtype) if layer else start
+            return x
+
+        if self.first is None:
+            return given(self.n_layers), ctx
+        for earlier in _feeding(model.spec, self.first):
+            model.layers[earlier](given(earlier), ctx)
+        return given(self.first), ctx
+
+    def departs_before(self, subject: Subject) -> bool:
         """Whether the first layer's input is wrong already."""
-        layers = getattr(oracle, "layers", None)
-        if layers is None:
+        if self.seen.input is None:
             return False
-        seen: list[Tensor] = []
-        handle = layers[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
         try:
-            oracle.run(self.batch.ids, self.batch.lengths)
             with torch.inference_mode():
-                x, _ = build(subject).start(self.batch.ids)
+                x, _ = build(subject).start(self.ids)
         except Exception:
             return False
-        finally:
-            handle.remove()
         d = x.shape[-1]
-        a, b = rows(x, self.batch, d), rows(seen[0], self.batch, d)
+        a, b = rows(x, self.batch, d), rows(self.seen.input, self.batch, d)
         return (
             a is not None
             and b is not None
@@ -214,22 +308,17 @@ class Probe:
             and float(relative_error(a, b).max()) > self.bound
         )
 
-    def part(self, subject: Subject, oracle: Oracle) -> str | None:
+    def part(self, subject: Subject) -> str | None:
         """Which part of the departing layer is wrong, each given upstream's own input; None if that can't be told."""
-        layers = getattr(oracle, "layers", None)
-        if layers is None or self.first is None:
+        theirs = self.seen.calls
+        if theirs is None or self.first is None:
             return None
-        theirs = calls(layers[self.first], lambda: oracle.run(self.batch.ids, self.batch.lengths))
         model = build(subject)
         with torch.inference_mode():
-            x, ctx = model.start(self.batch.ids)
+            x, ctx = self._begin(model)
             layer = model.layers[self.first]
-            if self.first > 0:
-                x = self.recorded.states[0, self.first - 1].to(x.dtype)
-            for earlier in self._feeding(model):
-                y = self.recorded.states[0, earlier - 1].to(x.dtype) if earlier else x
-                model.layers[earlier](y, ctx)
-            ours = calls(layer, lambda: layer(x, ctx))
+            with calls(layer) as ours:
+                layer(x, ctx)
             if [c.kind for c in ours] != [c.kind for c in theirs]:
                 mine, others = ", ".join(c.kind for c in ours), ", ".join(c.kind for c in theirs)
                 return (
@@ -263,8 +352,9 @@ class Call:
     run: Callable[[Tensor], Tensor]
 
 
-def calls(layer: nn.Module, forward: Callable[[], Any]) -> list[Call]:
-    """The direct parts of `layer` that one `forward` runs, in order, with what went in and out."""
+@contextlib.contextmanager
+def calls(layer: nn.Module) -> Iterator[list[Call]]:
+    """The direct parts of `layer` that are run meanwhile, in order, with what went in and out."""
     seen: list[Call] = []
     handles = []
 
@@ -289,14 +379,14 @@ def calls(layer: nn.Module, forward: Callable[[], Any]) -> list[Call]:
 
     for name, child in layer.named_children():
         kind = next((k for k, words in KINDS if any(w in name.lower() for w in words)), None)
-        if kind is not None and not isinstance(child, nn.Identity):
+        inner = "per_layer" in name  # ours has its norm one level further down
+        if kind is not None and not inner and not isinstance(child, nn.Identity):
             handles.append(child.register_forward_hook(hook(name, kind), with_kwargs=True))
     try:
-        forward()
+        yield seen
     finally:
         for h in handles:
             h.remove()
-    return seen
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -307,13 +397,17 @@ EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4)
 GLOBAL = ("embed.", "head.", "norm.", "positions.")
 
 
-def hypotheses(subject: Subject, layer: int | None) -> Iterator[tuple[str, str, str, Subject]]:
+def hypotheses(
+    subject: Subject, layer: int | None, most: int | None = None
+) -> Iterator[tuple[str, str, str, Subject]]:
     """(name, what it would mean, site, subject with that mistake undone) of everything that could be wrong in
-    `layer`, or (None) in the ends."""
+    `layer`, or (None) in the ends; in tensors of at most `most` bytes."""
     for fault in CATALOGUE.values():
         if fault.undo is None:
             continue
         for site in _sites(fault, subject, layer):
+            if most is not None and site in subject.tensors and subject.tensors[site].nbytes > most:
+                continue
             try:
                 yield fault.name, fault.what, site, fault.undo(subject, site)
             except Exception:  # this site does not take it

@@ -207,16 +207,23 @@ def mapped(path: Path, ref: TensorRef) -> Tensor:
     return raw.view(dtype).view(ref.shape)
 
 
-def subject_of(folder: canonical.Canonical, dtype: torch.dtype) -> Subject:
-    """The canonical tensors in memory, in the dtype they are computed in: what faults are injected into."""
-    source = Source(folder)
+def subject_of(
+    folder: canonical.Canonical, dtype: torch.dtype, wanted: Callable[[str], bool] | None = None
+) -> Subject:
+    """The canonical tensors in memory, in the dtype they are computed in: what faults are injected into. Or those
+    `wanted` only, by name: then the embedding, and what is stacked, stay as stored and mapped."""
+    partial = wanted is not None
+    source = MappedOneByOne(folder) if partial else Source(folder)
     tensors = {}
     for name, ref in folder.tensors.items():
+        if wanted is not None and not wanted(name):
+            continue
         t = source.tensor(ref)
         quantised = name.rsplit(".", 1)[0] in folder.quant and not name.endswith(".bias")
         cast = t.is_floating_point() and not quantised and not name.endswith(KEPT)
-        tensors[name] = t.to(dtype) if cast else t
-    return Subject(folder.spec, tensors, dict(folder.quant))
+        stays = partial and (t.ndim > 2 or name == "embed.weight")
+        tensors[name] = t.to(dtype) if cast and not stays else t
+    return Subject(folder.spec, tensors, dict(folder.quant), partial=partial)
 
 
 def build(subject: Subject) -> Decoder:
@@ -225,8 +232,11 @@ def build(subject: Subject) -> Decoder:
     for name, m in model.matrices():
         if name in subject.quant:
             own = [n for n in subject.tensors if n.rsplit(".", 1)[0] == name and not n.endswith(".bias")]
-            m.quantise(subject.quant[name], {n.rsplit(".", 1)[1]: subject.tensors[n] for n in own})
+            if own or not subject.partial:
+                m.quantise(subject.quant[name], {n.rsplit(".", 1)[1]: subject.tensors[n] for n in own})
     for name, _ in list(model.named_parameters()):
+        if subject.partial and name not in subject.tensors:
+            continue
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(subject.tensors[name], requires_grad=False))
     if subject.patch is not None:

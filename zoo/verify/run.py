@@ -306,9 +306,7 @@ def _numeric_levels(
         from zoo.verify import diagnose
 
         expected = None if other.checkpoint is None else plan_of(folder, other.checkpoint).spec
-        cert.diagnosis = diagnose.diagnose(
-            folder, oracle, asked, measured, dtype, expected, search=not stream
-        )
+        cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, expected, stream)
     return asked, measured
 
 

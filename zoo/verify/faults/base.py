@@ -24,6 +24,7 @@ class Subject:
     tensors: Tensors
     quant: Mapping[str, str] = dataclasses.field(default_factory=dict)
     patch: Callable[[Decoder], None] | None = None  # for a mistake that neither can express
+    partial: bool = False  # not all tensors are there: what they would fill is not run
 
     def put(self, changed: Mapping[str, Tensor]) -> Subject:
         return replace(self, tensors={**self.tensors, **changed})
