@@ -124,6 +124,22 @@ def test_a_forked_process_leaves_the_products_to_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
+def test_numba_may_be_told_to_compile_for_any_cpu() -> None:
+    script = """if True:
+        import torch
+        from zoo.kernels.cpu import kernels
+        from zoo.kernels.product import product
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for rows in (1, 8, 40):
+                x, w = torch.ones(rows, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+                assert (product(x, w) == 1024).all()
+        for name in ("tiles", "dots"):
+            assert (module := kernels(name)) is None or not module.available()
+    """
+    env = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_which_products_come_to_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_native", lambda _: native)

@@ -33,14 +33,24 @@ def kernels(name: str) -> Any:
     """The module `zoo.kernels.cpu.<name>`; None where numba does not run."""
     if _forked:
         return None
-    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        return None  # without AVX2 an x86 has nothing to widen fp16 with
     try:  # numba takes a second to import
+        if platform.machine() in ("x86_64", "AMD64") and not compiles_for("f16c"):
+            return None  # nothing to widen fp16 with
         module = importlib.import_module(f"zoo.kernels.cpu.{name}")
     except (ImportError, OSError):  # no numba, or one that does not go with this numpy or this system
         return None
     _watch_forks()
     return module
+
+
+@functools.cache
+def compiles_for(*features: str) -> bool:
+    """Whether numba compiles for a CPU with these features, by LLVM's names: not, if this one lacks them or if numba is to
+    compile for any CPU (NUMBA_CPU_NAME=generic). What it has no instruction for ends the process."""
+    from numba.core.registry import cpu_target
+
+    *_, known = cpu_target.target_context.codegen().magic_tuple()
+    return {f"+{f}" for f in features} <= set(known.split(","))
 
 
 _forked = False

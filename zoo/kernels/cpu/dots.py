@@ -26,7 +26,7 @@ from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, grouped, in_order, offsets, threads
+from zoo.kernels.cpu import compiled, compiles_for, grouped, in_order, offsets, threads
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     FLOAT,
@@ -54,7 +54,7 @@ BLOCK = 4  # rows of the weight, and rows of x at most, taken at a time
 def available() -> bool:
     """Whether this CPU has the instruction."""
     ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return ask is not None and bool(ask())
+    return ask is not None and bool(ask()) and compiles_for("avx512bf16")
 
 
 def fits(x: Tensor, weight: Tensor, rows: int) -> bool:

@@ -27,7 +27,7 @@ from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, grouped, in_order, offsets, threads
+from zoo.kernels.cpu import compiled, compiles_for, grouped, in_order, offsets, threads
 from zoo.kernels.cpu.vectors import (
     BYTE,
     FLOAT,
@@ -60,7 +60,7 @@ _SHAPES[48:56] = 16
 def available() -> bool:
     """Whether this CPU has AMX and the system lets this process use it."""
     ask = getattr(torch.cpu, "_init_amx", None)
-    return ask is not None and bool(ask())
+    return ask is not None and compiles_for("amx-tile", "amx-bf16") and bool(ask())
 
 
 def fits(x: Tensor, weight: Tensor, rows: int) -> bool:
