@@ -1,10 +1,10 @@
 """Matrix products, where torch's own are not the best there is.
 
-On a CPU few rows go to `zoo.kernels.cpu.rows`, and in bf16 up to some hundred to `zoo.kernels.cpu.tiles` where there is AMX,
-to `zoo.kernels.cpu.dots` where there is AVX-512's bf16. Of more, bf16 and fp16 are multiplied by torch one number after the other where the CPU has no
-instructions for them: here rows of the weight are widened to fp32, as many as stay in cache, and multiplied by the BLAS of
-fp32; results are rounded once, so nothing but the order of sums differs. The rows of the weight come first in the product:
-the other way round takes up to twice as long for few rows of x.
+On a CPU few rows go to `zoo.kernels.cpu.rows`, and in bf16 up to some hundred to `zoo.kernels.cpu.tiles` where there is
+AMX, to `zoo.kernels.cpu.dots` where there is AVX-512's bf16. Of more, bf16 and fp16 are multiplied by torch one number
+after the other where the CPU has no instructions for them: here rows of the weight are widened to fp32, as many as stay in
+cache, and multiplied by the BLAS of fp32; results are rounded once, so nothing but the order of sums differs. The rows of
+the weight come first in the product: the other way round takes up to twice as long for few rows of x.
 
 Margin on 2 cores of an EPYC without AVX-512, 6144 x 2048 in bf16, against torch's own: 64 rows 22 and 83 ms, 256 rows
 60 and 330. Without numba, 8 rows 8 and 12, 16 rows 7 and 21.
@@ -71,13 +71,10 @@ def kernel(x: Tensor, weight: Tensor, rows: int) -> Times | None:
     if few is None:
         return None
     alone = rows == 1 and weight.shape[-1] >= few.SHORT
-    if (
-        x.dtype == torch.bfloat16
-        and not alone
-        and (made_for := _made_for_bf16())
-        and made_for.fits(x, weight, rows)
-    ):
-        return made_for.times  # type: ignore[no-any-return]
+    if x.dtype == torch.bfloat16 and not alone:
+        made_for = _made_for_bf16()
+        if made_for is not None and made_for.fits(x, weight, rows):
+            return made_for.times  # type: ignore[no-any-return]
     most = NATIVE_FEW if x.dtype != torch.float32 and _native(x.dtype) else FEW
     return few.times if rows <= most else None
 
