@@ -20,14 +20,18 @@ def command(script: str) -> str:
     return " ".join(["python", f"benchmarks/{script}", *said])
 
 
+def cpu(what: str) -> str:
+    """What the system says of the processor (Linux): "model name", "flags"; nothing if it does not."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
+
+
 def machine(script: str) -> dict[str, Any]:
     """This machine (Linux), now, and the command."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "?")
     meminfo = Path("/proc/meminfo").read_text().splitlines()
     memory = int(next(line.split()[1] for line in meminfo if line.startswith("MemTotal"))) // 1024
     return {
-        "cpu": cpu,
+        "cpu": cpu("model name") or "?",
         "cores": len(os.sched_getaffinity(0)),
         "memory_mib": memory,
         "kernel": platform.release(),

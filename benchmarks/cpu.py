@@ -4,7 +4,8 @@
 
 Random weights (the same number of threads and tokens on both sides). Each figure is the median over pairs of
 runs that follow each other, and the ratio is the median of the pairs' ratios, so that a noisy neighbour hits
-both. `--without-amx`: neither side uses the CPU's AMX, as on one that has AVX-512's bf16 only. Results are appended to benchmarks/results/cpu.json.
+both. `--without-amx`: neither side uses the CPU's AMX, as on one that has AVX-512's bf16 only. Results are
+appended to benchmarks/results/cpu.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from about import command, machine
+from about import command, cpu, machine
 from gpu import active_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,14 +103,9 @@ def gemv_rate() -> float:
 def device(amx: bool) -> str:
     """The processor, what it multiplies bf16 with, and how many cores there are."""
     m = machine("cpu.py")
-    flags = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), ""
-    )
-    has = [
-        name
-        for flag, name in (("avx512f", "AVX-512"), ("avx512_bf16", "bf16"), ("amx_bf16", "AMX"))
-        if flag in flags.split()
-    ]
+    flags = cpu("flags").split()
+    named = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX"}
+    has = [name for flag, name in named.items() if flag in flags]
     what = f" with {', '.join(has[:-1])} and {has[-1]}" if len(has) > 1 else ""
     unused = ", which is not used" if "AMX" in has and not amx else ""
     return f"{m['cpu']}{what}{unused}, a machine of {m['cores']} cores"

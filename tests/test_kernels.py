@@ -312,9 +312,8 @@ if INTERPRETED or COMPILED:
         x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 70).int()
         expected = experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(32))
         close(experts.experts(x, chosen, shares, a, b, MLP(32)), expected, 5)
-        if (
-            scheme == "mxfp4" and COMPILED
-        ):  # tiles in bf16 are 2^-60 of it; the interpreter multiplies no bf16
+        # In bf16 its tiles are 2^-60 of it; the interpreter multiplies no bf16.
+        if scheme == "mxfp4" and COMPILED:
             narrow = [t.bfloat16() for t in (x, *biased)]
             a, b = replace(a, bias=narrow[1]), replace(b, bias=narrow[2])
             y = experts.experts(narrow[0], chosen, shares, a, b, MLP(32))

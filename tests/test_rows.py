@@ -36,7 +36,8 @@ def close(found: Tensor, exact: Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither AMX nor AVX-512's bf16 here, which have tests of their own; afterwards as many threads as before, and kernels looked for anew."""
+    """Neither AMX nor AVX-512's bf16 here, which have tests of their own; afterwards as many threads as before, and
+    kernels looked for anew."""
     before = torch.get_num_threads()
     monkeypatch.setattr(product, "_made_for_bf16", lambda: None)
     yield

@@ -37,7 +37,7 @@ if triton is not None:
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import after_previous
     from zoo.kernels.linear import gate_and_up_rows
-    from zoo.kernels.weights import rows_times, scale_row, weight_tile
+    from zoo.kernels.weights import WHOLE, rows_times, scale_row, weight_tile
 
 
 def experts_reference(
@@ -257,7 +257,6 @@ def _many(
 
 
 if triton is not None:
-    WHOLE = tl.constexpr(2.0**60)
 
     @Kernel
     def _few_up(
@@ -423,21 +422,9 @@ if triton is not None:
             w = w_tiles.load([row, start])
         else:
             w = weight_tile(
-                w_ptr,
-                s_ptr,
-                rows_ptr,
-                n,
-                n_mask,
-                start,
-                K,
-                s_columns,
-                columns,
-                KIND,
-                BLOCK_N,
-                BLOCK_K,
-                DTYPE,
-                TINY,
-            )
+                w_ptr, s_ptr, rows_ptr, n, n_mask, start, K, s_columns, columns,
+                KIND, BLOCK_N, BLOCK_K, DTYPE, TINY,
+            )  # fmt: skip
         return w
 
     @triton.jit

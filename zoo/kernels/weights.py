@@ -125,6 +125,8 @@ if triton is not None:
         """2^(s - 127) * 2^14 of an e8m0 exponent s."""
         return (s.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 16384.0
 
+    WHOLE = tl.constexpr(2.0**60)  # times what is `tiny`
+
     @triton.jit
     def tiny_bits(w, s):
         """Bytes of two e2m1 codes and their e8m0 exponents -> the bits of two bf16, 2^-126 of the values of the low and of the

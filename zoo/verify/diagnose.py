@@ -28,7 +28,7 @@ from zoo.verify.faults.spec import map_spec
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
-from zoo.verify.ours import build, subject_of
+from zoo.verify.ours import build, subject_of, used_rows
 from zoo.verify.tolerance import Spread
 
 EMBEDDING, HEAD = "the embedding", "the final norm or the head"
@@ -70,9 +70,8 @@ def diagnose(
     except (MemoryError, RuntimeError) as e:
         if not stream:
             raise
-        out["suggestions"].append(
-            f"the search for the cause ended early: {e}"
-        )  # the verdict stands without it
+        # The verdict stands without it.
+        out["suggestions"].append(f"the search for the cause ended early: {e}")
     return out
 
 
@@ -89,13 +88,13 @@ def _search(
     """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
     spec = folder.spec
     feeding = [] if first is None else _feeding(spec, first)
-    seen = watch(oracle, batch, first, spec.n_layers, feeding)
+    last = spec.n_layers - 1 if first is None else first
+    seen = watch(oracle, batch, first, {last - 1, last, *(i - 1 for i in feeding)})
     if stream:
         ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids)
     else:
         ids, clean = batch.ids, subject_of(folder, DTYPES[dtype])
-    layer = spec.n_layers - 1 if first is None else first
-    bound = tolerance.layer_bound(dtype, layer, spread).value
+    bound = tolerance.layer_bound(dtype, last, spread).value
     probe = Probe(seen, batch, ids, dtype, first, spec.n_layers, bound)
     if first == 0 and probe.departs_before(clean):
         out |= {"part": "embedding", "where": EMBEDDING}
@@ -188,9 +187,8 @@ def one_layer(
 
     subject = subject_of(folder, dtype, wanted)
     embedding = subject.tensors["embed.weight"]  # mapped
-    if spec.per_layer_embedding is None and (first is not None or not spec.tied):
-        used, ids = ids.unique(return_inverse=True)
-        embedding = embedding[used]
+    if first is not None or not spec.tied:
+        embedding, ids = used_rows(spec, embedding, ids)
     return ids, subject.put({"embed.weight": embedding.to(dtype)})
 
 
@@ -208,11 +206,9 @@ class _Enough(Exception):
     """The departing layer has run."""
 
 
-def watch(oracle: Oracle, batch: Batch, first: int | None, n_layers: int, feeding: list[int]) -> Seen:
-    """Upstream once more, as far as layer `first` (None: to the end)."""
+def watch(oracle: Oracle, batch: Batch, first: int | None, wanted: set[int]) -> Seen:
+    """Upstream once more, as far as layer `first` (None: to the end); what the layers `wanted` give is kept."""
     seen = Seen()
-    last = n_layers - 1 if first is None else first
-    wanted = {last - 1, last, *(i - 1 for i in feeding)}
 
     def keep(_b: int, i: int, x: Tensor | Sketched) -> None:
         if isinstance(x, Tensor) and i in wanted:

@@ -23,6 +23,7 @@ from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
 from zoo.model.load import KEPT, Source
 from zoo.model.moe import Router
+from zoo.spec import Spec
 from zoo.verify.faults import Subject
 
 
@@ -130,11 +131,9 @@ class Streamed(Ours):
 
     def begin(self, b: int, ids: Tensor) -> None:
         table = self.source.tensor(self.source.folder.tensors["embed.weight"])  # [V, D], mapped
-        seen, compact = ids.unique(return_inverse=True)
-        if self.spec.per_layer_embedding is not None:  # its table is indexed by the same ids
-            seen, compact = torch.arange(len(table)), ids
-        self._set_embedding(table[seen].to(self.dtype))
-        super().begin(b, compact)
+        rows, ids = used_rows(self.spec, table, ids)
+        self._set_embedding(rows.to(self.dtype))
+        super().begin(b, ids)
         self._set_embedding(torch.empty(0, table.shape[1], dtype=self.dtype))
         self.waiting.add(b)
 
@@ -205,6 +204,14 @@ def mapped(path: Path, ref: TensorRef) -> Tensor:
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(ref.shape)
+
+
+def used_rows(spec: Spec, embedding: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The embedding's rows of these ids, and the ids renumbered to fit; all of it where another table has the same ids."""
+    if spec.per_layer_embedding is not None:
+        return embedding, ids
+    used, ids = ids.unique(return_inverse=True)
+    return embedding[used], ids
 
 
 def subject_of(

@@ -129,9 +129,13 @@ def _alone(rows: int) -> tuple[Numbers, Numbers]:
     return np.zeros(1, np.int64), np.array([rows])
 
 
+def taken(tokens: Tensor | None, rows: int) -> Numbers:
+    """Which row of x is multiplied when, of `rows` in all; without `tokens` as they come."""
+    return _in_order(rows) if tokens is None else tokens.numpy()
+
+
 @functools.lru_cache(64)
-def in_order(rows: int) -> Numbers:
-    """Rows of x that are taken as they come."""
+def _in_order(rows: int) -> Numbers:
     return np.arange(rows)
 
 

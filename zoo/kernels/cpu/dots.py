@@ -26,7 +26,7 @@ from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, compiles_for, grouped, in_order, offsets, threads
+from zoo.kernels.cpu import compiled, compiles_for, grouped, offsets, taken, threads
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     FLOAT,
@@ -44,7 +44,7 @@ from zoo.kernels.cpu.vectors import (
     row_of,
     shuffled,
     store,
-)  # fmt: skip
+)
 
 ROWS, NUMBERS = 128, 1 << 18
 """Rows, and numbers of x, up to which this is faster: then x no longer stays in a core's second cache."""
@@ -77,13 +77,12 @@ def times(
     k, n = x.shape[-1], weight.shape[-2]
     m = len(x if tokens is None else tokens)
     which, sizes = grouped(experts, counts, m)
-    order = in_order(m) if tokens is None else tokens.numpy()
     x = x if x.is_contiguous() else x.contiguous()
     out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
         _grouped(
-            weight.data_ptr(), x.data_ptr(), order, n, k, which, sizes, offsets(bias, n), out.data_ptr(), t
-        )
+            weight.data_ptr(), x.data_ptr(), taken(tokens, m), n, k, which, sizes, offsets(bias, n), out.data_ptr(), t,
+        )  # fmt: skip
     return out
 
 
@@ -141,9 +140,8 @@ def _added_up(b: Any, vectors: list[Any]) -> Any:
     for bit in (1, 2, 4, 8):
         own = [i + 16 if i & bit else i for i in range(16)]
         other = [i ^ bit ^ 16 if i & bit else i ^ bit for i in range(16)]
-        pairs = zip(
-            vectors[::2], vectors[1::2] or vectors, strict=True
-        )  # the last is added to itself, turned
+        # One that is left alone is added to itself, turned.
+        pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
         vectors = [b.fadd(shuffled(b, *pair, own), shuffled(b, *pair, other)) for pair in pairs]
     return vectors[0]
 

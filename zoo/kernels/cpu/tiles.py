@@ -27,7 +27,7 @@ from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, compiles_for, grouped, in_order, offsets, threads
+from zoo.kernels.cpu import compiled, compiles_for, grouped, offsets, taken, threads
 from zoo.kernels.cpu.vectors import (
     BYTE,
     FLOAT,
@@ -45,7 +45,7 @@ from zoo.kernels.cpu.vectors import (
     row_of,
     shuffled,
     store,
-)  # fmt: skip
+)
 from zoo.scratch import scratch
 
 ROWS, PAIRED = 256, 1 << 19
@@ -83,13 +83,12 @@ def times(
     k, n = x.shape[-1], weight.shape[-2]
     m = len(x if tokens is None else tokens)
     which, sizes = grouped(experts, counts, m)
-    order = in_order(m) if tokens is None else tokens.numpy()
     x = x if x.is_contiguous() else x.contiguous()
     pairs = scratch("pairs", (m // BLOCK + len(which)) * BLOCK * k * 2 + 64)
     out = torch.empty(m, n, dtype=x.dtype)
     with threads() as t:
         _grouped(
-            weight.data_ptr(), x.data_ptr(), order, n, k, which, sizes, offsets(bias, n), pairs, _SHAPES, out.data_ptr(), t,
+            weight.data_ptr(), x.data_ptr(), taken(tokens, m), n, k, which, sizes, offsets(bias, n), pairs, _SHAPES, out.data_ptr(), t,
         )  # fmt: skip
     return out
 

@@ -16,21 +16,13 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # which llvmlite does not have
         return "bfloat"
 
 
-BYTE, HALF, WORD, ADDRESS, FLOAT, BFLOAT = (
-    ir.IntType(8),
-    ir.IntType(16),
-    ir.IntType(32),
-    ir.IntType(64),
-    ir.FloatType(),
-    _BFloat(),
-)
+BYTE, HALF, WORD, ADDRESS = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT, BFLOAT = ir.FloatType(), _BFloat()
 WORDS, FLOATS, BFLOATS, HALVES = (ir.VectorType(t, 16) for t in (WORD, FLOAT, BFLOAT, HALF))
 PAIRS = ir.VectorType(BFLOAT, 32)
 
-Code = Callable[..., None]
 
-
-def addresses(n: int, code: Code) -> tuple[Any, Callable[..., Any]]:
+def addresses(n: int, code: Callable[..., None]) -> tuple[Any, Callable[..., Any]]:
     """What a numba intrinsic of `n` addresses or integers returns, which is nothing, when `code(builder, *args)` writes it."""
 
     def write(context: Any, builder: Any, signature: Any, args: Any) -> Any:
