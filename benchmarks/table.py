@@ -60,7 +60,7 @@ def speed(rows: dict[str, Run]) -> str:
     return table(head, out)
 
 
-def other(newest: Run, rows: dict[str, Run]) -> str:
+def other(load: Run | None, rows: dict[str, Run]) -> str:
     parts = []
     batches = {n: r for n, r in rows.items() if "decode ms by batch" in r}
     if batches:
@@ -84,7 +84,7 @@ def other(newest: Run, rows: dict[str, Run]) -> str:
         if "memory over weights and cache" in r
     ]
     parts.append("### Memory of decoding over weights and cache\n\n" + table(["shape", "more"], memory))
-    if load := newest.get("load"):
+    if load:
         lines = [[k.replace(" GB/s", ""), f"{v:.2f}"] for k, v in load.items() if "GB/s" in k]
         parts.append(f"### Loading {load['GB']:.1f} GB to the GPU, GB/s\n\n" + table(["", "GB/s"], lines))
     return "\n\n".join(parts)
@@ -150,6 +150,7 @@ def on_cpu(runs: list[Run]) -> str:
 def main() -> None:
     runs: list[Run] = json.loads((RESULTS / "gpu.json").read_text())
     newest, rows = merged(runs)
+    loads = [r["load"] for r in runs if "load" in r]
     converted: Run = json.loads((RESULTS / "convert.json").read_text())
     where = (
         f"{newest['device']}, torch {newest['torch']}, triton {newest['triton']}, transformers {newest['transformers']}, "
@@ -163,7 +164,7 @@ def main() -> None:
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n"
-        f"{speed(rows)}\n\n{other(newest, rows)}\n{on_cpu(cpus)}"
+        f"{speed(rows)}\n\n{other(loads[-1] if loads else None, rows)}\n{on_cpu(cpus)}"
         f"{converting(converted)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
