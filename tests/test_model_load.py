@@ -18,7 +18,7 @@ from zoo.formats import open_checkpoint
 from zoo.layout import layout
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
-from zoo.model import Decoder, load
+from zoo.model import Decoder, load, upload
 from zoo.spec import MLP, LatentAttention, Layer, MoE, Norm, Rope, Router, Spec
 
 
@@ -100,6 +100,39 @@ def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     (path / "zoo.json").write_text(json.dumps(j))
     with pytest.raises(ZooError, match=re.escape("embed.weight has shape [131, 36]")):
         load(path)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_here_is_named(device: str, tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=f"torch can't use the device '{device}' here: "):
+        load(folder("llama", tmp_path), device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_gpu_is_given_the_same_tensors(
+    name: str, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "RUN", 2048)
+    monkeypatch.setattr(upload, "BUFFER", 256)
+    path = folder(name, tmp_path, dtype="bfloat16", shard_size=60_000)
+    here, there = load(path, dtype=dtype).state_dict(), load(path, device="cuda", dtype=dtype).state_dict()
+    assert set(here) == set(there)
+    for tensor, t in here.items():
+        assert there[tensor].is_cuda and there[tensor].dtype == t.dtype
+        assert torch.equal(there[tensor].cpu(), t), tensor
+
+
+@pytest.mark.gpu
+def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(1000))
+    with (
+        pytest.raises(ZooError, match=re.escape(f"{file}: ends at byte 1000")),
+        upload.Upload("cuda") as up,
+    ):
+        up(file, 600, (101,), torch.float32)
 
 
 # --- quantised ----------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
+
     from zoo.hub import Progress
     from zoo.mapping.plan import Plan
     from zoo.model import Decoder
@@ -35,21 +37,24 @@ if TYPE_CHECKING:
 __all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "spec", "verify"]
 
 
-def load(path: StrPath, device: str = "cpu", dtype: str | None = None) -> Decoder:
+def load(
+    path: StrPath, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> Decoder:
     """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
     [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
 
-    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32" (None: as stored). Raises ZooError if `path`
-    is no canonical checkpoint.
+    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). Raises ZooError
+    if `path` is no canonical checkpoint, or torch has no such device here.
     """
     import torch
 
     from zoo.model import load
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
-    if dtype not in dtypes:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    wanted = dtypes.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in dtypes.values():
         raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
-    return load(path, device=device, dtype=dtypes[dtype])
+    return load(path, device=device, dtype=wanted)
 
 
 def plan(src: StrPath, dtype: str | None = None) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +54,18 @@ class Source:
             raw = raw.clone()
         return raw.view(dtype).view(ref.shape)
 
-    def on(self, device: str, ref: TensorRef, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor on a device, cast to `dtype` if given."""
+    def on(self, device: str | torch.device, ref: TensorRef, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on a device, cast to `dtype` if given. With `upload`, filled by the end of that."""
         if self.upload is None or ref.dtype not in DTYPES:
             return self.tensor(ref).to(device=device, dtype=dtype)
-        t = self.upload(self.folder.path(ref), ref.offset, tuple(ref.shape), DTYPES[ref.dtype])
-        return t if dtype is None else t.to(dtype)
+        return self.upload(self.folder.path(ref), ref.offset, tuple(ref.shape), DTYPES[ref.dtype], dtype)
 
     def fill(
-        self, module: nn.Module, prefix: str = "", device: str = "cpu", dtype: torch.dtype | None = None
+        self,
+        module: nn.Module,
+        prefix: str = "",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Give `module` (the decoder's submodule called `prefix`) its tensors.
 
@@ -87,7 +91,7 @@ class Source:
             parameter = nn.Parameter(self.on(device, ref, cast), requires_grad=False)
             setattr(module.get_submodule(owner), leaf, parameter)
 
-    def _components(self, slot: str, device: str) -> dict[str, Tensor]:
+    def _components(self, slot: str, device: str | torch.device) -> dict[str, Tensor]:
         refs = self.folder.tensors
         own = [n for n in refs if n.rpartition(".")[0] == slot and n != f"{slot}.bias"]
         return {n.rpartition(".")[2]: self.on(device, refs[n]) for n in own}
@@ -95,7 +99,7 @@ class Source:
 
 def load(
     path: str | os.PathLike[str],
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     layers: Iterable[int] | None = None,
 ) -> Decoder:
@@ -103,17 +107,20 @@ def load(
 
     `dtype`: what to compute in; None: as stored. `layers`: fill only these (and the ends); the others stay
     without storage, so the model cannot be run as a whole. Default: the layers that the folder has.
-    Raises ZooError if the folder is not sound.
+    Raises ZooError if the folder is not sound, or torch has no such device here.
     """
-    upload = Upload(device) if device.startswith("cuda") else None
-    source = Source(canonical.read(path), upload)
-    model = Decoder(source.folder.spec)
-    wanted = source.folder.layers if layers is None else layers
-    ends = {n: m for n, m in model.named_children() if n != "layers"}
-    for name, module in ends.items():
-        source.fill(module, name, device, dtype)
-    for i in range(model.spec.n_layers) if wanted is None else wanted:
-        source.fill(model.layers[i], f"layers.{i}", device, dtype)
-    if upload is not None:
-        upload.close()
+    folder = canonical.read(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # the second from a torch built without CUDA
+        raise ZooError(f"torch can't use the device {str(device)!r} here: {str(e).splitlines()[0]}") from e
+    with Upload(device) if torch.device(device).type == "cuda" else nullcontext() as upload:
+        source = Source(folder, upload)
+        model = Decoder(folder.spec)
+        wanted = folder.layers if layers is None else layers
+        ends = {n: m for n, m in model.named_children() if n != "layers"}
+        for name, module in ends.items():
+            source.fill(module, name, device, dtype)
+        for i in range(model.spec.n_layers) if wanted is None else wanted:
+            source.fill(model.layers[i], f"layers.{i}", device, dtype)
     return model
