@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--shapes NAME ...] [--parts speed compiled batch long load] [--out FILE]
 
 Models are random weights of released shapes (`SHAPES`), some with fewer layers so that both sides fit. Per
-shape: prefill of 2048 tokens (all logits), decode at batch 1 after it, memory. "of copy" is the bytes of
+shape: prefill of 2048 tokens (all logits; both sides in turn where both fit, since the host that launches
+kernels may be twice as fast a second later), decode at batch 1 after it, memory. "of copy" is the bytes of
 weights that a token visits, over the time it takes, over what a device-to-device copy moves (measured
 first, bytes read plus bytes written). `compiled` adds transformers compiled with a static cache; `batch`
 decode at batch 1 to 64; `long` a prompt of 32768 tokens; `load` a canonical checkpoint from disk.
@@ -22,7 +23,9 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ SHAPES: dict[str, tuple[str, int | None, str | None]] = {
 }
 BATCHES = ("Llama 3.1 8B", "Qwen3-30B-A3B, 24 layers")
 LONG = ("Llama 3.1 8B", "gpt-oss-20b")
-PROMPT, NEW, LOADS = 2048, 64, 3
+PROMPT, NEW, LOADS, PAIRS = 2048, 64, 7, 15
+ROOM = 8 << 30  # bytes beside the weights of both sides, for what a prompt needs
 
 
 def config_of(file: str, layers: int | None) -> dict[str, Any]:
@@ -67,22 +71,27 @@ def config_of(file: str, layers: int | None) -> dict[str, Any]:
     return config
 
 
-def median_ms(run: Callable[[], object], times: int = 9) -> float:
-    """Median over `times` runs, after two that are not counted."""
+def in_turn(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each run in each round, after two rounds that are not counted."""
     import torch
 
-    run()
-    run()
-    taken = []
-    for _ in range(times):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        a.record()
-        run()
-        b.record()
-        b.synchronize()
-        taken.append(a.elapsed_time(b))
-    return statistics.median(taken)
+    taken: list[list[float]] = [[] for _ in runs]
+    for i in range(rounds + 2):
+        for run, ms in zip(runs, taken, strict=True):
+            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            a.record()
+            run()
+            b.record()
+            b.synchronize()
+            if i >= 2:
+                ms.append(a.elapsed_time(b))
+    return taken
+
+
+def median_ms(run: Callable[[], object], times: int = 9) -> float:
+    """Median over `times` runs, after two that are not counted."""
+    return statistics.median(in_turn([run], times)[0])
 
 
 def copy_bandwidth() -> float:
@@ -180,11 +189,9 @@ def our_decode_ms(step: Any) -> float:
     return median_ms(run, 5) / NEW
 
 
-def ours(name: str, parts: list[str], row: dict[str, Any], copy: float) -> None:
+def ours(model: Any, name: str, parts: list[str], row: dict[str, Any], copy: float) -> None:
     import torch
 
-    file, layers, scheme = SHAPES[name]
-    model = our_model(config_of(file, layers), scheme)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     active = active_bytes(model)
     row["active GB"] = active / 1e9
@@ -230,7 +237,6 @@ def ours(name: str, parts: list[str], row: dict[str, Any], copy: float) -> None:
         step, cache = our_step(model, 1, 32768)
         row["decode ms at 32768"] = our_decode_ms(step)
         del step, cache
-    del model
     free()
 
 
@@ -249,15 +255,14 @@ def their_model(config: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def theirs(name: str, parts: list[str], row: dict[str, Any]) -> None:
+def theirs(model: Any, name: str, parts: list[str], row: dict[str, Any]) -> None:
     import torch
 
-    file, layers, _ = SHAPES[name]
-    model = their_model(config_of(file, layers))
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), device="cuda")
     with torch.inference_mode():
         if "speed" in parts:
-            row["transformers prefill ms"] = median_ms(lambda: model(ids, use_cache=True))
+            if "transformers prefill ms" not in row:
+                row["transformers prefill ms"] = median_ms(lambda: model(ids, use_cache=True))
             row["transformers decode ms"] = their_decode_ms(model, ids, 8)
         if "long" in parts and name in LONG:
             long = torch.randint(0, model.config.vocab_size, (1, 32768), device="cuda")
@@ -275,8 +280,26 @@ def theirs(name: str, parts: list[str], row: dict[str, Any]) -> None:
             row["transformers compiled decode ms"] = their_compiled_ms(model, ids)
         except Exception as e:
             row["transformers compiled decode ms"] = f"failed: {str(e)[:200]}"
-    del model
-    free()
+
+
+def side_by_side(model: Any, their: Any, row: dict[str, Any]) -> None:
+    """The prompt by both, in turn."""
+    import torch
+
+    ids = torch.randint(0, model.spec.vocab_size, (1, PROMPT), device="cuda")
+    captured = model.captured(1, PROMPT)
+    runs: dict[str, Callable[[], object]] = {
+        "prefill": lambda: model(ids),
+        "prefill captured": lambda: captured(ids),
+        "transformers prefill": lambda: their(ids, use_cache=True),
+    }
+    with torch.inference_mode():
+        taken = dict(zip(runs, in_turn(list(runs.values()), PAIRS), strict=True))
+    for what, ms in taken.items():
+        row[f"{what} ms"] = statistics.median(ms)
+    for what in ("prefill", "prefill captured"):
+        ratios = [t / ms for t, ms in zip(taken["transformers prefill"], taken[what], strict=True)]
+        row[f"{what} ratio"] = statistics.median(ratios)
 
 
 def their_decode_ms(model: Any, ids: Any, steps: int) -> float:
@@ -429,21 +452,48 @@ def versions(script: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def fill(row: dict[str, Any], args: argparse.Namespace, copy: float) -> None:
+    """Measures both sides of one shape."""
+    import torch
+
+    name, their = row["shape"], None
+    file, layers, scheme = SHAPES[name]
+    config = config_of(file, layers)
+    beside = not args.ours and scheme is None  # transformers would expand quantised weights first
+    model = our_model(config, scheme)
+    with noted(row):
+        ours(model, name, args.parts, row, copy)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    if (
+        beside
+        and "speed" in args.parts
+        and 2 * weights + ROOM < torch.cuda.get_device_properties(0).total_memory
+    ):
+        with noted(row):
+            their = their_model(config)
+            side_by_side(model, their, row)
+    del model
+    free()
+    if beside:
+        with noted(row):
+            theirs(their or their_model(config), name, args.parts, row)
+
+
+@contextmanager
+def noted(row: dict[str, Any]) -> Iterator[None]:
+    """What fails is written down, and the rest goes on."""
+    try:
+        yield
+    except Exception as e:
+        row.setdefault("failed", []).append(f"{type(e).__name__}: {str(e)[-500:]}")
+        traceback.print_exc()
+
+
 def rows(args: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
     for name in args.shapes or SHAPES:
         row: dict[str, Any] = {"shape": name}
-        sides: list[Callable[[], None]] = [lambda: ours(name, args.parts, row, copy)]  # noqa: B023
-        if not args.ours and SHAPES[name][2] is None:  # transformers would expand quantised weights first
-            sides.append(lambda: theirs(name, args.parts, row))  # noqa: B023
-        for side in sides:
-            try:
-                side()
-            except Exception as e:
-                row.setdefault("failed", []).append(f"{type(e).__name__}: {str(e)[-500:]}")
-                import traceback
-
-                traceback.print_exc()
-            free()
+        fill(row, args, copy)
+        free()
         yield row
 
 

@@ -48,10 +48,11 @@ def speed(rows: dict[str, Run]) -> str:
     ]  # fmt: skip
     out = []
     for name, r in rows.items():
-        their, plain, captured = (
-            r.get(k) for k in ("transformers prefill ms", "prefill ms", "prefill captured ms")
-        )
-        times = [f"{ms(x)} ms" + (f" ({their / x:.2f}x)" if their and x else "") for x in (plain, captured)]
+        their, times = r.get("transformers prefill ms"), []
+        for what in ("prefill", "prefill captured"):
+            taken = r[f"{what} ms"]
+            ratio = r.get(f"{what} ratio", their / taken if their else None)
+            times.append(f"{ms(taken)} ms" + (f" ({ratio:.2f}x)" if ratio else ""))
         compiled = r.get("transformers compiled decode ms")
         out.append([
             name, f"{r['active GB']:.2f}", *(f"{ms(x)} ms" if x else "" for x in (r.get("transformers decode ms"), compiled)),
@@ -86,7 +87,12 @@ def other(load: Run | None, rows: dict[str, Run]) -> str:
     parts.append("### Memory of decoding over weights and cache\n\n" + table(["shape", "more"], memory))
     if load:
         lines = [[k.replace(" GB/s", ""), f"{v:.2f}"] for k, v in load.items() if "GB/s" in k]
-        parts.append(f"### Loading {load['GB']:.1f} GB to the GPU, GB/s\n\n" + table(["", "GB/s"], lines))
+        beside = ", ".join(f"{v:.2f} {k.split(', ')[1]}" for k, v in load.items() if " of read" in k)
+        parts.append(
+            f"### Loading {load['GB']:.1f} GB to the GPU, GB/s\n\n" + table(["", "GB/s"], lines)
+            + f"\n\nMedians of {load['rounds']} rounds in which each took its turn; in a round `zoo.load` has {beside} of the rate of "
+            "reading the files from first to last (median; the disk varies by a third)."
+        )  # fmt: skip
     return "\n\n".join(parts)
 
 
@@ -159,7 +165,8 @@ def main() -> None:
     note = (
         "Random weights of released shapes, both sides in one run (`make bench-gpu`). Decode is a captured CUDA graph "
         "with a static cache after 2048 tokens. *Captured* prefill is a pass recorded once for its shape "
-        "(`model.captured`): what is left when the host's time for launching kernels is not counted."
+        "(`model.captured`): what is left when the host's time for launching kernels is not counted. Where the models of both sides fit on the card, "
+        "prompts took turns, and the ratio is the median over 15 rounds: the host's speed varies by 2 from second to second."
     )
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
     page = (

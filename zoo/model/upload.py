@@ -4,6 +4,9 @@ empties it.
 Unusual: the mapped file is not used. A page fault at a time, it gives a tenth of what large reads do. And each thread
 reads a long run of its own, by a handle of its own: the system reads ahead per handle, and threads that share out a short
 range make it read less.
+
+Margin on the machine of an H100, 9 GB, against reading the files from first to last: 1.00 of it cold (medians of 7 rounds,
+1.8 GB/s), 3.4 warm (25 GB/s); pieces of 8 MB shared out among 8 threads 0.90 and 2.5, `safetensors` 0.9 and 0.9.
 """
 
 from __future__ import annotations
