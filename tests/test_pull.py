@@ -429,14 +429,24 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("canon")) == ["canon"]
 
 
-def test_ctrl_c_says_so_and_exits_130(server: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_pull_that_is_stopped_says_so_and_leaves_no_temporary_files(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     server.rate = 20_000
+    before = signal.signal(how, signal.SIG_DFL)  # under nohup the child would ignore SIGHUP, as it should
     process = start(server, tmp_path / "home2", "pull", REPO, "--to", str(tmp_path / "canon"))
+    signal.signal(how, before)
     while not server.body_bytes("*.safetensors"):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and err.rstrip().endswith("zoo: stopped") and "Traceback" not in err
+    assert (
+        process.returncode == 128 + how and err.rstrip().endswith("zoo: stopped") and "Traceback" not in err
+    )
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_two_pulls_at_once_share_the_work(

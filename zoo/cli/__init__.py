@@ -1,7 +1,8 @@
 """The command line: `zoo COMMAND`. One file per command; a command is a file here with a `command` in it.
 
 Exit codes: 0 done; 1 failed, with one message on stderr (`--debug` adds the traceback); 2 wrong usage;
-130 stopped by Ctrl-C. Results go to stdout, as JSON with `--json`; progress and messages to stderr.
+130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. Results go to stdout, as JSON with `--json`; progress and
+messages to stderr.
 
 Unusual here: starting must cost little more than importing click does, so the files of commands import torch,
 numpy and huggingface_hub only when they run (a test holds them to it).

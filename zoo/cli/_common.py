@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -24,6 +27,7 @@ class _State:
     debug = False
     json = False
     events: Events | None = None  # set by a command that streams events
+    stopped = signal.SIGINT  # by what
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
@@ -75,16 +79,17 @@ def failed() -> NoReturn:
 def run(cli: click.Command, args: Sequence[str] | None) -> int:
     """Run the command line; its exit code."""
     _State.debug = _State.json = False
-    _State.events = None
+    _State.events, _State.stopped = None, signal.SIGINT
     try:
-        result = cli.main(args=args, prog_name="zoo", standalone_mode=False)
+        with _stoppable():
+            result = cli.main(args=args, prog_name="zoo", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped", 130)
+        return _fail("stopped", 128 + _State.stopped)
     except BrokenPipeError:  # `zoo list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -98,6 +103,25 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         return _fail(
             f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1
         )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A job that is told to end (SIGTERM), or whose terminal has gone (SIGHUP), cleans up as after Ctrl-C."""
+
+    def stop(number: int, _: object) -> None:
+        _State.stopped = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGHUP") if main else ()
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {s: signal.signal(s, stop) for s in signals if signal.getsignal(s) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def _fail(message: str, code: int) -> int:
