@@ -73,7 +73,8 @@ class Fault:
     kinds: `cut` (FIN) and `reset` (RST) after `after` body bytes · `stall` for `seconds` after `after` bytes ·
     `corrupt` the byte at offset `after` of the file · `status` with `code` and `retry_after` · `whole` (Range is
     ignored, 200) · `shift` (a range that starts `after` bytes later than asked) · `size` (the file is said to be,
-    and is, `after` bytes long) · `redirect` to `location` · `cap` (403 for a body longer than `after` bytes).
+    and is, `after` bytes long) · `redirect` to `location` · `cap` (403 for a body longer than `after` bytes) ·
+    `answer` with `headers` and `body`, whatever they say of each other, and hang up.
     """
 
     kind: str
@@ -84,6 +85,8 @@ class Fault:
     retry_after: str | None = None
     seconds: float = 3600.0
     location: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
     times: int = 1
 
 
@@ -470,10 +473,14 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- answers
 
     def misbehave(self, where: str, name: str) -> bool:
-        fault = self.hub.take(where, name, ("status", "redirect"))
+        fault = self.hub.take(where, name, ("status", "redirect", "answer"))
         if fault is None:
             return False
-        if fault.kind == "redirect":
+        if fault.kind == "answer":
+            self.begin(200, fault.headers)
+            self.wfile.write(fault.body)
+            self.close_connection = True
+        elif fault.kind == "redirect":
             self.begin(302, {"Location": fault.location, "Content-Length": "0"})
         else:
             headers = {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}

@@ -18,6 +18,7 @@ import zoo
 from zoo import manifest
 from zoo.cli import _common, cli
 from zoo.errors import ZooError
+from zoo.formats import canonical
 
 ROOT = Path(zoo.__file__).parents[1]
 LIGHT = [
@@ -248,3 +249,33 @@ def test_a_conversion_can_be_told_what_the_files_are_and_wait_for_its_proof(tmp_
     assert done.returncode == 0, done.stderr
     assert json.loads((dst / "parity.json").read_text())["verdict"] == "passed"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+@pytest.mark.parametrize("words", ["list --json", "plan nope --json", "show llama4"])
+def test_an_output_that_cannot_be_written_is_no_traceback(words: str) -> None:
+    for to in (">/dev/full", ">&-", "2>&-", "| true"):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {sys.executable} -m zoo {words} {to}"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr and "bug" not in done.stderr, (to, done.stderr)
+        if to != "| true":
+            assert done.returncode == ("nope" in words or to == ">/dev/full"), (to, done.stderr)
+
+
+def test_a_conversion_needs_no_outputs(tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "src")
+    code = f"{sys.executable} -m zoo convert {tmp_path / 'src'} {tmp_path / 'dst'} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", code], cwd=ROOT).returncode == 0
+    assert run("verify", str(tmp_path / "dst"), "--level", "bytes").returncode == 0
+
+
+def test_a_folder_in_another_encoding_can_be_converted(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"gr\xfc\xdfe")
+    tiny.make("llama", tmp_path / "src")
+    (tmp_path / "src").rename(source)
+    done = run("convert", str(source), str(source) + "2")
+    assert done.returncode == 0, done.stderr
+    assert canonical.read(str(source) + "2").source["path"] == str(source)
+    assert run("verify", str(source) + "2", "--level", "bytes", "--json").returncode == 0
+    assert run("plan", str(source) + "3").returncode == 1

@@ -30,6 +30,7 @@ from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
 from zoo.mapping import decode, execute, moves
 from zoo.mapping.execute import Execution, convert
+from zoo.mapping.folder import Folder
 from zoo.mapping.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -521,6 +522,58 @@ def test_the_lock_goes_with_the_process(llama: Path, tmp_path: Path) -> None:
         convert(plan_of(llama), tmp_path / "c")
     os.close(fd)
     convert(plan_of(llama), tmp_path / "c")
+
+
+@pytest.mark.parametrize("there", ["a folder", "a link to one"])
+def test_a_partial_folder_that_zoo_did_not_begin_is_not_touched(
+    there: str, llama: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "c.partial" if there == "a folder" else tmp_path / "elsewhere"
+    theirs.mkdir()
+    (theirs / "notes").write_text("keep")
+    if there != "a folder":
+        (tmp_path / "c.partial").symlink_to(theirs)
+    with pytest.raises(ZooError, match=re.escape("c.partial: is in the way")):
+        convert(plan_of(llama), tmp_path / "c")
+    assert [p.name for p in theirs.iterdir()] == ["notes"] and not (tmp_path / "c").exists()
+
+
+def test_neighbours_with_likely_names_are_not_touched(llama: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama)
+    convert(plan, tmp_path / "c.old")  # a user put it aside
+    before = hashes(tmp_path / "c.old")
+    convert(plan, tmp_path / "c")
+    convert(plan, tmp_path / "c", force=True)
+    assert hashes(tmp_path / "c.old") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.old"]
+
+
+def test_a_folder_that_waits_for_its_new_name_is_ours(llama: Path, tmp_path: Path) -> None:
+    convert(plan_of(llama), tmp_path / "c.partial")  # as a kill between the last two steps leaves it
+    convert(plan_of(llama), tmp_path / "c")
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_partial_is_ours_from_its_first_file_to_its_last(llama: Path, tmp_path: Path) -> None:
+    """Killed while it is begun or thrown away, it must not be taken for somebody else's."""
+    with Execution(plan_of(llama), tmp_path / "c"):
+        pass
+    names = sorted(p.name for p in (tmp_path / "c.partial").iterdir())
+    assert "state.json" in names and len(names) > 1
+    unlinked: list[str] = []
+    real = Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda p, *a, **k: (unlinked.append(p.name), real(p, *a, **k)))
+        Execution(plan_of(llama), tmp_path / "c").folder.discard()
+    assert sorted(unlinked) == names and unlinked[-1] == "state.json"
+
+
+def test_a_file_that_would_lie_outside_is_refused(tmp_path: Path) -> None:
+    for name in ("../x", "/tmp/x", "a/../../x", ""):
+        with pytest.raises(ZooError, match="outside"):
+            Folder(tmp_path / "c", {name: 1}, "job")
+        with Folder(tmp_path / "c", {}, "job") as folder, pytest.raises(ZooError, match="outside"):
+            folder.write(name, b"x")
 
 
 # --- what it costs ------------------------------------------------------------------------------------------------------

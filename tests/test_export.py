@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,61 @@ def test_an_existing_destination_is_refused(tmp_path: Path) -> None:
     export(canon, tmp_path / "back", force=True)
     with pytest.raises(ZooError, match=r"not a folder that zoo wrote|holds the checkpoint"):
         export(canon, canon, force=True)
+
+
+# --- folders that somebody else made ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [["../secret"], ["/etc/hostname"], ["config.json", 3], "config.json"])
+def test_carried_files_that_lie_elsewhere_are_refused(names: object, tmp_path: Path) -> None:
+    canon = converted(tiny.make("llama", tmp_path / "source"), tmp_path / "canon")
+    (tmp_path / "secret").write_text("x")
+    described = json.loads((canon / "zoo.json").read_text())
+    (canon / "zoo.json").write_text(json.dumps(described | {"carried": names}))
+    with pytest.raises(ZooError, match="outside the checkpoint's folder|expected names of files"):
+        export(canon, tmp_path / "deep" / "back")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_released_file_that_would_lie_elsewhere_is_refused(tmp_path: Path) -> None:
+    canon = converted(tiny.make("llama", tmp_path / "source"), tmp_path / "canon")
+    described = json.loads((canon / "zoo.json").read_text())
+    files = described["source"]["files"]
+    files["../evil.safetensors"] = files.pop("model.safetensors")
+    (canon / "zoo.json").write_text(json.dumps(described))
+    with zipfile.ZipFile(canon / "source.zip") as z:
+        raw = z.read("headers/model.safetensors")
+    with zipfile.ZipFile(canon / "source.zip", "w") as z:
+        z.writestr("headers/../evil.safetensors", raw)
+    with pytest.raises(ZooError, match="outside"):
+        export(canon, tmp_path / "back")
+    assert not (tmp_path / "evil.safetensors").exists() and not (tmp_path / "back").exists()
+
+
+def test_kept_headers_that_are_damaged_or_gone_are_named(tmp_path: Path) -> None:
+    canon = converted(tiny.make("llama", tmp_path / "source"), tmp_path / "canon")
+    whole = (canon / "source.zip").read_bytes()
+    for at in range(40, len(whole), max(1, len(whole) // 40)):
+        (canon / "source.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            export(canon, tmp_path / "back")
+        except ZooError as error:
+            assert "source.zip" in str(error) or "convert" in str(error)
+        else:  # a byte that says nothing, such as a date's
+            assert hashes(tmp_path / "back") == hashes(tmp_path / "source")
+            shutil.rmtree(tmp_path / "back")
+    (canon / "source.zip").unlink()
+    with pytest.raises(ZooError, match=r"source\.zip: missing"):
+        export(canon, tmp_path / "back")
+
+
+def test_force_replaces_an_export_but_no_folder_that_holds_more(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    canon = converted(source, tmp_path / "canon")
+    export(canon, tmp_path / "back")
+    export(canon, tmp_path / "back", force=True)
+    assert hashes(tmp_path / "back") == hashes(source)
+    (tmp_path / "back" / "notes").write_text("keep")
+    with pytest.raises(ZooError, match="not replaced, even with --force"):
+        export(canon, tmp_path / "back", force=True)
+    assert (tmp_path / "back" / "notes").read_text() == "keep"

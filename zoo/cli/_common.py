@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -81,6 +82,7 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
     _State.debug = _State.json = False
     _State.events, _State.stopped = None, signal.SIGINT
     try:
+        _open_outputs()
         with _stoppable():
             result = cli.main(args=args, prog_name="zoo", standalone_mode=False)
         sys.stdout.flush()
@@ -91,7 +93,7 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped", 128 + _State.stopped)
     except BrokenPipeError:  # `zoo list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
     except ZooError as error:
         return _fail(str(error), 1)
@@ -129,12 +131,33 @@ def _fail(message: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    if _State.events is not None:
-        _State.events.error(message)
-    elif _State.json:
-        emit({"error": message})
-    click.echo(f"zoo: {message}", err=True)
+    with suppress(OSError):
+        click.echo(f"zoo: {message}", err=True)
+    try:
+        if _State.events is not None:
+            _State.events.error(message)
+        elif _State.json:
+            emit({"error": message})
+        sys.stdout.flush()
+    except OSError:  # a pipe that nobody reads, a full disk: what was to be said is on stderr
+        _mute()
     return code
+
+
+def _open_outputs() -> None:
+    """Outputs that were closed (`>&-`) go nowhere, so that no file of ours is given their number; and names of files,
+    which may be in any encoding, can be written."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _mute() -> None:
+    """What is still to be written to stdout, at the end of the process too, is dropped."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- arguments

@@ -19,7 +19,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.command()
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
-@click.option("--level", type=LEVELS, default="decode", show_default=True, help="How far to go; each includes those before it.")  # fmt: skip
+@click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="What both sides compute in.")
 @click.option(
     "--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size."
@@ -29,7 +29,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
-    canon: Path, against: Path | None, level: str, dtype: str, stream: bool, max_length: int, self_test: bool,
+    canon: Path, against: Path | None, level: str | None, dtype: str, stream: bool, max_length: int, self_test: bool,
     check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.

@@ -130,14 +130,27 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
+def encoded(data: Any, **how: Any) -> bytes:
+    """JSON in UTF-8; escaped where that can't hold a name (of a file, say, in another encoding)."""
+    try:
+        return json.dumps(data, ensure_ascii=False, **how).encode()
+    except UnicodeEncodeError:
+        return json.dumps(data, **how).encode()
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file's name is not that of a file below the folder that it is put in."""
+    parts = Path(name).parts
+    return Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name or not parts
+
+
 def inside(root: Path, name: str, who: str) -> Path:
     """`root / name`, refused unless it is a plain file name below `root` that doesn't lead out of it.
 
     The Hub's cache links files from `snapshots/` to `blobs/` of the same model: that is allowed.
     """
     path = root / name
-    parts = Path(name).parts
-    if Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name or not parts:
+    if leads_out(name):
         raise ZooError(f"{who} names {name!r}, which is outside the checkpoint's folder: refused")
     if not path.exists() and not path.is_symlink():
         raise ZooError(

@@ -11,7 +11,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import re
@@ -22,7 +21,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, inside
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, inside
 from zoo.quant import ggml
 
 MAGIC = b"GGUF"
@@ -131,7 +130,7 @@ def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return encoded(data, indent=2) + b"\n"
 
 
 # ---------------------------------------------------------------------------------------------------

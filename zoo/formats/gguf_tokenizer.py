@@ -11,11 +11,11 @@ The splits are facts about the tokenizers, as published in their tokenizer.json;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import ZooError
+from zoo.formats.base import encoded
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
@@ -91,7 +91,7 @@ def files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], tu
 
 
 def _json(data: Mapping[str, Any], indent: int | None = None) -> bytes:
-    return (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode()
+    return encoded(data, indent=indent) + b"\n"
 
 
 def _config(fields: Mapping[str, Any], chat_template: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, carried_files, encoded, inside, read_json
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 INDEX = "model.safetensors.index.json"
@@ -178,6 +178,6 @@ def header_bytes(
             n *= d
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + n]}
         at += n
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = encoded(header, separators=(",", ":"))
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw

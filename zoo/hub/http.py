@@ -147,13 +147,16 @@ def get_json(url: str, about: About, watch: Watch) -> tuple[Any, str | None]:
         try:
             with _opened(url, about, None) as response:
                 data = bytearray()
-                for chunk in response.iter_bytes():
-                    data += chunk
-                    if len(data) > MAX_JSON:
-                        raise HubError(f"{about}: the file list is longer than {MAX_JSON} bytes", "server")
+                with _translated():
+                    for chunk in response.iter_bytes():
+                        data += chunk
+                        if len(data) > MAX_JSON:
+                            raise HubError(
+                                f"{about}: the file list is longer than {MAX_JSON} bytes", "server"
+                            )
                 try:
                     return json.loads(bytes(data)), _next_page(response)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise HubError(
                         f"{constants.ENDPOINT} answered something other than JSON for {about}. "
                         "If HF_ENDPOINT is set, check that it names a Hub.",
@@ -287,7 +290,10 @@ def _socket(response: httpx2.Response) -> socket.socket | None:
 def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
     """The response to a GET, redirects followed, its body not read. Other answers than 200, 206 and 416 are raised."""
     session = get_session()
-    hubs = {_origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
+    try:
+        hubs = {_origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
+    except ValueError as error:
+        raise _no_address(error) from None
     plain = build_hf_headers(token=False, library_name="zoo")
     private = build_hf_headers(library_name="zoo")
     sent_token = "authorization" in private
@@ -324,8 +330,11 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
 
 
 def _redirect(url: str, location: str, about: About) -> str:
-    target = urljoin(url, location)
-    scheme, was = urlsplit(target).scheme, urlsplit(url).scheme
+    try:
+        target = urljoin(url, location)
+        scheme, was = _origin(target)[0], urlsplit(url).scheme
+    except ValueError as error:
+        raise HubError(f"{about}: the server redirects to {location!r}: {error}", "server") from None
     if scheme not in ("http", "https") or (was == "https" and scheme == "http"):
         raise HubError(f"{about}: the server redirects to {scheme}, which is not safe: {target}", "server")
     return target
@@ -350,6 +359,10 @@ def _retry_after(response: httpx2.Response) -> float | None:
     return float(limit[1]) if limit else None
 
 
+def _no_address(error: Exception) -> HubError:
+    return HubError(f"not an address: {constants.ENDPOINT} ({error}). Check HF_ENDPOINT.", "network")
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     """Network failures as Transient, or as HubError where trying again is no use."""
@@ -369,12 +382,10 @@ def _translated() -> Iterator[None]:
         raise Transient(f"no connection ({error or 'timed out'})", unreachable=True) from None
     except (httpx2.TimeoutException, TimeoutError):
         raise Transient(f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s") from None
-    except httpx2.TransportError as error:
+    except (httpx2.TransportError, httpx2.DecodingError) as error:
         raise Transient(f"the connection broke ({error or type(error).__name__})") from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise HubError(
-            f"not an address: {constants.ENDPOINT} ({error}). Check HF_ENDPOINT.", "network"
-        ) from None
+        raise _no_address(error) from None
     except OSError as error:
         raise Transient(f"the connection broke ({error})") from None
     except RuntimeError as error:

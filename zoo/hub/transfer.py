@@ -252,12 +252,22 @@ def _disk_errors(at: Path, what: str) -> Iterator[None]:
 
 
 def read_range(
-    snapshot: Snapshot, path: str, start: int, length: int, *, cancel: threading.Event | None = None
+    snapshot: Snapshot,
+    path: str,
+    start: int,
+    length: int,
+    *,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
 ) -> bytes:
     """Bytes [start, start + length) of a file, by one range request, retried; no request if it is cached and verified.
 
-    Raises HubError as `resolve`, and when the range isn't inside the file.
+    Tells `progress` of waits only. Raises HubError as `resolve`, and when the range isn't inside the file.
     """
+    return _read_range(snapshot, path, start, length, Watch(progress, cancel))
+
+
+def _read_range(snapshot: Snapshot, path: str, start: int, length: int, watch: Watch) -> bytes:
     file, about = snapshot.file(path), snapshot.about(path)
     if start < 0 or length < 0 or start + length > file.size:
         raise HubError(
@@ -276,7 +286,7 @@ def read_range(
             start + length,
             file.size,
             data.extend,
-            Watch(cancel=cancel),
+            watch,
             direct=False,
         )
     except Damaged as damage:
@@ -297,8 +307,12 @@ def read_safetensors_header(
 
     Raises HubError as `read_range`, and when the header claims more than the file has or `max_header` bytes.
     """
+    return _safetensors_header(snapshot, path, max_header, Watch(cancel=cancel))
+
+
+def _safetensors_header(snapshot: Snapshot, path: str, max_header: int, watch: Watch) -> tuple[bytes, int]:
     file, about = snapshot.file(path), snapshot.about(path)
-    start = read_range(snapshot, path, 0, min(file.size, HEADER_GUESS), cancel=cancel)
+    start = _read_range(snapshot, path, 0, min(file.size, HEADER_GUESS), watch)
     if len(start) < 8:
         raise HubError(f"{about} is no safetensors file: it has {file.size} bytes.", "content")
     (length,) = struct.unpack("<Q", start[:8])
@@ -310,18 +324,22 @@ def read_safetensors_header(
         )
     header = start[8 : 8 + length]
     if len(header) < length:
-        header += read_range(snapshot, path, 8 + len(header), length - len(header), cancel=cancel)
+        header += _read_range(snapshot, path, 8 + len(header), length - len(header), watch)
     return header, 8 + length
 
 
 def read_headers(
-    snapshot: Snapshot, paths: Iterable[str], workers: int = 16, max_header: int = 100 << 20
+    snapshot: Snapshot,
+    paths: Iterable[str],
+    workers: int = 16,
+    max_header: int = 100 << 20,
+    progress: Progress | None = None,
 ) -> dict[str, tuple[bytes, int]]:
-    """`read_safetensors_header` of many files at once: path -> (header, data start)."""
-    watch, paths = Watch(), list(dict.fromkeys(paths))
+    """`read_safetensors_header` of many files at once: path -> (header, data start). Tells `progress` of waits only."""
+    watch, paths = Watch(progress), list(dict.fromkeys(paths))
 
     def one(path: str) -> tuple[bytes, int]:
-        return read_safetensors_header(snapshot, path, max_header, cancel=watch.stop)
+        return _safetensors_header(snapshot, path, max_header, watch)
 
     return dict(zip(paths, _parallel(paths, one, workers, watch), strict=True))
 

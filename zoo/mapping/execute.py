@@ -38,7 +38,7 @@ from typing import Any, Self
 
 from zoo._version import __version__
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, TensorRef
+from zoo.formats.base import ITEMSIZE, TensorRef, encoded
 from zoo.formats.canonical import JSON, SOURCE
 from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
@@ -400,7 +400,7 @@ class Execution:
         self.folder.write(INDEX, self.sheet.index())
         if kept := _source_zip(self.plan):
             self.folder.write(SOURCE, kept)
-        self.folder.write(JSON, json.dumps(self._describe(), indent=1, ensure_ascii=False).encode() + b"\n")
+        self.folder.write(JSON, encoded(self._describe(), indent=1) + b"\n")
         return self.folder.publish()
 
     # --- what a source file is needed for -------------------------------------------------------------------

@@ -13,8 +13,9 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef
-from zoo.formats.canonical import SOURCE, Canonical, read
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, inside
+from zoo.formats.canonical import JSON, SOURCE, Canonical, read
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.layout import layout
@@ -37,6 +38,9 @@ from zoo.quant.schemes import scheme
 FORMATS = ("hf", "source")
 
 
+HEADED = ("safetensors", "sharded", "mistral", "openai")  # formats whose headers are kept
+
+
 @dataclass
 class _Job:
     """What will be written: files and headers, where each tensor lies, small files, and the makings."""
@@ -47,7 +51,12 @@ class _Job:
     extras: list[str]
     small: dict[str, bytes]
     carried: list[str]
-    notes: list[str] = field(default_factory=list)
+
+    def wrote(self, path: Path) -> bool:
+        """Whether the folder holds nothing but what is written here: it may be replaced."""
+        names = {*self.sheet.sizes, *self.small, *self.carried}
+        files = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
+        return bool(files) and files <= names
 
 
 def export(
@@ -80,7 +89,7 @@ def export(
     if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
         raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
     total = sum(job.sheet.sizes[f] - len(job.sheet.headers[f]) for f in job.sheet.sizes)
-    with Folder(dst, job.sheet.sizes, identity, force=force, ours=_looks_released) as folder:
+    with Folder(dst, job.sheet.sizes, identity, force=force, ours=job.wrote) as folder:
         mover = Mover(folder, total, progress, threads)
         try:
             for name, header in job.sheet.headers.items():
@@ -104,14 +113,6 @@ def export(
         for name in job.carried:
             folder.write(name, (c.root / name).read_bytes())
         return folder.publish()
-
-
-def _looks_released(path: Path) -> bool:
-    return (
-        not (path / "zoo.json").exists()
-        and any(path.glob("*.safetensors"))
-        and (path / "config.json").exists()
-    )
 
 
 def _move(
@@ -149,8 +150,13 @@ def _job(c: Canonical, format: str, shard_size: int) -> _Job:
     kept = _kept(c)
     headers = {n.removeprefix("headers/"): raw for n, raw in kept.items() if n.startswith("headers/")}
     same_names = source["naming"] == "hf" or format == "source"
-    if same_names and headers and source.get("dtype") is None:
-        return _as_released(c, family, headers, kept)
+    if same_names and source.get("dtype") is None:
+        if headers:
+            return _as_released(c, family, headers, kept)
+        if source["format"] in HEADED:
+            raise ZooError(
+                f"{c.root / SOURCE}: missing, or without the headers of the released files; convert again"
+            )
     if format == "source" and source["naming"] != "hf":
         raise ZooError(
             f"{c.root}: the released files cannot be made again ("
@@ -164,6 +170,16 @@ def _job(c: Canonical, format: str, shard_size: int) -> _Job:
     return _as_new(c, family, shard_size)
 
 
+def _carried(c: Canonical) -> list[str]:
+    """The small files that go along, each in the folder."""
+    names = c.json.get("carried", [])
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ZooError(f"{c.root / JSON}: carried is {names!r:.100}, expected names of files")
+    for name in names:
+        inside(c.root, name, str(c.root / JSON))
+    return names
+
+
 def _kept(c: Canonical) -> dict[str, bytes]:
     path = c.root / SOURCE
     if not path.exists():
@@ -171,7 +187,15 @@ def _kept(c: Canonical) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as z:
             return {n: z.read(n) for n in z.namelist()}
-    except (OSError, zipfile.BadZipFile, ValueError) as e:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as e:
         raise ZooError(f"{path}: cannot be read ({e}); convert again") from None
 
 
@@ -197,7 +221,7 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
         raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
     small = {INDEX: kept[INDEX]} if INDEX in kept else {}
     dtypes = {name: ref.dtype for name, ref in tensors.items()}
-    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, list(c.json.get("carried", ())))
+    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, _carried(c))
 
 
 def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> Plan:
@@ -229,12 +253,7 @@ def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
     for o in _outputs(c, family, respell(rules, prefix)):
         outputs[o.name] = o
         tensors += [(name, o.dtype, fit.shape) for name, fit in zip(o.sources, o.fits)]
-    notes = []
-    extras = [n for n in c.extra_tensors if from_hf]
-    if len(extras) < len(c.extra_tensors):
-        notes.append(
-            f"{len(c.extra_tensors)} tensors of {source['naming']} files that the model does not use are left out"
-        )
+    extras = [n for n in c.extra_tensors if from_hf]  # of other files they have no name here
     unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
     listed = [*unique.values(), *((n, c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)]
     sheet = Sheet()
@@ -245,9 +264,9 @@ def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
         sheet.file("model.safetensors", listed)
     else:
         small[INDEX] = sheet.index()
-    carried = [n for n in c.json.get("carried", ()) if n != "config.json"]
+    carried = [n for n in _carried(c) if n != "config.json"]
     small["config.json"] = _config(c)
-    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, notes)
+    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried)
 
 
 def _outputs(c: Canonical, family: Family, spell: Any) -> Iterator[Output]:
@@ -289,7 +308,7 @@ def _config(c: Canonical) -> bytes:
     """config.json: as released, except for what the conversion changed."""
     source = c.source
     given = c.root / "config.json"
-    has_own = "config.json" in c.json.get("carried", ())
+    has_own = "config.json" in _carried(c)
     if source.get("dtype") is None and has_own:
         return given.read_bytes()
     config: dict[str, Any] = (
@@ -304,4 +323,4 @@ def _config(c: Canonical) -> bytes:
             part.pop("quantization_config", None)
         if dtype and (part is config or "dtype" in part or "torch_dtype" in part):
             part["dtype" if "dtype" in part else "torch_dtype"] = dtype
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    return encoded(config, indent=2) + b"\n"

@@ -3,7 +3,8 @@
 Everything is written into `<name>.partial` beside the destination and renamed at the end, so that whatever
 happens (Ctrl-C, kill -9, a full disk) the final name is complete or does not exist. Running again goes on
 from where the same job stopped: `state.json` says which job a partial folder belongs to, and which steps of
-it are finished. A partial of another job is thrown away.
+it are finished. A partial of another job is thrown away. A folder of that name that no run of zoo began is
+never touched.
 
 A finished step is believed after a crash of the machine only if it was synced (`durable`); after the death of
 the process alone, the pages are still the kernel's and always believed: the boot is noted to tell the two apart.
@@ -30,6 +31,7 @@ from typing import Self
 
 from zoo import libc
 from zoo.errors import ZooError
+from zoo.formats.base import leads_out
 
 STATE = "state.json"
 JOURNAL = "steps.jsonl"
@@ -55,9 +57,10 @@ class Folder:
         ours: Callable[[Path], bool] = lambda _: False,
         durable: bool = False,
     ) -> None:
+        for name in sizes:
+            self._refuse_outside(name)
         self.dst = Path(os.path.abspath(dst))
         self.partial = self.dst.with_name(self.dst.name + ".partial")
-        self.old = self.dst.with_name(self.dst.name + ".old")
         self.sizes, self.job, self.force, self.ours, self.durable = dict(sizes), job, force, ours, durable
         self.done: set[str] = set()
         self._lock: int | None = None
@@ -73,16 +76,16 @@ class Folder:
         except OSError as e:
             raise ZooError(f"{self.dst}: cannot be written: {e.strerror} ({e.filename})") from None
         try:
-            self._recover()
+            recover(self.dst)
             self._check_destination()
             self._resume()
             self._check_space()
+            if not (self.partial / STATE).exists():  # first: it says that the folder is ours to throw away
+                self.write(STATE, json.dumps({"job": self.job, "boot": _boot()}).encode())
             for name, size in self.sizes.items():
                 fd = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 self._fds[name] = fd
                 os.ftruncate(fd, size)
-            if not (self.partial / STATE).exists():
-                self.write(STATE, json.dumps({"job": self.job, "boot": _boot()}).encode())
         except OSError as e:
             self._close()
             raise ZooError(f"{self.partial}: cannot be written: {e.strerror}") from None
@@ -109,7 +112,8 @@ class Folder:
         os.pwrite(self._fds[name], data, 0)
 
     def write(self, name: str, data: bytes) -> None:
-        """A small file."""
+        """A small file. Raises ZooError for a name that leads out of the folder."""
+        self._refuse_outside(name)
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as f:
@@ -140,18 +144,17 @@ class Folder:
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
-        for name in (STATE, JOURNAL):
+        for name in (JOURNAL, STATE):
             (self.partial / name).unlink(missing_ok=True)
         if self.durable:
             _sync_folder(self.partial)
         self._check_destination()
-        if self.dst.exists():
-            os.rename(self.dst, self.old)
-        os.rename(self.partial, self.dst)
-        if self.durable:
-            _sync_folder(self.dst.parent)
-        shutil.rmtree(self.old, ignore_errors=True)
+        put(self.partial, self.dst, durable=self.durable)
         return self.dst
+
+    def _refuse_outside(self, name: str) -> None:
+        if leads_out(name):
+            raise ZooError(f"a file called {name!r} would lie outside of the folder it belongs in: refused")
 
     # --- before the first byte ------------------------------------------------------------------------------
 
@@ -169,6 +172,8 @@ class Folder:
             )
 
     def _take_lock(self) -> None:
+        if self.partial.is_symlink():
+            raise ZooError(in_the_way(self.partial))
         while True:
             self.partial.mkdir(exist_ok=True)
             fd = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -187,15 +192,10 @@ class Folder:
                 pass
             os.close(fd)  # it was published or removed between the two calls
 
-    def _recover(self) -> None:
-        """A run that was killed between its two renames leaves the old folder aside: put it back."""
-        if self.old.exists():
-            if self.dst.exists():
-                shutil.rmtree(self.old)
-            else:
-                os.rename(self.old, self.dst)
-
     def _resume(self) -> None:
+        # Without a state: nobody's, or complete and killed before it was renamed.
+        if not is_ours(self.partial, STATE) and not self.ours(self.partial):
+            raise ZooError(in_the_way(self.partial))
         try:
             state = json.loads((self.partial / STATE).read_bytes())
             same = state["job"] == self.job
@@ -212,11 +212,7 @@ class Folder:
             except (OSError, ValueError, KeyError, TypeError):
                 pass
         self.done = set()
-        for entry in self.partial.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        clear(self.partial, STATE)
 
     def _check_space(self) -> None:
         there = 0
@@ -236,7 +232,9 @@ class Folder:
 
     def discard(self) -> None:
         """Remove what has been written so far."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            clear(self.partial, STATE)
+            self.partial.rmdir()
 
     def _close(self) -> None:
         for fd in self._fds.values():
@@ -245,6 +243,49 @@ class Folder:
         if self._lock is not None:
             os.close(self._lock)  # gives the lock back
             self._lock = None
+
+
+def put(new: Path, dst: Path, durable: bool = False) -> None:
+    """Give the folder `new` the name `dst`, in place of what is there."""
+    old = _aside(dst)
+    if dst.exists():
+        os.rename(dst, old)
+    os.rename(new, dst)
+    if durable:
+        _sync_folder(dst.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(dst: Path) -> None:
+    """A run that was killed between the two renames of `put` leaves the old folder aside: put it back."""
+    old = _aside(dst)
+    if old.exists():
+        if dst.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, dst)
+
+
+def _aside(dst: Path) -> Path:
+    return dst.with_name(f".{dst.name}.zoo-replaced")  # a name that nobody gives to a folder of theirs
+
+
+def is_ours(folder: Path, mark: str) -> bool:
+    """Whether zoo may delete what is in `folder`: nothing, or what lies beside a file called `mark`."""
+    return (folder / mark).is_file() or not any(folder.iterdir())
+
+
+def in_the_way(path: Path) -> str:
+    return f"{path}: is in the way, and zoo did not make it: move it elsewhere, or choose another destination"
+
+
+def clear(folder: Path, mark: str) -> None:
+    """Empty `folder`, its mark last: what a kill leaves is still ours."""
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name == mark):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _boot() -> str:

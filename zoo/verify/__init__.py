@@ -6,10 +6,27 @@ Start at `run.verify`. `compare` runs both sides, `judge` holds the measurements
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ZooError
+from zoo.verify.certificate import LEVELS
 
 if TYPE_CHECKING:
     from zoo.verify.certificate import Certificate
+
+
+NO_TRANSFORMERS = "transformers is not installed (pip install 'zoo[upstream]')"
+NUMERIC = ("layers", "logits", "decode")
+"""The levels that run both sides, the last of `LEVELS`."""
+
+
+def check_upstream(level: str) -> None:
+    """Raises ZooError if there is no such level, or it needs transformers and that is not installed."""
+    if level not in LEVELS:
+        raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
+    if level in NUMERIC and importlib.util.find_spec("transformers") is None:
+        raise ZooError(f"{level}: {NO_TRANSFORMERS}; up to `bytes`, nothing but the source's files is needed")
 
 
 def verify(canon: Any, against: Any = None, **how: Any) -> Certificate:

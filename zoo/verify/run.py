@@ -22,7 +22,7 @@ from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint, open_checkpoint
-from zoo.verify import certificate, exact, inputs, judge
+from zoo.verify import NO_TRANSFORMERS, NUMERIC, certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, Certificate, Level
 from zoo.verify.compare import Measured, measure
 from zoo.verify.inputs import Inputs
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 Progress = Callable[[str], None]
+NO_DECODE = "not done while streaming (it would read all weights once per token)"
 
 
 @dataclass
@@ -52,7 +53,7 @@ def verify(
     canon: StrPath,
     against: StrPath | Oracle | None = None,
     *,
-    level: str = "decode",
+    level: str | None = None,
     dtype: str = "fp32",
     stream: bool = False,
     self_test: bool = False,
@@ -62,58 +63,71 @@ def verify(
     progress: Progress | None = None,
 ) -> Certificate:
     """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
-    the source it was converted from, where that still exists), up to and including `level`.
+    the source it was converted from, where that still exists), up to and including `level`; by default as far as
+    can be judged here.
 
     `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
     here are crossed. The certificate is written to `parity.json` in the folder if `write`.
 
-    Raises ZooError if the folder is not sound or there is nothing to compare it with.
+    Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
+    that was asked for can't be done.
     """
-    if level not in LEVELS:
+    if level is not None and level not in LEVELS:
         raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    wanted = LEVELS[: LEVELS.index(level) + 1]
+    wanted = LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
     say = progress or (lambda _text: None)
     started = time.perf_counter()
     folder = canonical.read(canon)
-    needs_oracle = bool({"layers", "logits", "decode"} & set(wanted))
+    numeric = [n for n in NUMERIC if n in wanted]
     say("opening the source")
-    other = resolve(folder, against, dtype, stream, needs_oracle)
+    other = resolve(folder, against, dtype, stream, bool(numeric))
     try:
+        why_not = _why_not(folder, other, stream, level)
+        if why_not and (level in NUMERIC or self_test):
+            raise ZooError(f"{folder.root}: {level or 'the self-test'} can't be judged: {why_not}")
+        if self_test and not numeric:
+            raise ZooError("the self-test compares logits: ask for a level that does")
         cert = Certificate(
             canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _exact_levels(cert, folder, other, wanted, say)
-        if needs_oracle:
-            if other.oracle is None:
-                names = [n for n in ("layers", "logits", "decode") if n in wanted]
-                cert.not_checked.append(f"{', '.join(names)}: {other.why_no_oracle}")
-            elif folder.layers is not None and len(folder.layers) < folder.spec.n_layers:
-                cert.not_checked.append(
-                    f"layers, logits, decode: the folder has {len(folder.layers)} of {folder.spec.n_layers} layers"
-                )
-            else:
-                asked, measured = _numeric_levels(
-                    cert, folder, other, wanted, dtype, stream, max_length, n_greedy, say
-                )
-                if self_test and not cert.failed:
-                    from zoo.verify import selftest
+        if numeric and why_not:
+            cert.not_checked.append(f"{', '.join(numeric)}: {why_not}")
+        elif numeric:
+            assert other.oracle is not None
+            asked, measured = _numeric_levels(
+                cert, folder, other, wanted, dtype, stream, max_length, n_greedy, say
+            )
+            if self_test and not cert.failed:
+                from zoo.verify import selftest
 
-                    plan = None if other.checkpoint is None else plan_of(folder, other.checkpoint)
-                    cert.faults = selftest.run(folder, other.oracle, asked, measured.spread, dtype, plan, say)
+                plan = None if other.checkpoint is None else plan_of(folder, other.checkpoint)
+                cert.faults = selftest.run(folder, other.oracle, asked, measured.spread, dtype, plan, say)
         cert.timing["total"] = round(time.perf_counter() - started, 3)
-        if not any(x.verdict != "skipped" for x in cert.levels):
-            raise ZooError(f"{folder.root}: nothing could be compared. " + "; ".join(cert.not_checked))
+        judged = {x.name for x in cert.levels if x.verdict != "skipped"}
+        if not judged or (level is not None and level not in judged and not cert.failed):
+            what = f"{level} can't" if judged else "nothing can"
+            raise ZooError(f"{folder.root}: {what} be compared: {'; '.join(cert.not_checked)}")
         if write:
             cert.write(folder.root)
         return cert
     finally:
         if other.cleanup is not None:
             other.cleanup.cleanup()
+
+
+def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: str | None) -> str | None:
+    """Why the numeric levels, or the one asked for, can't be judged; None if they can."""
+    if other.oracle is None:
+        return other.why_no_oracle
+    if folder.layers is not None and len(folder.layers) < folder.spec.n_layers:
+        return f"the folder has {len(folder.layers)} of {folder.spec.n_layers} layers"
+    return NO_DECODE if stream and level == "decode" else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -169,7 +183,7 @@ def _open_oracle(
     out: Against, folder: canonical.Canonical, ckpt: Checkpoint, dtype: str, stream: bool
 ) -> None:
     if not upstream_available():
-        out.why_no_oracle = "transformers is not installed (pip install 'zoo[upstream]')"
+        out.why_no_oracle = NO_TRANSFORMERS
         return
     path, note = readable(ckpt), None
     try:
@@ -292,9 +306,7 @@ def _numeric_levels(
     cert.timing |= {k: round(v, 3) for k, v in measured.seconds.items()}
     if "decode" in wanted:
         if stream:
-            cert.not_checked.append(
-                "decode: not done while streaming (it would read all weights once per token)"
-            )
+            cert.not_checked.append(f"decode: {NO_DECODE}")
         else:
             say(f"{n_greedy} greedy tokens")
             t = time.perf_counter()
