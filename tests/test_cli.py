@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -279,3 +280,14 @@ def test_a_folder_in_another_encoding_can_be_converted(tmp_path: Path) -> None:
     assert canonical.read(str(source) + "2").source["path"] == str(source)
     assert run("verify", str(source) + "2", "--level", "bytes", "--json").returncode == 0
     assert run("plan", str(source) + "3").returncode == 1
+
+
+def test_what_a_terminal_would_obey_is_shown_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZooError("tensor \x1b[2J\x9b1m\r 'w' is wrong")
+
+    monkeypatch.setattr(cli, "main", lambda **_: fail())
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    assert _common.run(cli, []) == 1
+    assert err.getvalue() == "zoo: tensor \\x1b[2J\\x9b1m\\x0d 'w' is wrong\n"

@@ -87,6 +87,7 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
     [
         ("hidden_size", "4096", "makes no llama model"),
         ("num_attention_heads", 0, "makes no llama model"),
+        ("attention_bias", [], "makes no llama model"),
         ("num_hidden_layers", "32", "makes no llama model"),
         ("rope_scaling", 8, "makes no llama model"),
         ("rms_norm_eps", "1e-5", "eps should be float, found '1e-5'"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from verified import broken, canonical, copy, rewrite, with_tensor
 
 import zoo
@@ -192,3 +193,19 @@ def test_a_level_that_is_asked_for_is_judged_or_refused(monkeypatch: pytest.Monk
 def test_decoding_cannot_be_asked_for_while_streaming() -> None:
     with pytest.raises(ZooError, match="decode can't be judged: not done while streaming"):
         zoo.verify(canonical("llama"), level="decode", stream=True, write=False)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_judged_by_what_is_no_number(
+    value: float, where: str, stream: bool, tmp_path: Path
+) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors[where][1, 3] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    cert = zoo.verify(zoo.convert(source, tmp_path / "canonical"), level="logits", stream=stream, write=False)
+    assert cert.level("bytes").verdict == "passed" and cert.level("logits").verdict == "failed"
+    assert "upstream itself gives values that are infinite" in " ".join(cert.level("logits").notes)
+    assert cert.level("layers").verdict == ("passed" if where == "lm_head.weight" else "failed")

@@ -122,13 +122,13 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
             if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
                 raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
     try:
-        said = family.spec(Config(config, where))
+        said = family.spec(Config(config, where)).to_dict()
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
         raise ZooError(
             f"{where}: a field has a value that makes no {family.name} model ({type(e).__name__}: {e})"
         ) from e
     try:
-        spec = Spec.from_dict(said.to_dict())  # checks the types of all it holds
+        spec = Spec.from_dict(said)  # checks the types of all it holds
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
     if (why := next(_unsound(spec, "spec"), None)) is not None:

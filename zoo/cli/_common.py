@@ -64,12 +64,20 @@ def emit(data: Any) -> None:
 
 
 def say(text: str = "") -> None:
-    click.echo(text)
+    click.echo(_visible(text))
 
 
 def note(text: str) -> None:
     """A sentence for people, on stderr."""
-    click.echo(text, err=True)
+    click.echo(_visible(text), err=True)
+
+
+_HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
+
+def _visible(text: str) -> str:
+    """Without control characters: the names in a file may hold what a terminal obeys."""
+    return text.translate(_HIDDEN)
 
 
 def failed() -> NoReturn:
@@ -132,7 +140,7 @@ def _fail(message: str, code: int) -> int:
 
         traceback.print_exc()
     with suppress(OSError):
-        click.echo(f"zoo: {message}", err=True)
+        note(f"zoo: {message}")
     try:
         if _State.events is not None:
             _State.events.error(message)

@@ -28,7 +28,8 @@ Verdict = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`.
+    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`, which must be finite: what
+    upstream itself gives as infinite or no number can't be judged by.
 
     `why` says where the bound comes from. `value` and `bound` of an exact check count differences: 0 and 0.
     """
@@ -41,7 +42,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+        within = self.value >= self.bound if self.at_least else self.value <= self.bound
+        return within and math.isfinite(self.bound)
 
     @property
     def margin(self) -> float | None:

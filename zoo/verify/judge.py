@@ -31,10 +31,11 @@ def layers_level(m: Measured, dtype: str) -> Level:
             "layer": i, "value": value, "bound": bound.value, "p50": quantile(tokens, 0.5), "max": max(tokens),
             "spread": m.spread.layers[i] if i < len(m.spread.layers) else None,
         })  # fmt: skip
-        if first is None and value > bound.value:
+        share = value / bound.value if math.isfinite(bound.value) else math.inf
+        if first is None and share > 1:
             first = i
-        if worst is None or value / bound.value > worst[0]:
-            worst = (value / bound.value, i, value, bound)
+        if worst is None or share > worst[0]:
+            worst = (share, i, value, bound)
     if worst is None:
         return level
     which = "worst token" if dtype == "fp32" else "median token"
@@ -53,6 +54,7 @@ def layers_level(m: Measured, dtype: str) -> Level:
     )
     if first is not None:
         level.notes.append(f"layer {first} is the first that departs")
+    _note_not_finite(level)
     level.figures = {"first_departing": first, "which": which, "layers": figures}
     return level
 
@@ -82,6 +84,7 @@ def logits_level(m: Measured, dtype: str) -> Level:
             f"{m.ties.n} of {everything.n} tokens are at a near tie between experts, where either choice is right: "
             f"of these the largest error is {m.ties.error.max:.2g}, the median {m.ties.error.at(0.5):.2g}"
         )
+    _note_not_finite(level)
     level.figures = {
         **summary,
         "spread": m.spread.to_json(),
@@ -91,6 +94,13 @@ def logits_level(m: Measured, dtype: str) -> Level:
         "scatter": [[round(x, 4), round(y, 4)] for x, y in everything.scatter[:1500]],
     }
     return level
+
+
+def _note_not_finite(level: Level) -> None:
+    if not all(math.isfinite(c.bound) for c in level.checks):
+        level.notes.append(
+            "upstream itself gives values that are infinite or no numbers: nothing can be judged by them"
+        )
 
 
 def _log_ratio(a: float, b: float) -> float:
