@@ -30,7 +30,7 @@ from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
 from zoo.mapping import decode, execute, moves
 from zoo.mapping.execute import Execution, convert
-from zoo.mapping.folder import Folder
+from zoo.mapping.folder import STATE, Folder
 from zoo.mapping.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -559,13 +559,13 @@ def test_a_partial_is_ours_from_its_first_file_to_its_last(llama: Path, tmp_path
     with Execution(plan_of(llama), tmp_path / "c"):
         pass
     names = sorted(p.name for p in (tmp_path / "c.partial").iterdir())
-    assert "state.json" in names and len(names) > 1
+    assert STATE in names and len(names) > 1
     unlinked: list[str] = []
     real = Path.unlink
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "unlink", lambda p, *a, **k: (unlinked.append(p.name), real(p, *a, **k)))
         Execution(plan_of(llama), tmp_path / "c").folder.discard()
-    assert sorted(unlinked) == names and unlinked[-1] == "state.json"
+    assert sorted(unlinked) == names and unlinked[-1] == STATE
 
 
 def test_a_file_that_would_lie_outside_is_refused(tmp_path: Path) -> None:

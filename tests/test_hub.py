@@ -140,6 +140,15 @@ def test_a_long_file_list_is_read_page_by_page(server: HubServer) -> None:
     assert [f.path for f in hub.resolve("org/long").files] == sorted(names)
 
 
+def test_empty_pages_without_end_are_the_end(server: HubServer) -> None:
+    headers = {
+        "Content-Length": "2",
+        "Link": f'<{server.url}/api/models/org/toy/tree/main?cursor=1>; rel="next"',
+    }
+    server.fail("answer", "org/toy/tree", headers=headers, body=b"[]", times=-1)
+    assert hub.resolve("org/toy").files == ()
+
+
 def test_pages_are_asked_for_here_wherever_their_links_lead(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +314,8 @@ def test_a_path_that_could_leave_its_folder_is_refused(server: HubServer, path: 
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "config.json/x"},
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "lfs": {"oid": "../" * 20, "size": 1}},
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "xetHash": "../x"},
+        {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "lfs": "x"},
+        {"type": "file", "size": 1, "path": "a"},
         "config.json",
     ],
 )

@@ -139,6 +139,8 @@ def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
         page, following = get_json(following, about, watch)
         if not isinstance(page, list):
             raise HubError(f"{constants.ENDPOINT} sent no file list for {about.repo}.", "server")
+        if not page:  # the end, whatever link it bears: pages could follow without one
+            return
         count += len(page)
         if count > MAX_FILES:
             raise HubError(f"{about.repo} lists more than {MAX_FILES} files: refused.", "path")
@@ -149,6 +151,8 @@ def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
             if kind != "file":
                 raise HubError(f"{about.repo} lists {entry!r:.200}, which is not a file: refused.", "path")
             lfs = entry.get("lfs") or {}
+            if not isinstance(lfs, dict):
+                raise HubError(f"{about.repo} lists {entry!r:.200}, which is not a file: refused.", "path")
             yield {
                 "path": entry.get("path"),
                 "size": lfs.get("size", entry.get("size")),
@@ -171,6 +175,8 @@ def _files(entries: Iterable[dict[str, Any]], repo: str) -> tuple[RemoteFile, ..
         for value, pattern in ((sha256, _SHA256), (git_sha1, _COMMIT), (entry["xet_hash"], _SHA256)):
             if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
                 raise HubError(f"{repo} lists {path!r} with hash {value!r:.200}: refused.", "path")
+        if sha256 is None and git_sha1 is None:
+            raise HubError(f"{repo} lists {path!r} without a hash: refused.", "path")
         plain, pointer = (git_sha1, None) if sha256 is None else (None, git_sha1)
         files[path] = RemoteFile(path, size, sha256, plain, pointer, entry["xet_hash"])
     for path in files:

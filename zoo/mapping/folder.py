@@ -2,7 +2,7 @@
 
 Everything is written into `<name>.partial` beside the destination and renamed at the end, so that whatever
 happens (Ctrl-C, kill -9, a full disk) the final name is complete or does not exist. Running again goes on
-from where the same job stopped: `state.json` says which job a partial folder belongs to, and which steps of
+from where the same job stopped: a state says which job a partial folder belongs to, and which steps of
 it are finished. A partial of another job is thrown away. A folder of that name that no run of zoo began is
 never touched.
 
@@ -33,8 +33,7 @@ from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats.base import leads_out
 
-STATE = "state.json"
-JOURNAL = "steps.jsonl"
+STATE, JOURNAL = ".zoo-state.json", ".zoo-steps.jsonl"  # names that no file of a checkpoint has
 _SLACK = 8 << 20  # bytes for folders and inodes
 
 
