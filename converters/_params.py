@@ -241,7 +241,7 @@ def openai(own: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": float(c["rope_theta"]),
-        "rope_scaling": scaling if factor > 1 else None,
+        "rope_scaling": scaling if factor > 1 else {"rope_type": "default"},
         "max_position_embeddings": int(c["initial_context_length"] * factor),
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",

@@ -67,7 +67,7 @@ def spec(c: Config) -> Spec:
         tied=dense.tied(c, t, default=True),
         context_length=t["max_position_embeddings"],
         embed_scale=d**0.5,
-        logit_softcap=t.get("final_logit_softcapping"),
+        logit_softcap=t.get("final_logit_softcapping", 30.0),
         altup=AltUp(
             n_streams=t["altup_num_inputs"],
             active=0,
@@ -84,7 +84,7 @@ def spec(c: Config) -> Spec:
 
 def kv_source(t: Config, kinds: list[str], i: int) -> int | None:
     """The layer whose keys and values layer `i` reuses, or None if it has its own."""
-    own = t["num_hidden_layers"] - t.get("num_kv_shared_layers", 0)
+    own = t["num_hidden_layers"] - t.get("num_kv_shared_layers", 15)
     if i < own:
         return None
     same = [j for j in range(own) if kinds[j] == kinds[i]]

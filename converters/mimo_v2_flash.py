@@ -79,7 +79,9 @@ def attention(c: Config, sliding: bool) -> Attention:
         sinks=c.get("add_swa_attention_sink_bias", True)
         if sliding
         else c.get("add_full_attention_sink_bias", False),
-        value_scale=float(c.get("attention_value_scale", 1.0)),
+        value_scale=float(
+            c.data.get("attention_value_scale", 0.707) or 1.0
+        ),  # null: none; absent: upstream's default
     )
 
 

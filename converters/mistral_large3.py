@@ -26,6 +26,7 @@ from . import deepseek_v3
 
 def spec(config: Config) -> Spec:
     c = config.sub("text_config") if "text_config" in config else config
+    c.first("rope_parameters", "rope_scaling")  # without either, upstream puts a YaRN of its own in
     p = rope_parameters(c)
     growth = None
     if beta := p.get("llama_4_scaling_beta"):

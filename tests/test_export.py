@@ -259,3 +259,20 @@ def test_force_replaces_an_export_but_no_folder_that_holds_more(tmp_path: Path) 
     with pytest.raises(ZooError, match="not replaced, even with --force"):
         export(canon, tmp_path / "back", force=True)
     assert (tmp_path / "back" / "notes").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("files", 3), ("naming", ["hf"]), ("n_ranks", "x"), ("family", None), ("prefix", 1), ("format", {})],
+)
+def test_a_description_that_zoo_did_not_write_is_an_error_of_that_file(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    canon = converted(tiny.make("llama", tmp_path / "source"), tmp_path / "canon")
+    described = json.loads((canon / "zoo.json").read_text())
+    described["source"][key] = value
+    (canon / "zoo.json").write_text(json.dumps(described))
+    try:
+        export(canon, tmp_path / "back")
+    except ZooError:
+        assert not (tmp_path / "back").exists()

@@ -521,6 +521,32 @@ def test_what_a_family_cannot_do_is_refused_by_name(stem: str, changes: dict[str
     assert str(error.value).startswith(f"{stem}/config.json")
 
 
+def test_what_is_left_out_is_what_upstream_takes_it_for() -> None:
+    """Fields that no tensor's shape shows, whose defaults upstream's classes have."""
+
+    def without(name: str, key: str, **more: Any) -> dict[str, Any]:
+        config = json.loads(json.dumps(manifest.find(name).config))
+        for c in (config, config.get("text_config", {})):
+            c.pop(key, None)
+        return config | more
+
+    def value_scales(config: dict[str, Any]) -> set[float]:
+        return {layer.mixer.value_scale for layer in families.spec_of(config).layers}
+
+    assert value_scales(without("mimo-v2-flash", "attention_value_scale")) == {0.707}
+    assert value_scales(without("mimo-v2-flash", "", attention_value_scale=None)) == {1.0}
+    whole = families.spec_of(without("gemma-3n-e4b", ""))
+    assert families.spec_of(without("gemma-3n-e4b", "num_kv_shared_layers")) == whole
+    assert families.spec_of(without("gemma-3n-e4b", "final_logit_softcapping")) == whole
+    for name in ("gpt-oss-20b", "ministral-3-3b", "mistral-small-4-119b"):
+        config = without(name, "rope_scaling")
+        for c in (config, config.get("text_config", {})):
+            c.pop("rope_parameters", None)
+            c["rope_theta"] = 10000.0
+        with pytest.raises(ZooError, match="none of the fields 'rope_parameters', 'rope_scaling' is there"):
+            families.spec_of(config)
+
+
 def test_mistrals_window_must_be_written() -> None:
     config = read("mistral-7b-v0.3")
     del config["sliding_window"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -203,3 +204,14 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None
     index.write_text(json.dumps(text))
     with pytest.raises(ZooError, match="outside"):
         open_checkpoint(src)
+
+
+def test_a_pickle_that_makes_room_for_gigabytes_is_refused(tmp_path: Path) -> None:
+    bomb = b"\x80\x02}r\x00\x00\x00\x08."  # an empty dict, remembered as number 2^27
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as z:
+        z.writestr("archive/data.pkl", bomb)
+    (tmp_path / "config.json").write_text("{}")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ZooError, match="damaged .*numbers the next one 134217728"):
+        read_pickle(tmp_path / "pytorch_model.bin", "pytorch_model.bin")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB

@@ -199,11 +199,19 @@ def test_a_redirect_to_no_address_is_refused(server: HubServer, location: str) -
     refused("server", pull)
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["http://127.0.0.1:99999", "hf-mirror.com", "http://[::1", "http://a..b"]
+)
 def test_an_endpoint_that_is_no_address_is_called_that(
-    server: HubServer, monkeypatch: pytest.MonkeyPatch
+    endpoint: str, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:99999")
-    refused("network", lambda: hub.resolve("org/toy"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    assert "Check HF_ENDPOINT" in refused("network", lambda: hub.resolve("org/toy"))
+
+
+def test_a_token_that_cannot_be_sent_is_named(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_é")
+    refused("token", lambda: hub.resolve("org/toy"))
 
 
 def test_a_silent_server_is_asked_again(server: HubServer) -> None:
@@ -316,6 +324,7 @@ def test_a_path_that_could_leave_its_folder_is_refused(server: HubServer, path: 
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "xetHash": "../x"},
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "lfs": "x"},
         {"type": "file", "size": 1, "path": "a"},
+        {"type": "file", "oid": "0" * 40, "size": 10**30, "path": "a"},
         "config.json",
     ],
 )

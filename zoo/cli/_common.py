@@ -103,6 +103,11 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
     except BrokenPipeError:  # `zoo list | head`
         _mute()
         return 0
+    except SystemExit:  # click's own way with a pipe that nobody reads any more
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        _mute()
+        return 0
     except ZooError as error:
         return _fail(str(error), 1)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def command(
         tokens = text.prompt(prompt, raw)
     if not tokens:
         raise click.UsageError("PROMPT is empty")
+    if not math.isfinite(temperature):
+        raise click.UsageError(f"--temperature is {temperature}")
     import torch
 
     model = zoo.load(canon, device=device, dtype=dtype)

@@ -91,4 +91,5 @@ def command(
         return
     say(f"{name} is in {path}")
     if verify is None and layers is None:
-        say(f"`zoo verify {path}` compares it with upstream; `zoo generate {path} PROMPT` runs it")
+        against = " --against SOURCE" if stream else ""  # what was streamed is not kept
+        say(f"`zoo verify {path}{against}` compares it with upstream; `zoo generate {path} PROMPT` runs it")

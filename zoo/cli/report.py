@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from zoo.cli._common import common, emit, say
+from zoo.errors import ZooError
 
 
 @click.command()
@@ -22,7 +23,11 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
 
     data = read_json(canon / certificate.FILE, f"there is no certificate; write one with: zoo verify {canon}")
     path = output or canon / "report.html"
-    path.write_text(report.page(data), encoding="utf-8")
+    try:
+        page = report.page(data)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
+    path.write_text(page, encoding="utf-8")
     if as_json:
         emit({"report": str(path), "verdict": data["verdict"]})
     else:

@@ -104,7 +104,7 @@ def describe(cert: Certificate, canon: Path) -> str:
         lines += ["", f"seeded faults: {f['caught']} of {f['applicable']} caught"]
         lines += [f"  NOT CAUGHT: {x['what']} ({x['fault']})" for x in f["results"] if not x["caught"]]
     total = cert.timing.get("total")
-    lines += ["", f"parity.json written; {total:.1f} s" if total else "parity.json written"]
+    lines += ["", "; ".join(filter(None, (cert.kept, f"{total:.1f} s" if total else "")))]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -165,8 +166,21 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, str(key), count)
 
 
+def _scan(file: BinaryIO) -> None:
+    """Raises ValueError for a pickle that numbers what it remembers otherwise than one after the other: Python makes room
+    for the number before it is used, gigabytes for four bytes."""
+    start, kept = file.tell(), 0
+    for op, number, _ in pickletools.genops(file):
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if number is not None and number > 2 * kept + 1000:
+                raise ValueError(f"it remembers {kept} things and numbers the next one {number}")
+            kept += 1
+    file.seek(start)
+
+
 def _load(file: BinaryIO, who: str) -> Any:
     try:
+        _scan(file)
         return _Unpickler(file, who).load()
     except ZooError as e:
         raise e if str(e).startswith(who) else ZooError(f"{who}: {e}") from None

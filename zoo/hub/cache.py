@@ -215,7 +215,7 @@ def is_linked(snapshot: Snapshot, file: RemoteFile) -> bool:
 
 def read_ref(repo: str, revision: str) -> str | None:
     """The commit at which a branch or tag was last seen, or None."""
-    with suppress(OSError):
+    with suppress(OSError, UnicodeDecodeError):
         return (folder(repo) / "refs" / revision).read_text().strip() or None
     return None
 

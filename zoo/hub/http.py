@@ -289,7 +289,8 @@ def _socket(response: httpx2.Response) -> socket.socket | None:
 @contextmanager
 def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
     """The response to a GET, redirects followed, its body not read. Other answers than 200, 206 and 416 are raised."""
-    session = get_session()
+    with _translated():
+        session = get_session()
     try:
         hubs = {_origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
     except ValueError as error:
@@ -297,6 +298,10 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
     plain = build_hf_headers(token=False, library_name="zoo")
     private = build_hf_headers(library_name="zoo")
     sent_token = "authorization" in private
+    if not private.get("authorization", "").isascii():
+        raise HubError(
+            "your token has characters that no token has: set it again (HF_TOKEN, `hf auth login`)", "token"
+        )
     for _ in range(MAX_REDIRECTS):
         trusted = _origin(url) in hubs  # a mirror may send us on to the Hub
         headers = dict(private if trusted else plain)
@@ -348,7 +353,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 def _retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to wait: Retry-After (a number or a date) or the Hub's `RateLimit: ...;t=55`."""
     value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value)
     if value:
         try:
@@ -372,6 +377,10 @@ def _translated() -> Iterator[None]:
         raise HubError(
             "HF_HUB_OFFLINE is set and this is not in the cache. Unset it and run this again.", "offline"
         ) from None
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
+        raise _no_address(error) from None
+    except ImportError as error:  # a proxy that needs a package
+        raise HubError(f"the proxy settings can't be used: {error}", "network") from None
     except httpx2.ConnectError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise HubError(
@@ -384,8 +393,6 @@ def _translated() -> Iterator[None]:
         raise Transient(f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s") from None
     except (httpx2.TransportError, httpx2.DecodingError) as error:
         raise Transient(f"the connection broke ({error or type(error).__name__})") from None
-    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise _no_address(error) from None
     except OSError as error:
         raise Transient(f"the connection broke ({error})") from None
     except RuntimeError as error:

@@ -170,7 +170,7 @@ def _files(entries: Iterable[dict[str, Any]], repo: str) -> tuple[RemoteFile, ..
         check_path(path, repo)
         if path in files:
             raise HubError(f"{repo} lists {path!r} twice: refused.", "path")
-        if type(size) is not int or size < 0:
+        if type(size) is not int or not 0 <= size < 1 << 63:
             raise HubError(f"{repo} lists {path!r} with size {size!r}: refused.", "path")
         for value, pattern in ((sha256, _SHA256), (git_sha1, _COMMIT), (entry["xet_hash"], _SHA256)):
             if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):

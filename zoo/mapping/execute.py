@@ -319,7 +319,7 @@ class Execution:
         job = hashlib.sha256(
             repr((plan.digest, plan.rules_version, __version__, self.sheet.sizes, self._identity)).encode()
         ).hexdigest()
-        _refuse_overlap(plan.checkpoint.root, Path(dst))
+        refuse_overlap(plan.checkpoint.root, Path(dst))
         self.folder = Folder(
             dst, self.sheet.sizes, job, force=force, ours=lambda p: (p / JSON).exists(), durable=durable
         )
@@ -609,7 +609,7 @@ def _identity(plan: Plan) -> str:
     return repr((str(plan.checkpoint.root.resolve()), parts))
 
 
-def _refuse_overlap(root: Path, dst: Path) -> None:
+def refuse_overlap(root: Path, dst: Path) -> None:
     """Neither may lie within the other: replacing the destination would remove the source."""
     a, b = root.resolve(), Path(os.path.abspath(dst)).resolve()
     if a == b or a.is_relative_to(b):

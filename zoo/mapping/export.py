@@ -80,7 +80,10 @@ def export(
     c = read(canon)
     if c.layers is not None:
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
-    job = _job(c, format, shard_size)
+    try:
+        job = _job(c, format, shard_size)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
     stamp = [(f, (c.root / f).stat().st_size, (c.root / f).stat().st_mtime_ns) for f in sorted(files)]
     identity = hashlib.sha256(

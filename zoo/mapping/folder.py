@@ -158,17 +158,7 @@ class Folder:
     # --- before the first byte ------------------------------------------------------------------------------
 
     def _check_destination(self) -> None:
-        if not os.path.lexists(self.dst):
-            return
-        if not self.force:
-            raise ZooError(
-                f"{self.dst}: exists already; choose another destination, or replace it with --force"
-            )
-        empty = self.dst.is_dir() and not any(self.dst.iterdir())
-        if self.dst.is_symlink() or not self.dst.is_dir() or not (empty or self.ours(self.dst)):
-            raise ZooError(
-                f"{self.dst}: exists and is not a folder that zoo wrote: not replaced, even with --force"
-            )
+        check_destination(self.dst, self.force, self.ours)
 
     def _take_lock(self) -> None:
         if self.partial.is_symlink():
@@ -242,6 +232,17 @@ class Folder:
         if self._lock is not None:
             os.close(self._lock)  # gives the lock back
             self._lock = None
+
+
+def check_destination(dst: Path, force: bool, ours: Callable[[Path], bool]) -> None:
+    """Raises ZooError if `dst` exists, or with `force` if it is not a folder of the kind that is `ours`."""
+    if not os.path.lexists(dst):
+        return
+    if not force:
+        raise ZooError(f"{dst}: exists already; choose another destination, or replace it with --force")
+    empty = dst.is_dir() and not any(dst.iterdir())
+    if dst.is_symlink() or not dst.is_dir() or not (empty or ours(dst)):
+        raise ZooError(f"{dst}: exists and is not a folder that zoo wrote: not replaced, even with --force")
 
 
 def put(new: Path, dst: Path, durable: bool = False) -> None:

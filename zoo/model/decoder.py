@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
 from zoo.model import altup, generate
 from zoo.model.attention import Attention
@@ -134,6 +135,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
+        self.held: tuple[int, ...] | None = None  # the layers that are here, where some are not
         with torch.device("meta"):
             d = spec.d_model
             self.embed = Table(spec.vocab_size, d)
@@ -180,7 +182,11 @@ class Decoder(nn.Module):
         return Pass(self, batch, tokens) if capturable(self) else self
 
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Token ids [B, T] -> the last layer's output."""
+        """Token ids [B, T] -> the last layer's output. Raises ZooError if only some layers are here."""
+        if self.held is not None:
+            raise ZooError(
+                f"only {len(self.held)} of {self.spec.n_layers} layers are here: a part of a model can't be run as a whole"
+            )
         x, ctx = self.start(ids, cache)
         with preferring_cudnn(x.device):
             for layer in self.layers:

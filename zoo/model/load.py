@@ -119,6 +119,9 @@ def load(
         model = Decoder(folder.spec)
         wanted = folder.layers if layers is None else layers
         ends = {n: m for n, m in model.named_children() if n != "layers"}
+        if wanted is not None:
+            wanted = tuple(wanted)
+            model.held = wanted if len(set(wanted)) < model.spec.n_layers else None
         for name, module in ends.items():
             source.fill(module, name, device, dtype)
         for i in range(model.spec.n_layers) if wanted is None else wanted:

@@ -113,6 +113,7 @@ class Certificate:
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    kept: str = ""  # what became of `parity.json`, for people
 
     @property
     def passed(self) -> bool:
@@ -163,6 +164,45 @@ class Certificate:
         part.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
         return path
+
+
+def keep(cert: Certificate, folder: Path) -> None:
+    """Write the certificate into the folder, where that can be written and holds none that says more."""
+    try:
+        old = read_json(folder / FILE, "") if (folder / FILE).exists() else {}
+    except ZooError:
+        old = {}
+    if cert.passed and _says_more(old, cert):
+        cert.kept = f"{FILE} is still that of {old.get('created')}, which has more levels"
+        return
+    try:
+        cert.write(folder)
+        cert.kept = f"{FILE} written"
+    except OSError as e:
+        cert.kept = f"{FILE} not written: {e.strerror}"
+
+
+def _says_more(old: Mapping[str, Any], new: Certificate) -> bool:
+    """Whether a certificate of the same files and source has all levels of the new one, and others."""
+    if old.get("schema") != SCHEMA or old.get("verdict") != "passed" or old.get("dtype") != new.dtype:
+        return False
+    same = (old.get("canonical") or {}).get("files") == new.canonical["files"]
+    same_source = (old.get("source") or {}).get("files") == (new.source or {}).get("files")
+    had = {n for n, level in (old.get("levels") or {}).items() if level.get("verdict") == "passed"}
+    return same and (same_source or new.source is None) and had > {x.name for x in new.levels if x.checks}
+
+
+def departed(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """A file of the folder that is not what its certificate vouches for; None if there is none, or no certificate."""
+    if not (folder / FILE).exists():
+        return None
+    try:
+        recorded = read_json(folder / FILE, "")["canonical"]["files"]
+        return next(
+            (n for n, was in recorded.items() if n in files and files[n]["sha256"] != was["sha256"]), None
+        )
+    except (ZooError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _number(x: float) -> float | str:
@@ -220,6 +260,13 @@ def check(folder: Path) -> list[str]:
     data = read_json(folder / FILE, f"there is no certificate; write one with: zoo verify {folder}")
     if data.get("schema") != SCHEMA:
         raise ZooError(f"{folder / FILE}: schema is {data.get('schema')!r}; expected {SCHEMA!r}")
+    try:
+        return _problems(folder, data)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r})") from None
+
+
+def _problems(folder: Path, data: Mapping[str, Any]) -> list[str]:
     problems = []
     if data.get("verdict") != "passed":
         problems.append(f"its verdict was {data.get('verdict')!r}")

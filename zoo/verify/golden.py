@@ -193,7 +193,21 @@ def write_inputs(inputs: Inputs, path: Path, dtype: str) -> Path:
     return path
 
 
+def check_output(path: Path) -> None:
+    """Raises ZooError if no file can be made at `path`: before upstream is run, not after."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as e:
+        raise ZooError(f"{path}: cannot be written: {e.strerror}") from None
+
+
 def write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, part, metadata={"zoo": json.dumps(about)})
-    part.replace(path)
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, part, metadata={"zoo": json.dumps(about)})
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        raise ZooError(f"{path}: cannot be written: {e}") from None

@@ -9,14 +9,17 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint, open_checkpoint
 from zoo.spec import Spec
-from zoo.verify import certificate, golden
+from zoo.verify import NO_TRANSFORMERS, certificate, golden
 from zoo.verify import inputs as standard
-from zoo.verify.oracle import Transformers
+from zoo.verify.oracle import Transformers, upstream_available
 from zoo.verify.run import readable, versions
 
 
 def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, Any]:
     """Run upstream on `src` and write `output`; a summary. Raises ZooError if upstream can't read it."""
+    if not upstream_available():
+        raise ZooError(NO_TRANSFORMERS)
+    golden.check_output(output)
     spec, root, ckpt = _open(src)
     if ckpt is None:
         raise ZooError(
@@ -49,6 +52,7 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
 
 def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, Any]:
     """Write the standard inputs of `src` to `output`; a summary."""
+    golden.check_output(output)
     spec, root, _ = _open(src)
     asked = standard.make(spec, root, frozenset(), max_length)
     golden.write_inputs(asked, output, dtype)

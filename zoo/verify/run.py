@@ -114,7 +114,7 @@ def verify(
             what = f"{level} can't" if judged else "nothing can"
             raise ZooError(f"{folder.root}: {what} be compared: {'; '.join(cert.not_checked)}")
         if write:
-            cert.write(folder.root)
+            certificate.keep(cert, folder.root)
         return cert
     finally:
         if other.cleanup is not None:
@@ -170,7 +170,7 @@ def resolve(
 
 def _recorded_source(folder: canonical.Canonical) -> Path | None:
     recorded = folder.source.get("path") or folder.source.get("root")
-    return Path(recorded) if recorded and Path(recorded).exists() else None
+    return Path(recorded) if recorded and isinstance(recorded, str) and Path(recorded).exists() else None
 
 
 def _is_golden(path: Path) -> bool:
@@ -245,6 +245,11 @@ def _exact_levels(
         if name not in wanted:
             continue
         if name == "bytes" and plan is None:
+            if changed := certificate.departed(folder.root, cert.canonical["files"]):
+                raise ZooError(
+                    f"{folder.root / changed}: not what {certificate.FILE} vouches for, and {why}: convert again, or delete "
+                    f"{certificate.FILE} if the change is meant"
+                )
             cert.not_checked.append(f"bytes: {why}")
             continue
         say(name)
