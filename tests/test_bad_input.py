@@ -231,6 +231,11 @@ def test_an_index_that_points_outside_the_folder(file: str, source: Path) -> Non
     refused(source, INDEX, re.escape(repr(file)), "outside the checkpoint's folder")
 
 
+def test_an_index_that_names_what_no_file_can_be_called(source: Path) -> None:
+    remap(source, lambda m: m.update({next(iter(m)): "x" * 5000}))
+    refused(source, INDEX, "can't be opened: File name too long")
+
+
 def test_an_index_that_points_at_a_symlink_out_of_the_folder(source: Path) -> None:
     file = shards(source)[0]
     file.rename(source.parent / "elsewhere.safetensors")

@@ -159,7 +159,7 @@ def test_pages_are_asked_for_here_wherever_their_links_lead(
     assert server.requests(origin="cdn") == []
 
 
-@pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("code", [429, 500, 502, 503, 504, 522])
 def test_both_api_calls_survive_a_server_that_is_busy(server: HubServer, code: int) -> None:
     server.fail("status", "org/toy/revision", code=code, retry_after="0")
     server.fail("status", "org/toy/tree", code=code)

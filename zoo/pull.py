@@ -85,7 +85,9 @@ def _not_here(src: StrPath) -> Iterator[None]:
     try:
         yield
     except ZooError as error:
-        if getattr(error, "kind", None) == "repo" or str(error).startswith("no release is called"):
+        if getattr(error, "kind", None) in ("repo", "network", "offline") or str(error).startswith(
+            "no release is called"
+        ):
             error.args = (f"{error} Nor is there a file or folder {os.fspath(src)!r} here.",)
         raise
 

@@ -9,7 +9,7 @@ import click
 from zoo.cli._common import DTYPE, common, emit, say
 
 
-@click.group()
+@click.group(short_help="Record upstream's logits, to verify without it")
 def command() -> None:
     """Record upstream's logits to a file, or write the inputs that somebody else's code is to be run on.
 

@@ -10,7 +10,7 @@ from zoo.cli._common import common, emit, say
 from zoo.errors import ZooError
 
 
-@click.command()
+@click.command(short_help="A certificate as one HTML page")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: report.html in CANON."

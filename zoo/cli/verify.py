@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 
 
-@click.command()
+@click.command(short_help="Compare a conversion with upstream")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip

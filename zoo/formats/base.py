@@ -152,7 +152,11 @@ def inside(root: Path, name: str, who: str) -> Path:
     path = root / name
     if leads_out(name):
         raise ZooError(f"{who} names {name!r}, which is outside the checkpoint's folder: refused")
-    if not path.exists() and not path.is_symlink():
+    try:
+        there = path.exists() or path.is_symlink()
+    except OSError as e:  # a name longer than names can be
+        raise ZooError(f"{who} names {name!r:.200}, which can't be opened: {e.strerror}") from None
+    if not there:
         raise ZooError(
             f"{who} names {name!r}, but there is no such file in {root}: is the download complete?"
         )

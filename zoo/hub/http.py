@@ -34,7 +34,7 @@ MAX_REDIRECTS = 8
 SLOWEST = 1 << 10  # bytes per second, over `STALL_WINDOW`: slower is a stall that no timeout sees
 STALL_WINDOW = 60.0  # seconds
 DIRECT = 8 << 20  # bodies at least this long are read from the socket (see `_chunks`)
-RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})  # the last are Cloudflare's
 
 
 @dataclass
