@@ -32,7 +32,7 @@ LATENT_EPS = 1e-6
 def spec(config: Config) -> Spec:
     c = config.sub("text_config") if "text_config" in config else config
     c.refuse(moe_layer_freq=1)
-    mixer = latent_attention(c, c.get("rope_interleave", True))
+    mixer = latent_attention(c, bool(c.data.get("rope_interleave", True)))
     return decoder("deepseek_v3", c, mixer, experts.sigmoid_router(c), wrapper=config)
 
 

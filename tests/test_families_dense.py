@@ -505,6 +505,12 @@ REFUSED = [
     ("gemma3n-e2b", {"altup_active_idx": 1}, "altup_active_idx is 1"),
     ("gemma3n-e2b", {"attention_bias": True}, "attention_bias is True"),
     ("gemma3n-e2b", {"num_kv_shared_layers": 27}, "shares keys and values"),
+    ("glm-4.5", {"partial_rotary_factor": 1.5}, "RoPE would rotate 192 of 128 channels"),
+    (
+        "deepseek-v3",
+        {"n_group": 256, "topk_group": 4},
+        "groups of 1 experts cannot be judged by their best 2",
+    ),
     ("grok-2", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
     ("grok-2", {"residual_moe": False}, "residual_moe is False"),
     ("grok-2", {"sliding_window_size": 4096}, "sliding_window_size is 4096"),
@@ -538,6 +544,15 @@ def test_what_is_left_out_is_what_upstream_takes_it_for() -> None:
     whole = families.spec_of(without("gemma-3n-e4b", ""))
     assert families.spec_of(without("gemma-3n-e4b", "num_kv_shared_layers")) == whole
     assert families.spec_of(without("gemma-3n-e4b", "final_logit_softcapping")) == whole
+    # An explicit null is no, where a field that is absent is yes.
+    interleaved = [
+        families.spec_of(without("deepseek-v3", "rope_interleave", **more)).layers[0].mixer.rope.interleaved
+        for more in ({}, {"rope_interleave": None}, {"rope_interleave": False})
+    ]
+    assert interleaved == [True, False, False]
+    scaled = without("gpt-oss-20b", "")
+    scaled["rope_scaling"]["truncate"] = None
+    assert families.spec_of(scaled) == families.spec_of(without("gpt-oss-20b", ""))  # which says false
     for name in ("gpt-oss-20b", "ministral-3-3b", "mistral-small-4-119b"):
         config = without(name, "rope_scaling")
         for c in (config, config.get("text_config", {})):

@@ -174,7 +174,7 @@ def rope(c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False
         scaling = RopeScaling(
             "yarn", factor, original,
             beta_fast=float(q.get("beta_fast") or 32), beta_slow=float(q.get("beta_slow") or 1),
-            truncate=bool(q.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
+            truncate=bool(q.data.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
         )  # fmt: skip
     return Rope(theta, dim, scaling, interleaved, fp32)
 

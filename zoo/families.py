@@ -172,5 +172,9 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
             yield f"the original context of scaled RoPE is {n}"
         case MoE(n_experts=n, router=Router(top_k=k)) if not 0 < k <= n:
             yield f"{k} of {n} experts cannot be chosen"
+        case Attention(head_dim=d, rope=Rope(dim=dim)) if dim > d:
+            yield f"RoPE would rotate {dim} of {d} channels"
+        case MoE(n_experts=n, router=Router(n_groups=g, group_top=t)) if g > 1 and not n % g and n // g < t:
+            yield f"groups of {n // g} experts cannot be judged by their best {t}"
         case MoE(n_experts=n, router=Router(n_groups=g, top_groups=t)) if g < 1 or n % g or not 0 < t <= g:
             yield f"{n} experts in {g} groups, of which {t} are eligible: they do not divide"
