@@ -67,6 +67,7 @@ def attention(c: Config, sliding: bool) -> Attention:
         window = c["sliding_window_size"] + 1 if "sliding_window_size" in c else c["sliding_window"]
         p = rope_parameters(c, experts.SLIDING, theta="swa_rope_theta")
     bias = c.get("attention_bias", False)
+    scale = c.data.get("attention_value_scale", 0.707)  # absent: upstream's default; null: none
     return Attention(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
@@ -79,9 +80,7 @@ def attention(c: Config, sliding: bool) -> Attention:
         sinks=c.get("add_swa_attention_sink_bias", True)
         if sliding
         else c.get("add_full_attention_sink_bias", False),
-        value_scale=float(
-            c.data.get("attention_value_scale", 0.707) or 1.0
-        ),  # null: none; absent: upstream's default
+        value_scale=1.0 if scale is None else float(scale),
     )
 
 

@@ -175,7 +175,8 @@ def headers(remote: Remote, progress: Progress | None = None) -> Iterator[tuple[
     """The checkpoint by its headers alone, and the remote without the weight files that its index doesn't name.
 
     Fetches config and index (into the Hub's cache, hashed) and headers by range requests. The checkpoint's folder
-    is gone when the context ends. `progress` is told of waits only: this is no part of the whole. Raises HubError, or ZooError as the readers do.
+    is gone when the context ends. `progress` is told of waits only: this is no part of the whole. Raises HubError, or
+    ZooError as the readers do.
     """
     with tempfile.TemporaryDirectory(prefix="zoo-headers-") as temporary:
         mirror = Path(temporary)
