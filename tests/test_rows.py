@@ -125,6 +125,31 @@ def test_a_forked_process_leaves_the_products_to_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_torch_keeps_its_threads(most: int) -> None:
+    """numba, when it starts its threads by OpenMP, sets how many torch has too."""
+    script = """if True:
+        import threading, torch
+        from zoo.kernels.product import product
+        def run(threads):
+            torch.set_num_threads(threads)
+            x, w = torch.ones(1, 1024), torch.ones(1024, 1024)
+            for _ in range(2):
+                assert (product(x, w) == 1024).all()
+                assert torch.get_num_threads() == threads, torch.get_num_threads()
+            done.append(threads)
+        done = []
+        for threads in (2, 1, 2):
+            run(threads)
+        other = threading.Thread(target=run, args=[1])
+        other.start()
+        other.join()
+        assert done == [2, 1, 2, 1] and torch.get_num_threads() == 2
+    """
+    env = os.environ | {"NUMBA_NUM_THREADS": str(most)}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env)
+
+
 def test_numba_may_be_told_to_compile_for_any_cpu() -> None:
     script = """if True:
         import torch

@@ -91,13 +91,17 @@ class threads:
     """As many threads as torch has, for this caller's loops alone: `with threads() as n`."""
 
     def __enter__(self) -> int:
-        n = min(torch.get_num_threads(), _most())
+        torchs = torch.get_num_threads()
+        n = min(torchs, _most())
         _one_at_a_time.acquire()
         if _caller.threads != n:
             import numba
 
             numba.set_num_threads(n)
             _caller.threads = n
+            # numba's start of OpenMP sets its own number for this thread, torch's too
+            if torch.get_num_threads() != torchs:
+                torch.set_num_threads(torchs)
         return n
 
     def __exit__(self, *_: object) -> None:
