@@ -89,6 +89,10 @@ if INTERPRETED or COMPILED:
         assert torch.equal(total, expected[1])
         part, w = x[..., 3:40], None if w is None else w[3:40]
         close(norm.rms_norm(part, w, spec), norm.rms_norm_reference(part, w, spec))
+        padded = rand(1, 1, 5, 37)[:, :, :4].transpose(1, 2)  # heads, of which there is one, have any stride
+        close(norm.rms_norm(padded, w, spec), norm.rms_norm_reference(padded, w, spec))
+        turned = rand(2, 37, 3).transpose(1, 2)
+        close(norm.rms_norm(turned, w, spec), norm.rms_norm_reference(turned, w, spec))
 
     PLACES = [  # B, T, H, K, D, V, slots, rotated pairs, interleaved, norm, after
         (2, 3, 4, 2, 20, 20, 40, 10, False, NORMS[0], False),
@@ -366,6 +370,26 @@ if INTERPRETED or COMPILED:
 
 if COMPILED:
     from zoo.kernels import product
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("t", [33, 200])
+    @pytest.mark.parametrize(
+        ("h", "kv", "d", "dv"),
+        [(8, 1, 32, 8), (3, 1, 24, 8), (4, 2, 40, 24), (21, 3, 24, 4), (6, 2, 72, 12), (3, 1, 128, 8)],
+    )
+    def test_attention_whose_rows_begin_anywhere(
+        h: int, kv: int, d: int, dv: int, t: int, dtype: torch.dtype
+    ) -> None:
+        """Queries, keys and values beside each other in one projection, as layers have them."""
+        torch.manual_seed(0)
+        parts = torch.randn(2, t, (h + kv) * d + kv * dv, device="cuda", dtype=dtype).split(
+            (h * d, kv * d, kv * dv), -1
+        )
+        q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(parts, (h, kv, kv), strict=True))
+        for extra in ({"softcap": 20.0}, {"window": 16}):
+            exact = attention.attention_reference(q.double(), k.double(), v.double(), scale=d**-0.5, **extra)
+            found = attention.flash(q, k, v, scale=d**-0.5, **extra)  # type: ignore[arg-type]
+            assert (found.double() - exact).abs().max() <= 0.05
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("n", "m", "k"), [(2, 3, 17), (5, 64, 100), (300, 256, 7168)])

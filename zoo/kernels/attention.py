@@ -111,12 +111,16 @@ def flash(
     exact = q.dtype == torch.float32
     block_q = 16 if t <= 16 else 32 if exact or t <= 32 else 64 if wide or t <= 64 else 128
     block_k = 32 if wide or exact else 64
+    # Triton 3.6 on Hopper sums wrongly, and reads where nothing is, if the rows of k lie at any number and a tile of v is
+    # narrower than one of k (found by random shapes: 8 channels of v beside q and k in one projection).
+    aligned = d % 16 == 0 and all(n % 16 == 0 for n in k.stride()[:3])
+    v_tile = power_of_2(dv if aligned else max(dv, d), 16)
     q2_, k2_ = (q, k) if q2 is None or k2 is None else (q2, k2)
     _flash[(ceil_div(t, block_q), b * h)](
         q, k, v, q2_, k2_, sinks, out, t, s, start, window or 0, chunk or 0, h, h // kv, d, dv, d2,
         scale * 1.4426950408889634, softcap or 0.0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *q2_.stride()[:3], *k2_.stride()[:2], *out.stride()[:3],
-        D=power_of_2(d, 16), V=power_of_2(dv, 16), D2=power_of_2(d2, 16) if d2 else 0,
+        D=power_of_2(d, 16), V=v_tile, D2=power_of_2(d2, 16) if d2 else 0,
         WINDOW=window is not None, CHUNK=chunk is not None, SINKS=sinks is not None, SOFTCAP=softcap is not None,
         BLOCK_Q=block_q, BLOCK_K=block_k, PRECISION="ieee" if exact else "tf32",
         num_warps=8 if block_q == 128 else 4, num_stages=2 if wide else 3,

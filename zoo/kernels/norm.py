@@ -106,24 +106,15 @@ def _launch(
 ) -> None:
     """`onto` is added to the norm or, where there is a place for the sum, to x."""
     d = x.shape[-1]
-    if x.stride(-1) != 1 or (x.dim() > 1 and not _rows_evenly(x)):
-        x = x.contiguous()
+    rows = x.reshape(-1, d)  # a view if they are one stride apart, as in a slice along the last axis
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     block = power_of_2(d)
-    _rms_norm[(x.numel() // d,)](
-        x, onto, weight, out, total, x.stride(-2) if x.dim() > 1 else d, d, norm.eps,
+    _rms_norm[(len(rows),)](
+        rows, onto, weight, out, total, rows.stride(0), d, norm.eps,
         KIND=0 if weight is None else 1 if norm.scale_in == "model" else 2, PLUS_ONE=norm.weight == "plus_one",
         ONTO=onto is not None and total is None, TOTAL=total is not None, BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(x),
     )  # fmt: skip
-
-
-def _rows_evenly(x: Tensor) -> bool:
-    """Whether the rows of x [.., D] are one stride apart (true of a slice along the last axis)."""
-    stride = x.stride(-2)
-    for n in range(x.dim() - 3, -1, -1):
-        stride *= x.shape[n + 1]
-        if x.shape[n] != 1 and x.stride(n) != stride:
-            return False
-    return True
 
 
 if triton is not None:
