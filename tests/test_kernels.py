@@ -354,18 +354,19 @@ if INTERPRETED or COMPILED:
             assert ((products[scales < 55] - exact[scales < 55]).abs() <= 2.0**-133).all()
 
     @pytest.mark.parametrize("tokens", [1, 9])
-    def test_experts_whose_input_is_weighted(tokens: int) -> None:
-        (up, a), (down, b) = stored("plain", (40, 40), 36, 4), stored("plain", (36,), 40, 4)
-        biased = [rand(4, 80), rand(4, 36)]
-        a, b = weights.plain(up, biased[0]), weights.plain(down, biased[1])
-        x, shares = rand(tokens, 36), torch.rand(tokens, 1)
-        chosen = torch.randint(0, 4, (tokens, 1)).int()
-        y = experts.experts(x, chosen, shares, a, b, MLP(40), weight_input=True)
-        close(
-            y,
-            experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(40), True),
-            5,
-        )
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_experts_whose_input_is_weighted(scheme: str, tokens: int) -> None:
+        (up, a), (down, b) = stored(scheme, (64, 64), 96, 4), stored(scheme, (96,), 64, 4)
+        biased = [rand(4, 128), rand(4, 96)]
+        a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
+        for top_k in (1, 3):
+            x, shares = rand(tokens, 96), torch.rand(tokens, top_k)
+            chosen = torch.stack([torch.randperm(4)[:top_k] for _ in range(tokens)]).int()
+            y = experts.experts(x, chosen, shares, a, b, MLP(64), weight_input=True)
+            expected = experts.experts_reference(
+                x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(64), True
+            )
+            close(y, expected, 5)
 
 
 if COMPILED:

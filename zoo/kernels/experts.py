@@ -107,12 +107,15 @@ def _few(
     (n, k), f = chosen.shape, down.k
     h = x.new_empty(n * k, f)
     out = torch.empty_like(x)
+    read, sharing = x, k  # so many pairs read one row
+    if weight_input:
+        read, sharing = x[:, None] * weights.to(x.dtype)[..., None], 1
     rows, block, warps = up_tile(k, up, spec.gated)
     _few_up[(ceil_div(up.n, rows), n * k)](
-        x, chosen, weights, *up.pointers, h, k, f, up.n, up.k, *up.n_scales, up.columns,
+        read, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns,
         spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        WEIGHT_INPUT=weight_input, ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
+        ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
     together = power_of_2(k)
     rows, block, warps = down_tile(together, down)
@@ -260,10 +263,10 @@ if triton is not None:
 
     @Kernel
     def _few_up(
-        x_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, top_k, F, N, K, s_rows, s_columns, columns,
+        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns, columns,
         limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        WEIGHT_INPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
         after_previous(OVERLAP)
@@ -277,16 +280,12 @@ if triton is not None:
         w_ptr += e * N * (K // bytes_)
         if KIND != 0:
             s_ptr += e * s_rows * s_columns
-        x_ptr += pair // top_k * K
+        x_ptr += pair // sharing * K
         dtype = h_ptr.dtype.element_ty
-        if WEIGHT_INPUT:  # x times its weight, rounded: a scale of the sum, but for that rounding
-            a = tl.load(weights_ptr + pair).to(dtype).to(tl.float32)
-            y = scaled_rows_times(x_ptr, a, w_ptr, n, mask, K, ROWS, BLOCK, dtype)
-        else:
-            y = rows_times(
-                x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
-                KIND, ROWS, BLOCK, False, OVERLAP, False,
-            )  # fmt: skip
+        y = rows_times(
+            x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
+            KIND, ROWS, BLOCK, False, OVERLAP, False,
+        )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
         y = y.to(dtype).to(tl.float32)
@@ -298,23 +297,6 @@ if triton is not None:
         else:
             y = activate(y, y, limit, alpha, ACT, False, dtype)
             tl.store(h_ptr + pair * F + n, y.to(dtype), mask=mask)
-
-    @triton.jit
-    def scaled_rows_times(
-        x_ptr, a, w_ptr, n, n_mask, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr
-    ):
-        """`rows_times` of a x, with a x rounded to `DTYPE`, for a plain W."""
-        k = tl.arange(0, BLOCK)
-        at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-        total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-        w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
-        for start in range(0, K, BLOCK):
-            x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            ahead = start + BLOCK
-            w_next = tl.load(at + ahead, mask=n_mask[:, None] & (ahead + k < K)[None, :], other=0.0)
-            total += w.to(tl.float32) * (a * x).to(DTYPE).to(tl.float32)[None, :]
-            w = w_next
-        return tl.sum(total, 1)
 
     @Kernel
     def _few_down(
