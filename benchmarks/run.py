@@ -23,7 +23,7 @@ CPU = {
     "verify-time": ["verify.py", "time"],
     "verify-memory": ["verify.py", "memory"],
 }
-GPU = {"gpu": ["gpu.py"], "gpu-parity": ["gpu_parity.py"]}
+GPU = {"gpu": ["gpu.py"], "gpu-parity": ["gpu_parity.py"], "gpu-shapes": ["gpu_shapes.py"]}
 OWN_FILE = ("gpu",)  # keeps a history itself
 
 

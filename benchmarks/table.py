@@ -169,8 +169,15 @@ def main() -> None:
         "prompts took turns, and the ratio is the median over 15 rounds: the host's speed varies by 2 from second to second."
     )
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
+    parity, shapes = (json.loads((RESULTS / f"gpu-{name}.json").read_text()) for name in ("parity", "shapes"))
+    agree = sum(not f["failed"] for f in parity["families"])
+    right = (
+        f"The numbers are held to transformers' in fp32 and bf16 by `gpu_parity.py` ({agree} of {len(parity['families'])} tiny "
+        f"models agree), and the kernels at random shapes to their plain twins by `gpu_shapes.py` ({len(shapes['differ'])} of "
+        f"{shapes['results compared']:,} results differ)."
+    )
     page = (
-        f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n"
+        f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n{right}\n\n"
         f"{speed(rows)}\n\n{other(loads[-1] if loads else None, rows)}\n{on_cpu(cpus)}"
         f"{converting(converted)}"
     )

@@ -2,7 +2,7 @@
 
 The kernels run in Triton's interpreter, on the CPU and in fp32 (it truncates where bf16 rounds); and, where there
 is a GPU, compiled for it. Whole models on a GPU are held to transformers by benchmarks/gpu_parity.py, in fp32
-and bf16.
+and bf16; benchmarks/gpu_shapes.py looks for shapes that nobody thought of.
 """
 
 from __future__ import annotations

@@ -1,0 +1,281 @@
+"""Kernels on a GPU at random shapes, strides and dtypes, each against its plain twin in fp64.
+
+    python benchmarks/gpu_shapes.py [--seconds 120] [--jobs 12] [--seed 0] [--json FILE]
+
+The tests hold kernels to fixed shapes; this looks for those that nobody thought of: one head, rows at any distance, an
+expert of three channels, blocks that end in the middle. A case is drawn from the seed and its number, so that one that
+fails can be run again alone: --case KIND SEED. Exit code 1 if any differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpu import versions
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+# Of the result's norm: a sum's rounding in fp32, a result's and an activation's in its dtype.
+TOLERANCE = {"float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
+Pair = tuple[str, "torch.Tensor", "torch.Tensor"]  # what was computed, by the kernel, and by the twin
+
+
+def norms(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
+    import torch
+
+    from zoo.kernels import norm
+    from zoo.spec import Norm
+
+    b, t, h, d = (
+        r.choice([1, 2]),
+        r.choice([1, 3, 33]),
+        r.choice([1, 2, 5]),
+        r.choice([1, 7, 64, 100, 128, 520]),
+    )
+    spec = Norm(1e-6, weight=r.choice(["plain", "plus_one", "none"]), scale_in=r.choice(["model", "fp32"]))
+    weight = None if spec.weight == "none" else torch.randn(d).to(dtype)
+    way = r.choice(["plain", "slice", "heads first", "padded", "channels first"])
+    x = torch.randn(b, h, t + 3, d).to(dtype)
+    if way == "slice":
+        x = torch.randn(b, t, h, d + 5).to(dtype)[..., 2 : d + 2]
+    elif way in ("heads first", "padded"):
+        x = x[:, :, : t if way == "padded" else None].transpose(1, 2)
+    elif way == "channels first":
+        x = torch.randn(b, t, d, h).to(dtype).transpose(2, 3)
+    what = f"norm {list(x.shape)} {x.stride()} {spec}"
+    wide = None if weight is None else weight.double()
+    yield what, norm.rms_norm(x, weight, spec), norm.rms_norm_reference(x.double(), wide, spec)
+
+
+def attentions(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
+    import torch
+
+    from zoo.kernels import attention
+
+    sizes = [4, 8, 12, 16, 24, 32, 40, 64, 72, 80, 96, 112, 128, 192, 256]
+    d, kv, groups = r.choice(sizes), r.choice([1, 2, 3, 4, 5]), r.choice([1, 2, 3, 7, 8])
+    dv, h = r.choice([d, d, d, *sizes]), kv * groups
+    b, t, pad = r.choice([1, 2]), r.choice([2, 5, 16, 17, 33, 64, 65, 200]), r.choice([0, 0, 1, 4, 8])
+    extra: dict[str, Any] = {}
+    if r.random() < 0.6:
+        key = r.choice(["window", "chunk"])
+        extra[key] = r.choice([1, 3, 16, 50, 129])
+    if r.random() < 0.4:
+        extra["softcap"] = 20.0
+    wide = dict(extra)
+    if r.random() < 0.3:
+        extra["sinks"] = torch.randn(h).to(dtype)
+        wide["sinks"] = extra["sinks"].double()
+    widths = (h * d, kv * d, kv * dv, pad)
+    parts = torch.randn(b, t, sum(widths)).to(dtype).split(widths, -1)
+    q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(parts, (h, kv, kv), strict=False))
+    if r.random() < 0.3:
+        k, v = k.contiguous(), v.contiguous()
+    what = f"b {b} t {t} h {h} kv {kv} d {d} dv {dv} pad {pad} {extra}"
+    exact = attention.attention_reference(q.double(), k.double(), v.double(), scale=d**-0.5, **wide)
+    yield f"flash {what}", attention.flash(q, k, v, scale=d**-0.5, **extra), exact
+
+    slots = t if "chunk" in extra else r.choice([t, t + 3, max(1, t - 5)])
+    for one in (extra, wide):
+        for key in {"window", "chunk"} & set(one):
+            one[key] = min(one[key], slots)
+    k, v = torch.randn(b, slots, kv, d).to(dtype), torch.randn(b, slots, kv, dv).to(dtype)
+    at = torch.tensor(r.randint(0, t - 1))
+    exact = attention.decode_reference(q[:, 0].double(), k.double(), v.double(), at, scale=d**-0.5, **wide)
+    found = attention.decode(q[:, 0], k, v, at, scale=d**-0.5, **extra)
+    yield f"decode {what} at {int(at)} of {slots}", found, exact
+
+
+SCHEMES = [
+    "plain",
+    "fp8-block",
+    "fp8-channel",
+    "fp8-block-64x128",
+    "fp8-block-1x128",
+    "fp8-block-32x256",
+    "mxfp4",
+]
+
+
+def stored(
+    r: random.Random, scheme: str, dtype: torch.dtype, parts: tuple[int, ...], k: int, *lead: int
+) -> Any:
+    """A random weight, expanded in fp64, and as kernels read it."""
+    import torch
+
+    from zoo.kernels import weights
+    from zoo.quant import dequantise
+    from zoo.quant.schemes import block_size
+
+    n = sum(parts)
+    if scheme == "plain":
+        w = (torch.randn(*lead, n, k) * 0.2).to(dtype)
+        return w.double(), weights.plain(w)
+    if scheme == "mxfp4":
+        codes = torch.randint(0, 256, (*lead, n, k // 32, 16), dtype=torch.uint8)
+        scale = torch.randint(118, 125, (*lead, n, k // 32), dtype=torch.uint8)
+    else:
+        codes = (torch.randn(*lead, n, k) * 0.3).to(torch.float8_e4m3fn)
+        rows, columns = block_size(scheme)
+        scale = torch.rand(*lead, sum(-(-p // rows) for p in parts), -(-k // (columns or k))) + 0.5
+        scale = scale.bfloat16() if r.random() < 0.3 else scale
+    components = {"weight": codes, "scale": scale}
+    return dequantise(scheme, components, parts, torch.float32).double(), weights.quantised(
+        scheme, components, parts
+    )
+
+
+def weighted(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
+    """Linear maps of one row, and experts, with weights of any scheme."""
+    from dataclasses import replace
+
+    import torch
+
+    from zoo.kernels import experts, linear, weights
+    from zoo.spec import MLP
+
+    scheme = r.choice(SCHEMES)
+    if scheme == "mxfp4":
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # in which its activations overflow
+        k, f = r.choice([32, 64, 96, 224, 512, 1056, 2880]), r.choice([32, 64, 96, 160])
+    else:
+        k = r.choice([1, 7, 24, 33, 64, 96, 100, 128, 130, 256, 300, 520, 1000])
+        f = r.choice([3, 8, 23, 24, 64, 100, 128, 136, 200])
+    gated = r.random() < 0.7
+    act = r.choice(["silu", "silu_clamped", "gelu_tanh", "gelu"] if gated else ["relu2", "silu", "gelu"])
+    spec = MLP(f, act=act, gated=gated, limit=3.0 if act == "silu_clamped" else None)
+    parts = (f, f) if gated else (f,)
+    what = f"{scheme} k {k} f {f} {act} gated {gated}"
+    biased = r.random() < 0.5
+
+    def bias(*shape: int) -> torch.Tensor | None:
+        return torch.randn(*shape).to(dtype) if biased else None
+
+    def wide(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.double()
+
+    exact, w = stored(r, scheme, dtype, parts, k)
+    x, onto, b = torch.randn(1, k).to(dtype), torch.randn(1, sum(parts)).to(dtype), bias(sum(parts))
+    w = replace(w, bias=b)
+    assert linear.one_row(x, w)
+    found = linear.linear(x, w, onto)
+    yield f"linear {what}", found, linear.linear_reference(x.double(), exact, wide(b), onto.double())
+    if gated:
+        found = linear.gated_linear(x, w, spec)
+        yield f"gated linear {what}", found, linear.gated_linear_reference(x.double(), exact, wide(b), spec)
+    if scheme != "plain":
+        yield f"expanded {what}", weights.expanded(w, dtype), exact
+
+    n, tokens = r.choice([1, 2, 5, 16, 33]), r.choice([1, 2, 3, 9, 40, 130, 300])
+    top_k, weight_input = r.randint(1, min(n, 9)), r.random() < 0.3
+    (up, a), (down, b) = stored(r, scheme, dtype, parts, k, n), stored(r, scheme, dtype, (k,), f, n)
+    a, b = replace(a, bias=bias(n, sum(parts))), replace(b, bias=bias(n, k))
+    x, shares = torch.randn(tokens, k).to(dtype), torch.rand(tokens, top_k).to(dtype)
+    chosen = torch.stack([torch.randperm(n)[:top_k] for _ in range(tokens)])
+    shared, residual = (torch.randn(tokens, k).to(dtype) if r.random() < 0.5 else None for _ in range(2))
+    assert experts.fits(x, a, b)
+    found = experts.experts(x, chosen, shares, a, b, spec, weight_input, shared, residual)
+    exact = torch.zeros(tokens, k, dtype=torch.float64)
+    for j, share in enumerate(shares.double().T[..., None]):  # a token's experts, one at a time
+        of = chosen[:, j]
+        h = torch.einsum("nk,nfk->nf", x.double() * share if weight_input else x.double(), up[of])
+        h = linear.gated_reference(h if a.bias is None else h + a.bias.double()[of], spec)
+        y = torch.einsum("nf,nkf->nk", h, down[of])
+        y = y if b.bias is None else y + b.bias.double()[of]
+        exact += y if weight_input else y * share
+    for more in (shared, residual):
+        exact += 0 if more is None else more.double()
+    what = f"experts {what} n {n} top_k {top_k} tokens {tokens} weight_input {weight_input} biased {biased}"
+    yield what, found, exact
+
+
+KINDS: dict[str, Callable[[random.Random, Any], Iterator[Pair]]] = {
+    "norms": norms,
+    "attentions": attentions,
+    "weighted": weighted,
+}
+
+
+def case(kind: str, seed: int) -> tuple[int, list[str]]:
+    """How many results of a case were compared, and what differs."""
+    import torch
+
+    torch.set_default_device("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(seed)
+    r = random.Random(f"{kind} {seed}")
+    dtype = r.choice([torch.bfloat16, torch.float16, torch.float32])
+    name, n, bad = str(dtype).removeprefix("torch."), 0, []
+    try:
+        for what, found, exact in KINDS[kind](r, dtype):
+            n += 1
+            error = float((found.double() - exact).norm() / exact.norm().clamp(min=1e-9))
+            if not error <= TOLERANCE[str(found.dtype).removeprefix("torch.")]:
+                bad.append(f"{kind} {seed} {name}: {what}: {error:.1e}")
+        torch.cuda.synchronize()
+    except Exception as e:
+        bad.append(f"{kind} {seed} {name}: {type(e).__name__}: {str(e)[:300]}")
+    return n, bad
+
+
+def work(first: int, step: int, end: float) -> tuple[int, list[str]]:
+    n, bad = 0, []
+    for seed in itertools.count(first, step):
+        for kind in KINDS:
+            if time.time() > end:
+                return n, bad
+            more, differs = case(kind, seed)
+            n, bad = n + more, bad + differs
+            if any("CUDA" in d for d in differs):  # nothing works after that
+                return n, bad
+    raise AssertionError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", nargs=2, metavar=("KIND", "SEED"), help="only this one")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu_shapes.py needs a CUDA GPU; torch sees none here.", file=sys.stderr)
+        return 2
+    if args.case:
+        n, bad = case(args.case[0], int(args.case[1]))
+    else:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        end, n, bad = time.time() + args.seconds, 0, []
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+            jobs = [pool.submit(work, args.seed + i, args.jobs, end) for i in range(args.jobs)]
+            for job in jobs:
+                more, differs = job.result()
+                n, bad = n + more, bad + differs
+    print(*bad, f"{n} results compared, {len(bad)} cases differ", sep="\n")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {**versions("gpu_shapes.py"), "results compared": n, "differ": bad}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
