@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import vendor
 from built import built, decoder
 from safetensors.torch import load_file, save_file
+from tiny.build import read_config, read_tensors, write_config, write_tensors
 
 import zoo.quant
 from zoo.errors import ZooError
-from zoo.formats import open_checkpoint
+from zoo.formats import canonical, open_checkpoint
 from zoo.layout import layout
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
 from zoo.model import Decoder, load, upload
 from zoo.spec import MLP, LatentAttention, Layer, MoE, Norm, Rope, Router, Spec
+from zoo.verify.ours import Streamed, build, subject_of
 
 
 @pytest.mark.parametrize("name", sorted(tiny.VARIANTS))
@@ -208,3 +211,37 @@ def test_an_fp8_release_is_loaded_as_it_is_and_computes_what_its_expansion_does(
     assert len(codes) > 20 and not list(expanded.named_buffers())
     ids = built("deepseek_v3").ids
     assert torch.equal(kept(ids), expanded(ids))
+
+
+def quantised_at(name: str, weight: str, tmp: Path, **settings: int) -> Path:
+    """A release of which the matrices called `weight` are fp8 in blocks, converted as it is."""
+    source = vendor.make(tmp / "source", name, **settings)
+    tensors = read_tensors(source)
+    for key in [k for k in tensors if k.endswith(weight)]:
+        tensors[key], tensors[key + "_scale_inv"] = vendor.fp8_block(tensors[key], (4, 4))
+    write_tensors(source, tensors)
+    quantisation = {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    write_config(source, read_config(source) | {"quantization_config": quantisation})
+    return convert(make_plan(open_checkpoint(source)), tmp / "canonical")
+
+
+def test_a_quantised_embedding_is_refused_not_run_without_its_scales(tmp_path: Path) -> None:
+    path = quantised_at("llama", "embed_tokens.weight", tmp_path)
+    why = "embed is quantised (fp8-block-4x4), and only linear maps can be run quantised"
+    with pytest.raises(ZooError, match=re.escape(why)):
+        load(path)
+    with pytest.raises(ZooError, match=re.escape(why)):
+        build(subject_of(canonical.read(path), torch.float32))
+    with pytest.raises(ZooError, match=re.escape(why)):
+        Streamed(canonical.read(path), torch.float32)
+
+
+def test_a_quantised_router_keeps_its_selection_bias(tmp_path: Path) -> None:
+    path = quantised_at("deepseek_v3", "mlp.gate.weight", tmp_path)
+    folder = canonical.read(path)
+    assert any(slot.endswith("moe.router") for slot in folder.quant)
+    ids = tiny.tokens("deepseek_v3")
+    plain = convert(make_plan(open_checkpoint(tmp_path / "source"), dtype="fp32"), tmp_path / "plain")
+    expected = load(plain)(ids)
+    assert torch.equal(load(path, dtype=torch.float32)(ids), expected)
+    assert torch.equal(build(subject_of(folder, torch.float32))(ids), expected)

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
-from test_quant_models import MODELS, quantised
+import vendor
+from safetensors.torch import load_file, save_file
+from test_quant_models import MLA, MODELS, Quantiser, Tensors, fp8_channels, linear, quantised
+from tiny.build import read_config, write_config
 
 import zoo
 from zoo.errors import ZooError
+from zoo.formats import canonical
 
-STREAMABLE = [key for key in MODELS if "int4" not in key]
+CHANNELS = {
+    "qwen3 channels": ("qwen3", {}, fp8_channels, "fp8-channel"),
+    "glm4_moe channels": ("glm4_moe_air", {"num_nextn_predict_layers": 0}, fp8_channels, "fp8-channel"),
+}
+RELEASES = MODELS | CHANNELS
 
 
-def converted(key: str, tmp_path: Path) -> Path:
-    name, settings, quantise, _ = MODELS[key]
-    return zoo.convert(quantised(name, settings, quantise, tmp_path / "release"), tmp_path / "canonical")
+def converted(key: str, tmp_path: Path, dtype: str | None = None) -> Path:
+    name, settings, quantise, _ = RELEASES[key]
+    release = quantised(name, settings, quantise, tmp_path / "release")
+    return zoo.convert(release, tmp_path / "canonical", dtype=dtype)
 
 
-@pytest.mark.parametrize("key", MODELS)
+def in_bf16(quantise: Quantiser) -> Quantiser:
+    """As releases are: what is not quantised, and the scales of compressed-tensors, in bf16."""
+
+    def made(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        out, config = quantise(tensors)
+        return {k: t if t.itemsize == 1 or k.endswith("_inv") or not t.is_floating_point() else t.bfloat16()
+                for k, t in out.items()}, config  # fmt: skip
+
+    return made
+
+
+@pytest.mark.parametrize("key", RELEASES)
 def test_a_quantised_release_agrees_with_upstreams_own_dequantisation_and_its_faults_are_caught(
     key: str, tmp_path: Path
 ) -> None:
@@ -31,7 +54,7 @@ def test_a_quantised_release_agrees_with_upstreams_own_dequantisation_and_its_fa
     assert set(in_scales.values()) == {"layers"}
 
 
-@pytest.mark.parametrize("key", STREAMABLE)
+@pytest.mark.parametrize("key", RELEASES)
 def test_a_quantised_release_streams_to_the_same_numbers(key: str, tmp_path: Path) -> None:
     folder = converted(key, tmp_path)
     streamed, whole = (
@@ -42,10 +65,105 @@ def test_a_quantised_release_streams_to_the_same_numbers(key: str, tmp_path: Pat
     assert streamed.figures["error"] == whole.figures["error"]
 
 
-def test_what_upstream_cannot_dequantise_by_layers_is_refused(tmp_path: Path) -> None:
-    (key,) = set(MODELS) - set(STREAMABLE)
-    with pytest.raises(ZooError, match="verify without --stream"):
-        zoo.verify(converted(key, tmp_path), level="logits", stream=True, write=False)
+@pytest.mark.parametrize("key", ["qwen3 fp8", "deepseek_v3 fp8", "kimi_k2 int4", "qwen3 channels"])
+def test_a_release_whose_other_tensors_are_bf16_agrees_in_fp32_and_in_bf16(key: str, tmp_path: Path) -> None:
+    name, settings, quantise, _ = RELEASES[key]
+    release = quantised(name, settings, in_bf16(quantise), tmp_path / "release")
+    write_config(release, read_config(release) | {"dtype": "bfloat16"})
+    carried = zoo.convert(release, tmp_path / "carried")
+    expanded = zoo.convert(release, tmp_path / "expanded", dtype="fp32")
+    for folder, dtype, stream in ((carried, "fp32", False), (carried, "fp32", True), (carried, "bf16", False), (expanded, "fp32", False)):  # fmt: skip
+        cert = zoo.verify(folder, level="logits", dtype=dtype, stream=stream, write=False)
+        assert cert.passed and not cert.not_checked
+
+
+@pytest.mark.parametrize("key", ["qwen3 fp8", "gpt_oss mxfp4", "kimi_k2 int4", "qwen3 channels"])
+def test_a_dequantised_conversion_is_verified_against_the_release(key: str, tmp_path: Path) -> None:
+    cert = zoo.verify(converted(key, tmp_path, "fp32"), level="logits", write=False)
+    assert cert.passed and cert.level("plan").verdict == cert.level("bytes").verdict == "passed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_blocks_that_are_not_whole_are_verified(stream: bool, tmp_path: Path) -> None:
+    """DeepSeek's own: 576 rows in blocks of 128. Of 20 rows in blocks of 16 upstream would make blocks of 10."""
+
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        out: Tensors = {}
+        for key, t in tensors.items():
+            if linear(key, t):
+                out[key], out[key + "_scale_inv"] = vendor.fp8_block(t, (16, 16))
+            else:
+                out[key] = t
+        return out, {"quant_method": "fp8", "weight_block_size": [16, 16]}
+
+    folder = zoo.convert(
+        quantised("deepseek_v3", MLA, quantise, tmp_path / "release"), tmp_path / "canonical"
+    )
+    cert = zoo.verify(folder, level="logits", stream=stream, write=False)
+    assert cert.passed and not cert.not_checked
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_upstream_fails_to_load_is_not_checked_or_refused_in_a_sentence(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("not divisible")
+
+    monkeypatch.setattr(Fp8Dequantize, "_dequantize_one", fails)
+    folder = converted("qwen3 fp8", tmp_path)
+    with pytest.raises(ZooError, match=r"release: upstream cannot load this: \w+Error"):
+        zoo.verify(folder, level="logits", stream=stream, write=False)
+    cert = zoo.verify(folder, stream=stream, write=False)
+    assert cert.passed and cert.level("logits") is None
+    assert cert.not_checked[-1].startswith("layers, logits, decode: ")
+    assert "upstream cannot load this" in cert.not_checked[-1]
+
+
+def test_activations_are_not_rounded_and_the_certificate_says_so(tmp_path: Path) -> None:
+    cert = zoo.verify(converted("qwen3 channels", tmp_path), level="logits", write=False)
+    assert "not to round activations" in cert.oracle["note"]
+    assert cert.oracle["note"] in cert.level("layers").notes
+
+
+def test_weights_quantised_otherwise_than_the_release_fail_the_plan(tmp_path: Path) -> None:
+    folder = converted("qwen3 fp8", tmp_path)
+    description = json.loads((folder / "zoo.json").read_text())
+    slot = next(iter(description["quant"]))
+    description["quant"][slot] = "fp8-block-5x4"
+    (folder / "zoo.json").write_text(json.dumps(description))
+    cert = zoo.verify(folder, level="plan", write=False)
+    assert not cert.passed
+    assert (
+        f"{slot} is quantised as fp8-block-5x4 in zoo.json, as fp8-block-4x4 in the plan"
+        in cert.level("plan").notes
+    )
+
+
+def test_fp8_in_mistrals_format_is_compared_through_a_dequantised_export(tmp_path: Path) -> None:
+    """As Mistral Large 3: upstream knows no quantisation of that form."""
+    settings = {
+        "hidden_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64,
+        "v_head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2,
+    }  # fmt: skip
+    with vendor.variant("large", "mistral_large3", **settings) as name:
+        source = tiny.make_mistral_format(name, tmp_path / "release")
+    tensors = load_file(source / "consolidated.safetensors")
+    for key, t in list(tensors.items()):
+        if t.ndim == 2 and key.startswith("layers.") and not re.search(r"norm|\.gate\.|wq_a|wkv_a", key):
+            tensors[key], tensors[key + "_scale"] = vendor.fp8_block(t, (128, 128))
+    save_file({k: t.contiguous() for k, t in tensors.items()}, source / "consolidated.safetensors")
+    params = json.loads((source / "params.json").read_text())
+    manifest = Path(__file__).parents[1] / "manifests/configs/mistral-large-3-675b.params.json"
+    quantisation = json.loads(manifest.read_text())["quantization_config"]
+    (source / "params.json").write_text(json.dumps(params | {"quantization_config": quantisation}))
+    folder = zoo.convert(source, tmp_path / "canonical")
+    assert set(canonical.read(folder).quant.values()) == {"fp8-block"}
+    cert = zoo.verify(folder, level="logits", write=False)
+    assert cert.passed and not cert.not_checked
+    assert "converted again and dequantised to fp32" in cert.oracle["note"]
 
 
 def test_a_format_upstream_cannot_read_is_compared_through_an_export_and_the_certificate_says_so(

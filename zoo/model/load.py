@@ -7,7 +7,7 @@ map, so a layer or expert that is never used costs no memory, and two processes 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -19,6 +19,7 @@ from zoo.formats.base import TensorRef
 from zoo.model.decoder import Decoder
 from zoo.model.linear import Weights
 from zoo.model.upload import Upload
+from zoo.quant.schemes import scheme
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -73,6 +74,7 @@ class Source:
         Raises ZooError if the folder lacks one.
         """
         dot = f"{prefix}." if prefix else ""
+        refuse_quantised(self.folder.quant, module, prefix, self.folder.root)
         for name, m in module.named_modules():
             slot = f"{dot}{name}".rstrip(".")
             if isinstance(m, Weights) and slot in self.folder.quant:
@@ -92,9 +94,25 @@ class Source:
             setattr(module.get_submodule(owner), leaf, parameter)
 
     def _components(self, slot: str, device: str | torch.device) -> dict[str, Tensor]:
-        refs = self.folder.tensors
-        own = [n for n in refs if n.rpartition(".")[0] == slot and n != f"{slot}.bias"]
-        return {n.rpartition(".")[2]: self.on(device, refs[n]) for n in own}
+        own = {
+            c.name: self.folder.tensors.get(f"{slot}.{c.name}")
+            for c in scheme(self.folder.quant[slot]).components
+        }
+        return {name: self.on(device, ref) for name, ref in own.items() if ref is not None}
+
+
+def refuse_quantised(
+    quant: Mapping[str, str], module: nn.Module, prefix: str = "", where: object = "the model"
+) -> None:
+    """Raise ZooError if something in `module` (the submodule called `prefix`) is quantised that is no linear map: it would
+    be run as if its codes were the values."""
+    maps = {f"{prefix}.{name}".strip(".") for name, m in module.named_modules() if isinstance(m, Weights)}
+    for slot, how in quant.items():
+        if f"{slot}.".startswith(f"{prefix}." if prefix else "") and slot not in maps:
+            raise ZooError(
+                f"{where}: {slot} is quantised ({how}), and only linear maps can be run quantised; convert the source again "
+                "with --dtype bf16"
+            )
 
 
 def load(

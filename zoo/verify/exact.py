@@ -26,6 +26,7 @@ from zoo.layout import layout
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box
 from zoo.model.load import DTYPES as TORCH
+from zoo.quant.schemes import scheme
 from zoo.verify.certificate import Check, Level
 
 Array = NDArray[Any]
@@ -57,14 +58,18 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
         return level
     made = {n for n in folder.tensors if n not in plan.outputs}
     made |= {n for n in plan.outputs if n not in folder.tensors and folder.layers is None}
+    refs = plan.checkpoint.tensors
     used: dict[str, int] = {}
+    whole = {n: ref.size for n, ref in refs.items()}
     for o in plan.outputs.values():
         for k, fit in enumerate(o.fits):
             used[o.sources[k]] = used.get(o.sources[k], 0) + _size(fit.source)
+            if o.scheme is not None:  # the fits are of logical elements, several to a packed code
+                whole[o.sources[k]] = refs[o.sources[k]].size * _per_code(o.scheme)
             for names in o.components.values():
-                used[names[k]] = plan.checkpoint.tensors[names[k]].size
-    refs = plan.checkpoint.tensors
-    partial = [n for n, size in used.items() if size != refs[n].size] if folder.layers is None else []
+                used[names[k]] = refs[names[k]].size
+    partial = [n for n, size in used.items() if size != whole[n]] if folder.layers is None else []
+    schemes = [n for n in {**folder.quant, **plan.quant} if folder.quant.get(n) != plan.quant.get(n)]
     lost = [n for n in refs if n not in used and n not in plan.extras] if folder.layers is None else []
     aside = [n for n in plan.extras if n not in folder.extra_tensors and n not in folder.extras]
     level.checks += [
@@ -72,6 +77,12 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
         Check("source tensors unaccounted for", len(lost), 0, f"the source has {len(refs)} tensors"),
         Check(
             "source tensors used in part or twice", len(partial), 0, "each element of a source is used once"
+        ),
+        Check(
+            "weights of another quantisation",
+            len(schemes),
+            0,
+            f"the plan has {len(plan.quant)} quantised ones",
         ),
         Check("extras not kept", len(aside), 0, f"{len(plan.extras)} source tensors are kept aside"),
         Check(
@@ -83,7 +94,18 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     ]
     level.figures |= {"source_tensors": len(refs), "rules": plan.rules_version}
     level.notes += sorted(made)[:5] + lost[:5] + partial[:5] + aside[:5]
+    level.notes += [
+        f"{n} is quantised as {folder.quant.get(n)} in zoo.json, as {plan.quant.get(n)} in the plan"
+        for n in schemes[:5]
+    ]
     return level
+
+
+def _per_code(scheme_name: str) -> int:
+    """Logical elements to an element of the codes."""
+    codes = scheme(scheme_name).components[0]
+    assert codes.unit is not None
+    return math.prod(codes.unit) // math.prod(codes.trailing)
 
 
 def _size(box: Box) -> int:
@@ -153,7 +175,7 @@ def _canonical(folder: Canonical, ref: TensorRef, override: Tensor | None) -> Ar
     if override is not None:
         t = override.detach().to(TORCH[ref.dtype]).contiguous()
         return (
-            t.view(torch.uint8).flatten().numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
+            t.flatten().view(torch.uint8).numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
             if t.numel()
             else np.empty(0)
         )

@@ -10,8 +10,10 @@ not by any family's name for it. Right-padded rows need no mask: every model her
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,7 @@ from zoo.errors import ZooError
 
 OnLayer = Callable[[int, Tensor], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ACTIVATIONS = ("input_activations", "output_activations")  # of a scheme of compressed-tensors
 
 
 class Oracle(Protocol):
@@ -63,7 +66,8 @@ class Transformers:
     """Upstream's own classes on a checkpoint they can read: a Hugging Face folder, or a GGUF file."""
 
     def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
-        self.path, self.dtype, self.note = path, dtype, note
+        self.path, self.dtype = path, dtype
+        self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         self.model = load(path, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
@@ -209,13 +213,128 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     config, cls = config_and_class(path)
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"
-    try:
-        model = cls.from_pretrained(path, config=config, **switches)
-    except ValueError as e:  # a class without the switch
-        if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
-            raise
-        model = cls.from_pretrained(path, config=config, dtype=dtype)
+    with its_own_errors(path), exact_values():
+        try:
+            model = cls.from_pretrained(path, config=config, **switches)
+        except ValueError as e:  # a class without the switch
+            if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
+                raise
+            model = cls.from_pretrained(path, config=config, dtype=dtype)
+    if quantisation_of(config):
+        _cast_plain(model, config, dtype)
     return model.eval()
+
+
+def _cast_plain(model: Any, config: Any, dtype: torch.dtype) -> None:
+    """The unquantised tensors in the dtypes that an unquantised checkpoint's would have. Upstream leaves those of a
+    quantised one as in the file, bf16 beside the dequantised fp32 (seen in transformers 5.23)."""
+    plain = copy.deepcopy(config)
+    for c in (plain, plain.get_text_config()):
+        c.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        like = type(model)._from_config(plain, dtype=dtype)
+    kept = kept_in_fp32(like, dtype)
+    held = dict(model.state_dict(keep_vars=True))
+    for name in like.state_dict():
+        if (t := held.get(name)) is not None and t.is_floating_point():
+            t.data = t.data.to(torch.float32 if name in kept else dtype)
+
+
+def kept_in_fp32(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Names of the tensors that upstream's class, made in `dtype`, has in fp32 all the same."""
+    plan = [re.compile(rf"(^|\.){re.escape(k)}(\.|$)") for k in model._get_dtype_plan(dtype)]
+    tensors = model.state_dict(keep_vars=True).items()
+    return frozenset(n for n, t in tensors if t.dtype == torch.float32 or any(p.search(n) for p in plan))
+
+
+def quantisation_of(config: Any) -> dict[str, Any] | None:
+    """What upstream's config says of quantised weights, in the wrapper's part or the text model's."""
+    for c in (config, config.get_text_config()):
+        if (found := getattr(c, "quantization_config", None)) is not None:
+            return found if isinstance(found, dict) else dict(found.to_dict())
+    return None
+
+
+def _weights_only(config: Any) -> None:
+    """Quantised weights dequantised while loading, wherever this is run (with a GPU upstream would have fp8 kernels). Of
+    compressed-tensors only the weights: upstream would round activations too, as the engine does that a release is for,
+    and ours is compared for what its weights stand for."""
+    for c in (config, config.get_text_config()):
+        q = getattr(c, "quantization_config", None)
+        if isinstance(q, dict) and q.get("quant_method") in ("fp8", "mxfp4", "compressed-tensors"):
+            c.quantization_config = q | {"dequantize": True}
+            if groups := q.get("config_groups"):
+                none = dict.fromkeys(ACTIVATIONS)
+                c.quantization_config["config_groups"] = {name: g | none for name, g in groups.items()}
+
+
+def read_otherwise(path: Path) -> str | None:
+    """For the certificate: in what upstream is given a quantised release other than it is written; None if in nothing."""
+    if not (path / "config.json").is_file():
+        return None
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    found = [c.get("quantization_config") for c in (raw, raw.get("text_config")) if isinstance(c, dict)]
+    for q in found:
+        if isinstance(q, dict) and q.get("quant_method") == "compressed-tensors":
+            groups = q.get("config_groups", {}).values()
+            rounds = any(group.get(kind) for group in groups for kind in ACTIVATIONS)
+            return "upstream was told to dequantise weights while loading, by scales widened to fp32" + (
+                f", and not to round activations as the release has it ({', '.join(ACTIVATIONS)})"
+                if rounds
+                else ""
+            )
+    return None
+
+
+@contextlib.contextmanager
+def its_own_errors(path: Path) -> Iterator[None]:
+    """What goes wrong inside upstream's loading is no bug of ours, and no verdict."""
+    try:
+        yield
+    except (ZooError, MemoryError):
+        raise
+    except Exception as e:
+        what = (str(e).splitlines() or [""])[0]
+        raise NoUpstream(f"{path}: upstream cannot load this: {type(e).__name__}: {what}") from e
+
+
+@contextlib.contextmanager
+def exact_values() -> Iterator[None]:
+    """Meanwhile upstream's own dequantisation gives the value that codes and scales stand for, rounded once, also where
+    transformers 5.23 does not:
+    - of fp8 it takes the block to be the shape over the grid of scales; where the last block is not whole (DeepSeek V3's
+      576 rows in blocks of 128) that is refused, or wrong. Codes are padded to whole blocks, and the padding cut off.
+    - of compressed-tensors it multiplies in the scales' dtype, mostly bf16. The scales are widened to fp32."""
+    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    one, convert = Fp8Dequantize._dequantize_one, CompressedTensorsDequantize.convert
+
+    def padded(self: Any, codes: Tensor, scales: Tensor, *args: Any, **kwargs: Any) -> Any:
+        block = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
+        if not block or scales.ndim < 2:
+            return one(self, codes, scales, *args, **kwargs)
+        shape, grid = list(codes.shape[-2:]), list(scales.shape[-2:])
+        full = [n * b for n, b in zip(grid, block, strict=True)]
+        if full == shape or grid != [-(-n // b) for n, b in zip(shape, block, strict=True)]:
+            return one(self, codes, scales, *args, **kwargs)
+        (rows, columns), (R, C) = shape, full
+        bits = nn.functional.pad(codes.view(torch.uint8), (0, C - columns, 0, R - rows))
+        made = one(self, bits.view(codes.dtype), scales, *args, **kwargs)
+        return made[..., :rows, :columns].contiguous()
+
+    def widened(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        wide = {
+            k: v if "weight_scale" not in k else [t.float() for t in v] if isinstance(v, list) else v.float()
+            for k, v in input_dict.items()
+        }
+        return convert(self, wide, *args, **kwargs)
+
+    Fp8Dequantize._dequantize_one, CompressedTensorsDequantize.convert = padded, widened
+    try:
+        yield
+    finally:
+        Fp8Dequantize._dequantize_one, CompressedTensorsDequantize.convert = one, convert
 
 
 def config_and_class(path: Path) -> tuple[Any, Any]:
@@ -239,6 +358,7 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
         keys = {k: v for k, v in data.items() if k != "auto_map"}
         keys["model_type"] = cls.config_class.model_type
         config = cls.config_class.from_dict(keys)
+        _weights_only(config)
         try:
             with torch.device("meta"):
                 cls._from_config(config)

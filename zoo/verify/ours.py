@@ -21,8 +21,9 @@ from zoo.formats.base import TensorRef
 from zoo.model import Decoder
 from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
-from zoo.model.load import KEPT, Source
+from zoo.model.load import KEPT, Source, refuse_quantised
 from zoo.model.moe import Router
+from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify.faults import Subject
 
@@ -125,6 +126,7 @@ class Streamed(Ours):
         self.source, self.dtype = MappedOneByOne(folder), dtype
         self.current: int | None = None
         self.waiting: set[int] = set()
+        refuse_quantised(folder.quant, self.decoder, where=folder.root)  # not all of it is filled by `Source`
         for name, module in self.decoder.named_children():
             if name not in ("layers", "embed", "head"):
                 self.source.fill(module, name, "cpu", dtype)
@@ -236,11 +238,13 @@ def subject_of(
 def build(subject: Subject) -> Decoder:
     """A decoder of tensors in memory."""
     model = Decoder(subject.spec)
+    refuse_quantised(subject.quant, model)
     for name, m in model.matrices():
         if name in subject.quant:
-            own = [n for n in subject.tensors if n.rsplit(".", 1)[0] == name and not n.endswith(".bias")]
+            names = {c.name: f"{name}.{c.name}" for c in scheme(subject.quant[name]).components}
+            own = {part: subject.tensors[n] for part, n in names.items() if n in subject.tensors}
             if own or not subject.partial:
-                m.quantise(subject.quant[name], {n.rsplit(".", 1)[1]: subject.tensors[n] for n in own})
+                m.quantise(subject.quant[name], own)
     for name, _ in list(model.named_parameters()):
         if subject.partial and name not in subject.tensors:
             continue

@@ -28,7 +28,18 @@ from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, open_checkpoint
 from zoo.verify.compare import OnLayer, OnLogits
 from zoo.verify.inputs import Batch
-from zoo.verify.oracle import DTYPES, Transformers, config_and_class, decoder_layers, placeholder_ids, quiet
+from zoo.verify.oracle import (
+    DTYPES,
+    Transformers,
+    config_and_class,
+    decoder_layers,
+    exact_values,
+    its_own_errors,
+    kept_in_fp32,
+    placeholder_ids,
+    quiet,
+    read_otherwise,
+)
 from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.ours import mapped
 
@@ -44,11 +55,13 @@ class StreamedTransformers(Transformers):
             raise ZooError(
                 f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
             )
-        self.path, self.dtype, self.note = path, dtype, note
+        self.path, self.dtype = path, dtype
+        self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         return_freed_memory()
         config, cls = config_and_class(path)
-        quantizer = dequantizer(config)
+        with its_own_errors(path):
+            quantizer = dequantizer(config)
         self.model = skeleton(cls, config, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
@@ -235,8 +248,7 @@ def dequantizer(config: Any) -> Any:
     asked = getattr(quantizer, "quantization_config", None)
     if not getattr(asked, "dequantize", False):
         raise ZooError(
-            "upstream cannot dequantise this checkpoint a layer at a time here; verify without --stream, or convert with "
-            "--dtype and verify against that"
+            "upstream cannot dequantise this checkpoint a layer at a time; verify without --stream"
         )
     for c in (config, config.get_text_config()):
         c.__dict__.pop("quantization_config", None)
@@ -277,7 +289,7 @@ class Weights:
         self.names = {id(m): n for n, m in model.named_modules()}
         self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self.fp32 = [re.compile(rf"(^|\.){re.escape(k)}(\.|$)") for k in model._get_dtype_plan(dtype)]
+        self.fp32 = kept_in_fp32(model, dtype)
         self.quantizer = quantizer
         transforms = get_model_conversion_mapping(model, None, quantizer)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -339,7 +351,9 @@ class Weights:
                     self._set(target, t)
                     done.add(target)
         if missing := [n for n in wanted if n not in done]:
-            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {missing[0]} ({what or prefix})")
+            raise ZooError(
+                f"{self.ckpt.root}: no tensor for upstream's {missing[0]} ({what or prefix}); verify without --stream"
+            )
 
     def unload(self, module: nn.Module, recurse: bool = True) -> None:
         prefix = self.names[id(module)]
@@ -357,7 +371,7 @@ class Weights:
         key = self.targets_of.get(name, name)
         found = self.sources.get(key) or self.sources.get(self.tied.get(key, ""))
         if not found:
-            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {name}")
+            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {name}; verify without --stream")
         refs = [self.ckpt.tensors[source] for source, _ in found]
         pattern = found[0][1]
         if pattern is None:
@@ -366,7 +380,10 @@ class Weights:
         for ref, (source, p) in zip(refs, found, strict=True):
             mapping.add_tensor(key, source, p, mapped(self.ckpt.path(ref.file), ref))
         del refs
-        made = mapping.convert(key, model=self.model, config=self.model.config, hf_quantizer=self.quantizer)
+        with its_own_errors(self.ckpt.root), exact_values():
+            made = mapping.convert(
+                key, model=self.model, config=self.model.config, hf_quantizer=self.quantizer
+            )
         return {n: (t[0] if isinstance(t, list) else t) for n, t in made.items()}
 
     def _set(self, name: str, t: Tensor) -> None:
@@ -375,8 +392,7 @@ class Weights:
             raise ZooError(
                 f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
             )
-        keep = like.dtype == torch.float32 or any(p.search(name) for p in self.fp32)
-        dtype = torch.float32 if keep else self.dtype
+        dtype = torch.float32 if name in self.fp32 else self.dtype
         new = t.to(dtype) if t.is_floating_point() else t
         if isinstance(like, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
