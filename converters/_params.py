@@ -8,17 +8,48 @@ What these files leave out because the vendor's code knows it is filled in here,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from zoo.config import Config
 from zoo.errors import ZooError
+from zoo.families import MAX_LAYERS
+
+Make = TypeVar("Make", bound=Callable[..., dict[str, Any]])
 
 
+def sound(make: Make) -> Make:
+    """`make(..., where)`, whose crash over a value of the wrong kind is an error that names the file."""
+
+    @functools.wraps(make)
+    def guarded(*args: Any) -> dict[str, Any]:
+        try:
+            return make(*args)
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
+            raise ZooError(
+                f"{args[-1]}: a field has a value that makes no model ({type(e).__name__}: {e})"
+            ) from e
+
+    return guarded  # type: ignore[return-value]
+
+
+def layer_count(n: Any, key: str, where: str) -> int:
+    """`n`, checked before anything is as long as it says."""
+    if not isinstance(n, int) or not 0 < n <= MAX_LAYERS:
+        raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
+    return n
+
+
+@sound
 def meta(params: Mapping[str, Any], vocab_size: int, tied: bool, where: str) -> dict[str, Any]:
     """Llama 2, 3.x and 4. `vocab_size` is that of the embedding, for files that say -1."""
     p = Config(params.get("model", params), where)
-    d, n_heads = p["dim"], p["n_heads"]
+    d, n_heads, n_layers = p["dim"], p["n_heads"], layer_count(p["n_layers"], "n_layers", where)
+    p.refuse(
+        rope_scaling=None, rope_scale_factor=None, low_freq_factor=1.0, norm_type="rmsnorm", qk_norm=False,
+        quantization=None,
+    )  # fmt: skip
     for other in ("vision_chunk_size", "vision_num_cross_attention_layers"):
         if p.get(other, -1) not in (-1, 0):
             raise ZooError(f"{where}: {other} is set: the vision models of Llama 3.2 are not supported")
@@ -29,7 +60,7 @@ def meta(params: Mapping[str, Any], vocab_size: int, tied: bool, where: str) -> 
     out = {
         "vocab_size": vocab_size if p.get("vocab_size", -1) <= 0 else p["vocab_size"],
         "hidden_size": d,
-        "num_hidden_layers": p["n_layers"],
+        "num_hidden_layers": n_layers,
         "num_attention_heads": n_heads,
         "num_key_value_heads": p.get("n_kv_heads", n_heads),
         "head_dim": d // n_heads,
@@ -43,8 +74,11 @@ def meta(params: Mapping[str, Any], vocab_size: int, tied: bool, where: str) -> 
     }
     if "moe_args" in p or "nope_layer_interval" in p:
         return _llama4(p, out)
-    scaled = p.get("use_scaled_rope", False)
-    if scaled:
+    p.refuse(
+        high_freq_factor=4.0, rope_high_freq_factor=4.0, use_qk_norm=False, attention_chunk_size=None,
+        attn_temperature_tuning=False,
+    )  # fmt: skip
+    if scaled := p.choice("use_scaled_rope", (True, False), False):
         # Not in params.json. Meta's code and the Hugging Face configs: 8 for 3.1 and 3.3, 32 for the small 3.2.
         out["rope_scaling"] = _llama3_rope(p.get("rope_scaling_factor", 32.0 if d < 4096 else 8.0), 4.0)
     context = 131072 if scaled else 8192 if out["vocab_size"] > 100_000 else 4096
@@ -79,7 +113,7 @@ def _llama4(p: Config, out: dict[str, Any]) -> dict[str, Any]:
     """Source: ModelArgs, MoE and TransformerBlock of llama_models/llama4."""
     moe = p.sub("moe_args")
     shrink = moe.get("capacity_factor", 1.0) + 1 if moe.get("auto_scale_F", True) else 1.0
-    if p.get("use_scaled_rope", False):
+    if p.choice("use_scaled_rope", (True, False), False):
         scaling = _llama3_rope(p.get("rope_scaling_factor", 16.0), p.get("rope_high_freq_factor", 1.0))
         out["rope_scaling"] = scaling
     step = moe.get("interleave_moe_layer_step", 1)
@@ -103,15 +137,22 @@ def _llama4(p: Config, out: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@sound
 def mistral(params: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Mistral 7B to Mistral Large 3; the text model of those that see images."""
     p = Config(params, where)
+    p.refuse(
+        model_type="transformer", activation="silu", norm_type="rmsnorm", causal=True, biases=False, use_biases=False,
+        qk_norm=False, use_qk_norm=False, ada_rms_norm_t_cond=False, rope_type="default", rope_scaling=None,
+        partial_rotary_factor=1.0, attention_chunk_size=None, logit_softcap=None, attn_logit_softcapping=None,
+        final_logit_softcapping=None, embedding_scale=1.0, residual_scale=1.0,
+    )  # fmt: skip
     out = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "vocab_size": p["vocab_size"],
         "hidden_size": p["dim"],
-        "num_hidden_layers": p["n_layers"],
+        "num_hidden_layers": layer_count(p["n_layers"], "n_layers", where),
         "num_attention_heads": p["n_heads"],
         "num_key_value_heads": p.get("n_kv_heads", p["n_heads"]),
         "head_dim": p.get("head_dim", p["dim"] // p["n_heads"]),
@@ -126,7 +167,7 @@ def mistral(params: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
     if "quantization_config" in p:
         out["quantization_config"] = p["quantization_config"]
-    if "sliding_window" in p:
+    if "sliding_window" in p or "_sliding_window" in p:
         out |= _windows(p, out)
     if "kv_lora_rank" in p:
         return out | _large3(p)
@@ -140,7 +181,9 @@ def mistral(params: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _windows(p: Config, out: dict[str, Any]) -> dict[str, Any]:
     """One window for all layers, or a pattern of them; a window as long as the context is none."""
-    pattern = p["sliding_window"]
+    pattern = p.first(
+        "sliding_window", "_sliding_window"
+    )  # the second is Ministral 8B's: see transformers' convert_ministral_weights_to_hf.py
     pattern = [
         None if w in (None, "null") else int(w) for w in (pattern if isinstance(pattern, list) else [pattern])
     ]
@@ -210,10 +253,12 @@ def _large3(p: Config) -> dict[str, Any]:
     }
 
 
+@sound
 def openai(own: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
     """gpt-oss. Source: gpt_oss/torch/model.py of openai/gpt-oss."""
     c = Config(own, where)
-    n, factor = c["num_hidden_layers"], float(c.get("rope_scaling_factor", 1.0))
+    n = layer_count(c["num_hidden_layers"], "num_hidden_layers", where)
+    factor = float(c.get("rope_scaling_factor", 32.0))  # ModelConfig's default
     scaling = {
         "rope_type": "yarn",
         "factor": factor,

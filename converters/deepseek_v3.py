@@ -130,6 +130,10 @@ RULES = {
         *names.GGUF_MLP,
         *experts.GGUF_MOE,
         experts.GGUF_MTP_LAYERS,
+        *(
+            extra(f"blk.*.attn_{x}_b.weight", "a part of attn_kv_b, which the file also has whole")
+            for x in "kv"
+        ),
     ),
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,12 @@ import torch
 import vendor
 from tiny.variant import FULL, SLIDING, llama3, rope, yarn
 
+from converters import _gguf
 from zoo import families
 from zoo.errors import ZooError
+from zoo.formats import gguf as gguf_format
 from zoo.formats import gguf_tokenizer, open_checkpoint
+from zoo.formats.base import TensorRef
 from zoo.model.load import load
 from zoo.quant import ggml
 from zoo.spec import Spec
@@ -243,6 +249,214 @@ def test_llama3_scaling_is_read_from_the_factors_in_the_file(tmp_path: Path) -> 
     )
     with pytest.raises(ZooError, match=r"rope_freqs\.weight\[0\] is 2"):
         open_checkpoint(odd)
+
+
+# --- fields: nothing is ignored -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def headers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[dict[str, Any], dict[str, TensorRef]]]:
+    """Metadata and tensors of the tiny GGUF of an architecture."""
+
+    @functools.cache
+    def header(arch: str) -> tuple[dict[str, Any], dict[str, TensorRef]]:
+        _, file = both(arch, tmp_path_factory.mktemp(arch))
+        metadata, refs = gguf_format.read_header(file, file.name)
+        return metadata, {r.name: r for r in refs}
+
+    return header
+
+
+Change = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def changed(headers: Any) -> Change:
+    """config.json of an architecture with fields changed, or taken out (None)."""
+
+    def config(arch: str, fields: dict[str, Any], table: tuple[float, ...] | None = None) -> dict[str, Any]:
+        metadata, tensors = headers(arch)
+        metadata = metadata | {f"{arch}.{k}": v for k, v in fields.items()}
+        metadata = {k: v for k, v in metadata.items() if v is not None}
+        return _gguf.config(
+            metadata, tensors, {} if table is None else {"rope_freqs.weight": table}, "w.gguf"
+        )
+
+    return config
+
+
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        (LINEAR, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        (YARN, yarn(ROPE, 4.0, 64, 32.0, 1.0)),
+        (YARN | {"rope.scaling.yarn_attn_factor": 1.0}, yarn(ROPE, 4.0, 64, 32.0, 1.0) | {"attention_factor": 1.0}),
+        # As conversions of Mistral's own files say that cos and sin are not scaled
+        (YARN | {"rope.scaling.yarn_log_multiplier": 1.0}, yarn(ROPE, 4.0, 64, 32.0, 1.0, mscale=1.0, mscale_all_dim=1.0)),
+    ],
+)  # fmt: skip
+def test_scaled_rope_is_read_as_llama_cpp_reads_it(
+    fields: dict[str, Any], settings: dict[str, Any] | None, changed: Change
+) -> None:
+    for arch in ("llama", "qwen3"):
+        ours = changed(arch, fields)
+        assert architecture(ours) == architecture(ours | {"rope_scaling": settings})
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields"),
+    [
+        ("llama", YARN | {"rope.scaling.attn_factor": 0.5}),
+        ("llama", YARN | {"rope.scaling.yarn_ext_factor": 0.5}),
+        ("llama", LINEAR | {"rope.scaling.yarn_attn_factor": 0.5}),
+        ("llama", {"attention.scale": 0.01}),
+        ("llama", {"attention.causal": False}),
+        ("llama", {"attention.sliding_window": 16}),
+        ("llama", {"attention.value_length": 8}),
+        ("llama", {"rope.freq_base_swa": 5000.0}),
+        ("llama", {"final_logit_softcapping": 30.0}),
+        ("llama", {"of_a_later_version": 1}),
+        ("qwen3", {"rope.dimension_count": 4}),
+        ("qwen3", {"logit_scale": 0.5}),
+        ("qwen3moe", {"expert_weights_norm": False}),
+        ("qwen3moe", {"expert_gating_func": 2}),
+        ("qwen3moe", {"leading_dense_block_count": 1}),
+        ("gemma3", {"attn_logit_softcapping": 50.0}),
+        ("gemma3", {"attention.shared_kv_layers": 3}),
+        ("gpt-oss", {"expert_gating_func": 2}),
+        ("gpt-oss", {"swiglu_clamp_exp": 5.0}),
+        ("deepseek2", {"attention.temperature_scale": 0.1}),
+        ("deepseek2", {"nextn_predict_layers": 1}),
+        ("deepseek2", {"attention.indexer.top_k": 64}),
+    ],
+)
+def test_a_field_that_would_be_ignored_is_refused_by_name(
+    arch: str, fields: dict[str, Any], changed: Change
+) -> None:
+    key, value = list(fields.items())[-1]
+    with pytest.raises(
+        ZooError, match=rf"w\.gguf: field '{arch}\.{re.escape(key)}' is {re.escape(str(value))}"
+    ):
+        changed(arch, fields)
+
+
+def test_fields_that_say_what_the_family_does_anyway_are_taken(changed: Change) -> None:
+    """What converters of several years write beside the rest."""
+    common = {
+        "attention.causal": True, "logit_scale": 1.0, "pooling_type": 0, "rope.scaling.finetuned": False, "vocab_size": 131,
+        "attention.layer_norm_epsilon": 1e-5, "rope.scaling.attn_factor": 1.0, "tensor_data_layout": "Meta AI original pth",
+        "attention.scale": 0.0, "nextn_predict_layers": 0,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"attention.key_length": 10, "attention.value_length": 10, "expert_count": 0, "expert_used_count": 0},
+        "qwen3": {"rope.dimension_count": 10, "attention.sliding_window": 0},
+        "qwen3moe": {"expert_weights_norm": True, "expert_gating_func": 1, "expert_shared_count": 0},
+        "gemma3": {
+            "rope.freq_base_swa": 10000.0, "vision.block_count": 27, "attention.value_length": 10,
+            "attention.sliding_window_pattern": [True, True, True, True, True, False, True],
+        },
+        "gpt-oss": {
+            "attention.sliding_window_pattern": 2, "swiglu_clamp_exp": [7.0] * 4, "attention.value_length": 12,
+            "rope.dimension_count": 12,
+        },
+        "deepseek2": {"expert_shared_feed_forward_length": 56},
+    }  # fmt: skip
+    for arch in ARCHITECTURES:
+        assert architecture(changed(arch, common | own[arch])) == architecture(changed(arch, {}))
+
+
+def test_factors_of_rope_are_those_of_a_head_and_the_only_scaling(changed: Change) -> None:
+    assert changed("llama", {}, (1.0,) * 5)["rope_scaling"]["factor"] == 1.0
+    with pytest.raises(ZooError, match="has 3 factors; a head of 10 channels needs 5"):
+        changed("llama", {}, (1.0,) * 3)
+    with pytest.raises(
+        ZooError, match=r"scales RoPE twice, by rope_freqs\.weight and by llama\.rope\.scaling \(linear\)"
+    ):
+        changed("llama", LINEAR, (1.0,) * 5)
+    with pytest.raises(ZooError, match=r"rope_freqs\.weight, which llama\.cpp's graph of qwen3 does not use"):
+        changed("qwen3", {}, (1.0,) * 5)
+
+
+def test_gemma3_without_a_window_has_full_layers_only(changed: Change) -> None:
+    for nothing in (None, 0):
+        spec = families.spec_of(changed("gemma3", {"attention.sliding_window": nothing}))
+        assert {layer.mixer.window for layer in spec.layers} == {None}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("experts", "factor", "fast"), [(384, 32.0, 1.0), (384, 64.0, 32.0), (256, 40.0, 32.0)]
+)
+def test_yarns_betas_that_a_file_leaves_out_are_those_of_the_release(
+    experts: int, factor: float, fast: float, changed: Change
+) -> None:
+    """Kimi K2 Instruct, Kimi K2 Thinking, DeepSeek V3, as their config.json say."""
+    left_out = {"rope.scaling.yarn_beta_fast": None, "rope.scaling.yarn_beta_slow": None}
+    config = changed("deepseek2", {"expert_count": experts, "rope.scaling.factor": factor} | left_out)
+    assert (config["rope_scaling"]["beta_fast"], config["rope_scaling"]["beta_slow"]) == (fast, 1.0)
+
+
+def test_softmax_routing_of_deepseek2_is_refused_by_its_field(changed: Change) -> None:
+    with pytest.raises(ZooError, match=r"deepseek2\.expert_gating_func is 1 .*supported: 2 \(sigmoid"):
+        changed("deepseek2", {"expert_gating_func": None})
+
+
+def test_layers_that_predict_further_tokens_are_no_layers_of_the_decoder(headers: Any) -> None:
+    metadata, tensors = headers("deepseek2")
+    metadata = metadata | {"deepseek2.nextn_predict_layers": 1}
+    tensors = tensors | {"blk.3.nextn.eh_proj.weight": tensors["token_embd.weight"]}
+    assert _gguf.config(metadata, tensors, {}, "w.gguf")["num_hidden_layers"] == 3
+
+
+def test_an_up_projection_that_is_there_whole_and_in_parts_is_taken_whole(tmp_path: Path) -> None:
+    """As ik_llama.cpp writes it: attn_kv_b beside attn_k_b, transposed per head, and attn_v_b."""
+    _, file = both("deepseek2", tmp_path)
+    reader = gguf.GGUFReader(file)
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    w = gguf.GGUFWriter(tmp_path / "both.gguf", "deepseek2")
+    for key, field in reader.fields.items():
+        if key.startswith("deepseek2."):
+            w.add_key_value(key, field.contents(), field.types[0])
+    for name, data in tensors.items():
+        w.add_tensor(name, data)
+        if "attn_k_b" in name:
+            v = tensors[name.replace("k_b", "v_b")]  # [H, V, rank]; data is [H, rank, nope]
+            whole = np.concatenate([data.transpose(0, 2, 1), v], 1).reshape(-1, v.shape[-1])
+            w.add_tensor(name.replace("k_b", "kv_b"), np.ascontiguousarray(whole))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    vendor.same(
+        vendor.canonical(tmp_path / "both.gguf", tmp_path / "a"), vendor.canonical(file, tmp_path / "b")
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("block_count", 4_000_000_000, r"gpt-oss\.block_count is 4000000000; expected 1 to 4096"),
+        ("block_count", 1.5, r"block_count is 1\.5"),
+        ("attention.head_count", 0, "makes no model"),
+        ("attention.key_length", float("nan"), "makes no model"),
+        ("rope.freq_base", [], r"rope\.freq_base' is \[\]; only one value for all layers"),
+        ("feed_forward_length", [2, 3], "only one value for all layers"),
+        ("rope.scaling.factor", "abc", None),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_an_error_that_names_the_file(
+    key: str, value: Any, says: str | None, changed: Change
+) -> None:
+    with pytest.raises(ZooError, match=says and f"^w.gguf: .*{says}"):
+        families.spec_of(changed("gpt-oss", {"attention.key_length": None, key: value}))
 
 
 # --- the file -----------------------------------------------------------------------------------------------

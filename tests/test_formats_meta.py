@@ -197,3 +197,37 @@ def test_the_vision_models_are_refused(ranks: Path) -> None:
     (ranks / "params.json").write_text(json.dumps(PARAMS | {"vision_chunk_size": 560}))
     with pytest.raises(ZooError, match="vision"):
         open_checkpoint(ranks)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("rope_scaling", {"factor": 2}, "rope_scaling is"),
+        ("low_freq_factor", 2.0, r"low_freq_factor is 2\.0"),
+        ("use_qk_norm", True, "use_qk_norm is True"),
+        ("quantization", {"x": 1}, "quantization is"),
+        ("use_scaled_rope", "false", "use_scaled_rope is 'false'"),
+        ("n_layers", 4_000_000_000, "n_layers is 4000000000; expected 1 to 4096"),
+        ("multiple_of", 0, "makes no model"),
+        ("vocab_size", "abc", "makes no model"),
+        ("n_heads", [], "makes no model"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_refused_by_name(
+    field: str, value: object, says: str, ranks: Path
+) -> None:
+    (ranks / "params.json").write_text(json.dumps(PARAMS | {field: value}))
+    with pytest.raises(ZooError, match=rf"params\.json: .*{says}"):
+        open_checkpoint(ranks)
+
+
+def test_params_that_are_no_object_are_refused(ranks: Path) -> None:
+    (ranks / "params.json").write_text(json.dumps({"model": 3}))
+    with pytest.raises(ZooError, match=r"params\.json: model should be an object"):
+        open_checkpoint(ranks)
+
+
+def test_two_files_of_one_rank_are_refused(ranks: Path) -> None:
+    (ranks / "consolidated.0.pth").write_bytes((ranks / "consolidated.00.pth").read_bytes())
+    with pytest.raises(ZooError, match=r"consolidated\.0\.pth and consolidated\.00\.pth are both of rank 0"):
+        open_checkpoint(ranks)

@@ -116,6 +116,41 @@ def test_experts_without_latent_attention_are_refused(tmp_path: Path) -> None:
         open_checkpoint(own)
 
 
+DENSE = {
+    "dim": 40, "n_layers": 4, "n_heads": 4, "head_dim": 10, "hidden_dim": 44, "vocab_size": 131, "norm_eps": 1e-5,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 4}), ("logit_softcap", 30.0), ("partial_rotary_factor", 0.5),
+        ("activation", "gelu"), ("causal", False), ("use_qk_norm", True), ("biases", True), ("embedding_scale", 2.0),
+        ("norm_type", "layernorm"), ("model_type", "mamba"),
+    ],
+)  # fmt: skip
+def test_a_field_that_would_change_the_numbers_is_refused_by_name(field: str, value: object) -> None:
+    from converters import _params
+
+    neutral = {"activation": "silu", "causal": True, "model_type": "transformer", "rope_scaling": None}
+    assert _params.mistral(DENSE | neutral, "params.json") == _params.mistral(DENSE, "params.json")
+    with pytest.raises(ZooError, match=rf"^params\.json: {field} is "):
+        _params.mistral(DENSE | {field: value}, "params.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n_layers", 4_000_000_000), ("n_heads", 0), ("dim", "abc"), ("rope_theta", []), ("sliding_window", [])],
+)
+def test_a_value_that_makes_no_model_is_an_error_that_names_the_file(field: str, value: object) -> None:
+    from converters import _params
+
+    with pytest.raises(ZooError, match=r"^params\.json: "):
+        _params.mistral(DENSE | {field: value}, "params.json")
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "_sliding_window"])
 @pytest.mark.parametrize(
     ("window", "kinds"),
     [
@@ -125,14 +160,12 @@ def test_experts_without_latent_attention_are_refused(tmp_path: Path) -> None:
         ([999_999, 16], [None, 16, None, 16]),
     ],
 )
-def test_windows_are_one_for_all_layers_or_a_pattern(window: object, kinds: list[int | None]) -> None:
+def test_windows_are_one_for_all_layers_or_a_pattern(
+    field: str, window: object, kinds: list[int | None]
+) -> None:
     from converters import _params
 
-    params = {
-        "dim": 40, "n_layers": 4, "n_heads": 4, "head_dim": 10, "hidden_dim": 44, "vocab_size": 131, "norm_eps": 1e-5,
-        "max_position_embeddings": 32768, "sliding_window": window,
-    }  # fmt: skip
-    spec = families.spec_of(_params.mistral(params, "params.json"))
+    spec = families.spec_of(_params.mistral(DENSE | {field: window}, "params.json"))
     assert [layer.mixer.window for layer in spec.layers] == kinds  # type: ignore[union-attr]
 
 

@@ -42,6 +42,8 @@ def open(path: Path) -> Checkpoint:
     ranks = [read_pickle(inside(root, f, str(root)), f, notes) for f in files]
     sizes = {f: (root / f).stat().st_size for f in files}
     own = params.get("model", params)
+    if not isinstance(own, dict):
+        raise ZooError(f"{where}: model should be an object, found {type(own).__name__}")
     if "multiple_of" not in own:
         if len(files) > 1:
             raise ZooError(f"{where}: not Meta's (no multiple_of), but there are {len(files)} rank files")
@@ -62,7 +64,12 @@ def open(path: Path) -> Checkpoint:
 
 
 def _rank_files(root: Path) -> list[str]:
-    found = {int(m[1]): p.name for p in root.glob("consolidated.*.pth") if (m := _FILE.fullmatch(p.name))}
+    found: dict[int, str] = {}
+    for name in sorted(p.name for p in root.glob("consolidated.*.pth")):
+        if (m := _FILE.fullmatch(name)) and found.setdefault(int(m[1]), name) != name:
+            raise ZooError(
+                f"{root}: {found[int(m[1])]} and {name} are both of rank {int(m[1])}; which one is meant?"
+            )
     if not found:
         raise ZooError(f"{root}: no consolidated.NN.pth here")
     for r in range(max(found) + 1):
@@ -112,5 +119,5 @@ def _vocab_size(tensors: dict[str, TensorRef], params: dict[str, Any], n_ranks: 
     """Rows of the embedding. Ranks share its rows (Llama 3, 4) or, with all rows each, its columns (Llama 2)."""
     ref = tensors.get("rank0.tok_embeddings.weight")
     if ref is None or len(ref.shape) != 2:
-        return int(params.get("vocab_size", -1))
+        return -1  # the plan will say what is missing
     return ref.shape[0] * n_ranks if ref.shape[1] == params.get("dim") else ref.shape[0]
