@@ -168,6 +168,19 @@ def test_nan_fails(tmp_path: Path) -> None:
     assert {x.name for x in cert.levels if x.verdict == "failed"} == {"bytes", "layers", "logits"}
     assert cert.diagnosis is not None
     assert any("not finite" in text for text in cert.diagnosis["suggestions"])
+    assert cert.diagnosis["where"] == "layer 2, feed-forward"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_expert_that_is_not_finite_is_found_without_guesses(stream: bool, tmp_path: Path) -> None:
+    def poison(t: torch.Tensor) -> torch.Tensor:
+        t[0, 0, 0] = float("nan")  # few tokens are routed to it
+        return t
+
+    folder = with_tensor(copy(canonical("qwen3_moe"), tmp_path / "c"), "layers.3.moe.down.weight", poison)
+    found = zoo.verify(folder, level="logits", stream=stream, write=False).diagnosis
+    assert found is not None and found["where"] == "layer 3, feed-forward"
+    assert found["suggestions"] == ["layers.3.moe.down.weight holds numbers that are not finite"]
 
 
 def test_nothing_to_compare_with_is_an_error_that_says_so() -> None:
@@ -209,3 +222,8 @@ def test_nothing_is_judged_by_what_is_no_number(
     assert cert.level("bytes").verdict == "passed" and cert.level("logits").verdict == "failed"
     assert "upstream itself gives values that are infinite" in " ".join(cert.level("logits").notes)
     assert cert.level("layers").verdict == ("passed" if where == "lm_head.weight" else "failed")
+    assert any(c.why == "none: upstream's own values are not finite" for c in cert.level("logits").checks)
+    assert cert.diagnosis is not None
+    assert cert.diagnosis["where"].startswith("the final norm" if where == "lm_head.weight" else "layer 1")
+    assert any("upstream itself gives" in text for text in cert.diagnosis["suggestions"])
+    assert not cert.diagnosis["hypotheses"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import vendor
 from safetensors.torch import load_file, save_file
 from test_quant_models import MLA, MODELS, Quantiser, Tensors, fp8_channels, linear, quantised
@@ -126,6 +127,34 @@ def test_activations_are_not_rounded_and_the_certificate_says_so(tmp_path: Path)
     cert = zoo.verify(converted("qwen3 channels", tmp_path), level="logits", write=False)
     assert "not to round activations" in cert.oracle["note"]
     assert cert.oracle["note"] in cert.level("layers").notes
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_rounded_copy_that_fails_in_fp32_is_told_to_be_verified_in_its_dtype(
+    dtype: str, tmp_path: Path
+) -> None:
+    folder = converted("qwen3 fp8", tmp_path, dtype)
+    cert = zoo.verify(folder, level="logits", write=False)
+    assert not cert.passed and cert.diagnosis is not None
+    assert f"verify with --dtype {dtype}" in cert.diagnosis["suggestions"][0]
+    assert zoo.verify(folder, level="logits", dtype=dtype, write=False).passed
+
+
+def test_faults_are_seeded_where_a_scale_is_one_number(tmp_path: Path) -> None:
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        out: Tensors = {}
+        for key, t in tensors.items():
+            if linear(key, t):
+                out[key], out[key + "_scale_inv"] = vendor.fp8_tensor(t)
+                out[key.removesuffix("weight") + "activation_scale"] = torch.tensor(0.01)
+            else:
+                out[key] = t
+        return out, {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+
+    folder = zoo.convert(quantised("qwen3", {}, quantise, tmp_path / "release"), tmp_path / "canonical")
+    assert set(canonical.read(folder).quant.values()) == {"fp8-tensor"}
+    cert = zoo.verify(folder, level="logits", self_test=True, write=False)
+    assert cert.passed and cert.faults is not None and cert.faults["caught"] == cert.faults["applicable"] > 0
 
 
 def test_weights_quantised_otherwise_than_the_release_fail_the_plan(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ def diagnose(
     the source's config gives. `stream`: hold no layers but those that must be run."""
     first = next(
         (i for i, tokens in enumerate(measured.layers)
-         if tokens and not tolerance.representative(dtype, tokens) <= tolerance.layer_bound(dtype, i, measured.spread).value),
+         if tokens and not tolerance.representative(dtype, tokens) <= _finite_bound(dtype, i, measured.spread)),
         None,
     )  # fmt: skip
     shown = any(measured.layers)
@@ -73,6 +74,12 @@ def diagnose(
         # The verdict stands without it.
         out["suggestions"].append(f"the search for the cause ended early: {e}")
     return out
+
+
+def _finite_bound(dtype: str, layer: int, spread: Spread) -> float:
+    """The layer's bound; none is kept where upstream itself is not finite, for infinity is within infinity."""
+    bound = tolerance.layer_bound(dtype, layer, spread).value
+    return bound if math.isfinite(bound) else -math.inf
 
 
 def _search(
@@ -105,7 +112,11 @@ def _search(
     out["suggestions"] += observations(clean, first)
     before = probe.error(clean)
     found: list[dict[str, Any]] = []
-    for name, what, site, subject in hypotheses(clean, first, LARGE if stream else None):
+    if not (given := probe.upstream_is_finite()):
+        out["suggestions"].append("upstream itself gives values that are infinite or no numbers here")
+    # What is not finite is far from everything: no mistake made again would show for what it is.
+    finite = given and math.isfinite(probe.bound) and all(_is_finite(t) for _, t in _concerned(clean, first))
+    for name, what, site, subject in hypotheses(clean, first, LARGE if stream else None) if finite else ():
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
             found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
@@ -138,18 +149,12 @@ def observations(subject: Subject, layer: int | None) -> list[str]:
     """What is odd about the tensors themselves: constant, with empty rows, not numbers, the same as elsewhere."""
     mine = f"layers.{layer}." if layer is not None else "layers."
     out = []
-    for name, t in subject.tensors.items():
-        if (
-            name.startswith("layers.")
-            if layer is None
-            else not name.startswith((mine, "embed.") if layer == 0 else mine)
-        ):
-            continue
+    for name, t in _concerned(subject, layer):
         if not t.is_floating_point() or t.numel() < 2:
             continue
         one = float(t.flatten()[0])
         some = t if t.ndim > 2 else t[None]  # of experts one at a time
-        if not all(bool(x.float().isfinite().all()) for x in some):
+        if not _is_finite(t):
             out.append(f"{name} holds numbers that are not finite")
         elif all(bool((x.float() == one).all()) for x in some):
             out.append(f"{name} is {one:g} throughout: was it ever filled?")
@@ -160,6 +165,23 @@ def observations(subject: Subject, layer: int | None) -> list[str]:
                     and n.startswith("layers.") and u.shape == t.shape and torch.equal(u, t)]  # fmt: skip
             out += [f"{name} is the same as {n}" for n in same[:1]]
     return out[:4]
+
+
+def _concerned(subject: Subject, layer: int | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that what departs has: of layer `layer`, the embedding with the first; None: of the ends."""
+    for name, t in subject.tensors.items():
+        if layer is None:
+            if not name.startswith("layers."):
+                yield name, t
+        elif name.startswith((f"layers.{layer}.", "embed.") if layer == 0 else f"layers.{layer}."):
+            yield name, t
+
+
+def _is_finite(t: Tensor) -> bool:
+    """Experts one at a time: a stack may be mapped."""
+    return not t.is_floating_point() or all(
+        bool(x.float().isfinite().all()) for x in (t if t.ndim > 2 else t[None])
+    )
 
 
 def _empty_rows(x: Tensor) -> int:
@@ -259,6 +281,13 @@ class Probe:
         except Exception:
             return float("inf")
 
+    def upstream_is_finite(self) -> bool:
+        theirs = self.seen.logits if self.first is None else self.seen.states.get(self.first)
+        if theirs is None:
+            return True
+        real = rows(theirs, self.batch, theirs.shape[-1])
+        return real is None or bool(real.isfinite().all())
+
     def _error(self, model: Any) -> float:
         x, ctx = self._begin(model)
         if self.first is None:
@@ -334,7 +363,8 @@ class Probe:
 def _far(a: Tensor, b: Tensor, batch: Batch, bound: float) -> bool:
     if a.ndim == 3 and a.shape[:2] == batch.ids.shape:
         a, b = a[batch.mask], b[batch.mask]
-    return float(relative_error(a.flatten(0, -2), b.flatten(0, -2)).quantile(0.9)) > bound
+    error = relative_error(a.flatten(0, -2), b.flatten(0, -2))
+    return not bool(error.isfinite().all()) or float(error.quantile(0.9)) > bound
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ def logits_level(m: Measured, dtype: str) -> Level:
 
 def _note_not_finite(level: Level) -> None:
     if not all(math.isfinite(c.bound) for c in level.checks):
+        why = "none: upstream's own values are not finite"
+        level.checks = [c if math.isfinite(c.bound) else replace(c, why=why) for c in level.checks]
         level.notes.append(
             "upstream itself gives values that are infinite or no numbers: nothing can be judged by them"
         )

@@ -285,11 +285,14 @@ def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
     from zoo import families
     from zoo.mapping.plan import make_plan
 
-    family = families.get(folder.spec.family)
-    asked = folder.source.get("dtype") or folder.json.get("dtype")
-    short = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-    plan = make_plan(ckpt, family, short.get(asked, asked) if asked else None)
+    plan = make_plan(ckpt, families.get(folder.spec.family), converted_to(folder))
     return plan if folder.layers is None else plan.restrict(folder.layers)
+
+
+def converted_to(folder: canonical.Canonical) -> str | None:
+    """The dtype that was asked for when `folder` was made; None: as released."""
+    asked = folder.source.get("dtype") or folder.json.get("dtype")
+    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(asked, asked) if asked else None
 
 
 def _numeric_levels(
@@ -347,6 +350,11 @@ def _numeric_levels(
 
         expected = None if other.checkpoint is None else plan_of(folder, other.checkpoint).spec
         cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, expected, stream)
+        if (copied := converted_to(folder)) in ("bf16", "fp16") and dtype == "fp32":
+            cert.diagnosis["suggestions"].insert(
+                0,
+                f"the copy was rounded to {copied}, and upstream was given the source's own values: verify with --dtype {copied}",
+            )
     return asked, measured
 
 
