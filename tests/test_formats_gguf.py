@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ggml_blocks
@@ -22,7 +23,7 @@ import vendor
 from tiny.variant import FULL, SLIDING, llama3, rope, yarn
 
 from converters import _gguf
-from zoo import families
+from zoo import families, remote
 from zoo.errors import ZooError
 from zoo.formats import gguf as gguf_format
 from zoo.formats import gguf_tokenizer, open_checkpoint
@@ -561,6 +562,109 @@ def test_a_split_set_is_one_checkpoint(small: Path, tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+def with_fields(path: Path, *fields: tuple[str, int, bytes]) -> Path:
+    """A GGUF header by hand: fields as (key, type, bytes of the value), no tensors."""
+    out = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields))
+    for key, kind, value in fields:
+        out += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    path.write_bytes(out + b"\0" * 64)
+    return path
+
+
+def test_a_field_twice_is_refused(tmp_path: Path) -> None:
+    file = with_fields(tmp_path / "w.gguf", ("a.eps", 4, b"\1\0\0\0"), ("a.eps", 4, b"\2\0\0\0"))
+    with pytest.raises(ZooError, match=r"has the field 'a\.eps' twice"):
+        open_checkpoint(file)
+
+
+def test_arrays_of_more_values_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    n = gguf_format.MAX_VALUES
+    first, second = struct.pack("<IQ", 0, n) + bytes(n), struct.pack("<IQ", 0, 1) + b"\0"
+    file = with_fields(tmp_path / "w.gguf", ("x", 9, first), ("y", 9, second))
+    with pytest.raises(ZooError, match=rf"more than {n} values \(up to 'y'\)"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize("align", [struct.pack("<II", 4, 3), struct.pack("<I", 7) + b"\1"])
+def test_an_alignment_is_a_power_of_two(align: bytes, tmp_path: Path) -> None:
+    file = with_fields(tmp_path / "w.gguf", ("general.alignment", *struct.unpack("<I", align[:4]), align[4:]))
+    with pytest.raises(ZooError, match="general.alignment is (3|True); expected a power of two"):
+        open_checkpoint(file)
+
+
+def test_an_architecture_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = with_fields(tmp_path / "w.gguf", ("general.architecture", 9, struct.pack("<IQ", 4, 0)))
+    with pytest.raises(ZooError, match=r"GGUF architecture '\[\]' is not supported"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize("name", ["x-00001-of-00000.gguf", "x-00003-of-00002.gguf"])
+def test_a_file_that_is_of_no_split_set_by_its_own_name_is_refused(name: str, small: Path) -> None:
+    with pytest.raises(ZooError, match=rf"{name}: calls itself number \d of \d"):
+        open_checkpoint(small.rename(small.with_name(name)))
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[range]]:
+    """`fetched(file, mirror)` lays the header of a remote GGUF out in `mirror`; the ranges that it asked for."""
+    ranges: list[range] = []
+
+    def fetch(file: Path, mirror: Path) -> list[range]:
+        def read_range(snapshot: Any, path: str, start: int, n: int, **_: Any) -> bytes:
+            ranges.append(range(start, start + n))
+            return file.read_bytes()[start : start + n]
+
+        monkeypatch.setattr(remote.hub, "read_range", read_range)
+        monkeypatch.setattr(remote, "GGUF_GUESS", 256)
+        mirror.mkdir()
+        size = file.stat().st_size
+        with (mirror / file.name).open("wb") as f:
+            f.truncate(size)
+        release: Any = SimpleNamespace(snapshot=None)
+        try:
+            remote._gguf_header(release, remote.RemoteFile(file.name, size, "", None), mirror, None)
+        except ZooError as error:
+            raise ZooError(f"{error}; asked for {ranges}") from error
+        return ranges
+
+    return fetch
+
+
+def test_of_a_remote_gguf_the_header_and_the_factors_of_rope_are_fetched(
+    tmp_path: Path, fetched: Callable[..., list[range]]
+) -> None:
+    hf, _ = both("llama", tmp_path)
+    metadata = llama(vendor.read_config(hf))
+    file = vendor.to_gguf(hf, tmp_path / "f.gguf", "llama", metadata, permute=True, rope_freqs=[1.0] * 5)
+    *header, factors = fetched(file, tmp_path / "mirror")
+    theirs, ours = open_checkpoint(file), open_checkpoint(tmp_path / "mirror" / file.name)
+    assert (ours.config, ours.tensors) == (theirs.config, theirs.tensors)
+    assert ours.config["rope_scaling"]["rope_type"] == "llama3"
+    assert len(header) > 2, "read on as long as the header goes on"
+    at = theirs.tensors["rope_freqs.weight"].offset
+    assert factors == range(at, at + 20)
+
+
+@pytest.mark.parametrize(("version", "says"), [(1, "version 1"), (3, "unknown GGUF type 139")])
+def test_of_a_remote_gguf_that_cannot_be_read_no_more_is_fetched(
+    version: int, says: str, tmp_path: Path, fetched: Callable[..., list[range]]
+) -> None:
+    file = write(tmp_path / "w.gguf", ("w", (256,), 139, 0), version=version)
+    with pytest.raises(ZooError, match=rf"{says}.*asked for \[range\(0, 256\)\]$"):
+        fetched(file, tmp_path / "mirror")
+
+
+def test_of_a_remote_gguf_whose_header_has_no_end_not_all_is_fetched(
+    tmp_path: Path, fetched: Callable[..., list[range]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MAX_INDEX", 512)
+    file = with_fields(tmp_path / "w.gguf", ("x", 8, struct.pack("<Q", 4096) + bytes(4096)))
+    with pytest.raises(
+        ZooError, match=r"w\.gguf: its header is longer.*\[range\(0, 256\), range\(256, 512\)\]$"
+    ):
+        fetched(file, tmp_path / "mirror")
+
+
 def test_a_folder_of_several_models_asks_which(small: Path) -> None:
     (small.parent / "x.gguf").write_bytes(small.read_bytes())
     with pytest.raises(ZooError, match=r"name one of: w\.gguf, x\.gguf"):
@@ -656,6 +760,8 @@ BYTE_LEVEL = {
     "tokenizer.ggml.bos_token_id": 0,
     "tokenizer.ggml.eos_token_id": 1,
 }
+QWEN2 = BYTE_LEVEL | {"tokenizer.ggml.pre": "qwen2"}
+TOKENS: Any = BYTE_LEVEL["tokenizer.ggml.tokens"]
 
 
 def encode(metadata: dict[str, Any], text: str) -> list[str]:
@@ -706,10 +812,48 @@ def test_a_sentencepiece_vocabulary_gives_its_merges() -> None:
     assert encode(no_prefix, "ab ab") == ["ab", "▁ab"]
 
 
-def test_a_tokenizer_that_is_not_known_is_a_note_not_an_error() -> None:
-    made, notes = gguf_tokenizer.files(BYTE_LEVEL | {"tokenizer.ggml.pre": "new"}, "w.gguf")
+def test_text_is_composed_first_where_the_release_does_it() -> None:
+    letters = {
+        "tokenizer.ggml.tokens": ["<bos>", "<eos>", "Ã", "©", "Ã©"],
+        "tokenizer.ggml.token_type": [3, 3, 1, 1, 1],
+    }
+    metadata = BYTE_LEVEL | letters | {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["Ã ©"]}
+    assert encode(metadata, "e\u0301") == ["Ã©"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "note"),
+    [
+        (BYTE_LEVEL | {"tokenizer.ggml.pre": "new"}, "split 'new' is not known"),
+        (BYTE_LEVEL, "does not say how text is split"),
+        (BYTE_LEVEL | {"tokenizer.ggml.pre": "default"}, "does not say how text is split"),
+        (QWEN2 | {"tokenizer.ggml.merges": ["a b", "q r"]}, "merges 'q r', which are not all tokens"),
+        (QWEN2 | {"tokenizer.ggml.merges": ["ab"]}, "the tokenizer's fields make none"),
+        (QWEN2 | {"tokenizer.ggml.merges": 3}, "the tokenizer's fields make none"),
+        (QWEN2 | {"tokenizer.ggml.tokens": [*TOKENS[:-1], "a"]}, "tokens 2 and 10 are both 'a'"),
+        (QWEN2 | {"tokenizer.ggml.tokens": [1, 2]}, "not a list of texts"),
+        (QWEN2 | {"tokenizer.ggml.token_type": [1]}, "11 tokens and 1 types of tokens"),
+        (QWEN2 | {"tokenizer.ggml.pre": []}, "the tokenizer's fields make none"),
+        (
+            SENTENCEPIECE | {"tokenizer.ggml.tokens": ["a" * 200_000, *"bcdefghij"]},
+            "a token of 200000 characters",
+        ),
+    ],
+)
+def test_a_tokenizer_that_is_not_known_or_not_sound_is_a_note_not_an_error(
+    metadata: dict[str, Any], note: str
+) -> None:
+    made, notes = gguf_tokenizer.files(
+        {k: v for k, v in metadata.items() if not k.endswith("token_id")}, "w.gguf"
+    )
     assert not made
-    assert "'new'" in notes[0]
+    assert note in notes[0]
+    assert notes[0].endswith("no tokenizer.json is written")
+
+
+def test_a_special_token_that_is_none_is_refused() -> None:
+    with pytest.raises(ZooError, match=r"w\.gguf: eom_token_id is '\[1\]'; expected a token's number"):
+        gguf_tokenizer.files({"tokenizer.ggml.eom_token_id": [1]}, "w.gguf")
 
 
 def test_a_special_token_outside_the_vocabulary_is_refused() -> None:

@@ -256,20 +256,29 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
 
 
 def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path, progress: Progress | None) -> None:
+    """Fetch a GGUF's start, more of it as long as the header goes on, and the tensors that belong to the config."""
+    from converters import _gguf
     from zoo.formats import gguf
 
-    have = 0
-    while have < file.size:
-        more = min(file.size, max(GGUF_GUESS, have * 2))
+    def fetch(start: int, end: int) -> None:
         with open(mirror / file.path, "r+b") as f:
-            f.seek(have)
-            f.write(hub.read_range(remote.snapshot, file.path, have, more - have, progress=progress))
-        have = more
+            f.seek(start)
+            f.write(hub.read_range(remote.snapshot, file.path, start, end - start, progress=progress))
+
+    have, refs = 0, None
+    while refs is None and have < file.size:
+        if have >= MAX_INDEX:
+            raise ZooError(f"{remote}: {file.path}: its header is longer than {MAX_INDEX >> 20} MiB: refused")
+        end = min(file.size, max(GGUF_GUESS, have * 2))
+        fetch(have, end)
+        have = end
         try:
-            gguf.read_header(mirror / file.path, file.path)
-        except ZooError:
+            _, refs = gguf.read_header(mirror / file.path, file.path, have)
+        except gguf.HeaderGoesOn:
             continue
-        return
+    for ref in refs or ():
+        if ref.name in _gguf.CONSTANTS and ref.nbytes <= GGUF_GUESS:  # the reader refuses a larger one
+            fetch(ref.offset, ref.offset + ref.nbytes)
 
 
 # ---- packages

@@ -39,6 +39,8 @@ _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
 # Types of metadata values, as struct formats; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+MAX_VALUES = 1 << 23
+"""Of all arrays of a header: the largest vocabularies have a million, tokens, types and merges together."""
 
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -75,8 +77,8 @@ def open(path: Path) -> Checkpoint:
     where = str(root / names[0])
     tables = {n: _read_table(root, tensors[n]) for n in _gguf.CONSTANTS if n in tensors}
     config = _gguf.config(metadata, tensors, tables, where)
-    synthesised = {"config.json": _json(config), "generation_config.json": _json(_generation(metadata))}
     tokenizer, notes = gguf_tokenizer.files(metadata, where)
+    synthesised = {"config.json": _json(config), "generation_config.json": _json(_generation(metadata))}
     return Checkpoint(
         root, "gguf", ("gguf",), config, tensors, files,
         synthesised=synthesised | tokenizer,
@@ -102,6 +104,8 @@ def _set_of(name: str) -> list[str]:
     """The files of the split set that `name` belongs to: `x-00001-of-00003.gguf` and so on."""
     if (m := _SPLIT.fullmatch(name)) is None:
         return [name]
+    if not 0 < int(m["no"]) <= int(m["count"]):
+        raise ZooError(f"{name}: calls itself number {int(m['no'])} of {int(m['count'])}: was it renamed?")
     return [f"{m['stem']}-{n + 1:05d}-of-{m['count']}.gguf" for n in range(int(m["count"]))]
 
 
@@ -137,17 +141,25 @@ def _json(data: Mapping[str, Any]) -> bytes:
 # The header
 
 
-class _Cursor:
-    """Reads values one after the other from a mapped file, and says where it ends too early."""
+class HeaderGoesOn(ZooError):
+    """The header goes on beyond the bytes that are here."""
 
-    def __init__(self, data: mmap.mmap, who: str) -> None:
-        self.data, self.at, self.who = data, 0, who
+
+class _Cursor:
+    """Reads values one after the other from the first `have` bytes of a mapped file, and says where it ends too early."""
+
+    def __init__(self, data: mmap.mmap, who: str, have: int) -> None:
+        self.data, self.at, self.who, self.have, self.values = data, 0, who, have, 0
 
     def take(self, n: int) -> bytes:
         if n < 0 or self.at + n > len(self.data):
             raise ZooError(
                 f"{self.who}: header needs {n} bytes at byte {self.at}, the file has {len(self.data)}: "
                 "truncated, fetch it again"
+            )
+        if self.at + n > self.have:
+            raise HeaderGoesOn(
+                f"{self.who}: the header goes on after byte {self.have}, where what is here ends"
             )
         self.at += n
         return self.data[self.at - n : self.at]
@@ -187,6 +199,11 @@ class _Cursor:
     def _at_most(self, count: int, size: int, key: str) -> None:
         if count * size > len(self.data) - self.at:
             raise ZooError(f"{self.who}: {key!r} claims {count} values, more than the file holds: damaged")
+        self.values += count
+        if self.values > MAX_VALUES:  # as Python's objects they take many times the file's bytes
+            raise ZooError(
+                f"{self.who}: its arrays have more than {MAX_VALUES} values (up to {key!r}): no model's header"
+            )
 
 
 def _shortest(x: float) -> float:
@@ -199,13 +216,16 @@ def _shortest(x: float) -> float:
     return x
 
 
-def read_header(file: Path, name: str) -> tuple[dict[str, Any], list[TensorRef]]:
-    """Metadata and tensors of one file. Every count, type and range is checked against the file."""
+def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[str, Any], list[TensorRef]]:
+    """Metadata and tensors of one file. Every count, type and range is checked against the file.
+
+    `have`: how many of its bytes are there, if not all are; HeaderGoesOn is raised if they don't suffice.
+    """
     size = file.stat().st_size
     if size < 24:
         raise ZooError(f"{file}: {size} bytes is too short for a GGUF file: truncated, fetch it again")
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        c = _Cursor(data, str(file))
+        c = _Cursor(data, str(file), size if have is None else have)
         if c.take(4) != MAGIC:
             raise ZooError(
                 f"{file}: does not start with GGUF: not a GGUF file (older GGML files are not supported)"
@@ -222,10 +242,12 @@ def read_header(file: Path, name: str) -> tuple[dict[str, Any], list[TensorRef]]
         metadata: dict[str, Any] = {}
         for _ in range(n_fields):
             key = c.string()
+            if key in metadata:
+                raise ZooError(f"{file}: header has the field {key!r} twice; which one is meant?")
             metadata[key] = c.value(c.scalar("I"), key)
         infos = [_tensor_info(c) for _ in range(n_tensors)]
         align = metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1:
+        if type(align) is not int or align < 1 or align & (align - 1):
             raise ZooError(f"{file}: general.alignment is {align!r}; expected a power of two")
         data_start = -(-c.at // align) * align
     return metadata, _place(infos, data_start, size, name, str(file))

@@ -18,6 +18,9 @@ from zoo.errors import ZooError
 from zoo.formats.base import encoded
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # tokenizer.ggml.token_type
+SPACE = "\u2581"
+LONGEST_PIECE = 256
+"""Of SentencePiece, in characters: the time to find a piece's merges grows with its square. It learns 16 by default."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +47,6 @@ _DIGITS_APART = ({"type": "Digits", "individual_digits": True}, {"type": "ByteLe
 # tokenizer.ggml.pre -> how text is split: regexes one after the other, or ready-made steps.
 _PRE: dict[str, tuple[Any, ...]] = {
     "gpt-2": ({"type": "ByteLevel", "use_regex": True},),
-    "default": ({"type": "ByteLevel", "use_regex": True},),
     "smollm": _DIGITS_APART,
     "starcoder": _DIGITS_APART,
     "llama-bpe": (_LLAMA3,),
@@ -60,6 +62,8 @@ _PRE: dict[str, tuple[Any, ...]] = {
     "tekken": (_TEKKEN,),
     "deepseek-v3": _DEEPSEEK3,
 }
+# Text is normalised first where the released tokenizer.json does it.
+_NFC = ("qwen2",)
 # Merges are skipped for a word that is a token itself (tiktoken's rule).
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken", "gpt-4o", "llama4")
 # These vocabularies begin every text with `bos` even where a file does not say so.
@@ -72,22 +76,50 @@ def files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], tu
         k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")
     }
     tokens = fields.get("tokens")
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        number = fields.get(f"{name}_token_id")
+        if number is not None and (type(number) is not int or number < 0):
+            raise ZooError(f"{where}: {name}_token_id is {str(number)[:40]!r}; expected a token's number")
+        if number is not None and isinstance(tokens, list) and number >= len(tokens):
+            raise ZooError(f"{where}: {name}_token_id is {number}, the vocabulary has {len(tokens)} tokens")
     if tokens is None:
         return {}, ("the file has no tokenizer; none is written",)
-    for name in ("bos", "eos", "eot", "unknown", "padding"):
-        number = fields.get(f"{name}_token_id")
-        if number is not None and not 0 <= number < len(tokens):
-            raise ZooError(f"{where}: {name}_token_id is {number}, the vocabulary has {len(tokens)} tokens")
-    kind, pre = fields.get("model"), fields.get("pre", "default")
-    if kind == "gpt2" and pre in _PRE:
-        model = _byte_level(fields, pre)
-    elif kind == "llama":
-        model = _sentencepiece(fields)
-    else:
-        what = f"split {pre!r}" if kind == "gpt2" else f"kind {kind!r}"
-        return {}, (f"tokenizer of {what} is not known; no tokenizer.json is written",)
-    config = _config(fields, metadata.get("tokenizer.chat_template"))
-    return {"tokenizer.json": _json(model), "tokenizer_config.json": _json(config, indent=2)}, ()
+    try:
+        if (doubt := _doubt(fields)) is None:
+            model = _byte_level(fields) if fields["model"] == "gpt2" else _sentencepiece(fields)
+            config = _config(fields, metadata.get("tokenizer.chat_template"))
+            return {"tokenizer.json": _json(model), "tokenizer_config.json": _json(config, indent=2)}, ()
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
+        doubt = f"the tokenizer's fields make none ({type(e).__name__}: {e})"
+    return {}, (f"{doubt}; no tokenizer.json is written",)
+
+
+def _doubt(fields: Mapping[str, Any]) -> str | None:
+    """Why no tokenizer.json can be made that does what the released one did, or None."""
+    tokens, kind, pre = fields["tokens"], fields.get("model"), fields.get("pre", "default")
+    if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
+        return "the tokenizer's tokens are not a list of texts"
+    if kind not in ("gpt2", "llama"):
+        return f"tokenizer of kind {kind!r} is not known"
+    if kind == "gpt2" and pre == "default":
+        return "the file does not say how text is split before merging (tokenizer.ggml.pre)"
+    if kind == "gpt2" and pre not in _PRE:
+        return f"tokenizer of split {pre!r} is not known"
+    if fields.get("token_type") and len(fields["token_type"]) != len(tokens):
+        return f"the tokenizer has {len(tokens)} tokens and {len(fields['token_type'])} types of tokens"
+    spelled = _spelled(tokens) if kind == "llama" else tokens
+    index = {token: n for n, token in enumerate(spelled)}
+    if len(index) < len(tokens):
+        n = next(n for n, token in enumerate(spelled) if index[token] != n)
+        return f"the tokenizer's tokens {n} and {index[spelled[n]]} are both {tokens[n]!r}"
+    if kind == "llama":
+        longest = max(map(len, tokens), default=0)
+        return f"the tokenizer has a token of {longest} characters" if longest > LONGEST_PIECE else None
+    for merge in fields.get("merges", ()):
+        left, right = merge.split(" ", 1)
+        if not (left in index and right in index and left + right in index):
+            return f"the tokenizer merges {merge!r}, which are not all tokens"
+    return None
 
 
 def _json(data: Mapping[str, Any], indent: int | None = None) -> bytes:
@@ -141,8 +173,9 @@ def _frame(fields: Mapping[str, Any], model: dict[str, Any], **steps: Any) -> di
     } | steps  # fmt: skip
 
 
-def _byte_level(fields: Mapping[str, Any], pre: str) -> dict[str, Any]:
+def _byte_level(fields: Mapping[str, Any]) -> dict[str, Any]:
     whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    pre = fields["pre"]
     split = _PRE[pre]
     if isinstance(split[0], str):
         steps = [
@@ -158,25 +191,28 @@ def _byte_level(fields: Mapping[str, Any], pre: str) -> dict[str, Any]:
             "merges": [m.split(" ", 1) for m in fields.get("merges", ())],
             "ignore_merges": pre in _IGNORE_MERGES,
         },
+        normalizer={"type": "NFC"} if pre in _NFC else None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
         decoder={**whole, "use_regex": True},
     )
 
 
+def _spelled(tokens: list[str]) -> list[str]:
+    """Runs of spaces are stored as spaces by some writers; inside the model a space is always U+2581."""
+    return [t.replace(" ", SPACE) if t and not t.strip(" ") else t for t in tokens]
+
+
 def _sentencepiece(fields: Mapping[str, Any]) -> dict[str, Any]:
-    tokens = fields["tokens"]
-    space = "\u2581"
-    # Runs of spaces are stored as spaces by some writers; inside the model a space is always U+2581.
-    spelled = [t.replace(" ", space) if t and not t.strip(" ") else t for t in tokens]
+    spelled = _spelled(fields["tokens"])
     vocab = {token: n for n, token in enumerate(spelled)}
-    normal: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": space}]
+    normal: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     decode: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": space}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     if fields.get("add_space_prefix", True):
-        normal.insert(0, {"type": "Prepend", "prepend": space})
+        normal.insert(0, {"type": "Prepend", "prepend": SPACE})
         decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = fields.get("unknown_token_id")
     return _frame(
