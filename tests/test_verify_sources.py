@@ -73,7 +73,13 @@ def test_a_release_whose_other_tensors_are_bf16_agrees_in_fp32_and_in_bf16(key: 
     write_config(release, read_config(release) | {"dtype": "bfloat16"})
     carried = zoo.convert(release, tmp_path / "carried")
     expanded = zoo.convert(release, tmp_path / "expanded", dtype="fp32")
-    for folder, dtype, stream in ((carried, "fp32", False), (carried, "fp32", True), (carried, "bf16", False), (expanded, "fp32", False)):  # fmt: skip
+    cases = [
+        (carried, "fp32", False),
+        (carried, "fp32", True),
+        (carried, "bf16", False),
+        (expanded, "fp32", False),
+    ]
+    for folder, dtype, stream in cases:
         cert = zoo.verify(folder, level="logits", dtype=dtype, stream=stream, write=False)
         assert cert.passed and not cert.not_checked
 

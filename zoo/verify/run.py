@@ -353,7 +353,7 @@ def _numeric_levels(
         if (copied := converted_to(folder)) in ("bf16", "fp16") and dtype == "fp32":
             cert.diagnosis["suggestions"].insert(
                 0,
-                f"the copy was rounded to {copied}, and upstream was given the source's own values: verify with --dtype {copied}",
+                f"the copy was rounded to {copied}, upstream has the source's own values: verify with --dtype {copied}",
             )
     return asked, measured
 
