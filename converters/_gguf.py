@@ -27,7 +27,6 @@ CONSTANTS = ("rope_freqs.weight",)
 
 Tables = Mapping[str, tuple[float, ...]]
 
-
 # Fields that say nothing about the numbers, or what other fields make irrelevant: YaRN's beside another scaling, a
 # pattern of windows where there is no window, the eps of norms that subtract a mean, experts' where there are none.
 _SILENT = (
@@ -236,10 +235,9 @@ def _head_dim(f: _Fields, out: dict[str, Any]) -> int:
     """Channels of a head, of keys and values alike, all of them rotated: whatever says it must say the same."""
     wide = out["hidden_size"] // out["num_attention_heads"]
     dim = int(f.get("attention.key_length") or f.get("rope.dimension_count") or wide)
-    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
-        f.expect(key, dim)
-    for key in ("rope.dimension_count", "rope.dimension_count_swa"):
-        f.expect(key, dim)
+    for what in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        f.expect(what, dim)
+        f.expect(f"{what}_swa", dim)
     if (factors := f.tables.get("rope_freqs.weight")) is not None and 2 * len(factors) != dim:
         raise ZooError(
             f"{f.where}: rope_freqs.weight has {len(factors)} factors; a head of {dim} channels needs {dim // 2}"

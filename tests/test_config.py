@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from converters import _params
 from zoo import families, manifest
 from zoo.config import ACTIVATIONS, Config, rope, rope_parameters, yarn_attention_factor, yarn_mscale
 from zoo.errors import ZooError
@@ -240,3 +241,20 @@ def test_yarns_attention_factor_is_the_given_one_a_ratio_or_the_papers() -> None
     for p in ({}, {"mscale": 2.0}, {"mscale_all_dim": 2.0}):
         assert math.isclose(yarn_attention_factor(p, 40.0), 0.1 * math.log(40) + 1)
     assert yarn_mscale(1.0) == yarn_mscale(0.5) == 1.0
+
+
+def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is_expanded() -> None:
+    own = {
+        "num_hidden_layers": 4, "initial_context_length": 4096, "rope_ntk_beta": 32.0, "rope_ntk_alpha": 1.0,
+        "vocab_size": 50, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+        "intermediate_size": 8, "num_experts": 2, "experts_per_token": 1, "sliding_window": 4, "rope_theta": 150000.0,
+    }  # fmt: skip
+    config = _params.openai(own, False, "config.json")
+    assert config == _params.openai(own | {"rope_scaling_factor": 32.0}, False, "config.json")
+    assert config["rope_scaling"]["factor"] == 32.0
+    with pytest.raises(ZooError, match="num_hidden_layers is 4000000000; expected 1 to 4096"):
+        _params.openai(own | {"num_hidden_layers": 4_000_000_000}, False, "config.json")
+    with pytest.raises(
+        ZooError, match=r"^config\.json: a field has a value that makes no model \(ValueError"
+    ):
+        _params.openai(own | {"rope_theta": "abc"}, False, "config.json")
