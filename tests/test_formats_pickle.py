@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import random
 import resource
 import zipfile
@@ -143,15 +145,14 @@ def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
         read_pickle(tmp_path / "w.pt", "w.pt")
 
 
-def test_a_compressed_entry_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["data.pkl", "data/0"])
+def test_a_compressed_entry_is_refused(which: str, tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1000)}, tmp_path / "a.bin")
-    with (
-        zipfile.ZipFile(tmp_path / "a.bin") as a,
-        zipfile.ZipFile(tmp_path / "b.bin", "w", zipfile.ZIP_DEFLATED) as b,
-    ):
+    with zipfile.ZipFile(tmp_path / "a.bin") as a, zipfile.ZipFile(tmp_path / "b.bin", "w") as b:
         for entry in a.namelist():
-            b.writestr(entry, a.read(entry))
-    with pytest.raises(ZooError, match="compressed"):
+            kind = zipfile.ZIP_DEFLATED if entry.endswith(which) else zipfile.ZIP_STORED
+            b.writestr(entry, a.read(entry), kind)
+    with pytest.raises(ZooError, match=f"{which} is compressed"):
         read_pickle(tmp_path / "b.bin", "b.bin")
 
 
@@ -215,3 +216,79 @@ def test_a_pickle_that_makes_room_for_gigabytes_is_refused(tmp_path: Path) -> No
     with pytest.raises(ZooError, match="damaged .*numbers the next one 134217728"):
         read_pickle(tmp_path / "pytorch_model.bin", "pytorch_model.bin")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+def packed(data: bytes, file: Path) -> Path:
+    """An archive with this pickle, and one storage of 64 bytes."""
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("a/data.pkl", data)
+        z.writestr("a/data/0", bytes(64))
+    return file
+
+
+class Made:
+    """Pickles as torch pickles a tensor of 16 numbers, with other arguments."""
+
+    def __init__(self, *args: Any, state: Any = None) -> None:
+        self.args, self.state = args, state
+
+    def __reduce__(self) -> Any:
+        made = torch._utils._rebuild_tensor_v2, self.args
+        return made if self.state is None else (*made, self.state)
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, x: Any) -> Any:
+        return ("storage", torch.FloatStorage, "0", "cpu", 16) if x == "the storage" else None
+
+
+def pickled(x: Any) -> bytes:
+    out = io.BytesIO()
+    Pickler(out, 2).dump(x)
+    return out.getvalue()
+
+
+def test_dicts_that_are_in_many_or_in_themselves_are_read_once(tmp_path: Path) -> None:
+    tensor = Made("the storage", 0, (2, 3), (3, 1), False, OrderedDict())
+    nested: Any = {"w": tensor}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    nested["itself"] = nested
+    file = packed(pickled({"w": tensor, "more": nested}), tmp_path / "w.bin")
+    assert [(t.name, t.shape) for t in read_pickle(file, "w.bin")] == [("w", (2, 3))]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("the storage", 0, (10**5000,), (0,)), ("the storage", 0, (-5, 3), (3, 1)), ("the storage", -1, (2,), (1,)),
+        ("the storage", 0, "ab", (1, 1)), ("the storage", 0, (2,), (2.0,)), ("the storage", 0, 3, 1), (1, 0, (2,), (1,)),
+        ("the storage", 0, (2,), (1,), False, OrderedDict(), {"neg": True}),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_none_is_refused(args: tuple[Any, ...], tmp_path: Path) -> None:
+    file = packed(pickled({"w": Made(*args)}), tmp_path / "w.bin")
+    with pytest.raises(ZooError, match=r"w\.bin: ") as e:
+        read_pickle(file, "w.bin")
+    assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("state", [{"shape": (-5, 3)}, {"offset": -1000}, (None, {"shape": "ab"})])
+def test_a_tensor_is_not_changed_after_it_was_checked(state: Any, tmp_path: Path) -> None:
+    changed = Made("the storage", 0, (2, 3), (3, 1), False, OrderedDict(), state=state)
+    file = packed(pickled({"w": changed}), tmp_path / "w.bin")
+    with pytest.raises(ZooError, match=r"w\.bin: the pickle is damaged"):
+        read_pickle(file, "w.bin")
+
+
+def test_the_readers_own_functions_are_not_changed(tmp_path: Path) -> None:
+    build = (
+        pickle.PROTO
+        + b"\x02"
+        + b"ctorch._utils\n_rebuild_tensor_v2\n"
+        + b"(dX\x0c\x00\x00\x00__defaults__(I1\ntsb."
+    )
+    with pytest.raises(ZooError, match="damaged"):
+        read_pickle(packed(build, tmp_path / "w.bin"), "w.bin")
+    torch.save({"w": torch.ones(2)}, tmp_path / "good.bin")
+    assert torch.equal(values(tmp_path / "good.bin", "w"), torch.ones(2))

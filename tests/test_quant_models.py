@@ -315,6 +315,20 @@ def test_scales_of_another_shape_are_refused_by_name(fp8: Path, dtype: str | Non
         make_plan(open_checkpoint(fp8), dtype=dtype)
 
 
+def test_a_quantised_embedding_is_refused_unless_it_is_dequantised(tmp_path: Path) -> None:
+    """It is looked up, not multiplied: its codes would be taken for values."""
+    name = "model.embed_tokens.weight"
+    src = quantised("qwen3", {}, fp8_blocks, tmp_path / "hf")
+    tensors = read_tensors(src)
+    codes, _ = fp8_blocks({"model.layers.0.mlp.up_proj.weight": tensors[name].float()})
+    write_tensors(
+        src, tensors | {k.replace("model.layers.0.mlp.up_proj.weight", name): v for k, v in codes.items()}
+    )
+    with pytest.raises(ZooError, match=rf"embed.weight: {re.escape(name)} is quantised \(fp8-block.*--dtype"):
+        make_plan(open_checkpoint(src))
+    assert make_plan(open_checkpoint(src), dtype="bf16").outputs["embed.weight"].scheme is not None
+
+
 def test_codes_without_scales_are_refused_by_name(fp8: Path) -> None:
     tensors = read_tensors(fp8)
     del tensors[SCALE]

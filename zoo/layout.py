@@ -37,6 +37,13 @@ class Slot:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is the weight of a linear map, or a stack of them: what can be run quantised."""
+        looked_up = self.key in ("embed.weight", "positions.weight", "per_layer.embed.weight")
+        matrix = len(self.shape) > 1 and self.key.endswith(".weight") and not self.key.endswith(".conv.weight")
+        return matrix and not looked_up
+
 
 _Entry = tuple[str, tuple[int, ...], tuple[int, ...], bool]  # name in the layer, shape, parts, stacked
 

@@ -17,7 +17,6 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -90,8 +89,7 @@ class _Storage(NamedTuple):
     size: int  # elements
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):  # it has no __dict__ that a pickle's BUILD could change
     storage: _Storage
     dtype: str
     offset: int  # elements
@@ -99,19 +97,32 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    """torch._utils._rebuild_tensor, _v2 (gradient flag and hooks follow) and _v3 (and a dtype after those)."""
-    dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else getattr(storage, "dtype", "")
-    sizes = (*shape, *strides, offset)
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise ZooError("a tensor in it is not made of a storage, a shape and strides")
-    if not all(type(n) is int and n >= 0 for n in sizes):
-        raise ZooError(f"a tensor in it has shape {shape}, strides {strides}, offset {offset}")
-    return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+MAX_COUNT = 1 << 62  # of elements, in any direction
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
+class _Rebuild:
+    """torch._utils._rebuild_tensor, _v2 (gradient flag, hooks and metadata follow) and _v3 (a dtype before the metadata).
+    An object without attributes: those of a function could be set, for the whole process, by a pickle's BUILD."""
+
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+        dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else getattr(storage, "dtype", "")
+        sizes = (*shape, *strides, offset)
+        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+            raise ZooError("a tensor in it is not made of a storage, a shape and strides")
+        if not all(type(n) is int and 0 <= n < MAX_COUNT for n in sizes):
+            raise ZooError("a tensor in it has a shape, strides or an offset that are no counts")
+        if any(isinstance(r, dict) and not isinstance(r, OrderedDict) and any(r.values()) for r in rest[2:]):
+            raise ZooError("a tensor in it is a negated or conjugated view: not supported")
+        return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+class _Parameter:
+    __slots__ = ()
+
+    def __call__(self, data: Any, *_: Any) -> Any:
+        return data
 
 
 class _Opaque:
@@ -124,10 +135,10 @@ class _Opaque:
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor"): _Rebuild(),
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
+    ("torch._utils", "_rebuild_tensor_v3"): _Rebuild(),
+    ("torch._utils", "_rebuild_parameter"): _Parameter(),
     ("torch", "Size"): tuple,
     ("_io", "BytesIO"): _Opaque,
     **{
@@ -159,6 +170,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             tag, dtype, key, _, count, *view = pid
             ok = tag == "storage" and dtype in ITEMSIZE and type(count) is int and not any(view)
+            ok = ok and 0 <= count < MAX_COUNT
         except (TypeError, ValueError):
             ok = False
         if not ok:
@@ -230,6 +242,8 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
     size = f.seek(0, io.SEEK_END)
     if entries[pickles[0]].file_size > MAX_PICKLE:
         raise ZooError(f"{who}: {pickles[0]} of {entries[pickles[0]].file_size} bytes (limit {MAX_PICKLE})")
+    if entries[pickles[0]].compress_type != zipfile.ZIP_STORED:  # 8 KB could become gigabytes
+        raise ZooError(f"{who}: {pickles[0]} is compressed, which PyTorch does not do: refused")
     try:
         raw = archive.read(pickles[0])
         order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"
@@ -281,7 +295,7 @@ def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
     state = _load(f, who)
     keys = _load(f, who)
     dtypes = {t.storage.key: t.storage.dtype for t in _tensors(state)}
-    if not isinstance(keys, list) or set(dtypes) - set(keys):
+    if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys) or set(dtypes) - set(keys):
         raise ZooError(f"{who}: the list of storages lacks some that tensors use: damaged, fetch it again")
     found: dict[str, tuple[int, int]] = {}
     for key in keys:
@@ -299,11 +313,15 @@ def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
 
 
 def _tensors(state: Any) -> Iterator[_Tensor]:
-    if isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, _Tensor):
-        yield state
+    """The tensors in dicts of dicts, each dict once: one may be in several, and in itself."""
+    left, seen = [state], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, _Tensor):
+            yield value
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values()
 
 
 def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Tensor]:

@@ -385,6 +385,11 @@ class _Matcher:
             self.add(slot.name, slot, recipe, sources, None)
             return
         if self.dtype is None:
+            if not slot.multiplies:
+                self.out.problems.append(
+                    f"{slot.name}: {sources[0]} is quantised ({scheme.name}), which only linear maps can be run as; convert "
+                    "with --dtype"
+                )
             self.out.quant[slot.name.removesuffix(".weight")] = scheme.name
         components: dict[str, tuple[str, ...]] = {}
         for part in scheme.components:

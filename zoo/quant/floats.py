@@ -51,8 +51,8 @@ def from_float(x: Array, dtype: str, name: str) -> Array:
     if dtype == "F16":
         with np.errstate(over="ignore"):
             half = x.astype(np.float16)
-        if np.isinf(half).any() and not np.isinf(x).any():
-            worst = float(np.abs(x[np.isfinite(x)]).max())
+        if (over := np.isinf(half) & np.isfinite(x)).any():
+            worst = float(np.abs(x[over]).max())
             raise ZooError(f"{name}: {worst:g} is beyond fp16 (65504); convert with --dtype bf16 or fp32")
         return half.view(np.uint16)
     if x.dtype == np.float64:
