@@ -165,8 +165,8 @@ def mistral(params: Mapping[str, Any], where: str) -> dict[str, Any]:
         "sliding_window": None,
         "torch_dtype": "bfloat16",
     }
-    if "quantization_config" in p:
-        out["quantization_config"] = p["quantization_config"]
+    if (stored := p.first("quantization_config", "quantization", default=None)) is not None:
+        out["quantization_config"] = _quantised(stored, where)
     if "sliding_window" in p or "_sliding_window" in p:
         out |= _windows(p, out)
     if "kv_lora_rank" in p:
@@ -177,6 +177,19 @@ def mistral(params: Mapping[str, Any], where: str) -> dict[str, Any]:
         out |= {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}
         out["rope_parameters"] = _mistral_rope(p)
     return out
+
+
+def _quantised(stored: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """In Hugging Face's terms. Source: transformers' convert_mistral3_weights_to_hf.py and vLLM's mistral config."""
+    if "qformat_weight" not in stored:
+        return stored  # those terms already
+    if (kind := stored["qformat_weight"]) != "fp8_e4m3":
+        raise ZooError(
+            f"{where}: weights quantised as {str(kind)[:40]!r} are not supported; supported: fp8_e4m3"
+        )
+    dynamic = stored.get("qscheme_act") == "NO_SCALES"
+    scheme = "dynamic" if dynamic else "static"
+    return {"quant_method": "fp8", "activation_scheme": scheme, "weight_block_size": None}
 
 
 def _windows(p: Config, out: dict[str, Any]) -> dict[str, Any]:
@@ -254,8 +267,8 @@ def _large3(p: Config) -> dict[str, Any]:
 
 
 @sound
-def openai(own: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
-    """gpt-oss. Source: gpt_oss/torch/model.py of openai/gpt-oss."""
+def openai(own: Mapping[str, Any], tied: bool, mxfp4: bool, where: str) -> dict[str, Any]:
+    """gpt-oss; with experts in `mxfp4`. Source: gpt_oss/torch/model.py of openai/gpt-oss."""
     c = Config(own, where)
     n = layer_count(c["num_hidden_layers"], "num_hidden_layers", where)
     factor = float(c.get("rope_scaling_factor", 32.0))  # ModelConfig's default
@@ -267,7 +280,7 @@ def openai(own: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
         "beta_slow": float(c["rope_ntk_alpha"]),
         "truncate": False,
     }
-    return {
+    out = {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "vocab_size": c["vocab_size"],
@@ -291,3 +304,7 @@ def openai(own: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
     }
+    if mxfp4:  # as the release's own config.json for transformers says it
+        plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        out["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": plain}
+    return out

@@ -249,12 +249,12 @@ def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is
         "vocab_size": 50, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
         "intermediate_size": 8, "num_experts": 2, "experts_per_token": 1, "sliding_window": 4, "rope_theta": 150000.0,
     }  # fmt: skip
-    config = _params.openai(own, False, "config.json")
-    assert config == _params.openai(own | {"rope_scaling_factor": 32.0}, False, "config.json")
+    config = _params.openai(own, False, True, "config.json")
+    assert config == _params.openai(own | {"rope_scaling_factor": 32.0}, False, True, "config.json")
     assert config["rope_scaling"]["factor"] == 32.0
     with pytest.raises(ZooError, match="num_hidden_layers is 4000000000; expected 1 to 4096"):
-        _params.openai(own | {"num_hidden_layers": 4_000_000_000}, False, "config.json")
+        _params.openai(own | {"num_hidden_layers": 4_000_000_000}, False, True, "config.json")
     with pytest.raises(
         ZooError, match=r"^config\.json: a field has a value that makes no model \(ValueError"
     ):
-        _params.openai(own | {"rope_theta": "abc"}, False, "config.json")
+        _params.openai(own | {"rope_theta": "abc"}, False, True, "config.json")

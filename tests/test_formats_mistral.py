@@ -17,6 +17,7 @@ from test_manifests import CONFIGS
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
+from zoo.mapping.export import export
 from zoo.model.load import load
 from zoo.spec import Spec
 
@@ -59,6 +60,31 @@ def test_fp8_with_a_scale_per_tensor_has_the_logits_of_upstream_on_the_same_valu
         carried, plain = load(tmp_path / "carried", dtype=torch.float32)(ids), load(tmp_path / "fp32")(ids)
     assert torch.equal(carried, plain)
     assert (plain - tiny.logits(tiny.upstream(dequantised), ids)).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_with_a_scale_per_tensor_is_exported_for_upstream(shape: tuple[int, ...], tmp_path: Path) -> None:
+    hf = tiny.make("ministral3", tmp_path / "hf")
+    own = vendor.to_mistral(hf, tmp_path / "own", fp8=True)
+    tensors = load_file(own / "consolidated.safetensors")
+    save_file(
+        {n: t.reshape(shape) if "qscale" in n else t for n, t in tensors.items()},
+        own / "consolidated.safetensors",
+    )
+    params = json.loads((own / "params.json").read_text())
+    said = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+    (own / "params.json").write_text(json.dumps(params | {"quantization": said}))
+    vendor.canonical(own, tmp_path / "zoo")
+    given = export(tmp_path / "zoo", tmp_path / "again")
+    assert vendor.read_config(given)["quantization_config"]["quant_method"] == "fp8"
+    ids = tiny.tokens("ministral3")
+    with torch.inference_mode():
+        ours = load(tmp_path / "zoo", dtype=torch.float32)(ids)
+    assert (ours - tiny.logits(tiny.upstream(given), ids)).abs().max() <= 5e-5
+
+    (own / "params.json").write_text(json.dumps(params | {"quantization": {"qformat_weight": "nvfp4"}}))
+    with pytest.raises(ZooError, match=r"params.json: weights quantised as 'nvfp4' are not supported"):
+        open_checkpoint(own)
 
 
 def dequantised_hf(hf: Path, own: Path, dst: Path) -> Path:

@@ -257,6 +257,19 @@ def test_openais_own_layout_gives_the_canonical_bytes_of_hugging_faces(tmp_path:
     for s in specs:
         s.pop("dtype")
     assert specs[0] == specs[1]
+    # and upstream, which reads no such layout, reads what it is exported to
+    given, ids = export(tmp_path / "a", tmp_path / "again"), tiny.tokens("gpt_oss")
+    assert torch.equal(tiny.logits(tiny.upstream(given), ids), tiny.logits(tiny.upstream(hf), ids))
+
+
+def test_a_tensor_in_two_of_openais_files_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    settings = {"hidden_size": 64, "intermediate_size": 96}
+    own = to_openai(quantised("gpt_oss", settings, mxfp4_experts, tmp_path / "hf"), tmp_path / "original")
+    save_file({"norm.scale": torch.zeros(64)}, own / "zz.safetensors")
+    with pytest.raises(ZooError, match=r"zz.safetensors: tensor 'norm.scale' is also in model.safetensors"):
+        open_checkpoint(own)
 
 
 def to_openai(hf: Path, dst: Path) -> Path:

@@ -41,7 +41,9 @@ class Slot:
     def multiplies(self) -> bool:
         """Whether it is the weight of a linear map, or a stack of them: what can be run quantised."""
         looked_up = self.key in ("embed.weight", "positions.weight", "per_layer.embed.weight")
-        matrix = len(self.shape) > 1 and self.key.endswith(".weight") and not self.key.endswith(".conv.weight")
+        matrix = (
+            len(self.shape) > 1 and self.key.endswith(".weight") and not self.key.endswith(".conv.weight")
+        )
         return matrix and not looked_up
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from zoo.errors import ZooError
 from zoo.formats import safetensors
 from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
 
@@ -44,6 +45,13 @@ def open(path: Path) -> Checkpoint:
         file = inside(root, name, str(root))
         files[name] = file.stat().st_size
         headers[name] = raw = safetensors.read_header(file)
-        tensors |= {t.name: t for t in safetensors.parse_header(raw, name, files[name], str(file))}
-    config = _params.openai(own, "unembedding.weight" not in tensors, str(root / "config.json"))
+        for t in safetensors.parse_header(raw, name, files[name], str(file)):
+            if (other := tensors.get(t.name)) is not None:
+                raise ZooError(f"{file}: tensor {t.name!r} is also in {other.file}; which one is meant?")
+            tensors[t.name] = t
+    if (root / safetensors.INDEX).exists():
+        index = read_json(root / safetensors.INDEX, "")["weight_map"]
+        safetensors.check_index(index, tensors, root / safetensors.INDEX)
+    mxfp4 = any(name.endswith(".blocks") for name in tensors)
+    config = _params.openai(own, "unembedding.weight" not in tensors, mxfp4, str(root / "config.json"))
     return Checkpoint(root, "openai", ("openai",), config, tensors, files, carried_files(root), headers)

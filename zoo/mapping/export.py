@@ -288,12 +288,10 @@ def _outputs(c: Canonical, family: Family, spell: Any) -> Iterator[Output]:
                     name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
                     if (ref := c.tensors.get(name)) is None:
                         continue  # an optional component
-                    own = (
-                        ref.shape[-1:]
-                        if part is not None and part.unit is None and part.name == "shape"
-                        else ()
-                    )
-                    recipe = compile_rule(rule, slot, c.spec, spell, 1, part, own)
+                    recipe = compile_rule(rule, slot, c.spec, spell, 1, part)
+                    if part is not None and part.unit is None and recipe.shape != ref.shape:
+                        # a constant of each released tensor, which is a list there: an int4 weight's shape, a scale [1]
+                        recipe = compile_rule(rule, slot, c.spec, spell, 1, part, ref.shape[-1:])
                     sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
                     if recipe.shape != ref.shape:
                         raise ZooError(f"{name} is {list(ref.shape)}, expected {list(recipe.shape)}")
@@ -311,12 +309,10 @@ def _config(c: Canonical) -> bytes:
     """config.json: as released, except for what the conversion changed."""
     source = c.source
     given = c.root / "config.json"
-    has_own = "config.json" in _carried(c)
-    if source.get("dtype") is None and has_own:
+    has_own = source["naming"] == "hf" and "config.json" in _carried(c)
+    if has_own and source.get("dtype") is None:
         return given.read_bytes()
-    config: dict[str, Any] = (
-        json.loads(given.read_text(encoding="utf-8")) if has_own and source["naming"] == "hf" else {}
-    )
+    config: dict[str, Any] = json.loads(given.read_text(encoding="utf-8")) if has_own else {}
     config = config or dict(source["config"])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     dtype = names.get(c.tensors["embed.weight"].dtype)

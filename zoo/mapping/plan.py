@@ -217,7 +217,8 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
     """
     if dtype is not None and dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    where = str(ckpt.root / "config.json")
+    made_up = "config.json" in ckpt.synthesised  # of files of another kind, which say it themselves
+    where = str(ckpt.root / (next(iter(ckpt.files), "") if made_up else "config.json"))
     family = family or families.find(ckpt.config, where)
     spec = families.spec_of(ckpt.config, family, where)
     namings = [n for n in ckpt.naming if n in family.rules]

@@ -215,11 +215,13 @@ def load(path: Path, dtype: torch.dtype) -> Any:
         switches["experts_implementation"] = "eager"
     with its_own_errors(path), exact_values():
         try:
-            model = cls.from_pretrained(path, config=config, **switches)
+            model, said = cls.from_pretrained(path, config=config, output_loading_info=True, **switches)
         except ValueError as e:  # a class without the switch
             if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
                 raise
-            model = cls.from_pretrained(path, config=config, dtype=dtype)
+            model, said = cls.from_pretrained(path, config=config, output_loading_info=True, dtype=dtype)
+        if missing := sorted(said["missing_keys"]):  # it would go on with random numbers
+            raise LookupError(f"no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
     if quantisation_of(config):
         _cast_plain(model, config, dtype)
     return model.eval()
@@ -295,7 +297,7 @@ def its_own_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as e:
         what = (str(e).splitlines() or [""])[0]
-        raise NoUpstream(f"{path}: upstream cannot load this: {type(e).__name__}: {what}") from e
+        raise CannotLoad(f"{path}: upstream cannot load this: {type(e).__name__}: {what}") from e
 
 
 @contextlib.contextmanager
@@ -371,6 +373,10 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
 
 class NoUpstream(ZooError):
     """There is no upstream implementation to compare with."""
+
+
+class CannotLoad(NoUpstream):
+    """There is one, and it does not load these files."""
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from zoo.verify import NO_TRANSFORMERS, NUMERIC, certificate, exact, inputs, jud
 from zoo.verify.certificate import LEVELS, Certificate, Level
 from zoo.verify.compare import Measured, measure
 from zoo.verify.inputs import Inputs
-from zoo.verify.oracle import DTYPES, NoUpstream, Oracle, Transformers, upstream_available
+from zoo.verify.oracle import DTYPES, CannotLoad, NoUpstream, Oracle, Transformers, upstream_available
 from zoo.verify.ours import Ours, Streamed, build, subject_of
 
 if TYPE_CHECKING:
@@ -212,6 +212,12 @@ def _open_oracle(
             out.oracle = StreamedTransformers(path, dtype, note)
         else:
             out.oracle = Transformers(path, dtype, note)
+    except CannotLoad as e:
+        if out.cleanup is None:
+            out.why_no_oracle = str(e)
+            return
+        out.cleanup.cleanup()
+        raise ZooError(f"of {ckpt.format} files upstream was given an export, and that failed: {e}") from e
     except NoUpstream as e:
         out.why_no_oracle = str(e)
 
