@@ -110,6 +110,40 @@ def test_blocks_that_are_not_whole_are_verified(stream: bool, tmp_path: Path) ->
     assert cert.passed and not cert.not_checked
 
 
+def test_experts_with_one_scale_each_are_compared_through_a_dequantised_export(tmp_path: Path) -> None:
+    """Mistral Small 4 as transformers' convert_mistral4_weight_to_hf.py writes it, which 5.23 loads without those scales."""
+
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        out: Tensors = {}
+        for key, t in tensors.items():
+            if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                codes, scales = zip(*map(vendor.fp8_tensor, t), strict=True)
+                out[key], out[key + "_scale_inv"] = torch.stack(codes), torch.stack(scales).view(-1, 1, 1)
+                out[key + "_activation_scale"] = torch.full((len(t),), 0.01)
+            elif linear(key, t):
+                out[key], out[key + "_scale_inv"] = vendor.fp8_tensor(t)
+                out[key.removesuffix("weight") + "activation_scale"] = torch.tensor(0.01)
+            else:
+                out[key] = t
+        settings = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+        return out, settings | {"modules_to_not_convert": ["lm_head", "mlp.gate"]}
+
+    release = quantised("mistral4", {"hidden_size": 256}, quantise, tmp_path / "release")
+    carried = zoo.convert(release, tmp_path / "canonical")
+    assert set(canonical.read(carried).quant.values()) == {"fp8-tensor"}
+    cert = zoo.verify(carried, level="logits", write=False)
+    assert cert.passed and not cert.not_checked
+    assert (
+        "is loaded without its scales" in cert.oracle["note"] and "dequantised to fp32" in cert.oracle["note"]
+    )
+    plain = zoo.convert(release, tmp_path / "plain", dtype="fp32")
+    ids = tiny.tokens("mistral4")
+    with torch.inference_mode():
+        assert torch.equal(zoo.load(carried, dtype="fp32")(ids), zoo.load(plain)(ids))
+    again = zoo.export(carried, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (release / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_upstream_fails_to_load_is_not_checked_or_refused_in_a_sentence(
     stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -179,7 +179,9 @@ class Quantised:
         components = {"weight": self._part(self.codes, matrix, n_matrices, low, end, 1)}
         for name, ref in self.others.items():
             if scheme(self.scheme).component(name).unit is None:
-                components[name] = self._whole(ref)
+                whole = self._whole(ref)
+                one_each = n_matrices > 1 and whole.size == n_matrices
+                components[name] = whole.reshape(-1)[matrix : matrix + 1] if one_each else whole
             else:
                 components[name] = self._part(ref, matrix, n_matrices, low, end, unit)
         out = host.dequantise(self.scheme, components, self.dtype, self.codes.name)

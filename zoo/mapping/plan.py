@@ -26,7 +26,7 @@ from zoo.families import Family
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
-from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Target, Transpose, respell
+from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Stack, Target, Transpose, respell
 from zoo.quant.schemes import Component, Scheme, detect, grid
 from zoo.spec import Layer, Spec
 
@@ -501,7 +501,10 @@ def compile_rule(
     if part is not None:
         if part.unit is None:
             parts = (1,) * len(slot.parts)
-            shape = (*slot.shape[:axis], *((len(parts),) if _fuses(rule.expr) else ()), *own)
+            lead = (
+                slot.shape[:axis] if _stacks(rule.expr) else ()
+            )  # one released stack has one constant, of its own shape
+            shape = (*lead, *((len(parts),) if _fuses(rule.expr) else ()), *own)
         else:
             columns = slot.shape[-1]
             unit = (part.unit[0] or sum(slot.parts), part.unit[1] or columns)
@@ -544,6 +547,10 @@ def _transposes(expr: Expr) -> bool:
 
 def _fuses(expr: Expr) -> bool:
     return any(isinstance(e, Cat) for e in _within(expr))
+
+
+def _stacks(expr: Expr) -> bool:
+    return any(isinstance(e, Stack) for e in _within(expr))
 
 
 TIED = "a copy of the embedding: the config ties the head to it"

@@ -95,15 +95,16 @@ def per_row(
     width = math.ceil(columns / block[1]) if block[1] else 1
     n = math.prod(lead)
     want = (*lead, sum(counts), width)
-    ok = (
-        scale.shape == want if any(block) else scale.numel() == math.prod(want)
-    )  # one number has no shape to speak of
+    # Without blocks there is one number for all, for each matrix, or for each of its parts, and no shape to speak of.
+    ok = scale.shape == want if any(block) else scale.numel() in (1, n, math.prod(want))
     if not ok:
         raise ZooError(
             f"a weight of {'+'.join(map(str, parts))} rows and {columns} columns in blocks of {block[0]} x {block[1]} "
             f"needs scales {list(want)}, found {list(scale.shape)}"
         )
     values = exponents(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
+    if values.numel() != math.prod(want):
+        values = values.reshape(-1, 1, 1).expand(n, sum(counts), width)
     values = values.reshape(n, sum(counts), width)
     repeats = [min(h, p - i * h) for p, h, c in zip(parts, heights, counts, strict=True) for i in range(c)]
     spread = torch.repeat_interleave(values, torch.tensor(repeats, device=values.device), dim=1)

@@ -92,7 +92,7 @@ _FP8_TENSOR = Scheme(
         ),
         Component(
             "act_scale", _SCALES, None,
-            ((".weight", ".activation_scale"), (".weight", ".input_scale"), (".weight", ".qscale_act"), ("", "_qscale_act")),
+            ((".weight", ".activation_scale"), (".weight", ".input_scale"), (".weight", ".qscale_act"), ("", "_qscale_act"), ("", "_activation_scale")),
             optional=True,
         ),
     ),
@@ -174,7 +174,7 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
             f"{leaf} in {codes.file}: {codes.dtype} codes without a scale; looked for {', '.join(names)}"
         )
     strategy, block = _fp8_strategy(config)
-    if scale.shape in ((), (1,)):
+    if scale.shape in ((), (1,)) or (strategy in (None, "tensor") and _is_one_each(codes, scale)):
         return _FP8_TENSOR
     if strategy == "channel" or (strategy is None and _is_channel(codes, scale)):
         return _FP8_CHANNEL
@@ -183,6 +183,11 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
 
 def _is_channel(codes: TensorRef, scale: TensorRef) -> bool:
     return scale.shape == (*codes.shape[:-1], 1) and codes.shape[-2] > 1
+
+
+def _is_one_each(codes: TensorRef, scale: TensorRef) -> bool:
+    """Whether there is one scale for each matrix of a stack (the experts of Mistral Small 4, transformers' layout)."""
+    return len(codes.shape) > 2 and scale.shape == (*codes.shape[:-2], 1, 1)
 
 
 def _fp8_strategy(config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int]]:

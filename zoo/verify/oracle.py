@@ -222,6 +222,12 @@ def load(path: Path, dtype: torch.dtype) -> Any:
             model, said = cls.from_pretrained(path, config=config, output_loading_info=True, dtype=dtype)
         if missing := sorted(said["missing_keys"]):  # it would go on with random numbers
             raise LookupError(f"no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
+        held = model.state_dict()
+        for scale in sorted(
+            said["unexpected_keys"]
+        ):  # Mistral Small 4's experts in 5.23: their codes would be the values
+            if (weight := re.sub("_scale(_inv)?$", "", scale)) != scale and weight in held:
+                raise LookupError(f"{weight} is loaded without its scales ({scale})")
     if quantisation_of(config):
         _cast_plain(model, config, dtype)
     return model.eval()

@@ -191,35 +191,48 @@ def _open_oracle(
     if not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
         return
-    path, note = readable(ckpt), None
+    path = readable(ckpt)
+    why = f"upstream cannot read {ckpt.format} files"
     try:
-        if path is None:
-            # Of fp8 in Mistral's format an export would keep a form that upstream's classes do not read.
-            plain = dtype if folder.quant and ckpt.format == "mistral" else None
-            path, out.cleanup = _exported(folder, ckpt, plain)
-            given = (
-                "the canonical weights"
-                if plain is None
-                else f"the source, converted again and dequantised to {plain},"
-            )
-            note = (
-                f"upstream cannot read {ckpt.format} files, so it was given {given} under its own names: "
-                "a mistake that import and export share would not show here (the bytes level is independent of that)"
-            )
-        if stream:
-            from zoo.verify.stream import StreamedTransformers
-
-            out.oracle = StreamedTransformers(path, dtype, note)
-        else:
-            out.oracle = Transformers(path, dtype, note)
+        if path is not None:
+            out.oracle = _upstream(path, dtype, None, stream)
+            return
     except CannotLoad as e:
-        if out.cleanup is None:
+        if stream or not folder.quant:
             out.why_no_oracle = str(e)
             return
-        out.cleanup.cleanup()
-        raise ZooError(f"of {ckpt.format} files upstream was given an export, and that failed: {e}") from e
+        why = str(e)
     except NoUpstream as e:
         out.why_no_oracle = str(e)
+        return
+    # Of fp8 in Mistral's format, too, an export would keep a form that upstream's classes do not read.
+    plain = dtype if folder.quant and (path is not None or ckpt.format == "mistral") else None
+    given = (
+        "the canonical weights"
+        if plain is None
+        else f"the source, converted again and dequantised to {plain},"
+    )
+    note = (
+        f"{why}, so it was given {given} under its own names: a mistake that import and export share would not show here "
+        "(the bytes level is independent of that)"
+    )
+    try:
+        given_path, out.cleanup = _exported(folder, ckpt, plain)
+        out.oracle = _upstream(given_path, dtype, note, stream)
+    except CannotLoad as e:
+        assert out.cleanup is not None
+        out.cleanup.cleanup()
+        raise ZooError(f"{why}, so it was given an export, and that failed: {e}") from e
+    except NoUpstream as e:
+        out.why_no_oracle = str(e)
+
+
+def _upstream(path: Path, dtype: str, note: str | None, stream: bool) -> Transformers:
+    if stream:
+        from zoo.verify.stream import StreamedTransformers
+
+        return StreamedTransformers(path, dtype, note)
+    return Transformers(path, dtype, note)
 
 
 def readable(ckpt: Checkpoint) -> Path | None:
