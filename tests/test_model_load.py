@@ -17,8 +17,7 @@ from tiny.build import read_config, read_tensors, write_config, write_tensors
 import zoo.quant
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.layout import layout
-from zoo.layout import Slot
+from zoo.layout import Slot, layout
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
 from zoo.model import Decoder, load, upload

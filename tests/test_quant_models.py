@@ -17,6 +17,7 @@ from tiny.build import read_config, read_tensors, write_config, write_tensors
 
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
+from zoo.mapping.execute import convert
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
@@ -326,6 +327,65 @@ def test_scales_of_another_shape_are_refused_by_name(fp8: Path, dtype: str | Non
     write_tensors(fp8, read_tensors(fp8) | {SCALE: torch.ones(5, 8)})
     with pytest.raises(ZooError, match=re.escape(SCALE) + r".*shape \[5, 8\], expected \[5, 9\]"):
         make_plan(open_checkpoint(fp8), dtype=dtype)
+
+
+def test_scales_of_what_is_multiplied_and_of_the_cache_go_along(fp8: Path, tmp_path: Path) -> None:
+    more = {
+        "model.layers.1.self_attn.k_proj.input_scale": torch.tensor(0.5), "model.layers.1.self_attn.k_scale": torch.ones(1),
+        "model.layers.1.self_attn.q_proj.input_scale": torch.tensor(0.25),
+        "model.layers.1.self_attn.v_proj.input_scale": torch.tensor(0.75),
+        "model.layers.0.self_attn.v_proj.v_scale": torch.ones(1),
+    }  # fmt: skip
+    write_tensors(fp8, read_tensors(fp8) | more)
+    plan = make_plan(open_checkpoint(fp8))
+    assert plan.extras.keys() == {n for n in more if n.endswith(("k_scale", "v_scale"))}
+    convert(plan, tmp_path / "zoo")
+    again = export(tmp_path / "zoo", tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (fp8 / "model.safetensors").read_bytes()
+
+
+GROUP = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [4, 4]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"config_groups": {"a": {"weights": GROUP | {"block_structure": "4x4"}}}}, "fp8-block-4x4"),
+        (
+            {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "int"}}, "b": {"weights": GROUP}}},
+            "fp8-block-4x4",
+        ),
+        ({"config_groups": {"a": {"weights": None}}, "weight_block_size": [4, 4]}, "fp8-block-4x4"),
+        ({"config_groups": {"FP8_BLOCK": ["Linear"]}}, "expected"),  # of shapes that 128 x 128 would have
+        ({"config_groups": {"NVFP4": ["Linear"]}}, "the preset 'NVFP4'; known: FP8,"),
+        ({"config_groups": [GROUP]}, "config_groups is .*expected an object"),
+        ({"config_groups": {"a": None}}, "config_groups has 'a' as None; expected an object"),
+        ({"config_groups": {"a": {"weights": ["Linear"]}}}, "config_groups has 'a' as .*expected an object"),
+        ({"weight_block_size": 4}, "block size 4; expected two positive numbers"),
+        ({"weight_block_size": [4.0, 4.0]}, "expected two positive numbers"),
+    ],
+)
+def test_what_a_config_says_of_blocks_is_read_or_refused(
+    settings: dict[str, Any], expected: str, fp8: Path
+) -> None:
+    config = read_config(fp8)
+    write_config(fp8, config | {"quantization_config": {"quant_method": "compressed-tensors"} | settings})
+    if expected.startswith("fp8"):
+        assert set(make_plan(open_checkpoint(fp8)).quant.values()) == {expected}
+        return
+    with pytest.raises(ZooError, match=expected):
+        make_plan(open_checkpoint(fp8))
+
+
+@pytest.mark.parametrize("size", [None, -1, 0, "x"])
+def test_int4_without_groups_of_one_size_is_refused(size: Any, tmp_path: Path) -> None:
+    name, settings, quantise, _ = MODELS["kimi_k2 int4"]
+    path = quantised(name, settings, quantise, tmp_path / "hf")
+    config = read_config(path)
+    next(iter(config["quantization_config"]["config_groups"].values()))["weights"]["group_size"] = size
+    write_config(path, config)
+    with pytest.raises(ZooError, match="of int4 zoo knows those of one size"):
+        make_plan(open_checkpoint(path))
 
 
 def test_a_quantised_embedding_is_refused_unless_it_is_dequantised(tmp_path: Path) -> None:

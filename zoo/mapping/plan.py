@@ -27,7 +27,7 @@ from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
 from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Stack, Target, Transpose, respell
-from zoo.quant.schemes import Component, Scheme, detect, grid
+from zoo.quant.schemes import CACHE_SCALE, Component, Scheme, detect, grid
 from zoo.spec import Layer, Spec
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -649,7 +649,10 @@ def _sort_rest(
                 out.extras[name] = e.reason
                 break
         else:
-            out.unexpected.append(name)
+            if CACHE_SCALE.search(name) and math.prod(tensors[name].shape) == 1:
+                out.extras[name] = "a scale of cached keys or values, which are not quantised here"
+            else:
+                out.unexpected.append(name)
 
 
 # ---------------------------------------------------------------------------------------------------

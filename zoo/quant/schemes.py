@@ -66,13 +66,23 @@ class Scheme:
 
 
 _CODES = (("", ""),)
+_ACT_SCALE = Component(  # of what a weight multiplies, for engines that round that too
+    "act_scale", _SCALES, None,
+    (
+        (".weight", ".activation_scale"), (".weight", ".input_scale"), (".weight", ".qscale_act"), ("", "_qscale_act"),
+        ("", "_activation_scale"),
+    ),
+    optional=True,
+)  # fmt: skip
+CACHE_SCALE = re.compile(r"\.(?:[kv]_proj\.)?[kv]_scale$")
+"""Names of scales for keys and values that an engine keeps in fp8."""
 _SCALE = Component("scale", _SCALES, (1, 1), (("", "_scale_inv"), ("", "_scale")))
 
 
 def _fp8_block(rows: int, columns: int) -> Scheme:
     name = "fp8-block" if (rows, columns) == (128, 128) else f"fp8-block-{rows}x{columns}"
     scale = Component("scale", (*_SCALES, "F8_E8M0", "U8"), (rows, columns), _SCALE.spellings)
-    return Scheme(name, (Component("weight", ("F8_E4M3",), (1, 1), _CODES), scale))
+    return Scheme(name, (Component("weight", ("F8_E4M3",), (1, 1), _CODES), scale, _ACT_SCALE))
 
 
 _FP8_CHANNEL = Scheme(
@@ -80,6 +90,7 @@ _FP8_CHANNEL = Scheme(
     (
         Component("weight", ("F8_E4M3",), (1, 1), _CODES),
         Component("scale", _SCALES, (1, 0), (("", "_scale"), ("", "_scale_inv"))),
+        _ACT_SCALE,
     ),
 )
 _FP8_TENSOR = Scheme(
@@ -90,11 +101,7 @@ _FP8_TENSOR = Scheme(
             "scale", _SCALES, None,
             (("", "_scale_inv"), ("", "_scale"), (".weight", ".qscale_weight"), ("", "_qscale_weight")),
         ),
-        Component(
-            "act_scale", _SCALES, None,
-            ((".weight", ".activation_scale"), (".weight", ".input_scale"), (".weight", ".qscale_act"), ("", "_qscale_act"), ("", "_activation_scale")),
-            optional=True,
-        ),
+        _ACT_SCALE,
     ),
 )  # fmt: skip
 _MXFP4 = Scheme(
@@ -190,18 +197,50 @@ def _is_one_each(codes: TensorRef, scale: TensorRef) -> bool:
     return len(codes.shape) > 2 and scale.shape == (*codes.shape[:-2], 1, 1)
 
 
+_PRESETS: dict[str, Mapping[str, Any]] = {
+    "FP8": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    "FP8_DYNAMIC": {"num_bits": 8, "type": "float", "strategy": "channel"},
+    "FP8_BLOCK": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+    "W4A16": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+}
+"""Groups of compressed-tensors that a config may name instead of writing them out. Source: its quant_scheme.py."""
+
+
+def _weights(config: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """How the groups of compressed-tensors store weights, those of this `kind` ("float" or "int")."""
+    groups = _quantization(config).get("config_groups") or {}
+    if not isinstance(groups, Mapping):
+        raise ZooError(f"config.json: config_groups is {str(groups)[:80]}; expected an object")
+    found = []
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, Mapping) else _PRESETS.get(name)
+        if weights is not None and not isinstance(weights, Mapping) or not isinstance(group, Mapping | list):
+            raise ZooError(
+                f"config.json: config_groups has {name!r} as {str(group)[:80]}; expected an object"
+            )
+        if isinstance(group, list) and weights is None:
+            raise ZooError(
+                f"config.json: config_groups names the preset {name!r}; known: {', '.join(_PRESETS)}"
+            )
+        if weights and weights.get("type", kind) == kind:
+            found.append(weights)
+    return found
+
+
 def _fp8_strategy(config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int]]:
     """("block", "channel", "tensor" or None where the config does not say; block size)."""
     q = _quantization(config)
     block = q.get("weight_block_size")
     strategy = "block" if block else None
-    for group in (q.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
+    for weights in _weights(config, "float"):
         strategy = weights.get("strategy") or strategy
         block = weights.get("block_structure") or block
     if q.get("quant_method") == "fbgemm_fp8":
         strategy = "channel"
-    if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
+    if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
+        block = [int(n) for n in block.split("x")]
+    two = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    if block is not None and not two:
         raise ZooError(
             f"config.json: quantization_config has block size {block!r}; expected two positive numbers"
         )
@@ -209,14 +248,18 @@ def _fp8_strategy(config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int
 
 
 def _group(config: Mapping[str, Any]) -> int:
-    groups = list((_quantization(config).get("config_groups") or {}).values())
-    weights = (groups[0].get("weights") or {}) if groups else {}
+    weights = next(iter(_weights(config, "int")), {})
     bits, size = weights.get("num_bits", 4), weights.get("group_size", 32)
-    if bits != 4 or weights.get("symmetric", True) is not True or weights.get("type", "int") != "int":
+    if bits != 4 or weights.get("symmetric", True) is not True:
         raise ZooError(
-            f"config.json: quantization_config asks for {weights}; of packed integers zoo knows symmetric int4 only"
+            f"config.json: quantization_config asks for {dict(weights)}; of packed integers zoo knows symmetric int4 only"
         )
-    return int(size)
+    if type(size) is not int or size < 1:
+        raise ZooError(
+            f"config.json: quantization_config has groups of {size!r}; of int4 zoo knows those of one size, not one scale "
+            "for a row"
+        )
+    return size
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -273,7 +273,9 @@ def _weights_only(config: Any) -> None:
             c.quantization_config = q | {"dequantize": True}
             if groups := q.get("config_groups"):
                 none = dict.fromkeys(ACTIVATIONS)
-                c.quantization_config["config_groups"] = {name: g | none for name, g in groups.items()}
+                c.quantization_config["config_groups"] = {
+                    name: g | none if isinstance(g, dict) else g for name, g in groups.items()
+                }
 
 
 def read_otherwise(path: Path) -> str | None:
@@ -284,8 +286,8 @@ def read_otherwise(path: Path) -> str | None:
     found = [c.get("quantization_config") for c in (raw, raw.get("text_config")) if isinstance(c, dict)]
     for q in found:
         if isinstance(q, dict) and q.get("quant_method") == "compressed-tensors":
-            groups = q.get("config_groups", {}).values()
-            rounds = any(group.get(kind) for group in groups for kind in ACTIVATIONS)
+            groups = (q.get("config_groups") or {}).values()
+            rounds = any(isinstance(g, dict) and g.get(kind) for g in groups for kind in ACTIVATIONS)
             return "upstream was told to dequantise weights while loading, by scales widened to fp32" + (
                 f", and not to round activations as the release has it ({', '.join(ACTIVATIONS)})"
                 if rounds
