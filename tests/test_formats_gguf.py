@@ -209,6 +209,23 @@ def test_a_quantised_gguf_has_the_logits_of_transformers_own_loader(quant: str, 
         assert (load(tmp_path / "zoo")(ids) - tiny.logits(upstream, ids)).abs().max() <= 5e-5
 
 
+def test_a_block_whose_scale_is_none_is_a_warning_and_with_strict_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, file = both("llama", tmp_path, "Q8_0", intermediate_size=96, head_dim=32)
+    ref = open_checkpoint(file).tensors["blk.1.ffn_down.weight"]
+    raw = bytearray(file.read_bytes())
+    raw[ref.offset + 34 : ref.offset + 36] = np.array([np.nan], np.float16).tobytes()  # of the second block
+    file.write_bytes(raw)
+    message = "blk.1.ffn_down.weight in w.gguf: some of its blocks have scales that are NaN or infinite"
+    with pytest.raises(ZooError, match=f"{message}; refused because of --strict"):
+        vendor.canonical(file, tmp_path / "strict", strict=True)
+    with caplog.at_level("WARNING", logger="zoo"):
+        made = vendor.canonical(file, tmp_path / "warned")
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("zoo")] == [message]
+    assert sum(int(t.isnan().sum()) for t in made.values()) == 32
+
+
 def test_a_gguf_becomes_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
     _, file = both("llama", tmp_path, "Q8_0")
     fp32 = vendor.canonical(file, tmp_path / "a")

@@ -221,6 +221,35 @@ def test_blocks_that_divide_nothing_have_the_logits_of_the_values_they_stand_for
     assert (ours(tmp_path / "fp32", "deepseek_v3") - theirs).abs().max() <= 5e-5
 
 
+@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "gpt2", "mistral4"])
+@pytest.mark.parametrize("block", [(6, 5), (128, 128)])
+def test_scales_that_cannot_be_fused_are_those_of_the_released_weights_when_dequantised(
+    name: str, block: tuple[int, int], tmp_path: Path
+) -> None:
+    """One stands for rows of several parts that a released tensor holds, or for other axes than are stored here."""
+
+    def quantise(tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        out: Tensors = {}
+        for key, t in tensors.items():
+            if t.ndim == 2 and re.search(r"in_proj_qkvz|mixer\.in_proj|c_attn|self_attn\.o_proj", key):
+                out[key], out[key + "_scale_inv"] = vendor.fp8_block(t, block)
+            elif key.endswith("experts.gate_up_proj"):
+                pairs = [vendor.fp8_block(matrix, block) for matrix in t]
+                out[key], out[key + "_scale_inv"] = (torch.stack(both) for both in zip(*pairs, strict=True))
+            else:
+                out[key] = t
+        return out, {"quant_method": "fp8", "weight_block_size": list(block)}
+
+    path = quantised(name, {}, quantise, tmp_path / "hf")
+    with pytest.raises(ZooError, match="--dtype"):
+        make_plan(open_checkpoint(path))
+    plain = values_of(path, tmp_path / "plain", block)
+    vendor.same(
+        vendor.canonical(path, tmp_path / "a", dtype="fp32"),
+        vendor.canonical(plain, tmp_path / "b", dtype="fp32"),
+    )
+
+
 def values_of(path: Path, dst: Path, block: tuple[int, int] | None = None) -> Path:
     """The release as if it had been published unquantised, with the values of its codes."""
     dst.mkdir()
@@ -235,8 +264,10 @@ def values_of(path: Path, dst: Path, block: tuple[int, int] | None = None) -> Pa
         if t.dtype == torch.float8_e4m3fn and block is None:
             t = t.float() * tensors[key + "_scale"]
         elif t.dtype == torch.float8_e4m3fn:
-            spread = tensors[key + "_scale_inv"].repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)  # type: ignore[index]
-            t = t.float() * spread[: t.shape[0], : t.shape[1]]
+            spread = (
+                tensors[key + "_scale_inv"].repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+            )  # type: ignore[index]
+            t = t.float() * spread[..., : t.shape[-2], : t.shape[-1]]
         out[key] = t
     write_tensors(dst, out)
     return dst

@@ -115,11 +115,13 @@ class Cast:
 
 @dataclass
 class Blocks:
-    """Elements of one of ggml's block types, whose rows are sequences of blocks."""
+    """Elements of one of ggml's block types, whose rows are sequences of blocks with scales inside. `warn` is told of a
+    tensor some of whose values are none."""
 
     ref: TensorRef
     files: Files
     dtype: str
+    warn: Callable[[str], None]
     chunk = 1 << 18
     most = MADE
 
@@ -135,6 +137,10 @@ class Blocks:
         first, last = at // columns, -(-(at + n) // columns)
         raw = self.files(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
         x = ggml.dequantise(raw, self.ref.dtype, (last - first, columns))
+        if not np.isfinite(x).all():
+            self.warn(
+                f"{self.ref.name} in {self.ref.file}: some of its blocks have scales that are NaN or infinite"
+            )
         start = at - first * columns
         return from_float(x.reshape(-1)[start : start + n], self.dtype, self.ref.name)
 

@@ -314,6 +314,7 @@ class Execution:
         self.plan, self.strict = plan, strict
         self.sheet = sheet_of(plan, shard_size)
         self.warnings: list[str] = []
+        self._warning = threading.Lock()
         self._extra_source = dict(source or {})
         self._identity = identity or _identity(plan)
         job = hashlib.sha256(
@@ -484,7 +485,7 @@ class Execution:
             others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
         if ref.dtype not in ITEMSIZE:
-            return decode.Blocks(ref, files, o.dtype)
+            return decode.Blocks(ref, files, o.dtype, self._warn)
         return decode.Cast(ref, files, o.dtype)
 
     def _compare(self, o: Output, k: int) -> None:
@@ -511,12 +512,15 @@ class Execution:
         for name in names:
             ref = self.plan.checkpoint.tensors[name]
             if bad := decode.bad_scales(ref, decode.Files(self.mover.source)):
-                text = f"{name} in {ref.file}: its scales are {bad}"
-                if self.strict:
-                    raise ZooError(f"{text}; refused because of --strict")
-                if text not in self.warnings:
-                    self.warnings.append(text)
-                    log.warning(text)
+                self._warn(f"{name} in {ref.file}: its scales are {bad}")
+
+    def _warn(self, text: str) -> None:
+        if self.strict:
+            raise ZooError(f"{text}; refused because of --strict")
+        with self._warning:  # threads find the same of one tensor
+            if text not in self.warnings:
+                self.warnings.append(text)
+                log.warning(text)
 
     # --- what describes it ----------------------------------------------------------------------------------
 

@@ -338,7 +338,10 @@ class _Matcher:
         key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
         if (found := self.recipes.get(key)) is None:
             try:
-                found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks, part, own)
+                if part is None or self.dtype is None:
+                    found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks, part, own)
+                else:  # to be dequantised, tensor by tensor: how they are fused then is no matter
+                    found = beside(compile_rule(rule, slot, self.spec, self.spell, self.n_ranks), part, own)
             except ZooError as e:
                 found = f"{slot.name}: {e}"
             self.recipes[key] = found
@@ -403,6 +406,11 @@ class _Matcher:
                 continue
             name = f"{slot.name.removesuffix('.weight')}.{part.name}"
             if not self.add(name, slot, found, names, part, keep=self.dtype is None):
+                if self.dtype is None and self.fits_released(rule, slot, part):
+                    self.out.problems.append(
+                        f"{slot.name}: its {part.name}s fit the released tensors, but not as these are arranged here; convert "
+                        "with --dtype"
+                    )
                 return
             components[part.name] = tuple(names)
         if self.dtype is None:
@@ -415,6 +423,14 @@ class _Matcher:
         self.out.outputs[slot.name] = Output(
             slot.name, self.dtype, slot.shape, slot.layer, codes, logical.fits, scheme.name, components
         )
+
+    def fits_released(self, rule: Rule, slot: Slot, part: Component) -> bool:
+        """Whether such components have the shapes that the released tensors ask for."""
+        if part.unit is None:
+            return False
+        made = beside(compile_rule(rule, slot, self.spec, self.spell, self.n_ranks), part, ())
+        names = made.sources(slot.layer, self.tensors)
+        return all(n in self.tensors and self.tensors[n].shape == f.shape for n, f in zip(names, made.fits))
 
     def add(
         self,
@@ -442,8 +458,8 @@ class _Matcher:
                 )
             if ref.shape != fit.shape:
                 self.out.problems.append(
-                    f"{source} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)} "
-                    f"(for {name} {list(recipe.shape)})"
+                    f"{source} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)}"
+                    + (f" (for {name} {list(recipe.shape)})" if keep else "")
                 )
         if part is not None and not dtypes <= set(part.dtypes):
             self.out.problems.append(
@@ -512,6 +528,11 @@ def compile_rule(
             shape = (*slot.shape[:axis], sum(parts), *rest)
             if part.name == "weight" and (slot.shape[-1] % unit[1] or any(p % unit[0] for p in slot.parts)):
                 raise ZooError(f"rows of {columns} elements do not divide into blocks of {unit[1]}")
+            if not _fuses(rule.expr) and any(p % unit[0] for p in slot.parts[:-1]):
+                raise ZooError(
+                    f"parts of {'/'.join(map(str, slot.parts))} rows in one tensor are no whole blocks of {unit[0]}: one "
+                    "scale would stand for rows of two; convert with --dtype"
+                )
             if part.trailing and _transposes(rule.expr):
                 raise ZooError("its blocks run along the input axis and cannot be transposed as they are")
     target = Target(
@@ -527,10 +548,33 @@ def compile_rule(
     leaves = [spell(f.name) for f in fits]
     if part is None:
         return Recipe(("\n".join(leaves),), shape, fits)
-    spelled = [
-        [leaf.removesuffix(a) + b for leaf in leaves] for a, b in part.spellings if leaves[0].endswith(a)
-    ]
-    return Recipe(tuple("\n".join(names) for names in spelled), shape, fits)
+    return Recipe(_spelled(leaves, part), shape, fits)
+
+
+def _spelled(leaves: list[str], part: Component) -> tuple[str, ...]:
+    """The names of a component of these weights, as `Recipe` has them."""
+    return tuple(
+        "\n".join(leaf.removesuffix(a) + b for leaf in leaves)
+        for a, b in part.spellings
+        if leaves[0].endswith(a)
+    )
+
+
+def beside(plain: Recipe, part: Component, own: tuple[int, ...]) -> Recipe:
+    """Of the recipe of plain weights, that of a component of quantised ones, of which each belongs to a whole released
+    tensor, along the axes of that. The fits say shapes only. `own` as in `compile_rule`.
+
+    Raises ZooError for rows that are not whole blocks of codes.
+    """
+    shapes = [fit.shape if part.unit else own for fit in plain.fits]
+    if part.unit is not None:
+        for k, (*lead, rows, columns) in enumerate(shapes):
+            (n,), rest = grid(part, (rows,), columns)
+            shapes[k] = (*lead, n, *rest)
+            if part.name == "weight" and columns % part.unit[1]:
+                raise ZooError(f"rows of {columns} elements do not divide into blocks of {part.unit[1]}")
+    fits = tuple(replace(fit, shape=shape) for fit, shape in zip(plain.fits, shapes))
+    return Recipe(_spelled(plain.names[0].split("\n"), part), plain.shape, fits)
 
 
 def _within(expr: Expr) -> Iterator[Expr]:
