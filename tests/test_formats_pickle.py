@@ -273,6 +273,15 @@ def test_a_tensor_that_is_none_is_refused(args: tuple[Any, ...], tmp_path: Path)
     assert len(str(e.value)) < 400
 
 
+def test_a_pickle_of_more_objects_than_any_release_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.formats.pickle.MAX_STEPS", 1000)
+    file = packed(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT * 1001 + pickle.STOP, tmp_path / "w.bin")
+    with pytest.raises(ZooError, match=r"w\.bin: .*more than 1000 steps"):
+        read_pickle(file, "w.bin")
+
+
 @pytest.mark.parametrize("state", [{"shape": (-5, 3)}, {"offset": -1000}, (None, {"shape": "ab"})])
 def test_a_tensor_is_not_changed_after_it_was_checked(state: Any, tmp_path: Path) -> None:
     changed = Made("the storage", 0, (2, 3), (3, 1), False, OrderedDict(), state=state)

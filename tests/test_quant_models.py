@@ -386,6 +386,19 @@ GROUP = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure":
             {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "int"}}, "b": {"weights": GROUP}}},
             "fp8-block-4x4",
         ),
+        (
+            {"config_groups": {"a": {"weights": GROUP}, "b": {"weights": GROUP | {"strategy": "channel"}}}},
+            "fp8-block-4x4",
+        ),
+        (
+            {
+                "config_groups": {
+                    "a": {"weights": GROUP | {"block_structure": [8, 8]}},
+                    "b": {"weights": GROUP},
+                }
+            },
+            "fp8-block-4x4",
+        ),
         ({"config_groups": {"a": {"weights": None}}, "weight_block_size": [4, 4]}, "fp8-block-4x4"),
         ({"config_groups": {"FP8_BLOCK": ["Linear"]}}, "expected"),  # of shapes that 128 x 128 would have
         ({"config_groups": {"NVFP4": ["Linear"]}}, "the preset 'NVFP4'; known: FP8,"),
@@ -439,6 +452,32 @@ def test_codes_without_scales_are_refused_by_name(fp8: Path) -> None:
     write_tensors(fp8, tensors)
     with pytest.raises(ZooError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
         make_plan(open_checkpoint(fp8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8])
+def test_codes_of_another_kind_are_refused_as_such(dtype: torch.dtype, fp8: Path) -> None:
+    tensors, name = read_tensors(fp8), "model.layers.1.self_attn.o_proj.weight"
+    write_tensors(fp8, tensors | {name: tensors[name].view(torch.uint8).view(dtype)})
+    with pytest.raises(ZooError, match=rf"{re.escape(name)} in .*codes with scales are not supported"):
+        make_plan(open_checkpoint(fp8))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_for_all_of_a_weight_may_have_axes(
+    shape: tuple[int, ...], fp8: Path, tmp_path: Path
+) -> None:
+    weights = GROUP | {"strategy": "tensor"}
+    q = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": weights}}}
+    tensors = {
+        n: t[:1, :1].clone().reshape(shape) if n.endswith("_scale_inv") else t
+        for n, t in read_tensors(fp8).items()
+    }
+    write_tensors(fp8, tensors)
+    write_config(fp8, read_config(fp8) | {"quantization_config": q})
+    assert set(make_plan(open_checkpoint(fp8)).quant.values()) == {"fp8-tensor"}
+    vendor.canonical(fp8, tmp_path / "carried")
+    vendor.canonical(fp8, tmp_path / "fp32", dtype="fp32")
+    assert torch.equal(ours(tmp_path / "carried", "qwen3"), ours(tmp_path / "fp32", "qwen3"))
 
 
 def test_scales_without_codes_are_refused_by_name(fp8: Path) -> None:

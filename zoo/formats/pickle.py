@@ -26,6 +26,7 @@ from zoo.formats.safetensors import check_index, index_files
 
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
+MAX_STEPS = 1 << 24  # of a pickle: one byte may make an object of 72; a tensor takes some 30 steps
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -180,9 +181,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _scan(file: BinaryIO) -> None:
     """Raises ValueError for a pickle that numbers what it remembers otherwise than one after the other: Python makes room
-    for the number before it is used, gigabytes for four bytes."""
+    for the number before it is used, gigabytes for four bytes. And for one that makes more than any release."""
     start, kept = file.tell(), 0
-    for op, number, _ in pickletools.genops(file):
+    for step, (op, number, _) in enumerate(pickletools.genops(file)):
+        if step == MAX_STEPS:
+            raise ValueError(f"it has more than {MAX_STEPS} steps")
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             if number is not None and number > 2 * kept + 1000:
                 raise ValueError(f"it remembers {kept} things and numbers the next one {number}")

@@ -398,6 +398,8 @@ class _Matcher:
         components: dict[str, tuple[str, ...]] = {}
         for part in scheme.components:
             found = self.recipe(rule, n, slot, scheme, part)
+            if isinstance(found, str) and part.optional:
+                continue  # if it is there all the same, no rule uses it, which is said
             if isinstance(found, str):
                 self.out.problems.append(found)
                 return
@@ -430,7 +432,8 @@ class _Matcher:
             return False
         made = beside(compile_rule(rule, slot, self.spec, self.spell, self.n_ranks), part, ())
         names = made.sources(slot.layer, self.tensors)
-        return all(n in self.tensors and self.tensors[n].shape == f.shape for n, f in zip(names, made.fits))
+        found = [(self.tensors.get(n), f.shape) for n, f in zip(names, made.fits)]
+        return all(t is not None and t.shape == shape and t.dtype in part.dtypes for t, shape in found)
 
     def add(
         self,
@@ -453,9 +456,10 @@ class _Matcher:
             ref = tensors[source]
             dtypes.add(ref.dtype)
             if part is None and ref.dtype in ITEMSIZE and ref.dtype not in FLOATS:
-                self.out.problems.append(
-                    f"{source} in {ref.file}: {ref.dtype} without scales is no weight; expected {', '.join(FLOATS)}"
-                )
+                scaled = any(source + s in tensors for s in ("_scale", "_scale_inv"))
+                what = "codes with scales are not supported" if scaled else "without scales is no weight"
+                good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
+                self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
             if ref.shape != fit.shape:
                 self.out.problems.append(
                     f"{source} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)}"
@@ -726,7 +730,7 @@ class PlanError(ZooError):
                 lines.append(
                     f"  {text} {list(ref.shape)} in {ref.file}" + (f"   nearest: {hint}" if hint else "")
                 )
-        lines += m.problems
+        lines += dict.fromkeys(m.problems)  # what is wrong with the config is wrong for each weight
         super().__init__("\n".join(lines))
 
 

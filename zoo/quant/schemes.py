@@ -180,12 +180,28 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         raise ZooError(
             f"{leaf} in {codes.file}: {codes.dtype} codes without a scale; looked for {', '.join(names)}"
         )
-    strategy, block = _fp8_strategy(config)
-    if scale.shape in ((), (1,)) or (strategy in (None, "tensor") and _is_one_each(codes, scale)):
+    # A config may have several groups, of layers by names that are not those of the files: the scale says which.
+    schemes = [_fp8(codes, scale, *said) for said in _fp8_strategies(config)]
+    return next((s for s in schemes if _fits(s, codes, scale)), schemes[0])
+
+
+def _fp8(codes: TensorRef, scale: TensorRef, strategy: str | None, block: tuple[int, int]) -> Scheme:
+    if scale.shape in ((), (1,)) or (strategy == "tensor" and math.prod(scale.shape) == 1):
+        return _FP8_TENSOR
+    if strategy in (None, "tensor") and _is_one_each(codes, scale):
         return _FP8_TENSOR
     if strategy == "channel" or (strategy is None and _is_channel(codes, scale)):
         return _FP8_CHANNEL
     return _fp8_block(*block)
+
+
+def _fits(made: Scheme, codes: TensorRef, scale: TensorRef) -> bool:
+    """Whether the scale has the shape that it has for such codes."""
+    if made is _FP8_TENSOR or len(codes.shape) < 2:
+        return True
+    *lead, rows, columns = codes.shape
+    (n,), rest = grid(made.component("scale"), (rows,), columns)
+    return scale.shape == (*lead, n, *rest)
 
 
 def _is_channel(codes: TensorRef, scale: TensorRef) -> bool:
@@ -227,24 +243,28 @@ def _weights(config: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     return found
 
 
-def _fp8_strategy(config: Mapping[str, Any]) -> tuple[str | None, tuple[int, int]]:
-    """("block", "channel", "tensor" or None where the config does not say; block size)."""
+def _fp8_strategies(config: Mapping[str, Any]) -> list[tuple[str | None, tuple[int, int]]]:
+    """("block", "channel", "tensor" or None where the config does not say; block size) of each group."""
     q = _quantization(config)
     block = q.get("weight_block_size")
-    strategy = "block" if block else None
-    for weights in _weights(config, "float"):
-        strategy = weights.get("strategy") or strategy
-        block = weights.get("block_structure") or block
-    if q.get("quant_method") == "fbgemm_fp8":
-        strategy = "channel"
+    strategy = "channel" if q.get("quant_method") == "fbgemm_fp8" else "block" if block else None
+    groups = [
+        (w.get("strategy") or strategy, w.get("block_structure") or block) for w in _weights(config, "float")
+    ]
+    return [(s, _two_numbers(b)) for s, b in groups or [(strategy, block)]]
+
+
+def _two_numbers(block: Any) -> tuple[int, int]:
+    if block is None:
+        return 128, 128
     if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
         block = [int(n) for n in block.split("x")]
     two = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    if block is not None and not two:
+    if not two:
         raise ZooError(
             f"config.json: quantization_config has block size {block!r}; expected two positive numbers"
         )
-    return strategy, (block[0], block[1]) if block else (128, 128)
+    return block[0], block[1]
 
 
 def _group(config: Mapping[str, Any]) -> int:
