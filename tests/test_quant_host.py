@@ -160,3 +160,13 @@ def test_scales_of_another_shape_are_refused(name: str) -> None:
 def test_bytes_are_scales_only_where_a_scheme_says_so() -> None:
     with pytest.raises(ZooError, match="U8 cannot be converted to a float dtype"):
         to_fp32(np.zeros(4, np.uint8), "U8")
+
+
+def test_codes_of_another_shape_than_is_said_are_refused_by_name() -> None:
+    components = {
+        "weight": np.zeros((4, 8), np.int32), "scale": np.ones((4, 2), np.float32), "shape": np.array([4, 63]),
+    }  # fmt: skip
+    with pytest.raises(
+        ZooError, match=r"a\.weight: weight_shape says \[4, 63\], the packed codes hold \[4, 64\]"
+    ):
+        host.dequantise("int4-group32", components, "F32", "a.weight")

@@ -47,7 +47,7 @@ def dequantise(name: str, components: dict[str, Array], dtype: str, who: str) ->
             f"{who}: {rows} rows and {columns} columns of {name} need scales {list(want)}, found {list(scale.shape)}"
         )
     if (shape := components.get("shape")) is not None:
-        check_shape(shape.tolist(), (rows,), columns)
+        check_shape(shape.tolist(), (rows,), columns, f"{who}: ")
     out = scratch("dequantised", (rows, columns), bits(dtype))
     if kind == "mxfp4":
         _mxfp4(codes, scale, dtype, out)
@@ -63,14 +63,14 @@ def dequantise(name: str, components: dict[str, Array], dtype: str, who: str) ->
     return out
 
 
-def check_shape(shape: Any, parts: tuple[int, ...], columns: int) -> None:
+def check_shape(shape: Any, parts: tuple[int, ...], columns: int, who: str = "") -> None:
     """`shape` (nested lists) holds [rows, columns] of every part of every expert; the codes may be some rows of
-    them."""
+    them. `who` begins the error."""
     pairs = np.asarray(shape).reshape(-1, 2).tolist()
     for n, found in enumerate(pairs):
         want = [parts[n % len(parts)], columns]
         if found[0] < want[0] or found[1] != want[1]:
-            raise ZooError(f"weight_shape says {found}, the packed codes hold {want}")
+            raise ZooError(f"{who}weight_shape says {found}, the packed codes hold {want}")
 
 
 def _fp8(codes: Array, scale: Array, block: tuple[int, int]) -> Iterator[tuple[int, Array, bool]]:
