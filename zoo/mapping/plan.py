@@ -402,6 +402,7 @@ class _Matcher:
                 continue  # if it is there all the same, no rule uses it, which is said
             if isinstance(found, str):
                 self.out.problems.append(found)
+                self.used.update(name for s in sources for p in scheme.components for name in p.names(s))
                 return
             names = found.sources(slot.layer, self.tensors)
             if part.optional and not any(name in self.tensors for name in names):
