@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,14 @@ def inside(root: Path, name: str, who: str) -> Path:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt")
 _CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
+
+
+def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path) -> None:
+    """Add those of one file to those of the others. Raises ZooError for a name that two files have."""
+    for ref in refs:
+        if (other := tensors.get(ref.name)) is not None:
+            raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+        tensors[ref.name] = ref
 
 
 def carried_files(root: Path) -> tuple[str, ...]:

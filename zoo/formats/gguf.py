@@ -21,7 +21,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, inside
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside
 from zoo.quant import ggml
 
 MAGIC = b"GGUF"
@@ -64,12 +64,7 @@ def open(path: Path) -> Checkpoint:
         files[name] = file.stat().st_size
         fields, refs = read_header(file, name)
         metadata = metadata if n else fields
-        for ref in refs:
-            if ref.name in tensors:
-                raise ZooError(
-                    f"{file}: tensor {ref.name!r} is also in {tensors[ref.name].file}; which one is meant?"
-                )
-            tensors[ref.name] = ref
+        add_tensors(tensors, refs, file)
     if (count := metadata.get("split.tensors.count", len(tensors))) != len(tensors):
         raise ZooError(
             f"{root / names[0]}: its set has {count} tensors, found {len(tensors)}: is the download complete?"

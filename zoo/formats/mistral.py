@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
 from zoo.formats.safetensors import check_index, index_files, parse_header, read_header
 
 INDEX = "consolidated.safetensors.index.json"
@@ -38,10 +38,7 @@ def open(path: Path) -> Checkpoint:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
         headers[name] = raw = read_header(file)
-        for ref in parse_header(raw, name, files[name], str(file)):
-            if (other := tensors.get(ref.name)) is not None:
-                raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
-            tensors[ref.name] = ref
+        add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     config = _params.mistral(params, str(where))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from zoo.errors import ZooError
 from zoo.formats import safetensors
-from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
 
 _OWN_KEYS = {"num_experts", "experts_per_token", "initial_context_length", "rope_ntk_beta"}
 
@@ -45,10 +44,7 @@ def open(path: Path) -> Checkpoint:
         file = inside(root, name, str(root))
         files[name] = file.stat().st_size
         headers[name] = raw = safetensors.read_header(file)
-        for t in safetensors.parse_header(raw, name, files[name], str(file)):
-            if (other := tensors.get(t.name)) is not None:
-                raise ZooError(f"{file}: tensor {t.name!r} is also in {other.file}; which one is meant?")
-            tensors[t.name] = t
+        add_tensors(tensors, safetensors.parse_header(raw, name, files[name], str(file)), file)
     if (root / safetensors.INDEX).exists():
         index = read_json(root / safetensors.INDEX, "")["weight_map"]
         safetensors.check_index(index, tensors, root / safetensors.INDEX)

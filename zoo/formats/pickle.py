@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
 from zoo.formats.safetensors import check_index, index_files
 
 INDEX = "pytorch_model.bin.index.json"
@@ -58,10 +58,7 @@ def open(path: Path) -> Checkpoint:
     for name in names:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
-        for ref in read_pickle(file, name, notes):
-            if (other := tensors.get(ref.name)) is not None:
-                raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
-            tensors[ref.name] = ref
+        add_tensors(tensors, read_pickle(file, name, notes), file)
     if path.is_dir() and (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     return Checkpoint(

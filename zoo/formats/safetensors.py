@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, carried_files, encoded, inside, read_json
+from zoo.formats.base import (
+    ITEMSIZE,
+    Checkpoint,
+    TensorRef,
+    add_tensors,
+    carried_files,
+    encoded,
+    inside,
+    read_json,
+)
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 INDEX = "model.safetensors.index.json"
@@ -37,10 +46,7 @@ def open(path: Path) -> Checkpoint:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
         headers[name] = raw = read_header(file)
-        for ref in parse_header(raw, name, files[name], str(file)):
-            if (other := tensors.get(ref.name)) is not None:
-                raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
-            tensors[ref.name] = ref
+        add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if path.is_dir() and (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     carried = carried_files(root)

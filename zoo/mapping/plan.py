@@ -522,9 +522,8 @@ def compile_rule(
     if part is not None:
         if part.unit is None:
             parts = (1,) * len(slot.parts)
-            lead = (
-                slot.shape[:axis] if _stacks(rule.expr) else ()
-            )  # one released stack has one constant, of its own shape
+            # one released stack has one constant, of its own shape
+            lead = slot.shape[:axis] if _stacks(rule.expr) else ()
             shape = (*lead, *((len(parts),) if _fuses(rule.expr) else ()), *own)
         else:
             columns = slot.shape[-1]
