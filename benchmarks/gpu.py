@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from about import command
+from random_codes import components
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,10 +39,12 @@ sys.path.insert(0, str(ROOT))
 SHAPES: dict[str, tuple[str, int | None, str | None]] = {
     "Llama 3.2 1B": ("llama-3.2-1b-instruct", None, None),
     "Llama 3.1 8B": ("llama-3.1-8b", None, None),
+    "Llama 3.1 8B fp8": ("llama-3.1-8b", None, "fp8-tensor"),
     "gpt-oss-20b": ("gpt-oss-20b", None, None),
     "gpt-oss-20b mxfp4": ("gpt-oss-20b", None, "mxfp4"),
     "Qwen3-30B-A3B, 24 layers": ("qwen3-30b-a3b", 24, None),
     "Qwen3-30B-A3B fp8, 24 layers": ("qwen3-30b-a3b", 24, "fp8-block"),
+    "Qwen3-30B-A3B int4, 24 layers": ("qwen3-30b-a3b", 24, "int4-group128"),
     "Llama 4 Scout, 8 layers": ("llama4-scout-17b-16e-instruct", 8, None),
     "DeepSeek-V3, 1 dense + 2 MoE layers": ("deepseek-v3", 3, None),
 }
@@ -132,15 +135,9 @@ def our_model(config: dict[str, Any], scheme: str | None) -> Any:
             continue
         if scheme == "mxfp4" and not experts:
             continue
-        *lead, n, k = m.weight.shape
-        if scheme == "mxfp4":
-            codes = torch.randint(0, 256, (*lead, n, k // 32, 16), dtype=torch.uint8, device="cuda")
-            scale = torch.randint(118, 122, (*lead, n, k // 32), dtype=torch.uint8, device="cuda")
-        else:
-            codes = torch.randn(*lead, n, k, dtype=bf16, device="cuda").to(torch.float8_e4m3fn)
-            rows = sum(-(-p // 128) for p in m.parts)
-            scale = torch.full((*lead, rows, -(-k // 128)), 0.02, device="cuda")
-        m.quantise(scheme, {"weight": codes, "scale": scale})
+        *lead, _, k = m.weight.shape
+        with torch.device("cuda"):
+            m.quantise(scheme, components(scheme, m.parts, k, *lead))
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         dtype = torch.float32 if leaf == "selection_bias" else bf16

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu import versions
+from random_codes import components
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,10 @@ SCHEMES = [
     "fp8-block-64x128",
     "fp8-block-1x128",
     "fp8-block-32x256",
+    "fp8-tensor",
     "mxfp4",
+    "int4-group32",
+    "int4-group128",
 ]
 
 
@@ -119,24 +123,15 @@ def stored(
 
     from zoo.kernels import weights
     from zoo.quant import dequantise
-    from zoo.quant.schemes import block_size
 
-    n = sum(parts)
     if scheme == "plain":
-        w = (torch.randn(*lead, n, k) * 0.2).to(dtype)
+        w = (torch.randn(*lead, sum(parts), k) * 0.2).to(dtype)
         return w.double(), weights.plain(w)
-    if scheme == "mxfp4":
-        codes = torch.randint(0, 256, (*lead, n, k // 32, 16), dtype=torch.uint8)
-        scale = torch.randint(118, 125, (*lead, n, k // 32), dtype=torch.uint8)
-    else:
-        codes = (torch.randn(*lead, n, k) * 0.3).to(torch.float8_e4m3fn)
-        rows, columns = block_size(scheme)
-        scale = torch.rand(*lead, sum(-(-p // rows) for p in parts), -(-k // (columns or k))) + 0.5
-        scale = scale.bfloat16() if r.random() < 0.3 else scale
-    components = {"weight": codes, "scale": scale}
-    return dequantise(scheme, components, parts, torch.float32).double(), weights.quantised(
-        scheme, components, parts
-    )
+    made = components(scheme, parts, k, *lead)
+    if made["scale"].is_floating_point() and r.random() < 0.3:
+        made["scale"] = made["scale"].bfloat16()
+    exact = dequantise(scheme, made, parts, torch.float32).double()
+    return exact, weights.quantised(scheme, made, parts)
 
 
 def weighted(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
@@ -149,8 +144,9 @@ def weighted(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
     from zoo.spec import MLP
 
     scheme = r.choice(SCHEMES)
-    if scheme == "mxfp4":
-        dtype = torch.float32 if dtype == torch.float16 else dtype  # in which its activations overflow
+    if scheme == "mxfp4" and dtype == torch.float16:
+        dtype = torch.float32  # as its activations overflow
+    if scheme.startswith(("mxfp4", "int4")):
         k, f = r.choice([32, 64, 96, 224, 512, 1056, 2880]), r.choice([32, 64, 96, 160])
     else:
         k = r.choice([1, 7, 24, 33, 64, 96, 100, 128, 130, 256, 300, 520, 1000])

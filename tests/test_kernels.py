@@ -41,6 +41,7 @@ if INTERPRETED or COMPILED:
 
     from zoo.kernels import attention, experts, gated, latent, launch, linear, norm, rope, route, weights
     from zoo.quant import dequantise
+    from zoo.quant.schemes import block_size
     from zoo.spec import MLP, Norm, Router
 
     def rand(*shape: int) -> torch.Tensor:
@@ -260,19 +261,23 @@ if INTERPRETED or COMPILED:
         if scheme == "plain":
             w = rand(*lead, n, columns) * 0.2
             return w, weights.plain(w)
+        height, width = block_size(scheme)
+        grid = sum(-(-p // (height or p)) for p in parts), -(-columns // (width or columns))
         if scheme == "mxfp4":
             codes = torch.randint(0, 256, (*lead, n, columns // 32, 16), dtype=torch.uint8)
-            scale = torch.randint(122, 126, (*lead, n, columns // 32), dtype=torch.uint8)
+            scale = torch.randint(122, 126, (*lead, *grid), dtype=torch.uint8)
+        elif scheme.startswith("int4"):
+            codes = torch.randint(-(2**31), 2**31, (*lead, n, columns // 8)).int()
+            scale = (torch.rand(*lead, *grid) + 0.5).bfloat16() / 16
         else:
             codes = (rand(*lead, n, columns) * 0.3).to(torch.float8_e4m3fn)
-            rows = n if scheme == "fp8-channel" else sum(-(-p // 128) for p in parts)
-            scale = torch.rand(*lead, rows, 1 if scheme == "fp8-channel" else -(-columns // 128)) + 0.5
+            scale = torch.rand(*lead, *grid) + 0.5
         components = {"weight": codes, "scale": scale}
         packed = weights.quantised(scheme, components, parts)
         assert packed is not None
         return dequantise(scheme, components, parts, torch.float32), packed
 
-    SCHEMES = ["plain", "fp8-block", "fp8-channel", "mxfp4"]
+    SCHEMES = ["plain", "fp8-block", "fp8-channel", "fp8-tensor", "mxfp4", "int4-group32", "int4-group64"]
 
     @pytest.mark.parametrize("scheme", SCHEMES)
     @pytest.mark.parametrize("f", [23, 128])  # scales of rows that need a table, and of those that do not
@@ -280,11 +285,23 @@ if INTERPRETED or COMPILED:
         w, packed = stored(scheme, (f, f), 160)
         x, onto = rand(1, 1, 160), rand(1, 1, 2 * f)
         assert linear.one_row(x, packed)
-        assert (packed.rows is None) == (scheme in ("plain", "mxfp4") or (scheme == "fp8-block" and f == 128))
+        assert (packed.rows is None) == (not scheme.startswith("fp8") or (scheme == "fp8-block" and f == 128))
         close(linear.linear(x, packed, onto), linear.linear_reference(x, w, None, onto))
         close(linear.gated_linear(x, packed, MLP(f)), linear.gated_linear_reference(x, w, None, MLP(f)), 5)
         if scheme != "plain":
             close(weights.expanded(packed, torch.float32), w)
+
+    @pytest.mark.parametrize("scales", [(1,), (3, 1, 1), (3, 2, 1)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_one_scale_for_all_experts_for_each_or_for_each_part(
+        scales: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        codes = (rand(3, 2 * 40, 72) * 0.3).to(torch.float8_e4m3fn)
+        components = {"weight": codes, "scale": (torch.rand(scales) + 0.5).to(dtype)}
+        packed = weights.quantised("fp8-tensor", components, (40, 40))
+        assert packed is not None
+        exact = dequantise("fp8-tensor", components, (40, 40), torch.float32)
+        close(weights.expanded(packed, torch.float32), exact)
 
     @pytest.mark.parametrize("tokens", [1, 9])
     @pytest.mark.parametrize("scheme", SCHEMES)

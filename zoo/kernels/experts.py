@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from zoo.kernels.gated import ACTIVATIONS, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
-from zoo.kernels.weights import FP8, MXFP4, PLAIN, Weight
+from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
 
 if triton is not None:
@@ -129,7 +129,7 @@ def _few(
 
 def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
     """Rows and channels of a tile of a chosen expert's gate and up weights, and its warps. Measured on an H100."""
-    if w.kind == FP8:
+    if w.kind in (FP8, FP8_ROWS):
         return 8, min(512, power_of_2(w.k, w.group)), 2
     return tile(w.n * experts, w, gated)
 
@@ -137,7 +137,7 @@ def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
 def down_tile(experts: int, w: Weight) -> tuple[int, int, int]:
     """Rows, a multiple of `experts`, and channels of a tile of the down weights of a token's experts, and its warps.
     Measured on an H100."""
-    if w.kind == MXFP4:
+    if w.kind in (MXFP4, INT4):
         rows, block, warps = max(experts, 16), 1024, 8
     else:
         rows = max(experts, 16 if w.k <= 1024 else 2)
@@ -276,7 +276,7 @@ if triton is not None:
         else:
             n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
             mask = n < F
-        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        bytes_: tl.constexpr = 2 if KIND >= 3 else 1
         w_ptr += e * N * (K // bytes_)
         if KIND != 0:
             s_ptr += e * s_rows * s_columns
@@ -436,7 +436,7 @@ if triton is not None:
         f = column + tl.arange(0, BLOCK_N)
         f_mask = f < F
         dtype = h_ptr.dtype.element_ty
-        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        bytes_: tl.constexpr = 2 if KIND >= 3 else 1
         w_ptr += e * N * (K // bytes_)
         if KIND != 0:
             s_ptr += e * s_rows * s_columns
@@ -490,7 +490,7 @@ if triton is not None:
         n = column + tl.arange(0, BLOCK_N)
         n_mask = n < N
         dtype = y_ptr.dtype.element_ty
-        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        bytes_: tl.constexpr = 2 if KIND >= 3 else 1
         w_ptr += e * N * (F // bytes_)
         if KIND != 0:
             s_ptr += e * s_rows * s_columns

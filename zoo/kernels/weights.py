@@ -1,4 +1,4 @@
-"""A weight as kernels read it: plain, fp8 with scales, or mxfp4, one matrix or one per expert.
+"""A weight as kernels read it: plain, fp8 with scales, mxfp4 or int4, one matrix or one per expert.
 
 Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
 partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.launch import Kernel, ceil_div, triton
+from zoo.quant.fp8 import scale_grid
+from zoo.quant.host import check_shape
 from zoo.quant.schemes import block_size
 
 if triton is not None:
@@ -20,15 +22,15 @@ if triton is not None:
 
     from zoo.kernels.launch import after_previous
 
-PLAIN, FP8, MXFP4 = 0, 1, 2
+PLAIN, FP8_ROWS, FP8, MXFP4, INT4 = range(5)  # FP8_ROWS: a row of the weight has one scale
 SCALE_ROWS = 128  # of a weight in fp8 that share a scale, as a rule: then no table is read to find it
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes) and for quantised ones `scale` [E, R, C] and
-    `rows` [N] int32, the row of `scale` that a row of the weight uses (None: row n // 128, in mxfp4 n). `bias` [E, N].
-    A lone matrix has E = 1."""
+    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes, int4: [E, N, K / 2]) and for quantised ones `scale` [E, R, C] and
+    `rows` [N] int32, the row of `scale` that a row of the weight uses (None: row n // 128, where codes are of four bits n).
+    `bias` [E, N]. A lone matrix has E = 1."""
 
     codes: Tensor
     n: int
@@ -50,8 +52,13 @@ class Weight:
 
     @property
     def group(self) -> int:
-        """Columns per scale, in the tile."""
-        return 32 if self.kind == MXFP4 else 128
+        """What the columns of a tile are a multiple of: each has one scale."""
+        return 32 if self.kind in (MXFP4, INT4) else 128
+
+    @property
+    def lead(self) -> torch.Size:
+        """[E] or, of a lone matrix, []."""
+        return self.codes.shape[: -3 if self.kind == MXFP4 else -2]
 
 
 def plain(weight: Tensor, bias: Tensor | None = None) -> Weight:
@@ -67,34 +74,35 @@ def quantised(
     if not codes.is_contiguous() or not scale.is_contiguous():
         return None
     n = sum(parts)
-    if scheme == "mxfp4":
-        k = codes.shape[-2] * 32
-        scale = scale.view(torch.uint8)
-        return Weight(codes, n, k, MXFP4, scale, None, 32, bias)
-    if not scheme.startswith(("fp8-block", "fp8-channel")) or scale.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-    ):
-        return None
-    k = codes.shape[-1]
     rows, columns = block_size(scheme)
-    columns = columns or k
+    if scheme == "mxfp4":
+        return Weight(codes, n, codes.shape[-2] * 32, MXFP4, scale.view(torch.uint8), None, columns, bias)
+    if scheme.startswith("int4"):
+        k = codes.shape[-1] * 8
+        if k % 32 or columns % 32:
+            return None
+        if (shape := components.get("shape")) is not None:
+            check_shape(shape.tolist(), parts, k)
+        return Weight(codes.view(torch.uint8), n, k, INT4, scale, None, columns, bias)
+    k = codes.shape[-1]
     if columns % 128 and columns < k:
         return None
+    if scheme == "fp8-tensor" or scale.dtype not in (torch.float32, torch.bfloat16):
+        scale = scale_grid(scale, tuple(codes.shape[:-2]), parts, k, (rows, columns)).contiguous()
+    kind, columns = FP8 if 0 < columns < k else FP8_ROWS, columns or k
     if rows == SCALE_ROWS and not any(part % rows for part in parts[:-1]):
-        return Weight(codes, n, k, FP8, scale, None, columns, bias)
+        return Weight(codes, n, k, kind, scale, None, columns, bias)
     index, first = [], 0
     for part in parts:
-        index.append(first + torch.arange(part) // rows)
-        first += -(-part // rows)
+        index.append(first + torch.arange(part) // (rows or part))
+        first += ceil_div(part, rows or part)
     table = torch.cat(index).to(torch.int32).to(codes.device)
-    return Weight(codes, n, k, FP8, scale, table, columns, bias)
+    return Weight(codes, n, k, kind, scale, table, columns, bias)
 
 
 def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
     """The weights in `dtype`, [E, N, K] or, of a lone matrix, [N, K]. On a GPU; see `zoo.quant` for elsewhere."""
-    lead = w.codes.shape[: -3 if w.kind == MXFP4 else -2]
-    out = torch.empty(*lead, w.n, w.k, dtype=dtype, device=w.codes.device)
+    out = torch.empty(*w.lead, w.n, w.k, dtype=dtype, device=w.codes.device)
     block_n, block_k = 32, 128
     grid = (ceil_div(w.k, block_k), ceil_div(w.n, block_n), out.numel() // (w.n * w.k))
     _expanded[grid](
@@ -146,9 +154,42 @@ if triton is not None:
         return low.to(tl.bfloat16, bitcast=True) * factor, high.to(tl.bfloat16, bitcast=True) * factor
 
     @triton.jit
+    def two_values(w, c: tl.constexpr, KIND: tl.constexpr):
+        """Words of eight codes -> the values of codes c and c + 4, each half a word, in fp32 (mxfp4: times 2^-14)."""
+        if KIND == 3:
+            if c < 3:
+                pair = (w << (9 - 4 * c)) & 0x0E000E00
+            else:
+                pair = (w >> 3) & 0x0E000E00
+            pair = pair | ((w << (12 - 4 * c)) & 0x80008000)
+        else:
+            pair = ((w >> (4 * c)) & 0x000F000F) | 0x64006400  # as a half 1024 + code
+        low = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        if KIND == 4:
+            low, high = low - 1032.0, high - 1032.0
+        return low, high
+
+    @triton.jit
+    def scale_of(s, KIND: tl.constexpr):
+        """What `two_values` are to be multiplied by, of a stored scale."""
+        if KIND == 3:
+            return fp4_scale(s)
+        else:
+            return s.to(tl.float32)
+
+    @triton.jit
+    def scale_column(group, columns, KIND: tl.constexpr):
+        """Where the scale of 32 columns of four-bit codes is in its row."""
+        if KIND == 3:
+            return group
+        else:
+            return group * 32 // columns
+
+    @triton.jit
     def scale_row(rows_ptr, n, n_mask, KIND: tl.constexpr):
         """The row of scales that rows n of a matrix use."""
-        if KIND != 1:
+        if KIND == 0 or KIND >= 3:
             return n
         elif rows_ptr is None:
             return n // 128  # SCALE_ROWS
@@ -166,8 +207,10 @@ if triton is not None:
         `WAIT`: x is not there yet; the first tile of W is fetched before waiting for it."""
         n = n.to(tl.int64)
         s_row = s_row.to(tl.int64)
-        if KIND == 0:
+        if KIND <= 1:
             k = tl.arange(0, BLOCK)
+            if KIND == 1:
+                s = tl.load(s_ptr + s_row * s_columns, mask=n_mask, other=0.0).to(tl.float32)
             at = w_ptr + n[:, None] * K + k[None, :]
             w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
             if WAIT:
@@ -181,8 +224,10 @@ if triton is not None:
                 w_next = tl.load(at + ahead, mask=n_mask[:, None] & (ahead + k < K)[None, :], other=0.0)
                 total += w.to(tl.float32) * x.to(tl.float32)
                 w = w_next
+            if KIND == 1:
+                return tl.sum(total, 1) * s
             return tl.sum(total, 1)
-        elif KIND == 1:
+        elif KIND == 2:
             G: tl.constexpr = BLOCK // 128
             g, i = tl.arange(0, G), tl.arange(0, 128)
             k = g[:, None] * 128 + i[None, :]
@@ -210,11 +255,13 @@ if triton is not None:
             G: tl.constexpr = BLOCK // 32
             g, i = tl.arange(0, G), tl.arange(0, 4)
             word = g[:, None] * 4 + i[None, :]
-            words = s_columns * 4  # K / 8, and plainly a multiple of 16 bytes
+            groups = K // 32
+            words = groups * 4  # and plainly a multiple of 16 bytes
             at = w_ptr.to(tl.pointer_type(tl.uint32)) + n[:, None, None] * words + word[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (word < words)[None, :, :], other=0)
-            s_at = s_ptr + s_row[:, None] * s_columns + g[None, :]
-            s = tl.load(s_at, mask=n_mask[:, None] & (g < s_columns)[None, :], other=0)
+            s_ptr += s_row[:, None] * s_columns
+            s_at = s_ptr + scale_column(g, columns, KIND)[None, :]
+            s = tl.load(s_at, mask=n_mask[:, None] & (g < groups)[None, :], other=0)
             if WAIT:
                 after_previous(OVERLAP)
             if OWN_X:
@@ -226,23 +273,16 @@ if triton is not None:
                     at + ahead, mask=n_mask[:, None, None] & (ahead + word < words)[None, :, :], other=0
                 )
                 g_next = ahead // 4 + g
-                s_next = tl.load(
-                    s_at + ahead // 4, mask=n_mask[:, None] & (g_next < s_columns)[None, :], other=0
-                )
+                s_at = s_ptr + scale_column(g_next, columns, KIND)[None, :]
+                s_next = tl.load(s_at, mask=n_mask[:, None] & (g_next < groups)[None, :], other=0)
                 part = tl.zeros([ROWS, G, 4], dtype=tl.float32)
                 for c in tl.static_range(4):
-                    if c < 3:
-                        pair = (w << (9 - 4 * c)) & 0x0E000E00
-                    else:
-                        pair = (w >> 3) & 0x0E000E00
-                    pair = pair | ((w << (12 - 4 * c)) & 0x80008000)
-                    low = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                    high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                    low, high = two_values(w, c, KIND)
                     x_at = x_ptr + (8 * (start + word) + c)[None, :, :]
                     inside = (start + word < words)[None, :, :]
                     part += low * tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
                     part += high * tl.load(x_at + 4, mask=inside, other=0.0).to(tl.float32)
-                total += tl.sum(part, 2) * fp4_scale(s)
+                total += tl.sum(part, 2) * scale_of(s, KIND)
                 w, s = w_next, s_next
             return tl.sum(total, 1)
 
@@ -253,16 +293,20 @@ if triton is not None:
     ):  # fmt: skip
         """W[n, start : start + BLOCK_K] in `DTYPE`, [BLOCK_N, BLOCK_K]; times 2^-60 (`TINY`, of mxfp4 in bf16)."""
         n = n.to(tl.int64)
-        if KIND == 2:
+        if KIND >= 3:
             g, i = tl.arange(0, BLOCK_K // 32), tl.arange(0, 16)
             byte = start // 2 + g[:, None] * 16 + i[None, :]
             at = w_ptr + n[:, None, None] * (K // 2) + byte[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (byte < K // 2)[None, :, :], other=0)
             group = start // 32 + g
-            s_at = s_ptr + n[:, None] * s_columns + group[None, :]
-            s = tl.load(s_at, mask=n_mask[:, None] & (group < s_columns)[None, :], other=0)[:, :, None]
+            s_at = s_ptr + n[:, None] * s_columns + scale_column(group, columns, KIND)[None, :]
+            s = tl.load(s_at, mask=n_mask[:, None] & (group < K // 32)[None, :], other=0)[:, :, None]
             if TINY:
                 low, high = tiny_fp4(w, s)
+            elif KIND == 4:
+                s = s.to(tl.float32)
+                low = (((w & 15).to(tl.float32) - 8.0) * s).to(DTYPE)
+                high = (((w >> 4).to(tl.float32) - 8.0) * s).to(DTYPE)
             else:
                 low, high = (fp4(w) * fp4_scale(s)).to(DTYPE), (fp4(w >> 4) * fp4_scale(s)).to(DTYPE)
             pair = tl.join(low, high)
@@ -271,7 +315,7 @@ if triton is not None:
             k = start + tl.arange(0, BLOCK_K)
             at = w_ptr + n[:, None] * K + k[None, :]
             w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
-            if KIND == 1:
+            if KIND != 0:
                 row = scale_row(rows_ptr, n, n_mask, KIND)
                 s = tl.load(s_ptr + row * s_columns + start // columns, mask=n_mask, other=0.0).to(tl.float32)
                 w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
@@ -285,7 +329,7 @@ if triton is not None:
         e = tl.program_id(2).to(tl.int64)
         start = tl.program_id(0) * BLOCK_K
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        bytes_: tl.constexpr = 2 if KIND == 2 else 1
+        bytes_: tl.constexpr = 2 if KIND >= 3 else 1
         w_ptr += e * N * (K // bytes_)
         if KIND != 0:
             s_ptr += e * s_rows * s_columns

@@ -90,12 +90,22 @@ def per_row(
     scale: torch.Tensor, lead: tuple[int, ...], parts: tuple[int, ...], columns: int, block: tuple[int, int]
 ) -> torch.Tensor:
     """Scales as fp32 [all rows, blocks along the columns], one row of scales for each row of the weight."""
-    heights = [block[0] or p for p in parts]
-    counts = [math.ceil(p / h) for p, h in zip(parts, heights, strict=True)]
-    width = math.ceil(columns / block[1]) if block[1] else 1
-    n = math.prod(lead)
-    want = (*lead, sum(counts), width)
+    values = scale_grid(scale, lead, parts, columns, block)
+    values = values.reshape(math.prod(lead), *values.shape[-2:])
+    repeats = [min(block[0] or p, p - at) for p in parts for at in range(0, p, block[0] or p)]
+    spread = torch.repeat_interleave(values, torch.tensor(repeats, device=values.device), dim=1)
+    return spread.reshape(-1, values.shape[-1])
+
+
+def scale_grid(
+    scale: torch.Tensor, lead: tuple[int, ...], parts: tuple[int, ...], columns: int, block: tuple[int, int]
+) -> torch.Tensor:
+    """Scales as fp32 [*lead, blocks along the rows of each part, blocks along the columns]. Raises ZooError if they are not
+    those of such a weight."""
+    rows = sum(math.ceil(p / (block[0] or p)) for p in parts)
+    want = (*lead, rows, math.ceil(columns / block[1]) if block[1] else 1)
     # Without blocks there is one number for all, for each matrix, or for each of its parts, and no shape to speak of.
+    n = math.prod(lead)
     ok = scale.shape == want if any(block) else scale.numel() in (1, n, math.prod(want))
     if not ok:
         raise ZooError(
@@ -104,11 +114,8 @@ def per_row(
         )
     values = exponents(scale) if scale.dtype == torch.uint8 else scale.to(torch.float32)
     if values.numel() != math.prod(want):
-        values = values.reshape(-1, 1, 1).expand(n, sum(counts), width)
-    values = values.reshape(n, sum(counts), width)
-    repeats = [min(h, p - i * h) for p, h, c in zip(parts, heights, counts, strict=True) for i in range(c)]
-    spread = torch.repeat_interleave(values, torch.tensor(repeats, device=values.device), dim=1)
-    return spread.reshape(-1, width)
+        values = values.reshape(-1, 1, 1).expand(n, *want[-2:])
+    return values.reshape(want)
 
 
 def exponents(codes: torch.Tensor) -> torch.Tensor:
