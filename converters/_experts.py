@@ -83,8 +83,9 @@ DEEPSEEK_MOE: tuple[RuleLine, ...] = (
 )
 
 MTP = "multi-token prediction: no part in the next token's logits"
-MTP_LAYERS = extra("model.layers.{i}.*", MTP)  # layers after the last one
-GGUF_MTP_LAYERS = extra("blk.{i}.*", MTP)
+# Layers after the last one, each with the projection that joins the next token's embedding to the state.
+MTP_LAYERS = extra("model.layers.{i}.*", MTP, beside="eh_proj.weight")
+GGUF_MTP_LAYERS = extra("blk.{i}.*", MTP, beside="nextn.eh_proj.weight")
 
 # llama.cpp's GGUF: experts are stacked, gate and up apart.
 GGUF_MOE: tuple[RuleLine, ...] = (

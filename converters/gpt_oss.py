@@ -27,8 +27,7 @@ def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     norm = Norm(c["rms_norm_eps"], scale_in="fp32")
     bias = c.get("attention_bias", True)
-    c.first("rope_parameters", "rope_scaling")  # without either, upstream puts a YaRN of its own in
-    rotary = names.whole_rope(c, rope_parameters(c), c["head_dim"])
+    rotary = names.whole_rope(c, rope_parameters(c, needed=True), c["head_dim"])
 
     def attention(window: int | None) -> Attention:
         return Attention(

@@ -31,9 +31,7 @@ def spec(c: Config) -> Spec:
     t.refuse(attention_bias=False, mlp_bias=False)
     norm = Norm(t["rms_norm_eps"])
     head_dim = t.get("head_dim", t["hidden_size"] // t["num_attention_heads"])
-    if kind == "ministral3":
-        t.first("rope_parameters", "rope_scaling")  # without either, upstream puts a YaRN of its own in
-    parameters = rope_parameters(t)
+    parameters = rope_parameters(t, needed=kind == "ministral3")
     query_scale = None
     if (beta := parameters.get("llama_4_scaling_beta")) is not None:
         if kind != "ministral3":

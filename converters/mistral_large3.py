@@ -26,8 +26,7 @@ from . import deepseek_v3
 
 def spec(config: Config) -> Spec:
     c = config.sub("text_config") if "text_config" in config else config
-    c.first("rope_parameters", "rope_scaling")  # without either, upstream puts a YaRN of its own in
-    p = rope_parameters(c)
+    p = rope_parameters(c, needed=True)
     growth = None
     if beta := p.get("llama_4_scaling_beta"):
         growth = QueryScale("floor_log", float(p["original_max_position_embeddings"]), float(beta))

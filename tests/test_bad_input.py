@@ -303,6 +303,62 @@ def test_a_config_with_more_layers_than_the_files(source: Path) -> None:
     refused(source, r"missing \(18\)", r"model\.layers\.\{3-4\}\.mlp\.down_proj\.weight")
 
 
+def test_a_config_with_fewer_layers_than_the_files_of_a_family_that_has_layers_to_spare(
+    tmp_path: Path,
+) -> None:
+    """The last one is no layer of multi-token prediction only because it comes after those that the config counts."""
+    source = tiny.make("deepseek_v3", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    n = config["num_hidden_layers"]
+    config["num_hidden_layers"] = n - 1
+    (source / "config.json").write_text(json.dumps(config))
+    refused(source, f"model.layers.{n - 1}.self_attn", "unexpected")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("is_causal", False, "is_causal is False"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": -1.0}, "betas of YaRN"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                             "original_max_position_embeddings": 0}, "original context of scaled RoPE is 0"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                             "original_max_position_embeddings": 1.5}, "1.5; expected a whole number"),
+    ],
+)  # fmt: skip
+def test_a_config_of_what_cannot_be_computed_with(field: str, value: Any, says: str, source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {field: value}))
+    refused(source, says)
+
+
+def test_a_config_of_more_experts_than_there_can_be(tmp_path: Path) -> None:
+    source = tiny.make("qwen3_moe", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps(config | {"num_experts": 1 << 31, "num_local_experts": 1 << 31})
+    )
+    refused(source, "2147483648 experts are more than")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_pipe_or_a_device_in_place_of_a_small_file(name: str, source: Path) -> None:
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    refused(source, f"{name}: no file of JSON|no config")
+    (source / name).unlink()
+    (source / name).symlink_to("/dev/zero")
+    refused(source, name)
+
+
+def test_a_shard_that_is_a_link_to_itself(source: Path) -> None:
+    shard = shards(source)[0]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    refused(source, shard.name)
+
+
 def test_code_in_a_config_is_never_run(source: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}

@@ -519,7 +519,12 @@ def write(
         ([("w", (255,), 12, 0)], "'w': Q4_K needs rows of a multiple of 256 elements, found \\[255\\]"),
         ([("w", (256,), 0, 9000)], "'w' ends at byte .* truncated"),
         ([("w", (8,), 0, 0), ("w", (8,), 0, 32)], "names 'w' twice"),
-        ([("v", (8,), 0, 0), ("w", (8,), 0, 16)], "'w' at byte .* overlaps"),
+        (
+            [("v", (8,), 0, 0), ("w", (8,), 0, 16)],
+            "'w' is at byte 16 of the data, and those before it end at 32",
+        ),
+        ([("v", (8,), 0, 0), ("w", (8,), 0, 64)], "'w' is at byte 64 .* end at 32"),
+        ([("w", (8,), 0, 4)], "'w' is at byte 4 .* end at 0"),
         ([("w", (1, 1, 1, 1, 1), 0, 0)], "5 dimensions"),
     ],
 )
@@ -847,6 +852,7 @@ def test_text_is_composed_first_where_the_release_does_it() -> None:
         (QWEN2 | {"tokenizer.ggml.merges": ["a b", "q r"]}, "merges 'q r', which are not all tokens"),
         (QWEN2 | {"tokenizer.ggml.merges": ["ab"]}, "the tokenizer's fields make none"),
         (QWEN2 | {"tokenizer.ggml.merges": 3}, "the tokenizer's fields make none"),
+        (QWEN2 | {"tokenizer.ggml.merges": []}, "no merges that make them"),
         (QWEN2 | {"tokenizer.ggml.tokens": [*TOKENS[:-1], "a"]}, "tokens 2 and 10 are both 'a'"),
         (QWEN2 | {"tokenizer.ggml.tokens": [1, 2]}, "not a list of texts"),
         (QWEN2 | {"tokenizer.ggml.token_type": [1]}, "11 tokens and 1 types of tokens"),

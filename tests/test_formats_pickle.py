@@ -156,6 +156,16 @@ def test_a_compressed_entry_is_refused(which: str, tmp_path: Path) -> None:
         read_pickle(tmp_path / "b.bin", "b.bin")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(10)}, tmp_path / "w.bin")
+    with zipfile.ZipFile(tmp_path / "w.bin", "a") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("data/0"))
+        archive.writestr(name, b"\0" * 40)
+    with pytest.raises(ZooError, match="two entries of one name"):
+        read_pickle(tmp_path / "w.bin", "w.bin")
+
+
 @pytest.mark.parametrize("text", [b"", b"abc", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_what_is_no_pickle_is_said_to_be_none(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(text)

@@ -231,15 +231,22 @@ def spec_of(n_layers: int) -> Spec:
 
 def test_an_extra_of_a_layer_is_one_that_the_model_does_not_have() -> None:
     mtp = extra("model.layers.{i}.*", "MTP")
-    assert mtp.matches("model.layers.4.enorm.weight", spec_of(4))
-    assert not mtp.matches("model.layers.3.enorm.weight", spec_of(4))
+    assert mtp.matches("model.layers.4.enorm.weight", spec_of(4), ())
+    assert not mtp.matches("model.layers.3.enorm.weight", spec_of(4), ())
+
+
+def test_an_extra_of_a_layer_may_need_another_tensor_beside_it() -> None:
+    mtp = extra("model.layers.{i}.*", "MTP", beside="eh_proj.weight")
+    names = {"model.layers.4.eh_proj.weight"}
+    assert mtp.matches("model.layers.4.enorm.weight", spec_of(4), names)
+    assert not mtp.matches("model.layers.5.enorm.weight", spec_of(4), names)
 
 
 def test_an_extra_of_a_layer_that_the_model_has_must_say_of_which() -> None:
     unused = extra("model.layers.{i}.k_proj", "shared", when=lambda layer: layer.ffn == MLP(4))
-    assert unused.matches("model.layers.0.k_proj", spec_of(4))
-    assert not unused.matches("model.layers.1.k_proj", spec_of(4))
-    assert not unused.matches("model.layers.4.k_proj", spec_of(4))
+    assert unused.matches("model.layers.0.k_proj", spec_of(4), ())
+    assert not unused.matches("model.layers.1.k_proj", spec_of(4), ())
+    assert not unused.matches("model.layers.4.k_proj", spec_of(4), ())
 
 
 def test_the_version_of_a_rule_set_changes_with_its_rules_only() -> None:

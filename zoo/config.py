@@ -118,15 +118,18 @@ def rope_parameters(
     theta: str = "rope_theta",
     scaling: str | None = "rope_scaling",
     default_theta: float | None = None,
+    needed: bool = False,
 ) -> dict[str, Any]:
     """RoPE settings under one set of keys, whichever way the config spells them.
 
     transformers 5 writes `rope_parameters` (one dict, or one per layer type); releases have a theta
     (under the key `theta`) and a dict under the key `scaling` (its kind under `type` or `rope_type`).
     `scaling` None: a released scaling does not concern these layers. `default_theta` is for families
-    whose older releases leave theta out. Both at once, saying different things, are refused: which one
-    counts differs between upstream's versions.
+    whose older releases leave theta out. `needed`: upstream puts a YaRN of its own in where a config has neither.
+    Both at once, saying different things, are refused: which one counts differs between upstream's versions.
     """
+    if needed and not (isinstance(said := c.first("rope_parameters", "rope_scaling"), Mapping) and said):
+        raise ZooError(f"{c.where}: rope_parameters is {said!r}, and upstream would put a YaRN of its own in")
     p, old = c.get("rope_parameters"), (c.get(scaling) if scaling else None) or {}
     nested = p is not None and layer_type is not None
     if nested and not isinstance(p.get(layer_type), Mapping):
@@ -164,7 +167,13 @@ def rope(c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False
     factor = float(q["factor"])
     if kind == "linear":
         return Rope(theta, dim, RopeScaling("linear", factor), interleaved, fp32)
-    original = int(q.get("original_max_position_embeddings") or c["max_position_embeddings"])
+    original = q.get("original_max_position_embeddings", None)
+    original = c["max_position_embeddings"] if original is None else original
+    if isinstance(original, bool) or original != int(original):
+        raise ZooError(
+            f"{q.where}: original_max_position_embeddings is {original!r}; expected a whole number"
+        )
+    original = int(original)
     if kind == "llama3":
         scaling = RopeScaling(
             "llama3", factor, original,

@@ -18,11 +18,25 @@ from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.layout import layout
 from zoo.mapping.rules import RuleSet
-from zoo.spec import Attention, DeltaNet, MoE, Norm, Rope, RopeScaling, Router, Spec
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    Indexer,
+    MoE,
+    Norm,
+    QueryScale,
+    Rope,
+    RopeScaling,
+    Router,
+    Spec,
+)  # fmt: skip
 
 MAX_LAYERS = 4096
+MAX_EXPERTS = 1 << 16
 MAX_SIZE = 1 << 40
-"""Beyond these a config is broken: the deepest release has 126 layers, the widest axis 262,400 entries."""
+"""Beyond these a config is broken: the deepest release has 126 layers, the most experts of one 512, the widest axis
+262,400 entries."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,10 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
     family = family or find(config, where)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
+        if part.get("is_causal", True) is not True:
+            raise ZooError(
+                f"{where}: is_causal is {part['is_causal']!r}; a token here sees those before it only"
+            )
         for key in ("num_hidden_layers", "n_layer"):
             if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
                 raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
@@ -170,6 +188,16 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
             yield f"high_freq_factor {high} should not be below low_freq_factor {low}, and both above 0"
         case RopeScaling(kind="yarn" | "llama3", original_context=n) if n < 1:
             yield f"the original context of scaled RoPE is {n}"
+        case MoE(n_experts=n) if n > MAX_EXPERTS:
+            yield f"{n} experts are more than {MAX_EXPERTS}"
+        case MLP(sparsity=share) if not 0 <= share < 1:
+            yield f"a share of {share} of activations cannot be left out"
+        case QueryScale(period=period) if period <= 0:
+            yield f"queries are scaled by positions over {period}"
+        case Indexer(top_k=n) if n < 1:
+            yield f"an index of {n} keys shows nothing"
+        case RopeScaling(kind="yarn", beta_fast=a, beta_slow=b) if min(a, b) <= 0:
+            yield f"the betas of YaRN are {a} and {b}"
         case MoE(n_experts=n, router=Router(top_k=k)) if not 0 < k <= n:
             yield f"{k} of {n} experts cannot be chosen"
         case Attention(head_dim=d, rope=Rope(dim=dim)) if dim > d:

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,9 +115,16 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
     )
 
 
+MAX_JSON = 256 << 20
+"""Bytes of a config or an index; the largest releases have some 10 MB."""
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Parse a JSON object from `path`, or say what is wrong with it."""
     try:
+        found = os.stat(path)
+        if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) or found.st_size > MAX_JSON:
+            raise ZooError(f"{path}: no file of JSON, or one of over {MAX_JSON >> 20} MiB; {what}")
         with open(path, encoding="utf-8") as f:
             data = json.load(f)
     except FileNotFoundError:
@@ -160,7 +168,10 @@ def inside(root: Path, name: str, who: str) -> Path:
         raise ZooError(
             f"{who} names {name!r}, but there is no such file in {root}: is the download complete?"
         )
-    real, base = path.resolve(), root.resolve()
+    try:
+        real, base = path.resolve(), root.resolve()
+    except (OSError, RuntimeError):  # the latter up to Python 3.12
+        raise ZooError(f"{path} is a symlink that leads in a circle") from None
     allowed = [base]
     if base.parent.name == "snapshots":
         allowed.append(base.parent.parent / "blobs")

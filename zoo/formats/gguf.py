@@ -245,7 +245,7 @@ def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[st
         if type(align) is not int or align < 1 or align & (align - 1):
             raise ZooError(f"{file}: general.alignment is {align!r}; expected a power of two")
         data_start = -(-c.at // align) * align
-    return metadata, _place(infos, data_start, size, name, str(file))
+    return metadata, _place(infos, data_start, align, size, name, str(file))
 
 
 def _tensor_info(c: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
@@ -263,9 +263,9 @@ def _tensor_info(c: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
 
 
 def _place(
-    infos: list[tuple[str, str, tuple[int, ...], int]], start: int, size: int, file: str, who: str
+    infos: list[tuple[str, str, tuple[int, ...], int]], start: int, align: int, size: int, file: str, who: str
 ) -> list[TensorRef]:
-    refs, names = [], set()
+    refs, names, expected = [], set(), 0
     for name, dtype, shape, offset in infos:
         tensor = f"{who}: tensor {name!r}"
         n = math.prod(shape) * ITEMSIZE[dtype] if dtype in _PLAIN else ggml.nbytes(dtype, shape, tensor)
@@ -273,13 +273,13 @@ def _place(
             raise ZooError(
                 f"{tensor} ends at byte {start + offset + n}, the file has {size}: truncated, fetch it again"
             )
+        if offset != expected:  # as ggml has it: another type or offset would be another tensor's bytes
+            raise ZooError(
+                f"{tensor} is at byte {offset} of the data, and those before it end at {expected}: damaged"
+            )
+        expected += -(-n // align) * align
         if name in names:
             raise ZooError(f"{who}: header names {name!r} twice")
         names.add(name)
         refs.append(TensorRef(name, dtype, shape, file, start + offset, n))
-    at = start
-    for ref in sorted(refs, key=lambda r: r.offset):
-        if ref.offset < at:
-            raise ZooError(f"{who}: tensor {ref.name!r} at byte {ref.offset} overlaps another")
-        at = ref.offset + ref.nbytes
     return refs

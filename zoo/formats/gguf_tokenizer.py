@@ -115,7 +115,9 @@ def _doubt(fields: Mapping[str, Any]) -> str | None:
     if kind == "llama":
         longest = max(map(len, tokens), default=0)
         return f"the tokenizer has a token of {longest} characters" if longest > LONGEST_PIECE else None
-    for merge in fields.get("merges", ()):
+    if not fields.get("merges") and max(map(len, tokens), default=0) > 1:
+        return "the tokenizer has tokens of several characters, and no merges that make them"
+    for merge in fields["merges"]:
         left, right = merge.split(" ", 1)
         if not (left in index and right in index and left + right in index):
             return f"the tokenizer merges {merge!r}, which are not all tokens"
@@ -133,7 +135,7 @@ def _config(fields: Mapping[str, Any], chat_template: str | None) -> dict[str, A
         key: tokens[fields[f"{name}_token_id"]] for key, name in named.items() if f"{name}_token_id" in fields
     }
     out |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if chat_template is not None:
+    if isinstance(chat_template, str):
         out["chat_template"] = chat_template
     return out
 

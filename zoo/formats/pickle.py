@@ -235,6 +235,8 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
         raise ZooError(
             f"{who}: the archive's directory is unreadable ({e}): truncated, fetch it again"
         ) from None
+    if len(entries) < len(archive.infolist()):
+        raise ZooError(f"{who}: the archive has two entries of one name; which one is meant?")
     pickles = [n for n in entries if n == "data.pkl" or n.endswith("/data.pkl")]
     if len(pickles) != 1 or any(n.endswith("/constants.pkl") for n in entries):
         raise ZooError(f"{who}: a zip archive, but not of a state dict (TorchScript modules are refused)")

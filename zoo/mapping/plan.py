@@ -693,7 +693,7 @@ def _sort_rest(
             out.extras[name] = TIED
             continue
         for e in extras:
-            if e.matches(name, spec):
+            if e.matches(name, spec, tensors):
                 out.extras[name] = e.reason
                 break
         else:

@@ -18,7 +18,7 @@ import fnmatch
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -522,11 +522,13 @@ class Extra:
 
     `pattern` is a glob; `{i}` in it stands for the index of a layer that the Spec does not have (beyond
     the last one), or of one for which `when` holds: so a tensor of a real layer can't slip through.
+    `beside`: the layer must have the tensor of this name too, so that a real layer that the config does not count can't.
     """
 
     pattern: str
     reason: str
     when: Callable[[Layer], bool] | None = None
+    beside: str | None = None
 
     @functools.cached_property
     def _regex(self) -> re.Pattern[str]:
@@ -534,17 +536,22 @@ class Extra:
         body = r"(?P<i>\d+)".join(fnmatch.translate(p).removesuffix(r"\Z").removesuffix(r"\z") for p in parts)
         return re.compile(body + r"\Z")
 
-    def matches(self, name: str, spec: Spec) -> bool:
+    def matches(self, name: str, spec: Spec, names: Container[str]) -> bool:
+        """Whether the tensor `name` is one, among those called `names`."""
         m = self._regex.match(name)
         if m is None or "i" not in m.groupdict():
             return m is not None
+        if self.beside is not None and f"{name[: m.end('i')]}.{self.beside}" not in names:
+            return False
         i = int(m["i"])
         return i >= spec.n_layers if self.when is None else i < spec.n_layers and self.when(spec.layers[i])
 
 
-def extra(pattern: str, reason: str, when: Callable[[Layer], bool] | None = None) -> Extra:
+def extra(
+    pattern: str, reason: str, when: Callable[[Layer], bool] | None = None, beside: str | None = None
+) -> Extra:
     """Source tensors kept aside, by a glob of their names; see `Extra`."""
-    return Extra(pattern, reason, when)
+    return Extra(pattern, reason, when, beside)
 
 
 RuleLine = tuple[str, Source] | tuple[str, Source, Callable[[Layer | None, Spec], bool]] | Extra

@@ -167,7 +167,10 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
             return None
         if leaf + "_zero_point" in tensors or leaf + "_g_idx" in tensors:
             raise ZooError(f"{leaf}_packed: int4 with zero points or reordered groups is not supported")
-        return _int4(_group(config))
+        size, columns = _group(config), 8 * tensors[leaf + "_packed"].shape[-1]
+        if columns % size:
+            raise ZooError(f"{leaf}_packed: rows of {columns} inputs do not divide into groups of {size}")
+        return _int4(size)
     if leaf.endswith(("_blocks", ".blocks")) and codes.dtype == "U8":
         if leaf[: -len("blocks")] + "scales" not in tensors:
             raise ZooError(f"{leaf} in {codes.file}: mxfp4 codes without their scales ({leaf[:-6]}scales)")
