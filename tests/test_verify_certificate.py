@@ -6,13 +6,17 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from click.testing import CliRunner
 from verified import canonical, copy, with_tensor
 
 import zoo
+from zoo.cli.verify import command
 from zoo.errors import ZooError
 from zoo.verify import certificate
 from zoo.verify.certificate import Certificate, Check, Level
@@ -136,7 +140,11 @@ def test_files_that_departed_from_their_certificate_are_named_where_the_source_i
     folder = zoo.convert(source, tmp_path / "c")
     zoo.verify(folder, level="bytes")
     shutil.rmtree(source)
-    assert zoo.verify(folder).passed
+    # Nothing but shapes can be compared now: that passes no longer, and takes nothing away from what is on record.
+    before = (folder / "parity.json").read_bytes()
+    cert = zoo.verify(folder)
+    assert not cert.passed and not cert.failed and "is still that of" in cert.kept
+    assert (folder / "parity.json").read_bytes() == before
     file = next(folder.glob("model-*.safetensors"))
     raw = bytearray(file.read_bytes())
     raw[-5] ^= 1
@@ -161,3 +169,92 @@ def test_a_certificate_without_its_fields_is_called_that(tmp_path: Path) -> None
     (folder / "parity.json").write_text('{"schema": "zoo-parity-1", "verdict": "passed"}')
     with pytest.raises(ZooError, match="not as zoo writes it"):
         certificate.check(folder)
+
+
+def test_shapes_alone_pass_only_where_they_were_asked_for(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    folder = zoo.convert(source, tmp_path / "c")
+    (folder / "parity.json").unlink(missing_ok=True)
+    source.rename(tmp_path / "moved")
+    for name in [n for n in _names(folder) if n.endswith("weight")]:
+        with_tensor(folder, name, lambda t: t * float("nan"))
+    result = CliRunner().invoke(command, [str(folder)])
+    assert result.exit_code == 1 and result.output.startswith("FAILED")
+    assert "neither the source's bytes nor logits were compared" in result.output
+    assert "--against SRC" in result.output
+    assert json.loads((folder / "parity.json").read_text())["verdict"] == "failed"
+    (folder / "parity.json").unlink()
+    asked = CliRunner().invoke(command, [str(folder), "--level", "plan"])
+    assert asked.exit_code == 0 and asked.output.startswith("PASSED")
+    assert certificate.check(folder) == []
+
+
+def _names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(next(folder.glob("model-*.safetensors")), "pt") as f:
+        return list(f.keys())
+
+
+def test_a_source_that_is_gone_is_not_said_to_be_what_it_was(verified: Path) -> None:
+    there = CliRunner().invoke(command, [str(verified), "--check-certificate"])
+    assert there.exit_code == 0 and "every file, source and rule is what it was" in there.output
+    shutil.rmtree(verified.parent / "source")
+    gone = CliRunner().invoke(command, [str(verified), "--check-certificate"])
+    assert gone.exit_code == 0 and "the certificate holds" in gone.output
+    assert "source is what" not in gone.output and "source and rule" not in gone.output
+    assert (
+        f"the source ({verified.parent / 'source'}) is not there any more and was not checked" in gone.output
+    )
+    told = json.loads(CliRunner().invoke(command, [str(verified), "--check-certificate", "--json"]).output)
+    assert told["holds"] and "not there any more" in told["not_checked"][0]
+
+
+def _level_failed(data: dict[str, Any]) -> None:
+    data["levels"]["logits"]["verdict"] = "failed"
+
+
+def _check_failed(data: dict[str, Any]) -> None:
+    data["levels"]["logits"]["checks"][0]["passed"] = False
+
+
+def _beyond_its_bound(data: dict[str, Any]) -> None:
+    data["levels"]["logits"]["checks"][0]["value"] = "inf"
+
+
+def _no_levels(data: dict[str, Any]) -> None:
+    data["levels"] = {}
+
+
+def _no_values(data: dict[str, Any]) -> None:
+    data["levels"] = {"plan": data["levels"]["plan"]}
+    data["not_checked"] = ["bytes: the source is not there any more"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (_level_failed, "logits: its verdict is 'failed', but that of its checks is 'passed'"),
+        (_check_failed, "logits: its verdict is 'passed', but that of its checks is 'failed'"),
+        (_beyond_its_bound, "is marked passed, but inf is not <= "),
+        (_no_levels, "it has no levels: nothing was compared"),
+        (_no_values, "its verdict is 'passed', but neither the source's bytes nor logits were compared"),
+    ],
+)
+def test_a_certificate_that_contradicts_itself_does_not_hold(
+    verified: Path, edit: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    data = json.loads((verified / "parity.json").read_text())
+    edit(data)
+    (verified / "parity.json").write_text(json.dumps(data))
+    assert any(said in p for p in certificate.check(verified))
+
+
+def test_a_verdict_is_that_of_the_levels(verified: Path) -> None:
+    data = json.loads((verified / "parity.json").read_text())
+    _level_failed(data)
+    _check_failed(data)
+    (verified / "parity.json").write_text(json.dumps(data))
+    assert certificate.check(verified) == [
+        "its verdict is 'passed', but its levels or seeded faults say 'failed'"
+    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from verified import ROOT, broken, canonical
 import zoo
 from zoo.errors import ZooError
 from zoo.verify import recording
+from zoo.verify.golden import Golden
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,59 @@ def test_an_output_that_cannot_be_written_is_said_before_upstream_is_run(
     monkeypatch.setattr(recording, "upstream_available", lambda: False)
     with pytest.raises(ZooError, match="transformers is not installed"):
         recording.record(canonical("llama"), tmp_path / "g.safetensors", "fp32", 64)
+
+
+def edited(
+    golden: Path, to: Path, tensors: dict[str, torch.Tensor] | None = None, **about: Any
+) -> tuple[dict[str, torch.Tensor], Path]:
+    """A copy of a recording with other `tensors` and other metadata, and the tensors that it has."""
+    had = load_file(golden)
+    with safe_open(golden, "pt") as f:
+        told = json.loads(f.metadata()["zoo"])
+    path = to / "edited.safetensors"
+    save_file(had | (tensors or {}), path, metadata={"zoo": json.dumps(told | about)})
+    return had, path
+
+
+def test_directions_that_hide_everything_are_refused(golden: Path, tmp_path: Path) -> None:
+    had, _ = edited(golden, tmp_path)
+    zeros = {n: torch.zeros_like(t) for n, t in had.items() if n == "directions" or n.startswith("states.")}
+    _, path = edited(golden, tmp_path, zeros)
+    with pytest.raises(ZooError, match=r"edited.safetensors: 'directions' has columns that are zero"):
+        zoo.verify(canonical("llama"), against=path, write=False)
+
+
+def test_recorded_states_of_zeros_fail_where_ours_are_not(golden: Path, tmp_path: Path) -> None:
+    had, _ = edited(golden, tmp_path)
+    _, path = edited(golden, tmp_path, {n: t * 0 for n, t in had.items() if n.startswith("states.")})
+    layers = zoo.verify(canonical("llama"), against=path, level="layers", write=False).level("layers")
+    assert layers is not None and layers.verdict == "failed"
+    assert any(c.value == float("inf") for c in layers.checks)
+
+
+def test_a_recording_of_another_family_is_refused(golden: Path, tmp_path: Path) -> None:
+    assert Golden(golden, "llama").about["family"] == "llama"
+    _, path = edited(golden, tmp_path, family="qwen2")
+    with pytest.raises(
+        ZooError, match=r"edited.safetensors: recorded of a model of family qwen2; expected llama"
+    ):
+        zoo.verify(canonical("llama"), against=path, write=False)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_ids_beyond_the_vocabulary_are_refused(golden: Path, tmp_path: Path, wrong: int) -> None:
+    had, _ = edited(golden, tmp_path)
+    ids = had["ids.0"].clone()
+    ids[0, 0] = wrong
+    _, path = edited(golden, tmp_path, {"ids.0": ids})
+    with pytest.raises(
+        ZooError, match=rf"edited.safetensors: ids.0 has ids from .*{wrong}.*; expected 0 to "
+    ):
+        zoo.verify(canonical("llama"), against=path, write=False)
+
+
+@pytest.mark.parametrize("spread", [{"x": 1}, [1], {"ways": None, "logits": {"max": "big"}}, {"ways": 3}])
+def test_a_spread_that_is_none_is_refused(golden: Path, tmp_path: Path, spread: Any) -> None:
+    _, path = edited(golden, tmp_path, spread=spread)
+    with pytest.raises(ZooError, match=r"edited.safetensors: 'spread' is .*record it again"):
+        zoo.verify(canonical("llama"), against=path, write=False)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import vendor
 from safetensors.torch import load_file, save_file
 from verified import broken, canonical, copy, rewrite, with_tensor
 
 import zoo
 from zoo.errors import ZooError
+from zoo.formats.canonical import read
+from zoo.spec import Attention
+from zoo.verify.diagnose import hypotheses
+from zoo.verify.faults.spec import map_spec
+from zoo.verify.ours import subject_of
 from zoo.verify.tolerance import FLOOR_FP32
 
 FAMILIES = {v.family: v.name for v in reversed(tiny.VARIANTS.values())}
@@ -84,6 +91,73 @@ def test_a_failure_names_layer_part_and_cause(fault: str, where: str, cause: str
     assert cert.diagnosis is not None
     assert cert.diagnosis["where"] == where
     assert any(cause in text for text in cert.diagnosis["suggestions"])
+
+
+def test_of_logits_that_depart_after_layers_that_agree_no_mistake_is_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["zoo.verify.tolerance"], "FLOOR_FP32", 1e-9)
+    name = "layers.2.mlp.down.weight"
+    folder = with_tensor(copy(canonical("llama"), tmp_path / "c"), name, lambda t: t * (1 + 5e-6))
+    found = zoo.verify(folder, level="logits", write=False).diagnosis
+    assert found is not None and found["layer"] is None and found["where"] == "the logits"
+    (text,) = found["suggestions"]
+    assert text.startswith("the final norm and the head alone agree with upstream")
+    assert not found["hypotheses"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_an_error_that_adds_up_over_layers_has_no_part_and_no_cause(name: str, tmp_path: Path) -> None:
+    def noisy(s: zoo.verify.faults.Subject) -> zoo.verify.faults.Subject:  # type: ignore[name-defined]
+        random = torch.Generator().manual_seed(0)
+        ours = {k: t for k, t in s.tensors.items() if k.startswith("layers.") and k.endswith(".down.weight")}
+        return s.put(
+            {k: t * (1 + 1e-5 * torch.randn(t.shape, generator=random)) for k, t in ours.items()}
+        )  # in each layer less than its bound
+
+    cert = zoo.verify(rewrite(copy(canonical(name), tmp_path / "c"), noisy), level="logits", write=False)
+    found = cert.diagnosis
+    assert not cert.passed and found is not None
+    assert found["layer"] and found["part"] is None and found["where"] == f"layer {found['layer']}"
+    assert found["suggestions"] == [
+        f"layer {found['layer']} alone agrees with upstream when given upstream's own input: the error adds up over the "
+        "layers, by rounding or by experts chosen differently"
+    ]
+    assert not found["hypotheses"]
+
+
+@pytest.mark.parametrize("window", [39, 41, 80])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_that_shows_in_the_longest_rows_alone_is_looked_for_there(
+    window: int, stream: bool, tmp_path: Path
+) -> None:
+    def misread(s: zoo.verify.faults.Subject) -> zoo.verify.faults.Subject:  # type: ignore[name-defined]
+        return s.with_spec(
+            map_spec(s.spec, lambda x: replace(x, window=window) if isinstance(x, Attention) else x)
+        )
+
+    source = vendor.make(tmp_path / "source", "mistral_window", sliding_window=40)
+    folder = rewrite(zoo.convert(source, tmp_path / "canonical"), misread)
+    cert = zoo.verify(folder, level="logits", stream=stream, write=False)
+    found = cert.diagnosis
+    assert not cert.passed and found is not None and cert.inputs is not None
+    assert max(cert.inputs["batches"][0]["lengths"]) < 39
+    assert found["where"] == "layer 0, attention"
+    causes = {
+        39: ["consistent with the window one key narrower"],
+        41: ["consistent with the window one key wider"],
+    }
+    said = f"zoo.json says layer_kinds[0].mixer.window is {window}, the source's config 40"
+    assert found["suggestions"] == [said, *causes.get(window, [])]
+
+
+def test_a_mistake_that_changes_nothing_is_not_tried() -> None:
+    clean = subject_of(read(canonical("llama")), torch.float32)
+    tried = list(hypotheses(clean, 1))
+    specs = [subject for *_, site, subject in tried if site == "spec"]
+    assert specs and clean.spec not in [s.spec for s in specs if s.patch is None]
+    names = {name for name, *_ in tried}
+    assert not names & {"norm_mean", "value_norm_skipped", "post_norms_skipped"}  # it has none of these
 
 
 def test_the_bytes_level_sees_truncation_instead_of_rounding(tmp_path: Path) -> None:

@@ -113,3 +113,9 @@ def test_a_routers_margin_is_what_the_choice_hangs_by() -> None:
     clear, tie = torch.tensor([[4.0, 3.0, 0.0, -1.0]]), torch.tensor([[4.0, 1.0, 1.0 - 1e-6, -1.0]])
     assert float(margin(router, clear)) > 1
     assert float(margin(router, tie)) < 1e-5
+
+
+def test_what_is_not_zero_is_infinitely_far_from_zero() -> None:
+    ours = torch.tensor([[0.0, 0.0], [1e-20, 0.0], [math.nan, 0.0], [3.0, 4.0]])
+    theirs = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 5.0]])
+    assert relative_error(ours, theirs).tolist() == [0.0, math.inf, math.inf, pytest.approx(34**-0.5)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_formats_gguf
 import tiny
 import torch
 import vendor
@@ -248,3 +249,35 @@ def test_a_format_upstream_cannot_read_is_compared_through_an_export_and_the_cer
     assert cert.passed
     assert "a mistake that import and export share would not show" in cert.oracle["note"]
     assert cert.rules is not None and cert.rules["naming"] == "mistral"
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "qwen3moe", "gpt-oss", "deepseek2"])
+def test_a_gguf_that_upstream_fails_to_load_is_compared_through_an_export(arch: str, tmp_path: Path) -> None:
+    _, source = test_formats_gguf.both(arch, tmp_path)
+    cert = zoo.verify(zoo.convert(source, tmp_path / "canonical"), level="logits", write=False)
+    assert cert.passed and not cert.not_checked
+    assert re.search(
+        r"w.gguf: upstream cannot load this: \w+Error: .*[^.], so it was given the canonical weights under its own names: "
+        "a mistake that import and export share would not show",
+        cert.oracle["note"],
+    )
+
+
+def test_a_gguf_that_upstream_fails_to_load_and_that_has_no_export_is_judged_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ZooError("family deepseek has no Hugging Face names")
+
+    monkeypatch.setattr("zoo.mapping.export.export", fails)
+    _, source = test_formats_gguf.both("deepseek2", tmp_path)
+    folder = zoo.convert(source, tmp_path / "canonical")
+    cert = zoo.verify(folder, write=False)
+    assert cert.passed and [x.name for x in cert.levels] == ["plan", "bytes"]
+    why = (
+        f"{source}: upstream cannot load this: ValueError: GGUF model with architecture deepseek2 is not supported yet, "
+        "and it cannot be given an export: family deepseek has no Hugging Face names"
+    )
+    assert cert.not_checked == [f"layers, logits, decode: {why}"]
+    with pytest.raises(ZooError, match="logits can't be judged: .* and it cannot be given an export"):
+        zoo.verify(folder, level="logits", write=False)

@@ -64,15 +64,17 @@ def command(
 
 
 def _check(canon: Path, as_json: bool) -> None:
-    from zoo.verify.certificate import check
+    from zoo.verify.certificate import check, unchecked
 
-    problems = check(canon)
+    problems, why_not = check(canon), unchecked(canon)
     if as_json:
-        emit({"holds": not problems, "problems": problems})
+        emit({"holds": not problems, "problems": problems, "not_checked": [why_not] if why_not else []})
     elif problems:
         say(f"{canon}: the certificate does not hold any more")
         for p in problems:
             say(f"  {p}")
+    elif why_not:
+        say(f"{canon}: the certificate holds; every canonical file and rule is what it was, but {why_not}")
     else:
         say(f"{canon}: the certificate holds; every file, source and rule is what it was")
     if problems:
@@ -81,6 +83,8 @@ def _check(canon: Path, as_json: bool) -> None:
 
 def describe(cert: Certificate, canon: Path) -> str:
     """A certificate for people: the verdict, a line per check, what was not checked."""
+    from zoo.verify.certificate import NOT_COMPARED
+
     lines = [f"{cert.verdict.upper()}  {canon}  ({cert.dtype}, against {_oracle(cert)})", ""]
     rows = []
     for level in cert.levels:
@@ -97,6 +101,8 @@ def describe(cert: Certificate, canon: Path) -> str:
     for level in cert.levels:
         lines += [f"  {level.name}: {text}" for text in level.notes]
     lines += [f"  not checked: {text}" for text in cert.not_checked]
+    if cert.values_unseen:
+        lines += ["", NOT_COMPARED]
     if cert.diagnosis:
         lines += ["", *_diagnosis(cert)]
     if cert.faults:

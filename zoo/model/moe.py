@@ -39,12 +39,15 @@ class Router(Weights):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, d] -> the chosen experts [N, top_k] (int64) and their weights [N, top_k]."""
+        logits = self.logits(x)
+        return route(logits, self.selection_bias, self.spec, logits.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, E], in the dtype that the experts' weights are computed in."""
         dtype = torch.float32 if self.spec.fp32 else x.dtype
         if dtype != x.dtype and self.bias is None and self.scheme is None and wide_fits(x, self.weight):
-            logits = wide_product(x, self.weight)
-        else:
-            logits = self.times(x.to(dtype))  # [N, E]
-        return route(logits, self.selection_bias, self.spec, dtype)
+            return wide_product(x, self.weight)
+        return self.times(x.to(dtype))
 
 
 def experts(

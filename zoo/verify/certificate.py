@@ -23,6 +23,10 @@ from zoo.formats.base import read_json
 SCHEMA = "zoo-parity-1"
 FILE = "parity.json"
 LEVELS = ("plan", "bytes", "layers", "logits", "decode")
+NOT_COMPARED = (
+    "neither the source's bytes nor logits were compared, so nothing is known of the values: name the source, or a "
+    "golden file, with --against SRC"
+)
 Verdict = Literal["passed", "failed", "skipped"]
 
 
@@ -50,6 +54,11 @@ class Check:
         """How many times the value fits into the bound (bound / value); None where that says nothing."""
         a, b = (self.value, self.bound) if self.at_least else (self.bound, self.value)
         return a / b if b > 0 and math.isfinite(a) and math.isfinite(b) else None
+
+    @classmethod
+    def from_json(cls, d: Mapping[str, Any]) -> Check:
+        at_least = {"<=": False, ">=": True}[d["relation"]]
+        return cls(d["name"], float(d["value"]), float(d["bound"]), d["why"], at_least)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -117,9 +126,18 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """True only if something was judged and nothing failed."""
+        """True only if something was judged, values too where they were to be, and nothing failed."""
         judged = any(level.verdict == "passed" for level in self.levels)
-        return judged and not self.failed and not self._missed_faults
+        return judged and not self.failed and not self._missed_faults and not self.values_unseen
+
+    @property
+    def values_unseen(self) -> bool:
+        """Values were to be compared, and no level that looks at them passed or failed: shapes alone say nothing.
+
+        Where only the plan level was asked for, bytes are not among what was not checked, and that level is enough.
+        """
+        seen = any(x.name != "plan" and x.verdict != "skipped" for x in self.levels)
+        return not seen and any(text.startswith("bytes: ") for text in self.not_checked)
 
     @property
     def failed(self) -> bool:
@@ -172,7 +190,7 @@ def keep(cert: Certificate, folder: Path) -> None:
         old = read_json(folder / FILE, "") if (folder / FILE).exists() else {}
     except ZooError:
         old = {}
-    if cert.passed and _says_more(old, cert):
+    if (cert.passed or cert.values_unseen) and not cert.failed and _says_more(old, cert):
         cert.kept = f"{FILE} is still that of {old.get('created')}, which has more levels"
         return
     try:
@@ -262,14 +280,25 @@ def check(folder: Path) -> list[str]:
         raise ZooError(f"{folder / FILE}: schema is {data.get('schema')!r}; expected {SCHEMA!r}")
     try:
         return _problems(folder, data)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r})") from None
+
+
+def unchecked(folder: Path) -> str | None:
+    """Why `check` of this folder could not look at the source; None if it could."""
+    source = read_json(folder / FILE, "").get("source")
+    if not source or not source.get("files"):
+        return "it names no source, so none was checked"
+    if not Path(source["path"]).exists():
+        return f"the source ({source['path']}) is not there any more and was not checked"
+    return None
 
 
 def _problems(folder: Path, data: Mapping[str, Any]) -> list[str]:
     problems = []
     if data.get("verdict") != "passed":
         problems.append(f"its verdict was {data.get('verdict')!r}")
+    problems += _contradictions(data)
     recorded = data["canonical"]["files"]
     problems += _changed(folder, recorded)
     problems += [
@@ -282,6 +311,35 @@ def _problems(folder: Path, data: Mapping[str, Any]) -> list[str]:
     if rules := data.get("rules"):
         problems += _rules_changed(rules)
     return problems
+
+
+def _contradictions(data: Mapping[str, Any]) -> list[str]:
+    """Verdicts that do not follow from the numbers beside them: zoo writes none, so somebody edited the file."""
+    out, levels = [], []
+    for name, was in data["levels"].items():
+        level = Level(name, [Check.from_json(c) for c in was["checks"]])
+        levels.append(level)
+        marks = [c["passed"] for c in was["checks"]]
+        # Numbers are kept to six digits: what failed by less looks equal to its bound, so only "passed" is doubted.
+        out += [
+            f"{name}: {c.name!r} is marked passed, but {c.value:g} is not {'>=' if c.at_least else '<='} {c.bound:g}"
+            for c, marked in zip(level.checks, marks, strict=True)
+            if marked and not c.passed
+        ]
+        follows = "skipped" if not marks else "passed" if all(marks) else "failed"
+        if was["verdict"] != follows:
+            out.append(f"{name}: its verdict is {was['verdict']!r}, but that of its checks is {follows!r}")
+    if not levels:
+        return ["it has no levels: nothing was compared"]
+    whole = Certificate(
+        data["canonical"], data["source"], data["rules"], data["oracle"], data["dtype"], levels,
+        not_checked=data["not_checked"], faults=data["faults"],
+    )  # fmt: skip
+    bad = not whole.passed or any(x["verdict"] == "failed" for x in data["levels"].values())
+    if data.get("verdict") == "passed" and bad:
+        why = NOT_COMPARED if whole.values_unseen else "its levels or seeded faults say 'failed'"
+        out.append(f"its verdict is 'passed', but {why}")
+    return out
 
 
 def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.verify import tolerance
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import LogitMetrics, Reference, references, relative_error
 from zoo.verify.oracle import Oracle
 from zoo.verify.ours import Ours
-from zoo.verify.tolerance import NEAR_TIE, Spread, representative
+from zoo.verify.tolerance import Spread, representative
 
 SKETCH = 64
 """Random directions that a recorded hidden state is projected on; a relative error is kept to about 9 %."""
@@ -92,6 +93,7 @@ class Measured:
     settled: LogitMetrics = field(default_factory=LogitMetrics)
     ties: LogitMetrics = field(default_factory=LogitMetrics)  # tokens at a near tie between experts
     oracle_layers: int = 0  # how many layers the oracle showed; 0: it shows none
+    turned: int = 0  # choices of experts at a near tie that were made as the oracle's
     leads: list[float] = field(
         default_factory=list
     )  # oracle's lead of best over second, where best ids differ
@@ -250,7 +252,11 @@ def measure(
             if meter is not None and theirs is not None:
                 meter.on_layer(b, i, theirs)
             if theirs is not None and own is not None and theirs.shape == own.shape:
-                out.layers[i] += relative_error(own, theirs).tolist()
+                error = relative_error(own, theirs)
+                if dtype == "fp32" and isinstance(x, Tensor):
+                    noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
+                    error = settle(ours, b, i, batches[b], theirs, error, noise, out)
+                out.layers[i] += error.tolist()
 
     # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known.
     kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
@@ -273,7 +279,7 @@ def measure(
         batch = batches[b]
         other = meter.second_logits(b) if meter is not None else None
         noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
-        tied = near_ties(margins, batch, noise, ours)
+        tied = near_ties(margins, batch, noise, ours, dtype)
         first = 0
         for r, n in enumerate(batch.lengths):  # a row at a time: views, no copies of what is large
             for at, reference in references(theirs[r, :n], batch.following[r, :n]):
@@ -295,6 +301,43 @@ def measure(
     return out
 
 
+def settle(
+    ours: Ours,
+    b: int,
+    i: int,
+    batch: Batch,
+    theirs: Tensor,
+    error: Tensor,
+    noise: Sequence[float],
+    out: Measured,
+) -> Tensor:
+    """The errors [N] of layer i's states, where ours has made the oracle's choice at near ties between experts.
+
+    Either choice is right there, and the other one moves the token, and all that look back at it, far. So where a token
+    departs and its choice hangs by a hair, the other one is tried, and kept where the state then agrees."""
+    margins = ours.gaps[b][-1] if ours.has_experts(i) else None
+    if margins is None:
+        return error
+    # The spread may be less than what all of upstream's ways have in common; trying in vain costs one more layer.
+    hair = tolerance.hair("fp32", max(noise[i] if i < len(noise) else 0.0, tolerance.FLOOR_LAYER["fp32"]))
+    departs = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    departs[batch.mask] = error > tolerance.FLOOR_LAYER["fp32"]
+    tried = departs & (margins < hair).view(batch.ids.shape)
+    if not tried.any():
+        return error
+    other = ours.layer_otherwise(b, i)
+    found = relative_error(rows(other, batch, ours.spec.d_model), theirs)  # type: ignore[arg-type]
+    better = torch.zeros_like(tried)
+    better[batch.mask] = found < error / 4
+    better &= tried
+    if better.any():
+        mine, _ = ours.state[b]
+        ours.choose(b, torch.where(better[..., None], other, mine))  # [B, T, D], or [S, B, T, D]
+        out.turned += int(better.sum())
+        error = torch.where(better[batch.mask], found, error)
+    return error
+
+
 def judge_rows(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> None:
     if not tied.any():
         out.settled.add(mine, theirs)
@@ -307,11 +350,11 @@ def judge_rows(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> 
         out.leads += (top[:, 0] - top[:, 1]).tolist()
 
 
-def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours: Ours) -> Tensor:
+def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours: Ours, dtype: str) -> Tensor:
     """[N] bool: real positions where some layer's choice of experts hangs by less than upstream's own spread."""
     n = sum(batch.lengths)
     if margins is None or not noise:
         return torch.zeros(n, dtype=torch.bool)
-    moe = [i for i, layer in enumerate(ours.spec.layers) if layer.ffn is not None and layer.ffn.kind == "moe"]
-    before = torch.tensor([NEAR_TIE * noise[i] if i < len(noise) else 0.0 for i in moe])
+    moe = [i for i in range(ours.spec.n_layers) if ours.has_experts(i)]
+    before = torch.tensor([tolerance.hair(dtype, noise[i]) if i < len(noise) else 0.0 for i in moe])
     return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,13 +68,26 @@ def diagnose(
     if not shown:
         return out
     try:
-        _search(out, folder, oracle, asked.batches[0], measured.spread, dtype, first, stream)
+        batch = _telling(asked, measured, dtype, first)
+        _search(out, folder, oracle, batch, measured.spread, dtype, first, stream)
     except (MemoryError, RuntimeError) as e:
         if not stream:
             raise
         # The verdict stands without it.
         out["suggestions"].append(f"the search for the cause ended early: {e}")
     return out
+
+
+def _telling(asked: Inputs, measured: Measured, dtype: str, first: int | None) -> Batch:
+    """The batch to look for the cause in: where layer `first` departs most. A fault of a window shows in the rows
+    that cross it alone. Of batches that depart about as much the smallest, which costs least."""
+    sizes = [sum(batch.lengths) for batch in asked]
+    if first is None or len(measured.layers[first]) != sum(sizes):
+        return asked.batches[0]
+    tokens = iter(measured.layers[first])
+    errors = [tolerance.representative(dtype, list(islice(tokens, n))) for n in sizes]
+    enough = min(max(errors), max(max(errors) / 2, _finite_bound(dtype, first, measured.spread)))
+    return asked.batches[min((n, b) for b, n in enumerate(sizes) if errors[b] >= enough)[1]]
 
 
 def _finite_bound(dtype: str, layer: int, spread: Spread) -> float:
@@ -103,28 +117,50 @@ def _search(
         ids, clean = batch.ids, subject_of(folder, DTYPES[dtype])
     bound = tolerance.layer_bound(dtype, last, spread).value
     probe = Probe(seen, batch, ids, dtype, first, spec.n_layers, bound)
+    given = probe.upstream_is_finite()
+    # What is not finite is far from everything: no mistake made again would show for what it is.
+    finite = given and math.isfinite(probe.bound) and all(_is_finite(t) for _, t in _concerned(clean, first))
+    before = probe.error(clean)
+    agrees = finite and before <= probe.bound
     if first == 0 and probe.departs_before(clean):
         out |= {"part": "embedding", "where": EMBEDDING}
+    elif agrees:
+        out["where"] = "the logits" if first is None else out["where"]
     elif first is not None:
         part = probe.part(clean)
         if part is not None:
             out |= {"part": part, "where": f"layer {first}, {part}"}
     out["suggestions"] += observations(clean, first)
-    before = probe.error(clean)
-    found: list[dict[str, Any]] = []
-    if not (given := probe.upstream_is_finite()):
+    if not given:
         out["suggestions"].append("upstream itself gives values that are infinite or no numbers here")
-    # What is not finite is far from everything: no mistake made again would show for what it is.
-    finite = given and math.isfinite(probe.bound) and all(_is_finite(t) for _, t in _concerned(clean, first))
-    for name, what, site, subject in hypotheses(clean, first, LARGE if stream else None) if finite else ():
+    out["hypotheses"] = []
+    if agrees:  # every mistake that changes little would seem to explain it
+        out["suggestions"].append(_adds_up(first))
+    elif finite:
+        _made_again(out, probe, clean, before, LARGE if stream else None)
+    out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
+    if not out["suggestions"]:
+        out["suggestions"] = ["no single mistake of the catalogue explains it"]
+
+
+def _made_again(out: dict[str, Any], probe: Probe, clean: Subject, before: float, most: int | None) -> None:
+    """Add to `out` the mistakes that, undone in tensors of at most `most` bytes, make what departs agree."""
+    found: list[dict[str, Any]] = []
+    for name, what, site, subject in hypotheses(clean, probe.first, most):
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
             found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
             out["suggestions"].append(f"consistent with {what}" + (f" ({site})" if site != "spec" else ""))
     out["hypotheses"] = sorted(found, key=lambda f: f["error"])[:8]
-    out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
-    if not out["suggestions"]:
-        out["suggestions"] = ["no single mistake of the catalogue explains it"]
+
+
+def _adds_up(first: int | None) -> str:
+    """Said of what agrees when it is given upstream's own input: what departs came with the input."""
+    alone = f"layer {first} alone agrees" if first is not None else "the final norm and the head alone agree"
+    return (
+        f"{alone} with upstream when given upstream's own input: the error adds up over the layers, "
+        "by rounding or by experts chosen differently"
+    )
 
 
 def spec_differences(mine: Spec, expected: Spec) -> list[str]:
@@ -435,15 +471,24 @@ def hypotheses(
             if most is not None and site in subject.tensors and subject.tensors[site].nbytes > most:
                 continue
             try:
-                yield fault.name, fault.what, site, fault.undo(subject, site)
+                undone = fault.undo(subject, site)
             except Exception:  # this site does not take it
                 continue
+            if not _unchanged(undone, subject):
+                yield fault.name, fault.what, site, undone
     if layer is None:
         return
+    for name, what, other in _other_numbers(subject, layer):
+        if not _unchanged(other, subject):
+            yield name, what, "spec", other
+
+
+def _other_numbers(subject: Subject, layer: int) -> Iterator[tuple[str, str, Subject]]:
+    """The subject with the usual values of numbers of the Spec that are often read wrongly."""
     for theta in THETAS:
-        yield "rope_theta", f"a RoPE theta other than {theta:g}", "spec", _with(subject, Rope, theta=theta)
+        yield "rope_theta", f"a RoPE theta other than {theta:g}", _with(subject, Rope, theta=theta)
     for eps in EPSILONS:
-        yield "norm_eps", f"an eps other than {eps:g} in the norms", "spec", _with(subject, Norm, eps=eps)
+        yield "norm_eps", f"an eps other than {eps:g} in the norms", _with(subject, Norm, eps=eps)
     mixer = subject.spec.layers[layer].mixer
     if isinstance(mixer, Attention | LatentAttention):
         width = mixer.head_dim if isinstance(mixer, Attention) else mixer.nope_dim + mixer.rope_dim
@@ -454,7 +499,18 @@ def hypotheses(
         }
         for why, scale in scales.items():
             what = f"an attention scale other than {why}"
-            yield "attention_scale", what, "spec", _with(subject, type(mixer), scale=scale)
+            yield "attention_scale", what, _with(subject, type(mixer), scale=scale)
+
+
+def _unchanged(a: Subject, b: Subject) -> bool:
+    """Whether the two are the same model: a mistake that changes nothing explains nothing."""
+    return (
+        a.spec == b.spec
+        and a.patch is b.patch
+        and a.quant == b.quant
+        and a.tensors.keys() == b.tensors.keys()
+        and all(t is b.tensors[name] for name, t in a.tensors.items())
+    )
 
 
 def _with(subject: Subject, kind: type, **fields: Any) -> Subject:

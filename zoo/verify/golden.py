@@ -55,34 +55,84 @@ class Golden:
     avoid_ids: frozenset[int] = frozenset()
     fixed_inputs = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, family: str | None = None) -> None:
+        """Open a recording and look it over. `family`: that of the folder which is to be compared with it."""
         self.path = path
         self.file = _open(path, "pt")
         self.names = set(self.file.keys())
         self.about: dict[str, Any] = json.loads(self.file.metadata()["zoo"])
         if self.about.get("schema") != SCHEMA:
             raise ZooError(f"{path}: schema is {self.about.get('schema')!r}; expected {SCHEMA!r}")
+        if family is not None and self.about.get("family") not in (None, family):
+            raise ZooError(
+                f"{path}: recorded of a model of family {self.about['family']}; expected {family}, as the folder is: name "
+                "a recording of the model that the folder was converted from"
+            )
         self.inputs = self._inputs()
-        self.spread = Spread.from_json(self.about["spread"]) if self.about.get("spread") else Spread()
-        self.directions = self._get("directions")
+        self.spread = self._spread()
+        self.directions = self._directions()
 
     def _get(self, name: str) -> Tensor | None:
         return self.file.get_tensor(name) if name in self.names else None
 
     def _need(self, name: str) -> Tensor:
-        t = self._get(name)
-        if t is None:
+        self._require(name)
+        t: Tensor = self.file.get_tensor(name)
+        return t
+
+    def _require(self, name: str) -> None:
+        if name not in self.names:
             raise ZooError(
                 f"{self.path}: tensor {name!r} is missing; see docs/verification.md for what a golden file holds"
             )
-        return t
+
+    def _ids(self, b: int) -> Tensor:
+        """The token ids of a batch, all of which the recording's own logits must have a column for."""
+        name, logits = f"ids.{b}", f"logits.{b}"
+        self._require(logits)
+        ids, vocab_size = self._need(name).long(), self.file.get_slice(logits).get_shape()[-1]
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ZooError(
+                f"{self.path}: {name} has ids from {int(ids.min())} to {int(ids.max())}; expected 0 to {vocab_size - 1}, as "
+                "the logits have that many columns: record it again"
+            )
+        return ids
+
+    def _spread(self) -> Spread:
+        told = self.about.get("spread")
+        if not told:
+            return Spread()
+        try:
+            made = Spread.from_json(told)
+            numbers = [made.top1_agreement, made.log_perplexity, *made.layers]
+            numbers += [*made.logits.values(), *made.kl.values()]
+            sound = made.ways is None or len(made.ways) == 2
+            sound = sound and all(isinstance(x, int | float) for x in numbers)
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise ZooError(
+                f"{self.path}: 'spread' is {told!r}; expected what zoo golden record writes: record it again, or leave "
+                "'spread' out, and the floors are the bounds"
+            )
+        return made
+
+    def _directions(self) -> Tensor | None:
+        """The directions of the hidden states. On one that is zero all states are alike, and any would pass."""
+        d = self._get("directions")
+        if d is not None and not (d.ndim == 2 and bool((d.isfinite().all(0) & (d != 0).any(0)).all())):
+            raise ZooError(
+                f"{self.path}: 'directions' has columns that are zero or not finite; expected [D, k] of random numbers: "
+                "record it again, or leave out directions and states"
+            )
+        return d
 
     def _inputs(self) -> Inputs:
         batches: list[Batch] = []
         text = self.about.get("text", [])
         while f"ids.{len(batches)}" in self.names:
             b = len(batches)
-            ids = self._need(f"ids.{b}").long()
+            ids = self._ids(b)
             lengths = self._get(f"lengths.{b}")
             sizes = tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids)
             flags = tuple(text[b]) if b < len(text) else (False,) * len(ids)

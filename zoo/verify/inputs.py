@@ -2,15 +2,15 @@
 
 - texts in several scripts, and code, through the model's own tokenizer (the canonical folder's tokenizer.json);
 - random ids over the whole vocabulary, which reach embedding rows that no text does;
-- one row long enough to cross each limit the Spec has: window, chunk, index top-k, temperature step,
-  original context;
+- one row long enough to cross each limit that the Spec or the oracle has: window, chunk, index top-k, temperature step,
+  the pieces that a recurrence is computed in, and as many positions as it takes to see a scaling of RoPE;
 - rows of different lengths in one batch, padded on the right: only real positions are compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.spec import Attention, LatentAttention, Spec
+from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Spec
 
 TEXTS: tuple[tuple[str, str], ...] = (
     (
@@ -41,6 +41,12 @@ TEXTS: tuple[tuple[str, str], ...] = (
 
 MAX_CROSSED = 4096
 """Limits beyond this many tokens are not crossed by default: the certificate says so."""
+
+PIECE = 64
+"""Tokens that recurrences (DeltaNet, Mamba) are computed in at a time, here and upstream."""
+
+FAR = 512
+"""Positions after which a scaling of RoPE shows in bf16 too: after some thirty it is within rounding."""
 
 
 @dataclass
@@ -112,8 +118,12 @@ def limits(spec: Spec) -> dict[str, int]:
 
     for layer in spec.layers:
         m = layer.mixer
+        if isinstance(m, DeltaNet | Mamba):
+            note("piece of a recurrence", PIECE)
         if not isinstance(m, Attention | LatentAttention):
             continue
+        if m.rope is not None and m.rope.scaling is not None:
+            note("scaled RoPE", FAR)
         if isinstance(m, Attention) and m.window is not None:
             note("window", m.window)
         if isinstance(m, Attention) and m.chunk is not None:
@@ -131,11 +141,15 @@ def make(
     avoid: frozenset[int] = frozenset(),
     max_length: int = MAX_CROSSED,
     seed: int = 0,
+    theirs: Mapping[str, int] | None = None,
 ) -> Inputs:
     """The standard inputs of a model. `folder` is where its tokenizer.json may be; ids in `avoid`
-    (placeholders that the oracle replaces by images) are not drawn."""
-    crossed = {k: n for k, n in limits(spec).items() if n < max_length}
-    not_crossed = {k: n for k, n in limits(spec).items() if n >= max_length}
+    (placeholders that the oracle replaces by images) are not drawn. `theirs`: limits that the oracle has, so that one
+    that the Spec has lost is crossed too."""
+    known = limits(spec)
+    known |= {k: n for k, n in (theirs or {}).items() if n not in known.values()}
+    crossed = {k: n for k, n in known.items() if n < max_length}
+    not_crossed = {k: n for k, n in known.items() if n >= max_length}
     vocab, longest = spec.vocab_size, spec.positions or 1 << 30
     generator = torch.Generator().manual_seed(seed)
 

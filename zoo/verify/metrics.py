@@ -219,9 +219,11 @@ def _kl(d: Tensor, worst: float, theirs: Reference) -> Tensor:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """|ours - theirs| / |theirs| for each token: [N, D], [N, D] -> [N]. NaN counts as infinite."""
+    """|ours - theirs| / |theirs| for each token: [N, D], [N, D] -> [N]. Infinite where that is NaN, or theirs is zero
+    and ours is not."""
     a, b = ours.double(), theirs.double()
-    r = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
+    apart = (a - b).norm(dim=-1)
+    r = torch.where(apart == 0, 0.0, apart / b.norm(dim=-1))
     return torch.nan_to_num(r, nan=math.inf, posinf=math.inf)
 
 

@@ -25,6 +25,8 @@ from zoo.errors import ZooError
 
 OnLayer = Callable[[int, Tensor], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "floor_scale")
+"""Fields of upstream's configs that are numbers of positions at which a model starts to behave differently."""
 ACTIVATIONS = ("input_activations", "output_activations")  # of a scheme of compressed-tensors
 
 
@@ -72,6 +74,17 @@ class Transformers:
         self.model = load(path, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(self.model.config)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Numbers of positions at which upstream starts to behave differently, by its own config."""
+        config = self.model.config.get_text_config()
+        values = {key: getattr(config, key, None) for key in LIMITS}
+        return {
+            f"upstream's {k} {n:g}": int(n)
+            for k, n in values.items()
+            if isinstance(n, int | float) and n >= 1
+        }
 
     def describe(self) -> dict[str, Any]:
         import transformers
@@ -205,11 +218,12 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     switches: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     if path.suffix == ".gguf":
         cls = transformers.AutoModelForCausalLM
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
-                return cls.from_pretrained(path.parent, gguf_file=path.name, **switches).eval()
-        except ImportError as e:
-            raise ZooError(f"{path}: transformers needs another package to read GGUF: {e}") from e
+        with its_own_errors(path):  # it reads some architectures only, and of those not every shape
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+                    return cls.from_pretrained(path.parent, gguf_file=path.name, **switches).eval()
+            except ImportError as e:
+                raise ZooError(f"{path}: transformers needs another package to read GGUF: {e}") from e
     config, cls = config_and_class(path)
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo.formats import canonical
 from zoo.formats.base import TensorRef
+from zoo.kernels.route import route, route_reference
 from zoo.model import Decoder
 from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
@@ -38,6 +39,7 @@ class Ours:
             int, list[Tensor]
         ] = {}  # batch -> per MoE layer so far, the router's margin per token
         self.state: dict[int, tuple[Tensor, Any]] = {}
+        self.entered: dict[int, Tensor] = {}  # batch -> the state before the last layer
         self.done: dict[int, int] = {}  # batch -> layers it has been through
 
     def begin(self, b: int, ids: Tensor) -> None:
@@ -49,17 +51,38 @@ class Ours:
     def layer(self, b: int, i: int) -> Tensor:
         """Batch `b` through layer `i`: the hidden state after it."""
         x, ctx = self.state[b]
+        self.entered[b] = x
+        y = self._through(i, x, ctx, self._gap(b))
+        self.state[b] = y, ctx
+        self.done[b] = i + 1
+        return y
+
+    def layer_otherwise(self, b: int, i: int) -> Tensor:
+        """The state after layer `i`, just run, had every token's nearest tie between experts gone the other way."""
+
+        def hook(router: Router, args: tuple[Tensor], _out: Any) -> Any:
+            return other_choice(router, args[0])
+
+        return self._through(i, self.entered[b], self.state[b][1], hook)
+
+    def has_experts(self, i: int) -> bool:
+        ffn = self.spec.layers[i].ffn
+        return ffn is not None and ffn.kind == "moe"
+
+    def choose(self, b: int, y: Tensor) -> None:
+        """Go on from the state `y` after the last layer."""
+        self.state[b] = y, self.state[b][1]
+
+    def _through(self, i: int, x: Tensor, ctx: Any, on_router: Callable[..., Any]) -> Tensor:
         layer = self.resident(i)
         router = next((m for m in layer.modules() if isinstance(m, Router)), None)
-        handle = router.register_forward_hook(self._gap(b)) if router is not None else None
+        handle = router.register_forward_hook(on_router) if router is not None else None
         try:
             with torch.inference_mode():
                 y: Tensor = layer(x, ctx)
         finally:
             if handle is not None:
                 handle.remove()
-        self.state[b] = y, ctx
-        self.done[b] = i + 1
         return y
 
     def finish(self, b: int) -> Tensor:
@@ -67,6 +90,7 @@ class Ours:
         for i in range(self.done[b], self.spec.n_layers):
             self.layer(b, i)
         x, ctx = self.state.pop(b)
+        self.entered.pop(b, None)
         with torch.inference_mode():
             logits: Tensor = self.decoder.finish(x, ctx)
         return logits
@@ -97,24 +121,50 @@ class Ours:
 
 def margin(router: Router, x: Tensor) -> Tensor:
     """x [N, D] -> [N]: (score of the last chosen - score of the first not chosen) / spread of the scores."""
+    return nearest_tie(router, x)[0]
+
+
+def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, D] -> the `margin` [N] of the choice of experts, or of groups of them, that hangs by least; and what would have
+    to be added to the scores [N, E] for it to go the other way."""
+    r = router.spec
     scores = nn.functional.linear(x.float(), router.dense(torch.float32), router.offset(torch.float32))
-    if router.spec.over == "all":
-        scores = scores.softmax(-1) if router.spec.score == "softmax" else scores.sigmoid()
+    if r.over == "all":
+        scores = scores.softmax(-1) if r.score == "softmax" else scores.sigmoid()
     if router.selection_bias is not None:
         scores = scores + router.selection_bias
-    k = router.spec.top_k
-    if k >= scores.shape[-1]:
-        return torch.full((len(x),), torch.inf)
-    top = scores.topk(k + 1, -1).values
-    gap = (top[:, k - 1] - top[:, k]) / scores.std(-1).clamp(min=1e-12)
-    if router.spec.n_groups > 1:  # a group may be chosen by a hair too
-        groups = scores.unflatten(-1, (router.spec.n_groups, -1))
-        best = groups.topk(min(router.spec.group_top, groups.shape[-1]), -1).values.sum(-1)
-        n = router.spec.top_groups
-        if n < best.shape[-1]:
-            edge = best.topk(n + 1, -1).values
-            gap = torch.minimum(gap, (edge[:, n - 1] - edge[:, n]) / scores.std(-1).clamp(min=1e-12))
-    return gap
+    unit, least = (
+        scores.std(-1).clamp(min=1e-12),
+        1e-6 * scores.abs().amax(-1),
+    )  # `least`: seen in every score
+    gap, nudge = torch.full((len(x),), torch.inf), torch.zeros_like(scores)
+    if r.top_groups < r.n_groups:
+        groups = scores.unflatten(-1, (r.n_groups, -1))
+        best = groups.topk(min(r.group_top, groups.shape[-1]), -1).values.sum(-1)
+        edge = best.topk(r.top_groups + 1, -1)
+        apart = edge.values[:, -2] - edge.values[:, -1]
+        gap = apart / unit
+        group = torch.zeros_like(best).scatter(-1, edge.indices[:, -1:], (2 * apart + least)[:, None])
+        nudge = group.repeat_interleave(groups.shape[-1], -1)
+        left_out = torch.ones_like(best, dtype=torch.bool).scatter(-1, edge.indices[:, :-1], False)
+        scores = groups.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+    if r.top_k < scores.shape[-1]:
+        edge = scores.topk(r.top_k + 1, -1)
+        apart = edge.values[:, -2] - edge.values[:, -1]  # infinite where no expert is left out of the groups
+        expert = torch.zeros_like(nudge).scatter(-1, edge.indices[:, -1:], (2 * apart + least)[:, None])
+        nudge = torch.where((apart / unit < gap)[:, None], expert, nudge)
+        gap = torch.minimum(gap, apart / unit)
+    return gap, nudge
+
+
+def other_choice(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the router gives for x [N, D] where every token's nearest tie goes the other way."""
+    _, nudge = nearest_tie(router, x)
+    logits = router.logits(x)
+    if router.spec.over == "chosen":  # by logits alone; what a near tie moves them by is within rounding
+        return route(logits + nudge.to(logits.dtype), None, router.spec, logits.dtype)
+    bias = nudge if router.selection_bias is None else nudge + router.selection_bias
+    return route_reference(logits, bias, router.spec)
 
 
 class Streamed(Ours):

@@ -32,7 +32,7 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
             "instead; docs/verification.md shows how"
         )
     oracle = Transformers(path, dtype)
-    asked = standard.make(spec, root, oracle.avoid_ids, max_length)
+    asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=getattr(oracle, "limits", None))
     about = {
         "source": {
             "path": str(ckpt.root),

@@ -154,7 +154,7 @@ def resolve(
         from zoo.verify.golden import Golden
 
         source = _recorded_source(folder)
-        golden = Golden(Path(against))
+        golden = Golden(Path(against), folder.spec.family)
         if source is None:
             return Against(oracle=golden, why_no_source="compared with a recording; the source is not here")
         return Against(open_checkpoint(source), source, golden)
@@ -198,10 +198,11 @@ def _open_oracle(
             out.oracle = _upstream(path, dtype, None, stream)
             return
     except CannotLoad as e:
-        if stream or not folder.quant:
+        # Of a plain folder an export would be the same files again.
+        if ckpt.format != "gguf" and (stream or not folder.quant):
             out.why_no_oracle = str(e)
             return
-        why = str(e)
+        why = str(e).removesuffix(".")
     except NoUpstream as e:
         out.why_no_oracle = str(e)
         return
@@ -218,6 +219,10 @@ def _open_oracle(
     )
     try:
         given_path, out.cleanup = _exported(folder, ckpt, plain)
+    except ZooError as e:
+        out.why_no_oracle = f"{why}, and it cannot be given an export: {e}"
+        return
+    try:
         out.oracle = _upstream(given_path, dtype, note, stream)
     except CannotLoad as e:
         assert out.cleanup is not None
@@ -328,7 +333,7 @@ def _numeric_levels(
     oracle = other.oracle
     assert oracle is not None
     asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(
-        folder.spec, folder.root, oracle.avoid_ids, max_length
+        folder.spec, folder.root, oracle.avoid_ids, max_length, theirs=getattr(oracle, "limits", None)
     )
     if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
@@ -342,6 +347,9 @@ def _numeric_levels(
     measured = measure(oracle, ours, asked, dtype, spread=getattr(oracle, "spread", None), on_disk=stream)
     spent = time.perf_counter() - t
     levels = {"layers": judge.layers_level(measured, dtype), "logits": judge.logits_level(measured, dtype)}
+    if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
+        if (again := _against_float64(oracle, ours, asked, say)) is not None:
+            measured, levels = again
     for name, made in levels.items():
         if name in wanted:
             made.seconds = spent if name == "logits" else 0.0
@@ -375,6 +383,29 @@ def _numeric_levels(
                 f"the copy was rounded to {copied}, upstream has the source's own values: verify with --dtype {copied}",
             )
     return asked, measured
+
+
+def _against_float64(
+    oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
+) -> tuple[Measured, dict[str, Level]] | None:
+    """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
+    from zoo.verify.float64 import InFloat64
+
+    if type(oracle) is not Transformers or not (wide := InFloat64(oracle)).fits:
+        return None
+    say("upstream in float64, for how far its fp32 is from that")
+    try:
+        measured = measure(wide, ours, asked, "fp32")
+    except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
+        return None
+    levels = {"layers": judge.layers_level(measured, "fp32"), "logits": judge.logits_level(measured, "fp32")}
+    if any(x.verdict == "failed" for x in levels.values()):
+        return None
+    for level in levels.values():
+        level.notes.append(
+            "held against upstream in float64: upstream's own fp32 is further from that than its two ways in fp32 are apart"
+        )
+    return measured, levels
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def _logits(ours: Ours, recorded: Recorded, dtype: str) -> Measured:
     m = Measured([], spread=recorded.spread)
     for b, batch in enumerate(recorded.inputs.batches):
         mine = ours.finish(b)[batch.mask]
-        tied = near_ties(ours.margins(b), batch, recorded.spread.layers, ours)
+        tied = near_ties(ours.margins(b), batch, recorded.spread.layers, ours, dtype)
         for at, reference in references(recorded.logits[b][batch.mask], batch.following[batch.mask]):
             judge_rows(m, mine[at], reference, tied[at])
     return m

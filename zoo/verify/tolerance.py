@@ -21,6 +21,8 @@ from zoo.verify.metrics import LogitMetrics
 FACTOR = 2.0
 NEAR_TIE = 4.0
 """A router's choice is a near tie where its margin is below this many times the spread of its input."""
+CALM = 0.05
+"""A spread beyond this is no rounding: upstream's own runs chose other experts. It says nothing of what hangs by a hair."""
 FLOOR_FP32 = 5e-5
 """Two correct fp32 implementations of a small model agree this well in every family (max over all logits)."""
 FLOOR_LAYER = {"fp32": 2e-5, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -105,6 +107,11 @@ def layer_bound(dtype: str, layer: int, spread: Spread) -> Bound:
     floor = FLOOR_LAYER[dtype] * (1.0 if dtype == "fp32" else math.sqrt(layer + 2))
     measured = spread.layers[layer] if layer < len(spread.layers) else 0.0
     return _larger(FACTOR, measured, floor, spread, f"floor of {dtype}")
+
+
+def hair(dtype: str, noise: float) -> float:
+    """The margin below which a choice of experts hangs by rounding, where hidden states have this spread."""
+    return NEAR_TIE * (FLOOR_LAYER["fp32"] if dtype == "fp32" and noise > CALM else noise)
 
 
 def representative(dtype: str, tokens: Sequence[float]) -> float:

@@ -1,0 +1,108 @@
+"""Upstream in float64: how far its own fp32 is from what its weights stand for.
+
+Two ways to run upstream in fp32 differ in attention and experts only, and share the rounding of all the rest. Where weights
+are large, the error that they have in common is many times what they differ by, and a right conversion would fail. So what
+departs in fp32 is held against float64 before it is called wrong: ours may be twice as far from it as upstream's fp32 is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zoo.verify.oracle import OnLayer, Transformers
+
+
+class InFloat64:
+    """An oracle: a `Transformers` in float64; its second way is fp32. Made for a model that is in fp32."""
+
+    def __init__(self, oracle: Transformers) -> None:
+        self.oracle, self.wide = oracle, True
+        self.avoid_ids = oracle.avoid_ids
+
+    def describe(self) -> dict[str, Any]:
+        return self.oracle.describe() | {"dtype": "float64"}
+
+    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
+        if not self.wide:
+            return self.oracle.run(ids, lengths, on_layer)
+        self.oracle.model.double()
+        widened = Widened()
+        try:
+            with widened:
+                return self.oracle.run(ids, lengths, on_layer and widened.without(on_layer))
+        finally:
+            self.oracle.model.float()
+
+    @contextlib.contextmanager
+    def second_way(self) -> Iterator[tuple[str, str]]:
+        self.wide = False
+        try:
+            yield "float64", "fp32"
+        finally:
+            self.wide = True
+
+    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
+        return self.oracle.greedy(ids, n)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights in float64 take at most half of the memory that is free (where the system says)."""
+        need = 8 * sum(p.numel() for p in self.oracle.model.parameters())
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return False
+        return bool(need <= free // 2)
+
+
+class Widened(TorchFunctionMode):
+    """Meanwhile whatever asks torch for float32, or for no dtype, gets float64: upstream widens to fp32 by name in many
+    places."""
+
+    paused = False
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(torch.float32)
+
+    def without(self, listen: OnLayer) -> OnLayer:
+        """`listen`, to be called from within, as it is outside."""
+
+        def call(i: int, x: Tensor) -> None:
+            self.paused = True
+            torch.set_default_dtype(torch.float32)
+            try:
+                listen(i, x)
+            finally:
+                torch.set_default_dtype(torch.float64)
+                self.paused = False
+
+        return call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.paused:
+            return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*_widened(args), **_widened(kwargs or {}))
+
+
+def _widened(x: Any) -> Any:
+    if x is torch.float32:
+        return torch.float64
+    if type(x) in (tuple, list):
+        return type(x)(_widened(v) for v in x)
+    if type(x) is dict:
+        return {k: _widened(v) for k, v in x.items()}
+    return x
