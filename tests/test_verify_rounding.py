@@ -151,8 +151,13 @@ def tiny_source(name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("kimi_linear", inputs.PIECE), ("nemotron_h", inputs.PIECE), ("llama", inputs.FAR)]
+    ("name", "dtype", "least"),
+    [
+        ("kimi_linear", "fp32", inputs.PIECE),
+        ("nemotron_h", "fp32", inputs.PIECE),
+        ("llama", "bf16", inputs.FAR),
+    ],
 )
-def test_rows_are_long_enough_for_recurrences_and_scaled_rope(name: str, least: int) -> None:
-    made = inputs.make(zoo.spec(canonical(name)))
+def test_rows_are_long_enough_for_recurrences_and_scaled_rope(name: str, dtype: str, least: int) -> None:
+    made = inputs.make(zoo.spec(canonical(name)), dtype=dtype)
     assert max(n for b in made for n in b.lengths) > least

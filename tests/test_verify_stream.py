@@ -110,7 +110,6 @@ def test_memory_grows_by_a_layer_not_by_the_checkpoint(kind: str, tmp_path: Path
         "num_key_value_heads": 4,
         "head_dim": 32,
         "num_hidden_layers": 24,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},  # a scaled one asks for long rows
     }
     if kind == "dense":
         name, settings = "llama", settings | {"intermediate_size": 2400}

@@ -3,7 +3,7 @@
 - texts in several scripts, and code, through the model's own tokenizer (the canonical folder's tokenizer.json);
 - random ids over the whole vocabulary, which reach embedding rows that no text does;
 - one row long enough to cross each limit that the Spec or the oracle has: window, chunk, index top-k, temperature step,
-  the pieces that a recurrence is computed in, and as many positions as it takes to see a scaling of RoPE;
+  the pieces that a recurrence is computed in, and, below fp32, what it takes to see a scaling of RoPE;
 - rows of different lengths in one batch, padded on the right: only real positions are compared.
 """
 
@@ -46,7 +46,7 @@ PIECE = 64
 """Tokens that recurrences (DeltaNet, Mamba) are computed in at a time, here and upstream."""
 
 FAR = 512
-"""Positions after which a scaling of RoPE shows in bf16 too: after some thirty it is within rounding."""
+"""Positions after which a scaling of RoPE shows in bf16 too: after some thirty, where fp32 shows it, it is within rounding."""
 
 
 @dataclass
@@ -109,8 +109,8 @@ class Inputs:
         }
 
 
-def limits(spec: Spec) -> dict[str, int]:
-    """Every number of positions at which the model starts to behave differently."""
+def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
+    """Every number of positions at which the model starts to behave differently, as far as `dtype` shows it."""
     found: dict[str, int] = {}
 
     def note(what: str, n: float) -> None:
@@ -122,7 +122,7 @@ def limits(spec: Spec) -> dict[str, int]:
             note("piece of a recurrence", PIECE)
         if not isinstance(m, Attention | LatentAttention):
             continue
-        if m.rope is not None and m.rope.scaling is not None:
+        if dtype != "fp32" and m.rope is not None and m.rope.scaling is not None:
             note("scaled RoPE", FAR)
         if isinstance(m, Attention) and m.window is not None:
             note("window", m.window)
@@ -142,11 +142,12 @@ def make(
     max_length: int = MAX_CROSSED,
     seed: int = 0,
     theirs: Mapping[str, int] | None = None,
+    dtype: str = "fp32",
 ) -> Inputs:
     """The standard inputs of a model. `folder` is where its tokenizer.json may be; ids in `avoid`
     (placeholders that the oracle replaces by images) are not drawn. `theirs`: limits that the oracle has, so that one
     that the Spec has lost is crossed too."""
-    known = limits(spec)
+    known = limits(spec, dtype)
     known |= {k: n for k, n in (theirs or {}).items() if n not in known.values()}
     crossed = {k: n for k, n in known.items() if n < max_length}
     not_crossed = {k: n for k, n in known.items() if n >= max_length}

@@ -32,7 +32,7 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
             "instead; docs/verification.md shows how"
         )
     oracle = Transformers(path, dtype)
-    asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=getattr(oracle, "limits", None))
+    asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=oracle.limits, dtype=dtype)
     about = {
         "source": {
             "path": str(ckpt.root),
@@ -54,7 +54,7 @@ def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     """Write the standard inputs of `src` to `output`; a summary."""
     golden.check_output(output)
     spec, root, _ = _open(src)
-    asked = standard.make(spec, root, frozenset(), max_length)
+    asked = standard.make(spec, root, frozenset(), max_length, dtype=dtype)
     golden.write_inputs(asked, output, dtype)
     return {"output": str(output), "tokens": asked.n_tokens, "batches": len(asked.batches)}
 

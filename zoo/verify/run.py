@@ -333,7 +333,12 @@ def _numeric_levels(
     oracle = other.oracle
     assert oracle is not None
     asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(
-        folder.spec, folder.root, oracle.avoid_ids, max_length, theirs=getattr(oracle, "limits", None)
+        folder.spec,
+        folder.root,
+        oracle.avoid_ids,
+        max_length,
+        theirs=getattr(oracle, "limits", None),
+        dtype=dtype,
     )
     if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
