@@ -165,6 +165,14 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
+def test_a_pipe_that_nobody_reads_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m zoo list | true; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+
+
 # ------------------------------------------------------------------ list and show
 
 

@@ -406,10 +406,22 @@ def test_an_existing_destination_is_refused_and_left_alone(llama: Path, tmp_path
     (tmp_path / "c" / "mine").write_text("x")
     with pytest.raises(ZooError, match=r"exists already.*--force"):
         convert(plan_of(llama), tmp_path / "c")
-    with pytest.raises(ZooError, match="not a folder that zoo wrote"):
+    with pytest.raises(ZooError, match="holds what zoo did not write"):
         convert(plan_of(llama), tmp_path / "c", force=True)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine"]
     assert not (tmp_path / "c.partial").exists()
+
+
+def test_with_force_what_somebody_put_beside_the_weights_is_not_lost(llama: Path, tmp_path: Path) -> None:
+    dst = convert(make_plan(open_checkpoint(llama)), tmp_path / "c")
+    (dst / "parity.json").write_text("{}")
+    (dst / "notes.txt").write_text("mine")
+    with pytest.raises(ZooError, match="holds what zoo did not write"):
+        convert(make_plan(open_checkpoint(llama)), dst, force=True)
+    assert (dst / "notes.txt").read_text() == "mine"
+    (dst / "notes.txt").unlink()
+    convert(make_plan(open_checkpoint(llama)), dst, force=True)
+    assert not (dst / "parity.json").exists()
 
 
 def test_with_force_a_canonical_folder_is_replaced_at_the_end(llama: Path, tmp_path: Path) -> None:

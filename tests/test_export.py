@@ -199,7 +199,7 @@ def test_an_existing_destination_is_refused(tmp_path: Path) -> None:
         export(canon, source)
     export(canon, tmp_path / "back")
     export(canon, tmp_path / "back", force=True)
-    with pytest.raises(ZooError, match=r"not a folder that zoo wrote|holds the checkpoint"):
+    with pytest.raises(ZooError, match=r"holds what zoo did not write|holds the checkpoint"):
         export(canon, canon, force=True)
 
 

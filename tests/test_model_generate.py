@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from built import built, decoder
+from verified import canonical
 
+import zoo
+from zoo.errors import ZooError
 from zoo.model import Decoder
 
 
@@ -69,3 +73,43 @@ def test_a_temperature_draws_from_the_distribution() -> None:
     share = torch.bincount(draws, minlength=len(p)) / 4000
     assert (share - p).abs().max() < 0.03
     assert draws.unique().numel() > 10
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.tensor([1, 2, 3]), torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 1, 2).long(), torch.zeros(1, 2), [[1]]],
+)  # fmt: skip
+def test_ids_that_are_none_are_refused_in_a_sentence(ids: Any) -> None:
+    model = zoo.load(canonical("llama"))
+    with pytest.raises(ZooError, match="token ids are integers"):
+        model(ids)
+    with pytest.raises(ZooError, match="token ids are integers"):
+        model.generate(ids, 2)
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was() -> None:
+    model = zoo.load(canonical("llama"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cache = model.cache(1, 8)
+    model(ids[:, :2], cache)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[10**6]]), cache)
+    with pytest.raises(ZooError, match="the cache is for 1 sequences; found ids of 2"):
+        model(torch.cat([ids, ids]), cache)
+    assert (model(ids[:, 2:], cache) - model(ids)[:, 2:]).abs().max() <= 5e-5
+
+
+def test_learned_positions_end_what_is_generated() -> None:
+    model = zoo.load(canonical("gpt2"))
+    n = model.spec.positions
+    assert n is not None
+    out = model.generate(torch.zeros(1, n - 3, dtype=torch.int64), 50)
+    assert out.shape == (1, n + 1)
+    with pytest.raises(ZooError, match=f"the model has {n} positions"):
+        model(torch.zeros(1, n + 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+def test_a_temperature_below_zero_is_refused(temperature: float) -> None:
+    with pytest.raises(ZooError, match="a temperature is 0 or more"):
+        zoo.load(canonical("llama")).generate(torch.tensor([[1]]), 2, temperature=temperature)

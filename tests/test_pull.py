@@ -729,3 +729,10 @@ def test_force_with_a_proof_replaces_only_what_zoo_wrote(
             do()
     assert dst.read_text() == "keep" if there == "a file" else len(list(dst.iterdir())) >= 1
     assert hashes(source) == hashes(release) and not (tmp_path / "mine.unverified").exists()
+
+
+def test_a_copy_that_is_rounded_is_verified_in_what_it_is_rounded_to(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = tiny.make("llama", tmp_path / "source")
+    folder = convert(source, tmp_path / "canon", dtype="bf16", verify="logits")
+    assert json.loads((folder / "parity.json").read_text())["dtype"] == "bf16"

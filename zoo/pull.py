@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -496,16 +497,18 @@ def _can_verify(level: str, layers: Collection[int] | None = None) -> None:
 
 
 def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress) -> None:
-    """Verify the folder `target`, and let it appear as `dst` if it passes."""
+    """Verify the folder `target`, in the precision that it was rounded to, and let it appear as `dst` if it passes."""
     from zoo.verify import verify
+    from zoo.verify.run import converted_to
 
     progress.phase(f"verifying ({level})")
-    certificate = verify(target, level=level, write=False, progress=progress.phase)
+    dtype = converted_to(canonical.read(target)) or "fp32"
+    certificate = verify(target, level=level, dtype=dtype, write=False, progress=progress.phase)
     if not certificate.passed:
         certificate.write(target)
         raise ZooError(
-            f"{target} does not agree with its source: see `zoo verify {target}` and the certificate in it. "
-            f"It was not made {dst}."
+            f"{target} does not agree with its source: see `zoo verify {shlex.quote(str(target))} --dtype {dtype}` and the "
+            f"certificate in it. It was not made {dst}."
         )
     certificate.canonical["path"] = str(dst)
     certificate.write(target)
@@ -514,7 +517,7 @@ def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress
 
 
 def _check(dst: Path, force: bool) -> None:
-    check_destination(dst, force, canonical.detect)
+    check_destination(dst, force, canonical.wrote)
 
 
 def _is_done(dst: Path, opened: Opened) -> bool:

@@ -104,7 +104,7 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         _mute()
         return 0
     except SystemExit:  # click's own way with a pipe that nobody reads any more
-        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+        if type(sys.stdout).__name__.lstrip("_") != "PacifyFlushWrapper":
             raise
         _mute()
         return 0

@@ -54,6 +54,18 @@ def detect(path: Path) -> bool:
     return path.is_dir() and (path / JSON).exists()
 
 
+def wrote(path: Path) -> bool:
+    """Whether the folder holds a canonical checkpoint and nothing but what zoo put there: it may be replaced."""
+    try:
+        described = read_json(path / JSON, "")
+        shards = read_json(path / INDEX, "")["weight_map"].values()
+        names = {JSON, INDEX, "source.zip", "parity.json", "report.html", *shards, *described["carried"]}
+    except (ZooError, LookupError, TypeError, AttributeError):  # damaged: then what is whose can't be told
+        return False
+    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
+    return files <= names
+
+
 def open(path: Path) -> NoReturn:
     """A canonical folder is not a source: says so."""
     raise ZooError(
@@ -68,6 +80,8 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     Raises ZooError if it is none, is written by a newer zoo, or its tensors are not those of its Spec.
     """
     root = Path(path)
+    if not root.exists():
+        raise ZooError(f"{root}: no such folder; `zoo pull` or `zoo convert` makes canonical checkpoints")
     if not (root / JSON).exists():
         raise ZooError(f"{root}: not a canonical checkpoint (no {JSON}); make one with `zoo convert`")
     j = read_json(root / JSON, "it describes the checkpoint")

@@ -87,7 +87,7 @@ def tile(n: int, w: Weight, gated: bool = False) -> tuple[int, int, int]:
     elif w.kind == INT4:
         rows, block, warps = 8 if gated else 4, 1024, 8
     elif w.kind in (FP8, FP8_ROWS):
-        rows, block, warps = (4, 1024, 4) if w.k > 8192 else (8, 512, 2)
+        rows, block, warps = (8, 512, 2) if n > 4096 and 2048 < w.k <= 8192 else (4, 1024, 4)
     elif gated:
         rows, block, warps = 2, 2048, 4
     else:

@@ -39,7 +39,7 @@ from typing import Any, Self
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef, encoded
-from zoo.formats.canonical import JSON, SOURCE
+from zoo.formats.canonical import JSON, SOURCE, wrote
 from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
 from zoo.mapping.folder import Folder
@@ -321,9 +321,7 @@ class Execution:
             repr((plan.digest, plan.rules_version, __version__, self.sheet.sizes, self._identity)).encode()
         ).hexdigest()
         refuse_overlap(plan.checkpoint.root, Path(dst))
-        self.folder = Folder(
-            dst, self.sheet.sizes, job, force=force, ours=lambda p: (p / JSON).exists(), durable=durable
-        )
+        self.folder = Folder(dst, self.sheet.sizes, job, force=force, ours=wrote, durable=durable)
         self.mover = Mover(self.folder, plan.nbytes, progress, threads)
         self._outputs = list(plan.outputs.values())
         self._extras: dict[str, list[str]] = {}

@@ -242,7 +242,7 @@ def check_destination(dst: Path, force: bool, ours: Callable[[Path], bool]) -> N
         raise ZooError(f"{dst}: exists already; choose another destination, or replace it with --force")
     empty = dst.is_dir() and not any(dst.iterdir())
     if dst.is_symlink() or not dst.is_dir() or not (empty or ours(dst)):
-        raise ZooError(f"{dst}: exists and is not a folder that zoo wrote: not replaced, even with --force")
+        raise ZooError(f"{dst}: exists and holds what zoo did not write: not replaced, even with --force")
 
 
 def put(new: Path, dst: Path, durable: bool = False) -> None:

@@ -86,7 +86,7 @@ class Cache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.max_len = max_len
+        self.batch, self.max_len = batch, max_len
         self.length = 0
         self.fixed = False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
@@ -270,3 +270,12 @@ class Context:
             return v.allowed
         keys = self._key_positions(None)
         return keys <= self.positions[:, None]
+
+
+def checked(ids: Tensor, cache: Cache | None = None) -> None:
+    """Raises ZooError if `ids` are not token ids [B, T], or not as many sequences as the cache is for."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ZooError(f"token ids are integers [B, T], one token or more; found {found}")
+    if cache is not None and len(ids) != cache.batch:
+        raise ZooError(f"the cache is for {cache.batch} sequences; found ids of {len(ids)}")

@@ -18,7 +18,7 @@ from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
 from zoo.model import altup, generate
 from zoo.model.attention import Attention
-from zoo.model.cache import Cache, Context
+from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
 from zoo.model.ffn import FeedForward
 from zoo.model.graph import Pass, capturable
@@ -169,8 +169,9 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] (int64) -> logits [B, T, V] in the model's dtype.
 
-        With a cache, the tokens follow those already in it, and are added to it.
-        Raises ZooError if the cache has no room for them.
+        With a cache, the tokens follow those already in it, and are added to it. The logits are a tensor of inference
+        mode: `.clone()` them to change them in place, or to train something on them.
+        Raises ZooError if the cache has no room for them, or the ids are none.
         """
         with torch.inference_mode():
             return self.finish(self.run(ids, cache))
@@ -187,10 +188,17 @@ class Decoder(nn.Module):
             raise ZooError(
                 f"only {len(self.held)} of {self.spec.n_layers} layers are here: a part of a model can't be run as a whole"
             )
-        x, ctx = self.start(ids, cache)
-        with preferring_cudnn(x.device):
-            for layer in self.layers:
-                x = layer(x, ctx)
+        checked(ids, cache)
+        length = 0 if cache is None else cache.length
+        try:
+            x, ctx = self.start(ids, cache)
+            with preferring_cudnn(x.device):
+                for layer in self.layers:
+                    x = layer(x, ctx)
+        except BaseException:
+            if cache is not None:  # what was to follow is not there
+                cache.advance(length - cache.length)
+            raise
         return x
 
     def start(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]:
@@ -202,6 +210,10 @@ class Decoder(nn.Module):
         if spec.embed_scale != 1.0:
             x = x * torch.tensor(spec.embed_scale, dtype=x.dtype).item()
         if spec.positions is not None:
+            if ctx.start + ids.shape[1] > spec.positions:
+                raise ZooError(
+                    f"the model has {spec.positions} positions; {ctx.start} are taken and {ids.shape[1]} tokens more came"
+                )
             x = x + F.embedding(ctx.positions, self.positions.weight)
         if spec.per_layer_embedding is not None:
             ctx.per_layer = self.per_layer(ids, x)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
+from zoo.model.cache import checked
 from zoo.model.graph import Step, capturable
 
 if TYPE_CHECKING:
@@ -25,11 +27,16 @@ def stream(
     temperature: float = 0.0,
 ) -> Iterator[Tensor]:
     """Yield the next token [B] of each sequence in ids [B, T] until `max_new_tokens`, or until every
-    sequence has produced one of `eos`. A sequence that has goes on with its `eos`.
+    sequence has produced one of `eos`. A sequence that has goes on with its `eos`. Learned positions end it, too.
 
     `temperature` 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature)
     with torch's global generator.
     """
+    checked(ids)
+    if not temperature >= 0:
+        raise ZooError(f"a temperature is 0 or more; found {temperature}")
+    if (room := model.spec.positions) is not None:
+        max_new_tokens = min(max_new_tokens, max(1, room - ids.shape[1] + 1))  # the last one is not fed
     ends = (eos,) if isinstance(eos, int) else tuple(eos or ())
     cache = model.cache(len(ids), ids.shape[1] + max_new_tokens)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
