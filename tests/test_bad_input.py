@@ -516,3 +516,26 @@ def test_an_error_while_files_are_fed_leaves_the_final_name_free(source: Path, t
         run.feed(run.wanted[0])
         raise RuntimeError("the network")
     assert not (tmp_path / "c").exists()
+
+
+def described(canon: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    data = json.loads((canon / "zoo.json").read_text())
+    change(data)
+    (canon / "zoo.json").write_text(json.dumps(data))
+    return canon
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d["spec"]["norm"].update(eps=float("nan")), "zoo.json: eps comes to nan"),
+        (lambda d: d["quant"].update({"layers.0.attn.qkv": 1.5}), "quant says 'layers.0.attn.qkv' is 1.5"),
+        (lambda d: d["quant"].update({"nothing": "fp8-block"}), "quant says 'nothing'"),
+        (lambda d: d["quant"].update({"layers.0.attn.qkv": "fp9"}), "unknown quantisation scheme 'fp9'"),
+    ],
+)
+def test_a_canonical_folder_whose_description_cannot_be_computed_with(
+    change: Callable[[dict[str, Any]], object], says: str, canon: Path
+) -> None:
+    with pytest.raises(ZooError, match=re.escape(says)):
+        read(described(canon, change))

@@ -157,17 +157,10 @@ def test_whatever_is_raised_becomes_one_message(
     assert says in fails_with(monkeypatch, error, capsys)
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+@pytest.mark.parametrize("reader", ["head -n 1", "true"])  # one that ends, one that is gone before
+def test_a_closed_pipe_is_no_error(reader: str) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m zoo list | head -n 1; exit ${{PIPESTATUS[0]}}",
-        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stderr == ""
-
-
-def test_a_pipe_that_nobody_reads_is_no_error() -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m zoo list | true; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m zoo list | {reader}; exit ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
@@ -299,3 +292,8 @@ def test_what_a_terminal_would_obey_is_shown_instead(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "stderr", err)
     assert _common.run(cli, []) == 1
     assert err.getvalue() == "zoo: tensor \\x1b[2J\\x9b1m\\x0d 'w' is wrong\n"
+
+
+def test_a_path_that_is_mistyped_is_said_not_to_be_here(tmp_path: Path) -> None:
+    done = run("plan", "checkpoints/nosuch", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 1 and "Nor is there a file or folder 'checkpoints/nosuch' here" in done.stderr

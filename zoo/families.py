@@ -149,6 +149,12 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
         spec = Spec.from_dict(said)  # checks the types of all it holds
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
+    refuse_unsound(spec, where)
+    return spec
+
+
+def refuse_unsound(spec: Spec, where: str) -> None:
+    """Raises ZooError, naming `where`, for a Spec that can be written down but not computed with."""
     if (why := next(_unsound(spec, "spec"), None)) is not None:
         raise ZooError(f"{where}: {why}")
     odd = next((s for s in layout(spec).values() if not 0 < min(s.shape) <= max(s.shape) < MAX_SIZE), None)
@@ -156,7 +162,6 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
         raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}"[:400])
     if spec.context_length < 1:
         raise ZooError(f"{where}: its context is {spec.context_length} positions")
-    return spec
 
 
 def _unsound(x: Any, name: str) -> Iterator[str]:

@@ -74,14 +74,14 @@ def open_source(
     if is_local(src):
         return Opened(_planned(open_checkpoint(Path(src), format), dtype, family=family))
     with (
-        _not_here(src),
+        not_here(src),
         _opened(os.fspath(src), dtype, None, format, None, progress or Quiet(), family) as opened,
     ):
         return opened
 
 
 @contextmanager
-def _not_here(src: StrPath) -> Iterator[None]:
+def not_here(src: StrPath) -> Iterator[None]:
     """For what may have been meant as a path: a refusal says that there is none, either."""
     try:
         yield
@@ -136,7 +136,7 @@ def convert(
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
     if not is_local(src):
-        with _not_here(src):
+        with not_here(src):
             return pull(
                 os.fspath(src), dst, strict=strict, verify=verify, force=force, progress=progress, **how
             )

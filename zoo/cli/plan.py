@@ -34,14 +34,17 @@ def command(
     fit, if the family's rules do not account for every tensor.
     """
     from zoo.cli._progress import Bar
-    from zoo.pull import is_local, open_source, preview
+    from zoo.pull import is_local, not_here, open_source, preview
 
     with Bar() as bar:
         found: Preview | None = None
         if is_local(src):
             opened = open_source(src, dtype, format=format, family=family)
         else:
-            found = preview(src, dtype=dtype, format=format, family=family, revision=revision, progress=bar)
+            with not_here(src):
+                found = preview(
+                    src, dtype=dtype, format=format, family=family, revision=revision, progress=bar
+                )
             opened = found.opened
     if as_json:
         plan = opened.plan.to_json()

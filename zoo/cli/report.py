@@ -25,9 +25,9 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     path = output or canon / "report.html"
     try:
         page = report.page(data)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be in another encoding
     if as_json:
         emit({"report": str(path), "verdict": data["verdict"]})
     else:

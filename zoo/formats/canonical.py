@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.errors import ZooError
+from zoo.families import refuse_unsound
 from zoo.formats.base import TensorRef, inside, read_json
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, layout
+from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 
 JSON = "zoo.json"
@@ -96,6 +98,7 @@ def read(path: str | os.PathLike[str]) -> Canonical:
         layers = tuple(int(i) for i in j["layers"]) if j.get("layers") is not None else None
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r})") from None
+    refuse_unsound(spec, str(root / JSON))
     index = read_json(root / INDEX, "a canonical checkpoint has one")
     tensors: dict[str, TensorRef] = {}
     for name in index_files(index, str(root / INDEX)):
@@ -112,6 +115,10 @@ def read(path: str | os.PathLike[str]) -> Canonical:
 
 def _check(c: Canonical) -> None:
     slots = layout(c.spec)
+    for name, how in c.quant.items():
+        if f"{name}.weight" not in slots or not isinstance(how, str):
+            raise ZooError(f"{c.root / JSON}: quant says {name!r} is {how!r}, which no weight of its Spec is")
+        scheme(how)
     present = None if c.layers is None else set(c.layers)
     for slot in slots.values():
         if present is not None and slot.layer is not None and slot.layer not in present:

@@ -36,6 +36,8 @@ from zoo.mapping.rules import Fit, respell
 from zoo.quant.schemes import scheme
 
 FORMATS = ("hf", "source")
+MAX_KEPT = 1 << 29
+"""Bytes of kept headers; those of the largest release are 15 MB."""
 
 
 HEADED = ("safetensors", "sharded", "mistral", "openai")  # formats whose headers are kept
@@ -189,6 +191,8 @@ def _kept(c: Canonical) -> dict[str, bytes]:
         return {}
     try:
         with zipfile.ZipFile(path) as z:
+            if (total := sum(e.file_size for e in z.infolist())) > MAX_KEPT:
+                raise ZooError(f"{path}: its entries come to {total} bytes (limit {MAX_KEPT})")
             return {n: z.read(n) for n in z.namelist()}
     except (
         OSError,
