@@ -96,13 +96,13 @@ def test_at_a_near_tie_ours_takes_the_oracles_choice() -> None:
     error = relative_error(mine[batch.mask], theirs[batch.mask])
     assert error[4] > 1e-3 and error.count_nonzero() == 1
     out = Measured([])
-    assert settle(ours, 0, i, batch, theirs[batch.mask], error, [1e-6] * (i + 1), out).max() < 1e-5
+    assert settle(ours, 0, i, batch, theirs[batch.mask], error, 1e-6, out).max() < 1e-5
     assert out.turned == 1 and torch.equal(ours.state[0][0][0, 4], theirs[0, 4])
     # A choice that does not hang by rounding is ours to answer for.
     state()
     theirs[0, 3] = ours.layer_otherwise(0, i)[0, 3]
     error = relative_error(mine[batch.mask], theirs[batch.mask])
-    assert settle(ours, 0, i, batch, theirs[batch.mask], error, [1e-6] * (i + 1), out)[3] == error[3] > 1e-3
+    assert settle(ours, 0, i, batch, theirs[batch.mask], error, 1e-6, out)[3] == error[3] > 1e-3
 
 
 def grown(name: str, factor: float, folder: Path) -> Path:

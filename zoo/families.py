@@ -30,7 +30,7 @@ from zoo.spec import (
     RopeScaling,
     Router,
     Spec,
-)  # fmt: skip
+)
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 16

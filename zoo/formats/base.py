@@ -186,6 +186,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgp
 _CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
 
 
+def files_below(folder: Path) -> set[str]:
+    """Names of all files in a folder and those in it, links included."""
+    found = (p for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+    return {p.relative_to(folder).as_posix() for p in found}
+
+
 def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path) -> None:
     """Add those of one file to those of the others. Raises ZooError for a name that two files have."""
     for ref in refs:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from zoo.errors import ZooError
 from zoo.families import refuse_unsound
-from zoo.formats.base import TensorRef, inside, read_json
+from zoo.formats.base import TensorRef, files_below, inside, read_json
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, layout
 from zoo.quant.schemes import scheme
@@ -61,11 +61,10 @@ def wrote(path: Path) -> bool:
     try:
         described = read_json(path / JSON, "")
         shards = read_json(path / INDEX, "")["weight_map"].values()
-        names = {JSON, INDEX, "source.zip", "parity.json", "report.html", *shards, *described["carried"]}
+        names = {JSON, INDEX, SOURCE, "parity.json", "report.html", *shards, *described["carried"]}
     except (ZooError, LookupError, TypeError, AttributeError):  # damaged: then what is whose can't be told
         return False
-    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
-    return files <= names
+    return files_below(path) <= names
 
 
 def open(path: Path) -> NoReturn:

@@ -23,7 +23,7 @@ from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, inside
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_below, inside
 from zoo.formats.canonical import JSON, SOURCE, Canonical, read
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
@@ -57,7 +57,7 @@ class _Job:
     def wrote(self, path: Path) -> bool:
         """Whether the folder holds nothing but what is written here: it may be replaced."""
         names = {*self.sheet.sizes, *self.small, *self.carried}
-        files = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
+        files = files_below(path)
         return bool(files) and files <= names
 
 

@@ -212,8 +212,11 @@ class SpreadMeter:
 
     def noise(self) -> list[float]:
         """Per layer, the spread of a representative token, as far as has been seen."""
-        n = max(self.layers, default=-1) + 1
-        return [representative(self.dtype, self.layers.get(i, [])) for i in range(n)]
+        return [self.noise_after(i) for i in range(max(self.layers, default=-1) + 1)]
+
+    def noise_after(self, i: int) -> float:
+        """The spread of a representative token after layer i, as far as has been seen."""
+        return representative(self.dtype, self.layers.get(i, []))
 
     def result(self) -> Spread:
         self._second.close()
@@ -253,9 +256,8 @@ def measure(
                 meter.on_layer(b, i, theirs)
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 error = relative_error(own, theirs)
-                if dtype == "fp32" and isinstance(x, Tensor):
-                    noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
-                    error = settle(ours, b, i, batches[b], theirs, error, noise, out)
+                if meter is not None and dtype == "fp32" and isinstance(x, Tensor) and ours.has_experts(i):
+                    error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i), out)
                 out.layers[i] += error.tolist()
 
     # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known.
@@ -308,21 +310,18 @@ def settle(
     batch: Batch,
     theirs: Tensor,
     error: Tensor,
-    noise: Sequence[float],
+    noise: float,
     out: Measured,
 ) -> Tensor:
     """The errors [N] of layer i's states, where ours has made the oracle's choice at near ties between experts.
 
     Either choice is right there, and the other one moves the token, and all that look back at it, far. So where a token
     departs and its choice hangs by a hair, the other one is tried, and kept where the state then agrees."""
-    margins = ours.gaps[b][-1] if ours.has_experts(i) else None
-    if margins is None:
-        return error
     # The spread may be less than what all of upstream's ways have in common; trying in vain costs one more layer.
-    hair = tolerance.hair("fp32", max(noise[i] if i < len(noise) else 0.0, tolerance.FLOOR_LAYER["fp32"]))
+    hair = tolerance.hair("fp32", max(noise, tolerance.FLOOR_LAYER["fp32"]))
     departs = torch.zeros(batch.ids.shape, dtype=torch.bool)
     departs[batch.mask] = error > tolerance.FLOOR_LAYER["fp32"]
-    tried = departs & (margins < hair).view(batch.ids.shape)
+    tried = departs & (ours.gaps[b][-1] < hair).view(batch.ids.shape)
     if not tried.any():
         return error
     other = ours.layer_otherwise(b, i)

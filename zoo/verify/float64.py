@@ -20,33 +20,34 @@ from zoo.verify.oracle import OnLayer, Transformers
 
 
 class InFloat64:
-    """An oracle: a `Transformers` in float64; its second way is fp32. Made for a model that is in fp32."""
+    """An oracle: a `Transformers` in float64, while it is open; its second way is fp32. Made for a model that is in fp32."""
 
     def __init__(self, oracle: Transformers) -> None:
-        self.oracle, self.wide = oracle, True
+        self.oracle = oracle
         self.avoid_ids = oracle.avoid_ids
+
+    def __enter__(self) -> None:
+        self.oracle.model.double()
+
+    def __exit__(self, *_: Any) -> None:
+        self.oracle.model.float()
 
     def describe(self) -> dict[str, Any]:
         return self.oracle.describe() | {"dtype": "float64"}
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
-        if not self.wide:
+        if next(self.oracle.model.parameters()).dtype != torch.float64:
             return self.oracle.run(ids, lengths, on_layer)
-        self.oracle.model.double()
-        widened = Widened()
-        try:
-            with widened:
-                return self.oracle.run(ids, lengths, on_layer and widened.without(on_layer))
-        finally:
-            self.oracle.model.float()
+        with Widened() as widened:
+            return self.oracle.run(ids, lengths, on_layer and widened.without(on_layer))
 
     @contextlib.contextmanager
     def second_way(self) -> Iterator[tuple[str, str]]:
-        self.wide = False
+        self.oracle.model.float()
         try:
             yield "float64", "fp32"
         finally:
-            self.wide = True
+            self.oracle.model.double()
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
         return self.oracle.greedy(ids, n)
@@ -68,9 +69,10 @@ class Widened(TorchFunctionMode):
 
     paused = False
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Widened:
         torch.set_default_dtype(torch.float64)
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]

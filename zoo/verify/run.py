@@ -351,7 +351,7 @@ def _numeric_levels(
     t = time.perf_counter()
     measured = measure(oracle, ours, asked, dtype, spread=getattr(oracle, "spread", None), on_disk=stream)
     spent = time.perf_counter() - t
-    levels = {"layers": judge.layers_level(measured, dtype), "logits": judge.logits_level(measured, dtype)}
+    levels = _judged(measured, dtype)
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
         if (again := _against_float64(oracle, ours, asked, say)) is not None:
             measured, levels = again
@@ -390,6 +390,10 @@ def _numeric_levels(
     return asked, measured
 
 
+def _judged(measured: Measured, dtype: str) -> dict[str, Level]:
+    return {"layers": judge.layers_level(measured, dtype), "logits": judge.logits_level(measured, dtype)}
+
+
 def _against_float64(
     oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
 ) -> tuple[Measured, dict[str, Level]] | None:
@@ -400,10 +404,11 @@ def _against_float64(
         return None
     say("upstream in float64, for how far its fp32 is from that")
     try:
-        measured = measure(wide, ours, asked, "fp32")
+        with wide:
+            measured = measure(wide, ours, asked, "fp32")
     except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
         return None
-    levels = {"layers": judge.layers_level(measured, "fp32"), "logits": judge.logits_level(measured, "fp32")}
+    levels = _judged(measured, "fp32")
     if any(x.verdict == "failed" for x in levels.values()):
         return None
     for level in levels.values():
