@@ -4,7 +4,8 @@
 
 Random weights (the same number of threads and tokens on both sides). Each figure is the median over pairs of
 runs that follow each other, and the ratio is the median of the pairs' ratios, so that a noisy neighbour hits
-both. `--without-amx`: neither side uses the CPU's AMX, as on one that has AVX-512's bf16 only. Results are
+both. Of a prompt each side's share of the rate of one large product is given: more than 1 / transformers' share no
+implementation can be faster. `--without-amx`: neither side uses the CPU's AMX, as on one that has AVX-512's bf16 only. Results are
 appended to benchmarks/results/cpu.json.
 """
 
@@ -100,6 +101,19 @@ def gemv_rate() -> float:
     return w.nbytes / statistics.median(taken) / 1e9
 
 
+def product_rate() -> float:
+    """GFLOP/s of torch's bf16 product of as many rows as a prompt has: what a dense prompt could reach."""
+    import torch
+
+    w, x = torch.randn(6144, 2048).bfloat16(), torch.randn(PROMPT, 2048).bfloat16()
+    taken = []
+    for _ in range(15):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        taken.append(time.perf_counter() - start)
+    return 2 * PROMPT * w.numel() / statistics.median(taken) / 1e9
+
+
 def device(amx: bool) -> str:
     """The processor, what it multiplies bf16 with, and how many cores there are."""
     m = machine("cpu.py")
@@ -129,7 +143,7 @@ def main() -> None:
     numba = version("numba") if importlib.util.find_spec("numba") else None
     torch.set_num_threads(args.threads)
     rows = []
-    limit = gemv_rate()
+    limit, most = gemv_rate(), product_rate()
     for name, config in SHAPES.items():
         ours, theirs = our_model(config), their_model(config)
         ids = torch.randint(0, config["vocab_size"], (1, PROMPT))
@@ -154,6 +168,11 @@ def main() -> None:
             if what.startswith("decode"):  # its prompt of 8 is another pass, of more rows
                 rows[-1]["GB/s"] = active_bytes(ours) / (x / NEW) / 1e6
                 rows[-1]["GB/s of one product"] = limit
+            else:  # each of a weight's two bytes stands for one operation
+                for side, taken in (("zoo", x), ("transformers", y)):
+                    rows[-1][f"{side} of one product's rate"] = (
+                        active_bytes(ours) * PROMPT / taken / 1e6 / most
+                    )
             print(
                 f"{rows[-1]['what']:55} zoo {x:8.0f} ms  transformers {y:8.0f} ms  {ratio:.2f}x", flush=True
             )

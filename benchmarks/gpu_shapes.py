@@ -101,6 +101,29 @@ def attentions(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
     yield f"decode {what} at {int(at)} of {slots}", found, exact
 
 
+def latents(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
+    """What stands around latent attention: many queries' keys and values, a single one's projections."""
+    import torch
+
+    from zoo.kernels import latent
+
+    b, t, h = r.choice([1, 2, 5]), r.choice([1, 2, 17, 64, 130]), r.choice([1, 2, 3, 16, 20, 128])
+    own, v, rope, rank = (r.choice([4, 8, 12, 16, 20, 64, 128]) for _ in range(4))
+    stored = torch.randn(b, t + 3, rank + rope + r.choice([0, 0, 4])).to(dtype)[:, : t + r.choice([0, 3])]
+    up = torch.randn(h, own + v, rank).to(dtype)
+    x, shared = stored[..., :rank], stored[..., rank : rank + rope]
+    what = f"b {b} t {t} h {h} own {own} v {v} rope {rope} rank {rank} {stored.stride()}"
+    found = latent.keys_and_values(x, shared, up, own)
+    exact = latent.keys_and_values_reference(x.double(), shared.double(), up.double(), own)
+    for part, y, z in zip(("keys", "values"), found, exact, strict=True):
+        yield f"{part} {what}", y, z
+    q, y = torch.randn(b, h, own).to(dtype), torch.randn(b, h, rank).to(dtype)
+    exact_q = latent.into_latent_reference(q.double(), up[:, :own].double())
+    yield f"into {what}", latent.into_latent(q, up[:, :own]), exact_q
+    exact_y = latent.out_of_latent_reference(y.double(), up[:, own:].double())
+    yield f"out of {what}", latent.out_of_latent(y, up[:, own:]), exact_y
+
+
 SCHEMES = [
     "plain",
     "fp8-block",
@@ -202,6 +225,7 @@ def weighted(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
 KINDS: dict[str, Callable[[random.Random, Any], Iterator[Pair]]] = {
     "norms": norms,
     "attentions": attentions,
+    "latents": latents,
     "weighted": weighted,
 }
 

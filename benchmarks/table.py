@@ -26,6 +26,13 @@ def ms(value: Any) -> str:
     )
 
 
+def measured_on(run: Run) -> str:
+    return (
+        f"{run['device']}, torch {run['torch']}, triton {run['triton']}, transformers {run['transformers']}, "
+        f"{run['date'][:10]}; a device copy moves {run['copy TB/s']:.2f} TB/s."
+    )
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -133,35 +140,38 @@ def converting(found: Run) -> str:
 def on_cpu(runs: list[Run]) -> str:
     """The section about benchmarks/cpu.py: the newest run on each processor."""
     out = (
-        "\n## CPU\n\nMedians of pairs, bf16. *GB/s*: weights that a token visits, and what one of torch's matrix-vector products "
-        "reads; a prompt of 8 tokens counts as a token.\n"
+        "## CPU\n\nMedians of pairs, bf16. *GB/s*: weights that a token visits, and what one of torch's matrix-vector products "
+        "reads; a prompt of 8 tokens counts as a token. *Rate*: of what one of torch's large bf16 products reaches, ours and "
+        "transformers'; nothing can be faster by more than 1 over the latter.\n"
     )
+    of = "{} of one product's rate"
     for run in {r["device"]: r for r in runs}.values():
         lines = [
             [
                 r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x",
                 f"{r['GB/s']:.1f} of {r['GB/s of one product']:.1f}" if "GB/s" in r else "",
+                f"{r[of.format('zoo')]:.0%}, {r[of.format('transformers')]:.0%}" if of.format("zoo") in r else "",
             ]
             for r in run["rows"]
         ]  # fmt: skip
         out += (
             f"\n{run['device']}: {run['threads']} threads, torch {run['torch']}, transformers {run['transformers']}, "
             f"{run['date'][:10]}.\n\n"
-            + table(["", "zoo, ms", "transformers, ms", "faster", "GB/s"], lines)
+            + table(["", "zoo, ms", "transformers, ms", "faster", "GB/s", "rate"], lines)
             + "\n"
         )
     return out
 
 
 def main() -> None:
-    runs: list[Run] = json.loads((RESULTS / "gpu.json").read_text())
-    newest, rows = merged(runs)
-    loads = [r["load"] for r in runs if "load" in r]
+    on_gpu: dict[str, list[Run]] = {}
+    for run in json.loads((RESULTS / "gpu.json").read_text()):
+        on_gpu.setdefault(run["device"], []).append(run)
+    first, *others = on_gpu.values()  # the card that goals were set on, and those that were lent beside it
+    newest, rows = merged(first)
+    loads = [r["load"] for r in first if "load" in r]
     converted: Run = json.loads((RESULTS / "convert.json").read_text())
-    where = (
-        f"{newest['device']}, torch {newest['torch']}, triton {newest['triton']}, transformers {newest['transformers']}, "
-        f"{newest['date'][:10]}; a device copy moves {newest['copy TB/s']:.2f} TB/s."
-    )
+    where = measured_on(newest)
     note = (
         "Random weights of released shapes, both sides in one run (`make bench-gpu`). Decode is a captured CUDA graph "
         "with a static cache after 2048 tokens. *Captured* prefill is a pass recorded once for its shape "
@@ -176,9 +186,13 @@ def main() -> None:
         f"models agree), and the kernels at random shapes to their plain twins by `gpu_shapes.py` ({len(shapes['differ'])} of "
         f"{shapes['results compared']:,} results differ)."
     )
+    beside = ""
+    for runs in others:
+        latest, found = merged(runs)
+        beside += f"## {latest['device']}\n\n{measured_on(latest)}\n\n{speed(found)}\n\n"
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n{right}\n\n"
-        f"{speed(rows)}\n\n{other(loads[-1] if loads else None, rows)}\n{on_cpu(cpus)}"
+        f"{speed(rows)}\n\n{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}"
         f"{converting(converted)}"
     )
     (ROOT / "docs/performance.md").write_text(page)

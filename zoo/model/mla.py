@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.kernels.attention import attention, cudnn_fits, decode, flash
-from zoo.kernels.latent import into_latent, keys, out_of_latent
+from zoo.kernels.latent import into_latent, keys_and_values, out_of_latent
 from zoo.kernels.launch import has_triton
 from zoo.kernels.rope import rotate
 from zoo.model.attention import attend
@@ -75,16 +76,16 @@ class LatentAttention(nn.Module):
         than are filled. The two parts of a query lie side by side in q, unless they have been scaled."""
         s = self.spec
         latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
+        up = self.kv_up.dense(q_nope.dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
         if ctx.cache is not None and ctx.T == 1:
-            up = self.kv_up.dense(q_nope.dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
             q = into_latent(q_nope[:, 0], up[:, : s.nope_dim])
             shared = latent.unsqueeze(2)  # [B, S, 1, rank]
             y = decode(q, shared, shared, ctx.positions, scale=s.scale, q2=q_rope[:, 0], k2=k_rope)
             return out_of_latent(y, up[:, s.nope_dim :])[:, None]
-        kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
-        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, S, H, ...]
         if s.query_scale is None and ctx.start == 0 and cudnn_fits(q):
-            return attention(q, keys(k_nope, k_rope), v, scale=s.scale)
+            return attention(q, *keys_and_values(latent, k_rope, up, s.nope_dim), scale=s.scale)
+        kv = F.linear(latent, up.flatten(0, 1)).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
+        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, S, H, ...]
         return flash(q_nope, k_nope, v, scale=s.scale, start=ctx.start, q2=q_rope, k2=k_rope)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:
