@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from zoo.layout import Slot, layout
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
 from zoo.model import Decoder, load, upload
+from zoo.model.linear import Linear
 from zoo.spec import MLP, LatentAttention, Layer, MoE, Norm, Rope, Router, Spec
 from zoo.verify.ours import Streamed, build, subject_of
 
@@ -249,3 +251,14 @@ def test_a_quantised_router_keeps_its_selection_bias(tmp_path: Path) -> None:
     expected = load(plain)(ids)
     assert torch.equal(load(path, dtype=torch.float32)(ids), expected)
     assert torch.equal(build(subject_of(folder, torch.float32))(ids), expected)
+
+
+def test_a_model_that_is_moved_keeps_nothing_where_it_was() -> None:
+    m = Linear(128, 8)
+    codes = {"weight": torch.zeros(8, 128, dtype=torch.float8_e4m3fn), "scale": torch.ones(8, 1)}
+    m.quantise("fp8-channel", codes)
+    del codes
+    before = weakref.ref(m.weight)
+    assert m.packed() is not None and before() is not None
+    m.to("meta")
+    assert before() is None

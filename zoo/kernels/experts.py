@@ -33,9 +33,8 @@ from zoo.kernels.linear import tile
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
 
-GROUP = (
-    8  # tiles of an expert's rows that are multiplied by the same columns of its weight one after the other
-)
+GROUP = 8
+"""Tiles of an expert's rows that are multiplied by the same columns of its weight one after the other."""
 
 if triton is not None:
     import triton.language as tl
@@ -216,9 +215,12 @@ def _tiny(x: Tensor, w: Weight) -> bool:
 def _tiles(w: Weight, rows: int, columns: int) -> Any:
     """The weights of all experts, one below the other, as tiles for the copy engine. A tile that reaches into
     the next expert is harmless: what comes of those rows is not stored."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    key = rows, columns, w.codes.data_ptr()
+    if key not in w.tiles:
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(w.codes.view(-1, w.k), [rows, columns])
+        w.tiles[key] = TensorDescriptor.from_tensor(w.codes.view(-1, w.k), [rows, columns])
+    return w.tiles[key]
 
 
 def _many(

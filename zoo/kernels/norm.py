@@ -105,13 +105,15 @@ def _launch(
     total: Tensor | None = None,
 ) -> None:
     """`onto` is added to the norm or, where there is a place for the sum, to x."""
-    d = x.shape[-1]
-    rows = x.reshape(-1, d)  # a view if they are one stride apart, as in a slice along the last axis
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    d = stride = x.shape[-1]
+    if not x.is_contiguous():
+        x = x.reshape(-1, d)  # a view if they are one stride apart, as in a slice along the last axis
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        stride = x.stride(0)
     block = power_of_2(d)
-    _rms_norm[(len(rows),)](
-        rows, onto, weight, out, total, rows.stride(0), d, norm.eps,
+    _rms_norm[(x.numel() // d,)](
+        x, onto, weight, out, total, stride, d, norm.eps,
         KIND=0 if weight is None else 1 if norm.scale_in == "model" else 2, PLUS_ONE=norm.weight == "plus_one",
         ONTO=onto is not None and total is None, TOTAL=total is not None, BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(x),
     )  # fmt: skip

@@ -7,7 +7,8 @@ of x first, as a weight expanded beforehand would be.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Weight:
     rows: Tensor | None = None
     columns: int = 0  # how many columns share a scale
     bias: Tensor | None = None
+    # Descriptions of its tiles for the copy engine, by their shape and by where the codes lie.
+    tiles: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def n_scales(self) -> tuple[int, int]:

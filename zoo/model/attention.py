@@ -161,13 +161,13 @@ class Attention(nn.Module):
         """`_plain` by kernels: norm, RoPE and the write to the cache in one, and attention that reads the
         cache as it lies. None where they do not serve."""
         s, n, entry = self.spec, self.spec.qk_norm, ctx.entry(self.layer)
-        T = q.shape[1]
+        B, T, _ = q.shape
         if s.kv_from is not None or self.shares or (s.query_scale is not None and s.softcap is not None):
             return None
         if isinstance(entry, Slots) and entry.ring and ctx.start > 0 and T > 1:
             return None
         k, v = rest
-        v = v.unflatten(-1, (s.n_kv_heads, s.v_head_dim))
+        v = v.view(B, T, s.n_kv_heads, s.v_head_dim)
         if s.value_norm is not None:
             v = self.v_norm(v)
         if s.value_scale != 1.0:
@@ -185,7 +185,7 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             elif n is not None:
                 norm, weights = n.norm, (self.q_norm.weight, self.k_norm.weight)
-            q, k = q.unflatten(-1, (s.n_heads, s.head_dim)), k.unflatten(-1, (s.n_kv_heads, s.head_dim))
+            q, k = q.view(B, T, s.n_heads, s.head_dim), k.view(B, T, s.n_kv_heads, s.head_dim)
         keys: Tensor | None = None
         values: Tensor | None = None
         if isinstance(entry, Slots) and (T <= entry.size or not entry.ring):
@@ -207,9 +207,10 @@ class Attention(nn.Module):
                 q[:, 0], keys, values, ctx.positions, scale=s.scale, window=s.window, chunk=s.chunk,
                 sinks=self.sinks, softcap=s.softcap,
             )[:, None]  # fmt: skip
-        seen = ctx.start + T
+        if (seen := ctx.start + T) < keys.shape[1]:
+            keys, values = keys[:, :seen], values[:, :seen]
         return attention(
-            q, keys[:, :seen], values[:, :seen], scale=s.scale, start=ctx.start, window=s.window, chunk=s.chunk,
+            q, keys, values, scale=s.scale, start=ctx.start, window=s.window, chunk=s.chunk,
             sinks=self.sinks, softcap=s.softcap,
         )  # fmt: skip
 

@@ -6,6 +6,8 @@ at a time, to the dtype of its input. The logits are those of a model expanded b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,11 @@ class Weights(nn.Module):
         del self.weight
         for name, value in components.items():
             self.register_buffer(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As torch's; what is packed would keep the memory of a model that is moved."""
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def packed(self) -> Weight | None:
         """The weight as the kernels read it; None for a scheme that they do not know."""
