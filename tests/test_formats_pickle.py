@@ -70,8 +70,15 @@ def test_fp8_tensors_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
 def test_a_trainers_wrapper_is_looked_through(key: str, tmp_path: Path) -> None:
-    torch.save({key: {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "w.bin")
+    other = next(k for k in ("state_dict", "model") if k != key)
+    torch.save({key: {"w": torch.ones(2)}, other: {"name": "llama"}, "epoch": 3}, tmp_path / "w.bin")
     assert torch.equal(values(tmp_path / "w.bin", "w"), torch.ones(2))
+
+
+def test_several_sets_of_weights_in_one_file_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "module": {"w": torch.zeros(2)}}, tmp_path / "w.bin")
+    with pytest.raises(ZooError, match=r"w\.bin: holds several sets of tensors \(model, module\)"):
+        read_pickle(tmp_path / "w.bin", "w.bin")
 
 
 @pytest.mark.parametrize(("shards", "zipped"), [(1, True), (3, True), (1, False), (2, False)])

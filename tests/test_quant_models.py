@@ -407,6 +407,16 @@ GROUP = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure":
         ({"config_groups": {"a": None}}, "config_groups has 'a' as None; expected an object"),
         ({"config_groups": {"a": {"weights": ["Linear"]}}}, "config_groups has 'a' as .*expected an object"),
         ({"weight_block_size": 4}, "block size 4; expected two positive numbers"),
+        ({"weight_block_size": [4, 4], "transform_config": {}, "sparsity_config": {}}, "fp8-block-4x4"),
+        (
+            {
+                "weight_block_size": [4, 4],
+                "sparsity_config": {"format": "dense", "sparsity_structure": "2:4"},
+            },
+            "fp8-block-4x4",
+        ),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "stored as 'sparse-24-bitmask'"),
+        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "has a transform_config"),
         ({"weight_block_size": [4.0, 4.0]}, "expected two positive numbers"),
     ],
 )

@@ -26,6 +26,7 @@ from zoo.formats.safetensors import check_index, index_files
 
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
+UNDER = ("state_dict", "model", "module")  # keys that trainers put weights under
 MAX_STEPS = 1 << 24  # of a pickle: one byte may make an object of 72; a tensor takes some 30 steps
 
 _STORAGES = {
@@ -328,9 +329,16 @@ def _tensors(state: Any) -> Iterator[_Tensor]:
 
 def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Tensor]:
     """The dict of tensors, which trainers put under a key of its own beside an optimiser."""
-    for key in ("state_dict", "model", "module"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    for _ in UNDER:  # a dict may be in itself
+        held = (
+            {k: state[k] for k in UNDER if isinstance(state.get(k), dict)} if isinstance(state, dict) else {}
+        )
+        under = [k for k, value in held.items() if any(True for _ in _tensors(value))]
+        if len(under) > 1:
+            raise ZooError(
+                f"{who}: holds several sets of tensors ({', '.join(under)}); save the one that is meant alone"
+            )
+        state = state[under[0]] if under else state
     if not isinstance(state, dict):
         raise ZooError(f"{who}: holds {type(state).__name__}, not a dict of tensors")
     out = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, _Tensor)}

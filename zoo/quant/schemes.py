@@ -290,5 +290,20 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if (q := c.get("quantization_config")) is not None:
             if not isinstance(q, Mapping):
                 raise ZooError(f"config.json: quantization_config is {q!r}; expected an object"[:200])
+            _refuse_more_than_codes(q)
             return q
     return {}
+
+
+def _refuse_more_than_codes(q: Mapping[str, Any]) -> None:
+    """What compressed-tensors may do to weights besides: rotate what they multiply, or store only some of them."""
+    if q.get("transform_config"):
+        raise ZooError(
+            "config.json: quantization_config has a transform_config: activations are rotated before they meet these "
+            "weights, which zoo does not do; expected weights that stand for themselves"
+        )
+    sparsity = q.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise ZooError(
+            f"config.json: quantization_config has weights stored as {sparsity['format']!r}; zoo reads dense ones"
+        )
