@@ -13,6 +13,7 @@ import tiny
 import torch
 import vendor
 from safetensors.torch import load_file, save_file
+from tiny.build import write_tensors
 from verified import broken, canonical, copy, rewrite, with_tensor
 
 import zoo
@@ -301,3 +302,16 @@ def test_nothing_is_judged_by_what_is_no_number(
     assert cert.diagnosis["where"].startswith("the final norm" if where == "lm_head.weight" else "layer 1")
     assert any("upstream itself gives" in text for text in cert.diagnosis["suggestions"])
     assert not cert.diagnosis["hypotheses"]
+
+
+def test_experts_that_no_token_is_routed_to_are_counted(tmp_path: Path) -> None:
+    source = tiny.make("deepseek_v3", tmp_path / "hf")
+    tensors = vendor.read_tensors(source)
+    biases = [t for name, t in tensors.items() if name.endswith("e_score_correction_bias")]
+    for bias in biases:
+        bias[1] = -100.0  # and its group of two is never among the best
+    write_tensors(source, tensors)
+    cert = zoo.verify(zoo.convert(source, tmp_path / "zoo"), level="logits", write=False)
+    assert cert.passed
+    (said,) = (note for note in cert.level("logits").notes if "not run" in note)  # type: ignore[union-attr]
+    assert said.startswith(f"{2 * len(biases)} of {sum(map(len, biases))} experts were not run")

@@ -41,6 +41,7 @@ class Ours:
         self.state: dict[int, tuple[Tensor, Any]] = {}
         self.entered: dict[int, Tensor] = {}  # batch -> the state before the last layer
         self.done: dict[int, int] = {}  # batch -> layers it has been through
+        self.visited: dict[int, Tensor] = {}  # layer -> which experts a token was routed to [E]
 
     def begin(self, b: int, ids: Tensor) -> None:
         with torch.inference_mode():
@@ -52,7 +53,7 @@ class Ours:
         """Batch `b` through layer `i`: the hidden state after it."""
         x, ctx = self.state[b]
         self.entered[b] = x
-        y = self._through(i, x, ctx, self._gap(b))
+        y = self._through(i, x, ctx, self._watch(b, i))
         self.state[b] = y, ctx
         self.done[b] = i + 1
         return y
@@ -112,9 +113,15 @@ class Ours:
         gaps = self.gaps.pop(b, [])
         return torch.stack(gaps, -1) if gaps else None
 
-    def _gap(self, b: int) -> Callable[..., None]:
-        def hook(router: Router, args: tuple[Tensor], _out: Any) -> None:
+    def idle_experts(self) -> tuple[int, int]:
+        """How many experts, of all layers together, no token was routed to so far; and how many there are."""
+        return sum(int((~v).sum()) for v in self.visited.values()), sum(len(v) for v in self.visited.values())
+
+    def _watch(self, b: int, i: int) -> Callable[..., None]:
+        def hook(router: Router, args: tuple[Tensor], out: tuple[Tensor, Tensor]) -> None:
             self.gaps[b].append(margin(router, args[0]))
+            seen = self.visited.setdefault(i, torch.zeros(len(router.weight), dtype=torch.bool))
+            seen[out[0].flatten().long()] = True
 
         return hook
 

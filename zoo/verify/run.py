@@ -355,6 +355,11 @@ def _numeric_levels(
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
         if (again := _against_float64(oracle, ours, asked, say)) is not None:
             measured, levels = again
+    idle, experts = ours.idle_experts()
+    if idle:
+        levels["logits"].notes.append(
+            f"{idle} of {experts} experts were not run: no test token is routed to them"
+        )
     for name, made in levels.items():
         if name in wanted:
             made.seconds = spent if name == "logits" else 0.0
