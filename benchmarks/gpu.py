@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--shapes NAME ...] [--parts speed compiled batch long load] [--out FILE]
 
 Models are random weights of released shapes (`SHAPES`), some with fewer layers so that both sides fit. Per
-shape: prefill of 2048 tokens (all logits; both sides in turn where both fit, since the host that launches
-kernels may be twice as fast a second later), decode at batch 1 after it, memory. "of copy" is the bytes of
+shape: prefill of 2048 tokens (all logits; after a rest each; both sides in turn where both fit, since the host
+that launches kernels may be twice as fast a second later), decode at batch 1 after it, memory. "of copy" is the bytes of
 weights that a token visits, over the time it takes, over what a device-to-device copy moves (measured
 first, bytes read plus bytes written). `compiled` adds transformers compiled with a static cache; `batch`
 decode at batch 1 to 64; `long` a prompt of 32768 tokens; `load` a canonical checkpoint from disk.
@@ -31,6 +31,7 @@ from typing import Any
 
 from about import command
 from random_codes import components
+from table import speed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,6 +52,9 @@ SHAPES: dict[str, tuple[str, int | None, str | None]] = {
 BATCHES = ("Llama 3.1 8B", "Qwen3-30B-A3B, 24 layers")
 LONG = ("Llama 3.1 8B", "gpt-oss-20b")
 PROMPT, NEW, LOADS, PAIRS = 2048, 64, 7, 15
+REST = 0.3
+"""Seconds before each prompt, on both sides. One after the other they take an H100 to its 700 W within seconds, and its clock
+from 1.98 to 1.3-1.65 GHz: then what ran before decides (DeepSeek-V3's prompt 28.4 ms after a rest, 29.5 without)."""
 ROOM = 8 << 30  # bytes beside the weights of both sides, for what a prompt needs
 
 
@@ -74,8 +78,8 @@ def config_of(file: str, layers: int | None) -> dict[str, Any]:
     return config
 
 
-def in_turn(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Milliseconds of each run in each round, after two rounds that are not counted."""
+def in_turn(runs: list[Callable[[], object]], rounds: int, rest: float = 0.0) -> list[list[float]]:
+    """Milliseconds of each run in each round, after two rounds that are not counted; `rest`: seconds before each."""
     import torch
 
     taken: list[list[float]] = [[] for _ in runs]
@@ -83,6 +87,7 @@ def in_turn(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
         for run, ms in zip(runs, taken, strict=True):
             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
+            time.sleep(rest)
             a.record()
             run()
             b.record()
@@ -92,9 +97,9 @@ def in_turn(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
     return taken
 
 
-def median_ms(run: Callable[[], object], times: int = 9) -> float:
+def median_ms(run: Callable[[], object], times: int = 9, rest: float = 0.0) -> float:
     """Median over `times` runs, after two that are not counted."""
-    return statistics.median(in_turn([run], times)[0])
+    return statistics.median(in_turn([run], times, rest)[0])
 
 
 def copy_bandwidth() -> float:
@@ -194,10 +199,10 @@ def ours(model: Any, name: str, parts: list[str], row: dict[str, Any], copy: flo
     row["active GB"] = active / 1e9
     ids = torch.randint(0, model.spec.vocab_size, (1, PROMPT), device="cuda")
     if "speed" in parts:
-        row["prefill ms"] = median_ms(lambda: model(ids))
+        row["prefill ms"] = median_ms(lambda: model(ids), rest=REST)
         free()
         captured = model.captured(1, PROMPT)
-        row["prefill captured ms"] = median_ms(lambda: captured(ids))
+        row["prefill captured ms"] = median_ms(lambda: captured(ids), rest=REST)
         del captured
         free()
         step, cache = our_step(model, 1, PROMPT)
@@ -259,7 +264,7 @@ def theirs(model: Any, name: str, parts: list[str], row: dict[str, Any]) -> None
     with torch.inference_mode():
         if "speed" in parts:
             if "transformers prefill ms" not in row:
-                row["transformers prefill ms"] = median_ms(lambda: model(ids, use_cache=True))
+                row["transformers prefill ms"] = median_ms(lambda: model(ids, use_cache=True), rest=REST)
             row["transformers decode ms"] = their_decode_ms(model, ids, 8)
         if "long" in parts and name in LONG:
             long = torch.randint(0, model.config.vocab_size, (1, 32768), device="cuda")
@@ -291,7 +296,7 @@ def side_by_side(model: Any, their: Any, row: dict[str, Any]) -> None:
         "transformers prefill": lambda: their(ids, use_cache=True),
     }
     with torch.inference_mode():
-        taken = dict(zip(runs, in_turn(list(runs.values()), PAIRS), strict=True))
+        taken = dict(zip(runs, in_turn(list(runs.values()), PAIRS, REST), strict=True))
     for what, ms in taken.items():
         row[f"{what} ms"] = statistics.median(ms)
     for what in ("prefill", "prefill captured"):
@@ -514,6 +519,8 @@ def main() -> int:
     for row in rows(args, result["copy TB/s"]):
         result["rows"].append(row)
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    if found := {r["shape"]: r for r in result["rows"] if "decode ms" in r and "prefill captured ms" in r}:
+        print(speed(found), flush=True)
     if "load" in args.parts:
         with tempfile.TemporaryDirectory() as d:
             result["load"] = load_row(Path(d))
