@@ -19,6 +19,7 @@ from verified import broken, canonical, copy, rewrite, with_tensor
 import zoo
 from zoo.errors import ZooError
 from zoo.formats.canonical import read
+from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
 from zoo.verify.diagnose import hypotheses
 from zoo.verify.faults.spec import map_spec
@@ -315,3 +316,30 @@ def test_experts_that_no_token_is_routed_to_are_counted(tmp_path: Path) -> None:
     assert cert.passed
     (said,) = (note for note in cert.level("logits").notes if "not run" in note)  # type: ignore[union-attr]
     assert said.startswith(f"{2 * len(biases)} of {sum(map(len, biases))} experts were not run")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", "fp32"), ("qwen3_moe", "bf16"), ("deepseek_v3", "bf16"), ("llama", "bf16")]
+)
+def test_a_cache_that_counts_positions_wrongly_fails_decode_alone(
+    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Context.begin
+
+    def wrong(T: int, cache: Cache | None, dtype: torch.dtype, device: torch.device) -> Context:
+        ctx = right(T, cache, dtype, device)
+        if ctx.start > 0:
+            ctx.positions = ctx.positions - 1
+        return ctx
+
+    monkeypatch.setattr(Context, "begin", wrong)
+    source = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    cert = zoo.verify(canonical(name, source), dtype=dtype, write=False)
+    assert [x.name for x in cert.levels if x.verdict == "failed"] == ["decode"]
+    (check,) = (c for c in cert.levels[-1].checks if c.name.startswith("cached against uncached"))
+    assert not check.passed
+
+
+def test_one_token_of_other_experts_is_no_wrong_cache(tmp_path: Path) -> None:
+    source = tiny.make("deepseek_v3_noqlora", tmp_path / "hf", dtype="bfloat16", seed=3)
+    assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="bf16", write=False).passed
