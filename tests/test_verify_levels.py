@@ -23,6 +23,7 @@ from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
 from zoo.verify.diagnose import hypotheses
 from zoo.verify.faults.spec import map_spec
+from zoo.verify.float64 import logits_of
 from zoo.verify.ours import subject_of
 from zoo.verify.tolerance import FLOOR_FP32
 
@@ -319,7 +320,14 @@ def test_experts_that_no_token_is_routed_to_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", "fp32"), ("qwen3_moe", "bf16"), ("deepseek_v3", "bf16"), ("llama", "bf16")]
+    ("name", "dtype"),
+    [
+        ("llama", "fp32"),
+        ("kimi_linear", "fp32"),
+        ("qwen3_moe", "bf16"),
+        ("deepseek_v3", "bf16"),
+        ("llama", "bf16"),
+    ],
 )
 def test_a_cache_that_counts_positions_wrongly_fails_decode_alone(
     name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -333,11 +341,29 @@ def test_a_cache_that_counts_positions_wrongly_fails_decode_alone(
         return ctx
 
     monkeypatch.setattr(Context, "begin", wrong)
-    source = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    cert = zoo.verify(canonical(name, source), dtype=dtype, write=False)
+    folder = canonical(name) if dtype == "fp32" else canonical(name, "bfloat16")
+    cert = zoo.verify(folder, dtype=dtype, write=False)
     assert [x.name for x in cert.levels if x.verdict == "failed"] == ["decode"]
     (check,) = (c for c in cert.levels[-1].checks if c.name.startswith("cached against uncached"))
     assert not check.passed
+
+
+def test_what_decoding_rounds_otherwise_is_held_against_float64(tmp_path: Path) -> None:
+    cert = zoo.verify(
+        zoo.convert(tiny.make("kimi_linear", tmp_path / "hf", seed=11), tmp_path / "zoo"), write=False
+    )
+    assert cert.passed
+    check = cert.level("decode").checks[0]  # type: ignore[union-attr]
+    assert check.value > FLOOR_FP32 / 2  # close to the floor, or beyond it by another order of sums
+
+
+def test_ours_in_float64_is_what_fp32_rounds() -> None:
+    decoder = zoo.load(canonical("qwen3_next"))
+    ids = torch.arange(2, 42).view(2, 20)
+    exact, rounded = logits_of(decoder, ids), decoder(ids)
+    assert exact is not None and exact.dtype == torch.float64 and decoder.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < FLOOR_FP32
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_one_token_of_other_experts_is_no_wrong_cache(tmp_path: Path) -> None:

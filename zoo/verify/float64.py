@@ -3,11 +3,13 @@
 Two ways to run upstream in fp32 differ in attention and experts only, and share the rounding of all the rest. Where weights
 are large, the error that they have in common is many times what they differ by, and a right conversion would fail. So what
 departs in fp32 is held against float64 before it is called wrong: ours may be twice as far from it as upstream's fp32 is.
+Likewise decoding with a cache: twice as far from ours in float64 as ours in one pass.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from zoo.model import Decoder
 from zoo.verify.oracle import OnLayer, Transformers
 
 
@@ -54,13 +57,30 @@ class InFloat64:
 
     @property
     def fits(self) -> bool:
-        """Whether the weights in float64 take at most half of the memory that is free (where the system says)."""
-        need = 8 * sum(p.numel() for p in self.oracle.model.parameters())
-        try:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return False
-        return bool(need <= free // 2)
+        """Whether the weights in float64 take at most half of the memory that is free."""
+        return _has_room(8 * sum(p.numel() for p in self.oracle.model.parameters()))
+
+
+def logits_of(decoder: Decoder, ids: Tensor) -> Tensor | None:
+    """What a decoder of ours gives for ids [B, T] in float64, [B, T, V]; None where it can't be run so."""
+    if not _has_room(12 * sum(t.numel() for t in decoder.state_dict().values())):  # a copy, then widened
+        return None
+    try:
+        wide = copy.deepcopy(decoder).double()
+        with Widened():
+            logits: Tensor = wide(ids)
+        return logits
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _has_room(need: int) -> bool:
+    """Whether so many bytes are at most half of the memory that is free (where the system says)."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return False
+    return bool(need <= free // 2)
 
 
 class Widened(TorchFunctionMode):
