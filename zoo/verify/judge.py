@@ -168,8 +168,8 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     for mine, uncached in zip(cached, whole, strict=True):
         for at, reference in references(uncached, torch.full((T,), -1)):
             error.add(mine[at], reference)
-    # Rounded otherwise, a token may choose other experts or keys: p99.9 of these few tokens is one such choice.
-    name = "max" if dtype == "fp32" else "p99" if _chooses(ours) else "p99.9"
+    # Rounded otherwise, a few of these few tokens choose other experts or keys, and depart as far as with a wrong cache.
+    name = "max" if dtype == "fp32" else "p90" if _chooses(ours) else "p99.9"
     bound, value = (
         tolerance.logit_bound(dtype, name, m.spread, error.largest),
         error.error.at(QUANTILES[name]),

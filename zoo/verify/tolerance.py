@@ -29,7 +29,7 @@ FLOOR_LAYER = {"fp32": 2e-5, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Relative error of a hidden state that is always allowed, after the first layer."""
 ULP = {"fp32": 2.0**-23, "bf16": 2.0**-8, "fp16": 2.0**-11}
 KL_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-QUANTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
 
 @dataclass
