@@ -167,7 +167,7 @@ def main() -> None:
     on_gpu: dict[str, list[Run]] = {}
     for run in json.loads((RESULTS / "gpu.json").read_text()):
         on_gpu.setdefault(run["device"], []).append(run)
-    first, *others = on_gpu.values()  # the card that goals were set on, and those that were lent beside it
+    first, *others = on_gpu.values()  # the card that goals were set on comes first
     newest, rows = merged(first)
     loads = [r["load"] for r in first if "load" in r]
     converted: Run = json.loads((RESULTS / "convert.json").read_text())

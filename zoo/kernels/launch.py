@@ -59,12 +59,14 @@ class Kernel:
             if len(self.compiled) >= MOST:
                 self.compiled.clear()
             compiled = self.jit[grid](*arguments, **constants)
-            last = [constants[name] for name in self.constants]
-            self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, last
+            self.compiled[key] = compiled, [constants[name] for name in self.constants]
             return
-        run, function, metadata, last = known
+        compiled, last = known
         # What Triton's `compiled[grid](*arguments, *last)` does, without its hooks.
-        run(*(*grid, 1, 1)[:3], _stream(device), function, metadata, None, None, None, *arguments, *last)
+        compiled.run(
+            *(*grid, 1, 1)[:3], _stream(device), compiled.function, compiled.packed_metadata, None, None, None,
+            *arguments, *last,
+        )  # fmt: skip
 
 
 def _kind(a: Any) -> object:
