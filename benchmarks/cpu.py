@@ -88,30 +88,17 @@ def pairs(ours: Callable[[], object], theirs: Callable[[], object], times: int) 
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in taken)
 
 
-def gemv_rate() -> float:
-    """GB/s of weights that torch's bf16 product of one row reads."""
+def product_rate(rows: int, n: int, times: int) -> float:
+    """GB/s of weights that torch's bf16 product of `rows` rows with a weight [n, 2048] reads."""
     import torch
 
-    w, x = torch.randn(65536, 2048).bfloat16(), torch.randn(1, 2048).bfloat16()
+    w, x = torch.randn(n, 2048).bfloat16(), torch.randn(rows, 2048).bfloat16()
     taken = []
-    for _ in range(9):
+    for _ in range(times):
         start = time.perf_counter()
         torch.nn.functional.linear(x, w)
         taken.append(time.perf_counter() - start)
     return w.nbytes / statistics.median(taken) / 1e9
-
-
-def product_rate() -> float:
-    """GFLOP/s of torch's bf16 product of as many rows as a prompt has: what a dense prompt could reach."""
-    import torch
-
-    w, x = torch.randn(6144, 2048).bfloat16(), torch.randn(PROMPT, 2048).bfloat16()
-    taken = []
-    for _ in range(15):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        taken.append(time.perf_counter() - start)
-    return 2 * PROMPT * w.numel() / statistics.median(taken) / 1e9
 
 
 def device(amx: bool) -> str:
@@ -143,7 +130,7 @@ def main() -> None:
     numba = version("numba") if importlib.util.find_spec("numba") else None
     torch.set_num_threads(args.threads)
     rows = []
-    limit, most = gemv_rate(), product_rate()
+    limit, most = product_rate(1, 65536, 9), product_rate(PROMPT, 6144, 15)
     for name, config in SHAPES.items():
         ours, theirs = our_model(config), their_model(config)
         ids = torch.randint(0, config["vocab_size"], (1, PROMPT))
@@ -168,11 +155,9 @@ def main() -> None:
             if what.startswith("decode"):  # its prompt of 8 is another pass, of more rows
                 rows[-1]["GB/s"] = active_bytes(ours) / (x / NEW) / 1e6
                 rows[-1]["GB/s of one product"] = limit
-            else:  # each of a weight's two bytes stands for one operation
+            else:
                 for side, taken in (("zoo", x), ("transformers", y)):
-                    rows[-1][f"{side} of one product's rate"] = (
-                        active_bytes(ours) * PROMPT / taken / 1e6 / most
-                    )
+                    rows[-1][f"{side} of one product's rate"] = active_bytes(ours) / taken / 1e6 / most
             print(
                 f"{rows[-1]['what']:55} zoo {x:8.0f} ms  transformers {y:8.0f} ms  {ratio:.2f}x", flush=True
             )

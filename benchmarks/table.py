@@ -144,13 +144,12 @@ def on_cpu(runs: list[Run]) -> str:
         "reads; a prompt of 8 tokens counts as a token. *Rate*: of what one of torch's large bf16 products reaches, ours and "
         "transformers'; nothing can be faster by more than 1 over the latter.\n"
     )
-    of = "{} of one product's rate"
     for run in {r["device"]: r for r in runs}.values():
         lines = [
             [
                 r["what"], ms(r["zoo ms"]), ms(r["transformers ms"]), f"{r['ratio']:.2f}x",
                 f"{r['GB/s']:.1f} of {r['GB/s of one product']:.1f}" if "GB/s" in r else "",
-                f"{r[of.format('zoo')]:.0%}, {r[of.format('transformers')]:.0%}" if of.format("zoo") in r else "",
+                ", ".join(f"{share:.0%}" for key, share in r.items() if key.endswith(" of one product's rate")),
             ]
             for r in run["rows"]
         ]  # fmt: skip

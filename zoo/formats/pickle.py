@@ -330,10 +330,8 @@ def _tensors(state: Any) -> Iterator[_Tensor]:
 def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Tensor]:
     """The dict of tensors, which trainers put under a key of its own beside an optimiser."""
     for _ in UNDER:  # a dict may be in itself
-        held = (
-            {k: state[k] for k in UNDER if isinstance(state.get(k), dict)} if isinstance(state, dict) else {}
-        )
-        under = [k for k, value in held.items() if any(True for _ in _tensors(value))]
+        inner = {k: state.get(k) for k in UNDER} if isinstance(state, dict) else {}
+        under = [k for k, value in inner.items() if isinstance(value, dict) and any(_tensors(value))]
         if len(under) > 1:
             raise ZooError(
                 f"{who}: holds several sets of tensors ({', '.join(under)}); save the one that is meant alone"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.kernels.attention import attention, cudnn_fits, decode, flash
 from zoo.kernels.latent import into_latent, keys_and_values, out_of_latent
@@ -76,30 +75,41 @@ class LatentAttention(nn.Module):
         than are filled. The two parts of a query lie side by side in q, unless they have been scaled."""
         s = self.spec
         latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
-        up = self.kv_up.dense(q_nope.dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
         if ctx.cache is not None and ctx.T == 1:
+            up = self._up(q_nope.dtype)
             q = into_latent(q_nope[:, 0], up[:, : s.nope_dim])
             shared = latent.unsqueeze(2)  # [B, S, 1, rank]
             y = decode(q, shared, shared, ctx.positions, scale=s.scale, q2=q_rope[:, 0], k2=k_rope)
             return out_of_latent(y, up[:, s.nope_dim :])[:, None]
         if s.query_scale is None and ctx.start == 0 and cudnn_fits(q):
-            return attention(q, *keys_and_values(latent, k_rope, up, s.nope_dim), scale=s.scale)
-        kv = F.linear(latent, up.flatten(0, 1)).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
-        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, S, H, ...]
+            k, v = keys_and_values(latent, k_rope, self._up(q_nope.dtype), s.nope_dim)
+            return attention(q, k, v, scale=s.scale)
+        k_nope, v = self._rebuilt(latent)
         return flash(q_nope, k_nope, v, scale=s.scale, start=ctx.start, q2=q_rope, k2=k_rope)
+
+    def _up(self, dtype: torch.dtype) -> Tensor:
+        """What rebuilds each head's own part of its keys, and its values, from the latent: [H, nope + V, rank]."""
+        s = self.spec
+        return self.kv_up.dense(dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
+
+    def _rebuilt(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Each head's own part of its keys [B, S, H, nope], and its values [B, S, H, V]."""
+        s = self.spec
+        kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim))
+        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)
+        return k_nope, v
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:
         s = self.spec
         latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
-        kv = self.kv_up(latent).unflatten(-1, (s.n_heads, s.nope_dim + s.v_head_dim)).transpose(1, 2)
-        k_nope, v = kv.split((s.nope_dim, s.v_head_dim), -1)  # [B, H, S, ...]
+        k_nope, v = (t.transpose(1, 2) for t in self._rebuilt(latent))  # [B, H, S, ...]
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, s.n_heads, -1, -1)), -1)
         q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)  # [B, H, T, nope + rope]
         return attend(q, k, v, visible, s.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, visible: Visible) -> Tensor:
         s = self.spec
-        up = self.kv_up.dense(q_nope.dtype).view(s.n_heads, s.nope_dim + s.v_head_dim, s.kv_rank)
+        up = self._up(q_nope.dtype)
         up_k, up_v = up.split((s.nope_dim, s.v_head_dim), 1)  # [H, nope, rank], [H, V, rank]
         q_latent = torch.einsum("bthn,hnr->bhtr", q_nope, up_k)
         q = torch.cat((q_latent, q_rope.transpose(1, 2)), -1)  # [B, H, T, rank + rope]

@@ -170,10 +170,8 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
             error.add(mine[at], reference)
     # Rounded otherwise, a few of these few tokens choose other experts or keys, and depart as far as with a wrong cache.
     name = "max" if dtype == "fp32" else "p90" if _chooses(ours) else "p99.9"
-    bound, value = (
-        tolerance.logit_bound(dtype, name, m.spread, error.largest),
-        error.error.at(QUANTILES[name]),
-    )
+    bound = tolerance.logit_bound(dtype, name, m.spread, error.largest)
+    value = error.error.at(QUANTILES[name])
     if dtype == "fp32" and value > bound.value and (exact := logits_of(decoder, ids)) is not None:
         far, least = (float((y.double() - exact).abs().max()) for y in (cached, whole))
         if far <= tolerance.FACTOR * least < math.inf:

@@ -140,10 +140,8 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = scores.softmax(-1) if r.score == "softmax" else scores.sigmoid()
     if router.selection_bias is not None:
         scores = scores + router.selection_bias
-    unit, least = (
-        scores.std(-1).clamp(min=1e-12),
-        1e-6 * scores.abs().amax(-1),
-    )  # `least`: seen in every score
+    unit = scores.std(-1).clamp(min=1e-12)
+    least = 1e-6 * scores.abs().amax(-1)  # that every score shows
     gap, nudge = torch.full((len(x),), torch.inf), torch.zeros_like(scores)
     if r.top_groups < r.n_groups:
         groups = scores.unflatten(-1, (r.n_groups, -1))
