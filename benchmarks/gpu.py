@@ -46,6 +46,7 @@ SHAPES: dict[str, tuple[str, int | None, str | None]] = {
     "Qwen3-30B-A3B, 24 layers": ("qwen3-30b-a3b", 24, None),
     "Qwen3-30B-A3B fp8, 24 layers": ("qwen3-30b-a3b", 24, "fp8-block"),
     "Qwen3-30B-A3B int4, 24 layers": ("qwen3-30b-a3b", 24, "int4-group128"),
+    "Qwen3-Next-80B-A3B, 8 layers": ("qwen3-next-80b-a3b", 8, None),
     "Llama 4 Scout, 8 layers": ("llama4-scout-17b-16e-instruct", 8, None),
     "DeepSeek-V3, 1 dense + 2 MoE layers": ("deepseek-v3", 3, None),
 }

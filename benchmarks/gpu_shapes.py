@@ -102,7 +102,7 @@ def attentions(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
 
 
 def latents(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
-    """What stands around latent attention: many queries' keys and values, a single one's projections."""
+    """What stands around latent attention: many queries' keys and values, a single one's projection."""
     import torch
 
     from zoo.kernels import latent
@@ -117,11 +117,70 @@ def latents(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
     exact = latent.keys_and_values_reference(x.double(), shared.double(), up.double(), own)
     for part, y, z in zip(("keys", "values"), found, exact, strict=True):
         yield f"{part} {what}", y, z
-    q, y = torch.randn(b, h, own).to(dtype), torch.randn(b, h, rank).to(dtype)
-    exact_q = latent.into_latent_reference(q.double(), up[:, :own].double())
-    yield f"into {what}", latent.into_latent(q, up[:, :own]), exact_q
+    y = torch.randn(b, h, rank).to(dtype)
     exact_y = latent.out_of_latent_reference(y.double(), up[:, own:].double())
     yield f"out of {what}", latent.out_of_latent(y, up[:, own:]), exact_y
+
+
+def mixers(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
+    """What linear mixers are made of."""
+    import torch
+
+    from zoo.kernels import conv, delta, norm
+    from zoo.spec import Norm
+
+    b, t = r.choice([1, 1, 2]), r.choice([1, 2, 7, 16, 17, 63, 64, 65, 130, 200, 257])
+    groups, repeat = r.choice([1, 2, 3, 16]), r.choice([1, 2, 4])
+    h, keys, v = groups * repeat, r.choice([8, 16, 20, 64, 100, 128]), r.choice([8, 16, 24, 40, 64, 128])
+    kind = r.choice(["by head", "by channel", "uncorrected"])
+    widths = (groups * keys, groups * keys, h * v)
+    x, pad = torch.randn(b, t, sum(widths) + 8).to(dtype), r.choice([0, 3, 8])
+    width, kept = r.choice([2, 3, 4]), r.random() < 0.5
+    weight = torch.randn(sum(widths), width).to(dtype)
+    bias = torch.randn(sum(widths)).to(dtype) if r.random() < 0.5 else None
+    tail = torch.randn(b, width - 1, sum(widths)).to(dtype) if kept else None
+    wide = [None if a is None else a.double() for a in (bias, tail)]
+    x = x[..., pad : sum(widths) + pad]
+    what = f"b {b} t {t} groups {groups} h {h} keys {keys} v {v} {kind}"
+    mixed = conv.conv(x, weight, bias, tail)
+    yield f"conv {what} width {width}", mixed, conv.conv_reference(x.double(), weight.double(), *wide)
+    if tail is not None and wide[1] is not None:
+        yield f"tail {what} width {width}", tail, wide[1]
+
+    each = keys if kind == "by channel" else 1
+    dt, beta = (torch.randn(b, t, h * each + h).to(dtype) * 3).split([h * each, h], -1)
+    args = (
+        dt.unflatten(-1, (h, each)), None if kind == "uncorrected" else beta, torch.randn(h), torch.randn(h * each), 1e-3
+    )  # fmt: skip
+    gates = delta.gates(*args)
+    for name, g, exact in zip(("decay", "second"), gates, delta.gates_reference(*args), strict=True):
+        # without beta they are of dt in its dtype
+        yield f"{name} {what}", g.to(dtype) if kind == "uncorrected" else g, exact.double()
+
+    q, k, u = mixed.split(widths, -1)
+    q, k, u = q.unflatten(-1, (-1, keys)), k.unflatten(-1, (-1, keys)), u.unflatten(-1, (-1, v))
+    if kind == "uncorrected":
+        gates = (gates[0], gates[1] / keys)
+    states = [torch.randn(b, h, keys, v)]
+    states.append(states[0].clone())
+    y = delta.mix(q, k, u, *gates, states[0], kind != "uncorrected")
+    exact = delta.mix_reference(q.float(), k.float(), u.float(), *gates, states[1], kind != "uncorrected")
+    yield f"mix {what}", y, exact.double()
+    yield f"state {what}", states[0], states[1].double()
+
+    spec = Norm(1e-6, weight=r.choice(["plain", "plus_one"]), scale_in=r.choice(["model", "fp32"]))
+    z, first = (
+        torch.randn(b, t, h * v + 8).to(dtype)[..., pad : h * v + pad].view(b, t, h, v),
+        r.random() < 0.5,
+    )
+    y, w, act = (
+        y.float() if first else y.to(dtype),
+        torch.randn(h, v) if first else torch.randn(v),
+        r.choice(["silu", "sigmoid"]),
+    )
+    w = w.to(dtype)
+    exact = norm.gated_norm_reference(y.double(), z.double(), w.double(), spec, act, first)
+    yield f"gated norm {what} {spec} {act} {first}", norm.gated_norm(y, z, w, spec, act, first), exact
 
 
 SCHEMES = [
@@ -226,6 +285,7 @@ KINDS: dict[str, Callable[[random.Random, Any], Iterator[Pair]]] = {
     "norms": norms,
     "attentions": attentions,
     "latents": latents,
+    "mixers": mixers,
     "weighted": weighted,
 }
 

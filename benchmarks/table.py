@@ -177,7 +177,8 @@ def main() -> None:
         "(`model.captured`): what is left when the host's time for launching kernels is not counted. Where the models of both sides fit on the card, "
         "prompts took turns, and the ratio is the median over 15 rounds: the host's speed varies by 2 from second to second. "
         "Each prompt, of both sides, came after a rest of 0.3 s: one after the other they take an H100 to its 700 W, and its clock from "
-        "1.98 to 1.3-1.65 GHz."
+        "1.98 to 1.3-1.65 GHz. Linear attention is computed by transformers' own code: flash-linear-attention and causal-conv1d "
+        "are not installed there."
     )
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
     parity, shapes = (json.loads((RESULTS / f"gpu-{name}.json").read_text()) for name in ("parity", "shapes"))

@@ -39,7 +39,20 @@ if INTERPRETED or COMPILED:
     import triton
     import triton.language as tl
 
-    from zoo.kernels import attention, experts, gated, latent, launch, linear, norm, rope, route, weights
+    from zoo.kernels import (
+        attention,
+        conv,
+        delta,
+        experts,
+        gated,
+        latent,
+        launch,
+        linear,
+        norm,
+        rope,
+        route,
+        weights,
+    )
     from zoo.quant import dequantise
     from zoo.quant.schemes import block_size
     from zoo.spec import MLP, Norm, Router
@@ -94,6 +107,91 @@ if INTERPRETED or COMPILED:
         close(norm.rms_norm(padded, w, spec), norm.rms_norm_reference(padded, w, spec))
         turned = rand(2, 37, 3).transpose(1, 2)
         close(norm.rms_norm(turned, w, spec), norm.rms_norm_reference(turned, w, spec))
+
+    MIXES = [  # B, T, key heads, heads, K, V
+        (2, 1, 2, 4, 8, 20), (1, 7, 1, 3, 20, 16), (2, 16, 2, 2, 16, 5),
+        (1, 17, 2, 4, 33, 40), (2, 64, 1, 2, 16, 8), (1, 200, 1, 2, 24, 36),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("case", MIXES)
+    @pytest.mark.parametrize("kind", ["by head", "by channel", "uncorrected"])
+    @pytest.mark.parametrize("strength", [0.01, 1.0, 60.0])  # 60: e^-G alone would overflow within a chunk
+    def test_delta_rule(case: tuple[int, ...], kind: str, strength: float) -> None:
+        B, T, G, H, K, V = case
+        q, k, v = rand(B, T, 2 * G * K + H * V).split([G * K, G * K, H * V], -1)
+        q, k, v = q.unflatten(-1, (G, K)), k.unflatten(-1, (G, K)), v.unflatten(-1, (H, V))
+        decay = -strength * rand(B, T, H, K if kind == "by channel" else 1).abs()
+        decay[:, ::5] *= 1e-3  # the small ones between large ones
+        beta, corrected = torch.sigmoid(rand(B, T, H)), kind != "uncorrected"
+        start = rand(B, H, K, V)
+        states = [start.clone(), start.clone()]
+        y = delta.mix(q, k, v, decay, beta, states[0], corrected)
+        close(y, delta.mix_reference(q, k, v, decay, beta, states[1], corrected), 2.0)
+        close(states[0], states[1], 2.0)
+
+    @pytest.mark.parametrize("kind", ["by head", "by channel", "uncorrected"])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+    )
+    def test_delta_rule_of_a_release_and_in_segments(
+        kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        T, G, H, N = 210, 1, 2, 128
+        monkeypatch.setattr(delta, "SEGMENT", 128)
+        q, k, v = rand(1, T, (2 * G + H) * N).to(dtype).split([G * N, G * N, H * N], -1)
+        q, k, v = (x.unflatten(-1, (-1, N)) for x in (q, k, v))
+        decay, beta = -rand(1, T, H, N if kind == "by channel" else 1).abs(), torch.sigmoid(rand(1, T, H))
+        states, corrected = [torch.zeros(1, H, N, N) for _ in range(2)], kind != "uncorrected"
+        y = delta.mix(q, k, v, decay, beta, states[0], corrected)
+        expected = delta.mix_reference(q, k, v, decay, beta, states[1], corrected)
+        assert y.dtype == expected.dtype
+        error = (
+            y - expected
+        ).float().norm() / expected.float().norm()  # of bf16: one in a hundred rounds otherwise
+        assert error <= (1e-6 if y.dtype == torch.float32 and dtype != torch.bfloat16 else 5e-4)
+        close(states[0], states[1], 10.0 if dtype == torch.bfloat16 else 2.0)
+
+    def test_delta_rule_of_the_same_key_again_and_again() -> None:
+        """The system of a chunk is then all ones, and what is left after a correction is small."""
+        q, k, v = rand(1, 150, 1, 16), rand(1, 1, 1, 16).expand(1, 150, 1, 16), rand(1, 150, 2, 16)
+        decay, beta = torch.zeros(1, 150, 2, 1), torch.full((1, 150, 2), 0.999)
+        states = [torch.zeros(1, 2, 16, 16) for _ in range(2)]
+        y = delta.mix(q, k, v, decay, beta, states[0])
+        close(y, delta.mix_reference(q, k, v, decay, beta, states[1]), 2.0)
+        close(states[0], states[1], 2.0)
+
+    @pytest.mark.parametrize("width", [1, 8])
+    @pytest.mark.parametrize("least", [None, 0.0, 1e-3])
+    def test_gates_of_linear_mixers(width: int, least: float | None) -> None:
+        fused = rand(2, 5, 3 * width + 3) * 12
+        dt, beta = fused.split([3 * width, 3], -1)
+        dt, second = dt.unflatten(-1, (3, width)), beta if least is None else None
+        if least is not None and width > 1:
+            return
+        args = (dt, second, rand(3), rand(3 * width), least or 0.0)
+        for a, b in zip(delta.gates(*args), delta.gates_reference(*args), strict=True):
+            close(a, b)
+            assert ((a - b).abs() <= 1e-5 * b.abs()).all()  # also of what is close to 0
+
+    @pytest.mark.parametrize("T", [1, 2, 3, 16, 17, 50])
+    @pytest.mark.parametrize("width", [2, 4])
+    @pytest.mark.parametrize("more", [False, True])
+    def test_short_convolution_and_its_tail(T: int, width: int, more: bool) -> None:
+        x, w = rand(2, T, 150)[..., 10:], rand(140, width)
+        bias, tail = (rand(140), rand(2, width - 1, 140)) if more else (None, None)
+        tails = [None if tail is None else tail.clone() for _ in range(2)]
+        close(conv.conv(x, w, bias, tails[0]), conv.conv_reference(x, w, bias, tails[1]))
+        if tails[0] is not None and tails[1] is not None:
+            assert torch.equal(tails[0], tails[1])
+
+    @pytest.mark.parametrize("spec", NORMS[:3])
+    @pytest.mark.parametrize("act", ["silu", "sigmoid"])
+    @pytest.mark.parametrize("first", [False, True])
+    def test_gated_norm(spec: Norm, act: str, first: bool) -> None:
+        y, z = rand(2, 3, 4, 20), rand(2, 3, 90)[..., 5:85].view(2, 3, 4, 20)
+        w = rand(4, 20) if first else rand(20)
+        args = (y, z, w, spec, act, first)
+        close(norm.gated_norm(*args), norm.gated_norm_reference(*args))  # type: ignore[arg-type]
 
     PLACES = [  # B, T, H, K, D, V, slots, rotated pairs, interleaved, norm, after
         (2, 3, 4, 2, 20, 20, 40, 10, False, NORMS[0], False),
@@ -221,10 +319,8 @@ if INTERPRETED or COMPILED:
         ):
             close(found, expected)
 
-    def test_projections_into_and_out_of_the_latent() -> None:
-        up = rand(5 * 20, 40).view(5, 20, 40)
-        q, y = rand(2, 5, 12), rand(2, 5, 40)
-        close(latent.into_latent(q, up[:, :12]), latent.into_latent_reference(q, up[:, :12]))
+    def test_projection_out_of_the_latent() -> None:
+        up, y = rand(5 * 20, 40).view(5, 20, 40), rand(2, 5, 40)
         close(latent.out_of_latent(y, up[:, 12:]), latent.out_of_latent_reference(y, up[:, 12:]))
 
     ROUTERS = [

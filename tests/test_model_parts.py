@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.kernels import product
+from zoo.kernels import delta, product
 from zoo.kernels.rope import rotate
-from zoo.model import attention, delta, mamba, moe, norm, rope
+from zoo.model import attention, moe, norm, rope
 from zoo.model.cache import Context, State, Visible
 from zoo.model.delta import Conv
 from zoo.model.ffn import activate, stand_out
@@ -302,16 +302,21 @@ def test_delta_rule_in_chunks_is_the_recurrence(T: int, per_channel: bool, stren
 def test_state_space_in_chunks_is_the_recurrence(T: int, strength: float) -> None:
     x, g = rand(2, 3, T, 4), -strength * rand(2, 3, T).abs()
     b, c = rand(2, 3, T, 5), rand(2, 3, T, 5, seed=1)
-    start = rand(2, 3, 5, 4)
+    one, start = torch.ones(2, 3, T, 1), rand(2, 3, 5, 4)
     h, expected = start.double(), []
     for t in range(T):
         h = h * g[:, :, t].double().exp()[..., None, None] + b[:, :, t, :, None] * x[:, :, t, None]
         expected.append((h * c[:, :, t, :, None]).sum(-2))
     carried = start.clone()
-    close(mamba.scan(x, g, b, c, carried), torch.stack(expected, 2), atol=3e-5)
+    close(
+        delta.scan(c, b, x, g.unsqueeze(-1), one, carried, corrected=False),
+        torch.stack(expected, 2),
+        atol=3e-5,
+    )
     close(carried, h, atol=3e-5)
     carried = start.clone()
-    steps = [mamba.step(*(s[:, :, t] for s in (x, g, b, c)), carried) for t in range(T)]
+    inputs = (c, b, x, g.unsqueeze(-1), one)
+    steps = [delta.step(*(s[:, :, t] for s in inputs), carried, corrected=False) for t in range(T)]
     close(torch.stack(steps, 2), torch.stack(expected, 2), atol=3e-5)
 
 

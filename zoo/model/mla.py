@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels.attention import attention, cudnn_fits, decode, flash
-from zoo.kernels.latent import into_latent, keys_and_values, out_of_latent
+from zoo.kernels.latent import keys_and_values, out_of_latent
 from zoo.kernels.launch import has_triton
 from zoo.kernels.rope import rotate
 from zoo.model.attention import attend
@@ -77,7 +77,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = stored.split((s.kv_rank, s.rope_dim), -1)
         if ctx.cache is not None and ctx.T == 1:
             up = self._up(q_nope.dtype)
-            q = into_latent(q_nope[:, 0], up[:, : s.nope_dim])
+            q = torch.einsum("bhn,hnr->bhr", q_nope[:, 0], up[:, : s.nope_dim])
             shared = latent.unsqueeze(2)  # [B, S, 1, rank]
             y = decode(q, shared, shared, ctx.positions, scale=s.scale, q2=q_rope[:, 0], k2=k_rope)
             return out_of_latent(y, up[:, s.nope_dim :])[:, None]
