@@ -22,6 +22,7 @@ from zoo.formats.canonical import read
 from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
 from zoo.verify.diagnose import hypotheses
+from zoo.verify.faults.base import CATALOGUE
 from zoo.verify.faults.spec import map_spec
 from zoo.verify.float64 import logits_of
 from zoo.verify.ours import subject_of
@@ -94,6 +95,18 @@ def test_a_failure_names_layer_part_and_cause(fault: str, where: str, cause: str
     assert cert.diagnosis is not None
     assert cert.diagnosis["where"] == where
     assert any(cause in text for text in cert.diagnosis["suggestions"])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3_moe", "kimi_linear"])
+def test_in_bf16_two_ids_that_have_each_others_rows_are_named(name: str, tmp_path: Path) -> None:
+    folder = rewrite(
+        copy(canonical(name, "bfloat16"), tmp_path / "c"), CATALOGUE["head_rows_exchanged"].inject
+    )
+    level = zoo.verify(folder, dtype="bf16", level="logits", write=False).level("logits")
+    assert level is not None
+    failed = [c.name for c in level.checks if not c.passed]
+    assert "logits of one id beside those of others, worst id" in failed
+    assert any("the logits of 2 ids depart far more than the others': " in note for note in level.notes)
 
 
 def test_of_logits_that_depart_after_layers_that_agree_no_mistake_is_guessed(
@@ -326,6 +339,8 @@ def test_experts_that_no_token_is_routed_to_are_counted(tmp_path: Path) -> None:
         ("kimi_linear", "fp32"),
         ("qwen3_moe", "bf16"),
         ("deepseek_v3", "bf16"),
+        ("deepseek_v32", "bf16"),
+        ("nemotron_h", "bf16"),
         ("llama", "bf16"),
     ],
 )
@@ -366,6 +381,7 @@ def test_ours_in_float64_is_what_fp32_rounds() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_one_token_of_other_experts_is_no_wrong_cache(tmp_path: Path) -> None:
-    source = tiny.make("deepseek_v3_noqlora", tmp_path / "hf", dtype="bfloat16", seed=3)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_some_tokens_of_other_experts_are_no_wrong_cache(seed: int, tmp_path: Path) -> None:
+    source = tiny.make("deepseek_v3_noqlora", tmp_path / "hf", dtype="bfloat16", seed=seed)
     assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="bf16", write=False).passed

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from zoo.verify.compare import Sketch
 from zoo.verify.inputs import Batch
-from zoo.verify.metrics import LogitMetrics, Quantiles, references, relative_error
+from zoo.verify.metrics import Columns, LogitMetrics, Quantiles, references, relative_error
 from zoo.verify.ours import margin
-from zoo.verify.tolerance import Spread, layer_bound, logit_bound, representative
+from zoo.verify.tolerance import Spread, columns_apart, layer_bound, logit_bound, representative
 
 
 def compared(ours: torch.Tensor, theirs: torch.Tensor, following: torch.Tensor | None = None) -> LogitMetrics:
@@ -119,3 +119,46 @@ def test_what_is_not_zero_is_infinitely_far_from_zero() -> None:
     ours = torch.tensor([[0.0, 0.0], [1e-20, 0.0], [math.nan, 0.0], [3.0, 4.0]])
     theirs = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 5.0]])
     assert relative_error(ours, theirs).tolist() == [0.0, math.inf, math.inf, pytest.approx(34**-0.5)]
+
+
+def columns(ours: torch.Tensor, theirs: torch.Tensor, ulp: float = 2.0**-8) -> Columns:
+    out = Columns(ulp)
+    for at, ref in references(theirs, torch.full((len(theirs),), -1)):
+        out.add(ours[at], ref)
+    return out
+
+
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_an_id_with_the_row_of_another_stands_out_from_rounding_and_from_tokens_that_went_elsewhere(
+    n: int,
+) -> None:
+    theirs = torch.randn(n, 5000) * 3
+    noise = torch.randn(n, 5000) * 0.05
+    noise[::7] *= 30  # tokens that chose other experts
+    spread = Spread(("a", "b"), columns=columns(theirs + torch.randn(n, 5000) * 0.05, theirs).mean)
+    for known in (spread, Spread()):
+        share, bound = columns_apart(columns(theirs + noise, theirs), known)
+        assert share.max() < bound.value
+        wrong = theirs + noise
+        wrong[:, 41] = theirs[:, 40]
+        share, bound = columns_apart(columns(wrong, theirs), known)
+        assert (share > bound.value).nonzero().flatten().tolist() == [41] or n == 1
+
+
+def test_a_rounding_of_one_logit_among_equal_ones_does_not_stand_out() -> None:
+    theirs = torch.randn(50, 5000)
+    ours = theirs.clone()
+    ours[::5, 7] += theirs[::5, 7].abs() * 2**-8
+    share, bound = columns_apart(
+        columns(ours, theirs), Spread(("a", "b"), columns=columns(theirs, theirs).mean)
+    )
+    assert 0 < share.max() < bound.value / 4
+
+
+def test_columns_leave_out_what_is_not_finite() -> None:
+    theirs = torch.randn(4, 9)
+    ours = theirs + 0.01
+    ours[1, 3] = math.nan
+    found = columns(ours, theirs)
+    assert found.n == 3 and bool(found.mean.isfinite().all())
+    assert columns(torch.full((2, 9), math.inf), theirs[:2]).n == 0

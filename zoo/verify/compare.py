@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoo.verify import tolerance
 from zoo.verify.inputs import Batch, Inputs
-from zoo.verify.metrics import LogitMetrics, Reference, references, relative_error
+from zoo.verify.metrics import Columns, LogitMetrics, Reference, references, relative_error
 from zoo.verify.oracle import Oracle
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import Spread, representative
@@ -97,6 +97,7 @@ class Measured:
     leads: list[float] = field(
         default_factory=list
     )  # oracle's lead of best over second, where best ids differ
+    columns: Columns | None = None  # of all tokens, in lower precision
     spread: Spread = field(default_factory=Spread)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -179,6 +180,7 @@ class SpreadMeter:
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
         self.layers: dict[int, list[float]] = {}
         self.logits = LogitMetrics(five=False)
+        self.columns = columns_of(dtype)
         self._sketches: dict[tuple[int, int], Tensor] = {}
         self._second = Kept(on_disk)
         self._sketch: dict[int, Sketch] = {}
@@ -220,7 +222,9 @@ class SpreadMeter:
 
     def result(self) -> Spread:
         self._second.close()
-        return Spread() if self.ways is None else Spread.of(self.ways, self.logits, self.noise())
+        return (
+            Spread() if self.ways is None else Spread.of(self.ways, self.logits, self.noise(), self.columns)
+        )
 
 
 def measure(
@@ -234,7 +238,7 @@ def measure(
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
-    out = Measured([[] for _ in range(n_layers)])
+    out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype))
     clock = Clock()
     meter = None
     if spread is None:
@@ -287,6 +291,8 @@ def measure(
             for at, reference in references(theirs[r, :n], batch.following[r, :n]):
                 if meter is not None and other is not None:
                     meter.logits.add(other[r, :n][at], reference)
+                    if meter.columns is not None:
+                        meter.columns.add(other[r, :n][at], reference)
                 judge_rows(out, mine[r, :n][at], reference, tied[first : first + n][at])
             out.settled.sample(mine[r, :n], theirs[r, :n])
             first += n
@@ -337,7 +343,14 @@ def settle(
     return error
 
 
+def columns_of(dtype: str) -> Columns | None:
+    """None in fp32, where the largest error of all is judged."""
+    return None if dtype == "fp32" else Columns(tolerance.ULP[dtype])
+
+
 def judge_rows(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> None:
+    if out.columns is not None:
+        out.columns.add(mine, theirs)
     if not tied.any():
         out.settled.add(mine, theirs)
     else:

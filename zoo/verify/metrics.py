@@ -203,6 +203,35 @@ class LogitMetrics:
         }
 
 
+class Columns:
+    """Of each id, how far its logits are off beside the other ids' of the same token: |error| over the root mean square of
+    that token's errors, a mean over tokens. About 1 for all where rounding alone is at work, also where a token chose other experts;
+    many times that for an id whose row of the head is another's.
+
+    `ulp`: rounding of the dtype. Errors of a token count as no less than that of its logits, so that where two runs are
+    almost the same a few roundings are not taken for much."""
+
+    def __init__(self, ulp: float) -> None:
+        self.ulp, self.n, self.sum = ulp, 0, torch.zeros(0)
+
+    def add(self, ours: Tensor, theirs: Reference) -> None:
+        """ours [N, V] against the same rows of the oracle's. What is not finite fails elsewhere, and is left out."""
+        error = (ours.float() - theirs.logits).abs_()
+        size, least = (x.square().mean(-1).sqrt() for x in (error, theirs.logits))
+        fine = size.isfinite() & (least > 0)
+        if not bool(fine.all()):
+            error, size, least = error[fine], size[fine], least[fine]
+        if len(error):
+            found = error.T @ torch.maximum(size, self.ulp * least).reciprocal()
+            self.sum = self.sum + found if self.n else found
+            self.n += len(error)
+
+    @property
+    def mean(self) -> Tensor:
+        """[V], or [0] where there was no token."""
+        return self.sum / max(1, self.n)
+
+
 def _kl(d: Tensor, worst: float, theirs: Reference) -> Tensor:
     """KL(theirs || ours) per token [N], d = ours - theirs: ln E[e^d] - E[d] under theirs' softmax. `d` is used up.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoo.formats.canonical import Canonical
 from zoo.verify import exact, judge, tolerance
-from zoo.verify.compare import Measured, Sketched, drive, judge_rows, near_ties, rows
+from zoo.verify.compare import Measured, Sketched, columns_of, drive, judge_rows, near_ties, rows
 from zoo.verify.faults import Fault, Subject, applicable
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import references, relative_error
@@ -186,7 +186,7 @@ def _layers(ours: Ours, b: int, batch: Batch, recorded: Recorded, dtype: str) ->
 
 
 def _logits(ours: Ours, recorded: Recorded, dtype: str) -> Measured:
-    m = Measured([], spread=recorded.spread)
+    m = Measured([], columns=columns_of(dtype), spread=recorded.spread)
     for b, batch in enumerate(recorded.inputs.batches):
         mine = ours.finish(b)[batch.mask]
         tied = near_ties(ours.margins(b), batch, recorded.spread.layers, ours, dtype)

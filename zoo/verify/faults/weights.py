@@ -173,6 +173,10 @@ def _zeros(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
     return torch.zeros_like(t)
 
 
+def _last_rows_exchanged(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
+    return torch.cat([t[:-2], t[-2:].flip(0)])
+
+
 def _roll(t: Tensor, _spec: Spec, _slot: Slot) -> Tensor:
     return t.roll(1, 0)
 
@@ -451,6 +455,14 @@ add(
     _slots("head.weight"),
     _edit(_roll),
     _edit(_roll_back),
+)
+add(
+    "head_rows_exchanged",
+    "two rows of the head, of the last ids, exchanged",
+    "weights",
+    lambda spec: ["embed.weight" if spec.tied else "head.weight"],
+    _edit(_last_rows_exchanged),
+    "again",
 )
 add(
     "positions_off_by_one",
