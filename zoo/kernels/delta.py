@@ -153,7 +153,7 @@ def gates(
     log_decay = dt.new_empty(b, t, h, width, dtype=torch.float32)
     second = dt.new_empty(b, t, h, dtype=torch.float32)
     block = min(1024, power_of_2(h * width))
-    _gates[(ceil_div(h * width, block), t, b)](
+    _gates[(t, ceil_div(h * width, block), b)](
         dt, beta, A_log, dt_bias, log_decay, second, h, width, least, *dt.stride()[:2],
         *((0, 0) if beta is None else beta.stride()[:2]), DELTA=beta is not None, BLOCK=block, num_warps=4, **overlap(dt),
     )  # fmt: skip
@@ -243,9 +243,9 @@ if triton is not None:
         dt_ptr, beta_ptr, A_ptr, bias_ptr, decay_ptr, second_ptr, H, width, least, dt_b, dt_t, beta_b, beta_t,
         DELTA: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        t, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask, row = i < H * width, b * tl.num_programs(1) + t
+        t, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask, row = i < H * width, b * tl.num_programs(0) + t
         A = -tl.exp(tl.load(A_ptr + i // width, mask=mask, other=0.0).to(tl.float32))
         bias = tl.load(bias_ptr + i, mask=mask, other=0.0)
         after_previous(OVERLAP)
