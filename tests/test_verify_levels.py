@@ -372,6 +372,12 @@ def test_what_decoding_rounds_otherwise_is_held_against_float64(tmp_path: Path) 
     assert check.value > FLOOR_FP32 / 2  # close to the floor, or beyond it by another order of sums
 
 
+@pytest.mark.parametrize("name", ["glm4_moe_air", "kimi_k2"])
+def test_in_fp16_a_token_of_other_experts_is_no_wrong_copy(name: str, tmp_path: Path) -> None:
+    source = tiny.make(name, tmp_path / "hf", dtype="float16", seed=1)
+    assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="fp16", level="logits", write=False).passed
+
+
 def test_ours_in_float64_is_what_fp32_rounds() -> None:
     decoder = zoo.load(canonical("qwen3_next"))
     ids = torch.arange(2, 42).view(2, 20)

@@ -98,6 +98,7 @@ class Measured:
         default_factory=list
     )  # oracle's lead of best over second, where best ids differ
     columns: Columns | None = None  # of all tokens, in lower precision
+    chooses: bool = False  # whether tokens choose experts or keys
     spread: Spread = field(default_factory=Spread)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -238,7 +239,7 @@ def measure(
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
-    out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype))
+    out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
     clock = Clock()
     meter = None
     if spread is None:

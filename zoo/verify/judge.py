@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from zoo.spec import LatentAttention
 from zoo.verify import tolerance
 from zoo.verify.certificate import Check, Level
 from zoo.verify.compare import Measured
@@ -72,7 +71,11 @@ def logits_level(m: Measured, dtype: str) -> Level:
     level = Level("logits")
     everything, settled = m.everything, m.settled if m.settled.n else m.everything
     summary = everything.summary()
-    names = ["p50", "p99", "max"] if dtype == "fp32" else ["p50", "p99", "p99.9"]
+    names = ["p50", "p99", "max" if dtype == "fp32" else "p99.9"]
+    if (
+        dtype == "fp16" and m.chooses
+    ):  # a token that chooses otherwise departs as far as in bf16, upstream's spread is an eighth
+        names = ["p50", "p90"]
     for name in names:
         bound = tolerance.logit_bound(dtype, name, m.spread, settled.largest)
         level.checks.append(
@@ -188,7 +191,7 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         for at, reference in references(uncached, torch.full((T,), -1)):
             error.add(mine[at], reference)
     # Rounded otherwise, a few of these few tokens choose other experts or keys, and depart as far as with a wrong cache.
-    name = "max" if dtype == "fp32" else "p90" if _chooses(ours) else "p99.9"
+    name = "max" if dtype == "fp32" else "p90" if ours.chooses else "p99.9"
     bound = tolerance.logit_bound(dtype, name, m.spread, error.largest)
     value = error.error.at(QUANTILES[name])
     if dtype == "fp32" and value > bound.value and (exact := logits_of(decoder, ids)) is not None:
@@ -226,13 +229,6 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip
     return level
-
-
-def _chooses(ours: Ours) -> bool:
-    """Whether tokens choose experts or keys: where two are alike, rounding decides."""
-    mixers = (layer.mixer for layer in ours.spec.layers)
-    sparse = any(isinstance(m, LatentAttention) and m.indexer is not None for m in mixers)
-    return sparse or any(ours.has_experts(i) for i in range(ours.spec.n_layers))
 
 
 def _equal(mine: torch.Tensor, theirs: torch.Tensor) -> int:

@@ -25,7 +25,7 @@ from zoo.model.load import DTYPES as TORCH
 from zoo.model.load import KEPT, Source, refuse_quantised
 from zoo.model.moe import Router
 from zoo.quant.schemes import scheme
-from zoo.spec import Spec
+from zoo.spec import LatentAttention, Spec
 from zoo.verify.faults import Subject
 
 
@@ -69,6 +69,13 @@ class Ours:
     def has_experts(self, i: int) -> bool:
         ffn = self.spec.layers[i].ffn
         return ffn is not None and ffn.kind == "moe"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether tokens choose experts or keys: where two are alike, rounding decides."""
+        mixers = (layer.mixer for layer in self.spec.layers)
+        sparse = any(isinstance(m, LatentAttention) and m.indexer is not None for m in mixers)
+        return sparse or any(self.has_experts(i) for i in range(self.spec.n_layers))
 
     def choose(self, b: int, y: Tensor) -> None:
         """Go on from the state `y` after the last layer."""

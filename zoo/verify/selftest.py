@@ -186,7 +186,7 @@ def _layers(ours: Ours, b: int, batch: Batch, recorded: Recorded, dtype: str) ->
 
 
 def _logits(ours: Ours, recorded: Recorded, dtype: str) -> Measured:
-    m = Measured([], columns=columns_of(dtype), spread=recorded.spread)
+    m = Measured([], columns=columns_of(dtype), chooses=ours.chooses, spread=recorded.spread)
     for b, batch in enumerate(recorded.inputs.batches):
         mine = ours.finish(b)[batch.mask]
         tied = near_ties(ours.margins(b), batch, recorded.spread.layers, ours, dtype)
