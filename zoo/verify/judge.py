@@ -72,9 +72,8 @@ def logits_level(m: Measured, dtype: str) -> Level:
     everything, settled = m.everything, m.settled if m.settled.n else m.everything
     summary = everything.summary()
     names = ["p50", "p99", "max" if dtype == "fp32" else "p99.9"]
-    if (
-        dtype == "fp16" and m.chooses
-    ):  # a token that chooses otherwise departs as far as in bf16, upstream's spread is an eighth
+    # A token that chooses other experts departs as far as in bf16, where upstream's spread is 8 times as large.
+    if dtype == "fp16" and m.chooses:
         names = ["p50", "p90"]
     for name in names:
         bound = tolerance.logit_bound(dtype, name, m.spread, settled.largest)
