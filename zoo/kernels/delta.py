@@ -389,9 +389,8 @@ if triton is not None:
                 since = in_blocks(decay, False, CHUNK, BLOCK, SLICE)  # from a block's start
                 until = in_blocks(after, True, CHUNK, BLOCK, SLICE)  # to its end
                 q_since, k_since = q * tl.exp(since), k * tl.exp(since)
-                for at in range(
-                    BLOCK, CHUNK, BLOCK
-                ):  # a block, and all before it: by way of the decay up to its start
+                # A block, and all before it: by way of the decay up to its start.
+                for at in range(BLOCK, CHUNK, BLOCK):
                     before = tl.trans(tl.where((i < at)[:, None], k * tl.exp(until), 0.0))
                     inside = (block == at)[:, None]
                     m += times(tl.where(inside, q_since, 0.0), before, SPLIT)
@@ -419,9 +418,8 @@ if triton is not None:
                 store(decayed_ptr + 2 * far, place, mask, apart * n_k, k * tl.exp(until), SPLIT)
                 tl.store(kept_ptr + chunk * n_k + c, tl.exp(tl.sum(decay, 0)), mask=c < n_k)
             else:
-                m = tl.dot(
-                    stored_q, tl.trans(stored_k), m, input_precision="tf32x3"
-                )  # exact products, where bf16
+                # Products of bf16 and fp16 are exact.
+                m = tl.dot(stored_q, tl.trans(stored_k), m, input_precision="tf32x3")
                 if CORRECT:
                     a = tl.dot(stored_k, tl.trans(stored_k), a, input_precision="tf32x3")
         if CORRECT:  # what rows are multiplied by: 1 over their norm

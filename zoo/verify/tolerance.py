@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -77,7 +77,7 @@ class Spread:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(replace(self, columns=None)).items() if k != "columns"}
+        return {k: v for k, v in vars(self).items() if k != "columns"}
 
     @classmethod
     def from_json(cls, d: dict[str, Any]) -> Spread:
