@@ -24,10 +24,6 @@ Install = Callable[[str, str, str], None]
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Install a package with one family (name, model type, architecture)."""
 
-    def clear() -> None:
-        families._built_in.cache_clear()
-        families.families.cache_clear()
-
     def add(name: str, model_type: str, architecture: str) -> None:
         module = f"plugin_{name}"
         (tmp_path / f"{module}.py").write_text(
@@ -37,13 +33,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[zoo.families]\n{name} = {module}:FAMILY\n")
-        clear()
+        families.refresh()
 
     monkeypatch.syspath_prepend(str(tmp_path))
     yield add
     for module in [m for m in sys.modules if m.startswith("plugin_")]:
         del sys.modules[module]
-    clear()
+    families.refresh()
 
 
 def test_an_installed_package_adds_a_family(install: Install) -> None:
