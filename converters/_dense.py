@@ -13,7 +13,7 @@ from typing import Any
 
 from zoo.config import Config, rope
 from zoo.mapping.rules import Expr, RuleLine, Source, cat, extra, rope_halves
-from zoo.spec import Rope
+from zoo.spec import Rope, Rounding
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -35,10 +35,10 @@ def tied(c: Config, text: Config, default: bool) -> bool:
     return bool(c.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
 
 
-def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, fp32: bool = False) -> Rope:
+def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, rounding: Rounding = "first") -> Rope:
     """RoPE over the whole head; a config that wants only a part of it rotated is refused."""
     Config(p, f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
-    return rope(c, p, head_dim, fp32=fp32)
+    return rope(c, p, head_dim, rounding=rounding)
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from . import _experts as experts
 
 def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
-    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], rounding="last")
     bias = c.get("attention_bias", True)
     rotary = names.whole_rope(c, rope_parameters(c, needed=True), c["head_dim"])
 

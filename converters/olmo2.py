@@ -18,7 +18,7 @@ from . import _dense as dense
 
 
 def spec(c: Config) -> Spec:
-    rope = dense.whole_rope(c, rope_parameters(c), head_dim(c), fp32=True)
+    rope = dense.whole_rope(c, rope_parameters(c), head_dim(c), rounding="last")
     return decoder("olmo2", c, [(rope, None)] * c["num_hidden_layers"])
 
 
@@ -28,7 +28,7 @@ def head_dim(c: Config) -> int:
 
 def decoder(family: str, c: Config, layers: list[tuple[Rope, int | None]]) -> Spec:
     """The whole model, given each layer's RoPE and window (Olmo 3 differs in just these)."""
-    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], rounding="last")
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", ACTIVATIONS))
 
     def attention(rope: Rope, window: int | None) -> Attention:

@@ -26,7 +26,7 @@ def spec(c: Config) -> Spec:
     def layer(kind: str) -> tuple[Rope, int | None]:
         sliding = kind == dense.SLIDING
         parameters = rope_parameters(c, kind, scaling=None if sliding else "rope_scaling")
-        rope = dense.whole_rope(c, parameters, olmo2.head_dim(c), fp32=True)
+        rope = dense.whole_rope(c, parameters, olmo2.head_dim(c), rounding="last")
         return rope, c["sliding_window"] if sliding else None
 
     return olmo2.decoder("olmo3", c, [layer(kind) for kind in kinds])

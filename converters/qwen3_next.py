@@ -26,7 +26,7 @@ def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     c.refuse(use_sliding_window=False)
     n, head_dim, p = c["num_hidden_layers"], c["head_dim"], rope_parameters(c)
-    norm = Norm(c["rms_norm_eps"], weight="plus_one", scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], weight="plus_one", rounding="last")
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
