@@ -116,7 +116,8 @@ def router(c: Config, scale: float | None = None) -> Router:
         normalize=c["norm_topk_prob"],
         normalize_eps=1e-20,
         scale=float(c["routed_scaling_factor"] if scale is None else scale),
-        fp32=True,
+        rounding="last",
+        weights_rounding="last",
     )
 
 

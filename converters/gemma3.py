@@ -53,7 +53,7 @@ def spec(c: Config) -> Spec:
         t.refuse(final_logit_softcapping=None)
     d, head_dim = t["hidden_size"], t["head_dim"]
     norm = Norm(
-        t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", scale_in="fp32"
+        t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", rounding="last"
     )
 
     def layer(kind: str) -> Layer:

@@ -44,7 +44,7 @@ def spec(c: Config) -> Spec:
     t = read.text_config(c)
     t.refuse(altup_active_idx=0, use_bidirectional_attention=False, attention_bias=False)
     d, n, head_dim = t["hidden_size"], t["num_hidden_layers"], t["head_dim"]
-    norm = Norm(t["rms_norm_eps"], scale_in="fp32")
+    norm = Norm(t["rms_norm_eps"], rounding="last")
     kinds = t.each_layer("layer_types", n, (FULL, SLIDING))
     act = t.table("hidden_activation", read.ACTIVATIONS)
 
@@ -64,7 +64,7 @@ def spec(c: Config) -> Spec:
             rope=read.whole_rope(t, parameters, head_dim),
             window=t["sliding_window"] if sliding else None,
             qk_norm=QKNorm(norm),
-            value_norm=Norm(norm.eps, weight="none", scale_in="fp32"),
+            value_norm=Norm(norm.eps, weight="none", rounding="last"),
             kv_from=kv_source(t, kinds, i),
         )
 

@@ -16,7 +16,7 @@ from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, extra,
 def spec(c: Config) -> Spec:
     c.refuse(add_cross_attention=False)
     d, n_heads = c["n_embd"], c["n_head"]
-    norm = Norm(c["layer_norm_epsilon"], kind="layer", scale_in="fp32")
+    norm = Norm(c["layer_norm_epsilon"], kind="layer", rounding="last")
     mlp = MLP(
         c.get("n_inner", 4 * d), c.table("activation_function", read.ACTIVATIONS), gated=False, bias=True
     )

@@ -41,7 +41,7 @@ from zoo.family import (
 
 def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
-    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], rounding="last")
     bias = c.get("attention_bias", True)
     rotary = read.whole_rope(c, read.rope_parameters(c, needed=True), c["head_dim"])
 

@@ -60,7 +60,8 @@ def spec(c: Config) -> Spec:
         router=Router(
             top_k=c["num_experts_per_tok"],
             score="softmax",
-            fp32=True,
+            rounding="last",
+            weights_rounding="last",
             softcap=float(c["router_logit_softcapping"]),
         ),
         shared=MLP(c["intermediate_size"], "gelu_tanh"),

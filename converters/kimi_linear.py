@@ -69,7 +69,7 @@ def spec(c: Config) -> Spec:
         conv=conv,
         decay="channel",
         out_gate="sigmoid",
-        out_norm=Norm(norm.eps, scale_in="fp32"),
+        out_norm=Norm(norm.eps, rounding="last"),
     )
     mixers: dict[str, Mixer] = {FULL: latent, LINEAR: delta}
     router = Router(
@@ -81,7 +81,8 @@ def spec(c: Config) -> Spec:
         normalize=c.first("moe_renormalize", "norm_topk_prob"),
         normalize_eps=1e-20,
         scale=float(c["routed_scaling_factor"]),
-        fp32=True,
+        rounding="last",
+        weights_rounding="last",
     )
     dense = MLP(c["intermediate_size"])
     shared = c.first("num_shared_experts", "n_shared_experts") * c["moe_intermediate_size"]

@@ -52,7 +52,7 @@ def spec(config: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     n, head_dim = c["num_hidden_layers"], c["head_dim"]
     norm = Norm(c["rms_norm_eps"])
-    rotary = read.rope(c, read.rope_parameters(c), head_dim, interleaved=True, fp32=True)
+    rotary = read.rope(c, read.rope_parameters(c), head_dim, interleaved=True, rounding="last")
     qk_norm = QKNorm(Norm(norm.eps, weight="none"), after_rope=True) if c.get("use_qk_norm", True) else None
     temperature = None
     if c.get("attn_temperature_tuning", True):

@@ -49,7 +49,9 @@ def spec(c: Config) -> Spec:
         rope=read.rope(c, p, rotary_dim),
         qk_norm=QKNorm(norm, over="all_heads"),
     )
-    router = Router(c["num_experts_per_tok"], "sigmoid", selection_bias=True, normalize=True)
+    router = Router(
+        c["num_experts_per_tok"], "sigmoid", selection_bias=True, normalize=True, weights_rounding="last"
+    )
     moe = MoE(read.n_experts(c), MLP(c["intermediate_size"]), router)
     return Spec(
         family="minimax_m2",

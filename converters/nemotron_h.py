@@ -47,7 +47,7 @@ def spec(c: Config) -> Spec:
     c.choice("mamba_hidden_act", ("silu",), "silu")
     c.refuse(attention_bias=False, mlp_bias=False, use_bias=False, mamba_proj_bias=False, sliding_window=None)
     c.refuse(tie_word_embeddings=False)
-    norm = Norm(c.first("layer_norm_epsilon", "norm_eps"), scale_in="fp32")
+    norm = Norm(c.first("layer_norm_epsilon", "norm_eps"), rounding="last")
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],

@@ -27,13 +27,13 @@ from zoo.family import (
 
 
 def spec(c: Config) -> Spec:
-    rope = read.whole_rope(c, read.rope_parameters(c), read.head_dim(c), fp32=True)
+    rope = read.whole_rope(c, read.rope_parameters(c), read.head_dim(c), rounding="last")
     return decoder("olmo2", c, [(rope, None)] * c["num_hidden_layers"])
 
 
 def decoder(family: str, c: Config, layers: list[tuple[Rope, int | None]]) -> Spec:
     """The whole model, given each layer's RoPE and window (Olmo 3 differs in just these)."""
-    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], rounding="last")
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
 
     def attention(rope: Rope, window: int | None) -> Attention:

@@ -17,7 +17,7 @@ def spec(c: Config) -> Spec:
     def layer(kind: str) -> tuple[Rope, int | None]:
         sliding = kind == SLIDING
         parameters = read.rope_parameters(c, kind, scaling=None if sliding else "rope_scaling")
-        rope = read.whole_rope(c, parameters, read.head_dim(c), fp32=True)
+        rope = read.whole_rope(c, parameters, read.head_dim(c), rounding="last")
         return rope, c["sliding_window"] if sliding else None
 
     return olmo2.decoder("olmo3", c, [layer(kind) for kind in read.layer_types(c, read.every(4))])

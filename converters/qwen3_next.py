@@ -42,7 +42,7 @@ def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     c.refuse(use_sliding_window=False)
     head_dim, p = c["head_dim"], read.rope_parameters(c)
-    norm = Norm(c["rms_norm_eps"], weight="plus_one", scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], weight="plus_one", rounding="last")
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.spec import Activation, Rope, RopeScaling
+from zoo.spec import Activation, Rope, RopeScaling, Rounding
 
 _MISSING: Any = object()
 
@@ -157,16 +157,18 @@ def rope_parameters(
     return out
 
 
-def rope(c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False, fp32: bool = False) -> Rope:
+def rope(
+    c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False, rounding: Rounding = "first"
+) -> Rope:
     """The `Rope` of settings `p` (see `rope_parameters`) over `dim` channels. An unknown kind is refused."""
     q = Config(p, f"{c.where}: rope_parameters")
     kind = q.choice("rope_type", ("default", "linear", "llama3", "yarn"))
     theta = float(q["rope_theta"])
     if kind == "default":
-        return Rope(theta, dim, None, interleaved, fp32)
+        return Rope(theta, dim, None, interleaved, rounding)
     factor = float(q["factor"])
     if kind == "linear":
-        return Rope(theta, dim, RopeScaling("linear", factor), interleaved, fp32)
+        return Rope(theta, dim, RopeScaling("linear", factor), interleaved, rounding)
     original = q.get("original_max_position_embeddings", None)
     original = c["max_position_embeddings"] if original is None else original
     if isinstance(original, bool) or original != int(original):
@@ -185,7 +187,7 @@ def rope(c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False
             beta_fast=float(q.get("beta_fast") or 32), beta_slow=float(q.get("beta_slow") or 1),
             truncate=bool(q.data.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
         )  # fmt: skip
-    return Rope(theta, dim, scaling, interleaved, fp32)
+    return Rope(theta, dim, scaling, interleaved, rounding)
 
 
 def yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:

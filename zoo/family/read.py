@@ -10,7 +10,7 @@ from zoo.config import Config, rope
 from zoo.config import rope_parameters as rope_parameters
 from zoo.config import yarn_mscale as yarn_mscale
 from zoo.soundness import layer_count as layer_count
-from zoo.spec import Rope
+from zoo.spec import Rope, Rounding
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Kinds of layers, as `layer_types` calls them."""
@@ -37,10 +37,10 @@ def head_dim(c: Config) -> int:
     return dim
 
 
-def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, fp32: bool = False) -> Rope:
+def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, rounding: Rounding = "first") -> Rope:
     """RoPE over the whole head; a config that wants only a part of it rotated is refused."""
     Config(p, f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
-    return rope(c, p, head_dim, fp32=fp32)
+    return rope(c, p, head_dim, rounding=rounding)
 
 
 def layer_types(

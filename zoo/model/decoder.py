@@ -207,8 +207,11 @@ class Decoder(nn.Module):
         spec = self.spec
         ctx = Context.begin(ids.shape[1], cache, self.dtype, ids.device)
         x = F.embedding(ids, self.embed.weight)
-        if spec.embed_scale != 1.0:
-            x = x * torch.tensor(spec.embed_scale, dtype=x.dtype).item()
+        if spec.embed_scale != 1.0:  # a product with a number is one in fp32, rounded
+            factor = torch.tensor(
+                spec.embed_scale, dtype=x.dtype if spec.embed_rounding == "first" else torch.float32
+            )
+            x = x * factor.item()
         if spec.positions is not None:
             if ctx.start + ids.shape[1] > spec.positions:
                 raise ZooError(
