@@ -13,21 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import (
-    MLP,
-    SLIDING,
-    Attention,
-    Config,
-    Family,
-    Layer,
-    Norm,
-    QKNorm,
-    Spec,
-    gguf,
-    hf,
-    read,
-    rules,
-)
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Spec, gguf, hf, read, rules
 
 # Source: Gemma3TextConfig, transformers 4.50.
 DEFAULTS = {
@@ -57,7 +43,7 @@ def spec(c: Config) -> Spec:
     )
 
     def layer(kind: str) -> Layer:
-        sliding = kind == SLIDING
+        sliding = kind == read.SLIDING
         parameters = read.rope_parameters(
             t,
             kind,

@@ -19,9 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.family import (
-    FULL,
     MLP,
-    SLIDING,
     AltUp,
     Attention,
     Config,
@@ -45,11 +43,11 @@ def spec(c: Config) -> Spec:
     t.refuse(altup_active_idx=0, use_bidirectional_attention=False, attention_bias=False)
     d, n, head_dim = t["hidden_size"], t["num_hidden_layers"], t["head_dim"]
     norm = Norm(t["rms_norm_eps"], rounding="last")
-    kinds = t.each_layer("layer_types", n, (FULL, SLIDING))
+    kinds = t.each_layer("layer_types", n, (read.FULL, read.SLIDING))
     act = t.table("hidden_activation", read.ACTIVATIONS)
 
     def attention(i: int) -> Attention:
-        sliding = kinds[i] == SLIDING
+        sliding = kinds[i] == read.SLIDING
         parameters = read.rope_parameters(
             t,
             kinds[i],

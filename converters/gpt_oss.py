@@ -18,9 +18,7 @@ from collections.abc import Collection
 from typing import Any
 
 from zoo.family import (
-    FULL,
     MLP,
-    SLIDING,
     Attention,
     Config,
     Family,
@@ -67,7 +65,7 @@ def spec(c: Config) -> Spec:
     )
     router = Router(c.first("num_experts_per_tok", "experts_per_token"), "softmax", over="chosen", bias=True)
     moe = MoE(read.n_experts(c), expert, router)
-    kinds = {SLIDING: attention(c["sliding_window"]), FULL: attention(None)}
+    kinds = {read.SLIDING: attention(c["sliding_window"]), read.FULL: attention(None)}
     types = read.layer_types(c, read.every(2))
     return Spec(
         family="gpt_oss",

@@ -14,8 +14,6 @@ What is unusual:
 from __future__ import annotations
 
 from zoo.family import (
-    FULL,
-    LINEAR,
     MLP,
     Config,
     DeltaNet,
@@ -71,7 +69,7 @@ def spec(c: Config) -> Spec:
         out_gate="sigmoid",
         out_norm=Norm(norm.eps, rounding="last"),
     )
-    mixers: dict[str, Mixer] = {FULL: latent, LINEAR: delta}
+    mixers: dict[str, Mixer] = {read.FULL: latent, read.LINEAR: delta}
     router = Router(
         top_k=c.first("num_experts_per_token", "num_experts_per_tok"),
         score="sigmoid",
@@ -106,10 +104,10 @@ def layer_types(c: Config) -> list[str]:
     """One list as transformers 5 writes it, or the release's two lists of layers, counted from 1."""
     n = c["num_hidden_layers"]
     if "layer_types" in c:
-        return c.each_layer("layer_types", n, (FULL, LINEAR))
+        return c.each_layer("layer_types", n, (read.FULL, read.LINEAR))
     lists = c.sub("linear_attn_config")
-    types: dict[int, str] = dict.fromkeys(lists["full_attn_layers"], FULL)
-    types |= dict.fromkeys(lists["kda_layers"], LINEAR)
+    types: dict[int, str] = dict.fromkeys(lists["full_attn_layers"], read.FULL)
+    types |= dict.fromkeys(lists["kda_layers"], read.LINEAR)
     if sorted(types) != list(range(1, n + 1)):
         raise ZooError(f"{lists.where}: full_attn_layers and kda_layers do not make layers 1 to {n}")
     return [types[i] for i in range(1, n + 1)]

@@ -19,7 +19,6 @@ from collections.abc import Collection
 from typing import Any
 
 from zoo.family import (
-    FULL,
     MLP,
     Attention,
     Config,
@@ -79,7 +78,7 @@ def spec(config: Config) -> Spec:
         rotates = [bool(r) for r in c.each_layer("no_rope_layers", n, (0, 1))]
     else:
         rotates = [(i + 1) % interval != 0 for i in range(n)]
-    types = read.layer_types(c, lambda i: CHUNKED if rotates[i] else FULL, (CHUNKED, FULL))
+    types = read.layer_types(c, lambda i: CHUNKED if rotates[i] else read.FULL, (CHUNKED, read.FULL))
     step = c.get("interleave_moe_layer_step", 1)
     sparse = c.get("moe_layers", range(step - 1, n, step))
 

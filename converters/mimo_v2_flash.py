@@ -12,22 +12,7 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.family import (
-    FULL,
-    MLP,
-    SLIDING,
-    Attention,
-    Config,
-    Family,
-    Layer,
-    MoE,
-    Norm,
-    Spec,
-    extra,
-    hf,
-    read,
-    rules,
-)
+from zoo.family import MLP, Attention, Config, Family, Layer, MoE, Norm, Spec, extra, hf, read, rules
 
 from . import deepseek_v3
 
@@ -37,15 +22,15 @@ def spec(c: Config) -> Spec:
     c.refuse(n_shared_experts=None)
     n = c["num_hidden_layers"]
     if "layer_types" in c:
-        types = c.each_layer("layer_types", n, (FULL, SLIDING))
+        types = c.each_layer("layer_types", n, (read.FULL, read.SLIDING))
     else:
-        kinds = (FULL, SLIDING)
+        kinds = (read.FULL, read.SLIDING)
         types = [kinds[k] for k in c.each_layer("hybrid_layer_pattern", n, (0, 1))]
     if "moe_layer_freq" in c:
         sparse = [bool(k) for k in c.each_layer("moe_layer_freq", n, (0, 1))]
     else:
         sparse = deepseek_v3.sparse_layers(c)
-    layers = {kind: attention(c, kind == SLIDING) for kind in (FULL, SLIDING)}
+    layers = {kind: attention(c, kind == read.SLIDING) for kind in (read.FULL, read.SLIDING)}
     norm = Norm(c.first("rms_norm_eps", "layernorm_epsilon"))
     dense = MLP(c["intermediate_size"])
     router = deepseek_v3.router(c, scale=c.get("routed_scaling_factor", 1.0))
@@ -68,7 +53,7 @@ def spec(c: Config) -> Spec:
 def attention(c: Config, sliding: bool) -> Attention:
     n_heads, n_kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
     head_dim, v_head_dim, window = c["head_dim"], c["v_head_dim"], None
-    p = read.rope_parameters(c, FULL)
+    p = read.rope_parameters(c, read.FULL)
     if sliding:
         n_heads, n_kv_heads = (
             c.get("swa_num_attention_heads", n_heads),
@@ -76,7 +61,7 @@ def attention(c: Config, sliding: bool) -> Attention:
         )
         head_dim, v_head_dim = c.get("swa_head_dim", head_dim), c.get("swa_v_head_dim", v_head_dim)
         window = c["sliding_window_size"] + 1 if "sliding_window_size" in c else c["sliding_window"]
-        p = read.rope_parameters(c, SLIDING, theta="swa_rope_theta")
+        p = read.rope_parameters(c, read.SLIDING, theta="swa_rope_theta")
     bias = c.get("attention_bias", False)
     scale = c.data.get("attention_value_scale", 0.707)  # absent: upstream's default; null: none
     return Attention(

@@ -18,9 +18,7 @@ from collections.abc import Collection
 from typing import Any
 
 from zoo.family import (
-    FULL,
     MLP,
-    SLIDING,
     Attention,
     Config,
     Family,
@@ -87,15 +85,15 @@ def windows(t: Config) -> list[int | None]:
     window, n = t.get("sliding_window"), t["num_hidden_layers"]
     if "layer_types" not in t:
         return [window] * n
-    kinds = t.each_layer("layer_types", n, (FULL, SLIDING))
-    if t["model_type"] != "ministral" and window is not None and FULL in kinds:
+    kinds = t.each_layer("layer_types", n, (read.FULL, read.SLIDING))
+    if t["model_type"] != "ministral" and window is not None and read.FULL in kinds:
         raise ZooError(
             f"{t.where}: layer_types has full layers, but upstream gives all layers of a {t['model_type']} the "
             "window; is the model_type ministral?"
         )
-    if window is None and SLIDING in kinds:
+    if window is None and read.SLIDING in kinds:
         raise ZooError(f"{t.where}: layer_types has sliding layers, but sliding_window is null")
-    return [window if kind == SLIDING else None for kind in kinds]
+    return [window if kind == read.SLIDING else None for kind in kinds]
 
 
 def _at(name: str, axis: int | None) -> Source:

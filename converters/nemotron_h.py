@@ -14,8 +14,6 @@ What is unusual:
 from __future__ import annotations
 
 from zoo.family import (
-    FULL,
-    LINEAR,
     MLP,
     Attention,
     Config,
@@ -39,7 +37,7 @@ from . import deepseek_v3
 
 LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 # As transformers spells them; 5.x calls the first two by the kind of their attention.
-TYPES = {kind: kind for kind in LETTERS.values()} | {LINEAR: "mamba", FULL: "attention"}
+TYPES = {kind: kind for kind in LETTERS.values()} | {read.LINEAR: "mamba", read.FULL: "attention"}
 
 
 def spec(c: Config) -> Spec:

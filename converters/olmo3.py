@@ -8,14 +8,14 @@ OLMo 2 (see there: norms on branch outputs, full-width QK-norm) with
 
 from __future__ import annotations
 
-from zoo.family import SLIDING, Config, Family, Rope, Spec, read
+from zoo.family import Config, Family, Rope, Spec, read
 
 from . import olmo2
 
 
 def spec(c: Config) -> Spec:
     def layer(kind: str) -> tuple[Rope, int | None]:
-        sliding = kind == SLIDING
+        sliding = kind == read.SLIDING
         parameters = read.rope_parameters(c, kind, scaling=None if sliding else "rope_scaling")
         rope = read.whole_rope(c, parameters, read.head_dim(c), rounding="last")
         return rope, c["sliding_window"] if sliding else None

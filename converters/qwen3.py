@@ -10,22 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import (
-    FULL,
-    MLP,
-    SLIDING,
-    Attention,
-    Config,
-    Family,
-    Layer,
-    Norm,
-    QKNorm,
-    Spec,
-    gguf,
-    hf,
-    read,
-    rules,
-)
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -38,7 +23,7 @@ def spec(c: Config) -> Spec:
             head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=read.whole_rope(c, read.rope_parameters(c), head_dim),
-            window=c["sliding_window"] if kind == SLIDING else None,
+            window=c["sliding_window"] if kind == read.SLIDING else None,
             qkv_bias=c.get("attention_bias", False),
             out_bias=c.get("attention_bias", False),
             qk_norm=QKNorm(norm),
@@ -60,8 +45,10 @@ def spec(c: Config) -> Spec:
 def layer_types(c: Config) -> list[str]:
     """The list, or what upstream makes of `use_sliding_window` and `max_window_layers`."""
     windowed = c.get("use_sliding_window", False)
-    kinds = read.layer_types(c, lambda i: SLIDING if windowed and i >= c["max_window_layers"] else FULL)
-    if SLIDING in kinds:
+    kinds = read.layer_types(
+        c, lambda i: read.SLIDING if windowed and i >= c["max_window_layers"] else read.FULL
+    )
+    if read.SLIDING in kinds:
         c.choice("use_sliding_window", (True,), False)  # upstream forgets the window otherwise
     return kinds
 

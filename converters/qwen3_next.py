@@ -13,8 +13,6 @@ What is unusual:
 from __future__ import annotations
 
 from zoo.family import (
-    FULL,
-    LINEAR,
     MLP,
     Attention,
     Config,
@@ -64,8 +62,8 @@ def spec(c: Config) -> Spec:
         out_gate="silu",
         out_norm=Norm(norm.eps),
     )
-    mixers: dict[str, Mixer] = {FULL: attention, LINEAR: delta}
-    types = read.layer_types(c, read.every(c.get("full_attention_interval", 4), LINEAR), mixers)
+    mixers: dict[str, Mixer] = {read.FULL: attention, read.LINEAR: delta}
+    types = read.layer_types(c, read.every(c.get("full_attention_interval", 4), read.LINEAR), mixers)
     dense = MLP(c["intermediate_size"])
     moe = MoE(
         read.n_experts(c),

@@ -7,7 +7,7 @@ A Llama with a tied head and
 
 from __future__ import annotations
 
-from zoo.family import FULL, MLP, SLIDING, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -23,7 +23,7 @@ def spec(c: Config) -> Spec:
             head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=rope if rotated else None,
-            window=c["sliding_window"] if kind == SLIDING else None,
+            window=c["sliding_window"] if kind == read.SLIDING else None,
             qkv_bias=c.get("attention_bias", False),
             out_bias=c.get("attention_bias", False),
         )
@@ -49,7 +49,7 @@ def layers(c: Config) -> list[tuple[int, str]]:
     else:
         rotated = [int((i + 1) % c["no_rope_layer_interval"] != 0) for i in range(n)]
     windowed = c.get("use_sliding_window", False) and "sliding_window" in c
-    kinds = read.layer_types(c, lambda i: SLIDING if windowed and not rotated[i] else FULL)
+    kinds = read.layer_types(c, lambda i: read.SLIDING if windowed and not rotated[i] else read.FULL)
     return list(zip(rotated, kinds, strict=True))
 
 

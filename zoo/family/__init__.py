@@ -13,7 +13,6 @@ from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.family import consolidated, gguf, hf, read
-from zoo.family.read import FULL, LINEAR, SLIDING
 from zoo.mapping.rules import (
     Expr,
     RuleLine,
@@ -54,7 +53,7 @@ from zoo.spec import (
 )
 
 __all__ = [
-    "FFN", "FULL", "LINEAR", "MLP", "SLIDING", "AltUp", "Attention", "Config", "DeltaNet", "Expr", "Family", "Indexer",
+    "FFN", "MLP", "AltUp", "Attention", "Config", "DeltaNet", "Expr", "Family", "Indexer",
     "LatentAttention", "Layer", "Mamba", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
     "RopeScaling", "Router", "RuleLine", "Source", "Spec", "ZooError", "cat", "consolidated", "deinterleave", "extra",
     "flatten", "gguf", "hf", "per_head", "ranks", "read", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",

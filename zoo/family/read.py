@@ -13,7 +13,7 @@ from zoo.soundness import layer_count as layer_count
 from zoo.spec import Rope, Rounding
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-"""Kinds of layers, as `layer_types` calls them."""
+"""Kinds of layers, as configs call them in `layer_types`."""
 
 
 def text_config(c: Config) -> Config:
