@@ -21,14 +21,14 @@ _CALL = re.compile(
 )
 
 
-def error(e: Exception, family: str, where: str, model: str) -> ZooError:
+def error(e: Exception, family: str, at: str, where: str, model: str) -> ZooError:
     """The error of `e`, raised by the family's reading of the config at `where`: a value that makes no `model`, or, with
-    its file and line, a mistake in the family."""
+    its file and line, a mistake in the family. `at`: where the family's code is, for an error raised outside it."""
     why = f"{type(e).__name__}: {e}"
     if not is_code(e):
         return ZooError(f"{where}: a field has a value that makes no {model} ({why})")
     return ZooError(
-        f"{place(e) or family}: the code of family {family} fails on {where} ({why}). The mistake is the family's, not "
+        f"{place(e) or at}: the code of family {family} fails on {where} ({why}). The mistake is the family's, not "
         "the config's"
     )
 

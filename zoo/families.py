@@ -146,9 +146,9 @@ def package_of(name: str) -> plugins.Package | None:
     return _package.get(name) if name in _plugged_in() else None
 
 
-def get(name: str, package: Mapping[str, str] | None = None) -> Family:
-    """The family called `name`. `package`: where it came from when it was last seen (`name`, `version`). Raises
-    ZooError if there is none, with the known ones, or with the package to install."""
+def get(name: str, package: Any = None) -> Family:
+    """The family called `name`. `package`: what zoo.json says it came with (`name`, `version`). Raises ZooError if
+    there is none, with the known ones, or with the package to install."""
     if name.isidentifier() and name[0] != "_":
         try:
             return _load(f"converters.{name}")  # one file, not all of them
@@ -156,10 +156,11 @@ def get(name: str, package: Mapping[str, str] | None = None) -> Family:
             pass
     if name in families():
         return families()[name]
-    if package is not None:
+    if isinstance(package, Mapping):
+        of = package.get("name")
         raise ZooError(
-            f"family {name!r} is in the package {package['name']}, which is not installed (or fails to import): "
-            f"pip install {package['name']}=={package['version']}{_also_broken()}"
+            f"family {name!r} comes with the package {of}, which is not installed here or does not have it any more: "
+            f"pip install '{of}=={package.get('version')}'{_also_broken()}"
         )
     raise ZooError(f"no family is called {name!r}; known: {', '.join(sorted(families()))}{_also_broken()}")
 
@@ -206,7 +207,9 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
     except ZooError:
         raise
     except Exception as e:
-        raise blame.error(e, family.name, where, model) from e
+        code = getattr(family.spec, "__code__", None)  # where it begins, for what it returned
+        at = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else family.name
+        raise blame.error(e, family.name, at, where, model) from e
 
 
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
