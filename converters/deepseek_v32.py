@@ -9,12 +9,8 @@ What is unusual, beyond deepseek_v3:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import rules
-from zoo.spec import Indexer, Norm, Spec
+from zoo.family import Config, Family, Indexer, Norm, Spec, read, rules
 
-from . import _experts as experts
 from . import deepseek_v3
 
 
@@ -26,11 +22,11 @@ def spec(c: Config) -> Spec:
         n_heads=c["index_n_heads"],
         head_dim=c["index_head_dim"],
         top_k=c["index_topk"],
-        rope=rope(c, rope_parameters(c), c["qk_rope_head_dim"]),
+        rope=read.rope(c, read.rope_parameters(c), c["qk_rope_head_dim"]),
         key_norm=Norm(1e-6, kind="layer"),
     )
     mixer = deepseek_v3.latent_attention(c, indexer=indexer)
-    return deepseek_v3.decoder("deepseek_v32", c, mixer, experts.sigmoid_router(c))
+    return deepseek_v3.decoder("deepseek_v32", c, mixer, deepseek_v3.router(c))
 
 
 _I = "model.layers.{i}.self_attn.indexer."

@@ -13,17 +13,31 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config
-from zoo.errors import ZooError
-from zoo.families import Family
-from zoo.mapping.rules import cat, extra, rules, squeeze, stack
-from zoo.spec import MLP, Attention, Layer, Mamba, MoE, Norm, Spec
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Mamba,
+    MoE,
+    Norm,
+    Spec,
+    ZooError,
+    cat,
+    extra,
+    hf,
+    read,
+    rules,
+    squeeze,
+    stack,
+)
 
-from . import _experts as experts
+from . import deepseek_v3
 
 LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 # As transformers spells them; 5.x calls the first two by the kind of their attention.
-TYPES = {kind: kind for kind in LETTERS.values()} | {experts.LINEAR: "mamba", experts.FULL: "attention"}
+TYPES = {kind: kind for kind in LETTERS.values()} | {read.LINEAR: "mamba", read.FULL: "attention"}
 
 
 def spec(c: Config) -> Spec:
@@ -36,7 +50,6 @@ def spec(c: Config) -> Spec:
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
         head_dim=c["head_dim"],
-        v_head_dim=c["head_dim"],
         scale=c["head_dim"] ** -0.5,
     )
     mamba = Mamba(
@@ -57,9 +70,9 @@ def spec(c: Config) -> Spec:
     kinds = layer_kinds(c)
     if "moe" in kinds:
         moe = MoE(
-            experts.n_experts(c),
+            read.n_experts(c),
             MLP(c["moe_intermediate_size"], "relu2", gated=False),
-            experts.sigmoid_router(c),
+            deepseek_v3.router(c),
             shared=MLP(c["moe_shared_expert_intermediate_size"], "relu2", gated=False),
             latent=c.get("moe_latent_size"),
         )
@@ -72,7 +85,7 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=False,
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -126,7 +139,7 @@ RULES = {
         ("layers.{i}.moe.down.weight", stack(_M + "experts.{e}.down_proj.weight")),
         ("layers.{i}.moe.shared.up.weight", _M + "shared_experts.up_proj.weight"),
         ("layers.{i}.moe.shared.down.weight", _M + "shared_experts.down_proj.weight"),
-        extra("mtp.*", experts.MTP),
+        extra("mtp.*", hf.MTP),
     ),
 }
 

@@ -95,6 +95,8 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
 def _source(source: dict[str, Any]) -> dict[str, Any]:
     """Where it came from, without the lists."""
     origin = {k: v for k, v in (source.get("origin") or {}).items() if k != "files"}
+    if isinstance(package := source.get("package"), dict):
+        origin = {"package": f"{package.get('name')} {package.get('version')}", **origin}
     return {k: source[k] for k in ("path", "format", "naming", "dtype", "rules") if source.get(k)} | origin
 
 
