@@ -82,16 +82,16 @@ def attention(c: Config, sliding: bool) -> Attention:
     )
 
 
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *hf.ATTENTION,
-        ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.attention_sink_bias"),
-        *hf.MLP,
-        *deepseek_v3.MOE,
-        extra("model.mtp.*", hf.MTP),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.attention_sink_bias"),
+    *hf.MLP,
+    *deepseek_v3.MOE,
+    extra("model.mtp.*", hf.MTP),
+)
+_SINKS = ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.sinks")
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED, _SINKS))}
 
 FAMILY = Family("mimo_v2_flash", ("mimo_v2_flash",), ("MiMoV2FlashForCausalLM",), spec, RULES)

@@ -50,6 +50,11 @@ PRE_NORMS: tuple[RuleLine, ...] = (
     ("layers.{i}.ffn_norm.weight", "blk.{i}.ffn_norm.weight"),
 )
 
+POST_NORMS: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn_post_norm.weight", "blk.{i}.post_attention_norm.weight"),
+    ("layers.{i}.ffn_post_norm.weight", "blk.{i}.post_ffw_norm.weight"),
+)
+
 MOE: tuple[RuleLine, ...] = (
     ("layers.{i}.moe.router.weight", "blk.{i}.ffn_gate_inp.weight"),
     ("layers.{i}.moe.router.selection_bias", "blk.{i}.exp_probs_b.bias"),

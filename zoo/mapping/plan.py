@@ -247,6 +247,8 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             m.notes.append("the config does not say whether the head is tied, and the files hold none: it is")
         if best is None or m.n_problems < best.n_problems:
             best = m
+        if not m.n_problems:
+            break
     assert best is not None
     if best.n_problems:
         raise PlanError(ckpt, family, best)
