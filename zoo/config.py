@@ -36,7 +36,10 @@ class Recorded(dict[str, Any]):
     """
 
     def __init__(
-        self, data: Mapping[str, Any], read: tuple[set[str], ...] = (), parts: dict[str, Recorded] | None = None
+        self,
+        data: Mapping[str, Any],
+        read: tuple[set[str], ...] = (),
+        parts: dict[str, Recorded] | None = None,
     ) -> None:
         super().__init__(data)
         self.read = read or (set(),)
@@ -50,29 +53,27 @@ class Recorded(dict[str, Any]):
         return self._seen(key, super().__getitem__(key))
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self._seen(key, super().get(key, default))
 
-    def pop(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+    def pop(self, key: str, default: Any = None) -> Any:
         return self._seen(key, super().pop(key, default))
 
     def _seen(self, key: str, value: Any) -> Any:
         for read in self.read:
             read.add(key)
-        if not isinstance(value, dict):
-            return value
-        if isinstance(value, Recorded):
+        if key not in self or not isinstance(value, dict) or isinstance(value, Recorded):
             return value
         if key not in self.parts:
             self.parts[key] = Recorded(value)
         return self.parts[key]
 
-    def unread(self, at: str = "") -> Iterator[tuple[str, Any]]:
-        """The keys that nobody read, with the path to them ("text_config.alibi"), and their values."""
+    def unread(self, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+        """The keys that nobody read, as the path to them (("text_config", "alibi")), and their values."""
         for key, value in self.items():
             if not any(key in read for read in self.read):
-                yield at + key, value
+                yield (*at, key), value
             elif key in self.parts:
-                yield from self.parts[key].unread(f"{at}{key}.")
+                yield from self.parts[key].unread((*at, key))
 
 
 class Config(Mapping[str, Any]):
@@ -91,7 +92,7 @@ class Config(Mapping[str, Any]):
 
     def unread(self) -> dict[str, Any]:
         """What nobody read so far, in nested objects too: values by the dotted path to them."""
-        return dict(self.data.unread())
+        return {".".join(path): value for path, value in self.data.unread()}
 
     def __getitem__(self, key: str) -> Any:
         """A required field. Raises ZooError if it is absent or null."""
@@ -202,8 +203,9 @@ def rope_parameters(
             f"{c.where}: rope_parameters says nothing about {layer_type} layers; expected an object for each"
         )
     # A copy: what is read of it counts as read of each object that says it.
-    sources = [x for x in (p[layer_type] if nested else p, old) if isinstance(x, Recorded)]
-    out = Recorded(sources[0] if sources else {}, tuple(read for x in sources for read in x.read))
+    said_in = [x for x in (p[layer_type] if nested else p, old) if x is not None]
+    sources = [x if isinstance(x, Recorded) else Recorded(x) for x in said_in]
+    out = Recorded(sources[0], tuple(read for x in sources for read in x.read))
     kind = out.pop("type", None)
     out["rope_type"] = out.get("rope_type") or kind or "default"
     if p is not None:
