@@ -32,8 +32,7 @@ DEFAULTS = {
 
 
 def spec(c: Config) -> Spec:
-    t = read.text_config(c)
-    t = Config({**DEFAULTS, **t.data}, t.where)
+    t = read.text_config(c).with_defaults(DEFAULTS)
     t.refuse(use_bidirectional_attention=False, attn_logit_softcapping=None)
     if "text_config" in c:  # the wrapper's class has no softcap
         t.refuse(final_logit_softcapping=None)

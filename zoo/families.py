@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoo import blame, plugins
+from zoo import blame, plugins, unread
 from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.mapping.rules import RuleSet
@@ -242,8 +242,16 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
     """The Spec of a config, by the family that claims it (or the one given).
 
     Raises ZooError, naming `where`, for a field that is missing, unsupported, or of a value that makes no
-    model: a size below 1, a text where a number should be.
+    model: a size below 1, a text where a number should be; and for one that changes numbers and that the family
+    does not read.
     """
+    return read(config, family, where)[0]
+
+
+def read(
+    config: Mapping[str, Any], family: Family | None = None, where: str = "config.json"
+) -> tuple[Spec, list[str]]:
+    """`spec_of`, and notes on the fields that nobody read and zoo does not know."""
     family = family or find(config, where)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
@@ -254,11 +262,20 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
         for key in ("num_hidden_layers", "n_layer"):
             if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
                 raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
+    fields = Config(config, where)
     with blamed(family, where, f"{family.name} model"):
-        said = family.spec(Config(config, where)).to_dict()
+        said = family.spec(fields).to_dict()
     try:
         spec = Spec.from_dict(said)  # checks the types of all it holds
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
     refuse_unsound(spec, where)
-    return spec
+    return spec, unread.judge(fields, spec)
+
+
+def unread_keys(config: Mapping[str, Any], family: Family) -> list[str]:
+    """A sentence with all that `family` leaves unread of `config`, however little it says; none if there is nothing."""
+    fields = Config(config)
+    family.spec(fields)
+    keys = ", ".join(f"{k} ({str(v)[:40]})" for k, v in fields.unread().items())
+    return [f"of the config, the family {family.name} does not read {keys}"] if keys else []
