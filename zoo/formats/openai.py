@@ -6,10 +6,10 @@ mxfp4 weights are pairs `X.blocks` and `X.scales`; q, k and v are one tensor alr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from zoo import families
+from zoo.errors import ZooError
 from zoo.formats import safetensors
 from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
 
@@ -21,10 +21,10 @@ def detect(path: Path) -> bool:
     if not (root / "config.json").is_file() or not any(root.glob("*.safetensors")):
         return False
     try:
-        config = json.loads((root / "config.json").read_bytes())
-    except (ValueError, RecursionError):
+        config = read_json(root / "config.json", "")
+    except ZooError:
         return False  # whose turn it is will say so
-    return isinstance(config, dict) and _OWN_KEYS <= set(config) and "architectures" not in config
+    return set(config) >= _OWN_KEYS and "architectures" not in config
 
 
 def open(path: Path) -> Checkpoint:
