@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoo import blame, plugins
+from zoo import plugins
 from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.mapping.rules import RuleSet
@@ -22,7 +22,7 @@ from zoo.soundness import MAX_LAYERS, refuse_unsound
 from zoo.spec import Spec
 
 if TYPE_CHECKING:
-    from zoo.formats.gguf_config import Fields
+    from zoo.family.gguf_fields import Fields
 
 OwnReading = Callable[[Config, Collection[str]], dict[str, Any] | None]
 """(the vendor's config, names of the tensors) -> config.json in Hugging Face terms, or None: not of this family."""
@@ -95,6 +95,8 @@ def _load(module: str) -> Family:
 
 def _unreadable(module: str, e: Exception) -> ZooError:
     """A syntax error's place is its own, another one's is where its traceback left `zoo` last."""
+    from zoo import blame  # and in `blamed`: only a failure needs it
+
     at = f"{e.filename}:{e.lineno}" if isinstance(e, SyntaxError) else blame.place(e) or module
     return ZooError(
         f"{at}: the family in {module} can't be imported ({type(e).__name__}: {e}); its file is at fault"
@@ -207,6 +209,8 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
     except ZooError:
         raise
     except Exception as e:
+        from zoo import blame
+
         code = getattr(family.spec, "__code__", None)  # where it begins, for what it returned
         at = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else family.name
         raise blame.error(e, family.name, at, where, model) from e
