@@ -37,8 +37,7 @@ class Family:
 
     `model_types` and `architectures` are what its configs say in those fields. A config that has
     `architectures` goes by them; one that has none, or a decoder's without its head (`...Model`), by its
-    `model_type`. A wrapper's architecture may be
-    claimed by several families: its text model's `model_type` decides.
+    `model_type`. A wrapper's architecture may be claimed by several families: its text model's `model_type` decides.
 
     A naming whose files have no config in Hugging Face's terms also has a reading of the config they have:
     `own`, by naming, for a vendor's (`params.json`); `gguf`, by the architecture's name, for a GGUF's metadata.
@@ -114,12 +113,10 @@ def _plugged_in() -> dict[str, Family]:
             if not isinstance(family, Family):
                 raise ZooError(f"{entry.value} is a {type(family).__name__}; expected a zoo.family.Family")
         except Exception as e:
-            _broken[whose] = str(
-                ZooError(f"{whose}: {entry.value} can't be imported ({type(e).__name__}: {e})")
-            )
+            _broken[whose] = f"{whose}: {entry.value} can't be imported ({type(e).__name__}: {e})"
             warnings.warn(_broken[whose], stacklevel=2)
             continue
-        if family.name not in _built_in():
+        if family.name not in _built_in() and f"converters.{family.name}" not in _broken:
             found.setdefault(family.name, family)
             _package.setdefault(family.name, entry.package)
     return found
@@ -189,12 +186,11 @@ def own_config(naming: str, own: Any, tensors: Collection[str], where: str) -> d
 
 
 def naming_gguf(architecture: Any, where: str) -> list[tuple[Family, GGUFReading]]:
-    """The families that have a reading for a GGUF of this architecture, and it. Raises ZooError if none has."""
+    """The families that have a reading for a GGUF of this architecture, ours first, and it. Raises ZooError if none has."""
     if isinstance(architecture, str):
-        for group in (_built_in, families):
-            named = [(f, f.gguf[architecture]) for f in group().values() if architecture in f.gguf]
-            if named:
-                return named
+        named = [(f, f.gguf[architecture]) for f in families().values() if architecture in f.gguf]
+        if named:
+            return named
     known = sorted({a for f in families().values() for a in f.gguf})
     raise ZooError(
         f"{where}: GGUF architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(known)}"
