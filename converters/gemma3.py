@@ -100,6 +100,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `gemma3` says, and what llama.cpp knows by itself. Norm weights are stored as 1 + w."""
     head_dim = gguf.head_dim(f, out)
     # llama.cpp knows the 27B by its 62 layers: there the scale is (hidden / heads)^-0.5.
     scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == 62 else head_dim

@@ -57,6 +57,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp does not write: it has no windows for this architecture."""
     return {"head_dim": gguf.head_dim(f, out), "use_sliding_window": False}
 
 

@@ -89,6 +89,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `qwen3moe` says, and what llama.cpp's graph of it fixes."""
     return {
         "head_dim": gguf.head_dim(f, out),
         "num_experts": f["expert_count"],
