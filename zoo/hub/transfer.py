@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import queue
 import shutil
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +35,7 @@ __all__ = [
     "download_ranges",
     "download_sparse",
     "download_to",
+    "hashed",
     "read_headers",
     "read_range",
     "read_safetensors_header",
@@ -118,6 +121,31 @@ def download(
                 _parallel(largest_first, fetch, workers, watch)
             cache.write_ref(snapshot)
     return folder
+
+
+def hashed(snapshot: Snapshot, paths: Iterable[str], *, progress: Progress | None = None) -> Snapshot:
+    """The snapshot, with the sha256 of those of its files `paths` that came without a hash, of what the cache holds.
+
+    That says what was read, so that a change is noticed. Whether it is what the Hub has, it can't say.
+    """
+    watch = Watch(progress)
+    files = {path: file for path in paths if not (file := snapshot.file(path)).blob}
+    if not files:
+        return snapshot
+    watch.tell(lambda p: p.phase("hashing"))
+    for path, file in files.items():
+        at = cache.find(snapshot, file)
+        if at is None:
+            raise HubError(f"{snapshot.about(path)}: it has gone from the cache; run this again.", "offline")
+        with open(at, "rb", buffering=0) as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        files[path] = replace(file, sha256=found, hashed_here=True)
+        cache.mark_verified(at, files[path])
+    watch.note(
+        f"{snapshot.repo}: the cache holds no hash of {len(files)} files ({next(iter(files))}, ...): hash computed here, "
+        "not compared with the Hub's"
+    )
+    return replace(snapshot, files=tuple(files.get(f.path, f) for f in snapshot.files))
 
 
 def download_to(

@@ -103,6 +103,7 @@ def pull(
         _can_verify(verify, layers)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
     with _alone(dst, progress), opening(name, dtype, revision, format, layers, progress, family) as opened:
+        opened.hash(progress)
         recover(dst)
         if _is_done(dst, opened) and not force:
             progress.note(f"{dst} is there already, from the same source")

@@ -32,6 +32,12 @@ class Opened:
     remote: Remote | None = None
     origin: dict[str, Any] | None = None
 
+    def hash(self, progress: Progress) -> None:
+        """Have a hash of every file, of what the cache holds where no list has it."""
+        if self.remote is not None and not all(f.blob for f in self.remote.files):
+            self.remote = self.remote.hashed(progress)
+            self.origin = self.remote.provenance()
+
 
 def is_local(src: StrPath) -> bool:
     """Whether `src` means something on this disk: it exists, or is spelled as only a path is."""

@@ -1,4 +1,4 @@
-"""What a pull fetches, writes and needs, in bytes; refused before the first one if it can not fit."""
+"""What a pull fetches and writes, in bytes: refused before the first one where it does not fit."""
 
 from __future__ import annotations
 
