@@ -25,6 +25,7 @@ from zoo.cli.inspect import look
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.hub import HubError, cache
+from zoo.pull import default_folder, preview
 
 REPO = "org/tiny"
 STRAYS = (".DS_Store", "Thumbs.db", "desktop.ini", "._config.json", "._model-00001-of-00003.safetensors")
@@ -185,11 +186,24 @@ def test_a_cache_without_links_is_hashed_here_and_that_is_said(
     origin = canonical.read(path).source["origin"]
     assert all(f["compared"] is False and len(f["sha256"]) == 64 for f in origin["files"].values())
     assert not {os.path.basename(f) for f in origin["files"]} & set(STRAYS)
+    assert zoo.plan(REPO).nbytes and weights(zoo.pull(REPO, tmp_path / "streamed", stream=True)) == expected
+    assert canonical.read(zoo.pull(REPO, tmp_path / "part", layers=[1])).layers == (1,)
     zoo.pull(REPO, path)  # is there already
     shard = sorted(folder.glob("model*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     with pytest.raises(ZooError, match="exists"):  # another source than it was made from
         zoo.pull(REPO, path)
+
+
+def test_what_an_offline_cache_lacks_is_named(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = needed(server)
+    shard = sorted(folder.glob("model*.safetensors"))[1]
+    shard.unlink()
+    offline(monkeypatch)
+    with pytest.raises(ZooError, match=shard.name):
+        zoo.pull(REPO, tmp_path / "canon")
 
 
 def test_what_the_hub_compared_is_not_said_to_be_hashed_here(server: HubServer, tmp_path: Path) -> None:
@@ -231,6 +245,10 @@ def test_a_folder_of_the_cache_is_the_snapshot_that_main_names(
         canon = zoo.convert(source, tmp_path / f"canon-{source.name}")
         assert weights(canon) == expected
         assert canonical.read(canon).source["path"] == str(folder)
+    assert weights(zoo.pull(str(at), tmp_path / "pulled")) == expected
+    assert default_folder(str(at)) == "tiny" and preview(str(at)).fetch == 0
+    with pytest.raises(ZooError, match="nothing is fetched"):
+        zoo.pull(str(at), tmp_path / "part", layers=[0])
     about, _ = look(at)
     assert about["format"] == "safetensors" and any(folder.name in note for note in about["notes"])
     (at / "refs" / "main").unlink()

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import filelock
 from huggingface_hub import constants
 
-from zoo.formats.base import is_stray
+from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
@@ -240,7 +240,7 @@ def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
     """The commit's file list, if this or another tool has fetched it before.
 
     Not trusted, as if it were not there: a list with a file that has no git blob id, which the Hub never sends, or
-    without a file that the snapshot links to. Tools (zoo among them, once) have made such lists of what was cached.
+    without a file that the snapshot links to, or weights in it. Tools (zoo among them, once) have made such lists of what was cached.
     """
     with suppress(ImportError, AttributeError, TypeError):
         # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Without it the list is fetched again.
@@ -263,7 +263,10 @@ def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
 
 def _is_whole(repo: str, commit: str, entries: Mapping[str, Any]) -> bool:
     ids = all(isinstance(e.blob_id, str) and _GIT.fullmatch(e.blob_id) for e in entries.values())
-    return ids and all(e["path"] in entries for e in read_snapshot(repo, commit) if _is_hashed(e))
+    belong = (
+        e["path"] for e in read_snapshot(repo, commit) if _is_hashed(e) or e["path"].endswith(WEIGHT_SUFFIXES)
+    )
+    return ids and all(path in entries for path in belong)
 
 
 def write_tree(snapshot: Snapshot) -> None:

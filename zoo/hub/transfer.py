@@ -159,7 +159,8 @@ def download_to(
 ) -> Path:
     """Have the file `path` of the snapshot, whole and verified, at `dest`, past the Hub's cache; `dest`.
 
-    Continues `dest` + `.part` of an earlier run; does nothing if `dest` is there and right. Advances `progress` by
+    Continues `dest` + `.part` of an earlier run; does nothing if `dest` is there and right. Offline, the cache's own is
+    copied. Advances `progress` by
     the file's bytes but doesn't start it: callers that fetch many files know the total. Raises HubError as `download`.
     """
     file, about, watch = snapshot.file(path), snapshot.about(path), Watch(progress, cancel)
@@ -168,7 +169,11 @@ def download_to(
         dest.parent.mkdir(parents=True, exist_ok=True)
         with cache.locked(dest.with_name(dest.name + ".lock"), str(about), watch):
             if not _is_there(dest, file, watch, verify=verify):
-                _receive(file, snapshot.url(path), part, about, watch, verify=verify)
+                at = cache.find(snapshot, file) if is_offline_mode() else None
+                if at is not None and _is_there(at, file, watch, verify=verify):
+                    shutil.copyfile(at, part)
+                else:
+                    _receive(file, snapshot.url(path), part, about, watch, verify=verify)
                 os.replace(part, dest)
                 if verify:
                     cache.mark_verified(dest, file)

@@ -23,7 +23,16 @@ from zoo.formats import canonical
 from zoo.mapping.folder import check_destination, put, recover
 from zoo.pull.fetch import Job
 from zoo.pull.progress import Quiet, Steps
-from zoo.pull.source import Opened, StrPath, default_folder, is_local, not_here, open_source, opening
+from zoo.pull.source import (
+    Opened,
+    StrPath,
+    cache_folder,
+    default_folder,
+    is_local,
+    not_here,
+    open_source,
+    opening,
+)
 from zoo.pull.space import existing, to_fetch, to_write
 
 if TYPE_CHECKING:
@@ -102,6 +111,22 @@ def pull(
     if verify is not None:
         _can_verify(verify, layers)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
+    if (here := cache_folder(name)) is not None:
+        if stream or layers is not None or revision is not None:
+            raise ZooError(
+                f"{name} is a folder on this disk: nothing is fetched, so not in part, streamed or by revision"
+            )
+        return convert(
+            here,
+            dst,
+            dtype=dtype,
+            format=format,
+            family=family,
+            strict=strict,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
     with _alone(dst, progress), opening(name, dtype, revision, format, layers, progress, family) as opened:
         opened.hash(progress)
         recover(dst)

