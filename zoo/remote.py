@@ -269,8 +269,7 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
 
 def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path, progress: Progress | None) -> None:
     """Fetch a GGUF's start, more of it as long as the header goes on, and the tensors that belong to the config."""
-    from converters import _gguf
-    from zoo.formats import gguf
+    from zoo.formats import gguf, gguf_config
 
     def fetch(start: int, end: int) -> None:
         with open(mirror / file.path, "r+b") as f:
@@ -289,7 +288,7 @@ def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path, progress: Progr
         except gguf.HeaderGoesOn:
             continue
     for ref in refs or ():
-        if ref.name in _gguf.CONSTANTS and ref.nbytes <= GGUF_GUESS:  # the reader refuses a larger one
+        if ref.name in gguf_config.CONSTANTS and ref.nbytes <= GGUF_GUESS:  # the reader refuses a larger one
             fetch(ref.offset, ref.offset + ref.nbytes)
 
 

@@ -116,12 +116,13 @@ class Attention:
     joins the softmax and is dropped. `gate`: the output is multiplied by sigmoid(gate(x)).
     `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
     `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
+    `v_head_dim`: channels of a head's v; left out, as many as q and k have.
     """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    v_head_dim: int
+    v_head_dim: int = field(kw_only=True, default=None)  # type: ignore[assignment]
     scale: float
     rope: Rope | None = None
     window: int | None = None
@@ -137,6 +138,10 @@ class Attention:
     value_scale: float = 1.0
     kv_from: int | None = None
     kind: Literal["attention"] = "attention"
+
+    def __post_init__(self) -> None:
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

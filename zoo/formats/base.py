@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 
 ITEMSIZE = {
@@ -136,11 +137,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         found = os.stat(path)
         if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) or found.st_size > MAX_JSON:
             raise ZooError(f"{path}: no file of JSON, or one of over {MAX_JSON >> 20} MiB; {what}")
-        with open(path, encoding="utf-8") as f:
-            data = json.load(f)
+        with open(path, "rb") as f:
+            data = parse_json(f.read())
     except FileNotFoundError:
         raise ZooError(f"{path}: missing; {what}") from None
-    except (ValueError, RecursionError) as e:  # bad UTF-8, bad JSON, numbers of thousands of digits
+    except ValueError as e:  # bad UTF-8, bad JSON, more of it than any release has
         raise ZooError(f"{path}: not valid JSON ({e}); {what}") from None
     except OSError as e:
         raise ZooError(f"{path}: {e.strerror}; {what}") from None

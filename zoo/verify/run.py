@@ -309,7 +309,9 @@ def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
     from zoo import families
     from zoo.mapping.plan import make_plan
 
-    plan = make_plan(ckpt, families.get(folder.spec.family), converted_to(folder))
+    plan = make_plan(
+        ckpt, families.get(folder.spec.family, folder.source.get("package")), converted_to(folder)
+    )
     return plan if folder.layers is None else plan.restrict(folder.layers)
 
 
