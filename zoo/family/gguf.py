@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from zoo.family.hf import MTP
-from zoo.formats.gguf_config import Fields as Fields
 from zoo.formats.gguf_config import head_dim as head_dim
 from zoo.formats.gguf_config import layer_types as layer_types
+from zoo.formats.gguf_fields import Fields as Fields
 from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves
 
 ENDS: tuple[RuleLine, ...] = (
