@@ -56,6 +56,7 @@ class StreamedTransformers(Transformers):
                 f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
             )
         self.path, self.dtype = path, dtype
+        self.corrected = []
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         return_freed_memory()
