@@ -25,10 +25,10 @@ def source(tmp_path: Path) -> Path:
 
 def at_most(seconds: float, mib: float, call: Callable[[], Any]) -> str:
     """What `call` is refused with, within these limits of time and memory."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ZooError) as error:
         call()
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mib * 1024
     text = str(error.value)
     assert len(text) < 3000
