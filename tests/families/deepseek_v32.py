@@ -38,5 +38,8 @@ CASE = FamilyCase(
     mtp=mtp,
     listed={"deepseek-v3.2": Listed("deepseek-v3.2", frozenset({"model"}))},
     refused=(("deepseek-v3.2", {"rope_interleave": False}, "rope_interleave is False"),),
+    optional_rules={
+        "layers.{i}.attn.q.weight": "V3's queries without a latent",
+    },
 )
 # fmt: on

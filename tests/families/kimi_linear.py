@@ -51,7 +51,7 @@ def released(config: Settings) -> Settings:
     config["linear_attn_config"] = {
         "full_attn_layers": [i for i, kind in enumerate(kinds, 1) if kind == "full_attention"],
         "kda_layers": [i for i, kind in enumerate(kinds, 1) if kind == "linear_attention"],
-        "head_dim": config.pop("linearimplied_head_dim"),
+        "head_dim": config.pop("linear_head_dim"),
         "num_heads": config.pop("linear_num_heads"),
         "short_conv_kernel_size": config.pop("linear_conv_kernel_dim"),
     }
@@ -95,6 +95,11 @@ CASE = FamilyCase(
         ("kimi-linear-48b-a3b", {"moe_router_activation_func": "softmax"}, "moe_router_activation_func is 'softmax'"),
     ),
     released_text=released,
+    optional_rules={
+        "layers.{i}.attn.q_down.weight": "V3's queries through a latent",
+        "layers.{i}.attn.q_latent_norm.weight": "V3's queries through a latent",
+        "layers.{i}.attn.q_up.weight": "V3's queries through a latent",
+    },
 )
 # fmt: on
 

@@ -65,8 +65,8 @@ def released(config: Settings) -> Settings:
         "attention_chunk_size": window,
         "swa_num_attention_heads": config["num_attention_heads"],
         "swa_num_key_value_heads": 2 * config["num_key_value_heads"],
-        "swaimplied_head_dim": config["head_dim"],
-        "swa_vimplied_head_dim": config["vimplied_head_dim"],
+        "swa_head_dim": config["head_dim"],
+        "swa_v_head_dim": config["v_head_dim"],
         "n_shared_experts": None,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -112,6 +112,10 @@ CASE = FamilyCase(
         ("mimo-v2-flash", {"partial_rotary_factor": None}, "'partial_rotary_factor' is missing"),
     ),
     released_text=released,
+    optional_rules={
+        "layers.{i}.moe.shared.down.weight": "V3's shared experts",
+        "layers.{i}.moe.shared.gate_up.weight": "V3's shared experts",
+    },
 )
 # fmt: on
 

@@ -73,6 +73,10 @@ CASE = FamilyCase(
         ("qwen3-next-80b-a3b", {"layer_types": ["full_attention"]}, "should list 48 layers"),
     ),
     released_text=released,
+    optional_rules={
+        "layers.{i}.mlp.down.weight": "Qwen3's dense layers",
+        "layers.{i}.mlp.gate_up.weight": "Qwen3's dense layers",
+    },
 )
 # fmt: on
 
