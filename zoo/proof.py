@@ -59,9 +59,16 @@ def version(family: Family, specs: Iterable[Spec]) -> str:
     for spec in specs:
         said.append(spec.to_dict())
         for _, rules in sorted(family.rules.items()):
-            said.append([_applying(rules.rules, layer, spec) for layer in (None, *dict.fromkeys(spec.layers))])
             said.append(
-                [e.pattern for e in rules.extras for la in dict.fromkeys(spec.layers) if e.when and e.when(la)]
+                [_applying(rules.rules, layer, spec) for layer in (None, *dict.fromkeys(spec.layers))]
+            )
+            said.append(
+                [
+                    e.pattern
+                    for e in rules.extras
+                    for la in dict.fromkeys(spec.layers)
+                    if e.when and e.when(la)
+                ]
             )
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
