@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from zoo.spec import Spec
 
 # What a family's Specs and rules are computed by, beside the family's own file.
-_CODE = ("config.py", "families.py", "family.py", "layout.py", "mapping/rules.py", "spec.py")
+_CODE = ("config.py", "families.py", "layout.py", "mapping/rules.py", "spec.py")
 
 
 def sources_version() -> str:
@@ -37,7 +37,11 @@ def sources_version() -> str:
 
     own, configs = zoo.__path__[0], os.path.join(manifests.__path__[0], "configs")
     paths = [os.path.join(own, name) for name in _CODE]
-    for folder, end in ((converters.__path__[0], ".py"), (configs, ".json")):
+    for folder, end in (
+        (converters.__path__[0], ".py"),
+        (os.path.join(own, "family"), ".py"),
+        (configs, ".json"),
+    ):
         paths += [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(end)]
     found = hashlib.sha256()
     for path in paths:
