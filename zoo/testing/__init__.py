@@ -22,7 +22,7 @@ The parts need torch, transformers (`pip install zoo[upstream]`) and pytest, whi
     suite       the tests
 """
 
-from .case import FamilyCase, Gguf, Listed, cases
+from .case import FamilyCase, Listed, cases
 from .variant import BASE, EPS, FULL, LINEAR, SLIDING, VOCAB, Variant, llama3, rope, yarn
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "SLIDING",
     "VOCAB",
     "FamilyCase",
-    "Gguf",
     "Listed",
     "Variant",
     "cases",

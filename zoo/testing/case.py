@@ -26,22 +26,6 @@ def _as_it_is(config: Settings) -> Settings:
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """How llama.cpp's converter writes a tiny model of the family.
-
-    architecture: `general.architecture`.
-    fields: metadata from the variant's config.json.
-    settings: what differs from the case's first variant so that the format can express it.
-    options: how its converter changes weights (`permute`, `plus_one`).
-    """
-
-    architecture: str
-    fields: Callable[[Settings], Settings]
-    settings: Settings = field(default_factory=dict)
-    options: Settings = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Listed:
     """A list of the tensors in a release's own files, and what of them the rules set aside.
 
@@ -82,7 +66,6 @@ class FamilyCase:
     listed: tensor list (`tests/data/tensors/<name>.tensors.json`) -> the release it is of.
     optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
     refused: (config stem, changes, what the error says): configs that must be refused.
-    gguf: how llama.cpp's converter writes it.
     """
 
     name: str
@@ -108,7 +91,6 @@ class FamilyCase:
     listed: Mapping[str, Listed] = field(default_factory=dict)
     optional_rules: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[tuple[str, Settings, str], ...] = ()
-    gguf: Gguf | None = None
 
     def __post_init__(self) -> None:
         mine = tuple(dataclasses.replace(v, family=self.name) for v in self.variants)

@@ -45,7 +45,8 @@ class Variant:
     image_token: an id that `tokens` must not draw.
     family: name of the family, set by the `FamilyCase` it is listed in.
 
-    What upstream can't do for it, each a flag here and a test that fails when it no longer holds:
+    What upstream can't do for it, with the reason. A test fails where `not_read_by_upstream` or `decodes_otherwise` no
+    longer holds; `rounds_otherwise` is measured, and taken away by hand:
 
     eager_only: upstream's class has no sdpa path.
     rounds_otherwise: why its bf16 logits are not upstream's to the bit for most tokens, as everyone else's are.
