@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from assemble import assemble
 from safetensors.torch import load_file, save_file
-from tiny.names import holes, released_tensors
 
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.mapping.plan import PlanError, fold, make_plan
+from zoo.testing.assemble import assemble
+from zoo.testing.names import holes
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,7 +190,9 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All headers of DeepSeek-V3 over holes: 92,000 tensors, 689 GB that take no room."""
     (found,) = (p for p in (ROOT / "manifests" / "configs").glob("deepseek-v3.config.json"))
     config = json.loads(found.read_text())
-    return holes(tmp_path_factory.mktemp("deepseek"), config, released_tensors(config, mtp=1, quantised=True))
+    return holes(
+        tmp_path_factory.mktemp("deepseek"), config, tiny.released_tensors(config, mtp=1, quantised=True)
+    )
 
 
 SCRIPT = """

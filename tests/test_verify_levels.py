@@ -13,7 +13,6 @@ import tiny
 import torch
 import vendor
 from safetensors.torch import load_file, save_file
-from tiny.build import write_tensors
 from verified import broken, canonical, copy, rewrite, with_tensor
 
 import zoo
@@ -21,6 +20,7 @@ from zoo.errors import ZooError
 from zoo.formats.canonical import read
 from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
+from zoo.testing.build import write_tensors
 from zoo.verify.diagnose import hypotheses
 from zoo.verify.faults.base import CATALOGUE
 from zoo.verify.faults.spec import map_spec
