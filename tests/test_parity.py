@@ -8,21 +8,16 @@ import pytest
 import tiny
 import torch
 from built import built, decoder
+from rounding import agree
 
 from zoo.model import Decoder
 
-# fp32: a naive implementation and upstream's own two attentions differ by up to 3e-5.
-TOLERANCE = 5e-5
 NAMES = sorted(tiny.VARIANTS)
 # Families whose rounding order in bf16 is upstream's to the bit, given the same attention.
 EXACT_IN_BF16 = [
     "llama", "llama_bias", "mistral_window", "ministral3", "qwen3", "smollm3", "olmo2", "olmo3", "gemma3",
     "gemma3n", "nemotron_h",
 ]  # fmt: skip
-
-
-def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a - b).abs().max().item() <= TOLERANCE
 
 
 def model_of(name: str) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
@@ -33,8 +28,8 @@ def model_of(name: str) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32_logits_are_upstreams(name: str) -> None:
-    _, _, logits = model_of(name)
-    assert agree(logits, built(name).upstream["eager"])
+    model, ids, logits = model_of(name)
+    assert agree(logits, built(name).upstream["eager"], model, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,7 +37,7 @@ def test_decoding_token_by_token_gives_the_logits_of_one_pass(name: str) -> None
     model, ids, logits = model_of(name)
     cache = model.cache(len(ids), ids.shape[1])
     steps = [model(ids[:, t : t + 1], cache) for t in range(ids.shape[1])]
-    assert agree(torch.cat(steps, 1), logits)
+    assert agree(torch.cat(steps, 1), logits, model, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +47,7 @@ def test_feeding_a_prompt_in_uneven_pieces_gives_the_logits_of_one_pass(name: st
     cache = model.cache(len(ids), T + 3)
     cuts = sorted({0, 1, 4, 12, 13, T // 2 + 1, T - 2, T - 1, T})
     pieces = [model(ids[:, a:b], cache) for a, b in itertools.pairwise(cuts)]
-    assert agree(torch.cat(pieces, 1), logits)
+    assert agree(torch.cat(pieces, 1), logits, model, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +58,7 @@ def test_a_step_that_looks_at_every_slot_gives_the_same_logits(name: str) -> Non
     cache = model.cache(len(ids), T + 3)
     cache.fixed = True
     pieces = [model(ids[:, :5], cache)] + [model(ids[:, t : t + 1], cache) for t in range(5, T)]
-    assert agree(torch.cat(pieces, 1), logits)
+    assert agree(torch.cat(pieces, 1), logits, model, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,13 +68,13 @@ def test_a_cache_that_was_reset_remembers_nothing(name: str) -> None:
     model(ids.flip(1), cache)
     cache.reset()
     again = [model(ids[:, :3], cache), model(ids[:, 3:], cache)]
-    assert agree(torch.cat(again, 1), logits)
+    assert agree(torch.cat(again, 1), logits, model, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_of_a_batch_do_not_see_each_other(name: str) -> None:
     model, ids, logits = model_of(name)
-    assert agree(model(ids[1:]), logits[1:])
+    assert agree(model(ids[1:]), logits[1:], model, ids[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +92,7 @@ def test_layers_run_one_at_a_time_with_their_own_weights_only(name: str) -> None
             {k.removeprefix(prefix): v for k, v in b.tensors.items() if k.startswith(prefix)}, assign=True
         )
         x = alone(x, ctx)
-    assert agree(ends.finish(x, ctx), b.upstream["eager"])
+    assert agree(ends.finish(x, ctx), b.upstream["eager"], decoder(b.spec, b.tensors), b.ids)
 
 
 def quantiles(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
