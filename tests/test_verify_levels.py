@@ -82,7 +82,11 @@ def test_a_limit_that_is_too_long_to_cross_is_named_as_not_checked() -> None:
     [
         ("rope_rows_interleaved", "layer 1, attention", "rows of q and k in interleaved RoPE order"),
         ("gate_up_swapped", "layer 1, feed-forward", "gate and up exchanged"),
-        ("norms_swapped", "layer 1, norm (attn_norm)", "norms before attention and feed-forward exchanged"),
+        (
+            "norms_swapped",
+            "layer 1, norm (attn_norm)",
+            "agrees when attn_norm and ffn_norm are exchanged in layer 1",
+        ),
         ("head_off_by_one", "the final norm or the head", "rows of the head shifted"),
         ("embedding_off_by_one", "the embedding", "rows of the embedding shifted"),
         ("norm_stale", "layer 1, norm (ffn_norm)", "is 1 throughout"),
@@ -171,7 +175,7 @@ def test_a_fault_that_shows_in_the_longest_rows_alone_is_looked_for_there(
 def test_a_mistake_that_changes_nothing_is_not_tried() -> None:
     clean = subject_of(read(canonical("llama")), torch.float32)
     tried = list(hypotheses(clean, 1))
-    specs = [subject for *_, site, subject in tried if site == "spec"]
+    specs = [subject for _, _, site, subject in tried if site == "spec"]
     assert specs and clean.spec not in [s.spec for s in specs if s.patch is None]
     names = {name for name, *_ in tried}
     assert not names & {"norm_mean", "value_norm_skipped", "post_norms_skipped"}  # it has none of these

@@ -34,8 +34,8 @@ class Choices:
     tied: int = 0  # choices of keys, at a tie, that were made as another pass's
 
     def differ(self, other: Choices, token: int) -> list[str]:
-        """What this token (of any row) chose otherwise than in `other`: "experts in layer 3", ..."""
-        out = []
+        """What this token (of any row) chose otherwise than in `other`, the first layer first: "keys in layer 3", ..."""
+        out: list[tuple[int, str]] = []
         for what in ("experts", "keys"):
             for layer, mine in getattr(self, what).items():
                 theirs = getattr(other, what).get(layer)
@@ -43,8 +43,8 @@ class Choices:
                     continue
                 a, b = (torch.cat(x, 1)[:, token].sort(-1).values for x in (mine, theirs))
                 if not torch.equal(a, b):
-                    out.append(f"{what} in layer {layer}")
-        return out
+                    out.append((layer, what))
+        return [f"{what} in layer {layer}" for layer, what in sorted(out)]
 
 
 @contextlib.contextmanager

@@ -22,15 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from zoo.formats.canonical import Canonical
-from zoo.spec import Attention, LatentAttention, Norm, Rope, Spec
+from zoo.spec import Spec
 from zoo.verify import tolerance
 from zoo.verify.compare import Measured, Sketched, drive, rows
 from zoo.verify.faults import CATALOGUE, Fault, Subject
-from zoo.verify.faults.spec import map_spec
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
 from zoo.verify.ours import build, subject_of, used_rows
+from zoo.verify.remedies import (
+    Remedy,
+    embedding_fitted,
+    for_head,
+    for_layer,
+    logits_fitted,
+    routed_scale_fitted,
+)
 from zoo.verify.tolerance import Spread
 
 EMBEDDING, HEAD = "the embedding", "the final norm or the head"
@@ -69,7 +76,7 @@ def diagnose(
         return out
     try:
         batch = _telling(asked, measured, dtype, first)
-        _search(out, folder, oracle, batch, measured.spread, dtype, first, stream)
+        _search(out, folder, oracle, batch, measured.spread, dtype, first, stream, measured.oracle_layers)
     except (MemoryError, RuntimeError) as e:
         if not stream:
             raise
@@ -105,6 +112,7 @@ def _search(
     dtype: str,
     first: int | None,
     stream: bool,
+    oracle_layers: int,
 ) -> None:
     """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
     spec = folder.spec
@@ -137,21 +145,124 @@ def _search(
     if agrees:  # every mistake that changes little would seem to explain it
         out["suggestions"].append(_adds_up(first))
     elif finite:
-        _made_again(out, probe, clean, before, LARGE if stream else None)
+        every = None
+        if not stream and first is not None and oracle_layers == spec.n_layers > 1:
+            every = Whole(watch(oracle, batch, None, set(range(spec.n_layers))), dtype, spread)
+        _made_again(out, probe, clean, before, LARGE if stream else None, every)
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
     if not out["suggestions"]:
         out["suggestions"] = ["no single mistake of the catalogue explains it"]
 
 
-def _made_again(out: dict[str, Any], probe: Probe, clean: Subject, before: float, most: int | None) -> None:
-    """Add to `out` the mistakes that, undone in tensors of at most `most` bytes, make what departs agree."""
-    found: list[dict[str, Any]] = []
-    for name, what, site, subject in hypotheses(clean, probe.first, most):
+@dataclass
+class Found:
+    """What was tried and makes what departs agree, or brings it far nearer."""
+
+    name: str
+    says: str  # a sentence, or (of a remedy) what completes "agrees when ...", with {} for the layers
+    site: str
+    error: float
+    subject: Subject
+    remedy: bool
+
+
+def _made_again(
+    out: dict[str, Any], probe: Probe, clean: Subject, before: float, most: int | None, whole: Whole | None
+) -> None:
+    """Add to `out` what makes what departs agree: mistakes of the catalogue undone in tensors of at most `most` bytes, and
+    remedies. `whole`: what upstream did in all layers, to see where else they help."""
+    found: list[Found] = []
+    for name, says, site, subject, remedy in _everything(clean, probe, most):
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
-            found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
-            out["suggestions"].append(f"consistent with {what}" + (f" ({site})" if site != "spec" else ""))
-    out["hypotheses"] = sorted(found, key=lambda f: f["error"])[:8]
+            found.append(Found(name, says, site, after, subject, remedy))
+    told = _told(found, probe.bound)
+    for f in told:
+        if not f.remedy:
+            out["suggestions"].append(f.says)
+            continue
+        where = _helped(f, clean, probe, whole) if whole is not None and probe.first is not None else {}
+        where = where or {f.says: f"layer {probe.first}"}
+        said = "; ".join(says.format(layers) for says, layers in where.items())
+        nearer = (
+            ""
+            if f.error <= probe.bound
+            else f"comes {before / f.error:.0f} times nearer, not within the bound, "
+        )
+        out["suggestions"].append(f"{nearer or 'agrees '}when {said}")
+    out["hypotheses"] = [
+        {"fault": f.name, "site": f.site, "error": f.error, "within_bound": f.error <= probe.bound}
+        for f in told
+    ][:8]
+
+
+def _everything(
+    clean: Subject, probe: Probe, most: int | None
+) -> Iterator[tuple[str, str, str, Subject, bool]]:
+    for name, what, site, subject in hypotheses(clean, probe.first, most):
+        at = "" if site == "spec" else f" ({site})"
+        yield name, f"{'agrees' if name in AGREES else 'consistent'} with {what}{at}", site, subject, False
+    for r in probe.remedies(clean):
+        if not _unchanged(r.subject, clean):
+            yield r.name, r.says, "spec", r.subject, True
+
+
+def _told(found: list[Found], bound: float) -> list[Found]:
+    """Of what helps the best of each kind, once: what merely comes near is not told beside what agrees."""
+    best = min((f.error for f in found), default=math.inf)
+    enough = max(NEARLY * best, best + bound / 50) if best <= bound else NEARLY * best
+    kept: list[Found] = []
+    for f in sorted(found, key=lambda f: f.error):
+        if f.error > enough:
+            break
+        # Several things that are the same model are told once, by the simplest, which is tried first.
+        if any(f.name == k.name or _unchanged(f.subject, k.subject) for k in kept):
+            continue
+        kept.append(f)
+    return kept
+
+
+def _helped(f: Found, clean: Subject, probe: Probe, whole: Whole) -> dict[str, str]:
+    """In which layers the remedy, or another value of it, makes what departs there agree: what to say of which layers."""
+    assert probe.first is not None
+    n = clean.spec.n_layers
+    said: dict[str, list[int]] = {f.says: [probe.first]}
+    could = 1
+    for i in range(n):
+        if i == probe.first:
+            continue
+        there = whole.probe(probe, i)
+        tried = [r for r in for_layer(clean, i) if r.name == f.name and not _unchanged(r.subject, clean)]
+        could += any(r.says == f.says for r in tried)
+        if not tried or there.error(clean) <= there.bound:
+            continue
+        errors = [there.error(r.subject) for r in sorted(tried, key=lambda r: r.says != f.says)]
+        at = min(range(len(tried)), key=lambda k: errors[k])
+        if errors[at] <= there.bound:
+            says = sorted(tried, key=lambda r: r.says != f.says)[at].says
+            said.setdefault(says, []).append(i)
+    return {says: _layers(at, n) for says, at in said.items()}
+
+
+def _layers(at: list[int], n: int) -> str:
+    if len(at) == n > 1:
+        return "every layer"
+    at = sorted(at)
+    shown = ", ".join(map(str, at[:12])) + (f", ... ({len(at)} in all)" if len(at) > 12 else "")
+    return f"layer{'s' * (len(at) > 1)} {shown}"
+
+
+@dataclass
+class Whole:
+    """What upstream did in all layers, to one batch."""
+
+    seen: Seen
+    dtype: str
+    spread: Spread
+
+    def probe(self, like: Probe, i: int) -> Probe:
+        bound = tolerance.layer_bound(self.dtype, i, self.spread).value
+        return dataclasses.replace(like, seen=self.seen, first=i, bound=bound)
 
 
 def _adds_up(first: int | None) -> str:
@@ -337,6 +448,39 @@ class Probe:
             return float("inf")
         return tolerance.representative(self.dtype, relative_error(a, b).tolist())
 
+    def remedies(self, subject: Subject) -> Iterator[Remedy]:
+        """What could be otherwise in what departs, the numbers that upstream's values give among it."""
+        d = subject.spec.d_model
+        with torch.inference_mode():
+            model = build(subject)
+            if self.first is None:
+                yield from for_head(subject)
+                assert self.seen.logits is not None
+                plain = build(
+                    subject.with_spec(dataclasses.replace(subject.spec, logit_scale=1.0, logit_softcap=None))
+                )
+                x, ctx = self._begin(plain)
+                raw, theirs = plain.finish(x, ctx)[self.batch.mask], self.seen.logits[self.batch.mask]
+                yield from logits_fitted(subject, raw, theirs)
+                return
+            if self.first == 0 and self.seen.input is not None:
+                mine, theirs = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
+                if mine is not None and theirs is not None:
+                    yield from embedding_fitted(subject, mine, theirs)
+            yield from for_layer(subject, self.first)
+            theirs = rows(self.seen.states[self.first], self.batch, d)
+            if theirs is not None:
+                yield from routed_scale_fitted(subject, self.first, self._made, theirs)
+
+    def _made(self, subject: Subject) -> Tensor:
+        """What comes out of the departing layer [N, D]."""
+        assert self.first is not None
+        model = build(subject)
+        x, ctx = self._begin(model)
+        made = rows(model.layers[self.first](x, ctx), self.batch, subject.spec.d_model)
+        assert made is not None
+        return made
+
     def _begin(self, model: Any) -> tuple[Tensor, Any]:
         """Upstream's input to what departs, and the pass so far: keys and values that the layer reuses are in it."""
         start, ctx = model.start(self.ids)
@@ -454,8 +598,15 @@ def calls(layer: nn.Module) -> Iterator[list[Call]]:
 # ---------------------------------------------------------------------------------------------------
 # Single mistakes, made again
 
-THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
-EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4)
+NEARLY = 4.0
+"""What helps by this much less than the best is not told: rounding apart, one thing is right."""
+SAID_BETTER = frozenset({
+    "norms_swapped", "post_norms_swapped", "pre_post_norms_swapped", "norm_eps", "rope_theta", "rope_order", "rope_skipped",
+    "window_ignored", "attention_softcap_dropped", "routed_scale_dropped",
+})  # fmt: skip
+"""Faults whose remedies say more."""
+AGREES = frozenset(f.name for f in CATALOGUE.values() if f.kind == "spec" and f.undo is not None and f.again)
+"""Faults that are made, to see whether upstream is so: not that ours has them."""
 GLOBAL = ("embed.", "head.", "norm.", "positions.")
 
 
@@ -465,7 +616,7 @@ def hypotheses(
     """(name, what it would mean, site, subject with that mistake undone) of everything that could be wrong in
     `layer`, or (None) in the ends; in tensors of at most `most` bytes."""
     for fault in CATALOGUE.values():
-        if fault.undo is None:
+        if fault.undo is None or fault.name in SAID_BETTER:
             continue
         for site in _sites(fault, subject, layer):
             if most is not None and site in subject.tensors and subject.tensors[site].nbytes > most:
@@ -476,30 +627,6 @@ def hypotheses(
                 continue
             if not _unchanged(undone, subject):
                 yield fault.name, fault.what, site, undone
-    if layer is None:
-        return
-    for name, what, other in _other_numbers(subject, layer):
-        if not _unchanged(other, subject):
-            yield name, what, "spec", other
-
-
-def _other_numbers(subject: Subject, layer: int) -> Iterator[tuple[str, str, Subject]]:
-    """The subject with the usual values of numbers of the Spec that are often read wrongly."""
-    for theta in THETAS:
-        yield "rope_theta", f"a RoPE theta other than {theta:g}", _with(subject, Rope, theta=theta)
-    for eps in EPSILONS:
-        yield "norm_eps", f"an eps other than {eps:g} in the norms", _with(subject, Norm, eps=eps)
-    mixer = subject.spec.layers[layer].mixer
-    if isinstance(mixer, Attention | LatentAttention):
-        width = mixer.head_dim if isinstance(mixer, Attention) else mixer.nope_dim + mixer.rope_dim
-        scales = {
-            f"head_dim^-0.5, head_dim {width}": width**-0.5,
-            "(d_model / n_heads)^-0.5": (subject.spec.d_model / mixer.n_heads) ** -0.5,
-            "1": 1.0,
-        }
-        for why, scale in scales.items():
-            what = f"an attention scale other than {why}"
-            yield "attention_scale", what, _with(subject, type(mixer), scale=scale)
 
 
 def _unchanged(a: Subject, b: Subject) -> bool:
@@ -511,13 +638,6 @@ def _unchanged(a: Subject, b: Subject) -> bool:
         and a.tensors.keys() == b.tensors.keys()
         and all(t is b.tensors[name] for name, t in a.tensors.items())
     )
-
-
-def _with(subject: Subject, kind: type, **fields: Any) -> Subject:
-    def change(x: Any) -> Any:
-        return dataclasses.replace(x, **fields) if isinstance(x, kind) else x  # type: ignore[type-var]
-
-    return subject.with_spec(map_spec(subject.spec, change))
 
 
 def _sites(fault: Fault, subject: Subject, layer: int | None) -> list[str]:

@@ -252,7 +252,8 @@ def _departing(
     if not at_once.experts and not at_once.keys:
         return said
     if differ := by_cache.differ(at_once, token):
-        return f"{said}: it chose other {', other '.join(differ)} than without"
+        more = f" (and more in {len(differ) - 3} others)" if len(differ) > 3 else ""
+        return f"{said}: it chose other {', other '.join(differ[:3])} than without{more}"
     kinds = " and ".join(k for k in ("experts", "keys") if getattr(at_once, k))
     return f"{said}: it chose the same {kinds} as without"
 
