@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,12 +32,14 @@ from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
 from zoo.verify.ours import build, subject_of, used_rows
 from zoo.verify.remedies import (
+    PLACES,
     Remedy,
     embedding_fitted,
     for_head,
     for_layer,
     logits_fitted,
     routed_scale_fitted,
+    searched,
 )
 from zoo.verify.tolerance import Spread
 
@@ -176,14 +179,30 @@ def _made_again(
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
             found.append(Found(name, says, site, after, subject, remedy))
+    if probe.first is not None and not any(f.error <= probe.bound for f in found):
+        started = time.perf_counter()
+        probe.error(clean)
+        seconds = time.perf_counter() - started
+        if seconds > SLOW:
+            what = "numbers (eps, theta, scales) were not searched for"
+            out["suggestions"].append(f"{what}: layer {probe.first} takes {seconds:.1f} s")
+        else:
+            for r in searched(clean, probe.first, probe.error, probe.departs_at(clean)):
+                after = probe.error(r.subject)
+                if after <= probe.bound:
+                    found.append(Found(r.name, r.says, "spec", after, r.subject, True))
     told = _told(found, probe.bound)
     for f in told:
+        if f.name in SAME_AS_ROPE_ORDER and any(g.name == "rope_order" for g in told):
+            continue  # said with it
         if not f.remedy:
             out["suggestions"].append(f.says)
             continue
         where = _helped(f, clean, probe, whole) if whole is not None and probe.first is not None else {}
         where = where or {f.says: f"layer {probe.first}"}
         said = "; ".join(says.format(layers) for says, layers in where.items())
+        if f.name == "rope_order" and (same := [g.says for g in told if g.name in SAME_AS_ROPE_ORDER]):
+            said += f", which is the same as: {same[0]}"
         nearer = (
             ""
             if f.error <= probe.bound
@@ -227,21 +246,34 @@ def _helped(f: Found, clean: Subject, probe: Probe, whole: Whole) -> dict[str, s
     assert probe.first is not None
     n = clean.spec.n_layers
     said: dict[str, list[int]] = {f.says: [probe.first]}
-    could = 1
     for i in range(n):
         if i == probe.first:
             continue
         there = whole.probe(probe, i)
-        tried = [r for r in for_layer(clean, i) if r.name == f.name and not _unchanged(r.subject, clean)]
-        could += any(r.says == f.says for r in tried)
+        tried = [r for r in _there(clean, f, probe.first, i) if not _unchanged(r.subject, clean)]
         if not tried or there.error(clean) <= there.bound:
             continue
-        errors = [there.error(r.subject) for r in sorted(tried, key=lambda r: r.says != f.says)]
+        errors = [there.error(r.subject) for r in tried]
         at = min(range(len(tried)), key=lambda k: errors[k])
         if errors[at] <= there.bound:
-            says = sorted(tried, key=lambda r: r.says != f.says)[at].says
-            said.setdefault(says, []).append(i)
+            said.setdefault(tried[at].says, []).append(i)
     return {says: _layers(at, n) for says, at in said.items()}
+
+
+def _there(clean: Subject, f: Found, first: int, i: int) -> list[Remedy]:
+    """The remedies of the same kind for layer i, that which helped in layer `first` before others."""
+    # What was found for the first is tried here too: it is now among the values of this Spec.
+    same = [r for r in for_layer(f.subject, i) if r.name == f.name]
+    if f.says not in (r.says for r in same):  # a number that was looked for
+        a, b, here = clean.spec.layers[first], f.subject.spec.layers[first], clean.spec.layers[i]
+        other = dataclasses.replace(here, **{
+            part: getattr(b, part)
+            for part in ("mixer", "ffn", *PLACES)
+            if getattr(a, part) != getattr(b, part) and getattr(a, part) == getattr(here, part)
+        })  # fmt: skip
+        layers = (*clean.spec.layers[:i], other, *clean.spec.layers[i + 1 :])
+        same.append(Remedy(f.name, f.says, clean.with_spec(dataclasses.replace(clean.spec, layers=layers))))
+    return sorted(same, key=lambda r: r.says != f.says)
 
 
 def _layers(at: list[int], n: int) -> str:
@@ -428,6 +460,20 @@ class Probe:
         except Exception:
             return float("inf")
 
+    def departs_at(self, subject: Subject) -> int | None:
+        """The first position of any row where the departing layer's output is off."""
+        assert self.first is not None
+        theirs = self.seen.states[self.first]
+        with torch.inference_mode():
+            model = build(subject)
+            x, ctx = self._begin(model)
+            mine = model.layers[self.first](x, ctx)
+        if mine.ndim != 3 or mine.shape != theirs.shape:
+            return None
+        off = relative_error(mine.flatten(0, 1), theirs.flatten(0, 1)).view(mine.shape[:2])
+        far = ((off > self.bound) & self.batch.mask).any(0).nonzero()
+        return int(far[0]) if len(far) else None
+
     def upstream_is_finite(self) -> bool:
         theirs = self.seen.logits if self.first is None else self.seen.states.get(self.first)
         if theirs is None:
@@ -598,6 +644,8 @@ def calls(layer: nn.Module) -> Iterator[list[Call]]:
 # ---------------------------------------------------------------------------------------------------
 # Single mistakes, made again
 
+SLOW = 0.5
+"""Seconds of a layer beyond which no number is searched for: that runs it some 250 times."""
 NEARLY = 4.0
 """What helps by this much less than the best is not told: rounding apart, one thing is right."""
 SAID_BETTER = frozenset({
@@ -605,6 +653,10 @@ SAID_BETTER = frozenset({
     "window_ignored", "attention_softcap_dropped", "routed_scale_dropped",
 })  # fmt: skip
 """Faults whose remedies say more."""
+SAME_AS_ROPE_ORDER = frozenset(
+    {"rope_rows_interleaved", "rope_rows_deinterleaved", "latent_rope_interleaved"}
+)
+"""To rotate other pairs, and to have the rows in another order, are one."""
 AGREES = frozenset(f.name for f in CATALOGUE.values() if f.kind == "spec" and f.undo is not None and f.again)
 """Faults that are made, to see whether upstream is so: not that ours has them."""
 GLOBAL = ("embed.", "head.", "norm.", "positions.")

@@ -8,6 +8,7 @@ own values give.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,14 +58,12 @@ def embedding_fitted(s: Subject, mine: Tensor, theirs: Tensor) -> Iterator[Remed
     scale = _rounded(s.spec.embed_scale * _ratio(mine, theirs), 6)
     root = s.spec.d_model**0.5
     if abs(scale / root - 1) < 0.01:
-        scale, value = root, f"by sqrt(d_model), {root:.4g}"
+        scale, value = root, f"multiplied by sqrt(d_model), {root:.4g}"
     elif abs(scale - 1) < 0.01:
-        scale, value = 1.0, "by nothing"
+        scale, value = 1.0, "not scaled"
     else:
-        value = f"by {scale:g}"
-    yield Remedy(
-        "embed_scale", f"embeddings are multiplied {value}", s.with_spec(replace(s.spec, embed_scale=scale))
-    )
+        value = f"multiplied by {scale:g}"
+    yield Remedy("embed_scale", f"embeddings are {value}", s.with_spec(replace(s.spec, embed_scale=scale)))
 
 
 def logits_fitted(s: Subject, raw: Tensor, theirs: Tensor) -> Iterator[Remedy]:
@@ -106,6 +105,65 @@ def routed_scale_fitted(
     yield Remedy("routed_scale", f"the routed experts' output is {says} in {{}}", scaled(scale))
 
 
+def searched(s: Subject, i: int, error: Callable[[Subject], float], departs: int | None) -> Iterator[Remedy]:
+    """Numbers of layer i that no other layer and no usual release has: looked for between bounds, by what the layer's
+    `error` is with each. `departs`: the first position where it shows."""
+    layer = s.spec.layers[i]
+    m = layer.mixer
+
+    def best(change: Callable[[float], Layer], low: float, high: float, points: int) -> tuple[float, Subject]:
+        x = _rounded(_least(lambda x: error(_with_layer(s, i, change(x))), low, high, points), 3)
+        return x, _with_layer(s, i, change(x))
+
+    def eps_in(part: Any, eps: float) -> Any:
+        return map_parts(part, lambda x: replace(x, eps=eps) if isinstance(x, Norm) else x)
+
+    eps, other = best(lambda x: eps_in(layer, x), 1e-12, 1.0, 13)
+    yield Remedy("norm_eps", f"eps is {eps:g} in all norms of {{}}", other)
+    if not isinstance(m, Attention | LatentAttention):
+        return
+    if _parts(m, Norm):
+        eps, other = best(lambda x: replace(layer, mixer=eps_in(m, x)), 1e-12, 1.0, 13)
+        yield Remedy("norm_eps", f"eps is {eps:g} in the norms inside attention of {{}}", other)
+    if isinstance(m, Attention):
+        if departs:
+            narrow = replace(layer, mixer=replace(m, window=departs))
+            yield Remedy("window", f"the window is {departs} keys in {{}}", _with_layer(s, i, narrow))
+        cap, other = best(lambda x: replace(layer, mixer=replace(m, softcap=x)), 0.1, 1e3, 13)
+        yield Remedy("attention_softcap", f"attention scores are soft-capped at {cap:g} in {{}}", other)
+    dim = m.head_dim if isinstance(m, Attention) else m.rope_dim
+    rope = m.rope or Rope(1e4, dim)
+    theta, other = best(
+        lambda x: replace(layer, mixer=replace(m, rope=replace(rope, theta=x))), 10.0, 1e9, 65
+    )
+    said = (
+        f"RoPE is given to {{}} (theta {theta:g})" if m.rope is None else f"RoPE in {{}} has theta {theta:g}"
+    )
+    yield Remedy("rope", said, other)
+    scale, other = best(lambda x: replace(layer, mixer=replace(m, scale=x)), m.scale / 100, m.scale * 100, 17)
+    yield Remedy("attention_scale", f"attention scores are scaled by {scale:g} in {{}}", other)
+
+
+def _least(f: Callable[[float], float], low: float, high: float, points: int) -> float:
+    """Where f is least: the best of `points` at equal ratios, then narrowed down around it by golden section."""
+    at = [math.exp(math.log(low) + k / (points - 1) * math.log(high / low)) for k in range(points)]
+    k = min(range(points), key=lambda k: f(at[k]))
+    a, b = math.log(at[max(0, k - 1)]), math.log(at[min(points - 1, k + 1)])
+    golden = (math.sqrt(5) - 1) / 2
+    c, d = b - golden * (b - a), a + golden * (b - a)
+    at_c, at_d = f(math.exp(c)), f(math.exp(d))
+    for _ in range(22):
+        if at_c < at_d:
+            b, d, at_d = d, c, at_c
+            c = b - golden * (b - a)
+            at_c = f(math.exp(c))
+        else:
+            a, c, at_c = c, d, at_d
+            d = a + golden * (b - a)
+            at_d = f(math.exp(d))
+    return math.exp((a + b) / 2)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Norms
 
@@ -145,21 +203,17 @@ def _epsilons(spec: Spec, layer: Layer) -> Iterator[tuple[str, str, Layer]]:
             return replace(x, eps=eps) if isinstance(x, Norm) else x
 
         everywhere: Layer = map_parts(layer, other)
-        mixer = everywhere.mixer
-        yield "norm_eps", f"eps is {eps:g} in all norms of {{}}", everywhere
-        if mixer != layer.mixer:
-            yield (
-                "norm_eps",
-                f"eps is {eps:g} in the norms inside attention of {{}}",
-                replace(layer, mixer=mixer),
-            )
-            around = replace(everywhere, mixer=layer.mixer)
-            yield "norm_eps", f"eps is {eps:g} in the norms around attention and feed-forward of {{}}", around
+        # The narrower first: where the others have this eps already, they are the same.
         m = layer.mixer
         if isinstance(m, LatentAttention) and m.indexer is not None:
-            indexer = map_parts(m.indexer, other)
-            alone = replace(layer, mixer=replace(m, indexer=indexer))
+            alone = replace(layer, mixer=replace(m, indexer=map_parts(m.indexer, other)))
             yield "norm_eps", f"eps is {eps:g} in the indexer's key norm of {{}}", alone
+        if everywhere.mixer != m:
+            inside = replace(layer, mixer=everywhere.mixer)
+            yield "norm_eps", f"eps is {eps:g} in the norms inside attention of {{}}", inside
+            around = replace(everywhere, mixer=m)
+            yield "norm_eps", f"eps is {eps:g} in the norms around attention and feed-forward of {{}}", around
+        yield "norm_eps", f"eps is {eps:g} in all norms of {{}}", everywhere
 
 
 # ---------------------------------------------------------------------------------------------------
