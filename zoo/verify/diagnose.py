@@ -510,13 +510,13 @@ class Probe:
                 yield from logits_fitted(subject, raw, theirs)
                 return
             if self.first == 0 and self.seen.input is not None:
-                mine, theirs = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
-                if mine is not None and theirs is not None:
-                    yield from embedding_fitted(subject, mine, theirs)
+                mine, given = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
+                if mine is not None and given is not None:
+                    yield from embedding_fitted(subject, mine, given)
             yield from for_layer(subject, self.first)
-            theirs = rows(self.seen.states[self.first], self.batch, d)
-            if theirs is not None:
-                yield from routed_scale_fitted(subject, self.first, self._made, theirs)
+            made = rows(self.seen.states[self.first], self.batch, d)
+            if made is not None:
+                yield from routed_scale_fitted(subject, self.first, self._made, made)
 
     def _made(self, subject: Subject) -> Tensor:
         """What comes out of the departing layer [N, D]."""

@@ -177,7 +177,7 @@ def _norms_moved(s: Subject, i: int) -> Iterator[Remedy]:
         if not moved:
             continue
         norms = dict.fromkeys(PLACES) | {b: getattr(layer, a) for a, b in zip(present, places, strict=True)}
-        other: Layer = replace(layer, **norms)  # type: ignore[arg-type]
+        other: Layer = replace(layer, **norms)
         tensors = {_moved(n, f"layers.{i}.", moved): t for n, t in s.tensors.items()}
         spec = replace(s.spec, layers=(*s.spec.layers[:i], other, *s.spec.layers[i + 1 :]))
         if len(moved) == 2 and all(moved.get(b) == a for a, b in moved.items()):
@@ -265,9 +265,18 @@ def _ropes(spec: Spec, m: Attention | LatentAttention) -> Iterator[tuple[str, st
         )
     if m.rope is None:
         return
+    if isinstance(m, LatentAttention) and m.indexer is not None:
+        for theta in THETAS:
+            yield "rope", f"RoPE in {{}}, the indexer's too, has theta {theta:g}", _theta(m, theta)
     for theta in THETAS:
         if theta not in (r.theta for r in others):
             yield "rope", f"RoPE in {{}} has theta {theta:g}", {"rope": replace(m.rope, theta=theta)}
+
+
+def _theta(m: Attention | LatentAttention, theta: float) -> dict[str, Any]:
+    """The fields of attention with another theta everywhere in it."""
+    turned = map_parts(m, lambda x: replace(x, theta=theta) if isinstance(x, Rope) else x)
+    return {"rope": turned.rope} | ({"indexer": turned.indexer} if isinstance(m, LatentAttention) else {})
 
 
 def _of(rope: Rope, others: Sequence[Rope]) -> str:
