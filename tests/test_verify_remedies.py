@@ -41,7 +41,7 @@ CASES = [
     ("deepseek_v32", "indexer_rope_order", "the indexer's RoPE in every layer pairs channels half a head apart"),
     ("deepseek_v32", "inner_norm_eps", "eps is 1e-06 in the norms inside attention of every layer"),
     ("gpt_oss", "window_shifted", "the window is 6 keys in layers 0, 2; there is no window in layers 1, 3"),
-    ("gpt_oss", "rope_theta", "RoPE in layers 0, 2 has theta 97"),
+    ("gpt_oss", "rope_theta", "RoPE in every layer has theta 97"),
     ("smollm3", "nope_ignored", "RoPE is taken off layer 2"),
 ]  # fmt: skip
 

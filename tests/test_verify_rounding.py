@@ -26,6 +26,7 @@ from zoo.verify.inputs import Batch
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import Transformers
 from zoo.verify.ours import Ours, margin, nearest_tie, other_choice
+from zoo.verify.stream import StreamedTransformers
 from zoo.verify.tolerance import Spread
 
 run = importlib.import_module("zoo.verify.run")
@@ -118,17 +119,34 @@ def grown(name: str, factor: float, folder: Path) -> Path:
     return source
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_what_departs_in_fp32_is_held_against_float64(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = grown("mimo_v2_flash", 3, tmp_path / "source")
     canon = zoo.convert(source, tmp_path / "canon")
-    cert = zoo.verify(canon, write=False)
+    cert = zoo.verify(canon, stream=stream, write=False)
     assert cert.passed
     assert any("float64" in note for level in cert.levels for note in level.notes)
     assert torch.get_default_dtype() == torch.float32
     monkeypatch.setattr(run, "_against_float64", lambda *_: None)
-    assert not zoo.verify(canon, level="logits", write=False).passed
+    assert not zoo.verify(canon, level="logits", stream=stream, write=False).passed
+
+
+def test_where_upstream_has_one_way_streamed_float64_is_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dense class with eager attention alone, streamed, no second run in fp32 says how far rounding goes."""
+    monkeypatch.setattr(Transformers, "_switch", lambda *_: False)
+    canon = zoo.convert(grown("llama", 3, tmp_path / "source"), tmp_path / "canon")
+    monkeypatch.setattr(importlib.import_module("zoo.verify.tolerance"), "FLOOR_FP32", 1e-9)
+    cert = zoo.verify(canon, level="logits", stream=True, write=False)
+    assert cert.passed
+    level = cert.level("logits")
+    assert level is not None and level.figures["spread"]["ways"] == ("float64", "fp32")
+    wrong = rewrite(canon, CATALOGUE["norm_eps"].inject)
+    source = StreamedTransformers(tmp_path / "source")
+    assert not zoo.verify(wrong, against=source, level="logits", stream=True, write=False).passed
 
 
 def test_float64_excuses_no_fault(tmp_path: Path) -> None:

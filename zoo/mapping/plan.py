@@ -277,8 +277,8 @@ class Match:
 
     @property
     def n_problems(self) -> int:
-        listed = (*self.missing.values(), *self.misshapen.values())
-        return sum(map(len, listed)) + len(self.unexpected) + len(self.problems)
+        listed = sum(map(len, self.missing.values())) + sum(map(len, self.misshapen.values()))
+        return listed + len(self.unexpected) + len(self.problems)
 
 
 def match(

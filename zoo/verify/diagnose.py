@@ -202,7 +202,7 @@ def _made_again(
         where = where or {f.says: f"layer {probe.first}"}
         said = "; ".join(says.format(layers) for says, layers in where.items())
         if f.name == "rope_order" and (same := [g.says for g in told if g.name in SAME_AS_ROPE_ORDER]):
-            said += f", which is the same as: {same[0]}"
+            said += f", or, which is the same, with {same[0].removeprefix('consistent with ')} put right"
         nearer = (
             ""
             if f.error <= probe.bound
