@@ -497,6 +497,8 @@ class Probe:
     def remedies(self, subject: Subject) -> Iterator[Remedy]:
         """What could be otherwise in what departs, the numbers that upstream's values give among it."""
         d = subject.spec.d_model
+        if self.first is None and self.n_layers - 1 not in self.seen.states:
+            return  # upstream has fewer layers
         with torch.inference_mode():
             model = build(subject)
             if self.first is None:
