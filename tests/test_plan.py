@@ -80,6 +80,18 @@ def test_all_missing_unexpected_and_misshapen_tensors_are_listed_with_the_neares
     assert "model.layers.1.mlp.up_proj.weight in model.safetensors: shape [7, 36], expected [52, 36]" in text
 
 
+def test_shapes_that_are_wrong_alike_are_listed_together(llama: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    bad = changed(llama, tmp_path / "bad", **{n: torch.zeros(7, 36) for n in names})
+    with pytest.raises(PlanError) as e:
+        make_plan(open_checkpoint(bad))
+    assert [line for line in str(e.value).splitlines() if "expected" in line] == [
+        "model.layers.{0-2}.mlp.up_proj.weight (3 tensors): shape [7, 36], expected [52, 36] "
+        "(for layers.*.mlp.gate_up.weight [104, 36])"
+    ]
+    assert e.value.match.n_problems == 3
+
+
 def test_names_that_differ_in_numbers_are_listed_together() -> None:
     names = [f"model.layers.{i}.experts.{e}.w" for i in range(3) for e in (0, 2)] + ["head"]
     assert [text for text, _ in fold(names)] == ["model.layers.{0-2}.experts.{0,2}.w (6 tensors)", "head"]

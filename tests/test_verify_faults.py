@@ -35,6 +35,7 @@ def test_the_catalogue_has_more_than_forty_faults_and_every_one_applies_to_some_
     # Grok alone caps scores and router logits and scales its branches and logits; upstream cannot run it.
     elsewhere = {
         "attention_softcap_dropped",
+        "attention_softcap_value",
         "router_softcap_dropped",
         "moe_scale_dropped",
         "logit_scale_dropped",

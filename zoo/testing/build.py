@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo import families
+
 from . import names
 from .variant import Draw, Tensors, Variant
 
@@ -60,7 +62,7 @@ def upstream(
     attn: str = "eager",
     experts: str | None = None,
 ) -> Any:
-    """Load a checkpoint with transformers, in eval mode.
+    """Load a checkpoint with transformers, in eval mode, corrected in the points where zoo follows the vendor.
 
     attn: "eager" or "sdpa"; families without sdpa get eager.
     experts: "eager" (default), "batched_mm" or "grouped_mm". The grouped kernel, upstream's default, needs
@@ -80,7 +82,11 @@ def upstream(
     cls = names.model_class(case, config)
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = experts or "eager"
-    return cls.from_pretrained(path, dtype=getattr(torch, dtype), **switches).eval()
+    model = cls.from_pretrained(path, dtype=getattr(torch, dtype), **switches).eval()
+    for known in families.get(case.name).disagreements:
+        if known.correct is not None:
+            known.correct(model)
+    return model
 
 
 def tokens(variant: Variant, batch: int = 2, seed: int = 0) -> torch.Tensor:

@@ -426,14 +426,22 @@ def _against_float64(
     oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
 ) -> tuple[Measured, dict[str, Level]] | None:
     """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
-    from zoo.verify.float64 import InFloat64
+    from zoo.verify.float64 import InFloat64, StreamedInFloat64
+    from zoo.verify.stream import StreamedTransformers
 
-    if type(oracle) is not Transformers or not (wide := InFloat64(oracle)).fits:
+    wide: InFloat64 | StreamedInFloat64
+    if type(oracle) is Transformers:
+        wide = InFloat64(oracle)
+    elif isinstance(oracle, StreamedTransformers):
+        wide = StreamedInFloat64(oracle)
+    else:
+        return None
+    if not wide.fits:
         return None
     say("upstream in float64, for how far its fp32 is from that")
     try:
         with wide:
-            measured = measure(wide, ours, asked, "fp32")
+            measured = measure(wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
     except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
         return None
     levels = _judged(measured, "fp32")
