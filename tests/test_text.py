@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from zoo.errors import ZooError
 from zoo.text import Text
 from zoo.verify.inputs import TEXTS
 
@@ -108,7 +109,7 @@ def byte_tokens() -> list[bytes]:
     back = {c: b for b, c in _spelling().items()}
     vocab = json.loads(byte_level())["model"]["vocab"]
     tokens = [bytes(back[c] for c in t) for t in vocab if all(c in back for c in t)]
-    return sorted(set(tokens), key=lambda t: len(t) > 1)
+    return sorted(set(tokens), key=lambda t: (len(t) > 1, t))
 
 
 def _spelling() -> dict[int, str]:
@@ -214,3 +215,281 @@ def test_ids_and_texts_are_those_of_autotokenizer(kind: str, tmp_path: Path) -> 
         assert ours.encode(probe, special=False) == theirs(probe, add_special_tokens=False).input_ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert ours.special_tokens == theirs.special_tokens_map
+
+
+def folder_of(path: Path, **files: Any) -> Path:
+    put(path, tokenizer=byte_level(), **{"tokenizer_config": FAST, **files})
+    return path
+
+
+# --- SentencePiece and tekken: what only their libraries make -------------------------------------------------
+
+
+def trained_sentencepiece(folder: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 4), model_prefix=str(folder / "tokenizer"), vocab_size=500, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", user_defined_symbols=["<tool>"], character_coverage=1.0,
+        control_symbols=["<extra_a>"], remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type"),
+    [
+        (LLAMA, "llama"),
+        ({**LLAMA, "add_bos_token": True}, "llama"),
+        ({**LLAMA, "add_bos_token": True, "add_eos_token": True, "legacy": True}, "llama"),
+        ({**LLAMA, "add_bos_token": True}, "mistral"),
+        ({"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "add_bos_token": True}, "gemma3_text"),
+        ({}, "phi3"),
+    ],
+)
+def test_a_sentencepiece_models_ids_are_those_of_autotokenizer(
+    config: dict[str, Any], model_type: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    trained_sentencepiece(tmp_path)
+    put(tmp_path, tokenizer_config=config, config={"model_type": model_type}, added_tokens={"<mine>": 500})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Text(tmp_path)
+    for probe in PROBES:
+        assert ours.encode(probe) == theirs(probe).input_ids
+        assert ours.decode(ours.encode(probe)) == theirs.decode(
+            theirs(probe).input_ids, skip_special_tokens=True
+        )
+
+
+def tekken(**more: Any) -> dict[str, Any]:
+    tokens = byte_tokens()
+    vocab = [
+        {"rank": n, "token_bytes": base64.b64encode(t).decode(), "token_str": None}
+        for n, t in enumerate(tokens)
+    ]
+    about = {
+        "pattern": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", "num_vocab_tokens": len(vocab), "version": "v3",
+        "default_vocab_size": len(vocab) + 30, "default_num_special_tokens": 30,
+    }  # fmt: skip
+    return {"config": about, "vocab": vocab, **more}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_tekkens_ids_are_those_of_mistral_common(listed: bool, tmp_path: Path) -> None:
+    library = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    special = [{"rank": n, "token_str": t, "is_control": True} for n, t in enumerate(names)]
+    put(tmp_path, tekken=tekken(special_tokens=special) if listed else tekken())
+    theirs, ours = library.Tekkenizer.from_file(tmp_path / "tekken.json"), Text(tmp_path)
+    for probe in PROBES:
+        assert ours.encode(probe) == theirs.encode(probe, bos=True, eos=False)
+
+
+def test_a_tekken_text_begins_with_bos_and_a_template_spells_special_tokens(tmp_path: Path) -> None:
+    put(tmp_path, tekken=tekken())
+    text = Text(tmp_path)
+    plain, spelled = text.encode("[INST]a"), text.encode("[INST]a", special=False)
+    assert plain[0] == 1 and 3 not in plain
+    assert spelled[0] == 3 and text.decode(spelled) == "a"
+
+
+def test_kimis_tiktoken_file_is_split_as_its_own_code_splits(tmp_path: Path) -> None:
+    """Contractions stay with their word, and Han characters are split off: not so by AutoTokenizer's default."""
+    tiktoken("tiktoken.model", {"tokenizer_class": "TikTokenTokenizer"})(tmp_path)
+    (other := tmp_path / "other").mkdir()
+    tiktoken("tiktoken.model", {"tokenizer_class": "PreTrainedTokenizerFast"})(other)
+    from zoo.text.tokenizer import load
+
+    def pieces(folder: Path) -> list[str]:
+        split = load(folder).tokenizer.pre_tokenizer
+        return [piece for piece, _ in split.pre_tokenize_str("I'll go")]
+
+    assert pieces(tmp_path) == ["I'll", "Ġgo"] and pieces(other) == ["I", "'ll", "Ġgo"]
+
+
+# --- templates ------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "S <é>"}, {"role": "user", "content": " hi\n"}]
+TEMPLATES = {
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}x",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "trimmed blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n  {{ m.content }}\n  {% endif %}\n{% endfor %}",
+    "tojson": "{{ messages | tojson }} {{ messages | tojson(indent=2) }} {{ messages | tojson(ensure_ascii=True) }}",
+    "tojson's arguments": "{{ {'b': 1, 'a': '<'} | tojson(sort_keys=true, separators=(',', ':')) }}",
+    "what is not given": "{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }} {{ nothing is defined }}",
+    "special tokens": "{{ bos_token }}|{{ eos_token }}|{{ image_token }}|{{ pad_token is defined }}",
+    "namespace and dict": "{% set n = namespace(a=1) %}{% set n.a = 2 %}{{ n.a }}{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
+    "the year": "{{ strftime_now('%Y') }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_in_transformers(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**FAST, "bos_token": "<s>", "image_token": "<tool>", "chat_template": TEMPLATES[name]}
+    folder_of(tmp_path, tokenizer_config=config, config={"model_type": "llama"})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert Text(tmp_path).chat(CHAT) == theirs.apply_chat_template(
+        CHAT, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_templates_are_looked_for_in_every_place_in_order(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    assert Text(folder).chat_template is None
+    for place in (
+        "tokenizer_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja",
+        "additional_chat_templates/default.jinja",
+    ):  # fmt: skip
+        file = folder / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(place if place.endswith(".jinja") else json.dumps({"chat_template": place}))
+        assert Text(folder).chat_template == place
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    listed = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    assert Text(folder_of(tmp_path, tokenizer_config={"chat_template": listed})).chat_template == "D"
+    folder_of(tmp_path, tokenizer_config={"chat_template": listed[:1]})
+    with pytest.raises(ZooError, match="named tool_use and none that is the default"):
+        Text(tmp_path).prompt("x")
+
+
+def test_a_template_writes_its_special_tokens_itself(tmp_path: Path) -> None:
+    config = {**FAST, "chat_template": "<|im_start|>{{ messages[0].content }}<|im_end|>"}
+    assert Text(folder_of(tmp_path, tokenizer_config=config)).prompt("a")[::2] == [3, 4]
+
+
+# --- where an answer ends -------------------------------------------------------------------------------------
+
+
+def test_stop_ids_come_from_every_place(tmp_path: Path) -> None:
+    folder_of(
+        tmp_path, generation_config={"eos_token_id": [7, 8]},
+        config={"eos_token_id": 9, "text_config": {"eos_token_id": [8, 10]}},
+    )  # fmt: skip
+    assert Text(tmp_path).ends() == (7, 8, 9, 10, 4)
+
+
+@pytest.mark.parametrize("odd", [10**400, 1 << 64, -1, "2", 1.5, True, {"a": 1}])
+def test_what_is_no_tokens_number_ends_nothing_and_is_said(odd: Any, tmp_path: Path) -> None:
+    text = Text(folder_of(tmp_path, generation_config={"eos_token_id": [5, odd]}))
+    assert text.ends() == (5, 4)
+    assert len(text.notes) == 1 and "generation_config.json" in text.notes[0]
+
+
+# --- what is hostile ends in one sentence, in time, and in a process of its own ---------------------------------
+
+HOSTILE = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a power folded when it is compiled": "{{ 7 ** 99999999 }}",
+    "4 GB of one letter": "{{ 'a' * 4000000000 }}",
+    "a wide format": "{{ '%4000000000d' % 1 }}",
+    "a wide field": "{{ '{:>4000000000}'.format(1) }}",
+    "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "division by zero": "{{ 1 / 0 }}",
+    "types": "{{ 1 + 'a' }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "break outside": "{% break %}",
+    "syntax": "{% for %}",
+    "a value": "{{ 'a'.encode('x').decode() }}",
+    "include": "{% include 'a' %}",
+    "import": "{% import 'a' as b %}",
+    "raise_exception": "{{ raise_exception('no system\nmessages') }}",
+    "the way out": "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_fails_or_never_ends_is_one_sentence(name: str, tmp_path: Path) -> None:
+    text = Text(folder_of(tmp_path, tokenizer_config={**FAST, "chat_template": HOSTILE[name]}))
+    with pytest.raises(ZooError, match="its chat template") as error:
+        text.prompt("x")
+    assert "\n" not in str(error.value) and "--raw" in str(error.value)
+    assert text.encode("a") == Text(tmp_path).encode("a")  # and the next question is answered
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("chat_template.jinja", 2 << 30),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", b'{"chat_template": 3}'),
+        ("tokenizer_config.json", b'{"bos_token": {"lstrip": true}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"3": 4}}'),
+        ("tokenizer_config.json", b'{"extra_special_tokens": 5}'),
+        ("added_tokens.json", b'{"a": "b"}'),
+        ("special_tokens_map.json", b"[1]"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be_are_one_sentence(
+    name: str, data: bytes | int, tmp_path: Path
+) -> None:
+    put(tmp_path, tokenizer=byte_level())
+    with open(tmp_path / name, "wb") as f:
+        f.truncate(data) if isinstance(data, int) else f.write(data)
+    with pytest.raises(ZooError) as error:
+        Text(tmp_path).prompt("x")
+    assert "\n" not in str(error.value)
+
+
+def doubling(times: int) -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"type": "Sequence", "normalizers": [step] * times}
+
+
+PAD = {"strategy": {"Fixed": 3_000_000_000}, "direction": "Right", "pad_to_multiple_of": 1 << 40, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+REPEATED: dict[str, Any] = {
+    "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 200_000, "pair": [],
+    "special_tokens": {},
+}  # fmt: skip
+HOSTILE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "33 normalizers that double": {"normalizer": doubling(33)},
+    "a text repeated 200,000 times": {"post_processor": REPEATED},
+    "a template with a token it lacks": {
+        "post_processor": {**REPEATED, "single": [{"SpecialToken": {"id": "none", "type_id": 0}}]}
+    },
+    "words without an unknown one": {
+        "model": {
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+            "vocab": {"a": 0},
+        }
+    },
+    "a charsmap that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a regex without end": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$|(a|a)*b"}, "behavior": "Isolated", "invert": False}
+    },
+    "no model": {"model": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOKENIZERS)
+def test_a_tokenizer_that_panics_or_never_ends_is_one_sentence(name: str, tmp_path: Path) -> None:
+    put(tmp_path, tokenizer=saved(**HOSTILE_TOKENIZERS[name]))
+    with pytest.raises(ZooError) as error:
+        text = Text(tmp_path)
+        text.encode("a" * 40 + "c")
+        text.encode("zebra " * 2000 + "a" * 40)
+    assert "\n" not in str(error.value)
+
+
+def test_huge_padding_costs_nothing(tmp_path: Path) -> None:
+    put(tmp_path, tokenizer=saved(padding=PAD))
+    assert len(Text(tmp_path).encode("a")) == 1
+
+
+def test_the_process_has_no_torch_and_ends_with_its_text(tmp_path: Path) -> None:
+    text = Text(folder_of(tmp_path))
+    process = text._process
+    assert process is not None and process.poll() is None
+    maps = Path(f"/proc/{process.pid}/maps")
+    assert not maps.exists() or "libtorch" not in maps.read_text()
+    del text
+    assert process.poll() is not None
+
+
+def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"no tokenizer \(tokenizer.json, tekken.json, tokenizer.model"):
+        Text(tmp_path)

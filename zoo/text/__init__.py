@@ -23,12 +23,21 @@ from typing import Any, cast
 
 from zoo.errors import ZooError
 from zoo.formats.base import read_json
+from zoo.text import tokenizer
 
-SECONDS = 20
+SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""
 LONGEST_ANSWER = 64 << 20
 """Bytes."""
 MAX_ID = 1 << 31
+PLACES = (
+    "chat_template.jinja",
+    "additional_chat_templates/",
+    "chat_template.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
+"""Where a chat template may be kept, in the order in which they are looked at."""
 
 
 class Text:
@@ -37,6 +46,7 @@ class Text:
     def __init__(self, path: Path) -> None:
         self.root = Path(path)
         self._process: subprocess.Popen[bytes] | None = None
+        tokenizer.file_of(self.root)
         self._about: dict[str, Any] = self._ask("about")
         self.files: tuple[str, ...] = tuple(self._about["files"])
         """Names of the files that the tokenizer was made from."""

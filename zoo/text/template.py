@@ -22,16 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zoo.errors import ZooError
 from zoo.formats.base import read_json
+from zoo.text import PLACES
 
 MAX_TEMPLATE = 4 << 20
 """Bytes of a template; the longest released ones have some 100 kB."""
-PLACES = (
-    "chat_template.jinja",
-    "additional_chat_templates/",
-    "chat_template.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-)
 
 
 def find(root: Path) -> str | None:
@@ -40,7 +34,7 @@ def find(root: Path) -> str | None:
     files = {"default": root / "chat_template.jinja"} if (root / "chat_template.jinja").is_file() else {}
     files |= {f.name.removesuffix(".jinja"): f for f in sorted((root / PLACES[1]).glob("*.jinja"))}
     if files:
-        return _one(root, {name: _read(file) for name, file in files.items()})
+        return str(_one(root, {name: _read(file) for name, file in files.items()}))
     for name in PLACES[2:]:
         file = root / name
         held = read_json(file, "it may hold the chat template") if file.is_file() else {}
@@ -50,12 +44,12 @@ def find(root: Path) -> str | None:
             if not all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in found):
                 raise ZooError(f"{file}: chat_template lists an entry without a name or a template")
             found = {t["name"]: t["template"] for t in found}
-        template = _one(root, found) if isinstance(found, dict) else found
+        template: Any = _one(root, found) if isinstance(found, dict) else found
         if not isinstance(template, str):
             raise ZooError(f"{file}: chat_template is of type {type(template).__name__}, expected text")
         if len(template) > MAX_TEMPLATE:
             raise ZooError(f"{file}: a chat template of {len(template)} characters: refused")
-        return template
+        return str(template)
     return None
 
 

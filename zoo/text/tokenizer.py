@@ -102,7 +102,8 @@ class Loaded:
         # As mistral-common: a plain text begins with <s>, and "[INST]" in it is text.
         self.tokenizer.encode_special_tokens = special
         ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return [self.tokenizer.token_to_id("<s>"), *ids] if special else ids
+        begin = self.tokenizer.token_to_id("<s>") if special else None
+        return ids if begin is None else [begin, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -115,27 +116,22 @@ class Loaded:
         return text
 
 
+def file_of(root: Path) -> Path:
+    """The file that the tokenizer of the folder `root` is made from. Raises ZooError if it has none."""
+    named = (root / name for name in _READERS)
+    for file in (*named, *sorted(root.glob("*.tiktoken"))):
+        if file.is_file():
+            return file
+    raise ZooError(
+        f"{root} has no tokenizer ({', '.join(_READERS)} with merges.txt, *.tiktoken), so text can't be turned into "
+        "tokens: give token ids (--ids)"
+    )
+
+
 def load(root: Path) -> Loaded:
     """The tokenizer of the folder `root`. Raises ZooError if it has none, or one that can't be read."""
-    config = _json(root / "tokenizer_config.json")
-    file = root / "tokenizer.json"
-    if file.is_file():
-        document = read_json(file, "it is the tokenizer")
-        return _from_json(root, config, document)
-    for name, read in (
-        ("tekken.json", _tekken),
-        ("tokenizer.model", _sentencepiece),
-        ("tiktoken.model", _tiktoken),
-        ("vocab.json", _vocab_and_merges),
-    ):
-        if (root / name).is_file():
-            return read(root, config, root / name)
-    if found := sorted(root.glob("*.tiktoken")):
-        return _tiktoken(root, config, found[0])
-    raise ZooError(
-        f"{root} has no tokenizer (tokenizer.json, tekken.json, tokenizer.model, tiktoken.model, *.tiktoken, or "
-        "vocab.json with merges.txt), so text can't be turned into tokens: give token ids (--ids)"
-    )
+    file = file_of(root)
+    return _READERS.get(file.name, _tiktoken)(root, _json(root / "tokenizer_config.json"), file)
 
 
 def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] | None) -> str:
@@ -160,22 +156,22 @@ def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] 
 # ---- the kinds
 
 
-def _from_json(root: Path, config: dict[str, Any], document: dict[str, Any]) -> Loaded:
+def _from_json(root: Path, config: dict[str, Any], file: Path) -> Loaded:
     from tokenizers import Tokenizer
 
+    document = read_json(file, "it is the tokenizer")
     of = class_of(root, config, document)
     model = document.get("model")
     if not isinstance(model, dict):
-        raise ZooError(f"{root / 'tokenizer.json'}: it has no model")
-    plain = {**document, "truncation": None, "padding": None}
+        raise ZooError(f"{file}: it has no model")
     fields = {k: v for k, v in config.items() if k not in ("add_bos_token", "add_eos_token")}
     if isinstance(padding := document.get("padding"), dict) and isinstance(padding.get("pad_token"), str):
         fields.setdefault("pad_token", padding["pad_token"])
     if of == "backend":
-        made = Tokenizer.from_str(json.dumps(plain))
+        made = Tokenizer.from_file(str(file))
     else:
         # Only its post-processor, without the cost of its vocabulary.
-        shell = {**plain, "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+        shell = {**document, "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
         post = Tokenizer.from_str(json.dumps(shell)).post_processor
         vocab = model.get("vocab")
         if isinstance(vocab, list):
@@ -185,7 +181,7 @@ def _from_json(root: Path, config: dict[str, Any], document: dict[str, Any]) -> 
         if post is not None:
             made.post_processor = post
     added = document.get("added_tokens") or []
-    return _finish(root, fields, made, of, ("tokenizer.json",), added)
+    return _finish(root, fields, made, of, (file.name,), added)
 
 
 def _vocab_and_merges(root: Path, config: dict[str, Any], file: Path) -> Loaded:
@@ -326,10 +322,20 @@ def _ranks_or_none(data: bytes) -> dict[bytes, int] | None:
         return None
 
 
+_READERS: dict[str, Callable[[Path, dict[str, Any], Path], Loaded]] = {
+    "tokenizer.json": _from_json,
+    "tekken.json": _tekken,
+    "tokenizer.model": _sentencepiece,
+    "tiktoken.model": _tiktoken,
+    "vocab.json": _vocab_and_merges,
+}
+"""By the file's name, in the order in which they are looked for."""
+
+
 # ---- the classes
 
 
-def _byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, ...]], pattern: str) -> Tokenizer:
+def _byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]], pattern: str) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     made = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
@@ -536,12 +542,12 @@ def _finish(
     stated = "add_bos_token" in fields or "add_eos_token" in fields
     if stated or made.post_processor is None or (of != "backend" and CLASSES[of].always):
         default = of == "CodeLlamaTokenizer"
-        before = text.get("bos_token") if fields.get("add_bos_token", default) else None
-        after = text.get("eos_token") if fields.get("add_eos_token") else None
-        ends = [t for t in (before, after) if t is not None]
+        ahead = text.get("bos_token") if fields.get("add_bos_token", default) else None
+        behind = text.get("eos_token") if fields.get("add_eos_token") else None
+        ends = [t for t in (ahead, behind) if t is not None]
         made.post_processor = processors.TemplateProcessing(
-            single=[*([before] if before else []), "$A", *([after] if after else [])],
-            special_tokens=[(t, made.token_to_id(t)) for t in dict.fromkeys(ends)],
+            single=[*([ahead] if ahead else []), "$A", *([behind] if behind else [])],
+            special_tokens=[(end, made.token_to_id(end)) for end in dict.fromkeys(ends)],
         )
     made.no_truncation()
     made.no_padding()
