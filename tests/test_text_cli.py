@@ -104,3 +104,18 @@ def test_conversion_carries_every_file_of_a_tokenizer_and_its_templates(tmp_path
     assert all((canon / name).read_bytes() == b"{}" + name.encode() for name in SMALL)
     back = Path(zoo.export(canon, tmp_path / "back"))
     assert all((back / name).read_bytes() == b"{}" + name.encode() for name in SMALL)
+
+
+def test_a_pull_fetches_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny
+    from hub_client import pointed_at
+    from hub_server import HubServer
+
+    source = tiny.make("llama", tmp_path / "source")
+    for name in SMALL:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"{}" + name.encode())
+    with HubServer() as server, pointed_at(server, tmp_path / "home", monkeypatch, timeout=2):
+        server.repo("org/tiny").commit(source)
+        canon = zoo.pull("org/tiny", tmp_path / "canon")
+    assert all((canon / name).read_bytes() == b"{}" + name.encode() for name in SMALL)

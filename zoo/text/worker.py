@@ -20,7 +20,7 @@ from zoo.errors import ZooError
 
 CPU_SECONDS = {"about": 8}
 """Of a request; reading a tokenizer of 260,000 tokens takes some 2."""
-CPU_SECONDS_ELSE = 3
+CPU_SECONDS_ELSE = 2
 MEMORY = 1 << 30
 LONGEST = 300
 """Characters of somebody else's message that are passed on."""
