@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -335,6 +336,29 @@ def test_tekkens_ids_are_those_of_mistral_common(listed: bool, tmp_path: Path) -
     theirs, ours = library.Tekkenizer.from_file(tmp_path / "tekken.json"), Text(tmp_path)
     for probe in PROBES:
         assert ours.encode(probe) == theirs.encode(probe, bos=True, eos=False)
+
+
+def test_mistrals_own_sentencepiece_ids_are_those_of_mistral_common(tmp_path: Path) -> None:
+    library = pytest.importorskip("mistral_common.tokens.tokenizers.sentencepiece")
+    pytest.importorskip("google.protobuf")
+    package = Path(library.__file__).parents[2]
+    shipped = next((package / "data").glob("*.model.v3"))
+    file = tmp_path / "tokenizer.model.v3"
+    file.write_bytes(shipped.read_bytes())
+    theirs, ours = library.SentencePieceTokenizer(file), Text(tmp_path)
+    for probe in PROBES:
+        assert ours.encode(probe) == theirs.encode(probe, bos=True, eos=False)
+
+
+def test_a_missing_library_is_named_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.text.tokenizer import load
+
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ZooError, match="is a SentencePiece model.*pip install sentencepiece protobuf"):
+        load(tmp_path)
 
 
 def test_a_tekken_text_begins_with_bos_and_a_template_spells_special_tokens(tmp_path: Path) -> None:

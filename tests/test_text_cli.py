@@ -88,7 +88,7 @@ def test_a_stop_id_of_the_text_config_stops(tmp_path: Path, capsys: pytest.Captu
 
 SMALL = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "tekken.json", "tiktoken.model", "o200k_base.tiktoken", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "tokenizer.model.v3", "tekken.json", "tiktoken.model", "o200k_base.tiktoken", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/tool_use.jinja", "processor_config.json", "generation_config.json",
 )  # fmt: skip
 

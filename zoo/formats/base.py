@@ -206,7 +206,7 @@ def carried_files(root: Path) -> tuple[str, ...]:
     out = []
     for p in sorted([*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]):
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
-            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "TOKENIZER.MODEL.V")
         )
         if keep and p.suffix not in WEIGHT_SUFFIXES and p.is_file() and p.stat().st_size < 256 << 20:
             if p.name not in ("zoo.json", "parity.json"):

@@ -92,16 +92,20 @@ class Loaded:
     special: dict[str, str]
     files: tuple[str, ...]  # that it was made from
     clean_up: bool = False
-    tekken: bool = False
+    mistral: bool = False
+    pieces: Any = None  # sentencepiece's own processor, where plain texts are its
     notes: tuple[str, ...] = ()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """`special`: as at a plain call. Without: a rendered template, which spells special tokens itself."""
-        if not self.tekken:
+        if not self.mistral:
             return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
         # As mistral-common: a plain text begins with <s>, and "[INST]" in it is text.
         self.tokenizer.encode_special_tokens = special
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        if special and self.pieces is not None:
+            ids = list(self.pieces.encode(text))
+        else:
+            ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
         begin = self.tokenizer.token_to_id("<s>") if special else None
         return ids if begin is None else [begin, *ids]
 
@@ -119,11 +123,12 @@ class Loaded:
 def file_of(root: Path) -> Path:
     """The file that the tokenizer of the folder `root` is made from. Raises ZooError if it has none."""
     named = (root / name for name in _READERS)
-    for file in (*named, *sorted(root.glob("*.tiktoken"))):
+    versions = sorted(root.glob("tokenizer.model.v[0-9]*"), reverse=True)
+    for file in (*named, *versions, *sorted(root.glob("*.tiktoken"))):
         if file.is_file():
             return file
     raise ZooError(
-        f"{root} has no tokenizer ({', '.join(_READERS)} with merges.txt, *.tiktoken), so text can't be turned into "
+        f"{root} has no tokenizer ({', '.join(_READERS)} with merges.txt, tokenizer.model.v*, *.tiktoken), so text can't be turned into "
         "tokens: give token ids (--ids)"
     )
 
@@ -131,7 +136,8 @@ def file_of(root: Path) -> Path:
 def load(root: Path) -> Loaded:
     """The tokenizer of the folder `root`. Raises ZooError if it has none, or one that can't be read."""
     file = file_of(root)
-    return _READERS.get(file.name, _tiktoken)(root, _json(root / "tokenizer_config.json"), file)
+    other = _tiktoken if file.suffix == ".tiktoken" else _sentencepiece
+    return _READERS.get(file.name, other)(root, _json(root / "tokenizer_config.json"), file)
 
 
 def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] | None) -> str:
@@ -223,7 +229,10 @@ def _sentencepiece(root: Path, config: dict[str, Any], file: Path) -> Loaded:
         proto.ParseFromString(data)
     except DecodeError as error:
         raise ZooError(f"{file}: sentencepiece can't read it ({error})") from None
-    of = class_of(root, config, None)
+    mistral = file.name.startswith(
+        "tokenizer.model.v"
+    )  # Mistral's own releases, which only mistral-common reads
+    of = "LlamaTokenizer" if mistral else class_of(root, config, None)
     pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
     added = [
@@ -253,7 +262,12 @@ def _sentencepiece(root: Path, config: dict[str, Any], file: Path) -> Loaded:
         for key in ("bos", "eos", "unk"):
             if getattr(trainer, f"{key}_id") >= 0:
                 fields.setdefault(f"{key}_token", getattr(trainer, f"{key}_piece"))
-    return _finish(root, fields, made, of, (file.name,), extra=added)
+    loaded = _finish(root, fields, made, of, (file.name,), extra=added)
+    if mistral:
+        from sentencepiece import SentencePieceProcessor
+
+        loaded.mistral, loaded.pieces = True, SentencePieceProcessor(model_proto=data)
+    return loaded
 
 
 def _tekken(root: Path, config: dict[str, Any], file: Path) -> Loaded:
@@ -281,7 +295,7 @@ def _tekken(root: Path, config: dict[str, Any], file: Path) -> Loaded:
     special = {k: t for k, t in special.items() if t in vocab}
     if "<s>" not in vocab:
         raise ZooError(f"{file}: it has no token <s>, with which every text begins")
-    return Loaded(made, special, (file.name,), tekken=True)
+    return Loaded(made, special, (file.name,), mistral=True)
 
 
 def _rank(token: Mapping[str, Any]) -> int:
