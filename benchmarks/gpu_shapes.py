@@ -47,7 +47,7 @@ def norms(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
         r.choice([1, 2, 5]),
         r.choice([1, 7, 64, 100, 128, 520]),
     )
-    spec = Norm(1e-6, weight=r.choice(["plain", "plus_one", "none"]), scale_in=r.choice(["model", "fp32"]))
+    spec = Norm(1e-6, weight=r.choice(["plain", "plus_one", "none"]), rounding=r.choice(["first", "last"]))
     weight = None if spec.weight == "none" else torch.randn(d).to(dtype)
     way = r.choice(["plain", "slice", "heads first", "padded", "channels first"])
     x = torch.randn(b, h, t + 3, d).to(dtype)
@@ -168,7 +168,7 @@ def mixers(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
     yield f"mix {what}", y, exact.double()
     yield f"state {what}", states[0], states[1].double()
 
-    spec = Norm(1e-6, weight=r.choice(["plain", "plus_one"]), scale_in=r.choice(["model", "fp32"]))
+    spec = Norm(1e-6, weight=r.choice(["plain", "plus_one"]), rounding=r.choice(["first", "last"]))
     z, first = (
         torch.randn(b, t, h * v + 8).to(dtype)[..., pad : h * v + pad].view(b, t, h, v),
         r.random() < 0.5,

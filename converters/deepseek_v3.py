@@ -18,31 +18,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.config import Config, rope, rope_parameters, yarn_mscale
-from zoo.families import Family
-from zoo.mapping.rules import RuleLine, extra, per_head, rules, transpose
-from zoo.spec import MLP, LatentAttention, Layer, Mixer, MoE, Norm, Router, Spec
-
-from . import _dense as names
-from . import _experts as experts
+from zoo.family import (
+    MLP,
+    Config,
+    Family,
+    LatentAttention,
+    Layer,
+    Mixer,
+    MoE,
+    Norm,
+    Router,
+    RuleLine,
+    Spec,
+    ZooError,
+    extra,
+    gguf,
+    hf,
+    per_head,
+    read,
+    rules,
+    transpose,
+)
 
 LATENT_EPS = 1e-6
 
 
 def spec(config: Config) -> Spec:
-    c = config.sub("text_config") if "text_config" in config else config
+    c = read.text_config(config)
     c.refuse(moe_layer_freq=1)
     mixer = latent_attention(c, bool(c.data.get("rope_interleave", True)))
-    return decoder("deepseek_v3", c, mixer, experts.sigmoid_router(c), wrapper=config)
+    return decoder("deepseek_v3", c, mixer, router(c), wrapper=config)
 
 
 def latent_attention(c: Config, interleaved: bool = True, **more: Any) -> LatentAttention:
     """MLA; `more` are fields of LatentAttention that other families with it add."""
-    p = rope_parameters(c)
+    p = read.rope_parameters(c)
     nope, rotary = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
     scale = (nope + rotary) ** -0.5
     if p["rope_type"] != "default" and p.get("mscale_all_dim"):
-        scale *= yarn_mscale(p["factor"], p["mscale_all_dim"]) ** 2
+        scale *= read.yarn_mscale(p["factor"], p["mscale_all_dim"]) ** 2
     return LatentAttention(
         n_heads=c["num_attention_heads"],
         q_rank=c.get("q_lora_rank"),
@@ -52,7 +66,7 @@ def latent_attention(c: Config, interleaved: bool = True, **more: Any) -> Latent
         v_head_dim=c["v_head_dim"],
         scale=scale,
         latent_norm=Norm(LATENT_EPS),
-        rope=rope(c, p, rotary, interleaved=interleaved),
+        rope=read.rope(c, p, rotary, interleaved=interleaved),
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
         **more,
@@ -64,19 +78,53 @@ def decoder(family: str, c: Config, mixer: Mixer, router: Router, wrapper: Confi
     c.choice("hidden_act", ("silu",))
     norm = Norm(c["rms_norm_eps"])
     dense = MLP(c["intermediate_size"])
-    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), router, experts.shared_experts(c))
+    moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router, shared_experts(c))
     return Spec(
         family=family,
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
         layers=tuple(
-            Layer(mixer, moe if s else dense, attn_norm=norm, ffn_norm=norm) for s in experts.sparse_layers(c)
+            Layer(mixer, moe if s else dense, attn_norm=norm, ffn_norm=norm) for s in sparse_layers(c)
         ),
         norm=norm,
-        tied=names.tied(wrapper or c, c, default=False),
+        tied=read.tied(wrapper or c, c, default=False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c, wrapper or c),
+        dtype=read.dtype(c, wrapper or c),
     )
+
+
+def sparse_layers(c: Config) -> list[bool]:
+    """Which layers have experts: a list as transformers 5 writes it, or all but the first k."""
+    n = c["num_hidden_layers"]
+    if "mlp_layer_types" in c:
+        return [kind == "sparse" for kind in c.each_layer("mlp_layer_types", n, ("dense", "sparse"))]
+    return [i >= c["first_k_dense_replace"] for i in range(n)]
+
+
+def router(c: Config, scale: float | None = None) -> Router:
+    """The router (arXiv 2412.19437, section 2.1.2): sigmoid scores in fp32, a selection bias instead
+    of an auxiliary loss, groups of experts ranked by their two best. No field has a default: families with this
+    router differ in theirs. `scale`: instead of `routed_scaling_factor`."""
+    c.choice("scoring_func", ("sigmoid",), "sigmoid")
+    c.choice("topk_method", ("noaux_tc",), "noaux_tc")
+    return Router(
+        top_k=c["num_experts_per_tok"],
+        score="sigmoid",
+        selection_bias=True,
+        n_groups=c["n_group"],
+        top_groups=c["topk_group"],
+        normalize=c["norm_topk_prob"],
+        normalize_eps=1e-20,
+        scale=float(c["routed_scaling_factor"] if scale is None else scale),
+        rounding="last",
+        weights_rounding="last",
+    )
+
+
+def shared_experts(c: Config) -> MLP | None:
+    """The experts that every token visits are one MLP of their widths together."""
+    n = c.get("n_shared_experts", 0)
+    return MLP(n * c["moe_intermediate_size"]) if n else None
 
 
 _A = "model.layers.{i}.self_attn."
@@ -93,14 +141,20 @@ MLA: tuple[RuleLine, ...] = (
     ("layers.{i}.attn.out.weight", _A + "o_proj.weight"),
     ("layers.{i}.attn.out.bias", _A + "o_proj.bias"),
 )
+MOE: tuple[RuleLine, ...] = (
+    ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
+    *hf.NUMBERED,
+    *hf.gated_mlp("layers.{i}.moe.shared", "model.layers.{i}.mlp.shared_experts"),
+)
 HF: tuple[RuleLine, ...] = (
-    *names.ENDS,
-    *names.PRE_NORMS,
+    *hf.ENDS,
+    *hf.PRE_NORMS,
     *MLA,
-    *names.MLP,
-    *experts.DEEPSEEK_MOE,
-    names.INV_FREQ,
-    experts.MTP_LAYERS,
+    *hf.MLP,
+    *MOE,
+    hf.INV_FREQ,
+    hf.MTP_LAYERS,
 )
 _VISION = "sees images; the text model does not"
 RULES = {
@@ -110,9 +164,10 @@ RULES = {
         extra("mm_projector.*", _VISION),
         prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
     ),
+    "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
     "gguf": rules(
-        *names.GGUF_ENDS,
-        *names.GGUF_PRE_NORMS,
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
         ("layers.{i}.attn.q.weight", "blk.{i}.attn_q.weight"),
         ("layers.{i}.attn.q_down.weight", "blk.{i}.attn_q_a.weight"),
         ("layers.{i}.attn.q_latent_norm.weight", "blk.{i}.attn_q_a_norm.weight"),
@@ -127,9 +182,9 @@ RULES = {
             ),
         ),
         ("layers.{i}.attn.out.weight", "blk.{i}.attn_output.weight"),
-        *names.GGUF_MLP,
-        *experts.GGUF_MOE,
-        experts.GGUF_MTP_LAYERS,
+        *gguf.MLP,
+        *gguf.MOE,
+        gguf.MTP_LAYERS,
         *(
             extra(f"blk.*.attn_{x}_b.weight", "a part of attn_kv_b, which the file also has whole")
             for x in "kv"
@@ -137,10 +192,58 @@ RULES = {
     ),
 }
 
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's `deepseek2`: what it leaves out, and where it differs from the fields its architectures share."""
+    # Sigmoid scores with a selection bias. Softmax scores, which are also what an absent field means, are other models.
+    if (gating := f.get("expert_gating_func", 1)) != 2:
+        raise ZooError(
+            f"{f.where}: {f.arch}.expert_gating_func is {gating} (1, or absent: softmax, as in DeepSeek V2); "
+            "supported: 2 (sigmoid, as in V3)"
+        )
+    rank, rope_dim, scaling = f["attention.kv_lora_rank"], f["rope.dimension_count"], out["rope_scaling"]
+    if scaling and "mscale" in scaling:
+        # Here yarn_log_multiplier is 0.1 * mscale_all_dim; the released mscale is the same number.
+        mscale = round(scaling["mscale_all_dim"] * 10, 6)
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
+    if scaling and (f["expert_count"], scaling["factor"]) == (384, 32.0):
+        # Kimi K2 Instruct says 1, and its GGUFs of 2025 do not say it; K2 Thinking (factor 64) has the usual 32.
+        scaling["beta_fast"] = f.get("rope.scaling.yarn_beta_fast", 1.0)
+    key_length = f.get("attention.key_length_mla") or f["attention.key_length"]
+    value_length = f.get("attention.value_length_mla") or f["attention.value_length"]
+    f.expect("attention.key_length", rank + rope_dim, key_length)  # the latent head's
+    f.expect("attention.value_length", rank, value_length)
+    f.expect(
+        "expert_shared_feed_forward_length", 0, f["expert_feed_forward_length"] * f["expert_shared_count"]
+    )
+    return {
+        "num_key_value_heads": out["num_attention_heads"],  # one latent head in the file's terms
+        "q_lora_rank": f.get("attention.q_lora_rank"),
+        "kv_lora_rank": rank,
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": key_length - rope_dim,
+        "v_head_dim": value_length,
+        "first_k_dense_replace": f.get("leading_dense_block_count", 0),
+        "moe_intermediate_size": f["expert_feed_forward_length"],
+        "n_routed_experts": f["expert_count"],
+        "n_shared_experts": f["expert_shared_count"],
+        "num_experts_per_tok": f["expert_used_count"],
+        "n_group": f.get("expert_group_count", 8 if f["expert_count"] == 256 else 1),
+        "topk_group": f.get("expert_group_used_count", 4 if f["expert_count"] == 256 else 1),
+        "norm_topk_prob": f.get("expert_weights_norm", False),
+        "routed_scaling_factor": f.get("expert_weights_scale") or 1.0,  # 0: none
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "rope_scaling": scaling,
+    }
+
+
 FAMILY = Family(
     "deepseek_v3",
     ("deepseek_v3", "kimi_k2", "kimi_k25"),
     ("DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration"),
     spec,
     RULES,
+    gguf={"deepseek2": gguf_config},
 )

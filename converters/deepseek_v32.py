@@ -9,12 +9,8 @@ What is unusual, beyond deepseek_v3:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import rules
-from zoo.spec import Indexer, Norm, Spec
+from zoo.family import Config, Family, Indexer, Norm, Spec, hf, read, rules
 
-from . import _experts as experts
 from . import deepseek_v3
 
 
@@ -26,23 +22,22 @@ def spec(c: Config) -> Spec:
         n_heads=c["index_n_heads"],
         head_dim=c["index_head_dim"],
         top_k=c["index_topk"],
-        rope=rope(c, rope_parameters(c), c["qk_rope_head_dim"]),
+        rope=read.rope(c, read.rope_parameters(c), c["qk_rope_head_dim"]),
         key_norm=Norm(1e-6, kind="layer"),
     )
     mixer = deepseek_v3.latent_attention(c, indexer=indexer)
-    return deepseek_v3.decoder("deepseek_v32", c, mixer, experts.sigmoid_router(c))
+    return deepseek_v3.decoder("deepseek_v32", c, mixer, deepseek_v3.router(c))
 
 
 _I = "model.layers.{i}.self_attn.indexer."
-RULES = {
-    "hf": rules(
-        *deepseek_v3.HF,
-        ("layers.{i}.attn.indexer.q.weight", _I + "wq_b.weight"),
-        ("layers.{i}.attn.indexer.k.weight", _I + "wk.weight"),
-        ("layers.{i}.attn.indexer.k_norm.weight", _I + "k_norm.weight"),
-        ("layers.{i}.attn.indexer.k_norm.bias", _I + "k_norm.bias"),
-        ("layers.{i}.attn.indexer.head_weights.weight", _I + "weights_proj.weight"),
-    ),
-}
+HF = (
+    *deepseek_v3.HF,
+    ("layers.{i}.attn.indexer.q.weight", _I + "wq_b.weight"),
+    ("layers.{i}.attn.indexer.k.weight", _I + "wk.weight"),
+    ("layers.{i}.attn.indexer.k_norm.weight", _I + "k_norm.weight"),
+    ("layers.{i}.attn.indexer.k_norm.bias", _I + "k_norm.bias"),
+    ("layers.{i}.attn.indexer.head_weights.weight", _I + "weights_proj.weight"),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
 FAMILY = Family("deepseek_v32", ("deepseek_v32",), ("DeepseekV32ForCausalLM",), spec, RULES)

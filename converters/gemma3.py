@@ -11,12 +11,9 @@
 
 from __future__ import annotations
 
-from zoo.config import ACTIVATIONS, Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import rules
-from zoo.spec import MLP, Attention, Layer, Norm, QKNorm, Spec
+from typing import Any
 
-from . import _dense as dense
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Spec, gguf, hf, read, rules
 
 # Source: Gemma3TextConfig, transformers 4.50.
 DEFAULTS = {
@@ -35,19 +32,18 @@ DEFAULTS = {
 
 
 def spec(c: Config) -> Spec:
-    t = dense.text_config(c)
-    t = Config({**DEFAULTS, **t.data}, t.where)
+    t = read.text_config(c).with_defaults(DEFAULTS)
     t.refuse(use_bidirectional_attention=False, attn_logit_softcapping=None)
     if "text_config" in c:  # the wrapper's class has no softcap
         t.refuse(final_logit_softcapping=None)
     d, head_dim = t["hidden_size"], t["head_dim"]
     norm = Norm(
-        t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", scale_in="fp32"
+        t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", rounding="last"
     )
 
     def layer(kind: str) -> Layer:
-        sliding = kind == dense.SLIDING
-        parameters = rope_parameters(
+        sliding = kind == read.SLIDING
+        parameters = read.rope_parameters(
             t,
             kind,
             theta="rope_local_base_freq" if sliding else "rope_theta",
@@ -57,74 +53,71 @@ def spec(c: Config) -> Spec:
             n_heads=t["num_attention_heads"],
             n_kv_heads=t["num_key_value_heads"],
             head_dim=head_dim,
-            v_head_dim=head_dim,
             scale=t["query_pre_attn_scalar"] ** -0.5,
-            rope=dense.whole_rope(t, parameters, head_dim),
+            rope=read.whole_rope(t, parameters, head_dim),
             window=t["sliding_window"] if sliding else None,
             qkv_bias=t.get("attention_bias", False),
             out_bias=t.get("attention_bias", False),
             qk_norm=QKNorm(norm),
         )
-        mlp = MLP(t["intermediate_size"], t.table("hidden_activation", ACTIVATIONS))
+        mlp = MLP(t["intermediate_size"], t.table("hidden_activation", read.ACTIVATIONS))
         return Layer(attention, mlp, norm, norm, norm, norm)
 
+    interval = t.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
     return Spec(
         family="gemma3",
         d_model=d,
         vocab_size=t["vocab_size"],
-        layers=tuple(layer(kind) for kind in layer_types(t)),
+        layers=tuple(layer(kind) for kind in read.layer_types(t, read.every(interval))),
         norm=norm,
-        tied=dense.tied(c, t, default=True),
+        tied=read.tied(c, t, default=True),
         context_length=t["max_position_embeddings"],
         embed_scale=d**0.5,
         logit_softcap=t.get("final_logit_softcapping"),
-        dtype=dense.dtype(c, t),
+        dtype=read.dtype(c, t),
     )
 
 
-def layer_types(t: Config) -> list[str]:
-    n = t["num_hidden_layers"]
-    if "layer_types" in t:
-        return t.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
-    every = t.first("sliding_window_pattern", "_sliding_window_pattern", default=6)
-    return [dense.FULL if (i + 1) % every == 0 else dense.SLIDING for i in range(n)]
-
-
-def _plus_one(_: Layer | None, spec: Spec) -> bool:
-    """Norms that came as 1 + w have no form in Hugging Face's files: taking the 1 off would round."""
-    return spec.norm.weight == "plus_one"
-
-
-_L = "model.layers.{i}."
-NORMS = {
-    "norm.weight": "model.norm.weight",
-    "layers.{i}.attn_norm.weight": _L + "input_layernorm.weight",
-    "layers.{i}.attn_post_norm.weight": _L + "post_attention_layernorm.weight",
-    "layers.{i}.ffn_norm.weight": _L + "pre_feedforward_layernorm.weight",
-    "layers.{i}.ffn_post_norm.weight": _L + "post_feedforward_layernorm.weight",
-    "layers.{i}.attn.q_norm.weight": _L + "self_attn.q_norm.weight",
-    "layers.{i}.attn.k_norm.weight": _L + "self_attn.k_norm.weight",
-}
 RULES = {
     "hf": rules(
         ("embed.weight", "model.embed_tokens.weight"),
         ("head.weight", "lm_head.weight"),
-        *((key, name, _plus_one) for key, name in NORMS.items()),
-        *dense.ATTENTION,
-        *dense.MLP,
-        *dense.VISION,
-        prefixes=dense.WRAPPERS,
+        *hf.plus_one(("norm.weight", "model.norm.weight"), *hf.FOUR_NORMS, *hf.QK_NORM),
+        *hf.ATTENTION,
+        *hf.MLP,
+        *hf.VISION,
+        prefixes=hf.WRAPPERS,
     ),
     "gguf": rules(
-        *dense.GGUF_ENDS,
-        *dense.GGUF_PRE_NORMS,
-        ("layers.{i}.attn_post_norm.weight", "blk.{i}.post_attention_norm.weight"),
-        ("layers.{i}.ffn_post_norm.weight", "blk.{i}.post_ffw_norm.weight"),
-        *dense.gguf_attention(interleaved=False),
-        *dense.GGUF_QK_NORM,
-        *dense.GGUF_MLP,
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.POST_NORMS,
+        *gguf.attention(interleaved=False),
+        *gguf.QK_NORM,
+        *gguf.MLP,
     ),
 }
+
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `gemma3` says, and what llama.cpp knows by itself. Norm weights are stored as 1 + w."""
+    head_dim = gguf.head_dim(f, out)
+    # llama.cpp knows the 27B by its 62 layers: there the scale is (hidden / heads)^-0.5.
+    scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == 62 else head_dim
+    window = f.get("attention.sliding_window") or None  # not written where no layer has one
+    return {
+        "model_type": "gemma3_text",
+        "head_dim": head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": window,
+        "layer_types": gguf.layer_types(f, out["num_hidden_layers"], 6 if window else 1),
+        "rope_theta": f.get("rope.freq_base", 1e6),
+        "rope_local_base_freq": f.get("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": f.get("final_logit_softcapping") or None,
+        "norm_weight_plus_one": True,
+    }
+
 
 FAMILY = Family(
     "gemma3",
@@ -132,4 +125,5 @@ FAMILY = Family(
     ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     spec,
     RULES,
+    gguf={"gemma3": gguf_config},
 )

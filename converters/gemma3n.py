@@ -18,26 +18,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.config import ACTIVATIONS, Config, rope_parameters
-from zoo.errors import ZooError
-from zoo.families import Family
-from zoo.mapping.rules import extra, rules, stack
-from zoo.spec import MLP, AltUp, Attention, Layer, Norm, PerLayerEmbedding, QKNorm, Spec
-
-from . import _dense as dense
+from zoo.family import (
+    MLP,
+    AltUp,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Norm,
+    PerLayerEmbedding,
+    QKNorm,
+    Spec,
+    ZooError,
+    extra,
+    hf,
+    read,
+    rules,
+    stack,
+)
 
 
 def spec(c: Config) -> Spec:
-    t = dense.text_config(c)
+    t = read.text_config(c)
     t.refuse(altup_active_idx=0, use_bidirectional_attention=False, attention_bias=False)
     d, n, head_dim = t["hidden_size"], t["num_hidden_layers"], t["head_dim"]
-    norm = Norm(t["rms_norm_eps"], scale_in="fp32")
-    kinds = t.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
-    act = t.table("hidden_activation", ACTIVATIONS)
+    norm = Norm(t["rms_norm_eps"], rounding="last")
+    kinds = t.each_layer("layer_types", n, (read.FULL, read.SLIDING))
+    act = t.table("hidden_activation", read.ACTIVATIONS)
 
     def attention(i: int) -> Attention:
-        sliding = kinds[i] == dense.SLIDING
-        parameters = rope_parameters(
+        sliding = kinds[i] == read.SLIDING
+        parameters = read.rope_parameters(
             t,
             kinds[i],
             theta="rope_local_base_freq" if sliding else "rope_theta",
@@ -47,12 +58,11 @@ def spec(c: Config) -> Spec:
             n_heads=t["num_attention_heads"],
             n_kv_heads=t["num_key_value_heads"],
             head_dim=head_dim,
-            v_head_dim=head_dim,
             scale=1.0,
-            rope=dense.whole_rope(t, parameters, head_dim),
+            rope=read.whole_rope(t, parameters, head_dim),
             window=t["sliding_window"] if sliding else None,
             qk_norm=QKNorm(norm),
-            value_norm=Norm(norm.eps, weight="none", scale_in="fp32"),
+            value_norm=Norm(norm.eps, weight="none", rounding="last"),
             kv_from=kv_source(t, kinds, i),
         )
 
@@ -64,7 +74,7 @@ def spec(c: Config) -> Spec:
         vocab_size=t["vocab_size"],
         layers=tuple(Layer(attention(i), mlps[i], norm, norm, norm, norm) for i in range(n)),
         norm=norm,
-        tied=dense.tied(c, t, default=True),
+        tied=read.tied(c, t, default=True),
         context_length=t["max_position_embeddings"],
         embed_scale=d**0.5,
         logit_softcap=t.get("final_logit_softcapping", 30.0),
@@ -78,7 +88,7 @@ def spec(c: Config) -> Spec:
         per_layer_embedding=PerLayerEmbedding(
             t["vocab_size_per_layer_input"], t["hidden_size_per_layer_input"], norm, act
         ),
-        dtype=dense.dtype(c, t),
+        dtype=read.dtype(c, t),
     )
 
 
@@ -113,7 +123,7 @@ def _shares_kv(layer: Layer) -> bool:
 
 RULES = {
     "hf": rules(
-        *dense.ENDS,
+        *hf.ENDS,
         ("per_layer.embed.weight", "model.embed_tokens_per_layer.weight"),
         ("per_layer.proj.weight", "model.per_layer_model_projection.weight"),
         ("per_layer.norm.weight", "model.per_layer_projection_norm.weight"),
@@ -128,9 +138,9 @@ RULES = {
             _L + "self_attn.q_proj.weight",
             lambda la, _: la is not None and _shares_kv(la),
         ),
-        *dense.ATTENTION,
-        *dense.QK_NORM,
-        *dense.MLP,
+        *hf.ATTENTION,
+        *hf.QK_NORM,
+        *hf.MLP,
         ("layers.{i}.altup.router_norm.weight", _L + "altup.router_norm.weight"),
         ("layers.{i}.altup.router.weight", _L + "altup.modality_router.weight"),
         ("layers.{i}.altup.predict.weight", _L + "altup.prediction_coefs.weight"),

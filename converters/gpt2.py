@@ -10,26 +10,23 @@
 
 from __future__ import annotations
 
-from zoo.config import ACTIVATIONS, Config
-from zoo.families import Family
-from zoo.mapping.rules import extra, rules, transpose
-from zoo.spec import MLP, Attention, Layer, Norm, Spec
-
-from . import _dense as dense
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, extra, read, rules, transpose
 
 
 def spec(c: Config) -> Spec:
     c.refuse(add_cross_attention=False)
     d, n_heads = c["n_embd"], c["n_head"]
-    norm = Norm(c["layer_norm_epsilon"], kind="layer", scale_in="fp32")
-    mlp = MLP(c.get("n_inner", 4 * d), c.table("activation_function", ACTIVATIONS), gated=False, bias=True)
+    norm = Norm(c["layer_norm_epsilon"], kind="layer", rounding="last")
+    mlp = MLP(
+        c.get("n_inner", 4 * d), c.table("activation_function", read.ACTIVATIONS), gated=False, bias=True
+    )
 
     def attention(i: int) -> Attention:
         head_dim = d // n_heads
         scale = head_dim**-0.5 if c.get("scale_attn_weights", True) else 1.0
         if c.get("scale_attn_by_inverse_layer_idx", False):
             scale /= i + 1
-        return Attention(n_heads, n_heads, head_dim, head_dim, scale, qkv_bias=True, out_bias=True)
+        return Attention(n_heads, n_heads, head_dim, scale, qkv_bias=True, out_bias=True)
 
     return Spec(
         family="gpt2",
@@ -40,7 +37,7 @@ def spec(c: Config) -> Spec:
         tied=c.get("tie_word_embeddings", True),
         context_length=c["n_positions"],
         positions=c["n_positions"],
-        dtype=dense.dtype(c),
+        dtype=read.dtype(c),
     )
 
 

@@ -14,27 +14,40 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import cat, deinterleave, rules, transpose
-from zoo.spec import MLP, Attention, Layer, MoE, Norm, Router, Spec
+from collections.abc import Collection
+from typing import Any
 
-from . import _dense as names
-from . import _experts as experts
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    Router,
+    Spec,
+    cat,
+    deinterleave,
+    gguf,
+    hf,
+    read,
+    rules,
+    transpose,
+)
 
 
 def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
-    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
+    norm = Norm(c["rms_norm_eps"], rounding="last")
     bias = c.get("attention_bias", True)
-    rotary = names.whole_rope(c, rope_parameters(c, needed=True), c["head_dim"])
+    rotary = read.whole_rope(c, read.rope_parameters(c, needed=True), c["head_dim"])
 
     def attention(window: int | None) -> Attention:
         return Attention(
             n_heads=c["num_attention_heads"],
             n_kv_heads=c["num_key_value_heads"],
             head_dim=c["head_dim"],
-            v_head_dim=c["head_dim"],
             scale=c["head_dim"] ** -0.5,
             rope=rotary,
             window=window,
@@ -51,11 +64,9 @@ def spec(c: Config) -> Spec:
         alpha=float(c.get("swiglu_alpha", 1.702)),
     )
     router = Router(c.first("num_experts_per_tok", "experts_per_token"), "softmax", over="chosen", bias=True)
-    moe = MoE(experts.n_experts(c), expert, router)
-    n = c["num_hidden_layers"]
-    kinds = {experts.SLIDING: attention(c["sliding_window"]), experts.FULL: attention(None)}
-    alternate = [experts.FULL if i % 2 else experts.SLIDING for i in range(n)]
-    types = c.each_layer("layer_types", n, kinds) if "layer_types" in c else alternate
+    moe = MoE(read.n_experts(c), expert, router)
+    kinds = {read.SLIDING: attention(c["sliding_window"]), read.FULL: attention(None)}
+    types = read.layer_types(c, read.every(2))
     return Spec(
         family="gpt_oss",
         d_model=c["hidden_size"],
@@ -64,16 +75,16 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
 _E = "model.layers.{i}.mlp.experts."
 RULES = {
     "hf": rules(
-        *names.ENDS,
-        *names.PRE_NORMS,
-        *names.ATTENTION,
+        *hf.ENDS,
+        *hf.PRE_NORMS,
+        *hf.ATTENTION,
         ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.sinks"),
         ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.router.weight"),
         ("layers.{i}.moe.router.bias", "model.layers.{i}.mlp.router.bias"),
@@ -105,16 +116,89 @@ RULES = {
         ("layers.{i}.moe.down.bias", "block.{i}.mlp.mlp2_bias"),
     ),
     "gguf": rules(
-        *names.GGUF_ENDS,
+        *gguf.ENDS,
         ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
         ("layers.{i}.ffn_norm.weight", "blk.{i}.post_attention_norm.weight"),
-        *names.gguf_attention(interleaved=False),
+        *gguf.attention(interleaved=False),
         ("layers.{i}.attn.sinks", "blk.{i}.attn_sinks.weight"),
-        *experts.GGUF_MOE,
+        *gguf.MOE,
         ("layers.{i}.moe.router.bias", "blk.{i}.ffn_gate_inp.bias"),
         ("layers.{i}.moe.gate_up.bias", cat("blk.{i}.ffn_gate_exps.bias", "blk.{i}.ffn_up_exps.bias")),
         ("layers.{i}.moe.down.bias", "blk.{i}.ffn_down_exps.bias"),
     ),
 }
 
-FAMILY = Family("gpt_oss", ("gpt_oss",), ("GptOssForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `gpt-oss` says, and what llama.cpp's graph of it fixes."""
+    scaling = out["rope_scaling"]
+    f.expect("expert_gating_func", 0, 3)  # a softmax over the chosen ones
+    f.expect("swiglu_clamp_exp", 7.0)
+    f.expect("rope.freq_base_swa", out["rope_theta"])
+    return {
+        "head_dim": gguf.head_dim(f, out),
+        "attention_bias": f.has("attn_q.bias"),
+        "intermediate_size": f["expert_feed_forward_length"],
+        "num_local_experts": f["expert_count"],
+        "num_experts_per_tok": f["expert_used_count"],
+        "sliding_window": f["attention.sliding_window"],
+        "layer_types": gguf.layer_types(f, out["num_hidden_layers"], 2),
+        "rope_scaling": {**scaling, "truncate": False} if scaling else {"rope_type": "default"},
+        "swiglu_limit": 7.0,
+    }
+
+
+def own_config(c: Config, tensors: Collection[str]) -> dict[str, Any]:
+    """OpenAI's config.json. It leaves eps, the pattern of windows and YaRN's form to the code: gpt_oss/torch/model.py of
+    openai/gpt-oss."""
+    n = read.layer_count(c["num_hidden_layers"], "num_hidden_layers", c.where)
+    factor = float(c.get("rope_scaling_factor", 32.0))  # ModelConfig's default
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": c["initial_context_length"],
+        "beta_fast": float(c["rope_ntk_beta"]),
+        "beta_slow": float(c["rope_ntk_alpha"]),
+        "truncate": False,
+    }
+    out = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "vocab_size": c["vocab_size"],
+        "hidden_size": c["hidden_size"],
+        "num_hidden_layers": n,
+        "num_attention_heads": c["num_attention_heads"],
+        "num_key_value_heads": c["num_key_value_heads"],
+        "head_dim": c["head_dim"],
+        "intermediate_size": c["intermediate_size"],
+        "num_local_experts": c["num_experts"],
+        "num_experts_per_tok": c["experts_per_token"],
+        "swiglu_limit": float(c.get("swiglu_limit", 7.0)),
+        "sliding_window": c["sliding_window"],
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(n)],
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": float(c["rope_theta"]),
+        "rope_scaling": scaling if factor > 1 else {"rope_type": "default"},
+        "max_position_embeddings": int(c["initial_context_length"] * factor),
+        "tie_word_embeddings": "unembedding.weight" not in tensors,
+        "torch_dtype": "bfloat16",
+    }
+    if (
+        "block.0.mlp.mlp1_weight.blocks" in tensors
+    ):  # as the release's own config.json for transformers says it
+        plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        out["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": plain}
+    return out
+
+
+FAMILY = Family(
+    "gpt_oss",
+    ("gpt_oss",),
+    ("GptOssForCausalLM",),
+    spec,
+    RULES,
+    {"openai": own_config},
+    {"gpt-oss": gguf_config},
+)

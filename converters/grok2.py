@@ -17,12 +17,25 @@ tanh or erf (here tanh, as in the dense path and in xAI's Grok 1 code).
 
 from __future__ import annotations
 
-from zoo.config import Config
-from zoo.families import Family
-from zoo.mapping.rules import cat, ranks, rules, stack
-from zoo.spec import MLP, Attention, Layer, MoE, Norm, QueryScale, Rope, Router, Spec
-
-from . import _dense as dense
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    QueryScale,
+    Rope,
+    Router,
+    Spec,
+    cat,
+    hf,
+    ranks,
+    read,
+    rules,
+    stack,
+)
 
 
 def spec(c: Config) -> Spec:
@@ -36,7 +49,6 @@ def spec(c: Config) -> Spec:
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
         head_dim=head_dim,
-        v_head_dim=head_dim,
         scale=head_dim**-0.5,
         rope=Rope(float(c["rope_theta"]), head_dim),
         query_scale=QueryScale("log", float(c["attn_temperature_len"])),
@@ -48,7 +60,8 @@ def spec(c: Config) -> Spec:
         router=Router(
             top_k=c["num_experts_per_tok"],
             score="softmax",
-            fp32=True,
+            rounding="last",
+            weights_rounding="last",
             softcap=float(c["router_logit_softcapping"]),
         ),
         shared=MLP(c["intermediate_size"], "gelu_tanh"),
@@ -65,7 +78,7 @@ def spec(c: Config) -> Spec:
         embed_scale=float(c["embedding_multiplier_scale"]),
         logit_scale=float(c["output_multiplier_scale"]),
         logit_softcap=float(c["final_logit_softcapping"]),
-        dtype=dense.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -73,8 +86,8 @@ _L = "model.layers.{i}."
 _E = _L + "block_sparse_moe.experts.{e}."
 RULES = {
     "hf": rules(
-        *dense.ENDS,
-        *dense.ATTENTION,
+        *hf.ENDS,
+        *hf.ATTENTION,
         ("layers.{i}.attn_norm.weight", _L + "pre_attn_norm.weight"),
         ("layers.{i}.attn_post_norm.weight", _L + "post_attn_norm.weight"),
         ("layers.{i}.ffn_norm.weight", _L + "pre_moe_norm.weight"),
@@ -89,7 +102,7 @@ RULES = {
         ("layers.{i}.moe.down.weight", stack(ranks("rank{r}." + _E + "w2.weight", 1))),
         ("layers.{i}.moe.shared.gate_up.weight", cat(_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight")),
         ("layers.{i}.moe.shared.down.weight", _L + "mlp.down_proj.weight"),
-        dense.INV_FREQ,
+        hf.INV_FREQ,
     ),
 }
 

@@ -13,14 +13,26 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config
-from zoo.errors import ZooError
-from zoo.families import Family
-from zoo.mapping.rules import cat, rules, squeeze
-from zoo.spec import MLP, DeltaNet, LatentAttention, Layer, Mixer, MoE, Norm, Router, Spec
+from zoo.family import (
+    MLP,
+    Config,
+    DeltaNet,
+    Family,
+    LatentAttention,
+    Layer,
+    Mixer,
+    MoE,
+    Norm,
+    Router,
+    Spec,
+    ZooError,
+    cat,
+    hf,
+    read,
+    rules,
+    squeeze,
+)
 
-from . import _dense as names
-from . import _experts as experts
 from . import deepseek_v3
 
 
@@ -55,9 +67,9 @@ def spec(c: Config) -> Spec:
         conv=conv,
         decay="channel",
         out_gate="sigmoid",
-        out_norm=Norm(norm.eps, scale_in="fp32"),
+        out_norm=Norm(norm.eps, rounding="last"),
     )
-    mixers: dict[str, Mixer] = {experts.FULL: latent, experts.LINEAR: delta}
+    mixers: dict[str, Mixer] = {read.FULL: latent, read.LINEAR: delta}
     router = Router(
         top_k=c.first("num_experts_per_token", "num_experts_per_tok"),
         score="sigmoid",
@@ -67,23 +79,24 @@ def spec(c: Config) -> Spec:
         normalize=c.first("moe_renormalize", "norm_topk_prob"),
         normalize_eps=1e-20,
         scale=float(c["routed_scaling_factor"]),
-        fp32=True,
+        rounding="last",
+        weights_rounding="last",
     )
     dense = MLP(c["intermediate_size"])
     shared = c.first("num_shared_experts", "n_shared_experts") * c["moe_intermediate_size"]
-    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), router, shared=MLP(shared))
+    moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router, shared=MLP(shared))
     return Spec(
         family="kimi_linear",
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
         layers=tuple(
             Layer(mixers[t], moe if s else dense, attn_norm=norm, ffn_norm=norm)
-            for t, s in zip(layer_types(c), experts.sparse_layers(c), strict=True)
+            for t, s in zip(layer_types(c), deepseek_v3.sparse_layers(c), strict=True)
         ),
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c.first("model_max_length", "max_position_embeddings"),
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -91,39 +104,51 @@ def layer_types(c: Config) -> list[str]:
     """One list as transformers 5 writes it, or the release's two lists of layers, counted from 1."""
     n = c["num_hidden_layers"]
     if "layer_types" in c:
-        return c.each_layer("layer_types", n, (experts.FULL, experts.LINEAR))
+        return c.each_layer("layer_types", n, (read.FULL, read.LINEAR))
     lists = c.sub("linear_attn_config")
-    types: dict[int, str] = dict.fromkeys(lists["full_attn_layers"], experts.FULL)
-    types |= dict.fromkeys(lists["kda_layers"], experts.LINEAR)
+    types: dict[int, str] = dict.fromkeys(lists["full_attn_layers"], read.FULL)
+    types |= dict.fromkeys(lists["kda_layers"], read.LINEAR)
     if sorted(types) != list(range(1, n + 1)):
         raise ZooError(f"{lists.where}: full_attn_layers and kda_layers do not make layers 1 to {n}")
     return [types[i] for i in range(1, n + 1)]
 
 
 _D, _B = "model.layers.{i}.self_attn.", "model.layers.{i}.block_sparse_moe"
-RULES = {
-    "hf": rules(
-        *names.ENDS,
-        *names.PRE_NORMS,
-        *deepseek_v3.MLA,
-        ("layers.{i}.delta.qkv.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkv"))),
-        ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
-        ("layers.{i}.delta.beta.weight", _D + "b_proj.weight"),
-        ("layers.{i}.delta.decay_down.weight", _D + "f_a_proj.weight"),
-        ("layers.{i}.delta.decay_up.weight", _D + "f_b_proj.weight"),
-        ("layers.{i}.delta.gate_down.weight", _D + "g_a_proj.weight"),
-        ("layers.{i}.delta.gate_up.weight", _D + "g_b_proj.weight"),
-        ("layers.{i}.delta.A_log", squeeze(_D + "A_log", 0, 1, 3)),
-        ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
-        ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
-        ("layers.{i}.delta.out.weight", _D + "o_proj.weight"),
-        *names.MLP,
-        *experts.gated_mlp("layers.{i}.mlp", _B),
-        ("layers.{i}.moe.router.weight", _B + ".gate.weight"),
-        ("layers.{i}.moe.router.selection_bias", _B + ".gate.e_score_correction_bias"),
-        *experts.numbered(_B + ".experts.{e}", "w1", "w3", "w2"),
-        *experts.gated_mlp("layers.{i}.moe.shared", _B + ".shared_experts"),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *deepseek_v3.MLA,
+    ("layers.{i}.delta.qkv.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkv"))),
+    ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
+    ("layers.{i}.delta.beta.weight", _D + "b_proj.weight"),
+    ("layers.{i}.delta.decay_down.weight", _D + "f_a_proj.weight"),
+    ("layers.{i}.delta.decay_up.weight", _D + "f_b_proj.weight"),
+    ("layers.{i}.delta.gate_down.weight", _D + "g_a_proj.weight"),
+    ("layers.{i}.delta.gate_up.weight", _D + "g_b_proj.weight"),
+    ("layers.{i}.delta.A_log", squeeze(_D + "A_log", 0, 1, 3)),
+    ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
+    ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
+    ("layers.{i}.delta.out.weight", _D + "o_proj.weight"),
+    *hf.MLP,
+    *hf.gated_mlp("layers.{i}.mlp", _B),
+    ("layers.{i}.moe.router.weight", _B + ".gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _B + ".gate.e_score_correction_bias"),
+    *hf.numbered(_B + ".experts.{e}", "w1", "w3", "w2"),
+    *hf.gated_mlp("layers.{i}.moe.shared", _B + ".shared_experts"),
+)
+_F, _MLP = _D + "forget_gate.", "model.layers.{i}.mlp."
+_HELD = (
+    ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
+    ("layers.{i}.delta.decay_down.weight", _F + "f_a_proj.weight"),
+    ("layers.{i}.delta.decay_up.weight", _F + "f_b_proj.weight"),
+    ("layers.{i}.delta.A_log", squeeze(_F + "A_log", 0, 1, 3)),
+    ("layers.{i}.delta.dt_bias", _F + "dt_bias"),
+    *hf.MLP,
+    ("layers.{i}.moe.router.weight", _MLP + "gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _MLP + "gate.e_score_correction_bias"),
+    *hf.STACKED,
+    *hf.gated_mlp("layers.{i}.moe.shared", _MLP + "shared_experts"),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
 
 FAMILY = Family("kimi_linear", ("kimi_linear",), ("KimiLinearForCausalLM",), spec, RULES)

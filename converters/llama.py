@@ -11,30 +11,45 @@ The plain decoder that the others differ from: RMS pre-norms, grouped-query atte
 
 from __future__ import annotations
 
-from zoo.config import ACTIVATIONS, Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import Expr, extra, ranks, rules
-from zoo.spec import MLP, Attention, Layer, Norm, Spec
+import math
+from collections.abc import Collection
+from typing import Any
 
-from . import _dense as dense
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Expr,
+    Family,
+    Layer,
+    Norm,
+    Spec,
+    ZooError,
+    consolidated,
+    extra,
+    gguf,
+    hf,
+    ranks,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
     c.refuse(rope_interleaved=False)
     d, n_heads = c["hidden_size"], c["num_attention_heads"]
-    head_dim = c.get("head_dim", d // n_heads)
+    head_dim = read.head_dim(c)
     norm = Norm(c["rms_norm_eps"])
     attention = Attention(
         n_heads=n_heads,
         n_kv_heads=c.get("num_key_value_heads", n_heads),
         head_dim=head_dim,
-        v_head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=dense.whole_rope(c, rope_parameters(c, default_theta=10000.0), head_dim),
+        rope=read.whole_rope(c, read.rope_parameters(c, default_theta=10000.0), head_dim),
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
     )
-    mlp = MLP(c["intermediate_size"], c.table("hidden_act", ACTIVATIONS), bias=c.get("mlp_bias", False))
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=c.get("mlp_bias", False))
     return Spec(
         family="llama",
         d_model=d,
@@ -43,7 +58,7 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=dense.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -52,19 +67,82 @@ def _at(name: str, axis: int | None) -> Expr:
 
 
 RULES = {
-    "hf": rules(*dense.ENDS, *dense.PRE_NORMS, *dense.ATTENTION, *dense.MLP, dense.INV_FREQ),
+    "hf": rules(*hf.ENDS, *hf.PRE_NORMS, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ),
     "meta": rules(
         ("embed.weight", _at("tok_embeddings.weight", 0), lambda _, s: s.vocab_size > 100_000),
         ("embed.weight", _at("tok_embeddings.weight", 1), lambda _, s: s.vocab_size <= 100_000),
-        *dense.vendor_names(_at),
+        *consolidated.decoder(_at),
         extra("rank*.rope.freqs", "rotary frequencies; computed from the config"),
     ),
     "gguf": rules(
-        *dense.GGUF_ENDS,
-        *dense.GGUF_PRE_NORMS,
-        *dense.gguf_attention(interleaved=True),
-        *dense.GGUF_MLP,
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.attention(interleaved=True),
+        *gguf.MLP,
     ),
 }
 
-FAMILY = Family("llama", ("llama",), ("LlamaForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any] | None:
+    """What a GGUF of `llama` says. Scaled RoPE is not a field but a tensor of factors, `rope_freqs.weight`."""
+    if f.get("expert_count"):
+        return None  # Mixtral's GGUFs call themselves llama too
+    own: dict[str, Any] = {"head_dim": gguf.head_dim(f, out), "mlp_bias": f.has("ffn_gate.bias")}
+    if (factors := f.table("rope_freqs.weight")) is not None:
+        own["rope_scaling"] = gguf_scaling(f, factors)
+    return own
+
+
+def meta_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
+    """Meta's params.json of Llama 2 and 3.x."""
+    if "moe_args" in p or "nope_layer_interval" in p:
+        return None  # Llama 4
+    out = consolidated.meta_fields(p, tensors)
+    p.refuse(
+        high_freq_factor=4.0, rope_high_freq_factor=4.0, use_qk_norm=False, attention_chunk_size=None,
+        attn_temperature_tuning=False,
+    )  # fmt: skip
+    if scaled := p.choice("use_scaled_rope", (True, False), False):
+        # Not in params.json. Meta's code and the Hugging Face configs: 8 for 3.1 and 3.3, 32 for the small 3.2.
+        factor = p.get("rope_scaling_factor", 32.0 if p["dim"] < 4096 else 8.0)
+        out["rope_scaling"] = consolidated.llama3_rope(factor, 4.0)
+    context = 131072 if scaled else 8192 if out["vocab_size"] > 100_000 else 4096
+    return out | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": context,
+    }
+
+
+def gguf_scaling(f: gguf.Fields, factors: tuple[float, ...]) -> dict[str, Any]:
+    """The settings behind `rope_freqs`: convert_hf_to_gguf.py of llama.cpp makes the factors from them. Here they are
+    compared with those that the usual constants give."""
+    theta, dim = float(f.get("rope.freq_base", 10000.0)), 2 * len(factors)
+    factor, low_factor, high_factor, original = round(max(factors), 4), 1.0, 4.0, 8192
+    low, high = original / low_factor, original / high_factor  # wavelengths
+    for k, found in enumerate(factors):
+        wavelength = 2 * math.pi * theta ** (2 * k / dim)
+        if wavelength < high:
+            want = 1.0
+        elif wavelength > low:
+            want = factor
+        else:
+            smooth = (original / wavelength - low_factor) / (high_factor - low_factor)
+            want = 1 / ((1 - smooth) / factor + smooth)
+        if not math.isclose(found, want, rel_tol=1e-4):
+            raise ZooError(
+                f"{f.where}: rope_freqs.weight[{k}] is {found:.6g}; the factors of the usual scaling (factor "
+                f"{factor:g}, low 1, high 4, original context 8192) would have {want:.6g} there: not supported"
+            )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low_factor,
+        "high_freq_factor": high_factor,
+        "original_max_position_embeddings": original,
+    }
+
+
+FAMILY = Family(
+    "llama", ("llama",), ("LlamaForCausalLM",), spec, RULES, {"meta": meta_config}, {"llama": gguf_config}
+)

@@ -15,23 +15,43 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import Expr, RuleLine, cat, extra, flatten, ranks, rules, transpose
-from zoo.spec import MLP, Attention, Layer, MoE, Norm, QKNorm, QueryScale, Router, Spec
+from collections.abc import Collection
+from typing import Any
 
-from . import _dense as names
-from . import _experts as experts
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Expr,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    QKNorm,
+    QueryScale,
+    Router,
+    RuleLine,
+    Spec,
+    cat,
+    consolidated,
+    extra,
+    flatten,
+    hf,
+    ranks,
+    read,
+    rules,
+    transpose,
+)
 
 CHUNKED = "chunked_attention"
 
 
 def spec(config: Config) -> Spec:
-    c = config.sub("text_config") if "text_config" in config else config
+    c = read.text_config(config)
     c.choice("hidden_act", ("silu",))
     n, head_dim = c["num_hidden_layers"], c["head_dim"]
     norm = Norm(c["rms_norm_eps"])
-    rotary = rope(c, rope_parameters(c), head_dim, interleaved=True, fp32=True)
+    rotary = read.rope(c, read.rope_parameters(c), head_dim, interleaved=True, rounding="last")
     qk_norm = QKNorm(Norm(norm.eps, weight="none"), after_rope=True) if c.get("use_qk_norm", True) else None
     temperature = None
     if c.get("attn_temperature_tuning", True):
@@ -44,7 +64,6 @@ def spec(config: Config) -> Spec:
             n_heads=c["num_attention_heads"],
             n_kv_heads=c["num_key_value_heads"],
             head_dim=head_dim,
-            v_head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=rotary if rotates else None,
             chunk=c["attention_chunk_size"] if chunked else None,
@@ -59,43 +78,41 @@ def spec(config: Config) -> Spec:
         rotates = [bool(r) for r in c.each_layer("no_rope_layers", n, (0, 1))]
     else:
         rotates = [(i + 1) % interval != 0 for i in range(n)]
-    chunked = rotates
-    if "layer_types" in c:
-        chunked = [t == CHUNKED for t in c.each_layer("layer_types", n, (CHUNKED, experts.FULL))]
+    types = read.layer_types(c, lambda i: CHUNKED if rotates[i] else read.FULL, (CHUNKED, read.FULL))
     step = c.get("interleave_moe_layer_step", 1)
     sparse = c.get("moe_layers", range(step - 1, n, step))
 
     dense = MLP(c["intermediate_size_mlp"])
     expert = MLP(c["intermediate_size"])
     router = Router(c["num_experts_per_tok"], "sigmoid", over="chosen")
-    moe = MoE(experts.n_experts(c), expert, router, shared=expert, weight_input=True)
+    moe = MoE(read.n_experts(c), expert, router, shared=expert, weight_input=True)
     return Spec(
         family="llama4",
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
         layers=tuple(
-            Layer(attention(r, k), moe if i in sparse else dense, attn_norm=norm, ffn_norm=norm)
-            for i, (r, k) in enumerate(zip(rotates, chunked, strict=True))
+            Layer(attention(r, t == CHUNKED), moe if i in sparse else dense, attn_norm=norm, ffn_norm=norm)
+            for i, (r, t) in enumerate(zip(rotates, types, strict=True))
         ),
         norm=norm,
-        tied=names.tied(config, c, default=False),
+        tied=read.tied(config, c, default=False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c, config),
+        dtype=read.dtype(c, config),
     )
 
 
 _F = "model.layers.{i}.feed_forward"
 _VISION = "sees images; the text model does not"
 HF: tuple[RuleLine, ...] = (
-    *names.ENDS,
-    *names.PRE_NORMS,
-    *names.ATTENTION,
-    *experts.gated_mlp("layers.{i}.mlp", _F),
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    *hf.gated_mlp("layers.{i}.mlp", _F),
     ("layers.{i}.moe.router.weight", f"{_F}.router.weight"),
     ("layers.{i}.moe.gate_up.weight", transpose(f"{_F}.experts.gate_up_proj")),
     ("layers.{i}.moe.down.weight", transpose(f"{_F}.experts.down_proj")),
-    *experts.numbered(_F + ".experts.{e}", "gate_proj", "up_proj", "down_proj"),
-    *experts.gated_mlp("layers.{i}.moe.shared", f"{_F}.shared_expert"),
+    *hf.numbered(_F + ".experts.{e}", "gate_proj", "up_proj", "down_proj"),
+    *hf.gated_mlp("layers.{i}.moe.shared", f"{_F}.shared_expert"),
     extra("vision_model.*", _VISION),
     extra("multi_modal_projector.*", _VISION),
 )
@@ -147,6 +164,45 @@ RULES = {
     ),
 }
 
+
+def meta_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
+    """Meta's params.json. Source: ModelArgs, MoE and TransformerBlock of llama_models/llama4."""
+    if "moe_args" not in p and "nope_layer_interval" not in p:
+        return None  # Llama 2 or 3
+    out = consolidated.meta_fields(p, tensors)
+    moe = p.sub("moe_args")
+    shrink = moe.get("capacity_factor", 1.0) + 1 if moe.get("auto_scale_F", True) else 1.0
+    if p.choice("use_scaled_rope", (True, False), False):
+        scaling = consolidated.llama3_rope(
+            p.get("rope_scaling_factor", 16.0), p.get("rope_high_freq_factor", 1.0)
+        )
+        out["rope_scaling"] = scaling
+    step = moe.get("interleave_moe_layer_step", 1)
+    return out | {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "intermediate_size": consolidated.meta_ffn(p, int(p.get("ffn_exp", 4.0) * p["dim"]), shrink),
+        "intermediate_size_mlp": consolidated.meta_ffn(p, 4 * p["dim"]),
+        "num_local_experts": moe["num_experts"],
+        "num_experts_per_tok": moe.get("top_k", 1),
+        "interleave_moe_layer_step": step,
+        "no_rope_layers": [],
+        "no_rope_layer_interval": p.get("nope_layer_interval") or p["n_layers"] + 1,
+        "attention_chunk_size": p["attention_chunk_size"],
+        "use_qk_norm": p.get("use_qk_norm", False),
+        "attn_temperature_tuning": p.get("attn_temperature_tuning", False),
+        "floor_scale": p.get("floor_scale", 8192.0),
+        "attn_scale": p.get("attn_scale", 0.1),
+        # By release: 10M for 16 experts, 1M for 128 (model cards).
+        "max_position_embeddings": 10485760 if moe["num_experts"] == 16 else 1048576,
+    }
+
+
 FAMILY = Family(
-    "llama4", ("llama4", "llama4_text"), ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"), spec, RULES
+    "llama4",
+    ("llama4", "llama4_text"),
+    ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"),
+    spec,
+    RULES,
+    {"meta": meta_config},
 )

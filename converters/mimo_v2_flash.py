@@ -12,13 +12,9 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import extra, rules
-from zoo.spec import MLP, Attention, Layer, MoE, Norm, Spec
+from zoo.family import MLP, Attention, Config, Family, Layer, MoE, Norm, Spec, extra, hf, read, rules
 
-from . import _dense as names
-from . import _experts as experts
+from . import deepseek_v3
 
 
 def spec(c: Config) -> Spec:
@@ -26,19 +22,19 @@ def spec(c: Config) -> Spec:
     c.refuse(n_shared_experts=None)
     n = c["num_hidden_layers"]
     if "layer_types" in c:
-        types = c.each_layer("layer_types", n, (experts.FULL, experts.SLIDING))
+        types = c.each_layer("layer_types", n, (read.FULL, read.SLIDING))
     else:
-        kinds = (experts.FULL, experts.SLIDING)
+        kinds = (read.FULL, read.SLIDING)
         types = [kinds[k] for k in c.each_layer("hybrid_layer_pattern", n, (0, 1))]
     if "moe_layer_freq" in c:
         sparse = [bool(k) for k in c.each_layer("moe_layer_freq", n, (0, 1))]
     else:
-        sparse = experts.sparse_layers(c)
-    layers = {kind: attention(c, kind == experts.SLIDING) for kind in (experts.FULL, experts.SLIDING)}
+        sparse = deepseek_v3.sparse_layers(c)
+    layers = {kind: attention(c, kind == read.SLIDING) for kind in (read.FULL, read.SLIDING)}
     norm = Norm(c.first("rms_norm_eps", "layernorm_epsilon"))
     dense = MLP(c["intermediate_size"])
-    router = experts.sigmoid_router(c, scale=c.get("routed_scaling_factor", 1.0))
-    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), router)
+    router = deepseek_v3.router(c, scale=c.get("routed_scaling_factor", 1.0))
+    moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router)
     return Spec(
         family="mimo_v2_flash",
         d_model=c["hidden_size"],
@@ -50,22 +46,24 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
 def attention(c: Config, sliding: bool) -> Attention:
     n_heads, n_kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
     head_dim, v_head_dim, window = c["head_dim"], c["v_head_dim"], None
-    p = rope_parameters(c, experts.FULL)
+    p = read.rope_parameters(c, read.FULL)
     if sliding:
         n_heads, n_kv_heads = (
             c.get("swa_num_attention_heads", n_heads),
             c.get("swa_num_key_value_heads", 2 * n_kv_heads),
         )
         head_dim, v_head_dim = c.get("swa_head_dim", head_dim), c.get("swa_v_head_dim", v_head_dim)
+        if "sliding_window_size" in c:  # the releases say it three times
+            c.refuse(sliding_window=c["sliding_window_size"], attention_chunk_size=c["sliding_window_size"])
         window = c["sliding_window_size"] + 1 if "sliding_window_size" in c else c["sliding_window"]
-        p = rope_parameters(c, experts.SLIDING, theta="swa_rope_theta")
+        p = read.rope_parameters(c, read.SLIDING, theta="swa_rope_theta")
     bias = c.get("attention_bias", False)
     scale = c.data.get("attention_value_scale", 0.707)  # absent: upstream's default; null: none
     return Attention(
@@ -74,7 +72,9 @@ def attention(c: Config, sliding: bool) -> Attention:
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         scale=head_dim**-0.5,
-        rope=rope(c, p, int(head_dim * Config(p, f"{c.where}: rope_parameters")["partial_rotary_factor"])),
+        rope=read.rope(
+            c, p, int(head_dim * Config(p, f"{c.where}: read.rope_parameters")["partial_rotary_factor"])
+        ),
         window=window,
         qkv_bias=bias,
         sinks=c.get("add_swa_attention_sink_bias", True)
@@ -84,16 +84,16 @@ def attention(c: Config, sliding: bool) -> Attention:
     )
 
 
-RULES = {
-    "hf": rules(
-        *names.ENDS,
-        *names.PRE_NORMS,
-        *names.ATTENTION,
-        ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.attention_sink_bias"),
-        *names.MLP,
-        *experts.DEEPSEEK_MOE,
-        extra("model.mtp.*", experts.MTP),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.attention_sink_bias"),
+    *hf.MLP,
+    *deepseek_v3.MOE,
+    extra("model.mtp.*", hf.MTP),
+)
+_SINKS = ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.sinks")
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED, _SINKS))}
 
 FAMILY = Family("mimo_v2_flash", ("mimo_v2_flash",), ("MiMoV2FlashForCausalLM",), spec, RULES)

@@ -11,14 +11,22 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
-from zoo.errors import ZooError
-from zoo.families import Family
-from zoo.mapping.rules import rules
-from zoo.spec import MLP, Attention, Layer, MoE, Norm, QKNorm, Router, Spec
-
-from . import _dense as names
-from . import _experts as experts
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    QKNorm,
+    Router,
+    Spec,
+    ZooError,
+    hf,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
@@ -29,7 +37,7 @@ def spec(c: Config) -> Spec:
     n = c["num_hidden_layers"]
     if "attn_type_list" in c:
         c.each_layer("attn_type_list", n, (1,))
-    norm, head_dim, p = Norm(c["rms_norm_eps"]), c["head_dim"], rope_parameters(c)
+    norm, head_dim, p = Norm(c["rms_norm_eps"]), c["head_dim"], read.rope_parameters(c)
     rotary_dim = c.get("rotary_dim", int(head_dim * p.get("partial_rotary_factor", 1.0)))
     if p.get("partial_rotary_factor", rotary_dim / head_dim) != rotary_dim / head_dim and "rotary_dim" in c:
         raise ZooError(f"{c.where}: rotary_dim and partial_rotary_factor differ: delete one of them")
@@ -37,13 +45,14 @@ def spec(c: Config) -> Spec:
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
         head_dim=head_dim,
-        v_head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=rope(c, p, rotary_dim),
+        rope=read.rope(c, p, rotary_dim),
         qk_norm=QKNorm(norm, over="all_heads"),
     )
-    router = Router(c["num_experts_per_tok"], "sigmoid", selection_bias=True, normalize=True)
-    moe = MoE(experts.n_experts(c), MLP(c["intermediate_size"]), router)
+    router = Router(
+        c["num_experts_per_tok"], "sigmoid", selection_bias=True, normalize=True, weights_rounding="last"
+    )
+    moe = MoE(read.n_experts(c), MLP(c["intermediate_size"]), router)
     return Spec(
         family="minimax_m2",
         d_model=c["hidden_size"],
@@ -52,21 +61,25 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
 _B = "model.layers.{i}.block_sparse_moe."
-RULES = {
-    "hf": rules(
-        *names.ENDS,
-        *names.PRE_NORMS,
-        *names.ATTENTION,
-        *names.QK_NORM,
-        ("layers.{i}.moe.router.weight", _B + "gate.weight"),
-        ("layers.{i}.moe.router.selection_bias", _B + "e_score_correction_bias"),
-        *experts.numbered(_B + "experts.{e}", "w1", "w3", "w2"),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    *hf.QK_NORM,
+    ("layers.{i}.moe.router.weight", _B + "gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _B + "e_score_correction_bias"),
+    *hf.numbered(_B + "experts.{e}", "w1", "w3", "w2"),
+)
+_HELD = (
+    *hf.STACKED,
+    ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", "model.layers.{i}.mlp.e_score_correction_bias"),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
 
 FAMILY = Family("minimax_m2", ("minimax_m2",), ("MiniMaxM2ForCausalLM",), spec, RULES)

@@ -14,31 +14,44 @@ A Llama without biases, and:
 
 from __future__ import annotations
 
-from zoo.config import ACTIVATIONS, Config, rope_parameters
-from zoo.errors import ZooError
-from zoo.families import Family
-from zoo.mapping.rules import Source, extra, rules
-from zoo.spec import MLP, Attention, Layer, Norm, QueryScale, Spec
+from collections.abc import Collection
+from typing import Any
 
-from . import _dense as dense
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Norm,
+    QueryScale,
+    Source,
+    Spec,
+    ZooError,
+    consolidated,
+    extra,
+    hf,
+    read,
+    rules,
+)
 
 TEXT_TYPES = ("mistral", "ministral", "ministral3")
 
 
 def spec(c: Config) -> Spec:
-    t = dense.text_config(c)
+    t = read.text_config(c)
     kind = t.choice("model_type", TEXT_TYPES)
     t.refuse(attention_bias=False, mlp_bias=False)
     norm = Norm(t["rms_norm_eps"])
-    head_dim = t.get("head_dim", t["hidden_size"] // t["num_attention_heads"])
-    parameters = rope_parameters(t, needed=kind == "ministral3")
+    head_dim = read.head_dim(t)
+    parameters = read.rope_parameters(t, needed=kind == "ministral3")
     query_scale = None
     if (beta := parameters.get("llama_4_scaling_beta")) is not None:
         if kind != "ministral3":
             raise ZooError(
                 f"{t.where}: llama_4_scaling_beta is {beta!r}; of this family only ministral3 has it"
             )
-        original = Config(parameters, f"{t.where}: rope_parameters")["original_max_position_embeddings"]
+        original = Config(parameters, f"{t.where}: read.rope_parameters")["original_max_position_embeddings"]
         query_scale = QueryScale("floor_log", float(original), float(beta))
 
     def attention(window: int | None) -> Attention:
@@ -46,23 +59,22 @@ def spec(c: Config) -> Spec:
             n_heads=t["num_attention_heads"],
             n_kv_heads=t["num_key_value_heads"],
             head_dim=head_dim,
-            v_head_dim=head_dim,
             scale=head_dim**-0.5,
-            rope=dense.whole_rope(t, parameters, head_dim),
+            rope=read.whole_rope(t, parameters, head_dim),
             window=window,
             query_scale=query_scale,
         )
 
-    mlp = MLP(t["intermediate_size"], t.table("hidden_act", ACTIVATIONS))
+    mlp = MLP(t["intermediate_size"], t.table("hidden_act", read.ACTIVATIONS))
     return Spec(
         family="mistral",
         d_model=t["hidden_size"],
         vocab_size=t["vocab_size"],
         layers=tuple(Layer(attention(w), mlp, attn_norm=norm, ffn_norm=norm) for w in windows(t)),
         norm=norm,
-        tied=dense.tied(c, t, default=False),
+        tied=read.tied(c, t, default=False),
         context_length=t["max_position_embeddings"],
-        dtype=dense.dtype(c, t),
+        dtype=read.dtype(c, t),
     )
 
 
@@ -73,15 +85,15 @@ def windows(t: Config) -> list[int | None]:
     window, n = t.get("sliding_window"), t["num_hidden_layers"]
     if "layer_types" not in t:
         return [window] * n
-    kinds = t.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
-    if t["model_type"] != "ministral" and window is not None and dense.FULL in kinds:
+    kinds = t.each_layer("layer_types", n, (read.FULL, read.SLIDING))
+    if t["model_type"] != "ministral" and window is not None and read.FULL in kinds:
         raise ZooError(
             f"{t.where}: layer_types has full layers, but upstream gives all layers of a {t['model_type']} the "
             "window; is the model_type ministral?"
         )
-    if window is None and dense.SLIDING in kinds:
+    if window is None and read.SLIDING in kinds:
         raise ZooError(f"{t.where}: layer_types has sliding layers, but sliding_window is null")
-    return [window if kind == dense.SLIDING else None for kind in kinds]
+    return [window if kind == read.SLIDING else None for kind in kinds]
 
 
 def _at(name: str, axis: int | None) -> Source:
@@ -91,23 +103,35 @@ def _at(name: str, axis: int | None) -> Source:
 _PIXTRAL = ("vision_encoder.*", "vision_language_adapter.*", "patch_merger.*", "pre_mm_projector_norm.*")
 RULES = {
     "hf": rules(
-        *dense.ENDS,
-        *dense.PRE_NORMS,
-        *dense.ATTENTION,
-        *dense.MLP,
-        dense.INV_FREQ,
-        *dense.VISION,
-        prefixes=dense.WRAPPERS,
+        *hf.ENDS,
+        *hf.PRE_NORMS,
+        *hf.ATTENTION,
+        *hf.MLP,
+        hf.INV_FREQ,
+        *hf.VISION,
+        prefixes=hf.WRAPPERS,
     ),
     "mistral": rules(
         ("embed.weight", "tok_embeddings.weight"),
-        *dense.vendor_names(_at),
+        *consolidated.decoder(_at),
         *(
             extra(pattern, "the vision encoder and its adapter; text needs none of it")
             for pattern in _PIXTRAL
         ),
     ),
 }
+
+
+def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
+    """Mistral's params.json of a dense model."""
+    if "kv_lora_rank" in p or "moe" in p:
+        return None  # Mistral Large 3, Mixtral
+    out = consolidated.mistral_fields(p)
+    if "yarn" in p or "llama_4_scaling" in p:
+        out |= {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}
+        out["rope_parameters"] = consolidated.mistral_rope(p)
+    return out
+
 
 FAMILY = Family(
     "mistral",
@@ -120,4 +144,5 @@ FAMILY = Family(
     ),
     spec,
     RULES,
+    {"mistral": own_config},
 )

@@ -14,19 +14,30 @@ What is unusual, beyond deepseek_v3:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import RuleLine, cat, extra, rules
-from zoo.spec import QueryScale, Router, Spec
+from collections.abc import Collection
+from typing import Any
 
-from . import _dense as names
-from . import _experts as experts
+from zoo.family import (
+    Config,
+    Family,
+    QueryScale,
+    Router,
+    RuleLine,
+    Spec,
+    cat,
+    consolidated,
+    extra,
+    hf,
+    read,
+    rules,
+)
+
 from . import deepseek_v3
 
 
 def spec(config: Config) -> Spec:
-    c = config.sub("text_config") if "text_config" in config else config
-    p = rope_parameters(c, needed=True)
+    c = read.text_config(config)
+    p = read.rope_parameters(c, needed=True)
     growth = None
     if beta := p.get("llama_4_scaling_beta"):
         growth = QueryScale("floor_log", float(p["original_max_position_embeddings"]), float(beta))
@@ -47,15 +58,15 @@ def spec(config: Config) -> Spec:
 _M = "model.layers.{i}.mlp."
 _VISION = "sees images; the text model does not"
 HF: tuple[RuleLine, ...] = (
-    *names.ENDS,
-    *names.PRE_NORMS,
+    *hf.ENDS,
+    *hf.PRE_NORMS,
     *deepseek_v3.MLA,
-    *names.MLP,
+    *hf.MLP,
     ("layers.{i}.moe.router.weight", _M + "gate.weight"),
     ("layers.{i}.moe.gate_up.weight", _M + "experts.gate_up_proj"),
     ("layers.{i}.moe.down.weight", _M + "experts.down_proj"),
-    *experts.NUMBERED,
-    *experts.gated_mlp("layers.{i}.moe.shared", _M + "shared_experts"),
+    *hf.NUMBERED,
+    *hf.gated_mlp("layers.{i}.moe.shared", _M + "shared_experts"),
     extra("vision_tower.*", _VISION),
     extra("multi_modal_projector.*", _VISION),
 )
@@ -88,7 +99,7 @@ RULES = {
         ("layers.{i}.ffn_norm.weight", _L + "ffn_norm.weight"),
         *_w123("layers.{i}.mlp", _L + "feed_forward"),
         ("layers.{i}.moe.router.weight", _L + "gate.weight"),
-        *experts.numbered(_L + "experts.{e}", "w1", "w3", "w2"),
+        *hf.numbered(_L + "experts.{e}", "w1", "w3", "w2"),
         *_w123("layers.{i}.moe.shared", _L + "shared_experts"),
         extra("vision_encoder.*", _VISION),
         extra("vision_language_adapter.*", _VISION),
@@ -97,6 +108,40 @@ RULES = {
     ),
 }
 
+
+def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
+    """Mistral's params.json."""
+    if "kv_lora_rank" not in p:
+        return None
+    moe = p.sub("moe")
+    moe.choice("route_every_n", (1,), 1)
+    return consolidated.mistral_fields(p) | {
+        "architectures": ["Mistral4ForCausalLM"],
+        "model_type": "mistral4",
+        "num_key_value_heads": p["n_heads"],
+        "q_lora_rank": p.get("q_lora_rank"),
+        "kv_lora_rank": p["kv_lora_rank"],
+        "qk_nope_head_dim": p["qk_nope_head_dim"],
+        "qk_rope_head_dim": p["qk_rope_head_dim"],
+        "v_head_dim": p["v_head_dim"],
+        "n_routed_experts": moe["num_experts"],
+        "num_experts_per_tok": moe["num_experts_per_tok"],
+        "n_shared_experts": moe.get("num_shared_experts", 0),
+        "moe_intermediate_size": moe["expert_hidden_dim"],
+        "first_k_dense_replace": moe.get("first_k_dense_replace", 0),
+        "n_group": moe.get("num_expert_groups", 1),
+        "topk_group": moe.get("num_expert_groups_per_tok", 1),
+        "routed_scaling_factor": moe.get("routed_scale", 1.0),
+        "norm_topk_prob": True,  # vLLM's MistralLarge3: renormalised
+        "rope_parameters": consolidated.mistral_rope(p),
+    }
+
+
 FAMILY = Family(
-    "mistral_large3", ("mistral4",), ("Mistral4ForCausalLM", "Mistral3ForConditionalGeneration"), spec, RULES
+    "mistral_large3",
+    ("mistral4",),
+    ("Mistral4ForCausalLM", "Mistral3ForConditionalGeneration"),
+    spec,
+    RULES,
+    {"mistral": own_config},
 )

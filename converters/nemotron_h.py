@@ -13,17 +13,31 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config
-from zoo.errors import ZooError
-from zoo.families import Family
-from zoo.mapping.rules import cat, extra, rules, squeeze, stack
-from zoo.spec import MLP, Attention, Layer, Mamba, MoE, Norm, Spec
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Mamba,
+    MoE,
+    Norm,
+    Spec,
+    ZooError,
+    cat,
+    extra,
+    hf,
+    read,
+    rules,
+    squeeze,
+    stack,
+)
 
-from . import _experts as experts
+from . import deepseek_v3
 
 LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 # As transformers spells them; 5.x calls the first two by the kind of their attention.
-TYPES = {kind: kind for kind in LETTERS.values()} | {experts.LINEAR: "mamba", experts.FULL: "attention"}
+TYPES = {kind: kind for kind in LETTERS.values()} | {read.LINEAR: "mamba", read.FULL: "attention"}
 
 
 def spec(c: Config) -> Spec:
@@ -31,12 +45,11 @@ def spec(c: Config) -> Spec:
     c.choice("mamba_hidden_act", ("silu",), "silu")
     c.refuse(attention_bias=False, mlp_bias=False, use_bias=False, mamba_proj_bias=False, sliding_window=None)
     c.refuse(tie_word_embeddings=False)
-    norm = Norm(c.first("layer_norm_epsilon", "norm_eps"), scale_in="fp32")
+    norm = Norm(c.first("layer_norm_epsilon", "norm_eps"), rounding="last")
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
         head_dim=c["head_dim"],
-        v_head_dim=c["head_dim"],
         scale=c["head_dim"] ** -0.5,
     )
     mamba = Mamba(
@@ -57,9 +70,9 @@ def spec(c: Config) -> Spec:
     kinds = layer_kinds(c)
     if "moe" in kinds:
         moe = MoE(
-            experts.n_experts(c),
+            read.n_experts(c),
             MLP(c["moe_intermediate_size"], "relu2", gated=False),
-            experts.sigmoid_router(c),
+            deepseek_v3.router(c),
             shared=MLP(c["moe_shared_expert_intermediate_size"], "relu2", gated=False),
             latent=c.get("moe_latent_size"),
         )
@@ -72,7 +85,7 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=False,
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -99,35 +112,41 @@ def layer_kinds(c: Config) -> list[str]:
 
 
 _M = "backbone.layers.{i}.mixer."
+HF = (
+    ("embed.weight", "backbone.embeddings.weight"),
+    ("norm.weight", "backbone.norm_f.weight"),
+    ("head.weight", "lm_head.weight"),
+    ("layers.{i}.attn_norm.weight", "backbone.layers.{i}.norm.weight"),
+    ("layers.{i}.ffn_norm.weight", "backbone.layers.{i}.norm.weight"),
+    ("layers.{i}.attn.qkv.weight", cat(*(f"{_M}{x}_proj.weight" for x in "qkv"))),
+    ("layers.{i}.attn.out.weight", _M + "o_proj.weight"),
+    ("layers.{i}.mamba.in_proj.weight", _M + "in_proj.weight"),
+    ("layers.{i}.mamba.conv.weight", squeeze(_M + "conv1d.weight", 1)),
+    ("layers.{i}.mamba.conv.bias", _M + "conv1d.bias"),
+    ("layers.{i}.mamba.A_log", _M + "A_log"),
+    ("layers.{i}.mamba.D", _M + "D"),
+    ("layers.{i}.mamba.dt_bias", _M + "dt_bias"),
+    ("layers.{i}.mamba.norm.weight", _M + "norm.weight"),
+    ("layers.{i}.mamba.out.weight", _M + "out_proj.weight"),
+    ("layers.{i}.mlp.up.weight", _M + "up_proj.weight"),
+    ("layers.{i}.mlp.down.weight", _M + "down_proj.weight"),
+    ("layers.{i}.moe.router.weight", _M + "gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _M + "gate.e_score_correction_bias"),
+    ("layers.{i}.moe.latent_down.weight", _M + "fc1_latent_proj.weight"),
+    ("layers.{i}.moe.latent_up.weight", _M + "fc2_latent_proj.weight"),
+    ("layers.{i}.moe.up.weight", stack(_M + "experts.{e}.up_proj.weight")),
+    ("layers.{i}.moe.down.weight", stack(_M + "experts.{e}.down_proj.weight")),
+    ("layers.{i}.moe.shared.up.weight", _M + "shared_experts.up_proj.weight"),
+    ("layers.{i}.moe.shared.down.weight", _M + "shared_experts.down_proj.weight"),
+    extra("mtp.*", hf.MTP),
+)
+_HELD = (
+    ("layers.{i}.moe.up.weight", _M + "experts.up_proj"),
+    ("layers.{i}.moe.down.weight", _M + "experts.down_proj"),
+)
 RULES = {
-    "hf": rules(
-        ("embed.weight", "backbone.embeddings.weight"),
-        ("norm.weight", "backbone.norm_f.weight"),
-        ("head.weight", "lm_head.weight"),
-        ("layers.{i}.attn_norm.weight", "backbone.layers.{i}.norm.weight"),
-        ("layers.{i}.ffn_norm.weight", "backbone.layers.{i}.norm.weight"),
-        ("layers.{i}.attn.qkv.weight", cat(*(f"{_M}{x}_proj.weight" for x in "qkv"))),
-        ("layers.{i}.attn.out.weight", _M + "o_proj.weight"),
-        ("layers.{i}.mamba.in_proj.weight", _M + "in_proj.weight"),
-        ("layers.{i}.mamba.conv.weight", squeeze(_M + "conv1d.weight", 1)),
-        ("layers.{i}.mamba.conv.bias", _M + "conv1d.bias"),
-        ("layers.{i}.mamba.A_log", _M + "A_log"),
-        ("layers.{i}.mamba.D", _M + "D"),
-        ("layers.{i}.mamba.dt_bias", _M + "dt_bias"),
-        ("layers.{i}.mamba.norm.weight", _M + "norm.weight"),
-        ("layers.{i}.mamba.out.weight", _M + "out_proj.weight"),
-        ("layers.{i}.mlp.up.weight", _M + "up_proj.weight"),
-        ("layers.{i}.mlp.down.weight", _M + "down_proj.weight"),
-        ("layers.{i}.moe.router.weight", _M + "gate.weight"),
-        ("layers.{i}.moe.router.selection_bias", _M + "gate.e_score_correction_bias"),
-        ("layers.{i}.moe.latent_down.weight", _M + "fc1_latent_proj.weight"),
-        ("layers.{i}.moe.latent_up.weight", _M + "fc2_latent_proj.weight"),
-        ("layers.{i}.moe.up.weight", stack(_M + "experts.{e}.up_proj.weight")),
-        ("layers.{i}.moe.down.weight", stack(_M + "experts.{e}.down_proj.weight")),
-        ("layers.{i}.moe.shared.up.weight", _M + "shared_experts.up_proj.weight"),
-        ("layers.{i}.moe.shared.down.weight", _M + "shared_experts.down_proj.weight"),
-        extra("mtp.*", experts.MTP),
-    ),
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, *_HELD), prefixes=({"backbone.": "model."},)),
 }
 
 FAMILY = Family("nemotron_h", ("nemotron_h",), ("NemotronHForCausalLM",), spec, RULES)

@@ -9,35 +9,39 @@
 
 from __future__ import annotations
 
-from zoo.config import ACTIVATIONS, Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import RuleLine, rules
-from zoo.spec import MLP, Attention, Layer, Norm, QKNorm, Rope, Spec
-
-from . import _dense as dense
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Norm,
+    QKNorm,
+    Rope,
+    RuleLine,
+    Spec,
+    hf,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
-    rope = dense.whole_rope(c, rope_parameters(c), head_dim(c), fp32=True)
+    rope = read.whole_rope(c, read.rope_parameters(c), read.head_dim(c), rounding="last")
     return decoder("olmo2", c, [(rope, None)] * c["num_hidden_layers"])
-
-
-def head_dim(c: Config) -> int:
-    return int(c.get("head_dim", c["hidden_size"] // c["num_attention_heads"]))
 
 
 def decoder(family: str, c: Config, layers: list[tuple[Rope, int | None]]) -> Spec:
     """The whole model, given each layer's RoPE and window (Olmo 3 differs in just these)."""
-    norm = Norm(c["rms_norm_eps"], scale_in="fp32")
-    mlp = MLP(c["intermediate_size"], c.table("hidden_act", ACTIVATIONS))
+    norm = Norm(c["rms_norm_eps"], rounding="last")
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
 
     def attention(rope: Rope, window: int | None) -> Attention:
         return Attention(
             n_heads=c["num_attention_heads"],
             n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
-            head_dim=head_dim(c),
-            v_head_dim=head_dim(c),
-            scale=head_dim(c) ** -0.5,
+            head_dim=read.head_dim(c),
+            scale=read.head_dim(c) ** -0.5,
             rope=rope,
             window=window,
             qkv_bias=c.get("attention_bias", False),
@@ -55,7 +59,7 @@ def decoder(family: str, c: Config, layers: list[tuple[Rope, int | None]]) -> Sp
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=dense.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -63,6 +67,6 @@ POST_NORMS: tuple[RuleLine, ...] = (
     ("layers.{i}.attn_post_norm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
     ("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight"),
 )
-RULES = {"hf": rules(*dense.ENDS, *POST_NORMS, *dense.ATTENTION, *dense.QK_NORM, *dense.MLP)}
+RULES = {"hf": rules(*hf.ENDS, *POST_NORMS, *hf.ATTENTION, *hf.QK_NORM, *hf.MLP)}
 
 FAMILY = Family("olmo2", ("olmo2",), ("Olmo2ForCausalLM",), spec, RULES)

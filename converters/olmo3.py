@@ -8,28 +8,19 @@ OLMo 2 (see there: norms on branch outputs, full-width QK-norm) with
 
 from __future__ import annotations
 
-from zoo.config import Config, rope_parameters
-from zoo.families import Family
-from zoo.spec import Rope, Spec
+from zoo.family import Config, Family, Rope, Spec, read
 
-from . import _dense as dense
 from . import olmo2
 
 
 def spec(c: Config) -> Spec:
-    n = c["num_hidden_layers"]
-    if "layer_types" in c:
-        kinds = c.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
-    else:
-        kinds = [dense.FULL if (i + 1) % 4 == 0 else dense.SLIDING for i in range(n)]
-
     def layer(kind: str) -> tuple[Rope, int | None]:
-        sliding = kind == dense.SLIDING
-        parameters = rope_parameters(c, kind, scaling=None if sliding else "rope_scaling")
-        rope = dense.whole_rope(c, parameters, olmo2.head_dim(c), fp32=True)
+        sliding = kind == read.SLIDING
+        parameters = read.rope_parameters(c, kind, scaling=None if sliding else "rope_scaling")
+        rope = read.whole_rope(c, parameters, read.head_dim(c), rounding="last")
         return rope, c["sliding_window"] if sliding else None
 
-    return olmo2.decoder("olmo3", c, [layer(kind) for kind in kinds])
+    return olmo2.decoder("olmo3", c, [layer(kind) for kind in read.layer_types(c, read.every(4))])
 
 
 FAMILY = Family("olmo3", ("olmo3",), ("Olmo3ForCausalLM",), spec, olmo2.RULES)

@@ -10,27 +10,38 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import rules
-from zoo.spec import MLP, Attention, Layer, MoE, Norm, QKNorm, Router, Spec
+from typing import Any
 
-from . import _dense as names
-from . import _experts as experts
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    QKNorm,
+    Router,
+    Spec,
+    gguf,
+    hf,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     c.refuse(use_sliding_window=False)
     norm = Norm(c["rms_norm_eps"])
-    head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    head_dim = read.head_dim(c)
     attention = Attention(
         n_heads=c["num_attention_heads"], n_kv_heads=c["num_key_value_heads"], head_dim=head_dim,
-        v_head_dim=head_dim, scale=head_dim**-0.5, rope=names.whole_rope(c, rope_parameters(c), head_dim),
+        scale=head_dim**-0.5, rope=read.whole_rope(c, read.rope_parameters(c), head_dim),
         qkv_bias=c.get("attention_bias", False), out_bias=c.get("attention_bias", False), qk_norm=QKNorm(norm),
     )  # fmt: skip
     dense = MLP(c["intermediate_size"])
-    moe = MoE(experts.n_experts(c), MLP(c["moe_intermediate_size"]), router(c))
+    moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router(c))
     return Spec(
         family="qwen3_moe",
         d_model=c["hidden_size"],
@@ -39,7 +50,7 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -54,24 +65,42 @@ def router(c: Config, normalize: bool = False) -> Router:
     return Router(c["num_experts_per_tok"], "softmax", normalize=c.get("norm_topk_prob", normalize))
 
 
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    *hf.QK_NORM,
+    *hf.MLP,
+    ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    *hf.NUMBERED,
+)
 RULES = {
-    "hf": rules(
-        *names.ENDS,
-        *names.PRE_NORMS,
-        *names.ATTENTION,
-        *names.QK_NORM,
-        *names.MLP,
-        ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
-        *experts.NUMBERED,
-    ),
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
     "gguf": rules(
-        *names.GGUF_ENDS,
-        *names.GGUF_PRE_NORMS,
-        *names.gguf_attention(interleaved=False),
-        *names.GGUF_QK_NORM,
-        *names.GGUF_MLP,
-        *experts.GGUF_MOE,
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.attention(interleaved=False),
+        *gguf.QK_NORM,
+        *gguf.MLP,
+        *gguf.MOE,
     ),
 }
 
-FAMILY = Family("qwen3_moe", ("qwen3_moe",), ("Qwen3MoeForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `qwen3moe` says, and what llama.cpp's graph of it fixes."""
+    return {
+        "head_dim": gguf.head_dim(f, out),
+        "num_experts": f["expert_count"],
+        "num_experts_per_tok": f["expert_used_count"],
+        "moe_intermediate_size": f["expert_feed_forward_length"],
+        "norm_topk_prob": True,  # fixed in llama.cpp's graph of this architecture
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+FAMILY = Family(
+    "qwen3_moe", ("qwen3_moe",), ("Qwen3MoeForCausalLM",), spec, RULES, gguf={"qwen3moe": gguf_config}
+)

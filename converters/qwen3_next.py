@@ -12,28 +12,41 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.config import Config, rope, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import cat, extra, rules, squeeze, ungroup
-from zoo.spec import MLP, Attention, DeltaNet, Layer, Mixer, MoE, Norm, QKNorm, Spec
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    DeltaNet,
+    Family,
+    Layer,
+    Mixer,
+    MoE,
+    Norm,
+    QKNorm,
+    Spec,
+    cat,
+    extra,
+    hf,
+    read,
+    rules,
+    squeeze,
+    ungroup,
+)
 
-from . import _dense as names
-from . import _experts as experts
 from . import qwen3_moe
 
 
 def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     c.refuse(use_sliding_window=False)
-    n, head_dim, p = c["num_hidden_layers"], c["head_dim"], rope_parameters(c)
-    norm = Norm(c["rms_norm_eps"], weight="plus_one", scale_in="fp32")
+    head_dim, p = c["head_dim"], read.rope_parameters(c)
+    norm = Norm(c["rms_norm_eps"], weight="plus_one", rounding="last")
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
         head_dim=head_dim,
-        v_head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=rope(c, p, int(head_dim * p.get("partial_rotary_factor", 0.25))),
+        rope=read.rope(c, p, int(head_dim * p.get("partial_rotary_factor", 0.25))),
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
         qk_norm=QKNorm(norm),
@@ -49,15 +62,11 @@ def spec(c: Config) -> Spec:
         out_gate="silu",
         out_norm=Norm(norm.eps),
     )
-    mixers: dict[str, Mixer] = {experts.FULL: attention, experts.LINEAR: delta}
-    if "layer_types" in c:
-        types = c.each_layer("layer_types", n, mixers)
-    else:
-        interval = c.get("full_attention_interval", 4)
-        types = [experts.LINEAR if (i + 1) % interval else experts.FULL for i in range(n)]
+    mixers: dict[str, Mixer] = {read.FULL: attention, read.LINEAR: delta}
+    types = read.layer_types(c, read.every(c.get("full_attention_interval", 4), read.LINEAR), mixers)
     dense = MLP(c["intermediate_size"])
     moe = MoE(
-        experts.n_experts(c),
+        read.n_experts(c),
         MLP(c["moe_intermediate_size"]),
         qwen3_moe.router(c, normalize=True),
         shared=MLP(c["shared_expert_intermediate_size"]),
@@ -74,39 +83,38 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
-        dtype=experts.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
 _A, _D, _M = "model.layers.{i}.self_attn.", "model.layers.{i}.linear_attn.", "model.layers.{i}.mlp."
-RULES = {
-    "hf": rules(
-        *names.ENDS,
-        *names.PRE_NORMS,
-        *(
-            (
-                f"layers.{{i}}.attn.qkv.{w}",
-                cat(ungroup(f"{_A}q_proj.{w}", "n_heads", 2), f"{_A}k_proj.{w}", f"{_A}v_proj.{w}"),
-            )
-            for w in ("weight", "bias")
-        ),
-        ("layers.{i}.attn.out.weight", _A + "o_proj.weight"),
-        ("layers.{i}.attn.out.bias", _A + "o_proj.bias"),
-        *names.QK_NORM,
-        ("layers.{i}.delta.qkvz.weight", ungroup(_D + "in_proj_qkvz.weight", "n_k_heads", 4)),
-        ("layers.{i}.delta.ba.weight", ungroup(_D + "in_proj_ba.weight", "n_k_heads", 2)),
-        ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
-        ("layers.{i}.delta.A_log", _D + "A_log"),
-        ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
-        ("layers.{i}.delta.norm.weight", _D + "norm.weight"),
-        ("layers.{i}.delta.out.weight", _D + "out_proj.weight"),
-        *names.MLP,
-        ("layers.{i}.moe.router.weight", _M + "gate.weight"),
-        *experts.NUMBERED,
-        *experts.gated_mlp("layers.{i}.moe.shared", _M + "shared_expert"),
-        ("layers.{i}.moe.shared_gate.weight", _M + "shared_expert_gate.weight"),
-        extra("mtp.*", experts.MTP),
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *(
+        (
+            f"layers.{{i}}.attn.qkv.{w}",
+            cat(ungroup(f"{_A}q_proj.{w}", "n_heads", 2), f"{_A}k_proj.{w}", f"{_A}v_proj.{w}"),
+        )
+        for w in ("weight", "bias")
     ),
-}
+    ("layers.{i}.attn.out.weight", _A + "o_proj.weight"),
+    ("layers.{i}.attn.out.bias", _A + "o_proj.bias"),
+    *hf.QK_NORM,
+    ("layers.{i}.delta.qkvz.weight", ungroup(_D + "in_proj_qkvz.weight", "n_k_heads", 4)),
+    ("layers.{i}.delta.ba.weight", ungroup(_D + "in_proj_ba.weight", "n_k_heads", 2)),
+    ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
+    ("layers.{i}.delta.A_log", _D + "A_log"),
+    ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
+    ("layers.{i}.delta.norm.weight", _D + "norm.weight"),
+    ("layers.{i}.delta.out.weight", _D + "out_proj.weight"),
+    *hf.MLP,
+    ("layers.{i}.moe.router.weight", _M + "gate.weight"),
+    *hf.NUMBERED,
+    *hf.gated_mlp("layers.{i}.moe.shared", _M + "shared_expert"),
+    ("layers.{i}.moe.shared_gate.weight", _M + "shared_expert_gate.weight"),
+    extra("mtp.*", hf.MTP),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
 FAMILY = Family("qwen3_next", ("qwen3_next",), ("Qwen3NextForCausalLM",), spec, RULES)

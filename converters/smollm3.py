@@ -7,34 +7,28 @@ A Llama with a tied head and
 
 from __future__ import annotations
 
-from zoo.config import ACTIVATIONS, Config, rope_parameters
-from zoo.families import Family
-from zoo.mapping.rules import rules
-from zoo.spec import MLP, Attention, Layer, Norm, Spec
-
-from . import _dense as dense
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
     d, n_heads = c["hidden_size"], c["num_attention_heads"]
-    head_dim = c.get("head_dim", d // n_heads)
+    head_dim = read.head_dim(c)
     norm = Norm(c["rms_norm_eps"])
-    rope = dense.whole_rope(c, rope_parameters(c), head_dim)
+    rope = read.whole_rope(c, read.rope_parameters(c), head_dim)
 
     def attention(rotated: int, kind: str) -> Attention:
         return Attention(
             n_heads=n_heads,
             n_kv_heads=c["num_key_value_heads"],
             head_dim=head_dim,
-            v_head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=rope if rotated else None,
-            window=c["sliding_window"] if kind == dense.SLIDING else None,
+            window=c["sliding_window"] if kind == read.SLIDING else None,
             qkv_bias=c.get("attention_bias", False),
             out_bias=c.get("attention_bias", False),
         )
 
-    mlp = MLP(c["intermediate_size"], c.table("hidden_act", ACTIVATIONS), bias=c.get("mlp_bias", False))
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=c.get("mlp_bias", False))
     return Spec(
         family="smollm3",
         d_model=d,
@@ -43,7 +37,7 @@ def spec(c: Config) -> Spec:
         norm=norm,
         tied=c.get("tie_word_embeddings", True),
         context_length=c["max_position_embeddings"],
-        dtype=dense.dtype(c),
+        dtype=read.dtype(c),
     )
 
 
@@ -54,16 +48,13 @@ def layers(c: Config) -> list[tuple[int, str]]:
         rotated = c.each_layer("no_rope_layers", n, (0, 1))
     else:
         rotated = [int((i + 1) % c["no_rope_layer_interval"] != 0) for i in range(n)]
-    if "layer_types" in c:
-        kinds = c.each_layer("layer_types", n, (dense.FULL, dense.SLIDING))
-    else:
-        windowed = c.get("use_sliding_window", False) and "sliding_window" in c
-        kinds = [dense.SLIDING if windowed and not r else dense.FULL for r in rotated]
+    windowed = c.get("use_sliding_window", False) and "sliding_window" in c
+    kinds = read.layer_types(c, lambda i: read.SLIDING if windowed and not rotated[i] else read.FULL)
     return list(zip(rotated, kinds, strict=True))
 
 
 RULES = {
-    "hf": rules(*dense.ENDS, *dense.PRE_NORMS, *dense.ATTENTION, *dense.MLP, dense.INV_FREQ),
+    "hf": rules(*hf.ENDS, *hf.PRE_NORMS, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ),
 }
 
 FAMILY = Family("smollm3", ("smollm3",), ("SmolLM3ForCausalLM",), spec, RULES)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from converters import _params
 from zoo import families, manifest
 from zoo.config import ACTIVATIONS, Config, rope, rope_parameters, yarn_attention_factor, yarn_mscale
 from zoo.errors import ZooError
@@ -249,12 +248,16 @@ def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is
         "vocab_size": 50, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
         "intermediate_size": 8, "num_experts": 2, "experts_per_token": 1, "sliding_window": 4, "rope_theta": 150000.0,
     }  # fmt: skip
-    config = _params.openai(own, False, True, "config.json")
-    assert config == _params.openai(own | {"rope_scaling_factor": 32.0}, False, True, "config.json")
+
+    def ours(config: dict[str, Any]) -> dict[str, Any]:
+        return families.own_config("openai", config, ("unembedding.weight",), "config.json")
+
+    config = ours(own)
+    assert config == ours(own | {"rope_scaling_factor": 32.0})
     assert config["rope_scaling"]["factor"] == 32.0
     with pytest.raises(ZooError, match="num_hidden_layers is 4000000000; expected 1 to 4096"):
-        _params.openai(own | {"num_hidden_layers": 4_000_000_000}, False, True, "config.json")
+        ours(own | {"num_hidden_layers": 4_000_000_000})
     with pytest.raises(
         ZooError, match=r"^config\.json: a field has a value that makes no model \(ValueError"
     ):
-        _params.openai(own | {"rope_theta": "abc"}, False, True, "config.json")
+        ours(own | {"rope_theta": "abc"})

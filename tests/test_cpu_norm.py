@@ -51,9 +51,9 @@ def test_the_kernel_rounds_where_the_expression_does(
     x, h = rand(*shape, dtype=dtype), rand(*reversed(shape), dtype=dtype).reshape(shape)
     wider = torch.cat([h, x, h], -1)[..., shape[-1] : 2 * shape[-1]]  # a part of a projection
     assert not wider.is_contiguous() or len(shape) < 3
-    kinds = itertools.product(("model", "fp32"), ("plain", "plus_one", "none"), (dtype, torch.float32))
-    for scale_in, kind, of in kinds:
-        norm = Norm(eps=1e-5, scale_in=scale_in, weight=kind)
+    kinds = itertools.product(("first", "last"), ("plain", "plus_one", "none"), (dtype, torch.float32))
+    for rounding, kind, of in kinds:
+        norm = Norm(eps=1e-5, rounding=rounding, weight=kind)
         weight = None if kind == "none" else rand(shape[-1], dtype=of)
         expected = rms_norm_reference(x, weight, norm)
         found = rms_norm(x, weight, norm)

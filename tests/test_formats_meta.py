@@ -109,13 +109,13 @@ RELEASES = {
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_released_params_give_the_released_config(release: str) -> None:
-    from converters import _params
-
     data = json.loads((CONFIGS / f"{release}.config.json").read_text())
     params = RELEASES[release] | {
         "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True,
     }  # fmt: skip
-    ours = _params.meta(params, 128256, bool(data.get("tie_word_embeddings")), "params.json")
+    ours = families.own_config(
+        "meta", params, () if data.get("tie_word_embeddings") else ("rank0.output.weight",), "params.json"
+    )
 
     def spec(config: dict[str, Any]) -> Spec:
         return replace(families.spec_of(config), dtype=None)
@@ -124,8 +124,6 @@ def test_released_params_give_the_released_config(release: str) -> None:
 
 
 def test_llama4_scouts_params_give_the_released_config() -> None:
-    from converters import _params
-
     data = json.loads((CONFIGS / "llama4-scout-17b-16e-instruct.config.json").read_text())
     params = {
         "dim": 5120, "n_layers": 48, "n_heads": 40, "n_kv_heads": 8, "vocab_size": 202048, "multiple_of": 2048,
@@ -133,7 +131,7 @@ def test_llama4_scouts_params_give_the_released_config() -> None:
         "nope_layer_interval": 4, "use_qk_norm": True, "attention_chunk_size": 8192, "attn_temperature_tuning": True,
         "moe_args": {"num_experts": 16, "capacity_factor": 1.0, "auto_scale_F": True},
     }  # fmt: skip
-    ours = _params.meta({"model": params}, 202048, False, "params.json")
+    ours = families.own_config("meta", params, ("rank0.output.weight",), "params.json")
     assert replace(families.spec_of(ours), dtype=None) == replace(families.spec_of(data), dtype=None)
 
 

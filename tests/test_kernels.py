@@ -88,7 +88,7 @@ if INTERPRETED or COMPILED:
         close(gated.gated(h, spec), gated.gated_reference(h, spec))
 
     NORMS = [
-        Norm(1e-6), Norm(1e-2, scale_in="fp32"), Norm(1e-6, weight="plus_one", scale_in="fp32"), Norm(1e-6, weight="none")
+        Norm(1e-6), Norm(1e-2, rounding="last"), Norm(1e-6, weight="plus_one", rounding="last"), Norm(1e-6, weight="none")
     ]  # fmt: skip
 
     @pytest.mark.parametrize("spec", NORMS)

@@ -163,7 +163,9 @@ def quantised(shape: tuple[int, ...], parts: tuple[int, ...], scheme: str) -> di
 
 
 LATENT = LatentAttention(2, 32, 16, 8, 16, 0.2, Norm(1e-5), rope=Rope(100.0, 8))
-MIXTURE = MoE(5, MLP(32, bias=True), Router(2, "sigmoid", fp32=True), shared=MLP(96))
+MIXTURE = MoE(
+    5, MLP(32, bias=True), Router(2, "sigmoid", rounding="last", weights_rounding="last"), shared=MLP(96)
+)
 LAYER = Layer(LATENT, MIXTURE, attn_norm=Norm(1e-5), ffn_norm=Norm(1e-5))
 BLOCKS_OF_32 = Spec("test", 160, 50, (LAYER, LAYER), Norm(1e-5), tied=False, context_length=64)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from zoo.kernels import delta, product
 from zoo.kernels.rope import rotate
-from zoo.model import attention, moe, norm, rope
+from zoo.model import Decoder, attention, moe, norm, rope
 from zoo.model.cache import Context, State, Visible
 from zoo.model.delta import Conv
 from zoo.model.ffn import activate, stand_out
 from zoo.model.linear import Stacked
-from zoo.spec import MLP, MoE, Norm, Rope, RopeScaling, Router
+from zoo.spec import MLP, Attention, Layer, MoE, Norm, Rope, RopeScaling, Rounding, Router, Spec
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -40,8 +40,8 @@ def test_rms_norm_divides_by_the_root_mean_square_and_scales() -> None:
 def test_rms_norm_rounds_to_bf16_before_or_after_the_weight() -> None:
     x, w = rand(64, 32).bfloat16(), (1 + rand(32)).bfloat16()
     exact = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
-    early = norm.rms_norm(x, w, Norm(1e-5, scale_in="model"))
-    late = norm.rms_norm(x, w, Norm(1e-5, scale_in="fp32"))
+    early = norm.rms_norm(x, w, Norm(1e-5, rounding="first"))
+    late = norm.rms_norm(x, w, Norm(1e-5, rounding="last"))
     assert torch.equal(early, exact.bfloat16() * w)
     assert torch.equal(late, (exact * w.float()).bfloat16())
     assert not torch.equal(early, late)
@@ -74,7 +74,7 @@ def test_rope_turns_pairs_of_the_first_channels_by_position(interleaved: bool) -
 def test_rope_tables_are_rounded_to_the_models_dtype_unless_asked_for_in_fp32() -> None:
     positions = torch.arange(50)
     assert rope.tables(Rope(100.0, 6), positions, torch.bfloat16)[0].dtype == torch.bfloat16
-    assert rope.tables(Rope(100.0, 6, fp32=True), positions, torch.bfloat16)[0].dtype == torch.float32
+    assert rope.tables(Rope(100.0, 6, rounding="last"), positions, torch.bfloat16)[0].dtype == torch.float32
 
 
 def test_llama3_scaling_keeps_short_waves_divides_long_ones_and_blends_between() -> None:
@@ -356,3 +356,48 @@ def test_a_product_widened_to_fp32_is_rounded_once(
     assert found.shape == (3, 5, 17)
     spacing = torch.finfo(dtype).eps * exact.abs()  # two neighbours are at most this far apart
     assert ((found.double() - exact).abs() <= spacing / 2 + 1e-6).all()
+
+
+# --- where bf16 rounds
+
+
+@pytest.mark.parametrize(("rounding", "factor"), [("first", 6.625), ("last", 6.6332495807)])
+def test_an_embedding_is_scaled_by_a_rounded_factor_or_rounded_once(
+    rounding: Rounding, factor: float
+) -> None:
+    spec = Spec("t", 44, 9, (), Norm(1e-5), True, 8, embed_scale=44**0.5, embed_rounding=rounding)
+    model = Decoder(spec)
+    table = rand(9, 44).bfloat16()
+    model.load_state_dict({"embed.weight": table, "norm.weight": torch.ones(44).bfloat16()}, assign=True)
+    x, _ = model.start(torch.arange(9)[None])
+    assert torch.equal(x[0], (table.float() * factor).bfloat16())
+
+
+@pytest.mark.parametrize("rounding", ["first", "last"])
+@pytest.mark.parametrize("weights_rounding", ["first", "last"])
+def test_a_routers_logits_and_its_weights_round_each_on_their_own(
+    rounding: Rounding, weights_rounding: Rounding
+) -> None:
+    r = Router(2, "softmax", normalize=True, rounding=rounding, weights_rounding=weights_rounding)
+    router = moe.Router(r, 5, 40)
+    weight, x = rand(5, 40).bfloat16(), rand(7, 40).bfloat16()
+    router.load_state_dict({"weight": weight}, assign=True)
+    logits = x @ weight.T if rounding == "first" else x.float() @ weight.float().T
+    expected = logits.float().softmax(-1).topk(2, -1).values
+    expected = expected / expected.sum(-1, keepdim=True)
+    _, weights = router(x)
+    assert weights.dtype == (torch.bfloat16 if weights_rounding == "first" else torch.float32)
+    torch.testing.assert_close(weights, expected.to(weights.dtype), rtol=1e-6, atol=0)
+
+
+def test_a_folder_from_before_rounding_had_one_name_is_read() -> None:
+    mixer = Attention(2, 2, 8, 1.0, Rope(1e4, 8, rounding="last"))
+    router = Router(1, "sigmoid", rounding="last", weights_rounding="last")
+    layer = Layer(mixer, MoE(2, MLP(8), router), Norm(1e-5), None, Norm(1e-6, rounding="last"))
+    spec = Spec("t", 16, 9, (layer,), Norm(1e-5), True, 8)
+    old = spec.to_dict()
+    kind = old["layer_kinds"][0]
+    kind["mixer"]["rope"] = {"theta": 1e4, "dim": 8, "fp32": True}
+    kind["ffn"]["router"] = {"top_k": 1, "score": "sigmoid", "fp32": True}
+    kind["ffn_norm"] = {"eps": 1e-6, "scale_in": "fp32"}
+    assert Spec.from_dict(old) == spec

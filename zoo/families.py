@@ -6,48 +6,43 @@ it in the entry-point group `zoo.families`. Nothing here or elsewhere in `zoo` k
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import importlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from zoo import plugins, unread
 from zoo.config import Config
 from zoo.errors import ZooError
-from zoo.layout import layout
 from zoo.mapping.rules import RuleSet
-from zoo.spec import (
-    MLP,
-    Attention,
-    DeltaNet,
-    Indexer,
-    MoE,
-    Norm,
-    QueryScale,
-    Rope,
-    RopeScaling,
-    Router,
-    Spec,
-)
+from zoo.soundness import MAX_LAYERS, refuse_unsound
+from zoo.spec import Spec
 
-MAX_LAYERS = 4096
-MAX_EXPERTS = 1 << 16
-MAX_SIZE = 1 << 40
-"""Beyond these a config is broken: the deepest release has 126 layers, the most experts of one 512, the widest axis
-262,400 entries."""
+if TYPE_CHECKING:
+    from zoo.formats.gguf_fields import Fields
+
+OwnReading = Callable[[Config, Collection[str]], dict[str, Any] | None]
+"""(the vendor's config, names of the tensors) -> config.json in Hugging Face terms, or None: not of this family."""
+GGUFReading = Callable[["Fields", dict[str, Any]], dict[str, Any] | None]
+"""(the architecture's fields, the config they share) -> what this family adds to it, or None: not of this family."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family is two pieces of data: `spec` (config -> Spec), and `rules`, one set per naming of its
-    tensors ("hf", "meta", "mistral", "gguf", ...; the reader says which namings a checkpoint may have).
+    """A family is data: `spec` (config -> Spec), and `rules`, one set per naming of its tensors ("hf", "meta",
+    "mistral", "gguf", ...; the reader says which namings a checkpoint may have).
 
     `model_types` and `architectures` are what its configs say in those fields. A config that has
     `architectures` goes by them; one that has none, or a decoder's without its head (`...Model`), by its
-    `model_type`. A wrapper's architecture may be
-    claimed by several families: its text model's `model_type` decides.
+    `model_type`. A wrapper's architecture may be claimed by several families: its text model's `model_type` decides.
+
+    A naming whose files have no config in Hugging Face's terms also has a reading of the config they have:
+    `own`, by naming, for a vendor's (`params.json`); `gguf`, by the architecture's name, for a GGUF's metadata.
+    Neither file says which family it is of, so several may have a reading of one kind: the first that does not
+    answer None is taken.
     """
 
     name: str
@@ -55,6 +50,8 @@ class Family:
     architectures: tuple[str, ...]
     spec: Callable[[Config], Spec]
     rules: Mapping[str, RuleSet] = field(repr=False)
+    own: Mapping[str, OwnReading] = field(repr=False, default_factory=dict)
+    gguf: Mapping[str, GGUFReading] = field(repr=False, default_factory=dict)
 
 
 @functools.cache
@@ -65,36 +62,154 @@ def _built_in() -> dict[str, Family]:
 
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(converters.__path__):
-        if not module.name.startswith("_"):
-            family = importlib.import_module(f"converters.{module.name}").FAMILY
+        try:
+            family = _load(f"converters.{module.name}")
+        except ZooError as error:
+            _broken[f"converters.{module.name}"] = str(error)
+            warnings.warn(str(error), stacklevel=2)
+        else:
             found[family.name] = family
     return found
 
 
-@functools.cache
-def families() -> dict[str, Family]:
-    """All families by name: the package `converters`, then entry points."""
-    from importlib.metadata import entry_points  # slower still: `find` asks for it when it must
+_broken: dict[str, str] = {}
+"""Families that could not be imported, by module, and why."""
 
-    found = dict(_built_in())
-    for entry in entry_points(group="zoo.families"):
-        family = entry.load()
-        found.setdefault(family.name, family)
+
+def _load(module: str) -> Family:
+    """The family of a module. Raises ZooError, naming file and line, if it can't be imported; ModuleNotFoundError if
+    there is no such module."""
+    try:
+        family = importlib.import_module(module).FAMILY
+    except ModuleNotFoundError as e:
+        if e.name == module:
+            raise
+        raise _unreadable(module, e) from e
+    except Exception as e:
+        raise _unreadable(module, e) from e
+    if not isinstance(family, Family):
+        raise ZooError(f"{module}: FAMILY is a {type(family).__name__}; expected a zoo.family.Family")
+    return family
+
+
+def _unreadable(module: str, e: Exception) -> ZooError:
+    """A syntax error's place is its own, another one's is where its traceback left `zoo` last."""
+    from zoo import blame  # and in `blamed`: only a failure needs it
+
+    at = f"{e.filename}:{e.lineno}" if isinstance(e, SyntaxError) else blame.place(e) or module
+    return ZooError(
+        f"{at}: the family in {module} can't be imported ({type(e).__name__}: {e}); its file is at fault"
+    )
+
+
+@functools.cache
+def _plugged_in() -> dict[str, Family]:
+    """The families of other packages, by name. One that breaks is named, and breaks nothing else."""
+    found: dict[str, Family] = {}
+    for entry in plugins.entries("zoo.families"):
+        whose = f"package {entry.package}, family {entry.name}"
+        try:
+            family = entry.load()
+            if not isinstance(family, Family):
+                raise ZooError(f"{entry.value} is a {type(family).__name__}; expected a zoo.family.Family")
+        except Exception as e:
+            _broken[whose] = f"{whose}: {entry.value} can't be imported ({type(e).__name__}: {e})"
+            warnings.warn(_broken[whose], stacklevel=2)
+            continue
+        if family.name not in _built_in() and f"converters.{family.name}" not in _broken:
+            found.setdefault(family.name, family)
+            _package.setdefault(family.name, entry.package)
     return found
 
 
-def get(name: str) -> Family:
-    """The family called `name`. Raises ZooError, with the known ones, if there is none."""
+_package: dict[str, plugins.Package] = {}
+"""The package that a family of another package came from, by the family's name."""
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """All families by name: the package `converters`, then entry points. A name of ours is never another's."""
+    return _built_in() | _plugged_in()
+
+
+def refresh() -> None:
+    """Look again: packages were installed or taken away since this process first asked."""
+    for cached in (families, _plugged_in, _built_in, plugins.entries):
+        cached.cache_clear()
+    _broken.clear()
+    _package.clear()
+
+
+def package_of(name: str) -> plugins.Package | None:
+    """The package that brought the family called `name`; None for one of zoo's own."""
+    return _package.get(name) if name in _plugged_in() else None
+
+
+def get(name: str, package: Any = None) -> Family:
+    """The family called `name`. `package`: what zoo.json says it came with (`name`, `version`). Raises ZooError if
+    there is none, with the known ones, or with the package to install."""
     if name.isidentifier() and name[0] != "_":
         try:
-            family: Family = importlib.import_module(f"converters.{name}").FAMILY  # one file, not all of them
-            return family
-        except ModuleNotFoundError as e:
-            if e.name != f"converters.{name}":
-                raise
-    if name not in families():
-        raise ZooError(f"no family is called {name!r}; known: {', '.join(sorted(families()))}")
-    return families()[name]
+            return _load(f"converters.{name}")  # one file, not all of them
+        except ModuleNotFoundError:
+            pass
+    if name in families():
+        return families()[name]
+    if isinstance(package, Mapping):
+        of = package.get("name")
+        raise ZooError(
+            f"family {name!r} comes with the package {of}, which is not installed here or does not have it any more: "
+            f"pip install '{of}=={package.get('version')}'{_also_broken()}"
+        )
+    raise ZooError(f"no family is called {name!r}; known: {', '.join(sorted(families()))}{_also_broken()}")
+
+
+def _also_broken() -> str:
+    return "".join(f"\n  not counted: {why}" for why in _broken.values())
+
+
+def own_config(naming: str, own: Any, tensors: Collection[str], where: str) -> dict[str, Any]:
+    """config.json in Hugging Face terms of a vendor's own (`own`), by the first family with this naming that knows it.
+
+    `tensors`: the names that the files hold. Raises ZooError, naming `where`, if none does or a value makes no model.
+    """
+    for group in (_built_in, _plugged_in):  # another package's are not even imported where ours will do
+        for family in group().values():
+            if naming in family.own:
+                with blamed(family, where, "model"):
+                    if (out := family.own[naming](Config(own, where), tensors)) is not None:
+                        return out
+    asked = ", ".join(f.name for f in families().values() if naming in f.own)
+    raise ZooError(
+        f"{where}: no family knows this model (files in {naming}'s own naming: {asked}){_also_broken()}"
+    )
+
+
+def naming_gguf(architecture: Any, where: str) -> list[tuple[Family, GGUFReading]]:
+    """The families that have a reading for a GGUF of this architecture, ours first, and it. Raises ZooError if none has."""
+    if isinstance(architecture, str):
+        named = [(f, f.gguf[architecture]) for f in families().values() if architecture in f.gguf]
+        if named:
+            return named
+    known = sorted({a for f in families().values() for a in f.gguf})
+    raise ZooError(
+        f"{where}: GGUF architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(known)}"
+    )
+
+
+@contextlib.contextmanager
+def blamed(family: Family, where: str, model: str) -> Iterator[None]:
+    """What breaks inside is an error of the config at `where`, a value that makes no `model`, or of the family's code."""
+    try:
+        yield
+    except ZooError:
+        raise
+    except Exception as e:
+        from zoo import blame
+
+        code = getattr(family.spec, "__code__", None)  # where it begins, for what it returned
+        at = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else family.name
+        raise blame.error(e, family.name, at, where, model) from e
 
 
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
@@ -119,7 +234,7 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     known = sorted(a for f in families().values() for a in f.architectures)
     raise ZooError(
         f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}. Known architectures: "
-        f"{', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family."
+        f"{', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family.{_also_broken()}"
     )
 
 
@@ -127,8 +242,16 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
     """The Spec of a config, by the family that claims it (or the one given).
 
     Raises ZooError, naming `where`, for a field that is missing, unsupported, or of a value that makes no
-    model: a size below 1, a text where a number should be.
+    model: a size below 1, a text where a number should be; and for one that changes numbers and that the family
+    does not read.
     """
+    return read(config, family, where)[0]
+
+
+def read(
+    config: Mapping[str, Any], family: Family | None = None, where: str = "config.json"
+) -> tuple[Spec, list[str]]:
+    """`spec_of`, and notes on the fields that nobody read and zoo does not know."""
     family = family or find(config, where)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
@@ -139,75 +262,20 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
         for key in ("num_hidden_layers", "n_layer"):
             if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
                 raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
-    try:
-        said = family.spec(Config(config, where)).to_dict()
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
-        raise ZooError(
-            f"{where}: a field has a value that makes no {family.name} model ({type(e).__name__}: {e})"
-        ) from e
+    fields = Config(config, where)
+    with blamed(family, where, f"{family.name} model"):
+        said = family.spec(fields).to_dict()
     try:
         spec = Spec.from_dict(said)  # checks the types of all it holds
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
     refuse_unsound(spec, where)
-    return spec
+    return spec, unread.judge(fields, spec)
 
 
-def refuse_unsound(spec: Spec, where: str) -> None:
-    """Raises ZooError, naming `where`, for a Spec that can be written down but not computed with."""
-    if (why := next(_unsound(spec, "spec"), None)) is not None:
-        raise ZooError(f"{where}: {why}")
-    odd = next((s for s in layout(spec).values() if not 0 < min(s.shape) <= max(s.shape) < MAX_SIZE), None)
-    if odd is not None:
-        raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}"[:400])
-    if spec.context_length < 1:
-        raise ZooError(f"{where}: its context is {spec.context_length} positions")
-
-
-def _unsound(x: Any, name: str) -> Iterator[str]:
-    """What in a Spec can be written down but not computed with, one sentence each."""
-    if isinstance(x, float) and not math.isfinite(x):
-        yield f"{name} comes to {x}"
-    elif isinstance(x, tuple):
-        for n, part in enumerate(dict.fromkeys(x)):
-            yield from _unsound(part, f"{name}[{n}]")
-    elif dataclasses.is_dataclass(x):
-        for f in dataclasses.fields(x):
-            yield from _unsound(getattr(x, f.name), f.name)
-    match x:
-        case Norm(eps=eps) if eps < 0:
-            yield f"the eps of a norm is {eps}"
-        case Attention(n_heads=q, n_kv_heads=kv) if kv < 1 or q % kv:
-            yield f"{q} query heads cannot share {kv} key/value heads"
-        case DeltaNet(n_v_heads=v, n_k_heads=k) if k < 1 or v % k:
-            yield f"{v} value heads cannot share {k} key heads"
-        case Attention(window=int(n)) | Attention(chunk=int(n)) if n < 1:
-            yield f"a window or chunk of {n} positions shows nothing"
-        case Rope(theta=theta) if theta <= 0 or (theta == 1 and x.scaling is not None):
-            yield f"rope_theta is {theta}"
-        case Rope(dim=dim) if dim < 2 or dim % 2:
-            yield f"RoPE needs pairs of channels, and would rotate {dim}"
-        case RopeScaling(factor=factor) if factor <= 0:
-            yield f"the factor of scaled RoPE is {factor}"
-        case RopeScaling(kind="llama3", low_freq_factor=low, high_freq_factor=high) if low <= 0 or high < low:
-            yield f"high_freq_factor {high} should not be below low_freq_factor {low}, and both above 0"
-        case RopeScaling(kind="yarn" | "llama3", original_context=n) if n < 1:
-            yield f"the original context of scaled RoPE is {n}"
-        case MoE(n_experts=n) if n > MAX_EXPERTS:
-            yield f"{n} experts are more than {MAX_EXPERTS}"
-        case MLP(sparsity=share) if not 0 <= share < 1:
-            yield f"a share of {share} of activations cannot be left out"
-        case QueryScale(period=period) if period <= 0:
-            yield f"queries are scaled by positions over {period}"
-        case Indexer(top_k=n) if n < 1:
-            yield f"an index of {n} keys shows nothing"
-        case RopeScaling(kind="yarn", beta_fast=a, beta_slow=b) if min(a, b) <= 0:
-            yield f"the betas of YaRN are {a} and {b}"
-        case MoE(n_experts=n, router=Router(top_k=k)) if not 0 < k <= n:
-            yield f"{k} of {n} experts cannot be chosen"
-        case Attention(head_dim=d, rope=Rope(dim=dim)) if dim > d:
-            yield f"RoPE would rotate {dim} of {d} channels"
-        case MoE(n_experts=n, router=Router(n_groups=g, group_top=t)) if g > 1 and not n % g and n // g < t:
-            yield f"groups of {n // g} experts cannot be judged by their best {t}"
-        case MoE(n_experts=n, router=Router(n_groups=g, top_groups=t)) if g < 1 or n % g or not 0 < t <= g:
-            yield f"{n} experts in {g} groups, of which {t} are eligible: they do not divide"
+def unread_keys(config: Mapping[str, Any], family: Family) -> list[str]:
+    """A sentence with all that `family` leaves unread of `config`, however little it says; none if there is nothing."""
+    fields = Config(config)
+    family.spec(fields)
+    keys = ", ".join(f"{k} ({str(v)[:40]})" for k, v in fields.unread().items())
+    return [f"of the config, the family {family.name} does not read {keys}"] if keys else []

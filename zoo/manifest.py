@@ -1,5 +1,8 @@
 """The releases zoo knows: `manifests/*.toml`, one file per release, named by its stem.
 
+Another package's lie in a folder of its own, which it names in the entry-point group `zoo.manifests` (a package, importable
+or a mere folder inside one): files as here, configs beside them in `configs/`. A name of ours is never another's.
+
 What is unusual:
 - A field without a public source is absent (`None` here). The last table of each file, `[facts]`, says where
   every other field was read. It and `[links]` are parsed only when asked for (`Manifest.facts`, `.links`):
@@ -16,14 +19,17 @@ import json
 import os
 import re
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import manifests
+from zoo import plugins
 from zoo.errors import ZooError
 
+OURS: str = manifests.__path__[0]
 FORMATS = {
     "safetensors": "sharded or single safetensors with a config.json",
     "safetensors-tp8": "safetensors cut for 8 tensor-parallel ranks",
@@ -108,12 +114,13 @@ class Manifest:
     @property
     def config(self) -> dict[str, Any] | None:
         """The release's config.json, as far as public sources show it (`manifests/configs`), or None."""
-        path = _config_path(self.name)
+        configs = os.path.join(os.path.dirname(_path(self.name)), "configs")
+        path = os.path.join(configs, f"{self.name}.config.json")
         if not os.path.isfile(path):  # else the release's own; a test holds sources.toml to that
-            stem = _config_of(self.name)
+            stem = _config_of(self.name, configs)
             if stem is None:
                 return None
-            path = _config_path(stem)
+            path = os.path.join(configs, f"{stem}.config.json")
         with open(path, encoding="utf-8") as file:
             config: dict[str, Any] = json.load(file)
         return config
@@ -137,7 +144,7 @@ def summary(m: Manifest) -> dict[str, Any]:
 def _proofs() -> dict[str, dict[str, str]]:
     """What `make proofs` has shown, by family and by release."""
     try:
-        with open(os.path.join(manifests.__path__[0], "proofs.json"), encoding="utf-8") as file:
+        with open(os.path.join(OURS, "proofs.json"), encoding="utf-8") as file:
             proofs: dict[str, dict[str, str]] = json.load(file)
             return proofs
     except FileNotFoundError:
@@ -151,13 +158,12 @@ def proof(m: Manifest) -> str | None:
     return proofs.get("releases", {}).get(m.name) or proofs.get("families", {}).get(m.family)
 
 
-def _config_path(stem: str) -> str:
-    return os.path.join(manifests.__path__[0], "configs", f"{stem}.config.json")
-
-
-def _config_of(name: str) -> str | None:
+def _config_of(name: str, configs: str) -> str | None:
     """The stem of a release's config. The file is searched, not parsed: that would take longer than all the rest."""
-    with open(os.path.join(manifests.__path__[0], "configs", "sources.toml"), encoding="utf-8") as file:
+    sources = os.path.join(configs, "sources.toml")
+    if not os.path.isfile(sources):
+        return None
+    with open(sources, encoding="utf-8") as file:
         text = file.read()
     for found in re.finditer(rf'^\["?([^"\]\n]+)"?\]\nreleases = \[[^\]\n]*"{re.escape(name)}"', text, re.M):
         if not found[1].endswith(".params"):
@@ -202,9 +208,20 @@ def search(words: str | Iterable[str]) -> tuple[Manifest, ...]:
 
 @cache
 def _all() -> list[Manifest]:
-    return sorted(
-        (_read(stem) for stem in stems()), key=lambda m: [_number(p) for p in _PARTS.findall(m.name)]
-    )
+    read = [m for stem in stems() if (m := _sound(stem)) is not None]
+    return sorted(read, key=lambda m: [_number(p) for p in _PARTS.findall(m.name)])
+
+
+def _sound(stem: str) -> Manifest | None:
+    """A manifest; None for one of another package that breaks the schema: that is named, and breaks no listing."""
+    try:
+        return _read(stem)
+    except ZooError as error:
+        path = _path(stem)
+        if os.path.dirname(path) == OURS:
+            raise
+        warnings.warn(f"{path}: left out of the listing: {error}", stacklevel=2)
+        return None
 
 
 _PARTS = re.compile(r"\d+(?:\.\d+)?m?(?![a-z0-9])|\d+(?:\.\d+)?|\D+")
@@ -219,15 +236,18 @@ def _number(part: str) -> tuple[int, float, str]:
 
 def stems() -> list[str]:
     """The names of the files, without reading one."""
-    return sorted(f[:-5] for f in os.listdir(os.path.dirname(_path("x"))) if f.endswith(".toml"))
+    folders = (OURS, *_plugged_in())
+    return sorted({f[:-5] for folder in folders for f in os.listdir(folder) if f.endswith(".toml")})
 
 
 @cache
 def _index() -> dict[str, Manifest]:
-    """Every way to name a release, lower case. A name wins over an alias, an alias over a repository."""
+    """Every way to name a release, lower case. A name wins over an alias, an alias over a repository,
+    and of two alike one of ours over another package's."""
     index: dict[str, Manifest] = {}
+    ours_first = sorted(_all(), key=lambda m: os.path.dirname(_path(m.name)) != OURS)
     for keys in (lambda m: [m.name], lambda m: m.aliases, lambda m: [s.repo for s in m.sources if s.repo]):
-        for manifest in _all():
+        for manifest in ours_first:
             for key in keys(manifest):
                 index.setdefault(key.lower(), manifest)
     return index
@@ -240,8 +260,40 @@ def _text(m: Manifest) -> str:
     return "\n".join(p for p in parts if p).lower() + ("\ngated" if m.gated else "")
 
 
+@cache
+def _plugged_in() -> tuple[str, ...]:
+    """Folders of other packages' manifests. One that is not there is named, and breaks no listing."""
+    found = []
+    for entry in plugins.entries("zoo.manifests"):
+        from importlib.util import find_spec
+
+        try:
+            spec = find_spec(entry.value)
+            why = "no such package" if spec is None else "a module, not a folder"
+            folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        except Exception as e:  # of the package that it lies in, as it is imported
+            folders, why = [], f"{type(e).__name__}: {e}"
+        if not (folders := [f for f in folders if os.path.isdir(f)]):
+            warnings.warn(
+                f"package {entry.package}: its manifests ({entry.value}) can't be read: {why}", stacklevel=2
+            )
+        found += folders
+    return tuple(found)
+
+
+def refresh() -> None:
+    """Look again: packages were installed or taken away since this process first asked."""
+    for cached in (_plugged_in, _path, _all, _index, _read, plugins.entries):
+        cached.cache_clear()
+
+
+@cache
 def _path(stem: str) -> str:
-    return os.path.join(manifests.__path__[0], f"{stem}.toml")
+    """Where a manifest lies, or would lie were it ours."""
+    ours = os.path.join(OURS, f"{stem}.toml")
+    if os.path.isfile(ours):
+        return ours
+    return next((p for f in _plugged_in() if os.path.isfile(p := os.path.join(f, f"{stem}.toml"))), ours)
 
 
 def _parts(stem: str) -> tuple[str, str]:

@@ -26,20 +26,24 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"]
 """`silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit, |up| <= limit (gpt-oss card)."""
 
 
+Rounding = Literal["first", "last"]
+"""Where a step of a model in bf16 or fp16 rounds: "first", its operands, and it is computed in the model's dtype; or
+"last", its result, and it is computed in fp32. In fp32 there is no difference."""
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """A normalisation over the last axis; its statistics are always taken in fp32.
 
     `kind`: "rms" (x / rms(x)) or "layer" (mean removed, with bias).
     `weight`: "plain" (w * x), "plus_one" ((1 + w) * x) or "none".
-    `scale_in`: where the weight is applied: "model" casts the normalised x to the model's dtype
-    first; "fp32" multiplies in fp32 and casts last. They differ by one rounding in bf16.
+    `rounding`: of the product with the weight: the normalised x is rounded "first", or what comes out "last".
     """
 
     eps: float
     kind: Literal["rms", "layer"] = "rms"
     weight: Literal["plain", "plus_one", "none"] = "plain"
-    scale_in: Literal["model", "fp32"] = "model"
+    rounding: Rounding = "first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +71,14 @@ class Rope:
     """Rotary position embedding over the FIRST `dim` channels of a head.
 
     `interleaved`: pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
-    `fp32`: rotated in fp32 and cast back; otherwise cos and sin are cast to the model's dtype first.
+    `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last".
     """
 
     theta: float
     dim: int
     scaling: RopeScaling | None = None
     interleaved: bool = False
-    fp32: bool = False
+    rounding: Rounding = "first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,14 @@ class QueryScale:
 
     `floor_log`: 1 + beta * ln(1 + floor((pos + offset) / period)).
     `log`: log2(pos) / log2(period) where pos > period, else 1.
-    `fp32`: queries are multiplied in fp32; otherwise the factor is rounded to the model's dtype first.
+    `rounding`: of the product with the query: the factor is rounded "first", or the scaled query "last".
     """
 
     kind: Literal["floor_log", "log"]
     period: float
     beta: float = 1.0
     offset: int = 0
-    fp32: bool = False
+    rounding: Rounding = "first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +116,13 @@ class Attention:
     joins the softmax and is dropped. `gate`: the output is multiplied by sigmoid(gate(x)).
     `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
     `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
+    `v_head_dim`: channels of a head's v; left out, as many as q and k have.
     """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    v_head_dim: int
+    v_head_dim: int = field(kw_only=True, default=None)  # type: ignore[assignment]
     scale: float
     rope: Rope | None = None
     window: int | None = None
@@ -133,6 +138,10 @@ class Attention:
     value_scale: float = 1.0
     kv_from: int | None = None
     kind: Literal["attention"] = "attention"
+
+    def __post_init__(self) -> None:
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +247,9 @@ class Router:
     the choice, never in the weights. `n_groups` / `top_groups`: only the best groups are eligible, a
     group's score being the sum of its `group_top` best. `masked_groups`: what ineligible experts score.
     `normalize`: weights are divided by their sum + `normalize_eps`. `scale` multiplies the weights.
-    `fp32`: logits computed in fp32 rather than the model's dtype. `softcap`: on the logits.
+    `softcap`: on the logits. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
+    result is not rounded at all ("last"). `weights_rounding`: of the weighted sum over experts: the weights are rounded
+    "first", or stay in fp32 and the sum is rounded "last".
     """
 
     top_k: int
@@ -253,8 +264,9 @@ class Router:
     normalize: bool = False
     normalize_eps: float = 0.0
     scale: float = 1.0
-    fp32: bool = False
     softcap: float | None = None
+    rounding: Rounding = "first"
+    weights_rounding: Rounding = "first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +334,8 @@ class Spec:
     """A whole decoder.
 
     `tied`: the head is the embedding. `positions`: size of a learned position table, else None.
-    `embed_scale` multiplies embeddings (rounded to their dtype first). Logits are multiplied by
-    `logit_scale`, then soft-capped. `dtype` is what the config declares, for information.
+    `embed_scale` multiplies embeddings; `embed_rounding`: the factor is rounded "first", or the product "last".
+    Logits are multiplied by `logit_scale`, then soft-capped. `dtype` is what the config declares, for information.
     """
 
     family: str
@@ -335,6 +347,7 @@ class Spec:
     context_length: int
     positions: int | None = None
     embed_scale: float = 1.0
+    embed_rounding: Rounding = "first"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     altup: AltUp | None = None
@@ -394,6 +407,23 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+_ONCE_FP32: dict[Any, dict[str, tuple[str, ...]]] = {
+    Norm: {"scale_in": ("rounding",)},
+    Rope: {"fp32": ("rounding",)},
+    QueryScale: {"fp32": ("rounding",)},
+    Router: {"fp32": ("rounding", "weights_rounding")},
+}
+
+
+def _as_named_now(tp: Any, x: dict[str, Any]) -> dict[str, Any]:
+    """Fields under the names they had in zoo.json until November 2026, when each class had its own for its rounding."""
+    for old, new in _ONCE_FP32.get(tp, {}).items():
+        if old in x and not any(name in x for name in new):
+            x = {**x, **dict.fromkeys(new, "last" if x[old] in (True, "fp32") else "first")}
+            del x[old]
+    return x
+
+
 def _from_json(tp: Any, x: Any, where: str) -> Any:
     """Build a value of type `tp` from JSON, strictly: a typo in zoo.json must not become a default."""
     if dataclasses.is_dataclass(x):
@@ -423,6 +453,7 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
         if not isinstance(x, dict):
             raise ZooError(f"zoo.json: {where} should be an object, found {type(x).__name__}")
         hints = _hints(typing.cast(type, tp))
+        x = _as_named_now(tp, x)
         if unknown := sorted(set(x) - set(hints)):
             raise ZooError(
                 f"zoo.json: {where} has unknown field(s) {', '.join(unknown)}; written by a newer zoo?"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.errors import ZooError
-from zoo.families import refuse_unsound
 from zoo.formats.base import TensorRef, files_below, inside, read_json
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, layout
 from zoo.quant.schemes import scheme
+from zoo.soundness import refuse_unsound
 from zoo.spec import Spec
 
 JSON = "zoo.json"

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: one file (or a split set) that holds everything, tokenizer included.
 
 - Names and hyperparameters are llama.cpp's own; the config is rebuilt from them in Hugging Face terms
-  (`converters/_gguf.py`), and the tokenizer's files are synthesised (`gguf_tokenizer.py`).
+  (`gguf_config.py`, and the family that names the architecture), and the tokenizer's files are synthesised (`gguf_tokenizer.py`).
 - Shapes are stored innermost first; here they are [out, in] as everywhere.
 - Most tensors are of block types (`zoo/quant/ggml.py`), which have no safetensors dtype: a conversion
   dequantises them to fp32, which is exact, unless another dtype is asked for.
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats import gguf_tokenizer
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside
+from zoo.formats import gguf_config, gguf_tokenizer
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside, named
 from zoo.quant import ggml
 
 MAGIC = b"GGUF"
@@ -48,13 +48,11 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 def detect(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".gguf"
-    return any(path.glob("*.gguf"))
+    return bool(named(path, "*.gguf"))
 
 
 def open(path: Path) -> Checkpoint:
     """Open a GGUF file, the first file of a split set, or a folder that holds one of either."""
-    from converters import _gguf
-
     root, names = (path.parent, _set_of(path.name)) if path.is_file() else (path, _files_of(path))
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
@@ -70,8 +68,8 @@ def open(path: Path) -> Checkpoint:
             f"{root / names[0]}: its set has {count} tensors, found {len(tensors)}: is the download complete?"
         )
     where = str(root / names[0])
-    tables = {n: _read_table(root, tensors[n]) for n in _gguf.CONSTANTS if n in tensors}
-    config = _gguf.config(metadata, tensors, tables, where)
+    tables = {n: _read_table(root, tensors[n]) for n in gguf_config.CONSTANTS if n in tensors}
+    config = gguf_config.config(metadata, tensors, tables, where)
     tokenizer, notes = gguf_tokenizer.files(metadata, where)
     synthesised = {"config.json": _json(config), "generation_config.json": _json(_generation(metadata))}
     return Checkpoint(
@@ -84,7 +82,7 @@ def open(path: Path) -> Checkpoint:
 
 
 def _files_of(folder: Path) -> list[str]:
-    names = sorted(p.name for p in folder.glob("*.gguf") if "mmproj" not in p.name)
+    names = [n for n in named(folder, "*.gguf") if "mmproj" not in n]
     if not names:
         raise ZooError(f"{folder}: no *.gguf here")
     first = _set_of(names[0])

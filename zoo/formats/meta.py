@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
 from zoo.formats.pickle import read_pickle
@@ -32,8 +33,6 @@ def detect(path: Path) -> bool:
 
 def open(path: Path) -> Checkpoint:
     """Open the folder of `params.json` (or any of its rank files: the others are found)."""
-    from converters import _params
-
     root = path if path.is_dir() else path.parent
     where = root / "params.json"
     params = read_json(where, "Meta's and Mistral's files need it to be understood")
@@ -48,13 +47,14 @@ def open(path: Path) -> Checkpoint:
         if len(files) > 1:
             raise ZooError(f"{where}: not Meta's (no multiple_of), but there are {len(files)} rank files")
         tensors = {t.name: t for t in ranks[0]}
-        config, naming = _params.mistral(own, str(where)), "mistral"
+        naming = "mistral"
     else:
         tensors = _by_rank(ranks, root, files)
         _check_count(tensors, own, root, files)
-        vocab = _vocab_size(tensors, own, len(ranks))
-        config = _params.meta(own, vocab, "rank0.output.weight" not in tensors, str(where))
+        if own.get("vocab_size") in (None, -1):  # Llama 2's say -1
+            own["vocab_size"] = _vocab_size(tensors, own, len(ranks))
         naming = "meta"
+    config = families.own_config(naming, own, tensors, str(where))
     return Checkpoint(
         root, "meta", (naming,), config, tensors, sizes, carried_files(root),
         synthesised={"config.json": (json.dumps(config, indent=2) + "\n").encode()},

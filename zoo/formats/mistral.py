@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
 from zoo.formats.safetensors import check_index, index_files, parse_header, read_header
@@ -26,8 +27,6 @@ def detect(path: Path) -> bool:
 
 def open(path: Path) -> Checkpoint:
     """Open a folder of `params.json` and `consolidated*.safetensors`."""
-    from converters import _params
-
     root = path if path.is_dir() else path.parent
     where = root / "params.json"
     params = read_json(where, "Mistral's files need it to be understood")
@@ -41,7 +40,7 @@ def open(path: Path) -> Checkpoint:
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
-    config = _params.mistral(params, str(where))
+    config = families.own_config("mistral", params, tensors, str(where))
     return Checkpoint(
         root, "mistral", ("mistral",), config, tensors, files, carried_files(root), headers,
         synthesised={"config.json": (json.dumps(config, indent=2) + "\n").encode()},

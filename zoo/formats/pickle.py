@@ -2,6 +2,8 @@
 
 - A pickle is a program. Here it can name nothing but tensors, storages and ordered dicts: anything else is
   refused by name before it exists, and no torch is imported. So no code from a checkpoint runs.
+- It is run by Python's own interpreter of pickles written in Python, whose steps can be counted and whose keys can be
+  checked: the one in C hashes whatever it is given, and a few bytes make a key that takes forever or ends the process.
 - Today's files are zip archives whose entries are stored, not compressed: a tensor is a byte range of the
   file, and is mapped like any other. Files from before torch 1.6 are pickles followed by raw storages;
   they are ranges too (the first GPT-2 release is one).
@@ -12,10 +14,9 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
+import reprlib
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,7 +28,8 @@ from zoo.formats.safetensors import check_index, index_files
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
 UNDER = ("state_dict", "model", "module")  # keys that trainers put weights under
-MAX_STEPS = 1 << 24  # of a pickle: one byte may make an object of 72; a tensor takes some 30 steps
+MAX_STEPS = 1 << 22  # of a pickle: one byte may make an object of 72; a tensor takes some 30 steps
+MAX_DIRECTORY = 16 << 20  # bytes of an archive's directory; an entry takes 60 or so
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -63,7 +65,7 @@ def open(path: Path) -> Checkpoint:
     if path.is_dir() and (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     return Checkpoint(
-        root, "pickle", ("hf",), config, tensors, files, carried_files(root), notes=tuple(notes)
+        root, "pickle", ("hf", "transformers"), config, tensors, files, carried_files(root), notes=tuple(notes)
     )  # fmt: skip
 
 
@@ -96,7 +98,40 @@ class _Tensor(NamedTuple):  # it has no __dict__ that a pickle's BUILD could cha
     strides: tuple[int, ...]
 
 
+MAX_RANK = 64  # axes of a tensor
 MAX_COUNT = 1 << 62  # of elements, in any direction
+
+
+class _Short(reprlib.Repr):
+    """What a pickle holds, in a few words: written out, a tuple of itself twice, sixty times, would never end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxtuple, self.maxlist, self.maxdict, self.maxstring = 2, 4, 4, 4, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < MAX_COUNT else "a number beyond all counts"
+
+
+short = _Short().repr
+
+
+def _key(key: Any) -> Any:
+    """A key of a dict: text or a number, as in every file of weights. Others could be hashed without end."""
+    if isinstance(key, str | int | float | bytes | None):
+        return key
+    raise ZooError(f"a key in it is {short(key)}: weights are named by text")
+
+
+class _Dict(dict[Any, Any]):
+    """An OrderedDict: dicts are ordered, and a pickle's BUILD can change no attribute of this one."""
+
+    __slots__ = ()
+
+    def __init__(self, pairs: Any = ()) -> None:
+        super().__init__(
+            (_key(key), value) for key, value in (pairs.items() if isinstance(pairs, dict) else pairs)
+        )
 
 
 class _Rebuild:
@@ -107,12 +142,14 @@ class _Rebuild:
 
     def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
         dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else getattr(storage, "dtype", "")
-        sizes = (*shape, *strides, offset)
-        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        if not isinstance(storage, _Storage) or len(shape) != len(strides) or len(shape) > MAX_RANK:
             raise ZooError("a tensor in it is not made of a storage, a shape and strides")
+        if dtype not in ITEMSIZE:
+            raise ZooError(f"a tensor in it is of dtype {short(dtype)}; known: {', '.join(ITEMSIZE)}")
+        sizes = (*shape, *strides, offset)
         if not all(type(n) is int and 0 <= n < MAX_COUNT for n in sizes):
             raise ZooError("a tensor in it has a shape, strides or an offset that are no counts")
-        if any(isinstance(r, dict) and not isinstance(r, OrderedDict) and any(r.values()) for r in rest[2:]):
+        if any(isinstance(r, dict) and not isinstance(r, _Dict) and any(r.values()) for r in rest[2:]):
             raise ZooError("a tensor in it is a negated or conjugated view: not supported")
         return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
@@ -133,7 +170,7 @@ class _Opaque:
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_tensor"): _Rebuild(),
     ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
     ("torch._utils", "_rebuild_tensor_v3"): _Rebuild(),
@@ -149,58 +186,132 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors' descriptions; refuses every global that is not one of a few by name."""
+class _Unpickler(pickle._Unpickler):
+    """Builds tensors' descriptions; refuses every global that is not one of a few by name, every key that is not text
+    or a number, and more steps than a release has."""
 
-    def __init__(self, file: BinaryIO, who: str) -> None:
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: _Bounded, who: str) -> None:
         super().__init__(file, encoding="utf-8")
-        self.who = who
+        self.who, self.steps = who, 0
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
         except KeyError:
             raise ZooError(
-                f"{self.who}: the pickle asks for {module}.{name}, which weights do not need: refused. It could run "
-                "code. If you trust the file, save its tensors as safetensors where you trust it to run"
+                f"{self.who}: the pickle asks for {module:.200}.{name:.200}, which weights do not need: refused. It "
+                "could run code. If you trust the file, save its tensors as safetensors where you trust it to run"
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
         try:
             tag, dtype, key, _, count, *view = pid
-            ok = tag == "storage" and dtype in ITEMSIZE and type(count) is int and not any(view)
-            ok = ok and 0 <= count < MAX_COUNT
+            ok = tag == "storage" and isinstance(dtype, str) and dtype in ITEMSIZE and isinstance(key, str)
+            ok = ok and type(count) is int and 0 <= count < MAX_COUNT and not any(view)
         except (TypeError, ValueError):
             ok = False
         if not ok:
-            raise ZooError(f"{self.who}: expected a storage, found {pid!r}"[:300])
-        return _Storage(dtype, str(key), count)
+            raise ZooError(f"{self.who}: expected a storage, found {short(pid)}")
+        return _Storage(dtype, key, count)
 
 
-def _scan(file: BinaryIO) -> None:
-    """Raises ValueError for a pickle that numbers what it remembers otherwise than one after the other: Python makes room
-    for the number before it is used, gigabytes for four bytes. And for one that makes more than any release."""
-    start, kept = file.tell(), 0
-    for step, (op, number, _) in enumerate(pickletools.genops(file)):
-        if step == MAX_STEPS:
-            raise ValueError(f"it has more than {MAX_STEPS} steps")
-        if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            if number is not None and number > 2 * kept + 1000:
-                raise ValueError(f"it remembers {kept} things and numbers the next one {number}")
-            kept += 1
-    file.seek(start)
+def _counted(step: Callable[[Any], None]) -> Callable[[Any], None]:
+    def counted(self: Any) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise ZooError(f"{self.who}: its pickle has more than {MAX_STEPS} steps: refused")
+        step(self)
+
+    return counted
+
+
+def _set_item(self: Any) -> None:
+    value, key = self.stack.pop(), self.stack.pop()
+    _dict(self.stack[-1])[_key(key)] = value
+
+
+def _set_items(self: Any) -> None:
+    items = self.pop_mark()
+    onto = _dict(self.stack[-1])
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        onto[_key(key)] = value
+
+
+def _new_dict(self: Any) -> None:
+    items = self.pop_mark()
+    self.append({_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+
+def _new_set(self: Any) -> None:
+    self.append(frozenset(map(_key, self.pop_mark())))
+
+
+def _add_items(self: Any) -> None:
+    items = self.pop_mark()
+    if not isinstance(self.stack[-1], set):
+        raise ZooError("it adds to a set that is none")
+    self.stack[-1].update(map(_key, items))
+
+
+def _build(self: Any) -> None:
+    """The state of an object. None of those that may exist needs one: an OrderedDict's `_metadata` is of no use here."""
+    self.stack.pop()
+    if not isinstance(self.stack[-1], _Dict | _Opaque):
+        raise ZooError(f"it sets the state of {short(self.stack[-1])}")
+
+
+def _dict(x: Any) -> dict[Any, Any]:
+    if not isinstance(x, dict):
+        raise ZooError(f"it sets an item of {short(x)}")
+    return x
+
+
+def _refuse(self: Any) -> None:
+    raise ZooError("it makes objects in a way that weights do not need")
+
+
+_Unpickler.dispatch |= {
+    pickle.SETITEM[0]: _set_item,
+    pickle.SETITEMS[0]: _set_items,
+    pickle.DICT[0]: _new_dict,
+    pickle.FROZENSET[0]: _new_set,
+    pickle.ADDITEMS[0]: _add_items,
+    pickle.BUILD[0]: _build,
+} | {
+    op[0]: _refuse
+    for op in (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX)
+}
+_Unpickler.dispatch = {op: _counted(step) for op, step in _Unpickler.dispatch.items()}
+
+
+class _Bounded:
+    """A file that is not asked for more than it has: room for the answer is made before it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        here = file.tell()
+        self.file, self.size = file, file.seek(0, io.SEEK_END)
+        file.seek(here)
+
+    def read(self, n: int) -> bytes:
+        return self.file.read(n) if n <= self.size - self.file.tell() else b""
+
+    def readline(self) -> bytes:
+        return self.file.readline(MAX_PICKLE)
 
 
 def _load(file: BinaryIO, who: str) -> Any:
     try:
-        _scan(file)
-        return _Unpickler(file, who).load()
+        return _Unpickler(_Bounded(file), who).load()
     except ZooError as e:
         raise e if str(e).startswith(who) else ZooError(f"{who}: {e}") from None
     except RecursionError:
         raise ZooError(f"{who}: the pickle is nested too deeply: refused") from None
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise ZooError(f"{who}: the pickle is damaged ({type(e).__name__}: {e}); fetch it again") from None
+        raise ZooError(
+            f"{who}: the pickle is damaged ({type(e).__name__}: {e!s:.200}); fetch it again"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,6 +340,10 @@ Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in
 
 
 def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
+    if (listed := _directory_size(f)) > MAX_DIRECTORY:
+        raise ZooError(
+            f"{who}: the archive's directory has {listed} bytes (limit {MAX_DIRECTORY}): not of weights"
+        )
     try:
         archive = zipfile.ZipFile(f)
         entries = {e.filename: e for e in archive.infolist()}
@@ -243,13 +358,19 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
         raise ZooError(f"{who}: a zip archive, but not of a state dict (TorchScript modules are refused)")
     prefix = pickles[0][: -len("data.pkl")]
     size = f.seek(0, io.SEEK_END)
-    if entries[pickles[0]].file_size > MAX_PICKLE:
-        raise ZooError(f"{who}: {pickles[0]} of {entries[pickles[0]].file_size} bytes (limit {MAX_PICKLE})")
-    if entries[pickles[0]].compress_type != zipfile.ZIP_STORED:  # 8 KB could become gigabytes
-        raise ZooError(f"{who}: {pickles[0]} is compressed, which PyTorch does not do: refused")
+    small = {
+        name: limit
+        for name, limit in ((pickles[0], MAX_PICKLE), (prefix + "byteorder", 16))
+        if name in entries
+    }
+    for name, limit in small.items():
+        if entries[name].file_size > limit:
+            raise ZooError(f"{who}: {name} of {entries[name].file_size} bytes (limit {limit})")
+        if entries[name].compress_type != zipfile.ZIP_STORED:  # 8 KB could become gigabytes
+            raise ZooError(f"{who}: {name} is compressed, which PyTorch does not do: refused")
     try:
         raw = archive.read(pickles[0])
-        order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"
+        order = archive.read(prefix + "byteorder") if len(small) > 1 else b"little"
     except Exception as e:
         raise ZooError(f"{who}: {pickles[0]} is unreadable ({e}): damaged, fetch it again") from None
     if order != b"little":
@@ -266,9 +387,9 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
             raise ZooError(
                 f"{who}: {entry.filename} is compressed or encrypted; PyTorch writes neither: refused"
             )
-        f.seek(entry.header_offset)
+        f.seek(max(entry.header_offset, 0))
         header = f.read(30)  # the local header; its own lengths of name and extra field count
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        if entry.header_offset < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise ZooError(f"{who}: {entry.filename} has no local header: damaged, fetch it again")
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if start + entry.file_size > size:
@@ -285,16 +406,39 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
     return state, at
 
 
+def _directory_size(f: BinaryIO) -> int:
+    """Bytes of a zip archive's directory as its end says, which Python would parse whole. 0 where there is no such end."""
+    size = f.seek(0, io.SEEK_END)
+    f.seek(max(size - 65_557, 0))  # 22 bytes, and a comment of 64 KiB at most
+    tail = f.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + 22:
+        return 0
+    listed: int = struct.unpack_from("<I", tail, at + 12)[0]
+    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":  # a larger one has numbers of 8 bytes before it
+        f.seek(min(struct.unpack_from("<Q", tail, at - 12)[0], size))
+        wide = f.read(56)
+        if len(wide) == 56 and wide[:4] == b"PK\x06\x06":
+            listed = max(listed if listed < 0xFFFFFFFF else 0, struct.unpack_from("<Q", wide, 40)[0])
+    return listed
+
+
 def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
     """Before torch 1.6: pickles of a magic number, a version, machine facts, the state dict, the storages'
     keys; then each storage as its length in elements (8 bytes) and its bytes."""
     size = f.seek(0, io.SEEK_END)
     f.seek(0)
-    if _load(f, who) != 0x1950A86A20F9469CFC6C:
+    magic = _load(f, who)
+    if type(magic) is not int or magic != 0x1950A86A20F9469CFC6C:
         raise ZooError(f"{who}: a pickle, but not of PyTorch: refused")
     version, facts = _load(f, who), _load(f, who)
-    if version != 1001 or not isinstance(facts, dict) or facts.get("little_endian") is not True:
-        raise ZooError(f"{who}: PyTorch file of version {version!r}, {facts!r}: not supported"[:300])
+    if (
+        type(version) is not int
+        or version != 1001
+        or not isinstance(facts, dict)
+        or facts.get("little_endian") is not True
+    ):
+        raise ZooError(f"{who}: PyTorch file of version {short(version)}, {short(facts)}: not supported")
     state = _load(f, who)
     keys = _load(f, who)
     dtypes = {t.storage.key: t.storage.dtype for t in _tensors(state)}
@@ -341,10 +485,11 @@ def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Ten
         raise ZooError(f"{who}: holds {type(state).__name__}, not a dict of tensors")
     out = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, _Tensor)}
     if not out:
-        raise ZooError(f"{who}: there is no tensor in it (keys: {', '.join(map(str, list(state)[:5]))})")
-    if (rest := [str(k) for k in state if k not in out]) and notes is not None:
+        raise ZooError(f"{who}: there is no tensor in it (keys: {', '.join(map(short, list(state)[:5]))})")
+    if (rest := [k for k in state if k not in out]) and notes is not None:
         notes.append(
-            f"{Path(who).name}: {len(rest)} entries that are no tensors are left out: {', '.join(rest[:5])}"
+            f"{Path(who).name}: {len(rest)} entries that are no tensors are left out: "
+            + ", ".join(k if isinstance(k, str) and len(k) < 200 else short(k) for k in rest[:5])
         )
     return out
 

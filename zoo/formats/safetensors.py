@@ -6,12 +6,12 @@ and every way in which it can lie is named. Format: https://github.com/huggingfa
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import (
     ITEMSIZE,
@@ -21,17 +21,20 @@ from zoo.formats.base import (
     carried_files,
     encoded,
     inside,
+    named,
     read_json,
 )
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
+MAX_HEADERS = 256 << 20  # bytes, of all files of a checkpoint together: they are kept for the round trip
+MAX_RANK = 64  # axes of a tensor
 INDEX = "model.safetensors.index.json"
 
 
 def detect(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".safetensors"
-    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+    return (path / INDEX).exists() or bool(named(path, "*.safetensors"))
 
 
 def open(path: Path) -> Checkpoint:
@@ -46,11 +49,15 @@ def open(path: Path) -> Checkpoint:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
         headers[name] = raw = read_header(file)
+        if (kept := sum(map(len, headers.values()))) > MAX_HEADERS:
+            raise ZooError(
+                f"{file}: with its header the files have {kept} bytes of headers (limit {MAX_HEADERS})"
+            )
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if path.is_dir() and (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     carried = carried_files(root)
-    return Checkpoint(root, "safetensors", ("hf",), config, tensors, files, carried, headers)
+    return Checkpoint(root, "safetensors", ("hf", "transformers"), config, tensors, files, carried, headers)
 
 
 def weight_files(root: Path) -> list[str]:
@@ -59,7 +66,7 @@ def weight_files(root: Path) -> list[str]:
     if (root / INDEX).exists():
         index = read_json(root / INDEX, "delete it if model.safetensors is whole")
         return index_files(index, str(root / INDEX))
-    names = sorted(p.name for p in root.glob("*.safetensors"))
+    names = named(root, "*.safetensors")
     if "model.safetensors" in names:
         return ["model.safetensors"]
     if len(names) > 1 and any("-of-" in n for n in names):
@@ -122,8 +129,8 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
         return d
 
     try:
-        header = json.loads(raw, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as e:
+        header = parse_json(raw, pairs)
+    except ValueError as e:
         raise ZooError(f"{who}: header is not valid JSON ({e})") from None
     if not isinstance(header, dict):
         raise ZooError(f"{who}: header is not a JSON object")
@@ -136,6 +143,7 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
             dtype, shape, (begin, end) = t["dtype"], tuple(t["shape"]), t["data_offsets"]
             numbers = (*shape, begin, end)
             ok = type(dtype) is str and set(map(type, numbers)) == {int} and min(numbers) >= 0
+            ok = ok and len(shape) <= MAX_RANK
         except (TypeError, KeyError, ValueError):
             ok = False
         if not ok:

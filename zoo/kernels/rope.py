@@ -113,7 +113,7 @@ def place(
     cos, sin = table if table is not None else (q, q)
     block = power_of_2(max(d, dv))
     heads, warps = (4, 4) if t == 1 else (max(1, 1024 // block), 2)  # measured on an H100
-    kind = 0 if norm is None else 1 if norm.weight == "none" else 2 if norm.scale_in == "model" else 3
+    kind = 0 if norm is None else 1 if norm.weight == "none" else 2 if norm.rounding == "first" else 3
     _place[(b * t, ceil_div(h + (kv if reuse else 2 * kv), heads))](
         q, _apart(q, k), _apart(q, v), keys, values, out, position, cos, sin, q_norm, k_norm,
         t, h, kv, slots, d, dv, cos.shape[-1] if table else 0, 0.0 if norm is None else norm.eps,

@@ -36,6 +36,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef, encoded
@@ -535,6 +536,7 @@ class Execution:
                 "naming": plan.naming,
                 "prefix": [list(p) for p in plan.prefix],
                 "family": plan.family.name,
+                **_brought_by(plan.family.name),
                 "rules": plan.rules_version,
                 "plan": plan.digest,
                 "dtype": plan.dtype,
@@ -553,6 +555,12 @@ class Execution:
         if self.warnings:
             out["warnings"] = self.warnings
         return out
+
+
+def _brought_by(family: str) -> dict[str, Any]:
+    """The package that a family came with, unless it is one of zoo's own: what to install where it is missing."""
+    package = families.package_of(family)
+    return {} if package is None else {"package": {"name": package.name, "version": package.version}}
 
 
 def convert(

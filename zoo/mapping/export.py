@@ -151,7 +151,7 @@ def _move(
 
 def _job(c: Canonical, format: str, shard_size: int) -> _Job:
     source = c.source
-    family = families.get(source["family"])
+    family = families.get(source["family"], source.get("package"))
     kept = _kept(c)
     headers = {n.removeprefix("headers/"): raw for n, raw in kept.items() if n.startswith("headers/")}
     same_names = source["naming"] == "hf" or format == "source"

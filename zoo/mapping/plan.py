@@ -167,7 +167,7 @@ class Plan:
                 schemes[q] = schemes.get(q, 0) + 1
             lines.append("quantised  " + ", ".join(f"{n} weights {q}" for q, n in schemes.items()))
         if self.layers is not None:
-            lines.append(f"layers     {_span(list(self.layers))} of {self.spec.n_layers}")
+            lines.append(f"layers     {_span(map(str, self.layers))} of {self.spec.n_layers}")
         if self.extras:
             reasons: dict[str, list[str]] = {}
             for name, reason in self.extras.items():
@@ -220,7 +220,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
     made_up = "config.json" in ckpt.synthesised  # of files of another kind, which say it themselves
     where = str(ckpt.root / (next(iter(ckpt.files), "") if made_up else "config.json"))
     family = family or families.find(ckpt.config, where)
-    spec = families.spec_of(ckpt.config, family, where)
+    spec, unread = families.read(ckpt.config, family, where)
     namings = [n for n in ckpt.naming if n in family.rules]
     if not namings:
         raise ZooError(
@@ -247,12 +247,14 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             m.notes.append("the config does not say whether the head is tied, and the files hold none: it is")
         if best is None or m.n_problems < best.n_problems:
             best = m
+        if not m.n_problems:
+            break
     assert best is not None
     if best.n_problems:
         raise PlanError(ckpt, family, best)
     return Plan(
         ckpt, family, best.naming, best.prefix, best.spec, best.outputs, best.extras, asked, best.quant,
-        notes=tuple(best.notes),
+        notes=(*unread, *best.notes),
     )  # fmt: skip
 
 
@@ -293,6 +295,10 @@ def match(
     return _Matcher(spec, ruleset, tensors, n_ranks, naming, dtype, config or {}).run()
 
 
+MAX_LACKING = 50_000
+"""Tensors that the files lack, beyond as many as they have, before the rest is not looked for."""
+
+
 class _Matcher:
     def __init__(
         self,
@@ -310,6 +316,7 @@ class _Matcher:
         self.spell = respell(ruleset, self.out.prefix)
         self.recipes: dict[tuple[Any, ...], Recipe | str] = {}
         self.used: set[str] = set()
+        self.lacking = 0
         self.kinds: dict[Layer, int] = {}
         self.kind_of = [self.kinds.setdefault(layer, len(self.kinds)) for layer in spec.layers]
         # fp32 tensors beside narrower weights are those the vendor singled out: asking for bf16 keeps them.
@@ -321,6 +328,12 @@ class _Matcher:
         for slot in layout(self.spec).values():
             if (chosen := self.choose(slot)) is not None:
                 self.fill(slot, *chosen)
+            if self.lacking > len(self.tensors) + MAX_LACKING:  # a few bytes of config can ask for any number
+                self.out.problems.append(
+                    f"the config asks for more than {self.lacking} tensors that are not among the {len(self.tensors)} in "
+                    f"the files (looked at up to {slot.name}): is it another model's?"
+                )
+                break
         if self.spec.tied:
             self.note_head()
         _sort_rest(self.out, self.spec, self.rules, self.spell, self.tensors, self.used)
@@ -365,6 +378,12 @@ class _Matcher:
                     reasons.append(str(e))
                     self.used.add(leaf)
                     continue
+            if slot.stacked and slot.shape[0] > len(self.tensors) and rule.one_by_one:
+                self.lacking += slot.shape[0]
+                reasons.append(
+                    f"{slot.name}: {slot.shape[0]} experts, and the files hold {len(self.tensors)} tensors"
+                )
+                continue
             recipe = self.recipe(rule, n, slot, scheme, scheme.components[0] if scheme else None)
             if isinstance(recipe, str):
                 reasons.append(recipe)
@@ -450,6 +469,7 @@ class _Matcher:
         tensors = self.tensors
         if missing := [s for s in sources if s not in tensors]:
             self.out.missing[name] = missing
+            self.lacking += len(missing)
             return False
         n_before = len(self.out.problems)
         dtypes: set[str] = set()
@@ -745,14 +765,16 @@ def fold(names: Iterable[str]) -> list[tuple[str, str]]:
             out.append((group[0], group[0]))
             continue
         words = zip(*(name.split(".") for name in group), strict=True)
-        text = ".".join(w[0] if len(set(w)) == 1 else _span(sorted(set(map(int, w)))) for w in words)
+        text = ".".join(w[0] if len(set(w)) == 1 else _span(w) for w in words)
         out.append((f"{text} ({len(group)} tensors)", group[0]))
     return out
 
 
-def _span(values: list[int]) -> str:
-    if len(values) == 1:
-        return str(values[0])
+def _span(numbers: Iterable[str]) -> str:
+    numbers = list(numbers)
+    if not all(n.isascii() and n.isdigit() and len(n) <= 9 for n in numbers):
+        return "*"  # a name may have any number of digits, or a star of its own
+    values = sorted(set(map(int, numbers)))
     if values[-1] - values[0] == len(values) - 1:
         return f"{{{values[0]}-{values[-1]}}}"
     return "{" + ",".join(map(str, values)) + "}"

@@ -515,6 +515,11 @@ class Rule:
     expr: Expr
     when: Callable[[Layer | None, Spec], bool] | None = None
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each expert has source tensors of its own."""
+        return any("{e}" in leaf.pattern for leaf in self.expr.leaves())
+
 
 @dataclass(frozen=True)
 class Extra:

@@ -155,7 +155,7 @@ class Context:
     start: int
     dtype: torch.dtype
     cache: Cache | None = None
-    per_layer: Tensor | None = None  # [B, T, n_layers, p], see altup.PerLayer
+    per_layer: Tensor | None = None  # [B, T, n_layers, p], see per_layer.PerLayer
     kv: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict
     )  # keys and values that later layers reuse
@@ -194,7 +194,7 @@ class Context:
         return self._made[rope]  # type: ignore[return-value]
 
     def query_scale(self, s: QueryScale) -> Tensor:
-        """The factor at each new position, [T], fp32 or (unless `s.fp32`) rounded to the model's dtype."""
+        """The factor at each new position, [T], in fp32, or rounded to the model's dtype first."""
         if s not in self._made:
             if s.kind == "floor_log":
                 steps = torch.floor((self.positions.float() + s.offset) / s.period)
@@ -202,7 +202,7 @@ class Context:
             else:
                 pos = self.positions.float().clamp(min=1)
                 factor = (pos.log2() / torch.tensor(s.period).log2().item()).clamp(min=1)
-            self._made[s] = factor if s.fp32 else factor.to(self.dtype)
+            self._made[s] = factor if s.rounding == "last" else factor.to(self.dtype)
         return self._made[s]  # type: ignore[return-value]
 
     # --- which slots, and who sees them ---------------------------------------------------------------------

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.model.cache import checked
-from zoo.model.graph import Step, capturable
-
-if TYPE_CHECKING:
-    from zoo.model.decoder import Decoder
+from zoo.model.graph import Model, Step, capturable
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
 
 
 def stream(
-    model: Decoder,
+    model: Model,
     ids: Tensor,
     max_new_tokens: int,
     eos: int | tuple[int, ...] | None = None,

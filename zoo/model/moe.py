@@ -21,6 +21,7 @@ from zoo.kernels.route import route
 from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
 from zoo.spec import MoE as MoESpec
+from zoo.spec import Rounding
 from zoo.spec import Router as RouterSpec
 
 TOGETHER = 768  # rows of several experts' tokens
@@ -39,15 +40,22 @@ class Router(Weights):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, d] -> the chosen experts [N, top_k] (int64) and their weights [N, top_k]."""
-        logits = self.logits(x)
-        return route(logits, self.selection_bias, self.spec, logits.dtype)
+        return route(self.logits(x), self.selection_bias, self.spec, self.weights_dtype(x))
+
+    def weights_dtype(self, x: Tensor) -> torch.dtype:
+        """What the weights of x's experts are rounded to."""
+        return _rounded(self.spec.weights_rounding, x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [N, d] -> [N, E], in the dtype that the experts' weights are computed in."""
-        dtype = torch.float32 if self.spec.fp32 else x.dtype
+        """x [N, d] -> [N, E]."""
+        dtype = _rounded(self.spec.rounding, x)
         if dtype != x.dtype and self.bias is None and self.scheme is None and wide_fits(x, self.weight):
             return wide_product(x, self.weight)
         return self.times(x.to(dtype))
+
+
+def _rounded(rounding: Rounding, x: Tensor) -> torch.dtype:
+    return x.dtype if rounding == "first" else torch.promote_types(x.dtype, torch.float32)
 
 
 def experts(

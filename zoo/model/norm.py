@@ -1,4 +1,4 @@
-"""Normalisation over the last axis. Statistics are always fp32; where the weight is applied differs (`Norm.scale_in`)."""
+"""Normalisation over the last axis. Statistics are always fp32; where the weight is applied differs (`Norm.rounding`)."""
 
 from __future__ import annotations
 

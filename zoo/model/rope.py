@@ -1,7 +1,7 @@
 """Rotary position embedding over the first `rope.dim` channels of each head.
 
 Unusual: the angles are fp32, but cos and sin are cast to the model's dtype BEFORE they are used, as the
-released models were trained to see; `Rope.fp32` keeps them in fp32 and casts the rotated result instead.
+released models were trained to see; `Rope.rounding` "last" keeps them in fp32 and casts the rotated result instead.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     """cos and sin for `positions` [T]: each [T, dim / 2]."""
     angles = positions.float()[:, None] * inverse_frequencies(rope, positions.device)
     magnitude = rope.scaling.attention_factor if rope.scaling else 1.0
-    out = torch.float32 if rope.fp32 else dtype
+    out = torch.float32 if rope.rounding == "last" else dtype
     cos, sin = angles.cos(), angles.sin()
     if magnitude != 1.0:  # before the first layer a GPU waits for every launch
         cos, sin = cos * magnitude, sin * magnitude

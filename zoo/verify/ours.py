@@ -174,7 +174,7 @@ def other_choice(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     _, nudge = nearest_tie(router, x)
     logits = router.logits(x)
     if router.spec.over == "chosen":  # by logits alone; what a near tie moves them by is within rounding
-        return route(logits + nudge.to(logits.dtype), None, router.spec, logits.dtype)
+        return route(logits + nudge.to(logits.dtype), None, router.spec, router.weights_dtype(x))
     bias = nudge if router.selection_bias is None else nudge + router.selection_bias
     return route_reference(logits, bias, router.spec)
 

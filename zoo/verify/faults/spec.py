@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zoo.kernels.route import route_reference as route
@@ -263,15 +262,14 @@ def _bias_in_weights(s: Subject, _site: str) -> Subject:
 
 
 def _biased(m: RouterModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float32 if m.spec.fp32 else x.dtype
-    logits = torch.nn.functional.linear(x.to(dtype), m.dense(dtype), m.offset(dtype))
+    logits = m.logits(x)
     chosen, _ = route(logits, m.selection_bias, m.spec)
     scores = logits.float().softmax(-1) if m.spec.score == "softmax" else logits.float().sigmoid()
     assert m.selection_bias is not None
     weights = (scores + m.selection_bias).gather(-1, chosen)
     if m.spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + m.spec.normalize_eps)
-    return chosen, (weights * m.spec.scale).to(dtype)
+    return chosen, (weights * m.spec.scale).to(m.weights_dtype(x))
 
 
 add("selection_bias_in_weights", "selection bias used in the routing weights, not in the choice alone", "spec",

@@ -1,0 +1,1 @@
+"""VaultGemma for zoo."""

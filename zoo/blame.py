@@ -1,0 +1,52 @@
+"""Whose fault an exception is that came out of a family: a value in the config, or the family's code.
+
+Families read configs without checking each value's type, so a text where a number belongs surfaces as a TypeError
+in the middle of their arithmetic. A mistake of their own surfaces in the same place. They are told apart by what
+cannot come from a value of JSON: a name or an import that does not exist, an attribute of an object that is not
+JSON's, a call with the wrong arguments.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+
+from zoo.errors import ZooError
+
+_OF_VALUES = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+_JSON = (bool, int, float, str, list, dict, type(None))
+_CALL = re.compile(
+    r"(unexpected keyword|missing \d+ required|positional arguments?\b.*\bgiven|multiple values for|is not callable)"
+)
+
+
+def error(e: Exception, family: str, at: str, where: str, model: str) -> ZooError:
+    """The error of `e`, raised by the family's reading of the config at `where`: a value that makes no `model`, or, with
+    its file and line, a mistake in the family. `at`: where the family's code is, for an error raised outside it."""
+    why = f"{type(e).__name__}: {e}"
+    if not is_code(e):
+        return ZooError(f"{where}: a field has a value that makes no {model} ({why})")
+    return ZooError(
+        f"{place(e) or at}: the code of family {family} fails on {where} ({why}). The mistake is the family's, not "
+        "the config's"
+    )
+
+
+def is_code(e: Exception) -> bool:
+    """Whether no value of JSON could have caused `e`."""
+    if isinstance(e, AttributeError):
+        # A list has no `items`, but an object would: the config's. Nothing of JSON has a `window`: the code's.
+        return not isinstance(e.obj, _JSON) or not any(hasattr(t, str(e.name)) for t in _JSON)
+    if isinstance(e, TypeError):
+        return _CALL.search(str(e)) is not None
+    return not isinstance(e, _OF_VALUES)
+
+
+def place(e: Exception) -> str | None:
+    """file:line of the last frame of `e` outside zoo itself and Python's library."""
+    for frame, line in reversed(list(traceback.walk_tb(e.__traceback__))):
+        top = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if top != "zoo" and top not in sys.stdlib_module_names:
+            return f"{frame.f_code.co_filename}:{line}"
+    return None

@@ -1,0 +1,55 @@
+"""JSON from strangers, under one budget: what it can make of a machine's memory and time is counted before it is parsed.
+
+Sixty megabytes of `[],[],` become two gigabytes of lists, and a number of 400 digits an error wherever it is first
+used as a float. So: brackets and commas are counted in the text, numbers are looked at where they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+MAX_CONTAINERS = 2 << 20
+"""Lists and objects of one text. A header of 140,000 tensors (a trillion parameters in fp8) has 420,000."""
+MAX_VALUES = 4 << 20
+"""Commas of one text."""
+MAX_DIGITS = 20
+"""Of a whole number: 2^64 has 20."""
+
+_LONG = re.compile(rb"[0-9]{20}|[eE][+]?[0-9]{3}")  # where no text has these, no number needs a look
+
+Pairs = Callable[[list[tuple[str, Any]]], Any]
+
+
+def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
+    """The value that `text` spells. Raises ValueError, with what is wrong: no JSON, or more of it than any release has.
+
+    `pairs`: makes an object of its pairs instead of a dict, as json's `object_pairs_hook`. NaN and Infinity are numbers
+    here: released configs have them.
+    """
+    raw = text.encode() if isinstance(text, str) else text
+    if (n := raw.count(b"[") + raw.count(b"{")) > MAX_CONTAINERS:
+        raise ValueError(f"it has {n} lists and objects; at most {MAX_CONTAINERS} are read")
+    if (n := raw.count(b",")) > MAX_VALUES:
+        raise ValueError(f"it has {n} values; at most {MAX_VALUES} are read")
+    numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real} if _LONG.search(raw) else {}
+    try:
+        return json.loads(raw, object_pairs_hook=pairs, **numbers)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS + 1:
+        raise ValueError(f"it has a number of {len(text)} digits")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text) if len(text) <= 400 else math.inf
+    if math.isinf(value):
+        raise ValueError(f"it has the number {text[:40]}, which is beyond all floats")
+    return value

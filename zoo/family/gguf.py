@@ -1,0 +1,71 @@
+"""llama.cpp's GGUF: rule lines for its names, and what a family reads of its metadata (`Family.gguf`)."""
+
+from __future__ import annotations
+
+from zoo.family.hf import MTP
+from zoo.formats.gguf_fields import Fields as Fields
+from zoo.formats.gguf_fields import head_dim as head_dim
+from zoo.formats.gguf_fields import layer_types as layer_types
+from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves
+
+ENDS: tuple[RuleLine, ...] = (
+    ("embed.weight", "token_embd.weight"),
+    ("norm.weight", "output_norm.weight"),
+    ("head.weight", "output.weight"),
+    extra("rope_freqs.weight", "factors of the rotary frequencies; computed from the config"),
+)
+
+
+def attention(interleaved: bool) -> tuple[RuleLine, ...]:
+    """`interleaved`: llama.cpp rotates this architecture in pairs and its converter permutes q and k for it."""
+
+    def qkv(kind: str) -> Expr:
+        q, k, v = (f"blk.{{i}}.attn_{x}.{kind}" for x in "qkv")
+        if interleaved:
+            return cat(rope_halves(q, "n_heads"), rope_halves(k, "n_kv_heads"), v)
+        return cat(q, k, v)
+
+    return (
+        ("layers.{i}.attn.qkv.weight", qkv("weight")),
+        ("layers.{i}.attn.qkv.bias", qkv("bias")),
+        ("layers.{i}.attn.out.weight", "blk.{i}.attn_output.weight"),
+        ("layers.{i}.attn.out.bias", "blk.{i}.attn_output.bias"),
+    )
+
+
+QK_NORM: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
+    ("layers.{i}.attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+)
+
+MLP: tuple[RuleLine, ...] = (
+    ("layers.{i}.mlp.gate_up.weight", cat("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight")),
+    ("layers.{i}.mlp.gate_up.bias", cat("blk.{i}.ffn_gate.bias", "blk.{i}.ffn_up.bias")),
+    ("layers.{i}.mlp.down.weight", "blk.{i}.ffn_down.weight"),
+    ("layers.{i}.mlp.down.bias", "blk.{i}.ffn_down.bias"),
+)
+
+PRE_NORMS: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
+    ("layers.{i}.ffn_norm.weight", "blk.{i}.ffn_norm.weight"),
+)
+
+POST_NORMS: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn_post_norm.weight", "blk.{i}.post_attention_norm.weight"),
+    ("layers.{i}.ffn_post_norm.weight", "blk.{i}.post_ffw_norm.weight"),
+)
+
+MOE: tuple[RuleLine, ...] = (
+    ("layers.{i}.moe.router.weight", "blk.{i}.ffn_gate_inp.weight"),
+    ("layers.{i}.moe.router.selection_bias", "blk.{i}.exp_probs_b.bias"),
+    ("layers.{i}.moe.gate_up.weight", cat("blk.{i}.ffn_gate_exps.weight", "blk.{i}.ffn_up_exps.weight")),
+    ("layers.{i}.moe.down.weight", "blk.{i}.ffn_down_exps.weight"),
+    (
+        "layers.{i}.moe.shared.gate_up.weight",
+        cat("blk.{i}.ffn_gate_shexp.weight", "blk.{i}.ffn_up_shexp.weight"),
+    ),
+    ("layers.{i}.moe.shared.down.weight", "blk.{i}.ffn_down_shexp.weight"),
+)
+"""Experts are stacked, gate and up apart."""
+
+MTP_LAYERS = extra("blk.{i}.*", MTP, beside="nextn.eh_proj.weight")

@@ -1,0 +1,70 @@
+"""Readings of a config that many families share: `read.dtype(c)`, `read.rope(c, ...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from zoo.config import ACTIVATIONS as ACTIVATIONS
+from zoo.config import Config, rope
+from zoo.config import rope_parameters as rope_parameters
+from zoo.config import yarn_mscale as yarn_mscale
+from zoo.soundness import layer_count as layer_count
+from zoo.spec import Rope, Rounding
+
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+"""Kinds of layers, as configs call them in `layer_types`."""
+
+
+def text_config(c: Config) -> Config:
+    """The language model's part of a config, wrapper or not."""
+    return c.sub("text_config") if "text_config" in c else c
+
+
+def dtype(*configs: Config) -> str | None:
+    """The declared dtype, under its old or new key, of the first config (wrapper, text) that has one."""
+    return next((d for c in configs if (d := c.first("dtype", "torch_dtype", default=None))), None)
+
+
+def tied(c: Config, text: Config, default: bool) -> bool:
+    """Whether the head is the embedding: the wrapper's word counts before its text model's."""
+    return bool(c.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
+
+
+def head_dim(c: Config) -> int:
+    """Channels of a head: a field of its own, or what the heads share of the model's width."""
+    dim: int = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    return dim
+
+
+def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, rounding: Rounding = "first") -> Rope:
+    """RoPE over the whole head; a config that wants only a part of it rotated is refused."""
+    Config(p, f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
+    return rope(c, p, head_dim, rounding=rounding)
+
+
+def layer_types(
+    c: Config, otherwise: Callable[[int], str], kinds: Collection[str] = (FULL, SLIDING)
+) -> list[str]:
+    """The kind of each layer: `layer_types`, each one of `kinds`; where the config has none, `otherwise(i)`."""
+    n = c["num_hidden_layers"]
+    return c.each_layer("layer_types", n, kinds) if "layer_types" in c else [otherwise(i) for i in range(n)]
+
+
+def late_windows(c: Config) -> list[str]:
+    """The kind of each layer where `use_sliding_window` gives those from `max_window_layers` on a window."""
+    windowed = c.get("use_sliding_window", False)
+    kinds = layer_types(c, lambda i: SLIDING if windowed and i >= c["max_window_layers"] else FULL)
+    if SLIDING in kinds:
+        c.choice("use_sliding_window", (True,), False)  # upstream forgets the window otherwise
+    return kinds
+
+
+def every(n: int, others: str = SLIDING) -> Callable[[int], str]:
+    """For `layer_types`: each n-th layer (n - 1, 2 n - 1, ...) is full, the ones between are `others`."""
+    return lambda i: others if (i + 1) % n else FULL
+
+
+def n_experts(c: Config) -> int:
+    """Experts of a layer, under the three spellings that releases and transformers have for them."""
+    return int(c.first("n_routed_experts", "num_local_experts", "num_experts"))

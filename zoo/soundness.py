@@ -1,0 +1,117 @@
+"""Which Specs can be computed with: what the types of `Spec` cannot say, one sentence for each way to break it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.layout import layout
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    Indexer,
+    MoE,
+    Norm,
+    QueryScale,
+    Rope,
+    RopeScaling,
+    Router,
+    Spec,
+)
+
+MAX_LAYERS = 4096
+MAX_EXPERTS = 1 << 16
+MAX_SIZE = 1 << 40
+"""Beyond these a config is broken: the deepest release has 126 layers, the most experts of one 512, the widest axis
+262,400 entries."""
+
+
+def layer_count(n: Any, key: str, where: str) -> int:
+    """`n`, checked before anything is as long as it says. Raises ZooError, naming `where` and `key`."""
+    if not isinstance(n, int) or not 0 < n <= MAX_LAYERS:
+        raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
+    return n
+
+
+def refuse_unsound(spec: Spec, where: str) -> None:
+    """Raises ZooError, naming `where`, for a Spec that can be written down but not computed with."""
+    if (why := next(chain(_unsound(spec, "spec"), _unshared(spec)), None)) is not None:
+        raise ZooError(f"{where}: {why}")
+    odd = next((s for s in layout(spec).values() if not 0 < min(s.shape) <= max(s.shape) < MAX_SIZE), None)
+    if odd is not None:
+        raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}"[:400])
+    if spec.context_length < 1:
+        raise ZooError(f"{where}: its context is {spec.context_length} positions")
+
+
+def _unsound(x: Any, name: str) -> Iterator[str]:
+    """What in a Spec can be written down but not computed with, one sentence each."""
+    if isinstance(x, float) and not math.isfinite(x):
+        yield f"{name} comes to {x}"
+    elif isinstance(x, tuple):
+        for n, part in enumerate(dict.fromkeys(x)):
+            yield from _unsound(part, f"{name}[{n}]")
+    elif dataclasses.is_dataclass(x):
+        for f in dataclasses.fields(x):
+            yield from _unsound(getattr(x, f.name), f.name)
+    match x:
+        case Norm(eps=eps) if eps < 0:
+            yield f"the eps of a norm is {eps}"
+        case Attention(n_heads=q, n_kv_heads=kv) if kv < 1 or q % kv:
+            yield f"{q} query heads cannot share {kv} key/value heads"
+        case DeltaNet(n_v_heads=v, n_k_heads=k) if k < 1 or v % k:
+            yield f"{v} value heads cannot share {k} key heads"
+        case Attention(window=int(n)) | Attention(chunk=int(n)) if n < 1:
+            yield f"a window or chunk of {n} positions shows nothing"
+        case Rope(theta=theta) if theta <= 0 or (theta == 1 and x.scaling is not None):
+            yield f"rope_theta is {theta}"
+        case Rope(dim=dim) if dim < 2 or dim % 2:
+            yield f"RoPE needs pairs of channels, and would rotate {dim}"
+        case RopeScaling(factor=factor) if factor <= 0:
+            yield f"the factor of scaled RoPE is {factor}"
+        case RopeScaling(kind="llama3", low_freq_factor=low, high_freq_factor=high) if low <= 0 or high < low:
+            yield f"high_freq_factor {high} should not be below low_freq_factor {low}, and both above 0"
+        case RopeScaling(kind="yarn" | "llama3", original_context=n) if n < 1:
+            yield f"the original context of scaled RoPE is {n}"
+        case MoE(n_experts=n) if n > MAX_EXPERTS:
+            yield f"{n} experts are more than {MAX_EXPERTS}"
+        case MLP(sparsity=share) if not 0 <= share < 1:
+            yield f"a share of {share} of activations cannot be left out"
+        case QueryScale(period=period) if period <= 0:
+            yield f"queries are scaled by positions over {period}"
+        case Indexer(top_k=n) if n < 1:
+            yield f"an index of {n} keys shows nothing"
+        case RopeScaling(kind="yarn", beta_fast=a, beta_slow=b) if min(a, b) <= 0:
+            yield f"the betas of YaRN are {a} and {b}"
+        case MoE(n_experts=n, router=Router(top_k=k)) if not 0 < k <= n:
+            yield f"{k} of {n} experts cannot be chosen"
+        case Attention(head_dim=d, rope=Rope(dim=dim)) if dim > d:
+            yield f"RoPE would rotate {dim} of {d} channels"
+        case MoE(n_experts=n, router=Router(n_groups=g, group_top=t)) if g > 1 and not n % g and n // g < t:
+            yield f"groups of {n // g} experts cannot be judged by their best {t}"
+        case MoE(n_experts=n, router=Router(n_groups=g, top_groups=t)) if g < 1 or n % g or not 0 < t <= g:
+            yield f"{n} experts in {g} groups, of which {t} are eligible: they do not divide"
+
+
+def _unshared(spec: Spec) -> Iterator[str]:
+    """What keys and values taken from another layer (`kv_from`) do not have there, one sentence for each layer."""
+    for i, layer in enumerate(spec.layers):
+        a = layer.mixer
+        if not isinstance(a, Attention) or a.kv_from is None:
+            continue
+        says = f"layer {i} takes its keys and values from layer {a.kv_from}"
+        if not 0 <= a.kv_from < i:
+            yield f"{says}, which is not one of the {i} layers before it"
+            continue
+        b = spec.layers[a.kv_from].mixer
+        if not isinstance(b, Attention) or b.kv_from is not None:
+            yield f"{says}, which has none of its own"
+        elif (mine := (a.n_kv_heads, a.head_dim, a.v_head_dim)) != (
+            theirs := (b.n_kv_heads, b.head_dim, b.v_head_dim)
+        ):
+            yield f"{says}, whose key/value heads, head_dim and v_head_dim are {theirs}; its own are {mine}"
