@@ -52,7 +52,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 HUB_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tiktoken.model", "tekken.json", "chat_template*", "README.md", "LICENSE*",
+    "tiktoken.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
+    "processor_config.json", "README.md", "LICENSE*",
 )  # fmt: skip
 UNSOURCED = ("name", "aliases", "family", "sources", "formats")  # ours, or seen when the files are listed
 
