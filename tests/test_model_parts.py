@@ -391,7 +391,7 @@ def test_a_routers_logits_and_its_weights_round_each_on_their_own(
 
 
 def test_a_folder_from_before_rounding_had_one_name_is_read() -> None:
-    mixer = Attention(2, 2, 8, 8, 1.0, Rope(1e4, 8, rounding="last"))
+    mixer = Attention(2, 2, 8, 1.0, Rope(1e4, 8, rounding="last"))
     router = Router(1, "sigmoid", rounding="last", weights_rounding="last")
     layer = Layer(mixer, MoE(2, MLP(8), router), Norm(1e-5), None, Norm(1e-6, rounding="last"))
     spec = Spec("t", 16, 9, (layer,), Norm(1e-5), True, 8)

@@ -26,7 +26,8 @@ class Norm(nn.Module):
         super().__init__()
         self.spec = spec
         self.register_parameter("weight", None if spec.weight == "none" else nn.Parameter(torch.empty(d)))
-        self.register_parameter("bias", nn.Parameter(torch.empty(d)) if spec.kind == "layer" else None)
+        has_bias = spec.kind == "layer" and spec.bias
+        self.register_parameter("bias", nn.Parameter(torch.empty(d)) if has_bias else None)
 
     def forward(
         self, x: Tensor, onto: Tensor | None = None, before: Tensor | None = None
