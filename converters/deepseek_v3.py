@@ -164,6 +164,7 @@ RULES = {
         extra("mm_projector.*", _VISION),
         prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
     ),
+    "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,

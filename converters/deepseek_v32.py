@@ -9,7 +9,7 @@ What is unusual, beyond deepseek_v3:
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Indexer, Norm, Spec, read, rules
+from zoo.family import Config, Family, Indexer, Norm, Spec, hf, read, rules
 
 from . import deepseek_v3
 
@@ -30,15 +30,14 @@ def spec(c: Config) -> Spec:
 
 
 _I = "model.layers.{i}.self_attn.indexer."
-RULES = {
-    "hf": rules(
-        *deepseek_v3.HF,
-        ("layers.{i}.attn.indexer.q.weight", _I + "wq_b.weight"),
-        ("layers.{i}.attn.indexer.k.weight", _I + "wk.weight"),
-        ("layers.{i}.attn.indexer.k_norm.weight", _I + "k_norm.weight"),
-        ("layers.{i}.attn.indexer.k_norm.bias", _I + "k_norm.bias"),
-        ("layers.{i}.attn.indexer.head_weights.weight", _I + "weights_proj.weight"),
-    ),
-}
+HF = (
+    *deepseek_v3.HF,
+    ("layers.{i}.attn.indexer.q.weight", _I + "wq_b.weight"),
+    ("layers.{i}.attn.indexer.k.weight", _I + "wk.weight"),
+    ("layers.{i}.attn.indexer.k_norm.weight", _I + "k_norm.weight"),
+    ("layers.{i}.attn.indexer.k_norm.bias", _I + "k_norm.bias"),
+    ("layers.{i}.attn.indexer.head_weights.weight", _I + "weights_proj.weight"),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
 FAMILY = Family("deepseek_v32", ("deepseek_v32",), ("DeepseekV32ForCausalLM",), spec, RULES)

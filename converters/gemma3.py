@@ -32,8 +32,7 @@ DEFAULTS = {
 
 
 def spec(c: Config) -> Spec:
-    t = read.text_config(c)
-    t = Config({**DEFAULTS, **t.data}, t.where)
+    t = read.text_config(c).with_defaults(DEFAULTS)
     t.refuse(use_bidirectional_attention=False, attn_logit_softcapping=None)
     if "text_config" in c:  # the wrapper's class has no softcap
         t.refuse(final_logit_softcapping=None)
@@ -79,26 +78,11 @@ def spec(c: Config) -> Spec:
     )
 
 
-def _plus_one(_: Layer | None, spec: Spec) -> bool:
-    """Norms that came as 1 + w have no form in Hugging Face's files: taking the 1 off would round."""
-    return spec.norm.weight == "plus_one"
-
-
-_L = "model.layers.{i}."
-NORMS = {
-    "norm.weight": "model.norm.weight",
-    "layers.{i}.attn_norm.weight": _L + "input_layernorm.weight",
-    "layers.{i}.attn_post_norm.weight": _L + "post_attention_layernorm.weight",
-    "layers.{i}.ffn_norm.weight": _L + "pre_feedforward_layernorm.weight",
-    "layers.{i}.ffn_post_norm.weight": _L + "post_feedforward_layernorm.weight",
-    "layers.{i}.attn.q_norm.weight": _L + "self_attn.q_norm.weight",
-    "layers.{i}.attn.k_norm.weight": _L + "self_attn.k_norm.weight",
-}
 RULES = {
     "hf": rules(
         ("embed.weight", "model.embed_tokens.weight"),
         ("head.weight", "lm_head.weight"),
-        *((key, name, _plus_one) for key, name in NORMS.items()),
+        *hf.plus_one(("norm.weight", "model.norm.weight"), *hf.FOUR_NORMS, *hf.QK_NORM),
         *hf.ATTENTION,
         *hf.MLP,
         *hf.VISION,
@@ -107,8 +91,7 @@ RULES = {
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,
-        ("layers.{i}.attn_post_norm.weight", "blk.{i}.post_attention_norm.weight"),
-        ("layers.{i}.ffn_post_norm.weight", "blk.{i}.post_ffw_norm.weight"),
+        *gguf.POST_NORMS,
         *gguf.attention(interleaved=False),
         *gguf.QK_NORM,
         *gguf.MLP,
@@ -117,6 +100,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `gemma3` says, and what llama.cpp knows by itself. Norm weights are stored as 1 + w."""
     head_dim = gguf.head_dim(f, out)
     # llama.cpp knows the 27B by its 62 layers: there the scale is (hidden / heads)^-0.5.
     scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == 62 else head_dim

@@ -29,16 +29,15 @@ def spec(c: Config) -> Spec:
     return deepseek_v3.decoder("glm4_moe", c, attention, deepseek_v3.router(c))
 
 
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *hf.ATTENTION,
-        *hf.QK_NORM,
-        *hf.MLP,
-        *deepseek_v3.MOE,
-        hf.MTP_LAYERS,
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    *hf.QK_NORM,
+    *hf.MLP,
+    *deepseek_v3.MOE,
+    hf.MTP_LAYERS,
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
 FAMILY = Family("glm4_moe", ("glm4_moe",), ("Glm4MoeForCausalLM",), spec, RULES)

@@ -130,6 +130,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `gpt-oss` says, and what llama.cpp's graph of it fixes."""
     scaling = out["rope_scaling"]
     f.expect("expert_gating_func", 0, 3)  # a softmax over the chosen ones
     f.expect("swiglu_clamp_exp", 7.0)

@@ -114,29 +114,41 @@ def layer_types(c: Config) -> list[str]:
 
 
 _D, _B = "model.layers.{i}.self_attn.", "model.layers.{i}.block_sparse_moe"
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *deepseek_v3.MLA,
-        ("layers.{i}.delta.qkv.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkv"))),
-        ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
-        ("layers.{i}.delta.beta.weight", _D + "b_proj.weight"),
-        ("layers.{i}.delta.decay_down.weight", _D + "f_a_proj.weight"),
-        ("layers.{i}.delta.decay_up.weight", _D + "f_b_proj.weight"),
-        ("layers.{i}.delta.gate_down.weight", _D + "g_a_proj.weight"),
-        ("layers.{i}.delta.gate_up.weight", _D + "g_b_proj.weight"),
-        ("layers.{i}.delta.A_log", squeeze(_D + "A_log", 0, 1, 3)),
-        ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
-        ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
-        ("layers.{i}.delta.out.weight", _D + "o_proj.weight"),
-        *hf.MLP,
-        *hf.gated_mlp("layers.{i}.mlp", _B),
-        ("layers.{i}.moe.router.weight", _B + ".gate.weight"),
-        ("layers.{i}.moe.router.selection_bias", _B + ".gate.e_score_correction_bias"),
-        *hf.numbered(_B + ".experts.{e}", "w1", "w3", "w2"),
-        *hf.gated_mlp("layers.{i}.moe.shared", _B + ".shared_experts"),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *deepseek_v3.MLA,
+    ("layers.{i}.delta.qkv.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkv"))),
+    ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
+    ("layers.{i}.delta.beta.weight", _D + "b_proj.weight"),
+    ("layers.{i}.delta.decay_down.weight", _D + "f_a_proj.weight"),
+    ("layers.{i}.delta.decay_up.weight", _D + "f_b_proj.weight"),
+    ("layers.{i}.delta.gate_down.weight", _D + "g_a_proj.weight"),
+    ("layers.{i}.delta.gate_up.weight", _D + "g_b_proj.weight"),
+    ("layers.{i}.delta.A_log", squeeze(_D + "A_log", 0, 1, 3)),
+    ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
+    ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
+    ("layers.{i}.delta.out.weight", _D + "o_proj.weight"),
+    *hf.MLP,
+    *hf.gated_mlp("layers.{i}.mlp", _B),
+    ("layers.{i}.moe.router.weight", _B + ".gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _B + ".gate.e_score_correction_bias"),
+    *hf.numbered(_B + ".experts.{e}", "w1", "w3", "w2"),
+    *hf.gated_mlp("layers.{i}.moe.shared", _B + ".shared_experts"),
+)
+_F, _MLP = _D + "forget_gate.", "model.layers.{i}.mlp."
+_HELD = (
+    ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
+    ("layers.{i}.delta.decay_down.weight", _F + "f_a_proj.weight"),
+    ("layers.{i}.delta.decay_up.weight", _F + "f_b_proj.weight"),
+    ("layers.{i}.delta.A_log", squeeze(_F + "A_log", 0, 1, 3)),
+    ("layers.{i}.delta.dt_bias", _F + "dt_bias"),
+    *hf.MLP,
+    ("layers.{i}.moe.router.weight", _MLP + "gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _MLP + "gate.e_score_correction_bias"),
+    *hf.STACKED,
+    *hf.gated_mlp("layers.{i}.moe.shared", _MLP + "shared_experts"),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
 
 FAMILY = Family("kimi_linear", ("kimi_linear",), ("KimiLinearForCausalLM",), spec, RULES)

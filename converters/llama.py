@@ -84,6 +84,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any] | None:
+    """What a GGUF of `llama` says. Scaled RoPE is not a field but a tensor of factors, `rope_freqs.weight`."""
     if f.get("expert_count"):
         return None  # Mixtral's GGUFs call themselves llama too
     own: dict[str, Any] = {"head_dim": gguf.head_dim(f, out), "mlp_bias": f.has("ffn_gate.bias")}

@@ -60,6 +60,8 @@ def attention(c: Config, sliding: bool) -> Attention:
             c.get("swa_num_key_value_heads", 2 * n_kv_heads),
         )
         head_dim, v_head_dim = c.get("swa_head_dim", head_dim), c.get("swa_v_head_dim", v_head_dim)
+        if "sliding_window_size" in c:  # the releases say it three times
+            c.refuse(sliding_window=c["sliding_window_size"], attention_chunk_size=c["sliding_window_size"])
         window = c["sliding_window_size"] + 1 if "sliding_window_size" in c else c["sliding_window"]
         p = read.rope_parameters(c, read.SLIDING, theta="swa_rope_theta")
     bias = c.get("attention_bias", False)
@@ -82,16 +84,16 @@ def attention(c: Config, sliding: bool) -> Attention:
     )
 
 
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *hf.ATTENTION,
-        ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.attention_sink_bias"),
-        *hf.MLP,
-        *deepseek_v3.MOE,
-        extra("model.mtp.*", hf.MTP),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.attention_sink_bias"),
+    *hf.MLP,
+    *deepseek_v3.MOE,
+    extra("model.mtp.*", hf.MTP),
+)
+_SINKS = ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.sinks")
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED, _SINKS))}
 
 FAMILY = Family("mimo_v2_flash", ("mimo_v2_flash",), ("MiMoV2FlashForCausalLM",), spec, RULES)

@@ -66,16 +66,20 @@ def spec(c: Config) -> Spec:
 
 
 _B = "model.layers.{i}.block_sparse_moe."
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *hf.ATTENTION,
-        *hf.QK_NORM,
-        ("layers.{i}.moe.router.weight", _B + "gate.weight"),
-        ("layers.{i}.moe.router.selection_bias", _B + "e_score_correction_bias"),
-        *hf.numbered(_B + "experts.{e}", "w1", "w3", "w2"),
-    ),
-}
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    *hf.QK_NORM,
+    ("layers.{i}.moe.router.weight", _B + "gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", _B + "e_score_correction_bias"),
+    *hf.numbered(_B + "experts.{e}", "w1", "w3", "w2"),
+)
+_HELD = (
+    *hf.STACKED,
+    ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    ("layers.{i}.moe.router.selection_bias", "model.layers.{i}.mlp.e_score_correction_bias"),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
 
 FAMILY = Family("minimax_m2", ("minimax_m2",), ("MiniMaxM2ForCausalLM",), spec, RULES)

@@ -34,23 +34,14 @@ def spec(c: Config) -> Spec:
         family="qwen3",
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
-        layers=tuple(Layer(attention(kind), mlp, attn_norm=norm, ffn_norm=norm) for kind in layer_types(c)),
+        layers=tuple(
+            Layer(attention(kind), mlp, attn_norm=norm, ffn_norm=norm) for kind in read.late_windows(c)
+        ),
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
         dtype=read.dtype(c),
     )
-
-
-def layer_types(c: Config) -> list[str]:
-    """The list, or what upstream makes of `use_sliding_window` and `max_window_layers`."""
-    windowed = c.get("use_sliding_window", False)
-    kinds = read.layer_types(
-        c, lambda i: read.SLIDING if windowed and i >= c["max_window_layers"] else read.FULL
-    )
-    if read.SLIDING in kinds:
-        c.choice("use_sliding_window", (True,), False)  # upstream forgets the window otherwise
-    return kinds
 
 
 RULES = {
@@ -66,6 +57,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp does not write: it has no windows for this architecture."""
     return {"head_dim": gguf.head_dim(f, out), "use_sliding_window": False}
 
 

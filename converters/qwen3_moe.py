@@ -65,16 +65,18 @@ def router(c: Config, normalize: bool = False) -> Router:
     return Router(c["num_experts_per_tok"], "softmax", normalize=c.get("norm_topk_prob", normalize))
 
 
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *hf.ATTENTION,
+    *hf.QK_NORM,
+    *hf.MLP,
+    ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    *hf.NUMBERED,
+)
 RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *hf.ATTENTION,
-        *hf.QK_NORM,
-        *hf.MLP,
-        ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
-        *hf.NUMBERED,
-    ),
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,
@@ -87,6 +89,7 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `qwen3moe` says, and what llama.cpp's graph of it fixes."""
     return {
         "head_dim": gguf.head_dim(f, out),
         "num_experts": f["expert_count"],

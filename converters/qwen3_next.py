@@ -88,34 +88,33 @@ def spec(c: Config) -> Spec:
 
 
 _A, _D, _M = "model.layers.{i}.self_attn.", "model.layers.{i}.linear_attn.", "model.layers.{i}.mlp."
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PRE_NORMS,
-        *(
-            (
-                f"layers.{{i}}.attn.qkv.{w}",
-                cat(ungroup(f"{_A}q_proj.{w}", "n_heads", 2), f"{_A}k_proj.{w}", f"{_A}v_proj.{w}"),
-            )
-            for w in ("weight", "bias")
-        ),
-        ("layers.{i}.attn.out.weight", _A + "o_proj.weight"),
-        ("layers.{i}.attn.out.bias", _A + "o_proj.bias"),
-        *hf.QK_NORM,
-        ("layers.{i}.delta.qkvz.weight", ungroup(_D + "in_proj_qkvz.weight", "n_k_heads", 4)),
-        ("layers.{i}.delta.ba.weight", ungroup(_D + "in_proj_ba.weight", "n_k_heads", 2)),
-        ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
-        ("layers.{i}.delta.A_log", _D + "A_log"),
-        ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
-        ("layers.{i}.delta.norm.weight", _D + "norm.weight"),
-        ("layers.{i}.delta.out.weight", _D + "out_proj.weight"),
-        *hf.MLP,
-        ("layers.{i}.moe.router.weight", _M + "gate.weight"),
-        *hf.NUMBERED,
-        *hf.gated_mlp("layers.{i}.moe.shared", _M + "shared_expert"),
-        ("layers.{i}.moe.shared_gate.weight", _M + "shared_expert_gate.weight"),
-        extra("mtp.*", hf.MTP),
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *(
+        (
+            f"layers.{{i}}.attn.qkv.{w}",
+            cat(ungroup(f"{_A}q_proj.{w}", "n_heads", 2), f"{_A}k_proj.{w}", f"{_A}v_proj.{w}"),
+        )
+        for w in ("weight", "bias")
     ),
-}
+    ("layers.{i}.attn.out.weight", _A + "o_proj.weight"),
+    ("layers.{i}.attn.out.bias", _A + "o_proj.bias"),
+    *hf.QK_NORM,
+    ("layers.{i}.delta.qkvz.weight", ungroup(_D + "in_proj_qkvz.weight", "n_k_heads", 4)),
+    ("layers.{i}.delta.ba.weight", ungroup(_D + "in_proj_ba.weight", "n_k_heads", 2)),
+    ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
+    ("layers.{i}.delta.A_log", _D + "A_log"),
+    ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
+    ("layers.{i}.delta.norm.weight", _D + "norm.weight"),
+    ("layers.{i}.delta.out.weight", _D + "out_proj.weight"),
+    *hf.MLP,
+    ("layers.{i}.moe.router.weight", _M + "gate.weight"),
+    *hf.NUMBERED,
+    *hf.gated_mlp("layers.{i}.moe.shared", _M + "shared_expert"),
+    ("layers.{i}.moe.shared_gate.weight", _M + "shared_expert_gate.weight"),
+    extra("mtp.*", hf.MTP),
+)
+RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
 FAMILY = Family("qwen3_next", ("qwen3_next",), ("Qwen3NextForCausalLM",), spec, RULES)

@@ -110,10 +110,13 @@ def test_of_a_wrapper_that_several_claim_the_one_that_knows_the_text_model_gets_
 
 def test_it_brings_readings_of_its_own_for_gguf_and_vendors_files(install: Install) -> None:
     text = MODULE.format(name="own", model_type="own", architecture="OwnForCausalLM") + (
-        "FAMILY = dataclasses.replace(FAMILY, gguf={'ownarch': lambda f, c: {}}, own={'mistral': lambda c, names: dict(c)})\n"
+        "FAMILY = dataclasses.replace(FAMILY, gguf=dict.fromkeys(('ownarch', 'llama'), lambda f, c: {}), own={'mistral': lambda c, names: dict(c)})\n"
     )
     install("own", text=text)
     assert [f.name for f, _ in families.naming_gguf("ownarch", "w.gguf")] == ["own"]
+    assert [f.name for f, _ in families.naming_gguf("llama", "w.gguf")] == ["llama", "own"], (
+        "ours is asked first"
+    )
     assert families.own_config("mistral", {"moe": 1, "is": "own"}, (), "params.json") == {
         "moe": 1,
         "is": "own",

@@ -2,14 +2,15 @@
 
 A family's `spec(config)` reads its fields through `Config`, so that a missing field, an unknown choice or
 a field of another family is one clear error that names the file. Keys are read as released and as later
-re-saved: `c["rope_theta"]`, `c.first("num_experts", "num_local_experts")`.
+re-saved: `c["rope_theta"]`, `c.first("num_experts", "num_local_experts")`. What was read is recorded:
+`Config.unread` is the rest, which `zoo.unread` judges.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from zoo.errors import ZooError
 from zoo.spec import Activation, Rope, RopeScaling, Rounding
@@ -27,12 +28,71 @@ ACTIVATIONS: dict[str, Activation] = {
 """Activations by the names configs have for them: use with `Config.table`."""
 
 
+class Recorded(dict[str, Any]):
+    """An object of a config that writes down which of its keys were read, and so do the objects in it.
+
+    A key is read by `[]`, `get` and `pop`. Asking whether it is there (`in`) reads nothing, and neither does
+    copying the whole: who copies passes the records on (`over`).
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        read: tuple[set[str], ...] = (),
+        parts: dict[str, Recorded] | None = None,
+    ) -> None:
+        super().__init__(data)
+        self.read = read or (set(),)
+        self.parts = {} if parts is None else parts
+
+    def over(self, data: Mapping[str, Any]) -> Recorded:
+        """`data`, of which what is read counts as read of this object."""
+        return Recorded(data, self.read, self.parts)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._seen(key, super().__getitem__(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._seen(key, super().get(key, default))
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        return self._seen(key, super().pop(key, default))
+
+    def _seen(self, key: str, value: Any) -> Any:
+        for read in self.read:
+            read.add(key)
+        if key not in self or not isinstance(value, dict) or isinstance(value, Recorded):
+            return value
+        if key not in self.parts:
+            self.parts[key] = Recorded(value)
+        return self.parts[key]
+
+    def unread(self, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+        """The keys that nobody read, as the path to them (("text_config", "alibi")), and their values."""
+        for key, value in self.items():
+            if not any(key in read for read in self.read):
+                yield (*at, key), value
+            elif key in self.parts:
+                yield from self.parts[key].unread((*at, key))
+
+
 class Config(Mapping[str, Any]):
-    """A config.json (or a part of one) that knows where it came from."""
+    """A config.json (or a part of one) that knows where it came from, and what of it was read.
+
+    `"key" in config` only asks; every other way to a value reads it.
+    """
 
     def __init__(self, data: Mapping[str, Any], where: str = "config.json") -> None:
-        self.data = data
+        self.data = data if isinstance(data, Recorded) else Recorded(data)
         self.where = where
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        """This config, where `defaults` fill in the keys it has not; what is read of it counts as read here."""
+        return Config(self.data.over({**defaults, **self.data}), self.where)
+
+    def unread(self) -> dict[str, Any]:
+        """What nobody read so far, in nested objects too: values by the dotted path to them."""
+        return {".".join(path): value for path, value in self.data.unread()}
 
     def __getitem__(self, key: str) -> Any:
         """A required field. Raises ZooError if it is absent or null."""
@@ -48,7 +108,7 @@ class Config(Mapping[str, Any]):
         return len(self.data)
 
     def __contains__(self, key: object) -> bool:
-        return self.data.get(key) is not None  # type: ignore[call-overload]
+        return dict.get(self.data, cast(str, key)) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
         """An optional field; null counts as absent."""
@@ -56,10 +116,16 @@ class Config(Mapping[str, Any]):
         return default if value is None else value
 
     def first(self, *keys: str, default: Any = _MISSING) -> Any:
-        """The first of several spellings that is there. Raises ZooError if none is and no default is given."""
-        for key in keys:
-            if self.data.get(key) is not None:
-                return self.data[key]
+        """The first of several spellings that is there. Raises ZooError if none is and no default is given.
+
+        The others are read too where they say the same; where they differ they stay unread.
+        """
+        if there := [key for key in keys if key in self]:
+            value = self.data[there[0]]
+            for other in there[1:]:
+                if dict.get(self.data, other) == value:
+                    self.data.get(other)
+            return value
         if default is _MISSING:
             raise ZooError(
                 f"{self.where}: none of the fields {', '.join(map(repr, keys))} is there; one is needed"
@@ -136,7 +202,10 @@ def rope_parameters(
         raise ZooError(
             f"{c.where}: rope_parameters says nothing about {layer_type} layers; expected an object for each"
         )
-    out = dict(old if p is None else p[layer_type] if nested else p)
+    # A copy: what is read of it counts as read of each object that says it.
+    said_in = [x for x in (p[layer_type] if nested else p, old) if x is not None]
+    sources = [x if isinstance(x, Recorded) else Recorded(x) for x in said_in]
+    out = Recorded(sources[0], tuple(read for x in sources for read in x.read))
     kind = out.pop("type", None)
     out["rope_type"] = out.get("rope_type") or kind or "default"
     if p is not None:

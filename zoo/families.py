@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoo import blame, plugins
+from zoo import plugins, unread
 from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.mapping.rules import RuleSet
@@ -22,7 +22,7 @@ from zoo.soundness import MAX_LAYERS, refuse_unsound
 from zoo.spec import Spec
 
 if TYPE_CHECKING:
-    from zoo.formats.gguf_config import Fields
+    from zoo.family.gguf_fields import Fields
 
 OwnReading = Callable[[Config, Collection[str]], dict[str, Any] | None]
 """(the vendor's config, names of the tensors) -> config.json in Hugging Face terms, or None: not of this family."""
@@ -37,8 +37,7 @@ class Family:
 
     `model_types` and `architectures` are what its configs say in those fields. A config that has
     `architectures` goes by them; one that has none, or a decoder's without its head (`...Model`), by its
-    `model_type`. A wrapper's architecture may be
-    claimed by several families: its text model's `model_type` decides.
+    `model_type`. A wrapper's architecture may be claimed by several families: its text model's `model_type` decides.
 
     A naming whose files have no config in Hugging Face's terms also has a reading of the config they have:
     `own`, by naming, for a vendor's (`params.json`); `gguf`, by the architecture's name, for a GGUF's metadata.
@@ -95,6 +94,8 @@ def _load(module: str) -> Family:
 
 def _unreadable(module: str, e: Exception) -> ZooError:
     """A syntax error's place is its own, another one's is where its traceback left `zoo` last."""
+    from zoo import blame  # and in `blamed`: only a failure needs it
+
     at = f"{e.filename}:{e.lineno}" if isinstance(e, SyntaxError) else blame.place(e) or module
     return ZooError(
         f"{at}: the family in {module} can't be imported ({type(e).__name__}: {e}); its file is at fault"
@@ -112,12 +113,10 @@ def _plugged_in() -> dict[str, Family]:
             if not isinstance(family, Family):
                 raise ZooError(f"{entry.value} is a {type(family).__name__}; expected a zoo.family.Family")
         except Exception as e:
-            _broken[whose] = str(
-                ZooError(f"{whose}: {entry.value} can't be imported ({type(e).__name__}: {e})")
-            )
+            _broken[whose] = f"{whose}: {entry.value} can't be imported ({type(e).__name__}: {e})"
             warnings.warn(_broken[whose], stacklevel=2)
             continue
-        if family.name not in _built_in():
+        if family.name not in _built_in() and f"converters.{family.name}" not in _broken:
             found.setdefault(family.name, family)
             _package.setdefault(family.name, entry.package)
     return found
@@ -187,12 +186,11 @@ def own_config(naming: str, own: Any, tensors: Collection[str], where: str) -> d
 
 
 def naming_gguf(architecture: Any, where: str) -> list[tuple[Family, GGUFReading]]:
-    """The families that have a reading for a GGUF of this architecture, and it. Raises ZooError if none has."""
+    """The families that have a reading for a GGUF of this architecture, ours first, and it. Raises ZooError if none has."""
     if isinstance(architecture, str):
-        for group in (_built_in, families):
-            named = [(f, f.gguf[architecture]) for f in group().values() if architecture in f.gguf]
-            if named:
-                return named
+        named = [(f, f.gguf[architecture]) for f in families().values() if architecture in f.gguf]
+        if named:
+            return named
     known = sorted({a for f in families().values() for a in f.gguf})
     raise ZooError(
         f"{where}: GGUF architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(known)}"
@@ -207,6 +205,8 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
     except ZooError:
         raise
     except Exception as e:
+        from zoo import blame
+
         code = getattr(family.spec, "__code__", None)  # where it begins, for what it returned
         at = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else family.name
         raise blame.error(e, family.name, at, where, model) from e
@@ -242,8 +242,16 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
     """The Spec of a config, by the family that claims it (or the one given).
 
     Raises ZooError, naming `where`, for a field that is missing, unsupported, or of a value that makes no
-    model: a size below 1, a text where a number should be.
+    model: a size below 1, a text where a number should be; and for one that changes numbers and that the family
+    does not read.
     """
+    return read(config, family, where)[0]
+
+
+def read(
+    config: Mapping[str, Any], family: Family | None = None, where: str = "config.json"
+) -> tuple[Spec, list[str]]:
+    """`spec_of`, and notes on the fields that nobody read and zoo does not know."""
     family = family or find(config, where)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
@@ -254,11 +262,20 @@ def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str 
         for key in ("num_hidden_layers", "n_layer"):
             if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
                 raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
+    fields = Config(config, where)
     with blamed(family, where, f"{family.name} model"):
-        said = family.spec(Config(config, where)).to_dict()
+        said = family.spec(fields).to_dict()
     try:
         spec = Spec.from_dict(said)  # checks the types of all it holds
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
     refuse_unsound(spec, where)
-    return spec
+    return spec, unread.judge(fields, spec)
+
+
+def unread_keys(config: Mapping[str, Any], family: Family) -> list[str]:
+    """A sentence with all that `family` leaves unread of `config`, however little it says; none if there is nothing."""
+    fields = Config(config)
+    family.spec(fields)
+    keys = ", ".join(f"{k} ({str(v)[:40]})" for k, v in fields.unread().items())
+    return [f"of the config, the family {family.name} does not read {keys}"] if keys else []

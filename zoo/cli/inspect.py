@@ -67,11 +67,11 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
         ckpt = open_checkpoint(path)
         refs = list(ckpt.tensors.values())
         about = {"path": str(path), "format": ckpt.format, "model_type": ckpt.config.get("model_type")}
-        spec = None
+        spec, unread = None, list[str]()
         try:
             family = families.find(ckpt.config, f"{path}")
             about["family"] = family.name
-            spec = families.spec_of(ckpt.config, family, f"{path}")
+            spec, unread = families.read(ckpt.config, family, f"{path}")
         except ZooError as error:  # still worth looking at
             about["family"] = f"unknown: {error}"
         quantization = ckpt.config.get("quantization_config")
@@ -79,7 +79,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
         about |= {
             "quantisation": method,
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
-            "notes": list(ckpt.notes),
+            "notes": [*ckpt.notes, *unread],
         }
     about |= {
         "files": len({r.file for r in refs}),

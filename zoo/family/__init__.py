@@ -2,17 +2,16 @@
 
     from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
 
-- Config, and in `read` the readings that many families share: what a released `config.json` says.
+- Config, and in the module `read` the readings that many families share: what a released `config.json` says.
 - The parts of a Spec: what the architecture is.
 - `rules`, its lines and operations: which released tensors make which canonical ones. Lines that many families share
-  lie in `hf`, `gguf` and `consolidated`, by whose names they map.
+  lie in the modules `hf`, `gguf` and `consolidated`, by whose names they map.
 - Family: the three together, under the names that its configs go by.
 """
 
 from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.family import consolidated, gguf, hf, read
 from zoo.mapping.rules import (
     Expr,
     RuleLine,
@@ -55,6 +54,6 @@ from zoo.spec import (
 __all__ = [
     "FFN", "MLP", "AltUp", "Attention", "Config", "DeltaNet", "Expr", "Family", "Indexer",
     "LatentAttention", "Layer", "Mamba", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
-    "RopeScaling", "Router", "RuleLine", "Source", "Spec", "ZooError", "cat", "consolidated", "deinterleave", "extra",
-    "flatten", "gguf", "hf", "per_head", "ranks", "read", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
+    "RopeScaling", "Router", "RuleLine", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
+    "flatten", "per_head", "ranks", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
 ]  # fmt: skip

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from zoo.family.gguf_fields import Fields as Fields
+from zoo.family.gguf_fields import head_dim as head_dim
+from zoo.family.gguf_fields import layer_types as layer_types
 from zoo.family.hf import MTP
-from zoo.formats.gguf_config import Fields as Fields
-from zoo.formats.gguf_config import head_dim as head_dim
-from zoo.formats.gguf_config import layer_types as layer_types
 from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves
 
 ENDS: tuple[RuleLine, ...] = (
@@ -48,6 +48,11 @@ MLP: tuple[RuleLine, ...] = (
 PRE_NORMS: tuple[RuleLine, ...] = (
     ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
     ("layers.{i}.ffn_norm.weight", "blk.{i}.ffn_norm.weight"),
+)
+
+POST_NORMS: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn_post_norm.weight", "blk.{i}.post_attention_norm.weight"),
+    ("layers.{i}.ffn_post_norm.weight", "blk.{i}.post_ffw_norm.weight"),
 )
 
 MOE: tuple[RuleLine, ...] = (

@@ -6,7 +6,10 @@ tensor the Spec doesn't have (a bias, a head that is tied) does nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from zoo.mapping.rules import RuleLine, cat, extra, stack
+from zoo.spec import Layer, Spec
 
 _L = "model.layers.{i}."
 
@@ -29,7 +32,7 @@ ATTENTION: tuple[RuleLine, ...] = (
     ("layers.{i}.attn.out.bias", _L + "self_attn.o_proj.bias"),
 )
 
-QK_NORM: tuple[RuleLine, ...] = (
+QK_NORM: tuple[tuple[str, str], ...] = (
     ("layers.{i}.attn.q_norm.weight", _L + "self_attn.q_norm.weight"),
     ("layers.{i}.attn.k_norm.weight", _L + "self_attn.k_norm.weight"),
 )
@@ -41,10 +44,29 @@ MLP: tuple[RuleLine, ...] = (
     ("layers.{i}.mlp.down.bias", _L + "mlp.down_proj.bias"),
 )
 
-PRE_NORMS: tuple[RuleLine, ...] = (
+PRE_NORMS: tuple[tuple[str, str], ...] = (
     ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
     ("layers.{i}.ffn_norm.weight", _L + "post_attention_layernorm.weight"),  # after attention, before the FFN
 )
+
+FOUR_NORMS: tuple[tuple[str, str], ...] = (
+    ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
+    ("layers.{i}.attn_post_norm.weight", _L + "post_attention_layernorm.weight"),  # on what attention gives
+    ("layers.{i}.ffn_norm.weight", _L + "pre_feedforward_layernorm.weight"),
+    ("layers.{i}.ffn_post_norm.weight", _L + "post_feedforward_layernorm.weight"),
+)
+"""Gemma's names: a norm before and after either branch. `post_attention_layernorm` means another norm than in PRE_NORMS."""
+
+
+def plus_one(*lines: tuple[str, str]) -> tuple[RuleLine, ...]:
+    """Lines for norm weights w that multiply as 1 + w. Those that came as 1 + w (from a GGUF) have no form in Hugging
+    Face's files: taking the 1 off would round."""
+
+    def as_released(_: Layer | None, spec: Spec) -> bool:
+        return spec.norm.weight == "plus_one"
+
+    return tuple((key, source, as_released) for key, source in lines)
+
 
 INV_FREQ = extra("*.rotary_emb.inv_freq", "rotary frequencies; computed from the config")
 
@@ -83,6 +105,20 @@ def numbered(source: str, gate: str, up: str, down: str) -> tuple[RuleLine, ...]
 
 NUMBERED = numbered("model.layers.{i}.mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
 """Experts stored one by one, under the names that most families give them."""
+
+STACKED: tuple[RuleLine, ...] = (
+    ("layers.{i}.moe.gate_up.weight", "model.layers.{i}.mlp.experts.gate_up_proj"),
+    ("layers.{i}.moe.down.weight", "model.layers.{i}.mlp.experts.down_proj"),
+)
+"""Experts as transformers 5 has them in memory, whatever their release's names are."""
+
+
+def in_memory(released: Iterable[RuleLine], *held: RuleLine) -> tuple[RuleLine, ...]:
+    """The lines of a release with `held` in place of those for the same canonical tensors: transformers 5's own names,
+    which a trainer writes that saves the state as it is (FSDP, accelerate). For the naming "transformers"."""
+    keys = {line[0] for line in held if isinstance(line, tuple)}
+    return (*(line for line in released if not isinstance(line, tuple) or line[0] not in keys), *held)
+
 
 MTP = "multi-token prediction: no part in the next token's logits"
 MTP_LAYERS = extra("model.layers.{i}.*", MTP, beside="eh_proj.weight")

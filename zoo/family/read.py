@@ -51,6 +51,15 @@ def layer_types(
     return c.each_layer("layer_types", n, kinds) if "layer_types" in c else [otherwise(i) for i in range(n)]
 
 
+def late_windows(c: Config) -> list[str]:
+    """The kind of each layer where `use_sliding_window` gives those from `max_window_layers` on a window."""
+    windowed = c.get("use_sliding_window", False)
+    kinds = layer_types(c, lambda i: SLIDING if windowed and i >= c["max_window_layers"] else FULL)
+    if SLIDING in kinds:
+        c.choice("use_sliding_window", (True,), False)  # upstream forgets the window otherwise
+    return kinds
+
+
 def every(n: int, others: str = SLIDING) -> Callable[[int], str]:
     """For `layer_types`: each n-th layer (n - 1, 2 n - 1, ...) is full, the ones between are `others`."""
     return lambda i: others if (i + 1) % n else FULL

@@ -65,7 +65,7 @@ def open(path: Path) -> Checkpoint:
     if path.is_dir() and (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     return Checkpoint(
-        root, "pickle", ("hf",), config, tensors, files, carried_files(root), notes=tuple(notes)
+        root, "pickle", ("hf", "transformers"), config, tensors, files, carried_files(root), notes=tuple(notes)
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def open(path: Path) -> Checkpoint:
     if path.is_dir() and (root / INDEX).exists():
         check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
     carried = carried_files(root)
-    return Checkpoint(root, "safetensors", ("hf",), config, tensors, files, carried, headers)
+    return Checkpoint(root, "safetensors", ("hf", "transformers"), config, tensors, files, carried, headers)
 
 
 def weight_files(root: Path) -> list[str]:

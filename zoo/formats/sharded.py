@@ -46,7 +46,7 @@ def open(path: Path) -> Checkpoint:
                 tensors[full] = TensorRef(full, t.dtype, t.shape, t.file, t.offset, t.nbytes)
     n_ranks = max((len(g) for g in ranks.values()), default=1)
     return Checkpoint(
-        root, "sharded", ("hf",), config, tensors, files, carried_files(root), headers, n_ranks=n_ranks
+        root, "sharded", ("hf", "transformers"), config, tensors, files, carried_files(root), headers, n_ranks=n_ranks
     )  # fmt: skip
 
 

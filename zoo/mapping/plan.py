@@ -220,7 +220,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
     made_up = "config.json" in ckpt.synthesised  # of files of another kind, which say it themselves
     where = str(ckpt.root / (next(iter(ckpt.files), "") if made_up else "config.json"))
     family = family or families.find(ckpt.config, where)
-    spec = families.spec_of(ckpt.config, family, where)
+    spec, unread = families.read(ckpt.config, family, where)
     namings = [n for n in ckpt.naming if n in family.rules]
     if not namings:
         raise ZooError(
@@ -247,12 +247,14 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             m.notes.append("the config does not say whether the head is tied, and the files hold none: it is")
         if best is None or m.n_problems < best.n_problems:
             best = m
+        if not m.n_problems:
+            break
     assert best is not None
     if best.n_problems:
         raise PlanError(ckpt, family, best)
     return Plan(
         ckpt, family, best.naming, best.prefix, best.spec, best.outputs, best.extras, asked, best.quant,
-        notes=tuple(best.notes),
+        notes=(*unread, *best.notes),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo import families
 from zoo.formats.canonical import Canonical
 from zoo.spec import Attention, LatentAttention, Norm, Rope, Spec
 from zoo.verify import tolerance
@@ -141,6 +142,8 @@ def _search(
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
     if not out["suggestions"]:
         out["suggestions"] = ["no single mistake of the catalogue explains it"]
+        if said := folder.source.get("config"):
+            out["suggestions"] += families.unread_keys(said, families.get(spec.family))
 
 
 def _made_again(out: dict[str, Any], probe: Probe, clean: Subject, before: float, most: int | None) -> None:

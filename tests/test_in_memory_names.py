@@ -1,0 +1,51 @@
+"""A checkpoint that holds upstream's own state, under the names it has in memory: what FSDP and accelerate write of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+
+
+def in_memory(name: str, dst: Path) -> Path:
+    """The variant as its class holds it: `state_dict()` in a file, without what `save_pretrained` does to the names."""
+    variant = tiny.VARIANTS[name]
+    model = tiny.perturbed(variant)
+    dst.mkdir()
+    config = {**model.config.to_dict(), "architectures": [variant.architecture], **variant.rewrite}
+    (dst / "config.json").write_text(json.dumps(config, default=str))
+    seen: dict[int, str] = {}  # a tied head is one tensor with the embedding
+    state = {k: t for k, t in model.state_dict().items() if seen.setdefault(t.data_ptr(), k) == k}
+    save_file({k: t.contiguous() for k, t in state.items()}, dst / "model.safetensors")
+    return dst
+
+
+def tensors(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
+    return {k: t for file in sorted(folder.glob(pattern)) for k, t in load_file(file).items()}
+
+
+MAIN = {v.family: v.name for v in reversed(tiny.VARIANTS.values()) if "text_config" not in v.settings}
+
+
+@pytest.mark.parametrize("name", MAIN.values())
+def test_upstreams_own_names_convert_to_the_same_tensors_and_export_under_the_releases(
+    name: str, tmp_path: Path
+) -> None:
+    release = tiny.make(name, tmp_path / "release")
+    canon = zoo.convert(in_memory(name, tmp_path / "held"), tmp_path / "canon")
+    expected = zoo.convert(release, tmp_path / "expected")
+    ours, theirs = (tensors(folder, "model-*.safetensors") for folder in (canon, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+    back = zoo.export(canon, tmp_path / "back", format="hf")
+    out, released = tensors(back, "*.safetensors"), tensors(release, "*.safetensors")
+    aside = set(tensors(expected, "extras-*.safetensors"))  # what the class does not hold
+    assert out.keys() >= released.keys() - aside
+    assert all(torch.equal(out[k], released[k]) for k in released.keys() - aside)

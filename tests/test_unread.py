@@ -1,0 +1,126 @@
+"""What a family does not read of a config: refused where it changes numbers, noted where it is unknown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from zoo import families, manifest, unread
+from zoo.config import Config, rope_parameters
+from zoo.errors import ZooError
+
+# Of other families, each with a value that changes numbers.
+FOREIGN: dict[str, Any] = {
+    "attn_logit_softcapping": 47.0, "final_logit_softcapping": 29.0, "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "logit_scale": 0.0625,
+    "query_pre_attn_scalar": 224, "clip_qkv": 8.0, "alibi": True, "parallel_attn": True, "use_parallel_residual": True,
+    "rotary_pct": 0.26, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 257, "num_kv_shared_layers": 3,
+    "hc_mult": 4, "index_topk": 2047, "ngram_size": 3, "laurel_rank": 63, "lm_head_bias": True,
+    "moe_router_logit_softcapping": 31.0, "zero_expert_num": 256, "layer_rope_theta": [1e4], "swa_rope_theta": 12345.0,
+    "lm_head_multiplier": 0.04, "key_multiplier": 0.4, "attention_k_eq_v": True, "moe_renormalize": True,
+    "attn_res_block_size": 12, "compress_ratios": [0, 4], "use_parallel_block": True, "num_experts": 7,
+    "sliding_window": 77, "hidden_act": "xielu", "moe_norm_min": 0.3, "head_dim": 1234,
+}  # fmt: skip
+CONFIGS = [m for m in manifest.load_all() if m.config is not None]
+
+
+@pytest.mark.parametrize("m", CONFIGS, ids=lambda m: m.name)
+def test_every_foreign_field_that_changes_numbers_is_refused_by_name(m: Any) -> None:
+    family = families.get(m.family)
+    spec, text = families.spec_of(m.config, family), m.config.get("text_config")
+    fields = Config(m.config)
+    family.spec(fields)
+    left = 0
+    for key, value in FOREIGN.items():
+        part = text if text is not None else m.config
+        changed = {**part, key: value}
+        config = changed if text is None else {**m.config, "text_config": changed}
+        again = Config(config)
+        try:
+            other = family.spec(again)
+        except ZooError as e:
+            assert key in str(e), key  # the family reads it, and refuses it itself
+            continue
+        if (key if text is None else f"text_config.{key}") not in again.unread() or other != spec:
+            continue  # it reads it
+        if key == "head_dim" and all(k != "attention" for k in _mixers(spec)):
+            continue  # latent attention has no such size
+        left += 1
+        if key == "sliding_window" and changed.get("use_sliding_window") is False:
+            continue
+        with pytest.raises(ZooError, match=rf"\b{key} is .*the family {family.name} does not read"):
+            families.spec_of(config, family)
+    assert left > len(FOREIGN) / 2
+
+
+def _mixers(spec: Any) -> set[str]:
+    return {layer.mixer.kind for layer in spec.layers if layer.mixer is not None}
+
+
+def config(**more: Any) -> dict[str, Any]:
+    return {**(manifest.find("qwen3-0.6b").config or {}), **more}
+
+
+def test_all_that_is_refused_is_named_at_once() -> None:
+    with pytest.raises(
+        ZooError, match=r"softcapping is 50\.0; residual_multiplier is 0\.22; .* does not read them"
+    ):
+        families.spec_of(config(attn_logit_softcapping=50.0, residual_multiplier=0.22))
+
+
+@pytest.mark.parametrize("m", CONFIGS, ids=lambda m: m.name)
+def test_every_release_is_read_without_a_note(m: Any) -> None:
+    assert families.read(m.config, families.get(m.family))[1] == []
+
+
+def test_an_unknown_field_is_a_note_with_the_path_to_it() -> None:
+    spec, notes = families.read(config(my_trainers_key=3, unsloth_fixed=True))
+    assert spec == families.spec_of(config())
+    assert notes == ["config: nobody reads my_trainers_key (unknown to zoo)"]
+    wrapped = dict(manifest.find("gemma-3-4b").config or {})
+    wrapped["text_config"] = {**wrapped["text_config"], "my_key": 1}
+    assert "text_config.my_key" in families.read(wrapped)[1][0]
+
+
+def test_a_field_of_a_nested_object_is_refused_with_the_path_to_it() -> None:
+    wrapped = dict(manifest.find("gemma-3-4b").config or {})
+    wrapped["text_config"] = {**wrapped["text_config"], "residual_multiplier": 0.22}
+    with pytest.raises(ZooError, match=r"text_config\.residual_multiplier is 0\.22"):
+        families.spec_of(wrapped)
+    with pytest.raises(ZooError, match=r"rope_scaling\.long_factor is \[2\.0\]"):
+        families.spec_of(config(rope_scaling={"rope_type": "linear", "factor": 2.0, "long_factor": [2.0]}))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"attn_logit_softcapping": None}, {"attn_logit_softcapping": 0.0}, {"residual_multiplier": 1}, {"alibi": False},
+        {"n_group": 1, "topk_group": 1}, {"max_window_layers": 28}, {"num_experts": 0}, {"qkv_bias": False},
+        {"sliding_window": 4096, "use_sliding_window": False}, {"clip_qkv": None}, {"n_embd": None},
+        {"use_qk_norm": True}, {"text_config": {}}, {"num_local_experts": []},
+    ],
+)  # fmt: skip
+def test_a_value_that_changes_nothing_or_says_what_the_model_is_passes(more: dict[str, Any]) -> None:
+    assert families.read(config(**more)) == (families.spec_of(config()), [])
+
+
+def test_a_field_is_neutral_or_silent_but_never_both() -> None:
+    assert not [key for key in unread.NUMBERS if unread.SILENT.fullmatch(key)]
+
+
+def test_reading_is_recorded_in_nested_objects_and_asking_is_not_reading() -> None:
+    c = Config({"a": 1, "b": 2, "in": {"x": 1, "y": 2}, "p": 5, "q": 5, "r": 6})
+    assert "b" in c
+    assert c["a"] == 1 and c.sub("in")["x"] == 1 and c.first("p", "q", "r") == 5
+    assert c.unread() == {"b": 2, "in.y": 2, "r": 6}  # another spelling that says the same is read, too
+    assert c.with_defaults({"b": 3, "z": 4})["b"] == 2
+    assert c.unread() == {"in.y": 2, "r": 6}
+
+
+def test_settings_of_rope_count_as_read_in_each_object_that_says_them() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    c = Config({"rope_theta": 1e4, "rope_scaling": yarn, "rope_parameters": {**yarn, "rope_theta": 1e4}})
+    p = rope_parameters(c)
+    assert p["factor"] == 4.0 and p["rope_theta"] == 1e4
+    assert c.unread() == {"rope_theta": 1e4}
