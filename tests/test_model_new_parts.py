@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo import config
+from zoo.config import Config
 from zoo.describe import describe
 from zoo.errors import ZooError
 from zoo.layout import layout
@@ -173,6 +175,32 @@ def test_longrope_divides_by_the_short_table_until_a_position_lies_beyond(
                 angle = t / (divisor * 100.0 ** (2 * j / 8))
                 assert cos[t, j].item() == pytest.approx(m * math.cos(angle), abs=2e-6)
                 assert sin[t, j].item() == pytest.approx(m * math.sin(angle), abs=2e-6)
+
+
+def test_longrope_is_read_from_a_config_by_the_names_that_a_family_has_for_it() -> None:
+    told = {"type": "su", "short_factor": [1, 2], "long_factor": [3, 4.5]}
+    ends = {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+    }
+    c = Config({**ends, "rope_scaling": told})
+    names = ("longrope", "su", "yarn")
+    s = config.rope(c, config.rope_parameters(c), 4, longrope=names).scaling
+    assert s is not None and s.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert (s.kind, s.factor, s.original_context, s.short, s.long) == (
+        "longrope",
+        32,
+        4096,
+        (1.0, 2.0),
+        (3.0, 4.5),
+    )
+    assert s.long_attention_factor is None
+    c = Config({**ends, "rope_scaling": {**told, "short_mscale": 1.1, "long_mscale": 1.2}})
+    s = config.rope(c, config.rope_parameters(c), 4, longrope=names).scaling
+    assert s is not None and (s.attention_factor, s.long_attention_factor) == (1.1, 1.2)
+    with pytest.raises(ZooError, match="rope_type is 'su'"):
+        config.rope(c, config.rope_parameters(c), 4)
 
 
 def test_tokens_of_both_longrope_tables_are_never_mixed() -> None:
