@@ -34,6 +34,8 @@ from zoo.spec import (
     ShortConv,
     Spec,
 )
+from zoo.verify.faults import CATALOGUE, Subject
+from zoo.verify.faults.parts import PARTS as PART_FAULTS
 
 D, V, F = 16, 40, 12
 N = Norm(1e-5)
@@ -424,7 +426,7 @@ def test_routers_choose_and_weigh(kind: str) -> None:
         assert set(expected) == set(chosen[i].tolist())
         w = scores[chosen[i]]
         if r.normalize:
-            w = w / max(float(w.sum()), r.normalize_floor)
+            w = w / w.sum().clamp(min=r.normalize_floor)
         if m.expert_scale is not None:
             w = w * m.expert_scale[chosen[i]].double()
         close(weights[i].detach(), (w * r.scale).detach())
@@ -528,3 +530,33 @@ def test_a_bias_of_a_tied_head_and_an_offset_of_no_positions_are_refused() -> No
         refuse_unsound(model(block(), tied=True, head_bias=True), "here")
     with pytest.raises(ZooError, match="there is none"):
         refuse_unsound(model(block(), positions_offset=2), "here")
+
+
+# --- seeded faults ------------------------------------------------------------------------------------------
+
+# What no family has yet, and a decoder that shows a mistake in it.
+WITH_FAULTS: dict[str, Spec] = {
+    **{name: spec for name, (spec, _) in PARTS.items()},
+    "grouped experts": model(block(ffn=MoE(16, MLP(6), Router(
+        2, "sigmoid", n_groups=4, top_groups=1, group_top=1, normalize=True, normalize_floor=1.9)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", sorted(PART_FAULTS))
+def test_a_seeded_fault_of_a_part_changes_what_is_computed(fault: str) -> None:
+    f = CATALOGUE[fault]
+    specs = [s for s in WITH_FAULTS.values() if f.applies(s)]
+    assert specs, "nothing shows it"
+    shown = []
+    for spec in specs:
+        clean = Subject(spec, tensors_of(spec))
+        faulty = f.inject(clean)
+        text = ids(20)
+        shown.append((built_of(faulty)(text) - built_of(clean)(text)).abs().max() > 1e-4)
+    assert any(shown)
+
+
+def built_of(s: Subject) -> Decoder:
+    m = Decoder(s.spec)
+    m.load_state_dict(s.tensors, assign=True)
+    return m
