@@ -21,16 +21,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import filelock
 from huggingface_hub import constants
 
 from zoo.hub.errors import Damaged
+from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
-
-if TYPE_CHECKING:
-    from zoo.hub.repo import RemoteFile, Snapshot
 
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
 

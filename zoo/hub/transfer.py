@@ -18,8 +18,8 @@ from huggingface_hub import is_offline_mode
 
 from zoo.hub import cache
 from zoo.hub.errors import About, Damaged, HubError, bytes_text
+from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, stream
-from zoo.hub.repo import RemoteFile, Snapshot
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter

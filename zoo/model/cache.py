@@ -170,7 +170,7 @@ class Context:
     start: int
     dtype: torch.dtype
     cache: Cache | None = None
-    per_layer: Tensor | None = None  # [B, T, n_layers, p], see altup.PerLayer
+    per_layer: Tensor | None = None  # [B, T, n_layers, p], see per_layer.PerLayer
     kv: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict
     )  # keys and values that later layers reuse

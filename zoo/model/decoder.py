@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
-from zoo.model import altup, generate
+from zoo.model import altup, generate, per_layer
 from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
@@ -138,7 +138,7 @@ class StreamLayer(Layer):
         self.altup = altup.AltUp(spec.altup, spec.d_model)
         self.laurel = altup.Laurel(spec.altup, spec.d_model)
         if spec.per_layer_embedding is not None:
-            self.per_layer = altup.PerLayer(spec.per_layer_embedding, spec.d_model)
+            self.per_layer = per_layer.PerLayer(spec.per_layer_embedding, spec.d_model)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [S, B, T, D] -> [S, B, T, D]
         predicted = self.altup.predicted(x)
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
             if spec.positions is not None:
                 self.positions = Table(spec.positions + spec.positions_offset, d)
             if spec.per_layer_embedding is not None:
-                self.per_layer = altup.PerLayerEnds(spec.per_layer_embedding, d, spec.n_layers)
+                self.per_layer = per_layer.PerLayerEnds(spec.per_layer_embedding, d, spec.n_layers)
             if spec.altup is not None:
                 self.altup = altup.Streams(spec.altup, d)
             kind = Layer if spec.altup is None else StreamLayer

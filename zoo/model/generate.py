@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.model.cache import checked
-from zoo.model.graph import Step, capturable
+from zoo.model.graph import Model, Step, capturable
 from zoo.model.rope import far_from
-
-if TYPE_CHECKING:
-    from zoo.model.decoder import Decoder
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
 
 
 def stream(
-    model: Decoder,
+    model: Model,
     ids: Tensor,
     max_new_tokens: int,
     eos: int | tuple[int, ...] | None = None,

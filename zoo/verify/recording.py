@@ -9,8 +9,9 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint, open_checkpoint
 from zoo.spec import Spec
-from zoo.verify import NO_TRANSFORMERS, certificate, golden
+from zoo.verify import certificate, golden
 from zoo.verify import inputs as standard
+from zoo.verify.certificate import NO_TRANSFORMERS
 from zoo.verify.oracle import Transformers, upstream_available
 from zoo.verify.run import readable, versions
 

@@ -22,8 +22,8 @@ from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint, open_checkpoint
-from zoo.verify import NO_TRANSFORMERS, NUMERIC, certificate, exact, inputs, judge
-from zoo.verify.certificate import LEVELS, Certificate, Level
+from zoo.verify import certificate, exact, inputs, judge
+from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Level
 from zoo.verify.compare import Measured, measure
 from zoo.verify.inputs import Inputs
 from zoo.verify.oracle import DTYPES, CannotLoad, NoUpstream, Oracle, Transformers, upstream_available
