@@ -27,9 +27,11 @@ from zoo.spec import (
     Layer,
     MoE,
     Norm,
+    PerLayerEmbedding,
     QKNorm,
     Rope,
     RopeScaling,
+    Rounding,
     Router,
     ShortConv,
     Spec,
@@ -87,6 +89,9 @@ PARTS: dict[str, tuple[Spec, str]] = {
         model(block(replace(ATTENTION, value_from_key=True, qk_norm=QKNorm(N), value_norm=Norm(1e-5, weight="none")))),
         "values are the keys before their norm and RoPE"),
     "values from plain keys": (model(block(replace(ATTENTION, value_from_key=True))), "values are the keys"),
+    "per-layer embedding": (
+        model(block(scalar=True), block(), per_layer_embedding=PerLayerEmbedding(V, 4, N, rounding="last")),
+        "per-layer embeddings of 4"),
     "layer scalar": (model(block(scalar=True), block()), "a learned scale at the layer's end"),
 }  # fmt: skip
 
@@ -450,6 +455,30 @@ def test_a_dense_mlp_and_experts_side_by_side_have_norms_of_their_own() -> None:
                 routed[t] += share * (part.down.weight[e].double() @ h)
         y = x + rms(dense + rms(routed, part.post_norm.weight)[None], layer.ffn_post_norm.weight)
         close(layer.feed(layer.ffn_norm(x), x, x), y, atol=3e-5)
+
+
+@pytest.mark.parametrize("rounding", ["first", "last"])
+def test_a_layer_adds_of_its_vector_of_the_second_embedding(rounding: Rounding) -> None:
+    spec = model(
+        block(None, None, scalar=True), per_layer_embedding=PerLayerEmbedding(V, 5, N, rounding=rounding)
+    )
+    m, text = filled(spec), ids()
+    x, ctx = m.start(text)
+    ends, part = m.per_layer, m.layers[0].per_layer
+    with torch.no_grad():
+        e = x.double()
+        projected = rms((e @ ends.proj.weight.double().T) * D**-0.5, ends.norm.weight)
+        vector = (projected + ends.embed.weight[text].double() * 5**0.5) * 2**-0.5
+        h = torch.nn.functional.gelu(e @ part.gate.weight.double().T, approximate="tanh") * vector
+        y = (e + rms(h @ part.out.weight.double().T, part.norm.weight)) * m.layers[0].scalar
+        close(m.layers[0](x, ctx), y, atol=1e-5)
+        if rounding == "last":  # constants are rounded with their products, once
+            half = filled(spec, torch.bfloat16)
+            x, ctx = half.start(text)
+            own = (half.per_layer.embed.weight[text].float() * 5**0.5).bfloat16()
+            p = half.per_layer.norm((half.per_layer.proj(x).float() * D**-0.5).bfloat16())
+            assert ctx.per_layer is not None
+            assert torch.equal(ctx.per_layer[:, :, 0], ((p + own).float() * 2**-0.5).bfloat16())
 
 
 def test_a_shared_expert_may_be_averaged_with_the_routed_ones() -> None:

@@ -391,12 +391,17 @@ class AltUp:
 
 @dataclass(frozen=True, slots=True)
 class PerLayerEmbedding:
-    """Gemma 3n's per-layer inputs: a second embedding of `vocab_size` x (n_layers * dim)."""
+    """Per-layer inputs: a second embedding of `vocab_size` x (n_layers * dim), mixed with a projection of the first; a layer
+    adds norm(out(act(gate(x)) * its vector)) at its end, or to all streams but the first (`AltUp`).
+
+    `rounding`: the constants that scale embedding and projection are rounded "first", or their products "last".
+    """
 
     vocab_size: int
     dim: int
     norm: Norm
     act: Activation = "gelu_tanh"
+    rounding: Rounding = "first"
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,8 @@ class Layer(nn.Module):
             case MoESpec():
                 self.moe = MoE(layer.ffn, d)
         self.ffn_post_norm = _norm(layer.ffn_post_norm, d)
+        if spec.per_layer_embedding is not None:
+            self.per_layer = per_layer.PerLayer(spec.per_layer_embedding, d)
         self.register_parameter("scalar", nn.Parameter(torch.empty(1)) if layer.scalar else None)
 
     @property
@@ -107,6 +109,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         s = self.spec
         x = self._side_by_side(x, ctx) if s.parallel else self._one_by_one(x, ctx)
+        if ctx.per_layer is not None:
+            x = x + self.per_layer(x, ctx.per_layer[:, :, self.index])
         return x if self.scalar is None else x * self.scalar.to(x.dtype)
 
     def _side_by_side(self, x: Tensor, ctx: Context) -> Tensor:
@@ -137,8 +141,6 @@ class StreamLayer(Layer):
         assert spec.altup is not None
         self.altup = altup.AltUp(spec.altup, spec.d_model)
         self.laurel = altup.Laurel(spec.altup, spec.d_model)
-        if spec.per_layer_embedding is not None:
-            self.per_layer = per_layer.PerLayer(spec.per_layer_embedding, spec.d_model)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [S, B, T, D] -> [S, B, T, D]
         predicted = self.altup.predicted(x)
