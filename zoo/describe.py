@@ -192,7 +192,9 @@ def _temperature(q: QueryScale) -> str:
 def _qk_norm(m: Mixer) -> str:
     if not isinstance(m, Attention) or m.qk_norm is None:
         return ""
-    over = "per head" if m.qk_norm.over == "head" else "over all heads"
+    over = {"head": "per head", "each_head": "per head, a weight each", "all_heads": "over all heads"}[
+        m.qk_norm.over
+    ]
     weight = ", no weight" if m.qk_norm.norm.weight == "none" else ""
     return f"{_norm(m.qk_norm.norm)} {over}, {'after' if m.qk_norm.after_rope else 'before'} RoPE{weight}"
 

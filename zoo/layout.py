@@ -22,6 +22,7 @@ from zoo.spec import (
     Mamba,
     MoE,
     Norm,
+    QKNorm,
     ShortConv,
     Spec,
 )
@@ -70,13 +71,18 @@ def _fused(name: str, parts: tuple[int, ...], *rest: int) -> _Entry:
     return name, (sum(parts), *rest), parts, False
 
 
-def _norm(name: str, norm: Norm | None, d: int) -> Iterator[_Entry]:
+def _norm(name: str, norm: Norm | None, *shape: int) -> Iterator[_Entry]:
     if norm is None:
         return
     if norm.weight != "none":
-        yield _one(f"{name}.weight", d)
+        yield _one(f"{name}.weight", *shape)
     if norm.kind == "layer" and norm.bias:
-        yield _one(f"{name}.bias", d)
+        yield _one(f"{name}.bias", *shape)
+
+
+def qk_norm_shape(n: QKNorm, heads: int, head_dim: int) -> tuple[int, ...]:
+    """The shape of a weight of `n`, for queries or keys of so many heads."""
+    return {"head": (head_dim,), "each_head": (heads, head_dim), "all_heads": (heads * head_dim,)}[n.over]
 
 
 def _attention(a: Attention, d: int) -> Iterator[_Entry]:
@@ -92,11 +98,10 @@ def _attention(a: Attention, d: int) -> Iterator[_Entry]:
     yield _one("attn.out.weight", d, a.n_heads * a.v_head_dim)
     if a.out_bias:
         yield _one("attn.out.bias", d)
-    if a.qk_norm is not None:
-        per_head = a.qk_norm.over == "head"
-        yield from _norm("attn.q_norm", a.qk_norm.norm, a.head_dim if per_head else q)
+    if (n := a.qk_norm) is not None:
+        yield from _norm("attn.q_norm", n.norm, *qk_norm_shape(n, a.n_heads, a.head_dim))
         if a.kv_from is None:
-            yield from _norm("attn.k_norm", a.qk_norm.norm, a.head_dim if per_head else k)
+            yield from _norm("attn.k_norm", n.norm, *qk_norm_shape(n, a.n_kv_heads, a.head_dim))
     if a.sinks:
         yield _one("attn.sinks", a.n_heads)
 

@@ -124,6 +124,8 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield f"values of {v} channels cannot be keys of {k}, or of another layer"
         case MLP(act="silu_clamped", limit=None):
             yield "a clamped activation needs a limit"
+        case MLP(limit=float(), sparsity=share) if share:
+            yield "sparse activations have no limit"
         case MLP(limit=float(n)) if n <= 0:
             yield f"activations are clamped at {n}"
         case MLP(limit=float(), act=act, gated=gated) if act not in ("silu", "silu_clamped") or not gated:

@@ -100,11 +100,11 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """Normalisation of queries and keys: per head (weight [head_dim]) or over all heads at once
-    (weight [n_heads * head_dim]); before RoPE unless `after_rope`."""
+    """Normalisation of queries and keys: per head (weight [head_dim], or [n_heads, head_dim] where "each_head" has its
+    own) or over all heads at once (weight [n_heads * head_dim]); before RoPE unless `after_rope`."""
 
     norm: Norm
-    over: Literal["head", "all_heads"] = "head"
+    over: Literal["head", "each_head", "all_heads"] = "head"
     after_rope: bool = False
 
 

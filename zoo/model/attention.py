@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo.kernels.attention import attention, decode
 from zoo.kernels.launch import has_triton
 from zoo.kernels.rope import place, place_fits, rotate
+from zoo.layout import qk_norm_shape
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
 from zoo.model.norm import Norm
@@ -122,10 +123,9 @@ class Attention(nn.Module):
         self.qkv = Linear(d, *parts, bias=spec.qkv_bias)
         self.out = Linear(H * V, d, bias=spec.out_bias)
         if (n := spec.qk_norm) is not None:
-            per_head = n.over == "head"
-            self.q_norm = Norm(n.norm, D if per_head else H * D)
+            self.q_norm = Norm(n.norm, *qk_norm_shape(n, H, D))
             if spec.kv_from is None:
-                self.k_norm = Norm(n.norm, D if per_head else K * D)
+                self.k_norm = Norm(n.norm, *qk_norm_shape(n, K, D))
         if spec.value_norm is not None:
             self.v_norm = Norm(spec.value_norm, V)
         self.register_parameter("sinks", nn.Parameter(torch.empty(H)) if spec.sinks else None)
@@ -171,6 +171,8 @@ class Attention(nn.Module):
         s, n, entry = self.spec, self.spec.qk_norm, ctx.entry(self.layer)
         B, T, _ = q.shape
         if s.kv_from is not None or self.shares or (s.query_scale is not None and s.softcap is not None):
+            return None
+        if n is not None and n.over == "each_head":
             return None
         if s.alibi is not None or (
             s.value_from_key and s.value_norm is None
@@ -248,7 +250,7 @@ class Attention(nn.Module):
         if n is not None and n.over == "all_heads":
             x = getattr(self, norm)(x)
         x = x.unflatten(-1, (heads, s.head_dim))
-        if n is not None and n.over == "head" and not n.after_rope:
+        if n is not None and n.over != "all_heads" and not n.after_rope:
             x = getattr(self, norm)(x)
         if s.rope is not None:
             x = rotate(x, *ctx.rope(s.rope), s.rope.interleaved)

@@ -9,6 +9,7 @@ Unusual:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -224,7 +225,7 @@ class Context:
         """What is added to each head's scores of each key that `visible` counts, [H, S]."""
         if (a, n_heads) not in self._made:
             keys = self._key_positions(None)
-            slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float32, device=keys.device)[:, None]
+            slopes = _slopes(n_heads, keys.device)
             bias = (slopes.bfloat16() * keys if a.bf16 else slopes * keys).to(self.dtype)
             self._made[a, n_heads] = bias if a.scale == 1.0 else bias * a.scale
         return self._made[a, n_heads]  # type: ignore[return-value]
@@ -313,6 +314,12 @@ def alibi_slopes(n: int) -> list[float]:
     lower = 1 << n.bit_length() - 1
     slopes = [2.0 ** (-8 * (h + 1) / lower) for h in range(lower)]
     return slopes + [2.0 ** (-4 * (2 * h + 1) / lower) for h in range(n - lower)]
+
+
+@functools.lru_cache(maxsize=16)
+def _slopes(n: int, device: torch.device) -> Tensor:
+    """[n, 1], copied to the device once: nothing may be while a step is captured."""
+    return torch.tensor(alibi_slopes(n), dtype=torch.float32, device=device)[:, None]
 
 
 def checked(ids: Tensor, cache: Cache | None = None) -> None:
