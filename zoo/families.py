@@ -22,7 +22,7 @@ from zoo.soundness import MAX_LAYERS, refuse_unsound
 from zoo.spec import Spec
 
 if TYPE_CHECKING:
-    from zoo.family.gguf_fields import Fields
+    from zoo.formats.gguf_fields import Fields
 
 OwnReading = Callable[[Config, Collection[str]], dict[str, Any] | None]
 """(the vendor's config, names of the tensors) -> config.json in Hugging Face terms, or None: not of this family."""

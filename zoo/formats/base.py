@@ -9,9 +9,10 @@ import importlib
 import json
 import math
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,16 @@ READERS: dict[str, str] = {
 def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> Checkpoint:
     """Open the checkpoint at `path` (a folder, or a single file) by its headers.
 
+    A folder of the Hub's cache stands for its snapshot (see `snapshot_of`).
     Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
     """
     p = Path(path)
     if not p.exists():
         raise ZooError(f"{p}: no such file or folder")
+    if (snapshot := snapshot_of(p)) != p:
+        found = open_checkpoint(snapshot, format)
+        note = f"{p} is a folder of the Hub's cache: its snapshot {snapshot.name} was opened"
+        return replace(found, notes=(note, *found.notes))
     if format is not None and format not in READERS:
         raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
     for name in [format] if format else READERS:
@@ -109,6 +115,11 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         if format or reader.detect(p):
             open_: Callable[[Path], Checkpoint] = reader.open
             return open_(p)
+    models = sorted(str(m) for m in p.glob("models--*")) if p.is_dir() else []
+    if models:
+        raise ZooError(
+            f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
+        )
     inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
     raise ZooError(
         f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
@@ -177,10 +188,51 @@ def inside(root: Path, name: str, who: str) -> Path:
     if base.parent.name == "snapshots":
         allowed.append(base.parent.parent / "blobs")
     if not any(real.is_relative_to(a) for a in allowed):
-        raise ZooError(f"{path} is a symlink to {real}, outside the checkpoint's folder: refused")
+        # A repository can hold links, too, and a carried file is copied: nothing tells a hostile link from one's own.
+        raise ZooError(
+            f"{path} is a symlink to {real}, outside the checkpoint's folder: refused, as files that were downloaded "
+            f"could lead anywhere. If the links are your own, give the folder that they lead to, or one without links: "
+            f"`cp -rL {shlex.quote(str(root))} COPY` (`cp -rlL` takes no space on the same disk)"
+        )
     if not real.is_file():
         raise ZooError(f"{path} is not a regular file")
     return path
+
+
+def snapshot_of(path: Path) -> Path:
+    """The snapshot that a folder of the Hub's cache (`models--owner--name`) stands for; any other path is itself.
+
+    It is the one that `refs/main` names, or the only one. Raises ZooError, naming the choices, if there are several.
+    """
+    at = path.parent if path.name == "snapshots" else path
+    cached = at.name.startswith("models--") or (at / "refs").is_dir() or (at / "blobs").is_dir()
+    if not (cached and (at / "snapshots").is_dir()):
+        return path
+    held = sorted(p for p in (at / "snapshots").iterdir() if p.is_dir())
+    try:
+        main = at / "snapshots" / (at / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        main = None
+    if main in held:
+        return main
+    if not held:
+        raise ZooError(f"{path} is a folder of the Hub's cache without a snapshot: nothing was downloaded")
+    if len(held) > 1:
+        raise ZooError(
+            f"{path} is a folder of the Hub's cache with several snapshots, and its refs/main names none of them. "
+            f"Give one: {', '.join(map(str, held))}"
+        )
+    return held[0]
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file of this name is one that systems strew about: no part of a checkpoint."""
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
+
+
+def named(folder: Path, pattern: str) -> list[str]:
+    """The names of the files in a folder that match, in order; stray ones (`._model.safetensors`) are not among them."""
+    return sorted(p.name for p in folder.glob(pattern) if not is_stray(p.name))
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt")
@@ -209,7 +261,13 @@ def carried_files(root: Path) -> tuple[str, ...]:
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
             ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
         )
-        if keep and p.suffix not in WEIGHT_SUFFIXES and p.is_file() and p.stat().st_size < 256 << 20:
+        if (
+            keep
+            and not is_stray(p.name)
+            and p.suffix not in WEIGHT_SUFFIXES
+            and p.is_file()
+            and p.stat().st_size < 256 << 20
+        ):
             if p.name not in ("zoo.json", "parity.json"):
                 inside(root, p.name, str(root))
                 out.append(p.name)

@@ -21,6 +21,7 @@ from zoo.formats.base import (
     carried_files,
     encoded,
     inside,
+    named,
     read_json,
 )
 
@@ -33,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 def detect(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".safetensors"
-    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+    return (path / INDEX).exists() or bool(named(path, "*.safetensors"))
 
 
 def open(path: Path) -> Checkpoint:
@@ -65,7 +66,7 @@ def weight_files(root: Path) -> list[str]:
     if (root / INDEX).exists():
         index = read_json(root / INDEX, "delete it if model.safetensors is whole")
         return index_files(index, str(root / INDEX))
-    names = sorted(p.name for p in root.glob("*.safetensors"))
+    names = named(root, "*.safetensors")
     if "model.safetensors" in names:
         return ["model.safetensors"]
     if len(names) > 1 and any("-of-" in n for n in names):

@@ -14,7 +14,8 @@ from zoo.hub.errors import About, HubError
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a commit. It has `sha256` if the repository keeps it in LFS, else `git_sha1`, its git blob id."""
+    """A file of a commit. It has `sha256` if the repository keeps it in LFS, else `git_sha1`, its git blob id; neither if
+    a cache without links holds it and no list says what it should be (see `hub.hashed`)."""
 
     path: str
     size: int  # bytes
@@ -23,6 +24,7 @@ class RemoteFile:
     # What the library's own file list keeps besides; of no use to a transfer over HTTP.
     lfs_pointer: str | None = field(default=None, repr=False, compare=False)
     xet_hash: str | None = field(default=None, repr=False, compare=False)
+    hashed_here: bool = field(default=False, compare=False)  # `sha256` is what was found, not what was to be
 
     @property
     def blob(self) -> str:
@@ -38,6 +40,7 @@ class Snapshot:
     revision: str  # as asked: a branch, a tag or a commit
     commit: str
     files: tuple[RemoteFile, ...]  # sorted by path
+    listed: bool = True  # by the Hub; else made of what its cache happens to hold, and told to nobody
 
     def file(self, path: str) -> RemoteFile:
         """The file at `path`. Raises HubError, with the nearest names, if there is none."""
