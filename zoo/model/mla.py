@@ -24,9 +24,10 @@ from zoo.spec import LatentAttention as LatentSpec
 
 
 class LatentAttention(nn.Module):
-    def __init__(self, spec: LatentSpec, d: int, layer: int) -> None:
+    def __init__(self, spec: LatentSpec, d: int, layer: int, shares: bool = False) -> None:
+        """`shares`: a later layer sees what this one's indexer chooses."""
         super().__init__()
-        self.spec, self.layer = spec, layer
+        self.spec, self.layer, self.shares = spec, layer, shares
         q = spec.n_heads * (spec.nope_dim + spec.rope_dim)
         if spec.q_rank is None:
             self.q = Linear(d, q)
@@ -59,16 +60,25 @@ class LatentAttention(nn.Module):
         if s.query_scale is not None:
             factor = ctx.query_scale(s.query_scale)[:, None, None]
             q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)
-        if self.indexer is None and has_triton(x) and x.dtype != torch.float64:
+        sparse = self.indexer is not None or s.indexer_from is not None
+        if not sparse and has_triton(x) and x.dtype != torch.float64:
             y = self._fused(q, q_nope, q_rope, stored, ctx)
         else:
-            visible = ctx.visible()
-            if self.indexer is not None:
-                visible = self.indexer(x, q_latent, ctx, visible)
+            visible = self._visible(x, q_latent, ctx)
             mix = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
             y = mix(q_nope, q_rope, stored, visible)  # [B, T, H, V]
         out: Tensor = self.out(y.flatten(2), onto)
         return out
+
+    def _visible(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Visible:
+        if self.spec.indexer_from is not None:
+            return ctx.chosen[self.spec.indexer_from]
+        visible = ctx.visible()
+        if self.indexer is not None:
+            visible = self.indexer(x, q_latent, ctx, visible)
+        if self.shares:
+            ctx.chosen[self.layer] = visible
+        return visible
 
     def _fused(self, q: Tensor, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context) -> Tensor:
         """`_absorbed` or `_expanded` by kernels; with a cache, `stored` [B, S, rank + rope] may have more slots

@@ -1,6 +1,6 @@
-"""Per-layer embeddings (Gemma 3n): a second table, of a small vector for every token and layer.
+"""Per-layer embeddings (Gemma 3n, Gemma 4): a second table, of a small vector for every token and layer.
 
-Unusual: the constants are rounded to the model's dtype before use.
+Unusual: Gemma 3n rounds the constants to the model's dtype before it uses them (`PerLayerEmbedding.rounding`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PerLayerEnds(nn.Module):
         """ids [B, T], x [B, T, D] -> [B, T, n_layers, dim]. Ids beyond the table count as 0."""
         s = self.spec
 
-        def number(value: float) -> float:  # constants are rounded to the model's dtype before use
-            return float(torch.tensor(value, dtype=x.dtype))
+        def number(value: float) -> float:
+            return float(torch.tensor(value, dtype=x.dtype if s.rounding == "first" else torch.float64))
 
         known = torch.where(ids < s.vocab_size, ids, 0)
         own = F.embedding(known, self.embed.weight).to(x.dtype) * number(s.dim**0.5)

@@ -132,6 +132,8 @@ def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
             note("chunk", m.chunk)
         if isinstance(m, LatentAttention) and m.indexer is not None:
             note("index top-k", m.indexer.top_k)
+        if m.rope is not None and m.rope.scaling is not None and m.rope.scaling.kind == "longrope":
+            note("LongRoPE's other angles", m.rope.scaling.original_context)
         if m.query_scale is not None:
             note("query scale period", m.query_scale.period)
     return found

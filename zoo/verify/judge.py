@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zoo.model.rope import far_from
 from zoo.verify import tolerance
 from zoo.verify.certificate import Check, Level
 from zoo.verify.choices import Choices, watched
@@ -188,7 +189,9 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         whole = decoder(ids)
     cache = decoder.cache(len(ids), T)
     # The first token alone, then pieces onto a cache that is not empty, and the last 16 one by one.
-    cuts = sorted({0, 1, min(6, T), *range(max(1, T - 16), T + 1)})
+    # All on one side of LongRoPE's border: a cache is never carried across.
+    border = max((n for n in far_from(ours.spec) if n < T), default=0)
+    cuts = sorted({0, *(n for n in (1, min(6, T), *range(max(1, T - 16), T + 1)) if n > border)})
     with watched(decoder, like=at_once) as by_cache:
         cached = torch.cat([decoder(ids[:, a:z], cache) for a, z in pairwise(cuts)], 1)
     if by_cache.tied:

@@ -260,6 +260,9 @@ def _other_act(m: MLP) -> MLP:
         "gelu_tanh": "gelu",
         "relu2": "silu",
         "silu_clamped": "silu",
+        "relu": "relu2",
+        "quick_gelu": "gelu",
+        "xielu": "relu2",
     }
     return replace(m, act=other[m.act], limit=None)  # type: ignore[arg-type]
 

@@ -98,7 +98,8 @@ def _q_and_k(change: Callable[[Tensor, int], Tensor], q: bool = True, k: bool = 
                 if q:
                     parts[0] = change(parts[0], m.n_heads)
                 if k and m.kv_from is None:
-                    parts[-2] = change(parts[-2], m.n_kv_heads)
+                    at = -1 if m.value_from_key else -2
+                    parts[at] = change(parts[at], m.n_kv_heads)
                 new[name] = torch.cat(parts).view(t.dtype)
         return s.put(new)
 
@@ -200,7 +201,7 @@ _QKV = "attn.qkv.weight"
 add("q_k_swapped", "q and k exchanged in the fused matrix", "weights",
      _slots(_QKV, lambda _s, t: len(t.parts) == 3 and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 add("k_v_swapped", "k and v exchanged in the fused matrix", "weights",
-     _slots(_QKV, lambda _s, t: len(t.parts) >= 3 and t.parts[-2] == t.parts[-1]), _edit(_swap_parts(-2, -1)), "again")  # fmt: skip
+     _slots(_QKV, lambda s, t: len(t.parts) >= 3 and t.parts[-2] == t.parts[-1] and not _mixer(s, t).value_from_key), _edit(_swap_parts(-2, -1)), "again")  # fmt: skip
 add("q_gate_swapped", "query and output gate exchanged", "weights",
      _slots(_QKV, lambda s, t: bool(_mixer(s, t).gate) and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 add("rope_rows_interleaved", "rows of q and k in interleaved RoPE order", "weights",
