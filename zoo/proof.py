@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import converters
 import manifests
-import zoo
 
 if TYPE_CHECKING:
     from zoo.families import Family
@@ -35,7 +34,7 @@ def sources_version() -> str:
     """Hash of the bytes of every family file, of the code beneath them and of the release configs."""
     import hashlib
 
-    own, configs = zoo.__path__[0], os.path.join(manifests.__path__[0], "configs")
+    own, configs = os.path.dirname(__file__), os.path.join(manifests.__path__[0], "configs")
     paths = [os.path.join(own, name) for name in _CODE]
     for folder, end in (
         (converters.__path__[0], ".py"),

@@ -6,7 +6,7 @@ transformers clamps dt to `time_step_min` when it reads a prompt, and not when i
 from __future__ import annotations
 
 from zoo import families
-from zoo.testing import EPS, FULL, LINEAR, VOCAB, FamilyCase, Variant, names
+from zoo.testing import EPS, FULL, LINEAR, VOCAB, FamilyCase, Variant, build, names
 from zoo.testing.full_size import mixers, read
 from zoo.testing.names import Config, Tensor
 from zoo.testing.released import drop, drop_default
@@ -83,8 +83,7 @@ CASE = FamilyCase(
             },
             "experts in a latent space (Nemotron 3 Super); with mtp.* beside the model", mtp=1),
         Variant("nemotron_h_dtmin", "NemotronHForCausalLM", _NEMOTRON | {"time_step_min": 0.45},
-            "the lower clamp of dt acts (upstream: in prefill, not in single-token decode)",
-            decodes_otherwise="dt is clamped from below in prefill only"),
+            "a floor under dt that would act, if dt had one: see the family's disagreements"),
     ),
     main="nemotron_h_dtmin",
     layer_kinds=frozenset({FULL, LINEAR, "moe", "mlp"}),
@@ -106,3 +105,15 @@ def test_nemotrons_letters_become_layers_of_one_thing_each() -> None:
     for layer in spec.layers:
         assert (layer.mixer is None) != (layer.ffn is None)
         assert (layer.attn_norm is None) == (layer.mixer is None)
+
+
+def test_upstream_still_puts_a_floor_under_dt() -> None:
+    """If it does not any more, the family's entry among the disagreements has had its day."""
+    model = build.fresh(CASE.variant("nemotron_h_dtmin"))
+    limits = {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")}
+    assert limits == {(0.45, float("inf"))}
+    assert tuple(model.config.time_step_limit) == (0.0, float("inf"))
+    build.corrected(CASE, model)
+    assert {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")} == {
+        (0.0, float("inf"))
+    }

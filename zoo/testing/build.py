@@ -82,7 +82,11 @@ def upstream(
     cls = names.model_class(case, config)
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = experts or "eager"
-    model = cls.from_pretrained(path, dtype=getattr(torch, dtype), **switches).eval()
+    return corrected(case, cls.from_pretrained(path, dtype=getattr(torch, dtype), **switches).eval())
+
+
+def corrected(case: FamilyCase, model: Any) -> Any:
+    """Upstream's model, made to do as the vendor's in the points where zoo follows the vendor."""
     for known in families.get(case.name).disagreements:
         if known.correct is not None:
             known.correct(model)

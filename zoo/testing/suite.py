@@ -174,7 +174,7 @@ class FamilySuite:
         assert out.std(-1).min() > 0.5, "some position has nothing to say"
         assert out.std((0, 1)).min() > 0.3, "some token's logit hardly depends on the input"
         # What came through the files is what was built.
-        model = build.perturbed(variant)
+        model = build.corrected(self.case, build.perturbed(variant))
         if model._can_set_experts_implementation():
             model.set_experts_implementation("eager")
         assert (build.logits(model, ids) - out).abs().max() < 5e-5

@@ -176,7 +176,9 @@ def _norms_moved(s: Subject, i: int) -> Iterator[Remedy]:
         moved = {a: b for a, b in zip(present, places, strict=True) if a != b}
         if not moved:
             continue
-        norms = dict.fromkeys(PLACES) | {b: getattr(layer, a) for a, b in zip(present, places, strict=True)}
+        norms: dict[str, Any] = dict.fromkeys(PLACES) | {
+            b: getattr(layer, a) for a, b in zip(present, places, strict=True)
+        }
         other: Layer = replace(layer, **norms)
         tensors = {_moved(n, f"layers.{i}.", moved): t for n, t in s.tensors.items()}
         spec = replace(s.spec, layers=(*s.spec.layers[:i], other, *s.spec.layers[i + 1 :]))
