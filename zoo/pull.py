@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import Checkpoint
+from zoo.formats.base import Checkpoint, inside
 from zoo.formats.safetensors import read_header
 from zoo.mapping.folder import check_destination, clear, in_the_way, is_ours, put, recover
 from zoo.mapping.plan import Plan, make_plan
@@ -123,6 +123,7 @@ def convert(
     dtype: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     strict: bool = False,
     verify: str | None = None,
     force: bool = False,
@@ -132,9 +133,11 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears.
+    `src` before it appears. `file`: which file of weights, or index of shards, in the folder `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
+    if file is not None:
+        src = _named(src, file)
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -150,6 +153,9 @@ def convert(
     plan = open_source(path, **how).plan
     refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
+    for said in plan.checkpoint.notes:
+        if said.startswith("weights: "):
+            progress.note(said)
     progress.start(plan.nbytes)
     progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
@@ -163,6 +169,14 @@ def convert(
     if verify is not None:
         _verify(target, dst, verify, force, progress)
     return dst
+
+
+def _named(src: StrPath, file: str) -> Path:
+    """The file called `file` in the folder `src`, or below it."""
+    root = Path(src)
+    if not root.is_dir():
+        raise ZooError(f"{src}: --file names a file in a folder on this disk, and this is none")
+    return inside(root, file, "--file")
 
 
 # ---- pull

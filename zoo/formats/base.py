@@ -75,6 +75,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     default_dtype: str | None = None  # what to convert to when the user asks for nothing (block types)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    chosen: str | None = None  # the file or index that was named, where not the folder was
 
     def path(self, file: str) -> Path:
         return self.root / file
@@ -95,20 +96,32 @@ READERS: dict[str, str] = {
 
 
 def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> Checkpoint:
-    """Open the checkpoint at `path` (a folder, or a single file) by its headers.
+    """Open the checkpoint at `path` (a folder, a single file, or an index of shards) by its headers.
 
-    Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
+    Of several sets of weights in a folder that is read which transformers takes, and a note names the others
+    (`zoo.formats.sets`). Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
     """
+    from zoo.formats import sets
+
     p = Path(path)
     if not p.exists():
         raise ZooError(f"{p}: no such file or folder")
     if format is not None and format not in READERS:
         raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
+    # The vendor's own files beside a Hugging Face checkpoint are the second set, as they are for transformers.
+    whole = p.is_dir() and (p / "config.json").is_file() and any((p / n).is_file() for n in sets.ORDER)
     for name in [format] if format else READERS:
         reader = importlib.import_module(READERS[name])
-        if format or reader.detect(p):
+        if format or (reader.detect(p) and not (whole and name in ("mistral", "meta"))):
             open_: Callable[[Path], Checkpoint] = reader.open
-            return open_(p)
+            ckpt = open_(p)
+            ckpt.chosen = p.name if p.is_file() else None
+            if name != "canonical" and (said := sets.note(ckpt, ckpt.chosen)) is not None:
+                ckpt.notes = (*ckpt.notes, said)
+            return ckpt
+    if p.is_dir() and (deeper := sets.below(p)):
+        listed = ", ".join(deeper[:8]) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
+        raise ZooError(f"{p}: no checkpoint in the folder itself; name one below it with --file: {listed}")
     inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
     raise ZooError(
         f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
@@ -197,7 +210,9 @@ def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: 
     """Add those of one file to those of the others. Raises ZooError for a name that two files have."""
     for ref in refs:
         if (other := tensors.get(ref.name)) is not None:
-            raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+            raise ZooError(
+                f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant? Say it with --file"
+            )
         tensors[ref.name] = ref
 
 

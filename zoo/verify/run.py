@@ -7,11 +7,12 @@ and torch. A level that can't be judged is listed under `not_checked`, with the 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,18 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint, open_checkpoint
 from zoo.verify import NO_TRANSFORMERS, NUMERIC, certificate, exact, inputs, judge
-from zoo.verify.certificate import LEVELS, Certificate, Level
+from zoo.verify.certificate import LEVELS, Certificate, Check, Level
 from zoo.verify.compare import Measured, measure
 from zoo.verify.inputs import Inputs
-from zoo.verify.oracle import DTYPES, CannotLoad, NoUpstream, Oracle, Transformers, upstream_available
+from zoo.verify.oracle import (
+    DTYPES,
+    CannotLoad,
+    NoUpstream,
+    Oracle,
+    Transformers,
+    from_pretrained_files,
+    upstream_available,
+)
 from zoo.verify.ours import Ours, Streamed, build, subject_of
 
 if TYPE_CHECKING:
@@ -195,7 +204,15 @@ def _open_oracle(
     why = f"upstream cannot read {ckpt.format} files"
     try:
         if path is not None:
-            out.oracle = _upstream(path, dtype, None, stream)
+            if path != ckpt.root or ckpt.chosen is None or _takes_the_same(ckpt):
+                out.oracle = _upstream(path, dtype, None, stream)
+                return
+            note = (
+                f"upstream was given {ckpt.chosen} alone, as asked for: left to itself it reads other files"
+            )
+            if not stream:
+                path, out.cleanup = alone(ckpt)
+            out.oracle = _upstream(path, dtype, note, stream, ckpt.files)
             return
     except CannotLoad as e:
         # Of a plain folder an export would be the same files again.
@@ -232,11 +249,13 @@ def _open_oracle(
         out.why_no_oracle = str(e)
 
 
-def _upstream(path: Path, dtype: str, note: str | None, stream: bool) -> Transformers:
+def _upstream(
+    path: Path, dtype: str, note: str | None, stream: bool, files: Iterable[str] | None = None
+) -> Transformers:
     if stream:
         from zoo.verify.stream import StreamedTransformers
 
-        return StreamedTransformers(path, dtype, note)
+        return StreamedTransformers(path, dtype, note, files)
     return Transformers(path, dtype, note)
 
 
@@ -251,6 +270,45 @@ def readable(ckpt: Checkpoint) -> Path | None:
     ):
         return ckpt.root
     return None
+
+
+def _takes_the_same(ckpt: Checkpoint) -> bool:
+    return from_pretrained_files(ckpt.root) == tuple(sorted(ckpt.files))
+
+
+def alone(ckpt: Checkpoint) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    """A folder of links to the files of the set that was chosen, under the names that `from_pretrained` looks for."""
+    assert ckpt.chosen is not None
+    holder = tempfile.TemporaryDirectory(prefix="zoo-verify-")
+    root, here = Path(holder.name), ckpt.root.resolve()
+    for name in ckpt.carried:
+        if name != "config.json" and not name.endswith(".index.json"):
+            (root / name).symlink_to(here / name)
+    config = {k: v for k, v in ckpt.config.items() if k != "transformers_weights"}
+    (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    whole = "pytorch_model.bin" if ckpt.format == "pickle" else "model.safetensors"
+    if ckpt.chosen in ckpt.files:
+        (root / whole).symlink_to((here / ckpt.chosen).resolve())
+    else:
+        (root / f"{whole}.index.json").symlink_to((here / ckpt.chosen).resolve())
+        for name in ckpt.files:
+            (root / name).symlink_to((here / name).resolve())
+    return root, holder
+
+
+def files_level(ckpt: Checkpoint) -> Check | None:
+    """That the source's files are those that upstream itself would open; None where it would open none of them, or the
+    user said which."""
+    if readable(ckpt) != ckpt.root or ckpt.chosen is not None:
+        return None
+    theirs = from_pretrained_files(ckpt.root)
+    if theirs is None:
+        return None
+    odd = sorted(set(theirs) ^ set(ckpt.files))
+    why = f"from_pretrained reads {', '.join(theirs[:3])}" + (
+        f" and {len(theirs) - 3} more" if theirs[3:] else ""
+    )
+    return Check("files read by zoo or upstream alone", len(odd), 0, why)
 
 
 def _exported(
@@ -301,6 +359,10 @@ def _exact_levels(
         t = time.perf_counter()
         made = exact.plan_level(folder, plan, why) if name == "plan" else exact.bytes_level(folder, plan)  # type: ignore[arg-type]
         made.seconds = time.perf_counter() - t
+        if name == "plan" and other.checkpoint is not None:
+            if (same := files_level(other.checkpoint)) is not None:
+                made.checks.append(same)
+            made.notes += [n for n in other.checkpoint.notes if n.startswith("weights: ")]
         cert.levels.append(made)
 
 
