@@ -55,7 +55,7 @@ def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     golden.check_output(output)
     spec, root, _ = _open(src)
     asked = standard.make(spec, root, frozenset(), max_length, dtype=dtype)
-    golden.write_inputs(asked, output, dtype)
+    golden.write_inputs(asked, output, dtype, spec.family)
     return {"output": str(output), "tokens": asked.n_tokens, "batches": len(asked.batches)}
 
 

@@ -68,6 +68,7 @@ def verify(
     self_test: bool = False,
     max_length: int = inputs.MAX_CROSSED,
     n_greedy: int = 64,
+    require: str | None = None,
     write: bool = True,
     progress: Progress | None = None,
 ) -> Certificate:
@@ -77,16 +78,20 @@ def verify(
 
     `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
-    here are crossed. The certificate is written to `parity.json` in the folder if `write`.
+    here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
 
     Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
     that was asked for can't be done.
     """
     if level is not None and level not in LEVELS:
         raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
+    if require is not None and require not in wanted_by(level):
+        raise ZooError(
+            f"require is {require!r}; expected one of the levels asked for: {', '.join(wanted_by(level))}"
+        )
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    wanted = LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
+    wanted = wanted_by(level)
     say = progress or (lambda _text: None)
     started = time.perf_counter()
     folder = canonical.read(canon)
@@ -102,7 +107,7 @@ def verify(
         cert = Certificate(
             canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
-            versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            required=require, versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _exact_levels(cert, folder, other, wanted, say)
         if numeric and why_not:
@@ -134,6 +139,11 @@ def verify(
     finally:
         if other.cleanup is not None:
             other.cleanup.cleanup()
+
+
+def wanted_by(level: str | None) -> tuple[str, ...]:
+    """The levels up to one, all by default."""
+    return LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
 
 
 def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: str | None) -> str | None:
@@ -399,11 +409,16 @@ def _numeric_levels(
     asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(
         folder.spec,
         folder.root,
-        oracle.avoid_ids,
+        getattr(oracle, "avoid_ids", frozenset()),
         max_length,
         theirs=getattr(oracle, "limits", None),
         dtype=dtype,
     )
+    if (highest := max(int(b.ids.max()) for b in asked.batches)) >= folder.spec.vocab_size:
+        raise ZooError(
+            f"{cert.oracle.get('path', 'the inputs')}: has the id {highest}; the folder's vocabulary has "
+            f"{folder.spec.vocab_size}: it was recorded of another model, or with another tokenizer"
+        )
     if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
     cert.inputs = asked.to_json()
