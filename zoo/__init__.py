@@ -81,8 +81,8 @@ def convert(src: StrPath, dst: StrPath, dtype: str | None = None, *, file: str |
 
 
 def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
-    """Give back the release that the canonical folder `canon` was converted from: the same tensors, files and bytes,
-    in `dst`. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
+    files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 

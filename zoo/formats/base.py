@@ -108,6 +108,7 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise ZooError(f"{p}: no such file or folder")
     if format is not None and format not in READERS:
         raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
+    refuse_adapter(p)
     # The vendor's own files beside a Hugging Face checkpoint are the second set, as they are for transformers.
     whole = p.is_dir() and (p / "config.json").is_file() and any((p / n).is_file() for n in sets.ORDER)
     for name in [format] if format else READERS:
@@ -115,6 +116,12 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         if format or (reader.detect(p) and not (whole and name in ("mistral", "meta"))):
             open_: Callable[[Path], Checkpoint] = reader.open
             ckpt = open_(p)
+            if empty := [n for n, t in ckpt.tensors.items() if t.size == 0 and n.endswith("weight")]:
+                raise ZooError(
+                    f"{p}: {empty[0]!r} is empty ({len(empty)} weights of {len(ckpt.tensors)} tensors are): saved from DeepSpeed "
+                    "ZeRO-3 or FSDP without gathering; gather it with zero_to_fp32.py, or save it again with "
+                    "stage3_gather_16bit_weights_on_model_save"
+                )
             ckpt.chosen = p.name if p.is_file() else None
             if name != "canonical" and (said := sets.note(ckpt, ckpt.chosen)) is not None:
                 ckpt.notes = (*ckpt.notes, said)
@@ -122,11 +129,48 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
     if p.is_dir() and (deeper := sets.below(p)):
         listed = ", ".join(deeper[:8]) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
         raise ZooError(f"{p}: no checkpoint in the folder itself; name one below it with --file: {listed}")
+    if p.is_dir() and (theirs := sorted(x.name for x in (*p.glob("*.pt"), *p.glob("*.pth")))):
+        raise ZooError(
+            f"{p}: {theirs[0]} is called neither as Hugging Face's nor as Meta's files are (torchtune's hf_model_*.pt and "
+            "litgpt's *.pth hold a trainer's names): save it with the trainer's own export to Hugging Face, or name a file of "
+            "Hugging Face's names with --file"
+        )
     inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
     raise ZooError(
         f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
         f"found: {inside or 'an empty folder'}"
     )
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises ZooError for a folder that holds a LoRA adapter and no model, or a file of one."""
+    root = path if path.is_dir() else path.parent
+    own = (
+        path.name.startswith("adapter_model")
+        if path.is_file()
+        else not any(
+            p.suffix in WEIGHT_SUFFIXES and not p.name.startswith("adapter_") for p in path.iterdir()
+        )
+    )
+    if own and (root / "adapter_config.json").is_file():
+        told = read_json(root / "adapter_config.json", "it describes an adapter")
+        base, kind = told.get("base_model_name_or_path"), told.get("peft_type", "LORA")
+        raise ZooError(
+            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: merge it into that first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), and convert the result"
+        )
+
+
+LFS = b"version https://git-lfs"
+"""How a pointer begins that a clone without git-lfs has in a file's place."""
+
+
+def refuse_pointer(start: bytes, who: str) -> None:
+    """Raises ZooError where a file's first bytes (at least 4) are those of a git-lfs pointer."""
+    if len(start) >= 4 and LFS.startswith(start):
+        raise ZooError(
+            f"{who}: a git-lfs pointer of some 130 bytes, not the file itself: `git lfs install && git lfs pull` in its folder"
+        )
 
 
 MAX_JSON = 256 << 20

@@ -23,7 +23,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 from zoo.errors import ZooError
 from zoo.formats import sets
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
+from zoo.formats.base import (
+    ITEMSIZE,
+    Checkpoint,
+    TensorRef,
+    add_tensors,
+    carried_files,
+    inside,
+    read_json,
+    refuse_pointer,
+)
 from zoo.formats.safetensors import check_index
 
 INDEX = "pytorch_model.bin.index.json"
@@ -60,6 +69,11 @@ def open(path: Path) -> Checkpoint:
         if not (root / INDEX).exists():
             n = len(list(root.glob("pytorch_model*.bin")))
             raise ZooError(f"{root}: {n} shards but no {INDEX}: is the download complete?")
+    if (root / entry).is_dir():
+        raise ZooError(
+            f"{root / entry}: a folder, as DeepSpeed's zero_to_fp32.py leaves where it was given a file's name: name that folder's "
+            "parts, or move them beside config.json"
+        )
     names = sets.members(root, entry)
     config = read_json(root / "config.json", "a checkpoint needs its config to be understood")
     tensors: dict[str, TensorRef] = {}
@@ -320,6 +334,7 @@ def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[T
     who = str(file)
     with file.open("rb") as f:
         start = f.read(4)
+        refuse_pointer(start, who)
         if start == b"PK\x03\x04":
             state, ranges = _zipped(f, who)
         elif start[:1] == b"\x80":

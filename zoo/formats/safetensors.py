@@ -23,6 +23,7 @@ from zoo.formats.base import (
     encoded,
     inside,
     read_json,
+    refuse_pointer,
 )
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
@@ -118,6 +119,7 @@ def read_header(file: Path) -> bytes:
 
 def header_length(first8: bytes, size: int, who: str) -> int:
     """Header length in bytes from a file's first 8, checked against the file's `size`."""
+    refuse_pointer(first8, who)
     if len(first8) < 8:
         raise ZooError(f"{who}: {size} bytes is too short for a safetensors file: truncated, fetch it again")
     (n,) = struct.unpack("<Q", first8)
