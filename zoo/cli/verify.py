@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zoo.cli._common import DTYPE, common, emit, failed, note, say, table
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.verify.certificate import Certificate
@@ -19,6 +20,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.command(short_help="Compare a conversion with upstream")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
+@click.option("--oracle", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.py", help="Run this file's logits(ids) in place of upstream. It is run as it is: name only what you trust.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip
 @click.option("--require", type=LEVELS, help="Fail if this level can't be judged here, whatever else agrees.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the certificate to this file, and leave CANON/parity.json as it is.")  # fmt: skip
@@ -31,7 +33,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
-    canon: Path, against: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
+    canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
     stream: bool, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
@@ -42,14 +44,20 @@ def command(
         _check(canon, as_json)
         return
     from zoo.verify import verify
+    from zoo.verify.script import Script
 
     def progress(text: str) -> None:
         if not as_json and sys.stderr.isatty():
             note(f"  {text} ...")
 
+    other: Path | Script | None = against
+    if oracle is not None:
+        if against is not None:
+            raise ZooError("--oracle and --against are two things to compare with: choose one")
+        other = Script(oracle, dtype)
     cert = verify(
         canon,
-        against,
+        other,
         level=level,
         dtype=dtype,
         stream=stream,

@@ -32,12 +32,22 @@ from torch import Tensor
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.verify.certificate import machine
-from zoo.verify.compare import OnLayer, OnLogits, Sketch, Sketched, SpreadMeter, drive, rows
+from zoo.verify.compare import (
+    Claimed,
+    OnLayer,
+    OnLogits,
+    Sketch,
+    Sketched,
+    SpreadMeter,
+    drive,
+    rounding,
+    rows,
+)
 from zoo.verify.inputs import Batch, Inputs, prompt_of
 from zoo.verify.metrics import references
 from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.oracle import Oracle
-from zoo.verify.tolerance import QUANTILES, Spread
+from zoo.verify.tolerance import Spread
 
 SCHEMA = "zoo-golden-1"
 SEE = "docs/verification.md has what a golden file holds"
@@ -45,10 +55,6 @@ N_GREEDY = 64
 PLAUSIBLE = {"fp32": 2.0**-12, "bf16": 2.0**-4, "fp16": 2.0**-7}
 """The largest spread of logits that is believed of a recording, as a share of its largest logit: 2,000 times fp32's unit in
 the last place, 16 times bf16's; upstream's own runs are a hundred times closer in fp32. Of divergences, its square."""
-ROUNDED = {"fp32": 2.0**-23, "bf16": 2.0**-8, "fp16": 2.0**-11}
-UNITS = 16
-"""Units in the last place of the largest logit by which two right runs may differ, twice: where a recording tells no spread.
-SmolLM2's logits of up to 41 differ by 19 between zoo and upstream's either way."""
 _open: Any = safe_open  # the library does not type it
 
 
@@ -59,16 +65,6 @@ def is_golden(path: Path) -> bool:
         return "zoo" in (f.metadata() or {}) and "ids.0" in set(f.keys())
     except (OSError, SafetensorError):
         return False
-
-
-class Claimed(Spread):
-    """A spread that nobody here measured."""
-
-    said = ""
-
-    @property
-    def why(self) -> str:
-        return self.said
 
 
 class Golden:
@@ -185,14 +181,7 @@ class Golden:
 
     def _rounding(self) -> Spread:
         """In place of a spread that the recording does not tell: rounding, by the scale of its logits."""
-        dtype, largest = str(self.about["dtype"]), self._largest()
-        made = Claimed(
-            logits=dict.fromkeys(QUANTILES, UNITS * ROUNDED[dtype] * largest) if dtype == "fp32" else {}
-        )
-        made.said = (
-            f"{UNITS} units in the last place of logits up to {largest:.3g} (the recording tells no spread)"
-        )
-        return made
+        return rounding(str(self.about["dtype"]), self._largest(), "the recording tells no spread")
 
     def _believed(self, told: Spread) -> Spread:
         """A spread as the recording claims it, no larger than rounding can be."""
