@@ -261,7 +261,10 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
     for file in remote.files:
         if file.path.endswith(".index.json"):
             weight_map = read_json(folder / file.path, "it lists the shards").get("weight_map")
-            if isinstance(weight_map, dict):
+            whole = file.path.removesuffix(".index.json")
+            if any(f.path == whole for f in remote.weights):  # transformers reads that one
+                named.add(whole)
+            elif isinstance(weight_map, dict):
                 named |= {os.path.join(os.path.dirname(file.path), str(v)) for v in weight_map.values()}
     kept = tuple(f for f in remote.files if f not in remote.weights or f.path in named)
     return Remote(remote.source, remote.snapshot, kept) if any(f in kept for f in remote.weights) else remote

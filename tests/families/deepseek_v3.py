@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from zoo import families
 from zoo.mapping.plan import match
 from zoo.spec import LatentAttention
-from zoo.testing import BASE, FamilyCase, Listed, Variant, names, rope, yarn
+from zoo.testing import BASE, FamilyCase, Listed, Variant, build, names, rope, yarn
 from zoo.testing.assemble import assemble, view
 from zoo.testing.full_size import read, refs
 from zoo.testing.names import Config, Tensor
@@ -131,7 +131,7 @@ def test_kimi_k2_5_is_the_same_text_model_in_a_wrapper() -> None:
 
 def test_the_split_up_projections_of_a_deepseek_gguf_make_the_released_one(tmp_path: Path) -> None:
     """attn_k_b is the keys' part of kv_b, transposed per head; attn_v_b the values' part."""
-    folder = CASE.make("deepseek_v3", tmp_path / "deepseek")
+    folder = build.make(CASE, CASE.variant("deepseek_v3"), tmp_path / "deepseek")
     canonical = assemble(folder)
     spec = families.spec_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     hf = load_file(folder / "model.safetensors")
@@ -158,7 +158,7 @@ def test_the_full_list_of_deepseek_v3_is_its_release() -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model("deepseek_v3").to_dict() | {"quantization_config": {"quant_method": "fp8"}}
-    tensors = CASE.released_tensors(config, mtp=1, quantised=True)
+    tensors = names.released_tensors(CASE, config, mtp=1, quantised=True)
     assert len(tensors) == 91_991
     assert sum(t.nbytes for t in tensors.values()) == 688_574_839_360
     assert tensors["model.layers.60.mlp.experts.255.down_proj.weight"] == Tensor("F8_E4M3", (7168, 2048))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from zoo import families
 from zoo.mapping.plan import match
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, rope
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, names, rope
 from zoo.testing.build import rename
 from zoo.testing.full_size import attention, read, refs
 from zoo.testing.names import Config, Tensor
@@ -125,7 +125,7 @@ def test_gemmas_norms_are_plain_where_the_file_holds_one_plus_w() -> None:
 def test_norms_that_came_as_one_plus_w_have_no_form_in_hugging_faces_files() -> None:
     """Writing them out as w would be wrong, and 1 + w - 1 is not w to the bit."""
     config = read("gemma3-1b-it")
-    tensors = refs({n: (t.dtype, t.shape) for n, t in CASE.released_tensors(config).items()})
+    tensors = refs({n: (t.dtype, t.shape) for n, t in names.released_tensors(CASE, config).items()})
     spec = families.spec_of({**config, "norm_weight_plus_one": True})
     m = match(spec, families.get("gemma3").rules["hf"], tensors)
     assert any("norm.weight: no rule of this family fills it" in problem for problem in m.problems)

@@ -161,7 +161,7 @@ CASE = FamilyCase(
 def test_unread_keys_and_values_are_set_aside_only_where_a_layer_takes_anothers() -> None:
     """Gemma 3n's releases hold k and v of the sharing layers; those of any other layer are used."""
     config = read("gemma3n-e2b")
-    tensors = refs({n: (t.dtype, t.shape) for n, t in CASE.released_tensors(config).items()})
+    tensors = refs({n: (t.dtype, t.shape) for n, t in names.released_tensors(CASE, config).items()})
     m = account(config, tensors)
     unread = {n for n in m.extras if ".self_attn." in n}
     assert {int(n.split(".")[3]) for n in unread} == set(range(20, 30))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from zoo import families
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, yarn
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, build, yarn
 from zoo.testing.assemble import assemble, in_other_names, same
 from zoo.testing.full_size import read
 from zoo.testing.released import drop_default, flat_rope
@@ -80,7 +80,7 @@ OPENAI = {
 
 def test_gpt_oss_in_openais_names_is_the_same_model(tmp_path: Path) -> None:
     """q, k, v fused; experts [out, in], gate and up rows alternating (gpt-oss: gpt_oss/torch/weights.py)."""
-    CASE.make("gpt_oss", tmp_path / "gpt_oss")
+    build.make(CASE, CASE.variant("gpt_oss"), tmp_path / "gpt_oss")
     theirs = {}
     hf = load_file(tmp_path / "gpt_oss" / "model.safetensors")
     for name, t in hf.items():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Listed, Variant
+from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Listed, Variant, build
 from zoo.testing.assemble import assemble, in_other_names, same
 from zoo.testing.build import rename
 from zoo.testing.full_size import mixers, read
@@ -111,7 +111,7 @@ def test_kimi_linear_counts_its_layers_from_one() -> None:
 
 @pytest.mark.parametrize("name", ["kimi_linear", "kimi_linear_two_dense"])
 def test_kimi_linears_dense_layers_are_found_where_transformers_saves_them(name: str, tmp_path: Path) -> None:
-    folder = CASE.make(name, tmp_path / name)
+    folder = build.make(CASE, CASE.variant(name), tmp_path / name)
     hf = load_file(folder / "model.safetensors")
     renamed = {n.replace(".mlp.", ".block_sparse_moe."): t for n, t in hf.items()}
     assert renamed.keys() != hf.keys()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from zoo import families
 from zoo.spec import Attention
-from zoo.testing import BASE, FULL, FamilyCase, Variant, llama3, rope
+from zoo.testing import BASE, FULL, FamilyCase, Variant, llama3, names, rope
 from zoo.testing.full_size import account, read, refs
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
@@ -81,7 +81,7 @@ def test_maverick_fp8_stores_its_experts_one_by_one() -> None:
         tensors[f"{name}.weight"] = ("F8_E4M3", (rows, columns))
         tensors[f"{name}.weight_scale"] = ("BF16", (rows, 1))
 
-    for name, t in CASE.released_tensors(config).items():
+    for name, t in names.released_tensors(CASE, config).items():
         base, _, leaf = name.rpartition(".")
         if leaf == "gate_up_proj":
             experts, d, both = t.shape

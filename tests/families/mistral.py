@@ -126,7 +126,7 @@ def test_a_wrapper_decides_on_the_head_before_its_text_model() -> None:
 def test_where_a_wrapper_says_nothing_the_files_decide_on_the_head(
     name: str, tied: bool, tmp_path: Path
 ) -> None:
-    CASE.make(name, tmp_path / name)
+    build.make(CASE, CASE.variant(name), tmp_path / name)
     path = tmp_path / name / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("tie_word_embeddings", None)
@@ -159,8 +159,8 @@ def test_mistrals_window_must_be_written() -> None:
 
 def test_a_head_in_the_file_is_used_though_the_wrapper_defaults_to_tied(tmp_path: Path) -> None:
     """Mistral Small 3.1 does not say: the class default is tied, but the release has a head."""
-    path = CASE.make("mistral3", tmp_path, released_config=True)
+    path = build.make(CASE, CASE.variant("mistral3"), tmp_path, released_config=True)
     assert "tie_word_embeddings" not in build.read_config(path)
-    model = CASE.upstream(path)
+    model = build.upstream(CASE, path)
     assert model.config.tie_word_embeddings is True
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)

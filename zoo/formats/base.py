@@ -5,14 +5,13 @@ A reader looks at headers only. Nothing in this module reads a weight.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import shlex
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,55 +75,22 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     default_dtype: str | None = None  # what to convert to when the user asks for nothing (block types)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    chosen: str | None = None  # the file or index that was named, where not the folder was
 
     def path(self, file: str) -> Path:
         return self.root / file
 
 
-READERS: dict[str, str] = {
-    "canonical": "zoo.formats.canonical",
-    "mistral": "zoo.formats.mistral",
-    "openai": "zoo.formats.openai",
-    "sharded": "zoo.formats.sharded",
-    "safetensors": "zoo.formats.safetensors",
-    "meta": "zoo.formats.meta",
-    "pickle": "zoo.formats.pickle",
-    "gguf": "zoo.formats.gguf",
-}
-"""Readers in the order in which they are asked whether a path is theirs. Each module has
-`detect(path: Path) -> bool` and `open(path: Path) -> Checkpoint`."""
+LFS = b"version https://git-lfs"
+"""How a pointer begins that a clone without git-lfs has in a file's place."""
 
 
-def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> Checkpoint:
-    """Open the checkpoint at `path` (a folder, or a single file) by its headers.
-
-    A folder of the Hub's cache stands for its snapshot (see `snapshot_of`).
-    Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
-    """
-    p = Path(path)
-    if not p.exists():
-        raise ZooError(f"{p}: no such file or folder")
-    if (snapshot := snapshot_of(p)) != p:
-        found = open_checkpoint(snapshot, format)
-        note = f"{p} is a folder of the Hub's cache: its snapshot {snapshot.name} was opened"
-        return replace(found, notes=(note, *found.notes))
-    if format is not None and format not in READERS:
-        raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
-    for name in [format] if format else READERS:
-        reader = importlib.import_module(READERS[name])
-        if format or reader.detect(p):
-            open_: Callable[[Path], Checkpoint] = reader.open
-            return open_(p)
-    models = sorted(str(m) for m in p.glob("models--*")) if p.is_dir() else []
-    if models:
+def refuse_pointer(start: bytes, who: str) -> None:
+    """Raises ZooError where a file's first bytes (at least 4) are those of a git-lfs pointer."""
+    if len(start) >= 4 and LFS.startswith(start):
         raise ZooError(
-            f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
+            f"{who}: a git-lfs pointer of some 130 bytes, not the file itself: `git lfs install && git lfs pull` in its folder"
         )
-    inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
-    raise ZooError(
-        f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
-        f"found: {inside or 'an empty folder'}"
-    )
 
 
 MAX_JSON = 256 << 20
@@ -199,32 +165,6 @@ def inside(root: Path, name: str, who: str) -> Path:
     return path
 
 
-def snapshot_of(path: Path) -> Path:
-    """The snapshot that a folder of the Hub's cache (`models--owner--name`) stands for; any other path is itself.
-
-    It is the one that `refs/main` names, or the only one. Raises ZooError, naming the choices, if there are several.
-    """
-    at = path.parent if path.name == "snapshots" else path
-    cached = at.name.startswith("models--") or (at / "refs").is_dir() or (at / "blobs").is_dir()
-    if not (cached and (at / "snapshots").is_dir()):
-        return path
-    held = sorted(p for p in (at / "snapshots").iterdir() if p.is_dir())
-    try:
-        main = at / "snapshots" / (at / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        main = None
-    if main in held:
-        return main
-    if not held:
-        raise ZooError(f"{path} is a folder of the Hub's cache without a snapshot: nothing was downloaded")
-    if len(held) > 1:
-        raise ZooError(
-            f"{path} is a folder of the Hub's cache with several snapshots, and its refs/main names none of them. "
-            f"Give one: {', '.join(map(str, held))}"
-        )
-    return held[0]
-
-
 def is_stray(name: str) -> bool:
     """Whether a file of this name is one that systems strew about: no part of a checkpoint."""
     return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
@@ -249,7 +189,9 @@ def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: 
     """Add those of one file to those of the others. Raises ZooError for a name that two files have."""
     for ref in refs:
         if (other := tensors.get(ref.name)) is not None:
-            raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+            raise ZooError(
+                f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant? Say it with --file"
+            )
         tensors[ref.name] = ref
 
 

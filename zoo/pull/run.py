@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical
+from zoo.formats.base import inside
 from zoo.mapping.folder import check_destination, put, recover
 from zoo.pull.fetch import Job
 from zoo.pull.progress import Quiet, Steps
@@ -46,6 +47,7 @@ def convert(
     dtype: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     strict: bool = False,
     verify: str | None = None,
     force: bool = False,
@@ -55,9 +57,11 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears.
+    `src` before it appears. `file`: which file of weights, or index of shards, in the folder `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
+    if file is not None:
+        src = _named(src, file)
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -73,6 +77,9 @@ def convert(
     plan = open_source(path, **how).plan
     refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
+    for said in plan.checkpoint.notes:
+        if said.startswith("weights: "):
+            progress.note(said)
     progress.start(plan.nbytes)
     progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
@@ -86,6 +93,14 @@ def convert(
     if verify is not None:
         _verify(target, dst, verify, force, progress)
     return dst
+
+
+def _named(src: StrPath, file: str) -> Path:
+    """The file called `file` in the folder `src`, or below it."""
+    root = Path(src)
+    if not root.is_dir():
+        raise ZooError(f"{src}: --file names a file in a folder on this disk, and this is none")
+    return inside(root, file, "--file")
 
 
 def pull(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import Checkpoint, snapshot_of
+from zoo.formats.base import Checkpoint
+from zoo.formats.opening import snapshot_of
 from zoo.mapping.plan import Plan, make_plan
 from zoo.pull.progress import Passed, Quiet
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import families
 
-from . import names
+from . import names, released
 from .variant import Draw, Tensors, Variant
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def make(
             variant.release(tensors, config, draw)
         write_tensors(dst, tensors, max_shard_size)
     config |= variant.rewrite
-    write_config(dst, case.released_config(config) if released_config else config)
+    write_config(dst, released.released_config(case, config) if released_config else config)
     return dst
 
 

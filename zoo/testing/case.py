@@ -11,14 +11,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from .variant import Settings, Variant
-
-if TYPE_CHECKING:
-    from .names import Config, Tensor
+from .variant import Config, Settings, Tensor, Variant
 
 
 def _as_it_is(config: Settings) -> Settings:
@@ -103,38 +98,6 @@ class FamilyCase:
     @property
     def main_variant(self) -> Variant:
         return self.variant(self.main) if self.main else self.variants[0]
-
-    # Short for the functions of `build` and `names`, which are imported when asked for: they need transformers.
-
-    def make(self, name: str, dst: Path, **how: Any) -> Path:
-        """Write the checkpoint of a variant; see `build.make`."""
-        from . import build
-
-        return build.make(self, self.variant(name), dst, **how)
-
-    def upstream(self, path: Path, **how: Any) -> Any:
-        """Load a checkpoint with transformers; see `build.upstream`."""
-        from . import build
-
-        return build.upstream(self, path, **how)
-
-    def tokens(self, name: str, **how: Any) -> Any:
-        """Token ids for a variant; see `build.tokens`."""
-        from . import build
-
-        return build.tokens(self.variant(name), **how)
-
-    def released_config(self, config: Settings) -> Settings:
-        """A saved config in the keys of a release; see `released.released_config`."""
-        from . import released
-
-        return released.released_config(self, config)
-
-    def released_tensors(self, config: Config, **how: Any) -> dict[str, Tensor]:
-        """All tensors of a release with this config; see `names.released_tensors`."""
-        from . import names
-
-        return names.released_tensors(self, config, **how)
 
 
 def cases(package: ModuleType) -> dict[str, FamilyCase]:

@@ -9,33 +9,17 @@ a release and `save_pretrained` differ.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .case import FamilyCase
-
-Shape = tuple[int, ...]
-Config = Mapping[str, Any]
+from .case import FamilyCase
+from .variant import Config as Config
+from .variant import Shape
+from .variant import Tensor as Tensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a release: safetensors' dtype name, and the shape."""
-
-    dtype: str
-    shape: Shape
-
-    @property
-    def nbytes(self) -> int:
-        size = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}[self.dtype]
-        return size * math.prod(self.shape)
 
 
 def released_names(

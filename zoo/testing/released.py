@@ -7,10 +7,9 @@ explicit NoPE list, say) stays.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .case import FamilyCase
+from .case import FamilyCase
 
 Config = dict[str, Any]
 

@@ -14,7 +14,8 @@ A variant is the smallest config that still contains every choice its family's c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Settings = dict[str, Any]
-Shapes = dict[str, tuple[int, ...]]
+Config = Mapping[str, Any]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 Tensors = dict[str, "torch.Tensor"]
 Draw = Callable[[str, tuple[int, ...]], "torch.Tensor"]
 Hook = Callable[[Tensors, Settings, Draw], None]
 """Changes saved tensors and the saved config in place into a release's; `Draw` gives seeded values of a shape."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a release: safetensors' dtype name, and the shape."""
+
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        size = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}[self.dtype]
+        return size * math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
