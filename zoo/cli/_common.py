@@ -16,6 +16,7 @@ import click
 
 from zoo.cli._state import State
 from zoo.errors import ZooError
+from zoo.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -52,24 +53,16 @@ def common(function: F) -> F:
 
 def emit(data: Any) -> None:
     """Print JSON to stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    click.echo(printable_json(json.dumps(data, indent=2, ensure_ascii=False, default=str)))
 
 
 def say(text: str = "") -> None:
-    click.echo(_visible(text))
+    click.echo(printable(text))
 
 
 def note(text: str) -> None:
     """A sentence for people, on stderr."""
-    click.echo(_visible(text), err=True)
-
-
-_HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-
-
-def _visible(text: str) -> str:
-    """Without control characters: the names in a file may hold what a terminal obeys."""
-    return text.translate(_HIDDEN)
+    click.echo(printable(text), err=True)
 
 
 def failed() -> NoReturn:

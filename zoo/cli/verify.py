@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -101,6 +101,7 @@ def describe(cert: Certificate, canon: Path) -> str:
     for level in cert.levels:
         lines += [f"  {level.name}: {text}" for text in level.notes]
     lines += [f"  not checked: {text}" for text in cert.not_checked]
+    lines += [f"  disputed: {_disputed(d)}" for d in cert.disagreements]
     if cert.values_unseen:
         lines += ["", NOT_COMPARED]
     if cert.diagnosis:
@@ -124,3 +125,12 @@ def _oracle(cert: Certificate) -> str:
 def _diagnosis(cert: Certificate) -> list[str]:
     d = cert.diagnosis or {}
     return ["what departs first: " + d["where"], *("  " + text for text in d.get("suggestions", []))]
+
+
+def _disputed(d: dict[str, Any]) -> str:
+    stands = {
+        "corrected": "upstream's model was corrected in this point",
+        "as it is": f"zoo follows {d['follows']}",
+        "not known": f"zoo follows {d['follows']}; whom this oracle follows is not known",
+    }[d["oracle"]]
+    return f"{d['about']}: upstream {d['upstream']}, the vendor {d['vendor']}; {stands} ({d['source']})"

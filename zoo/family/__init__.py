@@ -10,6 +10,7 @@
 """
 
 from zoo.config import Config
+from zoo.disagreements import Disagreement
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.mapping.rules import (
@@ -54,7 +55,7 @@ from zoo.spec import (
 )
 
 __all__ = [
-    "FFN", "MLP", "Alibi", "AltUp", "Attention", "Config", "DeltaNet", "Expr", "Family", "Indexer",
+    "FFN", "MLP", "Alibi", "AltUp", "Attention", "Config", "DeltaNet", "Disagreement", "Expr", "Family", "Indexer",
     "LatentAttention", "Layer", "Mamba", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
     "RopeScaling", "Router", "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
     "flatten", "per_head", "ranks", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",

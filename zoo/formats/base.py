@@ -257,9 +257,9 @@ def carried_files(root: Path) -> tuple[str, ...]:
     """Small files beside the weights that belong to the model: config, tokenizer, templates, licence.
     Code is never carried (`*.py` of repositories with remote code)."""
     out = []
-    for p in sorted(root.iterdir()):
+    for p in sorted([*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]):
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
-            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "TOKENIZER.MODEL.V")
         )
         if (
             keep
@@ -269,6 +269,7 @@ def carried_files(root: Path) -> tuple[str, ...]:
             and p.stat().st_size < 256 << 20
         ):
             if p.name not in ("zoo.json", "parity.json"):
-                inside(root, p.name, str(root))
-                out.append(p.name)
+                name = p.relative_to(root).as_posix()
+                inside(root, name, str(root))
+                out.append(name)
     return tuple(out)

@@ -38,6 +38,8 @@ def config(
                 **_shared(f),
             }
             if (own := reading(f, out)) is not None:
+                if "hidden_activation" in own:  # the same thing, under the name that family has for it
+                    del out["hidden_act"]
                 f.judge_the_rest(out | own)
                 return out | own
     asked = ", ".join(family.name for family, _ in named)

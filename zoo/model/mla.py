@@ -155,6 +155,9 @@ class Indexer(nn.Module):
         scores = torch.relu(torch.einsum("bthd,bsd->bths", q.float(), k.float()) * s.head_dim**-0.5)
         scores = torch.einsum("bth,bths->bts", weights, scores)
         scores = scores.masked_fill(~ctx.causal, -torch.inf)
-        best = scores.topk(s.top_k, -1).indices  # [B, T, top_k]
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, self.best(scores), True)
         return Visible((chosen & ctx.causal).unsqueeze(1))  # [B, 1, T, S]
+
+    def best(self, scores: Tensor) -> Tensor:
+        """scores [B, T, S] -> the keys to look at [B, T, top_k]; which of those that score alike is not said."""
+        return scores.topk(self.spec.top_k, -1).indices

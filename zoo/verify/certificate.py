@@ -120,6 +120,7 @@ class Certificate:
     levels: list[Level] = field(default_factory=list)
     inputs: dict[str, Any] | None = None
     not_checked: list[str] = field(default_factory=list)
+    disagreements: list[dict[str, Any]] = field(default_factory=list)
     diagnosis: dict[str, Any] | None = None
     faults: dict[str, Any] | None = None
     timing: dict[str, float] = field(default_factory=dict)
@@ -171,6 +172,7 @@ class Certificate:
             "inputs": self.inputs,
             "levels": {x.name: x.to_json() for x in self.levels},
             "not_checked": self.not_checked,
+            "disagreements": self.disagreements,
             "diagnosis": self.diagnosis,
             "faults": self.faults,
             "timing": self.timing,

@@ -69,6 +69,7 @@ class Transformers:
 
     def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
         self.path, self.dtype = path, dtype
+        self.corrected: list[str] = []  # points in which the model does as zoo does, not as the library
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         self.model = load(path, DTYPES[dtype])
@@ -98,6 +99,7 @@ class Transformers:
             "attention": self.model.config._attn_implementation,
             "experts": getattr(self.model.config, "_experts_implementation", None),
             "note": self.note,
+            "corrected": self.corrected,
         }
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:

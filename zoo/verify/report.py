@@ -85,6 +85,11 @@ def _checks(cert: Json) -> str:
                 f"<td class=n>{margin}</td><td>{'' if c['passed'] else '<b>failed</b>: '}{_e(c['why'])}</td></tr>"
             )
     notes = [f"<li>{_e(n)}: {_e(t)}</li>" for n, level in cert["levels"].items() for t in level["notes"]]
+    notes += [
+        f"<li>disputed: {_e(d['about'])}: upstream {_e(d['upstream'])}, the vendor {_e(d['vendor'])}; zoo follows "
+        f"{_e(d['follows'])}, the oracle was taken {_e(d['oracle'])}</li>"
+        for d in cert.get("disagreements", [])
+    ]
     return (
         "<section><h2>What was checked</h2><table><thead><tr><th>level</th><th>check</th><th class=n>value</th>"
         "<th class=n>bound</th><th class=n>margin</th><th>where the bound comes from</th></tr></thead><tbody>"

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint, open_checkpoint
+from zoo.spec import Spec
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Level
 from zoo.verify.compare import Measured, measure
@@ -93,6 +95,7 @@ def verify(
         cert = Certificate(
             canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
+            disagreements=_disagreements(folder.spec, other.oracle),
             versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _exact_levels(cert, folder, other, wanted, say)
@@ -195,7 +198,7 @@ def _open_oracle(
     why = f"upstream cannot read {ckpt.format} files"
     try:
         if path is not None:
-            out.oracle = _upstream(path, dtype, None, stream)
+            out.oracle = _upstream(path, dtype, None, stream, folder.spec)
             return
     except CannotLoad as e:
         # Of a plain folder an export would be the same files again.
@@ -223,7 +226,7 @@ def _open_oracle(
         out.why_no_oracle = f"{why}, and it cannot be given an export: {e}"
         return
     try:
-        out.oracle = _upstream(given_path, dtype, note, stream)
+        out.oracle = _upstream(given_path, dtype, note, stream, folder.spec)
     except CannotLoad as e:
         assert out.cleanup is not None
         out.cleanup.cleanup()
@@ -232,12 +235,30 @@ def _open_oracle(
         out.why_no_oracle = str(e)
 
 
-def _upstream(path: Path, dtype: str, note: str | None, stream: bool) -> Transformers:
+def _disagreements(spec: Spec, oracle: Oracle | None) -> list[dict[str, Any]]:
+    """Those known of this model, each with how the oracle stood to it."""
+    corrected = getattr(oracle, "corrected", [])
+    of_zoo = isinstance(oracle, Transformers)
+    return [
+        d.to_json()
+        | {"oracle": "corrected" if d.about in corrected else "as it is" if of_zoo else "not known"}
+        for d in families.disagreements(spec)
+    ]
+
+
+def _upstream(path: Path, dtype: str, note: str | None, stream: bool, spec: Spec) -> Transformers:
+    """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
     if stream:
         from zoo.verify.stream import StreamedTransformers
 
-        return StreamedTransformers(path, dtype, note)
-    return Transformers(path, dtype, note)
+        oracle: Transformers = StreamedTransformers(path, dtype, note)
+    else:
+        oracle = Transformers(path, dtype, note)
+    for d in families.disagreements(spec):
+        if d.correct is not None:
+            d.correct(oracle.model)
+            oracle.corrected.append(d.about)
+    return oracle
 
 
 def readable(ckpt: Checkpoint) -> Path | None:
@@ -405,14 +426,22 @@ def _against_float64(
     oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
 ) -> tuple[Measured, dict[str, Level]] | None:
     """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
-    from zoo.verify.float64 import InFloat64
+    from zoo.verify.float64 import InFloat64, StreamedInFloat64
+    from zoo.verify.stream import StreamedTransformers
 
-    if type(oracle) is not Transformers or not (wide := InFloat64(oracle)).fits:
+    wide: InFloat64 | StreamedInFloat64
+    if type(oracle) is Transformers:
+        wide = InFloat64(oracle)
+    elif isinstance(oracle, StreamedTransformers):
+        wide = StreamedInFloat64(oracle)
+    else:
+        return None
+    if not wide.fits:
         return None
     say("upstream in float64, for how far its fp32 is from that")
     try:
         with wide:
-            measured = measure(wide, ours, asked, "fp32")
+            measured = measure(wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
     except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
         return None
     levels = _judged(measured, "fp32")

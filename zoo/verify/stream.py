@@ -56,6 +56,7 @@ class StreamedTransformers(Transformers):
                 f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
             )
         self.path, self.dtype = path, dtype
+        self.corrected = []
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         return_freed_memory()
@@ -67,6 +68,8 @@ class StreamedTransformers(Transformers):
         self.avoid_ids = placeholder_ids(config)
         self.weights = Weights(self.model, open_checkpoint(path), DTYPES[dtype], quantizer)
         self._workers: dict[int, _Worker] = {}
+        self.around_pass: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.around_step: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._hook()
 
     def describe(self) -> dict[str, Any]:
@@ -191,8 +194,9 @@ class _Worker:
 
     def step(self) -> None:
         """Run to the next pause, or to the end. Raises what the pass raised."""
-        self._go.release()
-        self._back.acquire()
+        with self.oracle.around_step():
+            self._go.release()
+            self._back.acquire()
         if self.error is not None:
             raise self.error
 
@@ -216,7 +220,7 @@ class _Worker:
         workers[threading.get_ident()] = self
         try:
             if not self._stopping:
-                with torch.inference_mode():
+                with torch.inference_mode(), self.oracle.around_pass():
                     self.logits = self.oracle.model(input_ids=self.batch.ids, use_cache=False).logits
         except _Stopped:
             pass

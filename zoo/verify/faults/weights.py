@@ -523,6 +523,20 @@ add("pre_post_norms_swapped", "the norms before and after attention exchanged", 
                             site.replace("post_norm", "norm"): s.tensors[site]}), "again")  # fmt: skip
 
 
+def _two_norms(a: str, b: str) -> Apply:
+    def swap(s: Subject, site: str) -> Subject:
+        other = site.replace(f".{a}.", f".{b}.")
+        return s.put({site: s.tensors[other], other: s.tensors[site]})
+
+    return swap
+
+
+# `post_attention_layernorm` is the norm before the feed-forward in Llama, and the one after attention in Gemma.
+for _a, _b in (("attn_post_norm", "ffn_norm"), ("attn_norm", "ffn_post_norm"), ("ffn_norm", "ffn_post_norm")):
+    add(f"{_a}_{_b}_swapped", f"{_a} and {_b} exchanged", "weights",
+         _slots(f".{_a}.weight", _has_pair((f".{_a}.", f".{_b}."))), _two_norms(_a, _b))  # fmt: skip
+
+
 def _stale_head(s: Subject, _site: str) -> Subject:
     """The head of a tied model kept from before: a shifted copy, now a tensor of its own."""
     head = s.tensors["embed.weight"]

@@ -7,7 +7,9 @@ Shares nothing with `zoo.mapping.execute`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -42,7 +44,7 @@ def assemble(
         made = torch.zeros(o.shape, dtype=TORCH[o.dtype])
         filled = torch.zeros(o.shape, dtype=torch.bool)
         for name, fit in zip(o.sources, o.fits, strict=True):
-            tensor = files[ckpt.tensors[name].file].get_tensor(name)
+            tensor = files[ckpt.tensors[name].file].get_tensor(name)  # type: ignore[no-untyped-call]
             if fit.copy:
                 assert torch.equal(view(made.view(-1), fit.canonical), view(tensor.reshape(-1), fit.source))
                 continue
@@ -52,3 +54,22 @@ def assemble(
         assert filled.all(), f"{o.name}: {int((~filled).sum())} elements come from nowhere"
         out[o.name] = made
     return out
+
+
+def in_other_names(
+    folder: Path, tensors: dict[str, torch.Tensor], naming: str, n_ranks: int = 1
+) -> Checkpoint:
+    """A checkpoint of these tensors with the config of `folder`, as a reader of that naming would open it."""
+    from safetensors.torch import save_file
+
+    new = folder.with_name(f"{folder.name}-{naming}{n_ranks}")
+    new.mkdir()
+    (new / "config.json").write_bytes((folder / "config.json").read_bytes())
+    whole = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    save_file(whole, new / "model.safetensors")
+    return dataclasses.replace(open_checkpoint(new), naming=(naming,), n_ranks=n_ranks)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal names and values."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,4 +1,4 @@
-"""Grok 2 against a second implementation, written here from sglang's grok.py (no other runs on a CPU).
+"""Grok 2, which upstream cannot run, against a second implementation, written here from sglang's grok.py (no other runs on a CPU).
 
 This holds our decoder and rules to that reading of the source; it does not show that the reading is right.
 """
@@ -12,16 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-from assemble import assemble
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from zoo import families
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
+from zoo.layout import total_params
 from zoo.mapping.execute import convert
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model import Decoder, load
+from zoo.testing import FamilyCase, full_size
+from zoo.testing.assemble import assemble
+
+CASE = FamilyCase(
+    "grok2",
+    without_upstream="transformers has no class of it; sglang's grok.py, read once more for this test, stands for it",
+    refused=(
+        ("grok-2", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
+        ("grok-2", {"residual_moe": False}, "residual_moe is False"),
+        ("grok-2", {"sliding_window_size": 4096}, "sliding_window_size is 4096"),
+    ),
+)
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Grok1ForCausalLM"], "model_type": "git", "torch_dtype": "float32",
@@ -185,3 +198,30 @@ def test_files_cut_for_ranks_are_joined_and_given_back_to_the_byte(ids: torch.Te
     assert {f.name: f.read_bytes() for f in released.iterdir()} == {
         f.name: f.read_bytes() for f in again.iterdir()
     }
+
+
+# --- the release ------------------------------------------------------------------------------------------
+
+
+def released(tensor_lists: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors in the release's files: experts once per rank, cut by rows (w1, w3) and columns (w2)."""
+    listed = json.loads((tensor_lists / "grok-2.tensors.json").read_text(encoding="utf-8"))["patterns"]
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for pattern, (dtype, shape) in listed.items():
+        for name in full_size.expand(pattern):
+            if ".experts." not in name:
+                tensors[name] = (dtype, tuple(shape))
+                continue
+            rows, columns = shape
+            piece = (rows, columns // 8) if ".w2." in name else (rows // 8, columns)
+            tensors |= {f"rank{r}.{name}": (dtype, piece) for r in range(8)}
+    return tensors
+
+
+def test_it_is_put_together_from_its_eight_ranks() -> None:
+    tensors = released(Path(__file__).parents[1] / "data" / "tensors")
+    full_size.account(full_size.read("grok-2"), full_size.refs(tensors), n_ranks=8)
+
+
+def test_it_has_the_parameters_that_were_counted_in_its_files() -> None:
+    assert total_params(families.spec_of(full_size.read("grok-2"))) == 269_515_497_472

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import dense, experts, extras, hybrid, names, released
-from .variant import Variant
+from zoo import families
+
+from . import names
+from .variant import Draw, Tensors, Variant
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-VARIANTS: dict[str, Variant] = {v.name: v for part in (dense, experts, hybrid) for v in part.VARIANTS}
-
-# Attention that upstream has no sdpa path for.
-EAGER_ONLY = {"gpt_oss", "mimo_v2_flash"}
+    from .case import FamilyCase
 
 
 def make(
-    name: str,
+    case: FamilyCase,
+    variant: Variant,
     dst: Path,
     *,
     seed: int = 0,
@@ -36,45 +35,34 @@ def make(
 
     Names, shapes and layout are a release's: what `save_pretrained` does differently is put right, and
     tensors that a release has beside the language model are there. With `released_config`, config.json has a
-    release's keys too (see `released.py`). The same name, seed and dtype give the same bytes.
+    release's keys too (see `released.py`). The same variant, seed and dtype give the same bytes.
     """
-    variant = VARIANTS[name]
     dst = Path(dst)
     model = perturbed(variant, seed)
     cast(model, dtype)
     model.save_pretrained(dst, max_shard_size=max_shard_size or "50GB")
     config = read_config(dst)
     if variant.mtp or variant.release is not None:
-        tensors, draw = read_tensors(dst), _drawer(seed, dtype)
+        tensors, draw = read_tensors(dst), drawer(seed, dtype)
         if variant.mtp:
-            extras.add_mtp(tensors, config, draw, variant.mtp)
+            draw_all(tensors, names.mtp_tensors(case, config, variant.mtp), draw)
         if variant.release is not None:
             variant.release(tensors, config, draw)
         write_tensors(dst, tensors, max_shard_size)
     config |= variant.rewrite
-    write_config(dst, released.released_config(config) if released_config else config)
-    return dst
-
-
-def make_mistral_format(name: str, dst: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
-    """Write the variant as Mistral releases it: params.json and consolidated.safetensors, nothing else."""
-    from safetensors.torch import save_file
-
-    config, _ = VARIANTS[name].build()
-    model = perturbed(VARIANTS[name], seed)
-    cast(model, dtype)
-    dst = Path(dst)
-    dst.mkdir(parents=True, exist_ok=True)
-    tensors = extras.to_mistral_tensors(dict(model.state_dict()))
-    save_file(tensors, dst / "consolidated.safetensors", metadata={"format": "pt"})
-    (dst / "params.json").write_text(json.dumps(extras.to_params_json(config.to_dict()), indent=2) + "\n")
+    write_config(dst, case.released_config(config) if released_config else config)
     return dst
 
 
 def upstream(
-    path: Path, *, dtype: str = "float32", attn: str = "eager", experts: str | None = None
-) -> PreTrainedModel:
-    """Load a checkpoint with transformers, in eval mode.
+    case: FamilyCase,
+    path: Path,
+    *,
+    dtype: str = "float32",
+    attn: str = "eager",
+    experts: str | None = None,
+) -> Any:
+    """Load a checkpoint with transformers, in eval mode, corrected in the points where zoo follows the vendor.
 
     attn: "eager" or "sdpa"; families without sdpa get eager.
     experts: "eager" (default), "batched_mm" or "grouped_mm". The grouped kernel, upstream's default, needs
@@ -83,72 +71,50 @@ def upstream(
     import torch
 
     config = read_config(path)
-    cls = names.model_class(config)
     switches: dict[str, Any] = {"attn_implementation": attn}
-    if (
-        config["model_type"] == "gemma3n"
-    ):  # the wrapper's vision tower needs timm; the text class reads its files
-        cls = names.model_class(config["text_config"])
-        switches["config"] = names.upstream_config(config["text_config"])
-    elif config["model_type"] in names.MODEL_CLASSES:  # no model_type of transformers, or no class for it
-        switches["config"] = names.upstream_config(config)
-    if config["model_type"] in EAGER_ONLY:
+    if case.alone and "text_config" in config:  # the text class reads the wrapper's files
+        config = config["text_config"]
+        switches["config"] = names.upstream_config(case, config)
+    elif config["model_type"] in case.classes:  # no model_type of transformers, or no class for it
+        switches["config"] = names.upstream_config(case, config)
+    if any(v.eager_only for v in case.variants):
         switches["attn_implementation"] = "eager"
+    cls = names.model_class(case, config)
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = experts or "eager"
-    return cls.from_pretrained(path, dtype=getattr(torch, dtype), **switches).eval()
+    return corrected(case, cls.from_pretrained(path, dtype=getattr(torch, dtype), **switches).eval())
 
 
-def upstream_mistral_format(path: Path, *, dtype: str = "float32", attn: str = "eager") -> PreTrainedModel:
-    """Load Mistral's own format into upstream's Mistral4, which has no reader for it: rename, fuse, load."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import Mistral4Config, Mistral4ForCausalLM
-
-    path = Path(path)
-    config = Mistral4Config(**extras.from_params_json(json.loads((path / "params.json").read_text())))
-    config._attn_implementation, config._experts_implementation = attn, "eager"
-    tensors = load_file(path / "consolidated.safetensors")
-    with torch.random.fork_rng(devices=[]):
-        model = Mistral4ForCausalLM(config)
-    state = {}
-    for name in model.state_dict():
-        if fused := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)", name):
-            base, parts = f"layers.{fused[1]}.experts", ["w2"] if fused[2] == "down_proj" else ["w1", "w3"]
-            state[name] = torch.stack(
-                [
-                    torch.cat([tensors[f"{base}.{e}.{w}.weight"] for w in parts])
-                    for e in range(config.n_routed_experts)
-                ]
-            )
-        else:
-            state[name] = tensors[extras.mistral_name(name)]
-    model.load_state_dict(state)
-    return model.to(getattr(torch, dtype)).eval()
+def corrected(case: FamilyCase, model: Any) -> Any:
+    """Upstream's model, made to do as the vendor's in the points where zoo follows the vendor."""
+    for known in families.get(case.name).disagreements:
+        if known.correct is not None:
+            known.correct(model)
+    return model
 
 
-def tokens(name: str, batch: int = 2, seed: int = 0) -> torch.Tensor:
+def tokens(variant: Variant, batch: int = 2, seed: int = 0) -> torch.Tensor:
     """Token ids [batch, T] over the whole vocabulary but the image token; T passes every window and chunk."""
     import torch
 
-    variant = VARIANTS[name]
     ids = [i for i in range(variant.vocab_size) if i != variant.image_token]
-    generator = torch.Generator().manual_seed(_seed(seed, f"tokens of {name}"))
+    generator = torch.Generator().manual_seed(_seed(seed, f"tokens of {variant.name}"))
     return torch.tensor(ids)[torch.randint(len(ids), (batch, variant.seq_len), generator=generator)]
 
 
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] of a whole sequence without a cache."""
     import torch
 
     with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
 
 
 # --- values -------------------------------------------------------------------------------------------------
 
 
-def fresh(variant: Variant, seed: int = 0) -> PreTrainedModel:
+def fresh(variant: Variant, seed: int = 0) -> Any:
     """The variant as upstream initialises it."""
     import torch
 
@@ -158,13 +124,7 @@ def fresh(variant: Variant, seed: int = 0) -> PreTrainedModel:
         return cls._from_config(config, dtype=torch.float32).eval()
 
 
-def replace_settings(variant: Variant, text: dict[str, Any]) -> Variant:
-    """The variant with other settings of its language model."""
-    settings = variant.settings | {"text_config": text} if "text_config" in variant.settings else text
-    return dataclasses.replace(variant, settings=settings)
-
-
-def perturbed(variant: Variant, seed: int = 0) -> PreTrainedModel:
+def perturbed(variant: Variant, seed: int = 0) -> Any:
     """The variant with every parameter and every persistent buffer moved away from its initial value."""
     import torch
 
@@ -209,7 +169,7 @@ _SPECIAL = (
 )
 
 
-def cast(model: PreTrainedModel, dtype: str) -> None:
+def cast(model: Any, dtype: str) -> None:
     """To the dtype of the files; what the class keeps in fp32 (selection biases) stays so, as in releases."""
     import torch
 
@@ -219,7 +179,7 @@ def cast(model: PreTrainedModel, dtype: str) -> None:
             value.data = value.data.to(torch.float32 if kept.search(name) else getattr(torch, dtype))
 
 
-def _drawer(seed: int, dtype: str) -> extras.Draw:
+def drawer(seed: int, dtype: str) -> Draw:
     """Values for tensors that no model of upstream holds."""
     import torch
 
@@ -230,6 +190,19 @@ def _drawer(seed: int, dtype: str) -> extras.Draw:
     return draw
 
 
+def draw_all(tensors: Tensors, wanted: dict[str, names.Tensor], draw: Draw) -> None:
+    """Add tensors that upstream's class does not hold."""
+    for name, t in wanted.items():
+        assert name not in tensors, name
+        tensors[name] = draw(name, t.shape)
+
+
+def rename(tensors: Tensors, rule: Callable[[str], str]) -> None:
+    """Give every tensor another name."""
+    for name in list(tensors):
+        tensors[rule(name)] = tensors.pop(name)
+
+
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
 
@@ -238,7 +211,8 @@ def _seed(seed: int, name: str) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    return json.loads((Path(path) / "config.json").read_text())
+    config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text())
+    return config
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
