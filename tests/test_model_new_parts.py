@@ -38,6 +38,7 @@ from zoo.spec import (
 )
 from zoo.verify.faults import CATALOGUE, Subject
 from zoo.verify.faults.parts import PARTS as PART_FAULTS
+from zoo.verify.ours import other_choice
 
 D, V, F = 16, 40, 12
 N = Norm(1e-5)
@@ -451,6 +452,24 @@ def test_routers_choose_and_weigh(kind: str) -> None:
         if m.expert_scale is not None:
             w = w * m.expert_scale[chosen[i]].double()
         close(weights[i].detach(), (w * r.scale).detach())
+
+
+def test_the_nearest_tie_of_a_router_is_seen_behind_its_norm_and_its_scales() -> None:
+    m, x = filled(model(block(None, BESIDE))).layers[0].moe.router, rand(20, D) * 3
+    with torch.no_grad():
+        chosen, weights = m(x)
+        other, other_weights = other_choice(m, x)
+        logits = m.logits(x).double()
+    for i in range(20):
+        order = logits[i].argsort(descending=True).tolist()
+        assert set(chosen[i].tolist()) == set(order[:2])
+        assert set(other[i].tolist()) == {order[0], order[2]}
+        kept = order[0]  # its weight is by its scale, and by what share of the two is its own
+        scale = m.expert_scale[kept]
+        p = logits[i].softmax(0)
+        mine, theirs = weights[i][chosen[i] == kept] / scale, other_weights[i][other[i] == kept] / scale
+        close(mine.detach(), (p[kept] / (p[kept] + p[order[1]]))[None])
+        close(theirs.detach(), (p[kept] / (p[kept] + p[order[2]]))[None])
 
 
 def test_a_dense_mlp_and_experts_side_by_side_have_norms_of_their_own() -> None:

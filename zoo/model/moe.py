@@ -46,22 +46,28 @@ class Router(Weights):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, d] -> the chosen experts [N, top_k] (int64 or int32) and their weights [N, top_k]."""
-        logits, dtype = self.logits(x), self.weights_dtype(x)
-        if self.expert_scale is None:
-            return route(logits, self.selection_bias, self.spec, dtype)
-        chosen, weights = route(logits, self.selection_bias, self.spec, _rounded("last", x))
-        return chosen, (weights * self.expert_scale[chosen.long()]).to(dtype)
+        dtype = self.weights_dtype(x)
+        first = dtype if self.expert_scale is None else _rounded("last", x)
+        chosen, weights = route(self.logits(x), self.selection_bias, self.spec, first)
+        return chosen, self.scaled(weights, chosen).to(dtype)
+
+    def scaled(self, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Weights of the chosen experts, times the scales that these have."""
+        return weights if self.expert_scale is None else weights * self.expert_scale[chosen.long()]
 
     def weights_dtype(self, x: Tensor) -> torch.dtype:
         """What the weights of x's experts are rounded to."""
         return _rounded(self.spec.weights_rounding, x)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x [N, d] -> [N, E]."""
+    def read(self, x: Tensor) -> Tensor:
+        """What the weight multiplies, of x."""
         if self.spec.norm is not None:
             x = self.norm(x)
-        if self.spec.input_scale != 1.0:
-            x = x * self.spec.input_scale
+        return x if self.spec.input_scale == 1.0 else x * self.spec.input_scale
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, E]."""
+        x = self.read(x)
         dtype = _rounded(self.spec.rounding, x)
         if dtype != x.dtype and self.bias is None and self.scheme is None and wide_fits(x, self.weight):
             return wide_product(x, self.weight)

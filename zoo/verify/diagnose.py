@@ -371,9 +371,10 @@ def _empty_rows(x: Tensor) -> int:
 
 
 def _feeding(spec: Spec, layer: int) -> list[int]:
-    """The layers whose keys and values this one reuses."""
-    source = getattr(spec.layers[layer].mixer, "kv_from", None)
-    return [] if source is None else [source]
+    """The layers whose keys and values, or choice of keys, this one reuses."""
+    mixer = spec.layers[layer].mixer
+    sources = (getattr(mixer, name, None) for name in ("kv_from", "indexer_from"))
+    return [n for n in sources if n is not None]
 
 
 def one_layer(
