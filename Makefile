@@ -15,7 +15,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit demo bench bench-gpu proofs docs clean
+.PHONY: help venv test lint types unit demo bench bench-gpu prove proofs docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -46,7 +46,7 @@ types: $(VENV)/.dev  ## mypy
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev  ## the tests alone
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --timeout 300
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup --timeout 300
 
 test: lint types unit  ## lint, types and all tests
 
@@ -61,6 +61,10 @@ bench: $(VENV)/.dev  ## conversion, pull and start-up, measured on this machine
 bench-gpu: $(VENV)/.dev  ## decode and kernels; needs a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make bench-gpu needs a CUDA device, and torch sees none here")'
 	$(BIN)/python benchmarks/run.py --gpu
+
+prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
+	@test -n "$(FAMILY)" || { echo "which family? make prove FAMILY=qwen3"; exit 2; }
+	$(ONE_THREAD) $(BIN)/python tests/prove.py $(FAMILY) --jobs $(JOBS)
 
 proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, and the PROVEN column of zoo list
 	$(ONE_THREAD) $(BIN)/python tests/prove.py --jobs $(JOBS)

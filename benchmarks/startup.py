@@ -49,12 +49,14 @@ def measure(rounds: int) -> dict[str, Any]:
 def plan(rounds: int) -> dict[str, Any]:
     """Median seconds of `zoo plan`, start-up included."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from tiny.names import holes, released_tensors
+    import tiny
+
+    from zoo.testing.names import holes
 
     config = json.loads((ROOT / "manifests/configs/deepseek-v3.config.json").read_text())
     env, taken = os.environ | {"PYTHONPATH": str(ROOT)}, []
     with tempfile.TemporaryDirectory() as tmp:
-        tensors = released_tensors(config, mtp=1, quantised=True)
+        tensors = tiny.released_tensors(config, mtp=1, quantised=True)
         source = holes(Path(tmp), config, tensors)
         for _ in range(rounds):
             began = time.perf_counter()

@@ -9,7 +9,7 @@ What is unusual, beyond deepseek_v3:
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Indexer, Norm, Spec, hf, read, rules
+from zoo.family import Config, Disagreement, Family, Indexer, Norm, Spec, hf, read, rules
 
 from . import deepseek_v3
 
@@ -40,4 +40,17 @@ HF = (
 )
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
-FAMILY = Family("deepseek_v32", ("deepseek_v32",), ("DeepseekV32ForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="the pairing of the indexer's rotary channels",
+        upstream="rotates halves",
+        vendor="rotated neighbouring pairs in the code of October 2025, and halves since November",
+        follows="vendor",
+        why="DeepSeek announced and mended it: the weights want halves",
+        source="https://github.com/deepseek-ai/DeepSeek-V3.2-Exp",
+        since="2025-11",
+    ),
+)
+FAMILY = Family(
+    "deepseek_v32", ("deepseek_v32",), ("DeepseekV32ForCausalLM",), spec, RULES, disagreements=DISAGREEMENTS
+)

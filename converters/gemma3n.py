@@ -23,6 +23,7 @@ from zoo.family import (
     AltUp,
     Attention,
     Config,
+    Disagreement,
     Family,
     Layer,
     Norm,
@@ -165,10 +166,23 @@ RULES = {
     ),
 }
 
+DISAGREEMENTS = (
+    Disagreement(
+        about="the soft cap on the logits",
+        upstream="caps at 30, as config.json says",
+        vendor="has no cap in its JAX code (google-deepmind/gemma)",
+        follows="upstream",
+        why="the release's config states it",
+        source="https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/gemma3n/_gemma3n.py",
+        since="2025-06",
+        applies=lambda spec: spec.logit_softcap is not None,
+    ),
+)
 FAMILY = Family(
     "gemma3n",
     ("gemma3n", "gemma3n_text"),
     ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
     spec,
     RULES,
+    disagreements=DISAGREEMENTS,
 )

@@ -17,6 +17,7 @@ from zoo.family import (
     MLP,
     Config,
     DeltaNet,
+    Disagreement,
     Family,
     LatentAttention,
     Layer,
@@ -151,4 +152,18 @@ _HELD = (
 )
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
 
-FAMILY = Family("kimi_linear", ("kimi_linear",), ("KimiLinearForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="the selection bias in the routing weights",
+        upstream="adds it for the choice of experts only",
+        vendor="adds it in place to a view of the scores, so that the weights are made of biased ones (modeling_kimi.py of the release)",
+        follows="design",
+        why="the paper and vLLM, which serves the release, use the bias for the choice only",
+        source="https://arxiv.org/abs/2510.26692",
+        since="2025-10",
+        applies=lambda spec: any(isinstance(x.ffn, MoE) for x in spec.layers),
+    ),
+)
+FAMILY = Family(
+    "kimi_linear", ("kimi_linear",), ("KimiLinearForCausalLM",), spec, RULES, disagreements=DISAGREEMENTS
+)

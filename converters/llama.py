@@ -19,6 +19,7 @@ from zoo.family import (
     MLP,
     Attention,
     Config,
+    Disagreement,
     Expr,
     Family,
     Layer,
@@ -103,7 +104,7 @@ def meta_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
         attn_temperature_tuning=False,
     )  # fmt: skip
     if scaled := p.choice("use_scaled_rope", (True, False), False):
-        # Not in params.json. Meta's code and the Hugging Face configs: 8 for 3.1 and 3.3, 32 for the small 3.2.
+        # Not in params.json. Meta's code has 8 for all; the Hugging Face configs, and its maintainers, 32 for the small 3.2.
         factor = p.get("rope_scaling_factor", 32.0 if p["dim"] < 4096 else 8.0)
         out["rope_scaling"] = consolidated.llama3_rope(factor, 4.0)
     context = 131072 if scaled else 8192 if out["vocab_size"] > 100_000 else 4096
@@ -143,6 +144,33 @@ def gguf_scaling(f: gguf.Fields, factors: tuple[float, ...]) -> dict[str, Any]:
     }
 
 
+def _scaled_by_32(spec: Spec) -> bool:
+    mixer = spec.layers[0].mixer
+    scaling = mixer.rope.scaling if isinstance(mixer, Attention) and mixer.rope else None
+    return scaling is not None and scaling.factor == 32.0
+
+
+DISAGREEMENTS = (
+    Disagreement(
+        about="the RoPE factor of Llama 3.2 1B and 3B",
+        upstream="has 32, from config.json",
+        vendor="hard-codes 8 for every scaled model in its own code, which params.json leaves open",
+        follows="upstream",
+        why="a maintainer confirmed 32 for these two",
+        source="https://github.com/meta-llama/llama-models/issues/166",
+        since="2024-10",
+        applies=lambda spec: (
+            (spec.n_layers, spec.d_model) in ((16, 2048), (28, 3072)) and _scaled_by_32(spec)
+        ),
+    ),
+)
 FAMILY = Family(
-    "llama", ("llama",), ("LlamaForCausalLM",), spec, RULES, {"meta": meta_config}, {"llama": gguf_config}
+    "llama",
+    ("llama",),
+    ("LlamaForCausalLM",),
+    spec,
+    RULES,
+    {"meta": meta_config},
+    {"llama": gguf_config},
+    disagreements=DISAGREEMENTS,
 )

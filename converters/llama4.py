@@ -22,6 +22,7 @@ from zoo.family import (
     MLP,
     Attention,
     Config,
+    Disagreement,
     Expr,
     Family,
     Layer,
@@ -198,6 +199,17 @@ def meta_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
     }
 
 
+DISAGREEMENTS = (
+    Disagreement(
+        about="decoding beyond a chunk",
+        upstream="gives what a prompt of the same tokens gives",
+        vendor="drops the chunk's mask where it decodes one token (llama-models)",
+        follows="upstream",
+        why="a prompt is how the model was trained",
+        source="https://github.com/meta-llama/llama-models/blob/main/models/llama4/model.py",
+        since="2025-04",
+    ),
+)
 FAMILY = Family(
     "llama4",
     ("llama4", "llama4_text"),
@@ -205,4 +217,5 @@ FAMILY = Family(
     spec,
     RULES,
     {"meta": meta_config},
+    disagreements=DISAGREEMENTS,
 )

@@ -12,7 +12,21 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, MoE, Norm, Spec, extra, hf, read, rules
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Disagreement,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    Spec,
+    extra,
+    hf,
+    read,
+    rules,
+)
 
 from . import deepseek_v3
 
@@ -96,4 +110,17 @@ HF = (
 _SINKS = ("layers.{i}.attn.sinks", "model.layers.{i}.self_attn.sinks")
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED, _SINKS))}
 
-FAMILY = Family("mimo_v2_flash", ("mimo_v2_flash",), ("MiMoV2FlashForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="the window of the sliding layers",
+        upstream="shows 129 keys for a released window of 128, the query's own included (SGLang too)",
+        vendor="shows 128, by transformers' mask helper in the release's own files",
+        follows="open",
+        why="the vendor has not said which its training used",
+        source="https://huggingface.co/XiaomiMiMo/MiMo-V2-Flash/blob/main/modeling_mimo_v2_flash.py",
+        since="2025-12",
+    ),
+)
+FAMILY = Family(
+    "mimo_v2_flash", ("mimo_v2_flash",), ("MiMoV2FlashForCausalLM",), spec, RULES, disagreements=DISAGREEMENTS
+)

@@ -21,6 +21,7 @@ from zoo.family import (
     MLP,
     Attention,
     Config,
+    Disagreement,
     Family,
     Layer,
     Norm,
@@ -133,6 +134,17 @@ def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
     return out
 
 
+DISAGREEMENTS = (
+    Disagreement(
+        about="theta where params.json names none",
+        upstream="has it from config.json, which names one",
+        vendor="takes 1e6 today; until May 2024 1e4 with a window and 1e6 without",
+        follows="vendor",
+        why="files without the field date from then: 1e4 only where there is a window",
+        source="https://github.com/mistralai/mistral-inference/blob/main/src/mistral_inference/transformer.py",
+        since="2024-05",
+    ),
+)
 FAMILY = Family(
     "mistral",
     (*TEXT_TYPES, "mistral3"),
@@ -145,4 +157,5 @@ FAMILY = Family(
     spec,
     RULES,
     {"mistral": own_config},
+    disagreements=DISAGREEMENTS,
 )

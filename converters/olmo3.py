@@ -8,7 +8,7 @@ OLMo 2 (see there: norms on branch outputs, full-width QK-norm) with
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Rope, Spec, read
+from zoo.family import Config, Disagreement, Family, Rope, Spec, read
 
 from . import olmo2
 
@@ -23,4 +23,15 @@ def spec(c: Config) -> Spec:
     return olmo2.decoder("olmo3", c, [layer(kind) for kind in read.layer_types(c, read.every(4))])
 
 
-FAMILY = Family("olmo3", ("olmo3",), ("Olmo3ForCausalLM",), spec, olmo2.RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="which layers YaRN stretches",
+        upstream="the full ones only",
+        vendor="the full ones only (OLMo-core); a popular copy written from scratch stretches all",
+        follows="vendor",
+        why="it is how the release was trained",
+        source="https://github.com/allenai/OLMo-core",
+        since="2025-11",
+    ),
+)
+FAMILY = Family("olmo3", ("olmo3",), ("Olmo3ForCausalLM",), spec, olmo2.RULES, disagreements=DISAGREEMENTS)

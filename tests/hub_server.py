@@ -71,7 +71,7 @@ class Fault:
     """Something that goes wrong for the next `times` requests of files matching `file` (-1: for ever).
 
     kinds: `cut` (FIN) and `reset` (RST) after `after` body bytes · `stall` for `seconds` after `after` bytes ·
-    `corrupt` the byte at offset `after` of the file · `status` with `code` and `retry_after` · `whole` (Range is
+    `corrupt` the byte at offset `after` of the file · `status` with `code`, `error` and `retry_after` · `whole` (Range is
     ignored, 200) · `shift` (a range that starts `after` bytes later than asked) · `size` (the file is said to be,
     and is, `after` bytes long) · `redirect` to `location` · `cap` (403 for a body longer than `after` bytes) ·
     `answer` with `headers` and `body`, whatever they say of each other, and hang up.
@@ -82,6 +82,7 @@ class Fault:
     where: str = "*"  # api, resolve, cdn
     after: int = 0
     code: int = 503
+    error: str | None = None  # X-Error-Code
     retry_after: str | None = None
     seconds: float = 3600.0
     location: str = ""
@@ -484,7 +485,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.begin(302, {"Location": fault.location, "Content-Length": "0"})
         else:
             headers = {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}
-            self.error(fault.code, None, "Service is having a bad day", headers)
+            self.error(fault.code, fault.error, "Service is having a bad day", headers)
         return True
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:

@@ -1,10 +1,14 @@
-"""Proves every family against upstream, and writes what came of it: docs/families.md and manifests/proofs.json.
+"""Proves families against upstream, and writes what came of it in their own rows, and in no others'.
 
-    python tests/prove.py [VARIANT ...] [--jobs 2]
+    python tests/prove.py NAME [NAME ...]     families, or variants of them; `make prove FAMILY=NAME`
+    python tests/prove.py                     all of them: `make proofs`
 
-For each small checkpoint of `tiny`: saved by upstream's class with every parameter perturbed, converted, verified
-at all levels (fp32, CPU), exported, and compared with the source to the byte. The rules' version is noted: a test
-fails when a family's rules have changed since.
+Each variant of a family's case (`tests/families/<name>.py`) is saved by upstream's class with every parameter perturbed,
+converted, verified at all levels (fp32, CPU), exported, and compared with the source to the byte. Each config of a
+release is counted with upstream's class on the meta device. What fails is printed with the verifier's diagnosis.
+
+Written, where all of a family passes: its rows of docs/families.md, its versions in manifests/proofs.json (see
+`zoo.proof`), its counts in tests/data/tensors/counts.json. A variant alone writes nothing.
 """
 
 from __future__ import annotations
@@ -13,22 +17,23 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PROOFS, TABLE = ROOT / "manifests" / "proofs.json", ROOT / "docs" / "families.md"
+COUNTS = ROOT / "tests" / "data" / "tensors" / "counts.json"
 # Releases whose real weights were compared with upstream, and how anyone can do it again.
 WEIGHTS = {"smollm2-135m": "make demo"}
 
 HEAD = """# Families
 
-Written by `make proofs`. Each line is a small random checkpoint of a family: saved by upstream's own class
-(transformers {upstream}) with every parameter perturbed and constants away from their defaults, converted, and compared
+Written by `make prove FAMILY=NAME` and `make proofs`. Each line is a small random checkpoint of a family: saved by upstream's own
+class (transformers) with every parameter perturbed and constants away from their defaults, converted, and compared
 in fp32 on a CPU: logits with upstream's, cached decoding with uncached, the exported release with the source.
 The bound on logits is the larger of 5e-5 and twice what upstream's own two attentions differ by, measured in
 the same run. "Faults caught" is the verifier's own test: of the mistakes in its catalogue that the architecture
@@ -38,8 +43,8 @@ What it does not show: that a release's real weights convert (their names, shape
 release's config by other tests), and anything about lengths beyond those of the checkpoints. `zoo verify` shows
 it for the release at hand.
 
-| family | releases | checkpoint | upstream class | max logit error | bound | cached vs uncached | greedy tokens | round trip | faults caught |
-|---|---|---|---|---|---|---|---|---|---|
+| family | releases | checkpoint | upstream class | logits | cached decoding | greedy tokens | round trip | faults caught |
+|---|---|---|---|---|---|---|---|---|
 """
 NOT_UPSTREAM = """
 **Without upstream.** {names}: transformers has no implementation. The decoder and the rules are held to a second
@@ -49,12 +54,11 @@ reading is right.
 
 
 def prove(name: str) -> dict[str, Any]:
-    """What one checkpoint shows."""
+    """What one variant shows."""
     import tiny
     import torch
 
     import zoo
-    from zoo import families
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tmp:
@@ -69,93 +73,174 @@ def prove(name: str) -> dict[str, Any]:
             if p.suffix in (".safetensors", ".json")
         )
     checks = {c.name: c for level in certificate.levels for c in level.checks}
-    logits = checks["|logit error| max"]
     cached = next((c for n, c in checks.items() if n.startswith("cached against uncached")), None)
     greedy = next((c for n, c in checks.items() if n.startswith("greedy tokens")), None)
-    family = certificate.canonical["family"]
+    logits = checks.get("|logit error| max")
+
+    def within(check: Any) -> str:
+        return "not compared" if check is None else "within bound" if check.passed else "**beyond bound**"
+
     return {
         "variant": name,
-        "family": family,
-        "rules": families.get(family).rules["hf"].version,
-        "class": tiny.VARIANTS[name].architecture,
-        "logits": logits.value,
-        "bound": logits.bound,
-        "cached": cached.value if cached else None,
-        "greedy": "equal" if greedy and greedy.value == 0 else "differ" if greedy else "not compared",
-        "round_trip": same,
-        "faults": certificate.faults["score"] if certificate.faults else "",
+        "family": tiny.VARIANTS[name].family,
         "passed": certificate.passed and same,
-        "failed": [c.name for c in checks.values() if not c.passed],
+        "figures": f"{logits.value:.1e} (at most {logits.bound:.1e})" if logits else "none",
+        "failed": [c.name for c in checks.values() if not c.passed] + ([] if same else ["round trip"]),
+        "diagnosis": certificate.diagnosis,
+        "row": (
+            f"| {name} | {tiny.VARIANTS[name].architecture} | {within(logits)} | {within(cached)} "
+            f"| {'equal' if greedy and greedy.value == 0 else 'differ' if greedy else 'not compared'} "
+            f"| {'to the byte' if same else '**differs**'} "
+            f"| {certificate.faults['score'] if certificate.faults else ''} |\n"
+        ),
     }
 
 
-def table(results: Iterable[dict[str, Any]]) -> str:
-    import transformers
+def count(family: str) -> tuple[dict[str, Any], list[str]]:
+    """Upstream's count of every config of the family's releases, and where ours is another."""
+    import tiny
 
-    from zoo import families, manifest
+    from zoo import families
+    from zoo.layout import active_params, total_params
+    from zoo.testing import full_size
+
+    counts, wrong = {}, []
+    for stem in full_size.stems().get(family, ()):
+        config = full_size.read(stem)
+        counts[stem] = theirs = full_size.upstream_count(tiny.CASES[family], config)
+        spec = families.spec_of(config)
+        biases = full_size.selection_biases(spec)  # buffers there, stored like parameters
+        ours = {
+            "total": total_params(spec) - biases,
+            "active": active_params(spec) - biases,
+            "tied": spec.tied,
+        }
+        wrong += [
+            f"{stem}: {k} is {v:,} here, {theirs[k]:,} upstream" for k, v in ours.items() if v != theirs[k]
+        ]
+    return counts, wrong
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """Family -> the lines of its variants, without their first two columns."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in re.findall(r"^\|(.*\|)$", table.partition("|---|")[2], re.M):
+        first, _, rest = line.partition("|")
+        name = first.strip() or name
+        found.setdefault(name, []).append("|" + rest.partition("|")[2] + "\n")
+    return found
+
+
+def table(rows: dict[str, list[str]]) -> str:
+    import tiny
+
+    from zoo import manifest
 
     releases: dict[str, int] = {}
     for m in manifest.load_all():
         releases[m.family] = releases.get(m.family, 0) + 1
-    results = sorted(results, key=lambda r: (r["family"], r["variant"]))
-    lines = [HEAD.format(upstream=transformers.__version__)]
-    before = None
-    for r in results:
-        first = r["family"] != before
-        before = r["family"]
-        lines.append(
-            f"| {r['family'] if first else ''} | {releases.get(r['family'], 0) if first else ''} | {r['variant']} "
-            f"| {r['class']} | {r['logits']:.1e} | {r['bound']:.1e} "
-            f"| {'' if r['cached'] is None else format(r['cached'], '.1e')} | {r['greedy']} "
-            f"| {'to the byte' if r['round_trip'] else '**differs**'} | {r['faults']}{'' if r['passed'] else ' **failed**'} |\n"
-        )
-    missing = sorted(set(families.families()) - {r["family"] for r in results})
-    if missing:
-        lines.append(NOT_UPSTREAM.format(names=", ".join(missing)))
-    lines.append(
-        "\n**With real weights.** " + "; ".join(f"{n}: `{how}`" for n, how in WEIGHTS.items()) + ".\n"
-    )
-    return "".join(lines)
+    out = [HEAD]
+    for name in sorted(rows):
+        for n, row in enumerate(sorted(rows[name])):
+            out.append(f"| {name} | {releases.get(name, 0)} {row}" if n == 0 else f"|  |  {row}")
+    if without := sorted(name for name, case in tiny.CASES.items() if case.without_upstream):
+        out.append(NOT_UPSTREAM.format(names=", ".join(without)))
+    weights = "; ".join(f"{n}: `{how}`" for n, how in WEIGHTS.items())
+    return "".join([*out, f"\n**With real weights.** {weights}.\n"])
 
 
-def proofs(results: Iterable[dict[str, Any]]) -> str:
-    results = list(results)
-    proven = sorted({r["family"] for r in results} - {r["family"] for r in results if not r["passed"]})
-    rules = {r["family"]: r["rules"] for r in results}
+def versions(family: str) -> tuple[str, str]:
+    """The family's version over its releases, and over its variants; see `zoo.proof`."""
+    import tiny
+
+    from zoo import families, proof
+    from zoo.testing.build import read_config
+    from zoo.testing.built import checkpoint
+
+    case, of = tiny.CASES[family], families.get(family)
+    specs = [families.spec_of(read_config(checkpoint(case, v))) for v in case.variants]
+    return proof.version(of, proof.release_specs(of)), proof.version(of, specs)
+
+
+def write(results: dict[str, list[dict[str, Any]]], counts: dict[str, Any]) -> None:
+    """The rows, versions and counts of these families, all of whose variants passed."""
+    import tiny
+
+    from zoo import proof
+
+    rows = {n: r for n, r in rows_of(TABLE.read_text(encoding="utf-8")).items() if n in tiny.CASES}
+    proofs = json.loads(PROOFS.read_text(encoding="utf-8")) if PROOFS.is_file() else {}
+    of = {kind: dict(proofs.get(kind, {})) for kind in ("families", "variants")}
+    for name, proven in results.items():
+        rows[name] = [r["row"] for r in proven]
+        of["families"][name], of["variants"][name] = versions(name)
+    TABLE.write_text(table(rows), encoding="utf-8")
+    known = {kind: {n: v for n, v in sorted(of[kind].items()) if n in tiny.CASES} for kind in of}
+    now = {n: versions(n) for n in known["families"]}
+    same = all(now[n] == (known["families"][n], known["variants"][n]) for n in now)
     found = {
         "about": {
-            "written by": "make proofs",
-            "see": "docs/families.md",
-            "rules": "the hash of a family's rules then",
+            "written by": "make prove FAMILY=NAME, make proofs",
+            "see": "zoo/proof.py, docs/families.md",
         },
-        "families": dict.fromkeys(proven, "rules"),
+        **known,
         "releases": dict.fromkeys(WEIGHTS, "weights"),
-        "rules": {name: rules[name] for name in proven},
+        # Says "all as it was": only where that is so of every family, this run's or not.
+        "sources": proof.sources_version() if same else "",
     }
-    return json.dumps(found, indent=1) + "\n"
+    PROOFS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    whole = json.loads(COUNTS.read_text(encoding="utf-8")) | counts
+    COUNTS.write_text(json.dumps(dict(sorted(whole.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variants", nargs="*", help="only these, and write nothing")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="families or variants; all families if none")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     import tiny
 
-    results = []
+    provable = {n: [v.name for v in case.variants] for n, case in tiny.CASES.items() if case.variants}
+    if unknown := [n for n in args.names if n not in provable and n not in tiny.VARIANTS]:
+        sys.exit(
+            f"no family or variant that upstream can run: {', '.join(unknown)}; known: {', '.join(provable)}"
+        )
+    whole = [n for n in (args.names or provable) if n in provable]
+    alone = [n for n in args.names if n not in provable]
+    failed, counts = [], {}
+    results: dict[str, list[dict[str, Any]]] = {n: [] for n in whole}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        for r in pool.map(prove, args.variants or sorted(tiny.VARIANTS)):
-            results.append(r)
-            why = f"  FAILED: {', '.join(r['failed']) or 'round trip'}" if not r["passed"] else ""
-            print(f"{r['variant']:28} logits {r['logits']:.1e} (at most {r['bound']:.1e}){why}", flush=True)
-    if not args.variants:
-        PROOFS.write_text(proofs(results), encoding="utf-8")
-        TABLE.write_text(table(results), encoding="utf-8")
-    if failed := [r["variant"] for r in results if not r["passed"]]:
-        sys.exit(f"failed: {', '.join(failed)}")
+        for r in pool.map(prove, [v for n in whole for v in provable[n]] + alone):
+            results.setdefault(r["family"], []).append(r)
+            print(f"{r['variant']:28} logits {r['figures']}{'' if r['passed'] else '  FAILED'}", flush=True)
+            if not r["passed"]:
+                failed.append(r["variant"])
+                print(f"  {', '.join(r['failed'])}\n  {json.dumps(r['diagnosis'], indent=2)}", flush=True)
+    for name in whole:
+        counted, wrong = count(name)
+        counts |= counted
+        print(f"{name:28} {len(counted)} configs counted{'' if not wrong else ':  DIFFER'}")
+        for line in wrong:
+            failed.append(name)
+            print(f"  {line}")
+    good = {
+        n: results[n] for n in whole if n not in failed and not {r["variant"] for r in results[n]} & {*failed}
+    }
+    if good:
+        stems = {s for n in good for s in count_stems(n)}
+        write(good, {s: c for s, c in counts.items() if s in stems})
+    if failed:
+        sys.exit(f"failed, and nothing of their families written: {', '.join(dict.fromkeys(failed))}")
+
+
+def count_stems(family: str) -> tuple[str, ...]:
+    from zoo.testing import full_size
+
+    return full_size.stems().get(family, ())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from assemble import assemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -32,6 +31,7 @@ from zoo.mapping import decode, execute, moves
 from zoo.mapping.execute import Execution, convert
 from zoo.mapping.folder import STATE, Folder
 from zoo.mapping.plan import Plan, make_plan
+from zoo.testing.assemble import assemble
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,20 +69,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --- the bytes ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(tiny.VARIANTS))
-def test_the_canonical_tensors_are_those_of_an_independent_assembly(name: str, tmp_path: Path) -> None:
-    source = tiny.make(name, tmp_path / "source", dtype="bfloat16", max_shard_size=30_000)
-    plan = plan_of(source)
-    convert(plan, tmp_path / "canon", shard_size=40_000)
-    got = weights(tmp_path / "canon")
-    extras = {n: got.pop(n) for n in plan.extras}
-    assert_same(got, assemble(source))
-    originals: dict[str, torch.Tensor] = {}
-    for f in plan.checkpoint.files:
-        originals |= {n: t for n, t in load_file(source / f).items() if n in plan.extras}
-    assert_same(extras, originals)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next", "gpt2", "nemotron_h", "llama4"])

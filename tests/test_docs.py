@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 
 import zoo
-from zoo import families, manifest
+from zoo import families, manifest, proof
 from zoo.cli import cli
+from zoo.spec import Attention, Spec
 
 ROOT = Path(zoo.__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,14 +64,50 @@ def test_the_python_page_lists_the_api() -> None:
         assert f"`zoo.{name}" in page, name
 
 
-def test_every_family_is_in_the_table_and_its_proof_is_of_the_rules_of_today() -> None:
+def test_every_family_is_in_the_table_and_its_proof_is_of_what_it_is_today() -> None:
+    import prove
+
     table = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     proofs = manifest._proofs()
-    for name, family in families.families().items():
-        assert name in table, f"{name}: run `make proofs`"
+    for name in families.families():
+        again = f"run `make prove FAMILY={name}`"
+        assert name in table, f"{name}: {again}"
         if name in proofs["families"]:
-            version = family.rules["hf"].version
-            assert proofs["rules"][name] == version, f"the rules of {name} have changed: run `make proofs`"
+            releases, variants = prove.versions(name)
+            assert proofs["families"][name] == releases, (
+                f"{name}: rules or release Specs have changed: {again}"
+            )
+            assert proofs["variants"][name] == variants, f"{name}: rules or variants have changed: {again}"
+
+
+def test_a_family_whose_attention_is_scaled_otherwise_is_not_proven_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qwen3 = families.get("qwen3")
+
+    def spec(config: families.Config) -> Spec:
+        made = qwen3.spec(config)
+        layers = tuple(
+            replace(layer, mixer=replace(layer.mixer, scale=1.0))
+            if isinstance(layer.mixer, Attention)
+            else layer
+            for layer in made.layers
+        )
+        return replace(made, layers=layers)
+
+    proofs = manifest._proofs() | {"sources": "edited"}
+    assert "qwen3" in proof.proven(proofs)
+    other = replace(qwen3, spec=spec)
+    monkeypatch.setitem(families._built_in(), "qwen3", other)
+    monkeypatch.setattr(families, "get", lambda name: families.families()[name])
+    families.families.cache_clear()
+    proof._specs.cache_clear()
+    try:
+        assert proof.proven(proofs) == set(proofs["families"]) - {"qwen3"}
+    finally:
+        monkeypatch.undo()
+        families.families.cache_clear()
+        proof._specs.cache_clear()
 
 
 def test_every_rule_expression_is_explained() -> None:

@@ -20,7 +20,6 @@ import pytest
 import tiny
 import torch
 import vendor
-from tiny.variant import FULL, SLIDING, llama3, rope, yarn
 
 from zoo import families, remote
 from zoo.errors import ZooError
@@ -30,6 +29,7 @@ from zoo.formats.base import TensorRef
 from zoo.model.load import load
 from zoo.quant import ggml
 from zoo.spec import Spec
+from zoo.testing import FULL, SLIDING, llama3, rope, yarn
 
 # --- blocks -------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ import tiny
 import torch
 import vendor
 from test_manifests import CONFIGS
-from tiny.variant import llama3
 
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.model.load import load
 from zoo.spec import Spec
+from zoo.testing import llama3
 
 DENSE = {
     "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 64,

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import vendor
+from families.mistral_large3 import make_mistral_format, upstream_mistral_format
 from safetensors.torch import load_file, save_file
 from test_manifests import CONFIGS
 
@@ -46,12 +47,12 @@ def test_params_json_says_what_config_json_says(name: str, tmp_path: Path) -> No
 
 
 def test_large3_has_the_logits_of_upstream_on_renamed_weights(tmp_path: Path) -> None:
-    own = tiny.make_mistral_format("mistral_large3", tmp_path / "own")
+    own = make_mistral_format("mistral_large3", tmp_path / "own")
     vendor.canonical(own, tmp_path / "zoo")
     ids = tiny.tokens("mistral_large3")
     with torch.inference_mode():
         ours = load(tmp_path / "zoo")(ids)
-    assert (ours - tiny.logits(tiny.upstream_mistral_format(own), ids)).abs().max() <= 5e-5
+    assert (ours - tiny.logits(upstream_mistral_format(own), ids)).abs().max() <= 5e-5
 
 
 def test_fp8_with_a_scale_per_tensor_has_the_logits_of_upstream_on_the_same_values(tmp_path: Path) -> None:
@@ -195,8 +196,8 @@ def test_windows_are_one_for_all_layers_or_a_pattern(
 def test_large3_in_fp8_blocks_has_the_logits_of_upstream_on_the_same_values(tmp_path: Path) -> None:
     """As released: `weight_scale` per block, the block size in params.json, some projections left in bf16."""
     block = (7, 5)
-    own = tiny.make_mistral_format("mistral_large3", tmp_path / "own")
-    plain = tiny.make_mistral_format("mistral_large3", tmp_path / "plain")
+    own = make_mistral_format("mistral_large3", tmp_path / "own")
+    plain = make_mistral_format("mistral_large3", tmp_path / "plain")
     out, values = {}, {}
     for name, t in load_file(own / "consolidated.safetensors").items():
         quantised = (
@@ -225,4 +226,4 @@ def test_large3_in_fp8_blocks_has_the_logits_of_upstream_on_the_same_values(tmp_
             load(tmp_path / "fp32")(ids),
         )
     assert torch.equal(carried, dequantised)
-    assert (dequantised - tiny.logits(tiny.upstream_mistral_format(plain), ids)).abs().max() <= 5e-5
+    assert (dequantised - tiny.logits(upstream_mistral_format(plain), ids)).abs().max() <= 5e-5

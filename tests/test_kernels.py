@@ -81,9 +81,14 @@ if INTERPRETED or COMPILED:
             for _ in range(2):
                 close(norm.rms_norm(x, None, plain), norm.rms_norm_reference(x, None, plain))
 
-    @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"])
-    def test_gated_activations(act: str) -> None:
-        spec = MLP(37, act=act, gated=act != "relu2", limit=1.5 if act == "silu_clamped" else None, alpha=1.3)  # type: ignore[arg-type]
+    ACTIVATIONS = [
+        MLP(37), MLP(37, "gelu"), MLP(37, "gelu_tanh"), MLP(37, "relu2", gated=False), MLP(37, "relu", gated=False),
+        MLP(37, "relu"), MLP(37, "quick_gelu"), MLP(37, "silu_clamped", limit=1.5, alpha=1.3), MLP(37, limit=0.7),
+        MLP(37, limit=0.7, limit_after=True),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("spec", ACTIVATIONS)
+    def test_gated_activations(spec: MLP) -> None:
         h = rand(3, 2, 74) * 3
         close(gated.gated(h, spec), gated.gated_reference(h, spec))
 
@@ -176,10 +181,11 @@ if INTERPRETED or COMPILED:
     def test_short_convolution_and_its_tail(T: int, width: int, more: bool) -> None:
         x, w = rand(2, T, 150)[..., 10:], rand(140, width)
         bias, tail = (rand(140), rand(2, width - 1, 140)) if more else (None, None)
-        tails = [None if tail is None else tail.clone() for _ in range(2)]
-        close(conv.conv(x, w, bias, tails[0]), conv.conv_reference(x, w, bias, tails[1]))
-        if tails[0] is not None and tails[1] is not None:
-            assert torch.equal(tails[0], tails[1])
+        for silu in (True, False):
+            tails = [None if tail is None else tail.clone() for _ in range(2)]
+            close(conv.conv(x, w, bias, tails[0], silu), conv.conv_reference(x, w, bias, tails[1], silu))
+            if tails[0] is not None and tails[1] is not None:
+                assert torch.equal(tails[0], tails[1])
 
     @pytest.mark.parametrize("spec", NORMS[:3])
     @pytest.mark.parametrize("act", ["silu", "sigmoid"])
@@ -327,6 +333,9 @@ if INTERPRETED or COMPILED:
         (24, Router(4, "softmax", n_groups=4, top_groups=2, masked_groups="zero")),
         (16, Router(1, "sigmoid", over="chosen")),
         (8, Router(2, "softmax", softcap=3.0)),
+        (24, Router(4, "softmax", n_groups=4, top_groups=2, group_top=1, masked_groups="zero")),
+        (16, Router(3, "sigmoid", over="chosen", normalize=True)),
+        (16, Router(3, "softmax", selection_bias=True, normalize=True, normalize_floor=0.3)),
     ]
 
     @pytest.mark.parametrize(("n_experts", "spec"), ROUTERS)
@@ -402,7 +411,12 @@ if INTERPRETED or COMPILED:
     @pytest.mark.parametrize("tokens", [1, 9])
     @pytest.mark.parametrize("scheme", SCHEMES)
     @pytest.mark.parametrize(
-        "spec", [MLP(64, act="silu_clamped", limit=1.0), MLP(64, act="relu2", gated=False)]
+        "spec",
+        [
+            MLP(64, act="silu_clamped", limit=1.0),
+            MLP(64, act="relu2", gated=False),
+            MLP(64, limit=0.5, limit_after=True),
+        ],
     )
     def test_experts_for_few_tokens_and_for_many(tokens: int, scheme: str, spec: MLP) -> None:
         d, n, top_k = 96, 5, 3

@@ -8,15 +8,15 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import manifests
-from zoo import manifest
+from zoo import families, manifest
 from zoo.errors import ZooError
+from zoo.testing.full_size import expand, rounds_to
 
 CONFIGS = Path(manifests.__path__[0]) / "configs"
 TENSORS = Path(__file__).parent / "data" / "tensors"
@@ -24,10 +24,6 @@ SOURCES: dict[str, Any] = tomllib.loads((CONFIGS / "sources.toml").read_text(enc
 COUNTS: dict[str, Any] = json.loads((TENSORS / "counts.json").read_text(encoding="utf-8"))
 ALL = manifest.load_all()
 NAMES = [m.name for m in ALL]
-FAMILIES = """
-gpt2 llama llama4 mistral deepseek_v3 mistral_large3 deepseek_v32 qwen3 qwen3_moe qwen3_next smollm3
-olmo2 olmo3 gemma3 gemma3n gpt_oss glm4_moe minimax_m2 kimi_linear nemotron_h mimo_v2_flash grok2
-"""
 PROMISED = """
 gpt2 gpt2-medium gpt2-large gpt2-xl llama-3.1-8b llama-3.1-70b llama-3.1-405b llama-3.2-1b llama-3.2-3b
 llama-3.3-70b smollm2-135m smollm2-360m smollm2-1.7b llama-4-scout llama-4-scout-instruct llama-4-maverick
@@ -81,7 +77,7 @@ def test_names_aliases_and_first_repositories_are_unique() -> None:
 
 @pytest.mark.parametrize("m", ALL, ids=NAMES)
 def test_family_is_one_of_the_zoo(m: manifest.Manifest) -> None:
-    assert m.family in FAMILIES.split()
+    assert m.family in families.families()
 
 
 @pytest.mark.parametrize("m", ALL, ids=NAMES)
@@ -125,12 +121,6 @@ def test_context_and_quantization_are_those_of_the_config(m: manifest.Manifest, 
         assert method is None or m.quantization == method
 
 
-def rounds_to(counted: int, published: int, within: float) -> bool:
-    """Whether a count, rounded or cut at the figure's own precision, is the published figure, or near it."""
-    unit = 10 ** (len(str(published)) - len(str(published).rstrip("0")))
-    return -max(unit / 2, published * within) <= counted - published <= max(unit, published * within)
-
-
 @pytest.mark.parametrize(("m", "stem"), WITH_CONFIG, ids=[f"{m.name}-{s}" for m, s in WITH_CONFIG])
 def test_published_parameters_agree_with_the_counted_ones(m: manifest.Manifest, stem: str) -> None:
     count = COUNTS[stem]
@@ -163,18 +153,6 @@ def test_a_release_is_given_the_config_that_sources_name_for_it() -> None:
             assert m.config == json.loads(
                 (CONFIGS / f"{stems[0]}.config.json").read_text(encoding="utf-8")
             ), m.name
-
-
-def expand(name: str) -> Iterator[str]:
-    """`a.{0-2,5}.b` stands for a.0.b, a.1.b, a.2.b, a.5.b."""
-    match = re.search(r"\{([^}]*)\}", name)
-    if match is None:
-        yield name
-        return
-    for part in match[1].split(","):
-        first, _, last = part.partition("-")
-        for i in range(int(first), int(last or first) + 1):
-            yield from expand(name[: match.start()] + str(i) + name[match.end() :])
 
 
 @pytest.mark.parametrize("path", sorted(TENSORS.glob("*.tensors.json")), ids=lambda p: p.name[:-13])

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from assemble import assemble
 from safetensors.torch import load_file, save_file
-from tiny.names import holes, released_tensors
 
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.mapping.plan import PlanError, fold, make_plan
+from zoo.testing.assemble import assemble
+from zoo.testing.names import holes
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +78,18 @@ def test_all_missing_unexpected_and_misshapen_tensors_are_listed_with_the_neares
     assert "model.layers.0.self_attn.q_proj.weight   nearest: model.layers.0.self_attn.q_prj.weight" in text
     assert "unexpected (2)" in text and "surplus [2] in model.safetensors" in text
     assert "model.layers.1.mlp.up_proj.weight in model.safetensors: shape [7, 36], expected [52, 36]" in text
+
+
+def test_shapes_that_are_wrong_alike_are_listed_together(llama: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    bad = changed(llama, tmp_path / "bad", **{n: torch.zeros(7, 36) for n in names})
+    with pytest.raises(PlanError) as e:
+        make_plan(open_checkpoint(bad))
+    assert [line for line in str(e.value).splitlines() if "expected" in line] == [
+        "model.layers.{0-2}.mlp.up_proj.weight (3 tensors): shape [7, 36], expected [52, 36] "
+        "(for layers.*.mlp.gate_up.weight [104, 36])"
+    ]
+    assert e.value.match.n_problems == 3
 
 
 def test_names_that_differ_in_numbers_are_listed_together() -> None:
@@ -190,7 +202,9 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All headers of DeepSeek-V3 over holes: 92,000 tensors, 689 GB that take no room."""
     (found,) = (p for p in (ROOT / "manifests" / "configs").glob("deepseek-v3.config.json"))
     config = json.loads(found.read_text())
-    return holes(tmp_path_factory.mktemp("deepseek"), config, released_tensors(config, mtp=1, quantised=True))
+    return holes(
+        tmp_path_factory.mktemp("deepseek"), config, tiny.released_tensors(config, mtp=1, quantised=True)
+    )
 
 
 SCRIPT = """

@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 import vendor
-from tiny.build import read_config, read_tensors, write_config, write_tensors
 
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
@@ -21,6 +20,7 @@ from zoo.mapping.execute import convert
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
+from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
 
 BLOCK = (4, 4)  # as 128 x 128 in a release; the widths below are multiples of it, but not of 128
 Tensors = dict[str, torch.Tensor]

@@ -12,13 +12,14 @@ import test_formats_gguf
 import tiny
 import torch
 import vendor
+from families.mistral_large3 import make_mistral_format
 from safetensors.torch import load_file, save_file
 from test_quant_models import MLA, MODELS, Quantiser, Tensors, fp8_channels, linear, quantised
-from tiny.build import read_config, write_config
 
 import zoo
 from zoo.errors import ZooError
 from zoo.formats import canonical
+from zoo.testing.build import read_config, write_config
 
 CHANNELS = {
     "qwen3 channels": ("qwen3", {}, fp8_channels, "fp8-channel"),
@@ -224,7 +225,7 @@ def test_fp8_in_mistrals_format_is_compared_through_a_dequantised_export(tmp_pat
         "v_head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2,
     }  # fmt: skip
     with vendor.variant("large", "mistral_large3", **settings) as name:
-        source = tiny.make_mistral_format(name, tmp_path / "release")
+        source = make_mistral_format(name, tmp_path / "release")
     tensors = load_file(source / "consolidated.safetensors")
     for key, t in list(tensors.items()):
         if t.ndim == 2 and key.startswith("layers.") and not re.search(r"norm|\.gate\.|wq_a|wkv_a", key):
@@ -244,7 +245,7 @@ def test_fp8_in_mistrals_format_is_compared_through_a_dequantised_export(tmp_pat
 def test_a_format_upstream_cannot_read_is_compared_through_an_export_and_the_certificate_says_so(
     tmp_path: Path,
 ) -> None:
-    source = tiny.make_mistral_format("mistral_large3", tmp_path / "release")
+    source = make_mistral_format("mistral_large3", tmp_path / "release")
     cert = zoo.verify(zoo.convert(source, tmp_path / "canonical"), level="logits", write=False)
     assert cert.passed
     assert "a mistake that import and export share would not show" in cert.oracle["note"]

@@ -14,6 +14,7 @@ from verified import ROOT, broken, canonical, with_tensor
 
 import zoo
 from zoo.errors import ZooError
+from zoo.testing import build
 from zoo.verify import diagnose
 from zoo.verify.certificate import Certificate
 
@@ -147,9 +148,7 @@ def test_a_search_that_runs_out_of_memory_leaves_the_verdict(
 
 
 def large(name: str, settings: dict[str, Any], tmp_path: Path) -> Path:
-    from tiny import build
-
-    variant = build.replace_settings(tiny.VARIANTS[name], tiny.VARIANTS[name].settings | settings)
+    variant = tiny.VARIANTS[name].with_text(tiny.VARIANTS[name].settings | settings)
     model = tiny.perturbed(variant)
     build.cast(model, "bfloat16")
     model.save_pretrained(tmp_path / "source", max_shard_size="20MB")

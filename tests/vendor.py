@@ -18,7 +18,8 @@ import numpy as np
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny.build import read_config, read_tensors, replace_settings
+
+from zoo.testing.build import read_config, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -26,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 @contextmanager
 def variant(name: str, like: str, **settings: Any) -> Iterator[str]:
     """A tiny variant `like` another but for some settings of its language model, for as long as needed."""
-    changed = replace_settings(tiny.VARIANTS[like], tiny.VARIANTS[like].text | settings)
+    changed = tiny.VARIANTS[like].with_text(tiny.VARIANTS[like].text | settings)
     tiny.VARIANTS[name] = changed
     try:
         yield name

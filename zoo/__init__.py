@@ -67,20 +67,22 @@ def plan(src: StrPath, dtype: str | None = None) -> Plan:
     return open_source(src, dtype).plan
 
 
-def convert(src: StrPath, dst: StrPath, dtype: str | None = None) -> Path:
+def convert(src: StrPath, dst: StrPath, dtype: str | None = None, *, file: str | None = None) -> Path:
     """Convert `src` (as in `plan`; fetched first if it is remote) to the canonical folder `dst`; `dst`.
 
-    `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. Raises ZooError
+    `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. `file` says which
+    weights of the folder `src` (a file in it or below it, or an index of shards), where there are several; by default
+    those that transformers takes. Raises ZooError
     as `plan`, and if `dst` exists, can't be written, or the disk is too small.
     """
     from zoo.pull import convert
 
-    return convert(src, dst, dtype=dtype)
+    return convert(src, dst, dtype=dtype, file=file)
 
 
 def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
-    """Give back the release that the canonical folder `canon` was converted from: the same tensors, files and bytes,
-    in `dst`. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
+    files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 

@@ -217,7 +217,7 @@ def rope_parameters(
     if layer_type is not None:  # upstream reads this one beside the layer types, never inside
         out.pop("truncate", None)
         out |= {"truncate": p["truncate"]} if p is not None and "truncate" in p else {}
-    elif out["rope_type"] in ("llama3", "yarn") and "original_max_position_embeddings" in c:
+    elif out["rope_type"] in ("llama3", "yarn", "longrope", "su") and "original_max_position_embeddings" in c:
         out["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     if out.get("rope_theta") is None:
         out["rope_theta"] = c.get(theta, default_theta) if default_theta is not None else c[theta]
@@ -227,24 +227,31 @@ def rope_parameters(
 
 
 def rope(
-    c: Config, p: Mapping[str, Any], dim: int, *, interleaved: bool = False, rounding: Rounding = "first"
+    c: Config,
+    p: Mapping[str, Any],
+    dim: int,
+    *,
+    interleaved: bool = False,
+    rounding: Rounding = "first",
+    longrope: tuple[str, ...] = (),
 ) -> Rope:
-    """The `Rope` of settings `p` (see `rope_parameters`) over `dim` channels. An unknown kind is refused."""
+    """The `Rope` of settings `p` (see `rope_parameters`) over `dim` channels. An unknown kind is refused.
+
+    `longrope`: the names by which a family's configs ask for LongRoPE ("longrope", "su", "yarn" in Phi-3's); none: it is
+    refused."""
     q = Config(p, f"{c.where}: rope_parameters")
-    kind = q.choice("rope_type", ("default", "linear", "llama3", "yarn"))
+    kind = q.choice("rope_type", dict.fromkeys(("default", "linear", "llama3", "yarn", *longrope)))
     theta = float(q["rope_theta"])
     if kind == "default":
         return Rope(theta, dim, None, interleaved, rounding)
+    if kind in longrope:
+        return Rope(theta, dim, _longrope(c, q), interleaved, rounding)
     factor = float(q["factor"])
     if kind == "linear":
         return Rope(theta, dim, RopeScaling("linear", factor), interleaved, rounding)
-    original = q.get("original_max_position_embeddings", None)
-    original = c["max_position_embeddings"] if original is None else original
-    if isinstance(original, bool) or original != int(original):
-        raise ZooError(
-            f"{q.where}: original_max_position_embeddings is {original!r}; expected a whole number"
-        )
-    original = int(original)
+    original = _whole(
+        q, q.first("original_max_position_embeddings", default=c.get("max_position_embeddings"))
+    )
     if kind == "llama3":
         scaling = RopeScaling(
             "llama3", factor, original,
@@ -257,6 +264,31 @@ def rope(
             truncate=bool(q.data.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
         )  # fmt: skip
     return Rope(theta, dim, scaling, interleaved, rounding)
+
+
+def _whole(q: Config, original: Any) -> int:
+    if original is None or isinstance(original, bool) or original != int(original):
+        raise ZooError(
+            f"{q.where}: original_max_position_embeddings is {original!r}; expected a whole number"
+        )
+    return int(original)
+
+
+def _longrope(c: Config, q: Config) -> RopeScaling:
+    """LongRoPE as Phi-3's configs have it: cos and sin are multiplied by sqrt(1 + ln(factor) / ln(original context)), where
+    factor is by how much the context grew, unless the config says what (for both tables, or as `short_mscale` and
+    `long_mscale`)."""
+    original = _whole(q, q["original_max_position_embeddings"])
+    factor = float(q.get("factor") or c["max_position_embeddings"] / original)
+    magnitude = q.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    far = q.get("long_mscale")
+    return RopeScaling(
+        "longrope", factor, original,
+        attention_factor=float(q.get("short_mscale", magnitude)), long_attention_factor=None if far is None else float(far),
+        short=tuple(map(float, q["short_factor"])), long=tuple(map(float, q["long_factor"])),
+    )  # fmt: skip
 
 
 def yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:

@@ -23,14 +23,16 @@ from zoo.spec import (
     Norm,
     QueryScale,
     Rope,
+    ShortConv,
     Spec,
 )
 
 T = TypeVar("T")
 
 ACTIVATIONS = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)", "relu2": "squared ReLU, gated",
-               "silu_clamped": "clamped SwiGLU"}  # fmt: skip
-UNGATED = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu2": "squared ReLU"}
+               "relu": "ReGLU", "quick_gelu": "GeGLU (sigmoid)", "silu_clamped": "clamped SwiGLU"}  # fmt: skip
+UNGATED = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu2": "squared ReLU", "relu": "ReLU",
+           "quick_gelu": "GELU (sigmoid)", "xielu": "xIELU"}  # fmt: skip
 
 
 QUESTIONS = (
@@ -87,6 +89,8 @@ def state_bytes(spec: Spec, itemsize: int = 2) -> int:
         elif isinstance(m, Mamba):
             channels = m.n_heads * m.head_dim + 2 * m.n_groups * m.state
             size += 4 * m.n_heads * m.head_dim * m.state + itemsize * channels * (m.conv - 1)
+        elif isinstance(m, ShortConv):
+            size += itemsize * spec.d_model * (m.conv - 1)
     return size
 
 
@@ -146,6 +150,8 @@ def _mixer(m: Mixer) -> str:
         case LatentAttention():
             q = f", queries through {m.q_rank:,}" if m.q_rank else ""
             sparse = f", sparse: {m.indexer.top_k:,} keys chosen by an indexer" if m.indexer else ""
+            if m.indexer_from is not None:
+                sparse = ", sparse: keys chosen by an earlier layer's indexer"
             head = f"{m.nope_dim}+{m.rope_dim}, values {m.v_head_dim}"
             return f"MLA, {m.n_heads} heads of {head}, latent {m.kv_rank}{q}{sparse}"
         case DeltaNet():
@@ -154,6 +160,8 @@ def _mixer(m: Mixer) -> str:
             return f"{kind} (linear), {heads}, convolution {m.conv}"
         case Mamba():
             return f"Mamba-2, {m.n_heads} heads of {m.head_dim}, {m.n_groups} groups, state {m.state}"
+        case ShortConv():
+            return f"gated short convolution of {m.conv} tokens" + (", biases" if m.bias else "")
 
 
 def _extras(m: Mixer) -> str:
@@ -163,7 +171,9 @@ def _extras(m: Mixer) -> str:
         out += ["q, k, v biases"] if m.qkv_bias else []
         out += ["output bias"] if m.out_bias else []
         out += ["sinks (a learned logit per head)"] if m.sinks else []
-        out += ["sigmoid output gate"] if m.gate else []
+        per_head = " per head" if m.gate_over == "head" else ""
+        out += [f"{m.gate_act} output gate{per_head}"] if m.gate else []
+        out += ["values are the keys before their norm and RoPE"] if m.value_from_key else []
         out += [f"scores capped at {m.softcap:g}"] if m.softcap else []
         out += ["values normalised"] if m.value_norm else []
         out += [f"values x {m.value_scale:g}"] if m.value_scale != 1 else []
@@ -182,7 +192,9 @@ def _temperature(q: QueryScale) -> str:
 def _qk_norm(m: Mixer) -> str:
     if not isinstance(m, Attention) or m.qk_norm is None:
         return ""
-    over = "per head" if m.qk_norm.over == "head" else "over all heads"
+    over = {"head": "per head", "each_head": "per head, a weight each", "all_heads": "over all heads"}[
+        m.qk_norm.over
+    ]
     weight = ", no weight" if m.qk_norm.norm.weight == "none" else ""
     return f"{_norm(m.qk_norm.norm)} {over}, {'after' if m.qk_norm.after_rope else 'before'} RoPE{weight}"
 
@@ -193,11 +205,15 @@ def _positions(spec: Spec, mixers: list[Mixer]) -> str:
     attending = [m for m in mixers if isinstance(m, Attention | LatentAttention)]
     if not attending:
         return "none"
-    if all(m.rope is None for m in attending):
+    if all(_position(m) == "NoPE" for m in attending):
         return "NoPE: none in attention"
-    return _each(attending, lambda m: _rope(m.rope, m) if m.rope else "NoPE", len(attending)).replace(
-        "layers:", "attention layers:"
-    )
+    return _each(attending, _position, len(attending)).replace("layers:", "attention layers:")
+
+
+def _position(m: Attention | LatentAttention) -> str:
+    if m.rope is not None:
+        return _rope(m.rope, m)
+    return "ALiBi: a bias by distance" if isinstance(m, Attention) and m.alibi is not None else "NoPE"
 
 
 def _rope(r: Rope, m: Attention | LatentAttention) -> str:
@@ -205,18 +221,32 @@ def _rope(r: Rope, m: Attention | LatentAttention) -> str:
     text = f"RoPE, theta {r.theta:,.0f}"
     if r.dim != of:
         text += f", on {r.dim} of {of} channels"
+    if r.turning is not None:
+        text += f", {2 * r.turning} of {r.dim} channels turn"
     if (s := r.scaling) is not None:
-        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear"}[s.kind]
+        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[
+            s.kind
+        ]
         text += f", {kind} x{s.factor:g}" + (f" from {s.original_context:,}" if s.original_context else "")
     return text
 
 
 def _norm(n: Norm) -> str:
     text = "RMSNorm" if n.kind == "rms" else "LayerNorm"
+    text += " without bias" if n.kind == "layer" and not n.bias else ""
     return text + (" (1 + weight)" if n.weight == "plus_one" else "")
 
 
 def _placement(layer: Layer) -> str:
+    text = _norms(layer)
+    if layer.parallel:
+        of = "one norm for both" if layer.ffn_norm is None else "a norm each"
+        text += f", attention and feed-forward side by side, {of}"
+    text += f", branches x {layer.residual_scale:.4g}" if layer.residual_scale != 1 else ""
+    return text + (", a learned scale at the layer's end" if layer.scalar else "")
+
+
+def _norms(layer: Layer) -> str:
     before = layer.attn_norm or layer.ffn_norm
     after = layer.attn_post_norm or layer.ffn_post_norm
     match before, after:
@@ -232,6 +262,8 @@ def _placement(layer: Layer) -> str:
 def _mlp(m: MLP) -> str:
     act = (ACTIVATIONS if m.gated else UNGATED)[m.act]
     sparse = f", {m.sparsity:.0%} sparse" if m.sparsity else ""
+    if m.act == "silu" and m.limit is not None:
+        act = f"SwiGLU clamped at {m.limit:g}{' after its activation' if m.limit_after else ''}"
     return f"{act}, d_ff {m.d_ff:,}" + (", biases" if m.bias else "") + sparse
 
 
@@ -242,11 +274,15 @@ def _ffn(f: MLP | MoE) -> str:
     text = f"MoE, {r.top_k} of {f.n_experts} experts active ({_mlp(f.expert)})"
     if f.shared is not None:
         text += f" + shared expert of {f.shared.d_ff:,}" + (" behind a gate" if f.shared_gate else "")
+        text += f", both x {f.scale:g}" if f.scale != 1 else ""
+        text += ", each between norms of its own" if f.norm and f.post_norm and f.shared_post_norm else ""
     if f.latent is not None:
         text += f", experts in a latent of {f.latent:,}"
     how: list[str] = [r.score]
     how += [f"best {r.top_groups} of {r.n_groups} groups"] if r.n_groups > 1 else []
     how += ["selection bias"] if r.selection_bias else []
+    how += ["of its own norm of x"] if r.norm else []
+    how += ["a learned scale per expert"] if r.expert_scale else []
     how += [f"x {r.scale:g}"] if r.scale != 1 else []
     return f"{text}; router: {', '.join(how)}"
 
@@ -281,6 +317,8 @@ def _cache(spec: Spec) -> str:
 def _ends(spec: Spec) -> str:
     out = []
     out += [f"embedding x {spec.embed_scale:.4g}"] if spec.embed_scale != 1 else []
+    out += [f"embedding through {_norm(spec.embed_norm)}"] if spec.embed_norm else []
+    out += ["head with a bias"] if spec.head_bias else []
     out += [f"logits x {spec.logit_scale:.4g}"] if spec.logit_scale != 1 else []
     out += [f"logits capped at {spec.logit_softcap:g}"] if spec.logit_softcap else []
     if spec.altup is not None:

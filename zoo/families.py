@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import plugins, unread
 from zoo.config import Config
+from zoo.disagreements import Disagreement
 from zoo.errors import ZooError
 from zoo.mapping.rules import RuleSet
 from zoo.soundness import MAX_LAYERS, refuse_unsound
 from zoo.spec import Spec
 
 if TYPE_CHECKING:
-    from zoo.family.gguf_fields import Fields
+    from zoo.formats.gguf_fields import Fields
 
 OwnReading = Callable[[Config, Collection[str]], dict[str, Any] | None]
 """(the vendor's config, names of the tensors) -> config.json in Hugging Face terms, or None: not of this family."""
@@ -52,6 +53,7 @@ class Family:
     rules: Mapping[str, RuleSet] = field(repr=False)
     own: Mapping[str, OwnReading] = field(repr=False, default_factory=dict)
     gguf: Mapping[str, GGUFReading] = field(repr=False, default_factory=dict)
+    disagreements: tuple[Disagreement, ...] = field(repr=False, default=())
 
 
 @functools.cache
@@ -279,3 +281,9 @@ def unread_keys(config: Mapping[str, Any], family: Family) -> list[str]:
     family.spec(fields)
     keys = ", ".join(f"{k} ({str(v)[:40]})" for k, v in fields.unread().items())
     return [f"of the config, the family {family.name} does not read {keys}"] if keys else []
+
+
+def disagreements(spec: Spec) -> list[Disagreement]:
+    """Where upstream and the vendor are known to differ about the model of `spec`."""
+    family = families().get(spec.family)
+    return [d for d in family.disagreements if d.applies(spec)] if family else []

@@ -12,7 +12,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from zoo.spec import MLP, Attention, DeltaNet, Indexer, LatentAttention, Layer, Mamba, MoE, Norm, Spec
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    Indexer,
+    LatentAttention,
+    Layer,
+    Mamba,
+    MoE,
+    Norm,
+    QKNorm,
+    ShortConv,
+    Spec,
+)
 
 VERSION = 1
 
@@ -58,33 +71,37 @@ def _fused(name: str, parts: tuple[int, ...], *rest: int) -> _Entry:
     return name, (sum(parts), *rest), parts, False
 
 
-def _norm(name: str, norm: Norm | None, d: int) -> Iterator[_Entry]:
+def _norm(name: str, norm: Norm | None, *shape: int) -> Iterator[_Entry]:
     if norm is None:
         return
     if norm.weight != "none":
-        yield _one(f"{name}.weight", d)
-    if norm.kind == "layer":
-        yield _one(f"{name}.bias", d)
+        yield _one(f"{name}.weight", *shape)
+    if norm.kind == "layer" and norm.bias:
+        yield _one(f"{name}.bias", *shape)
+
+
+def qk_norm_shape(n: QKNorm, heads: int, head_dim: int) -> tuple[int, ...]:
+    """The shape of a weight of `n`, for queries or keys of so many heads."""
+    return {"head": (head_dim,), "each_head": (heads, head_dim), "all_heads": (heads * head_dim,)}[n.over]
 
 
 def _attention(a: Attention, d: int) -> Iterator[_Entry]:
     q, k, v = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, a.n_kv_heads * a.v_head_dim
     parts: tuple[int, ...] = (q,)
     if a.gate:
-        parts += (a.n_heads * a.v_head_dim,)
+        parts += (a.n_heads * (a.v_head_dim if a.gate_over == "channel" else 1),)
     if a.kv_from is None:
-        parts += (k, v)
+        parts += (k,) if a.value_from_key else (k, v)
     yield _fused("attn.qkv.weight", parts, d)
     if a.qkv_bias:
         yield _fused("attn.qkv.bias", parts)
     yield _one("attn.out.weight", d, a.n_heads * a.v_head_dim)
     if a.out_bias:
         yield _one("attn.out.bias", d)
-    if a.qk_norm is not None:
-        per_head = a.qk_norm.over == "head"
-        yield from _norm("attn.q_norm", a.qk_norm.norm, a.head_dim if per_head else q)
+    if (n := a.qk_norm) is not None:
+        yield from _norm("attn.q_norm", n.norm, *qk_norm_shape(n, a.n_heads, a.head_dim))
         if a.kv_from is None:
-            yield from _norm("attn.k_norm", a.qk_norm.norm, a.head_dim if per_head else k)
+            yield from _norm("attn.k_norm", n.norm, *qk_norm_shape(n, a.n_kv_heads, a.head_dim))
     if a.sinks:
         yield _one("attn.sinks", a.n_heads)
 
@@ -150,6 +167,16 @@ def _mamba(m: Mamba, d: int) -> Iterator[_Entry]:
     yield _one("mamba.out.weight", d, inner)
 
 
+def _short_conv(m: ShortConv, d: int) -> Iterator[_Entry]:
+    yield _fused("short_conv.in_proj.weight", (d, d, d), d)
+    yield _one("short_conv.conv.weight", d, m.conv)
+    yield _one("short_conv.out.weight", d, d)
+    if m.bias:
+        yield _fused("short_conv.in_proj.bias", (d, d, d))
+        yield _one("short_conv.conv.bias", d)
+        yield _one("short_conv.out.bias", d)
+
+
 def _mlp(m: MLP, d: int, prefix: str = "mlp", n_experts: int | None = None) -> Iterator[_Entry]:
     e = () if n_experts is None else (n_experts,)
     stacked = n_experts is not None
@@ -159,6 +186,9 @@ def _mlp(m: MLP, d: int, prefix: str = "mlp", n_experts: int | None = None) -> I
     if m.bias:
         yield f"{prefix}.{up}.bias", (*e, sum(parts)), parts, stacked
         yield f"{prefix}.down.bias", (*e, d), (d,), stacked
+    if m.act == "xielu":
+        yield _one(f"{prefix}.act.positive", 1)
+        yield _one(f"{prefix}.act.negative", 1)
 
 
 def _moe(m: MoE, d: int) -> Iterator[_Entry]:
@@ -167,12 +197,18 @@ def _moe(m: MoE, d: int) -> Iterator[_Entry]:
         yield _one("moe.router.bias", m.n_experts)
     if m.router.selection_bias:
         yield _one("moe.router.selection_bias", m.n_experts)
+    if m.router.expert_scale:
+        yield _one("moe.router.expert_scale", m.n_experts)
+    yield from _norm("moe.router.norm", m.router.norm, d)
+    yield from _norm("moe.norm", m.norm, d)
     if m.latent is not None:
         yield _one("moe.latent_down.weight", m.latent, d)
         yield _one("moe.latent_up.weight", d, m.latent)
     yield from _mlp(m.expert, m.latent or d, "moe", m.n_experts)
+    yield from _norm("moe.post_norm", m.post_norm, d)
     if m.shared is not None:
         yield from _mlp(m.shared, d, "moe.shared")
+        yield from _norm("moe.shared_post_norm", m.shared_post_norm, d)
         if m.shared_gate:
             yield _one("moe.shared_gate.weight", 1, d)
 
@@ -189,6 +225,8 @@ def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
             yield from _delta(layer.mixer, d)
         case Mamba():
             yield from _mamba(layer.mixer, d)
+        case ShortConv():
+            yield from _short_conv(layer.mixer, d)
     yield from _norm("attn_post_norm", layer.attn_post_norm, d)
     yield from _norm("ffn_norm", layer.ffn_norm, d)
     match layer.ffn:
@@ -197,6 +235,8 @@ def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
         case MoE():
             yield from _moe(layer.ffn, d)
     yield from _norm("ffn_post_norm", layer.ffn_post_norm, d)
+    if layer.scalar:
+        yield _one("scalar", 1)
     if (a := spec.altup) is not None:
         yield _one("altup.router_norm.weight", d)
         yield _one("altup.router.weight", a.n_streams, d)
@@ -216,8 +256,9 @@ def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
 def _ends(spec: Spec) -> Iterator[_Entry]:
     d = spec.d_model
     yield _one("embed.weight", spec.vocab_size, d)
+    yield from _norm("embed_norm", spec.embed_norm, d)
     if spec.positions is not None:
-        yield _one("positions.weight", spec.positions, d)
+        yield _one("positions.weight", spec.positions + spec.positions_offset, d)
     if (p := spec.per_layer_embedding) is not None:
         yield _one("per_layer.embed.weight", p.vocab_size, spec.n_layers * p.dim)
         yield _one("per_layer.proj.weight", spec.n_layers * p.dim, d)
@@ -228,6 +269,8 @@ def _ends(spec: Spec) -> Iterator[_Entry]:
     yield from _norm("norm", spec.norm, d)
     if not spec.tied:
         yield _one("head.weight", spec.vocab_size, d)
+        if spec.head_bias:
+            yield _one("head.bias", spec.vocab_size)
 
 
 @functools.lru_cache(maxsize=8)
@@ -235,7 +278,7 @@ def layout(spec: Spec) -> dict[str, Slot]:
     """All canonical tensors of `spec` by name, in the order in which they are stored:
     embedding, layers from first to last, final norm, head."""
     ends = [Slot(n, n, None, shape, parts, stacked) for n, shape, parts, stacked in _ends(spec)]
-    last = {"norm.weight", "norm.bias", "head.weight", "altup.merge.weight"}
+    last = {"norm.weight", "norm.bias", "head.weight", "head.bias", "altup.merge.weight"}
     slots = {s.name: s for s in ends if s.name not in last}
     kinds: dict[Layer, list[_Entry]] = {}
     for i, layer in enumerate(spec.layers):

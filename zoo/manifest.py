@@ -52,7 +52,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 HUB_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tiktoken.model", "tekken.json", "chat_template*", "README.md", "LICENSE*",
+    "tiktoken.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
+    "processor_config.json", "README.md", "LICENSE*",
 )  # fmt: skip
 UNSOURCED = ("name", "aliases", "family", "sources", "formats")  # ours, or seen when the files are listed
 
@@ -140,21 +141,31 @@ def summary(m: Manifest) -> dict[str, Any]:
 
 
 @cache
-def _proofs() -> dict[str, dict[str, str]]:
-    """What `make proofs` has shown, by family and by release."""
+def _proofs() -> dict[str, Any]:
+    """What `make proofs` has shown; see `zoo.proof`."""
     try:
         with open(os.path.join(OURS, "proofs.json"), encoding="utf-8") as file:
-            proofs: dict[str, dict[str, str]] = json.load(file)
+            proofs: dict[str, Any] = json.load(file)
             return proofs
     except FileNotFoundError:
         return {}
 
 
+@cache
+def _proven() -> frozenset[str]:
+    from zoo import proof as proof_of  # not needed to read a manifest
+
+    return proof_of.proven(_proofs())
+
+
 def proof(m: Manifest) -> str | None:
     """How far conversions of this release are proven: "weights" (its real weights, against upstream), "rules" (its
-    family's rules and decoder, against upstream, on small random checkpoints), or None."""
-    proofs = _proofs()
-    return proofs.get("releases", {}).get(m.name) or proofs.get("families", {}).get(m.family)
+    family's rules and decoder, against upstream, on small random checkpoints), or None: also where the family is not what
+    it was when it was proven."""
+    if m.family not in _proven():
+        return None
+    weights: str | None = _proofs().get("releases", {}).get(m.name)
+    return weights or "rules"
 
 
 def _config_of(name: str, configs: str) -> str | None:

@@ -26,7 +26,7 @@ from typing import Any
 from zoo import hub, manifest
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
-from zoo.formats.base import WEIGHT_SUFFIXES, Checkpoint, read_json
+from zoo.formats.base import WEIGHT_SUFFIXES, Checkpoint, is_stray, read_json
 from zoo.hub import HubError, Progress, RemoteFile, Snapshot
 from zoo.hub.http import RETRY
 from zoo.manifest import HUB_FILES, Manifest, Source
@@ -79,6 +79,11 @@ class Remote:
         """The folder inside the repository in which the weights lie ("" for its root)."""
         return os.path.commonpath([os.path.dirname(f.path) for f in self.weights])
 
+    def hashed(self, progress: Progress | None = None) -> Remote:
+        """The same, every file with a hash (see `hub.hashed`)."""
+        snapshot = hub.hashed(self.snapshot, [f.path for f in self.files], progress=progress)
+        return Remote(self.source, snapshot, tuple(snapshot.file(f.path) for f in self.files))
+
     def provenance(self) -> dict[str, Any]:
         """What zoo.json says of where this came from."""
         return {
@@ -87,7 +92,11 @@ class Remote:
             "revision": self.snapshot.revision,
             "commit": self.snapshot.commit,
             "files": {
-                f.path: {"size": f.size, **({"sha256": f.sha256} if f.sha256 else {"git_sha1": f.git_sha1})}
+                f.path: {
+                    "size": f.size,
+                    **({"sha256": f.sha256} if f.sha256 else {"git_sha1": f.git_sha1} if f.git_sha1 else {}),
+                    **({"compared": False} if f.hashed_here else {}),
+                }
                 for f in self.files
             },
         }
@@ -158,8 +167,11 @@ def resolve(source: Source, progress: Progress | None = None, impatient: bool = 
 
 
 def _matching(files: Iterable[RemoteFile], patterns: Iterable[str]) -> Iterator[RemoteFile]:
-    """Files that match one of the patterns; one without a slash matches in the root only. Code is never among them."""
+    """Files that match one of the patterns; one without a slash matches in the root only. Code is never among them, nor
+    what a system left there."""
     for file in files:
+        if is_stray(os.path.basename(file.path)):
+            continue
         for pattern in patterns:
             if ("/" in pattern or "/" not in file.path) and fnmatch.fnmatchcase(file.path, pattern):
                 if not file.path.endswith((".py", ".so", ".sh")):
@@ -249,7 +261,10 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
     for file in remote.files:
         if file.path.endswith(".index.json"):
             weight_map = read_json(folder / file.path, "it lists the shards").get("weight_map")
-            if isinstance(weight_map, dict):
+            whole = file.path.removesuffix(".index.json")
+            if any(f.path == whole for f in remote.weights):  # transformers reads that one
+                named.add(whole)
+            elif isinstance(weight_map, dict):
                 named |= {os.path.join(os.path.dirname(file.path), str(v)) for v in weight_map.values()}
     kept = tuple(f for f in remote.files if f not in remote.weights or f.path in named)
     return Remote(remote.source, remote.snapshot, kept) if any(f in kept for f in remote.weights) else remote

@@ -15,12 +15,14 @@ from zoo.spec import (
     Attention,
     DeltaNet,
     Indexer,
+    LatentAttention,
     MoE,
     Norm,
     QueryScale,
     Rope,
     RopeScaling,
     Router,
+    ShortConv,
     Spec,
 )
 
@@ -59,6 +61,7 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
     elif dataclasses.is_dataclass(x):
         for f in dataclasses.fields(x):
             yield from _unsound(getattr(x, f.name), f.name)
+    yield from _unsound_part(x)
     match x:
         case Norm(eps=eps) if eps < 0:
             yield f"the eps of a norm is {eps}"
@@ -98,10 +101,59 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
             yield f"{n} experts in {g} groups, of which {t} are eligible: they do not divide"
 
 
+def _unsound_part(x: Any) -> Iterator[str]:
+    """What `_unsound` says of choices that exclude each other."""
+    match x:
+        case RopeScaling(kind="longrope", original_context=n) if n < 2:
+            yield f"the original context of LongRoPE is {n}"
+        case Rope(dim=d, scaling=RopeScaling(kind="longrope", short=a, long=b)) if {len(a), len(b)} != {
+            d // 2
+        }:
+            yield f"LongRoPE over {d} channels needs {d // 2} divisors; there are {len(a)} short and {len(b)} long"
+        case RopeScaling(kind="longrope", short=a, long=b) if min(*a, *b, 1.0) <= 0:
+            yield f"a divisor of LongRoPE is {min(*a, *b)}"
+        case Rope(dim=d, turning=int(n)) if not 0 < n <= d // 2:
+            yield f"RoPE would turn {n} of {d // 2} pairs"
+        case Rope(turning=int(), scaling=RopeScaling(kind=kind)) if kind != "linear":
+            yield f"RoPE of which some pairs turn has no {kind} scaling"
+        case Attention(alibi=a, rope=r, window=w, chunk=c) if a and (r or w or c):
+            yield "ALiBi is for attention without RoPE, window or chunks"
+        case Attention(gate=False, gate_over="head") | Attention(gate=False, gate_act="softplus"):
+            yield "a kind of output gate is given, and no gate"
+        case Attention(value_from_key=True, head_dim=k, v_head_dim=v, kv_from=n) if k != v or n is not None:
+            yield f"values of {v} channels cannot be keys of {k}, or of another layer"
+        case MLP(act="silu_clamped", limit=None):
+            yield "a clamped activation needs a limit"
+        case MLP(limit=float(), sparsity=share) if share:
+            yield "sparse activations have no limit"
+        case MLP(limit=float(n)) if n <= 0:
+            yield f"activations are clamped at {n}"
+        case MLP(limit=float(), act=act, gated=gated) if act not in ("silu", "silu_clamped") or not gated:
+            yield f"a limit belongs to gated SiLU, not to {'gated' if gated else 'ungated'} {act}"
+        case MLP(act="xielu", gated=True):
+            yield "xIELU has learned numbers for an MLP without a gate only"
+        case MLP(act="silu_clamped", gated=False):
+            yield "a clamped activation is for an MLP with a gate"
+        case MoE(expert=MLP(act="xielu")):
+            yield "experts have no learned activation"
+        case ShortConv(conv=n) if n < 2:
+            yield f"a convolution of {n} tokens sees nothing before"
+        case LatentAttention(indexer=i, indexer_from=int(n)) if i is not None:
+            yield f"a layer has an indexer of its own and that of layer {n}"
+        case Spec(tied=True, head_bias=True):
+            yield "a head that is the embedding has no bias"
+        case Spec(positions=None, positions_offset=int(n)) if n:
+            yield "positions start at a row of a table, and there is none"
+
+
 def _unshared(spec: Spec) -> Iterator[str]:
     """What keys and values taken from another layer (`kv_from`) do not have there, one sentence for each layer."""
     for i, layer in enumerate(spec.layers):
         a = layer.mixer
+        if isinstance(a, LatentAttention) and (n := a.indexer_from) is not None:
+            b = spec.layers[n].mixer if 0 <= n < i else None
+            if not isinstance(b, LatentAttention) or b.indexer is None:
+                yield f"layer {i} sees the keys that layer {n} chose, which is no earlier layer with an indexer"
         if not isinstance(a, Attention) or a.kv_from is None:
             continue
         says = f"layer {i} takes its keys and values from layer {a.kv_from}"

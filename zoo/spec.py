@@ -22,8 +22,10 @@ from typing import Any, Literal
 
 from zoo.errors import ZooError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "silu_clamped"]
-"""`silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit, |up| <= limit (gpt-oss card)."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "silu_clamped", "xielu"]
+"""`quick_gelu`: x * sigmoid(1.702 x). `silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit,
+|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p, n and beta = 1/2:
+softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, -1e-6) - 1 - x) + beta x."""
 
 
 Rounding = Literal["first", "last"]
@@ -35,15 +37,17 @@ Rounding = Literal["first", "last"]
 class Norm:
     """A normalisation over the last axis; its statistics are always taken in fp32.
 
-    `kind`: "rms" (x / rms(x)) or "layer" (mean removed, with bias).
+    `kind`: "rms" (x / rms(x)) or "layer" (mean removed; plus a bias, if `bias`).
     `weight`: "plain" (w * x), "plus_one" ((1 + w) * x) or "none".
-    `rounding`: of the product with the weight: the normalised x is rounded "first", or what comes out "last".
+    `rounding`: of the product with the weight: the normalised x is rounded "first", or what comes out "last"
+    (which is what kind "layer" always does).
     """
 
     eps: float
     kind: Literal["rms", "layer"] = "rms"
     weight: Literal["plain", "plus_one", "none"] = "plain"
     rounding: Rounding = "first"
+    bias: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,17 @@ class RopeScaling:
 
     `linear`: all frequencies / factor. `llama3`: three bands by wavelength. `yarn`: a ramp between
     interpolation and extrapolation, and cos/sin multiplied by `attention_factor` (resolved when the
-    Spec is made, never implied). Source: arXiv 2309.00071 (YaRN), Llama 3.1 model card.
+    Spec is made, never implied). `longrope`: each frequency / a divisor of its own. There are two tables of
+    divisors: `short`, and `long`, which counts for ALL positions of a pass as soon as one of them is
+    `original_context` or later. cos/sin are multiplied by `attention_factor`; with the long table by
+    `long_attention_factor`, if there is one. `factor` is then how much longer the context is, for information.
+    Source: arXiv 2309.00071 (YaRN), 2402.13753 (LongRoPE), Llama 3.1 model card.
+
+    A text that outgrows the original context must be read anew from its first token: what a cache holds was
+    computed with the short table. A pass that would mix the two is refused; `Decoder.generate` starts over.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -64,6 +75,9 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    long_attention_factor: float | None = None
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +85,8 @@ class Rope:
     """Rotary position embedding over the FIRST `dim` channels of a head.
 
     `interleaved`: pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
+    `turning`: only so many pairs turn, the fastest; the others stand still ("proportional" RoPE: the pairs and
+    the frequencies are those of the whole `dim`).
     `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last".
     """
 
@@ -79,15 +95,16 @@ class Rope:
     scaling: RopeScaling | None = None
     interleaved: bool = False
     rounding: Rounding = "first"
+    turning: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """Normalisation of queries and keys: per head (weight [head_dim]) or over all heads at once
-    (weight [n_heads * head_dim]); before RoPE unless `after_rope`."""
+    """Normalisation of queries and keys: per head (weight [head_dim], or [n_heads, head_dim] where "each_head" has its
+    own) or over all heads at once (weight [n_heads * head_dim]); before RoPE unless `after_rope`."""
 
     norm: Norm
-    over: Literal["head", "all_heads"] = "head"
+    over: Literal["head", "each_head", "all_heads"] = "head"
     after_rope: bool = False
 
 
@@ -108,12 +125,26 @@ class QueryScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Alibi:
+    """Attention with linear biases (arXiv 2108.12409): slope_h * position of the key is added to a head's scores.
+
+    Slopes follow from the number of heads: for n = 2^m they are 2^(-8/n), its square, ...; for another n those of the
+    next lower power of 2, then every other one of the next higher. `scale` multiplies them (Falcon adds before it
+    scales). `bf16`: slopes, and their products with positions, are rounded to bf16 in every dtype.
+    """
+
+    scale: float = 1.0
+    bf16: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Softmax attention with n_heads query heads and n_kv_heads key/value heads.
 
     `window`: keys visible to a query, itself included (position > pos - window).
     `chunk`: keys in the same block of `chunk` positions only. `sinks`: one learned logit per head
-    joins the softmax and is dropped. `gate`: the output is multiplied by sigmoid(gate(x)).
+    joins the softmax and is dropped. `gate`: the output is multiplied by `gate_act`(gate(x)), a number for
+    each channel, or for each head. `value_from_key`: v is what k is before its norm and RoPE (there is no v matrix).
     `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
     `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
     `v_head_dim`: channels of a head's v; left out, as many as q and k have.
@@ -137,6 +168,10 @@ class Attention:
     gate: bool = False
     value_scale: float = 1.0
     kv_from: int | None = None
+    gate_act: Literal["sigmoid", "softplus"] = "sigmoid"
+    gate_over: Literal["channel", "head"] = "channel"
+    value_from_key: bool = False
+    alibi: Alibi | None = None
     kind: Literal["attention"] = "attention"
 
     def __post_init__(self) -> None:
@@ -164,7 +199,8 @@ class LatentAttention:
     cached latent of `kv_rank` channels plus one rotary key of `rope_dim` shared by all heads.
 
     Per head q is [nope | rope]; the latent gives [k_nope | v]. `rope` None leaves the rope part
-    unrotated. `q_rank` None means queries are not compressed.
+    unrotated. `q_rank` None means queries are not compressed. `indexer_from`: this layer has no indexer and sees the keys
+    that the indexer of that earlier layer chose.
     """
 
     n_heads: int
@@ -180,6 +216,7 @@ class LatentAttention:
     qkv_bias: bool = False
     out_bias: bool = False
     indexer: Indexer | None = None
+    indexer_from: int | None = None
     kind: Literal["latent_attention"] = "latent_attention"
 
 
@@ -224,7 +261,8 @@ class Mamba:
 class MLP:
     """Feed-forward: down(act(gate x) * up x), or down(act(up x)) when not `gated`.
 
-    `limit` and `alpha` belong to `silu_clamped`. `sparsity`: only gate activations above
+    `limit` and `alpha` belong to `silu_clamped`. With `silu`, gated, a `limit` alone clamps: the gate from above, before
+    its activation, or after it (`limit_after`), and up on both sides. `sparsity`: only gate activations above
     mean + std * icdf(sparsity) pass (Gaussian top-k, Gemma 3n).
     """
 
@@ -235,6 +273,7 @@ class MLP:
     limit: float | None = None
     alpha: float = 1.702
     sparsity: float = 0.0
+    limit_after: bool = False
     kind: Literal["mlp"] = "mlp"
 
 
@@ -246,7 +285,9 @@ class Router:
     choice, or over the "chosen" ones after it. `selection_bias`: a per-expert bias that takes part in
     the choice, never in the weights. `n_groups` / `top_groups`: only the best groups are eligible, a
     group's score being the sum of its `group_top` best. `masked_groups`: what ineligible experts score.
-    `normalize`: weights are divided by their sum + `normalize_eps`. `scale` multiplies the weights.
+    `normalize`: weights are divided by their sum + `normalize_eps`, or by `normalize_floor` if that is larger. `scale`
+    multiplies the weights, `expert_scale` each by a learned number of its expert. `norm`: the router reads the layer's x
+    through a norm of its own, times `input_scale`, in place of what the layer's norm makes of it.
     `softcap`: on the logits. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
     result is not rounded at all ("last"). `weights_rounding`: of the weighted sum over experts: the weights are rounded
     "first", or stay in fp32 and the sum is rounded "last".
@@ -267,6 +308,10 @@ class Router:
     softcap: float | None = None
     rounding: Rounding = "first"
     weights_rounding: Rounding = "first"
+    normalize_floor: float = 0.0
+    expert_scale: bool = False
+    norm: Norm | None = None
+    input_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +320,11 @@ class MoE:
 
     `shared`: an MLP every token visits; `shared_gate`: times sigmoid(gate(x)). `weight_input`: the
     routing weight multiplies the expert's input, not its output. `latent`: experts work in a
-    projection of that many channels. `scale`: multiplies routed + shared.
+    projection of that many channels. `scale`: multiplies routed + shared (0.5: their average).
+
+    `norm`: experts read the layer's x through a norm of their own, while `shared` reads what the layer's norm makes of
+    it. `post_norm`, `shared_post_norm`: of the routed sum, and of the shared output, before they are added. (A dense MLP
+    and experts side by side are such a `shared`.)
     """
 
     n_experts: int
@@ -286,17 +335,35 @@ class MoE:
     weight_input: bool = False
     latent: int | None = None
     scale: float = 1.0
+    norm: Norm | None = None
+    post_norm: Norm | None = None
+    shared_post_norm: Norm | None = None
     kind: Literal["moe"] = "moe"
 
 
-Mixer = Attention | LatentAttention | DeltaNet | Mamba
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A gated short convolution (LFM2): out(C * conv(B * x)), [B | C | x] from one matrix, a causal depthwise convolution
+    of `conv` taps without activation. `bias`: of both matrices and of the convolution."""
+
+    conv: int
+    bias: bool = False
+    kind: Literal["short_conv"] = "short_conv"
+
+
+Mixer = Attention | LatentAttention | DeltaNet | Mamba | ShortConv
 FFN = MLP | MoE
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block: x += post(mixer(pre(x))); x += post(ffn(pre(x))). Norms that a family doesn't
-    have, and a missing half, are None."""
+    """One block of two branches: x += post(mixer(pre(x))); x += post(ffn(pre(x))). Norms that a family
+    doesn't have, and a missing half, are None.
+
+    `parallel`: both branches read the same x: x += post(mixer(pre(x))) + post(ffn(pre(x))). Where `ffn_norm` is None
+    then, the feed-forward reads what the mixer reads: one norm for both.
+    `residual_scale` multiplies what each branch gives. `scalar`: at its end x is multiplied by a learned number.
+    """
 
     mixer: Mixer | None
     ffn: FFN | None
@@ -304,6 +371,9 @@ class Layer:
     attn_post_norm: Norm | None = None
     ffn_norm: Norm | None = None
     ffn_post_norm: Norm | None = None
+    parallel: bool = False
+    residual_scale: float = 1.0
+    scalar: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,20 +391,27 @@ class AltUp:
 
 @dataclass(frozen=True, slots=True)
 class PerLayerEmbedding:
-    """Gemma 3n's per-layer inputs: a second embedding of `vocab_size` x (n_layers * dim)."""
+    """Per-layer inputs: a second embedding of `vocab_size` x (n_layers * dim), mixed with a projection of the first; a layer
+    adds norm(out(act(gate(x)) * its vector)) at its end, or to all streams but the first (`AltUp`).
+
+    `rounding`: the constants that scale embedding and projection are rounded "first", or their products "last".
+    """
 
     vocab_size: int
     dim: int
     norm: Norm
     act: Activation = "gelu_tanh"
+    rounding: Rounding = "first"
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A whole decoder.
 
-    `tied`: the head is the embedding. `positions`: size of a learned position table, else None.
+    `tied`: the head is the embedding; `head_bias`: one of its own, that has a bias. `positions`: how many positions
+    a learned table has, else None; position p is its row p + `positions_offset`.
     `embed_scale` multiplies embeddings; `embed_rounding`: the factor is rounded "first", or the product "last".
+    `embed_norm` comes after that.
     Logits are multiplied by `logit_scale`, then soft-capped. `dtype` is what the config declares, for information.
     """
 
@@ -354,6 +431,9 @@ class Spec:
     per_layer_embedding: PerLayerEmbedding | None = None
     dtype: str | None = None
     notes: tuple[str, ...] = field(default=())
+    positions_offset: int = 0
+    embed_norm: Norm | None = None
+    head_bias: bool = False
 
     @property
     def n_layers(self) -> int:

@@ -237,6 +237,8 @@ def _idle(key: str, value: Any, beside: Mapping[str, Any], spec: Spec) -> bool:
             return not windowed and (beside.get("use_sliding_window") is False or full)
         case "use_sliding_window":
             return windowed or full or beside.get("sliding_window") is None
+        case "rope_local_base_freq":  # the theta of layers with a window
+            return not windowed
         case "max_window_layers":
             return not beside.get("use_sliding_window") or bool(kinds)
         case "sliding_window_pattern" | "_sliding_window_pattern" | "full_attention_interval":

@@ -14,27 +14,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from zoo.cli._state import State
 from zoo.errors import ZooError
+from zoo.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from zoo.cli._progress import Events
-
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _State:
-    debug = False
-    json = False
-    events: Events | None = None  # set by a command that streams events
-    stopped = signal.SIGINT  # by what
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
         if value:
-            setattr(_State, name, True)
+            setattr(State, name, True)
         return value
 
     return callback
@@ -60,24 +53,16 @@ def common(function: F) -> F:
 
 def emit(data: Any) -> None:
     """Print JSON to stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    click.echo(printable_json(json.dumps(data, indent=2, ensure_ascii=False, default=str)))
 
 
 def say(text: str = "") -> None:
-    click.echo(_visible(text))
+    click.echo(printable(text))
 
 
 def note(text: str) -> None:
     """A sentence for people, on stderr."""
-    click.echo(_visible(text), err=True)
-
-
-_HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-
-
-def _visible(text: str) -> str:
-    """Without control characters: the names in a file may hold what a terminal obeys."""
-    return text.translate(_HIDDEN)
+    click.echo(printable(text), err=True)
 
 
 def failed() -> NoReturn:
@@ -87,8 +72,7 @@ def failed() -> NoReturn:
 
 def run(cli: click.Command, args: Sequence[str] | None) -> int:
     """Run the command line; its exit code."""
-    _State.debug = _State.json = False
-    _State.events, _State.stopped = None, signal.SIGINT
+    State.reset()
     try:
         _open_outputs()
         with _stoppable():
@@ -99,7 +83,7 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped", 128 + _State.stopped)
+        return _fail("stopped", 128 + State.stopped)
     except BrokenPipeError:  # `zoo list | head`
         _mute()
         return 0
@@ -114,7 +98,7 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
     except Exception as error:
-        hint = "" if _State.debug else " (run again with --debug for the traceback)"
+        hint = "" if State.debug else " (run again with --debug for the traceback)"
         return _fail(
             f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1
         )
@@ -125,7 +109,7 @@ def _stoppable() -> Iterator[None]:
     """A job that is told to end (SIGTERM), or whose terminal has gone (SIGHUP), cleans up as after Ctrl-C."""
 
     def stop(number: int, _: object) -> None:
-        _State.stopped = signal.Signals(number)
+        State.stopped = signal.Signals(number)
         raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
@@ -140,16 +124,16 @@ def _stoppable() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> int:
-    if _State.debug:
+    if State.debug:
         import traceback
 
         traceback.print_exc()
     with suppress(OSError):
         note(f"zoo: {message}")
     try:
-        if _State.events is not None:
-            _State.events.error(message)
-        elif _State.json:
+        if State.on_failure is not None:
+            State.on_failure(message)
+        elif State.json:
             emit({"error": message})
         sys.stdout.flush()
     except OSError:  # a pipe that nobody reads, a full disk: what was to be said is on stderr

@@ -11,7 +11,7 @@ from typing import Any, Self, TextIO
 
 import click
 
-from zoo.cli import _common
+from zoo.cli._state import State
 
 
 class Bar:
@@ -88,7 +88,7 @@ class Events:
         self._total = self._done = 0
         self._told = 0.0
         self._lock = threading.Lock()
-        _common._State.events = self
+        State.on_failure = self.error
 
     def start(self, total: int) -> None:
         self._total, self._done = total, 0

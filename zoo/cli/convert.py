@@ -16,6 +16,11 @@ from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is
 @click.option(
     "--dtype", type=DTYPE, help="Convert weights to this. Default: as released, quantised ones too."
 )
+@click.option(
+    "--file",
+    metavar="NAME",
+    help="Which weights in the folder SRC, or below it: a file, or an index of shards. Default: those that transformers takes.",
+)
 @what_it_is
 @click.option("--strict", is_flag=True, help="Refuse scales that are zero or not finite, instead of warning.")
 @level

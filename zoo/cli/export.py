@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import common, emit, say
+from zoo.cli._common import common, emit, note, say
+
+
+def written_since(canon: Path) -> str | None:
+    """A file of weights in CANON that is newer than the description, which a conversion writes last."""
+    described = (canon / "zoo.json").stat().st_mtime + 1
+    files = sorted(canon.glob("*.safetensors"))
+    return next((f.name for f in files if f.stat().st_mtime > described), None)
 
 
 @click.command(short_help="A canonical folder back into the release")
@@ -19,7 +26,8 @@ from zoo.cli._common import common, emit, say
 @click.option("--force", is_flag=True, help="Replace DST if it is a checkpoint.")
 @common
 def command(canon: Path, dst: Path, format: str, force: bool, as_json: bool) -> None:
-    """Write the release that the canonical folder CANON was made of to DST: the same tensors, files and bytes.
+    """Write the release that the canonical folder CANON was made of to DST: the same tensors and files, and the same
+    bytes where CANON is as it was converted.
 
     After a conversion that changed the dtype, or from a GGUF, it is a new Hugging Face checkpoint.
     """
@@ -34,3 +42,7 @@ def command(canon: Path, dst: Path, format: str, force: bool, as_json: bool) -> 
         emit({"path": str(path), "files": files})
         return
     say(f"exported {len(files)} files to {path}")
+    if edited := written_since(canon):
+        note(
+            f"{edited} was written after the conversion: what was exported holds its values, not the release's"
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from zoo.cli._common import DTYPE, common, emit, note, say
+from zoo.printable import printable
 
 
 @click.command(short_help="Let a converted model answer a prompt")
@@ -27,7 +28,7 @@ def command(
 ) -> None:  # fmt: skip
     """Let the model in the canonical folder CANON answer PROMPT, through its chat template if it has one."""
     import zoo
-    from zoo.text import Text
+    from zoo.text import PLACES, Text
 
     text = None if ids else Text(canon)
     if text is None:
@@ -36,7 +37,11 @@ def command(
         except ValueError:
             raise click.UsageError("--ids needs whole numbers as PROMPT") from None
     else:
+        if not raw and text.chat_template is None:
+            note(f"no chat template ({', '.join(PLACES)}): the prompt is given to the model as it is")
         tokens = text.prompt(prompt, raw)
+        for line in text.notes:
+            note(line)
     if not tokens:
         raise click.UsageError("PROMPT is empty")
     if not math.isfinite(temperature):
@@ -58,7 +63,7 @@ def command(
             continue
         so_far = text.decode(new) if text else " ".join(map(str, new))
         if not so_far.endswith("�"):  # half a character
-            click.echo(so_far[len(shown) :], nl=False)
+            click.echo(printable(so_far[len(shown) :]), nl=False)
             shown = so_far
     seconds = time.perf_counter() - began
     if as_json:

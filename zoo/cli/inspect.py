@@ -101,13 +101,9 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verdict(path: Path) -> str:
-    from zoo.formats.base import read_json
+    from zoo.verify.certificate import standing
 
-    if not (path / "parity.json").is_file():
-        return f"no; `zoo verify {path}`"
-    found = read_json(path / "parity.json", "it is the certificate")
-    levels = found.get("levels")
-    return f"{found.get('verdict')} on {found.get('created')}, up to {list(levels)[-1:] if isinstance(levels, dict) else levels}"
+    return standing(path) or f"no; `zoo verify {path}`"
 
 
 def _counts(things: Any) -> dict[str, int]:

@@ -31,4 +31,6 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     if as_json:
         emit({"report": str(path), "verdict": data["verdict"]})
     else:
-        say(f"{path} ({data['verdict']})")
+        only = data.get("rests_on")
+        only = f", {only} only" if data["verdict"] == "passed" and only in ("plan", "bytes", "layers") else ""
+        say(f"{path} ({data['verdict']}{only})")

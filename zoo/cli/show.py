@@ -83,7 +83,10 @@ def _architecture(m: Manifest, spec: Spec | None) -> dict[str, str]:
             "family": m.family,
             "architecture": f"zoo has no copy of its config; `zoo plan {m.name}` reads it",
         }
-    return describe(spec)
+    from zoo import families
+
+    disputed = "\n".join(map(str, families.disagreements(spec)))
+    return describe(spec) | ({"disputed": disputed} if disputed else {})
 
 
 def _json(m: Manifest, spec: Spec | None) -> dict[str, Any]:

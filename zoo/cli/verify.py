@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.cli._common import DTYPE, common, emit, failed, note, say, table
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from zoo.verify.certificate import Certificate
@@ -19,7 +20,10 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.command(short_help="Compare a conversion with upstream")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
+@click.option("--oracle", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.py", help="Run this file's logits(ids) in place of upstream. It is run as it is: name only what you trust.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip
+@click.option("--require", type=LEVELS, help="Fail if this level can't be judged here, whatever else agrees.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the certificate to this file, and leave CANON/parity.json as it is.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="What both sides compute in.")
 @click.option(
     "--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size."
@@ -29,8 +33,8 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
-    canon: Path, against: Path | None, level: str | None, dtype: str, stream: bool, max_length: int, self_test: bool,
-    check_certificate: bool, as_json: bool,
+    canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
+    stream: bool, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
 
@@ -40,21 +44,32 @@ def command(
         _check(canon, as_json)
         return
     from zoo.verify import verify
+    from zoo.verify.script import Script
 
     def progress(text: str) -> None:
         if not as_json and sys.stderr.isatty():
             note(f"  {text} ...")
 
+    other: Path | Script | None = against
+    if oracle is not None:
+        if against is not None:
+            raise ZooError("--oracle and --against are two things to compare with: choose one")
+        other = Script(oracle, dtype)
     cert = verify(
         canon,
-        against,
+        other,
         level=level,
         dtype=dtype,
         stream=stream,
         max_length=max_length,
         self_test=self_test,
+        require=require,
+        write=output is None,
         progress=progress,
     )
+    if output is not None:
+        cert.write(output.parent, output.name)
+        cert.kept = f"{output} written"
     if as_json:
         emit(cert.to_json())
     else:
@@ -85,7 +100,7 @@ def describe(cert: Certificate, canon: Path) -> str:
     """A certificate for people: the verdict, a line per check, what was not checked."""
     from zoo.verify.certificate import NOT_COMPARED
 
-    lines = [f"{cert.verdict.upper()}  {canon}  ({cert.dtype}, against {_oracle(cert)})", ""]
+    lines = [f"{cert.headline}  {canon}  ({cert.dtype}, against {_oracle(cert)})", ""]
     rows = []
     for level in cert.levels:
         for n, c in enumerate(level.checks):
@@ -101,6 +116,9 @@ def describe(cert: Certificate, canon: Path) -> str:
     for level in cert.levels:
         lines += [f"  {level.name}: {text}" for text in level.notes]
     lines += [f"  not checked: {text}" for text in cert.not_checked]
+    lines += [f"  disputed: {_disputed(d)}" for d in cert.disagreements]
+    if cert.lacking and not cert.failed:
+        lines += ["", f"required: {cert.lacking}, which was not judged"]
     if cert.values_unseen:
         lines += ["", NOT_COMPARED]
     if cert.diagnosis:
@@ -115,12 +133,25 @@ def describe(cert: Certificate, canon: Path) -> str:
 
 
 def _oracle(cert: Certificate) -> str:
+    from zoo.verify import NUMERIC
+
     o = cert.oracle
+    if cert.rests_on in ("plan", "bytes") and not any(x.name in NUMERIC for x in cert.levels):
+        return f"the source's {'shapes' if cert.rests_on == 'plan' else 'bytes'}; no logits were compared"
     if o["kind"] == "transformers":
         return f"transformers {o['version']}, {o['class']}"
-    return str(o.get("name") or o["kind"])
+    return str(o.get("name") or ("nothing" if o["kind"] == "none" else o["kind"]))
 
 
 def _diagnosis(cert: Certificate) -> list[str]:
     d = cert.diagnosis or {}
     return ["what departs first: " + d["where"], *("  " + text for text in d.get("suggestions", []))]
+
+
+def _disputed(d: dict[str, Any]) -> str:
+    stands = {
+        "corrected": "upstream's model was corrected in this point",
+        "as it is": f"zoo follows {d['follows']}",
+        "not known": f"zoo follows {d['follows']}; whom this oracle follows is not known",
+    }[d["oracle"]]
+    return f"{d['about']}: upstream {d['upstream']}, the vendor {d['vendor']}; {stands} ({d['source']})"

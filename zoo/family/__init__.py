@@ -10,6 +10,7 @@
 """
 
 from zoo.config import Config
+from zoo.disagreements import Disagreement
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.mapping.rules import (
@@ -32,6 +33,7 @@ from zoo.mapping.rules import (
 from zoo.spec import (
     FFN,
     MLP,
+    Alibi,
     AltUp,
     Attention,
     DeltaNet,
@@ -48,12 +50,13 @@ from zoo.spec import (
     Rope,
     RopeScaling,
     Router,
+    ShortConv,
     Spec,
 )
 
 __all__ = [
-    "FFN", "MLP", "AltUp", "Attention", "Config", "DeltaNet", "Expr", "Family", "Indexer",
+    "FFN", "MLP", "Alibi", "AltUp", "Attention", "Config", "DeltaNet", "Disagreement", "Expr", "Family", "Indexer",
     "LatentAttention", "Layer", "Mamba", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
-    "RopeScaling", "Router", "RuleLine", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
+    "RopeScaling", "Router", "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
     "flatten", "per_head", "ranks", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
 ]  # fmt: skip

@@ -120,7 +120,7 @@ def mistral_fields(p: Config) -> dict[str, Any]:
         "intermediate_size": p["hidden_dim"],
         "hidden_act": "silu",
         "rms_norm_eps": p["norm_eps"],
-        "rope_theta": float(p.get("rope_theta", 10000.0)),
+        "rope_theta": mistral_theta(p),
         "max_position_embeddings": p.first("max_position_embeddings", "max_seq_len", default=131072),
         "tie_word_embeddings": p.get("tied_embeddings", False),
         "sliding_window": None,
@@ -170,9 +170,15 @@ def _windows(p: Config, out: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def mistral_theta(p: Config) -> float:
+    """theta. Files without the field are of before May 2024, when Mistral's code took 1e4 with a window, else 1e6."""
+    window = p.first("sliding_window", "_sliding_window", default=None)
+    return float(p.get("rope_theta", 1e6 if window is None else 1e4))
+
+
 def mistral_rope(p: Config) -> dict[str, Any]:
     """`rope_parameters`: theta, YaRN, and the growth of queries with position."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(p.get("rope_theta", 10000.0))}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": mistral_theta(p)}
     if "yarn" in p:
         yarn = p.sub("yarn")
         rope |= {

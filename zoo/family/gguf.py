@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from zoo.family.gguf_fields import Fields as Fields
-from zoo.family.gguf_fields import head_dim as head_dim
-from zoo.family.gguf_fields import layer_types as layer_types
 from zoo.family.hf import MTP
+from zoo.formats.gguf_fields import Fields as Fields
+from zoo.formats.gguf_fields import head_dim as head_dim
+from zoo.formats.gguf_fields import layer_types as layer_types
 from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves
 
 ENDS: tuple[RuleLine, ...] = (

@@ -5,12 +5,12 @@ A reader looks at headers only. Nothing in this module reads a weight.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
+import shlex
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,45 +75,22 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     default_dtype: str | None = None  # what to convert to when the user asks for nothing (block types)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    chosen: str | None = None  # the file or index that was named, where not the folder was
 
     def path(self, file: str) -> Path:
         return self.root / file
 
 
-READERS: dict[str, str] = {
-    "canonical": "zoo.formats.canonical",
-    "mistral": "zoo.formats.mistral",
-    "openai": "zoo.formats.openai",
-    "sharded": "zoo.formats.sharded",
-    "safetensors": "zoo.formats.safetensors",
-    "meta": "zoo.formats.meta",
-    "pickle": "zoo.formats.pickle",
-    "gguf": "zoo.formats.gguf",
-}
-"""Readers in the order in which they are asked whether a path is theirs. Each module has
-`detect(path: Path) -> bool` and `open(path: Path) -> Checkpoint`."""
+LFS = b"version https://git-lfs"
+"""How a pointer begins that a clone without git-lfs has in a file's place."""
 
 
-def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> Checkpoint:
-    """Open the checkpoint at `path` (a folder, or a single file) by its headers.
-
-    Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
-    """
-    p = Path(path)
-    if not p.exists():
-        raise ZooError(f"{p}: no such file or folder")
-    if format is not None and format not in READERS:
-        raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
-    for name in [format] if format else READERS:
-        reader = importlib.import_module(READERS[name])
-        if format or reader.detect(p):
-            open_: Callable[[Path], Checkpoint] = reader.open
-            return open_(p)
-    inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
-    raise ZooError(
-        f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
-        f"found: {inside or 'an empty folder'}"
-    )
+def refuse_pointer(start: bytes, who: str) -> None:
+    """Raises ZooError where a file's first bytes (at least 4) are those of a git-lfs pointer."""
+    if len(start) >= 4 and LFS.startswith(start):
+        raise ZooError(
+            f"{who}: a git-lfs pointer of some 130 bytes, not the file itself: `git lfs install && git lfs pull` in its folder"
+        )
 
 
 MAX_JSON = 256 << 20
@@ -177,10 +154,25 @@ def inside(root: Path, name: str, who: str) -> Path:
     if base.parent.name == "snapshots":
         allowed.append(base.parent.parent / "blobs")
     if not any(real.is_relative_to(a) for a in allowed):
-        raise ZooError(f"{path} is a symlink to {real}, outside the checkpoint's folder: refused")
+        # A repository can hold links, too, and a carried file is copied: nothing tells a hostile link from one's own.
+        raise ZooError(
+            f"{path} is a symlink to {real}, outside the checkpoint's folder: refused, as files that were downloaded "
+            f"could lead anywhere. If the links are your own, give the folder that they lead to, or one without links: "
+            f"`cp -rL {shlex.quote(str(root))} COPY` (`cp -rlL` takes no space on the same disk)"
+        )
     if not real.is_file():
         raise ZooError(f"{path} is not a regular file")
     return path
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file of this name is one that systems strew about: no part of a checkpoint."""
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
+
+
+def named(folder: Path, pattern: str) -> list[str]:
+    """The names of the files in a folder that match, in order; stray ones (`._model.safetensors`) are not among them."""
+    return sorted(p.name for p in folder.glob(pattern) if not is_stray(p.name))
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt")
@@ -197,7 +189,9 @@ def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: 
     """Add those of one file to those of the others. Raises ZooError for a name that two files have."""
     for ref in refs:
         if (other := tensors.get(ref.name)) is not None:
-            raise ZooError(f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant?")
+            raise ZooError(
+                f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant? Say it with --file"
+            )
         tensors[ref.name] = ref
 
 
@@ -205,12 +199,19 @@ def carried_files(root: Path) -> tuple[str, ...]:
     """Small files beside the weights that belong to the model: config, tokenizer, templates, licence.
     Code is never carried (`*.py` of repositories with remote code)."""
     out = []
-    for p in sorted(root.iterdir()):
+    for p in sorted([*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]):
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
-            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "TOKENIZER.MODEL.V")
         )
-        if keep and p.suffix not in WEIGHT_SUFFIXES and p.is_file() and p.stat().st_size < 256 << 20:
+        if (
+            keep
+            and not is_stray(p.name)
+            and p.suffix not in WEIGHT_SUFFIXES
+            and p.is_file()
+            and p.stat().st_size < 256 << 20
+        ):
             if p.name not in ("zoo.json", "parity.json"):
-                inside(root, p.name, str(root))
-                out.append(p.name)
+                name = p.relative_to(root).as_posix()
+                inside(root, name, str(root))
+                out.append(name)
     return tuple(out)

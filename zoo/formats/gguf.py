@@ -21,7 +21,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import gguf_config, gguf_tokenizer
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside, named
 from zoo.quant import ggml
 
 MAGIC = b"GGUF"
@@ -48,7 +48,7 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 def detect(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".gguf"
-    return any(path.glob("*.gguf"))
+    return bool(named(path, "*.gguf"))
 
 
 def open(path: Path) -> Checkpoint:
@@ -82,7 +82,7 @@ def open(path: Path) -> Checkpoint:
 
 
 def _files_of(folder: Path) -> list[str]:
-    names = sorted(p.name for p in folder.glob("*.gguf") if "mmproj" not in p.name)
+    names = [n for n in named(folder, "*.gguf") if "mmproj" not in n]
     if not names:
         raise ZooError(f"{folder}: no *.gguf here")
     first = _set_of(names[0])

@@ -3,6 +3,8 @@
 `config(metadata, tensors, tables, where)` gives the config.json that the release had, as far as it
 matters. The family that names the architecture (`Family.gguf`) adds what is its own, and what llama.cpp does not
 write because its code knows it (a norm's form, a pattern of layers). Key names: gguf-py's constants.py.
+
+- Every field of the architecture is read, or must say what the family does anyway: nothing is ignored (`gguf_fields.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.family.gguf_fields import Fields, Tables
 from zoo.formats.base import TensorRef
+from zoo.formats.gguf_fields import Fields, Tables
 from zoo.soundness import layer_count
 
 CONSTANTS = ("rope_freqs.weight",)
@@ -36,6 +38,8 @@ def config(
                 **_shared(f),
             }
             if (own := reading(f, out)) is not None:
+                if "hidden_activation" in own:  # the same thing, under the name that family has for it
+                    del out["hidden_act"]
                 f.judge_the_rest(out | own)
                 return out | own
     asked = ", ".join(family.name for family, _ in named)

@@ -11,14 +11,14 @@ from pathlib import Path
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import safetensors
-from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
+from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, named, read_json
 
 _OWN_KEYS = {"num_experts", "experts_per_token", "initial_context_length", "rope_ntk_beta"}
 
 
 def detect(path: Path) -> bool:
     root = path if path.is_dir() else path.parent
-    if not (root / "config.json").is_file() or not any(root.glob("*.safetensors")):
+    if not (root / "config.json").is_file() or not named(root, "*.safetensors"):
         return False
     try:
         config = read_json(root / "config.json", "")
@@ -34,7 +34,7 @@ def open(path: Path) -> Checkpoint:
     names = (
         safetensors.weight_files(root)
         if (root / safetensors.INDEX).exists()
-        else sorted(p.name for p in root.glob("*.safetensors"))
+        else named(root, "*.safetensors")
     )
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}

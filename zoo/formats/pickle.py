@@ -22,8 +22,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
-from zoo.formats.safetensors import check_index, index_files
+from zoo.formats import sets
+from zoo.formats.base import (
+    ITEMSIZE,
+    Checkpoint,
+    TensorRef,
+    add_tensors,
+    carried_files,
+    inside,
+    read_json,
+    refuse_pointer,
+)
+from zoo.formats.safetensors import check_index
 
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
@@ -46,14 +56,25 @@ _DTYPES = {
 
 def detect(path: Path) -> bool:
     if path.is_file():
-        return path.suffix in (".bin", ".pth", ".pt")
+        return path.suffix in (".bin", ".pth", ".pt") or sets.is_index(path.name, ".bin")
     return (path / INDEX).exists() or any(path.glob("pytorch_model*.bin"))
 
 
 def open(path: Path) -> Checkpoint:
     """Open a folder with `config.json` and `pytorch_model*.bin` (or one pickle beside a config)."""
     root = path if path.is_dir() else path.parent
-    names = [path.name] if path.is_file() else _weight_files(root)
+    entry = path.name if path.is_file() else "pytorch_model.bin"
+    if path.is_dir() and not (root / entry).exists():
+        entry = INDEX
+        if not (root / INDEX).exists():
+            n = len(list(root.glob("pytorch_model*.bin")))
+            raise ZooError(f"{root}: {n} shards but no {INDEX}: is the download complete?")
+    if (root / entry).is_dir():
+        raise ZooError(
+            f"{root / entry}: a folder, as DeepSpeed's zero_to_fp32.py leaves where it was given a file's name: name that folder's "
+            "parts, or move them beside config.json"
+        )
+    names = sets.members(root, entry)
     config = read_json(root / "config.json", "a checkpoint needs its config to be understood")
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
@@ -62,22 +83,11 @@ def open(path: Path) -> Checkpoint:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
         add_tensors(tensors, read_pickle(file, name, notes), file)
-    if path.is_dir() and (root / INDEX).exists():
-        check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
+    if entry not in files:
+        check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
     return Checkpoint(
         root, "pickle", ("hf", "transformers"), config, tensors, files, carried_files(root), notes=tuple(notes)
     )  # fmt: skip
-
-
-def _weight_files(root: Path) -> list[str]:
-    if (root / INDEX).exists():
-        return index_files(
-            read_json(root / INDEX, "delete it if pytorch_model.bin is whole"), str(root / INDEX)
-        )
-    names = sorted(p.name for p in root.glob("pytorch_model*.bin"))
-    if "pytorch_model.bin" in names:
-        return ["pytorch_model.bin"]
-    raise ZooError(f"{root}: {len(names)} shards but no {INDEX}: is the download complete?")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -324,6 +334,7 @@ def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[T
     who = str(file)
     with file.open("rb") as f:
         start = f.read(4)
+        refuse_pointer(start, who)
         if start == b"PK\x03\x04":
             state, ranges = _zipped(f, who)
         elif start[:1] == b"\x80":

@@ -13,6 +13,7 @@ from typing import Any
 
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
+from zoo.formats import sets
 from zoo.formats.base import (
     ITEMSIZE,
     Checkpoint,
@@ -21,7 +22,9 @@ from zoo.formats.base import (
     carried_files,
     encoded,
     inside,
+    named,
     read_json,
+    refuse_pointer,
 )
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
@@ -32,15 +35,27 @@ INDEX = "model.safetensors.index.json"
 
 def detect(path: Path) -> bool:
     if path.is_file():
-        return path.suffix == ".safetensors"
-    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+        return path.suffix == ".safetensors" or sets.is_index(path.name, ".safetensors")
+    if (path / INDEX).exists() or (path / "model.safetensors").exists():
+        return True
+    pickled = any((path / name).is_file() for name in sets.ORDER)  # before other names, for transformers too
+    return bool(named(path, "*.safetensors")) and not pickled
 
 
 def open(path: Path) -> Checkpoint:
-    """Open a folder with `config.json` and safetensors files (or one such file beside a config)."""
+    """Open a folder with `config.json` and safetensors files (or one such file, or an index, beside a config)."""
     root = path if path.is_dir() else path.parent
-    names = [path.name] if path.is_file() else weight_files(root)
     config = read_json(root / "config.json", "a checkpoint needs its config to be understood")
+    entry = path.name if path.is_file() else sets.taken(root, config)
+    if entry is None or not (entry.endswith(".safetensors") or sets.is_index(entry, ".safetensors")):
+        entry = None
+    return open_files(root, weight_files(root) if entry is None else sets.members(root, entry), config, entry)
+
+
+def open_files(
+    root: Path, names: Iterable[str], config: dict[str, Any], entry: str | None = None
+) -> Checkpoint:
+    """The checkpoint that is made of these files of a folder; `entry`: the index that names them, or the file."""
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}
@@ -53,21 +68,21 @@ def open(path: Path) -> Checkpoint:
                 f"{file}: with its header the files have {kept} bytes of headers (limit {MAX_HEADERS})"
             )
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
-    if path.is_dir() and (root / INDEX).exists():
-        check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
-    carried = carried_files(root)
+    if entry is not None and entry not in files:
+        check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
+    # The index of another set would describe files that the copy does not have.
+    carried = tuple(n for n in carried_files(root) if n != INDEX or n == entry or sets.names(root, n, files))
     return Checkpoint(root, "safetensors", ("hf", "transformers"), config, tensors, files, carried, headers)
 
 
 def weight_files(root: Path) -> list[str]:
-    """The weight files of a folder: those the index names, else all `*.safetensors` if they are one
-    set. Raises ZooError for an index that is not one or names files elsewhere."""
-    if (root / INDEX).exists():
-        index = read_json(root / INDEX, "delete it if model.safetensors is whole")
-        return index_files(index, str(root / INDEX))
-    names = sorted(p.name for p in root.glob("*.safetensors"))
+    """The weight files of a folder: `model.safetensors`, else those the index names, else all `*.safetensors` if they
+    are one set. Raises ZooError for an index that is not one or names files elsewhere."""
+    names = named(root, "*.safetensors")
     if "model.safetensors" in names:
         return ["model.safetensors"]
+    if (root / INDEX).exists():
+        return sets.members(root, INDEX)
     if len(names) > 1 and any("-of-" in n for n in names):
         raise ZooError(f"{root}: {len(names)} shards but no {INDEX}: is the download complete?")
     return names
@@ -105,6 +120,7 @@ def read_header(file: Path) -> bytes:
 
 def header_length(first8: bytes, size: int, who: str) -> int:
     """Header length in bytes from a file's first 8, checked against the file's `size`."""
+    refuse_pointer(first8, who)
     if len(first8) < 8:
         raise ZooError(f"{who}: {size} bytes is too short for a safetensors file: truncated, fetch it again")
     (n,) = struct.unpack("<Q", first8)

@@ -10,14 +10,14 @@ import re
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
+from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, named, read_json
 from zoo.formats.safetensors import parse_header, read_header
 
 _FILE = re.compile(r"(?P<group>.+)-TP-(?P<rank>\d{3}|common)\.safetensors")
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("*-TP-*.safetensors"))
+    return path.is_dir() and bool(named(path, "*-TP-*.safetensors"))
 
 
 def open(path: Path) -> Checkpoint:
@@ -59,10 +59,10 @@ def full_name(file: str, tensor: str) -> str:
 def _groups(root: Path) -> dict[str, dict[int | None, str]]:
     """Files by group, then by rank (None: common). Every group that is cut must have the same ranks."""
     out: dict[str, dict[int | None, str]] = {}
-    for p in sorted(root.glob("*-TP-*.safetensors")):
-        if m := _FILE.fullmatch(p.name):
+    for name in named(root, "*-TP-*.safetensors"):
+        if m := _FILE.fullmatch(name):
             rank = None if m["rank"] == "common" else int(m["rank"])
-            out.setdefault(m["group"], {})[rank] = p.name
+            out.setdefault(m["group"], {})[rank] = name
     n = max((r + 1 for group in out.values() for r in group if r is not None), default=1)
     for name, group in out.items():
         if None in group:

@@ -1,8 +1,9 @@
 """The transport of `zoo pull`: what a repository holds, and its bytes, whole and verified.
 
-Five short files, each on top of the one before:
+Six short files, each on top of the one before:
 
 - `errors.py`    every refusal as one message that says what to do
+- `files.py`     a repository at one commit, and its files
 - `http.py`      one request that survives cuts, stalls, 429 and 503, and never shows the token to another host
 - `repo.py`      `resolve`: a name and revision -> a commit and its files, with sizes and hashes; paths are checked here
 - `cache.py`     the Hub's cache as other tools know it, plus two things of our own: parts that can be continued and
@@ -15,14 +16,16 @@ What the library does well is left to it: its session (proxies, certificates, of
 
 from zoo.hub.cache import cached
 from zoo.hub.errors import HubError
+from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import RETRY, Retry
-from zoo.hub.repo import RemoteFile, Snapshot, check_path, resolve
+from zoo.hub.repo import check_path, resolve
 from zoo.hub.transfer import (
     Progress,
     download,
     download_ranges,
     download_sparse,
     download_to,
+    hashed,
     read_headers,
     read_range,
     read_safetensors_header,
@@ -41,6 +44,7 @@ __all__ = [
     "download_ranges",
     "download_sparse",
     "download_to",
+    "hashed",
     "read_headers",
     "read_range",
     "read_safetensors_header",

@@ -18,20 +18,20 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import filelock
 from huggingface_hub import constants
 
+from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
+from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
 
-if TYPE_CHECKING:
-    from zoo.hub.repo import RemoteFile, Snapshot
-
+_SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
 
 
@@ -222,6 +222,8 @@ def read_ref(repo: str, revision: str) -> str | None:
 
 def write_ref(snapshot: Snapshot) -> None:
     """Let other tools, and offline runs, find the snapshot by its branch or tag."""
+    if not snapshot.listed:
+        return
     if snapshot.revision == snapshot.commit or read_ref(snapshot.repo, snapshot.revision) == snapshot.commit:
         return
     ref = folder(snapshot.repo) / "refs" / snapshot.revision
@@ -235,13 +237,17 @@ def write_ref(snapshot: Snapshot) -> None:
 
 
 def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
-    """The commit's file list, if this or another tool has fetched it before."""
+    """The commit's file list, if this or another tool has fetched it before.
+
+    Not trusted, as if it were not there: a list with a file that has no git blob id, which the Hub never sends, or
+    without a file that the snapshot links to, or weights in it. Tools (zoo among them, once) have made such lists of what was cached.
+    """
     with suppress(ImportError, AttributeError, TypeError):
         # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Without it the list is fetched again.
         from huggingface_hub._tree_cache import read_tree_cache
 
         entries = read_tree_cache(str(folder(repo)), commit)
-        if entries is not None:
+        if entries is not None and _is_whole(repo, commit, entries):
             return [
                 {
                     "path": path,
@@ -255,13 +261,24 @@ def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
     return None
 
 
+def _is_whole(repo: str, commit: str, entries: Mapping[str, Any]) -> bool:
+    ids = all(isinstance(e.blob_id, str) and _GIT.fullmatch(e.blob_id) for e in entries.values())
+    belong = (
+        e["path"] for e in read_snapshot(repo, commit) if _is_hashed(e) or e["path"].endswith(WEIGHT_SUFFIXES)
+    )
+    return ids and all(path in entries for path in belong)
+
+
 def write_tree(snapshot: Snapshot) -> None:
-    """Keep the commit's file list where the library keeps it, for offline runs and for other tools."""
+    """Keep the commit's file list where the library keeps it, for offline runs and for other tools; only what the Hub
+    said, all of it. One that is not trusted gives way."""
+    if not snapshot.listed or not all(f.git_sha1 or f.lfs_pointer for f in snapshot.files):
+        return
     with suppress(ImportError, AttributeError, TypeError, OSError):
-        from huggingface_hub._tree_cache import TreeCacheEntry, read_tree_cache, write_tree_cache  # as above
+        from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache  # as above
 
         at = str(folder(snapshot.repo))
-        if read_tree_cache(at, snapshot.commit) is None:
+        if read_tree(snapshot.repo, snapshot.commit) is None:
             entries = {
                 f.path: TreeCacheEntry(
                     size=f.size,
@@ -276,22 +293,34 @@ def write_tree(snapshot: Snapshot) -> None:
 
 
 def read_snapshot(repo: str, commit: str) -> list[dict[str, Any]]:
-    """A file list made from what the cache holds of a commit: the blobs' names are their hashes."""
+    """A file list made from what the cache holds of a commit. The blobs' names are their hashes; a file that is no link
+    (a cache copied by `cp -L` or docker) has none. What systems strew about is left out."""
     root = folder(repo) / "snapshots" / commit
     entries: list[dict[str, Any]] = []
     for path in sorted(root.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not is_stray(path.name):
             blob = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
             entries.append(
                 {
                     "path": path.relative_to(root).as_posix(),
                     "size": path.stat().st_size,
-                    "sha256": blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None,
-                    "git_sha1": blob if re.fullmatch(r"[0-9a-f]{40}", blob) else None,
+                    "sha256": blob if _SHA256.fullmatch(blob) else None,
+                    "git_sha1": blob if _GIT.fullmatch(blob) else None,
                     "xet_hash": None,
                 }
             )
     return entries
+
+
+def _is_hashed(entry: dict[str, Any]) -> bool:
+    return entry["sha256"] is not None or entry["git_sha1"] is not None
+
+
+def snapshots(repo: str) -> list[str]:
+    """The commits of which the cache holds files."""
+    with suppress(OSError):
+        return sorted(p.name for p in (folder(repo) / "snapshots").iterdir() if _GIT.fullmatch(p.name))
+    return []
 
 
 # ---- locks

@@ -28,11 +28,12 @@ Kind = Literal[
 
 
 class HubError(ZooError):
-    """A pull can't go on. The text is for people; `kind` is for programs."""
+    """A pull can't go on. The text is for people; `kind` is for programs, and so is the HTTP `status`, if that is why."""
 
-    def __init__(self, message: str, kind: Kind) -> None:
+    def __init__(self, message: str, kind: Kind, status: int | None = None) -> None:
         super().__init__(message)
         self.kind: Kind = kind
+        self.status = status
 
 
 class Cancelled(HubError):
@@ -73,6 +74,12 @@ class About:
 
 def refusal(status: int, headers: Mapping[str, str], about: About, *, sent_token: bool) -> HubError:
     """The error for a 4xx answer of the Hub or of its storage host."""
+    error = _refusal(status, headers, about, sent_token)
+    error.status = status
+    return error
+
+
+def _refusal(status: int, headers: Mapping[str, str], about: About, sent_token: bool) -> HubError:
     code, said = headers.get("X-Error-Code"), headers.get("X-Error-Message", "")
     page = f"{constants.ENDPOINT}/{about.repo}"
     if code == "GatedRepo":
@@ -97,7 +104,7 @@ def refusal(status: int, headers: Mapping[str, str], about: About, *, sent_token
             f"{about.repo} has no revision {about.revision!r}. See its branches and tags at {page}/tree/main.",
             "revision",
         )
-    if code == "EntryNotFound":
+    if code == "EntryNotFound" and about.file is not None:
         return HubError(
             f"{about.repo} has no file {about.file!r} at revision {about.revision}. "
             f"See its files at {page}/tree/{about.revision}.",

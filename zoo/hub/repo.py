@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -17,61 +14,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from zoo.hub import cache
 from zoo.hub.errors import About, HubError
+from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, get_json
 
 MAX_FILES = 100_000
 MAX_PATH = 1024  # characters
+NO_ROUTE = (400, 404, 405, 501)  # how servers say that they don't know what was asked for
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a commit. It has `sha256` if the repository keeps it in LFS, else `git_sha1`, its git blob id."""
-
-    path: str
-    size: int  # bytes
-    sha256: str | None
-    git_sha1: str | None
-    # What the library's own file list keeps besides; of no use to a transfer over HTTP.
-    lfs_pointer: str | None = field(default=None, repr=False, compare=False)
-    xet_hash: str | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def blob(self) -> str:
-        """The name of its contents in the Hub's cache: the hash."""
-        return self.sha256 or self.git_sha1 or ""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A repository at one commit: what every transfer starts from."""
-
-    repo: str
-    revision: str  # as asked: a branch, a tag or a commit
-    commit: str
-    files: tuple[RemoteFile, ...]  # sorted by path
-
-    def file(self, path: str) -> RemoteFile:
-        """The file at `path`. Raises HubError, with the nearest names, if there is none."""
-        if path in self._by_path:
-            return self._by_path[path]
-        near = difflib.get_close_matches(path, self._by_path, n=3)
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        raise HubError(f"{self.repo} has no file {path!r} at commit {self.commit}.{hint}", "file")
-
-    @functools.cached_property
-    def _by_path(self) -> dict[str, RemoteFile]:
-        return {f.path: f for f in self.files}
-
-    def url(self, path: str) -> str:
-        """Where the Hub serves `path` of this very commit."""
-        return f"{constants.ENDPOINT}/{self.repo}/resolve/{self.commit}/{quote(path)}"
-
-    def about(self, path: str | None = None) -> About:
-        """What messages about this snapshot, or one file of it, call it."""
-        return About(self.repo, self.revision, path)
 
 
 def resolve(repo: str, revision: str | None = None, progress: Progress | None = None) -> Snapshot:
@@ -96,17 +47,19 @@ def resolve(repo: str, revision: str | None = None, progress: Progress | None = 
     about = About(repo, revision)
     commit = revision if _COMMIT.fullmatch(revision) else None
     if is_offline_mode():
-        return _resolve_offline(about, commit)
+        return _resolve_offline(about, commit, watch)
     try:
         api = f"{constants.ENDPOINT}/api/models/{repo}"
+        names: set[str] | None = None
         if commit is None:
             answer, _ = get_json(f"{api}/revision/{quote(revision, safe='')}", about, watch)
             commit = answer.get("sha") if isinstance(answer, dict) else None
             if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
                 raise HubError(f"{constants.ENDPOINT} named no commit for {repo} at {revision!r}.", "server")
+            names = {str(path) for path, _ in _siblings(answer)} or None
         entries = cache.read_tree(repo, commit)
-        if entries is None:
-            entries = list(_tree(f"{api}/tree/{commit}?recursive=true&expand=false", about, watch))
+        if entries is None or (names is not None and names != {e["path"] for e in entries}):
+            entries = _listing(api, commit, about, watch)
         return Snapshot(repo, revision, commit, _files(entries, repo))
     except HubError as error:
         held = cache.read_ref(repo, revision)
@@ -115,14 +68,30 @@ def resolve(repo: str, revision: str | None = None, progress: Progress | None = 
         raise HubError(f"{error} The cache holds {revision!r} as commit {held}.", "network") from None
 
 
-def _resolve_offline(about: About, commit: str | None) -> Snapshot:
-    commit = commit or cache.read_ref(about.repo, about.revision)
+def _resolve_offline(about: About, commit: str | None, watch: Watch) -> Snapshot:
+    """What the cache holds. A file list that no Hub sent serves here, and is not passed off as one."""
+    repo, revision = about.repo, about.revision
+    commit = commit or cache.read_ref(repo, revision)
+    if commit is None and revision == constants.DEFAULT_REVISION:
+        held = cache.snapshots(repo)
+        if len(held) > 1:
+            raise HubError(
+                f"HF_HUB_OFFLINE is set, and the cache ({cache.folder(repo)}) does not say which commit of {repo} "
+                f"{revision!r} is. It holds {', '.join(held)}: name one of them as the revision.",
+                "offline",
+            )
+        if held:
+            commit = revision = held[0]
+            watch.note(
+                f"the cache does not say which commit of {repo} {about.revision!r} is: taking the only one, {commit}"
+            )
     if commit is not None and _COMMIT.fullmatch(commit):
-        entries = cache.read_tree(about.repo, commit)
+        entries = cache.read_tree(repo, commit)
+        listed = entries is not None
         if entries is None:
-            entries = cache.read_snapshot(about.repo, commit)
+            entries = cache.read_snapshot(repo, commit)
         if entries:
-            return Snapshot(about.repo, about.revision, commit, _files(entries, about.repo))
+            return Snapshot(repo, revision, commit, _files(entries, repo, hashless=not listed), listed)
     raise HubError(
         f"HF_HUB_OFFLINE is set and {about.repo} at revision {about.revision!r} is not in the cache "
         f"({constants.HF_HUB_CACHE}). Unset it and run this again.",
@@ -162,8 +131,48 @@ def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
             }
 
 
-def _files(entries: Iterable[dict[str, Any]], repo: str) -> tuple[RemoteFile, ...]:
-    """Checked files from raw entries {path, size, sha256, git_sha1, xet_hash}."""
+def _listing(api: str, commit: str, about: About, watch: Watch) -> list[dict[str, Any]]:
+    """The commit's file list; from what is known of the commit where a proxy or mirror serves no list."""
+    try:
+        return list(_tree(f"{api}/tree/{commit}?recursive=true&expand=false", about, watch))
+    except HubError as error:
+        if error.status not in NO_ROUTE:
+            raise
+    answer, _ = get_json(f"{api}/revision/{commit}?blobs=true", about, watch)
+    entries = []
+    for path, entry in _siblings(answer):
+        lfs = entry.get("lfs")
+        lfs = lfs if isinstance(lfs, dict) else {}
+        entries.append(
+            {
+                "path": path,
+                "size": lfs.get("size", entry.get("size")),
+                "sha256": lfs.get("sha256"),
+                "git_sha1": entry.get("blobId"),
+                "xet_hash": None,
+            }
+        )
+    if not entries or any(e["size"] is None or not (e["sha256"] or e["git_sha1"]) for e in entries):
+        raise HubError(
+            f"{constants.ENDPOINT} does not list the files of {about.repo} with their sizes and hashes (neither by "
+            "/tree nor by ?blobs=true), as proxies and mirrors of the Hub sometimes don't. Unset HF_ENDPOINT, or "
+            "fetch the repository by other means and give the folder to `zoo convert`.",
+            "server",
+        )
+    return entries
+
+
+def _siblings(answer: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(path, what is said of it) of each file in an answer about a commit."""
+    siblings = answer.get("siblings") if isinstance(answer, dict) else None
+    for entry in siblings if isinstance(siblings, list) else ():
+        if isinstance(entry, dict):
+            yield entry.get("rfilename"), entry
+
+
+def _files(entries: Iterable[dict[str, Any]], repo: str, hashless: bool = False) -> tuple[RemoteFile, ...]:
+    """Checked files from raw entries {path, size, sha256, git_sha1, xet_hash}; one of the hashes is there, unless
+    `hashless`."""
     files: dict[str, RemoteFile] = {}
     for entry in entries:
         path, size, sha256, git_sha1 = entry["path"], entry["size"], entry["sha256"], entry["git_sha1"]
@@ -175,7 +184,7 @@ def _files(entries: Iterable[dict[str, Any]], repo: str) -> tuple[RemoteFile, ..
         for value, pattern in ((sha256, _SHA256), (git_sha1, _COMMIT), (entry["xet_hash"], _SHA256)):
             if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
                 raise HubError(f"{repo} lists {path!r} with hash {value!r:.200}: refused.", "path")
-        if sha256 is None and git_sha1 is None:
+        if sha256 is None and git_sha1 is None and not hashless:
             raise HubError(f"{repo} lists {path!r} without a hash: refused.", "path")
         plain, pointer = (git_sha1, None) if sha256 is None else (None, git_sha1)
         files[path] = RemoteFile(path, size, sha256, plain, pointer, entry["xet_hash"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import queue
 import shutil
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +20,8 @@ from huggingface_hub import is_offline_mode
 
 from zoo.hub import cache
 from zoo.hub.errors import About, Damaged, HubError, bytes_text
+from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, stream
-from zoo.hub.repo import RemoteFile, Snapshot
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
@@ -33,6 +35,7 @@ __all__ = [
     "download_ranges",
     "download_sparse",
     "download_to",
+    "hashed",
     "read_headers",
     "read_range",
     "read_safetensors_header",
@@ -120,6 +123,31 @@ def download(
     return folder
 
 
+def hashed(snapshot: Snapshot, paths: Iterable[str], *, progress: Progress | None = None) -> Snapshot:
+    """The snapshot, with the sha256 of those of its files `paths` that came without a hash, of what the cache holds.
+
+    That says what was read, so that a change is noticed. Whether it is what the Hub has, it can't say.
+    """
+    watch = Watch(progress)
+    files = {path: file for path in paths if not (file := snapshot.file(path)).blob}
+    if not files:
+        return snapshot
+    watch.tell(lambda p: p.phase("hashing"))
+    for path, file in files.items():
+        at = cache.find(snapshot, file)
+        if at is None:
+            raise HubError(f"{snapshot.about(path)}: it has gone from the cache; run this again.", "offline")
+        with open(at, "rb", buffering=0) as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        files[path] = replace(file, sha256=found, hashed_here=True)
+        cache.mark_verified(at, files[path])
+    watch.note(
+        f"{snapshot.repo}: the cache holds no hash of {len(files)} files ({next(iter(files))}, ...): hash computed here, "
+        "not compared with the Hub's"
+    )
+    return replace(snapshot, files=tuple(files.get(f.path, f) for f in snapshot.files))
+
+
 def download_to(
     snapshot: Snapshot,
     path: str,
@@ -131,7 +159,8 @@ def download_to(
 ) -> Path:
     """Have the file `path` of the snapshot, whole and verified, at `dest`, past the Hub's cache; `dest`.
 
-    Continues `dest` + `.part` of an earlier run; does nothing if `dest` is there and right. Advances `progress` by
+    Continues `dest` + `.part` of an earlier run; does nothing if `dest` is there and right. Offline, the cache's own is
+    copied. Advances `progress` by
     the file's bytes but doesn't start it: callers that fetch many files know the total. Raises HubError as `download`.
     """
     file, about, watch = snapshot.file(path), snapshot.about(path), Watch(progress, cancel)
@@ -140,7 +169,11 @@ def download_to(
         dest.parent.mkdir(parents=True, exist_ok=True)
         with cache.locked(dest.with_name(dest.name + ".lock"), str(about), watch):
             if not _is_there(dest, file, watch, verify=verify):
-                _receive(file, snapshot.url(path), part, about, watch, verify=verify)
+                at = cache.find(snapshot, file) if is_offline_mode() else None
+                if at is not None and _is_there(at, file, watch, verify=verify):
+                    shutil.copyfile(at, part)
+                else:
+                    _receive(file, snapshot.url(path), part, about, watch, verify=verify)
                 os.replace(part, dest)
                 if verify:
                     cache.mark_verified(dest, file)

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over a few tokens, then SiLU: what stands before a linear mixer.
+"""Causal depthwise convolution over a few tokens, then SiLU: what stands before a linear mixer. Or without SiLU.
 
 Unusual: the tokens of the piece before (`tail`) are read, and replaced by the last of this piece, in the same kernel.
 
@@ -23,9 +23,11 @@ if triton is not None:
 ROWS = 16  # tokens per program; no convolution is wider
 
 
-def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
+def conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool = True
+) -> Tensor:
     """x [B, T, C] by weight [C, width], whose last column is now, plus bias [C]. `tail` [B, width - 1, C] holds the tokens
-    before, zeros where None, and then the last of x. Returns [B, T, C] in the dtype of x."""
+    before, zeros where None, and then the last of x. Without SiLU, if not `silu`. Returns [B, T, C] in the dtype of x."""
     width = weight.shape[1]
     if tail is None:
         padded = F.pad(x, (0, 0, width - 1, 0))
@@ -36,20 +38,21 @@ def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor 
     y = F.conv1d(
         padded.transpose(1, 2), weight, None if bias is None else bias.to(x.dtype), groups=len(weight)
     )
-    return F.silu(y.transpose(1, 2))
+    y = y.transpose(1, 2)
+    return F.silu(y) if silu else y
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool = True) -> Tensor:
     """`conv_reference`, as one kernel where Triton runs."""
     (b, t, c), width = x.shape, weight.shape[1]
     whole = x.stride(-1) == 1 and weight.is_contiguous() and (tail is None or tail.is_contiguous())
     if not has_triton(x) or not whole or width > ROWS or x.dtype == torch.float64 or not x.numel():
-        return conv_reference(x, weight, bias, tail)
+        return conv_reference(x, weight, bias, tail, silu)
     out = x.new_empty(b, t, c)
     block = 128 if t > 1 else 256
     _conv[(ceil_div(c, block), ceil_div(t, ROWS), b)](
         x, weight, bias, tail, out, t, c, *x.stride()[:2],
-        WIDTH=width, BIAS=bias is not None, TAIL=tail is not None, ROWS=min(ROWS, power_of_2(t)), BLOCK=block,
+        WIDTH=width, BIAS=bias is not None, TAIL=tail is not None, SILU=silu, ROWS=min(ROWS, power_of_2(t)), BLOCK=block,
         KEPT=power_of_2(width - 1), num_warps=4, **overlap(x),
     )  # fmt: skip
     return out
@@ -60,7 +63,8 @@ if triton is not None:
     @Kernel
     def _conv(
         x_ptr, w_ptr, bias_ptr, tail_ptr, out_ptr, T, C, x_b, x_t,
-        WIDTH: tl.constexpr, BIAS: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        WIDTH: tl.constexpr, BIAS: tl.constexpr, TAIL: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
         KEPT: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         b = tl.program_id(2).to(tl.int64)
@@ -87,7 +91,8 @@ if triton is not None:
         if BIAS:
             y += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(dtype).to(tl.float32)[None, :]
         y = y.to(dtype).to(tl.float32)
-        y = y * sigmoid(y)
+        if SILU:
+            y = y * sigmoid(y)
         out = out_ptr + (b * T + t[:, None]) * C + c[None, :]
         tl.store(out, y.to(dtype), mask=(t < T)[:, None] & in_c)
         if TAIL:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.gated import ACTIVATIONS, gated_reference
+from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, PLAIN, Weight
@@ -119,7 +119,7 @@ def _few(
     _few_up[(ceil_div(up.n, rows), n * k)](
         read, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns,
         spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, ACT=ACTIVATIONS[spec.act], GATED=spec.gated, HAS_BIAS=up.bias is not None,
+        KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
         ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
     together = power_of_2(k)
@@ -248,7 +248,7 @@ def _many(
     _many_up[(n_tiles * ceil_div(f, half),)](
         _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, n_tiles, k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, TINY=_tiny(x, up), SWAP=_swap(up, block_m), ACT=ACTIVATIONS[spec.act], GATED=spec.gated,
+        KIND=up.kind, TINY=_tiny(x, up), SWAP=_swap(up, block_m), ACT=code(spec), GATED=spec.gated,
         HAS_BIAS=up.bias is not None, WEIGHT_INPUT=weight_input, BLOCK_N=half, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         **common,
     )  # fmt: skip

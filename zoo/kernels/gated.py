@@ -21,7 +21,17 @@ if triton is not None:
 
     from zoo.kernels.launch import after_previous
 
-ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu_clamped": 4}
+CODES: dict[Activation, int] = {
+    "silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu_clamped": 4, "relu": 5, "quick_gelu": 6,
+}  # fmt: skip
+CLAMPED_BEFORE, CLAMPED_AFTER = 7, 8  # silu, with a limit before it or after
+
+
+def code(spec: MLP) -> int:
+    """How the kernels call an MLP's activation."""
+    if spec.act == "silu" and spec.limit is not None:
+        return CLAMPED_AFTER if spec.limit_after else CLAMPED_BEFORE
+    return CODES[spec.act]
 
 
 def activation(x: Tensor, act: Activation) -> Tensor:
@@ -33,8 +43,12 @@ def activation(x: Tensor, act: Activation) -> Tensor:
             return F.gelu(x)
         case "gelu_tanh":
             return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
         case "relu2":
             return F.relu(x).square()
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
     raise AssertionError(act)
 
 
@@ -47,6 +61,11 @@ def gated_reference(h: Tensor, spec: MLP) -> Tensor:
         assert spec.limit is not None
         gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * spec.alpha))
+    if spec.limit is not None:
+        up = up.clamp(-spec.limit, spec.limit)
+        if spec.limit_after:
+            return activation(gate, spec.act).clamp(max=spec.limit) * up
+        gate = gate.clamp(max=spec.limit)
     return activation(gate, spec.act) * up
 
 
@@ -60,7 +79,7 @@ def gated(h: Tensor, spec: MLP) -> Tensor:
     rows, block = out.numel() // f, 1024
     _gated[(rows, ceil_div(f, block))](
         h, out, f, spec.limit or 0.0, spec.alpha,
-        ACT=ACTIVATIONS[spec.act], GATED=spec.gated, BLOCK=block, num_warps=4, **overlap(h),
+        ACT=code(spec), GATED=spec.gated, BLOCK=block, num_warps=4, **overlap(h),
     )  # fmt: skip
     return out
 
@@ -87,15 +106,24 @@ if triton is not None:
             s = (gate * s).to(DTYPE).to(tl.float32)
             y = (up + 1.0).to(DTYPE).to(tl.float32) * s
         else:
-            if ACT == 0:
+            if ACT == 7:
+                gate = tl.minimum(gate, limit)
+            if ACT == 7 or ACT == 8:
+                up = tl.minimum(tl.maximum(up, -limit), limit)
+            if ACT == 0 or ACT == 7:
                 y = gate * sigmoid(gate)
+            elif ACT == 8:
+                y = tl.minimum((gate * sigmoid(gate)).to(DTYPE).to(tl.float32), limit)
             elif ACT == 1:
                 y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
             elif ACT == 2:
                 y = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+            elif ACT == 6:
+                y = gate * sigmoid((1.702 * gate).to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
             else:
                 y = tl.maximum(gate, 0.0)
-                y = y * y
+                if ACT == 3:
+                    y = y * y
             if GATED:
                 y = y.to(DTYPE).to(tl.float32) * up
         return y.to(DTYPE).to(tl.float32)

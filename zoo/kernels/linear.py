@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.gated import ACTIVATIONS, gated_reference
+from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
@@ -72,7 +72,7 @@ def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
     rows, block, warps = tile(w.n, w, gated=True)
     _gated_linear[(ceil_div(f, rows // 2),)](
         x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
-        KIND=w.kind, ACT=ACTIVATIONS[spec.act], HAS_BIAS=w.bias is not None,
+        KIND=w.kind, ACT=code(spec), HAS_BIAS=w.bias is not None,
         ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
     return out

@@ -28,7 +28,7 @@ def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) ->
     if r.over == "chosen":
         top = logits.topk(r.top_k, -1)
         weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
-        return top.indices, weights * r.scale
+        return top.indices, _normalized(weights, r) * r.scale
     scores = logits.float().softmax(-1) if r.score == "softmax" else logits.float().sigmoid()
     choice = scores if selection_bias is None else scores + selection_bias
     if r.n_groups > 1:
@@ -38,10 +38,13 @@ def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) ->
         out = -torch.inf if r.masked_groups == "-inf" else 0.0
         choice = groups.masked_fill(~eligible.unsqueeze(-1), out).flatten(1)
     chosen = choice.topk(r.top_k, -1).indices
-    weights = scores.gather(-1, chosen)
-    if r.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + r.normalize_eps)
-    return chosen, weights * r.scale
+    return chosen, _normalized(scores.gather(-1, chosen), r) * r.scale
+
+
+def _normalized(weights: Tensor, r: Router) -> Tensor:
+    if not r.normalize:
+        return weights
+    return weights / (weights.sum(-1, keepdim=True) + r.normalize_eps).clamp(min=r.normalize_floor)
 
 
 def route(
@@ -56,7 +59,8 @@ def route(
     experts = torch.empty(n, spec.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(n, spec.top_k, dtype=dtype, device=logits.device)
     _route[(n,)](
-        logits, bias, experts, weights, e, e // spec.n_groups, spec.scale, spec.normalize_eps, spec.softcap or 0.0,
+        logits, bias, experts, weights, e, e // spec.n_groups, spec.scale, spec.normalize_eps, spec.normalize_floor,
+        spec.softcap or 0.0,
         TOP_K=spec.top_k, SOFTMAX=spec.score == "softmax", CHOSEN=spec.over == "chosen", BIAS=bias is not None,
         GROUPS=spec.n_groups, TOP_GROUPS=spec.top_groups, GROUP_TOP=spec.group_top,
         MASK_ZERO=spec.masked_groups == "zero", NORMALIZE=spec.normalize, SOFTCAP=spec.softcap is not None,
@@ -70,7 +74,7 @@ if triton is not None:
 
     @Kernel
     def _route(
-        logits_ptr, bias_ptr, experts_ptr, weights_ptr, n_experts, per_group, scale, eps, cap,
+        logits_ptr, bias_ptr, experts_ptr, weights_ptr, n_experts, per_group, scale, eps, floor, cap,
         TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, CHOSEN: tl.constexpr, BIAS: tl.constexpr,
         GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr,
         MASK_ZERO: tl.constexpr, NORMALIZE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -135,7 +139,7 @@ if triton is not None:
             else:
                 weight = tl.where(k < TOP_K, sigmoid(weight), 0.0)
         if NORMALIZE:
-            weight = weight / (tl.sum(weight, 0) + eps)
+            weight = weight / tl.maximum(tl.sum(weight, 0) + eps, floor)
         weight = weight * scale
         tl.store(experts_ptr + row * TOP_K + k, chosen, mask=k < TOP_K)
         tl.store(weights_ptr + row * TOP_K + k, weight.to(weights_ptr.dtype.element_ty), mask=k < TOP_K)

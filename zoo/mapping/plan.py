@@ -270,13 +270,17 @@ class Match:
     extras: dict[str, str] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)  # canonical name -> source names not there
     unexpected: list[str] = field(default_factory=list)
+    misshapen: dict[str, list[tuple[str, str]]] = field(
+        default_factory=dict
+    )  # what is wrong: (tensor, where)
     problems: list[str] = field(default_factory=list)  # anything else, one line each
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
 
     @property
     def n_problems(self) -> int:
-        return sum(map(len, self.missing.values())) + len(self.unexpected) + len(self.problems)
+        listed = sum(map(len, self.missing.values())) + sum(map(len, self.misshapen.values()))
+        return listed + len(self.unexpected) + len(self.problems)
 
 
 def match(
@@ -471,7 +475,7 @@ class _Matcher:
             self.out.missing[name] = missing
             self.lacking += len(missing)
             return False
-        n_before = len(self.out.problems)
+        n_before, fits = len(self.out.problems), True
         dtypes: set[str] = set()
         for source, fit in zip(sources, recipe.fits, strict=True):
             ref = tensors[source]
@@ -482,17 +486,17 @@ class _Matcher:
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
                 self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
             if ref.shape != fit.shape:
-                self.out.problems.append(
-                    f"{source} in {ref.file}: shape {list(ref.shape)}, expected {list(fit.shape)}"
-                    + (f" (for {name} {list(recipe.shape)})" if keep else "")
-                )
+                of = f" (for {fold_one(name)} {list(recipe.shape)})" if keep else ""
+                wrong = f": shape {list(ref.shape)}, expected {list(fit.shape)}{of}"
+                self.out.misshapen.setdefault(wrong, []).append((source, ref.file))
+                fits = False
         if part is not None and not dtypes <= set(part.dtypes):
             self.out.problems.append(
                 f"{name}: its {part.name} is {', '.join(sorted(dtypes))} in {sources[0]}"
                 f"{' and others' if len(sources) > 1 else ''}, expected {' or '.join(part.dtypes)}; if only some of "
                 "its parts are quantised, zoo cannot fuse them: ask the vendor's tools for plain weights"
             )
-        if len(self.out.problems) > n_before:
+        if not fits or len(self.out.problems) > n_before:
             return False
         if not keep:
             return True
@@ -750,8 +754,19 @@ class PlanError(ZooError):
                 lines.append(
                     f"  {text} {list(ref.shape)} in {ref.file}" + (f"   nearest: {hint}" if hint else "")
                 )
+        for wrong, at in m.misshapen.items():
+            files = dict(at)
+            lines += [
+                (f"{text} in {files[first]}" if text == first else text) + wrong
+                for text, first in fold(files)
+            ]
         lines += dict.fromkeys(m.problems)  # what is wrong with the config is wrong for each weight
         super().__init__("\n".join(lines))
+
+
+def fold_one(name: str) -> str:
+    """A name with * for its layer."""
+    return re.sub(r"^layers\.\d+\.", "layers.*.", name)
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, str]]:

@@ -1,5 +1,4 @@
-"""Gemma 3n's additions to a block: alternating updates (arXiv 2301.13310), LAuReL (arXiv 2411.07501) and
-per-layer embeddings.
+"""Gemma 3n's additions to a block: alternating updates (arXiv 2301.13310) and LAuReL (arXiv 2411.07501).
 
 The residual is `n_streams` wide: x [S, B, T, D]. A layer predicts all streams, computes on the active one,
 and corrects all by what came out. Unusual: the rescaling of streams and many roundings on the way are in
@@ -8,17 +7,13 @@ the model's dtype.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.kernels.gated import activation
-from zoo.model.linear import Linear, Stacked, Table
+from zoo.model.linear import Linear, Stacked
 from zoo.model.norm import Norm
 from zoo.spec import AltUp as AltUpSpec
-from zoo.spec import PerLayerEmbedding as PerLayerSpec
 
 
 class AltUp(nn.Module):
@@ -95,43 +90,3 @@ class Streams(nn.Module):
         wanted = (model**2).mean(-1, keepdim=True) ** 0.5
         has = torch.sqrt((x**2).mean(-1, keepdim=True).clamp(min=1e-5))
         return x * wanted / has
-
-
-class PerLayerEnds(nn.Module):
-    """The second embedding: a vector of `dim` channels for every token and layer."""
-
-    def __init__(self, spec: PerLayerSpec, d: int, n_layers: int) -> None:
-        super().__init__()
-        self.spec, self.d = spec, d
-        self.embed = Table(spec.vocab_size, n_layers * spec.dim)
-        self.proj = Linear(d, n_layers * spec.dim)
-        self.norm = Norm(spec.norm, spec.dim)
-
-    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
-        """ids [B, T], x [B, T, D] -> [B, T, n_layers, dim]. Ids beyond the table count as 0."""
-        s = self.spec
-
-        def number(value: float) -> float:  # constants are rounded to the model's dtype before use
-            return float(torch.tensor(value, dtype=x.dtype))
-
-        known = torch.where(ids < s.vocab_size, ids, 0)
-        own = F.embedding(known, self.embed.weight).to(x.dtype) * number(s.dim**0.5)
-        projected = (self.proj(x) * number(self.d**-0.5)).unflatten(-1, (-1, s.dim))
-        out: Tensor = (self.norm(projected) + own.view_as(projected)) * number(math.sqrt(0.5))
-        return out
-
-
-class PerLayer(nn.Module):
-    """What a layer adds to the inactive streams from its per-layer vector."""
-
-    def __init__(self, spec: PerLayerSpec, d: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.gate = Linear(d, spec.dim)
-        self.out = Linear(spec.dim, d)
-        self.norm = Norm(spec.norm, d)
-
-    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        """x [B, T, D], vector [B, T, dim] -> [B, T, D]"""
-        out: Tensor = self.norm(self.out(activation(self.gate(x), self.spec.act) * vector))
-        return out

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo.kernels.attention import attention, decode
 from zoo.kernels.launch import has_triton
 from zoo.kernels.rope import place, place_fits, rotate
+from zoo.layout import qk_norm_shape
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
 from zoo.model.norm import Norm
@@ -32,10 +33,11 @@ def attend(
     sinks: Tensor | None = None,  # [H]
     softcap: float | None = None,
     score_scale: Tensor | None = None,  # [T], after the cap
+    bias: Tensor | None = None,  # [H, S]
 ) -> Tensor:  # [B, T, H, V]
-    """softmax(cap(q k^T scale)) v over the visible keys."""
+    """softmax(cap(q k^T scale) + bias) v over the visible keys."""
     T, S, reach = q.shape[2], k.shape[2], visible.reach
-    written_out = sinks is not None or softcap is not None
+    written_out = sinks is not None or softcap is not None or bias is not None
     allowed = visible.allowed
     if written_out and visible.causal:
         allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
@@ -52,7 +54,8 @@ def attend(
         mask = None if allowed is None else allowed[..., start:end, first:last]
         if written_out:
             factor = None if score_scale is None else score_scale[start:end]
-            pieces.append(_written_out(block, keys, values, mask, scale, sinks, softcap, factor))
+            added = None if bias is None else bias[:, first:last]
+            pieces.append(_written_out(block, keys, values, mask, scale, sinks, softcap, factor, added))
         else:
             pieces.append(_sdpa(block, keys, values, mask, visible.causal, scale))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
@@ -81,6 +84,7 @@ def _written_out(
     sinks: Tensor | None,
     softcap: float | None,
     score_scale: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     B, H, T, D = q.shape
     K = k.shape[1]
@@ -90,6 +94,8 @@ def _written_out(
         scores = softcap * torch.tanh(scores / softcap)
     if score_scale is not None:
         scores = scores * score_scale[:, None]
+    if bias is not None:
+        scores = scores + bias.view(K, H // K, 1, -1)
     scores = scores.float()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
@@ -111,16 +117,15 @@ class Attention(nn.Module):
         H, K, D, V = spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.v_head_dim
         parts = [H * D]
         if spec.gate:
-            parts.append(H * V)
+            parts.append(H * V if spec.gate_over == "channel" else H)
         if spec.kv_from is None:
-            parts += [K * D, K * V]
+            parts += [K * D] if spec.value_from_key else [K * D, K * V]
         self.qkv = Linear(d, *parts, bias=spec.qkv_bias)
         self.out = Linear(H * V, d, bias=spec.out_bias)
         if (n := spec.qk_norm) is not None:
-            per_head = n.over == "head"
-            self.q_norm = Norm(n.norm, D if per_head else H * D)
+            self.q_norm = Norm(n.norm, *qk_norm_shape(n, H, D))
             if spec.kv_from is None:
-                self.k_norm = Norm(n.norm, D if per_head else K * D)
+                self.k_norm = Norm(n.norm, *qk_norm_shape(n, K, D))
         if spec.value_norm is not None:
             self.v_norm = Norm(spec.value_norm, V)
         self.register_parameter("sinks", nn.Parameter(torch.empty(H)) if spec.sinks else None)
@@ -134,10 +139,10 @@ class Attention(nn.Module):
         y = self._fused(q, rest, ctx) if has_triton(x) else None
         if y is None:
             y = self._plain(q, rest, ctx)
-        y = y.reshape(*x.shape[:-1], s.n_heads * s.v_head_dim)
         if gate is not None:
-            y = y * torch.sigmoid(gate)
-        out: Tensor = self.out(y, onto)
+            opened = torch.sigmoid(gate) if s.gate_act == "sigmoid" else F.softplus(gate)
+            y = y * opened.unflatten(-1, (s.n_heads, -1))  # [B, T, H, V or 1]
+        out: Tensor = self.out(y.flatten(2), onto)
         return out
 
     def _plain(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor:
@@ -145,7 +150,7 @@ class Attention(nn.Module):
         s = self.spec
         q = self._position(q, s.n_heads, "q_norm", ctx)  # [B, H, T, D]
         if s.kv_from is None:
-            k, v = self._keys_values(rest[0], rest[1], ctx)
+            k, v = self._keys_values(rest[0], rest[-1], ctx)
         else:
             k, v = ctx.kv[s.kv_from]
         score_scale = None
@@ -155,7 +160,10 @@ class Attention(nn.Module):
                 q = (q * factor[:, None]).to(q.dtype)
             else:
                 score_scale = factor
-        return attend(q, k, v, ctx.visible(s.window, s.chunk), s.scale, self.sinks, s.softcap, score_scale)
+        bias = None if s.alibi is None else ctx.alibi(s.alibi, s.n_heads)
+        return attend(
+            q, k, v, ctx.visible(s.window, s.chunk), s.scale, self.sinks, s.softcap, score_scale, bias
+        )
 
     def _fused(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor | None:
         """`_plain` by kernels: norm, RoPE and the write to the cache in one, and attention that reads the
@@ -164,9 +172,15 @@ class Attention(nn.Module):
         B, T, _ = q.shape
         if s.kv_from is not None or self.shares or (s.query_scale is not None and s.softcap is not None):
             return None
+        if n is not None and n.over == "each_head":
+            return None
+        if s.alibi is not None or (
+            s.value_from_key and s.value_norm is None
+        ):  # v would be rotated with k, in place
+            return None
         if isinstance(entry, Slots) and entry.ring and ctx.start > 0 and T > 1:
             return None
-        k, v = rest
+        k, v = rest[0], rest[-1]
         v = v.view(B, T, s.n_kv_heads, s.v_head_dim)
         if s.value_norm is not None:
             v = self.v_norm(v)
@@ -236,7 +250,7 @@ class Attention(nn.Module):
         if n is not None and n.over == "all_heads":
             x = getattr(self, norm)(x)
         x = x.unflatten(-1, (heads, s.head_dim))
-        if n is not None and n.over == "head" and not n.after_rope:
+        if n is not None and n.over != "all_heads" and not n.after_rope:
             x = getattr(self, norm)(x)
         if s.rope is not None:
             x = rotate(x, *ctx.rope(s.rope), s.rope.interleaved)

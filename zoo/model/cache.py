@@ -9,6 +9,7 @@ Unusual:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.model import rope as rotary
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mixer, QueryScale, Rope, Spec
+from zoo.spec import (
+    Alibi,
+    Attention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    Mixer,
+    QueryScale,
+    Rope,
+    ShortConv,
+    Spec,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Slots:
 
 class State:
     """What a linear mixer carries: the last `conv - 1` inputs of its convolution [B, conv - 1, channels] in
-    the model's dtype, and its state in fp32. Both are updated in place."""
+    the model's dtype, and its state in fp32 (empty where it has none but these). Both are updated in place."""
 
     def __init__(self, tail: Tensor, state: Tensor) -> None:
         self.tail = tail
@@ -90,7 +102,7 @@ class Cache:
         self.length = 0
         self.fixed = False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.entries = [_entry(layer.mixer, batch, max_len, dtype, device) for layer in spec.layers]
+        self.entries = [_entry(x.mixer, spec.d_model, batch, max_len, dtype, device) for x in spec.layers]
         self.index_keys = [
             Slots((torch.zeros(batch, max_len, m.indexer.head_dim, dtype=dtype, device=device),), ring=False)
             if isinstance(m, LatentAttention) and m.indexer is not None
@@ -118,7 +130,9 @@ class Cache:
         self.position += n
 
 
-def _entry(m: Mixer | None, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> Entry:
+def _entry(
+    m: Mixer | None, d_model: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+) -> Entry:
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(B, *shape, dtype=dtype, device=device)
 
@@ -143,6 +157,8 @@ def _entry(m: Mixer | None, B: int, max_len: int, dtype: torch.dtype, device: to
             return State(
                 zeros(m.conv - 1, channels), zeros(m.n_heads, m.state, m.head_dim, dtype=torch.float32)
             )
+        case ShortConv():
+            return State(zeros(m.conv - 1, d_model), zeros(0))
     return None
 
 
@@ -155,10 +171,13 @@ class Context:
     start: int
     dtype: torch.dtype
     cache: Cache | None = None
-    per_layer: Tensor | None = None  # [B, T, n_layers, p], see altup.PerLayer
+    per_layer: Tensor | None = None  # [B, T, n_layers, p], see per_layer.PerLayer
     kv: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict
     )  # keys and values that later layers reuse
+    chosen: dict[int, Visible] = field(
+        default_factory=dict
+    )  # keys that later layers see too, see mla.Indexer
     _made: dict[object, object] = field(default_factory=dict)
 
     @classmethod
@@ -188,10 +207,28 @@ class Context:
         return None if self.cache is None else self.cache.entries[layer]
 
     def rope(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        """cos and sin at the new tokens' positions, [T, dim / 2] each."""
+        """cos and sin at the new tokens' positions, [T, dim / 2] each. Raises ZooError if the tokens before these, in the
+        cache, were rotated by another table (LongRoPE)."""
         if rope not in self._made:
-            self._made[rope] = rotary.tables(rope, self.positions, self.dtype)
+            far = rotary.is_far(rope, self.start + self.T)
+            if self.start and far != rotary.is_far(rope, self.start):
+                assert rope.scaling is not None
+                raise ZooError(
+                    f"beyond {rope.scaling.original_context} positions this model rotates all of them by other angles "
+                    f"(LongRoPE), and the {self.start} tokens in the cache were computed with those of a short text: "
+                    "reset the cache and run the whole text again, as `generate` does"
+                )
+            self._made[rope] = rotary.tables(rope, self.positions, self.dtype, far)
         return self._made[rope]  # type: ignore[return-value]
+
+    def alibi(self, a: Alibi, n_heads: int) -> Tensor:
+        """What is added to each head's scores of each key that `visible` counts, [H, S]."""
+        if (a, n_heads) not in self._made:
+            keys = self._key_positions(None)
+            slopes = _slopes(n_heads, keys.device)
+            bias = (slopes.bfloat16() * keys if a.bf16 else slopes * keys).to(self.dtype)
+            self._made[a, n_heads] = bias if a.scale == 1.0 else bias * a.scale
+        return self._made[a, n_heads]  # type: ignore[return-value]
 
     def query_scale(self, s: QueryScale) -> Tensor:
         """The factor at each new position, [T], in fp32, or rounded to the model's dtype first."""
@@ -270,6 +307,19 @@ class Context:
             return v.allowed
         keys = self._key_positions(None)
         return keys <= self.positions[:, None]
+
+
+def alibi_slopes(n: int) -> list[float]:
+    """ALiBi's slope of each of n heads (see `zoo.spec.Alibi`)."""
+    lower = 1 << n.bit_length() - 1
+    slopes = [2.0 ** (-8 * (h + 1) / lower) for h in range(lower)]
+    return slopes + [2.0 ** (-4 * (2 * h + 1) / lower) for h in range(n - lower)]
+
+
+@functools.lru_cache(maxsize=16)
+def _slopes(n: int, device: torch.device) -> Tensor:
+    """[n, 1], copied to the device once: nothing may be while a step is captured."""
+    return torch.tensor(alibi_slopes(n), dtype=torch.float32, device=device)[:, None]
 
 
 def checked(ids: Tensor, cache: Cache | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
-from zoo.model import altup, generate
+from zoo.model import altup, generate, per_layer
 from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
@@ -27,6 +28,7 @@ from zoo.model.mamba import Mamba
 from zoo.model.mla import LatentAttention
 from zoo.model.moe import MoE
 from zoo.model.norm import Norm
+from zoo.model.short_conv import ShortConv
 from zoo.spec import MLP, Spec
 from zoo.spec import Attention as AttentionSpec
 from zoo.spec import DeltaNet as DeltaSpec
@@ -34,10 +36,13 @@ from zoo.spec import LatentAttention as LatentSpec
 from zoo.spec import Mamba as MambaSpec
 from zoo.spec import MoE as MoESpec
 from zoo.spec import Norm as NormSpec
+from zoo.spec import ShortConv as ShortConvSpec
 
 
 class Layer(nn.Module):
-    """x += post(mixer(pre(x))); x += post(ffn(pre(x)))."""
+    """x += post(mixer(pre(x))); x += post(ffn(pre(x))); or both branches of the same x, side by side."""
+
+    scalar: Tensor | None
 
     def __init__(self, spec: Spec, i: int) -> None:
         super().__init__()
@@ -49,11 +54,16 @@ class Layer(nn.Module):
                 shares = any(isinstance(x.mixer, AttentionSpec) and x.mixer.kv_from == i for x in spec.layers)
                 self.attn: nn.Module = Attention(layer.mixer, d, i, shares)
             case LatentSpec():
-                self.attn = LatentAttention(layer.mixer, d, i)
+                shares = any(
+                    isinstance(x.mixer, LatentSpec) and x.mixer.indexer_from == i for x in spec.layers
+                )
+                self.attn = LatentAttention(layer.mixer, d, i, shares)
             case DeltaSpec():
                 self.delta = DeltaNet(layer.mixer, d, i)
             case MambaSpec():
                 self.mamba = Mamba(layer.mixer, d, i)
+            case ShortConvSpec():
+                self.short_conv = ShortConv(layer.mixer, d, i)
         self.attn_post_norm = _norm(layer.attn_post_norm, d)
         self.ffn_norm = _norm(layer.ffn_norm, d)
         match layer.ffn:
@@ -62,6 +72,9 @@ class Layer(nn.Module):
             case MoESpec():
                 self.moe = MoE(layer.ffn, d)
         self.ffn_post_norm = _norm(layer.ffn_post_norm, d)
+        if spec.per_layer_embedding is not None:
+            self.per_layer = per_layer.PerLayer(spec.per_layer_embedding, d)
+        self.register_parameter("scalar", nn.Parameter(torch.empty(1)) if layer.scalar else None)
 
     @property
     def mixer(self) -> nn.Module:
@@ -70,33 +83,53 @@ class Layer(nn.Module):
                 return self.delta
             case MambaSpec():
                 return self.mamba
+            case ShortConvSpec():
+                return self.short_conv
         return self.attn
 
-    def mix(self, x: Tensor, ctx: Context, onto: Tensor) -> Tensor:
+    def mix(self, normed: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
         """`onto` + the mixer's branch of normed x."""
-        if self.spec.attn_post_norm is None:
-            return self.mixer(x, ctx, onto)
-        return self.attn_post_norm(self.mixer(x, ctx), onto)
+        return self._add(partial(self.mixer, normed, ctx), self.attn_post_norm, onto)
 
-    def feed(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
-        """x + the feed-forward branch of it."""
-        ffn = self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
-        normed = self.ffn_norm(x) if normed is None else normed
-        if self.spec.ffn_post_norm is None:
-            return ffn(normed, x)
-        return self.ffn_post_norm(ffn(normed), x)
+    def feed(self, normed: Tensor, x: Tensor, onto: Tensor) -> Tensor:
+        """`onto` + the feed-forward branch of normed x."""
+        ffn = partial(self.moe, raw=x) if isinstance(self.spec.ffn, MoESpec) else self.mlp
+        return self._add(partial(ffn, normed), self.ffn_post_norm, onto)
+
+    def _add(self, branch: Callable[..., Tensor], post: nn.Module, onto: Tensor | None) -> Tensor:
+        """`onto` + residual_scale * post(branch()). The last step adds, where it can."""
+        last: Callable[..., Tensor] = (
+            (lambda onto: post(branch(), onto)) if isinstance(post, Norm) else branch
+        )
+        if self.spec.residual_scale == 1.0:
+            return last(onto=onto)
+        y = last(onto=None) * self.spec.residual_scale
+        return y if onto is None else onto + y
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         s = self.spec
-        both = s.mixer is not None and s.ffn is not None and s.attn_post_norm is None
-        if both and isinstance(self.ffn_norm, Norm) and x.numel() > x.shape[-1]:
-            # of several tokens; to a single one the mixer's last product adds the residual
-            normed, x = self.ffn_norm(self.mixer(self.attn_norm(x), ctx), None, x)
-            return self.feed(x, normed)
-        if s.mixer is not None:
+        x = self._side_by_side(x, ctx) if s.parallel else self._one_by_one(x, ctx)
+        if ctx.per_layer is not None:
+            x = x + self.per_layer(x, ctx.per_layer[:, :, self.index])
+        return x if self.scalar is None else x * self.scalar.to(x.dtype)
+
+    def _side_by_side(self, x: Tensor, ctx: Context) -> Tensor:
+        """x + (mixer + feed-forward of x). Upstream's families add in this order, but for cohere."""
+        normed = self.attn_norm(x)
+        mixed = self.mix(normed, ctx, None)
+        out: Tensor = x + self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, mixed)
+        return out
+
+    def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
+        s, normed = self.spec, None
+        in_norm = isinstance(self.ffn_norm, Norm) and s.attn_post_norm is None and x.numel() > x.shape[-1]
+        if s.mixer is not None and s.ffn is not None and in_norm:
+            # The norm adds the residual of several tokens; of a single one the mixer's last product does.
+            normed, x = self.ffn_norm(self.mix(self.attn_norm(x), ctx, None), None, x)
+        elif s.mixer is not None:
             x = self.mix(self.attn_norm(x), ctx, x)
         if s.ffn is not None:
-            x = self.feed(x)
+            x = self.feed(self.ffn_norm(x) if normed is None else normed, x, x)
         return x
 
 
@@ -108,15 +141,13 @@ class StreamLayer(Layer):
         assert spec.altup is not None
         self.altup = altup.AltUp(spec.altup, spec.d_model)
         self.laurel = altup.Laurel(spec.altup, spec.d_model)
-        if spec.per_layer_embedding is not None:
-            self.per_layer = altup.PerLayer(spec.per_layer_embedding, spec.d_model)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [S, B, T, D] -> [S, B, T, D]
         predicted = self.altup.predicted(x)
         active = predicted[self.altup.spec.active]
         normed = self.attn_norm(active)
         y = (self.mix(normed, ctx, active) + self.laurel(normed)) / math.sqrt(2)
-        y = self.feed(y)
+        y = self.feed(self.ffn_norm(y), y, y)
         x = self.altup.corrected(predicted, y)
         if ctx.per_layer is None:
             return x
@@ -139,17 +170,19 @@ class Decoder(nn.Module):
         with torch.device("meta"):
             d = spec.d_model
             self.embed = Table(spec.vocab_size, d)
+            if spec.embed_norm is not None:
+                self.embed_norm = Norm(spec.embed_norm, d)
             if spec.positions is not None:
-                self.positions = Table(spec.positions, d)
+                self.positions = Table(spec.positions + spec.positions_offset, d)
             if spec.per_layer_embedding is not None:
-                self.per_layer = altup.PerLayerEnds(spec.per_layer_embedding, d, spec.n_layers)
+                self.per_layer = per_layer.PerLayerEnds(spec.per_layer_embedding, d, spec.n_layers)
             if spec.altup is not None:
                 self.altup = altup.Streams(spec.altup, d)
             kind = Layer if spec.altup is None else StreamLayer
             self.layers = nn.ModuleList(kind(spec, i) for i in range(spec.n_layers))
             self.norm = Norm(spec.norm, d)
             if not spec.tied:
-                self.head = Linear(d, spec.vocab_size)
+                self.head = Linear(d, spec.vocab_size, bias=spec.head_bias)
         self.requires_grad_(False)
         self.eval()
 
@@ -212,12 +245,14 @@ class Decoder(nn.Module):
                 spec.embed_scale, dtype=x.dtype if spec.embed_rounding == "first" else torch.float32
             )
             x = x * factor.item()
+        if spec.embed_norm is not None:
+            x = self.embed_norm(x)
         if spec.positions is not None:
             if ctx.start + ids.shape[1] > spec.positions:
                 raise ZooError(
                     f"the model has {spec.positions} positions; {ctx.start} are taken and {ids.shape[1]} tokens more came"
                 )
-            x = x + F.embedding(ctx.positions, self.positions.weight)
+            x = x + F.embedding(ctx.positions + spec.positions_offset, self.positions.weight)
         if spec.per_layer_embedding is not None:
             ctx.per_layer = self.per_layer(ids, x)
         if spec.altup is not None:

@@ -19,19 +19,20 @@ from zoo.spec import DeltaNet as DeltaSpec
 
 
 class Conv(nn.Module):
-    """Causal depthwise convolution over time, then SiLU. `weight` [channels, width]: the last column is now."""
+    """Causal depthwise convolution over time, then SiLU (if `silu`). `weight` [channels, width]: the last column is now."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, channels: int, width: int, bias: bool = False) -> None:
+    def __init__(self, channels: int, width: int, bias: bool = False, silu: bool = True) -> None:
         super().__init__()
+        self.silu = silu
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.register_parameter("bias", nn.Parameter(torch.empty(channels)) if bias else None)
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """x [B, T, channels] -> the same, reading from and updating the tail of `state`."""
-        return conv(x, self.weight, self.bias, None if state is None else state.tail)
+        return conv(x, self.weight, self.bias, None if state is None else state.tail, self.silu)
 
 
 class DeltaNet(nn.Module):

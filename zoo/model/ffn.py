@@ -35,6 +35,23 @@ def stand_out(gate: Tensor, sparsity: float) -> Tensor:
     return F.relu(gate - cutoff)
 
 
+class XIELU(nn.Module):
+    """xIELU (arXiv 2411.13010): a parabola to the right of 0, an exponential to its left, of learned strengths."""
+
+    BETA, NEAR = 0.5, -1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive = nn.Parameter(torch.empty(1))
+        self.negative = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = F.softplus(self.positive.to(x.dtype))
+        n = self.BETA + F.softplus(self.negative.to(x.dtype))
+        left = (torch.expm1(x.clamp(max=self.NEAR)) - x) * n
+        return torch.where(x > 0, p * x * x, left) + self.BETA * x
+
+
 class FeedForward(nn.Module):
     def __init__(self, spec: MLP, d: int) -> None:
         super().__init__()
@@ -44,12 +61,16 @@ class FeedForward(nn.Module):
         else:
             self.up = Linear(d, spec.d_ff, bias=spec.bias)
         self.down = Linear(spec.d_ff, d, bias=spec.bias)
+        if spec.act == "xielu":
+            self.act = XIELU()
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., d], added to `onto`."""
         s = self.spec
         if s.gated and not s.sparsity and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
             h = gated_linear(x, w, s)
+        elif s.act == "xielu":
+            h = self.act(self.up(x))
         else:
             h = activate(self.gate_up(x) if s.gated else self.up(x), s)
         out: Tensor = self.down(h, onto)

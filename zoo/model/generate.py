@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.model.cache import checked
-from zoo.model.graph import Step, capturable
-
-if TYPE_CHECKING:
-    from zoo.model.decoder import Decoder
+from zoo.model.graph import Model, Step, capturable
+from zoo.model.rope import far_from
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
 
 
 def stream(
-    model: Decoder,
+    model: Model,
     ids: Tensor,
     max_new_tokens: int,
     eos: int | tuple[int, ...] | None = None,
     temperature: float = 0.0,
 ) -> Iterator[Tensor]:
     """Yield the next token [B] of each sequence in ids [B, T] until `max_new_tokens`, or until every
-    sequence has produced one of `eos`. A sequence that has goes on with its `eos`. Learned positions end it, too.
+    sequence has produced one of `eos`. A sequence that has goes on with its `eos`. Learned positions end it, too. Where
+    LongRoPE changes its angles, the whole text is read anew.
 
     `temperature` 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature)
     with torch's global generator.
@@ -41,19 +39,24 @@ def stream(
     cache = model.cache(len(ids), ids.shape[1] + max_new_tokens)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     token = ids.new_zeros(len(ids))
-    graph = None
+    graph, text, begun, borders = None, [ids], 0, far_from(model.spec)
     for n in range(max_new_tokens):
         with torch.inference_mode():
-            if n == 1 and max_new_tokens > SHORT and capturable(model):
+            if n and cache.length in borders:
+                cache.reset()
+                cache.fixed, graph, begun = False, None, n
+            if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model):
                 graph = Step(model, cache, len(ids))
             if graph is not None:
                 logits = graph(token)
             else:
-                step = ids if n == 0 else token[:, None]
+                step = torch.cat(text, 1) if n == begun else token[:, None]
                 logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
             token = torch.where(done, token, pick(logits, temperature))
             for end in ends:
                 done = done | (token == end)
+            if borders:
+                text.append(token[:, None])
         yield token
         if ends and bool(done.all()):
             return

@@ -8,7 +8,8 @@ what carries a state (a linear mixer) is put back.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +17,26 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.kernels.launch import has_triton
 from zoo.model.cache import Cache, State
+from zoo.model.linear import Table, Weights
+from zoo.spec import Spec
 
-if TYPE_CHECKING:
-    from zoo.model.decoder import Decoder
+
+class Model(Protocol):
+    """What decoding and capturing need of a model; the `Decoder` has it."""
+
+    spec: Spec
+    embed: Table
+
+    @property
+    def device(self) -> torch.device: ...
+    def cache(self, batch: int, max_len: int) -> Cache: ...
+    def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor: ...
+    def finish(self, x: Tensor) -> Tensor: ...
+    def matrices(self) -> Iterable[tuple[str, Weights]]: ...
+    def __call__(self, ids: Tensor) -> Tensor: ...
 
 
-def capturable(model: Decoder) -> bool:
+def capturable(model: Model) -> bool:
     """Whether a step of the model can be captured: on a GPU, and nothing in it waits for the host."""
     weight = model.embed.weight
     kernels = weight.is_cuda and has_triton(weight) and weight.dtype != torch.float64
@@ -32,7 +47,7 @@ class Step:
     """`step(token)` is `model(token[:, None], cache)[:, -1]`, for a cache on a CUDA device that already holds the
     prompt. The result is overwritten by the next step."""
 
-    def __init__(self, model: Decoder, cache: Cache, batch: int) -> None:
+    def __init__(self, model: Model, cache: Cache, batch: int) -> None:
         self.cache = cache
         cache.fixed = True
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
@@ -73,7 +88,7 @@ class Pass:
     """`run(ids)` is `model(ids)` for ids [B, T] of one shape. The result is overwritten by the next pass. Raises ZooError
     for ids of another shape."""
 
-    def __init__(self, model: Decoder, batch: int, tokens: int) -> None:
+    def __init__(self, model: Model, batch: int, tokens: int) -> None:
         self.ids = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
         side = _side(model.device)
         side.wait_stream(torch.cuda.current_stream())

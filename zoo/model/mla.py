@@ -24,9 +24,10 @@ from zoo.spec import LatentAttention as LatentSpec
 
 
 class LatentAttention(nn.Module):
-    def __init__(self, spec: LatentSpec, d: int, layer: int) -> None:
+    def __init__(self, spec: LatentSpec, d: int, layer: int, shares: bool = False) -> None:
+        """`shares`: a later layer sees what this one's indexer chooses."""
         super().__init__()
-        self.spec, self.layer = spec, layer
+        self.spec, self.layer, self.shares = spec, layer, shares
         q = spec.n_heads * (spec.nope_dim + spec.rope_dim)
         if spec.q_rank is None:
             self.q = Linear(d, q)
@@ -59,16 +60,25 @@ class LatentAttention(nn.Module):
         if s.query_scale is not None:
             factor = ctx.query_scale(s.query_scale)[:, None, None]
             q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)
-        if self.indexer is None and has_triton(x) and x.dtype != torch.float64:
+        sparse = self.indexer is not None or s.indexer_from is not None
+        if not sparse and has_triton(x) and x.dtype != torch.float64:
             y = self._fused(q, q_nope, q_rope, stored, ctx)
         else:
-            visible = ctx.visible()
-            if self.indexer is not None:
-                visible = self.indexer(x, q_latent, ctx, visible)
+            visible = self._visible(x, q_latent, ctx)
             mix = self._absorbed if ctx.cache is not None and ctx.T == 1 else self._expanded
             y = mix(q_nope, q_rope, stored, visible)  # [B, T, H, V]
         out: Tensor = self.out(y.flatten(2), onto)
         return out
+
+    def _visible(self, x: Tensor, q_latent: Tensor, ctx: Context) -> Visible:
+        if self.spec.indexer_from is not None:
+            return ctx.chosen[self.spec.indexer_from]
+        visible = ctx.visible()
+        if self.indexer is not None:
+            visible = self.indexer(x, q_latent, ctx, visible)
+        if self.shares:
+            ctx.chosen[self.layer] = visible
+        return visible
 
     def _fused(self, q: Tensor, q_nope: Tensor, q_rope: Tensor, stored: Tensor, ctx: Context) -> Tensor:
         """`_absorbed` or `_expanded` by kernels; with a cache, `stored` [B, S, rank + rope] may have more slots
@@ -145,6 +155,9 @@ class Indexer(nn.Module):
         scores = torch.relu(torch.einsum("bthd,bsd->bths", q.float(), k.float()) * s.head_dim**-0.5)
         scores = torch.einsum("bth,bths->bts", weights, scores)
         scores = scores.masked_fill(~ctx.causal, -torch.inf)
-        best = scores.topk(s.top_k, -1).indices  # [B, T, top_k]
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, self.best(scores), True)
         return Visible((chosen & ctx.causal).unsqueeze(1))  # [B, 1, T, S]
+
+    def best(self, scores: Tensor) -> Tensor:
+        """scores [B, T, S] -> the keys to look at [B, T, top_k]; which of those that score alike is not said."""
+        return scores.topk(self.spec.top_k, -1).indices

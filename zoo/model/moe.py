@@ -20,6 +20,7 @@ from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
 from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
+from zoo.model.norm import Norm
 from zoo.spec import MoE as MoESpec
 from zoo.spec import Rounding
 from zoo.spec import Router as RouterSpec
@@ -28,26 +29,45 @@ TOGETHER = 768  # rows of several experts' tokens
 
 
 class Router(Weights):
-    """`weight` [E, d], `bias` [E] and `selection_bias` [E]."""
+    """`weight` [E, d], `bias`, `selection_bias` and `expert_scale` [E], `norm`."""
 
     selection_bias: Tensor | None
+    expert_scale: Tensor | None
 
     def __init__(self, spec: RouterSpec, n_experts: int, d: int) -> None:
         super().__init__(n_experts, d, parts=(n_experts,), bias=spec.bias)
         self.spec = spec
         has_bias = spec.selection_bias
         self.register_parameter("selection_bias", nn.Parameter(torch.empty(n_experts)) if has_bias else None)
+        scales = spec.expert_scale
+        self.register_parameter("expert_scale", nn.Parameter(torch.empty(n_experts)) if scales else None)
+        if spec.norm is not None:
+            self.norm = Norm(spec.norm, d)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, d] -> the chosen experts [N, top_k] (int64) and their weights [N, top_k]."""
-        return route(self.logits(x), self.selection_bias, self.spec, self.weights_dtype(x))
+        """x [N, d] -> the chosen experts [N, top_k] (int64 or int32) and their weights [N, top_k]."""
+        dtype = self.weights_dtype(x)
+        first = dtype if self.expert_scale is None else _rounded("last", x)
+        chosen, weights = route(self.logits(x), self.selection_bias, self.spec, first)
+        return chosen, self.scaled(weights, chosen).to(dtype)
+
+    def scaled(self, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Weights of the chosen experts, times the scales that these have."""
+        return weights if self.expert_scale is None else weights * self.expert_scale[chosen.long()]
 
     def weights_dtype(self, x: Tensor) -> torch.dtype:
         """What the weights of x's experts are rounded to."""
         return _rounded(self.spec.weights_rounding, x)
 
+    def read(self, x: Tensor) -> Tensor:
+        """What the weight multiplies, of x."""
+        if self.spec.norm is not None:
+            x = self.norm(x)
+        return x if self.spec.input_scale == 1.0 else x * self.spec.input_scale
+
     def logits(self, x: Tensor) -> Tensor:
         """x [N, d] -> [N, E]."""
+        x = self.read(x)
         dtype = _rounded(self.spec.rounding, x)
         if dtype != x.dtype and self.bias is None and self.scheme is None and wide_fits(x, self.weight):
             return wide_product(x, self.weight)
@@ -132,26 +152,42 @@ class MoE(nn.Module):
             self.shared = FeedForward(spec.shared, d)
             if spec.shared_gate:
                 self.shared_gate = Linear(d, 1)
+            if spec.shared_post_norm is not None:
+                self.shared_post_norm = Norm(spec.shared_post_norm, d)
+        if spec.norm is not None:
+            self.norm = Norm(spec.norm, d)
+        if spec.post_norm is not None:
+            self.post_norm = Norm(spec.post_norm, d)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """x [..., d] -> [..., d], added to `onto`."""
+    def forward(self, x: Tensor, onto: Tensor | None = None, raw: Tensor | None = None) -> Tensor:
+        """x [..., d] -> [..., d], added to `onto`. `raw`: what the layer's norm made x of, for norms of their own."""
         s = self.spec
         flat = x.flatten(0, -2)  # [N, d]
-        chosen, weights = self.router(flat)
-        inner = flat if s.latent is None else self.latent_down(flat)
+        before = flat if raw is None else raw.flatten(0, -2)
+        chosen, weights = self.router(flat if s.router.norm is None else before)
+        own = flat if s.norm is None else self.norm(before)
+        inner = own if s.latent is None else self.latent_down(own)
         up = self.gate_up if s.expert.gated else self.up
-        shared = None
-        if s.shared is not None:
-            shared = self.shared(flat)
-            if s.shared_gate:
-                shared = torch.sigmoid(self.shared_gate(flat)) * shared
-        if s.latent is None and s.scale == 1.0:  # the experts' kernel adds the others
+        shared = self._shared(flat)
+        if s.latent is None and s.post_norm is None and s.scale == 1.0:  # the experts' kernel adds the others
             residual = None if onto is None else onto.flatten(0, -2)
             return experts(inner, chosen, weights, up, self.down, s, shared, residual).view_as(x)
         y = experts(inner, chosen, weights, up, self.down, s)
         if s.latent is not None:
             y = self.latent_up(y)
+        if s.post_norm is not None:
+            y = self.post_norm(y)
         if shared is not None:
             y = y + shared
         y = (y * s.scale if s.scale != 1.0 else y).view_as(x)
         return y if onto is None else onto + y
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        """What every token's MLP makes of x [N, d], if there is one."""
+        s = self.spec
+        if s.shared is None:
+            return None
+        y: Tensor = self.shared(x)
+        if s.shared_gate:
+            y = torch.sigmoid(self.shared_gate(x)) * y
+        return y if s.shared_post_norm is None else self.shared_post_norm(y)

@@ -13,20 +13,24 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
     """(x - mean) / std, times w, plus bias. Same shape and dtype as x."""
     w = None if weight is None else factor(weight, norm).to(x.dtype)
     b = None if bias is None else bias.to(x.dtype)
+    if w is not None and w.dim() > 1:  # one for each head
+        y = nn.functional.layer_norm(x.float(), x.shape[-1:], eps=norm.eps) * w
+        return (y if b is None else y + b).to(x.dtype)
     return nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)
 
 
 class Norm(nn.Module):
-    """A norm of width d. Without a weight it has no parameters."""
+    """A norm over the last axis, its weight of `shape`. Without a weight it has no parameters."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, spec: NormSpec, d: int) -> None:
+    def __init__(self, spec: NormSpec, *shape: int) -> None:
         super().__init__()
         self.spec = spec
-        self.register_parameter("weight", None if spec.weight == "none" else nn.Parameter(torch.empty(d)))
-        self.register_parameter("bias", nn.Parameter(torch.empty(d)) if spec.kind == "layer" else None)
+        self.register_parameter("weight", None if spec.weight == "none" else nn.Parameter(torch.empty(shape)))
+        has_bias = spec.kind == "layer" and spec.bias
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape)) if has_bias else None)
 
     def forward(
         self, x: Tensor, onto: Tensor | None = None, before: Tensor | None = None

@@ -12,14 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.spec import Rope, RopeScaling
+from zoo.spec import Rope, RopeScaling, Spec
 
 
 @functools.lru_cache(maxsize=64)
-def inverse_frequencies(rope: Rope, device: torch.device | str | None = None) -> Tensor:
-    """1 / theta^(2i / dim), stretched as `rope.scaling` says. [dim / 2], fp32."""
+def inverse_frequencies(rope: Rope, device: torch.device | str | None = None, far: bool = False) -> Tensor:
+    """1 / theta^(2i / dim), stretched as `rope.scaling` says; 0 from `rope.turning` on. [dim / 2], fp32. `far`: of a
+    pass beyond the original context (see `is_far`)."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64, device=device).float() / rope.dim
-    freqs = 1.0 / rope.theta**exponents  # [dim/2]
+    slowing = rope.theta**exponents  # [dim/2]
+    freqs = 1.0 / slowing
+    if rope.turning is not None:
+        freqs[rope.turning :] = 0.0
     s = rope.scaling
     match s:
         case None:
@@ -28,6 +32,10 @@ def inverse_frequencies(rope: Rope, device: torch.device | str | None = None) ->
             return freqs / s.factor
         case RopeScaling(kind="llama3"):
             return _llama3(freqs, s)
+        case RopeScaling(kind="longrope"):
+            return 1.0 / (
+                torch.tensor(s.long if far else s.short, dtype=torch.float32, device=device) * slowing
+            )
         case _:
             return _yarn(freqs, rope, s)
 
@@ -60,10 +68,27 @@ def _yarn(freqs: Tensor, rope: Rope, s: RopeScaling) -> Tensor:
     return freqs / s.factor * (1 - kept) + freqs * kept
 
 
-def tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def is_far(rope: Rope, end: int) -> bool:
+    """Whether a pass that ends before position `end` takes LongRoPE's long divisors."""
+    s = rope.scaling
+    return s is not None and s.kind == "longrope" and end > s.original_context
+
+
+def far_from(spec: Spec) -> frozenset[int]:
+    """The lengths beyond which LongRoPE's angles are others: a text that outgrows one must be read anew."""
+    ropes = (getattr(layer.mixer, "rope", None) for layer in spec.layers)
+    return frozenset(
+        r.scaling.original_context for r in ropes if r and r.scaling and r.scaling.kind == "longrope"
+    )
+
+
+def tables(rope: Rope, positions: Tensor, dtype: torch.dtype, far: bool = False) -> tuple[Tensor, Tensor]:
     """cos and sin for `positions` [T]: each [T, dim / 2]."""
-    angles = positions.float()[:, None] * inverse_frequencies(rope, positions.device)
-    magnitude = rope.scaling.attention_factor if rope.scaling else 1.0
+    angles = positions.float()[:, None] * inverse_frequencies(rope, positions.device, far)
+    s = rope.scaling
+    magnitude = 1.0 if s is None else s.attention_factor
+    if far and s is not None and s.long_attention_factor is not None:
+        magnitude = s.long_attention_factor
     out = torch.float32 if rope.rounding == "last" else dtype
     cos, sin = angles.cos(), angles.sin()
     if magnitude != 1.0:  # before the first layer a GPU waits for every launch

@@ -10,15 +10,10 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
-from zoo.verify.certificate import LEVELS
+from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC
 
 if TYPE_CHECKING:
     from zoo.verify.certificate import Certificate
-
-
-NO_TRANSFORMERS = "transformers is not installed (pip install 'zoo[upstream]')"
-NUMERIC = ("layers", "logits", "decode")
-"""The levels that run both sides, the last of `LEVELS`."""
 
 
 def check_upstream(level: str) -> None:

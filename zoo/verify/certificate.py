@@ -7,6 +7,7 @@ was not done: that is listed under `not_checked`.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
@@ -18,11 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import ZooError
-from zoo.formats.base import read_json
+from zoo.formats.base import leads_out, read_json
 
 SCHEMA = "zoo-parity-1"
 FILE = "parity.json"
 LEVELS = ("plan", "bytes", "layers", "logits", "decode")
+NUMERIC = LEVELS[2:]
+"""The levels that run both sides."""
+NO_TRANSFORMERS = "transformers is not installed (pip install 'zoo[upstream]')"
 NOT_COMPARED = (
     "neither the source's bytes nor logits were compared, so nothing is known of the values: name the source, or a "
     "golden file, with --against SRC"
@@ -117,18 +121,39 @@ class Certificate:
     levels: list[Level] = field(default_factory=list)
     inputs: dict[str, Any] | None = None
     not_checked: list[str] = field(default_factory=list)
+    disagreements: list[dict[str, Any]] = field(default_factory=list)
     diagnosis: dict[str, Any] | None = None
     faults: dict[str, Any] | None = None
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     kept: str = ""  # what became of `parity.json`, for people
+    required: str | None = None  # the level without which nothing is proven, as the user has it
 
     @property
     def passed(self) -> bool:
         """True only if something was judged, values too where they were to be, and nothing failed."""
         judged = any(level.verdict == "passed" for level in self.levels)
-        return judged and not self.failed and not self._missed_faults and not self.values_unseen
+        sound = not self.failed and not self._missed_faults and not self.values_unseen
+        return judged and sound and not self.lacking
+
+    @property
+    def lacking(self) -> str | None:
+        """The level that was required and did not pass."""
+        level = None if self.required is None else self.level(self.required)
+        return self.required if level is None or level.verdict != "passed" else None
+
+    @property
+    def rests_on(self) -> str | None:
+        """The last level that passed: what the verdict can say no more than."""
+        return next((n for n in reversed(LEVELS) if (x := self.level(n)) and x.verdict == "passed"), None)
+
+    @property
+    def headline(self) -> str:
+        """The verdict for people. Where no logits were compared it says what was: it must not read like a proof of them."""
+        if self.passed and self.rests_on not in ("logits", "decode"):
+            return f"PASSED ({self.rests_on} only)"
+        return self.verdict.upper()
 
     @property
     def values_unseen(self) -> bool:
@@ -159,6 +184,8 @@ class Certificate:
         out: dict[str, Any] = _clean({
             "schema": SCHEMA,
             "verdict": self.verdict,
+            "rests_on": self.rests_on,
+            "required_level": self.required,
             "created": self.created,
             "dtype": self.dtype,
             "canonical": self.canonical,
@@ -168,6 +195,7 @@ class Certificate:
             "inputs": self.inputs,
             "levels": {x.name: x.to_json() for x in self.levels},
             "not_checked": self.not_checked,
+            "disagreements": self.disagreements,
             "diagnosis": self.diagnosis,
             "faults": self.faults,
             "timing": self.timing,
@@ -176,20 +204,24 @@ class Certificate:
         })  # fmt: skip
         return out
 
-    def write(self, folder: Path) -> Path:
-        """Write `parity.json` into the canonical folder, whole or not at all."""
-        path, part = folder / FILE, folder / f".{FILE}.part"
+    def write(self, folder: Path, name: str = FILE) -> Path:
+        """Write `parity.json` into the canonical folder, or `folder / name`, whole or not at all."""
+        path, part = folder / name, folder / f".{name}.part"
         part.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
         return path
 
 
 def keep(cert: Certificate, folder: Path) -> None:
-    """Write the certificate into the folder, where that can be written and holds none that says more."""
+    """Write the certificate into the folder, where that can be written and holds none that says more, none of a failure
+    that this run did not look at again, and none of the folder's own source where this is of another."""
     try:
         old = read_json(folder / FILE, "") if (folder / FILE).exists() else {}
     except ZooError:
         old = {}
+    if (why := _stands(old, cert)) is not None:
+        cert.kept = f"{FILE} is still that of {old.get('created')}, {why}; -o FILE keeps this one elsewhere"
+        return
     if (cert.passed or cert.values_unseen) and not cert.failed and _says_more(old, cert):
         cert.kept = f"{FILE} is still that of {old.get('created')}, which has more levels"
         return
@@ -198,6 +230,46 @@ def keep(cert: Certificate, folder: Path) -> None:
         cert.kept = f"{FILE} written"
     except OSError as e:
         cert.kept = f"{FILE} not written: {e.strerror}"
+
+
+def _stands(old: Mapping[str, Any], new: Certificate) -> str | None:
+    """Why the certificate that a folder has stays although this one is of other things; None if it need not."""
+    source = old.get("source")
+    if old.get("schema") != SCHEMA or (old.get("canonical") or {}).get("files") != new.canonical["files"]:
+        return None
+    if source and new.source and source.get("files") != new.source["files"]:
+        if source.get("path") != new.source["path"]:
+            return "of the source it was converted from, and this is of another"
+        return None
+    levels = old.get("levels") or {}
+    failed = [n for n in LEVELS if (levels.get(n) or {}).get("verdict") == "failed"]
+    again = {x.name for x in new.levels if x.verdict != "skipped"}
+    if failed and not new.failed and not again.issuperset(failed) and old.get("dtype") == new.dtype:
+        return f"which failed at {', '.join(failed)}, and this run did not compare that"
+    return None
+
+
+def standing(folder: Path) -> str | None:
+    """What may be said of a folder's certificate without hashing anything: its verdict, and whether files have been
+    written since, by sizes and times. None if there is none."""
+    if not (folder / FILE).is_file():
+        return None
+    data = read_json(folder / FILE, "it is the certificate")
+    try:
+        when = datetime.datetime.fromisoformat(data["created"]).timestamp() + 1  # it is in whole seconds
+        recorded = data["canonical"]["files"]
+        now = {n: (folder / n).stat() for n in recorded if not leads_out(n) and (folder / n).is_file()}
+        odd = [n for n, was in recorded.items() if n not in now or now[n].st_size != was["bytes"]]
+        odd += [n for n, s in now.items() if s.st_mtime > when and n not in odd]
+        odd += [n for n in canonical_files(folder) if n not in recorded]
+        levels = [n for n, x in data["levels"].items() if x["verdict"] == "passed"]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r:.200}); verify again") from None
+    said = f"{data['verdict']} on {data['created']}, up to {levels[-1] if levels else 'nothing'}"
+    if odd:
+        listed = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        return f"not as it is now: {listed} changed since ({said}); `zoo verify {folder} --check-certificate` hashes it"
+    return f"{said}; sizes and times of files are as then"
 
 
 def _says_more(old: Mapping[str, Any], new: Certificate) -> bool:
@@ -345,6 +417,10 @@ def _contradictions(data: Mapping[str, Any]) -> list[str]:
 def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     out = []
     for name, was in files.items():
+        if leads_out(name):
+            raise ZooError(
+                f"{root}: its certificate names the file {name!r:.100}, which is outside: not opened"
+            )
         path = root / name
         if not path.is_file():
             out.append(f"{name}: gone")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,15 +24,24 @@ from torch import Tensor, nn
 
 from zoo import families
 from zoo.formats.canonical import Canonical
-from zoo.spec import Attention, LatentAttention, Norm, Rope, Spec
+from zoo.spec import Spec
 from zoo.verify import tolerance
 from zoo.verify.compare import Measured, Sketched, drive, rows
 from zoo.verify.faults import CATALOGUE, Fault, Subject
-from zoo.verify.faults.spec import map_spec
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
 from zoo.verify.ours import build, subject_of, used_rows
+from zoo.verify.remedies import (
+    PLACES,
+    Remedy,
+    embedding_fitted,
+    for_head,
+    for_layer,
+    logits_fitted,
+    routed_scale_fitted,
+    searched,
+)
 from zoo.verify.tolerance import Spread
 
 EMBEDDING, HEAD = "the embedding", "the final norm or the head"
@@ -70,7 +80,7 @@ def diagnose(
         return out
     try:
         batch = _telling(asked, measured, dtype, first)
-        _search(out, folder, oracle, batch, measured.spread, dtype, first, stream)
+        _search(out, folder, oracle, batch, measured.spread, dtype, first, stream, measured.oracle_layers)
     except (MemoryError, RuntimeError) as e:
         if not stream:
             raise
@@ -106,6 +116,7 @@ def _search(
     dtype: str,
     first: int | None,
     stream: bool,
+    oracle_layers: int,
 ) -> None:
     """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
     spec = folder.spec
@@ -138,7 +149,10 @@ def _search(
     if agrees:  # every mistake that changes little would seem to explain it
         out["suggestions"].append(_adds_up(first))
     elif finite:
-        _made_again(out, probe, clean, before, LARGE if stream else None)
+        every = None
+        if not stream and first is not None and oracle_layers == spec.n_layers > 1:
+            every = Whole(watch(oracle, batch, None, set(range(spec.n_layers))), dtype, spread)
+        _made_again(out, probe, clean, before, LARGE if stream else None, every)
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
     if not out["suggestions"]:
         out["suggestions"] = ["no single mistake of the catalogue explains it"]
@@ -146,15 +160,144 @@ def _search(
             out["suggestions"] += families.unread_keys(said, families.get(spec.family))
 
 
-def _made_again(out: dict[str, Any], probe: Probe, clean: Subject, before: float, most: int | None) -> None:
-    """Add to `out` the mistakes that, undone in tensors of at most `most` bytes, make what departs agree."""
-    found: list[dict[str, Any]] = []
-    for name, what, site, subject in hypotheses(clean, probe.first, most):
+@dataclass
+class Found:
+    """What was tried and makes what departs agree, or brings it far nearer."""
+
+    name: str
+    says: str  # a sentence, or (of a remedy) what completes "agrees when ...", with {} for the layers
+    site: str
+    error: float
+    subject: Subject
+    remedy: bool
+
+
+def _made_again(
+    out: dict[str, Any], probe: Probe, clean: Subject, before: float, most: int | None, whole: Whole | None
+) -> None:
+    """Add to `out` what makes what departs agree: mistakes of the catalogue undone in tensors of at most `most` bytes, and
+    remedies. `whole`: what upstream did in all layers, to see where else they help."""
+    found: list[Found] = []
+    for name, says, site, subject, remedy in _everything(clean, probe, most):
         after = probe.error(subject)
         if after <= probe.bound or after < before / 50:
-            found.append({"fault": name, "site": site, "error": after, "within_bound": after <= probe.bound})
-            out["suggestions"].append(f"consistent with {what}" + (f" ({site})" if site != "spec" else ""))
-    out["hypotheses"] = sorted(found, key=lambda f: f["error"])[:8]
+            found.append(Found(name, says, site, after, subject, remedy))
+    if probe.first is not None and not any(f.error <= probe.bound for f in found):
+        started = time.perf_counter()
+        probe.error(clean)
+        seconds = time.perf_counter() - started
+        if seconds > SLOW:
+            what = "numbers (eps, theta, scales) were not searched for"
+            out["suggestions"].append(f"{what}: layer {probe.first} takes {seconds:.1f} s")
+        else:
+            for r in searched(clean, probe.first, probe.error, probe.departs_at(clean)):
+                after = probe.error(r.subject)
+                if after <= probe.bound:
+                    found.append(Found(r.name, r.says, "spec", after, r.subject, True))
+    told = _told(found, probe.bound)
+    for f in told:
+        if f.name in SAME_AS_ROPE_ORDER and any(g.name == "rope_order" for g in told):
+            continue  # said with it
+        if not f.remedy:
+            out["suggestions"].append(f.says)
+            continue
+        where = _helped(f, clean, probe, whole) if whole is not None and probe.first is not None else {}
+        where = where or {f.says: f"layer {probe.first}"}
+        said = "; ".join(says.format(layers) for says, layers in where.items())
+        if f.name == "rope_order" and (same := [g.says for g in told if g.name in SAME_AS_ROPE_ORDER]):
+            said += f", or, which is the same, with {same[0].removeprefix('consistent with ')} put right"
+        nearer = (
+            ""
+            if f.error <= probe.bound
+            else f"comes {before / f.error:.0f} times nearer, not within the bound, "
+        )
+        out["suggestions"].append(f"{nearer or 'agrees '}when {said}")
+    out["hypotheses"] = [
+        {"fault": f.name, "site": f.site, "error": f.error, "within_bound": f.error <= probe.bound}
+        for f in told
+    ][:8]
+
+
+def _everything(
+    clean: Subject, probe: Probe, most: int | None
+) -> Iterator[tuple[str, str, str, Subject, bool]]:
+    for name, what, site, subject in hypotheses(clean, probe.first, most):
+        at = "" if site == "spec" else f" ({site})"
+        yield name, f"{'agrees' if name in AGREES else 'consistent'} with {what}{at}", site, subject, False
+    for r in probe.remedies(clean):
+        if not _unchanged(r.subject, clean):
+            yield r.name, r.says, "spec", r.subject, True
+
+
+def _told(found: list[Found], bound: float) -> list[Found]:
+    """Of what helps the best of each kind, once: what merely comes near is not told beside what agrees."""
+    best = min((f.error for f in found), default=math.inf)
+    enough = max(NEARLY * best, best + bound / 50) if best <= bound else NEARLY * best
+    kept: list[Found] = []
+    for f in sorted(found, key=lambda f: f.error):
+        if f.error > enough:
+            break
+        # Several things that are the same model are told once, by the simplest, which is tried first.
+        if any(f.name == k.name or _unchanged(f.subject, k.subject) for k in kept):
+            continue
+        kept.append(f)
+    return kept
+
+
+def _helped(f: Found, clean: Subject, probe: Probe, whole: Whole) -> dict[str, str]:
+    """In which layers the remedy, or another value of it, makes what departs there agree: what to say of which layers."""
+    assert probe.first is not None
+    n = clean.spec.n_layers
+    said: dict[str, list[int]] = {f.says: [probe.first]}
+    for i in range(n):
+        if i == probe.first:
+            continue
+        there = whole.probe(probe, i)
+        tried = [r for r in _there(clean, f, probe.first, i) if not _unchanged(r.subject, clean)]
+        if not tried or there.error(clean) <= there.bound:
+            continue
+        errors = [there.error(r.subject) for r in tried]
+        at = min(range(len(tried)), key=lambda k: errors[k])
+        if errors[at] <= there.bound:
+            said.setdefault(tried[at].says, []).append(i)
+    return {says: _layers(at, n) for says, at in said.items()}
+
+
+def _there(clean: Subject, f: Found, first: int, i: int) -> list[Remedy]:
+    """The remedies of the same kind for layer i, that which helped in layer `first` before others."""
+    # What was found for the first is tried here too: it is now among the values of this Spec.
+    same = [r for r in for_layer(f.subject, i) if r.name == f.name]
+    if f.says not in (r.says for r in same):  # a number that was looked for
+        a, b, here = clean.spec.layers[first], f.subject.spec.layers[first], clean.spec.layers[i]
+        other = dataclasses.replace(here, **{
+            part: getattr(b, part)
+            for part in ("mixer", "ffn", *PLACES)
+            if getattr(a, part) != getattr(b, part) and getattr(a, part) == getattr(here, part)
+        })  # fmt: skip
+        layers = (*clean.spec.layers[:i], other, *clean.spec.layers[i + 1 :])
+        same.append(Remedy(f.name, f.says, clean.with_spec(dataclasses.replace(clean.spec, layers=layers))))
+    return sorted(same, key=lambda r: r.says != f.says)
+
+
+def _layers(at: list[int], n: int) -> str:
+    if len(at) == n > 1:
+        return "every layer"
+    at = sorted(at)
+    shown = ", ".join(map(str, at[:12])) + (f", ... ({len(at)} in all)" if len(at) > 12 else "")
+    return f"layer{'s' * (len(at) > 1)} {shown}"
+
+
+@dataclass
+class Whole:
+    """What upstream did in all layers, to one batch."""
+
+    seen: Seen
+    dtype: str
+    spread: Spread
+
+    def probe(self, like: Probe, i: int) -> Probe:
+        bound = tolerance.layer_bound(self.dtype, i, self.spread).value
+        return dataclasses.replace(like, seen=self.seen, first=i, bound=bound)
 
 
 def _adds_up(first: int | None) -> str:
@@ -228,9 +371,10 @@ def _empty_rows(x: Tensor) -> int:
 
 
 def _feeding(spec: Spec, layer: int) -> list[int]:
-    """The layers whose keys and values this one reuses."""
-    source = getattr(spec.layers[layer].mixer, "kv_from", None)
-    return [] if source is None else [source]
+    """The layers whose keys and values, or choice of keys, this one reuses."""
+    mixer = spec.layers[layer].mixer
+    sources = (getattr(mixer, name, None) for name in ("kv_from", "indexer_from"))
+    return [n for n in sources if n is not None]
 
 
 def one_layer(
@@ -320,6 +464,20 @@ class Probe:
         except Exception:
             return float("inf")
 
+    def departs_at(self, subject: Subject) -> int | None:
+        """The first position of any row where the departing layer's output is off."""
+        assert self.first is not None
+        theirs = self.seen.states[self.first]
+        with torch.inference_mode():
+            model = build(subject)
+            x, ctx = self._begin(model)
+            mine = model.layers[self.first](x, ctx)
+        if mine.ndim != 3 or mine.shape != theirs.shape:
+            return None
+        off = relative_error(mine.flatten(0, 1), theirs.flatten(0, 1)).view(mine.shape[:2])
+        far = ((off > self.bound) & self.batch.mask).any(0).nonzero()
+        return int(far[0]) if len(far) else None
+
     def upstream_is_finite(self) -> bool:
         theirs = self.seen.logits if self.first is None else self.seen.states.get(self.first)
         if theirs is None:
@@ -339,6 +497,41 @@ class Probe:
         if a is None or b is None or a.shape != b.shape:
             return float("inf")
         return tolerance.representative(self.dtype, relative_error(a, b).tolist())
+
+    def remedies(self, subject: Subject) -> Iterator[Remedy]:
+        """What could be otherwise in what departs, the numbers that upstream's values give among it."""
+        d = subject.spec.d_model
+        if self.first is None and self.n_layers - 1 not in self.seen.states:
+            return  # upstream has fewer layers
+        with torch.inference_mode():
+            model = build(subject)
+            if self.first is None:
+                yield from for_head(subject)
+                assert self.seen.logits is not None
+                plain = build(
+                    subject.with_spec(dataclasses.replace(subject.spec, logit_scale=1.0, logit_softcap=None))
+                )
+                x, ctx = self._begin(plain)
+                raw, theirs = plain.finish(x, ctx)[self.batch.mask], self.seen.logits[self.batch.mask]
+                yield from logits_fitted(subject, raw, theirs)
+                return
+            if self.first == 0 and self.seen.input is not None:
+                mine, given = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
+                if mine is not None and given is not None:
+                    yield from embedding_fitted(subject, mine, given)
+            yield from for_layer(subject, self.first)
+            made = rows(self.seen.states[self.first], self.batch, d)
+            if made is not None:
+                yield from routed_scale_fitted(subject, self.first, self._made, made)
+
+    def _made(self, subject: Subject) -> Tensor:
+        """What comes out of the departing layer [N, D]."""
+        assert self.first is not None
+        model = build(subject)
+        x, ctx = self._begin(model)
+        made = rows(model.layers[self.first](x, ctx), self.batch, subject.spec.d_model)
+        assert made is not None
+        return made
 
     def _begin(self, model: Any) -> tuple[Tensor, Any]:
         """Upstream's input to what departs, and the pass so far: keys and values that the layer reuses are in it."""
@@ -457,8 +650,21 @@ def calls(layer: nn.Module) -> Iterator[list[Call]]:
 # ---------------------------------------------------------------------------------------------------
 # Single mistakes, made again
 
-THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
-EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4)
+SLOW = 0.5
+"""Seconds of a layer beyond which no number is searched for: that runs it some 250 times."""
+NEARLY = 4.0
+"""What helps by this much less than the best is not told: rounding apart, one thing is right."""
+SAID_BETTER = frozenset({
+    "norms_swapped", "post_norms_swapped", "pre_post_norms_swapped", "norm_eps", "rope_theta", "rope_order", "rope_skipped",
+    "window_ignored", "attention_softcap_dropped", "routed_scale_dropped",
+})  # fmt: skip
+"""Faults whose remedies say more."""
+SAME_AS_ROPE_ORDER = frozenset(
+    {"rope_rows_interleaved", "rope_rows_deinterleaved", "latent_rope_interleaved"}
+)
+"""To rotate other pairs, and to have the rows in another order, are one."""
+AGREES = frozenset(f.name for f in CATALOGUE.values() if f.kind == "spec" and f.undo is not None and f.again)
+"""Faults that are made, to see whether upstream is so: not that ours has them."""
 GLOBAL = ("embed.", "head.", "norm.", "positions.")
 
 
@@ -468,7 +674,7 @@ def hypotheses(
     """(name, what it would mean, site, subject with that mistake undone) of everything that could be wrong in
     `layer`, or (None) in the ends; in tensors of at most `most` bytes."""
     for fault in CATALOGUE.values():
-        if fault.undo is None:
+        if fault.undo is None or fault.name in SAID_BETTER:
             continue
         for site in _sites(fault, subject, layer):
             if most is not None and site in subject.tensors and subject.tensors[site].nbytes > most:
@@ -479,30 +685,6 @@ def hypotheses(
                 continue
             if not _unchanged(undone, subject):
                 yield fault.name, fault.what, site, undone
-    if layer is None:
-        return
-    for name, what, other in _other_numbers(subject, layer):
-        if not _unchanged(other, subject):
-            yield name, what, "spec", other
-
-
-def _other_numbers(subject: Subject, layer: int) -> Iterator[tuple[str, str, Subject]]:
-    """The subject with the usual values of numbers of the Spec that are often read wrongly."""
-    for theta in THETAS:
-        yield "rope_theta", f"a RoPE theta other than {theta:g}", _with(subject, Rope, theta=theta)
-    for eps in EPSILONS:
-        yield "norm_eps", f"an eps other than {eps:g} in the norms", _with(subject, Norm, eps=eps)
-    mixer = subject.spec.layers[layer].mixer
-    if isinstance(mixer, Attention | LatentAttention):
-        width = mixer.head_dim if isinstance(mixer, Attention) else mixer.nope_dim + mixer.rope_dim
-        scales = {
-            f"head_dim^-0.5, head_dim {width}": width**-0.5,
-            "(d_model / n_heads)^-0.5": (subject.spec.d_model / mixer.n_heads) ** -0.5,
-            "1": 1.0,
-        }
-        for why, scale in scales.items():
-            what = f"an attention scale other than {why}"
-            yield "attention_scale", what, _with(subject, type(mixer), scale=scale)
 
 
 def _unchanged(a: Subject, b: Subject) -> bool:
@@ -514,13 +696,6 @@ def _unchanged(a: Subject, b: Subject) -> bool:
         and a.tensors.keys() == b.tensors.keys()
         and all(t is b.tensors[name] for name, t in a.tensors.items())
     )
-
-
-def _with(subject: Subject, kind: type, **fields: Any) -> Subject:
-    def change(x: Any) -> Any:
-        return dataclasses.replace(x, **fields) if isinstance(x, kind) else x  # type: ignore[type-var]
-
-    return subject.with_spec(map_spec(subject.spec, change))
 
 
 def _sites(fault: Fault, subject: Subject, layer: int | None) -> list[str]:

@@ -27,6 +27,7 @@ from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme
+from zoo.spec import Spec
 from zoo.verify.certificate import Check, Level
 
 Array = NDArray[Any]
@@ -56,6 +57,7 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     if plan is None:
         level.notes.append(why_no_plan or "no source to plan from")
         return level
+    apart = spec_differences(folder.spec, plan.spec)
     made = {n for n in folder.tensors if n not in plan.outputs}
     made |= {n for n in plan.outputs if n not in folder.tensors and folder.layers is None}
     refs = plan.checkpoint.tensors
@@ -87,18 +89,45 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
         Check("extras not kept", len(aside), 0, f"{len(plan.extras)} source tensors are kept aside"),
         Check(
             "Spec differs from the source's",
-            int(plan.spec != folder.spec),
+            len(apart),
             0,
             "Spec made from the source's config",
         ),
     ]
     level.figures |= {"source_tensors": len(refs), "rules": plan.rules_version}
+    level.notes += [f"Spec: {text}" for text in apart[:5]]
+    if plan.spec.dtype != folder.spec.dtype:
+        level.notes.append(
+            f"the source declares {plan.spec.dtype or 'no dtype'}, that of the folder {folder.spec.dtype or 'none'}: not compared"
+        )
     level.notes += sorted(made)[:5] + lost[:5] + partial[:5] + aside[:5]
     level.notes += [
         f"{n} is quantised as {folder.quant.get(n)} in zoo.json, as {plan.quant.get(n)} in the plan"
         for n in schemes[:5]
     ]
     return level
+
+
+def spec_differences(mine: Spec, source: Spec) -> list[str]:
+    """Each field of the architecture that is not the source's. The dtype that a config declares is none of them: it says
+    how weights were stored, not what is computed."""
+    a, b = flat(mine.to_dict()), flat(source.to_dict())
+    return [
+        f"{key} is {a.get(key, 'absent')} in the folder, {b.get(key, 'absent')} by the source"
+        for key in sorted(a.keys() | b.keys())
+        if key != "dtype" and a.get(key, _ABSENT) != b.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def flat(x: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested objects and lists by their paths: `layers.3.mixer.window`."""
+    if isinstance(x, dict | list) and x:
+        items = x.items() if isinstance(x, dict) else enumerate(x)
+        return {k: v for key, y in items for k, v in flat(y, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): x}
 
 
 def _per_code(scheme_name: str) -> int:

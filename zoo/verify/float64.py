@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zoo.model import Decoder
+from zoo.verify.compare import OnLayer as OnBatchLayer
+from zoo.verify.compare import OnLogits
+from zoo.verify.inputs import Batch
 from zoo.verify.oracle import OnLayer, Transformers
+from zoo.verify.stream import StreamedTransformers
 
 
 class InFloat64:
@@ -59,6 +63,78 @@ class InFloat64:
     def fits(self) -> bool:
         """Whether the weights in float64 take at most half of the memory that is free."""
         return _has_room(8 * sum(p.numel() for p in self.oracle.model.parameters()))
+
+
+class StreamedInFloat64:
+    """As `InFloat64`, of upstream streamed: each layer's weights are widened as they are read."""
+
+    def __init__(self, oracle: StreamedTransformers) -> None:
+        self.oracle = oracle
+        self.avoid_ids = oracle.avoid_ids
+
+    def __enter__(self) -> None:
+        self._narrow = self.oracle.weights.fp32
+        self._set(torch.float64, frozenset())
+
+    def __exit__(self, *_: Any) -> None:
+        self._set(torch.float32, self._narrow)
+
+    def _set(self, dtype: torch.dtype, kept: frozenset[str]) -> None:
+        oracle, wide = self.oracle, dtype == torch.float64
+        oracle.weights.dtype, oracle.weights.fp32 = dtype, kept
+        oracle.around_pass = _WidenedPass if wide else contextlib.nullcontext
+        oracle.around_step = _default_float64 if wide else contextlib.nullcontext
+        for name in ("one", "load"):  # a pass reads weights, too: those as they lie in the file
+            oracle.weights.__dict__.pop(name, None)
+            if wide:
+                setattr(oracle.weights, name, _as_written(getattr(oracle.weights, name)))
+        for m in oracle.model.modules():
+            for name, b in m._buffers.items():
+                if b is not None and b.is_floating_point() and not b.is_meta:
+                    m._buffers[name] = b.to(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return self.oracle.describe() | {"dtype": "float64"}
+
+    def drive(self, batches: Sequence[Batch], on_layer: OnBatchLayer, on_logits: OnLogits) -> None:
+        self.oracle.drive(batches, on_layer, on_logits)
+
+    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
+        return self.oracle.run(ids, lengths, on_layer)
+
+    @contextlib.contextmanager
+    def second_way(self) -> Iterator[tuple[str, str]]:
+        self._set(torch.float32, self._narrow)
+        try:
+            yield "float64", "fp32"
+        finally:
+            self._set(torch.float64, frozenset())
+
+    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
+        return None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest layer in float64 takes at most half of the memory that is free."""
+        return _has_room(8 * max(sum(p.numel() for p in x.parameters()) for x in self.oracle.layers))
+
+
+def _as_written(read: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return read(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _default_float64() -> Iterator[None]:
+    """While a pass runs, and not between its steps: the default dtype is that of all threads."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def logits_of(decoder: Decoder, ids: Tensor) -> Tensor | None:
@@ -118,6 +194,17 @@ class Widened(TorchFunctionMode):
         if func is torch.Tensor.float:
             func = torch.Tensor.double
         return func(*_widened(args), **_widened(kwargs or {}))
+
+
+class _WidenedPass(Widened):
+    """`Widened`, in the thread of a pass that is run by steps."""
+
+    def __enter__(self) -> Widened:
+        TorchFunctionMode.__enter__(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        TorchFunctionMode.__exit__(self, *error)
 
 
 def _widened(x: Any) -> Any:

@@ -8,6 +8,9 @@ One safetensors file, which is also the protocol by which anybody's own code can
     states.{b}.{i}   float [N, k]     optional: the hidden state after layer i, times `directions` [D, k]
     prompt, greedy   int64            optional: a prompt [T] and its greedy continuation [n]
 
+A recording of no batch, or of rows of no token, is refused: it proves nothing. A claimed spread sets bounds only as far as
+rounding can go (`PLAUSIBLE`), and is shown as claimed.
+
 The metadata's `zoo` is JSON: schema, dtype, who the oracle was, what it was loaded from (with hashes), its own
 spread, versions. Only `schema` and `dtype` are required.
 """
@@ -26,9 +29,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.verify.certificate import machine
-from zoo.verify.compare import OnLayer, OnLogits, Sketch, Sketched, SpreadMeter, drive, rows
+from zoo.verify.compare import (
+    Claimed,
+    OnLayer,
+    OnLogits,
+    Sketch,
+    Sketched,
+    SpreadMeter,
+    drive,
+    rounding,
+    rows,
+)
 from zoo.verify.inputs import Batch, Inputs, prompt_of
 from zoo.verify.metrics import references
 from zoo.verify.oracle import OnLayer as OnOneLayer
@@ -36,7 +50,11 @@ from zoo.verify.oracle import Oracle
 from zoo.verify.tolerance import Spread
 
 SCHEMA = "zoo-golden-1"
+SEE = "docs/verification.md has what a golden file holds"
 N_GREEDY = 64
+PLAUSIBLE = {"fp32": 2.0**-12, "bf16": 2.0**-4, "fp16": 2.0**-7}
+"""The largest spread of logits that is believed of a recording, as a share of its largest logit: 2,000 times fp32's unit in
+the last place, 16 times bf16's; upstream's own runs are a hundred times closer in fp32. Of divergences, its square."""
 _open: Any = safe_open  # the library does not type it
 
 
@@ -60,7 +78,7 @@ class Golden:
         self.path = path
         self.file = _open(path, "pt")
         self.names = set(self.file.keys())
-        self.about: dict[str, Any] = json.loads(self.file.metadata()["zoo"])
+        self.about: dict[str, Any] = self._about()
         if self.about.get("schema") != SCHEMA:
             raise ZooError(f"{path}: schema is {self.about.get('schema')!r}; expected {SCHEMA!r}")
         if family is not None and self.about.get("family") not in (None, family):
@@ -71,6 +89,36 @@ class Golden:
         self.inputs = self._inputs()
         self.spread = self._spread()
         self.directions = self._directions()
+
+    def _about(self) -> dict[str, Any]:
+        """The metadata, of the types that it is read as."""
+        try:
+            about = parse_json(self.file.metadata()["zoo"].encode())
+        except (KeyError, TypeError, ValueError) as e:
+            raise ZooError(f"{self.path}: its metadata's 'zoo' is not JSON ({e!r:.100}); {SEE}") from None
+        if not isinstance(about, dict):
+            raise ZooError(
+                f"{self.path}: its metadata's 'zoo' is {type(about).__name__}; expected an object; {SEE}"
+            )
+        kinds: dict[str, tuple[type, ...]] = {
+            "family": (str,), "text": (list,), "limits": (dict,), "not_crossed": (dict,), "tokenizer": (str,),
+        }  # fmt: skip
+        for key, kind in kinds.items():
+            if about.get(key) is not None and not isinstance(about[key], kind):
+                raise ZooError(
+                    f"{self.path}: its metadata's {key!r} is {about[key]!r:.60}; expected {kind[0].__name__}; {SEE}"
+                )
+        if about.get("dtype") not in PLAUSIBLE:
+            raise ZooError(
+                f"{self.path}: its metadata's 'dtype' is {about.get('dtype')!r:.60}; expected what it was computed in: "
+                f"{', '.join(PLAUSIBLE)}"
+            )
+        rows = about.get("text") or []
+        if not all(isinstance(row, list) and all(type(x) is bool for x in row) for row in rows):
+            raise ZooError(
+                f"{self.path}: its metadata's 'text' is not a list of true and false for each batch; {SEE}"
+            )
+        return about
 
     def _get(self, name: str) -> Tensor | None:
         return self.file.get_tensor(name) if name in self.names else None
@@ -90,7 +138,16 @@ class Golden:
         """The token ids of a batch, all of which the recording's own logits must have a column for."""
         name, logits = f"ids.{b}", f"logits.{b}"
         self._require(logits)
-        ids, vocab_size = self._need(name).long(), self.file.get_slice(logits).get_shape()[-1]
+        raw, shape = self._need(name), self.file.get_slice(logits).get_shape()
+        if raw.ndim != 2 or not raw.numel() or raw.is_floating_point():
+            raise ZooError(
+                f"{self.path}: {name} is {raw.dtype} {list(raw.shape)}; expected integers [B, T], not none of them"
+            )
+        if len(shape) != 2 or not shape[-1]:
+            raise ZooError(
+                f"{self.path}: {logits} has shape {list(shape)}; expected [N, V]: real positions, row by row"
+            )
+        ids, vocab_size = raw.long(), shape[-1]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ZooError(
                 f"{self.path}: {name} has ids from {int(ids.min())} to {int(ids.max())}; expected 0 to {vocab_size - 1}, as "
@@ -101,7 +158,7 @@ class Golden:
     def _spread(self) -> Spread:
         told = self.about.get("spread")
         if not told:
-            return Spread()
+            return self._rounding()
         try:
             made = Spread.from_json(told)
             numbers = [made.top1_agreement, made.log_perplexity, *made.layers]
@@ -115,6 +172,35 @@ class Golden:
                 f"{self.path}: 'spread' is {told!r}; expected what zoo golden record writes: record it again, or leave "
                 "'spread' out, and the floors are the bounds"
             )
+        return self._believed(made)
+
+    def _largest(self) -> float:
+        """The largest |logit| of the recording, which is what rounding goes by."""
+        found = [self._need(f"logits.{b}") for b in range(len(self.inputs.batches))]
+        return max(float(x.float().abs().nan_to_num(0.0, 0.0, 0.0).max()) for x in found)
+
+    def _rounding(self) -> Spread:
+        """In place of a spread that the recording does not tell: rounding, by the scale of its logits."""
+        return rounding(str(self.about["dtype"]), self._largest(), "the recording tells no spread")
+
+    def _believed(self, told: Spread) -> Spread:
+        """A spread as the recording claims it, no larger than rounding can be."""
+        share = PLAUSIBLE[str(self.about["dtype"])]
+        cap = share * max(1.0, self._largest())
+        made = Claimed(
+            told.ways,
+            {k: min(v, cap) for k, v in told.logits.items()},
+            {k: min(v, cap * cap) for k, v in told.kl.items()},
+            max(told.top1_agreement, 0.9),
+            told.tokens,
+            min(told.log_perplexity, share),
+            [min(v, share) for v in told.layers],
+        )
+        ways = f", {told.ways[0]} against {told.ways[1]}" if told.ways else ""
+        lowered = any(made.logits[k] < v for k, v in told.logits.items())
+        made.said = f"the spread that the recording claims{ways}" + (
+            f", lowered to {cap:.2g}" if lowered else ""
+        )
         return made
 
     def _directions(self) -> Tensor | None:
@@ -135,8 +221,15 @@ class Golden:
             ids = self._ids(b)
             lengths = self._get(f"lengths.{b}")
             sizes = tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids)
+            if len(sizes) != len(ids) or not all(type(n) is int and 0 < n <= ids.shape[1] for n in sizes):
+                raise ZooError(
+                    f"{self.path}: lengths.{b} is {list(sizes)!r:.80}; expected {len(ids)} numbers from 1 to {ids.shape[1]}: "
+                    "rows of no token prove nothing"
+                )
             flags = tuple(text[b]) if b < len(text) else (False,) * len(ids)
             batches.append(Batch(ids, sizes, ("recorded",) * len(ids), flags))
+        if not batches:
+            raise ZooError(f"{self.path}: no tensor 'ids.0': it records nothing, and proves nothing; {SEE}")
         return Inputs(
             batches,
             self.about.get("limits", {}),
@@ -234,12 +327,12 @@ def describe_inputs(inputs: Inputs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_inputs(inputs: Inputs, path: Path, dtype: str) -> Path:
+def write_inputs(inputs: Inputs, path: Path, dtype: str, family: str | None = None) -> Path:
     """The standard inputs alone: what somebody's own code is to be run on, to make a golden file of."""
     tensors = {f"ids.{b}": batch.ids for b, batch in enumerate(inputs)}
     tensors |= {f"lengths.{b}": torch.tensor(batch.lengths) for b, batch in enumerate(inputs)}
     tensors["prompt"] = prompt_of(inputs)[0].clone()
-    write(path, tensors, {"schema": SCHEMA, "dtype": dtype, **describe_inputs(inputs)})
+    write(path, tensors, {"schema": SCHEMA, "dtype": dtype, "family": family, **describe_inputs(inputs)})
     return path
 
 

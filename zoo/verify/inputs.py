@@ -1,6 +1,6 @@
 """Inputs: what a model is verified on. Fixed, so that two runs are comparable, and chosen to reach every branch.
 
-- texts in several scripts, and code, through the model's own tokenizer (the canonical folder's tokenizer.json);
+- texts in several scripts, and code, through the model's own tokenizer (the canonical folder's: the ids of `zoo generate`);
 - random ids over the whole vocabulary, which reach embedding rows that no text does;
 - one row long enough to cross each limit that the Spec or the oracle has: window, chunk, index top-k, temperature step,
   the pieces that a recurrence is computed in, and, below fp32, what it takes to see a scaling of RoPE;
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Spec
+from zoo.text import Text
 
 TEXTS: tuple[tuple[str, str], ...] = (
     (
@@ -130,6 +132,8 @@ def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
             note("chunk", m.chunk)
         if isinstance(m, LatentAttention) and m.indexer is not None:
             note("index top-k", m.indexer.top_k)
+        if m.rope is not None and m.rope.scaling is not None and m.rope.scaling.kind == "longrope":
+            note("LongRoPE's other angles", m.rope.scaling.original_context)
         if m.query_scale is not None:
             note("query scale period", m.query_scale.period)
     return found
@@ -144,7 +148,7 @@ def make(
     theirs: Mapping[str, int] | None = None,
     dtype: str = "fp32",
 ) -> Inputs:
-    """The standard inputs of a model. `folder` is where its tokenizer.json may be; ids in `avoid`
+    """The standard inputs of a model. `folder` is where its tokenizer may be; ids in `avoid`
     (placeholders that the oracle replaces by images) are not drawn. `theirs`: limits that the oracle has, so that one
     that the Spec has lost is crossed too."""
     known = limits(spec, dtype)
@@ -160,8 +164,8 @@ def make(
 
     rows: list[tuple[str, list[int], bool]] = []
     tokenizer = None
-    if folder is not None and (file := Path(folder) / "tokenizer.json").is_file():
-        rows, tokenizer = _texts(file, vocab)
+    if folder is not None:
+        rows, tokenizer = _texts(Path(folder), vocab)
     rows += [("random", random(min(n, longest)), False) for n in (33, 20, 7, 1)]
     if tokenizer is None:  # enough tokens for quantiles all the same
         rows += [("random", random(min(29, longest)), False) for _ in range(8)]
@@ -182,20 +186,19 @@ def prompt_of(inputs: Inputs) -> Tensor:
     return batch.ids[r : r + 1, : batch.lengths[r]]
 
 
-def _texts(file: Path, vocab: int) -> tuple[list[tuple[str, list[int], bool]], str | None]:
+def _texts(folder: Path, vocab: int) -> tuple[list[tuple[str, list[int], bool]], str | None]:
+    """The texts' ids, and what they were made with: files by name and hash. A folder without a tokenizer, or with one that
+    can't be read, costs the texts, not the verification: the certificate says that there were none."""
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
+        text = Text(folder)
+        rows = [(label, text.encode(said), True) for label, said in TEXTS]
+    except ZooError:
         return [], None
-    try:
-        tok = Tokenizer.from_file(str(file))
-    except Exception:  # a tokenizer that this library cannot read costs the texts, not the verification
-        return [], None
-    rows = [(label, tok.encode(text).ids, True) for label, text in TEXTS]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return [
-        (label, ids, t) for label, ids, t in rows if ids and max(ids) < vocab
-    ], f"{file.name} sha256:{digest}"
+    text.close()
+    hashes = [
+        f"{name} sha256:{hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in text.files
+    ]
+    return [(label, ids, t) for label, ids, t in rows if ids and max(ids) < vocab], ", ".join(hashes)
 
 
 def _batch(rows: list[tuple[str, list[int], bool]]) -> Batch:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from zoo.model.rope import far_from
 from zoo.verify import tolerance
 from zoo.verify.certificate import Check, Level
+from zoo.verify.choices import Choices, watched
 from zoo.verify.compare import Measured
 from zoo.verify.float64 import logits_of
 from zoo.verify.inputs import Inputs, prompt_of
@@ -146,16 +148,19 @@ def _top1(m: Measured, dtype: str, settled: LogitMetrics) -> Check:
             "tokens whose best id differs", beyond, 0,
             f"not counted: {len(m.leads) - beyond} where the two best are within twice the error bound",
         )  # fmt: skip
-    bound = _agreement(m.spread, settled.n)
+    bound = agreement(m.spread, settled.n)
     return Check("top-1 agreement", settled.top1 / max(1, settled.n), bound.value, bound.why, True)
 
 
-def _agreement(spread: Spread, n: int) -> Bound:
-    """How many of `n` tokens must have the same best id: twice as many may differ as in upstream's own two runs."""
+def agreement(spread: Spread, n: int) -> Bound:
+    """How many of `n` tokens must have the same best id: twice as many may differ as in upstream's own two runs. Both
+    shares are of a sample of tokens: each adds its variance, that of upstream's times the factor squared."""
     n = max(1, n)
-    p = max(0.0, 1 - tolerance.FACTOR * (1 - min(spread.top1_agreement, 1 - 1 / n)))
+    q = 1 - min(spread.top1_agreement, 1 - 1 / n)
+    p = max(0.0, 1 - tolerance.FACTOR * q)
+    variance = p * (1 - p) / n + tolerance.FACTOR**2 * q * (1 - q) / max(1, spread.tokens or n)
     why = f"{spread.why}: {spread.top1_agreement:.4f}; twice as many may differ, and 3 standard errors more"
-    return Bound(p - 3 * math.sqrt(p * (1 - p) / n) - 1 / n, why)
+    return Bound(p - 3 * math.sqrt(variance) - 1 / n, why)
 
 
 def _share_of_ties(m: Measured, dtype: str) -> Check:
@@ -180,11 +185,19 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     ids = ids[:, : min(ids.shape[1], limit)]
     ids = torch.cat([ids, ids.flip(-1)])  # two rows, that none may be taken for the other
     T = ids.shape[1]
-    whole = decoder(ids)
+    with watched(decoder) as at_once:
+        whole = decoder(ids)
     cache = decoder.cache(len(ids), T)
     # The first token alone, then pieces onto a cache that is not empty, and the last 16 one by one.
-    cuts = sorted({0, 1, min(6, T), *range(max(1, T - 16), T + 1)})
-    cached = torch.cat([decoder(ids[:, a:z], cache) for a, z in pairwise(cuts)], 1)
+    # All on one side of LongRoPE's border: a cache is never carried across.
+    border = max((n for n in far_from(ours.spec) if n < T), default=0)
+    cuts = sorted({0, *(n for n in (1, min(6, T), *range(max(1, T - 16), T + 1)) if n > border)})
+    with watched(decoder, like=at_once) as by_cache:
+        cached = torch.cat([decoder(ids[:, a:z], cache) for a, z in pairwise(cuts)], 1)
+    if by_cache.tied:
+        level.notes.append(
+            f"{by_cache.tied} choices between keys that score alike were made with a cache as without: any is right"
+        )
     error = LogitMetrics()
     for mine, uncached in zip(cached, whole, strict=True):
         for at, reference in references(uncached, torch.full((T,), -1)):
@@ -209,6 +222,8 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
             Bound(WRONG_CACHE * median.value, f"{WRONG_CACHE:g} {why}"),
         )
     level.checks.append(Check(f"cached against uncached |logit error| {name}", value, bound.value, bound.why))
+    if not level.checks[-1].passed:
+        level.notes.append(_departing(cached, whole, bound.value, by_cache, at_once))
     prompt = prompt_of(asked)[:, : max(1, limit - n)]
     n = min(n, limit - prompt.shape[1])
     theirs = oracle.greedy(prompt, n) if n > 0 else None
@@ -223,11 +238,27 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
             )
             theirs = _greedy_uncached(oracle, prompt, n)
     equal = _equal(mine, theirs)
-    level.checks.append(_greedy(ours, prompt, theirs, equal, dtype, m.spread, error.largest))
+    level.checks.append(greedy(ours, prompt, theirs, equal, dtype, m.spread, error.largest))
     level.figures = {
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip
     return level
+
+
+def _departing(
+    cached: torch.Tensor, whole: torch.Tensor, bound: float, by_cache: Choices, at_once: Choices
+) -> str:
+    """Which token is the first that departs with a cache, and whether it chose otherwise there. Logits [B, T, V]."""
+    error = (cached.float() - whole.float()).abs().amax(-1).amax(0)  # [T]
+    token = int((~(error <= bound)).nonzero()[0])  # the largest of all is beyond it
+    said = f"token {token} is the first that departs with a cache"
+    if not at_once.experts and not at_once.keys:
+        return said
+    if differ := by_cache.differ(at_once, token):
+        more = f" (and more in {len(differ) - 3} others)" if len(differ) > 3 else ""
+        return f"{said}: it chose other {', other '.join(differ[:3])} than without{more}"
+    kinds = " and ".join(k for k in ("experts", "keys") if getattr(at_once, k))
+    return f"{said}: it chose the same {kinds} as without"
 
 
 def _equal(mine: torch.Tensor, theirs: torch.Tensor) -> int:
@@ -250,7 +281,7 @@ def _greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tens
     return ids[0, prompt.shape[1] :]
 
 
-def _greedy(
+def greedy(
     ours: Ours,
     prompt: torch.Tensor,
     theirs: torch.Tensor,
@@ -268,9 +299,13 @@ def _greedy(
     lead = logits.amax(-1) - logits.gather(1, theirs[:, None])[:, 0]
     alike, beyond = int((lead == 0).sum()), int((~(lead <= reach)).sum())
     if dtype != "fp32":
-        bound = _agreement(spread, n)
-        why = f"{equal} of {n} equal running freely; {bound.why}"
-        return Check("greedy tokens alike, given the oracle's text", alike / n, bound.value, why, True)
+        bound = agreement(spread, n)
+        # Where two ids are apart by less than the usual error of both, either is right.
+        tie = 2 * tolerance.logit_bound(dtype, "p50", spread, largest).value
+        settled = int((lead <= tie).sum())
+        why = f"{equal} of {n} equal running freely, {alike} given the oracle's text; a tie: {tie:.2g}; {bound.why}"
+        name = "greedy tokens alike or within a tie, given the oracle's text"
+        return Check(name, settled / n, bound.value, why, True)
     return Check(
         "greedy tokens that differ beyond a tie", beyond, 0,
         f"{equal} of {n} equal running freely; {alike} of {n} given the oracle's text, where ours prefers another id by "

@@ -69,6 +69,7 @@ class Transformers:
 
     def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
         self.path, self.dtype = path, dtype
+        self.corrected: list[str] = []  # points in which the model does as zoo does, not as the library
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         self.model = load(path, DTYPES[dtype])
@@ -98,6 +99,7 @@ class Transformers:
             "attention": self.model.config._attn_implementation,
             "experts": getattr(self.model.config, "_experts_implementation", None),
             "note": self.note,
+            "corrected": self.corrected,
         }
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
@@ -209,6 +211,22 @@ def quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
+    """The files of weights that `from_pretrained(root)` reads, by an implementation of its own that shares nothing with
+    zoo's readers: a proof must not read what zoo chose. None if it would find none. (transformers 5.23: what
+    `transformers_weights` in the config names, else the first of four names.)"""
+    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    entry = config.get("transformers_weights")
+    if entry is None:
+        stems = ("model.safetensors", "pytorch_model.bin")
+        there = (n for stem in stems for n in (stem, f"{stem}.index.json") if (root / n).is_file())
+        entry = next(there, None)
+    if entry is None or not entry.endswith(".json"):
+        return None if entry is None else (entry,)
+    weight_map = json.loads((root / entry).read_text(encoding="utf-8"))["weight_map"]
+    return tuple(sorted(set(weight_map.values())))
 
 
 def load(path: Path, dtype: torch.dtype) -> Any:

@@ -142,7 +142,9 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, D] -> the `margin` [N] of the choice of experts, or of groups of them, that hangs by least; and what would have
     to be added to the scores [N, E] for it to go the other way."""
     r = router.spec
-    scores = nn.functional.linear(x.float(), router.dense(torch.float32), router.offset(torch.float32))
+    scores = nn.functional.linear(
+        router.read(x).float(), router.dense(torch.float32), router.offset(torch.float32)
+    )
     if r.over == "all":
         scores = scores.softmax(-1) if r.score == "softmax" else scores.sigmoid()
     if router.selection_bias is not None:
@@ -174,9 +176,11 @@ def other_choice(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     _, nudge = nearest_tie(router, x)
     logits = router.logits(x)
     if router.spec.over == "chosen":  # by logits alone; what a near tie moves them by is within rounding
-        return route(logits + nudge.to(logits.dtype), None, router.spec, router.weights_dtype(x))
+        chosen, weights = route(logits + nudge.to(logits.dtype), None, router.spec, router.weights_dtype(x))
+        return chosen, router.scaled(weights, chosen)
     bias = nudge if router.selection_bias is None else nudge + router.selection_bias
-    return route_reference(logits, bias, router.spec)
+    chosen, weights = route_reference(logits, bias, router.spec)
+    return chosen, router.scaled(weights, chosen)
 
 
 class Streamed(Ours):

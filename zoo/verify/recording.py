@@ -7,10 +7,12 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.formats.base import Checkpoint, open_checkpoint
+from zoo.formats.base import Checkpoint
+from zoo.formats.opening import open_checkpoint
 from zoo.spec import Spec
-from zoo.verify import NO_TRANSFORMERS, certificate, golden
+from zoo.verify import certificate, golden
 from zoo.verify import inputs as standard
+from zoo.verify.certificate import NO_TRANSFORMERS
 from zoo.verify.oracle import Transformers, upstream_available
 from zoo.verify.run import readable, versions
 
@@ -55,7 +57,7 @@ def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     golden.check_output(output)
     spec, root, _ = _open(src)
     asked = standard.make(spec, root, frozenset(), max_length, dtype=dtype)
-    golden.write_inputs(asked, output, dtype)
+    golden.write_inputs(asked, output, dtype, spec.family)
     return {"output": str(output), "tokens": asked.n_tokens, "batches": len(asked.batches)}
 
 

@@ -51,6 +51,17 @@ def _num(x: Any) -> str:
     return f"{x:.3g}"
 
 
+def _only(cert: Json) -> str | None:
+    """The last level that passed, where it says nothing of logits."""
+    only = cert.get("rests_on")
+    return str(only) if cert["verdict"] == "passed" and only in ("plan", "bytes", "layers") else None
+
+
+def _headline(cert: Json) -> str:
+    only = _only(cert)
+    return str(cert["verdict"]) if only is None else f"{cert['verdict']} ({only} only)"
+
+
 def _verdict(cert: Json) -> str:
     o = cert["oracle"]
     who = (
@@ -65,9 +76,11 @@ def _verdict(cert: Json) -> str:
         "plan": "passed"
     }:
         said = "was compared only in the shapes of its tensors, not in their values, with"
+    if (only := _only(cert)) is not None:
+        said = f"agrees in its {only} with the source; its logits were not compared with those of"
     levels = "".join(f'<li class="{x["verdict"]}">{_e(n)}</li>' for n, x in cert["levels"].items())
     return (
-        f'<header><p class="verdict {cert["verdict"]}">{_e(cert["verdict"])}</p><h1>{_e(_name(cert))}</h1>'
+        f'<header><p class="verdict {cert["verdict"]}">{_e(_headline(cert))}</p><h1>{_e(_name(cert))}</h1>'
         f"<p>The converted checkpoint {said} {_e(who)}, computed in {_e(cert['dtype'])}{tokens}. {_e(cert['created'])}</p>"
         f'<ul class="levels">{levels}</ul></header>'
     )
@@ -85,6 +98,11 @@ def _checks(cert: Json) -> str:
                 f"<td class=n>{margin}</td><td>{'' if c['passed'] else '<b>failed</b>: '}{_e(c['why'])}</td></tr>"
             )
     notes = [f"<li>{_e(n)}: {_e(t)}</li>" for n, level in cert["levels"].items() for t in level["notes"]]
+    notes += [
+        f"<li>disputed: {_e(d['about'])}: upstream {_e(d['upstream'])}, the vendor {_e(d['vendor'])}; zoo follows "
+        f"{_e(d['follows'])}, the oracle was taken {_e(d['oracle'])}</li>"
+        for d in cert.get("disagreements", [])
+    ]
     return (
         "<section><h2>What was checked</h2><table><thead><tr><th>level</th><th>check</th><th class=n>value</th>"
         "<th class=n>bound</th><th class=n>margin</th><th>where the bound comes from</th></tr></thead><tbody>"

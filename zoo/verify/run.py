@@ -7,26 +7,38 @@ and torch. A level that can't be judged is listed under `not_checked`, with the 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.formats.base import Checkpoint, open_checkpoint
-from zoo.verify import NO_TRANSFORMERS, NUMERIC, certificate, exact, inputs, judge
-from zoo.verify.certificate import LEVELS, Certificate, Level
+from zoo.formats.base import Checkpoint
+from zoo.formats.opening import open_checkpoint
+from zoo.spec import Spec
+from zoo.verify import certificate, exact, inputs, judge
+from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
 from zoo.verify.compare import Measured, measure
 from zoo.verify.inputs import Inputs
-from zoo.verify.oracle import DTYPES, CannotLoad, NoUpstream, Oracle, Transformers, upstream_available
+from zoo.verify.oracle import (
+    DTYPES,
+    CannotLoad,
+    NoUpstream,
+    Oracle,
+    Transformers,
+    from_pretrained_files,
+    upstream_available,
+)
 from zoo.verify.ours import Ours, Streamed, build, subject_of
 
 if TYPE_CHECKING:
@@ -59,6 +71,7 @@ def verify(
     self_test: bool = False,
     max_length: int = inputs.MAX_CROSSED,
     n_greedy: int = 64,
+    require: str | None = None,
     write: bool = True,
     progress: Progress | None = None,
 ) -> Certificate:
@@ -68,16 +81,20 @@ def verify(
 
     `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
-    here are crossed. The certificate is written to `parity.json` in the folder if `write`.
+    here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
 
     Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
     that was asked for can't be done.
     """
     if level is not None and level not in LEVELS:
         raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
+    if require is not None and require not in wanted_by(level):
+        raise ZooError(
+            f"require is {require!r}; expected one of the levels asked for: {', '.join(wanted_by(level))}"
+        )
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    wanted = LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
+    wanted = wanted_by(level)
     say = progress or (lambda _text: None)
     started = time.perf_counter()
     folder = canonical.read(canon)
@@ -93,6 +110,7 @@ def verify(
         cert = Certificate(
             canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
+            disagreements=_disagreements(folder.spec, other.oracle), required=require,
             versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _exact_levels(cert, folder, other, wanted, say)
@@ -125,6 +143,11 @@ def verify(
     finally:
         if other.cleanup is not None:
             other.cleanup.cleanup()
+
+
+def wanted_by(level: str | None) -> tuple[str, ...]:
+    """The levels up to one, all by default."""
+    return LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
 
 
 def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: str | None) -> str | None:
@@ -195,7 +218,15 @@ def _open_oracle(
     why = f"upstream cannot read {ckpt.format} files"
     try:
         if path is not None:
-            out.oracle = _upstream(path, dtype, None, stream)
+            if path != ckpt.root or ckpt.chosen is None or _takes_the_same(ckpt):
+                out.oracle = _upstream(folder.spec, path, dtype, None, stream)
+                return
+            note = (
+                f"upstream was given {ckpt.chosen} alone, as asked for: left to itself it reads other files"
+            )
+            if not stream:
+                path, out.cleanup = alone(ckpt)
+            out.oracle = _upstream(folder.spec, path, dtype, note, stream, ckpt.files)
             return
     except CannotLoad as e:
         # Of a plain folder an export would be the same files again.
@@ -223,7 +254,7 @@ def _open_oracle(
         out.why_no_oracle = f"{why}, and it cannot be given an export: {e}"
         return
     try:
-        out.oracle = _upstream(given_path, dtype, note, stream)
+        out.oracle = _upstream(folder.spec, given_path, dtype, note, stream)
     except CannotLoad as e:
         assert out.cleanup is not None
         out.cleanup.cleanup()
@@ -232,12 +263,32 @@ def _open_oracle(
         out.why_no_oracle = str(e)
 
 
-def _upstream(path: Path, dtype: str, note: str | None, stream: bool) -> Transformers:
+def _disagreements(spec: Spec, oracle: Oracle | None) -> list[dict[str, Any]]:
+    """Those known of this model, each with how the oracle stood to it."""
+    corrected = getattr(oracle, "corrected", [])
+    of_zoo = isinstance(oracle, Transformers)
+    return [
+        d.to_json()
+        | {"oracle": "corrected" if d.about in corrected else "as it is" if of_zoo else "not known"}
+        for d in families.disagreements(spec)
+    ]
+
+
+def _upstream(
+    spec: Spec, path: Path, dtype: str, note: str | None, stream: bool, files: Iterable[str] | None = None
+) -> Transformers:
+    """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
     if stream:
         from zoo.verify.stream import StreamedTransformers
 
-        return StreamedTransformers(path, dtype, note)
-    return Transformers(path, dtype, note)
+        oracle: Transformers = StreamedTransformers(path, dtype, note, files)
+    else:
+        oracle = Transformers(path, dtype, note)
+    for d in families.disagreements(spec):
+        if d.correct is not None:
+            d.correct(oracle.model)
+            oracle.corrected.append(d.about)
+    return oracle
 
 
 def readable(ckpt: Checkpoint) -> Path | None:
@@ -251,6 +302,45 @@ def readable(ckpt: Checkpoint) -> Path | None:
     ):
         return ckpt.root
     return None
+
+
+def _takes_the_same(ckpt: Checkpoint) -> bool:
+    return from_pretrained_files(ckpt.root) == tuple(sorted(ckpt.files))
+
+
+def alone(ckpt: Checkpoint) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    """A folder of links to the files of the set that was chosen, under the names that `from_pretrained` looks for."""
+    assert ckpt.chosen is not None
+    holder = tempfile.TemporaryDirectory(prefix="zoo-verify-")
+    root, here = Path(holder.name), ckpt.root.resolve()
+    for name in ckpt.carried:
+        if name != "config.json" and not name.endswith(".index.json"):
+            (root / name).symlink_to(here / name)
+    config = {k: v for k, v in ckpt.config.items() if k != "transformers_weights"}
+    (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    whole = "pytorch_model.bin" if ckpt.format == "pickle" else "model.safetensors"
+    if ckpt.chosen in ckpt.files:
+        (root / whole).symlink_to((here / ckpt.chosen).resolve())
+    else:
+        (root / f"{whole}.index.json").symlink_to((here / ckpt.chosen).resolve())
+        for name in ckpt.files:
+            (root / name).symlink_to((here / name).resolve())
+    return root, holder
+
+
+def files_level(ckpt: Checkpoint) -> Check | None:
+    """That the source's files are those that upstream itself would open; None where it would open none of them, or the
+    user said which."""
+    if readable(ckpt) != ckpt.root or ckpt.chosen is not None:
+        return None
+    theirs = from_pretrained_files(ckpt.root)
+    if theirs is None:
+        return None
+    odd = sorted(set(theirs) ^ set(ckpt.files))
+    why = f"from_pretrained reads {', '.join(theirs[:3])}" + (
+        f" and {len(theirs) - 3} more" if theirs[3:] else ""
+    )
+    return Check("files read by zoo or upstream alone", len(odd), 0, why)
 
 
 def _exported(
@@ -301,6 +391,10 @@ def _exact_levels(
         t = time.perf_counter()
         made = exact.plan_level(folder, plan, why) if name == "plan" else exact.bytes_level(folder, plan)  # type: ignore[arg-type]
         made.seconds = time.perf_counter() - t
+        if name == "plan" and other.checkpoint is not None:
+            if (same := files_level(other.checkpoint)) is not None:
+                made.checks.append(same)
+            made.notes += [n for n in other.checkpoint.notes if n.startswith("weights: ")]
         cert.levels.append(made)
 
 
@@ -337,11 +431,16 @@ def _numeric_levels(
     asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(
         folder.spec,
         folder.root,
-        oracle.avoid_ids,
+        getattr(oracle, "avoid_ids", frozenset()),
         max_length,
         theirs=getattr(oracle, "limits", None),
         dtype=dtype,
     )
+    if (highest := max(int(b.ids.max()) for b in asked.batches)) >= folder.spec.vocab_size:
+        raise ZooError(
+            f"{cert.oracle.get('path', 'the inputs')}: has the id {highest}; the folder's vocabulary has "
+            f"{folder.spec.vocab_size}: it was recorded of another model, or with another tokenizer"
+        )
     if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
     cert.inputs = asked.to_json()
@@ -405,14 +504,22 @@ def _against_float64(
     oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
 ) -> tuple[Measured, dict[str, Level]] | None:
     """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
-    from zoo.verify.float64 import InFloat64
+    from zoo.verify.float64 import InFloat64, StreamedInFloat64
+    from zoo.verify.stream import StreamedTransformers
 
-    if type(oracle) is not Transformers or not (wide := InFloat64(oracle)).fits:
+    wide: InFloat64 | StreamedInFloat64
+    if type(oracle) is Transformers:
+        wide = InFloat64(oracle)
+    elif isinstance(oracle, StreamedTransformers):
+        wide = StreamedInFloat64(oracle)
+    else:
+        return None
+    if not wide.fits:
         return None
     say("upstream in float64, for how far its fp32 is from that")
     try:
         with wide:
-            measured = measure(wide, ours, asked, "fp32")
+            measured = measure(wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
     except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
         return None
     levels = _judged(measured, "fp32")

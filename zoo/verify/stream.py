@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint, open_checkpoint
+from zoo.formats import safetensors
+from zoo.formats.base import Checkpoint, read_json
 from zoo.verify.compare import OnLayer, OnLogits
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import (
     DTYPES,
+    CannotLoad,
     Transformers,
     config_and_class,
     decoder_layers,
     exact_values,
+    from_pretrained_files,
     its_own_errors,
     kept_in_fp32,
     placeholder_ids,
@@ -50,12 +53,16 @@ HEAD_ROWS = 8192
 class StreamedTransformers(Transformers):
     """As `Transformers`, for safetensors folders, within the memory of one layer."""
 
-    def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
+    def __init__(
+        self, path: Path, dtype: str = "fp32", note: str | None = None, files: Iterable[str] | None = None
+    ) -> None:
+        """`files`: those that the user chose; None: those that `from_pretrained` would take."""
         if not path.is_dir():
             raise ZooError(
                 f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
             )
         self.path, self.dtype = path, dtype
+        self.corrected = []
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
         return_freed_memory()
@@ -65,8 +72,10 @@ class StreamedTransformers(Transformers):
         self.model = skeleton(cls, config, DTYPES[dtype])
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
-        self.weights = Weights(self.model, open_checkpoint(path), DTYPES[dtype], quantizer)
+        self.weights = Weights(self.model, _checkpoint(path, files), DTYPES[dtype], quantizer)
         self._workers: dict[int, _Worker] = {}
+        self.around_pass: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.around_step: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._hook()
 
     def describe(self) -> dict[str, Any]:
@@ -163,6 +172,16 @@ class StreamedTransformers(Transformers):
         return self._workers[threading.get_ident()]
 
 
+def _checkpoint(path: Path, files: Iterable[str] | None) -> Checkpoint:
+    """These files, or those that `from_pretrained` would read, whichever zoo's own readers take."""
+    files = from_pretrained_files(path) if files is None else sorted(files)
+    if files is None or not all(f.endswith(".safetensors") for f in files):
+        raise CannotLoad(
+            f"{path}: upstream finds no safetensors files there under its names; verify without --stream"
+        )
+    return safetensors.open_files(path, files, read_json(path / "config.json", "upstream needs it"))
+
+
 def return_freed_memory() -> None:
     """Tell glibc to give a freed layer back at once. It would learn from the first large tensor that is freed to
     keep such memory, in heaps that fragment: many times a layer in the end."""
@@ -191,8 +210,9 @@ class _Worker:
 
     def step(self) -> None:
         """Run to the next pause, or to the end. Raises what the pass raised."""
-        self._go.release()
-        self._back.acquire()
+        with self.oracle.around_step():
+            self._go.release()
+            self._back.acquire()
         if self.error is not None:
             raise self.error
 
@@ -216,7 +236,7 @@ class _Worker:
         workers[threading.get_ident()] = self
         try:
             if not self._stopping:
-                with torch.inference_mode():
+                with torch.inference_mode(), self.oracle.around_pass():
                     self.logits = self.oracle.model(input_ids=self.batch.ids, use_cache=False).logits
         except _Stopped:
             pass

@@ -45,6 +45,7 @@ class Spread:
     logits: dict[str, float] = field(default_factory=dict)  # quantile of |difference|
     kl: dict[str, float] = field(default_factory=dict)  # quantile of a token's divergence
     top1_agreement: float = 1.0
+    tokens: int = 0  # that the share is of; 0: not recorded
     log_perplexity: float = 0.0
     layers: list[float] = field(default_factory=list)  # relative difference of a representative token
     columns: Tensor | None = field(default=None, compare=False)  # `Columns.mean` [V]; not recorded
@@ -71,6 +72,7 @@ class Spread:
             {name: logits.error.at(q) for name, q in QUANTILES.items()},
             {name: logits.kl.at(q) for name, q in KL_QUANTILES.items()},
             logits.top1 / max(1, logits.n),
+            logits.n,
             abs(math.log(a / b)) if a and b else 0.0,
             list(layers),
             columns.mean if columns is not None and columns.n else None,

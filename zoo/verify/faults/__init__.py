@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from zoo.spec import Spec
+from zoo.verify.faults import parts as _parts
 from zoo.verify.faults import spec as _spec
 from zoo.verify.faults import weights as _weights
 from zoo.verify.faults.base import CATALOGUE, Fault, Subject
@@ -28,4 +29,4 @@ def applicable(spec: Spec, quant: Mapping[str, str] | None = None) -> list[Fault
 
 
 __all__ = ["CATALOGUE", "Fault", "Subject", "applicable"]
-assert _spec and _weights  # importing them fills the catalogue
+assert _parts and _spec and _weights  # importing them fills the catalogue

@@ -52,6 +52,11 @@ class Fault:
     apply: Apply
     undo: Apply | None = None  # what repairs it; None: nothing can, or nobody knows the right value
 
+    @property
+    def again(self) -> bool:
+        """Whether making it is what undoes it."""
+        return self.undo is self.apply
+
     def applies(self, spec: Spec) -> bool:
         return bool(self.sites(spec))
 

@@ -14,13 +14,33 @@ from zoo.kernels.route import route_reference as route
 from zoo.layout import layout
 from zoo.model import Decoder
 from zoo.model.moe import Router as RouterModule
-from zoo.spec import MLP, Attention, DeltaNet, LatentAttention, Layer, Mamba, MoE, Norm, Rope, Router, Spec
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    Indexer,
+    LatentAttention,
+    Layer,
+    Mamba,
+    MoE,
+    Norm,
+    QKNorm,
+    Rope,
+    Router,
+    Spec,
+)
 from zoo.verify.faults.base import Subject, add
 from zoo.verify.faults.weights import components_of, names_of
 
 
 def map_spec(spec: Spec, change: Callable[[Any], Any]) -> Spec:
     """`spec` with `change` applied to every dataclass in it, from the inside out."""
+    done: Spec = map_parts(spec, change)
+    return done
+
+
+def map_parts(part: Any, change: Callable[[Any], Any]) -> Any:
+    """As `map_spec`, of a part of a Spec."""
 
     def walk(x: Any) -> Any:
         if isinstance(x, tuple):
@@ -30,8 +50,7 @@ def map_spec(spec: Spec, change: Callable[[Any], Any]) -> Spec:
             return change(replace(x, **new))
         return x
 
-    done: Spec = walk(spec)
-    return done
+    return walk(part)
 
 
 def _spec(
@@ -51,10 +70,13 @@ def _spec(
         new = everywhere(spec, wrong)
         return ["spec"] if new != spec and set(layout(new)) <= set(layout(spec)) else []
 
+    def made(s: Subject, _site: str) -> Subject:
+        return s.with_spec(everywhere(s.spec, wrong))
+
     def repair(s: Subject, _site: str) -> Subject:
         return s.with_spec(everywhere(s.spec, undo or wrong))
 
-    add(name, what, "spec", sites, lambda s, _site: s.with_spec(everywhere(s.spec, wrong)), repair)
+    add(name, what, "spec", sites, made, "again" if undo is None else repair)
 
 
 def _swap_value(x: Any, field: str, a: Any, b: Any) -> Any:
@@ -62,9 +84,22 @@ def _swap_value(x: Any, field: str, a: Any, b: Any) -> Any:
     return replace(x, **{field: b if value == a else a if value == b else value})
 
 
+def _unknown(x: Any) -> Any:
+    """What would undo it is not known: `zoo.verify.remedies` looks for it."""
+    return x
+
+
 # Norms
 
+
+def _other_eps(n: Norm) -> Norm:
+    return replace(n, eps=1e-3 if n.eps < 1e-3 else 1e-5)
+
+
 _spec("norm_eps", "another eps in the norms", Norm, lambda n: replace(n, eps=1e-6 if n.eps > 2e-6 else 1e-5))
+_spec("inner_norm_eps", "another eps in the norms of q and k, or of the latent", (QKNorm, LatentAttention),
+      lambda x: replace(x, norm=_other_eps(x.norm)) if isinstance(x, QKNorm)
+      else replace(x, latent_norm=_other_eps(x.latent_norm)), _unknown)  # fmt: skip
 _spec("norm_plus_one", "norm weights taken as w where they are 1 + w, or the other way round", Norm,
       lambda n: _swap_value(n, "weight", "plain", "plus_one"))  # fmt: skip
 _spec("norm_mean", "the mean not removed in the norms", Norm,
@@ -152,6 +187,17 @@ _spec("window_minus_one", "the window one key narrower", Attention,
 _spec("window_ignored", "no window", Attention, lambda a: replace(a, window=None))
 _whole("window_shifted", "the pattern of windowed layers off by one", _shift(("window",)),
        lambda s: len({a.window for a in _attentions(s)}) > 1)  # fmt: skip
+_whole("window_inverted", "windows on the layers that have none, and none on those that have", lambda s: _inverted(s),
+       lambda s: len({a.window for a in _attentions(s)}) == 2 and None in {a.window for a in _attentions(s)})  # fmt: skip
+
+
+def _inverted(spec: Spec) -> Spec:
+    window = next(a.window for a in _attentions(spec) if a.window)
+    return map_spec(
+        spec, lambda a: replace(a, window=None if a.window else window) if isinstance(a, Attention) else a
+    )
+
+
 _spec("chunk_ignored", "no chunks", Attention, lambda a: replace(a, chunk=None))
 _spec("chunk_plus_one", "chunks one key longer", Attention, lambda a: replace(a, chunk=a.chunk + 1) if a.chunk else a,
       lambda a: replace(a, chunk=a.chunk - 1) if a.chunk else a)  # fmt: skip
@@ -159,6 +205,8 @@ _spec("chunk_as_window", "chunks taken for a sliding window", Attention,
       lambda a: replace(a, chunk=None, window=a.chunk) if a.chunk else a)  # fmt: skip
 _spec("indexer_top_k", "one key fewer chosen by the indexer", LatentAttention,
       lambda a: replace(a, indexer=replace(a.indexer, top_k=a.indexer.top_k - 1)) if a.indexer else a)  # fmt: skip
+_spec("indexer_rope_order", "the indexer's RoPE rotates the other pairs of channels", Indexer,
+      lambda i: replace(i, rope=replace(i.rope, interleaved=not i.rope.interleaved)) if i.rope.dim > 2 else i, _unknown)  # fmt: skip
 _spec("indexer_ignored", "all keys seen instead of the indexer's choice", LatentAttention,
       lambda a: replace(a, indexer=None))  # fmt: skip
 
@@ -173,6 +221,8 @@ _spec(
     Attention,
     lambda a: replace(a, softcap=None),
 )
+_spec("attention_softcap_value", "another soft cap on attention scores", Attention,
+      lambda a: replace(a, softcap=a.softcap / 2) if a.softcap else a, _unknown)  # fmt: skip
 _spec("query_scale_dropped", "queries not scaled by position", (Attention, LatentAttention),
       lambda a: replace(a, query_scale=None))  # fmt: skip
 _spec("value_scale_dropped", "values not scaled", Attention, lambda a: replace(a, value_scale=1.0))
@@ -210,6 +260,9 @@ def _other_act(m: MLP) -> MLP:
         "gelu_tanh": "gelu",
         "relu2": "silu",
         "silu_clamped": "silu",
+        "relu": "relu2",
+        "quick_gelu": "gelu",
+        "xielu": "relu2",
     }
     return replace(m, act=other[m.act], limit=None)  # type: ignore[arg-type]
 
@@ -225,6 +278,13 @@ _spec("top_k_plus_one", "one expert more per token", MoE,
 _spec("routing_not_normalised", "routing weights not (or wrongly) divided by their sum", Router,
       lambda r: replace(r, normalize=not r.normalize) if r.top_k > 1 and r.over == "all" else r)  # fmt: skip
 _spec("routed_scale_dropped", "routed output not scaled", Router, lambda r: replace(r, scale=1.0))
+_spec(
+    "routed_scale_value",
+    "another scale of the routed output",
+    Router,
+    lambda r: replace(r, scale=1.25 * r.scale),
+    _unknown,
+)
 _spec("router_score", "softmax taken for sigmoid, or the other way round", Router,
       lambda r: _swap_value(r, "score", "softmax", "sigmoid"))  # fmt: skip
 _spec("router_over", "scores over all experts taken for scores over the chosen, or the other way round", Router,
@@ -285,6 +345,10 @@ _spec("dt_clamp_dropped", "dt not clamped", Mamba, lambda m: replace(m, dt_min=0
 # The whole model
 
 _whole("embed_scale_dropped", "embeddings not scaled", lambda s: replace(s, embed_scale=1.0))
+_whole("embed_scale_added", "embeddings scaled that are not to be", lambda s: replace(s, embed_scale=s.d_model**0.5),
+       lambda s: s.embed_scale == 1)  # fmt: skip
+_whole("logit_softcap_value", "another soft cap on the logits",
+       lambda s: replace(s, logit_softcap=s.logit_softcap / 2 if s.logit_softcap else None))  # fmt: skip
 _whole("logit_scale_dropped", "logits not scaled", lambda s: replace(s, logit_scale=1.0))
 _whole("logit_softcap_dropped", "no soft cap on the logits", lambda s: replace(s, logit_softcap=None))
 _whole(

@@ -98,7 +98,8 @@ def _q_and_k(change: Callable[[Tensor, int], Tensor], q: bool = True, k: bool = 
                 if q:
                     parts[0] = change(parts[0], m.n_heads)
                 if k and m.kv_from is None:
-                    parts[-2] = change(parts[-2], m.n_kv_heads)
+                    at = -1 if m.value_from_key else -2
+                    parts[at] = change(parts[at], m.n_kv_heads)
                 new[name] = torch.cat(parts).view(t.dtype)
         return s.put(new)
 
@@ -200,7 +201,7 @@ _QKV = "attn.qkv.weight"
 add("q_k_swapped", "q and k exchanged in the fused matrix", "weights",
      _slots(_QKV, lambda _s, t: len(t.parts) == 3 and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 add("k_v_swapped", "k and v exchanged in the fused matrix", "weights",
-     _slots(_QKV, lambda _s, t: len(t.parts) >= 3 and t.parts[-2] == t.parts[-1]), _edit(_swap_parts(-2, -1)), "again")  # fmt: skip
+     _slots(_QKV, lambda s, t: len(t.parts) >= 3 and t.parts[-2] == t.parts[-1] and not _mixer(s, t).value_from_key), _edit(_swap_parts(-2, -1)), "again")  # fmt: skip
 add("q_gate_swapped", "query and output gate exchanged", "weights",
      _slots(_QKV, lambda s, t: bool(_mixer(s, t).gate) and t.parts[0] == t.parts[1]), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 add("rope_rows_interleaved", "rows of q and k in interleaved RoPE order", "weights",
@@ -520,6 +521,20 @@ add("pre_post_norms_swapped", "the norms before and after attention exchanged", 
      _slots(".attn_post_norm.weight", _has_pair(("attn_post_norm", "attn_norm"))),
      lambda s, site: s.put({site: s.tensors[site.replace("post_norm", "norm")],
                             site.replace("post_norm", "norm"): s.tensors[site]}), "again")  # fmt: skip
+
+
+def _two_norms(a: str, b: str) -> Apply:
+    def swap(s: Subject, site: str) -> Subject:
+        other = site.replace(f".{a}.", f".{b}.")
+        return s.put({site: s.tensors[other], other: s.tensors[site]})
+
+    return swap
+
+
+# `post_attention_layernorm` is the norm before the feed-forward in Llama, and the one after attention in Gemma.
+for _a, _b in (("attn_post_norm", "ffn_norm"), ("attn_norm", "ffn_post_norm"), ("ffn_norm", "ffn_post_norm")):
+    add(f"{_a}_{_b}_swapped", f"{_a} and {_b} exchanged", "weights",
+         _slots(f".{_a}.weight", _has_pair((f".{_a}.", f".{_b}."))), _two_norms(_a, _b))  # fmt: skip
 
 
 def _stale_head(s: Subject, _site: str) -> Subject:

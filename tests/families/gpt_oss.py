@@ -1,0 +1,104 @@
+"""gpt-oss: sinks, so upstream has no sdpa path; experts in mxfp4 on disk, gate and up rows alternating."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from zoo import families
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, build, yarn
+from zoo.testing.assemble import assemble, in_other_names, same
+from zoo.testing.full_size import read
+from zoo.testing.released import drop_default, flat_rope
+from zoo.testing.variant import Settings
+
+# fmt: off
+
+_GPT_OSS = BASE | {
+    "hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+    "intermediate_size": 28, "num_hidden_layers": 4, "num_local_experts": 5, "num_experts_per_tok": 3,
+    "sliding_window": 6, "swiglu_limit": 1.3,
+    "rope_parameters": yarn(97.0, 6.0, 64, 3.6, 0.36, truncate=False),
+}
+
+# fmt: on
+
+
+def released(config: Settings) -> Settings:
+    drop_default(config, swiglu_alpha=1.702)
+    config["experts_per_token"] = config["num_experts_per_tok"]
+    config["initial_context_length"] = config["rope_parameters"]["original_max_position_embeddings"]
+    return flat_rope(config)
+
+
+# fmt: off
+# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
+_ROUNDS = "upstream has no sdpa path, so no attention kernel is the same on both sides"
+
+CASE = FamilyCase(
+    "gpt_oss",
+    (
+        Variant("gpt_oss", "GptOssForCausalLM", _GPT_OSS,
+            "sinks, biases everywhere, interleaved gate/up with a clamp at 1.3 that acts often, YaRN without "
+            "truncation",
+            eager_only=True, rounds_otherwise=_ROUNDS),
+        Variant("gpt_oss_alpha", "GptOssForCausalLM",
+            _GPT_OSS | {
+                "swiglu_alpha": 1.2, "num_local_experts": 6, "num_hidden_layers": 3, "num_key_value_heads": 3,
+                "layer_types": [FULL, SLIDING, FULL], "attention_bias": False,
+                "rope_parameters": yarn(97.0, 6.0, 64, 3.6, 0.36, attention_factor=1.17),
+            },
+            "another sigmoid gain, no attention biases, layers start with a full one, truncated YaRN, given "
+            "magnitude",
+            eager_only=True, rounds_otherwise=_ROUNDS),
+    ),
+    layer_kinds=frozenset({FULL, SLIDING}),
+    listed={"gpt-oss-20b": Listed("gpt-oss-20b")},
+    refused=(
+        ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, "layer_types[0] is 'chunked_attention'"),
+        ("gpt-oss-20b", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("gpt-oss-20b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("gpt-oss-20b", {"sliding_window": None}, "sliding_window"),
+    ),
+    released_text=released,
+)
+# fmt: on
+
+
+OPENAI = {
+    "model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.scale",
+    "lm_head.weight": "unembedding.weight", "input_layernorm.weight": "attn.norm.scale",
+    "post_attention_layernorm.weight": "mlp.norm.scale", "self_attn.sinks": "attn.sinks",
+    "self_attn.o_proj.weight": "attn.out.weight", "self_attn.o_proj.bias": "attn.out.bias",
+    "mlp.router.weight": "mlp.gate.weight", "mlp.router.bias": "mlp.gate.bias",
+    "mlp.experts.gate_up_proj_bias": "mlp.mlp1_bias", "mlp.experts.down_proj_bias": "mlp.mlp2_bias",
+}  # fmt: skip
+
+
+def test_gpt_oss_in_openais_names_is_the_same_model(tmp_path: Path) -> None:
+    """q, k, v fused; experts [out, in], gate and up rows alternating (gpt-oss: gpt_oss/torch/weights.py)."""
+    build.make(CASE, CASE.variant("gpt_oss"), tmp_path / "gpt_oss")
+    theirs = {}
+    hf = load_file(tmp_path / "gpt_oss" / "model.safetensors")
+    for name, t in hf.items():
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        block, part = (f"block.{layer[1]}.", layer[2]) if layer else ("", name)
+        if part in OPENAI:
+            theirs[block + OPENAI[part]] = t
+        elif part.startswith("self_attn.q_proj"):
+            qkv = [hf[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            theirs[block + part.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(qkv)
+        elif part.startswith("mlp.experts."):
+            theirs[block + ("mlp.mlp1_weight" if "gate_up" in part else "mlp.mlp2_weight")] = t.mT
+    openai = in_other_names(tmp_path / "gpt_oss", theirs, "openai")
+    assert same(assemble(openai), assemble(tmp_path / "gpt_oss"))
+
+
+def test_truncation_that_is_null_is_none() -> None:
+    config = read("gpt-oss-20b")
+    whole = families.spec_of(config)  # which says false
+    config["rope_scaling"]["truncate"] = None
+    assert families.spec_of(config) == whole

@@ -1,0 +1,101 @@
+"""What people take for a checkpoint and is none: one line says what it is, and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from zoo.cli.export import written_since
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.spec import Spec
+from zoo.verify.exact import spec_differences
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tiny.make("llama", tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_called_that(name: str, root: Path) -> None:
+    (root / "model.safetensors").unlink()
+    (root / name).write_text(POINTER)
+    with pytest.raises(ZooError, match=rf"{name}: a git-lfs pointer .*git lfs pull"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_is_called_that_with_its_base(with_config: bool, root: Path) -> None:
+    (root / "model.safetensors").rename(root / "adapter_model.safetensors")
+    (root / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    )
+    if not with_config:
+        (root / "config.json").unlink()
+    with pytest.raises(ZooError, match=r"an adapter \(LORA\) to org/base, not a model: merge it"):
+        open_checkpoint(root)
+
+
+def test_a_model_beside_an_adapter_is_read(root: Path) -> None:
+    (root / "adapter_config.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, root / "adapter_model.safetensors")
+    ckpt = open_checkpoint(root)
+    assert set(ckpt.files) == {"model.safetensors"} and ckpt.notes == ()
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_weights_that_were_not_gathered_are_called_that(pickled: bool, root: Path) -> None:
+    tensors = {k: t[:0].clone() for k, t in load_file(root / "model.safetensors").items()}
+    if pickled:
+        (root / "model.safetensors").unlink()
+        torch.save(tensors, root / "pytorch_model.bin")
+    else:
+        save_file(tensors, root / "model.safetensors")
+    with pytest.raises(ZooError, match="is empty .*ZeRO-3 or FSDP without gathering"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize("name", ["hf_model_0001_0.pt", "model.pth", "lit_model.pth"])
+def test_a_trainers_own_file_is_called_that(name: str, root: Path) -> None:
+    (root / "model.safetensors").rename(root / name)
+    with pytest.raises(ZooError, match=rf"{name} is called neither as Hugging Face's nor as Meta's"):
+        open_checkpoint(root)
+
+
+def test_a_folder_called_as_a_file_is_called_that(root: Path) -> None:
+    (root / "model.safetensors").unlink()
+    (root / "pytorch_model.bin").mkdir()
+    with pytest.raises(ZooError, match=r"pytorch_model\.bin: a folder, as DeepSpeed's"):
+        open_checkpoint(root)
+
+
+def test_an_export_of_edited_weights_is_seen(root: Path, tmp_path: Path) -> None:
+    folder = zoo.convert(root, tmp_path / "c")
+    assert written_since(folder) is None
+    file = next(folder.glob("model-*.safetensors"))
+    later = (folder / "zoo.json").stat().st_mtime + 60
+    os.utime(file, (later, later))
+    assert written_since(folder) == file.name
+
+
+def test_a_declared_dtype_is_no_difference_and_another_field_is_named(root: Path, tmp_path: Path) -> None:
+    folder = zoo.convert(root, tmp_path / "c")
+    description = json.loads((folder / "zoo.json").read_text())
+    description["spec"]["dtype"] = None
+    (folder / "zoo.json").write_text(json.dumps(description))
+    cert = zoo.verify(folder, level="bytes", write=False)
+    assert cert.passed and any("not compared" in n for n in cert.level("plan").notes)
+    description["spec"]["vocab_size"] += 1
+    a, b = Spec.from_dict(description["spec"]), zoo.spec(root)
+    (said,) = spec_differences(a, b)
+    assert said == f"vocab_size is {b.vocab_size + 1} in the folder, {b.vocab_size} by the source"

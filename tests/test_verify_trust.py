@@ -1,0 +1,249 @@
+"""What a certificate and a recording may say: no more than what was looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from verified import canonical, copy, with_tensor
+
+import zoo
+from zoo.cli.inspect import look
+from zoo.cli.verify import command
+from zoo.errors import ZooError
+from zoo.verify import certificate, recording
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(command, [str(a) for a in args])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = tiny.make("llama", tmp_path / "source")
+    return zoo.convert(source, tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
+    recording.record(canonical("llama"), path, "fp32", 64)
+    return path
+
+
+def edited(
+    golden: Path, dst: Path, tensors: dict[str, torch.Tensor | None] | None = None, **about: Any
+) -> Path:
+    """A copy with other tensors (None: without it) and other metadata."""
+    had: dict[str, Any] = load_file(golden) | (tensors or {})
+    with safe_open(golden, "pt") as f:
+        told = json.loads(f.metadata()["zoo"]) | about
+    save_file({k: t for k, t in had.items() if t is not None}, dst, metadata={"zoo": json.dumps(told)})
+    return dst
+
+
+# ---- the verdict
+
+
+def test_a_proof_that_compared_no_logits_does_not_read_like_one_that_did(folder: Path) -> None:
+    bytes_only = run(folder, "--level", "bytes")
+    assert bytes_only.exit_code == 0
+    assert bytes_only.output.startswith("PASSED (bytes only)  ")
+    assert "no logits were compared" in bytes_only.output.splitlines()[0]
+    assert json.loads(run(folder, "--level", "bytes", "--json").output)["rests_on"] == "bytes"
+    assert run(folder, "--level", "logits").output.startswith("PASSED  ")
+
+
+def test_a_required_level_that_cannot_be_judged_is_a_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["zoo.verify.run"], "upstream_available", lambda: False)
+    assert run(folder).exit_code == 0
+    required = run(folder, "--require", "logits")
+    assert required.exit_code == 1 and required.output.startswith("FAILED")
+    assert "required: logits, which was not judged" in required.output
+    told = json.loads(run(folder, "--require", "logits", "--json").output)
+    assert (told["verdict"], told["required_level"], told["rests_on"]) == ("failed", "logits", "bytes")
+    assert run(folder, "--require", "bytes").exit_code == 0
+
+
+def test_a_required_level_that_passes_passes(folder: Path) -> None:
+    assert zoo.verify(folder, level="logits", require="logits", write=False).passed
+    with pytest.raises(ZooError, match="expected one of the levels asked for: plan, bytes"):
+        zoo.verify(folder, level="bytes", require="logits", write=False)
+
+
+# ---- the certificate in the folder
+
+
+def test_a_failure_of_logits_is_not_replaced_by_bytes_that_pass(folder: Path) -> None:
+    zoo.verify(folder, level="logits")
+    path = folder / "parity.json"
+    data = json.loads(path.read_text())
+    data["verdict"] = data["levels"]["logits"]["verdict"] = "failed"
+    path.write_text(json.dumps(data))
+    cert = zoo.verify(folder, level="bytes")
+    assert cert.passed and "which failed at logits, and this run did not compare that" in cert.kept
+    assert json.loads(path.read_text()) == data
+    assert zoo.verify(folder, level="logits").kept == "parity.json written"
+
+
+def test_the_certificate_of_another_source_does_not_replace_the_folders_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    zoo.verify(folder, level="bytes")
+    before = (folder / "parity.json").read_bytes()
+    other = tiny.make("llama", tmp_path / "other")
+    tensors = {k: t * 1.5 for k, t in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    result = run(folder, "--against", other, "--level", "bytes")
+    assert (
+        result.exit_code == 1 and "and this is of another; -o FILE keeps this one elsewhere" in result.output
+    )
+    assert (folder / "parity.json").read_bytes() == before
+    run(folder, "--against", other, "--level", "bytes", "-o", tmp_path / "else.json")
+    assert json.loads((tmp_path / "else.json").read_text())["verdict"] == "failed"
+    assert (folder / "parity.json").read_bytes() == before
+
+
+def test_inspect_does_not_call_an_edited_folder_verified(folder: Path) -> None:
+    assert look(folder)[0]["verified"].startswith("no; ")
+    zoo.verify(folder, level="bytes")
+    assert look(folder)[0]["verified"].startswith("passed on ")
+    weights = next(folder.glob("model-*.safetensors"))
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    os.utime(weights, (time.time() + 60,) * 2)
+    said = look(folder)[0]["verified"]
+    assert (
+        said.startswith(f"not as it is now: {weights.name} changed since") and "--check-certificate" in said
+    )
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_certificate_that_names_files_outside_opens_none(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.verify(folder, level="bytes")
+    (folder.parent / "secret").write_text("x")
+    data = json.loads((folder / "parity.json").read_text())
+    data["canonical"]["files"][name] = {"sha256": "0", "bytes": 1}
+    (folder / "parity.json").write_text(json.dumps(data))
+    opened: list[Path] = []
+    hashed = certificate.sha256
+    monkeypatch.setattr(certificate, "sha256", lambda p: opened.append(p) or hashed(p))
+    with pytest.raises(ZooError, match="which is outside: not opened"):
+        certificate.check(folder)
+    assert not any(p.name in ("secret", "hostname") for p in opened)
+
+
+# ---- recordings
+
+
+@pytest.mark.parametrize("lengths", [0, -1, 10**6])
+def test_rows_of_no_token_prove_nothing(lengths: int, golden: Path, tmp_path: Path) -> None:
+    had = load_file(golden)["lengths.0"]
+    path = edited(golden, tmp_path / "g.safetensors", {"lengths.0": torch.full_like(had, lengths)})
+    with pytest.raises(ZooError, match=r"lengths\.0 is .*rows of no token prove nothing"):
+        zoo.verify(canonical("llama"), path, write=False)
+
+
+def test_a_recording_of_no_rows_is_refused(golden: Path, tmp_path: Path) -> None:
+    had = load_file(golden)
+    none = {
+        "ids.0": had["ids.0"][:0],
+        "lengths.0": had["lengths.0"][:0],
+        "logits.0": had["logits.0"][:0],
+    }
+    with pytest.raises(ZooError, match=r"ids\.0 is torch.int64 \[0, "):
+        zoo.verify(canonical("llama"), edited(golden, tmp_path / "g.safetensors", none), write=False)
+
+
+def test_random_logits_do_not_pass_whatever_spread_they_claim(golden: Path, tmp_path: Path) -> None:
+    with safe_open(golden, "pt") as f:
+        spread = json.loads(f.metadata()["zoo"])["spread"]
+    wide = spread | {k: dict.fromkeys(spread[k], 1e9) for k in ("logits", "kl")}
+    wide |= {"top1_agreement": 0.0, "log_perplexity": 1e9, "layers": [1e9] * len(spread["layers"])}
+    random = {k: torch.randn_like(t) for k, t in load_file(golden).items() if k.startswith("logits.")}
+    path = edited(golden, tmp_path / "g.safetensors", random, spread=wide)
+    cert = zoo.verify(canonical("llama"), path, level="logits", write=False)
+    assert not cert.passed
+    whys = [c.why for c in cert.level("logits").checks]
+    assert any("the spread that the recording claims" in w and "lowered to" in w for w in whys)
+    honest = zoo.verify(canonical("llama"), golden, level="logits", write=False)
+    assert honest.passed
+
+
+def test_without_a_spread_the_bound_goes_by_the_scale_of_the_logits(golden: Path, tmp_path: Path) -> None:
+    """Logits a hundred times as large round a hundred times as far: 5e-5 alone would fail a right model."""
+    names = [k for k in load_file(golden) if k.startswith("states.")]
+    plain: dict[str, Any] = dict.fromkeys([*names, "directions", "prompt", "greedy"])
+    scaled = {k: t * 100 for k, t in load_file(golden).items() if k.startswith("logits.")}
+    folder = copy(canonical("llama"), tmp_path / "c")
+    head = next(n for n in ("head.weight", "norm.weight") if n in zoo.load(folder).state_dict())
+    folder = with_tensor(folder, head, lambda t: t * 100)
+    path = edited(golden, tmp_path / "g.safetensors", plain | scaled, spread=None)
+    cert = zoo.verify(folder, path, level="logits", write=False)
+    assert cert.level("logits").verdict == "passed"
+    check = next(c for c in cert.level("logits").checks if c.name == "|logit error| max")
+    assert check.value > 5e-5 and "the recording tells no spread" in check.why
+    assert check.bound < 1e-5 * max(float(t.abs().max()) for t in scaled.values())
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"text": 3}, "'text' is 3; expected list"),
+        ({"text": [[1]]}, "not a list of true and false"),
+        ({"limits": []}, r"'limits' is \[\]; expected dict"),
+        ({"family": 7}, "'family' is 7; expected str"),
+        ({"dtype": "float32"}, "'dtype' is 'float32'; expected what it was computed in: fp32"),
+        ({"dtype": None}, "'dtype' is None"),
+    ],
+)
+def test_metadata_of_other_types_is_named(
+    about: dict[str, Any], said: str, golden: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ZooError, match=said):
+        zoo.verify(canonical("llama"), edited(golden, tmp_path / "g.safetensors", **about), write=False)
+
+
+@pytest.mark.parametrize("raw", ["", "{", "[]", "[" * 5000])
+def test_metadata_that_is_no_object_is_named(raw: str, golden: Path, tmp_path: Path) -> None:
+    save_file(load_file(golden), tmp_path / "g.safetensors", metadata={"zoo": raw})
+    with pytest.raises(ZooError, match="its metadata's 'zoo' is"):
+        zoo.verify(canonical("llama"), tmp_path / "g.safetensors", write=False)
+
+
+def test_ids_beyond_the_folders_vocabulary_are_named(golden: Path, tmp_path: Path) -> None:
+    had = load_file(golden)
+    wide = torch.nn.functional.pad(had["logits.0"], (0, 7))
+    ids = had["ids.0"].clone()
+    ids[0, 0] = had["logits.0"].shape[-1] + 3
+    path = edited(golden, tmp_path / "g.safetensors", {"ids.0": ids, "logits.0": wide})
+    with pytest.raises(ZooError, match=r"has the id \d+; the folder's vocabulary has \d+"):
+        zoo.verify(canonical("llama"), path, write=False)
+
+
+def test_the_inputs_say_what_family_they_are_for(tmp_path: Path) -> None:
+    recording.inputs(canonical("llama"), tmp_path / "i.safetensors", "fp32", 64)
+    with safe_open(tmp_path / "i.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["zoo"])["family"] == "llama"
+
+
+def test_a_removed_source_still_leaves_the_copys_certificate_readable(folder: Path) -> None:
+    zoo.verify(folder, level="bytes")
+    shutil.rmtree(folder.parent / "source")
+    assert look(folder)[0]["verified"].startswith("passed on ")

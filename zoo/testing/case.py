@@ -1,0 +1,110 @@
+"""What is special about a family's upstream and its releases: the facts its tests need, in one value.
+
+A family's test module makes one `FamilyCase`; everything that is tested of every family is in `suite.py` and asks
+the case. Each field has the value that most families have, so a case says only what is unusual.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from .variant import Config, Settings, Tensor, Variant
+
+
+def _as_it_is(config: Settings) -> Settings:
+    return config
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list of the tensors in a release's own files, and what of them the rules set aside.
+
+    stem: whose config (`<stem>.config.json`). extras: first components of the names set aside; None: any.
+    """
+
+    stem: str
+    extras: frozenset[str] | None = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyCase:
+    """What the shared tests need to know of one family.
+
+    name: the family's, as its `Family` says it.
+    variants: its tiny checkpoints. The first is the plainest.
+    main: the variant that uses most of what the family can do; the first where not given.
+    without_upstream: why transformers has no class, and what the family is held to instead.
+
+    Upstream:
+    classes: model_type -> model class, where transformers' own tables have none or another.
+    alone: its wrapper cannot be built here; the language model is built alone, from the wrapper's text_config.
+    upstream_keys: changes a config's keys into those that mean the same to upstream's class.
+    grouped: several query heads share a key/value head. False for MHA and MLA.
+    layer_kinds: the kinds that `layer_types` must show over all variants, where layers alternate by it.
+    kept_in_fp32: last names of tensors that releases and upstream keep in fp32 in a bf16 checkpoint.
+
+    Releases:
+    released_text, released_wrapper: what `save_pretrained` writes into config.json -> the keys of a release, for the
+      language model's part and for what is around it.
+    keeps: model_type -> keys of transformers 5 that its releases, being younger, have too.
+    released: (case, saved tensors, config) -> the tensors of a release, where `save_pretrained` writes others.
+    mtp: (case, config, count) -> multi-token-prediction layers under the names of the releases.
+    mtp_layers: config stem -> prediction layers in the files, where the config does not count them.
+    never_quantised: components of names of weights that quantised releases keep, though their config does not say so.
+    packed_otherwise: config stem -> why its tensors can't be listed from upstream's class; a test of the family's
+      module accounts for them.
+    listed: tensor list (`tests/data/tensors/<name>.tensors.json`) -> the release it is of.
+    optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
+    refused: (config stem, changes, what the error says): configs that must be refused.
+    """
+
+    name: str
+    variants: tuple[Variant, ...] = ()
+    main: str = ""
+    without_upstream: str = ""
+
+    classes: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
+    upstream_keys: Callable[[Settings], Settings] = _as_it_is
+    grouped: bool = True
+    layer_kinds: frozenset[str] = frozenset()
+    kept_in_fp32: frozenset[str] = frozenset()
+
+    released_text: Callable[[Settings], Settings] = _as_it_is
+    released_wrapper: Callable[[Settings], Settings] = _as_it_is
+    keeps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    released: Callable[[FamilyCase, dict[str, Tensor], Config], dict[str, Tensor]] | None = None
+    mtp: Callable[[FamilyCase, Config, int], dict[str, Tensor]] | None = None
+    mtp_layers: Mapping[str, int] = field(default_factory=dict)
+    never_quantised: tuple[str, ...] = ()
+    packed_otherwise: Mapping[str, str] = field(default_factory=dict)
+    listed: Mapping[str, Listed] = field(default_factory=dict)
+    optional_rules: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[tuple[str, Settings, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        mine = tuple(dataclasses.replace(v, family=self.name) for v in self.variants)
+        object.__setattr__(self, "variants", mine)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of this name. Raises KeyError if the family has none."""
+        return {v.name: v for v in self.variants}[name]
+
+    @property
+    def main_variant(self) -> Variant:
+        return self.variant(self.main) if self.main else self.variants[0]
+
+
+def cases(package: ModuleType) -> dict[str, FamilyCase]:
+    """The `CASE` of every module in `package`, by the name of its family."""
+    found: dict[str, FamilyCase] = {}
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        case = getattr(importlib.import_module(module.name), "CASE", None)
+        if isinstance(case, FamilyCase):
+            found[case.name] = case
+    return found

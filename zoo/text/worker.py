@@ -1,0 +1,135 @@
+"""The process that runs what a repository's tokenizer and template do. Run by zoo.text, never by people.
+
+One request in a line of JSON on stdin, one answer in a line on stdout. A template can loop for ever, a tokenizer's
+native library can panic or take all memory: each request has a limit of CPU time, the process one of memory, and whatever
+is raised is an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+
+CPU_SECONDS = {"about": 8}
+"""Of a request; reading a tokenizer of 260,000 tokens takes some 2."""
+CPU_SECONDS_ELSE = 2
+MEMORY = 1 << 30
+LONGEST = 300
+"""Characters of somebody else's message that are passed on."""
+
+
+class _Worker:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._loaded: Any = None
+
+    @property
+    def loaded(self) -> Any:
+        if self._loaded is None:
+            from zoo.text import tokenizer
+
+            try:
+                self._loaded = tokenizer.load(self.root)
+            except (ZooError, KeyboardInterrupt):
+                raise
+            except (
+                BaseException
+            ) as error:  # the library raises bare Exception, and panics that are not even that
+                raise ZooError(
+                    f"{self.root}: its tokenizer can't be read ({_said(error)}); give token ids (--ids)"
+                ) from None
+        return self._loaded
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "special": self.loaded.special,
+            "files": self.loaded.files,
+            "notes": self.loaded.notes,
+            "ends": {k: self.loaded.tokenizer.token_to_id(v) for k, v in self.loaded.special.items()},
+        }
+
+    def template(self) -> str | None:
+        from zoo.text import template
+
+        return template.find(self.root)
+
+    def chat(self, messages: list[dict[str, Any]], source: str) -> str:
+        from zoo.text import template
+
+        try:
+            return template.render(source, messages, self.loaded.special)
+        except ZooError:
+            raise
+        except BaseException as error:
+            raise ZooError(
+                f"{self.root}: its chat template fails ({_said(error)}); give the prompt as it is (--raw)"
+            ) from None
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self._own("can't split the text", lambda: self.loaded.encode(text, special)))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._own("can't spell the ids", lambda: self.loaded.decode(ids)))
+
+    def _own(self, what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except ZooError:
+            raise
+        except BaseException as error:
+            raise ZooError(f"{self.root}: its tokenizer {what} ({_said(error)})") from None
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:LONGEST]}" if text else type(error).__name__
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_time(seconds: int) -> None:
+    """So much CPU time from now on; the process is ended by a signal where it is spent."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = math.ceil(used.ru_utime + used.ru_stime) + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "wb") as nothing:  # what libraries print is no answer
+        os.dup2(nothing.fileno(), 1)
+    worker = _Worker(Path(sys.argv[1]))
+    _limit_memory()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        do = request.pop("do")
+        _limit_time(CPU_SECONDS.get(do, CPU_SECONDS_ELSE))
+        try:
+            answer = {"is": getattr(worker, do)(**request)}
+        except ZooError as error:
+            answer = {"error": str(error)}
+        except BaseException as error:
+            answer = {"error": f"{worker.root}: the text can't be worked on ({_said(error)})"}
+        out.write(json.dumps(answer).encode() + b"\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()
