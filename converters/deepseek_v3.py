@@ -27,6 +27,7 @@ from zoo.family import (
     Mixer,
     MoE,
     Norm,
+    Rounding,
     Router,
     RuleLine,
     Spec,
@@ -50,8 +51,10 @@ def spec(config: Config) -> Spec:
     return decoder("deepseek_v3", c, mixer, router(c), wrapper=config)
 
 
-def latent_attention(c: Config, interleaved: bool = True, **more: Any) -> LatentAttention:
-    """MLA; `more` are fields of LatentAttention that other families with it add."""
+def latent_attention(
+    c: Config, interleaved: bool = True, rounding: Rounding = "first", **more: Any
+) -> LatentAttention:
+    """MLA; `rounding` is that of its RoPE, `more` are fields of LatentAttention that other families with it add."""
     p = read.rope_parameters(c)
     nope, rotary = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
     scale = (nope + rotary) ** -0.5
@@ -66,25 +69,31 @@ def latent_attention(c: Config, interleaved: bool = True, **more: Any) -> Latent
         v_head_dim=c["v_head_dim"],
         scale=scale,
         latent_norm=Norm(LATENT_EPS),
-        rope=read.rope(c, p, rotary, interleaved=interleaved),
+        rope=read.rope(c, p, rotary, interleaved=interleaved, rounding=rounding),
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
         **more,
     )
 
 
-def decoder(family: str, c: Config, mixer: Mixer, router: Router, wrapper: Config | None = None) -> Spec:
-    """The decoder around it: pre-norms, dense layers first, then experts with shared ones beside them."""
+def decoder(
+    family: str, c: Config, mixer: Mixer | list[Mixer], router: Router, wrapper: Config | None = None
+) -> Spec:
+    """The decoder around it: pre-norms, dense layers first, then experts with shared ones beside them. `mixer`: the same in
+    every layer, or a list of each layer's."""
     c.choice("hidden_act", ("silu",))
     norm = Norm(c["rms_norm_eps"])
     dense = MLP(c["intermediate_size"])
     moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router, shared_experts(c))
+    sparse = sparse_layers(c)
+    mixers = mixer if isinstance(mixer, list) else [mixer] * len(sparse)
     return Spec(
         family=family,
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
         layers=tuple(
-            Layer(mixer, moe if s else dense, attn_norm=norm, ffn_norm=norm) for s in sparse_layers(c)
+            Layer(m, moe if s else dense, attn_norm=norm, ffn_norm=norm)
+            for m, s in zip(mixers, sparse, strict=True)
         ),
         norm=norm,
         tied=read.tied(wrapper or c, c, default=False),
