@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, gguf, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
     c.refuse(use_bidirectional_attention=False)
     d, head_dim = c["hidden_size"], c["head_dim"]
-    norm = Norm(
-        c["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", rounding="last"
-    )
+    norm = read.plus_one_norm(c)
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, gguf, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
     c.refuse(use_bidirectional_attention=False)
     d, head_dim = c["hidden_size"], c["head_dim"]
-    norm = Norm(
-        c["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", rounding="last"
-    )
+    norm = read.plus_one_norm(c)
 
     def attention(kind: str) -> Attention:
         return Attention(
@@ -40,9 +38,7 @@ def spec(c: Config) -> Spec:
         family="gemma2",
         d_model=d,
         vocab_size=c["vocab_size"],
-        layers=tuple(
-            Layer(attention(kind), mlp, norm, norm, norm, norm) for kind in read.layer_types(c, read.every(2))
-        ),
+        layers=tuple(Layer(attention(k), mlp, *[norm] * 4) for k in read.layer_types(c, read.every(2))),
         norm=norm,
         tied=c.get("tie_word_embeddings", True),
         context_length=c["max_position_embeddings"],
@@ -61,9 +57,7 @@ RULES = {
         *hf.MLP,
         hf.INV_FREQ,
     ),
-    "gguf": rules(
-        *gguf.ENDS, *gguf.PRE_NORMS, *gguf.POST_NORMS, *gguf.attention(interleaved=False), *gguf.MLP
-    ),
+    "gguf": rules(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.POST_NORMS, *gguf.attention(False), *gguf.MLP),
 }
 
 

@@ -12,23 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import (
-    MLP,
-    Attention,
-    Config,
-    Family,
-    Layer,
-    MoE,
-    Norm,
-    Router,
-    Spec,
-    cat,
-    gguf,
-    hf,
-    read,
-    rules,
-    stack,
-)
+from zoo.family import MLP, Attention, Config, Family, Layer, MoE, Norm, Router, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -57,7 +41,6 @@ def spec(c: Config) -> Spec:
 
 
 _MOE = "model.layers.{i}.block_sparse_moe."
-_GATES, _UPS = (f"blk.{{i}}.ffn_{part}.{{e}}.weight" for part in ("gate", "up"))
 HF = (
     *hf.ENDS,
     *hf.PRE_NORMS,
@@ -75,8 +58,7 @@ RULES = {
         *gguf.PRE_NORMS,
         *gguf.attention(interleaved=True),
         *gguf.MOE,
-        ("layers.{i}.moe.gate_up.weight", stack(cat(_GATES, _UPS))),  # files of before April 2024
-        ("layers.{i}.moe.down.weight", stack("blk.{i}.ffn_down.{e}.weight")),
+        *gguf.MOE_ONE_BY_ONE,
     ),
 }
 
