@@ -38,7 +38,9 @@ def spec(c: Config) -> Spec:
         family="gemma2",
         d_model=d,
         vocab_size=c["vocab_size"],
-        layers=tuple(Layer(attention(k), mlp, *[norm] * 4) for k in read.layer_types(c, read.every(2))),
+        layers=tuple(
+            Layer(attention(k), mlp, norm, norm, norm, norm) for k in read.layer_types(c, read.every(2))
+        ),
         norm=norm,
         tied=c.get("tie_word_embeddings", True),
         context_length=c["max_position_embeddings"],
