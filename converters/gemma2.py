@@ -32,15 +32,14 @@ def spec(c: Config) -> Spec:
             softcap=c.get("attn_logit_softcapping"),
         )
 
+    kinds = read.layer_types(c, read.every(2))
     mlp = MLP(c["intermediate_size"], c.table("hidden_activation", read.ACTIVATIONS))
     c.choice("hidden_act", (act := c["hidden_activation"],), act)  # its older name: releases have both
     return Spec(
         family="gemma2",
         d_model=d,
         vocab_size=c["vocab_size"],
-        layers=tuple(
-            Layer(attention(k), mlp, norm, norm, norm, norm) for k in read.layer_types(c, read.every(2))
-        ),
+        layers=tuple(Layer(attention(kind), mlp, norm, norm, norm, norm) for kind in kinds),
         norm=norm,
         tied=c.get("tie_word_embeddings", True),
         context_length=c["max_position_embeddings"],
