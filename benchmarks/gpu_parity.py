@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from gpu import versions
@@ -59,17 +60,17 @@ def record(folder: Path) -> None:
 def check(name: str, recorded: Path | None) -> dict[str, Any]:
     """What a family's logits differ by, and what failed."""
     import torch
-    from built import Built, decoder
     from built import built as made
+    from built import decoder
 
     from zoo.model.graph import Pass, Step
     from zoo.spec import Spec
 
-    def built(name: str, dtype: str = "float32") -> Built:
+    def built(name: str, dtype: str = "float32") -> Any:
         if recorded is None:
             return made(name, dtype)
         b = torch.load(recorded / f"{name}.pt", weights_only=True)[dtype]
-        return Built(Spec.from_dict(b["spec"]), b["tensors"], b["ids"], b["upstream"])
+        return SimpleNamespace(**b | {"spec": Spec.from_dict(b["spec"])})
 
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False

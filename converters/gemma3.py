@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Spec, gguf, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, QKNorm, Spec, gguf, hf, read, rules
 
 # Source: Gemma3TextConfig, transformers 4.50.
 DEFAULTS = {
@@ -37,9 +37,7 @@ def spec(c: Config) -> Spec:
     if "text_config" in c:  # the wrapper's class has no softcap
         t.refuse(final_logit_softcapping=None)
     d, head_dim = t["hidden_size"], t["head_dim"]
-    norm = Norm(
-        t["rms_norm_eps"], weight="plain" if c.get("norm_weight_plus_one") else "plus_one", rounding="last"
-    )
+    norm = read.plus_one_norm(t)
 
     def layer(kind: str) -> Layer:
         sliding = kind == read.SLIDING

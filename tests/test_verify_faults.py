@@ -40,6 +40,7 @@ def test_the_catalogue_has_more_than_forty_faults_and_every_one_applies_to_some_
         "router_softcap_dropped",
         "moe_scale_dropped",
         "logit_scale_dropped",
+        "dt_clamp_dropped",  # no release has a floor under dt: see Nemotron-H's disagreements
     }
     assert (
         set(CATALOGUE) - used <= elsewhere | PARTS

@@ -225,7 +225,7 @@ def test_fp8_in_mistrals_format_is_compared_through_a_dequantised_export(tmp_pat
         "v_head_dim": 64, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2,
     }  # fmt: skip
     with vendor.variant("large", "mistral_large3", **settings) as name:
-        source = make_mistral_format(name, tmp_path / "release")
+        source = make_mistral_format(tiny.VARIANTS[name], tmp_path / "release")
     tensors = load_file(source / "consolidated.safetensors")
     for key, t in list(tensors.items()):
         if t.ndim == 2 and key.startswith("layers.") and not re.search(r"norm|\.gate\.|wq_a|wkv_a", key):

@@ -44,7 +44,7 @@ SILENT = re.compile(
     # images and sound
     | (vision|audio|speech|video|image|projector|connector)_config | (image|vision|video|audio|projector|multi_modal|multimodal|mm)_.*
     | (media|img)_.* | spatial_merge_size | ignore_index | use_unified_vision_chunk | process_image_mode | language_model_only
-    | mrope_.* | pixel_shuffle_ratio
+    | (use_)?mrope.* | pixel_shuffle_ratio
     """,
     re.VERBOSE,
 )

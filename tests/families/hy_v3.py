@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from families.deepseek_v3 import mtp
-
 from zoo.testing import BASE, FamilyCase, Variant, rope
 from zoo.testing.released import drop, drop_default
 from zoo.testing.variant import Settings

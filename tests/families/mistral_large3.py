@@ -229,12 +229,13 @@ def from_params_json(params: Settings) -> Settings:
     }
 
 
-def make_mistral_format(name: str, dst: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
-    """Write the variant as Mistral releases it: params.json and consolidated.safetensors, nothing else."""
+def make_mistral_format(variant: str | Variant, dst: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
+    """Write the variant (or the one of that name) as Mistral releases it: params.json and consolidated.safetensors."""
     from safetensors.torch import save_file
 
-    config, _ = CASE.variant(name).build()
-    model = build.perturbed(CASE.variant(name), seed)
+    variant = CASE.variant(variant) if isinstance(variant, str) else variant
+    config, _ = variant.build()
+    model = build.perturbed(variant, seed)
     build.cast(model, dtype)
     dst.mkdir(parents=True, exist_ok=True)
     tensors = to_mistral_tensors(dict(model.state_dict()))

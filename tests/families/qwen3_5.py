@@ -6,7 +6,6 @@ Its files hold the text model under `model.language_model.`, whichever class sav
 from __future__ import annotations
 
 from families import qwen3_next
-
 from zoo import families
 from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Variant, names, rope
 from zoo.testing.full_size import mixers, read

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import torch
-from families import qwen3_5
 
+from families import qwen3_5
 from zoo import families
 from zoo.testing import FULL, LINEAR, FamilyCase, Variant, names
 from zoo.testing.full_size import account, mixers, read, refs

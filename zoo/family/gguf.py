@@ -6,7 +6,7 @@ from zoo.family.hf import MTP
 from zoo.formats.gguf_fields import Fields as Fields
 from zoo.formats.gguf_fields import head_dim as head_dim
 from zoo.formats.gguf_fields import layer_types as layer_types
-from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves
+from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves, stack
 
 ENDS: tuple[RuleLine, ...] = (
     ("embed.weight", "token_embd.weight"),
@@ -67,5 +67,14 @@ MOE: tuple[RuleLine, ...] = (
     ("layers.{i}.moe.shared.down.weight", "blk.{i}.ffn_down_shexp.weight"),
 )
 """Experts are stacked, gate and up apart."""
+
+MOE_ONE_BY_ONE: tuple[RuleLine, ...] = (
+    (
+        "layers.{i}.moe.gate_up.weight",
+        stack(cat("blk.{i}.ffn_gate.{e}.weight", "blk.{i}.ffn_up.{e}.weight")),
+    ),
+    ("layers.{i}.moe.down.weight", stack("blk.{i}.ffn_down.{e}.weight")),
+)
+"""Experts as files of before April 2024 have them."""
 
 MTP_LAYERS = extra("blk.{i}.*", MTP, beside="nextn.eh_proj.weight")

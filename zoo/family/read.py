@@ -10,7 +10,7 @@ from zoo.config import Config, rope
 from zoo.config import rope_parameters as rope_parameters
 from zoo.config import yarn_mscale as yarn_mscale
 from zoo.soundness import layer_count as layer_count
-from zoo.spec import Rope, Rounding
+from zoo.spec import Norm, Rope, Rounding
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Kinds of layers, as configs call them in `layer_types`."""
@@ -29,6 +29,12 @@ def dtype(*configs: Config) -> str | None:
 def tied(c: Config, text: Config, default: bool) -> bool:
     """Whether the head is the embedding: the wrapper's word counts before its text model's."""
     return bool(c.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
+
+
+def plus_one_norm(c: Config) -> Norm:
+    """RMS norms of (1 + w), in fp32; plain ones where the files hold 1 + w already, as a GGUF's reader says."""
+    plain = c.get("norm_weight_plus_one", False)
+    return Norm(c["rms_norm_eps"], weight="plain" if plain else "plus_one", rounding="last")
 
 
 def head_dim(c: Config) -> int:

@@ -467,7 +467,9 @@ class Probe:
     def departs_at(self, subject: Subject) -> int | None:
         """The first position of any row where the departing layer's output is off."""
         assert self.first is not None
-        theirs = self.seen.states[self.first]
+        theirs = self.seen.states.get(self.first)
+        if theirs is None:
+            return None  # a recording keeps sketches only
         with torch.inference_mode():
             model = build(subject)
             x, ctx = self._begin(model)
@@ -520,7 +522,8 @@ class Probe:
                 if mine is not None and given is not None:
                     yield from embedding_fitted(subject, mine, given)
             yield from for_layer(subject, self.first)
-            made = rows(self.seen.states[self.first], self.batch, d)
+            state = self.seen.states.get(self.first)
+            made = None if state is None else rows(state, self.batch, d)
             if made is not None:
                 yield from routed_scale_fitted(subject, self.first, self._made, made)
 

@@ -1,0 +1,71 @@
+"""Gemma 2B and 7B, CodeGemma.
+
+A Llama with
+- RMS norms that multiply by (1 + w), in fp32. GGUF files hold 1 + w already: their reader says so
+  (`norm_weight_plus_one`), and the norms are plain;
+- GEGLU in the tanh form. The releases say `gelu` and mean it: upstream and Google's own code take the tanh form;
+- embeddings multiplied by sqrt(d_model), rounded to their dtype first; a tied head;
+- `head_dim` (256) a field of its own; the 2B has one key/value head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Spec, gguf, hf, read, rules
+
+
+def spec(c: Config) -> Spec:
+    c.refuse(use_bidirectional_attention=False)
+    d, head_dim = c["hidden_size"], c["head_dim"]
+    norm = read.plus_one_norm(c)
+    attention = Attention(
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c["num_key_value_heads"],
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=read.whole_rope(c, read.rope_parameters(c), head_dim),
+        qkv_bias=c.get("attention_bias", False),
+        out_bias=c.get("attention_bias", False),
+    )
+    for key in (
+        "hidden_act",
+        "hidden_activation",
+    ):  # some copies have the second, which was meant to mend the first
+        c.choice(key, ("gelu", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+    mlp = MLP(c["intermediate_size"], "gelu_tanh")
+    return Spec(
+        family="gemma",
+        d_model=d,
+        vocab_size=c["vocab_size"],
+        layers=(Layer(attention, mlp, attn_norm=norm, ffn_norm=norm),) * c["num_hidden_layers"],
+        norm=norm,
+        tied=c.get("tie_word_embeddings", True),
+        context_length=c["max_position_embeddings"],
+        embed_scale=d**0.5,
+        dtype=read.dtype(c),
+    )
+
+
+RULES = {
+    "hf": rules(
+        ("embed.weight", "model.embed_tokens.weight"),
+        ("head.weight", "lm_head.weight"),
+        *hf.plus_one(("norm.weight", "model.norm.weight"), *hf.PRE_NORMS),
+        *hf.ATTENTION,
+        *hf.MLP,
+        hf.INV_FREQ,
+    ),
+    "gguf": rules(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.attention(interleaved=False), *gguf.MLP),
+}
+
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "head_dim": gguf.head_dim(f, out),
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_weight_plus_one": True,
+    }
+
+
+FAMILY = Family("gemma", ("gemma",), ("GemmaForCausalLM",), spec, RULES, gguf={"gemma": gguf_config})

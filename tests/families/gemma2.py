@@ -1,0 +1,52 @@
+"""Gemma 2. Its upstream class is eager only: sdpa has no soft cap.
+
+Norms are (1 + w); embeddings are scaled; layers alternate, a window first.
+"""
+
+from __future__ import annotations
+
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, rope
+from zoo.testing.released import drop, flat_rope
+from zoo.testing.variant import Settings
+
+# fmt: off
+
+_GEMMA2 = BASE | {
+    "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
+    "intermediate_size": 52, "num_hidden_layers": 4, "rope_parameters": rope(613.0),
+    "sliding_window": 7, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 1.7, "final_logit_softcapping": 4.1,
+}
+
+# fmt: on
+
+
+def released(config: Settings) -> Settings:
+    if config["layer_types"][0] == SLIDING:
+        drop(config, "layer_types")
+    drop(config, "use_bidirectional_attention", "tie_word_embeddings")
+    return flat_rope(config) | {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}
+
+
+# fmt: off
+CASE = FamilyCase(
+    "gemma2",
+    (
+        Variant("gemma2", "Gemma2ForCausalLM", _GEMMA2,
+            "four (1 + w) norms, both soft caps (they act often), a window on every other layer", eager_only=True),
+        Variant("gemma2_uncapped", "Gemma2ForCausalLM",
+            _GEMMA2 | {
+                "num_hidden_layers": 3, "query_pre_attn_scalar": 13, "attn_logit_softcapping": None,
+                "final_logit_softcapping": None, "layer_types": [FULL, SLIDING, FULL], "attention_bias": True,
+            },
+            "no caps, a full layer first, biases: what no release has", eager_only=True,
+            rounds_otherwise="without caps ours runs as one sdpa kernel, upstream eager: 0.05 apart, and upstream has no spread"),
+    ),
+    layer_kinds=frozenset({FULL, SLIDING}),
+    refused=(
+        ("gemma2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma2-2b", {"hidden_activation": "quick_gelu"}, "hidden_activation is 'quick_gelu'"),
+        ("gemma2-2b", {"sliding_window": None}, "'sliding_window' is missing"),
+    ),
+    released_text=released,
+)
+# fmt: on
