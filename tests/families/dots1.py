@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from families.hy_v3 import ROUNDS
+from families.deepseek_v3 import ROUNDS
 from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, rope
 from zoo.testing.released import drop, drop_default, flat_rope, implied_head_dim
 from zoo.testing.variant import Settings

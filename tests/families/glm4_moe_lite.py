@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from families.deepseek_v3 import mtp
-from families.hy_v3 import ROUNDS
+from families.deepseek_v3 import ROUNDS, mtp
 from zoo.testing import BASE, FamilyCase, Variant, rope, yarn
 from zoo.testing.released import drop, drop_default, flat_rope
 from zoo.testing.variant import Settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from families.deepseek_v3 import mtp
+from families.deepseek_v3 import ROUNDS, mtp
 from zoo.testing import BASE, FamilyCase, Variant, rope
 from zoo.testing.released import drop, drop_default
 from zoo.testing.variant import Settings
@@ -38,8 +38,6 @@ def released(config: Settings) -> Settings:
 
 
 # fmt: off
-ROUNDS = "upstream rounds what each expert gives, times its weight, before it adds it; here the sum alone is rounded"
-
 CASE = FamilyCase(
     "hy_v3",
     (
