@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
-from zoo.model import Decoder
+from zoo.model import Decoder, moe
+from zoo.model.ffn import activate
+from zoo.model.linear import Stacked
+from zoo.spec import MoE
 from zoo.verify.float64 import logits_of
 from zoo.verify.tolerance import FACTOR, FLOOR_FP32
 
@@ -21,3 +28,39 @@ def agree(made: Tensor, other: Tensor, model: Decoder, ids: Tensor) -> bool:
 
 def far(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
+
+
+@contextlib.contextmanager
+def experts_summed_as_upstream() -> Iterator[None]:
+    """Meanwhile a token's experts are summed as upstream's loop over experts sums them: one after the other, each term and
+    each sum rounded to the model's dtype. Ours keeps the sum in fp32 (and so do upstream's other kernels, each in an order
+    of its own): the nearer to what the weights stand for, but no place to compare all other roundings to the bit."""
+    ours, moe.experts = moe.experts, _one_after_the_other
+    try:
+        yield
+    finally:
+        moe.experts = ours
+
+
+def _one_after_the_other(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Stacked,
+    down: Stacked,
+    spec: MoE,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `zoo.model.moe.experts`."""
+    out = torch.zeros_like(x)
+    for e in range(spec.n_experts):
+        tokens, k = (chosen == e).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        share, of = weights[tokens, k, None], (torch.tensor([e]), torch.tensor([len(tokens)]))
+        h = up(x[tokens] * share.to(x.dtype) if spec.weight_input else x[tokens], *of)
+        y = down(activate(h, spec.expert), *of)
+        out.index_add_(0, tokens, (y if spec.weight_input else y * share).to(x.dtype))
+    out = out if shared is None else shared + out
+    return out if residual is None else residual + out
