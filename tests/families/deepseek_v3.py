@@ -72,23 +72,21 @@ def released(config: Settings) -> Settings:
 
 # fmt: off
 # What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
-_ROUNDS = "0.7 to 0.9 of the spread between upstream's two attentions; the cause is not known yet"
-
 CASE = FamilyCase(
     "deepseek_v3",
     (
         Variant("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK | _NO_MTP,
             "MLA with query latent, interleaved RoPE, YaRN with mscale and mscale_all_dim (two separate "
-            "effects), groups", rounds_otherwise=_ROUNDS),
+            "effects), groups"),
         Variant("deepseek_v3_noqlora", "DeepseekV3ForCausalLM",
             _DEEPSEEK | _NO_MTP | {
                 "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "n_group": 2,
                 "topk_group": 1, "first_k_dense_replace": 2, "n_shared_experts": 1, "rope_parameters": rope(83.0),
             },
-            "q_proj instead of the latent, half-split RoPE unscaled, router weights not renormalised", rounds_otherwise=_ROUNDS),
+            "q_proj instead of the latent, half-split RoPE unscaled, router weights not renormalised"),
         Variant("deepseek_v3_mtp", "DeepseekV3ForCausalLM",
             _DEEPSEEK | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1},
-            "with the extra layer that predicts a second token, as model.layers.3.*", mtp=1, rounds_otherwise=_ROUNDS),
+            "with the extra layer that predicts a second token, as model.layers.3.*", mtp=1),
         Variant("kimi_k2", "DeepseekV3ForCausalLM",
             _DEEPSEEK | _NO_MTP | {
                 "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1,
@@ -96,7 +94,7 @@ CASE = FamilyCase(
                 "rope_parameters": yarn(83.0, 6.0, 64, 3.6, 0.36, mscale=0.7, mscale_all_dim=0.7),
             },
             "model_type kimi_k2 in config.json; transformers knows it as deepseek_v3",
-            rewrite={"model_type": "kimi_k2"}, rounds_otherwise=_ROUNDS),
+            rewrite={"model_type": "kimi_k2"}),
     ),
     grouped=False,
     classes={"kimi_k2": "DeepseekV3ForCausalLM"},

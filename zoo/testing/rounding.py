@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from zoo.model import Decoder, moe
+from zoo.model import Decoder, attention, moe
 from zoo.model.ffn import activate
 from zoo.model.linear import Stacked
 from zoo.spec import MoE
@@ -31,15 +32,37 @@ def far(a: Tensor, b: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def experts_summed_as_upstream() -> Iterator[None]:
-    """Meanwhile a token's experts are summed as upstream's loop over experts sums them: one after the other, each term and
-    each sum rounded to the model's dtype. Ours keeps the sum in fp32 (and so do upstream's other kernels, each in an order
-    of its own): the nearer to what the weights stand for, but no place to compare all other roundings to the bit."""
-    ours, moe.experts = moe.experts, _one_after_the_other
+def sums_as_upstream(eager: bool, experts: bool) -> Iterator[None]:
+    """Meanwhile ours adds up in upstream's order, so that all other roundings can be compared to the bit.
+
+    eager: attention is written out, for a class that has no other; else v keeps its width (ours pads it, which takes
+      another path of torch's). experts: a token's experts are summed as upstream's loop sums them, one after the other,
+      each sum rounded to the model's dtype. Ours keeps that sum in fp32, as upstream's other kernels do in orders of their
+      own: nearer to what the weights stand for.
+    """
+    was = attention._sdpa, moe.experts
+    attention._sdpa = _written_out if eager else _unpadded
+    if experts:
+        moe.experts = _one_after_the_other
     try:
         yield
     finally:
-        moe.experts = ours
+        attention._sdpa, moe.experts = was
+
+
+def _unpadded(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """As `zoo.model.attention._sdpa`."""
+    gqa = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, scale=scale, enable_gqa=gqa)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """As `zoo.model.attention._sdpa`."""
+    if causal:
+        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return attention._written_out(q, k, v, allowed, scale, None, None, None, None)
 
 
 def _one_after_the_other(

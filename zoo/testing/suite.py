@@ -8,7 +8,6 @@ Tests with the argument `variant` run once per variant of the case, those with `
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -37,7 +36,7 @@ from . import build, full_size, names, released
 from .assemble import assemble, view
 from .built import Built, built, checkpoint, decoder
 from .case import FamilyCase
-from .rounding import agree, experts_summed_as_upstream
+from .rounding import agree, sums_as_upstream
 from .variant import Variant
 
 # Constants of the architectures, and the values that class defaults and releases have for them. At least one
@@ -454,13 +453,13 @@ class FamilySuite:
         assert ours <= 1.2 * theirs
 
     def test_bf16_rounds_where_upstream_rounds(self, variant: Variant) -> None:
-        """With the same attention kernel, and experts summed in the same order, most logits are equal to the bit; a norm
+        """With the same attention kernel, and sums in the same order, most logits are equal to the bit; a norm
         that scales in fp32 where upstream scales in bf16, or a RoPE table in another dtype, ends that. A variant of which this can't be asked
         says why, and is held to upstream's own spread by the test above."""
         if variant.rounds_otherwise:
             pytest.skip(variant.rounds_otherwise)
         b = self.sides(variant, "bfloat16")
-        with experts_summed_as_upstream() if self.case.sums_rounded else contextlib.nullcontext():
+        with sums_as_upstream(variant.eager_only, self.case.sums_rounded):
             logits = decoder(b.spec, b.tensors)(b.ids)
         ours = quantiles(logits, b.upstream["sdpa"])[0]
         assert ours <= 0.5 * quantiles(b.upstream["eager"], b.upstream["sdpa"])[0]
