@@ -1,4 +1,4 @@
-"""DeepSeek-V3, V3-0324, V3.1, R1, and Kimi K2, which is the same architecture under `model_type: kimi_k2`.
+"""DeepSeek-V3, V3-0324, V3.1, R1, and Kimi K2 to K2.7, which are the same architecture under `model_type: kimi_k2`.
 
 What is unusual:
 - Multi-head latent attention. The norms of both latents have a fixed eps of 1e-6, not `rms_norm_eps`.
@@ -9,8 +9,8 @@ What is unusual:
   magnitude squared.
 - Sigmoid router with a selection bias and groups; the first layers are dense; shared experts beside the others.
 - Releases are fp8 in 128x128 blocks, Kimi K2 Thinking int4 in groups of 32. A multi-token-prediction layer
-  follows the last one (DeepSeek); every layer has an inverse-frequency buffer (Kimi K2). Kimi K2.5 wraps the
-  same model, under `language_model.`.
+  follows the last one (DeepSeek); every layer has an inverse-frequency buffer (Kimi K2). Kimi K2.5, 2.6 and 2.7
+  wrap the same model (`kimi_k25`, the text in `text_config`), under `language_model.` beside what sees images.
 - In a GGUF the keys' up-projection may be apart from the values', and transposed per head.
 """
 
@@ -27,6 +27,7 @@ from zoo.family import (
     Mixer,
     MoE,
     Norm,
+    Rounding,
     Router,
     RuleLine,
     Spec,
@@ -50,8 +51,10 @@ def spec(config: Config) -> Spec:
     return decoder("deepseek_v3", c, mixer, router(c), wrapper=config)
 
 
-def latent_attention(c: Config, interleaved: bool = True, **more: Any) -> LatentAttention:
-    """MLA; `more` are fields of LatentAttention that other families with it add."""
+def latent_attention(
+    c: Config, interleaved: bool = True, rounding: Rounding = "first", **more: Any
+) -> LatentAttention:
+    """MLA; `rounding` is that of its RoPE, `more` are fields of LatentAttention that other families with it add."""
     p = read.rope_parameters(c)
     nope, rotary = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
     scale = (nope + rotary) ** -0.5
@@ -66,25 +69,31 @@ def latent_attention(c: Config, interleaved: bool = True, **more: Any) -> Latent
         v_head_dim=c["v_head_dim"],
         scale=scale,
         latent_norm=Norm(LATENT_EPS),
-        rope=read.rope(c, p, rotary, interleaved=interleaved),
+        rope=read.rope(c, p, rotary, interleaved=interleaved, rounding=rounding),
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
         **more,
     )
 
 
-def decoder(family: str, c: Config, mixer: Mixer, router: Router, wrapper: Config | None = None) -> Spec:
-    """The decoder around it: pre-norms, dense layers first, then experts with shared ones beside them."""
+def decoder(
+    family: str, c: Config, mixer: Mixer | list[Mixer], router: Router, wrapper: Config | None = None
+) -> Spec:
+    """The decoder around it: pre-norms, dense layers first, then experts with shared ones beside them. `mixer`: the same in
+    every layer, or a list of each layer's."""
     c.choice("hidden_act", ("silu",))
     norm = Norm(c["rms_norm_eps"])
     dense = MLP(c["intermediate_size"])
     moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router, shared_experts(c))
+    sparse = sparse_layers(c)
+    mixers = mixer if isinstance(mixer, list) else [mixer] * len(sparse)
     return Spec(
         family=family,
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
         layers=tuple(
-            Layer(mixer, moe if s else dense, attn_norm=norm, ffn_norm=norm) for s in sparse_layers(c)
+            Layer(m, moe if s else dense, attn_norm=norm, ffn_norm=norm)
+            for m, s in zip(mixers, sparse, strict=True)
         ),
         norm=norm,
         tied=read.tied(wrapper or c, c, default=False),
@@ -123,7 +132,7 @@ def router(c: Config, scale: float | None = None) -> Router:
 
 def shared_experts(c: Config) -> MLP | None:
     """The experts that every token visits are one MLP of their widths together."""
-    n = c.get("n_shared_experts", 0)
+    n = c.first("n_shared_experts", "num_shared_experts", default=0)
     return MLP(n * c["moe_intermediate_size"]) if n else None
 
 
@@ -164,7 +173,12 @@ RULES = {
         extra("mm_projector.*", _VISION),
         prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
     ),
-    "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
+    "transformers": rules(
+        *hf.in_memory(HF, *hf.STACKED),
+        extra("model.vision_tower.*", _VISION),
+        extra("model.mm_projector.*", _VISION),
+        prefixes=({}, {"model.": "model.language_model."}),
+    ),
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,
@@ -242,7 +256,7 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     "deepseek_v3",
     ("deepseek_v3", "kimi_k2", "kimi_k25"),
-    ("DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration"),
+    ("DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
     spec,
     RULES,
     gguf={"deepseek2": gguf_config},

@@ -24,6 +24,7 @@ from zoo.family import (
     Family,
     Layer,
     Norm,
+    Rope,
     Spec,
     ZooError,
     consolidated,
@@ -38,26 +39,34 @@ from zoo.family import (
 
 def spec(c: Config) -> Spec:
     c.refuse(rope_interleaved=False)
-    d, n_heads = c["hidden_size"], c["num_attention_heads"]
-    head_dim = read.head_dim(c)
+    rope = read.whole_rope(c, read.rope_parameters(c, default_theta=10000.0), read.head_dim(c))
+    bias = c.get("attention_bias", False)
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=c.get("mlp_bias", False))
+    return decoder("llama", c, rope, mlp, qkv_bias=bias, out_bias=bias)
+
+
+def decoder(
+    family: str, c: Config, rope: Rope, mlp: MLP, *, qkv_bias: bool, out_bias: bool, tied: bool = False
+) -> Spec:
+    """The plain decoder: pre-norms, and the same attention and MLP in every layer. `tied`: where the config says nothing."""
+    n_heads, head_dim = c["num_attention_heads"], read.head_dim(c)
     norm = Norm(c["rms_norm_eps"])
     attention = Attention(
         n_heads=n_heads,
         n_kv_heads=c.get("num_key_value_heads", n_heads),
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=read.whole_rope(c, read.rope_parameters(c, default_theta=10000.0), head_dim),
-        qkv_bias=c.get("attention_bias", False),
-        out_bias=c.get("attention_bias", False),
+        rope=rope,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
     )
-    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=c.get("mlp_bias", False))
     return Spec(
-        family="llama",
-        d_model=d,
+        family=family,
+        d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
         layers=(Layer(attention, mlp, attn_norm=norm, ffn_norm=norm),) * c["num_hidden_layers"],
         norm=norm,
-        tied=c.get("tie_word_embeddings", False),
+        tied=c.get("tie_word_embeddings", tied),
         context_length=c["max_position_embeddings"],
         dtype=read.dtype(c),
     )

@@ -23,6 +23,7 @@ from zoo.family import (
     MoE,
     Norm,
     QKNorm,
+    RuleLine,
     Spec,
     cat,
     extra,
@@ -39,8 +40,38 @@ from . import qwen3_moe
 def spec(c: Config) -> Spec:
     c.choice("hidden_act", ("silu",))
     c.refuse(use_sliding_window=False)
-    head_dim, p = c["head_dim"], read.rope_parameters(c)
-    norm = Norm(c["rms_norm_eps"], weight="plus_one", rounding="last")
+    norm = plus_one(c)
+    dense = MLP(c["intermediate_size"])
+    moe = MoE(
+        read.n_experts(c),
+        MLP(c["moe_intermediate_size"]),
+        qwen3_moe.router(c, normalize=True),
+        shared=MLP(c["shared_expert_intermediate_size"]),
+        shared_gate=True,
+    )
+    return Spec(
+        family="qwen3_next",
+        d_model=c["hidden_size"],
+        vocab_size=c["vocab_size"],
+        layers=tuple(
+            Layer(mixer, moe if s else dense, attn_norm=norm, ffn_norm=norm)
+            for mixer, s in zip(mixers(c), qwen3_moe.sparse(c), strict=True)
+        ),
+        norm=norm,
+        tied=c.get("tie_word_embeddings", False),
+        context_length=c["max_position_embeddings"],
+        dtype=read.dtype(c),
+    )
+
+
+def plus_one(c: Config) -> Norm:
+    """Every norm but DeltaNet's own."""
+    return Norm(c["rms_norm_eps"], weight="plus_one", rounding="last")
+
+
+def mixers(c: Config) -> list[Mixer]:
+    """Of each layer: gated attention, or gated DeltaNet."""
+    head_dim, p, norm = c["head_dim"], read.rope_parameters(c), plus_one(c)
     attention = Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],
@@ -62,35 +93,13 @@ def spec(c: Config) -> Spec:
         out_gate="silu",
         out_norm=Norm(norm.eps),
     )
-    mixers: dict[str, Mixer] = {read.FULL: attention, read.LINEAR: delta}
-    types = read.layer_types(c, read.every(c.get("full_attention_interval", 4), read.LINEAR), mixers)
-    dense = MLP(c["intermediate_size"])
-    moe = MoE(
-        read.n_experts(c),
-        MLP(c["moe_intermediate_size"]),
-        qwen3_moe.router(c, normalize=True),
-        shared=MLP(c["shared_expert_intermediate_size"]),
-        shared_gate=True,
-    )
-    return Spec(
-        family="qwen3_next",
-        d_model=c["hidden_size"],
-        vocab_size=c["vocab_size"],
-        layers=tuple(
-            Layer(mixers[t], moe if s else dense, attn_norm=norm, ffn_norm=norm)
-            for t, s in zip(types, qwen3_moe.sparse(c), strict=True)
-        ),
-        norm=norm,
-        tied=c.get("tie_word_embeddings", False),
-        context_length=c["max_position_embeddings"],
-        dtype=read.dtype(c),
-    )
+    kinds: dict[str, Mixer] = {read.FULL: attention, read.LINEAR: delta}
+    types = read.layer_types(c, read.every(c.get("full_attention_interval", 4), read.LINEAR), kinds)
+    return [kinds[t] for t in types]
 
 
 _A, _D, _M = "model.layers.{i}.self_attn.", "model.layers.{i}.linear_attn.", "model.layers.{i}.mlp."
-HF = (
-    *hf.ENDS,
-    *hf.PRE_NORMS,
+GATED_ATTENTION: tuple[RuleLine, ...] = (
     *(
         (
             f"layers.{{i}}.attn.qkv.{w}",
@@ -101,18 +110,25 @@ HF = (
     ("layers.{i}.attn.out.weight", _A + "o_proj.weight"),
     ("layers.{i}.attn.out.bias", _A + "o_proj.bias"),
     *hf.QK_NORM,
-    ("layers.{i}.delta.qkvz.weight", ungroup(_D + "in_proj_qkvz.weight", "n_k_heads", 4)),
-    ("layers.{i}.delta.ba.weight", ungroup(_D + "in_proj_ba.weight", "n_k_heads", 2)),
+)
+DELTA: tuple[RuleLine, ...] = (  # all but its projections of x
     ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
     ("layers.{i}.delta.A_log", _D + "A_log"),
     ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
     ("layers.{i}.delta.norm.weight", _D + "norm.weight"),
     ("layers.{i}.delta.out.weight", _D + "out_proj.weight"),
+)
+HF = (
+    *hf.ENDS,
+    *hf.PRE_NORMS,
+    *GATED_ATTENTION,
+    ("layers.{i}.delta.qkvz.weight", ungroup(_D + "in_proj_qkvz.weight", "n_k_heads", 4)),
+    ("layers.{i}.delta.ba.weight", ungroup(_D + "in_proj_ba.weight", "n_k_heads", 2)),
+    *DELTA,
     *hf.MLP,
     ("layers.{i}.moe.router.weight", _M + "gate.weight"),
     *hf.NUMBERED,
-    *hf.gated_mlp("layers.{i}.moe.shared", _M + "shared_expert"),
-    ("layers.{i}.moe.shared_gate.weight", _M + "shared_expert_gate.weight"),
+    *hf.SHARED_EXPERT,
     extra("mtp.*", hf.MTP),
 )
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}

@@ -6,6 +6,7 @@ Releases hold their prediction layer as one more layer, which upstream leaves un
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from zoo.mapping.plan import match
 from zoo.spec import LatentAttention
 from zoo.testing import BASE, FamilyCase, Listed, Variant, build, names, rope, yarn
 from zoo.testing.assemble import assemble, view
+from zoo.testing.build import rename
 from zoo.testing.full_size import read, refs
 from zoo.testing.names import Config, Tensor
 from zoo.testing.released import drop, drop_default, flat_rope
-from zoo.testing.variant import Settings
+from zoo.testing.variant import Draw, Settings, Tensors
 
 # fmt: off
 
@@ -34,6 +36,18 @@ _DEEPSEEK = BASE | _MLA | {
     "rope_parameters": yarn(97.0, 7.0, 64, 3.6, 0.36, mscale=0.8, mscale_all_dim=0.6),
 }
 _NO_MTP = {"num_nextn_predict_layers": 0}
+_KIMI = _DEEPSEEK | _NO_MTP | {
+    "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "num_hidden_layers": 3,
+    "rope_parameters": yarn(83.0, 6.0, 64, 3.6, 0.36, mscale=0.7, mscale_all_dim=0.7),
+}
+_MOON_VIT = {
+    "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 20, "patch_size": 4,
+    "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2,
+}
+_MOON_IDS = {  # of images and videos beyond the vocabulary: upstream embeds these two as id 0
+    "projection_hidden_size": 24, "tie_word_embeddings": False, "image_token_id": 131, "video_token_id": 132,
+    "vision_start_token_id": 128, "vision_end_token_id": 127,
+}
 
 # fmt: on
 
@@ -59,6 +73,21 @@ def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
     return out
 
 
+def kimi_name(name: str) -> str:
+    """Of Kimi K2.5's wrapper transformers 5.23 writes the text's layers as `blocks`, as the vision tower's are called,
+    and one norm of the projector under `model.`; neither is so in a release."""
+    name = re.sub(r"^language_model\.model\.blocks\.", "language_model.model.layers.", name)
+    return re.sub(r"^model\.mm_projector\.", "mm_projector.", name)
+
+
+def kimi_renamed(case: FamilyCase, tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    return {kimi_name(name): t for name, t in tensors.items()}
+
+
+def kimi_release(tensors: Tensors, config: Settings, draw: Draw) -> None:
+    rename(tensors, kimi_name)
+
+
 def released(config: Settings) -> Settings:
     drop_default(config, rope_interleave=True)
     drop(config, "head_dim", "mlp_layer_types", "layer_types", "mlp_bias", "output_router_logits")
@@ -71,7 +100,6 @@ def released(config: Settings) -> Settings:
 
 
 # fmt: off
-# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 CASE = FamilyCase(
     "deepseek_v3",
     (
@@ -88,18 +116,19 @@ CASE = FamilyCase(
             _DEEPSEEK | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1},
             "with the extra layer that predicts a second token, as model.layers.3.*", mtp=1),
         Variant("kimi_k2", "DeepseekV3ForCausalLM",
-            _DEEPSEEK | _NO_MTP | {
-                "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1,
-                "num_hidden_layers": 3,
-                "rope_parameters": yarn(83.0, 6.0, 64, 3.6, 0.36, mscale=0.7, mscale_all_dim=0.7),
-            },
+            _KIMI,
             "model_type kimi_k2 in config.json; transformers knows it as deepseek_v3",
             rewrite={"model_type": "kimi_k2"}),
+        Variant("kimi_k25", "Kimi_K25ForConditionalGeneration",
+            {"text_config": _KIMI | {"model_type": "deepseek_v3", "moe_intermediate_size": 24}, "vision_config": _MOON_VIT, **_MOON_IDS},
+            "the wrapper of K2.5 and later: language_model.* with a vision tower and a projector beside it",
+            release=kimi_release),
     ),
     grouped=False,
     classes={"kimi_k2": "DeepseekV3ForCausalLM"},
     kept_in_fp32=frozenset({"e_score_correction_bias"}),
     mtp=mtp,
+    released=kimi_renamed,
     listed={
         "deepseek-r1": Listed("deepseek-r1", frozenset({"model"})),
         "kimi-k2-instruct": Listed("kimi-k2-instruct", frozenset({"rotary"})),

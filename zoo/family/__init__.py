@@ -49,6 +49,7 @@ from zoo.spec import (
     QueryScale,
     Rope,
     RopeScaling,
+    Rounding,
     Router,
     ShortConv,
     Spec,
@@ -57,6 +58,6 @@ from zoo.spec import (
 __all__ = [
     "FFN", "MLP", "Alibi", "AltUp", "Attention", "Config", "DeltaNet", "Disagreement", "Expr", "Family", "Indexer",
     "LatentAttention", "Layer", "Mamba", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
-    "RopeScaling", "Router", "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
+    "RopeScaling", "Rounding", "Router", "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
     "flatten", "per_head", "ranks", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
 ]  # fmt: skip

@@ -112,6 +112,12 @@ STACKED: tuple[RuleLine, ...] = (
 )
 """Experts as transformers 5 has them in memory, whatever their release's names are."""
 
+SHARED_EXPERT: tuple[RuleLine, ...] = (
+    *gated_mlp("layers.{i}.moe.shared", "model.layers.{i}.mlp.shared_expert"),
+    ("layers.{i}.moe.shared_gate.weight", "model.layers.{i}.mlp.shared_expert_gate.weight"),
+)
+"""Qwen's expert that every token visits, with a gate of its own."""
+
 
 def in_memory(released: Iterable[RuleLine], *held: RuleLine) -> tuple[RuleLine, ...]:
     """The lines of a release with `held` in place of those for the same canonical tensors: transformers 5's own names,

@@ -149,4 +149,4 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_BESIDE = re.compile(r"vision|audio|multi_modal|projector|embed_vision|embed_audio")
+_BESIDE = re.compile(r"vision|visual|audio|multi_modal|projector|embed_vision|embed_audio")

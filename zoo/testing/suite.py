@@ -267,16 +267,16 @@ class FamilySuite:
             widths |= set(value if isinstance(value, list) else [value]) - {0}
         assert not [(a, b) for a in widths for b in widths if a < b and b % a == 0]
         derived = heads * head_dim(config) == config.hidden_size
-        by_design = r"attn.c_proj|altup_\w*projections|coefs|vision|multi_modal"
+        by_design = r"attn.c_proj|altup_\w*projections|coefs|vision|visual|multi_modal|mm_projector"
         may_be_square = re.compile(by_design + (r"|[qo]_proj" if derived else ""))
         state = variant.build()[1]._from_config(variant.build()[0]).state_dict()
         square = [k for k, t in state.items() if t.ndim > 1 and t.shape[-1] == t.shape[-2]]
         assert not [k for k in square if not may_be_square.search(k)]
         if getattr(config, "n_group", None) is not None and config.n_group > 1:
             assert config.topk_group < config.n_group
-            assert (
-                config.num_experts_per_tok <= config.topk_group * config.num_local_experts // config.n_group
-            )
+            experts = getattr(config, "n_routed_experts", None) or config.num_local_experts
+            eligible = experts // config.n_group * config.topk_group
+            assert config.num_experts_per_tok <= eligible
         for limit in ("sliding_window", "attention_chunk_size", "index_topk", "chunk_size", "floor_scale"):
             value = getattr(config, limit, None)
             assert value is None or variant.seq_len > 2 * value

@@ -1,0 +1,117 @@
+"""Qwen3.5 with experts: stacked in bf16 releases, as in memory; one by one where they are quantised."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from families import qwen3_5
+from zoo import families
+from zoo.testing import FULL, LINEAR, FamilyCase, Variant, names
+from zoo.testing.full_size import account, mixers, read, refs
+from zoo.testing.names import Config, Tensor
+from zoo.testing.variant import Draw, Settings, Shapes, Tensors
+
+
+def stacked(name: str) -> tuple[str, int | None, str]:
+    """A stacked tensor's name, and of which expert and projection it holds this one; others as they are."""
+    found = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+    if found is None:
+        return name, None, ""
+    return f"{found[1]}.{'down' if found[3] == 'down' else 'gate_up'}_proj", int(found[2]), found[3]
+
+
+def as_released(case: FamilyCase, tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """`save_pretrained` takes the experts apart; bf16 releases hold them as they are in memory."""
+    out = {}
+    for name, t in tensors.items():
+        whole, expert, part = stacked(name)
+        if expert is None:
+            out[name] = t
+        elif part != "up":
+            experts = names.text_config(config)["num_experts"]
+            rows, columns = t.shape
+            out[whole] = Tensor(t.dtype, (experts, rows * (2 if part == "gate" else 1), columns))
+    return out
+
+
+def one_by_one(shapes: Shapes) -> Shapes:
+    """Stacked experts taken apart again."""
+    out: Shapes = {}
+    for name, shape in shapes.items():
+        base, _, leaf = name.rpartition(".")
+        if leaf == "gate_up_proj":
+            experts, both, d = shape
+            parts = {"gate_proj": (both // 2, d), "up_proj": (both // 2, d)}
+        elif leaf == "down_proj":
+            experts, *rest = shape
+            parts = {leaf: tuple(rest)}
+        else:
+            out[name] = shape
+            continue
+        out |= {f"{base}.{e}.{part}.weight": each for e in range(experts) for part, each in parts.items()}
+    return out
+
+
+def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
+    return as_released(case, qwen3_5.mtp(case, config, count), config)
+
+
+def stack_experts(tensors: Tensors, config: Settings, draw: Draw) -> None:
+    """The same of a tiny checkpoint's tensors."""
+    parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name in list(tensors):
+        whole, expert, part = stacked(name)
+        if expert is not None:
+            parts.setdefault(whole, {}).setdefault(expert, {})[part] = tensors.pop(name)
+    for whole, experts in parts.items():
+        each = [experts[e] for e in sorted(experts)]
+        tensors[whole] = torch.stack(
+            [torch.cat([x[part] for part in ("gate", "up", "down") if part in x]) for x in each]
+        )
+
+
+# fmt: off
+
+_MOE = qwen3_5.TEXT | {
+    "moe_intermediate_size": 28, "shared_expert_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2,
+}
+
+CASE = FamilyCase(
+    "qwen3_5_moe",
+    (
+        Variant("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration",
+            {"text_config": _MOE, **qwen3_5.WRAPPER},
+            "the wrapper, with its vision tower and mtp.*; stacked experts, gated shared expert",
+            seq_len=70, mtp=1, image_token=130, release=stack_experts),
+        Variant("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
+            _MOE | {
+                "linear_num_value_heads": 4, "layer_types": [LINEAR, FULL, LINEAR], "num_hidden_layers": 3,
+                "num_experts": 5,
+            },
+            "the text model alone, its experts one by one; 2 value heads per key head", seq_len=70, listed=one_by_one),
+    ),
+    layer_kinds=frozenset({FULL, LINEAR}),
+    released_text=qwen3_5.released,
+    keeps={"qwen3_5_moe_text": ("rope_parameters",)},
+    released=as_released,
+    mtp=mtp,
+    mtp_layers={"qwen3.5-35b-a3b": 1, "qwen3.5-122b-a10b": 1, "qwen3.5-397b-a17b": 1},
+    refused=(
+        ("qwen3.5-35b-a3b", {"norm_topk_prob": False, "scoring_func": "sigmoid"}, "scoring_func is sigmoid"),
+        ("qwen3.5-35b-a3b", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+    ),
+)
+# fmt: on
+
+
+def test_every_fourth_layer_of_qwen3_5_moe_is_attention() -> None:
+    assert mixers(families.spec_of(read("qwen3.5-35b-a3b"))) == "ddda" * 10
+
+
+def test_experts_may_lie_one_by_one() -> None:
+    config = read("qwen3.5-35b-a3b")
+    shapes = one_by_one({name: t.shape for name, t in CASE.released_tensors(config).items()})
+    tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
+    assert all(name.startswith("model.visual.") for name in account(config, refs(tensors)).extras)
