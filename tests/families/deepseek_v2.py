@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from families.deepseek_v3 import ROUNDS
 from zoo.testing import BASE, FamilyCase, Variant, rope, yarn
 from zoo.testing.released import drop, drop_default, flat_rope
 from zoo.testing.variant import Settings
@@ -32,15 +31,14 @@ CASE = FamilyCase(
     "deepseek_v2",
     (
         Variant("deepseek_v2", "DeepseekV2ForCausalLM", _V2,
-            "MLA with query latent, RoPE in fp32, YaRN with mscale, softmax router limited to the groups of the best experts",
-            rounds_otherwise=ROUNDS),
+            "MLA with query latent, RoPE in fp32, YaRN with mscale, softmax router limited to the groups of the best experts"),
         Variant("deepseek_v2_lite", "DeepseekV2ForCausalLM",
             _V2 | {
                 "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "n_routed_experts": 6,
                 "first_k_dense_replace": 2, "attention_bias": True, "tie_word_embeddings": True,
                 "rope_parameters": rope(83.0),
             },
-            "q_proj instead of the latent, greedy choice, biases, tied, plain RoPE", rounds_otherwise=ROUNDS),
+            "q_proj instead of the latent, greedy choice, biases, tied, plain RoPE"),
     ),
     grouped=False,
     released_text=released,

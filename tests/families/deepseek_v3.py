@@ -100,31 +100,29 @@ def released(config: Settings) -> Settings:
 
 
 # fmt: off
-ROUNDS = "upstream rounds what each expert gives, times its weight, before it adds it; here the sum alone is rounded"
-
 CASE = FamilyCase(
     "deepseek_v3",
     (
         Variant("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK | _NO_MTP,
             "MLA with query latent, interleaved RoPE, YaRN with mscale and mscale_all_dim (two separate "
-            "effects), groups", rounds_otherwise=ROUNDS),
+            "effects), groups"),
         Variant("deepseek_v3_noqlora", "DeepseekV3ForCausalLM",
             _DEEPSEEK | _NO_MTP | {
                 "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "n_group": 2,
                 "topk_group": 1, "first_k_dense_replace": 2, "n_shared_experts": 1, "rope_parameters": rope(83.0),
             },
-            "q_proj instead of the latent, half-split RoPE unscaled, router weights not renormalised", rounds_otherwise=ROUNDS),
+            "q_proj instead of the latent, half-split RoPE unscaled, router weights not renormalised"),
         Variant("deepseek_v3_mtp", "DeepseekV3ForCausalLM",
             _DEEPSEEK | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1},
-            "with the extra layer that predicts a second token, as model.layers.3.*", mtp=1, rounds_otherwise=ROUNDS),
+            "with the extra layer that predicts a second token, as model.layers.3.*", mtp=1),
         Variant("kimi_k2", "DeepseekV3ForCausalLM",
             _KIMI,
             "model_type kimi_k2 in config.json; transformers knows it as deepseek_v3",
-            rewrite={"model_type": "kimi_k2"}, rounds_otherwise=ROUNDS),
+            rewrite={"model_type": "kimi_k2"}),
         Variant("kimi_k25", "Kimi_K25ForConditionalGeneration",
             {"text_config": _KIMI | {"model_type": "deepseek_v3", "moe_intermediate_size": 24}, "vision_config": _MOON_VIT, **_MOON_IDS},
             "the wrapper of K2.5 and later: language_model.* with a vision tower and a projector beside it",
-            release=kimi_release, rounds_otherwise=ROUNDS),
+            release=kimi_release),
     ),
     grouped=False,
     classes={"kimi_k2": "DeepseekV3ForCausalLM"},

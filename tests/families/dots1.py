@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from families.deepseek_v3 import ROUNDS
 from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, rope
 from zoo.testing.released import drop, drop_default, flat_rope, implied_head_dim
 from zoo.testing.variant import Settings
@@ -35,14 +34,13 @@ CASE = FamilyCase(
     "dots1",
     (
         Variant("dots1", "Dots1ForCausalLM", _DOTS,
-            "per-head QK norm, DeepSeek's router without groups, two shared experts, first layer dense",
-            rounds_otherwise=ROUNDS),
+            "per-head QK norm, DeepSeek's router without groups, two shared experts, first layer dense"),
         Variant("dots1_window", "Dots1ForCausalLM",
             _DOTS | {
                 "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "norm_topk_prob": False, "attention_bias": True,
                 "sliding_window": 7, "max_window_layers": 2, "first_k_dense_replace": 2, "tie_word_embeddings": True,
             },
-            "windows on the last two layers, groups, not renormalised, biases, tied", rounds_otherwise=ROUNDS),
+            "windows on the last two layers, groups, not renormalised, biases, tied"),
     ),
     main="dots1_window",
     layer_kinds=frozenset({FULL, SLIDING}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from families.deepseek_v3 import ROUNDS, mtp
+from families.deepseek_v3 import mtp
 from zoo.testing import BASE, FamilyCase, Variant, rope, yarn
 from zoo.testing.released import drop, drop_default, flat_rope
 from zoo.testing.variant import Settings
@@ -32,7 +32,7 @@ CASE = FamilyCase(
     "glm4_moe_lite",
     (
         Variant("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _FLASH,
-            "MLA with query latent, DeepSeek's router, first layer dense; with the MTP layer", mtp=1, rounds_otherwise=ROUNDS),
+            "MLA with query latent, DeepSeek's router, first layer dense; with the MTP layer", mtp=1),
         Variant("glm4_moe_lite_groups", "Glm4MoeLiteForCausalLM",
             _FLASH | {
                 "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "norm_topk_prob": False, "q_lora_rank": None,
@@ -40,8 +40,7 @@ CASE = FamilyCase(
                 "mlp_layer_types": ["dense", "dense", "sparse"],
                 "rope_parameters": yarn(97.0, 7.0, 64, 3.6, 0.36, mscale=0.8, mscale_all_dim=0.6),
             },
-            "groups, not renormalised, q_proj instead of the latent, biases, half-split RoPE scaled by YaRN, two layers dense",
-            rounds_otherwise=ROUNDS, not_read_by_upstream="first_k_dense_replace: upstream takes one"),
+            "groups, not renormalised, q_proj instead of the latent, biases, half-split RoPE scaled by YaRN, two layers dense", not_read_by_upstream="first_k_dense_replace: upstream takes one"),
     ),
     grouped=False,
     released_text=released,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from families.deepseek_v3 import ROUNDS, mtp
+from families.deepseek_v3 import mtp
 from zoo.testing import BASE, FamilyCase, Variant, rope
 from zoo.testing.released import drop, drop_default
 from zoo.testing.variant import Settings
@@ -42,13 +42,13 @@ CASE = FamilyCase(
     "hy_v3",
     (
         Variant("hy_v3", "HYV3ForCausalLM", _HY3,
-            "QK norm, sigmoid router with a selection bias, shared expert, first layer dense; with the MTP layer", mtp=1, rounds_otherwise=ROUNDS),
+            "QK norm, sigmoid router with a selection bias, shared expert, first layer dense; with the MTP layer", mtp=1),
         Variant("hy_v3_bias", "HYV3ForCausalLM",
             _HY3 | {
                 "attention_bias": True, "num_shared_experts": 2, "tie_word_embeddings": True,
                 "num_experts": 5, "mlp_layer_types": ["dense", "dense", "sparse"],
             },
-            "biases, two shared experts, tied, two layers dense", rounds_otherwise=ROUNDS,
+            "biases, two shared experts, tied, two layers dense",
             not_read_by_upstream="first_k_dense_replace: upstream takes one"),
     ),
     released_text=released,

@@ -41,14 +41,12 @@ _MISTRAL4 = BASE | _MLA | {
 }
 
 # What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
-_ROUNDS = "0.7 to 0.9 of the spread between upstream's two attentions; the cause is not known yet"
-
 CASE = FamilyCase(
     "mistral_large3",
     (
         Variant("mistral4", "Mistral4ForCausalLM", _MISTRAL4,
             "MLA, softmax router with groups, shared experts, experts fused on disk, query scale by position",
-            seq_len=41, rounds_otherwise=_ROUNDS),
+            seq_len=41),
         Variant("mistral4_plain", "Mistral4ForCausalLM",
             _MISTRAL4 | {
                 "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False, "n_group": 2,
@@ -56,7 +54,7 @@ CASE = FamilyCase(
                 "rope_parameters": yarn(97.0, 7.0, 16, 0.9, 0.09, llama_4_scaling_beta=0.37),
             },
             "no query latent, half-split RoPE, YaRN's default attention factor, router weights not renormalised",
-            seq_len=41, rounds_otherwise=_ROUNDS),
+            seq_len=41),
         Variant("mistral_large3", "Mistral4ForCausalLM",
             _MISTRAL4 | {
                 "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1,
@@ -66,7 +64,7 @@ CASE = FamilyCase(
                 ),
             },
             "Mistral Large 3: YaRN without any magnitude (apply_scale false), no groups; released in Mistral's "
-            "own format (make_mistral_format)", seq_len=41, rounds_otherwise=_ROUNDS),
+            "own format (make_mistral_format)", seq_len=41),
     ),
     grouped=False,
     classes={"mistral4": "Mistral4ForCausalLM"},

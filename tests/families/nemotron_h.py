@@ -87,6 +87,7 @@ CASE = FamilyCase(
     ),
     main="nemotron_h_dtmin",
     layer_kinds=frozenset({FULL, LINEAR, "moe", "mlp"}),
+    sums_rounded=False,
     kept_in_fp32=frozenset({"e_score_correction_bias"}),
     mtp=mtp,
     refused=(

@@ -46,6 +46,7 @@ class FamilyCase:
     upstream_keys: changes a config's keys into those that mean the same to upstream's class.
     grouped: several query heads share a key/value head. False for MHA and MLA.
     layer_kinds: the kinds that `layer_types` must show over all variants, where layers alternate by it.
+    sums_rounded: upstream's loop over experts rounds each sum to the model's dtype.
     kept_in_fp32: last names of tensors that releases and upstream keep in fp32 in a bf16 checkpoint.
 
     Releases:
@@ -73,6 +74,7 @@ class FamilyCase:
     upstream_keys: Callable[[Settings], Settings] = _as_it_is
     grouped: bool = True
     layer_kinds: frozenset[str] = frozenset()
+    sums_rounded: bool = True
     kept_in_fp32: frozenset[str] = frozenset()
 
     released_text: Callable[[Settings], Settings] = _as_it_is

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import contextlib
+from collections.abc import Iterator
 
-from zoo.model import Decoder
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.model import Decoder, attention, moe
+from zoo.model.ffn import activate
+from zoo.model.linear import Stacked
+from zoo.spec import MoE
 from zoo.verify.float64 import logits_of
 from zoo.verify.tolerance import FACTOR, FLOOR_FP32
 
@@ -21,3 +29,61 @@ def agree(made: Tensor, other: Tensor, model: Decoder, ids: Tensor) -> bool:
 
 def far(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
+
+
+@contextlib.contextmanager
+def sums_as_upstream(eager: bool, experts: bool) -> Iterator[None]:
+    """Meanwhile ours adds up in upstream's order, so that all other roundings can be compared to the bit.
+
+    eager: attention is written out, for a class that has no other; else v keeps its width (ours pads it, which takes
+      another path of torch's). experts: a token's experts are summed as upstream's loop sums them, one after the other,
+      each sum rounded to the model's dtype. Ours keeps that sum in fp32, as upstream's other kernels do in orders of their
+      own: nearer to what the weights stand for.
+    """
+    was = attention._sdpa, moe.experts
+    attention._sdpa = _written_out if eager else _unpadded
+    if experts:
+        moe.experts = _one_after_the_other
+    try:
+        yield
+    finally:
+        attention._sdpa, moe.experts = was
+
+
+def _unpadded(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """As `zoo.model.attention._sdpa`."""
+    gqa = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, scale=scale, enable_gqa=gqa)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """As `zoo.model.attention._sdpa`."""
+    if causal:
+        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return attention._written_out(q, k, v, allowed, scale, None, None, None, None)
+
+
+def _one_after_the_other(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Stacked,
+    down: Stacked,
+    spec: MoE,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `zoo.model.moe.experts`."""
+    out = torch.zeros_like(x)
+    for e in range(spec.n_experts):
+        tokens, k = (chosen == e).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        share, of = weights[tokens, k, None], (torch.tensor([e]), torch.tensor([len(tokens)]))
+        h = up(x[tokens] * share.to(x.dtype) if spec.weight_input else x[tokens], *of)
+        y = down(activate(h, spec.expert), *of)
+        out.index_add_(0, tokens, (y if spec.weight_input else y * share).to(x.dtype))
+    out = out if shared is None else shared + out
+    return out if residual is None else residual + out
