@@ -54,10 +54,6 @@ def one_by_one(shapes: Shapes) -> Shapes:
     return out
 
 
-def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
-    return as_released(case, qwen3_5.mtp(case, config, count), config)
-
-
 def stack_experts(tensors: Tensors, config: Settings, draw: Draw) -> None:
     """The same of a tiny checkpoint's tensors."""
     parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
@@ -83,20 +79,20 @@ CASE = FamilyCase(
     (
         Variant("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration",
             {"text_config": _MOE, **qwen3_5.WRAPPER},
-            "the wrapper, with its vision tower and mtp.*; stacked experts, gated shared expert",
-            seq_len=70, mtp=1, image_token=130, release=stack_experts),
+            "the wrapper, with its vision tower and mtp.*; experts one by one, gated shared expert",
+            seq_len=70, mtp=1, image_token=130, listed=one_by_one),
         Variant("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
             _MOE | {
                 "linear_num_value_heads": 4, "layer_types": [LINEAR, FULL, LINEAR], "num_hidden_layers": 3,
                 "num_experts": 5,
             },
-            "the text model alone, its experts one by one; 2 value heads per key head", seq_len=70, listed=one_by_one),
+            "the text model alone, its experts stacked; 2 value heads per key head", seq_len=70, release=stack_experts),
     ),
     layer_kinds=frozenset({FULL, LINEAR}),
     released_text=qwen3_5.released,
     keeps={"qwen3_5_moe_text": ("rope_parameters",)},
     released=as_released,
-    mtp=mtp,
+    mtp=qwen3_5.mtp,
     mtp_layers={"qwen3.5-35b-a3b": 1, "qwen3.5-122b-a10b": 1, "qwen3.5-397b-a17b": 1},
     refused=(
         ("qwen3.5-35b-a3b", {"norm_topk_prob": False, "scoring_func": "sigmoid"}, "scoring_func is sigmoid"),
@@ -112,6 +108,6 @@ def test_every_fourth_layer_of_qwen3_5_moe_is_attention() -> None:
 
 def test_experts_may_lie_one_by_one() -> None:
     config = read("qwen3.5-35b-a3b")
-    shapes = one_by_one({name: t.shape for name, t in CASE.released_tensors(config).items()})
+    shapes = one_by_one({name: t.shape for name, t in names.released_tensors(CASE, config).items()})
     tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
     assert all(name.startswith("model.visual.") for name in account(config, refs(tensors)).extras)
