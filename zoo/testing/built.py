@@ -49,7 +49,8 @@ def checkpoint(case: FamilyCase, variant: Variant, dtype: str = "float32", **how
 
 @functools.cache
 def built(case: FamilyCase, variant: Variant, dtype: str = "float32") -> Built:
-    """Canonical tensors of a variant, and upstream's logits: "eager" in `dtype`; for bf16 also "sdpa" and
+    """Canonical tensors of a variant, and upstream's logits: "eager" in `dtype`; for bf16 also "sdpa", "batched" (sdpa,
+    and experts whose outputs are added up in fp32, as in upstream's default, where its eager ones add in bf16) and
     "fp32" (the same weights, computed in fp32)."""
     ids = build.tokens(variant, batch=2 if dtype == "float32" else 8)
     path = checkpoint(case, variant, dtype)
@@ -57,6 +58,8 @@ def built(case: FamilyCase, variant: Variant, dtype: str = "float32") -> Built:
     logits = {"eager": build.logits(build.upstream(case, path, dtype=dtype), ids)}
     if dtype != "float32":
         logits["sdpa"] = build.logits(build.upstream(case, path, dtype=dtype, attn="sdpa"), ids)
+        batched = build.upstream(case, path, dtype=dtype, attn="sdpa", experts="batched_mm")
+        logits["batched"] = build.logits(batched, ids)
         logits["fp32"] = build.logits(build.upstream(case, path), ids)
     return Built(plan, assemble(path, plan), ids, logits)
 
