@@ -30,7 +30,6 @@ from zoo.family import (
     PerLayerEmbedding,
     QKNorm,
     Spec,
-    ZooError,
     extra,
     hf,
     read,
@@ -64,7 +63,7 @@ def spec(c: Config) -> Spec:
             window=t["sliding_window"] if sliding else None,
             qk_norm=QKNorm(norm),
             value_norm=Norm(norm.eps, weight="none", rounding="last"),
-            kv_from=kv_source(t, kinds, i),
+            kv_from=read.kv_source(t, kinds, i, t.get("num_kv_shared_layers", 15)),
         )
 
     widths, sparsities = per_layer(t, "intermediate_size"), per_layer(t, "activation_sparsity_pattern")
@@ -93,19 +92,6 @@ def spec(c: Config) -> Spec:
     )
 
 
-def kv_source(t: Config, kinds: list[str], i: int) -> int | None:
-    """The layer whose keys and values layer `i` reuses, or None if it has its own."""
-    own = t["num_hidden_layers"] - t.get("num_kv_shared_layers", 15)
-    if i < own:
-        return None
-    same = [j for j in range(own) if kinds[j] == kinds[i]]
-    if not same:
-        raise ZooError(
-            f"{t.where}: layer {i} shares keys and values, but no layer before {own} is {kinds[i]}"
-        )
-    return same[-1]
-
-
 def per_layer(t: Config, key: str) -> list[Any]:
     """A number for all layers, or a list with one for each."""
     if isinstance(t[key], list):
@@ -115,30 +101,15 @@ def per_layer(t: Config, key: str) -> list[Any]:
 
 _L = "model.layers.{i}."
 _SCALE = "`altup_correct_scale` is off: nothing reads it"
-_UNUSED = "keys and values of a layer that takes another layer's: released, never read"
-
-
-def _shares_kv(layer: Layer) -> bool:
-    return isinstance(layer.mixer, Attention) and layer.mixer.kv_from is not None
-
 
 RULES = {
     "hf": rules(
         *hf.ENDS,
-        ("per_layer.embed.weight", "model.embed_tokens_per_layer.weight"),
-        ("per_layer.proj.weight", "model.per_layer_model_projection.weight"),
-        ("per_layer.norm.weight", "model.per_layer_projection_norm.weight"),
+        *hf.PER_LAYER,
         ("altup.expand.weight", stack("model.altup_projections.{e}.weight")),
         ("altup.merge.weight", stack("model.altup_unembed_projections.{e}.weight")),
-        ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
-        ("layers.{i}.attn_post_norm.weight", _L + "post_attention_layernorm.weight"),
-        ("layers.{i}.ffn_norm.weight", _L + "pre_feedforward_layernorm.weight"),
-        ("layers.{i}.ffn_post_norm.weight", _L + "post_feedforward_layernorm.weight"),
-        (
-            "layers.{i}.attn.qkv.weight",
-            _L + "self_attn.q_proj.weight",
-            lambda la, _: la is not None and _shares_kv(la),
-        ),
+        *hf.FOUR_NORMS,
+        hf.QUERIES_ALONE,
         *hf.ATTENTION,
         *hf.QK_NORM,
         *hf.MLP,
@@ -150,18 +121,9 @@ RULES = {
         ("layers.{i}.laurel.down.weight", _L + "laurel.linear_left.weight"),
         ("layers.{i}.laurel.up.weight", _L + "laurel.linear_right.weight"),
         ("layers.{i}.laurel.norm.weight", _L + "laurel.post_laurel_norm.weight"),
-        ("layers.{i}.per_layer.gate.weight", _L + "per_layer_input_gate.weight"),
-        ("layers.{i}.per_layer.out.weight", _L + "per_layer_projection.weight"),
-        ("layers.{i}.per_layer.norm.weight", _L + "post_per_layer_input_norm.weight"),
-        *(
-            extra(f"*layers.{{i}}.self_attn.{part}.weight", _UNUSED, when=_shares_kv)
-            for part in ("k_proj", "v_proj", "k_norm")
-        ),
         extra("*layers.*.altup.correct_output_scale", _SCALE),
-        extra("model.vision_tower.*", "the vision tower; text needs none of it"),
-        extra("model.audio_tower.*", "the audio encoder; text needs none of it"),
-        extra("model.embed_vision.*", "carries image features into the text model's width"),
-        extra("model.embed_audio.*", "carries audio features into the text model's width"),
+        *hf.UNREAD_KV,
+        *hf.MODALITIES,
         prefixes=({}, {"model.": "model.language_model."}, {"model.": "language_model.model."}),
     ),
 }

@@ -109,10 +109,10 @@ def count(family: str) -> tuple[dict[str, Any], list[str]]:
         config = full_size.read(stem)
         counts[stem] = theirs = full_size.upstream_count(tiny.CASES[family], config)
         spec = families.spec_of(config)
-        biases = full_size.selection_biases(spec)  # buffers there, stored like parameters
+        buffers = full_size.buffers(spec)  # there; stored like parameters
         ours = {
-            "total": total_params(spec) - biases,
-            "active": active_params(spec) - biases,
+            "total": total_params(spec) - buffers,
+            "active": active_params(spec) - buffers,
             "tied": spec.tied,
         }
         wrong += [

@@ -394,7 +394,8 @@ class PerLayerEmbedding:
     """Per-layer inputs: a second embedding of `vocab_size` x (n_layers * dim), mixed with a projection of the first; a layer
     adds norm(out(act(gate(x)) * its vector)) at its end, or to all streams but the first (`AltUp`).
 
-    `rounding`: the constants that scale embedding and projection are rounded "first", or their products "last".
+    `rounding`: of the products of the projection and of the sum with their constants, which are rounded "first", or the
+    products "last". The second embedding's factor, sqrt(dim), is always rounded first.
     """
 
     vocab_size: int

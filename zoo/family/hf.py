@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from zoo.mapping.rules import RuleLine, cat, extra, stack
-from zoo.spec import Layer, Spec
+from zoo.spec import Attention, Layer, Spec
 
 _L = "model.layers.{i}."
 
@@ -36,6 +36,24 @@ QK_NORM: tuple[tuple[str, str], ...] = (
     ("layers.{i}.attn.q_norm.weight", _L + "self_attn.q_norm.weight"),
     ("layers.{i}.attn.k_norm.weight", _L + "self_attn.k_norm.weight"),
 )
+
+
+def _shares_kv(layer: Layer | None, _: Spec | None = None) -> bool:
+    return layer is not None and isinstance(layer.mixer, Attention) and layer.mixer.kv_from is not None
+
+
+QUERIES_ALONE: RuleLine = ("layers.{i}.attn.qkv.weight", _L + "self_attn.q_proj.weight", _shares_kv)
+"""Of a layer that takes another's keys and values: list it before ATTENTION."""
+
+UNREAD_KV: tuple[RuleLine, ...] = tuple(
+    extra(
+        f"*layers.{{i}}.self_attn.{part}.weight",
+        "keys and values of a layer that takes another layer's: released, never read",
+        when=_shares_kv,
+    )
+    for part in ("k_proj", "v_proj", "k_norm")
+)
+"""What Gemma's releases hold of such a layer all the same."""
 
 MLP: tuple[RuleLine, ...] = (
     ("layers.{i}.mlp.gate_up.weight", cat(_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight")),
@@ -85,6 +103,24 @@ VISION: tuple[RuleLine, ...] = tuple(
         ("multi_modal_projector", "carries image features into the text model's width"),
     )
 )
+
+MODALITIES: tuple[RuleLine, ...] = (
+    extra("model.vision_tower.*", "the vision tower; text needs none of it"),
+    extra("model.audio_tower.*", "the audio encoder; text needs none of it"),
+    extra("model.embed_vision.*", "carries image features into the text model's width"),
+    extra("model.embed_audio.*", "carries audio features into the text model's width"),
+)
+"""Beside the language model in wrappers that see and hear (Gemma 3n, Gemma 4)."""
+
+PER_LAYER: tuple[RuleLine, ...] = (
+    ("per_layer.embed.weight", "model.embed_tokens_per_layer.weight"),
+    ("per_layer.proj.weight", "model.per_layer_model_projection.weight"),
+    ("per_layer.norm.weight", "model.per_layer_projection_norm.weight"),
+    ("layers.{i}.per_layer.gate.weight", _L + "per_layer_input_gate.weight"),
+    ("layers.{i}.per_layer.out.weight", _L + "per_layer_projection.weight"),
+    ("layers.{i}.per_layer.norm.weight", _L + "post_per_layer_input_norm.weight"),
+)
+"""Per-layer embeddings, as Gemma names them."""
 
 
 def gated_mlp(key: str, source: str) -> tuple[RuleLine, ...]:

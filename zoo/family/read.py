@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from zoo.config import ACTIVATIONS as ACTIVATIONS
 from zoo.config import Config, rope
 from zoo.config import rope_parameters as rope_parameters
 from zoo.config import yarn_mscale as yarn_mscale
+from zoo.errors import ZooError
 from zoo.soundness import layer_count as layer_count
 from zoo.spec import Norm, Rope, Rounding
 
@@ -74,3 +75,17 @@ def every(n: int, others: str = SLIDING) -> Callable[[int], str]:
 def n_experts(c: Config) -> int:
     """Experts of a layer, under the three spellings that releases and transformers have for them."""
     return int(c.first("n_routed_experts", "num_local_experts", "num_experts"))
+
+
+def kv_source(c: Config, kinds: Sequence[str], i: int, shared: int) -> int | None:
+    """The layer whose keys and values layer `i` takes, or None if it has its own: the last `shared` layers take those of
+    the last layer of their own kind before them. Raises ZooError where there is none."""
+    own = len(kinds) - shared
+    if i < own:
+        return None
+    same = [j for j in range(own) if kinds[j] == kinds[i]]
+    if not same:
+        raise ZooError(
+            f"{c.where}: layer {i} shares keys and values, but no layer before {own} is {kinds[i]}"
+        )
+    return same[-1]

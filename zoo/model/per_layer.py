@@ -1,6 +1,7 @@
 """Per-layer embeddings (Gemma 3n, Gemma 4): a second table, of a small vector for every token and layer.
 
-Unusual: Gemma 3n rounds the constants to the model's dtype before it uses them (`PerLayerEmbedding.rounding`).
+Unusual: the table's factor is rounded to the model's dtype before it is used; so are, in Gemma 3n, the other constants
+(`PerLayerEmbedding.rounding`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ class PerLayerEnds(nn.Module):
         """ids [B, T], x [B, T, D] -> [B, T, n_layers, dim]. Ids beyond the table count as 0."""
         s = self.spec
 
+        def rounded(value: float) -> float:
+            return float(torch.tensor(value, dtype=x.dtype))
+
         def number(value: float) -> float:
-            return float(torch.tensor(value, dtype=x.dtype if s.rounding == "first" else torch.float64))
+            return rounded(value) if s.rounding == "first" else value
 
         known = torch.where(ids < s.vocab_size, ids, 0)
-        own = F.embedding(known, self.embed.weight).to(x.dtype) * number(s.dim**0.5)
+        own = F.embedding(known, self.embed.weight).to(x.dtype) * rounded(s.dim**0.5)
         projected = (self.proj(x) * number(self.d**-0.5)).unflatten(-1, (-1, s.dim))
         out: Tensor = (self.norm(projected) + own.view_as(projected)) * number(math.sqrt(0.5))
         return out

@@ -164,6 +164,7 @@ _SPECIAL = (
     (r"e_score_correction_bias$", 0.3, 0.0),  # changes the choice, does not decide it alone
     (r"correct_output_scale$", 0.4, 0.7),
     (r"modality_router\.weight$", 4.0, 0.0),  # its input is divided by the width
+    (r"router\.proj\.weight$", 1.2, 0.0),  # its input is divided by the root of the width
     (r"wpe\.weight$", 0.3, 0.0),
     (r"(prediction|correction)_coefs\.weight$", 0.3, 0.0),  # streams that mix without cancelling
 )

@@ -108,9 +108,11 @@ def mixers(spec: Spec) -> str:
     return "".join(letters[type(layer.mixer)] for layer in spec.layers)
 
 
-def selection_biases(spec: Spec) -> int:
-    """Elements that are buffers upstream and are stored like parameters."""
-    return sum(slot.size for name, slot in layout(spec).items() if name.endswith("selection_bias"))
+def buffers(spec: Spec) -> int:
+    """Elements that are buffers upstream and are stored like parameters: selection biases, and the scalars of layers."""
+    return sum(
+        slot.size for name, slot in layout(spec).items() if name.endswith((".selection_bias", ".scalar"))
+    )
 
 
 def has_experts(spec: Spec) -> bool:
@@ -128,7 +130,7 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     model = whole
     cfg = whole.config.get_text_config()
     n_experts = next((n for k in _EXPERTS if isinstance(n := getattr(cfg, k, None), int) and n > 0), 0)
-    chosen = getattr(cfg, "num_experts_per_tok", None) or getattr(cfg, "moe_topk", 0) or 0
+    chosen = next((n for k in _CHOSEN if (n := getattr(cfg, k, None))), 0)
     total = idle = 0
     seen: set[int] = set()
     for name, p in model.named_parameters():
@@ -148,5 +150,6 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _BESIDE = re.compile(r"vision|visual|audio|multi_modal|projector|embed_vision|embed_audio")
