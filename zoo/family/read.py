@@ -50,6 +50,13 @@ def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, rounding: Roun
     return rope(c, p, head_dim, rounding=rounding)
 
 
+def partial_rope(
+    c: Config, p: Mapping[str, Any], head_dim: int, default: float = 1.0, *, longrope: tuple[str, ...] = ()
+) -> Rope:
+    """RoPE over the first `partial_rotary_factor` of a head, rounded down; over `default` where the config is silent."""
+    return rope(c, p, int(head_dim * float(p.get("partial_rotary_factor") or default)), longrope=longrope)
+
+
 def layer_types(
     c: Config, otherwise: Callable[[int], str], kinds: Collection[str] = (FULL, SLIDING)
 ) -> list[str]:
