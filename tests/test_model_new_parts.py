@@ -331,6 +331,22 @@ def test_a_layers_branches_stand_side_by_side_or_follow(
         close(m.layers[0](x.float(), ctx), y, atol=2e-5)
 
 
+def test_in_bf16_branches_side_by_side_are_added_in_the_order_that_the_spec_says() -> None:
+    x, sums = rand(1, 4, D).bfloat16(), {}
+    for adds in ("sum", "in_turn"):
+        m = filled(model(block(parallel=True, adds=adds)), torch.bfloat16)
+        _, ctx = m.start(torch.arange(4)[None])
+        layer = m.layers[0]
+        with torch.no_grad():
+            sums[adds] = layer(x, ctx)
+            a, b = (
+                layer.attn(layer.attn_norm(x), m.start(torch.arange(4)[None])[1]),
+                layer.mlp(layer.ffn_norm(x)),
+            )
+        assert torch.equal(sums[adds], x + (a + b) if adds == "sum" else (x + a) + b)
+    assert not torch.equal(sums["sum"], sums["in_turn"])
+
+
 def test_layer_norm_has_no_bias_or_no_weight_either_and_is_rounded_once() -> None:
     x = (rand(3, D) + 2).bfloat16()
     exact = torch.nn.functional.layer_norm(x.double(), (D,), None, None, 1e-5)

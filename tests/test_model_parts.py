@@ -75,6 +75,10 @@ def test_rope_tables_are_rounded_to_the_models_dtype_unless_asked_for_in_fp32() 
     positions = torch.arange(50)
     assert rope.tables(Rope(100.0, 6), positions, torch.bfloat16)[0].dtype == torch.bfloat16
     assert rope.tables(Rope(100.0, 6, rounding="last"), positions, torch.bfloat16)[0].dtype == torch.float32
+    both = rope.tables(Rope(100.0, 6, rounding="both"), positions, torch.bfloat16)[0]
+    assert both.dtype == torch.float32 and torch.equal(
+        both, rope.tables(Rope(100.0, 6), positions, torch.bfloat16)[0].float()
+    )
 
 
 def test_llama3_scaling_keeps_short_waves_divides_long_ones_and_blends_between() -> None:

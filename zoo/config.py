@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from zoo.errors import ZooError
 from zoo.spec import Activation, Rope, RopeScaling, Rounding
@@ -232,7 +232,7 @@ def rope(
     dim: int,
     *,
     interleaved: bool = False,
-    rounding: Rounding = "first",
+    rounding: Rounding | Literal["both"] = "first",
     longrope: tuple[str, ...] = (),
 ) -> Rope:
     """The `Rope` of settings `p` (see `rope_parameters`) over `dim` channels. An unknown kind is refused.

@@ -87,14 +87,15 @@ class Rope:
     `interleaved`: pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
     `turning`: only so many pairs turn, the fastest; the others stand still ("proportional" RoPE: the pairs and
     the frequencies are those of the whole `dim`).
-    `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last".
+    `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last"; "both": cos and sin are,
+    and the rotation by them is computed in fp32 and rounded once.
     """
 
     theta: float
     dim: int
     scaling: RopeScaling | None = None
     interleaved: bool = False
-    rounding: Rounding = "first"
+    rounding: Literal["first", "last", "both"] = "first"
     turning: int | None = None
 
 
@@ -361,7 +362,8 @@ class Layer:
     doesn't have, and a missing half, are None.
 
     `parallel`: both branches read the same x: x += post(mixer(pre(x))) + post(ffn(pre(x))). Where `ffn_norm` is None
-    then, the feed-forward reads what the mixer reads: one norm for both.
+    then, the feed-forward reads what the mixer reads: one norm for both. `adds`: their "sum" to x, or each "in_turn":
+    (x + mixer) + feed-forward, which rounds otherwise.
     `residual_scale` multiplies what each branch gives. `scalar`: at its end x is multiplied by a learned number.
     """
 
@@ -374,6 +376,7 @@ class Layer:
     parallel: bool = False
     residual_scale: float = 1.0
     scalar: bool = False
+    adds: Literal["sum", "in_turn"] = "sum"
 
 
 @dataclass(frozen=True, slots=True)

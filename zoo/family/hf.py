@@ -67,6 +67,9 @@ PRE_NORMS: tuple[tuple[str, str], ...] = (
     ("layers.{i}.ffn_norm.weight", _L + "post_attention_layernorm.weight"),  # after attention, before the FFN
 )
 
+PARALLEL_NORM = (("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),)
+"""The one norm of a layer whose branches stand side by side."""
+
 FOUR_NORMS: tuple[tuple[str, str], ...] = (
     ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
     ("layers.{i}.attn_post_norm.weight", _L + "post_attention_layernorm.weight"),  # on what attention gives

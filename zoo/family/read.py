@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+=======
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+>>>>>>> w/fc
 
 from zoo.config import ACTIVATIONS as ACTIVATIONS
 from zoo.config import Config, rope
@@ -38,16 +43,28 @@ def plus_one_norm(c: Config) -> Norm:
     return Norm(c["rms_norm_eps"], weight="plain" if plain else "plus_one", rounding="last")
 
 
+def centred_norm(c: Config) -> Norm:
+    """Cohere's norm: the mean is removed; a weight, no bias."""
+    return Norm(c.get("layer_norm_eps", 1e-5), kind="layer", rounding="last", bias=False)
+
+
 def head_dim(c: Config) -> int:
     """Channels of a head: a field of its own, or what the heads share of the model's width."""
     dim: int = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     return dim
 
 
-def whole_rope(c: Config, p: Mapping[str, Any], head_dim: int, *, rounding: Rounding = "first") -> Rope:
+def whole_rope(
+    c: Config,
+    p: Mapping[str, Any],
+    head_dim: int,
+    *,
+    interleaved: bool = False,
+    rounding: Rounding | Literal["both"] = "first",
+) -> Rope:
     """RoPE over the whole head; a config that wants only a part of it rotated is refused."""
     Config(p, f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
-    return rope(c, p, head_dim, rounding=rounding)
+    return rope(c, p, head_dim, interleaved=interleaved, rounding=rounding)
 
 
 def partial_rope(

@@ -114,11 +114,12 @@ class Layer(nn.Module):
         return x if self.scalar is None else x * self.scalar.to(x.dtype)
 
     def _side_by_side(self, x: Tensor, ctx: Context) -> Tensor:
-        """x + (mixer + feed-forward of x). Upstream's families add in this order, but for cohere."""
+        """x + mixer and feed-forward of x, in the order of `Layer.adds`."""
         normed = self.attn_norm(x)
-        mixed = self.mix(normed, ctx, None)
-        out: Tensor = x + self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, mixed)
-        return out
+        in_turn = self.spec.adds == "in_turn"
+        mixed = self.mix(normed, ctx, x if in_turn else None)
+        out = self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, mixed)
+        return out if in_turn else x + out
 
     def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
         s, normed = self.spec, None

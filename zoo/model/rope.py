@@ -1,7 +1,8 @@
 """Rotary position embedding over the first `rope.dim` channels of each head.
 
 Unusual: the angles are fp32, but cos and sin are cast to the model's dtype BEFORE they are used, as the
-released models were trained to see; `Rope.rounding` "last" keeps them in fp32 and casts the rotated result instead.
+released models were trained to see; `Rope.rounding` "last" keeps them in fp32 and casts the rotated result instead;
+"both" rounds them, and rotates in fp32.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def tables(rope: Rope, positions: Tensor, dtype: torch.dtype, far: bool = False)
     magnitude = 1.0 if s is None else s.attention_factor
     if far and s is not None and s.long_attention_factor is not None:
         magnitude = s.long_attention_factor
-    out = torch.float32 if rope.rounding == "last" else dtype
     cos, sin = angles.cos(), angles.sin()
     if magnitude != 1.0:  # before the first layer a GPU waits for every launch
         cos, sin = cos * magnitude, sin * magnitude
-    return cos.to(out), sin.to(out)
+    if rope.rounding != "last":
+        cos, sin = cos.to(dtype), sin.to(dtype)
+    return (cos, sin) if rope.rounding == "first" else (cos.float(), sin.float())
