@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
-=======
-from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
->>>>>>> w/fc
 
 from zoo.config import ACTIVATIONS as ACTIVATIONS
 from zoo.config import Config, rope
