@@ -38,8 +38,8 @@ CASE = FamilyCase(
     ),
     released_text=released,
     refused=(
-        ("qwen1.5-moe-a2.7b", {"use_sliding_window": True}, "use_sliding_window is True"),
-        ("qwen1.5-moe-a2.7b", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
+        ("qwen1.5-moe-a2.7b-chat", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen1.5-moe-a2.7b-chat", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
     ),
 )
 # fmt: on
