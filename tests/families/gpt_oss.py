@@ -59,7 +59,7 @@ CASE = FamilyCase(
     listed={"gpt-oss-20b": Listed("gpt-oss-20b")},
     refused=(
         ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, "layer_types[0] is 'chunked_attention'"),
-        ("gpt-oss-20b", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("gpt-oss-20b", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ("gpt-oss-20b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("gpt-oss-20b", {"sliding_window": None}, "sliding_window"),
     ),

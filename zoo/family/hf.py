@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zoo.mapping.rules import RuleLine, cat, extra, stack
+from zoo.mapping.rules import RuleLine, Source, cat, extra, stack, ungroup
 from zoo.spec import Attention, Layer, Spec
 
 _L = "model.layers.{i}."
@@ -70,6 +70,14 @@ PRE_NORMS: tuple[tuple[str, str], ...] = (
 PARALLEL_NORM = (("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),)
 """The one norm of a layer whose branches stand side by side."""
 
+LAYER_NORMS: tuple[RuleLine, ...] = (
+    *PRE_NORMS,
+    ("layers.{i}.attn_norm.bias", _L + "input_layernorm.bias"),
+    ("layers.{i}.ffn_norm.bias", _L + "post_attention_layernorm.bias"),
+    ("norm.bias", "model.norm.bias"),
+)
+"""PRE_NORMS, and the biases that layer norms have."""
+
 FOUR_NORMS: tuple[tuple[str, str], ...] = (
     ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
     ("layers.{i}.attn_post_norm.weight", _L + "post_attention_layernorm.weight"),  # on what attention gives
@@ -77,6 +85,24 @@ FOUR_NORMS: tuple[tuple[str, str], ...] = (
     ("layers.{i}.ffn_post_norm.weight", _L + "post_feedforward_layernorm.weight"),
 )
 """Gemma's names: a norm before and after either branch. `post_attention_layernorm` means another norm than in PRE_NORMS."""
+
+
+def affine(key: str, *sources: str) -> tuple[RuleLine, ...]:
+    """The weight and the bias of a linear map or a norm; several sources are the parts of one, in order."""
+
+    def of(kind: str) -> Source:
+        names = [f"{source}.{kind}" for source in sources]
+        return names[0] if len(names) == 1 else cat(*names)
+
+    return tuple((f"{key}.{kind}", of(kind)) for kind in ("weight", "bias"))
+
+
+def fused_per_head(source: str) -> tuple[RuleLine, ...]:
+    """q, k and v in one matrix, as Megatron lays them: for each key/value head the rows of its queries, its k, its v."""
+    return tuple(
+        (f"layers.{{i}}.attn.qkv.{kind}", ungroup(f"{source}.{kind}", "n_kv_heads", 3))
+        for kind in ("weight", "bias")
+    )
 
 
 def plus_one(*lines: tuple[str, str]) -> tuple[RuleLine, ...]:

@@ -272,7 +272,11 @@ class FamilySuite:
         assert not [(a, b) for a in widths for b in widths if a < b and b % a == 0]
         derived = heads * head_dim(config) == config.hidden_size
         by_design = r"attn.c_proj|altup_\w*projections|coefs|vision|visual|multi_modal|mm_projector"
-        may_be_square = re.compile(by_design + (r"|[qo]_proj" if derived else ""))
+        if derived:  # heads * head_dim is the width, and without groups so are k and v
+            by_design += r"|[qo]_proj|out_proj|(attention|attn)\.dense" + (
+                "" if self.case.grouped else r"|[kv]_proj"
+            )
+        may_be_square = re.compile(by_design)
         state = variant.build()[1]._from_config(variant.build()[0]).state_dict()
         square = [k for k, t in state.items() if t.ndim > 1 and t.shape[-1] == t.shape[-2]]
         assert not [k for k in square if not may_be_square.search(k)]
