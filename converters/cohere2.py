@@ -1,0 +1,64 @@
+"""Command R7B, Command A, Tiny Aya (Cohere 2).
+
+Cohere's block (one norm, two branches side by side; see cohere.py) without its QK-norm, and with
+- a window of `sliding_window` on three layers of four, which have RoPE; the fourth sees everything and has no positions
+  at all (`layer_types`, or every `sliding_window_pattern`-th layer);
+- head_dim that always is hidden_size / num_attention_heads: upstream reads no other.
+"""
+
+from __future__ import annotations
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Spec, hf, read, rules
+
+
+def spec(c: Config) -> Spec:
+    refuse_other_layouts(c)
+    norm, d, n_heads = read.centred_norm(c), c["hidden_size"], c["num_attention_heads"]
+    c.choice("head_dim", (d // n_heads,), d // n_heads)
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
+    return Spec(
+        family="cohere2",
+        d_model=d,
+        vocab_size=c["vocab_size"],
+        layers=tuple(
+            Layer(attention(c, d // n_heads, kind == read.SLIDING), mlp, norm, parallel=True, adds="in_turn")
+            for kind in read.layer_types(c, read.every(c.get("sliding_window_pattern", 4)))
+        ),
+        norm=norm,
+        tied=c.get("tie_word_embeddings", True),
+        context_length=c["max_position_embeddings"],
+        logit_scale=c.get("logit_scale", 0.0625),
+        dtype=read.dtype(c),
+    )
+
+
+def attention(c: Config, head_dim: int, windowed: bool, *, turned: bool = False) -> Attention:
+    """A windowed layer's attention, with RoPE, or a full one's, which has it only where it is `turned`."""
+    rope = read.whole_rope(c, read.rope_parameters(c), head_dim, interleaved=True, rounding="both")
+    return Attention(
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=rope if windowed or turned else None,
+        window=c["sliding_window"] if windowed else None,
+    )
+
+
+def refuse_other_layouts(c: Config) -> None:
+    """What releases say of their layout, and upstream does not read; and biases, which none has."""
+    c.refuse(
+        attention_bias=False,
+        use_qk_norm=False,
+        rotary_pct=1.0,
+        use_parallel_block=True,
+        use_gated_activation=True,
+    )
+    c.refuse(position_embedding_type="rope_gptj", order_of_interleaved_layers="local_attn_first")
+    c.choice("layer_switch", (pattern := c.get("sliding_window_pattern", 4),), pattern)
+    c.choice("use_embedding_sharing", (tied := c.get("tie_word_embeddings", True),), tied)
+
+
+RULES = {"hf": rules(*hf.ENDS, *hf.PARALLEL_NORM, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ)}
+
+FAMILY = Family("cohere2", ("cohere2",), ("Cohere2ForCausalLM",), spec, RULES)
