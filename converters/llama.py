@@ -167,7 +167,10 @@ DISAGREEMENTS = (
 FAMILY = Family(
     "llama",
     ("llama",),
-    ("LlamaForCausalLM",),
+    (
+        "LlamaForCausalLM",
+        "LLaMAForCausalLM",
+    ),  # the latter: NVIDIA's ChatQA, early conversions of the first Llama
     spec,
     RULES,
     {"meta": meta_config},
