@@ -13,12 +13,15 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import zoo
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
 from zoo.mapping.execute import convert
 from zoo.mapping.export import export
 from zoo.mapping.plan import Plan, make_plan
+from zoo.verify.certificate import Certificate
+from zoo.verify.oracle import CannotLoad, config_and_class
 
 Tensors = dict[str, torch.Tensor]
 
@@ -241,3 +244,49 @@ def test_a_model_that_fits_no_family_is_offered_none(llama: Path, tmp_path: Path
     have["model.layers.0.memory.weight"] = torch.zeros(2, 2)
     text = refused(again(llama, tmp_path / "o", have, architectures=["NovaForCausalLM"], model_type="nova"))
     assert "Known architectures" in text and "tensors fit" not in text
+
+
+def certified(folder: Path, tmp_path: Path) -> Certificate:
+    return zoo.verify(zoo.convert(folder, tmp_path / "canonical"), level="logits", write=False)
+
+
+@pytest.mark.parametrize("stale", [NF4, INT8, {"quant_method": "fp8"}])
+def test_upstream_is_not_told_a_stale_quantisation_and_the_proof_says_so(
+    llama: Path, tmp_path: Path, stale: dict[str, Any]
+) -> None:
+    cert = certified(again(llama, tmp_path / "other", quantization_config=stale), tmp_path)
+    assert cert.headline == "PASSED" and not cert.not_checked
+    assert f"quantization_config ({stale['quant_method']}): the weights are plain" in cert.oracle["note"]
+
+
+def test_upstream_is_not_told_a_padding_token_beyond_the_vocabulary_and_the_proof_says_so(
+    llama: Path, tmp_path: Path
+) -> None:
+    cert = certified(again(llama, tmp_path / "other", pad_token_id=100_000), tmp_path)
+    assert cert.headline == "PASSED" and "pad_token_id (100000)" in cert.oracle["note"]
+
+
+def test_what_upstreams_constructor_raises_is_its_own_word_and_no_bug_of_ours(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = again(llama, tmp_path / "other", bos_token_id="one")
+    with pytest.raises(CannotLoad, match=r"upstream cannot load this: \w+Error: "):
+        config_and_class(other)
+    cert = zoo.verify(zoo.convert(other, tmp_path / "canonical"), write=False)
+    assert cert.oracle["kind"] == "none" and "bos_token_id" in cert.oracle["why"]
+    assert cert.headline == "PASSED (bytes only)"
+
+
+def test_a_pickle_beside_a_stale_quantisation_is_plain_too(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other", quantization_config=NF4)
+    torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")
+    (other / "model.safetensors").unlink()
+    cert = certified(other, tmp_path)
+    assert cert.headline == "PASSED" and "the weights are plain" in cert.oracle["note"]
+
+
+def test_a_tied_file_that_kept_only_the_head_is_proven_against_upstream(tied: Path, tmp_path: Path) -> None:
+    have = load_file(tied / "model.safetensors")
+    have["lm_head.weight"] = have.pop("model.embed_tokens.weight")
+    cert = certified(again(tied, tmp_path / "other", have), tmp_path)
+    assert cert.passed, cert.not_checked

@@ -311,8 +311,11 @@ def record(
     prompt = prompt_of(inputs)
     if (tokens := oracle.greedy(prompt, N_GREEDY)) is not None:
         tensors |= {"prompt": prompt[0].clone(), "greedy": tokens}
+    by = oracle.describe()
+    if "loaded_from" in by:  # a recording travels: no path of this machine
+        by["loaded_from"] = Path(by["loaded_from"]).resolve().name
     told = {
-        "schema": SCHEMA, "dtype": dtype, "oracle": oracle.describe(), "spread": meter.result().to_json(),
+        "schema": SCHEMA, "dtype": dtype, "oracle": by, "spread": meter.result().to_json(),
         "machine": machine(), **describe_inputs(inputs), **(about or {}),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -108,10 +108,11 @@ def verify(
         if self_test and not numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
         cert = Certificate(
-            canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
+            canonical=_canonical(folder), source=_source(folder, other), rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=_disagreements(folder.spec, other.oracle), required=require,
             versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            places=_places(folder, other),
         )  # fmt: skip
         _exact_levels(cert, folder, other, wanted, say)
         if numeric and why_not:
@@ -550,19 +551,34 @@ def versions() -> dict[str, str]:
 
 def _canonical(folder: canonical.Canonical) -> dict[str, Any]:
     return {
-        "path": str(folder.root.resolve()),
+        "path": folder.root.resolve().name,
         "family": folder.spec.family,
         "layout_version": folder.json.get("layout_version"),
         "files": certificate.hash_files(folder.root, certificate.canonical_files(folder.root)),
     }
 
 
-def _source(other: Against) -> dict[str, Any] | None:
+def _places(folder: canonical.Canonical, other: Against) -> dict[str, str]:
+    """What is written for the absolute paths of this machine: what the folder is called, and the way from it."""
+    home = folder.root.resolve()
+    recorded = [Path(p) for p in map(folder.source.get, ("path", "root")) if isinstance(p, str)]
+    golden = getattr(other.oracle, "path", None)
+    found = [p for p in (other.path, golden, *recorded) if isinstance(p, Path)]
+    if other.checkpoint is not None:
+        found.append(other.checkpoint.root)
+    out = {
+        str(p): os.path.relpath(p.resolve(), home) for x in found for p in (x, x.resolve()) if p.is_absolute()
+    }
+    out |= {str(p): home.name for p in (folder.root, home) if p.is_absolute()}
+    return out | ({} if other.cleanup is None else {other.cleanup.name: "(made for this)"})
+
+
+def _source(folder: canonical.Canonical, other: Against) -> dict[str, Any] | None:
     ckpt = other.checkpoint
     if ckpt is None or other.path is None:
         return None
     return {
-        "path": str(other.path.resolve()),
+        "path": os.path.relpath(other.path.resolve(), folder.root.resolve()),
         "format": ckpt.format,
         "naming": list(ckpt.naming),
         "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),
