@@ -40,6 +40,7 @@ from zoo.verify.oracle import (
     upstream_available,
 )
 from zoo.verify.ours import Ours, Streamed, build, subject_of
+from zoo.verify.rounded import rounding_of
 
 if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
@@ -174,7 +175,7 @@ def resolve(
     """Open the source and the oracle that `against` stands for."""
     if against is not None and not isinstance(against, str | os.PathLike):
         return Against(oracle=against, why_no_source="the oracle was given as an object")
-    if against is not None and Path(against).suffix == ".safetensors" and _is_golden(Path(against)):
+    if against is not None and _is_golden(Path(against)):
         from zoo.verify.golden import Golden
 
         source = _recorded_source(folder)
@@ -442,7 +443,10 @@ def _numeric_levels(
             f"{cert.oracle.get('path', 'the inputs')}: has the id {highest}; the folder's vocabulary has "
             f"{folder.spec.vocab_size}: it was recorded of another model, or with another tokenizer"
         )
-    if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
+    from zoo.verify.golden import Golden
+
+    recorded = oracle.about["dtype"] if isinstance(oracle, Golden) else None
+    if recorded not in (None, dtype, "fp32"):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
     cert.inputs = asked.to_json()
     cert.not_checked += [
@@ -451,7 +455,12 @@ def _numeric_levels(
     ours = Streamed(folder, DTYPES[dtype]) if stream else Ours(build(subject_of(folder, DTYPES[dtype])))
     say(f"layers and logits of {asked.n_tokens} tokens")
     t = time.perf_counter()
-    measured = measure(oracle, ours, asked, dtype, spread=getattr(oracle, "spread", None), on_disk=stream)
+    spread = getattr(oracle, "spread", None)
+    if isinstance(oracle, Golden) and recorded != dtype:  # made in fp32, and ours in less
+        wide = Streamed(folder, torch.float32) if stream else Ours(build(subject_of(folder, torch.float32)))
+        spread = oracle.held_to(rounding_of(wide, ours, asked, dtype), dtype)
+        del wide
+    measured = measure(oracle, ours, asked, dtype, spread=spread, on_disk=stream)
     spent = time.perf_counter() - t
     levels = _judged(measured, dtype)
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
