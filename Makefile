@@ -68,6 +68,7 @@ prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
 
 proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, and the PROVEN column of zoo list
 	$(ONE_THREAD) $(BIN)/python tests/prove.py --jobs $(JOBS)
+	$(ONE_THREAD) ZOO_PROOFS=1 $(BIN)/python -m pytest -q tests/test_verify_docs.py
 
 docs: $(VENV)/.dev  ## the documentation, in site/
 	$(BIN)/mkdocs build --strict --quiet

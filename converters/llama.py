@@ -176,7 +176,10 @@ DISAGREEMENTS = (
 FAMILY = Family(
     "llama",
     ("llama",),
-    ("LlamaForCausalLM",),
+    (
+        "LlamaForCausalLM",
+        "LLaMAForCausalLM",
+    ),  # the latter: NVIDIA's ChatQA, early conversions of the first Llama
     spec,
     RULES,
     {"meta": meta_config},

@@ -258,3 +258,31 @@ def test_a_verdict_is_that_of_the_levels(verified: Path) -> None:
     assert certificate.check(verified) == [
         "its verdict is 'passed', but its levels or seeded faults say 'failed'"
     ]
+
+
+def test_it_has_no_path_of_the_machine_and_finds_its_source_where_both_were_moved_to(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    source = tiny.make("llama", here / "source")
+    folder = zoo.convert(source, here / "canonical")
+    zoo.verify(folder, level="logits")
+    text = (folder / "parity.json").read_text()
+    data = json.loads(text)
+    assert str(tmp_path) not in text
+    assert (data["canonical"]["path"], data["source"]["path"]) == ("canonical", "../source")
+    assert data["oracle"]["loaded_from"] == "../source"
+    here.rename(tmp_path / "there")
+    moved = tmp_path / "there" / "canonical"
+    assert certificate.check(moved) == [] and certificate.unchecked(moved) is None
+    (tmp_path / "there" / "source" / "config.json").write_text("{}")
+    assert certificate.check(moved) == [
+        "source config.json: 2 bytes, was " + f"{data['source']['files']['config.json']['bytes']:,}"
+    ]
+
+
+def test_it_has_no_path_of_the_machine_where_it_says_what_is_not_there(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    folder = zoo.convert(source, tmp_path / "c")
+    shutil.rmtree(source)
+    zoo.verify(folder, level="plan")
+    text = (folder / "parity.json").read_text()
+    assert str(tmp_path) not in text and "the source it was converted from (../source) is not there" in text

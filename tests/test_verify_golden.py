@@ -82,9 +82,49 @@ def test_somebody_elses_code_can_be_the_oracle(tmp_path: Path) -> None:
     assert not zoo.verify(wrong, against=tmp_path / "vendor.safetensors", level="logits", write=False).passed
 
 
-def test_a_recording_in_another_dtype_is_refused(golden: Path) -> None:
-    with pytest.raises(ZooError, match="recording was made in fp32; verify with --dtype fp32"):
-        zoo.verify(canonical("llama"), against=golden, dtype="bf16", write=False)
+@pytest.mark.parametrize("name", ["llama", "glm4_moe", "gemma3n"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_copy_in_lower_precision_agrees_with_a_recording_in_fp32(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    recording.record(canonical(name), tmp_path / "g.safetensors", "fp32", 256)
+    copied = zoo.convert(ROOT / f"{name}-float32-source", tmp_path / "c", dtype=dtype)
+    cert = zoo.verify(copied, against=tmp_path / "g.safetensors", dtype=dtype, write=False)
+    assert cert.passed, [c.to_json() for x in cert.levels for c in x.checks if not c.passed]
+    logits = cert.level("logits")
+    assert logits is not None and logits.verdict == "passed"
+    assert any(f"what {dtype} makes of these weights" in c.why for c in logits.checks)
+
+
+@pytest.mark.parametrize("fault", ["rope_rows_interleaved", "gate_up_swapped", "head_off_by_one"])
+def test_a_wrong_copy_in_bf16_does_not(golden: Path, tmp_path: Path, fault: str) -> None:
+    wrong = broken("llama", fault, tmp_path / "wrong")
+    assert not zoo.verify(wrong, against=golden, dtype="bf16", level="logits", write=False).passed
+
+
+def test_a_recording_in_lower_precision_is_refused_in_fp32(tmp_path: Path) -> None:
+    recording.record(canonical("llama"), tmp_path / "g.safetensors", "bf16", 64)
+    with pytest.raises(ZooError, match="recording was made in bf16; verify with --dtype bf16"):
+        zoo.verify(canonical("llama"), against=tmp_path / "g.safetensors", write=False)
+
+
+def test_a_copy_in_bf16_held_to_fp32_is_told_which_dtype_agrees(golden: Path, tmp_path: Path) -> None:
+    copied = zoo.convert(ROOT / "llama-float32-source", tmp_path / "c", dtype="bf16")
+    cert = zoo.verify(copied, against=golden, level="logits", write=False)
+    assert not cert.passed and cert.diagnosis is not None
+    assert "verify with --dtype bf16" in cert.diagnosis["suggestions"][0]
+
+
+def test_a_recording_that_lost_its_metadata_is_called_that(golden: Path, tmp_path: Path) -> None:
+    save_file(load_file(golden), tmp_path / "g.safetensors")
+    with pytest.raises(ZooError, match=r"g\.safetensors: a recording .* without its metadata.*zoo-golden-1"):
+        zoo.verify(canonical("llama"), against=tmp_path / "g.safetensors", write=False)
+
+
+def test_a_recording_is_known_by_what_it_holds_and_not_by_its_name(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "answer.bin").write_bytes(golden.read_bytes())
+    cert = zoo.verify(canonical("llama"), against=tmp_path / "answer.bin", level="logits", write=False)
+    assert cert.passed and cert.oracle["kind"] == "golden"
 
 
 def test_a_recording_with_logits_for_the_padding_is_refused(golden: Path, tmp_path: Path) -> None:

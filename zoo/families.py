@@ -214,8 +214,12 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
         raise blame.error(e, family.name, at, where, model) from e
 
 
+class NoFamily(ZooError):
+    """No family claims a config."""
+
+
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a config. Raises ZooError for one that no family claims."""
+    """The family of a config. Raises NoFamily for one that no family claims."""
     listed = config.get("architectures")
     named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
     model_type, text = config.get("model_type"), config.get("text_config")
@@ -234,7 +238,7 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     if found:
         return found[0]
     known = sorted(a for f in families().values() for a in f.architectures)
-    raise ZooError(
+    raise NoFamily(
         f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}. Known architectures: "
         f"{', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family.{_also_broken()}"
     )

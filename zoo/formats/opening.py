@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.formats import sets
+from zoo.formats import sets, wrapped
 from zoo.formats.base import WEIGHT_SUFFIXES, Checkpoint, read_json
 
 READERS: dict[str, str] = {
@@ -49,7 +49,7 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         reader = importlib.import_module(READERS[name])
         if format or (reader.detect(p) and not (whole and name in ("mistral", "meta"))):
             open_: Callable[[Path], Checkpoint] = reader.open
-            ckpt = open_(p)
+            ckpt = wrapped.look_through(open_(p))
             if empty := [n for n, t in ckpt.tensors.items() if t.size == 0 and n.endswith("weight")]:
                 raise ZooError(
                     f"{p}: {empty[0]!r} is empty ({len(empty)} weights of {len(ckpt.tensors)} tensors are): saved from DeepSpeed "

@@ -27,6 +27,7 @@ from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_bel
 from zoo.formats.canonical import JSON, SOURCE, Canonical, read
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
+from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
@@ -217,6 +218,9 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
             tensors[name] = replace(ref, name=name)
             sheet.place[name] = file, ref.offset
         sheet.sizes[file], sheet.headers[file] = size, struct.pack("<Q", len(raw)) + raw
+    if plain := unwrapped(tensors):  # as the plan had them; the kept headers hold the names as they were
+        tensors = {plain[n]: replace(ref, name=plain[n]) for n, ref in tensors.items()}
+        sheet.place = {plain[n]: at for n, at in sheet.place.items()}
     plan = _plan_again(c, family, tensors)
     for o in plan.outputs.values():
         have = c.tensors.get(o.name)

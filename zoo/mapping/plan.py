@@ -27,6 +27,7 @@ from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
 from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Stack, Target, Transpose, respell
+from zoo.quant import foreign
 from zoo.quant.schemes import CACHE_SCALE, Component, Scheme, detect, grid
 from zoo.spec import Layer, Spec
 
@@ -219,7 +220,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     made_up = "config.json" in ckpt.synthesised  # of files of another kind, which say it themselves
     where = str(ckpt.root / (next(iter(ckpt.files), "") if made_up else "config.json"))
-    family = family or families.find(ckpt.config, where)
+    family = family or _found(ckpt, where)
     spec, unread = families.read(ckpt.config, family, where)
     namings = [n for n in ckpt.naming if n in family.rules]
     if not namings:
@@ -251,11 +252,60 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             break
     assert best is not None
     if best.n_problems:
+        if (what := foreign.name_of(ckpt.config, ckpt.tensors)) is not None:
+            raise ZooError(
+                f"{ckpt.root}: its weights are quantised as {what}, which zoo does not read: take the release that was not "
+                "quantised, or have the tool that made this one write plain weights (transformers: "
+                "from_pretrained(...).dequantize(), then save_pretrained)"
+            )
         raise PlanError(ckpt, family, best)
+    if (words := foreign.said(ckpt.config)) is not None and not quantised(best, ckpt.tensors):
+        best.notes.append(
+            f"the config calls the weights quantised ({words}), but they are plain: taken as they are"
+        )
     return Plan(
         ckpt, family, best.naming, best.prefix, best.spec, best.outputs, best.extras, asked, best.quant,
         notes=(*unread, *best.notes),
     )  # fmt: skip
+
+
+def quantised(m: Match, tensors: Mapping[str, TensorRef]) -> bool:
+    """Whether any weight of these is."""
+    return (
+        bool(m.quant)
+        or any(o.scheme is not None for o in m.outputs.values())
+        or any(tensors[n].dtype not in FLOATS for o in m.outputs.values() for n in o.sources)
+    )
+
+
+def _found(ckpt: Checkpoint, where: str) -> Family:
+    """The family of a checkpoint. One that none claims is refused with those that it fits in all but its name."""
+    try:
+        return families.find(ckpt.config, where)
+    except families.NoFamily as e:
+        fitting: list[tuple[int, str]] = []
+        for family in families.families().values():
+            try:
+                spec, unread = families.read(ckpt.config, family, where)
+            except ZooError:
+                continue
+            for naming in ckpt.naming:
+                if naming in family.rules:
+                    m = match(
+                        spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming, None, ckpt.config
+                    )
+                    if not m.n_problems:
+                        fitting.append((len(unread), family.name))
+                        break
+        if not fitting:
+            raise
+        names = [name for _, name in sorted(fitting)]
+        also = f" (so do {', '.join(names[1:])})" if names[1:] else ""
+        raise ZooError(
+            f"{where}: no family claims architectures {ckpt.config.get('architectures')}, model_type "
+            f"{ckpt.config.get('model_type')!r}, but its fields and tensors fit {names[0]}{also}. If it computes as that does, "
+            f"say --family {names[0]}"
+        ) from e
 
 
 @dataclass
@@ -364,13 +414,21 @@ class _Matcher:
             self.recipes[key] = found
         return found
 
+    def rules_for(self, slot: Slot) -> tuple[Rule, ...]:
+        """The rules for a slot. A tied file may have kept either name of the one matrix: the head's come last."""
+        named = self.rules.by_key.get(slot.key, ())
+        other = (
+            self.rules.by_key.get("head.weight", ()) if slot.name == "embed.weight" and self.spec.tied else ()
+        )
+        return (*named, *other)
+
     def choose(self, slot: Slot) -> tuple[Rule, int, Scheme | None, Recipe, list[str]] | None:
         """The first rule for the slot whose source tensors all exist, else the one that lacks the fewest."""
         layer = None if slot.layer is None else self.spec.layers[slot.layer]
         best: tuple[Rule, int, Scheme | None, Recipe, list[str]] | None = None
         fewest = -1
         reasons: list[str] = []
-        for n, rule in enumerate(self.rules.by_key.get(slot.key, ())):
+        for n, rule in enumerate(self.rules_for(slot)):
             if rule.when is not None and not rule.when(layer, self.spec):
                 continue
             scheme: Scheme | None = None
@@ -522,7 +580,12 @@ class _Matcher:
                 self.spell(leaf.name({"r": r})) for leaf in rule.expr.leaves() for r in range(self.n_ranks)
             ]
             if names and all(name in self.tensors for name in names):
-                self.out.head = list(dict.fromkeys(names))
+                if self.used.issuperset(names):
+                    self.out.notes.append(
+                        f"of the tied embedding and head the files kept {names[0]} only: it is both"
+                    )
+                else:
+                    self.out.head = list(dict.fromkeys(names))
                 return
 
 
@@ -686,18 +749,19 @@ def _common(dtypes: set[str]) -> str:
 
 
 def _prefix(ruleset: RuleSet, tensors: Mapping[str, TensorRef]) -> tuple[tuple[str, str], ...]:
-    """The first spelling of names under which the embedding exists: as the rules have it, or without what
+    """The first spelling of names under which the embedding (else the head) exists: as the rules have it, or without what
     comes first in it (`model.`), as a decoder saved without its head has it."""
     embed = next(
         (leaf.pattern for r in ruleset.by_key.get("embed.weight", ()) for leaf in r.expr.leaves()), ""
     )
     first = embed.partition(".")[0] + "."
-    for prefix in (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else [])):
-        spell = respell(ruleset, prefix)
-        for rule in ruleset.by_key.get("embed.weight", ()):
-            names = [spell(leaf.pattern.replace("{r}", "0")) for leaf in rule.expr.leaves()]
-            if names and all(n in tensors for n in names):
-                return prefix
+    for key in ("embed.weight", "head.weight"):  # a tied file may have kept the head alone
+        for prefix in (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else [])):
+            spell = respell(ruleset, prefix)
+            for rule in ruleset.by_key.get(key, ()):
+                names = [spell(leaf.pattern.replace("{r}", "0")) for leaf in rule.expr.leaves()]
+                if names and all(n in tensors for n in names):
+                    return prefix
     return ruleset.prefixes[0]
 
 
@@ -736,6 +800,9 @@ class PlanError(ZooError):
 
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
+        if (said := _other_rows(ckpt, m)) is not None:
+            super().__init__(said)
+            return
         lines = [
             f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written"
         ]
@@ -762,6 +829,27 @@ class PlanError(ZooError):
             ]
         lines += dict.fromkeys(m.problems)  # what is wrong with the config is wrong for each weight
         super().__init__("\n".join(lines))
+
+
+def _other_rows(ckpt: Checkpoint, m: Match) -> str | None:
+    """Where all that does not fit is the number of rows of the embedding and the head: that, and what to do."""
+    at = [(name, file) for found in m.misshapen.values() for name, file in found]
+    if not at or m.missing or m.unexpected or m.problems:
+        return None
+    v, d = m.spec.vocab_size, m.spec.d_model
+    shapes = {ckpt.tensors[name].shape for name, _ in at}
+    if len(shapes) > 1 or not {"embed.weight", "head.weight"}.isdisjoint(m.outputs):
+        return None
+    (shape,) = shapes
+    if len(shape) != 2 or shape[1] != d or len(at) > 2:
+        return None
+    n = shape[0]
+    names = " and ".join(f"{name} in {file}" for name, file in at)
+    fewer = "the model would lack tokens" if n < v else f"{n - v} are padding, or tokens that were added"
+    return (
+        f"{ckpt.root}: {names}: {n} rows, but the config's vocab_size is {v} ({fewer}). Upstream doesn't load this "
+        f"either. If these weights are the model, set vocab_size to {n} in config.json; nothing was written"
+    )
 
 
 def fold_one(name: str) -> str:

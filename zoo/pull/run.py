@@ -231,7 +231,7 @@ def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress
             f"{target} does not agree with its source: see `zoo verify {shlex.quote(str(target))} --dtype {dtype}` and the "
             f"certificate in it. It was not made {dst}."
         )
-    certificate.canonical["path"] = str(dst)
+    certificate.canonical["path"] = dst.name
     certificate.write(target)
     _check(dst, force)
     put(target, dst)

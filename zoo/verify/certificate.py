@@ -13,7 +13,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +129,9 @@ class Certificate:
     created: str = ""
     kept: str = ""  # what became of `parity.json`, for people
     required: str | None = None  # the level without which nothing is proven, as the user has it
+    places: dict[str, str] = field(
+        default_factory=dict
+    )  # absolute paths of this machine, and what is written for them
 
     @property
     def passed(self) -> bool:
@@ -201,7 +204,7 @@ class Certificate:
             "timing": self.timing,
             "versions": self.versions,
             "machine": machine(),
-        })  # fmt: skip
+        }, sorted(self.places.items(), key=lambda p: -len(p[0])))  # fmt: skip
         return out
 
     def write(self, folder: Path, name: str = FILE) -> Path:
@@ -299,12 +302,16 @@ def _number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)  # JSON has no infinity
 
 
-def _clean(x: Any) -> Any:
-    """JSON-safe: no NaN or infinity, floats of six digits, which is what they are good for."""
+def _clean(x: Any, places: Sequence[tuple[str, str]] = ()) -> Any:
+    """JSON-safe: no NaN or infinity, floats of six digits, which is what they are good for; no path of this machine."""
     if isinstance(x, Mapping):
-        return {str(k): _clean(v) for k, v in x.items()}
+        return {str(k): _clean(v, places) for k, v in x.items()}
     if isinstance(x, list | tuple):
-        return [_clean(v) for v in x]
+        return [_clean(v, places) for v in x]
+    if isinstance(x, str):
+        for place, said in places:
+            x = x.replace(place, said)
+        return x
     if isinstance(x, float):
         return float(f"{x:.6g}") if math.isfinite(x) else str(x)
     return x
@@ -361,8 +368,8 @@ def unchecked(folder: Path) -> str | None:
     source = read_json(folder / FILE, "").get("source")
     if not source or not source.get("files"):
         return "it names no source, so none was checked"
-    if not Path(source["path"]).exists():
-        return f"the source ({source['path']}) is not there any more and was not checked"
+    if not (path := folder.resolve() / source["path"]).exists():
+        return f"the source ({os.path.normpath(path)}) is not there any more and was not checked"
     return None
 
 
@@ -377,8 +384,8 @@ def _problems(folder: Path, data: Mapping[str, Any]) -> list[str]:
         f"{n}: was not there when it was issued" for n in canonical_files(folder) if n not in recorded
     ]
     source = data.get("source")
-    if source and source.get("files") and Path(source["path"]).exists():
-        root = Path(source["path"])
+    # The path is relative to the folder; one that an older zoo wrote is absolute, and stands for itself.
+    if source and source.get("files") and (root := folder.resolve() / source["path"]).exists():
         problems += [f"source {p}" for p in _changed(root if root.is_dir() else root.parent, source["files"])]
     if rules := data.get("rules"):
         problems += _rules_changed(rules)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.verify.aside import put_aside
 
 OnLayer = Callable[[int, Tensor], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -311,21 +312,24 @@ def _weights_only(config: Any) -> None:
 
 
 def read_otherwise(path: Path) -> str | None:
-    """For the certificate: in what upstream is given a quantised release other than it is written; None if in nothing."""
+    """For the certificate: in what upstream is given a release other than it is written; None if in nothing."""
     if not (path / "config.json").is_file():
         return None
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    raw, aside = _told(path)
+    return "; ".join([*aside, *_dequantised(raw)]) or None
+
+
+def _dequantised(raw: dict[str, Any]) -> list[str]:
+    """How quantised weights are read, where that is not as a release has them."""
     found = [c.get("quantization_config") for c in (raw, raw.get("text_config")) if isinstance(c, dict)]
     for q in found:
         if isinstance(q, dict) and q.get("quant_method") == "compressed-tensors":
             groups = (q.get("config_groups") or {}).values()
             rounds = any(isinstance(g, dict) and g.get(kind) for g in groups for kind in ACTIVATIONS)
-            return "upstream was told to dequantise weights while loading, by scales widened to fp32" + (
-                f", and not to round activations as the release has it ({', '.join(ACTIVATIONS)})"
-                if rounds
-                else ""
-            )
-    return None
+            how = f", and not to round activations as the release has it ({', '.join(ACTIVATIONS)})"
+            said = "upstream was told to dequantise weights while loading, by scales widened to fp32"
+            return [said + (how if rounds else "")]
+    return []
 
 
 @contextlib.contextmanager
@@ -379,13 +383,19 @@ def exact_values() -> Iterator[None]:
         Fp8Dequantize._dequantize_one, CompressedTensorsDequantize.convert = one, convert
 
 
+def _told(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The config that upstream is given of a folder, and what it was not told of it."""
+    raw = _plain(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    return put_aside(raw, path, from_pretrained_files(path))
+
+
 def config_and_class(path: Path) -> tuple[Any, Any]:
     """Upstream's config object and class for a folder: by `architectures`; the text model's where the
     wrapper's class cannot be built here (a vision tower that needs packages nobody installed)."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    raw = _plain(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    raw, _ = _told(path)
     candidates = [(n, raw) for n in raw.get("architectures") or ()]
     candidates += [(CAUSAL.get(raw.get("model_type")), raw)]
     if isinstance(text := raw.get("text_config"), dict):
@@ -399,14 +409,15 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
             continue
         keys = {k: v for k, v in data.items() if k != "auto_map"}
         keys["model_type"] = cls.config_class.model_type
-        config = cls.config_class.from_dict(keys)
-        _weights_only(config)
-        try:
-            with torch.device("meta"):
-                cls._from_config(config)
-        except ImportError as e:
-            errors.append(f"{name}: {e}")
-            continue
+        with its_own_errors(path):
+            config = cls.config_class.from_dict(keys)
+            _weights_only(config)
+            try:
+                with torch.device("meta"):
+                    cls._from_config(config)
+            except ImportError as e:
+                errors.append(f"{name}: {e}")
+                continue
         return config, cls
     raise NoUpstream(f"{path}: upstream cannot run this: " + "; ".join(dict.fromkeys(errors)))
 

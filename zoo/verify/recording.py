@@ -37,7 +37,7 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=oracle.limits, dtype=dtype)
     about = {
         "source": {
-            "path": str(ckpt.root),
+            "path": ckpt.root.resolve().name,
             "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),
         },
         "versions": versions(),

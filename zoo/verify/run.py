@@ -40,6 +40,7 @@ from zoo.verify.oracle import (
     upstream_available,
 )
 from zoo.verify.ours import Ours, Streamed, build, subject_of
+from zoo.verify.rounded import rounding_of
 
 if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
@@ -108,10 +109,11 @@ def verify(
         if self_test and not numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
         cert = Certificate(
-            canonical=_canonical(folder), source=_source(other), rules=None, dtype=dtype,
+            canonical=_canonical(folder), source=_source(folder, other), rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=_disagreements(folder.spec, other.oracle), required=require,
             versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            places=_places(folder, other),
         )  # fmt: skip
         _exact_levels(cert, folder, other, wanted, say)
         if numeric and why_not:
@@ -173,7 +175,7 @@ def resolve(
     """Open the source and the oracle that `against` stands for."""
     if against is not None and not isinstance(against, str | os.PathLike):
         return Against(oracle=against, why_no_source="the oracle was given as an object")
-    if against is not None and Path(against).suffix == ".safetensors" and _is_golden(Path(against)):
+    if against is not None and _is_golden(Path(against)):
         from zoo.verify.golden import Golden
 
         source = _recorded_source(folder)
@@ -441,7 +443,10 @@ def _numeric_levels(
             f"{cert.oracle.get('path', 'the inputs')}: has the id {highest}; the folder's vocabulary has "
             f"{folder.spec.vocab_size}: it was recorded of another model, or with another tokenizer"
         )
-    if (recorded := getattr(oracle, "about", {}).get("dtype")) not in (None, dtype):
+    from zoo.verify.golden import Golden
+
+    recorded = oracle.about["dtype"] if isinstance(oracle, Golden) else None
+    if recorded not in (None, dtype, "fp32"):
         raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
     cert.inputs = asked.to_json()
     cert.not_checked += [
@@ -450,7 +455,12 @@ def _numeric_levels(
     ours = Streamed(folder, DTYPES[dtype]) if stream else Ours(build(subject_of(folder, DTYPES[dtype])))
     say(f"layers and logits of {asked.n_tokens} tokens")
     t = time.perf_counter()
-    measured = measure(oracle, ours, asked, dtype, spread=getattr(oracle, "spread", None), on_disk=stream)
+    spread = getattr(oracle, "spread", None)
+    if isinstance(oracle, Golden) and recorded != dtype:  # made in fp32, and ours in less
+        wide = Streamed(folder, torch.float32) if stream else Ours(build(subject_of(folder, torch.float32)))
+        spread = oracle.held_to(rounding_of(wide, ours, asked, dtype), dtype)
+        del wide
+    measured = measure(oracle, ours, asked, dtype, spread=spread, on_disk=stream)
     spent = time.perf_counter() - t
     levels = _judged(measured, dtype)
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
@@ -550,19 +560,34 @@ def versions() -> dict[str, str]:
 
 def _canonical(folder: canonical.Canonical) -> dict[str, Any]:
     return {
-        "path": str(folder.root.resolve()),
+        "path": folder.root.resolve().name,
         "family": folder.spec.family,
         "layout_version": folder.json.get("layout_version"),
         "files": certificate.hash_files(folder.root, certificate.canonical_files(folder.root)),
     }
 
 
-def _source(other: Against) -> dict[str, Any] | None:
+def _places(folder: canonical.Canonical, other: Against) -> dict[str, str]:
+    """What is written for the absolute paths of this machine: what the folder is called, and the way from it."""
+    home = folder.root.resolve()
+    recorded = [Path(p) for p in map(folder.source.get, ("path", "root")) if isinstance(p, str)]
+    golden = getattr(other.oracle, "path", None)
+    found = [p for p in (other.path, golden, *recorded) if isinstance(p, Path)]
+    if other.checkpoint is not None:
+        found.append(other.checkpoint.root)
+    out = {
+        str(p): os.path.relpath(p.resolve(), home) for x in found for p in (x, x.resolve()) if p.is_absolute()
+    }
+    out |= {str(p): home.name for p in (folder.root, home) if p.is_absolute()}
+    return out | ({} if other.cleanup is None else {other.cleanup.name: "(made for this)"})
+
+
+def _source(folder: canonical.Canonical, other: Against) -> dict[str, Any] | None:
     ckpt = other.checkpoint
     if ckpt is None or other.path is None:
         return None
     return {
-        "path": str(other.path.resolve()),
+        "path": os.path.relpath(other.path.resolve(), folder.root.resolve()),
         "format": ckpt.format,
         "naming": list(ckpt.naming),
         "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),

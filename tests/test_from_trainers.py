@@ -1,0 +1,292 @@
+"""What trainers and other tools do to a checkpoint: one name of a tied matrix, wrappers in names, padded
+vocabularies, weights quantised in ways that zoo does not read, models under names that nobody claims.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.formats.canonical import read
+from zoo.mapping.execute import convert
+from zoo.mapping.export import export
+from zoo.mapping.plan import Plan, make_plan
+from zoo.verify.certificate import Certificate
+from zoo.verify.oracle import CannotLoad, config_and_class
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make("llama_tied", tmp_path_factory.mktemp("tied"))
+
+
+def again(source: Path, dst: Path, tensors: Tensors | None = None, **config: Any) -> Path:
+    """A copy of a checkpoint with other tensors, and some fields of its config (None: without it)."""
+    dst.mkdir()
+    told = json.loads((source / "config.json").read_text()) | config
+    (dst / "config.json").write_text(json.dumps({k: v for k, v in told.items() if v is not None}))
+    save_file(
+        load_file(source / "model.safetensors") if tensors is None else tensors, dst / "model.safetensors"
+    )
+    return dst
+
+
+def plan_of(folder: Path) -> Plan:
+    return make_plan(open_checkpoint(folder))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ZooError) as e:
+        plan_of(folder)
+    return str(e.value)
+
+
+def canonical(folder: Path, dst: Path) -> Tensors:
+    convert(plan_of(folder), dst)
+    return {k: v for f in read(dst).files for k, v in load_file(dst / f).items()}
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_tied_file_that_kept_only_the_head_is_the_model_that_kept_the_embedding(
+    tied: Path, tmp_path: Path
+) -> None:
+    have = load_file(tied / "model.safetensors")
+    have["lm_head.weight"] = have.pop("model.embed_tokens.weight")
+    other = again(tied, tmp_path / "other", have)
+    notes = plan_of(other).notes
+    assert notes == ("of the tied embedding and head the files kept lm_head.weight only: it is both",)
+    assert same(canonical(other, tmp_path / "a"), canonical(tied, tmp_path / "b"))
+    export(tmp_path / "a", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        other / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_untied_file_without_an_embedding_is_refused(llama: Path, tmp_path: Path) -> None:
+    have = load_file(llama / "model.safetensors")
+    del have["model.embed_tokens.weight"]
+    assert "missing (1)" in refused(again(llama, tmp_path / "other", have))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.{}",
+        "module.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+        "_forward_module.{}",
+        "_fsdp_wrapped_module.{}",
+    ],
+)
+def test_a_wrapper_around_the_model_is_looked_through(llama: Path, tmp_path: Path, wrapped: str) -> None:
+    have = {wrapped.format(k): v for k, v in load_file(llama / "model.safetensors").items()}
+    other = again(llama, tmp_path / "other", have)
+    assert "looked through" in plan_of(other).summary()
+    assert same(canonical(other, tmp_path / "a"), canonical(llama, tmp_path / "b"))
+    export(tmp_path / "a", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        other / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_wrapper_around_each_layer_is_looked_through(llama: Path, tmp_path: Path) -> None:
+    have = {
+        "_fsdp_wrapped_module." + k.replace("layers.1.", "layers.1._checkpoint_wrapped_module._orig_mod."): v
+        for k, v in load_file(llama / "model.safetensors").items()
+    }
+    other = again(llama, tmp_path / "other", have)
+    assert same(canonical(other, tmp_path / "a"), canonical(llama, tmp_path / "b"))
+
+
+def test_a_part_of_names_that_is_not_on_the_list_is_not_looked_through(llama: Path, tmp_path: Path) -> None:
+    have = {f"student.{k}": v for k, v in load_file(llama / "model.safetensors").items()}
+    assert "missing" in refused(again(llama, tmp_path / "other", have))
+
+
+def test_one_tensor_wrapped_and_plain_is_refused(llama: Path, tmp_path: Path) -> None:
+    have = load_file(llama / "model.safetensors")
+    have["_orig_mod.model.norm.weight"] = have["model.norm.weight"] + 1
+    text = refused(again(llama, tmp_path / "other", have))
+    assert "'_orig_mod.model.norm.weight'" in text and "which one is meant" in text
+
+
+def test_the_first_spelling_of_llamas_class_is_llama(llama: Path, tmp_path: Path) -> None:
+    assert plan_of(again(llama, tmp_path / "c", architectures=["LLaMAForCausalLM"])).family.name == "llama"
+
+
+def test_a_padded_vocabulary_is_said_in_one_line_with_both_numbers(llama: Path, tmp_path: Path) -> None:
+    v = json.loads((llama / "config.json").read_text())["vocab_size"]
+    have = load_file(llama / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        have[name] = torch.cat([have[name], torch.zeros(7, have[name].shape[1], dtype=have[name].dtype)])
+    other = again(llama, tmp_path / "other", have)
+    text = refused(other)
+    assert f"{v + 7} rows, but the config's vocab_size is {v} (7 are padding" in text
+    assert f"set vocab_size to {v + 7}" in text and "\n" not in text
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):  # "upstream doesn't load this either"
+        tiny.upstream(other)
+    assert plan_of(again(llama, tmp_path / "right", have, vocab_size=v + 7)).spec.vocab_size == v + 7
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+W8A8 = {
+    "quant_method": "compressed-tensors", "format": "int-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+}  # fmt: skip
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+U8, I8, I32 = torch.uint8, torch.int8, torch.int32
+
+
+def quantise(source: Path, method: str) -> Tensors:
+    """The names and dtypes that a tool leaves for each linear map; sizes as they come out."""
+    out: Tensors = {}
+    for name, w in load_file(source / "model.safetensors").items():
+        if "_proj.weight" not in name:
+            out[name] = w
+            continue
+        n, d = w.shape
+        stem = name.removesuffix(".weight")
+        made: Tensors
+        match method:
+            case "nf4":
+                made = {
+                    "weight": torch.zeros(n * d // 2, 1, dtype=U8), "weight.absmax": torch.zeros(n * d // 64, dtype=U8),
+                    "weight.quant_map": torch.zeros(16), "weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=U8),
+                }  # fmt: skip
+            case "int8":
+                made = {"weight": torch.zeros(n, d, dtype=I8), "SCB": torch.zeros(n)}
+            case "w8a8":
+                made = {"weight": torch.zeros(n, d, dtype=I8), "weight_scale": torch.zeros(n, 1)}
+            case "nvfp4":
+                made = {
+                    "weight": torch.zeros(n, d // 2, dtype=U8), "weight_scale": torch.zeros(n, d // 4).to(torch.float8_e4m3fn),
+                    "weight_scale_2": torch.zeros(()), "input_scale": torch.zeros(()),
+                }  # fmt: skip
+            case "mlx":
+                made = {
+                    "weight": torch.zeros(n, d // 8, dtype=I32),
+                    "scales": torch.zeros(n, 1),
+                    "biases": torch.zeros(n, 1),
+                }
+            case _:  # AWQ and GPTQ pack alike, and GPTQ says which column is of which group
+                made = {
+                    "qweight": torch.zeros(d // 8, n, dtype=I32),
+                    "qzeros": torch.zeros(1, n // 8, dtype=I32),
+                    "scales": torch.zeros(1, n),
+                }
+                made |= {"g_idx": torch.zeros(d, dtype=I32)} if method == "gptq" else {}
+        out |= {f"{stem}.{k}": v for k, v in made.items()}
+    return out
+
+
+@pytest.mark.parametrize(
+    "method, config, said",
+    [
+        ("nf4", {"quantization_config": NF4}, "quant_method 'bitsandbytes', bnb_4bit_quant_type 'nf4'"),
+        ("int8", {"quantization_config": INT8}, "quant_method 'bitsandbytes', load_in_8bit True"),
+        ("w8a8", {"quantization_config": W8A8}, "quant_method 'compressed-tensors', format 'int-quantized'"),
+        ("nvfp4", {"quantization_config": NVFP4}, "quant_method 'modelopt', quant_algo 'NVFP4'"),
+        ("nvfp4", {}, "NVFP4 (by the names of its tensors"),
+        ("mlx", {"quantization": {"group_size": 64, "bits": 4}}, "quantization has bits 4"),
+        ("awq", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method 'awq', bits 4"),
+        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq', bits 4"),
+    ],
+)  # fmt: skip
+def test_weights_quantised_in_a_way_that_zoo_does_not_read_are_called_that_in_one_line(
+    llama: Path, tmp_path: Path, method: str, config: dict[str, Any], said: str
+) -> None:
+    text = refused(again(llama, tmp_path / "q", quantise(llama, method), **config))
+    assert said in text and "which zoo does not read" in text and "not quantised" in text
+    assert "\n" not in text and "proj" not in text
+
+
+@pytest.mark.parametrize("stale", [NF4, INT8, {"quant_method": "awq", "bits": 4}])
+def test_plain_weights_under_a_stale_quantisation_are_taken_as_they_are(
+    llama: Path, tmp_path: Path, stale: dict[str, Any]
+) -> None:
+    other = again(llama, tmp_path / "other", quantization_config=stale)
+    (note,) = plan_of(other).notes
+    assert f"quant_method '{stale['quant_method']}'" in note and "they are plain" in note
+    assert same(canonical(other, tmp_path / "a"), canonical(llama, tmp_path / "b"))
+
+
+def test_a_model_under_a_name_that_nobody_claims_is_refused_with_the_family_that_it_fits(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = again(llama, tmp_path / "other", architectures=["NovaForCausalLM"], model_type="nova")
+    text = refused(other)
+    assert "'NovaForCausalLM'" in text and "'nova'" in text and "--family llama" in text and "\n" not in text
+
+
+def test_a_model_that_fits_no_family_is_offered_none(llama: Path, tmp_path: Path) -> None:
+    have = load_file(llama / "model.safetensors")
+    have["model.layers.0.memory.weight"] = torch.zeros(2, 2)
+    text = refused(again(llama, tmp_path / "o", have, architectures=["NovaForCausalLM"], model_type="nova"))
+    assert "Known architectures" in text and "tensors fit" not in text
+
+
+def certified(folder: Path, tmp_path: Path) -> Certificate:
+    return zoo.verify(zoo.convert(folder, tmp_path / "canonical"), level="logits", write=False)
+
+
+@pytest.mark.parametrize("stale", [NF4, INT8, {"quant_method": "fp8"}])
+def test_upstream_is_not_told_a_stale_quantisation_and_the_proof_says_so(
+    llama: Path, tmp_path: Path, stale: dict[str, Any]
+) -> None:
+    cert = certified(again(llama, tmp_path / "other", quantization_config=stale), tmp_path)
+    assert cert.headline == "PASSED" and not cert.not_checked
+    assert f"quantization_config ({stale['quant_method']}): the weights are plain" in cert.oracle["note"]
+
+
+def test_upstream_is_not_told_a_padding_token_beyond_the_vocabulary_and_the_proof_says_so(
+    llama: Path, tmp_path: Path
+) -> None:
+    cert = certified(again(llama, tmp_path / "other", pad_token_id=100_000), tmp_path)
+    assert cert.headline == "PASSED" and "pad_token_id (100000)" in cert.oracle["note"]
+
+
+def test_what_upstreams_constructor_raises_is_its_own_word_and_no_bug_of_ours(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = again(llama, tmp_path / "other", bos_token_id="one")
+    with pytest.raises(CannotLoad, match=r"upstream cannot load this: \w+Error: "):
+        config_and_class(other)
+    cert = zoo.verify(zoo.convert(other, tmp_path / "canonical"), write=False)
+    assert cert.oracle["kind"] == "none" and "bos_token_id" in cert.oracle["why"]
+    assert cert.headline == "PASSED (bytes only)"
+
+
+def test_a_pickle_beside_a_stale_quantisation_is_plain_too(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other", quantization_config=NF4)
+    torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")
+    (other / "model.safetensors").unlink()
+    cert = certified(other, tmp_path)
+    assert cert.headline == "PASSED" and "the weights are plain" in cert.oracle["note"]
+
+
+def test_a_tied_file_that_kept_only_the_head_is_proven_against_upstream(tied: Path, tmp_path: Path) -> None:
+    have = load_file(tied / "model.safetensors")
+    have["lm_head.weight"] = have.pop("model.embed_tokens.weight")
+    cert = certified(again(tied, tmp_path / "other", have), tmp_path)
+    assert cert.passed, cert.not_checked

@@ -1,0 +1,55 @@
+"""Parts of names that trainers add and that carry nothing: a compiled or distributed module's wrapper is an attribute
+of it, and a checkpoint that was saved without unwrapping has it in every name below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from zoo.errors import ZooError
+from zoo.formats.base import Checkpoint
+
+ANYWHERE = (
+    "_orig_mod",  # torch.compile
+    "_fsdp_wrapped_module",  # FSDP
+    "_checkpoint_wrapped_module",  # activation checkpointing
+    "_forward_module",  # Lightning's strategies
+)
+OUTERMOST = "module"  # DDP and DeepSpeed's engine; inside a model it may be a name like any other
+
+
+def unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Each name without such parts, where there are any; else nothing. `names`: all that a checkpoint has.
+
+    Raises ZooError where two tensors would have one name: the model was saved wrapped and plain.
+    """
+    plain = {name: ".".join(p for p in name.split(".") if p not in ANYWHERE) for name in names}
+    while plain and all(name.startswith(OUTERMOST + ".") for name in plain.values()):
+        plain = {name: short.removeprefix(OUTERMOST + ".") for name, short in plain.items()}
+    if all(name == short for name, short in plain.items()):
+        return {}
+    first: dict[str, str] = {}
+    for name, short in plain.items():
+        if (other := first.setdefault(short, name)) != name:
+            raise ZooError(
+                f"tensors {other!r} and {name!r} are the same but for a trainer's wrapper: which one is meant? "
+                "Save the model again, unwrapped"
+            )
+    return plain
+
+
+def look_through(ckpt: Checkpoint) -> Checkpoint:
+    """The checkpoint under the names that its tensors have without such parts, and a note; as it is if it has none."""
+    if "hf" not in ckpt.naming:
+        return ckpt
+    try:
+        plain = unwrapped(ckpt.tensors)
+    except ZooError as e:
+        raise ZooError(f"{ckpt.root}: {e}") from None
+    if not plain:
+        return ckpt
+    tensors = {plain[n]: replace(t, name=plain[n]) for n, t in ckpt.tensors.items()}
+    name = next(n for n, short in plain.items() if n != short)
+    note = f"names hold a trainer's wrappers, which are looked through: {name} is {plain[name]}"
+    return replace(ckpt, tensors=tensors, notes=(*ckpt.notes, note))

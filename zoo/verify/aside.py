@@ -1,0 +1,61 @@
+"""What a config says about running and that keeps upstream from loading weights which are sound: put aside for it, and said.
+
+No field here moves a logit: a `quantization_config` that was left beside plain weights, and a token of padding that
+the vocabulary has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+_open: Any = safe_open  # the library does not type it
+PLAIN = ("F64", "F32", "F16", "BF16")
+
+
+def put_aside(
+    raw: dict[str, Any], root: Path, files: tuple[str, ...] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """A config without such fields, and a sentence on each. `files`: of weights, in the folder `root`; None: not known."""
+    notes: list[str] = []
+    out = _part(raw, raw, root, files, notes)
+    if isinstance(text := raw.get("text_config"), dict):
+        out["text_config"] = _part(text, raw | text, root, files, notes)
+    return out, list(dict.fromkeys(notes))
+
+
+def _part(
+    part: dict[str, Any],
+    whole: Mapping[str, Any],
+    root: Path,
+    files: tuple[str, ...] | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    out = dict(part)
+    q = out.get("quantization_config")
+    if isinstance(q, Mapping) and files is not None and all(_plain(root / f) for f in files):
+        del out["quantization_config"]
+        notes.append(
+            f"upstream was not told the config's quantization_config ({q.get('quant_method')}): the weights are plain"
+        )
+    pad, size = out.get("pad_token_id"), whole.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        out["pad_token_id"] = None
+        notes.append(
+            f"upstream was not told the config's pad_token_id ({pad}): the vocabulary has {size}, and it moves no logit"
+        )
+    return out
+
+
+def _plain(file: Path) -> bool:
+    """Whether all tensors of a file of weights are floating-point numbers, as plain weights are."""
+    if file.suffix == ".safetensors":
+        with _open(file, "pt") as f:
+            return all(f.get_slice(name).get_dtype() in PLAIN for name in f.keys())  # noqa: SIM118
+    tensors = torch.load(file, map_location="meta", weights_only=True)  # names and dtypes only
+    wide = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return all(not isinstance(t, torch.Tensor) or t.dtype in wide for t in tensors.values())
