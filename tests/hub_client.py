@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,36 @@ def pointed_at(
     monkeypatch.setattr(hub.RETRY, "longest_wait", 0.05)
     yield server
     close_session()
+
+
+@contextmanager
+def raw_answers(answer: bytes, monkeypatch: pytest.MonkeyPatch, drip: bytes = b"") -> Iterator[None]:
+    """The Hub is a socket that says `answer` to whatever is asked, then `drip` every 20 ms until nobody listens."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(peer: socket.socket) -> None:
+        with peer, suppress(OSError):
+            peer.settimeout(20)
+            while b"\r\n\r\n" not in peer.recv(1 << 16):
+                pass
+            peer.sendall(answer)
+            while drip:
+                peer.sendall(drip)
+                time.sleep(0.02)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
 
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:

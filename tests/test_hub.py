@@ -6,6 +6,7 @@ Ctrl-C, two pulls at once, other tools) start real ones. `ZOO_KILLS=30` tries mo
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -17,17 +18,21 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from hub_client import Spy, environment, pointed_at
+from hub_client import Spy, environment, pointed_at, raw_answers
 from hub_server import HubServer, Repo
 from huggingface_hub import constants
 
 from zoo import hub
 from zoo.hub import HubError, cache, http
+from zoo.hub.errors import Transient
 
 MIB = 1 << 20
 KILLS = int(os.environ.get("ZOO_KILLS", "3"))
@@ -324,7 +329,7 @@ def test_a_path_that_could_leave_its_folder_is_refused(server: HubServer, path: 
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "xetHash": "../x"},
         {"type": "file", "oid": "0" * 40, "size": 1, "path": "a", "lfs": "x"},
         {"type": "file", "size": 1, "path": "a"},
-        {"type": "file", "oid": "0" * 40, "size": 10**30, "path": "a"},
+        {"type": "file", "oid": "0" * 40, "size": 1 << 63, "path": "a"},
         "config.json",
     ],
 )
@@ -942,3 +947,113 @@ def test_a_sparse_copy_holds_what_was_asked_for_and_goes_on_after_an_end(
     server.forget()
     hub.download_sparse(snapshot, "model-1.safetensors", [(9 * MIB, 104)], dest)
     assert server.body_bytes() == 104
+
+
+# ---- answers made to hurt
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "deflate, deflate"])
+@pytest.mark.parametrize("code", [404, 503])
+def test_the_body_of_a_refusal_is_never_unpacked(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, code: int, encoding: str
+) -> None:
+    bomb = zlib.compress(bytes(64 * MIB), 9)
+    head = f"HTTP/1.1 {code} No\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(bomb)}\r\n\r\n"
+    monkeypatch.setattr(http.RETRY, "attempts", 1)
+    with raw_answers(head.encode() + bomb, monkeypatch):
+        tracemalloc.start()
+        with pytest.raises(HubError):
+            hub.resolve("org/toy")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 8 * MIB
+
+
+def test_an_answer_is_unpacked_under_a_limit(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = gzip.compress(bytes(64 * MIB))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n".encode()
+    monkeypatch.setattr(http, "MAX_JSON", MIB)
+    with raw_answers(head + bomb, monkeypatch):
+        tracemalloc.start()
+        with pytest.raises(HubError, match="longer than"):
+            hub.resolve("org/toy")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 16 * MIB
+
+
+def test_an_answer_that_is_packed_twice_is_refused(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = gzip.compress(gzip.compress(b"{}"))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with raw_answers(head + body, monkeypatch), pytest.raises(HubError, match="encoding"):
+        hub.resolve("org/toy")
+
+
+def test_a_packed_answer_is_read(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = gzip.compress(json.dumps({"sha": "x"}).encode())
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with raw_answers(head + body, monkeypatch), pytest.raises(HubError, match="named no commit"):
+        hub.resolve("org/toy")
+
+
+@pytest.mark.parametrize(
+    ("start", "drip"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
+    ],
+    ids=["1xx without end", "a header", "a body"],
+)
+def test_an_answer_that_trickles_ends(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, start: bytes, drip: bytes
+) -> None:
+    monkeypatch.setattr(http, "HEADERS", 0.5)
+    monkeypatch.setattr(http, "API_WINDOW", 0.5)
+    before = time.monotonic()
+    with raw_answers(start, monkeypatch, drip), pytest.raises(HubError, match="came in"):
+        hub.resolve("org/toy")
+    assert time.monotonic() - before < 10
+    deadline = time.monotonic() + 5
+    while any(t.name == "zoo-request" for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(t.name == "zoo-request" for t in threading.enumerate())
+
+
+def test_pages_of_one_file_each_are_not_read_for_ever(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def page(url: str, *_: object) -> tuple[Any, str]:
+        asked.append(url)
+        entry = {"type": "file", "path": f"f{len(asked)}", "size": 1, "oid": "0" * 40}
+        return [entry], f"{url.split('&cursor')[0]}&cursor={len(asked)}"
+
+    monkeypatch.setattr("zoo.hub.repo.get_json", page)
+    with pytest.raises(HubError, match="pages"):
+        hub.resolve("org/toy", "0" * 40)
+    assert len(asked) <= 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "Thu, 01 Jan 99999999999 00:00:00 GMT"},
+        {"Retry-After": "9" * 5000},
+        {"RateLimit": f"r=0;t={'9' * 5000}"},
+    ],
+)
+def test_a_wait_that_is_no_number_of_seconds_is_no_bug(headers: dict[str, str]) -> None:
+    assert http._retry_after(httpx2.Response(429, headers=headers)) is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Range": f"bytes {'9' * 5000}-9/9"}, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}],
+)
+def test_a_range_of_too_many_digits_is_another_range(headers: dict[str, str]) -> None:
+    with pytest.raises(Transient, match="came"):
+        http._skip(httpx2.Response(206, headers=headers), 0, 10, 10)

@@ -46,9 +46,12 @@ class Cancelled(HubError):
 class Transient(Exception):
     """Something that a later try may not meet. `wait` is what the server asked for, in seconds."""
 
-    def __init__(self, reason: str, *, wait: float | None = None, unreachable: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, wait: float | None = None, unreachable: bool = False, slow: bool = False
+    ) -> None:
         super().__init__(reason)
         self.wait = wait
+        self.slow = slow  # it was there, and gave next to nothing
         self.unreachable = unreachable  # no connection could be made at all
 
 

@@ -7,16 +7,18 @@ any size, the token kept from other hosts.
 
 from __future__ import annotations
 
+import ctypes
 import email.utils
-import json
+import queue
 import random
 import re
 import socket
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urljoin, urlsplit
@@ -26,13 +28,18 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers
 
+from zoo.bounded import parse_json
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
 
 SEGMENT = 16 << 30  # bytes asked for at once: content delivery networks refuse bodies over 50 GB
 MAX_JSON = 64 << 20  # bytes of one page of an API answer
+MAX_DRAINED = 1 << 20  # bytes, as sent, of a body nobody wants that are read for the sake of the connection
 MAX_REDIRECTS = 8
 SLOWEST = 1 << 10  # bytes per second, over `STALL_WINDOW`: slower is a stall that no timeout sees
 STALL_WINDOW = 60.0  # seconds
+API_WINDOW = 10.0  # seconds: the same for answers of the API
+HEADERS = 12.0  # seconds from the request to the last of the headers; the timeout of a read is 10
+ANSWER = 90.0  # seconds for all of it, addresses that don't answer and proxies included
 DIRECT = 8 << 20  # bodies at least this long are read from the socket (see `_chunks`)
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})  # the last are Cloudflare's
 
@@ -43,6 +50,7 @@ class Retry:
 
     attempts: int = 8  # failures in a row, without progress, before giving up
     unreachable_attempts: int = 3  # the same when no connection has been made since the start
+    slow_attempts: int = 2  # the same for answers that come, and too slowly
     first_wait: float = 1.0
     longest_wait: float = 30.0
     longest_retry_after: float = 300.0  # cap on what a server may ask for
@@ -104,18 +112,22 @@ class Patience:
     """Counts failures in a row and waits between them."""
 
     def __init__(self, about: About, watch: Watch) -> None:
-        self.about, self.watch, self.failures, self.moved = about, watch, 0, 0
+        self.about, self.watch, self.failures, self.slow, self.moved = about, watch, 0, 0, 0
 
     def progressed(self, n: int) -> None:
         self.moved += n
         if self.moved >= 1 << 20:
-            self.failures = self.moved = 0
+            self.failures = self.slow = self.moved = 0
 
     def failed(self, error: Transient) -> None:
         """Wait for the next try, or raise HubError when there have been enough."""
         self.failures += 1
         first_contact = error.unreachable and not _reached.is_set()
-        if self.failures >= (RETRY.unreachable_attempts if first_contact else RETRY.attempts):
+        self.slow += error.slow
+        if (
+            self.failures >= (RETRY.unreachable_attempts if first_contact else RETRY.attempts)
+            or self.slow >= RETRY.slow_attempts
+        ):
             raise gave_up(self.about, error, self.failures)
         wait = min(RETRY.first_wait * 2 ** (self.failures - 1), RETRY.longest_wait) * random.uniform(
             0.75, 1.25
@@ -146,19 +158,12 @@ def get_json(url: str, about: About, watch: Watch) -> tuple[Any, str | None]:
     while True:
         try:
             with _opened(url, about, None) as response:
-                data = bytearray()
-                with _translated():
-                    for chunk in response.iter_bytes():
-                        data += chunk
-                        if len(data) > MAX_JSON:
-                            raise HubError(
-                                f"{about}: the file list is longer than {MAX_JSON} bytes", "server"
-                            )
+                data = _body(response, about, watch)
                 try:
-                    return json.loads(bytes(data)), _next_page(response)
-                except (ValueError, RecursionError):
+                    return parse_json(data), _next_page(response)
+                except ValueError as error:
                     raise HubError(
-                        f"{constants.ENDPOINT} answered something other than JSON for {about}. "
+                        f"{constants.ENDPOINT} answered something other than JSON for {about} ({error}). "
                         "If HF_ENDPOINT is set, check that it names a Hub.",
                         "server",
                     ) from None
@@ -166,12 +171,46 @@ def get_json(url: str, about: About, watch: Watch) -> tuple[Any, str | None]:
             patience.failed(error)
 
 
+def _body(response: httpx2.Response, about: About, watch: Watch) -> bytes:
+    """The body of an API answer, decompressed under the limit: a kilobyte may stand for a gigabyte, and one encoding
+    within another for its square, so each chunk is asked only for what is still allowed."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):  # all that was asked for
+        raise HubError(f"{about}: the server's answer is in the encoding {encoding!r:.80}: refused", "server")
+    unpack = zlib.decompressobj(47) if encoding != "identity" else None
+    data, received, began = bytearray(), 0, time.monotonic()
+    with _translated():
+        for chunk in response.iter_raw():
+            watch.check()
+            received += len(chunk)
+            try:
+                data += unpack.decompress(chunk, MAX_JSON + 1 - len(data)) if unpack else chunk
+            except zlib.error as error:
+                raise Transient(f"the answer is damaged ({error})") from None
+            if len(data) > MAX_JSON:
+                raise HubError(f"{about}: the file list is longer than {MAX_JSON} bytes", "server")
+            _keep_pace(received, began, API_WINDOW)
+    if unpack and not unpack.eof:
+        raise Transient("the answer ends early")
+    return bytes(data)
+
+
+def _keep_pace(received: int, began: float, window: float) -> None:
+    """Raise Transient where less than `SLOWEST` came, over at least `window` seconds since `began`."""
+    elapsed = time.monotonic() - began
+    if elapsed > window and received < SLOWEST * elapsed:
+        raise Transient(f"only {received} bytes came in {elapsed:.0f} s", slow=True)
+
+
 def _next_page(response: httpx2.Response) -> str | None:
     """The next page, always on our endpoint: a Link elsewhere (mirrors keep the Hub's) must not get the token."""
     url = response.links.get("next", {}).get("url")
     if not url:
         return None
-    there = urlsplit(url)
+    try:
+        there = urlsplit(url)
+    except ValueError:
+        return None
     return f"{constants.ENDPOINT}{there.path}?{there.query}"
 
 
@@ -228,15 +267,22 @@ def _skip(response: httpx2.Response, start: int, end: int, size: int) -> int:
         raise Transient("the server compressed the file")
     if response.status_code == 200:
         length = headers.get("Content-Length")
-        if length is not None and int(length) != size:
+        if length is not None and _digits(length) != size:
             raise Damaged(f"{size} bytes", f"{length} bytes")
         return start
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+    match = re.fullmatch(
+        r"bytes ([0-9]{1,20})-([0-9]{1,20})/([0-9]{1,20}|\*)", headers.get("Content-Range", "")
+    )
     if match is None or int(match[1]) != start:
-        raise Transient(f"bytes {start}-{end - 1} were asked for, {headers.get('Content-Range')!r} came")
+        raise Transient(f"bytes {start}-{end - 1} were asked for, {headers.get('Content-Range')!r:.80} came")
     if match[3] != "*" and int(match[3]) != size:
         raise Damaged(f"{size} bytes", f"{match[3]} bytes")
     return 0
+
+
+def _digits(text: str) -> int | None:
+    """A header's whole number; None where it is none, or longer than any length."""
+    return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
 
 
 def _chunks(response: httpx2.Response, length: int, direct: bool) -> Iterator[bytes | memoryview]:
@@ -304,19 +350,18 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
         )
     for _ in range(MAX_REDIRECTS):
         trusted = _origin(url) in hubs  # a mirror may send us on to the Hub
-        headers = dict(private if trusted else plain)
+        headers = dict(private if trusted else plain) | {"Accept-Encoding": "gzip"}
         if span is not None:
             headers |= {"Accept-Encoding": "identity", "Range": f"bytes={span[0]}-{span[1] - 1}"}
         with _translated():
             request = session.build_request(
                 "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-            response = session.send(request, stream=True, follow_redirects=False)
+            response = _sent(session, request)
         try:
             _reached.set()
-            if response.status_code >= 300 and int(response.headers.get("Content-Length", 1 << 20)) < 1 << 20:
-                with _translated():
-                    response.read()  # so that the connection can be used again
+            if response.status_code >= 300:
+                _drain(response)
             if response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
                 url = _redirect(url, response.headers["Location"], about)
                 continue
@@ -334,12 +379,73 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
     raise HubError(f"{about}: more than {MAX_REDIRECTS} redirects, the last to {url}", "server")
 
 
+def _sent(session: httpx2.Client, request: httpx2.Request) -> httpx2.Response:
+    """The response, its headers read, within `HEADERS` of the request or Transient.
+
+    The client's own timeout is for each read: a header a byte at a time, or one 100 Continue after the other, has none.
+    So the request is made by a thread of its own, which is stopped when its time is over. Connecting has limits already.
+    """
+    answer: queue.SimpleQueue[httpx2.Response | BaseException] = queue.SimpleQueue()
+    asked, late = threading.Event(), threading.Event()
+
+    def trace(event: str, _: object) -> None:
+        if event.endswith("send_request_headers.started"):
+            asked.set()
+
+    def work() -> None:
+        try:
+            response = session.send(request, stream=True, follow_redirects=False)
+        except BaseException as error:
+            answer.put(error)
+            return
+        answer.put(response)
+        if late.is_set():  # nobody will take it
+            response.close()
+
+    request.extensions = {**request.extensions, "trace": trace}
+    thread = threading.Thread(target=work, daemon=True, name="zoo-request")
+    thread.start()
+    limit = time.monotonic() + ANSWER
+    came: httpx2.Response | BaseException | None = None
+    seen = False
+    while came is None and (left := limit - time.monotonic()) > 0:
+        if not seen and asked.is_set():
+            seen, limit = True, min(limit, time.monotonic() + HEADERS)
+        with suppress(queue.Empty):
+            came = answer.get(timeout=min(left, 1.0))
+    if came is None:
+        late.set()
+        # Raised in the thread at its next step of Python; one that waits for bytes ends by the timeout of its read.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError)
+        )
+        with suppress(queue.Empty):
+            if isinstance(last := answer.get_nowait(), httpx2.Response):
+                last.close()
+        raise Transient(f"no complete answer came in {HEADERS:.0f} s", slow=True)
+    if isinstance(came, BaseException):
+        raise came
+    return came
+
+
+def _drain(response: httpx2.Response) -> None:
+    """Read a short body that nobody wants, as it was sent (never unpacked), so that the connection can be used again."""
+    if (_digits(response.headers.get("Content-Length", "")) or MAX_DRAINED) >= MAX_DRAINED:
+        return
+    began, received = time.monotonic(), 0
+    with _translated():
+        for chunk in response.iter_raw():
+            received += len(chunk)
+            if received > MAX_DRAINED or time.monotonic() - began > 5:
+                return
+
+
 def _redirect(url: str, location: str, about: About) -> str:
     try:
         target = urljoin(url, location)
         scheme, was = _origin(target)[0], urlsplit(url).scheme
     except ValueError as error:
-        raise HubError(f"{about}: the server redirects to {location!r}: {error}", "server") from None
+        raise HubError(f"{about}: the server redirects to {location!r:.200}: {error}", "server") from None
     if scheme not in ("http", "https") or (was == "https" and scheme == "http"):
         raise HubError(f"{about}: the server redirects to {scheme}, which is not safe: {target}", "server")
     return target
@@ -353,14 +459,14 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 def _retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to wait: Retry-After (a number or a date) or the Hub's `RateLimit: ...;t=55`."""
     value = response.headers.get("Retry-After", "").strip()
-    if value.isascii() and value.isdigit():
+    if re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
     if value:
         try:
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
-    limit = re.search(r"r=0\s*;\s*t=(\d+)", response.headers.get("RateLimit", ""))
+    limit = re.search(r"r=0\s*;\s*t=([0-9]{1,9})(?![0-9])", response.headers.get("RateLimit", ""))
     return float(limit[1]) if limit else None
 
 

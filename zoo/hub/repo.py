@@ -18,6 +18,7 @@ from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, get_json
 
 MAX_FILES = 100_000
+MAX_PAGES = 200  # of a file list; the Hub's have 1,000 files each
 MAX_PATH = 1024  # characters
 NO_ROUTE = (400, 404, 405, 501)  # how servers say that they don't know what was asked for
 
@@ -105,6 +106,8 @@ def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
     seen, count = set[str](), 0
     while following is not None and following not in seen:
         seen.add(following)
+        if len(seen) > MAX_PAGES:
+            raise HubError(f"{about.repo} lists its files on more than {MAX_PAGES} pages: refused.", "server")
         page, following = get_json(following, about, watch)
         if not isinstance(page, list):
             raise HubError(f"{constants.ENDPOINT} sent no file list for {about.repo}.", "server")
