@@ -114,6 +114,16 @@ _spec("value_norm_skipped", "v not normalised", Attention, lambda a: replace(a, 
 
 # RoPE
 
+
+def _rotating(rope: Rope, dim: int) -> Rope:
+    """RoPE over `dim` channels; LongRoPE's tables, of a divisor per pair, as long as that."""
+    scaling = rope.scaling
+    if scaling and scaling.short:
+        short, long = ((table + table[-1:] * dim)[: dim // 2] for table in (scaling.short, scaling.long))
+        scaling = replace(scaling, short=short, long=long)
+    return replace(rope, dim=dim, scaling=scaling)
+
+
 _spec("rope_theta", "another RoPE theta", Rope, lambda r: replace(r, theta=1e4 if r.theta != 1e4 else 5e5))
 _spec("rope_scaling_ignored", "RoPE scaling ignored", Rope, lambda r: replace(r, scaling=None))
 _spec("rope_scaling_linear", "RoPE scaling taken as linear", Rope,
@@ -125,7 +135,7 @@ _spec("yarn_betas", "YaRN's ramp between other frequencies", Rope,
       lambda r: replace(r, scaling=replace(r.scaling, beta_fast=2 * r.scaling.beta_fast, beta_slow=2 * r.scaling.beta_slow))
       if r.scaling and r.scaling.kind == "yarn" else r)  # fmt: skip
 _spec("rope_partial", "another share of channels rotated", Attention,
-      lambda a: replace(a, rope=replace(a.rope, dim=a.head_dim if a.rope.dim < a.head_dim else a.rope.dim // 4 * 2))
+      lambda a: replace(a, rope=_rotating(a.rope, a.head_dim if a.rope.dim < a.head_dim else a.rope.dim // 4 * 2))
       if a.rope and (a.rope.dim < a.head_dim or a.rope.dim >= 4) else a)  # fmt: skip
 _spec("rope_order", "RoPE rotates the other pairs of channels", (Attention, LatentAttention),
       lambda a: replace(a, rope=replace(a.rope, interleaved=not a.rope.interleaved)) if a.rope and a.rope.dim > 2 else a)  # fmt: skip
