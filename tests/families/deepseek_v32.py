@@ -19,7 +19,6 @@ _DEEPSEEK = BASE | _MLA | {
 }
 _DSA = _DEEPSEEK | {"index_topk": 6, "index_n_heads": 7, "index_head_dim": 17, "num_hidden_layers": 3}
 
-# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 CASE = FamilyCase(
     "deepseek_v32",
     (

@@ -18,7 +18,6 @@ _GLM = BASE | {
 }
 _NO_MTP = {"num_nextn_predict_layers": 0}
 
-# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 CASE = FamilyCase(
     "glm4_moe",
     (

@@ -67,7 +67,6 @@ def released(config: Settings) -> Settings:
 
 
 # fmt: off
-# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 CASE = FamilyCase(
     "kimi_linear",
     (

@@ -40,7 +40,6 @@ _MISTRAL4 = BASE | _MLA | {
     ),
 }
 
-# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 CASE = FamilyCase(
     "mistral_large3",
     (

@@ -25,7 +25,6 @@ def released(config: Settings) -> Settings:
 
 
 # fmt: off
-# What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 CASE = FamilyCase(
     "qwen3_moe",
     (

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, set[Any]] = {
     "rms_norm_eps": {1e-5, 1e-6},
     "layer_norm_epsilon": {1e-5},
     "rope_theta": {1e4, 5e4, 1e5, 1.5e5, 5e5, 1e6, 2e6, 5e6, 1e7, 1e8, 1e9},
+    "alpha": {1000, 100000},
     "factor": {8, 16, 32, 36, 40, 64, 128},
     "low_freq_factor": {1},
     "high_freq_factor": {1, 4},
@@ -87,6 +88,7 @@ WRONG: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "rope_theta": 10000.0,
     "factor": 32.0,
+    "alpha": 1000.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -702,7 +704,10 @@ def wrong_constants(variant: Variant) -> Iterator[tuple[str, dict[str, Any]]]:
         if text.get(key) not in (None, wrong):
             yield key, text | {key: wrong}
         rope = text.get("rope_parameters", {})
-        if rope.get(key) not in (None, wrong):
+        unread = (
+            key == "factor" and "alpha" in rope
+        )  # upstream asks for it beside alpha, and does not read it
+        if rope.get(key) not in (None, wrong) and not unread:
             yield f"rope_parameters.{key}", text | {"rope_parameters": rope | {key: wrong}}
         for kind, part in rope.items():
             if isinstance(part, dict) and part.get(key) not in (None, wrong):
