@@ -18,7 +18,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from zoo._version import __version__
-from zoo.errors import ZooError
+from zoo.errors import ZooError, translated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "spec", "verify"]
 
 
+@translated
 def load(
     path: StrPath, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> Decoder:
@@ -57,6 +58,7 @@ def load(
     return load(path, device=device, dtype=wanted)
 
 
+@translated
 def plan(src: StrPath, dtype: str | None = None) -> Plan:
     """What converting `src` would do: a checkpoint on disk, the name of a release, or owner/repo on the Hub, of which
     only headers are read. Raises ZooError, listing what does not fit, if the family's rules do not account for
@@ -67,6 +69,7 @@ def plan(src: StrPath, dtype: str | None = None) -> Plan:
     return open_source(src, dtype).plan
 
 
+@translated
 def convert(src: StrPath, dst: StrPath, dtype: str | None = None, *, file: str | None = None) -> Path:
     """Convert `src` (as in `plan`; fetched first if it is remote) to the canonical folder `dst`; `dst`.
 
@@ -80,6 +83,7 @@ def convert(src: StrPath, dst: StrPath, dtype: str | None = None, *, file: str |
     return convert(src, dst, dtype=dtype, file=file)
 
 
+@translated
 def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
     files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
@@ -89,6 +93,7 @@ def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
     return export(canon, dst, format=format)
 
 
+@translated
 def verify(canon: StrPath, against: StrPath | None = None, **how: Any) -> Certificate:
     """Compare the canonical folder `canon` with upstream's implementation of `against` (default: what it was
     converted from, where that still exists). `how`: see `zoo.verify.verify`. The certificate has `.passed` and
@@ -99,6 +104,7 @@ def verify(canon: StrPath, against: StrPath | None = None, **how: Any) -> Certif
     return verify(canon, against=against, **how)
 
 
+@translated
 def pull(
     name: str,
     to: StrPath | None = None,
@@ -131,6 +137,7 @@ def pull(
     )
 
 
+@translated
 def spec(src: StrPath) -> Spec:
     """The architecture of a checkpoint, a canonical folder, a release by name, or owner/repo on the Hub."""
     from zoo.pull import spec_of

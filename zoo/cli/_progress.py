@@ -12,6 +12,7 @@ from typing import Any, Self, TextIO
 import click
 
 from zoo.cli._state import State
+from zoo.printable import printable, printable_json
 
 
 class Bar:
@@ -40,7 +41,7 @@ class Bar:
     def note(self, message: str) -> None:
         with self._lock:
             self._clear()
-            click.echo(message, err=True)
+            click.echo(printable(message), err=True)
 
     def close(self) -> None:
         with self._lock:
@@ -111,7 +112,7 @@ class Events:
 
     def tell(self, event: str, **data: Any) -> None:
         with self._lock:
-            click.echo(json.dumps({"event": event, **data}, ensure_ascii=False))
+            click.echo(printable_json(json.dumps({"event": event, **data}, ensure_ascii=False)))
 
     def close(self) -> None:
         pass

@@ -8,6 +8,7 @@ import click
 
 from zoo.cli._common import common, emit, say
 from zoo.errors import ZooError
+from zoo.plain import write_plain
 
 
 @click.command(short_help="A certificate as one HTML page")
@@ -25,9 +26,13 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     path = output or canon / "report.html"
     try:
         page = report.page(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be in another encoding
+    text = page.encode("utf-8", "backslashreplace")  # names may be in another encoding
+    if output is None:  # a link that lies there, in a folder of somebody's, is not followed
+        write_plain(path, text)
+    else:
+        path.write_bytes(text)
     if as_json:
         emit({"report": str(path), "verdict": data["verdict"]})
     else:

@@ -30,6 +30,7 @@ from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
+from zoo.plain import open_plain
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
@@ -122,10 +123,11 @@ def verify(path: Path, file: RemoteFile, watch: Watch) -> None:
     mark_verified(path, file)
 
 
-def hash_prefix(path: Path, length: int, digest: Hasher, watch: Watch) -> None:
-    """Feed the first `length` bytes of a file to `digest`, and advance over them."""
+def hash_prefix(path: Path | int, length: int, digest: Hasher, watch: Watch) -> None:
+    """Feed the first `length` bytes of a file, or of a descriptor (which stays open), to `digest`; advance over them."""
     buffer = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as f:
+    with open(path, "rb", buffering=0, closefd=not isinstance(path, int)) as f:
+        f.seek(0)
         while length > 0 and (n := f.readinto(buffer[: min(len(buffer), length)])):
             watch.check()
             digest.update(buffer[:n])
@@ -229,7 +231,9 @@ def write_ref(snapshot: Snapshot) -> None:
     ref = folder(snapshot.repo) / "refs" / snapshot.revision
     plain_folders(ref.parent, folder(snapshot.repo))
     new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-    new.write_text(snapshot.commit)
+    new.unlink(missing_ok=True)
+    with open(open_plain(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as f:
+        f.write(snapshot.commit)
     os.replace(new, ref)
 
 
@@ -278,6 +282,7 @@ def write_tree(snapshot: Snapshot) -> None:
         from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache  # as above
 
         at = str(folder(snapshot.repo))
+        plain_folders(folder(snapshot.repo) / "trees", folder(snapshot.repo))
         if read_tree(snapshot.repo, snapshot.commit) is None:
             entries = {
                 f.path: TreeCacheEntry(

@@ -22,6 +22,7 @@ from zoo.hub import cache
 from zoo.hub.errors import About, Damaged, HubError, bytes_text
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, stream
+from zoo.plain import open_plain
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
@@ -115,7 +116,7 @@ def download(
             if missing:
                 watch.tell(lambda p: p.phase("downloading"))
                 blobs = cache.folder(snapshot.repo) / "blobs"
-                blobs.mkdir(exist_ok=True)
+                cache.plain_folders(blobs, cache.folder(snapshot.repo))
                 largest_first = sorted(missing.values(), key=lambda same: -same[0].size)
                 _check_space(blobs, [same[0] for same in largest_first], snapshot)
                 _parallel(largest_first, fetch, workers, watch)
@@ -171,6 +172,7 @@ def download_to(
             if not _is_there(dest, file, watch, verify=verify):
                 at = cache.find(snapshot, file) if is_offline_mode() else None
                 if at is not None and _is_there(at, file, watch, verify=verify):
+                    part.unlink(missing_ok=True)
                     shutil.copyfile(at, part)
                 else:
                     _receive(file, snapshot.url(path), part, about, watch, verify=verify)
@@ -206,7 +208,7 @@ def _receive(file: RemoteFile, url: str, part: Path, about: About, watch: Watch,
         try:
             return _receive_once(file, url, part, about, watch, verify=verify, direct=first is None)
         except Damaged as damage:
-            watch.advance(-part.stat().st_size)
+            watch.advance(-part.lstat().st_size)
             part.unlink()
             if first is not None:
                 raise HubError(
@@ -224,13 +226,13 @@ def _receive_once(
 ) -> None:
     """Go on with `part` to the file's end. Raises Damaged if the whole hasn't the listed hash."""
     digest = cache.hasher(file)
-    with open(part, "ab", buffering=0) as f:
-        have = f.tell()
+    with open(open_plain(part, os.O_RDWR | os.O_CREAT | os.O_APPEND), "ab", buffering=0) as f:
+        have = f.seek(0, os.SEEK_END)
         if have > file.size:
             f.truncate(0)
             have = 0
         if verify:
-            cache.hash_prefix(part, have, digest, watch)
+            cache.hash_prefix(f.fileno(), have, digest, watch)
         else:
             watch.advance(have)
 
@@ -255,7 +257,7 @@ def _check_space(at: Path, files: Sequence[RemoteFile], snapshot: Snapshot) -> N
     have = 0
     for file in files:
         with suppress(OSError):
-            have += cache.part_path(snapshot.repo, file).stat().st_size
+            have += cache.part_path(snapshot.repo, file).lstat().st_size
     need, free = sum(f.size for f in files) - have, shutil.disk_usage(at).free
     if need > free:
         raise HubError(
@@ -448,19 +450,29 @@ def download_sparse(
         dest.parent.mkdir(parents=True, exist_ok=True)
         with cache.locked(dest.with_name(dest.name + ".lock"), str(about), watch):
             head = f"{file.blob} {file.size} {cache.boot()}\n"  # after a reboot what was written may be lost
-            noted = notes.read_text().splitlines(keepends=True) if dest.exists() and notes.exists() else []
-            if noted[:1] != [head]:
-                noted = [head]
-                dest.write_bytes(b"")
-            os.truncate(dest, file.size)
-            noted = [line for line in noted if line.endswith("\n")]
-            notes.write_text("".join(noted))
+            new = not dest.exists()
+            with (
+                open(open_plain(dest, os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as f,
+                open(open_plain(notes, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8") as text,
+            ):
+                noted = [] if new else text.read().splitlines(keepends=True)
+                if noted[:1] != [head]:
+                    noted = [head]
+                    f.truncate(0)
+                f.truncate(file.size)
+                noted = [line for line in noted if line.endswith("\n")]
+                text.seek(0)
+                text.truncate()
+                text.write("".join(noted))
             done = _merge(((int(a), int(b)) for a, b in map(str.split, noted[1:])), file, about)
             wanted = _merge(ranges, file, about)
             todo = _subtract(wanted, done)
             watch.advance(sum(b - a for a, b in wanted) - sum(b - a for a, b in todo))
             spans = [(a, min(a + piece, stop)) for start, stop in todo for a in range(start, stop, piece)]
-            with open(dest, "r+b", buffering=0) as f, open(notes, "ab", buffering=0) as log:
+            with (
+                open(open_plain(dest, os.O_RDWR), "r+b", buffering=0) as f,
+                open(open_plain(notes, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as log,
+            ):
 
                 def write(offset: int, data: bytes | memoryview) -> None:
                     view = memoryview(data)

@@ -63,6 +63,7 @@ from zoo.mapping.moves import (
 )
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
+from zoo.printable import printable
 
 log = logging.getLogger("zoo")
 
@@ -519,7 +520,7 @@ class Execution:
         with self._warning:  # threads find the same of one tensor
             if text not in self.warnings:
                 self.warnings.append(text)
-                log.warning(text)
+                log.warning(printable(text))
 
     # --- what describes it ----------------------------------------------------------------------------------
 

@@ -6,6 +6,9 @@ from where the same job stopped: a state says which job a partial folder belongs
 it are finished. A partial of another job is thrown away. A folder of that name that no run of zoo began is
 never touched.
 
+The folder in the making is held by its descriptor (`dir_fd`), and no link in it is followed: who can write beside the
+destination may swap the folder or plant a link at any moment, and gets nothing written or deleted elsewhere.
+
 A finished step is believed after a crash of the machine only if it was synced (`durable`); after the death of
 the process alone, the pages are still the kernel's and always believed: the boot is noted to tell the two apart.
 Without `durable` nothing is synced, as with `cp`: syncing 3 GB takes as long as copying it, and to sync one small file
@@ -23,6 +26,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +34,10 @@ from types import TracebackType
 from typing import Self
 
 from zoo import libc
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import leads_out
+from zoo.plain import open_plain
 
 STATE, JOURNAL = ".zoo-state.json", ".zoo-steps.jsonl"  # names that no file of a checkpoint has
 _SLACK = 8 << 20  # bytes for folders and inodes
@@ -79,10 +85,10 @@ class Folder:
             self._check_destination()
             self._resume()
             self._check_space()
-            if not (self.partial / STATE).exists():  # first: it says that the folder is ours to throw away
+            if not self._has(STATE):  # first: it says that the folder is ours to throw away
                 self.write(STATE, json.dumps({"job": self.job, "boot": _boot()}).encode())
             for name, size in self.sizes.items():
-                fd = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = self._open(name, os.O_RDWR | os.O_CREAT)
                 self._fds[name] = fd
                 os.ftruncate(fd, size)
         except OSError as e:
@@ -113,9 +119,7 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """A small file. Raises ZooError for a name that leads out of the folder."""
         self._refuse_outside(name)
-        path = self.partial / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as f:
+        with open(self._open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as f:
             f.write(data)
             f.flush()
             if self.durable:
@@ -125,7 +129,7 @@ class Folder:
         """`step` is finished, and need not be repeated."""
         if self.durable:
             self.sync()
-        with open(self.partial / JOURNAL, "a", encoding="utf-8") as f:
+        with open(self._open(JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "synced": self.durable}) + "\n")
             f.flush()
             if self.durable:
@@ -144,12 +148,47 @@ class Folder:
             os.close(fd)
         self._fds = {}
         for name in (JOURNAL, STATE):
-            (self.partial / name).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._held)
         if self.durable:
-            _sync_folder(self.partial)
+            os.fsync(self._held)
         self._check_destination()
+        if not os.path.samestat(os.fstat(self._held), os.lstat(self.partial)):
+            raise ZooError(f"{self.partial}: somebody put another folder in its place: not published")
         put(self.partial, self.dst, durable=self.durable)
         return self.dst
+
+    @property
+    def _held(self) -> int:
+        """The descriptor of the folder in the making; it holds the lock, too."""
+        assert self._lock is not None
+        return self._lock
+
+    def _open(self, name: str, flags: int) -> int:
+        """A plain file in the folder, or in folders below it that are made where they are missing."""
+        *above, last = Path(name).parts
+        at = os.dup(self._held)
+        try:
+            for part in above:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=at)
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+                os.close(at)
+                at = below
+            return open_plain(last, flags, dir_fd=at)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self.partial / name)) from None
+        finally:
+            os.close(at)
+
+    def _has(self, name: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return stat.S_ISREG(os.stat(name, dir_fd=self._held, follow_symlinks=False).st_mode)
+        return False
+
+    def _read(self, name: str) -> bytes:
+        with open(self._open(name, os.O_RDONLY), "rb") as f:
+            return f.read()
 
     def _refuse_outside(self, name: str) -> None:
         if leads_out(name):
@@ -165,7 +204,12 @@ class Folder:
             raise ZooError(in_the_way(self.partial))
         while True:
             self.partial.mkdir(exist_ok=True)
-            fd = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                own(self.partial, fd)
+            except BaseException:
+                os.close(fd)
+                raise
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -174,7 +218,7 @@ class Folder:
                     f"{self.dst}: another process is writing it ({self.partial} is locked)"
                 ) from None
             try:
-                if os.path.samestat(os.fstat(fd), os.stat(self.partial)):
+                if os.path.samestat(os.fstat(fd), os.lstat(self.partial)):
                     self._lock = fd
                     return
             except FileNotFoundError:
@@ -183,33 +227,38 @@ class Folder:
 
     def _resume(self) -> None:
         # Without a state: nobody's, or complete and killed before it was renamed.
-        if not is_ours(self.partial, STATE) and not self.ours(self.partial):
-            raise ZooError(in_the_way(self.partial))
+        if not self._has(STATE) and os.listdir(self._held):
+            ours = self.ours(self.partial)
+            if not ours or not os.path.samestat(os.fstat(self._held), os.lstat(self.partial)):
+                raise ZooError(in_the_way(self.partial))
         try:
-            state = json.loads((self.partial / STATE).read_bytes())
+            state = parse_json(self._read(STATE))
             same = state["job"] == self.job
             rebooted = state["boot"] != _boot()
         except (OSError, ValueError, KeyError, TypeError):
             same, rebooted = False, True
         if same:
             try:
-                lines = (self.partial / JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]
-                steps = [json.loads(line) for line in lines]
+                lines = self._read(JOURNAL).decode().split("\n")[:-1]
+                steps = [parse_json(line) for line in lines]
                 self.done = {s["step"] for s in steps if s["synced"] or not rebooted}
-                if all((self.partial / n).stat().st_size == size for n, size in self.sizes.items()):
+                if all(self._stat(n).st_size == size for n, size in self.sizes.items()):
                     return
             except (OSError, ValueError, KeyError, TypeError):
                 pass
         self.done = set()
-        clear(self.partial, STATE)
+        _clear(self._held, STATE)
+
+    def _stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self._held, follow_symlinks=False)
 
     def _check_space(self) -> None:
         there = 0
         for name in self.sizes:
             with contextlib.suppress(FileNotFoundError):
-                there += min((self.partial / name).stat().st_blocks * 512, self.sizes[name])
+                there += min(self._stat(name).st_blocks * 512, self.sizes[name])
         need = sum(self.sizes.values()) - there + _SLACK
-        disk = os.statvfs(self.partial)
+        disk = os.fstatvfs(self._held)
         free = disk.f_bavail * disk.f_frsize
         if need > free:
             if not there:
@@ -222,7 +271,7 @@ class Folder:
     def discard(self) -> None:
         """Remove what has been written so far."""
         with contextlib.suppress(OSError):
-            clear(self.partial, STATE)
+            _clear(self._held, STATE)
             self.partial.rmdir()
 
     def _close(self) -> None:
@@ -272,7 +321,8 @@ def _aside(dst: Path) -> Path:
 
 def is_ours(folder: Path, mark: str) -> bool:
     """Whether zoo may delete what is in `folder`: nothing, or what lies beside a file called `mark`."""
-    return (folder / mark).is_file() or not any(folder.iterdir())
+    marked = folder / mark
+    return (marked.is_file() and not marked.is_symlink()) or not any(folder.iterdir())
 
 
 def in_the_way(path: Path) -> str:
@@ -280,12 +330,44 @@ def in_the_way(path: Path) -> str:
 
 
 def clear(folder: Path, mark: str) -> None:
-    """Empty `folder`, its mark last: what a kill leaves is still ours."""
-    for entry in sorted(folder.iterdir(), key=lambda e: e.name == mark):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+    """Empty `folder`, its mark last: what a kill leaves is still ours. A link is removed, never followed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        own(folder, fd)
+        _clear(fd, mark)
+    finally:
+        os.close(fd)
+
+
+def _clear(fd: int, mark: str) -> None:
+    for name in sorted(os.listdir(fd), key=lambda n: n == mark):
+        if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+            shutil.rmtree(name, dir_fd=fd)
         else:
-            entry.unlink()
+            os.unlink(name, dir_fd=fd)
+
+
+def own(folder: Path, fd: int | None = None) -> None:
+    """Raise ZooError for a link, or a folder of another user, who could change at any time what is written into it.
+
+    Where a file system gives all files one owner (a network's, that of a USB stick), a new file has that owner, too.
+    """
+    if fd is None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return own(folder, fd)
+        finally:
+            os.close(fd)
+    owner = os.fstat(fd).st_uid
+    if owner == os.geteuid():
+        return
+    probe = f".zoo-owner-{os.getpid()}"
+    new = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
+    found = os.fstat(new).st_uid
+    os.close(new)
+    os.unlink(probe, dir_fd=fd)
+    if found != owner:
+        raise ZooError(f"{folder}: belongs to another user: {in_the_way(folder).partition(': ')[2]}")
 
 
 def _boot() -> str:

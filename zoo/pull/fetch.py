@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,8 @@ from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.formats.safetensors import read_header
-from zoo.mapping.folder import clear, in_the_way, is_ours
+from zoo.mapping.folder import clear, in_the_way, is_ours, own
+from zoo.plain import open_plain, write_plain
 from zoo.pull.progress import Passed, Steps
 from zoo.pull.source import Opened
 from zoo.pull.space import check_space, ranges_of, to_fetch, to_write
@@ -151,12 +151,13 @@ class Job:
         if os.path.lexists(self.work) and not self._began():
             raise ZooError(in_the_way(self.work))
         self.work.mkdir(parents=True, exist_ok=True)
-        (self.work / MARK).touch()
+        own(self.work)
+        os.close(open_plain(self.work / MARK, os.O_WRONLY | os.O_CREAT))
         for file in small:
             inside = os.path.relpath(file.path, self.remote.folder or ".")
             if not inside.startswith(".."):
                 (self.work / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(cached / file.path, self.work / inside)
+                write_plain(self.work / inside, (cached / file.path).read_bytes())
 
     def _began(self) -> bool:
         """Whether the folder of what is fetched is there, and zoo's."""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from zoo.errors import ZooError
 from zoo.formats.base import leads_out, read_json
+from zoo.plain import write_plain
 
 SCHEMA = "zoo-parity-1"
 FILE = "parity.json"
@@ -209,9 +210,8 @@ class Certificate:
 
     def write(self, folder: Path, name: str = FILE) -> Path:
         """Write `parity.json` into the canonical folder, or `folder / name`, whole or not at all."""
-        path, part = folder / name, folder / f".{name}.part"
-        part.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        path = folder / name
+        write_plain(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
         return path
 
 
@@ -222,10 +222,14 @@ def keep(cert: Certificate, folder: Path) -> None:
         old = read_json(folder / FILE, "") if (folder / FILE).exists() else {}
     except ZooError:
         old = {}
-    if (why := _stands(old, cert)) is not None:
+    try:
+        why, more = _stands(old, cert), _says_more(old, cert)
+    except (LookupError, TypeError, ValueError, AttributeError):  # not as zoo writes it: it says nothing
+        why, more = None, False
+    if why is not None:
         cert.kept = f"{FILE} is still that of {old.get('created')}, {why}; -o FILE keeps this one elsewhere"
         return
-    if (cert.passed or cert.values_unseen) and not cert.failed and _says_more(old, cert):
+    if (cert.passed or cert.values_unseen) and not cert.failed and more:
         cert.kept = f"{FILE} is still that of {old.get('created')}, which has more levels"
         return
     try:
@@ -266,9 +270,10 @@ def standing(folder: Path) -> str | None:
         odd += [n for n, s in now.items() if s.st_mtime > when and n not in odd]
         odd += [n for n in canonical_files(folder) if n not in recorded]
         levels = [n for n, x in data["levels"].items() if x["verdict"] == "passed"]
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        verdict = data["verdict"]
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
         raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r:.200}); verify again") from None
-    said = f"{data['verdict']} on {data['created']}, up to {levels[-1] if levels else 'nothing'}"
+    said = f"{verdict} on {data['created']}, up to {levels[-1] if levels else 'nothing'}"
     if odd:
         listed = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         return f"not as it is now: {listed} changed since ({said}); `zoo verify {folder} --check-certificate` hashes it"
@@ -359,7 +364,7 @@ def check(folder: Path) -> list[str]:
         raise ZooError(f"{folder / FILE}: schema is {data.get('schema')!r}; expected {SCHEMA!r}")
     try:
         return _problems(folder, data)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
         raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r})") from None
 
 
@@ -429,7 +434,11 @@ def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{root}: its certificate names the file {name!r:.100}, which is outside: not opened"
             )
         path = root / name
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except (OSError, ValueError):  # a name longer than names can be
+            there = False
+        if not there:
             out.append(f"{name}: gone")
         elif path.stat().st_size != was["bytes"]:
             out.append(f"{name}: {path.stat().st_size:,} bytes, was {was['bytes']:,}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
+from zoo.printable import printable
 
 Json = Mapping[str, Any]
 INK, OURS, SPREAD, BOUND, GRID = "#1d2733", "#1f5fa8", "#8a94a0", "#b3382c", "#d9dee4"
@@ -20,6 +21,7 @@ INK, OURS, SPREAD, BOUND, GRID = "#1d2733", "#1f5fa8", "#8a94a0", "#b3382c", "#d
 
 def page(cert: Json) -> str:
     """The report of a certificate (as its JSON). Raises ZooError if matplotlib is not installed."""
+    cert = _escaped(cert)
     parts = [
         _verdict(cert), _checks(cert), _layers(cert), _logits(cert), _decode(cert), _diagnosis(cert), _faults(cert),
         _not_checked(cert), _provenance(cert),
@@ -33,8 +35,18 @@ def page(cert: Json) -> str:
     )
 
 
+def _escaped(x: Any) -> Any:
+    """A certificate with every text in it escaped, once and for all: it may be somebody else's."""
+    if isinstance(x, Mapping):
+        return {html.escape(printable(k)): _escaped(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_escaped(v) for v in x]
+    return html.escape(printable(x)) if isinstance(x, str) else x
+
+
 def _e(x: Any) -> str:
-    return html.escape(str(x))
+    """Text for the page; what is escaped already stays as it is."""
+    return html.escape(html.unescape(printable(str(x))))
 
 
 def _name(cert: Json) -> str:

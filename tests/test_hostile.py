@@ -1,0 +1,221 @@
+"""What strangers give zoo does no harm: each test builds an input that once did, and holds zoo to an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hub_client import pointed_at
+from hub_server import HubServer
+
+import zoo
+from zoo import hub
+from zoo.cli import _common, cli
+from zoo.errors import MAX_TEXT, ZooError
+from zoo.hub import cache
+from zoo.mapping.folder import STATE, Folder
+
+# ---- what is said
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000_000, "\x1b" * 1900, "\x9b" * 5000, "é" * 2001])
+def test_a_message_is_short_and_printable_whatever_it_was_made_of(text: str) -> None:
+    said = str(ZooError(f"model.safetensors: {text}: convert again"))
+    assert len(said) <= MAX_TEXT
+    assert said.startswith("model.safetensors: ")
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in said)
+
+
+def test_a_message_of_ordinary_length_is_as_it_was_written() -> None:
+    assert str(ZooError("a\nb\tc")) == "a\nb\tc"
+
+
+def test_events_and_notes_hold_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    from zoo.cli._progress import Bar, Events
+
+    Bar().note("file \x1b]0;mine\x07 \x9b2J")
+    Events().note("file \x1b]0;mine\x07 \x9b2J")
+    out, err = capsys.readouterr()
+    assert not set(out + err) & {"\x1b", "\x07", "\x9b"}
+    assert json.loads(out)["message"] == "file \x1b]0;mine\x07 \x9b2J"
+
+
+# ---- reports
+
+
+def hostile_certificate() -> dict[str, Any]:
+    evil = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>"
+    check = {
+        "name": evil, "value": evil, "bound": evil, "why": evil, "relation": evil, "passed": True, "margin": None,
+    }  # fmt: skip
+    level = {"verdict": evil, "checks": [check], "notes": [evil], "figures": {}}
+    decode = level | {"figures": {"generated": [evil], "oracle": [evil], "equal": evil}}
+    return {
+        "schema": "zoo-parity-1", "verdict": evil, "created": evil, "dtype": evil,
+        "canonical": {"path": evil, "family": evil, "layout_version": evil, "files": {evil: {"bytes": 1, "sha256": evil}}},
+        "source": {"path": evil, "format": evil, "files": {evil: {"bytes": 1, "sha256": evil}}},
+        "rules": {"family": evil, "naming": evil, "version": evil},
+        "oracle": {"kind": evil, "name": evil, "version": evil, "class": evil},
+        "levels": {"decode": decode, evil: level},
+        "diagnosis": {"where": evil, "suggestions": [evil]},
+        "disagreements": [dict.fromkeys(("about", "upstream", "vendor", "follows", "oracle"), evil)],
+        "faults": {
+            "caught": evil, "applicable": evil, "without_effect": [evil],
+            "results": [{"what": evil, "kind": evil, "caught": True, "level": evil, "layer": evil, "value": 1, "bound": 0}],
+        },
+        "not_checked": [evil], "versions": {evil: evil}, "machine": {evil: evil}, "timing": {evil: 1.0},
+    }  # fmt: skip
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+
+def test_a_report_of_a_hostile_certificate_runs_nothing() -> None:
+    from zoo.verify import report
+
+    page = Tags()
+    page.feed(report.page(hostile_certificate()))
+    assert not {"script", "img"} & set(page.tags)
+    assert not [a for a in page.attributes if a.startswith("on")]
+
+
+def test_text_in_a_report_is_escaped_once() -> None:
+    from zoo.verify import report
+
+    cert = hostile_certificate() | {"not_checked": ["a < b & c, &lt; as it stands"]}
+    assert "<li>a &lt; b &amp; c, &amp;lt; as it stands</li>" in report.page(cert)
+
+
+def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "canon"
+    victim.write_text("mine")
+    folder.mkdir()
+    (folder / "parity.json").write_text(json.dumps(hostile_certificate()))
+    (folder / "report.html").symlink_to(victim)
+    assert _common.run(cli, ["report", str(folder)]) == 0
+    assert victim.read_text() == "mine"
+    assert "<html" in (folder / "report.html").read_text()
+
+
+# ---- what the system refuses
+
+
+def test_a_name_with_nul_in_it_is_refused_by_the_api(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    with pytest.raises(ZooError, match="NUL"):
+        zoo.convert(source, "c\0d")
+
+
+def test_what_the_system_refuses_is_a_zoo_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28), str(tmp_path / "config.json"))
+
+    monkeypatch.setattr("zoo.mapping.export.export", full)
+    with pytest.raises(ZooError, match=r"config\.json: No space"):
+        zoo.export(tmp_path, tmp_path / "out")
+
+
+# ---- links and folders that zoo did not make
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder of the user's own, with a file in it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "victim").write_text("mine")
+    return folder
+
+
+def untouched(folder: Path) -> bool:
+    return [p.name for p in folder.iterdir()] == ["victim"] and (folder / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", STATE])
+@pytest.mark.parametrize("kind", ["symlink", "hard link"])
+def test_a_link_planted_while_a_folder_is_made_is_not_written_through(
+    tmp_path: Path, elsewhere: Path, name: str, kind: str
+) -> None:
+    partial = tmp_path / "c.partial"
+    partial.mkdir()
+    with Folder(tmp_path / "c", {}, "job"):  # so that it is ours
+        pass
+    (partial / name).unlink(missing_ok=True)
+    if kind == "symlink":
+        (partial / name).symlink_to(elsewhere / "victim")
+    else:
+        os.link(elsewhere / "victim", partial / name)
+    with contextlib.suppress(ZooError), Folder(tmp_path / "c", {"w.safetensors": 100}, "job") as folder:
+        folder.publish()
+    assert untouched(elsewhere)
+
+
+def test_a_small_file_is_not_written_through_a_link(tmp_path: Path, elsewhere: Path) -> None:
+    with Folder(tmp_path / "c", {}, "job") as folder:
+        (folder.partial / "zoo.json").symlink_to(elsewhere / "victim")
+        (folder.partial / "below").symlink_to(elsewhere)
+        for name in ("zoo.json", "below/new"):
+            with pytest.raises(OSError):
+                folder.write(name, b"{}")
+    assert untouched(elsewhere)
+
+
+def test_a_folder_that_is_swapped_gets_nothing_and_loses_nothing(tmp_path: Path, elsewhere: Path) -> None:
+    with Folder(tmp_path / "c", {"w": 4}, "job") as folder:
+        folder.partial.rename(tmp_path / "aside")
+        folder.partial.symlink_to(elsewhere)
+        folder.write("zoo.json", b"{}")
+        folder.mark("step")
+        with pytest.raises(ZooError, match="another folder"):
+            folder.publish()
+        folder.discard()
+    assert untouched(elsewhere)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_partial_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = tmp_path / "c.partial"
+    partial.mkdir()
+    if os.geteuid() == 0:
+        os.chown(partial, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    with pytest.raises(ZooError, match="another user"), Folder(tmp_path / "c", {}, "job"):
+        pass
+    assert not list(partial.iterdir())
+
+
+def test_a_part_in_the_cache_that_is_a_link_is_not_written_through(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as server:
+        server.repo("org/toy").commit({"model.safetensors": b"x" * 5000})
+        with pointed_at(server, tmp_path / "home", monkeypatch, timeout=1):
+            snapshot = hub.resolve("org/toy")
+            for name in ("part", "blobs"):
+                part = cache.part_path("org/toy", snapshot.files[0])
+                if name == "part":
+                    part.parent.mkdir(parents=True)
+                    part.symlink_to(elsewhere / "victim")
+                else:
+                    part.unlink()
+                    part.parent.rmdir()
+                    part.parent.symlink_to(elsewhere)
+                with pytest.raises(hub.HubError, match="link") as caught:
+                    hub.download(snapshot, ["model.safetensors"])
+                assert caught.value.kind == "disk"
+                assert untouched(elsewhere)
