@@ -89,7 +89,12 @@ def _written_out(
     B, H, T, D = q.shape
     K = k.shape[1]
     grouped = q.reshape(B, K, H // K * T, D)
-    scores = (grouped @ k.transpose(-1, -2)).view(B, K, H // K, T, -1) * scale  # [B, K, H/K, T, S]
+    if bias is not None and softcap is None and score_scale is None:  # in one step, rounded once
+        added = bias.view(K, H // K, 1, -1).expand(B, K, H // K, T, -1).reshape(B * K, H // K * T, -1)
+        scores = torch.baddbmm(added, grouped.flatten(0, 1), k.transpose(-1, -2).flatten(0, 1), alpha=scale)
+        scores, bias = scores.view(B, K, H // K, T, -1), None
+    else:
+        scores = (grouped @ k.transpose(-1, -2)).view(B, K, H // K, T, -1) * scale  # [B, K, H/K, T, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if score_scale is not None:

@@ -60,6 +60,7 @@ class FamilyCase:
     packed_otherwise: config stem -> why its tensors can't be listed from upstream's class; a test of the family's
       module accounts for them.
     listed: tensor list (`tests/data/tensors/<name>.tensors.json`) -> the release it is of.
+    without_effect: endings of names of tensors on which no logit depends, with the reason.
     optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
     refused: (config stem, changes, what the error says): configs that must be refused.
     """
@@ -86,6 +87,7 @@ class FamilyCase:
     never_quantised: tuple[str, ...] = ()
     packed_otherwise: Mapping[str, str] = field(default_factory=dict)
     listed: Mapping[str, Listed] = field(default_factory=dict)
+    without_effect: Mapping[str, str] = field(default_factory=dict)
     optional_rules: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[tuple[str, Settings, str], ...] = ()
 
