@@ -199,7 +199,7 @@ def test_the_folder_says_where_it_comes_from(llama: Path, tmp_path: Path) -> Non
         j["layout_version"] == 1 and j["source"]["family"] == "llama" and j["source"]["origin"] == "elsewhere"
     )
     assert j["source"]["files"] == {f: (llama / f).stat().st_size for f in plan.checkpoint.files}
-    assert (tmp_path / "c" / "config.json").read_bytes() == (llama / "config.json").read_bytes()
+    assert (tmp_path / "c" / "config.released.json").read_bytes() == (llama / "config.json").read_bytes()
     assert (tmp_path / "c" / "tokenizer.json").exists()
     assert not list((tmp_path / "c").glob("*.py")), "code is never carried"
 
@@ -210,6 +210,23 @@ def test_what_it_leaves_is_a_folder_that_any_reader_of_safetensors_opens(llama: 
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / "c" / file)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_transformers_fails_at_once_on_what_it_leaves_and_loads_what_is_exported(
+    llama: Path, tmp_path: Path
+) -> None:
+    """With the release's config.json in it, it would load: random weights, with a report."""
+    from transformers import AutoModelForCausalLM
+
+    from zoo.mapping.export import export
+
+    convert(plan_of(llama), tmp_path / "c")
+    with pytest.raises((OSError, ValueError), match=r"config\.json|Unrecognized model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    export(tmp_path / "c", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (llama / "config.json").read_bytes()
+    assert not (tmp_path / "back" / "config.released.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
 
 
 def test_extras_keep_their_reasons(tmp_path: Path) -> None:

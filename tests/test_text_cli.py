@@ -76,9 +76,9 @@ def test_a_template_of_a_processor_reaches_the_model(
 def test_a_stop_id_of_the_text_config_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path)
     free = generated(root, "w5", "--raw", capsys=capsys)["tokens"]
-    config = json.loads((root / "config.json").read_text())
+    config = json.loads((root / "config.released.json").read_text())
     config = {**config, "eos_token_id": 10**15, "text_config": {"eos_token_id": [free[1]]}}
-    (root / "config.json").write_text(json.dumps(config))
+    (root / "config.released.json").write_text(json.dumps(config))
     (root / "generation_config.json").write_text("{}")
     assert main(["generate", str(root), "w5", "--raw", "-n", "4", "--json"]) == 0
     said = capsys.readouterr()

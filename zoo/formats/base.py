@@ -124,6 +124,21 @@ def encoded(data: Any, **how: Any) -> bytes:
         return json.dumps(data, **how).encode()
 
 
+RELEASED = "config.released.json"
+"""What a canonical folder calls the release's config.json. Under its own name transformers would take the folder for the
+release, and go on with random weights under names that it does not find."""
+
+
+def kept_as(name: str) -> str:
+    """What a file of the release is called in a canonical folder."""
+    return RELEASED if name == "config.json" else name
+
+
+def place_of(root: Path, name: str) -> Path:
+    """Where a release's file lies in a folder: the release's own, or a canonical one."""
+    return path if (path := root / name).exists() else root / kept_as(name)
+
+
 def leads_out(name: str) -> bool:
     """Whether a file's name is not that of a file below the folder that it is put in."""
     parts = Path(name).parts

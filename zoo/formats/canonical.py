@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.errors import ZooError
-from zoo.formats.base import TensorRef, files_below, inside, read_json
+from zoo.formats.base import RELEASED, TensorRef, files_below, inside, read_json
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, layout
 from zoo.quant.schemes import scheme
@@ -62,6 +62,7 @@ def wrote(path: Path) -> bool:
         described = read_json(path / JSON, "")
         shards = read_json(path / INDEX, "")["weight_map"].values()
         names = {JSON, INDEX, SOURCE, "parity.json", "report.html", *shards, *described["carried"]}
+        names.add(RELEASED)
     except (ZooError, LookupError, TypeError, AttributeError):  # damaged: then what is whose can't be told
         return False
     return files_below(path) <= names

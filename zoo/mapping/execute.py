@@ -39,7 +39,7 @@ from typing import Any, Self
 from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, TensorRef, encoded
+from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as
 from zoo.formats.canonical import JSON, SOURCE, wrote
 from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
@@ -397,7 +397,7 @@ class Execution:
         ckpt = self.plan.checkpoint
         for name in self.plan.carried:
             data = ckpt.synthesised.get(name)
-            self.folder.write(name, ckpt.path(name).read_bytes() if data is None else data)
+            self.folder.write(kept_as(name), ckpt.path(name).read_bytes() if data is None else data)
         self.folder.write(INDEX, self.sheet.index())
         if kept := _source_zip(self.plan):
             self.folder.write(SOURCE, kept)

@@ -23,7 +23,7 @@ from zoo import families
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_below, inside
+from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_below, inside, kept_as, place_of
 from zoo.formats.canonical import JSON, SOURCE, Canonical, read
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
@@ -117,7 +117,7 @@ def export(
         for name, data in job.small.items():
             folder.write(name, data)
         for name in job.carried:
-            folder.write(name, (c.root / name).read_bytes())
+            folder.write(name, place_of(c.root, name).read_bytes())
         return folder.publish()
 
 
@@ -182,7 +182,7 @@ def _carried(c: Canonical) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise ZooError(f"{c.root / JSON}: carried is {names!r:.100}, expected names of files")
     for name in names:
-        inside(c.root, name, str(c.root / JSON))
+        inside(c.root, name if (c.root / name).exists() else kept_as(name), str(c.root / JSON))
     return names
 
 
@@ -316,7 +316,7 @@ def _outputs(c: Canonical, family: Family, spell: Any) -> Iterator[Output]:
 def _config(c: Canonical) -> bytes:
     """config.json: as released, except for what the conversion changed."""
     source = c.source
-    given = c.root / "config.json"
+    given = place_of(c.root, "config.json")
     has_own = source["naming"] == "hf" and "config.json" in _carried(c)
     if has_own and source.get("dtype") is None:
         return given.read_bytes()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from zoo.errors import ZooError
-from zoo.formats.base import read_json
+from zoo.formats.base import place_of, read_json
 from zoo.text import tokenizer
 
 SECONDS = 30
@@ -87,7 +87,7 @@ class Text:
         ids: list[int] = []
         notes: list[str] = []
         for name, inner in STOPS:
-            held: Any = _json(self.root / name)
+            held: Any = _json(place_of(self.root, name))
             held = held.get(inner) if inner else held
             eos = held.get("eos_token_id") if isinstance(held, dict) else None
             for e in eos if isinstance(eos, list) else [] if eos is None else [eos]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import MAX_JSON, read_json
+from zoo.formats.base import MAX_JSON, place_of, read_json
 from zoo.formats.gguf_tokenizer import QWEN2_SPLIT, SPACE
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def load(root: Path) -> Loaded:
 
 def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] | None) -> str:
     """The class of `CLASSES` that upstream takes, or "backend": the file as it is."""
-    model = _json(root / "config.json")
+    model = _json(place_of(root, "config.json"))
     kind = model.get("model_type")
     kind = kind if isinstance(kind, str) else ""
     declared = config.get("tokenizer_class") or model.get("tokenizer_class")

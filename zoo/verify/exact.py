@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
+from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping.plan import Output, Plan
@@ -182,8 +182,12 @@ def bytes_level(folder: Canonical, plan: Plan, override: Mapping[str, Tensor] | 
             )
         )
         given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
-        changed = [n for n in sorted(given) if not _same_file(folder.root / n, plan.checkpoint.path(n))]
-        changed += [n for n, data in plan.checkpoint.synthesised.items() if not _holds(folder.root / n, data)]
+        changed = [
+            n for n in sorted(given) if not _same_file(place_of(folder.root, n), plan.checkpoint.path(n))
+        ]
+        changed += [
+            n for n, data in plan.checkpoint.synthesised.items() if not _holds(place_of(folder.root, n), data)
+        ]
         checks.append(
             Check("carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim")
         )
