@@ -10,12 +10,13 @@ VENV        ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 PIP_ARGS    ?=
 JOBS        ?= 2
+SECONDS     ?= 60
 BIN         := $(VENV)/bin
 # Two test processes on two cores: a thread each, or they fight.
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit demo bench bench-gpu prove proofs docs clean
+.PHONY: help venv test lint types unit fuzz demo bench bench-gpu prove proofs docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -49,6 +50,9 @@ unit: $(VENV)/.dev  ## the tests alone
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup --timeout 300
 
 test: lint types unit  ## lint, types and all tests
+
+fuzz: $(VENV)/.dev  ## mutated inputs for every reader: make fuzz SECONDS=600
+	$(ONE_THREAD) $(BIN)/python fuzz/run.py --seconds $(SECONDS) -o benchmarks/results/fuzz.json
 
 demo: $(VENV)/.demo  ## pull SmolLM2 135M, convert, verify against upstream, ask it a question
 	$(BIN)/zoo pull smollm2-135m --to demo/smollm2-135m

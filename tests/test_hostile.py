@@ -5,6 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import struct
+import time
+import zipfile
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ import zoo
 from zoo import hub
 from zoo.cli import _common, cli
 from zoo.errors import MAX_TEXT, ZooError
+from zoo.formats import canonical
 from zoo.hub import cache
 from zoo.mapping.folder import STATE, Folder
 
@@ -219,3 +225,81 @@ def test_a_part_in_the_cache_that_is_a_link_is_not_written_through(
                     hub.download(snapshot, ["model.safetensors"])
                 assert caught.value.kind == "disk"
                 assert untouched(elsewhere)
+
+
+# ---- canonical folders
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("converted")
+    return zoo.convert(tiny.make("llama", root / "source"), root / "canon")
+
+
+def described(converted: Path, dst: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the folder whose zoo.json was edited."""
+    folder = shutil.copytree(converted, dst / "canon")
+    data = json.loads((folder / "zoo.json").read_text())
+    change(data)
+    (folder / "zoo.json").write_text(json.dumps(data))
+    return folder
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "600,000 layers": lambda d: d["spec"].update(layers=[0] * 600_000),
+    "600,000 kinds of layers": lambda d: d["spec"].update(layer_kinds=d["spec"]["layer_kinds"] * 600_000),
+    "4096 layers in small files": lambda d: d["spec"].update(layers=[0] * 4096),
+    "layer 99": lambda d: d.update(layers=[99]),
+    "layer -1": lambda d: d.update(layers=[-1]),
+    "layer 1e999": lambda d: d.update(layers=[float("inf")]),
+    "a kind of layer that is not there": lambda d: d["spec"].update(layers=[7]),
+    "a float of 401 digits": lambda d: d["spec"].update(embed_scale=10**400),
+    "a float of 20 digits": lambda d: d["spec"].update(d_model=10**19),
+    "a scheme of 5,000 digits": lambda d: d.update(quant={"layers.0.mlp.down": f"fp8-block-{'9' * 5000}x1"}),
+    "a scheme of blocks of nothing": lambda d: d.update(quant={"layers.0.mlp.down": "fp8-block-0x0"}),
+    "codes that are floats": lambda d: d.update(quant={"layers.0.mlp.down": "fp8-channel"}),
+    "a dtype that is a list": lambda d: d["source"].update(dtype=["fp32"]),
+    "a path that is too long": lambda d: d["source"].update(path="x" * 100_000),
+    "a size that is text": lambda d: d["source"].update(files={"a": "1"}),
+    "a carried file below a file": lambda d: d.update(carried=["config.json", "config.json/x"]),
+    "a carried file outside": lambda d: d.update(carried=["../x"]),
+    "extras that are a number": lambda d: d.update(extras=1),
+    "a spec that is a list": lambda d: d.update(spec=[]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_canonical_folder_that_zoo_did_not_write_so_is_refused(
+    converted: Path, tmp_path: Path, what: str
+) -> None:
+    folder = described(converted, tmp_path, HOSTILE[what])
+    before = time.monotonic()
+    with pytest.raises(ZooError):
+        canonical.read(folder)
+    assert time.monotonic() - before < 2
+
+
+def test_a_json_file_nested_without_end_is_refused(converted: Path, tmp_path: Path) -> None:
+    folder = described(converted, tmp_path, lambda d: None)
+    (folder / "zoo.json").write_text("[" * 100_000)
+    with pytest.raises(ZooError, match="nested"):
+        canonical.read(folder)
+
+
+def test_an_archive_of_headers_with_too_many_entries_is_refused(converted: Path, tmp_path: Path) -> None:
+    folder = described(converted, tmp_path, lambda d: None)
+    with zipfile.ZipFile(folder / "source.zip", "w") as z:
+        for n in range(60_000):
+            z.writestr(f"headers/{n:030}", b"")
+    with pytest.raises(ZooError, match="directory"):
+        zoo.export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("tensors", "fields"), [(3_000_000, 0), (0, 3_000_000)])
+def test_a_gguf_of_millions_of_entries_is_refused_unread(tmp_path: Path, tensors: int, fields: int) -> None:
+    path = tmp_path / "x.gguf"
+    with path.open("wb") as f:
+        f.write(struct.pack("<4sIQQ", b"GGUF", 3, tensors, fields))
+        f.truncate(80_000_000)
+    with pytest.raises(ZooError, match="limits"):
+        zoo.plan(path)

@@ -19,8 +19,8 @@ from zoo.config import Config
 from zoo.disagreements import Disagreement
 from zoo.errors import ZooError
 from zoo.mapping.rules import RuleSet
-from zoo.soundness import MAX_LAYERS, refuse_unsound
-from zoo.spec import Spec
+from zoo.soundness import refuse_unsound
+from zoo.spec import MAX_LAYERS, Spec
 
 if TYPE_CHECKING:
     from zoo.formats.gguf_fields import Fields

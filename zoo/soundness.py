@@ -11,6 +11,7 @@ from typing import Any
 from zoo.errors import ZooError
 from zoo.layout import layout
 from zoo.spec import (
+    MAX_LAYERS,
     MLP,
     Attention,
     DeltaNet,
@@ -26,7 +27,6 @@ from zoo.spec import (
     Spec,
 )
 
-MAX_LAYERS = 4096
 MAX_EXPERTS = 1 << 16
 MAX_SIZE = 1 << 40
 """Beyond these a config is broken: the deepest release has 126 layers, the most experts of one 512, the widest axis

@@ -33,6 +33,10 @@ Rounding = Literal["first", "last"]
 "last", its result, and it is computed in fp32. In fp32 there is no difference."""
 
 
+MAX_LAYERS = 4096
+"""More than that is no model: the deepest release has 126."""
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """A normalisation over the last axis; its statistics are always taken in fp32.
@@ -461,6 +465,12 @@ class Spec:
     def from_dict(cls, d: dict[str, Any]) -> Spec:
         """Inverse of `to_dict`. Raises ZooError on an unknown, missing or mistyped field."""
         d = dict(d)
+        for key in ("layers", "layer_kinds"):  # before anything is built of them
+            n = len(d[key]) if isinstance(d.get(key), list) else 0
+            if not 0 < n <= MAX_LAYERS:
+                raise ZooError(f"zoo.json: spec.{key} is a list of {n}; expected 1 to {MAX_LAYERS}")
+        if not all(type(n) is int and 0 <= n < len(d["layer_kinds"]) for n in d["layers"]):
+            raise ZooError("zoo.json: spec.layers should be indices into spec.layer_kinds")
         try:
             kinds = [_from_json(Layer, k, f"layer_kinds[{n}]") for n, k in enumerate(d.pop("layer_kinds"))]
             d["layers"] = [kinds[n] for n in d.pop("layers")]
@@ -515,7 +525,7 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
     origin, args = typing.get_origin(tp), typing.get_args(tp)
     if origin is Literal:
         if x not in args:
-            raise ZooError(f"zoo.json: {where} is {x!r}; expected one of {', '.join(map(repr, args))}")
+            raise ZooError(f"zoo.json: {where} is {x!r:.100}; expected one of {', '.join(map(repr, args))}")
         return x
     if origin is tuple:
         if not isinstance(x, list):
@@ -547,7 +557,10 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
         except TypeError as e:
             raise ZooError(f"zoo.json: {where}: {e}") from None
     if tp is float and isinstance(x, int) and not isinstance(x, bool):
-        return float(x)
+        try:
+            return float(x)
+        except OverflowError:
+            raise ZooError(f"zoo.json: {where} is a number beyond all floats") from None
     if not isinstance(x, tp) or (tp is int and isinstance(x, bool)):
-        raise ZooError(f"zoo.json: {where} should be {tp.__name__}, found {x!r}")
+        raise ZooError(f"zoo.json: {where} should be {tp.__name__}, found {x!r:.100}")
     return x

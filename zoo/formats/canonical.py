@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.errors import ZooError
-from zoo.formats.base import RELEASED, TensorRef, files_below, inside, read_json
+from zoo.formats.base import FLOATS, RELEASED, TensorRef, files_below, inside, leads_out, read_json
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
-from zoo.layout import VERSION, layout
-from zoo.quant.schemes import scheme
+from zoo.layout import VERSION, Slot, layout
+from zoo.quant.schemes import grid, scheme
 from zoo.soundness import refuse_unsound
 from zoo.spec import Spec
 
@@ -95,10 +95,12 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     try:
         spec, quant, source = Spec.from_dict(j["spec"]), dict(j.get("quant", {})), dict(j.get("source", {}))
         extras = dict(j.get("extras", {}))
-        layers = tuple(int(i) for i in j["layers"]) if j.get("layers") is not None else None
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r})") from None
+        layers = tuple(j["layers"]) if j.get("layers") is not None else None
+        _as_written(j, spec, layers)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r:.300})") from None
     refuse_unsound(spec, str(root / JSON))
+    _refuse_more_than(root, spec, layers)
     index = read_json(root / INDEX, "a canonical checkpoint has one")
     tensors: dict[str, TensorRef] = {}
     for name in index_files(index, str(root / INDEX)):
@@ -113,12 +115,65 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     return canonical
 
 
+def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
+    """The components of a quantised weight are there, in the types and shapes of its scheme."""
+    name = slot.name.removesuffix(".weight")
+    for part in scheme(how).components:
+        ref = c.tensors.get(f"{name}.{part.name}")
+        if ref is None:
+            if part.optional:
+                continue
+            raise ZooError(f"{c.root}: tensor '{name}.{part.name}' is missing; convert again")
+        if ref.dtype not in part.dtypes:
+            raise ZooError(
+                f"{c.root / ref.file}: {ref.name} is {ref.dtype}; {how} has {' or '.join(part.dtypes)} there"
+            )
+        if part.unit is not None:
+            rows, rest = grid(part, slot.parts, slot.shape[-1])
+            want = (*slot.shape[:-2], sum(rows), *rest)
+            if len(slot.shape) < 2 or ref.shape != want:
+                raise ZooError(
+                    f"{c.root / ref.file}: {ref.name} has shape {list(ref.shape)}, {how} of {list(slot.shape)} needs {list(want)}"
+                )
+
+
+def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None) -> None:
+    """Raises ValueError for what zoo never writes: then what reads it later need not look."""
+    if layers is not None and not all(type(i) is int and 0 <= i < spec.n_layers for i in layers):
+        raise ValueError(f"layers are not those of a model of {spec.n_layers}")
+    source = j.get("source", {})
+    texts = ("path", "format", "family", "naming", "dtype", "plan", "package")
+    if not all(
+        source.get(k) is None or (isinstance(source[k], str) and len(source[k]) < 4096) for k in texts
+    ):
+        raise ValueError(f"of source, {', '.join(texts)} should be texts")
+    files = source.get("files", {})
+    if not isinstance(files, dict) or not all(type(n) is int and n >= 0 for n in files.values()):
+        raise ValueError("source.files should be sizes of files, in bytes")
+    carried = j.get("carried", [])
+    if not isinstance(carried, list) or not all(isinstance(n, str) and not leads_out(n) for n in carried):
+        raise ValueError("carried should be names of files in the folder")
+    names = {*carried, JSON, INDEX}
+    if above := next((n for n in carried for p in Path(n).parents if str(p) in names), None):
+        raise ValueError(f"carried names {above!r:.100}, which is below a file")
+
+
+def _refuse_more_than(root: Path, spec: Spec, layers: tuple[int, ...] | None) -> None:
+    """Experts and layers are names in a small file, and each may stand for many; a layer has a tensor at least, and a
+    tensor's entry in a header some 60 bytes, so the folder can't hold more layers than its bytes allow."""
+    most = sum(p.stat().st_size for p in root.glob("*.safetensors") if p.is_file()) // 60
+    if (n := spec.n_layers if layers is None else len(set(layers))) > most:
+        raise ZooError(f"{root / JSON}: calls for {n} layers, more than the files beside it can hold")
+
+
 def _check(c: Canonical) -> None:
     slots = layout(c.spec)
-    for name, how in c.quant.items():
-        if f"{name}.weight" not in slots or not isinstance(how, str):
-            raise ZooError(f"{c.root / JSON}: quant says {name!r} is {how!r}, which no weight of its Spec is")
-        scheme(how)
+    for name, called in c.quant.items():
+        if f"{name}.weight" not in slots or not isinstance(called, str):
+            raise ZooError(
+                f"{c.root / JSON}: quant says {name!r} is {called!r:.100}, which no weight of its Spec is"
+            )
+        scheme(called)
     present = None if c.layers is None else set(c.layers)
     for slot in slots.values():
         if present is not None and slot.layer is not None and slot.layer not in present:
@@ -126,7 +181,14 @@ def _check(c: Canonical) -> None:
         ref = c.tensors.get(slot.name)
         if ref is None:
             raise ZooError(f"{c.root}: tensor {slot.name!r} is missing; convert again")
-        if slot.name.removesuffix(".weight") not in c.quant and ref.shape != slot.shape:
+        how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
+        if how is not None:
+            _check_quantised(c, slot, how)
+        elif ref.dtype not in FLOATS:
+            raise ZooError(
+                f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected one of {', '.join(FLOATS)}"
+            )
+        elif ref.shape != slot.shape:
             raise ZooError(
                 f"{c.root / ref.file}: {slot.name} has shape {list(ref.shape)}, its Spec needs {list(slot.shape)}"
             )

@@ -42,6 +42,9 @@ _STRING, _ARRAY = 8, 9
 MAX_VALUES = 1 << 23
 """Of all arrays of a header: the largest vocabularies have a million, tokens, types and merges together."""
 
+MAX_TENSORS, MAX_FIELDS = 1 << 18, 1 << 12
+"""Of one file: the largest releases have two thousand tensors (experts are stacked) and some sixty fields."""
+
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -228,6 +231,10 @@ def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[st
             big = " (big-endian file)" if version in (2 << 24, 3 << 24) else ""
             raise ZooError(f"{file}: GGUF version {version}{big}; supported: 2 and 3, little-endian")
         n_tensors, n_fields = c.scalar("Q"), c.scalar("Q")
+        if n_tensors > MAX_TENSORS or n_fields > MAX_FIELDS:
+            raise ZooError(
+                f"{file}: claims {n_tensors} tensors and {n_fields} fields; the limits are {MAX_TENSORS} and {MAX_FIELDS}"
+            )
         if 24 * n_tensors + 13 * n_fields > size:
             raise ZooError(
                 f"{file}: claims {n_tensors} tensors and {n_fields} fields, more than it holds: damaged"

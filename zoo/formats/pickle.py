@@ -351,7 +351,7 @@ Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in
 
 
 def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
-    if (listed := _directory_size(f)) > MAX_DIRECTORY:
+    if (listed := directory_size(f)) > MAX_DIRECTORY:
         raise ZooError(
             f"{who}: the archive's directory has {listed} bytes (limit {MAX_DIRECTORY}): not of weights"
         )
@@ -417,7 +417,7 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
     return state, at
 
 
-def _directory_size(f: BinaryIO) -> int:
+def directory_size(f: BinaryIO) -> int:
     """Bytes of a zip archive's directory as its end says, which Python would parse whole. 0 where there is no such end."""
     size = f.seek(0, io.SEEK_END)
     f.seek(max(size - 65_557, 0))  # 22 bytes, and a comment of 64 KiB at most

@@ -25,6 +25,7 @@ from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_below, inside, kept_as, place_of
 from zoo.formats.canonical import JSON, SOURCE, Canonical, read
+from zoo.formats.pickle import directory_size
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.formats.wrapped import unwrapped
@@ -37,8 +38,10 @@ from zoo.mapping.rules import Fit, respell
 from zoo.quant.schemes import scheme
 
 FORMATS = ("hf", "source")
-MAX_KEPT = 1 << 29
-"""Bytes of kept headers; those of the largest release are 15 MB."""
+MAX_KEPT = 1 << 28
+"""Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
+MAX_DIRECTORY = 1 << 22
+"""Bytes of the list of what is kept: a release has some hundred files."""
 
 
 HEADED = ("safetensors", "sharded", "mistral", "openai")  # formats whose headers are kept
@@ -191,6 +194,9 @@ def _kept(c: Canonical) -> dict[str, bytes]:
     if not path.exists():
         return {}
     try:
+        with open(path, "rb") as f:
+            if (listed := directory_size(f)) > MAX_DIRECTORY:  # before Python lists all of it
+                raise ZooError(f"{path}: its directory has {listed} bytes (limit {MAX_DIRECTORY}): not zoo's")
         with zipfile.ZipFile(path) as z:
             if (total := sum(e.file_size for e in z.infolist())) > MAX_KEPT:
                 raise ZooError(f"{path}: its entries come to {total} bytes (limit {MAX_KEPT})")

@@ -132,12 +132,12 @@ def scheme(name: str) -> Scheme:
     fixed = {s.name: s for s in (_FP8_CHANNEL, _FP8_TENSOR, _MXFP4)}
     if name in fixed:
         return fixed[name]
-    if m := re.fullmatch(r"fp8-block(?:-(\d+)x(\d+))?", name):
+    if m := re.fullmatch(r"fp8-block(?:-([1-9]\d{0,5})x([1-9]\d{0,5}))?", name, re.ASCII):
         return _fp8_block(int(m[1] or 128), int(m[2] or 128))
-    if m := re.fullmatch(r"int4-group(\d+)", name):
+    if m := re.fullmatch(r"int4-group([1-9]\d{0,5})", name, re.ASCII):
         return _int4(int(m[1]))
     raise ZooError(
-        f"unknown quantisation scheme {name!r}; known: fp8-block, fp8-channel, fp8-tensor, mxfp4, int4-group32"
+        f"unknown quantisation scheme {name!r:.100}; known: fp8-block, fp8-channel, fp8-tensor, mxfp4, int4-group32"
     )
 
 
