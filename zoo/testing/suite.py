@@ -267,8 +267,10 @@ class FamilySuite:
             widths |= set(value if isinstance(value, list) else [value]) - {0}
         assert not [(a, b) for a in widths for b in widths if a < b and b % a == 0]
         derived = heads * head_dim(config) == config.hidden_size
-        by_design = r"attn.c_proj|altup_\w*projections|coefs|vision|visual|multi_modal|mm_projector"
-        may_be_square = re.compile(by_design + (r"|[qo]_proj" if derived else ""))
+        by_design = (
+            r"attn.c_proj|\.conv\.out_proj|altup_\w*projections|coefs|vision|visual|multi_modal|mm_projector"
+        )
+        may_be_square = re.compile(by_design + (r"|[qo]_proj|attn.out_proj" if derived else ""))
         state = variant.build()[1]._from_config(variant.build()[0]).state_dict()
         square = [k for k, t in state.items() if t.ndim > 1 and t.shape[-1] == t.shape[-2]]
         assert not [k for k in square if not may_be_square.search(k)]
