@@ -18,15 +18,19 @@ def spec(c: Config) -> Spec:
     c.refuse(moe_layer_freq=1, rope_interleave=True)
     if "layer_types" in c:
         c.each_layer("layer_types", c["num_hidden_layers"], ("indexed_attention",))
-    indexer = Indexer(
+    mixer = deepseek_v3.latent_attention(c, indexer=indexer(c))
+    return deepseek_v3.decoder("deepseek_v32", c, mixer, deepseek_v3.router(c))
+
+
+def indexer(c: Config, interleaved: bool = False) -> Indexer:
+    """The scorer of keys. Its LayerNorm's eps is fixed."""
+    return Indexer(
         n_heads=c["index_n_heads"],
         head_dim=c["index_head_dim"],
         top_k=c["index_topk"],
-        rope=read.rope(c, read.rope_parameters(c), c["qk_rope_head_dim"]),
+        rope=read.rope(c, read.rope_parameters(c), c["qk_rope_head_dim"], interleaved=interleaved),
         key_norm=Norm(1e-6, kind="layer"),
     )
-    mixer = deepseek_v3.latent_attention(c, indexer=indexer)
-    return deepseek_v3.decoder("deepseek_v32", c, mixer, deepseek_v3.router(c))
 
 
 _I = "model.layers.{i}.self_attn.indexer."

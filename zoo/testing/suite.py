@@ -274,7 +274,9 @@ class FamilySuite:
             widths |= set(value if isinstance(value, list) else [value]) - {0}
         assert not [(a, b) for a in widths for b in widths if a < b and b % a == 0]
         derived = heads * head_dim(config) == config.hidden_size
-        by_design = r"attn.c_proj|altup_\w*projections|coefs|vision|visual|multi_modal|mm_projector"
+        by_design = (
+            r"attn.c_proj|\.conv\.out_proj|altup_\w*projections|coefs|vision|visual|multi_modal|mm_projector"
+        )
         if derived:  # heads * head_dim is the width, and without groups so are k and v
             by_design += r"|[qo]_proj|out_proj|(attention|attn)\.dense" + (
                 "" if self.case.grouped else r"|[kv]_proj"
