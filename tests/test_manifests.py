@@ -108,7 +108,8 @@ def test_no_fact_is_without_a_source_and_no_source_without_its_fact(m: manifest.
 @pytest.mark.parametrize(("m", "stem"), WITH_CONFIG, ids=[f"{m.name}-{s}" for m, s in WITH_CONFIG])
 def test_context_and_quantization_are_those_of_the_config(m: manifest.Manifest, stem: str) -> None:
     c = config(stem)
-    positions = next(c[k] for k in ("max_position_embeddings", "model_max_length", "n_positions") if k in c)
+    named = ("max_position_embeddings", "model_max_length", "n_positions", "seq_length")
+    positions = next((c[k] for k in named if k in c), None) or families.spec_of(c).context_length
     assert m.context_length in (None, positions)
     if m.dtype and c["torch_dtype"]:
         assert {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[m.dtype] == c["torch_dtype"]
