@@ -18,7 +18,7 @@ from zoo import bounded, families
 from zoo.errors import ZooError
 from zoo.formats import canonical, gguf, pickle, safetensors
 from zoo.hub import http, repo
-from zoo.hub.errors import Damaged, Transient
+from zoo.hub.errors import About, Damaged, Transient
 from zoo.verify import certificate
 
 FOLDER = Path(tempfile.mkdtemp(prefix="zoo-fuzz-"))
@@ -79,7 +79,8 @@ def files(data: bytes) -> None:
         entries = bounded.parse_json(data)
     except ValueError:
         return
-    repo._files([e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else [], "org/name")
+    repo.get_json = lambda *_: (entries, None)  # type: ignore[assignment]
+    repo._files(repo._tree("http://hub/tree", About("org/name", "main"), http.Watch()), "org/name")
 
 
 def headers(data: bytes) -> None:
@@ -104,7 +105,7 @@ def seeds(name: str) -> list[bytes]:
     """Where the mutations begin: a valid input of each kind, or nearly."""
     tensor = {"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}
     llama = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
         "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 512,
     }  # fmt: skip
@@ -131,7 +132,7 @@ def seeds(name: str) -> list[bytes]:
         "canonical": {"path": "x", "files": {"a": {"bytes": 1, "sha256": "0" * 64}}}, "source": None, "rules": None,
         "oracle": {"kind": "golden"}, "dtype": "fp32", "not_checked": [], "faults": None,
     }  # fmt: skip
-    entry = {"path": "a/b", "size": 1, "sha256": None, "git_sha1": "0" * 40, "xet_hash": None}
+    entry = {"type": "file", "path": "a/b", "size": 1, "oid": "0" * 40, "lfs": {"oid": "0" * 64, "size": 5}}
     field = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama"
     info = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, 4, 0, 0)
     ggufs = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + field + info

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -303,3 +305,12 @@ def test_a_gguf_of_millions_of_entries_is_refused_unread(tmp_path: Path, tensors
         f.truncate(80_000_000)
     with pytest.raises(ZooError, match="limits"):
         zoo.plan(path)
+
+
+def test_the_fuzzers_start_from_what_is_valid_and_find_nothing_in_a_moment() -> None:
+    fuzz = Path(zoo.__file__).parents[1] / "fuzz" / "run.py"
+    done = subprocess.run(
+        [sys.executable, str(fuzz), "--seconds", "2", "--seed", "7"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(t["executions"] > 10 for t in json.loads(done.stdout)["targets"].values())

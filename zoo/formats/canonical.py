@@ -152,7 +152,7 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
         raise ValueError("source.files should be sizes of files, in bytes")
     carried = j.get("carried", [])
     if not isinstance(carried, list) or not all(isinstance(n, str) and not leads_out(n) for n in carried):
-        raise ValueError("carried should be names of files in the folder")
+        raise ValueError("of carried, expected names of files in the folder")
     names = {*carried, JSON, INDEX}
     if above := next((n for n in carried for p in Path(n).parents if str(p) in names), None):
         raise ValueError(f"carried names {above!r:.100}, which is below a file")
