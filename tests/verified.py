@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -15,10 +16,18 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.spec import Spec
+from zoo.verify.certificate import Certificate
 from zoo.verify.faults import CATALOGUE, Subject
 
 _HOLDER = tempfile.TemporaryDirectory(prefix="zoo-tests-")
 ROOT = Path(_HOLDER.name)
+
+# Families that between them have every part and switch in which the verifier can seed a fault (test_verify_faults holds them
+# to that). What depends on the parts is tested with these; `make proofs` does the same with every variant of every family.
+COVERING = (
+    "afmoe", "bloom", "deepseek_v32", "gemma2", "gemma3n", "gemma4", "glm_moe_dsa", "gpt_oss", "gptj", "lfm2", "llama", "llama4",
+    "mimo_v2_flash", "minicpm3", "nemotron_h", "opt", "qwen3_5_moe",
+)  # fmt: skip
 
 
 @functools.cache
@@ -59,3 +68,32 @@ def broken(name: str, fault: str, dst: Path) -> Path:
 
 def with_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
     return rewrite(folder, lambda s: s.put({name: change(s.tensors[name])}))
+
+
+def faults_unseen(faults: dict[str, Any]) -> list[str]:
+    """What a verifier's own test lacks: faults that it missed, that changed nothing, or that only a comparison of bytes saw,
+    which would see nothing if the rules themselves were wrong."""
+    results = faults["results"]
+    numbers = [r["fault"] for r in results if r["level"] in ("layers", "logits")]
+    lacks = [f"{r['fault']} is not caught" for r in results if not r["caught"]]
+    lacks += [f"{name} is without effect" for name in faults["without_effect"]]
+    lacks += [
+        f"{r['fault']} moves no number" for r in results if r["kind"] == "spec" and r["fault"] not in numbers
+    ]
+    if not len(numbers) >= 0.95 * faults["applicable"] >= 20:
+        lacks.append(
+            f"{len(numbers)} of {faults['applicable']} faults move numbers; at least 20 and 95 % of them should"
+        )
+    return lacks
+
+
+def streams_alike(folder: Path, whole: Certificate) -> bool:
+    """Whether a model streamed layer by layer gives to the bit the figures of one that was loaded (`level="logits"`)."""
+    streamed = zoo.verify(folder, level="logits", stream=True, write=False)
+    return streamed.passed and figures(streamed) == figures(whole)
+
+
+def figures(cert: Certificate) -> list[Any]:
+    layers, logits = cert.level("layers"), cert.level("logits")
+    assert layers is not None and logits is not None
+    return [layers.figures["layers"], {k: logits.figures[k] for k in ("error", "kl", "spread", "tokens")}]

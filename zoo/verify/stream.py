@@ -136,14 +136,22 @@ class StreamedTransformers(Transformers):
                 continue
             if isinstance(m, nn.Embedding):
                 m.padding_idx = None
-                _empty(m)
+                self._rest(m, name)
                 m.register_forward_pre_hook(self._gather(name))
-                m.register_forward_hook(lambda m, _args, _out: _empty(m))
+                m.register_forward_hook(lambda m, _args, _out, name=name: self._rest(m, name))
             elif m is head:
                 m.forward = self._head(m, name)
             else:
                 m.register_forward_pre_hook(lambda m, _args: self.weights.load(m, recurse=False))
                 m.register_forward_hook(lambda m, _args, _out: self.weights.unload(m, recurse=False))
+
+    def _rest(self, m: nn.Embedding, name: str) -> None:
+        """Between its passes an embedding is its file, mapped: Gemma 4's wrapper looks up one row by itself. Where making
+        the table would take memory it has no rows, but on the CPU: some classes look where it is."""
+        table = self.weights.mapped_one(f"{name}.weight")
+        m.weight = nn.Parameter(
+            torch.empty(0, m.embedding_dim) if table is None else table, requires_grad=False
+        )
 
     def _gather(self, name: str) -> Callable[..., tuple[Tensor]]:
         """Only the embedding's rows for these ids; the ids are renumbered to fit."""
@@ -188,11 +196,6 @@ def return_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also stops it from adapting
-
-
-def _empty(m: nn.Embedding) -> None:
-    """No rows, but on the CPU: some classes look where it is."""
-    m.weight = nn.Parameter(torch.empty(0, m.embedding_dim), requires_grad=False)
 
 
 class _Worker:
@@ -350,10 +353,14 @@ class Weights:
 
     def one(self, name: str) -> Tensor:
         """A tensor as stored, mapped: for embeddings and heads."""
+        table = self.mapped_one(name)
+        return self._convert(name)[name] if table is None else table
+
+    def mapped_one(self, name: str) -> Tensor | None:
+        """The same, if no memory is needed for it: it is stored as upstream has it."""
         found = self.sources.get(name) or self.sources.get(self.tied.get(name, ""))
         if found is None or len(found) != 1 or found[0][1] is not None:
-            made = self._convert(name)
-            return made[name]
+            return None
         ref = self.ckpt.tensors[found[0][0]]
         return mapped(self.ckpt.path(ref.file), ref)
 
