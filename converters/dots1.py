@@ -38,7 +38,7 @@ def spec(c: Config) -> Spec:
 def layer_types(c: Config) -> list[str]:
     windowed = "sliding_window" in c
     kinds = read.layer_types(
-        c, lambda i: read.SLIDING if windowed and i >= c["max_window_layers"] else read.FULL
+        c, lambda i: read.SLIDING if windowed and i >= c.get("max_window_layers", 62) else read.FULL
     )
     if read.SLIDING in kinds:
         c.refuse(use_sliding_window=True)  # upstream has the window all the same, the vendor's code has not

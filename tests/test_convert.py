@@ -455,14 +455,14 @@ def test_a_destination_that_cannot_be_written_is_named(llama: Path, tmp_path: Pa
 def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.statvfs
+    real = os.fstatvfs
 
-    def small(path: str) -> os.statvfs_result:
-        s = list(real(path))
+    def small(fd: int) -> os.statvfs_result:
+        s = list(real(fd))
         s[4] = 3  # f_bavail
         return os.statvfs_result(s)
 
-    monkeypatch.setattr(os, "statvfs", small)
+    monkeypatch.setattr(os, "fstatvfs", small)
     with pytest.raises(ZooError, match=r"needs [\d,]+ bytes, its disk has [\d,]+ free"):
         convert(plan_of(llama), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
@@ -578,10 +578,10 @@ def test_a_partial_is_ours_from_its_first_file_to_its_last(llama: Path, tmp_path
     names = sorted(p.name for p in (tmp_path / "c.partial").iterdir())
     assert STATE in names and len(names) > 1
     unlinked: list[str] = []
-    real = Path.unlink
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda p, *a, **k: (unlinked.append(p.name), real(p, *a, **k)))
-        Execution(plan_of(llama), tmp_path / "c").folder.discard()
+    real = os.unlink
+    with Execution(plan_of(llama), tmp_path / "c") as again, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", lambda p, *a, **k: (unlinked.append(Path(p).name), real(p, *a, **k)))
+        again.folder.discard()
     assert sorted(unlinked) == names and unlinked[-1] == STATE
 
 

@@ -114,7 +114,7 @@ def test_it_brings_readings_of_its_own_for_gguf_and_vendors_files(install: Insta
     )
     install("own", text=text)
     assert [f.name for f, _ in families.naming_gguf("ownarch", "w.gguf")] == ["own"]
-    assert [f.name for f, _ in families.naming_gguf("llama", "w.gguf")] == ["llama", "own"], (
+    assert [f.name for f, _ in families.naming_gguf("llama", "w.gguf")] == ["llama", "mixtral", "own"], (
         "ours is asked first"
     )
     assert families.own_config("mistral", {"moe": 1, "is": "own"}, (), "params.json") == {

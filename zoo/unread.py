@@ -23,7 +23,7 @@ SILENT = re.compile(
     | (.*_)?(token|tokens)_(id|ids|index) | .*_token_id_.* | n_special | predict_special_tokens | vocab_offset
     | (id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|classifier_dropout.*|pruned_heads)
     # training and initialisation
-    | initializer_.* | .*init(ializer)?_(std|range|value|scale) | (.*_)?dropout(_p|_rate)? | .*_pdrop | layerdrop
+    | initializer_.* | .*init(ializer)?_(std|range|value|scale) | (.*_)?dropout(_p|_rate|_prob)? | .*_pdrop | layerdrop
     | summary_.* | rescale_prenorm_residual | embedding_initializer_range | block_use_xavier_init | conv_use_xavier_init
     | .*aux_loss.* | .*_loss_(coef|alpha|coefficient|scaling_factor) | z_loss_coefficient | seq_aux | load_balance_coeff
     | router_jitter_noise | input_jitter_noise | output_router_logits | gradient_clipping | altup_coef_clip
@@ -36,6 +36,8 @@ SILENT = re.compile(
     | (diversity|length|repetition)_penalty | do_sample | early_stopping | (encoder_)?no_repeat_ngram_size | m(ax|in)_length
     | num_(beams|beam_groups|return_sequences) | temperature | top_[kp] | typical_p | use_mamba_kernels | use_mambapy
     | mamba_ssm_(cache_)?dtype | use_grouped_mm | reorder_and_upcast_attn | moe_shared_expert_overlap | model_max_length
+    | bias_dropout_fusion | masked_softmax_fusion | skip_bias_add(_qkv)? | slow_but_exact | offset_alibi | output_projection
+    | inference_runner | validate_runner_input | pad_key_length | pre_allocate_kv_cache | scale_attention_softmax_in_fp32
     | n_ctx | expand | (unsloth|axolotl)_.* | attn_implementation
     # read elsewhere: what the files hold, by the format's reader
     | quantization(_config)? | compression_config | expert_dtype | for_llm_compressor
@@ -66,6 +68,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
         normalize_embedding""".split(),
         (False,),
     ),
+    **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
     "scale_attn_weights": (True,),
     "attention_softmax_in_fp32": (True, False),
     # caps

@@ -137,16 +137,21 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
                 )
 
 
+def _short_text(x: object) -> bool:
+    return x is None or (isinstance(x, str) and len(x) < 4096)
+
+
 def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None) -> None:
     """Raises ValueError for what zoo never writes: then what reads it later need not look."""
     if layers is not None and not all(type(i) is int and 0 <= i < spec.n_layers for i in layers):
         raise ValueError(f"layers are not those of a model of {spec.n_layers}")
     source = j.get("source", {})
-    texts = ("path", "format", "family", "naming", "dtype", "plan", "package")
-    if not all(
-        source.get(k) is None or (isinstance(source[k], str) and len(source[k]) < 4096) for k in texts
-    ):
+    texts = ("path", "format", "family", "naming", "dtype", "plan")
+    if not all(_short_text(source.get(k)) for k in texts):
         raise ValueError(f"of source, {', '.join(texts)} should be texts")
+    package = source.get("package") or {}
+    if not isinstance(package, dict) or not all(_short_text(package.get(k)) for k in ("name", "version")):
+        raise ValueError("the source's package should have a name and a version")
     files = source.get("files", {})
     if not isinstance(files, dict) or not all(type(n) is int and n >= 0 for n in files.values()):
         raise ValueError("source.files should be sizes of files, in bytes")

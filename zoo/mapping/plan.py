@@ -300,11 +300,10 @@ def _found(ckpt: Checkpoint, where: str) -> Family:
         if not fitting:
             raise
         names = [name for _, name in sorted(fitting)]
-        also = f" (so do {', '.join(names[1:])})" if names[1:] else ""
         raise ZooError(
             f"{where}: no family claims architectures {ckpt.config.get('architectures')}, model_type "
-            f"{ckpt.config.get('model_type')!r}, but its fields and tensors fit {names[0]}{also}. If it computes as that does, "
-            f"say --family {names[0]}"
+            f"{ckpt.config.get('model_type')!r}, but its fields and tensors fit {', '.join(names)}. If it computes as "
+            f"{'that' if len(names) == 1 else 'one of those'} does, say --family {' or --family '.join(names)}"
         ) from e
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,7 +135,7 @@ class StreamedTransformers(Transformers):
             own = [*m.named_parameters(recurse=False), *self.weights.buffers_of(m)]
             if id(m) in inside or not own:
                 continue
-            if isinstance(m, nn.Embedding):
+            if isinstance(m, nn.Embedding) and _looks_up_ids(m):
                 m.padding_idx = None
                 self._rest(m, name)
                 m.register_forward_pre_hook(self._gather(name))
@@ -196,6 +197,11 @@ def return_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also stops it from adapting
+
+
+def _looks_up_ids(m: nn.Embedding) -> bool:
+    """Whether it is called with ids: OPT's positions are called with a mask, and get the whole of their small table."""
+    return next(iter(inspect.signature(m.forward).parameters)) in ("input", "input_ids")
 
 
 class _Worker:
