@@ -23,6 +23,7 @@ def spec(c: Config) -> Spec:
         normalize=c.get("norm_topk_prob", True),
         normalize_eps=1e-6,
         scale=float(c.get("routed_scaling_factor", 1.0)),
+        score_rounding="first",
     )
     dense = MLP(c["intermediate_size"])
     moe = MoE(read.n_experts(c), MLP(c["moe_intermediate_size"]), router)

@@ -295,7 +295,8 @@ class Router:
     through a norm of its own, times `input_scale`, in place of what the layer's norm makes of it.
     `softcap`: on the logits. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
     result is not rounded at all ("last"). `weights_rounding`: of the weighted sum over experts: the weights are rounded
-    "first", or stay in fp32 and the sum is rounded "last".
+    "first", or stay in fp32 and the sum is rounded "last". `score_rounding`: scores, their sum and their quotients are
+    rounded as they are made ("first", LFM2), or computed in fp32.
     """
 
     top_k: int
@@ -317,6 +318,7 @@ class Router:
     expert_scale: bool = False
     norm: Norm | None = None
     input_scale: float = 1.0
+    score_rounding: Rounding = "last"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ from zoo.testing import FULL, FamilyCase, Variant
 from zoo.testing.released import drop, drop_default, flat_rope
 from zoo.testing.variant import Settings
 
-_ROUNDS = "upstream's router rounds its scores, their sum and their quotients to bf16 one by one; here they stay in fp32 until the weights are"
-
 # fmt: off
 
 _MOE = SIZES | {
@@ -31,13 +29,13 @@ CASE = FamilyCase(
     "lfm2_moe",
     (
         Variant("lfm2_moe", "Lfm2MoeForCausalLM", _MOE,
-            "sigmoid router with a selection bias, after two dense layers, tied", rounds_otherwise=_ROUNDS),
+            "sigmoid router with a selection bias, after two dense layers, tied"),
         Variant("lfm2_moe_plain", "Lfm2MoeForCausalLM",
             _MOE | {
                 "use_expert_bias": False, "norm_topk_prob": False, "conv_bias": True, "num_dense_layers": 1,
                 "tie_word_embeddings": False,
             },
-            "no selection bias, not renormalised, biases in the convolutions, untied", rounds_otherwise=_ROUNDS),
+            "no selection bias, not renormalised, biases in the convolutions, untied"),
     ),
     layer_kinds=frozenset({FULL, "conv"}),
     released_text=released,

@@ -29,7 +29,9 @@ def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) ->
         top = logits.topk(r.top_k, -1)
         weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
         return top.indices, _normalized(weights, r) * r.scale
-    scores = logits.float().softmax(-1) if r.score == "softmax" else logits.float().sigmoid()
+    if r.score_rounding == "last":
+        logits = logits.float()
+    scores = logits.softmax(-1) if r.score == "softmax" else logits.sigmoid()
     choice = scores if selection_bias is None else scores + selection_bias
     if r.n_groups > 1:
         groups = choice.unflatten(-1, (r.n_groups, -1))  # [N, G, E/G]
@@ -51,7 +53,8 @@ def route(
     logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """`route_reference`, as one kernel where Triton runs (experts are then int32). Weights in `dtype`."""
-    if not has_triton(logits) or logits.dtype == torch.float64:
+    # Scores in less than fp32 are one family's; the kernel has them in fp32.
+    if not has_triton(logits) or logits.dtype == torch.float64 or spec.score_rounding == "first":
         chosen, weights = route_reference(logits, bias, spec)
         return chosen, weights.to(dtype)
     n, e = logits.shape

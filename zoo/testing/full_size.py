@@ -122,7 +122,7 @@ def has_experts(spec: Spec) -> bool:
 def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the language model that upstream's class builds from a config, on the meta device.
 
-    total: tied weights once, buffers left out. active: without the experts that a token does not visit. embed: the
+    total: tied weights once; buffers left out, and selection biases, which are buffers in all classes but AFMoE's. active: without the experts that a token does not visit. embed: the
     input embedding. tied: the head is the embedding. cls: the class.
     """
     text = dict(names.text_config(config))
@@ -134,7 +134,7 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     total = idle = 0
     seen: set[int] = set()
     for name, p in model.named_parameters():
-        if id(p) in seen or _BESIDE.search(name):
+        if id(p) in seen or _BESIDE.search(name) or name.endswith(".expert_bias"):
             continue
         seen.add(id(p))
         total += p.numel()
