@@ -84,7 +84,7 @@ class StreamedInFloat64:
         oracle.weights.dtype, oracle.weights.fp32 = dtype, kept
         oracle.around_pass = _WidenedPass if wide else contextlib.nullcontext
         oracle.around_step = _default_float64 if wide else contextlib.nullcontext
-        for name in ("one", "load"):  # a pass reads weights, too: those as they lie in the file
+        for name in ("one", "mapped_one", "load"):  # a pass reads weights, too: those as they lie in the file
             oracle.weights.__dict__.pop(name, None)
             if wide:
                 setattr(oracle.weights, name, _as_written(getattr(oracle.weights, name)))
