@@ -122,8 +122,9 @@ def has_experts(spec: Spec) -> bool:
 def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the language model that upstream's class builds from a config, on the meta device.
 
-    total: tied weights once; buffers left out, and selection biases, which are buffers in all classes but AFMoE's. active: without the experts that a token does not visit. embed: the
-    input embedding. tied: the head is the embedding. cls: the class.
+    total: tied weights once; buffers left out, and selection biases, which are buffers in most classes and parameters in
+    some (AFMoE, ERNIE 4.5). active: without the experts that a token does not visit. embed: the input embedding. tied: the
+    head is the embedding. cls: the class.
     """
     text = dict(names.text_config(config))
     whole = names.meta_model(case, text if case.alone else config)
@@ -134,7 +135,7 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     total = idle = 0
     seen: set[int] = set()
     for name, p in model.named_parameters():
-        if id(p) in seen or _BESIDE.search(name) or name.endswith(".expert_bias"):
+        if id(p) in seen or _BESIDE.search(name) or name.endswith(_SELECTION):
             continue
         seen.add(id(p))
         total += p.numel()
@@ -151,5 +152,6 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
 
 
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+_SELECTION = (".expert_bias", ".e_score_correction_bias")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _BESIDE = re.compile(r"vision|visual|audio|multi_modal|projector|embed_vision|embed_audio")

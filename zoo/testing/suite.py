@@ -352,7 +352,9 @@ class FamilySuite:
         monkeypatch.setattr(torch, "topk", watched)
         monkeypatch.setattr(torch.Tensor, "topk", watched)
         build.logits(build.perturbed(variant), build.tokens(variant))
-        assert bool(gaps) == (not {"num_experts_per_tok", "top_k_experts"}.isdisjoint(variant.text))
+        assert bool(gaps) == (
+            not {"num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"}.isdisjoint(variant.text)
+        )
         assert not gaps or min(gaps) > 1e-5
 
     # --- released keys and names ---------------------------------------------------------------------------------
