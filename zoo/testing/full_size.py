@@ -139,8 +139,9 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
             continue
         seen.add(id(p))
         total += p.numel()
-        if re.search(r"\.experts\.", name):
-            idle += p.numel() * (n_experts - chosen) // n_experts
+        if at := re.search(r"\.(\d+)\..*\bexperts\.", name):
+            visited = chosen[int(at[1])] if isinstance(chosen, list) else chosen  # a list: each layer's own
+            idle += p.numel() * (n_experts - visited) // n_experts
     embedding, head = whole.get_input_embeddings().weight, whole.get_output_embeddings()
     return {
         "total": total,
