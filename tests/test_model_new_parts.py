@@ -94,6 +94,7 @@ PARTS: dict[str, tuple[Spec, str]] = {
         "LayerNorm without bias per head, a weight each"),
     "an RMS norm's weight for each head": (
         model(block(replace(ATTENTION, qk_norm=QKNorm(N, over="each_head")))), "RMSNorm per head, a weight each"),
+    "clipped": (model(block(replace(ATTENTION, clip=0.4, qkv_bias=True))), "q, k, v clipped at 0.4"),
     "values from plain keys": (model(block(replace(ATTENTION, value_from_key=True))), "values are the keys"),
     "per-layer embedding": (
         model(block(scalar=True), block(), per_layer_embedding=PerLayerEmbedding(V, 4, N, rounding="last")),
@@ -405,6 +406,21 @@ def test_values_are_the_keys_before_their_norm_and_rotation() -> None:
         close(mine(x, ctx), theirs(x, ctx))
 
 
+def test_queries_keys_and_values_are_clipped_as_projected() -> None:
+    m, x = filled(PARTS["clipped"][0]), rand(1, 3, D)
+    other = filled(model(block(replace(ATTENTION, qkv_bias=True))))
+    mine, theirs = m.layers[0].attn, other.layers[0].attn
+    with torch.no_grad():
+        _, ctx = m.start(torch.arange(3)[None])
+        projected = (x @ mine.qkv.weight.T + mine.qkv.bias)[0]  # [T, q | k | v], of the three tokens
+        assert (projected.abs() > 0.4).float().mean() > 0.3
+        # An input of unit vectors, and the clipped values as the weight's columns: the other projects to just these.
+        theirs.qkv.weight.zero_()[:, :3] = projected.clamp(-0.4, 0.4).T
+        theirs.qkv.bias.zero_()
+        theirs.out.weight.copy_(mine.out.weight)
+        close(mine(x, ctx), theirs(torch.eye(D)[None, :3], ctx))
+
+
 # --- feed-forward and experts -------------------------------------------------------------------------------
 
 
@@ -590,6 +606,7 @@ UNSOUND = {
         replace(ATTENTION, rope=replace(ROPE, scaling=replace(LONG, long=(1.0, 0.0, 1.0, 1.0))))),
     "would turn 5 of 4 pairs": block(replace(ATTENTION, rope=replace(ROPE, turning=5))),
     "ALiBi is for attention without RoPE": block(replace(ATTENTION, alibi=Alibi())),
+    "keys and values are clipped at -1": block(replace(ATTENTION, clip=-1.0)),
     "a kind of output gate is given": block(replace(ATTENTION, gate_over="head")),
     "cannot be keys of 8": block(replace(ATTENTION, value_from_key=True, v_head_dim=4)),
     "a limit belongs to gated SiLU": block(ffn=MLP(F, "gelu", limit=1.0)),

@@ -118,6 +118,8 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield f"RoPE of which some pairs turn has no {kind} scaling"
         case Attention(alibi=a, rope=r, window=w, chunk=c) if a and (r or w or c):
             yield "ALiBi is for attention without RoPE, window or chunks"
+        case Attention(clip=float(n)) if n <= 0:
+            yield f"queries, keys and values are clipped at {n}"
         case Attention(gate=False, gate_over="head") | Attention(gate=False, gate_act="softplus"):
             yield "a kind of output gate is given, and no gate"
         case Attention(value_from_key=True, head_dim=k, v_head_dim=v, kv_from=n) if k != v or n is not None:

@@ -152,7 +152,8 @@ class Attention:
     each channel, or for each head. `value_from_key`: v is what k is before its norm and RoPE (there is no v matrix).
     `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
     `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
-    `v_head_dim`: channels of a head's v; left out, as many as q and k have.
+    `v_head_dim`: channels of a head's v; left out, as many as q and k have. `clip`: q, k and v are clamped to -clip..clip as
+    soon as they are projected.
     """
 
     n_heads: int
@@ -177,6 +178,7 @@ class Attention:
     gate_over: Literal["channel", "head"] = "channel"
     value_from_key: bool = False
     alibi: Alibi | None = None
+    clip: float | None = None
     kind: Literal["attention"] = "attention"
 
     def __post_init__(self) -> None:

@@ -34,6 +34,8 @@ _spec("alibi_dropped", "no bias by distance", Attention, lambda a: replace(a, al
 _spec("alibi_scale", "ALiBi added before scores are scaled, or after, the other way round", Attention,
       lambda a: replace(a, alibi=replace(a.alibi, scale=a.scale if a.alibi.scale == 1.0 else 1.0)) if a.alibi else a)  # fmt: skip
 
+_spec("clip_dropped", "queries, keys and values not clipped", Attention, lambda a: replace(a, clip=None))
+
 # The layer
 
 _spec("branches_one_by_one", "attention and feed-forward one after the other where they stand side by side", Layer,
