@@ -439,10 +439,11 @@ def test_relu_quick_gelu_and_xielu_are_what_they_are_called() -> None:
     close(activate(x, MLP(6, "relu", gated=False)), y.clamp(min=0))
     close(activate(x, MLP(6, "quick_gelu", gated=False)), y / (1 + (-1.702 * y).exp()))
     act = XIELU()
-    act.positive.data, act.negative.data = torch.tensor([0.3]), torch.tensor([-0.4])
-    p, n = math.log1p(math.exp(0.3)), 0.5 + math.log1p(math.exp(-0.4))
+    values = {"positive": torch.tensor([0.3]), "negative": torch.tensor([-0.4])}
+    act.load_state_dict(values | {"beta": torch.tensor(0.6), "near": torch.tensor(-0.2)})
+    p, n = math.log1p(math.exp(0.3)), 0.6 + math.log1p(math.exp(-0.4))
     expected = [
-        p * v * v + v / 2 if v > 0 else n * (math.expm1(min(v, -1e-6)) - v) + v / 2 for v in y.tolist()
+        p * v * v + 0.6 * v if v > 0 else n * (math.expm1(min(v, -0.2)) - v) + 0.6 * v for v in y.tolist()
     ]
     close(act(x).detach(), torch.tensor(expected, dtype=torch.float64))
 

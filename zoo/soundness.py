@@ -44,7 +44,10 @@ def refuse_unsound(spec: Spec, where: str) -> None:
     """Raises ZooError, naming `where`, for a Spec that can be written down but not computed with."""
     if (why := next(chain(_unsound(spec, "spec"), _unshared(spec)), None)) is not None:
         raise ZooError(f"{where}: {why}")
-    odd = next((s for s in layout(spec).values() if not 0 < min(s.shape) <= max(s.shape) < MAX_SIZE), None)
+    odd = next(
+        (s for s in layout(spec).values() if not 0 < min((1, *s.shape)) <= max((1, *s.shape)) < MAX_SIZE),
+        None,
+    )
     if odd is not None:
         raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}"[:400])
     if spec.context_length < 1:

@@ -24,8 +24,9 @@ from zoo.errors import ZooError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "silu_clamped", "xielu"]
 """`quick_gelu`: x * sigmoid(1.702 x). `silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit,
-|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p, n and beta = 1/2:
-softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, -1e-6) - 1 - x) + beta x."""
+|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p and n, and two constants that lie beside
+them, beta = 1/2 and near = -1e-6: softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, near) - 1 - x) +
+beta x."""
 
 
 Rounding = Literal["first", "last"]

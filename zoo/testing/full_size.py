@@ -109,10 +109,10 @@ def mixers(spec: Spec) -> str:
 
 
 def buffers(spec: Spec) -> int:
-    """Elements that are buffers upstream and are stored like parameters: selection biases, and the scalars of layers."""
-    return sum(
-        slot.size for name, slot in layout(spec).items() if name.endswith((".selection_bias", ".scalar"))
-    )
+    """Elements that are buffers upstream and are stored like parameters: selection biases, the scalars of layers, xIELU's
+    constants."""
+    kinds = (".selection_bias", ".scalar", ".act.beta", ".act.near")
+    return sum(slot.size for name, slot in layout(spec).items() if name.endswith(kinds))
 
 
 def has_experts(spec: Spec) -> bool:
