@@ -13,6 +13,7 @@ from zoo import config
 from zoo.config import Config
 from zoo.describe import describe
 from zoo.errors import ZooError
+from zoo.kernels.rope import rotate
 from zoo.layout import layout
 from zoo.model import Decoder, moe, rope
 from zoo.model.cache import alibi_slopes
@@ -66,6 +67,7 @@ def block(mixer: object = ATTENTION, ffn: object = MLP(F), **more: object) -> La
 PARTS: dict[str, tuple[Spec, str]] = {
     "longrope": (model(block(replace(ATTENTION, rope=replace(ROPE, scaling=LONG)))), "LongRoPE x4 from 8"),
     "proportional RoPE": (model(block(replace(ATTENTION, rope=replace(ROPE, turning=1)))), "2 of 8 channels turn"),
+    "backwards RoPE": (model(block(replace(ATTENTION, rope=replace(ROPE, backwards=True)))), "RoPE, theta 100, backwards"),
     "one norm for both": (model(block(ffn_norm=None, parallel=True)), "side by side, one norm for both"),
     "a norm for each": (model(block(parallel=True, residual_scale=0.5)), "side by side, a norm each, branches x 0.5"),
     "LayerNorm without bias": (model(block(attn_norm=replace(LN, bias=False))), "LayerNorm without bias"),
@@ -245,6 +247,14 @@ def test_generation_past_the_border_of_longrope_reads_the_text_anew() -> None:
 def test_proportional_rope_turns_the_first_pairs_by_the_angles_of_the_whole_head() -> None:
     freqs = rope.inverse_frequencies(Rope(100.0, 12, RopeScaling("linear", 2.0), turning=2))
     assert freqs.tolist() == pytest.approx([0.5, 0.5 * 100 ** (-2 / 12), 0, 0, 0, 0])
+
+
+def test_rope_backwards_undoes_rope() -> None:
+    x, at = rand(1, 5, 2, 8), torch.arange(5)
+    there = rotate(x, *rope.tables(ROPE, at, torch.float32), False)
+    back = rope.tables(replace(ROPE, backwards=True), at, torch.float32)
+    close(rotate(there, *back, False), x)
+    assert not torch.allclose(rotate(x, *back, False), there, atol=0.1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 8, 12, 71])

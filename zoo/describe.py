@@ -224,6 +224,8 @@ def _rope(r: Rope, m: Attention | LatentAttention) -> str:
         text += f", on {r.dim} of {of} channels"
     if r.turning is not None:
         text += f", {2 * r.turning} of {r.dim} channels turn"
+    if r.backwards:
+        text += ", backwards"
     if (s := r.scaling) is not None:
         kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[
             s.kind

@@ -94,6 +94,7 @@ class Rope:
     the frequencies are those of the whole `dim`).
     `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last"; "both": cos and sin are,
     and the rotation by them is computed in fp32 and rounded once.
+    `backwards`: pairs turn clockwise, by the negative of the angle (nanochat).
     """
 
     theta: float
@@ -102,6 +103,7 @@ class Rope:
     interleaved: bool = False
     rounding: Literal["first", "last", "both"] = "first"
     turning: int | None = None
+    backwards: bool = False
 
 
 @dataclass(frozen=True, slots=True)
