@@ -1,4 +1,4 @@
-"""nanochat: d20, d32, d34, as transformers has them.
+"""nanochat: d20 to d34, as transformers has them.
 
 What is unusual:
 - No norm has a weight: those before attention and feed-forward, of queries and keys (per head, after RoPE), of the embeddings

@@ -1,4 +1,4 @@
-"""nanochat. The configs of d20 and d32 say logits_soft_cap, which upstream leaves unread: its default is the same number."""
+"""nanochat. The config of d20 says logits_soft_cap, which upstream leaves unread: its default is the same number."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ CASE = FamilyCase(
     ),
     keeps={"nanochat": ("rope_parameters",)},
     refused=(
-        ("nanochat-d32", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
-        ("nanochat-d32", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
+        ("nanochat-d20", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
+        ("nanochat-d20", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
     ),
 )
 # fmt: on
 
 
 def test_the_cap_is_read_under_its_older_name_and_null_is_none() -> None:
-    config = read("nanochat-d32")
+    config = read("nanochat-d20")
     assert "final_logit_softcapping" not in config
     caps = [families.spec_of(c).logit_softcap for c in (
-        config, edited("nanochat-d32", logits_soft_cap=None), edited("nanochat-d32", logits_soft_cap=30),
-        edited("nanochat-d32", final_logit_softcapping=None), edited("nanochat-d32", final_logit_softcapping=20.0))]  # fmt: skip
+        config, edited("nanochat-d20", logits_soft_cap=None), edited("nanochat-d20", logits_soft_cap=30),
+        edited("nanochat-d20", final_logit_softcapping=None), edited("nanochat-d20", final_logit_softcapping=20.0))]  # fmt: skip
     assert caps == [15.0, 15.0, 30.0, None, 20.0]
