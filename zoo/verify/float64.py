@@ -138,16 +138,17 @@ def _default_float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def logits_of(decoder: Decoder, ids: Tensor) -> Tensor | None:
-    """What a decoder of ours gives for ids [B, T] in float64, [B, T, V]; None where it can't be run so."""
+def logits_of(decoder: Decoder, ids: Tensor, at: Tensor | None = None) -> Tensor | None:
+    """What a decoder of ours gives for ids [B, T] in float64, [B, T, V], or at positions `at` [n] only, [B, n, V]; None where
+    it can't be run so."""
     numbers = sum(t.numel() for t in decoder.state_dict().values())
     if not has_room(decoder.device, 12 * numbers):  # a copy, then widened
         return None
     try:
         wide = copy.deepcopy(decoder).double()
-        with Widened():
-            logits: Tensor = wide(ids)
-        return logits
+        with Widened(), torch.inference_mode():
+            x = wide.run(ids)
+            return wide.finish(x if at is None else x.index_select(-2, at))
     except (RuntimeError, TypeError, ValueError):
         return None
 
