@@ -170,6 +170,7 @@ def _extras(m: Mixer) -> str:
     if isinstance(m, Attention):
         out += ["q, k, v biases"] if m.qkv_bias else []
         out += ["output bias"] if m.out_bias else []
+        out += [f"q, k, v clipped at {m.clip:g}"] if m.clip is not None else []
         out += ["sinks (a learned logit per head)"] if m.sinks else []
         per_head = " per head" if m.gate_over == "head" else ""
         out += [f"{m.gate_act} output gate{per_head}"] if m.gate else []
@@ -223,6 +224,8 @@ def _rope(r: Rope, m: Attention | LatentAttention) -> str:
         text += f", on {r.dim} of {of} channels"
     if r.turning is not None:
         text += f", {2 * r.turning} of {r.dim} channels turn"
+    if r.backwards:
+        text += ", backwards"
     if (s := r.scaling) is not None:
         kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[
             s.kind

@@ -24,8 +24,9 @@ from zoo.errors import ZooError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "silu_clamped", "xielu"]
 """`quick_gelu`: x * sigmoid(1.702 x). `silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit,
-|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p, n and beta = 1/2:
-softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, -1e-6) - 1 - x) + beta x."""
+|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p and n, and two constants that lie beside
+them, beta = 1/2 and near = -1e-6: softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, near) - 1 - x) +
+beta x."""
 
 
 Rounding = Literal["first", "last"]
@@ -93,6 +94,7 @@ class Rope:
     the frequencies are those of the whole `dim`).
     `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last"; "both": cos and sin are,
     and the rotation by them is computed in fp32 and rounded once.
+    `backwards`: pairs turn clockwise, by the negative of the angle (nanochat).
     """
 
     theta: float
@@ -101,6 +103,7 @@ class Rope:
     interleaved: bool = False
     rounding: Literal["first", "last", "both"] = "first"
     turning: int | None = None
+    backwards: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,8 @@ class Attention:
     each channel, or for each head. `value_from_key`: v is what k is before its norm and RoPE (there is no v matrix).
     `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
     `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
-    `v_head_dim`: channels of a head's v; left out, as many as q and k have.
+    `v_head_dim`: channels of a head's v; left out, as many as q and k have. `clip`: q, k and v are clamped to -clip..clip as
+    soon as they are projected.
     """
 
     n_heads: int
@@ -177,6 +181,7 @@ class Attention:
     gate_over: Literal["channel", "head"] = "channel"
     value_from_key: bool = False
     alibi: Alibi | None = None
+    clip: float | None = None
     kind: Literal["attention"] = "attention"
 
     def __post_init__(self) -> None:
