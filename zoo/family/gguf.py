@@ -6,7 +6,7 @@ from zoo.family.hf import MTP
 from zoo.formats.gguf_fields import Fields as Fields
 from zoo.formats.gguf_fields import head_dim as head_dim
 from zoo.formats.gguf_fields import layer_types as layer_types
-from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves, stack
+from zoo.mapping.rules import Expr, Extra, RuleLine, cat, extra, plus_one, rope_halves, stack
 
 ENDS: tuple[RuleLine, ...] = (
     ("embed.weight", "token_embd.weight"),
@@ -14,6 +14,16 @@ ENDS: tuple[RuleLine, ...] = (
     ("head.weight", "output.weight"),
     extra("rope_freqs.weight", "factors of the rotary frequencies; computed from the config"),
 )
+
+
+def norms_plus_one(*lines: RuleLine) -> tuple[RuleLine, ...]:
+    """These lines, for an architecture whose norms multiply by 1 + w: llama.cpp's converter stores the sum, in fp32."""
+    return tuple(
+        line
+        if isinstance(line, Extra) or not line[0].endswith("norm.weight") or not isinstance(line[1], str)
+        else (line[0], plus_one(line[1]))
+        for line in lines
+    )
 
 
 def attention(interleaved: bool) -> tuple[RuleLine, ...]:
