@@ -408,7 +408,7 @@ def test_of_a_remote_gguf_whose_header_has_no_end_not_all_is_fetched(
 
 def test_a_folder_of_several_models_asks_which(small: Path) -> None:
     (small.parent / "x.gguf").write_bytes(small.read_bytes())
-    with pytest.raises(ZooError, match=r"name one of: w\.gguf, x\.gguf"):
+    with pytest.raises(ZooError, match=r"2 sets of weights; say with --file .*: w\.gguf \(.* kB\), x\.gguf"):
         open_checkpoint(small.parent)
 
 

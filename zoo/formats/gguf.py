@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats import gguf_config, gguf_tokenizer
+from zoo.formats import gguf_config, gguf_tokenizer, sets
 from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside, named
 from zoo.quant import ggml
 
@@ -90,9 +90,7 @@ def _files_of(folder: Path) -> list[str]:
         raise ZooError(f"{folder}: no *.gguf here")
     first = _set_of(names[0])
     if set(names) - set(first):
-        raise ZooError(
-            f"{folder}: {len(names)} GGUF files that are not one set; name one of: {', '.join(names[:8])}"
-        )
+        raise sets.which(str(folder), [s for s in sets.here(folder) if s.name.endswith(".gguf")])
     return first
 
 
