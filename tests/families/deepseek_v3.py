@@ -228,9 +228,9 @@ def test_softmax_routing_of_a_gguf_is_refused_by_its_field(header: gguf.Header) 
 def test_layers_of_a_gguf_that_predict_further_tokens_are_no_layers_of_the_decoder(
     header: gguf.Header,
 ) -> None:
-    metadata, tensors = header
+    metadata, tensors, tables = header
     tensors = tensors | {"blk.3.nextn.eh_proj.weight": tensors["token_embd.weight"]}
-    config = gguf.config(CASE.gguf[0], (metadata, tensors), {"nextn_predict_layers": 1})
+    config = gguf.config(CASE.gguf[0], (metadata, tensors, tables), {"nextn_predict_layers": 1})
     assert config["num_hidden_layers"] == 3
 
 

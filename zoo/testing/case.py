@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -40,6 +40,7 @@ class Gguf:
     weights: (tensors of the release, experts stacked; config.json) -> tensors under names that gguf-py's map knows.
     interleaved: rows of q and k of each head are put in pairs.
     plus_one: norm weights w are stored as 1 + w.
+    tables: config.json -> tensors of constants that are no weights, by their names in the file.
     silent: fields that some converter writes besides, and that change nothing.
     refused: fields that no zoo reads: the last of each says what would be ignored, and is refused by its name.
     """
@@ -51,6 +52,7 @@ class Gguf:
     weights: Callable[[Tensors, Config], Tensors] = _as_they_are
     interleaved: bool = False
     plus_one: bool = False
+    tables: Callable[[Config], Mapping[str, Sequence[float]]] = _no_fields
     silent: Settings = field(default_factory=dict)
     refused: tuple[Settings, ...] = ()
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .case import FamilyCase, Gguf
 
-    Header = tuple[dict[str, Any], dict[str, TensorRef]]
+    Header = tuple[dict[str, Any], dict[str, TensorRef], dict[str, tuple[float, ...]]]
 
 
 def metadata(of: Gguf, config: Config) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def write(src: Path, dst: Path, of: Gguf, *, quant: str = "F32", tables: Mapping
     w = gguf.GGUFWriter(dst, of.arch)
     for key, value in {**metadata(of, config), **more}.items():
         _add(w, key, value)
-    for name, table in (tables or {}).items():
+    for name, table in {**of.tables(config), **(tables or {})}.items():
         w.add_tensor(name, np.asarray(table, dtype=np.float32))
     for name, t in of.weights(stacked(read_tensors(src)), config).items():
         base, dot, suffix = (
@@ -100,11 +100,13 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def header(case: FamilyCase, of: Gguf, at: Path) -> Header:
-    """Metadata and tensors of the family's tiny GGUF, which is written to the folder `at`."""
+    """Metadata, tensors and the values of those of constants of the family's tiny GGUF, which is written to the folder `at`."""
     from zoo.formats.gguf import read_header
 
-    found, refs = read_header(file := make(case, of, at)[1], file.name)
-    return found, {r.name: r for r in refs}
+    folder, file = make(case, of, at)
+    found, refs = read_header(file, file.name)
+    tables = {name: tuple(map(float, table)) for name, table in of.tables(read_config(folder)).items()}
+    return found, {r.name: r for r in refs}, tables
 
 
 def config(of: Gguf, header: Header, fields: Settings, factors: tuple[float, ...] | None = None) -> Settings:
@@ -112,10 +114,11 @@ def config(of: Gguf, header: Header, fields: Settings, factors: tuple[float, ...
     `rope_freqs.weight`."""
     from zoo.formats import gguf_config
 
-    metadata, tensors = header
+    metadata, tensors, tables = header
     changed = metadata | {f"{of.arch}.{k}": v for k, v in fields.items()}
     kept = {k: v for k, v in changed.items() if v is not None}
-    tables = {} if factors is None else {"rope_freqs.weight": factors}
+    if factors is not None:
+        tables = tables | {"rope_freqs.weight": factors}
     return gguf_config.config(kept, tensors, tables, "w.gguf")
 
 
