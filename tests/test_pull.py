@@ -368,6 +368,8 @@ def test_an_ambiguous_choice_is_refused_with_the_sets_and_the_flag(
     ):
         zoo.pull("org/two", tmp_path / "canon", file="tiny.gguf")
     assert not server.requests("*.gguf")
+    server.repo("org/eyes").commit({"tiny-Q8_0.gguf": many / "tiny-Q8_0.gguf", "mmproj-F16.gguf": b"GGUF"})
+    assert zoo.pull("org/eyes", tmp_path / "eyes").is_dir() and not server.requests("*mmproj*")
 
 
 def test_a_repository_that_is_no_release_shows_its_sets(server: HubServer, many: Path) -> None:

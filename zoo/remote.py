@@ -176,6 +176,10 @@ def resolve(
         found = sets.listed({f.path: f.size for f in weights})
         if len(found) > 1:
             raise sets.which(f"{snapshot.repo} at {snapshot.commit[:12]}", found)
+        eyes = {f.path for f in weights}.difference(
+            *(s.files for s in found)
+        )  # mmproj: what sees images is no part
+        files = [f for f in files if f.path not in eyes or not found]
     return Remote(source, snapshot, tuple(dict.fromkeys(files)))
 
 
