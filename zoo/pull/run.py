@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.formats.base import inside
 from zoo.mapping.folder import check_destination, put, recover
 from zoo.pull.fetch import Job
 from zoo.pull.progress import Quiet, Steps
@@ -30,6 +29,7 @@ from zoo.pull.source import (
     cache_folder,
     default_folder,
     is_local,
+    named,
     not_here,
     open_source,
     opening,
@@ -58,11 +58,10 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the folder `src` or below it.
+    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
+    folder or repository `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
-    if file is not None:
-        src = _named(src, file)
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -73,8 +72,11 @@ def convert(
                 device=device,
                 force=force,
                 progress=progress,
+                file=file,
                 **how,
             )
+    if file is not None:
+        src = named(src, file)
     from zoo.mapping.execute import Execution, refuse_overlap
 
     path, dst = Path(src), Path(os.path.abspath(dst))
@@ -103,14 +105,6 @@ def convert(
     return dst
 
 
-def _named(src: StrPath, file: str) -> Path:
-    """The file called `file` in the folder `src`, or below it."""
-    root = Path(src)
-    if not root.is_dir():
-        raise ZooError(f"{src}: --file names a file in a folder on this disk, and this is none")
-    return inside(root, file, "--file")
-
-
 def pull(
     name: str,
     to: StrPath | None = None,
@@ -119,6 +113,7 @@ def pull(
     revision: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     strict: bool = False,
@@ -146,13 +141,17 @@ def pull(
             dtype=dtype,
             format=format,
             family=family,
+            file=file,
             strict=strict,
             verify=verify,
             device=device,
             force=force,
             progress=progress,
         )
-    with _alone(dst, progress), opening(name, dtype, revision, format, layers, progress, family) as opened:
+    with (
+        _alone(dst, progress),
+        opening(name, dtype, revision, format, layers, progress, family, file) as opened,
+    ):
         opened.hash(progress)
         recover(dst)
         if _is_done(dst, opened) and not force:
@@ -196,13 +195,14 @@ def preview(
     revision: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     progress: Progress | None = None,
 ) -> Preview:
     """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
-    with opening(name, dtype, revision, format, layers, progress or Quiet(), family) as opened:
+    with opening(name, dtype, revision, format, layers, progress or Quiet(), family, file) as opened:
         fetch = there = 0
         if opened.remote is not None:
             fetch, there = to_fetch(opened, cached=layers is None and not stream)
