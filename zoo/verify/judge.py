@@ -183,7 +183,7 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     ids = batch.ids[row : row + 1, : batch.lengths[row]]
     limit = ours.spec.positions or 1 << 30
     ids = ids[:, : min(ids.shape[1], limit)]
-    ids = torch.cat([ids, ids.flip(-1)])  # two rows, that none may be taken for the other
+    ids = torch.cat([ids, ids.flip(-1)]).to(ours.device)  # two rows, that none may be taken for the other
     T = ids.shape[1]
     with watched(decoder) as at_once:
         whole = decoder(ids)
@@ -230,7 +230,8 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     if theirs is None:
         level.notes.append("the oracle does not generate: the greedy continuation was not compared")
         return level
-    mine = decoder.generate(prompt, len(theirs))[0, prompt.shape[1] :]
+    theirs = theirs.cpu()
+    mine = decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
     if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
         if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
             level.notes.append(
@@ -276,7 +277,7 @@ def _departs_from_itself(oracle: Oracle, ids: torch.Tensor) -> bool:
 def _greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tensor:
     ids = prompt
     for _ in range(n):
-        step = oracle.run(ids, (ids.shape[1],))[:, -1:].argmax(-1)
+        step = oracle.run(ids, (ids.shape[1],))[:, -1:].argmax(-1).cpu()
         ids = torch.cat([ids, step], 1)
     return ids[0, prompt.shape[1] :]
 
@@ -295,7 +296,8 @@ def greedy(
     if equal == n:
         return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache")
     reach = 2 * tolerance.logit_bound("fp32", "max", spread, largest).value
-    logits = ours.decoder(torch.cat([prompt[0], theirs])[None])[0, prompt.shape[1] - 1 : -1].float()  # [n, V]
+    text = torch.cat([prompt[0], theirs])[None].to(ours.device)
+    logits = ours.decoder(text)[0, prompt.shape[1] - 1 : -1].float().cpu()  # [n, V]
     lead = logits.amax(-1) - logits.gather(1, theirs[:, None])[:, 0]
     alike, beyond = int((lead == 0).sum()), int((~(lead <= reach)).sum())
     if dtype != "fp32":

@@ -37,8 +37,7 @@ class Quantiles:
         x = x.contiguous()
         self.max = max(self.max, _worst(x))
         self.sum += float(x.sum())
-        upper = x.flatten().numpy().view(np.uint16)[1::2]  # the upper half of each float, little-endian
-        self.counts += torch.from_numpy(np.bincount(upper, minlength=_BUCKETS))
+        self.counts += _counted(x)
 
     @property
     def n(self) -> int:
@@ -80,12 +79,23 @@ class Quantiles:
         return {"edges": [low + (high - low) * i / bins for i in range(bins + 1)], "counts": counts.tolist()}
 
 
+def _counted(x: Tensor) -> Tensor:
+    """How many of the numbers are in each bucket, on the CPU."""
+    if x.device.type != "cpu":
+        return torch.bincount(x.view(torch.int32).flatten() >> _SHIFT, minlength=_BUCKETS).cpu()
+    upper = x.flatten().numpy().view(np.uint16)[1::2]  # the upper half of each float, little-endian
+    return torch.from_numpy(np.bincount(upper, minlength=_BUCKETS))
+
+
 def _worst(x: Tensor) -> float:
     worst = float(x.max())
     return math.inf if math.isnan(worst) else worst  # a NaN is a failure, not an unknown
 
 
-CHUNK = 1 << 21  # logits worked on at a time: what stays in a cache
+CHUNK = {
+    "cpu": 1 << 21,
+    "cuda": 1 << 26,
+}  # logits worked on at a time: what stays in a cache; what fills a GPU
 COLUMNS = 8192  # at most so many logits of a token (and its largest error) count towards the quantiles
 
 
@@ -114,7 +124,8 @@ class Reference:
 
 def references(logits: Tensor, following: Tensor) -> Iterator[tuple[slice, Reference]]:
     """Logits [N, V] in pieces. `following` [N]: the token that came next in the text, or -1."""
-    step = max(1, CHUNK // max(1, logits.shape[-1]))
+    step = max(1, CHUNK[logits.device.type] // max(1, logits.shape[-1]))
+    following = following.to(logits.device)
     for i in range(0, len(logits), step):
         at = slice(i, i + step)
         yield at, Reference(logits[at].float(), following[at])
@@ -174,8 +185,8 @@ class LogitMetrics:
         """A few hundred (theirs, ours) pairs for the scatter plot: the top of each token, and a stride."""
         if len(self.scatter) > 4000:
             return
-        flat = torch.arange(0, theirs.numel(), max(1, theirs.numel() // 60))
-        top = theirs.argmax(-1) + torch.arange(theirs.shape[0]) * theirs.shape[1]
+        flat = torch.arange(0, theirs.numel(), max(1, theirs.numel() // 60), device=theirs.device)
+        top = theirs.argmax(-1) + torch.arange(theirs.shape[0], device=theirs.device) * theirs.shape[1]
         at = torch.cat([flat, top])
         self.scatter += list(zip(theirs.flatten()[at].tolist(), ours.flatten()[at].tolist(), strict=True))
 
@@ -228,8 +239,8 @@ class Columns:
 
     @property
     def mean(self) -> Tensor:
-        """[V], or [0] where there was no token."""
-        return self.sum / max(1, self.n)
+        """[V] on the CPU, or [0] where there was no token."""
+        return self.sum.cpu() / max(1, self.n)
 
 
 def _kl(d: Tensor, worst: float, theirs: Reference) -> Tensor:
