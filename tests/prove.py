@@ -2,6 +2,7 @@
 
     python tests/prove.py NAME [NAME ...]     families, or variants of them; `make prove FAMILY=NAME`
     python tests/prove.py                     all of them: `make proofs`
+    python tests/prove.py --releases NAME     after adding releases: only their configs, where the proof is of what the family is
 
 Each variant of a family's case (`tests/families/<name>.py`) is saved by upstream's class with every parameter perturbed,
 converted, verified at all levels (fp32, CPU) with seeded faults, which must move numbers, exported, and compared with the
@@ -231,12 +232,26 @@ def write(results: dict[str, list[dict[str, Any]]], counts: dict[str, Any]) -> N
     COUNTS.write_text(json.dumps(dict(sorted(whole.items())), indent=1) + "\n", encoding="utf-8")
 
 
+def as_proven(family: str) -> list[dict[str, Any]]:
+    """The rows of a family whose rules and variants are those that were proven."""
+    proofs = json.loads(PROOFS.read_text(encoding="utf-8"))
+    if proofs["variants"].get(family) != versions(family)[1]:
+        sys.exit(f"{family}: its rules or variants have changed since they were proven: prove it")
+    rows = rows_of(TABLE.read_text(encoding="utf-8"))[family]
+    return [{"row": row, "variant": row.split("|")[1].strip()} for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="families or variants; all families if none")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--releases",
+        action="store_true",
+        help="count the releases' configs and write the rows; run no variant, which have been proven as they are",
+    )
     args = parser.parse_args()
     import tiny
 
@@ -249,6 +264,8 @@ def main() -> None:
     alone = [n for n in args.names if n not in provable]
     failed, counts = [], {}
     results: dict[str, list[dict[str, Any]]] = {n: [] for n in whole}
+    if args.releases:
+        results, provable, alone = {n: as_proven(n) for n in whole}, dict.fromkeys(whole, []), []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for r in pool.map(prove, [v for n in whole for v in provable[n]] + alone):
