@@ -265,7 +265,7 @@ def main() -> None:
     failed, counts = [], {}
     results: dict[str, list[dict[str, Any]]] = {n: [] for n in whole}
     if args.releases:
-        results, provable, alone = {n: as_proven(n) for n in whole}, dict.fromkeys(whole, []), []
+        results, provable, alone = {n: as_proven(n) for n in whole}, {n: [] for n in whole}, []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for r in pool.map(prove, [v for n in whole for v in provable[n]] + alone):
