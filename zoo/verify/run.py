@@ -407,6 +407,8 @@ def _exact_levels(
         say("planning")
         plan = plan_of(folder, other.checkpoint)
         cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        if folder.source.get("family_given"):
+            cert.rules["family_given"] = True
     for name in ("plan", "bytes"):
         if name not in wanted:
             continue
