@@ -250,6 +250,11 @@ def test_another_checkpoint_of_the_same_shape_is_told_apart(tmp_path: Path) -> N
     cert = zoo.verify(canonical("llama"), against=other, level="logits", write=False)
     assert not cert.passed
     assert {x.name for x in cert.levels if x.verdict == "failed"} == {"bytes", "layers", "logits"}
+    # Nothing explains it: what the config says and nobody read is all that is left to say.
+    assert cert.diagnosis is not None
+    none, unread = cert.diagnosis["suggestions"]
+    assert none == "no single mistake of the catalogue explains it"
+    assert unread.startswith("of the config, the family llama does not read ") and "architectures" in unread
 
 
 def test_nan_fails(tmp_path: Path) -> None:

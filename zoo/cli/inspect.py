@@ -60,6 +60,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
             "extras": _counts(folder.extras.values()),
+            "notes": [*(folder.json.get("notes") or []), *(folder.json.get("warnings") or [])],
             "verified": _verdict(path),
         }
         spec: Spec | None = folder.spec
