@@ -21,6 +21,7 @@ from zoo.formats.canonical import read
 from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
 from zoo.testing.build import write_tensors
+from zoo.verify.certificate import check
 from zoo.verify.diagnose import hypotheses
 from zoo.verify.faults.base import CATALOGUE
 from zoo.verify.faults.spec import map_spec
@@ -215,6 +216,23 @@ def test_a_carried_file_that_was_edited_is_seen(tmp_path: Path) -> None:
     folder = copy(canonical("llama"), tmp_path / "c")
     (folder / "generation_config.json").write_text("{}")
     assert not checks(zoo.verify(folder, level="bytes", write=False))["carried files that differ"]
+
+
+def test_the_certificate_vouches_for_every_chat_template(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (source / name).write_text(name)
+    folder = zoo.convert(source, tmp_path / "c")
+    assert zoo.verify(folder, level="bytes").passed and not check(folder)
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).write_text(name[::-1])
+        assert check(folder) == [f"{name}: content changed"]
+        failed = checks(zoo.verify(folder, level="bytes", write=False))
+        assert not failed["carried files that differ"]
+        (folder / name).write_text(name)
+    (folder / "additional_chat_templates/default.jinja").write_text("another")
+    assert check(folder) == ["additional_chat_templates/default.jinja: was not there when it was issued"]
 
 
 def test_a_spec_that_is_not_the_sources_fails_the_plan(tmp_path: Path) -> None:

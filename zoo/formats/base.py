@@ -191,6 +191,8 @@ def named(folder: Path, pattern: str) -> list[str]:
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt")
+TEMPLATES = "additional_chat_templates"
+"""The one folder beside the weights whose files are carried."""
 _CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
 
 
@@ -214,7 +216,7 @@ def carried_files(root: Path) -> tuple[str, ...]:
     """Small files beside the weights that belong to the model: config, tokenizer, templates, licence.
     Code is never carried (`*.py` of repositories with remote code)."""
     out = []
-    for p in sorted([*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]):
+    for p in sorted([*root.iterdir(), *(root / TEMPLATES).glob("*.jinja")]):
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
             ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "TOKENIZER.MODEL.V")
         )
