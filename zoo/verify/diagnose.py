@@ -77,6 +77,8 @@ def diagnose(
         out["where"] = f"ours has {folder.spec.n_layers} layers, the oracle {measured.oracle_layers}"
     if expected is not None and expected != folder.spec:
         out["suggestions"] = spec_differences(folder.spec, expected)
+    if measured.theirs_are is not None:
+        out["suggestions"].append(f"the oracle's logits are {measured.theirs_are}")
     told = bool(out["suggestions"])
     if shown:
         try:
