@@ -78,12 +78,13 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
             "extras": _counts(folder.extras.values()),
+            "notes": [*(folder.json.get("notes") or []), *(folder.json.get("warnings") or [])],
             "verified": _verdict(path),
         }
         spec: Spec | None = folder.spec
     else:
-        found = [s.to_json() for s in sets.here(path)] if path.is_dir() else []
-        several = {"sets": found} if len(found) > 1 else {}
+        choice = [s.to_json() for s in sets.here(path)] if path.is_dir() else []
+        several = {"sets": choice} if len(choice) > 1 else {}
         try:
             ckpt = open_checkpoint(path)
         except sets.Ambiguous as error:  # which is what one may be here to find out

@@ -157,6 +157,10 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     files = source.get("files", {})
     if not isinstance(files, dict) or not all(type(n) is int and n >= 0 for n in files.values()):
         raise ValueError("source.files should be sizes of files, in bytes")
+    for key in ("notes", "warnings"):
+        said = j.get(key) or []
+        if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+            raise ValueError(f"{key} should be a list of texts")
     carried = j.get("carried", [])
     if not isinstance(carried, list) or not all(isinstance(n, str) and not leads_out(n) for n in carried):
         raise ValueError("of carried, expected names of files in the folder")

@@ -833,13 +833,14 @@ class PlanError(ZooError):
 
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
-        if (said := _other_rows(ckpt, m)) is not None:
+        missing = [name for names in m.missing.values() for name in names]
+        if (said := _other_rows(ckpt, m) or _wrapped(ckpt, family, missing, m.unexpected)) is not None:
             super().__init__(said)
             return
         lines = [
-            f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written"
+            f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written",
+            *_other_depth(m),
         ]
-        missing = [name for names in m.missing.values() for name in names]
         if missing:
             lines.append(f"missing ({len(missing)}):")
             near = _nearest(missing, m.unexpected or ckpt.tensors)
@@ -883,6 +884,45 @@ def _other_rows(ckpt: Checkpoint, m: Match) -> str | None:
         f"{ckpt.root}: {names}: {n} rows, but the config's vocab_size is {v} ({fewer}). Upstream doesn't load this "
         f"either. If these weights are the model, set vocab_size to {n} in config.json; nothing was written"
     )
+
+
+def _wrapped(ckpt: Checkpoint, family: Family, missing: list[str], unexpected: list[str]) -> str | None:
+    """Where every tensor that is not expected is one that is missing, behind one and the same prefix: that."""
+    if not missing or not unexpected:
+        return None
+    wanted, first = set(missing), unexpected[0]
+    cuts = (i + 1 for i, c in enumerate(first) if c == ".")
+    prefix = next((first[:i] for i in cuts if first[i:] in wanted), None)
+    if prefix is None or not all(n.startswith(prefix) and n[len(prefix) :] in wanted for n in unexpected):
+        return None
+    return (
+        f"{ckpt.root}: names of tensors begin with {prefix!r}, without which they fit family {family.name}: a wrapper's, which is "
+        "none that zoo looks through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
+    )
+
+
+def _other_depth(m: Match) -> list[str]:
+    """A line where whole layers are missing, or more than the config has are there."""
+    there, n = {_layer(name) for name in m.outputs}, m.spec.n_layers
+    gone = sorted({i for i in map(_layer, m.missing) if i is not None} - there)
+    said = f"layers by the config (num_hidden_layers): {n}; "
+    if gone:
+        return [f"{said}of {_numbers(map(str, gone))} the files hold nothing"]
+    numbers = [next((p for p in name.split(".") if p.isascii() and p.isdigit()), "") for name in m.unexpected]
+    if numbers and all(len(x) < 9 and x and int(x) >= n for x in numbers):
+        return [f"{said}the files hold {_numbers(numbers)} too"]
+    return []
+
+
+def _numbers(numbers: Iterable[str]) -> str:
+    first, _, last = (said := _span(numbers).strip("{}")).partition("-")
+    return first if first == last else said
+
+
+def _layer(name: str) -> int | None:
+    """The layer of a canonical tensor."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
 
 
 def fold_one(name: str) -> str:
