@@ -623,6 +623,7 @@ UNSOUND = {
     "a limit belongs to gated SiLU": block(ffn=MLP(F, "gelu", limit=1.0)),
     "without a gate only": block(ffn=MLP(F, "xielu")),
     "experts have no learned activation": block(ffn=MoE(2, MLP(F, "xielu", gated=False), Router(1, "softmax"))),
+    "near is more than 0, not 0.0": block(ffn=MoE(4, MLP(6), Router(2, "softmax", over="near"))),
     "a convolution of 1 tokens": block(ShortConv(1)),
     "no earlier layer with an indexer": block(replace(LATENT, indexer_from=0)),
     "an indexer of its own and that of layer 0": block(replace(LATENT, indexer=INDEXER, indexer_from=0)),

@@ -292,7 +292,9 @@ class Router:
     """Chooses `top_k` of the experts for a token and their weights.
 
     `score`: softmax or sigmoid of the logits; `over`: scores are taken over "all" experts before the
-    choice, or over the "chosen" ones after it. `selection_bias`: a per-expert bias that takes part in
+    choice, or over the "chosen" ones after it; or an expert's over those "near" it (SparseMixer, arXiv 2409.12136): of the
+    experts not chosen before it, those whose logit z is less than its own, m, by at most `near` * max(|z|, m).
+    `selection_bias`: a per-expert bias that takes part in
     the choice, never in the weights. `n_groups` / `top_groups`: only the best groups are eligible, a
     group's score being the sum of its `group_top` best. `masked_groups`: what ineligible experts score.
     `normalize`: weights are divided by their sum + `normalize_eps`, or by `normalize_floor` if that is larger. `scale`
@@ -306,7 +308,7 @@ class Router:
 
     top_k: int
     score: Literal["softmax", "sigmoid"]
-    over: Literal["all", "chosen"] = "all"
+    over: Literal["all", "chosen", "near"] = "all"
     bias: bool = False
     selection_bias: bool = False
     n_groups: int = 1
@@ -324,6 +326,7 @@ class Router:
     norm: Norm | None = None
     input_scale: float = 1.0
     score_rounding: Rounding = "last"
+    near: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,7 +286,7 @@ def given(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     """A note for a family that was said and is not what the config says; none if it is."""
     try:
         claimed = families.find(config).name
-    except families.NoFamily:
+    except ZooError:
         claimed = "no family's name"
     if claimed == family.name:
         return ()
