@@ -122,8 +122,9 @@ def has_experts(spec: Spec) -> bool:
 def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the language model that upstream's class builds from a config, on the meta device.
 
-    total: tied weights once; buffers left out, and selection biases, which are buffers in all classes but AFMoE's. active: without the experts that a token does not visit. embed: the
-    input embedding. tied: the head is the embedding. cls: the class.
+    total: tied weights once; buffers left out, and selection biases, which are buffers in most classes and parameters in a
+    few (AFMoE, Laguna). active: without the experts that a token does not visit. embed: the input embedding. tied: the
+    head is the embedding. cls: the class.
     """
     text = dict(names.text_config(config))
     whole = names.meta_model(case, text if case.alone else config)
@@ -134,7 +135,8 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     total = idle = 0
     seen: set[int] = set()
     for name, p in model.named_parameters():
-        if id(p) in seen or _BESIDE.search(name) or name.endswith(".expert_bias"):
+        selection_bias = name.endswith((".expert_bias", ".e_score_correction_bias"))
+        if id(p) in seen or _BESIDE.search(name) or selection_bias:
             continue
         seen.add(id(p))
         total += p.numel()
