@@ -279,6 +279,7 @@ def _ffn(f: MLP | MoE) -> str:
     how += ["of its own norm of x"] if r.norm else []
     how += ["a learned scale per expert"] if r.expert_scale else []
     how += [f"x {r.scale:g}"] if r.scale != 1 else []
+    how += [f"their sum x {f.routed_scale:g}"] if f.routed_scale != 1 else []
     return f"{text}; router: {', '.join(how)}"
 
 

@@ -300,7 +300,7 @@ class Router:
     `normalize`: weights are divided by their sum + `normalize_eps`, or by `normalize_floor` if that is larger. `scale`
     multiplies the weights, `expert_scale` each by a learned number of its expert. `norm`: the router reads the layer's x
     through a norm of its own, times `input_scale`, in place of what the layer's norm makes of it.
-    `softcap`: on the logits. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
+    `softcap`: on the logits, in fp32. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
     result is not rounded at all ("last"). `weights_rounding`: of the weighted sum over experts: the weights are rounded
     "first", or stay in fp32 and the sum is rounded "last". `score_rounding`: scores, their sum and their quotients are
     rounded as they are made ("first", LFM2), or computed in fp32.
@@ -335,7 +335,8 @@ class MoE:
 
     `shared`: an MLP every token visits; `shared_gate`: times sigmoid(gate(x)). `weight_input`: the
     routing weight multiplies the expert's input, not its output. `latent`: experts work in a
-    projection of that many channels. `scale`: multiplies routed + shared (0.5: their average).
+    projection of that many channels. `scale`: multiplies routed + shared (0.5: their average). `routed_scale`: multiplies
+    the routed sum alone, after it is rounded (`Router.scale` multiplies the weights, before they are).
 
     `norm`: experts read the layer's x through a norm of their own, while `shared` reads what the layer's norm makes of
     it. `post_norm`, `shared_post_norm`: of the routed sum, and of the shared output, before they are added. (A dense MLP
@@ -350,6 +351,7 @@ class MoE:
     weight_input: bool = False
     latent: int | None = None
     scale: float = 1.0
+    routed_scale: float = 1.0
     norm: Norm | None = None
     post_norm: Norm | None = None
     shared_post_norm: Norm | None = None
