@@ -54,6 +54,8 @@ INDEXER = Indexer(2, 6, 3, Rope(100.0, 4, interleaved=True), Norm(1e-6, kind="la
 BESIDE = MoE(5, MLP(6, "gelu_tanh"), Router(2, "softmax", normalize=True, expert_scale=True, norm=N, input_scale=D**-0.5),
              MLP(F, "gelu_tanh"), norm=N, post_norm=N, shared_post_norm=N)  # fmt: skip
 
+SCALED = MoE(5, MLP(6), Router(2, "sigmoid", selection_bias=True, normalize=True), MLP(F), routed_scale=1.7)
+
 
 def model(*layers: Layer, **ends: object) -> Spec:
     return Spec("t", D, V, layers, N, ends.pop("tied", False), 64, **ends)  # type: ignore[arg-type]
@@ -81,6 +83,7 @@ PARTS: dict[str, tuple[Spec, str]] = {
     "quick GELU": (model(block(ffn=MLP(F, "quick_gelu", gated=False))), "GELU (sigmoid)"),
     "xIELU": (model(block(ffn=MLP(F, "xielu", gated=False))), "xIELU"),
     "dense beside experts": (model(block(ffn=BESIDE, ffn_post_norm=N, scalar=True)), "each between norms of its own"),
+    "scaled experts": (model(block(ffn=SCALED)), "their sum x 1.7"),
     "short convolution": (model(block(ShortConv(3)), block()), "gated short convolution of 3 tokens"),
     "short convolution, biases": (model(block(ShortConv(3, bias=True))), "gated short convolution of 3 tokens, biases"),
     "shared index": (
@@ -163,7 +166,7 @@ def test_every_tensor_of_the_part_matters(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PARTS if n not in ("dense beside experts", "shared index")]
+    "name", [n for n in PARTS if n not in ("dense beside experts", "scaled experts", "shared index")]
 )  # no choices flip
 def test_in_bf16_the_part_is_near_what_it_is_in_fp32(name: str) -> None:
     spec = PARTS[name][0]
@@ -497,6 +500,26 @@ def test_routers_choose_and_weigh(kind: str) -> None:
         close(weights[i].detach(), (w * r.scale).detach())
 
 
+def test_a_cap_on_a_routers_logits_is_computed_in_fp32_whatever_their_dtype() -> None:
+    r, logits = Router(3, "sigmoid", softcap=0.8), rand(9, 8).bfloat16()
+    chosen, weights = moe.route(logits, None, r)
+    scores = (0.8 * torch.tanh(logits.double() / 0.8)).sigmoid()
+    assert torch.equal(chosen.sort(-1).values, scores.topk(3, -1).indices.sort(-1).values)
+    close(weights, scores.gather(-1, chosen))
+
+
+def test_what_experts_give_is_rounded_scaled_and_rounded_again_and_the_shared_expert_is_not_scaled() -> None:
+    once, scaled = (
+        filled(model(block(None, s)), torch.bfloat16).layers[0].moe
+        for s in (replace(SCALED, routed_scale=1.0), SCALED)
+    )
+    x = rand(30, D).bfloat16()
+    shared = once.shared(x)
+    routed = moe.experts(x, *once.router(x), once.gate_up, once.down, once.spec)
+    assert torch.equal(once(x), routed + shared)
+    assert torch.equal(scaled(x), routed * 1.7 + shared)
+
+
 def test_the_nearest_tie_of_a_router_is_seen_behind_its_norm_and_its_scales() -> None:
     m, x = filled(model(block(None, BESIDE))).layers[0].moe.router, rand(20, D) * 3
     with torch.no_grad():
@@ -623,6 +646,7 @@ UNSOUND = {
     "a limit belongs to gated SiLU": block(ffn=MLP(F, "gelu", limit=1.0)),
     "without a gate only": block(ffn=MLP(F, "xielu")),
     "experts have no learned activation": block(ffn=MoE(2, MLP(F, "xielu", gated=False), Router(1, "softmax"))),
+    "near is more than 0, not 0.0": block(ffn=MoE(4, MLP(6), Router(2, "softmax", over="near"))),
     "a convolution of 1 tokens": block(ShortConv(1)),
     "no earlier layer with an indexer": block(replace(LATENT, indexer_from=0)),
     "an indexer of its own and that of layer 0": block(replace(LATENT, indexer=INDEXER, indexer_from=0)),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from zoo.layout import active_params, total_params
+from zoo.printable import count
 from zoo.spec import (
     MLP,
     Attention,
@@ -92,15 +93,6 @@ def state_bytes(spec: Spec, itemsize: int = 2) -> int:
         elif isinstance(m, ShortConv):
             size += itemsize * spec.d_model * (m.conv - 1)
     return size
-
-
-def count(n: int) -> str:
-    """8030261248 -> '8.03B'; three significant digits, as publishers write."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if n >= size * 0.9995:
-            x = n / size
-            return f"{x:.2f}{unit}" if x < 9.995 else f"{x:.1f}{unit}" if x < 99.95 else f"{x:.0f}{unit}"
-    return str(n)
 
 
 def size(n: float) -> str:
@@ -287,6 +279,7 @@ def _ffn(f: MLP | MoE) -> str:
     how += ["of its own norm of x"] if r.norm else []
     how += ["a learned scale per expert"] if r.expert_scale else []
     how += [f"x {r.scale:g}"] if r.scale != 1 else []
+    how += [f"their sum x {f.routed_scale:g}"] if f.routed_scale != 1 else []
     return f"{text}; router: {', '.join(how)}"
 
 

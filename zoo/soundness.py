@@ -141,6 +141,10 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield "a clamped activation is for an MLP with a gate"
         case MoE(expert=MLP(act="xielu")):
             yield "experts have no learned activation"
+        case Router(over="near", score=score, near=near, n_groups=g, selection_bias=bias) if (
+            score != "softmax" or near <= 0 or g > 1 or bias
+        ):
+            yield f"scores over the near are a softmax, without groups or bias, and near is more than 0, not {near}"
         case ShortConv(conv=n) if n < 2:
             yield f"a convolution of {n} tokens sees nothing before"
         case LatentAttention(indexer=i, indexer_from=int(n)) if i is not None:

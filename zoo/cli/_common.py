@@ -198,6 +198,16 @@ def what_it_is(command: F) -> F:
     return format(family(command))
 
 
+def which_set(command: F) -> F:
+    """`--file`: of several sets of weights."""
+    return click.option(
+        "--file",
+        metavar="NAME",
+        help="Which weights of a folder or repository, or below it: a file, an index of shards, the first of a split "
+        "set. Default: those that transformers takes.",
+    )(command)
+
+
 def level(command: F) -> F:
     """`--verify LEVEL` and `--device`."""
     levels = click.Choice(["plan", "bytes", "layers", "logits", "decode"])

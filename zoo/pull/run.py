@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.formats.base import inside
 from zoo.mapping.folder import check_destination, put, recover
 from zoo.pull.fetch import Job
 from zoo.pull.progress import Quiet, Steps
@@ -30,6 +29,7 @@ from zoo.pull.source import (
     cache_folder,
     default_folder,
     is_local,
+    named,
     not_here,
     open_source,
     opening,
@@ -38,6 +38,7 @@ from zoo.pull.space import existing, to_fetch, to_write
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
+    from zoo.mapping.plan import Plan
 
 
 def convert(
@@ -58,11 +59,10 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the folder `src` or below it.
+    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
+    folder or repository `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
-    if file is not None:
-        src = _named(src, file)
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -73,8 +73,11 @@ def convert(
                 device=device,
                 force=force,
                 progress=progress,
+                file=file,
                 **how,
             )
+    if file is not None:
+        src = named(src, file)
     from zoo.mapping.execute import Execution, refuse_overlap
 
     path, dst = Path(src), Path(os.path.abspath(dst))
@@ -85,9 +88,7 @@ def convert(
     plan = open_source(path, **how).plan
     refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
-    for said in plan.checkpoint.notes:
-        if said.startswith("weights: "):
-            progress.note(said)
+    _note(plan, progress)
     progress.start(plan.nbytes)
     progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
@@ -103,12 +104,11 @@ def convert(
     return dst
 
 
-def _named(src: StrPath, file: str) -> Path:
-    """The file called `file` in the folder `src`, or below it."""
-    root = Path(src)
-    if not root.is_dir():
-        raise ZooError(f"{src}: --file names a file in a folder on this disk, and this is none")
-    return inside(root, file, "--file")
+def _note(plan: Plan, progress: Progress) -> None:
+    """Say what was not read: other sets of weights, and fields of the config that zoo does not know."""
+    for said in (*plan.checkpoint.notes, *plan.notes):
+        if said.startswith(("weights: ", "config: ")):
+            progress.note(said)
 
 
 def pull(
@@ -119,6 +119,7 @@ def pull(
     revision: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     strict: bool = False,
@@ -146,13 +147,17 @@ def pull(
             dtype=dtype,
             format=format,
             family=family,
+            file=file,
             strict=strict,
             verify=verify,
             device=device,
             force=force,
             progress=progress,
         )
-    with _alone(dst, progress), opening(name, dtype, revision, format, layers, progress, family) as opened:
+    with (
+        _alone(dst, progress),
+        opening(name, dtype, revision, format, layers, progress, family, file) as opened,
+    ):
         opened.hash(progress)
         recover(dst)
         if _is_done(dst, opened) and not force:
@@ -160,6 +165,7 @@ def pull(
             return dst
         _check(dst, force)
         target = dst if verify is None else _unverified(dst)
+        _note(opened.plan, progress)
         job = Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
             progress.note(f"{target} is converted already")
@@ -196,13 +202,14 @@ def preview(
     revision: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     progress: Progress | None = None,
 ) -> Preview:
     """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
-    with opening(name, dtype, revision, format, layers, progress or Quiet(), family) as opened:
+    with opening(name, dtype, revision, format, layers, progress or Quiet(), family, file) as opened:
         fetch = there = 0
         if opened.remote is not None:
             fetch, there = to_fetch(opened, cached=layers is None and not stream)

@@ -123,7 +123,7 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     """Parameters of the language model that upstream's class builds from a config, on the meta device.
 
     total: tied weights once; buffers left out, and selection biases, which are buffers in most classes and parameters in
-    some (AFMoE, ERNIE 4.5). active: without the experts that a token does not visit. embed: the input embedding. tied: the
+    some (AFMoE, ERNIE 4.5, Laguna). active: without the experts that a token does not visit. embed: the input embedding. tied: the
     head is the embedding. cls: the class.
     """
     text = dict(names.text_config(config))

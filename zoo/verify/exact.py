@@ -250,6 +250,8 @@ def _fit_differs(plan: Plan, output: Output, k: int, mine: Array, dtype: str) ->
     fit = output.fits[k]
     dst = _view(mine, fit.canonical)
     src, bits = _source(plan, output, k, dtype)
+    if fit.plus_one:
+        src, bits = (_floats(src, dtype) if bits else src) - np.float32(1), False
     wrong = 0
     for a, b in _chunks(dst, _view(src, fit.source)):
         if bits:

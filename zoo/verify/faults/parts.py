@@ -107,6 +107,7 @@ _spec(
 _spec(
     "experts_post_norm_dropped", "the experts' sum not normalised", MoE, lambda m: replace(m, post_norm=None)
 )
+_spec("experts_sum_unscaled", "the experts' sum not scaled", MoE, lambda m: replace(m, routed_scale=1.0))
 _spec("shared_post_norm_dropped", "the output of the MLP beside the experts not normalised", MoE,
       lambda m: replace(m, shared_post_norm=None))  # fmt: skip
 add("xielu_sides_exchanged", "xIELU's learned numbers exchanged", "weights", _slots("mlp.act.positive"),
