@@ -209,11 +209,15 @@ def which_set(command: F) -> F:
 
 
 def level(command: F) -> F:
-    """`--verify LEVEL`."""
+    """`--verify LEVEL` and `--device`."""
     levels = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
-    return click.option("--verify", type=levels, help="Verify up to this level before the folder appears.")(
-        command
-    )
+    verify = click.option("--verify", type=levels, help="Verify up to this level before the folder appears.")
+    return verify(on("Where --verify computes: cpu, cuda, cuda:1, or auto.")(command))
+
+
+def on(help: str) -> Callable[[F], F]:
+    """`--device`."""
+    return click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help=help)
 
 
 # ---- tables

@@ -52,7 +52,8 @@ class Layers(click.ParamType[list[int]]):
 )
 @common
 def command(
-    name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, file: str | None, verify: str | None,
+    name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, file: str | None,
+    verify: str | None, device: str,
     stream: bool, layers: list[int] | None, dry_run: bool, force: bool, workers: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch the release NAME (see `zoo list`; or any owner/repo on the Hub), check it, and convert it.
@@ -87,7 +88,9 @@ def command(
             say(found.opened.plan.summary())
         return
     with Events() if as_json else Bar() as progress:
-        path = pull(name, to, verify=verify, force=force, workers=workers, progress=progress, **how)
+        path = pull(
+            name, to, verify=verify, device=device, force=force, workers=workers, progress=progress, **how
+        )
     if isinstance(progress, Events):
         progress.tell("done", path=str(path))
         return

@@ -50,6 +50,7 @@ def convert(
     file: str | None = None,
     strict: bool = False,
     verify: str | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -57,7 +58,8 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears. `file`: which file of weights, or index of shards, in the folder or repository `src` or below it.
+    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the folder
+    or repository `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
     if not is_local(src):
@@ -67,6 +69,7 @@ def convert(
                 dst,
                 strict=strict,
                 verify=verify,
+                device=device,
                 force=force,
                 progress=progress,
                 file=file,
@@ -78,7 +81,7 @@ def convert(
 
     path, dst = Path(src), Path(os.path.abspath(dst))
     if verify is not None:
-        _can_verify(verify)
+        _can_verify(verify, device)
         recover(dst)
         _check(dst, force)
     plan = open_source(path, **how).plan
@@ -98,7 +101,7 @@ def convert(
         run.feed_here()
         run.finish()
     if verify is not None:
-        _verify(target, dst, verify, force, progress)
+        _verify(target, dst, verify, device, force, progress)
     return dst
 
 
@@ -115,6 +118,7 @@ def pull(
     stream: bool = False,
     strict: bool = False,
     verify: str | None = None,
+    device: str = "cpu",
     force: bool = False,
     workers: int = 4,
     progress: Progress | None = None,
@@ -124,7 +128,7 @@ def pull(
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
     if verify is not None:
-        _can_verify(verify, layers)
+        _can_verify(verify, device, layers)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
     if (here := cache_folder(name)) is not None:
         if stream or layers is not None or revision is not None:
@@ -140,6 +144,7 @@ def pull(
             file=file,
             strict=strict,
             verify=verify,
+            device=device,
             force=force,
             progress=progress,
         )
@@ -166,7 +171,7 @@ def pull(
         else:
             job.by_files()
         if verify is not None:
-            _verify(target, dst, verify, force, progress)
+            _verify(target, dst, verify, device, force, progress)
         job.clean()
         return dst
 
@@ -212,24 +217,28 @@ def _unverified(dst: Path) -> Path:
     return dst.with_name(dst.name + ".unverified")
 
 
-def _can_verify(level: str, layers: Collection[int] | None = None) -> None:
-    """Raises ZooError, before anything is fetched, if `level` can't be judged here."""
+def _can_verify(level: str, device: str, layers: Collection[int] | None = None) -> None:
+    """Raises ZooError, before anything is fetched, if `level` can't be judged here, or not on `device`."""
     from zoo.verify import check_upstream
     from zoo.verify.certificate import NUMERIC
+    from zoo.verify.device import chosen
 
     check_upstream(level)
+    chosen(device)
     if layers is not None and level in NUMERIC:
         raise ZooError(f"some layers of a model have no {level} to compare: verify them up to `bytes`")
 
 
-def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress) -> None:
+def _verify(target: Path, dst: Path, level: str, device: str, force: bool, progress: Progress) -> None:
     """Verify the folder `target`, in the precision that it was rounded to, and let it appear as `dst` if it passes."""
     from zoo.verify import verify
     from zoo.verify.run import converted_to
 
     progress.phase(f"verifying ({level})")
     dtype = converted_to(canonical.read(target)) or "fp32"
-    certificate = verify(target, level=level, dtype=dtype, write=False, progress=progress.phase)
+    certificate = verify(
+        target, level=level, dtype=dtype, device=device, write=False, progress=progress.phase
+    )
     if not certificate.passed:
         certificate.write(target)
         raise ZooError(

@@ -345,6 +345,7 @@ def _provenance(cert: Json) -> str:
         facts.append(("inputs", f"sha256 {inputs['sha256']}"))
     facts.append(("versions", ", ".join(f"{k} {v}" for k, v in cert["versions"].items())))
     facts.append(("machine", ", ".join(str(v) for v in cert["machine"].values())))
+    facts.append(("device", ", ".join(f"{k} {v}" for k, v in (cert.get("device") or {}).items())))
     facts.append(("seconds", ", ".join(f"{k} {v:g}" for k, v in cert["timing"].items())))
     rows = []
     for what, files in (
