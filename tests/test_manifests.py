@@ -233,6 +233,7 @@ GOOD = {
         ({"colour": "red"}, "colour: unknown key"),
         ({"name": "y"}, "name: expected 'x-1b'"),
         ({"gated": "no"}, "gated: expected true or false"),
+        ({"released": "2026-13"}, "released: expected a day or a month"),
         ({"params_total": -1}, "params_total: expected a whole number above 0"),
         ({"context_length": True}, "context_length: expected a whole number"),
         ({"formats": ["zip"]}, "formats: expected"),

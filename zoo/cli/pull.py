@@ -38,6 +38,7 @@ class Layers(click.ParamType[list[int]]):
 @click.option("--revision", help="A branch, tag or commit. Default: the manifest's, or main.")
 @click.option("--format", help="Take the release in this format, where it comes in several (see `zoo show`).")
 @which_set
+@click.option("--family", help="Take it for this family. Default: what its config says.")
 @level
 @click.option(
     "--stream",
@@ -53,8 +54,8 @@ class Layers(click.ParamType[list[int]]):
 @common
 def command(
     name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, file: str | None,
-    verify: str | None, device: str,
-    stream: bool, layers: list[int] | None, dry_run: bool, force: bool, workers: int, as_json: bool,
+    family: str | None, verify: str | None, device: str, stream: bool, layers: list[int] | None, dry_run: bool, force: bool,
+    workers: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch the release NAME (see `zoo list`; or any owner/repo on the Hub), check it, and convert it.
 
@@ -74,6 +75,7 @@ def command(
         "revision": revision,
         "format": format,
         "file": file,
+        "family": family,
         "layers": layers,
         "stream": stream,
     }

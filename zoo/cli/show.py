@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FACTS = (
     "also called",
+    "vendor",
+    "released",
     "from",
     "published size",
     "weights",
@@ -104,13 +106,15 @@ def _spec(m: Manifest) -> Spec | None:
 
 
 def _facts(m: Manifest) -> dict[str, str]:
-    from zoo.describe import count
+    from zoo.printable import count
 
     published = f"{count(m.params_total)} total" if m.params_total else ""
     published += f", {count(m.params_active)} active" if m.params_active else ""
     facts = {
         "name": m.name,
         "also called": ", ".join(m.aliases),
+        "vendor": m.vendor or "",
+        "released": m.released or "",
         "from": "\n".join(str(s) for s in m.sources),
         "published size": published,
         "weights": m.quantization or m.dtype or "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zoo.mapping.rules import RuleLine, Source, cat, extra, stack, ungroup
+from zoo.mapping.rules import RuleLine, Source, cat, extra, squeeze, stack, ungroup
 from zoo.spec import Attention, Layer, Spec
 
 _L = "model.layers.{i}."
@@ -147,6 +147,20 @@ def gated_mlp(key: str, source: str) -> tuple[RuleLine, ...]:
     return (
         (f"{key}.gate_up.weight", cat(f"{source}.gate_proj.weight", f"{source}.up_proj.weight")),
         (f"{key}.down.weight", f"{source}.down_proj.weight"),
+    )
+
+
+def mamba(source: str) -> tuple[RuleLine, ...]:
+    """A Mamba-2 mixer whose tensors lie under `source`."""
+    return (
+        ("layers.{i}.mamba.in_proj.weight", f"{source}.in_proj.weight"),
+        ("layers.{i}.mamba.conv.weight", squeeze(f"{source}.conv1d.weight", 1)),
+        ("layers.{i}.mamba.conv.bias", f"{source}.conv1d.bias"),
+        ("layers.{i}.mamba.A_log", f"{source}.A_log"),
+        ("layers.{i}.mamba.D", f"{source}.D"),
+        ("layers.{i}.mamba.dt_bias", f"{source}.dt_bias"),
+        ("layers.{i}.mamba.norm.weight", f"{source}.norm.weight"),
+        ("layers.{i}.mamba.out.weight", f"{source}.out_proj.weight"),
     )
 
 

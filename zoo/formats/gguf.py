@@ -21,7 +21,16 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import gguf_config, gguf_tokenizer, sets
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside, named
+from zoo.formats.base import (
+    ITEMSIZE,
+    Checkpoint,
+    TensorRef,
+    add_tensors,
+    encoded,
+    inside,
+    named,
+    refuse_pointer,
+)
 from zoo.formats.gguf_fields import shortest
 from zoo.quant import ggml
 
@@ -212,6 +221,7 @@ def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[st
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         c = _Cursor(data, str(file), size if have is None else have)
         if c.take(4) != MAGIC:
+            refuse_pointer(data[:64], str(file))
             raise ZooError(
                 f"{file}: does not start with GGUF: not a GGUF file (older GGML files are not supported)"
             )

@@ -538,6 +538,7 @@ class Execution:
                 "naming": plan.naming,
                 "prefix": [list(p) for p in plan.prefix],
                 "family": plan.family.name,
+                **({"family_given": True} if plan.family_given else {}),
                 **_brought_by(plan.family.name),
                 "rules": plan.rules_version,
                 "plan": plan.digest,

@@ -38,6 +38,7 @@ from zoo.pull.space import existing, to_fetch, to_write
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
+    from zoo.mapping.plan import Plan
 
 
 def convert(
@@ -58,8 +59,8 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the folder
-    or repository `src` or below it.
+    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
+    folder or repository `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
     if not is_local(src):
@@ -87,9 +88,7 @@ def convert(
     plan = open_source(path, **how).plan
     refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
-    for said in plan.checkpoint.notes:
-        if said.startswith("weights: "):
-            progress.note(said)
+    _note(plan, progress)
     progress.start(plan.nbytes)
     progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
@@ -103,6 +102,13 @@ def convert(
     if verify is not None:
         _verify(target, dst, verify, device, force, progress)
     return dst
+
+
+def _note(plan: Plan, progress: Progress) -> None:
+    """Say what was not read: other sets of weights, and fields of the config that zoo does not know."""
+    for said in (*plan.checkpoint.notes, *plan.notes):
+        if said.startswith(("weights: ", "config: ")):
+            progress.note(said)
 
 
 def pull(
@@ -159,6 +165,7 @@ def pull(
             return dst
         _check(dst, force)
         target = dst if verify is None else _unverified(dst)
+        _note(opened.plan, progress)
         job = Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
             progress.note(f"{target} is converted already")

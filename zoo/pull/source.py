@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint, sets
 from zoo.formats.base import Checkpoint, inside, leads_out
 from zoo.formats.opening import snapshot_of
-from zoo.mapping.plan import Plan, make_plan
+from zoo.mapping.plan import Plan, given, make_plan
 from zoo.pull.progress import Passed, Quiet
 
 if TYPE_CHECKING:
@@ -217,5 +217,10 @@ def _planned(
 ) -> Plan:
     from zoo import families
 
-    plan = make_plan(ckpt, None if family is None else families.get(family), dtype)
+    if family is None:
+        plan = make_plan(ckpt, None, dtype)
+    else:
+        said = families.get(family)
+        plan = make_plan(ckpt, said, dtype)
+        plan = replace(plan, family_given=True, notes=(*given(ckpt.config, said), *plan.notes))
     return plan if layers is None else plan.restrict(layers)

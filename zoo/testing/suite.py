@@ -297,7 +297,8 @@ class FamilySuite:
         assert not [k for k in square if not may_be_square.search(k)]
         if getattr(config, "n_group", None) is not None and config.n_group > 1:
             assert config.topk_group < config.n_group
-            experts = getattr(config, "n_routed_experts", None) or config.num_local_experts
+            counts = ("n_routed_experts", "num_local_experts", "num_experts")
+            experts = next(n for key in counts if (n := getattr(config, key, None)))
             eligible = experts // config.n_group * config.topk_group
             assert config.num_experts_per_tok <= eligible
         for limit in ("sliding_window", "attention_chunk_size", "index_topk", "chunk_size", "floor_scale"):
@@ -362,7 +363,9 @@ class FamilySuite:
         monkeypatch.setattr(torch, "topk", watched)
         monkeypatch.setattr(torch.Tensor, "topk", watched)
         build.logits(build.perturbed(variant), build.tokens(variant))
-        assert bool(gaps) == (not {"num_experts_per_tok", "top_k_experts"}.isdisjoint(variant.text))
+        assert bool(gaps) == (
+            not {"num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"}.isdisjoint(variant.text)
+        )
         assert not gaps or min(gaps) > 1e-5
 
     # --- released keys and names ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import ZooError
-from zoo.formats.base import leads_out, read_json
+from zoo.formats.base import TEMPLATES, leads_out, read_json
 from zoo.plain import write_plain
 
 SCHEMA = "zoo-parity-1"
@@ -365,9 +365,9 @@ def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 def canonical_files(root: Path) -> list[str]:
     """Everything in a canonical folder that the certificate vouches for: all of it but itself."""
     skip = {FILE, "report.html"}
-    return [
-        p.name for p in root.iterdir() if p.is_file() and p.name not in skip and not p.name.startswith(".")
-    ]
+    found = [p for p in root.iterdir() if p.name not in skip]
+    found += (root / TEMPLATES).glob("*.jinja")
+    return [p.relative_to(root).as_posix() for p in found if p.is_file() and not p.name.startswith(".")]
 
 
 def check(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.verify import tolerance
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import Columns, LogitMetrics, Reference, references, relative_error
@@ -108,6 +109,7 @@ class Measured:
     columns: Columns | None = None  # of all tokens, in lower precision
     chooses: bool = False  # whether tokens choose experts or keys
     spread: Spread = field(default_factory=Spread)
+    theirs_are: str | None = None  # what the oracle gives in place of logits, or of logits in the dtype
 
     @property
     def everything(self) -> LogitMetrics:
@@ -150,6 +152,21 @@ def rows(x: Tensor, batch: Batch, d: int) -> Tensor | None:
     if x.ndim != 3 or x.shape[:2] != batch.ids.shape or x.shape[-1] % d:
         return None
     return x[batch.mask]
+
+
+def form_of(logits: Tensor, dtype: str) -> str | None:
+    """What some rows of an oracle's logits [N, V] are, where they do not look like logits in `dtype`; None if they do."""
+    x = logits.double()
+    if bool((x == x[:, :1]).all()):
+        return "one number throughout, for every id"
+    if bool((x <= 1e-6).all()) and bool(((x.exp().sum(-1) - 1).abs() < 1e-3).all()):
+        return "log-probabilities: give what log_softmax is made of"
+    if bool((x >= 0).all()) and bool(((x.sum(-1) - 1).abs() < 1e-3).all()):
+        return "probabilities: give what softmax is made of"
+    for name, narrow in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dtype == "fp32" and torch.equal(x.to(narrow).double(), x):
+            return f"all numbers of {name}: computed or stored in that, they say no more (a recording says so: dtype {name})"
+    return None
 
 
 class Clock:
@@ -311,8 +328,14 @@ def measure(
             if b not in ours.state:  # an oracle without hidden states
                 ours.begin(b, batches[b].ids)
             mine = ours.finish(b)
+        if theirs.shape[-1] != mine.shape[-1]:
+            raise ZooError(
+                f"the oracle gives {theirs.shape[-1]} logits for a token, the vocabulary has {mine.shape[-1]}: give those of "
+                "its ids alone (columns beyond are padding), or compare with the model that the folder was converted from"
+            )
         theirs = theirs.to(ours.device)
         with clock("metrics"):
+            out.theirs_are = out.theirs_are or form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
             if (margins := ours.margins(b)) is None:
                 judge_batch(b, mine, theirs, None)
             else:

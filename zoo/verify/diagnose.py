@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import families
+from zoo.errors import ZooError
 from zoo.formats.canonical import Canonical
 from zoo.spec import Spec
 from zoo.verify import tolerance
@@ -77,18 +78,36 @@ def diagnose(
         out["where"] = f"ours has {folder.spec.n_layers} layers, the oracle {measured.oracle_layers}"
     if expected is not None and expected != folder.spec:
         out["suggestions"] = spec_differences(folder.spec, expected)
-    if not shown:
-        return out
-    try:
-        batch = _telling(asked, measured, dtype, first)
-        shape = measured.spread, dtype, first, stream, measured.oracle_layers
-        _search(out, folder, oracle, batch, *shape, device)
-    except (MemoryError, RuntimeError) as e:
-        if not stream:
-            raise
-        # The verdict stands without it.
-        out["suggestions"].append(f"the search for the cause ended early: {e}")
+    if measured.theirs_are is not None:
+        out["suggestions"].append(f"the oracle's logits are {measured.theirs_are}")
+    told = bool(out["suggestions"])
+    if shown:
+        try:
+            batch = _telling(asked, measured, dtype, first)
+            shape = measured.spread, dtype, first, stream, measured.oracle_layers
+            _search(out, folder, oracle, batch, *shape, device)
+            told = bool(out["suggestions"])
+        except (MemoryError, RuntimeError) as e:
+            if not stream:
+                raise
+            # The verdict stands without it.
+            out["suggestions"].append(f"the search for the cause ended early: {e}")
+    if not told:
+        if "hypotheses" in out:
+            out["suggestions"].append("no single mistake of the catalogue explains it")
+        out["suggestions"] += _unread(folder)
     return out
+
+
+def _unread(folder: Canonical) -> list[str]:
+    """What the family leaves unread of the config, where no cause is found: one of these may be it."""
+    said = folder.source.get("config")
+    if not isinstance(said, dict):
+        return []
+    try:
+        return families.unread_keys(said, families.get(folder.spec.family))
+    except ZooError:  # not a config that this family reads: then the Spec is not of it either
+        return []
 
 
 def _telling(asked: Inputs, measured: Measured, dtype: str, first: int | None) -> Batch:
@@ -158,10 +177,6 @@ def _search(
             every = Whole(watch(oracle, batch, None, set(range(spec.n_layers))), dtype, spread)
         _made_again(out, probe, clean, before, LARGE if stream else None, every)
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
-    if not out["suggestions"]:
-        out["suggestions"] = ["no single mistake of the catalogue explains it"]
-        if said := folder.source.get("config"):
-            out["suggestions"] += families.unread_keys(said, families.get(spec.family))
 
 
 @dataclass

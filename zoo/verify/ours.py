@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from zoo.model.moe import Router
 from zoo.model.upload import Upload
 from zoo.quant.schemes import scheme
 from zoo.spec import LatentAttention, Spec
+from zoo.spec import Router as RouterSpec
 from zoo.verify.faults import Subject
 
 
@@ -159,6 +160,13 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     unit = scores.std(-1).clamp(min=1e-12)
     least = 1e-6 * scores.abs().amax(-1)  # that every score shows
     gap, nudge = scores.new_full((len(x),), torch.inf), torch.zeros_like(scores)
+    if r.over == "near":
+        for step, expert in _near_ties(scores, r):
+            apart = step.abs() / unit[:, None]
+            other = torch.zeros_like(scores).scatter(-1, expert, 2 * step + least[:, None].copysign(step))
+            nudge = torch.where(apart < gap[:, None], other, nudge)
+            gap = torch.minimum(gap, apart.squeeze(-1))
+        return gap, nudge
     if r.top_groups < r.n_groups:
         groups = scores.unflatten(-1, (r.n_groups, -1))
         best = groups.topk(min(r.group_top, groups.shape[-1]), -1).values.sum(-1)
@@ -178,11 +186,24 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     return gap, nudge
 
 
+def _near_ties(scores: Tensor, r: RouterSpec) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each expert that is chosen, by how much [N, 1] a score would have to move for another to be chosen in its place
+    or to be near it where it is not (or the other way round), and whose score that is [N, 1]: the one with the least to go."""
+    left = scores
+    for _ in range(r.top_k):
+        best, expert = left.max(-1, keepdim=True)
+        left = left.scatter(-1, expert, -torch.inf)
+        to_win, to_edge = best - left, best - r.near * torch.maximum(scores.abs(), best) - left
+        way = torch.where(to_edge.abs() < to_win, to_edge, to_win)
+        nearest = way.abs().argmin(-1, keepdim=True)
+        yield way.gather(-1, nearest), nearest
+
+
 def other_choice(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the router gives for x [N, D] where every token's nearest tie goes the other way."""
     _, nudge = nearest_tie(router, x)
     logits = router.logits(x)
-    if router.spec.over == "chosen":  # by logits alone; what a near tie moves them by is within rounding
+    if router.spec.over != "all":  # by logits alone; what a near tie moves them by is within rounding
         chosen, weights = route(logits + nudge.to(logits.dtype), None, router.spec, router.weights_dtype(x))
         return chosen, router.scaled(weights, chosen)
     bias = nudge if router.selection_bias is None else nudge + router.selection_bias

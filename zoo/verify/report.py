@@ -336,7 +336,8 @@ def _provenance(cert: Json) -> str:
         ("layout version", str(cert["canonical"]["layout_version"])),
     ]
     if rules:
-        facts.append(("rules", f"{rules['family']}, {rules['naming']} names, version {rules['version']}"))
+        by = " (said with --family, not found from the config)" if rules.get("family_given") else ""
+        facts.append(("rules", f"{rules['family']}{by}, {rules['naming']} names, version {rules['version']}"))
     if source:
         facts.append(("source", f"{source['path']} ({source['format']})"))
     if inputs:

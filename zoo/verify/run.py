@@ -407,6 +407,8 @@ def _exact_levels(
         say("planning")
         plan = plan_of(folder, other.checkpoint)
         cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        if folder.source.get("family_given"):
+            cert.rules["family_given"] = True
     for name in ("plan", "bytes"):
         if name not in wanted:
             continue
@@ -426,7 +428,21 @@ def _exact_levels(
             if (same := files_level(other.checkpoint)) is not None:
                 made.checks.append(same)
             made.notes += [n for n in other.checkpoint.notes if n.startswith("weights: ")]
+        if name == "plan":
+            made.notes += _unknown_fields(folder, other.checkpoint)
         cert.levels.append(made)
+
+
+def _unknown_fields(folder: canonical.Canonical, ckpt: Checkpoint | None) -> list[str]:
+    """Notes on the fields of the config that zoo does not know: the source's, or, where that is gone, as recorded."""
+    config = folder.source.get("config") if ckpt is None else ckpt.config
+    if not isinstance(config, dict):
+        return []
+    try:
+        family = families.get(folder.spec.family, folder.source.get("package"))
+        return families.read(config, family, f"{folder.root / canonical.JSON}: the source's config")[1]
+    except ZooError as e:
+        return [f"which fields of the config zoo does not know was not looked at: {e}"]
 
 
 def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
