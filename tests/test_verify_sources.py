@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_formats_gguf
 import tiny
 import torch
 import vendor
@@ -19,6 +18,7 @@ from test_quant_models import MLA, MODELS, Quantiser, Tensors, fp8_channels, lin
 import zoo
 from zoo.errors import ZooError
 from zoo.formats import canonical
+from zoo.testing import FamilyCase, Gguf, gguf
 from zoo.testing.build import read_config, write_config
 
 CHANNELS = {
@@ -248,9 +248,20 @@ def test_a_format_upstream_cannot_read_is_compared_through_an_export_and_the_cer
     assert cert.rules is not None and cert.rules["naming"] == "mistral"
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "qwen3moe", "gpt-oss", "deepseek2"])
-def test_a_gguf_that_upstream_fails_to_load_is_compared_through_an_export(arch: str, tmp_path: Path) -> None:
-    _, source = test_formats_gguf.both(arch, tmp_path)
+def ggufs_that_upstream_does_not_load() -> list[tuple[FamilyCase, Gguf]]:
+    known = pytest.importorskip("transformers.modeling_gguf_pytorch_utils").GGUF_SUPPORTED_ARCHITECTURES
+    return [
+        (case, case.gguf[0]) for case in tiny.CASES.values() if case.gguf and case.gguf[0].arch not in known
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "of"), [pytest.param(*x, id=x[1].arch) for x in ggufs_that_upstream_does_not_load()[:3]]
+)
+def test_a_gguf_that_upstream_fails_to_load_is_compared_through_an_export(
+    case: FamilyCase, of: Gguf, tmp_path: Path
+) -> None:
+    _, source = gguf.make(case, of, tmp_path)
     cert = zoo.verify(zoo.convert(source, tmp_path / "canonical"), level="logits", write=False)
     assert cert.passed and not cert.not_checked
     assert re.search(
@@ -267,12 +278,13 @@ def test_a_gguf_that_upstream_fails_to_load_and_that_has_no_export_is_judged_by_
         raise ZooError("family deepseek has no Hugging Face names")
 
     monkeypatch.setattr("zoo.mapping.export.export", fails)
-    _, source = test_formats_gguf.both("deepseek2", tmp_path)
+    case, of = ggufs_that_upstream_does_not_load()[0]
+    _, source = gguf.make(case, of, tmp_path)
     folder = zoo.convert(source, tmp_path / "canonical")
     cert = zoo.verify(folder, write=False)
     assert cert.passed and [x.name for x in cert.levels] == ["plan", "bytes"]
     why = (
-        f"{source}: upstream cannot load this: ValueError: GGUF model with architecture deepseek2 is not supported yet, "
+        f"{source}: upstream cannot load this: ValueError: GGUF model with architecture {of.arch} is not supported yet, "
         "and it cannot be given an export: family deepseek has no Hugging Face names"
     )
     assert cert.not_checked == [f"layers, logits, decode: {why}"]
