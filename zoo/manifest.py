@@ -63,7 +63,7 @@ VENDORS = {
     "HuggingFaceTB": "Hugging Face", "ibm-granite": "IBM", "LGAI-EXAONE": "LG AI", "LiquidAI": "Liquid AI", "lmsys": "LMSYS",
     "meta-llama": "Meta", "microsoft": "Microsoft", "MiniMaxAI": "MiniMax", "mistralai": "Mistral AI", "moonshotai": "Moonshot AI",
     "nvidia": "NVIDIA", "openai": "OpenAI", "openai-community": "OpenAI", "openbmb": "OpenBMB", "Qwen": "Alibaba Qwen",
-    "rednote-hilab": "rednote", "stabilityai": "Stability AI", "tencent": "Tencent", "tiiuae": "TII", "xai-org": "xAI",
+    "rednote-hilab": "rednote", "stabilityai": "Stability AI", "tencent": "Tencent", "swiss-ai": "Swiss AI", "tiiuae": "TII", "upstage": "Upstage", "xai-org": "xAI",
     "XiaomiMiMo": "Xiaomi", "zai-org": "Z.ai", "01-ai": "01.AI",
 }  # fmt: skip
 UNSOURCED = ("name", "aliases", "family", "sources", "formats")  # ours, or seen when the files are listed
