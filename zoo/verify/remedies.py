@@ -55,9 +55,9 @@ def for_head(s: Subject) -> Iterator[Remedy]:
 
 
 def rope_of_config(s: Subject, i: int, config: Mapping[str, Any]) -> Iterator[Remedy]:
-    """RoPE in layer i as the fields of the source's config say it, whatever the family made of them."""
+    """RoPE in layer i, which has none, as the fields of the source's config say it."""
     m = s.spec.layers[i].mixer
-    if not isinstance(m, Attention | LatentAttention):
+    if not isinstance(m, Attention | LatentAttention) or m.rope is not None:
         return
     text = config.get("text_config")
     c = Config(text if isinstance(text, Mapping) else config)
