@@ -34,7 +34,6 @@ from zoo.family import (
     hf,
     read,
     rules,
-    squeeze,
     stack,
 )
 
@@ -133,14 +132,7 @@ HF = (
     ("layers.{i}.ffn_norm.weight", "backbone.layers.{i}.norm.weight"),
     ("layers.{i}.attn.qkv.weight", cat(*(f"{_M}{x}_proj.weight" for x in "qkv"))),
     ("layers.{i}.attn.out.weight", _M + "o_proj.weight"),
-    ("layers.{i}.mamba.in_proj.weight", _M + "in_proj.weight"),
-    ("layers.{i}.mamba.conv.weight", squeeze(_M + "conv1d.weight", 1)),
-    ("layers.{i}.mamba.conv.bias", _M + "conv1d.bias"),
-    ("layers.{i}.mamba.A_log", _M + "A_log"),
-    ("layers.{i}.mamba.D", _M + "D"),
-    ("layers.{i}.mamba.dt_bias", _M + "dt_bias"),
-    ("layers.{i}.mamba.norm.weight", _M + "norm.weight"),
-    ("layers.{i}.mamba.out.weight", _M + "out_proj.weight"),
+    *hf.mamba("backbone.layers.{i}.mixer"),
     ("layers.{i}.mlp.up.weight", _M + "up_proj.weight"),
     ("layers.{i}.mlp.down.weight", _M + "down_proj.weight"),
     ("layers.{i}.moe.router.weight", _M + "gate.weight"),

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo.cli.inspect import look
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
@@ -263,11 +264,34 @@ def test_a_model_under_a_name_that_nobody_claims_is_refused_with_the_family_that
     assert "'NovaForCausalLM'" in text and "'nova'" in text and "--family llama" in text and "\n" not in text
 
 
-def test_a_model_that_fits_no_family_is_offered_none(llama: Path, tmp_path: Path) -> None:
+def test_a_family_that_is_said_is_taken_and_recorded(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other", architectures=["NovaForCausalLM"], model_type="nova")
+    folder = zoo.convert(other, tmp_path / "canonical", family="llama")
+    said = json.loads((folder / "zoo.json").read_text())
+    assert said["source"]["family"] == "llama" and said["source"]["family_given"] is True
+    assert "model_type 'nova'" in said["notes"][0] and "--family" in said["notes"][0]
+    certificate = zoo.verify(folder, level="bytes", write=False)
+    assert certificate.passed and certificate.rules is not None and certificate.rules["family_given"] is True
+    about, _ = look(other, "llama")
+    assert about["family"] == "llama" and about["architecture"] and said["notes"][0] in about["notes"]
+    assert "--family llama" in look(other)[0]["family"]
+    assert "family_given" not in zoo.convert(llama, tmp_path / "found").joinpath("zoo.json").read_text()
+    with pytest.raises(ZooError, match="no family is called 'lama'"):
+        look(other, "lama")
+
+
+def test_a_model_that_fits_no_family_is_refused_with_the_nearest_and_what_does_not_fit(
+    llama: Path, tmp_path: Path
+) -> None:
     have = load_file(llama / "model.safetensors")
     have["model.layers.0.memory.weight"] = torch.zeros(2, 2)
     text = refused(again(llama, tmp_path / "o", have, architectures=["NovaForCausalLM"], model_type="nova"))
     assert "Known architectures" in text and "tensors fit" not in text
+    near = text.partition("Nearest: ")[2].partition(", but for 1 tensor (model.layers.0.memory.weight)")[0]
+    assert "llama" in near.split(", ") and "olmo2" not in near
+    alien = {f"blocks.{i}.w": torch.zeros(2, 2) for i in range(30)}
+    text = refused(again(llama, tmp_path / "a", alien, architectures=["NovaForCausalLM"], model_type="nova"))
+    assert "Nearest" not in text
 
 
 def certified(folder: Path, tmp_path: Path) -> Certificate:

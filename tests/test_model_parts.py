@@ -195,6 +195,7 @@ ROUTERS = {
     "softmax over all": Router(3, "softmax"),
     "softmax over all, normalised": Router(3, "softmax", normalize=True, scale=1.7),
     "softmax over the chosen": Router(3, "softmax", over="chosen"),
+    "softmax over the near": Router(3, "softmax", over="near", near=0.6),
     "sigmoid of the chosen": Router(2, "sigmoid", over="chosen"),
     "softcap": Router(2, "softmax", softcap=1.5),
     "selection bias": Router(
@@ -227,6 +228,13 @@ def test_router_chooses_and_weighs_experts(kind: str) -> None:
         w = scores[chosen[n]]
         if r.over == "chosen" and r.score == "softmax":
             w = row[chosen[n]].softmax(0)
+        if r.over == "near":
+            left, w = list(range(8)), torch.zeros(r.top_k, dtype=torch.float64)
+            for i, e in enumerate(expected):
+                near = [j for j in left if row[e] - row[j] <= r.near * max(row[j].abs(), row[e])]
+                assert chosen[n, i] == e and e in near
+                w[i] = row[near].softmax(0)[near.index(e)]
+                left.remove(e)
         if r.normalize:
             w = w / w.sum()
         close(weights[n], w * r.scale)

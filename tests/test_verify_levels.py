@@ -21,6 +21,7 @@ from zoo.formats.canonical import read
 from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
 from zoo.testing.build import write_tensors
+from zoo.verify import judge
 from zoo.verify.certificate import check
 from zoo.verify.diagnose import hypotheses
 from zoo.verify.faults.base import CATALOGUE
@@ -430,3 +431,14 @@ def test_ours_in_float64_is_what_fp32_rounds() -> None:
 def test_some_tokens_of_other_experts_are_no_wrong_cache(seed: int, tmp_path: Path) -> None:
     source = tiny.make("deepseek_v3_noqlora", tmp_path / "hf", dtype="bfloat16", seed=seed)
     assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="bf16", write=False).passed
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_of_many_logits_with_a_cache_those_are_compared_that_tell_most(dtype: str) -> None:
+    states = torch.randn(2, 700, 8)
+    other = states.clone()
+    other[1, 333] += 1e-3
+    at = judge._looked_at(states, other, judge.LOOKED_AT // 200, dtype).tolist()
+    assert len(at) <= 100 and at == sorted(set(at)) and {0, *range(684, 700)} <= set(at)
+    assert dtype != "fp32" or 333 in at
+    assert judge._looked_at(states, other, 100, dtype).tolist() == list(range(700))

@@ -38,6 +38,8 @@ ROUTERS = [
     RouterSpec(3, "sigmoid", over="all", n_groups=4, top_groups=2, group_top=2),
 ]
 
+NEAR = RouterSpec(3, "softmax", over="near", near=0.3)
+
 
 def router_of(spec: RouterSpec, n_experts: int = 12, d: int = 8) -> Router:
     torch.manual_seed(0)
@@ -60,6 +62,22 @@ def test_the_other_choice_differs_by_what_hung_by_least(spec: RouterSpec) -> Non
         if spec.n_groups == 1:  # a group may be let go of which no expert was chosen
             (left_out,) = moved.nonzero().flatten().tolist()
             assert len(gone) == 1 and gone == {before[-1]} and left_out in after
+
+
+def test_who_is_near_and_in_what_order_can_hang_by_little_too() -> None:
+    router, x = router_of(NEAR), torch.randn(200, 8)
+    gap, nudge = nearest_tie(router, x)
+    chosen, weights = router(x)
+    other, other_weights = other_choice(router, x)
+    assert torch.equal(gap, margin(router, x)) and (gap >= 0).all()
+    assert (nudge.count_nonzero(-1) == 1).all()
+    kinds = [
+        (chosen != other).any(-1),
+        (chosen == other).all(-1),
+        (chosen.sort(-1).values == other.sort(-1).values).all(-1),
+    ]
+    assert all(kind.any() for kind in kinds)
+    assert ((weights != other_weights).any(-1) | kinds[0]).all()
 
 
 def test_a_tie_among_experts_of_groups_left_out_is_none() -> None:
@@ -233,7 +251,7 @@ def test_of_greedy_tokens_a_tie_is_no_difference() -> None:
     def share(lead: float) -> float:
         logits = torch.zeros(1, 41, 6)
         logits[..., 2], logits[..., 3] = 4.0, 4.0 + lead  # the oracle's is 2
-        ours = SimpleNamespace(decoder=lambda _ids: logits)
+        ours = SimpleNamespace(decoder=lambda _ids: logits, device=torch.device("cpu"))
         prompt, theirs = torch.zeros(1, 1, dtype=torch.int64), torch.full((40,), 2)
         return judge.greedy(ours, prompt, theirs, 0, "bf16", spread, 4.0).value  # type: ignore[arg-type]
 

@@ -25,6 +25,9 @@ CASE = FamilyCase(
                 "tie_word_embeddings": False, "num_hidden_layers": 2,
             },
             "untied and with biases, as in no release"),
+        Variant("granitemoe_shared", "GraniteMoeSharedForCausalLM",
+            _GRANITEMOE | {"shared_intermediate_size": 44, "num_hidden_layers": 2},
+            "an MLP beside the experts"),
     ),
     refused=(
         ("granite-3.1-1b-a400m", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zoo.mapping.rules import RuleLine, Source, cat, extra, stack, ungroup
+from zoo.mapping.rules import RuleLine, Source, cat, extra, squeeze, stack, ungroup
 from zoo.spec import Attention, Layer, Spec
 
 _L = "model.layers.{i}."
@@ -105,16 +105,6 @@ def fused_per_head(source: str) -> tuple[RuleLine, ...]:
     )
 
 
-def plus_one(*lines: tuple[str, str]) -> tuple[RuleLine, ...]:
-    """Lines for norm weights w that multiply as 1 + w. Those that came as 1 + w (from a GGUF) have no form in Hugging
-    Face's files: taking the 1 off would round."""
-
-    def as_released(_: Layer | None, spec: Spec) -> bool:
-        return spec.norm.weight == "plus_one"
-
-    return tuple((key, source, as_released) for key, source in lines)
-
-
 INV_FREQ = extra("*.rotary_emb.inv_freq", "rotary frequencies; computed from the config")
 
 WRAPPERS: tuple[dict[str, str], ...] = (
@@ -157,6 +147,20 @@ def gated_mlp(key: str, source: str) -> tuple[RuleLine, ...]:
     return (
         (f"{key}.gate_up.weight", cat(f"{source}.gate_proj.weight", f"{source}.up_proj.weight")),
         (f"{key}.down.weight", f"{source}.down_proj.weight"),
+    )
+
+
+def mamba(source: str) -> tuple[RuleLine, ...]:
+    """A Mamba-2 mixer whose tensors lie under `source`."""
+    return (
+        ("layers.{i}.mamba.in_proj.weight", f"{source}.in_proj.weight"),
+        ("layers.{i}.mamba.conv.weight", squeeze(f"{source}.conv1d.weight", 1)),
+        ("layers.{i}.mamba.conv.bias", f"{source}.conv1d.bias"),
+        ("layers.{i}.mamba.A_log", f"{source}.A_log"),
+        ("layers.{i}.mamba.D", f"{source}.D"),
+        ("layers.{i}.mamba.dt_bias", f"{source}.dt_bias"),
+        ("layers.{i}.mamba.norm.weight", f"{source}.norm.weight"),
+        ("layers.{i}.mamba.out.weight", f"{source}.out_proj.weight"),
     )
 
 

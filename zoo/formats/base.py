@@ -174,8 +174,9 @@ def inside(root: Path, name: str, who: str) -> Path:
     except (OSError, RuntimeError):  # the latter up to Python 3.12
         raise ZooError(f"{path} is a symlink that leads in a circle") from None
     allowed = [base]
-    if base.parent.name == "snapshots":
-        allowed.append(base.parent.parent / "blobs")
+    for snapshot in (base, base.parent):  # or a folder in one
+        if snapshot.parent.name == "snapshots":
+            allowed.append(snapshot.parent.parent / "blobs")
     if not any(real.is_relative_to(a) for a in allowed):
         # A repository can hold links, too, and a carried file is copied: nothing tells a hostile link from one's own.
         raise ZooError(

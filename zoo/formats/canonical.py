@@ -149,6 +149,8 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     texts = ("path", "format", "family", "naming", "dtype", "plan")
     if not all(_short_text(source.get(k)) for k in texts):
         raise ValueError(f"of source, {', '.join(texts)} should be texts")
+    if source.get("family_given", True) is not True:
+        raise ValueError("source.family_given should be true, or absent")
     package = source.get("package") or {}
     if not isinstance(package, dict) or not all(_short_text(package.get(k)) for k in ("name", "version")):
         raise ValueError("the source's package should have a name and a version")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats import gguf_config, gguf_tokenizer
+from zoo.formats import gguf_config, gguf_tokenizer, sets
 from zoo.formats.base import (
     ITEMSIZE,
     Checkpoint,
@@ -31,6 +31,7 @@ from zoo.formats.base import (
     named,
     refuse_pointer,
 )
+from zoo.formats.gguf_fields import shortest
 from zoo.quant import ggml
 
 MAGIC = b"GGUF"
@@ -99,9 +100,7 @@ def _files_of(folder: Path) -> list[str]:
         raise ZooError(f"{folder}: no *.gguf here")
     first = _set_of(names[0])
     if set(names) - set(first):
-        raise ZooError(
-            f"{folder}: {len(names)} GGUF files that are not one set; name one of: {', '.join(names[:8])}"
-        )
+        raise sets.which(str(folder), [s for s in sets.here(folder) if s.name.endswith(".gguf")])
     return first
 
 
@@ -186,7 +185,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
-            return _shortest(self.scalar(_SCALARS[kind])) if kind == 6 else self.scalar(_SCALARS[kind])
+            return shortest(self.scalar(_SCALARS[kind])) if kind == 6 else self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
             raise ZooError(
                 f"{self.who}: {key!r} has a value of unknown type {kind}: damaged, or of a newer format"
@@ -209,16 +208,6 @@ class _Cursor:
             raise ZooError(
                 f"{self.who}: its arrays have more than {MAX_VALUES} values (up to {key!r}): no model's header"
             )
-
-
-def _shortest(x: float) -> float:
-    """The shortest decimal that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
-    if not math.isfinite(x):
-        return x
-    for digits in range(6, 10):
-        if struct.unpack("<f", struct.pack("<f", y := float(f"{x:.{digits}g}")))[0] == x:
-            return y
-    return x
 
 
 def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[str, Any], list[TensorRef]]:

@@ -24,11 +24,15 @@ if triton is not None:
 def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) -> tuple[Tensor, Tensor]:
     """Router logits [N, E] -> chosen experts [N, top_k] and their weights [N, top_k]."""
     if r.softcap is not None:
-        logits = r.softcap * torch.tanh(logits / r.softcap)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = r.softcap * torch.tanh(wide / r.softcap)
     if r.over == "chosen":
         top = logits.topk(r.top_k, -1)
         weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
         return top.indices, _normalized(weights, r) * r.scale
+    if r.over == "near":
+        chosen, weights = _near(logits, r)
+        return chosen, _normalized(weights, r) * r.scale
     if r.score_rounding == "last":
         logits = logits.float()
     scores = logits.softmax(-1) if r.score == "softmax" else logits.sigmoid()
@@ -43,6 +47,18 @@ def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) ->
     return chosen, _normalized(scores.gather(-1, chosen), r) * r.scale
 
 
+def _near(logits: Tensor, r: Router) -> tuple[Tensor, Tensor]:
+    """Experts one after the other, each with its softmax over what is left and near it, in the dtype of the logits."""
+    left, chosen, weights = logits, [], []
+    for _ in range(r.top_k):
+        best, expert = left.max(-1, keepdim=True)
+        far = (best - logits) / torch.maximum(logits.abs(), best) > r.near
+        chosen.append(expert)
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, expert))
+        left = left.scatter(-1, expert, -torch.inf)
+    return torch.cat(chosen, -1), torch.cat(weights, -1)
+
+
 def _normalized(weights: Tensor, r: Router) -> Tensor:
     if not r.normalize:
         return weights
@@ -53,8 +69,9 @@ def route(
     logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """`route_reference`, as one kernel where Triton runs (experts are then int32). Weights in `dtype`."""
-    # Scores in less than fp32 are one family's; the kernel has them in fp32.
-    if not has_triton(logits) or logits.dtype == torch.float64 or spec.score_rounding == "first":
+    # Scores in less than fp32, and those over the near, are one family's each; the kernel has neither.
+    special = spec.score_rounding == "first" or spec.over == "near"
+    if not has_triton(logits) or logits.dtype == torch.float64 or special:
         chosen, weights = route_reference(logits, bias, spec)
         return chosen, weights.to(dtype)
     n, e = logits.shape
@@ -93,7 +110,7 @@ if triton is not None:
         raw = tl.load(logits_ptr + row * n_experts + e, mask=real, other=0.0)
         logits = raw.to(tl.float32)
         if SOFTCAP:
-            logits = (cap * tanh(logits / cap)).to(raw.dtype).to(tl.float32)
+            logits = cap * tanh(logits / cap)
         masked = tl.where(real, logits, float("-inf"))
         if CHOSEN:
             score = masked

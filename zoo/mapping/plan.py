@@ -79,7 +79,7 @@ class Plan:
     `outputs` in the order of the layout; `extras`: source tensors kept aside, with the reason.
     `dtype`: what floating-point tensors are converted to (safetensors' name), None: as released.
     `quant`: slot without `.weight` -> scheme, of weights that are carried quantised.
-    `layers`: the ones planned for, where that is not all of them.
+    `layers`: the ones planned for, where that is not all of them. `family_given`: the family was said, not found.
     """
 
     checkpoint: Checkpoint
@@ -93,6 +93,7 @@ class Plan:
     quant: dict[str, str] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    family_given: bool = False
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -117,7 +118,9 @@ class Plan:
         seen: dict[int, str] = {}
         for o in self.outputs.values():
             if id(o.fits) not in seen:
-                seen[id(o.fits)] = repr([(f.shape, f.source, f.canonical) for f in o.fits])
+                seen[id(o.fits)] = repr(
+                    [(f.shape, f.source, f.canonical, *(("1 +",) * f.plus_one)) for f in o.fits]
+                )
                 h.update(seen[id(o.fits)].encode())
             h.update(repr((o.name, o.dtype, o.shape, o.scheme, o.sources, seen[id(o.fits)][:64])).encode())
         return h.hexdigest()[:32]
@@ -180,6 +183,7 @@ class Plan:
         """All of it, with one entry per canonical tensor."""
         return {
             "family": self.family.name,
+            "family_given": self.family_given,
             "naming": self.naming,
             "format": self.checkpoint.format,
             "source": str(self.checkpoint.root),
@@ -220,7 +224,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     made_up = "config.json" in ckpt.synthesised  # of files of another kind, which say it themselves
     where = str(ckpt.root / (next(iter(ckpt.files), "") if made_up else "config.json"))
-    family = family or _found(ckpt, where)
+    family = family or found(ckpt, where)
     spec, unread = families.read(ckpt.config, family, where)
     namings = [n for n in ckpt.naming if n in family.rules]
     if not namings:
@@ -278,12 +282,28 @@ def quantised(m: Match, tensors: Mapping[str, TensorRef]) -> bool:
     )
 
 
-def _found(ckpt: Checkpoint, where: str) -> Family:
-    """The family of a checkpoint. One that none claims is refused with those that it fits in all but its name."""
+def given(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """A note for a family that was said and is not what the config says; none if it is."""
+    try:
+        claimed = families.find(config).name
+    except ZooError:
+        claimed = "no family's name"
+    if claimed == family.name:
+        return ()
+    return (
+        f"taken for {family.name}, as was said (--family): the config has {claimed} (architectures "
+        f"{config.get('architectures')}, model_type {config.get('model_type')!r})",
+    )
+
+
+def found(ckpt: Checkpoint, where: str) -> Family:
+    """The family of a checkpoint. One that none claims is refused with those that it fits in all but its name, or else
+    with the one whose tensors it has most nearly."""
     try:
         return families.find(ckpt.config, where)
     except families.NoFamily as e:
         fitting: list[tuple[int, str]] = []
+        near: dict[tuple[str, ...], list[str]] = {}  # what does not fit -> families
         for family in families.families().values():
             try:
                 spec, unread = families.read(ckpt.config, family, where)
@@ -297,6 +317,14 @@ def _found(ckpt: Checkpoint, where: str) -> Family:
                     if not m.n_problems:
                         fitting.append((len(unread), family.name))
                         break
+                    near.setdefault(m.odd, []).append(family.name)
+        odd = min(near, key=len, default=())
+        if not fitting and 0 < len(odd) < len(ckpt.tensors) // 2:
+            raise families.NoFamily(
+                f"{e.who}. Nearest: {', '.join(near[odd])}, but for {len(odd)} tensor{'s' if len(odd) > 1 else ''} ({', '.join(odd[:3])}"
+                f"{', ...' if len(odd) > 3 else ''}); --family {near[odd][0]} says more",
+                e.known,
+            ) from e
         if not fitting:
             raise
         names = [name for _, name in sorted(fitting)]
@@ -325,6 +353,12 @@ class Match:
     problems: list[str] = field(default_factory=list)  # anything else, one line each
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def odd(self) -> tuple[str, ...]:
+        """The tensors that do not fit: over, of another shape, not there."""
+        shapes = (name for at in self.misshapen.values() for name, _ in at)
+        return (*self.unexpected, *shapes, *(name for names in self.missing.values() for name in names))
 
     @property
     def n_problems(self) -> int:

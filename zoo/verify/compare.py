@@ -37,6 +37,8 @@ class Sketch:
         self.directions = torch.randn(d, k, generator=generator) / k**0.5  # [D, k]
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, k]
+        if self.directions.device != x.device:
+            self.directions = self.directions.to(x.device)
         out: Tensor = x.float() @ self.directions
         return out
 
@@ -50,11 +52,12 @@ class Sketched:
 
     def of(self, x: Tensor) -> Tensor | None:
         """The same projections of our state [N, D]; None where D is another."""
-        return x.float() @ self.directions if x.shape[-1] == len(self.directions) else None
+        return x.float() @ self.directions.to(x.device) if x.shape[-1] == len(self.directions) else None
 
 
 class Kept:
-    """Logits of several batches, in memory, or in a temporary file beyond 512 MiB."""
+    """Logits of several batches, in memory, or in a temporary file beyond 512 MiB; those of a GPU stay there while a
+    quarter of its memory is free."""
 
     LIMIT = 512 << 20
 
@@ -65,6 +68,11 @@ class Kept:
         self._on_disk = on_disk
 
     def put(self, b: int, logits: Tensor) -> None:
+        if logits.device.type == "cuda" and not self._on_disk:
+            free, total = torch.cuda.mem_get_info(logits.device)
+            if free > total // 4:
+                self._memory[b] = logits
+                return
         self._bytes += logits.numel() * logits.element_size()
         if self._on_disk or self._bytes > self.LIMIT:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zoo-verify-")
@@ -102,7 +110,6 @@ class Measured:
     chooses: bool = False  # whether tokens choose experts or keys
     spread: Spread = field(default_factory=Spread)
     theirs_are: str | None = None  # what the oracle gives in place of logits, or of logits in the dtype
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def everything(self) -> LogitMetrics:
@@ -279,12 +286,14 @@ def measure(
     dtype: str,
     spread: Spread | None = None,
     on_disk: bool = False,
+    clock: Clock | None = None,
 ) -> Measured:
-    """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured."""
+    """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
+    `clock`: what counts the seconds."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
     out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
-    clock = Clock()
+    clock = clock or Clock()
     meter = None
     if spread is None:
         with clock("oracle, second way"):
@@ -299,6 +308,7 @@ def measure(
         with clock("metrics"):
             own = rows(mine, batches[b], d) if mine is not None else None
             theirs = x.values if isinstance(x, Sketched) else rows(x, batches[b], d)
+            theirs = None if theirs is None else theirs.to(ours.device)
             if own is not None and isinstance(x, Sketched):
                 own = x.of(own)
             if meter is not None and theirs is not None:
@@ -323,6 +333,7 @@ def measure(
                 f"the oracle gives {theirs.shape[-1]} logits for a token, the vocabulary has {mine.shape[-1]}: give those of "
                 "its ids alone (columns beyond are padding), or compare with the model that the folder was converted from"
             )
+        theirs = theirs.to(ours.device)
         with clock("metrics"):
             out.theirs_are = out.theirs_are or form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
             if (margins := ours.margins(b)) is None:
@@ -335,6 +346,7 @@ def measure(
     def judge_batch(b: int, mine: Tensor, theirs: Tensor, margins: Tensor | None) -> None:
         batch = batches[b]
         other = meter.second_logits(b) if meter is not None else None
+        other = None if other is None else other.to(ours.device)
         noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
         tied = near_ties(margins, batch, noise, ours, dtype)
         first = 0
@@ -358,7 +370,6 @@ def measure(
     out.spread = meter.result() if meter is not None else (spread or Spread())
     if meter is not None and meter.ways is None and not isinstance(oracle, Transformers):
         out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
-    out.seconds = clock.seconds
     return out
 
 
@@ -378,7 +389,7 @@ def settle(
     departs and its choice hangs by a hair, the other one is tried, and kept where the state then agrees."""
     # The spread may be less than what all of upstream's ways have in common; trying in vain costs one more layer.
     hair = tolerance.hair("fp32", max(noise, tolerance.FLOOR_LAYER["fp32"]))
-    departs = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    departs = torch.zeros(batch.ids.shape, dtype=torch.bool, device=error.device)
     departs[batch.mask] = error > tolerance.FLOOR_LAYER["fp32"]
     tried = departs & (ours.gaps[b][-1] < hair).view(batch.ids.shape)
     if not tried.any():
@@ -419,7 +430,8 @@ def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours
     """[N] bool: real positions where some layer's choice of experts hangs by less than upstream's own spread."""
     n = sum(batch.lengths)
     if margins is None or not noise:
-        return torch.zeros(n, dtype=torch.bool)
+        return torch.zeros(n, dtype=torch.bool, device=ours.device)
     moe = [i for i in range(ours.spec.n_layers) if ours.has_experts(i)]
-    before = torch.tensor([tolerance.hair(dtype, noise[i]) if i < len(noise) else 0.0 for i in moe])
+    hairs = [tolerance.hair(dtype, noise[i]) if i < len(noise) else 0.0 for i in moe]
+    before = torch.tensor(hairs, device=margins.device)
     return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]

@@ -64,9 +64,10 @@ def diagnose(
     dtype: str,
     expected: Spec | None = None,
     stream: bool = False,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Where ours departs first, and what would explain it; ready for the certificate. `expected`: the Spec that
-    the source's config gives. `stream`: hold no layers but those that must be run."""
+    the source's config gives. `stream`: hold no layers but those that must be run. `device`: where ours is run."""
     first = next(
         (i for i, tokens in enumerate(measured.layers)
          if tokens and not tolerance.representative(dtype, tokens) <= _finite_bound(dtype, i, measured.spread)),
@@ -84,7 +85,8 @@ def diagnose(
     if shown:
         try:
             batch = _telling(asked, measured, dtype, first)
-            _search(out, folder, oracle, batch, measured.spread, dtype, first, stream, measured.oracle_layers)
+            shape = measured.spread, dtype, first, stream, measured.oracle_layers
+            _search(out, folder, oracle, batch, *shape, device)
             told = bool(out["suggestions"])
         except (MemoryError, RuntimeError) as e:
             if not stream:
@@ -137,6 +139,7 @@ def _search(
     first: int | None,
     stream: bool,
     oracle_layers: int,
+    device: str | torch.device,
 ) -> None:
     """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
     spec = folder.spec
@@ -144,9 +147,10 @@ def _search(
     last = spec.n_layers - 1 if first is None else first
     seen = watch(oracle, batch, first, {last - 1, last, *(i - 1 for i in feeding)})
     if stream:
-        ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids)
+        ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids, device)
     else:
-        ids, clean = batch.ids, subject_of(folder, DTYPES[dtype])
+        ids, clean = batch.ids, subject_of(folder, DTYPES[dtype], device=device)
+    ids = ids.to(device)
     bound = tolerance.layer_bound(dtype, last, spread).value
     said = folder.source.get("config")
     config = said if isinstance(said, dict) else {}
@@ -396,7 +400,12 @@ def _feeding(spec: Spec, layer: int) -> list[int]:
 
 
 def one_layer(
-    folder: Canonical, dtype: torch.dtype, first: int | None, feeding: list[int], ids: Tensor
+    folder: Canonical,
+    dtype: torch.dtype,
+    first: int | None,
+    feeding: list[int],
+    ids: Tensor,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Subject]:
     """Ids, and what runs them through layer `first` (None: through norm and head) when upstream's input to it is known:
     these layers' tensors and, of the embedding, the rows of these ids, renumbered to fit."""
@@ -408,11 +417,11 @@ def one_layer(
             return int(name.split(".")[1]) in layers
         return first is None or not name.startswith("head.")
 
-    subject = subject_of(folder, dtype, wanted)
+    subject = subject_of(folder, dtype, wanted, device)
     embedding = subject.tensors["embed.weight"]  # mapped
     if first is not None or not spec.tied:
         embedding, ids = used_rows(spec, embedding, ids)
-    return ids, subject.put({"embed.weight": embedding.to(dtype)})
+    return ids, subject.put({"embed.weight": embedding.to(device, dtype)})
 
 
 @dataclass
@@ -495,8 +504,9 @@ class Probe:
             mine = model.layers[self.first](x, ctx)
         if mine.ndim != 3 or mine.shape != theirs.shape:
             return None
+        theirs = theirs.to(mine.device)
         off = relative_error(mine.flatten(0, 1), theirs.flatten(0, 1)).view(mine.shape[:2])
-        far = ((off > self.bound) & self.batch.mask).any(0).nonzero()
+        far = ((off > self.bound) & self.batch.mask.to(off.device)).any(0).nonzero()
         return int(far[0]) if len(far) else None
 
     def upstream_is_finite(self) -> bool:
@@ -517,6 +527,7 @@ class Probe:
         a, b = rows(mine, self.batch, d), rows(theirs, self.batch, d)
         if a is None or b is None or a.shape != b.shape:
             return float("inf")
+        b = b.to(a.device)
         return tolerance.representative(self.dtype, relative_error(a, b).tolist())
 
     def remedies(self, subject: Subject) -> Iterator[Remedy]:
@@ -534,18 +545,18 @@ class Probe:
                 )
                 x, ctx = self._begin(plain)
                 raw, theirs = plain.finish(x, ctx)[self.batch.mask], self.seen.logits[self.batch.mask]
-                yield from logits_fitted(subject, raw, theirs)
+                yield from logits_fitted(subject, raw, theirs.to(raw.device))
                 return
             if self.first == 0 and self.seen.input is not None:
                 mine, given = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
                 if mine is not None and given is not None:
-                    yield from embedding_fitted(subject, mine, given)
+                    yield from embedding_fitted(subject, mine, given.to(mine.device))
             yield from for_layer(subject, self.first)
             yield from rope_of_config(subject, self.first, self.config)
             state = self.seen.states.get(self.first)
             made = None if state is None else rows(state, self.batch, d)
             if made is not None:
-                yield from routed_scale_fitted(subject, self.first, self._made, made)
+                yield from routed_scale_fitted(subject, self.first, self._made, made.to(self.ids.device))
 
     def _made(self, subject: Subject) -> Tensor:
         """What comes out of the departing layer [N, D]."""
@@ -561,7 +572,7 @@ class Probe:
         start, ctx = model.start(self.ids)
 
         def given(layer: int) -> Tensor:
-            x: Tensor = self.seen.states[layer - 1].to(start.dtype) if layer else start
+            x: Tensor = self.seen.states[layer - 1].to(start) if layer else start
             return x
 
         if self.first is None:
@@ -585,7 +596,7 @@ class Probe:
             a is not None
             and b is not None
             and a.shape == b.shape
-            and float(relative_error(a, b).max()) > self.bound
+            and float(relative_error(a, b.to(a.device)).max()) > self.bound
         )
 
     def part(self, subject: Subject) -> str | None:
@@ -609,8 +620,9 @@ class Probe:
             for own, other in zip(ours, theirs, strict=True):
                 if own.input.shape != other.input.shape:
                     continue
-                made = own.run(other.input.to(x.dtype))
-                if made.shape == other.output.shape and _far(made, other.output, self.batch, self.bound):
+                made = own.run(other.input.to(x))
+                theirs_made = other.output.to(made.device)
+                if made.shape == theirs_made.shape and _far(made, theirs_made, self.batch, self.bound):
                     return own.kind if own.kind != "norm" else f"norm ({own.name})"
         return "how its parts are put together (residuals, placement of norms)"
 

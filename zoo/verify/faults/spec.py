@@ -130,7 +130,8 @@ _spec("rope_scaling_linear", "RoPE scaling taken as linear", Rope,
       lambda r: replace(r, scaling=replace(r.scaling, kind="linear", attention_factor=1.0))
       if r.scaling and r.scaling.kind != "linear" else r)  # fmt: skip
 _spec("yarn_attention_factor", "YaRN's attention factor left out", Rope,
-      lambda r: replace(r, scaling=replace(r.scaling, attention_factor=1.0)) if r.scaling else r)  # fmt: skip
+      lambda r: replace(r, scaling=replace(r.scaling, attention_factor=1.0, long_attention_factor=None))
+      if r.scaling else r)  # fmt: skip
 _spec("yarn_betas", "YaRN's ramp between other frequencies", Rope,
       lambda r: replace(r, scaling=replace(r.scaling, beta_fast=2 * r.scaling.beta_fast, beta_slow=2 * r.scaling.beta_slow))
       if r.scaling and r.scaling.kind == "yarn" else r)  # fmt: skip
@@ -296,10 +297,24 @@ _spec(
     _unknown,
 )
 _spec("router_score", "softmax taken for sigmoid, or the other way round", Router,
-      lambda r: _swap_value(r, "score", "softmax", "sigmoid"))  # fmt: skip
+      lambda r: _swap_value(r, "score", "softmax", "sigmoid") if r.over != "near" else r)  # fmt: skip
 _spec("router_over", "scores over all experts taken for scores over the chosen, or the other way round", Router,
       lambda r: _swap_value(r, "over", "all", "chosen")
       if r.score == "softmax" and not r.normalize and not r.selection_bias and r.n_groups == 1 else r)  # fmt: skip
+_spec(
+    "router_near_ignored",
+    "an expert's score over the chosen, not over those near it",
+    Router,
+    lambda r: replace(r, over="chosen") if r.over == "near" else r,
+    lambda r: replace(r, over="near") if r.near else r,
+)
+_spec(
+    "router_near_value",
+    "another distance within which experts are near",
+    Router,
+    lambda r: replace(r, near=2 * r.near),
+    lambda r: replace(r, near=r.near / 2),
+)
 _spec(
     "router_groups_ignored",
     "experts of all groups eligible",
