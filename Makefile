@@ -73,6 +73,9 @@ prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
 proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, and the PROVEN column of zoo list
 	$(ONE_THREAD) $(BIN)/python tests/prove.py --jobs $(JOBS)
 	$(ONE_THREAD) ZOO_PROOFS=1 $(BIN)/python -m pytest -q tests/test_verify_docs.py
+	@# the family of the worked plugin, installed where nothing else is, passes the suite of zoo's own
+	$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --upgrade --target build/plugin ./examples/plugin
+	$(ONE_THREAD) PYTHONPATH=build/plugin:. $(BIN)/python -m pytest -q -n $(JOBS) examples/plugin/tests
 
 docs: $(VENV)/.dev  ## the documentation, in site/
 	$(BIN)/mkdocs build --strict --quiet

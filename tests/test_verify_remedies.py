@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from verified import canonical, copy, rewrite
 
 import zoo
 from zoo.formats.canonical import read
-from zoo.spec import Attention
+from zoo.spec import Attention, LatentAttention
 from zoo.verify.faults import CATALOGUE, Subject
 from zoo.verify.faults.spec import map_spec
 from zoo.verify.oracle import Transformers
 from zoo.verify.ours import subject_of
-from zoo.verify.remedies import logits_fitted
+from zoo.verify.remedies import logits_fitted, searched
 
 CASES = [
     # THE trap: `post_attention_layernorm` is the norm before the feed-forward in Llama, after attention in Gemma.
@@ -33,7 +34,10 @@ CASES = [
     ("gemma3", "window_shifted", "there is no window in layer 2; the window is 6 keys in layer 3"),
     ("gemma3", "window_inverted", "the window is 6 keys in layers 0, 1, 3, 4; there is no window in layer 2"),
     ("gemma3", "window_ignored", "the window is 6 keys in layers 0, 1, 3, 4"),
-    ("gemma3", "rope_skipped", "RoPE is given to layers 0, 1, 3, 4 (theta 71)"),
+    ("gemma3", "rope_skipped",
+     "RoPE in layers 0, 1, 3, 4 is as the config has it (theta 71, no scaling; it pairs channels half a head apart)"),
+    ("llama", "rope_skipped",
+     "RoPE in every layer is as the config has it (theta 731, llama3 scaling; it pairs channels half a head apart)"),
     ("llama", "norm_eps", "eps is 0.02 in all norms of every layer"),
     ("gemma3", "inner_norm_eps", "eps is 0.02 in the norms inside attention of every layer"),
     ("qwen3_moe", "routed_scale_value", "the routed experts' output is not scaled in layers 0, 2, 3"),
@@ -84,3 +88,16 @@ def test_a_logit_scale_is_read_off_the_logits() -> None:
     said = [r.says for r in logits_fitted(s, raw, 0.125 * raw)]
     assert said[0] == "the logits are multiplied by 0.125"
     assert not any("soft-capped" in r.says for r in logits_fitted(s, raw, raw))
+
+
+def test_two_eps_of_a_layer_are_found_beside_each_other() -> None:
+    s = subject_of(read(canonical("minicpm3")), torch.float32)
+
+    def error(tried: Subject) -> float:  # as a layer's: the outer one shows more
+        layer = tried.spec.layers[1]
+        assert layer.attn_norm is not None and isinstance(layer.mixer, LatentAttention)
+        inner, outer = layer.mixer.latent_norm.eps, layer.attn_norm.eps
+        return abs(math.log(outer / 0.03)) + 1e-3 * abs(math.log(inner / 4e-6))
+
+    says = [r.says for r in searched(s, 1, error, None) if error(r.subject) < 1e-3]
+    assert says == ["eps is 4e-06 in the norms inside attention and 0.03 in those around it in {}"]

@@ -23,7 +23,7 @@ SILENT = re.compile(
     | (.*_)?(token|tokens)_(id|ids|index) | .*_token_id_.* | n_special | predict_special_tokens | vocab_offset
     | (id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|classifier_dropout.*|pruned_heads)
     # training and initialisation
-    | initializer_.* | .*init(ializer)?_(std|range|value|scale) | (.*_)?dropout(_p|_rate|_prob)? | .*_pdrop | layerdrop
+    | init_method | initializer_.* | .*init(ializer)?_(std|range|value|scale) | (.*_)?dropout(_p|_rate|_prob)? | .*_pdrop | layerdrop
     | summary_.* | rescale_prenorm_residual | embedding_initializer_range | block_use_xavier_init | conv_use_xavier_init
     | .*aux_loss.* | .*_loss_(coef|alpha|coefficient|scaling_factor) | z_loss_coefficient | seq_aux | load_balance_coeff
     | router_jitter_noise | input_jitter_noise | output_router_logits | gradient_clipping | altup_coef_clip
@@ -73,6 +73,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
     "scale_attn_weights": (True,),
+    "normalization_function": ("rmsnorm",),
     "attention_softmax_in_fp32": (True, False),
     # caps
     **dict.fromkeys(

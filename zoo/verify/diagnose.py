@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -40,6 +40,7 @@ from zoo.verify.remedies import (
     for_head,
     for_layer,
     logits_fitted,
+    rope_of_config,
     routed_scale_fitted,
     searched,
 )
@@ -151,7 +152,9 @@ def _search(
         ids, clean = batch.ids, subject_of(folder, DTYPES[dtype], device=device)
     ids = ids.to(device)
     bound = tolerance.layer_bound(dtype, last, spread).value
-    probe = Probe(seen, batch, ids, dtype, first, spec.n_layers, bound)
+    said = folder.source.get("config")
+    config = said if isinstance(said, dict) else {}
+    probe = Probe(seen, batch, ids, dtype, first, spec.n_layers, bound, config)
     given = probe.upstream_is_finite()
     # What is not finite is far from everything: no mistake made again would show for what it is.
     finite = given and math.isfinite(probe.bound) and all(_is_finite(t) for _, t in _concerned(clean, first))
@@ -479,6 +482,7 @@ class Probe:
     first: int | None
     n_layers: int
     bound: float
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the source
 
     def error(self, subject: Subject) -> float:
         """The relative error of what comes out, for a representative token; infinite if it can't be run."""
@@ -548,6 +552,7 @@ class Probe:
                 if mine is not None and given is not None:
                     yield from embedding_fitted(subject, mine, given.to(mine.device))
             yield from for_layer(subject, self.first)
+            yield from rope_of_config(subject, self.first, self.config)
             state = self.seen.states.get(self.first)
             made = None if state is None else rows(state, self.batch, d)
             if made is not None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.config import Config, rope_parameters
+from zoo.config import rope as rope_of
+from zoo.errors import ZooError
 from zoo.spec import Attention, LatentAttention, Layer, MoE, Norm, Rope, RopeScaling, Spec
 from zoo.verify.faults import Subject
 from zoo.verify.faults.spec import map_parts
@@ -49,6 +52,31 @@ def for_head(s: Subject) -> Iterator[Remedy]:
     for eps in _all_eps(s.spec) - {s.spec.norm.eps}:
         norm = replace(s.spec.norm, eps=eps)
         yield Remedy("norm_eps", f"eps is {eps:g} in the final norm", s.with_spec(replace(s.spec, norm=norm)))
+
+
+def rope_of_config(s: Subject, i: int, config: Mapping[str, Any]) -> Iterator[Remedy]:
+    """RoPE in layer i, which has none, as the fields of the source's config say it."""
+    m = s.spec.layers[i].mixer
+    if not isinstance(m, Attention | LatentAttention) or m.rope is not None:
+        return
+    text = config.get("text_config")
+    c = Config(text if isinstance(text, Mapping) else config)
+    kinds = c.get("layer_types") or []
+    for kind in (None, *dict.fromkeys(kinds if isinstance(kinds, list) else [])):
+        try:
+            p = rope_parameters(c, layer_type=kind)
+            part = float(p.get("partial_rotary_factor") or 1)
+            dim = int(m.head_dim * part) if isinstance(m, Attention) else m.rope_dim
+            made = rope_of(c, p, dim)
+        except (ZooError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            continue  # the config says it in other words, or not at all
+        for one in (made, replace(made, interleaved=True)):
+            said = f"theta {one.theta:g}, " + (
+                "no scaling" if one.scaling is None else f"{one.scaling.kind} scaling"
+            )
+            says = f"RoPE in {{}} is as the config has it ({said}; it pairs channels {_pairs(one)})"
+            layer = replace(s.spec.layers[i], mixer=replace(m, rope=one))
+            yield Remedy("rope", says, _with_layer(s, i, layer))
 
 
 def embedding_fitted(s: Subject, mine: Tensor, theirs: Tensor) -> Iterator[Remedy]:
@@ -123,8 +151,17 @@ def searched(s: Subject, i: int, error: Callable[[Subject], float], departs: int
     if not isinstance(m, Attention | LatentAttention):
         return
     if _parts(m, Norm):
-        eps, other = best(lambda x: replace(layer, mixer=eps_in(m, x)), 1e-12, 1.0, 13)
-        yield Remedy("norm_eps", f"eps is {eps:g} in the norms inside attention of {{}}", other)
+        inner, other = best(lambda x: replace(layer, mixer=eps_in(m, x)), 1e-12, 1.0, 13)
+        yield Remedy("norm_eps", f"eps is {inner:g} in the norms inside attention of {{}}", other)
+        # Both wrong, each by a number of its own: the one that shows more first, then the other beside it.
+        inside = m
+        for _ in range(2):
+            outer, _other = best(lambda x, m=inside: replace(eps_in(layer, x), mixer=m), 1e-12, 1.0, 13)  # type: ignore[misc]
+            around = eps_in(layer, outer)
+            inner, other = best(lambda x, a=around: replace(a, mixer=eps_in(m, x)), 1e-12, 1.0, 13)  # type: ignore[misc]
+            inside = eps_in(m, inner)
+        says = f"eps is {inner:g} in the norms inside attention and {outer:g} in those around it in {{}}"
+        yield Remedy("norm_eps", says, other)
     if isinstance(m, Attention):
         if departs:
             narrow = replace(layer, mixer=replace(m, window=departs))
