@@ -1,11 +1,14 @@
 """GLM-4-0414 (9B, 32B) and GLM-Z1.
 
 GLM-4-9B (see glm.py), with a norm on what either branch gives, before it is added. 32B has no biases.
+llama.cpp rotates neighbouring pairs too: q and k rows of its files are in the release's order.
 """
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Layer, Norm, Spec, rules
+from typing import Any
+
+from zoo.family import Config, Family, Layer, Norm, Spec, gguf, rules
 
 from . import glm
 
@@ -28,7 +31,23 @@ RULES = {
         *glm.HF,
         ("layers.{i}.attn_post_norm.weight", "model.layers.{i}.post_self_attn_layernorm.weight"),
         ("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_mlp_layernorm.weight"),
-    )
+    ),
+    # Names: llama.cpp's Glm4Model (conversion/glm.py) and src/models/glm4.cpp.
+    "gguf": rules(
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.POST_NORMS,
+        *gguf.attention(interleaved=False),
+        ("layers.{i}.mlp.gate_up.weight", "blk.{i}.ffn_up.weight"),
+        ("layers.{i}.mlp.down.weight", "blk.{i}.ffn_down.weight"),
+    ),
 }
 
-FAMILY = Family("glm4", ("glm4",), ("Glm4ForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    head_dim = int(f.get("attention.key_length") or out["hidden_size"] // out["num_attention_heads"])
+    f.expect("attention.value_length", head_dim)
+    return {"head_dim": head_dim, "partial_rotary_factor": f["rope.dimension_count"] / head_dim}
+
+
+FAMILY = Family("glm4", ("glm4",), ("Glm4ForCausalLM",), spec, RULES, gguf={"glm4": gguf_config})

@@ -103,6 +103,12 @@ def qwen3moe(c: dict[str, Any]) -> dict[str, Any]:
     })  # fmt: skip
 
 
+def glm4(c: dict[str, Any]) -> dict[str, Any]:
+    return fields(
+        "glm4", c, **{"rope.freq_base": ROPE, "rope.dimension_count": 6, "attention.key_length": 12}
+    )
+
+
 def gemma3(c: dict[str, Any]) -> dict[str, Any]:
     return fields("gemma3", c, **{
         "rope.freq_base": ROPE, "rope.scaling.type": "linear", "rope.scaling.factor": 5.0, "attention.key_length": 10,
@@ -137,6 +143,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": rope(ROPE), "hidden_size": 96, "head_dim": 10}, llama, {"permute": True}),
     "qwen3": ("qwen3", {}, qwen3, {}),
     "qwen3moe": ("qwen3_moe", {"mlp_only_layers": []}, qwen3moe, {}),
+    "glm4": ("glm4", {}, glm4, {}),
     "gemma3": (
         "gemma3",
         {
@@ -377,6 +384,7 @@ def test_fields_that_say_what_the_family_does_anyway_are_taken(changed: Change) 
         "llama": {"attention.key_length": 10, "attention.value_length": 10, "expert_count": 0, "expert_used_count": 0},
         "qwen3": {"rope.dimension_count": 10, "attention.sliding_window": 0},
         "qwen3moe": {"expert_weights_norm": True, "expert_gating_func": 1, "expert_shared_count": 0},
+        "glm4": {"attention.value_length": 12},
         "gemma3": {
             "rope.freq_base_swa": 10000.0, "vision.block_count": 27, "attention.value_length": 10,
             "attention.sliding_window_pattern": [True, True, True, True, True, False, True],
