@@ -8,7 +8,9 @@ Cohere's block (one norm, two branches side by side; see cohere.py) without its 
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Spec, hf, read, rules
+from typing import Any
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -59,6 +61,23 @@ def refuse_other_layouts(c: Config) -> None:
     c.choice("use_embedding_sharing", (tied := c.get("tie_word_embeddings", True),), tied)
 
 
-RULES = {"hf": rules(*hf.ENDS, *hf.PARALLEL_NORM, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ)}
+RULES = {
+    "hf": rules(*hf.ENDS, *hf.PARALLEL_NORM, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ),
+    "gguf": rules(*gguf.ENDS, gguf.PRE_NORMS[0], *gguf.attention(interleaved=False), *gguf.MLP),
+}
 
-FAMILY = Family("cohere2", ("cohere2",), ("Cohere2ForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """Rows of q and k are in pairs as in the release: nothing is permuted. The pattern of windows is llama.cpp's own."""
+    wide = out["hidden_size"] // out["num_attention_heads"]  # upstream knows no other
+    for said in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+        f.expect(said, wide)
+    return {
+        "layer_norm_eps": f["attention.layer_norm_epsilon"],
+        "logit_scale": f["logit_scale"],
+        "sliding_window": f["attention.sliding_window"],
+        "layer_types": gguf.layer_types(f, out["num_hidden_layers"], 4),
+    }
+
+
+FAMILY = Family("cohere2", ("cohere2",), ("Cohere2ForCausalLM",), spec, RULES, gguf={"cohere2": gguf_config})

@@ -16,7 +16,25 @@ from . import olmo2
 
 
 def spec(c: Config) -> Spec:
-    norm, head_dim = Norm(c["rms_norm_eps"]), read.head_dim(c)
+    norm = Norm(c["rms_norm_eps"])
+    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
+    return Spec(
+        family="exaone4",
+        d_model=c["hidden_size"],
+        vocab_size=c["vocab_size"],
+        layers=tuple(
+            Layer(attention, mlp, attn_post_norm=norm, ffn_post_norm=norm) for attention in attentions(c)
+        ),
+        norm=norm,
+        tied=c.get("tie_word_embeddings", False),
+        context_length=c["max_position_embeddings"],
+        dtype=read.dtype(c),
+    )
+
+
+def attentions(c: Config) -> list[Attention]:
+    """Each layer's attention. Of layers with and without a window, those without have no RoPE."""
+    head_dim = read.head_dim(c)
     rope = read.whole_rope(c, read.rope_parameters(c), head_dim)
     hybrid = "sliding_window" in c
 
@@ -29,22 +47,10 @@ def spec(c: Config) -> Spec:
             scale=head_dim**-0.5,
             rope=rope if sliding or not hybrid else None,
             window=c["sliding_window"] if sliding else None,
-            qk_norm=QKNorm(norm),
+            qk_norm=QKNorm(Norm(c["rms_norm_eps"])),
         )
 
-    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
-    return Spec(
-        family="exaone4",
-        d_model=c["hidden_size"],
-        vocab_size=c["vocab_size"],
-        layers=tuple(
-            Layer(attention(kind), mlp, attn_post_norm=norm, ffn_post_norm=norm) for kind in layer_types(c)
-        ),
-        norm=norm,
-        tied=c.get("tie_word_embeddings", False),
-        context_length=c["max_position_embeddings"],
-        dtype=read.dtype(c),
-    )
+    return [attention(kind) for kind in layer_types(c)]
 
 
 def layer_types(c: Config) -> list[str]:

@@ -1,8 +1,7 @@
 """Gemma 2B and 7B, CodeGemma.
 
 A Llama with
-- RMS norms that multiply by (1 + w), in fp32. GGUF files hold 1 + w already: their reader says so
-  (`norm_weight_plus_one`), and the norms are plain;
+- RMS norms that multiply by (1 + w), in fp32. GGUF files hold the sum;
 - GEGLU in the tanh form. The releases say `gelu` and mean it: upstream and Google's own code take the tanh form;
 - embeddings multiplied by sqrt(d_model), rounded to their dtype first; a tied head;
 - `head_dim` (256) a field of its own; the 2B has one key/value head.
@@ -49,23 +48,20 @@ def spec(c: Config) -> Spec:
 
 RULES = {
     "hf": rules(
-        ("embed.weight", "model.embed_tokens.weight"),
-        ("head.weight", "lm_head.weight"),
-        *hf.plus_one(("norm.weight", "model.norm.weight"), *hf.PRE_NORMS),
+        *hf.ENDS,
+        *hf.PRE_NORMS,
         *hf.ATTENTION,
         *hf.MLP,
         hf.INV_FREQ,
     ),
-    "gguf": rules(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.attention(interleaved=False), *gguf.MLP),
+    "gguf": rules(
+        *gguf.norms_plus_one(*gguf.ENDS, *gguf.PRE_NORMS), *gguf.attention(interleaved=False), *gguf.MLP
+    ),
 }
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "head_dim": gguf.head_dim(f, out),
-        "hidden_act": "gelu_pytorch_tanh",
-        "norm_weight_plus_one": True,
-    }
+    return {"head_dim": gguf.head_dim(f, out), "hidden_act": "gelu_pytorch_tanh"}
 
 
 FAMILY = Family("gemma", ("gemma",), ("GemmaForCausalLM",), spec, RULES, gguf={"gemma": gguf_config})

@@ -51,14 +51,17 @@ def spec(c: Config) -> Spec:
 
 RULES = {
     "hf": rules(
-        ("embed.weight", "model.embed_tokens.weight"),
-        ("head.weight", "lm_head.weight"),
-        *hf.plus_one(("norm.weight", "model.norm.weight"), *hf.FOUR_NORMS),
+        *hf.ENDS,
+        *hf.FOUR_NORMS,
         *hf.ATTENTION,
         *hf.MLP,
         hf.INV_FREQ,
     ),
-    "gguf": rules(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.POST_NORMS, *gguf.attention(False), *gguf.MLP),
+    "gguf": rules(
+        *gguf.norms_plus_one(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.POST_NORMS),
+        *gguf.attention(interleaved=False),
+        *gguf.MLP,
+    ),
 }
 
 
@@ -73,7 +76,6 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": f["attention.sliding_window"],
         "attn_logit_softcapping": f.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": f.get("final_logit_softcapping", 30.0),
-        "norm_weight_plus_one": True,
     }
 
 

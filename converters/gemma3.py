@@ -1,7 +1,7 @@
 """Gemma 3: 270M, 1B, and the text model of the 4B, 12B and 27B wrappers.
 
 - RMS norms multiply by (1 + w), in fp32; before AND after both branches, and per head on q and k.
-  GGUF files hold 1 + w already: their reader says so (`norm_weight_plus_one`), and the norms are plain.
+  GGUF files hold the sum.
 - GEGLU (tanh form); embeddings are multiplied by sqrt(d_model), rounded to their dtype first; tied head.
 - Scores are scaled by query_pre_attn_scalar^-0.5, which is not head_dim^-0.5 in the 27B.
 - Five layers with a window to one without (`layer_types`, or every `sliding_window_pattern`-th is full).
@@ -78,27 +78,24 @@ def spec(c: Config) -> Spec:
 
 RULES = {
     "hf": rules(
-        ("embed.weight", "model.embed_tokens.weight"),
-        ("head.weight", "lm_head.weight"),
-        *hf.plus_one(("norm.weight", "model.norm.weight"), *hf.FOUR_NORMS, *hf.QK_NORM),
+        *hf.ENDS,
+        *hf.FOUR_NORMS,
+        *hf.QK_NORM,
         *hf.ATTENTION,
         *hf.MLP,
         *hf.VISION,
         prefixes=hf.WRAPPERS,
     ),
     "gguf": rules(
-        *gguf.ENDS,
-        *gguf.PRE_NORMS,
-        *gguf.POST_NORMS,
+        *gguf.norms_plus_one(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.POST_NORMS, *gguf.QK_NORM),
         *gguf.attention(interleaved=False),
-        *gguf.QK_NORM,
         *gguf.MLP,
     ),
 }
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
-    """What a GGUF of `gemma3` says, and what llama.cpp knows by itself. Norm weights are stored as 1 + w."""
+    """What a GGUF of `gemma3` says, and what llama.cpp knows by itself."""
     head_dim = gguf.head_dim(f, out)
     # llama.cpp knows the 27B by its 62 layers: there the scale is (hidden / heads)^-0.5.
     scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == 62 else head_dim
@@ -113,7 +110,6 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": f.get("rope.freq_base", 1e6),
         "rope_local_base_freq": f.get("rope.freq_base_swa", 10000.0),
         "final_logit_softcapping": f.get("final_logit_softcapping") or None,
-        "norm_weight_plus_one": True,
     }
 
 

@@ -139,6 +139,16 @@ DISAGREEMENTS = (
         since="2025-06",
         applies=lambda spec: spec.logit_softcap is not None,
     ),
+    Disagreement(
+        about="the clip of AltUp's coefficients",
+        upstream="applies altup_coef_clip in training only",
+        vendor="applies it whenever the model runs",
+        follows="open",
+        why="nobody has said which is meant; only a coefficient beyond the clip (120 in the releases) tells them apart",
+        source="https://github.com/google-deepmind/gemma/blob/main/gemma/gm/nn/gemma3n/_modules.py",
+        since="2025-06",
+        applies=lambda spec: spec.altup is not None,
+    ),
 )
 FAMILY = Family(
     "gemma3n",

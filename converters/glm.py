@@ -8,7 +8,9 @@ A Llama with
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
+from typing import Any
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -56,6 +58,24 @@ HF = (
     ("layers.{i}.mlp.down.weight", "model.layers.{i}.mlp.down_proj.weight"),
     hf.INV_FREQ,
 )
-RULES = {"hf": rules(*HF)}
+RULES = {
+    "hf": rules(*HF),
+    "gguf": rules(
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.attention(interleaved=False),
+        *gguf.QKV,
+        *gguf.FUSED_MLP,
+    ),
+}
 
-FAMILY = Family("glm", ("glm",), ("GlmForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """q, k and v are one matrix where the file was made of THUDM's own `chatglm` files. llama.cpp's converter reads their
+    keys: from Hugging Face's layout it writes an eps of 1e-5 and a theta of 10000, whatever the config says; both count."""
+    head_dim, part = gguf.rotary(f, out)
+    bias = f.has("attn_qkv.bias") or f.has("attn_q.bias")
+    return {"head_dim": head_dim, "attention_bias": bias, "partial_rotary_factor": part}
+
+
+FAMILY = Family("glm", ("glm",), ("GlmForCausalLM",), spec, RULES, gguf={"chatglm": gguf_config})

@@ -32,22 +32,19 @@ RULES = {
         ("layers.{i}.attn_post_norm.weight", "model.layers.{i}.post_self_attn_layernorm.weight"),
         ("layers.{i}.ffn_post_norm.weight", "model.layers.{i}.post_mlp_layernorm.weight"),
     ),
-    # Names: llama.cpp's Glm4Model (conversion/glm.py) and src/models/glm4.cpp.
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,
         *gguf.POST_NORMS,
         *gguf.attention(interleaved=False),
-        ("layers.{i}.mlp.gate_up.weight", "blk.{i}.ffn_up.weight"),
-        ("layers.{i}.mlp.down.weight", "blk.{i}.ffn_down.weight"),
+        *gguf.FUSED_MLP,
     ),
 }
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
-    head_dim = int(f.get("attention.key_length") or out["hidden_size"] // out["num_attention_heads"])
-    f.expect("attention.value_length", head_dim)
-    return {"head_dim": head_dim, "partial_rotary_factor": f["rope.dimension_count"] / head_dim}
+    head_dim, part = gguf.rotary(f, out)
+    return {"head_dim": head_dim, "partial_rotary_factor": part}
 
 
 FAMILY = Family("glm4", ("glm4",), ("Glm4ForCausalLM",), spec, RULES, gguf={"glm4": gguf_config})

@@ -10,7 +10,9 @@ The head is called `embed_out` in releases, `lm_head` by transformers 5 in memor
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, extra, hf, read, rules
+from typing import Any
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, extra, gguf, hf, read, rules
 
 ACTIVATIONS = read.ACTIVATIONS | {"gelu_fast": "gelu_tanh"}
 
@@ -60,6 +62,27 @@ HF = (
     extra("gpt_neox.layers.*.attention.masked_bias", "what masked scores were set to, saved as a buffer"),
     hf.INV_FREQ,
 )
-RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, ("head.weight", "lm_head.weight")))}
+RULES = {
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, ("head.weight", "lm_head.weight"))),
+    "gguf": rules(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.LAYER_NORM_BIASES, *gguf.QKV, *gguf.PLAIN_MLP),
+}
 
-FAMILY = Family("gpt_neox", ("gpt_neox",), ("GPTNeoXForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """q, k and v come apart from their heads. The file does not say which GELU: llama.cpp's graph has the tanh form for all,
+    the releases have it in the 20B (44 layers) only."""
+    del out["num_key_value_heads"]
+    _, part = gguf.rotary(f, out)
+    return {
+        "attention_bias": f.has("attn_qkv.bias"),
+        "layer_norm_eps": f["attention.layer_norm_epsilon"],
+        "hidden_act": "gelu_fast" if out["num_hidden_layers"] == 44 else "gelu",
+        "rotary_pct": part,
+        "use_parallel_residual": f.get("use_parallel_residual", True),
+    }
+
+
+FAMILY = Family(
+    "gpt_neox", ("gpt_neox",), ("GPTNeoXForCausalLM",), spec, RULES, gguf={"gptneox": gguf_config}
+)

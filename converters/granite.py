@@ -7,7 +7,24 @@ A Llama with four factors, each with a field of its own:
 
 from __future__ import annotations
 
-from zoo.family import FFN, MLP, Attention, Config, Family, Layer, Mixer, Norm, Rope, Spec, hf, read, rules
+from typing import Any
+
+from zoo.family import (
+    FFN,
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Mixer,
+    Norm,
+    Rope,
+    Spec,
+    gguf,
+    hf,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
@@ -48,6 +65,24 @@ def decoder(family: str, c: Config, layers: list[tuple[Mixer, FFN]]) -> Spec:
     )
 
 
-RULES = {"hf": rules(*hf.ENDS, *hf.PRE_NORMS, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ)}
+RULES = {
+    "hf": rules(*hf.ENDS, *hf.PRE_NORMS, *hf.ATTENTION, *hf.MLP, hf.INV_FREQ),
+    "gguf": rules(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.attention(interleaved=True), *gguf.MLP),
+}
 
-FAMILY = Family("granite", ("granite",), ("GraniteForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """The four factors. Where one is 0 or missing, llama.cpp's graph goes without it."""
+    f.expect("rope.scaling.finetuned", True)  # in this architecture: whether there is RoPE at all
+    head_dim = gguf.head_dim(f, out)
+    return {
+        "head_dim": head_dim,
+        "mlp_bias": f.has("ffn_gate.bias"),
+        "attention_multiplier": f.get("attention.scale") or head_dim**-0.5,
+        "embedding_multiplier": f.get("embedding_scale") or 1.0,
+        "residual_multiplier": f.get("residual_scale") or 1.0,
+        "logits_scaling": f["logit_scale"],
+    }
+
+
+FAMILY = Family("granite", ("granite",), ("GraniteForCausalLM",), spec, RULES, gguf={"granite": gguf_config})

@@ -15,27 +15,32 @@ from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Rope
 def spec(c: Config) -> Spec:
     c.refuse(use_qk_norm=True, use_cla=False, num_experts=1)
     norm = Norm(c["rms_norm_eps"])
-    head_dim = c.first("head_dim", "attention_head_dim", default=c["hidden_size"] // c["num_attention_heads"])
-    attention = Attention(
-        n_heads=c["num_attention_heads"],
-        n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=rope(c, head_dim),
-        qkv_bias=c.get("attention_bias", False),
-        out_bias=c.get("attention_bias", False),
-        qk_norm=QKNorm(norm, after_rope=True),
-    )
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
     return Spec(
         family="hunyuan_v1_dense",
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
-        layers=(Layer(attention, mlp, attn_norm=norm, ffn_norm=norm),) * c["num_hidden_layers"],
+        layers=(Layer(attention(c), mlp, attn_norm=norm, ffn_norm=norm),) * c["num_hidden_layers"],
         norm=norm,
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
         dtype=read.dtype(c),
+    )
+
+
+def attention(c: Config) -> Attention:
+    """Grouped heads, normed after RoPE; the size of a head goes by two names."""
+    head_dim = c.first("head_dim", "attention_head_dim", default=c["hidden_size"] // c["num_attention_heads"])
+    bias = c.get("attention_bias", False)
+    return Attention(
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=rope(c, head_dim),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=QKNorm(Norm(c["rms_norm_eps"]), after_rope=True),
     )
 
 
@@ -49,13 +54,12 @@ def rope(c: Config, head_dim: int) -> Rope:
     return Rope(float(q["rope_theta"]) * float(q["alpha"]) ** (head_dim / (head_dim - 2)), head_dim)
 
 
-NAMES = (
+ATTENTION = (
     *hf.ENDS,
     *hf.PRE_NORMS,
     *hf.ATTENTION,
     ("layers.{i}.attn.q_norm.weight", "model.layers.{i}.self_attn.query_layernorm.weight"),
     ("layers.{i}.attn.k_norm.weight", "model.layers.{i}.self_attn.key_layernorm.weight"),
-    *hf.MLP,
 )
-RULES = {"hf": rules(*NAMES)}
+RULES = {"hf": rules(*ATTENTION, *hf.MLP)}
 FAMILY = Family("hunyuan_v1_dense", ("hunyuan_v1_dense",), ("HunYuanDenseV1ForCausalLM",), spec, RULES)

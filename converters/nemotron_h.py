@@ -94,9 +94,9 @@ def spec(c: Config) -> Spec:
 
 
 def dt_floor(c: Config) -> float:
-    """The lower end of the limits of dt; the upper one must be none."""
+    """The lower end of the limits of dt; the upper one must be none (infinity, or 1e308, which JSON can hold)."""
     low, high = c.first("mamba_dt_limit", "time_step_limit", default=(0.0, math.inf))
-    if (top := float(high["__float__"] if isinstance(high, Mapping) else high)) != math.inf:
+    if (top := float(high["__float__"] if isinstance(high, Mapping) else high)) < 1e308:
         raise ZooError(f"{c.where}: time_step_limit ends at {top}; only an open end is supported")
     return float(low)
 

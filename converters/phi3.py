@@ -10,7 +10,24 @@ A Llama with
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
+import math
+from typing import Any
+
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Norm,
+    Spec,
+    ZooError,
+    extra,
+    gguf,
+    hf,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
@@ -49,7 +66,46 @@ RULES = {
         ("layers.{i}.mlp.gate_up.weight", _L + "mlp.gate_up_proj.weight"),
         ("layers.{i}.mlp.down.weight", _L + "mlp.down_proj.weight"),
         hf.INV_FREQ,
-    )
+    ),
+    "gguf": rules(
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.QKV,
+        *gguf.FUSED_MLP,
+        *(
+            extra(f"rope_factors_{which}.weight", "divisors of LongRoPE; they belong to the config")
+            for which in ("long", "short")
+        ),
+    ),
 }
 
-FAMILY = Family("phi3", ("phi3",), ("Phi3ForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """LongRoPE's divisors are tensors, and what cos and sin are multiplied by is a field. llama.cpp's graph has no windows;
+    the release does, where the file says so, as those of before August 2024 do not."""
+    head_dim, part = gguf.rotary(f, out)
+    context = out["max_position_embeddings"]
+    original = f.get("rope.scaling.original_context_length", context)
+    unsaid = 2047 if context == 4096 else None  # Phi-3-mini and -medium for 4096 positions
+    own: dict[str, Any] = {
+        "head_dim": head_dim,
+        "partial_rotary_factor": part,
+        "original_max_position_embeddings": original,
+        "sliding_window": f.get("attention.sliding_window", unsaid) or None,
+    }
+    long, short = (f.table(f"rope_factors_{which}.weight") for which in ("long", "short"))
+    if long is None or short is None:
+        f.expect("rope.scaling.attn_factor", 1)
+        return own
+    scale = context / original
+    released = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    if not math.isclose(found := f.get("rope.scaling.attn_factor", 1.0), released, rel_tol=1e-5):
+        raise ZooError(
+            f"{f.where}: field 'phi3.rope.scaling.attn_factor' is {found}; LongRoPE from {original} to {context} positions "
+            f"has {released:.6g}: not supported"
+        )
+    factors = {"long_factor": list(map(gguf.shortest, long)), "short_factor": list(map(gguf.shortest, short))}
+    return own | {"rope_scaling": {"type": "longrope", **factors}}
+
+
+FAMILY = Family("phi3", ("phi3",), ("Phi3ForCausalLM",), spec, RULES, gguf={"phi3": gguf_config})

@@ -7,7 +7,9 @@ layer. The head is tied where the config does not say otherwise. Configs repeat 
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, hf, read, rules
+from typing import Any
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Norm, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -46,7 +48,28 @@ RULES = {
         *hf.ATTENTION,
         *hf.affine("layers.{i}.mlp.up", "model.layers.{i}.mlp.c_fc"),
         *hf.affine("layers.{i}.mlp.down", "model.layers.{i}.mlp.c_proj"),
-    )
+    ),
+    "gguf": rules(
+        *gguf.ENDS,
+        *gguf.PRE_NORMS,
+        *gguf.LAYER_NORM_BIASES,
+        *gguf.attention(interleaved=False),
+        *gguf.PLAIN_MLP,
+    ),
 }
 
-FAMILY = Family("starcoder2", ("starcoder2",), ("Starcoder2ForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """The file does not say that the three releases (30, 32 and 40 layers) have a window, and llama.cpp's graph has none."""
+    gguf.head_dim(f, out)
+    return {
+        "use_bias": out.pop("attention_bias"),
+        "norm_epsilon": f["attention.layer_norm_epsilon"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "sliding_window": 4096 if out["num_hidden_layers"] in (30, 32, 40) else None,
+    }
+
+
+FAMILY = Family(
+    "starcoder2", ("starcoder2",), ("Starcoder2ForCausalLM",), spec, RULES, gguf={"starcoder2": gguf_config}
+)

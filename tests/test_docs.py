@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,22 @@ def test_every_family_is_in_the_table_and_its_proof_is_of_what_it_is_today() -> 
                 f"{name}: rules or release Specs have changed: {again}"
             )
             assert proofs["variants"][name] == variants, f"{name}: rules or variants have changed: {again}"
+
+
+def test_each_model_of_the_gallery_is_a_release_of_ours_or_is_missing_for_a_reason() -> None:
+    import prove
+
+    listed = tomllib.loads((ROOT / "docs" / "gallery.toml").read_text(encoding="utf-8"))
+    ours = {source.repo: m.name for m in manifest.load_all() for source in m.sources}
+    names = {m.name for m in manifest.load_all()}
+    for name, model in listed["models"].items():
+        assert ("release" in model) != ("missing" in model), name
+        if "release" in model:
+            assert model["release"] in names, f"{name}: there is no manifest {model['release']}"
+        else:
+            assert (have := ours.get(model["repo"])) is None, f"{name}: it is there now: release = {have!r}"
+    table = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert table.endswith(prove.gallery()), "docs/families.md: run `make prove` for any family"
 
 
 def test_a_family_whose_attention_is_scaled_otherwise_is_not_proven_any_more(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.cli.convert import command
+from zoo.cli.inspect import command as inspect
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint, safetensors, sets
 from zoo.verify.oracle import from_pretrained_files
@@ -180,3 +181,34 @@ def test_an_index_of_the_single_file_is_no_other_set(two: Path) -> None:
     assert open_checkpoint(two).notes == ()
     assert INDEX in open_checkpoint(two).carried
     assert safetensors.weight_files(two) == ["model.safetensors"]
+
+
+def test_inspect_lists_the_sets_that_can_be_named_also_where_none_is_taken(two: Path, tmp_path: Path) -> None:
+    (two / "Q4").mkdir()
+    for name in ("m-Q4_K_M-00001-of-00002.gguf", "m-Q4_K_M-00002-of-00002.gguf", "m.UD-IQ2_XXS.gguf"):
+        (two / "Q4" / name).write_bytes(b"GGUF")
+    about = json.loads(CliRunner().invoke(inspect, [str(two), "--json"], catch_exceptions=False).stdout)
+    sets = {s["name"]: (s["files"], s.get("quantisation")) for s in about["sets"]}
+    assert sets == {
+        "model.safetensors": (1, None), INDEX: (2, None),
+        "Q4/m-Q4_K_M-00001-of-00002.gguf": (2, "Q4_K_M"), "Q4/m.UD-IQ2_XXS.gguf": (1, "UD-IQ2_XXS"),
+    }  # fmt: skip
+    (two / "Q4").rename(tmp_path / "Q4")
+    shown = CliRunner().invoke(inspect, [str(tmp_path / "Q4")], catch_exceptions=False)
+    assert shown.exit_code == 0
+    text = " ".join(shown.stdout.split())
+    assert "2 sets of weights; say with --file" in text and "m.UD-IQ2_XXS.gguf 1 4 B UD-IQ2_XXS" in text
+    with pytest.raises(
+        ZooError, match=r"no weights called 'm' \(--file\); its sets: m-Q4_K_M-00001-of-00002\.gguf \(8 B"
+    ):
+        zoo.convert(tmp_path / "Q4", tmp_path / "c", file="m")
+
+
+def test_the_sets_of_a_repository_are_those_that_open_together() -> None:
+    files = {
+        "original/consolidated.00.pth": 3, "original/consolidated.01.pth": 4, "original/params.json": 1,
+        "model-00001-of-00002.safetensors": 5, "model-00002-of-00002.safetensors": 6, INDEX: 1,
+        "optimizer.bin": 9, "mmproj-f16.gguf": 7, "adapter_model.safetensors": 2,
+    }  # fmt: skip
+    found = {s.name: s.nbytes for s in sets.listed(files)}
+    assert found == {"original": 7, INDEX: 11}

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo.cli.inspect import look
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
@@ -119,8 +120,32 @@ def test_a_wrapper_around_each_layer_is_looked_through(llama: Path, tmp_path: Pa
 
 
 def test_a_part_of_names_that_is_not_on_the_list_is_not_looked_through(llama: Path, tmp_path: Path) -> None:
-    have = {f"student.{k}": v for k, v in load_file(llama / "model.safetensors").items()}
-    assert "missing" in refused(again(llama, tmp_path / "other", have))
+    plain = load_file(llama / "model.safetensors")
+    said = refused(again(llama, tmp_path / "other", {f"student.{k}": v for k, v in plain.items()}))
+    assert "names of tensors begin with 'student.', without which they fit family llama" in said
+    adapted = {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in plain.items()}
+    assert "missing (3)" in refused(again(llama, tmp_path / "adapted", adapted))
+
+
+def test_layers_that_the_config_has_more_or_fewer_of_are_said_by_their_numbers(
+    llama: Path, tmp_path: Path
+) -> None:
+    plain = load_file(llama / "model.safetensors")
+    cut = {k: v for k, v in plain.items() if ".layers.1." not in k}
+    said = "layers by the config (num_hidden_layers)"
+    assert f"{said}: 3; of 1 the files hold nothing" in refused(again(llama, tmp_path / "cut", cut))
+    assert f"{said}: 1; the files hold 1-2 too" in refused(
+        again(llama, tmp_path / "deep", num_hidden_layers=1)
+    )
+
+
+def test_a_classifier_is_called_what_it_lacks(llama: Path, tmp_path: Path) -> None:
+    plain = load_file(llama / "model.safetensors")
+    head = {"score.weight": plain.pop("lm_head.weight")[:2]}
+    other = again(llama, tmp_path / "other", plain | head, architectures=["LlamaForSequenceClassification"])
+    assert refused(other).endswith(
+        "LlamaForSequenceClassification gives no logits of the next token; zoo reads language models, with their head"
+    )
 
 
 def test_one_tensor_wrapped_and_plain_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -239,11 +264,34 @@ def test_a_model_under_a_name_that_nobody_claims_is_refused_with_the_family_that
     assert "'NovaForCausalLM'" in text and "'nova'" in text and "--family llama" in text and "\n" not in text
 
 
-def test_a_model_that_fits_no_family_is_offered_none(llama: Path, tmp_path: Path) -> None:
+def test_a_family_that_is_said_is_taken_and_recorded(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other", architectures=["NovaForCausalLM"], model_type="nova")
+    folder = zoo.convert(other, tmp_path / "canonical", family="llama")
+    said = json.loads((folder / "zoo.json").read_text())
+    assert said["source"]["family"] == "llama" and said["source"]["family_given"] is True
+    assert "model_type 'nova'" in said["notes"][0] and "--family" in said["notes"][0]
+    certificate = zoo.verify(folder, level="bytes", write=False)
+    assert certificate.passed and certificate.rules is not None and certificate.rules["family_given"] is True
+    about, _ = look(other, "llama")
+    assert about["family"] == "llama" and about["architecture"] and said["notes"][0] in about["notes"]
+    assert "--family llama" in look(other)[0]["family"]
+    assert "family_given" not in zoo.convert(llama, tmp_path / "found").joinpath("zoo.json").read_text()
+    with pytest.raises(ZooError, match="no family is called 'lama'"):
+        look(other, "lama")
+
+
+def test_a_model_that_fits_no_family_is_refused_with_the_nearest_and_what_does_not_fit(
+    llama: Path, tmp_path: Path
+) -> None:
     have = load_file(llama / "model.safetensors")
     have["model.layers.0.memory.weight"] = torch.zeros(2, 2)
     text = refused(again(llama, tmp_path / "o", have, architectures=["NovaForCausalLM"], model_type="nova"))
     assert "Known architectures" in text and "tensors fit" not in text
+    near = text.partition("Nearest: ")[2].partition(", but for 1 tensor (model.layers.0.memory.weight)")[0]
+    assert "llama" in near.split(", ") and "olmo2" not in near
+    alien = {f"blocks.{i}.w": torch.zeros(2, 2) for i in range(30)}
+    text = refused(again(llama, tmp_path / "a", alien, architectures=["NovaForCausalLM"], model_type="nova"))
+    assert "Nearest" not in text
 
 
 def certified(folder: Path, tmp_path: Path) -> Certificate:
@@ -264,6 +312,19 @@ def test_upstream_is_not_told_a_padding_token_beyond_the_vocabulary_and_the_proo
 ) -> None:
     cert = certified(again(llama, tmp_path / "other", pad_token_id=100_000), tmp_path)
     assert cert.headline == "PASSED" and "pad_token_id (100000)" in cert.oracle["note"]
+
+
+def test_upstream_is_not_told_settings_that_keep_it_from_running_and_the_proof_says_so(
+    llama: Path, tmp_path: Path
+) -> None:
+    odd = {
+        "attn_implementation": "flash_attention_2", "return_dict": False, "dtype": "auto", "use_cache": "yes",
+        "num_labels": "two", "id2label": {"yes": "no"},
+    }  # fmt: skip
+    cert = certified(again(llama, tmp_path / "other", quantization_config=[], **odd), tmp_path)
+    assert cert.headline == "PASSED"
+    for key, value in odd.items():
+        assert f"config's {key} ({value}): it moves no logit" in cert.oracle["note"]
 
 
 def test_what_upstreams_constructor_raises_is_its_own_word_and_no_bug_of_ours(

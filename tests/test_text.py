@@ -151,6 +151,14 @@ KINDS: dict[str, Callable[[Path], None]] = {
             }
         ),
     ),
+    "files for versions": with_json(
+        {**FAST, "fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json", "tokenizer.5.9.json", "tokenizer.6.0.json"]},
+        **{"tokenizer.4.0.0": byte_level(450), "tokenizer.5.9": byte_level(500), "tokenizer.6.0": byte_level(550)},
+    ),
+    "files for versions, in the order of their text": with_json(
+        {**FAST, "fast_tokenizer_files": ["tokenizer.4.0.json", "tokenizer.10.0.json"]},
+        **{"tokenizer.4.0": byte_level(450), "tokenizer.10.0": byte_level(500)},
+    ),
     "added_tokens_decoder": with_json(
         {**FAST, "added_tokens_decoder": {str(N): flags("<tool>"), str(N + 1): flags("<extra_a>", special=False)}}
     ),
@@ -367,6 +375,54 @@ def test_a_tekken_text_begins_with_bos_and_a_template_spells_special_tokens(tmp_
     plain, spelled = text.encode("[INST]a"), text.encode("[INST]a", special=False)
     assert plain[0] == 1 and 3 not in plain
     assert spelled[0] == 3 and text.decode(spelled) == "a"
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        (["tokenizer.4.0.json"], "names 'tokenizer.4.0.json', but there is no such file"),
+        (["tokenizer.4.0.json/../../x"], "outside the checkpoint's folder: refused"),
+        (["tokenizer.new.json"], "names no version of transformers"),
+        ("tokenizer.4.0.json", "expected names of files"),
+    ],
+)  # fmt: skip
+def test_a_file_for_a_version_that_can_not_be_taken_is_said(listed: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=said):
+        Text(folder_of(tmp_path, tokenizer_config={"fast_tokenizer_files": listed}))
+
+
+@pytest.mark.parametrize("kind", ["tekken.json", "tokenizer.model.v3"])
+def test_the_chat_format_of_mistrals_own_files_is_that_of_mistral_common(kind: str, tmp_path: Path) -> None:
+    mistral = pytest.importorskip("mistral_common")
+    data = Path(mistral.__file__).parent / "data"
+    shipped = {
+        "tekken.json": "tekken_240911.json",
+        "tokenizer.model.v3": "mistral_instruct_tokenizer_240323.model.v3",
+    }
+    (tmp_path / kind).write_bytes((data / shipped[kind]).read_bytes())
+    put(tmp_path, config={"model_type": "mistral", "architectures": ["MistralForCausalLM"]})
+    ours, said = Text(tmp_path), "a [INST]<s>\n b"
+    assert ours.no_chat is None and ours.prompt("x")[-1] == 4  # [/INST]
+    if kind == "tekken.json":  # the one of the two that transformers opens
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        chat = [{"role": "user", "content": said}]
+        assert ours.prompt(said) == theirs.apply_chat_template(chat, return_dict=False)
+    (tmp_path / "chat_template.jinja").write_text("[INST]{{ messages[0].content }}")
+    assert Text(tmp_path).prompt("x")[0] == 3  # a template comes before it
+
+
+def test_without_mistral_common_a_prompt_for_its_files_is_raw_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, tekken=tekken())
+    monkeypatch.setattr("zoo.text.mistral.installed", lambda: False)
+    text = Text(tmp_path)
+    assert text.no_chat is not None
+    assert text.no_chat.endswith(
+        "is code in mistral-common, which is not installed (pip install mistral-common)"
+    )
+    assert text.prompt("a") == text.encode("a")
 
 
 def test_kimis_tiktoken_file_is_split_as_its_own_code_splits(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from verified import canonical
 
@@ -84,6 +85,34 @@ def test_a_stop_id_of_the_text_config_stops(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr()
     assert json.loads(said.out)["tokens"] == free[: free.index(free[1]) + 1]
     assert "is no token's number; ignored" in said.err
+
+
+def test_sampling_follows_the_releases_settings_and_the_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"temperature": 2, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.1, "do_sample": True}
+    root = folder(tmp_path, generation_config=settings)
+    command = ["generate", str(root), "5 6", "--ids", "-n", "20", "--json"]
+
+    def tokens(*more: str) -> list[int]:
+        assert main([*command, *more]) == 0
+        drawn: list[int] = json.loads(capsys.readouterr().out)["tokens"]
+        return drawn
+
+    assert main([*command, "--sample"]) == 0
+    said = capsys.readouterr().err
+    assert "sampled: temperature 2, top_k 3, top_p 0.9, seed 0" in said
+    assert "generation_config.json: repetition_penalty (1.1) not followed" in said
+    assert tokens() == tokens("--seed", "1")  # greedy
+    assert tokens("--sample") == tokens("--sample", "--seed", "0") != tokens("--sample", "--seed", "1")
+    # One step of each seed: never anything but the three likeliest.
+    logits = zoo.load(root)(torch.tensor([[5, 6]]))[0, -1]
+    drawn = {tokens("--sample", "--seed", str(i), "-n", "1")[0] for i in range(8)}
+    assert 1 < len(drawn) and drawn <= set(logits.topk(3).indices.tolist())
+    assert main([*command, "--sample", "--temperature", "1"]) == 2
+    (root / "generation_config.json").write_text(json.dumps({"top_p": 7}))
+    assert main([*command, "--sample"]) == 1
+    assert "top_p is '7'; expected a number above 0, up to 1" in capsys.readouterr().err
 
 
 SMALL = (

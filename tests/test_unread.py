@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from click.testing import CliRunner
 
+import manifests
+import zoo
 from zoo import families, manifest, unread
+from zoo.cli import cli
 from zoo.config import Config, rope_parameters
 from zoo.errors import ZooError
 
@@ -69,9 +77,35 @@ def test_all_that_is_refused_is_named_at_once() -> None:
         families.spec_of(config(attn_logit_softcapping=50.0, residual_multiplier=0.22))
 
 
-@pytest.mark.parametrize("m", CONFIGS, ids=lambda m: m.name)
-def test_every_release_is_read_without_a_note(m: Any) -> None:
-    assert families.read(m.config, families.get(m.family))[1] == []
+# What configs of releases leave unread beyond the silent list, by file. It is empty: every field of every config that
+# public sources show is read by its family or known to say nothing. A field of a new release that is neither is looked
+# into, then read, or put into SILENT or NUMBERS; here stands what nobody could explain.
+NOTED: dict[str, list[str]] = {}
+
+
+def test_what_the_configs_of_releases_leave_unread_is_listed_here() -> None:
+    configs = sorted((Path(manifests.__path__[0]) / "configs").glob("*.config.json"))
+    noted = {path.name: families.read(json.loads(path.read_text(encoding="utf-8")))[1] for path in configs}
+    assert len(noted) >= 100
+    assert {name: notes for name, notes in noted.items() if notes} == NOTED
+
+
+def test_an_unknown_field_is_seen_in_plan_inspect_and_certificate(tmp_path: Path) -> None:
+    source, canon = tiny.make("llama", tmp_path / "source"), tmp_path / "canonical"
+    file = source / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "my_trainers_key": 3}))
+    said = "nobody reads my_trainers_key (unknown to zoo)"
+    for words in (
+        ["plan", source], ["inspect", source], ["convert", source, canon], ["inspect", canon],
+        ["verify", canon, "--level", "bytes"],
+    ):  # fmt: skip
+        result = CliRunner().invoke(cli, [str(word) for word in words])
+        assert result.exit_code == 0 and said in result.output, words
+    certificate = json.loads((canon / "parity.json").read_text())
+    assert certificate["levels"]["plan"]["notes"] == [f"config: {said}"]
+    shutil.rmtree(source)
+    alone = zoo.verify(canon, level="plan", write=False).level("plan")
+    assert alone is not None and f"config: {said}" in alone.notes  # as zoo.json has it
 
 
 def test_an_unknown_field_is_a_note_with_the_path_to_it() -> None:

@@ -21,6 +21,8 @@ from zoo.formats.canonical import read
 from zoo.model.cache import Cache, Context
 from zoo.spec import Attention
 from zoo.testing.build import write_tensors
+from zoo.verify import judge
+from zoo.verify.certificate import check
 from zoo.verify.diagnose import hypotheses
 from zoo.verify.faults.base import CATALOGUE
 from zoo.verify.faults.spec import map_spec
@@ -217,6 +219,23 @@ def test_a_carried_file_that_was_edited_is_seen(tmp_path: Path) -> None:
     assert not checks(zoo.verify(folder, level="bytes", write=False))["carried files that differ"]
 
 
+def test_the_certificate_vouches_for_every_chat_template(tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (source / name).write_text(name)
+    folder = zoo.convert(source, tmp_path / "c")
+    assert zoo.verify(folder, level="bytes").passed and not check(folder)
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).write_text(name[::-1])
+        assert check(folder) == [f"{name}: content changed"]
+        failed = checks(zoo.verify(folder, level="bytes", write=False))
+        assert not failed["carried files that differ"]
+        (folder / name).write_text(name)
+    (folder / "additional_chat_templates/default.jinja").write_text("another")
+    assert check(folder) == ["additional_chat_templates/default.jinja: was not there when it was issued"]
+
+
 def test_a_spec_that_is_not_the_sources_fails_the_plan(tmp_path: Path) -> None:
     cert = zoo.verify(broken("llama", "rope_theta", tmp_path / "c"), level="plan", write=False)
     assert not checks(cert)["Spec differs from the source's"]
@@ -250,6 +269,11 @@ def test_another_checkpoint_of_the_same_shape_is_told_apart(tmp_path: Path) -> N
     cert = zoo.verify(canonical("llama"), against=other, level="logits", write=False)
     assert not cert.passed
     assert {x.name for x in cert.levels if x.verdict == "failed"} == {"bytes", "layers", "logits"}
+    # Nothing explains it: what the config says and nobody read is all that is left to say.
+    assert cert.diagnosis is not None
+    none, unread = cert.diagnosis["suggestions"]
+    assert none == "no single mistake of the catalogue explains it"
+    assert unread.startswith("of the config, the family llama does not read ") and "architectures" in unread
 
 
 def test_nan_fails(tmp_path: Path) -> None:
@@ -407,3 +431,14 @@ def test_ours_in_float64_is_what_fp32_rounds() -> None:
 def test_some_tokens_of_other_experts_are_no_wrong_cache(seed: int, tmp_path: Path) -> None:
     source = tiny.make("deepseek_v3_noqlora", tmp_path / "hf", dtype="bfloat16", seed=seed)
     assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="bf16", write=False).passed
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_of_many_logits_with_a_cache_those_are_compared_that_tell_most(dtype: str) -> None:
+    states = torch.randn(2, 700, 8)
+    other = states.clone()
+    other[1, 333] += 1e-3
+    at = judge._looked_at(states, other, judge.LOOKED_AT // 200, dtype).tolist()
+    assert len(at) <= 100 and at == sorted(set(at)) and {0, *range(684, 700)} <= set(at)
+    assert dtype != "fp32" or 333 in at
+    assert judge._looked_at(states, other, 100, dtype).tolist() == list(range(700))

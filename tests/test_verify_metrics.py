@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zoo.verify.compare import Sketch
 from zoo.verify.inputs import Batch
-from zoo.verify.metrics import Columns, LogitMetrics, Quantiles, references, relative_error
+from zoo.verify.metrics import Columns, LogitMetrics, Quantiles, best_ids, references, relative_error
 from zoo.verify.ours import margin
 from zoo.verify.tolerance import Spread, columns_apart, layer_bound, logit_bound, representative
 
@@ -162,3 +162,13 @@ def test_columns_leave_out_what_is_not_finite() -> None:
     found = columns(ours, theirs)
     assert found.n == 3 and bool(found.mean.isfinite().all())
     assert columns(torch.full((2, 9), math.inf), theirs[:2]).n == 0
+
+
+@pytest.mark.parametrize("n", [100, 128 * 21, 5000])
+def test_the_best_ids_are_those_of_a_whole_search(n: int) -> None:
+    x = torch.randn(7, n)
+    x[1, -1], x[2, :3] = 9.0, torch.tensor([8.0, 9.0, 7.0])
+    assert torch.equal(best_ids(x, 5), x.topk(5).indices)
+    assert torch.equal(best_ids(x, 1)[:, 0], x.argmax(-1))
+    x[3, 70] = math.nan
+    assert best_ids(x, 1)[3] == 70

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -297,91 +296,3 @@ def int4(w: torch.Tensor, group: int = 32, dtype: torch.dtype = torch.bfloat16) 
     packed = (code.view(rows, -1, 8).long() << shifts).sum(-1)
     packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
     return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([rows, columns])}
-
-
-# --- GGUF ---------------------------------------------------------------------------------------------------
-
-
-def to_gguf(
-    src: Path, dst: Path, arch: str, metadata: dict[str, Any], quant: str = "F32", **options: Any
-) -> Path:
-    """A GGUF with names from gguf-py's own map and hyperparameters from the config, as convert_hf_to_gguf.py
-    of llama.cpp writes them. `quant`: a type that gguf-py can quantise to, for matrices of fitting width.
-    options: `permute` (q and k rows in pairs), `plus_one` (norms stored as 1 + w), `rope_freqs`."""
-    import gguf
-    from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType
-
-    config = read_config(src)
-    n_layers = config["num_hidden_layers"]
-    number = next(k for k, v in MODEL_ARCH_NAMES.items() if v == arch)
-    names = gguf.get_tensor_name_map(number, n_layers)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    w = gguf.GGUFWriter(dst, arch)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            w.add_bool(key, value)
-        elif isinstance(value, int):
-            w.add_uint32(key, value)
-        elif isinstance(value, float):
-            w.add_float32(key, value)
-        elif isinstance(value, str):
-            w.add_string(key, value)
-        else:
-            w.add_array(key, value)
-    tensors = _gguf_experts(read_tensors(src), config)
-    if "rope_freqs" in options:
-        w.add_tensor("rope_freqs.weight", np.array(options["rope_freqs"], dtype=np.float32))
-    for name, t in tensors.items():
-        base, suffix = name.rsplit(".", 1) if name.endswith((".weight", ".bias")) else (name, "")
-        new = names.get_name(base)
-        assert new is not None, name
-        new += f".{suffix}" if suffix else ".weight"
-        if options.get("permute") and re.search(r"attn_[qk]\.", new):
-            heads = config["num_attention_heads" if "attn_q" in new else "num_key_value_heads"]
-            t = interleave(t[:, None], heads)[:, 0] if t.ndim == 1 else interleave(t, heads)
-        if options.get("plus_one") and new.endswith("norm.weight"):
-            t = t + 1
-        x = t.float().numpy()
-        kind = quant if x.ndim > 1 and x.shape[-1] % 32 == 0 and "norm" not in new else "F32"
-        if kind == "F32":
-            w.add_tensor(new, x)
-        else:
-            qtype = GGMLQuantizationType[kind]
-            w.add_tensor(new, gguf.quants.quantize(x, qtype), raw_dtype=qtype)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return dst
-
-
-def _gguf_experts(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Numbered experts stacked, gpt-oss's taken apart, MLA's up-projection split per head (transposed for k)."""
-    out: Tensors = {}
-    stacks: dict[str, dict[int, torch.Tensor]] = {}
-    for name, t in tensors.items():
-        if m := re.fullmatch(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight", name):
-            stacks.setdefault(f"{m[1]}.{m[3]}.weight", {})[int(m[2])] = t
-        elif m := re.fullmatch(
-            r"(.+\.mlp\.experts)\.gate_up_proj", name
-        ):  # [E, D, 2F], gate and up alternate
-            out[f"{m[1]}.gate_proj.weight"] = t[..., 0::2].transpose(1, 2).contiguous()
-            out[f"{m[1]}.up_proj.weight"] = t[..., 1::2].transpose(1, 2).contiguous()
-        elif m := re.fullmatch(r"(.+\.mlp\.experts)\.gate_up_proj_bias", name):
-            out[f"{m[1]}.gate_proj.bias"] = t[..., 0::2].contiguous()
-            out[f"{m[1]}.up_proj.bias"] = t[..., 1::2].contiguous()
-        elif m := re.fullmatch(r"(.+\.mlp\.experts)\.down_proj(_bias)?", name):
-            out[f"{m[1]}.down_proj.{'bias' if m[2] else 'weight'}"] = (
-                t if m[2] else t.transpose(1, 2).contiguous()
-            )
-        elif m := re.fullmatch(r"(.+)\.kv_b_proj\.weight", name):
-            heads = t.view(config["num_attention_heads"], -1, config["kv_lora_rank"])
-            k, v = heads.split([config["qk_nope_head_dim"], config["v_head_dim"]], 1)
-            out[f"{m[1]}.k_b_proj.weight"] = k.transpose(1, 2).contiguous()
-            out[f"{m[1]}.v_b_proj.weight"] = v.contiguous()
-        elif name.endswith("e_score_correction_bias"):
-            out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = t
-        else:
-            out[name] = t
-    out |= {name: torch.stack([s[n] for n in sorted(s)]) for name, s in stacks.items()}
-    return out

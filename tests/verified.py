@@ -25,7 +25,7 @@ ROOT = Path(_HOLDER.name)
 # Families that between them have every part and switch in which the verifier can seed a fault (test_verify_faults holds them
 # to that). What depends on the parts is tested with these; `make proofs` does the same with every variant of every family.
 COVERING = (
-    "afmoe", "bloom", "deepseek_v32", "gemma2", "gemma3n", "gemma4", "glm_moe_dsa", "gpt_oss", "gptj", "lfm2", "llama", "llama4",
+    "bloom", "deepseek_v32", "gemma2", "gemma3n", "gemma4", "glm_moe_dsa", "gpt_oss", "gptj", "laguna", "lfm2", "llama", "llama4",
     "mimo_v2_flash", "minicpm3", "nemotron_h", "opt", "phimoe", "qwen3_5_moe",
 )  # fmt: skip
 

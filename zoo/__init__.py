@@ -59,28 +59,35 @@ def load(
 
 
 @translated
-def plan(src: StrPath, dtype: str | None = None) -> Plan:
+def plan(src: StrPath, dtype: str | None = None, *, family: str | None = None) -> Plan:
     """What converting `src` would do: a checkpoint on disk, the name of a release, or owner/repo on the Hub, of which
-    only headers are read. Raises ZooError, listing what does not fit, if the family's rules do not account for
+    only headers are read. `family`: what to take it for; by default what its config says. Raises ZooError, listing what does not fit, if the family's rules do not account for
     every tensor; `zoo.hub.HubError` (a ZooError) for what the Hub refuses.
     """
     from zoo.pull import open_source
 
-    return open_source(src, dtype).plan
+    return open_source(src, dtype, family=family).plan
 
 
 @translated
-def convert(src: StrPath, dst: StrPath, dtype: str | None = None, *, file: str | None = None) -> Path:
+def convert(
+    src: StrPath,
+    dst: StrPath,
+    dtype: str | None = None,
+    *,
+    family: str | None = None,
+    file: str | None = None,
+) -> Path:
     """Convert `src` (as in `plan`; fetched first if it is remote) to the canonical folder `dst`; `dst`.
 
-    `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. `file` says which
-    weights of the folder `src` (a file in it or below it, or an index of shards), where there are several; by default
-    those that transformers takes. Raises ZooError
+    `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. `family`: as in `plan`. `file`
+    says which weights of the folder or repository `src` (a file in it or below it, or an index of shards), where there are
+    several; by default those that transformers takes. Raises ZooError
     as `plan`, and if `dst` exists, can't be written, or the disk is too small.
     """
     from zoo.pull import convert
 
-    return convert(src, dst, dtype=dtype, file=file)
+    return convert(src, dst, dtype=dtype, family=family, file=file)
 
 
 @translated
@@ -111,6 +118,8 @@ def pull(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    file: str | None = None,
+    family: str | None = None,
     layers: Sequence[int] | None = None,
     stream: bool = False,
     verify: str | None = None,
@@ -119,8 +128,9 @@ def pull(
     """Fetch, check, convert and verify a release: a name or alias from `zoo list`, or owner/repo on the Hub.
     Returns the canonical folder (default `to`: the name, in the current folder).
 
-    Interrupted at any point, the same call continues. `layers` converts only those (and the ends); `stream` keeps no
-    copy of the source; `verify` is the level of parity asked for, None for none. Raises `zoo.hub.HubError` (a
+    Interrupted at any point, the same call continues. `family`: as in `plan`. `file` says which of a repository's sets of
+    weights (as in `convert`); `layers` converts only those (and the ends); `stream` keeps no copy of the source; `verify` is
+    the level of parity asked for, None for none. Raises `zoo.hub.HubError` (a
     ZooError) for what the Hub refuses, ZooError for the rest.
     """
     from zoo.pull import pull
@@ -130,6 +140,8 @@ def pull(
         to,
         dtype=dtype,
         revision=revision,
+        file=file,
+        family=family,
         layers=layers,
         stream=stream,
         verify=verify,

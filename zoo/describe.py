@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from zoo.layout import active_params, total_params
+from zoo.printable import count
 from zoo.spec import (
     MLP,
     Attention,
@@ -94,15 +95,6 @@ def state_bytes(spec: Spec, itemsize: int = 2) -> int:
     return size
 
 
-def count(n: int) -> str:
-    """8030261248 -> '8.03B'; three significant digits, as publishers write."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if n >= size * 0.9995:
-            x = n / size
-            return f"{x:.2f}{unit}" if x < 9.995 else f"{x:.1f}{unit}" if x < 99.95 else f"{x:.0f}{unit}"
-    return str(n)
-
-
 def size(n: float) -> str:
     """131072 -> '128 KiB': memory, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -170,6 +162,7 @@ def _extras(m: Mixer) -> str:
     if isinstance(m, Attention):
         out += ["q, k, v biases"] if m.qkv_bias else []
         out += ["output bias"] if m.out_bias else []
+        out += [f"q, k, v clipped at {m.clip:g}"] if m.clip is not None else []
         out += ["sinks (a learned logit per head)"] if m.sinks else []
         per_head = " per head" if m.gate_over == "head" else ""
         out += [f"{m.gate_act} output gate{per_head}"] if m.gate else []
@@ -223,6 +216,8 @@ def _rope(r: Rope, m: Attention | LatentAttention) -> str:
         text += f", on {r.dim} of {of} channels"
     if r.turning is not None:
         text += f", {2 * r.turning} of {r.dim} channels turn"
+    if r.backwards:
+        text += ", backwards"
     if (s := r.scaling) is not None:
         kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[
             s.kind
@@ -284,6 +279,7 @@ def _ffn(f: MLP | MoE) -> str:
     how += ["of its own norm of x"] if r.norm else []
     how += ["a learned scale per expert"] if r.expert_scale else []
     how += [f"x {r.scale:g}"] if r.scale != 1 else []
+    how += [f"their sum x {f.routed_scale:g}"] if f.routed_scale != 1 else []
     return f"{text}; router: {', '.join(how)}"
 
 

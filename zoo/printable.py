@@ -1,4 +1,4 @@
-"""Text of somebody else's, made fit for a terminal."""
+"""What a terminal is shown: text of somebody else's, made fit for it; large numbers."""
 
 from __future__ import annotations
 
@@ -14,3 +14,21 @@ def printable(text: str) -> str:
 def printable_json(text: str) -> str:
     """The same for JSON, whose own rules leave DEL and C1 as they are."""
     return text.translate({c: f"\\u{c:04x}" for c in range(127, 160)})
+
+
+def decimal(n: float) -> str:
+    """1234567 -> '1.23 MB', as the Hub shows sizes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def count(n: int) -> str:
+    """8030261248 -> '8.03B'; three significant digits, as publishers write."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= size * 0.9995:
+            x = n / size
+            return f"{x:.2f}{unit}" if x < 9.995 else f"{x:.1f}{unit}" if x < 99.95 else f"{x:.0f}{unit}"
+    return str(n)

@@ -19,14 +19,15 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zoo import hub, manifest
 from zoo.errors import ZooError
-from zoo.formats import open_checkpoint
+from zoo.formats import open_checkpoint, sets
 from zoo.formats.base import WEIGHT_SUFFIXES, Checkpoint, is_stray, read_json
+from zoo.formats.sets import WeightSet
 from zoo.hub import HubError, Progress, RemoteFile, Snapshot
 from zoo.hub.http import RETRY
 from zoo.manifest import HUB_FILES, Manifest, Source
@@ -60,6 +61,7 @@ class Remote:
     source: Source
     snapshot: Snapshot
     files: tuple[RemoteFile, ...]
+    chosen: str | None = None  # the file, index or folder that `--file` named, by its path
 
     def __str__(self) -> str:
         return f"{self.snapshot.repo} at {self.snapshot.commit[:12]}"
@@ -68,6 +70,8 @@ class Remote:
     def format(self) -> str | None:
         """The reader to open it with; None: as it looks."""
         name = READERS.get(self.source.format, self.source.format)
+        if self.chosen is not None:
+            return None
         return name if self.source.files != HUB_FILES or name != "safetensors" else None
 
     @property
@@ -82,7 +86,11 @@ class Remote:
     def hashed(self, progress: Progress | None = None) -> Remote:
         """The same, every file with a hash (see `hub.hashed`)."""
         snapshot = hub.hashed(self.snapshot, [f.path for f in self.files], progress=progress)
-        return Remote(self.source, snapshot, tuple(snapshot.file(f.path) for f in self.files))
+        return replace(self, snapshot=snapshot, files=tuple(snapshot.file(f.path) for f in self.files))
+
+    def entry(self, at: Path) -> Path:
+        """What has to be opened of the repository laid out in `at`: the set that was chosen, or the weights' folder."""
+        return at / (self.folder if self.chosen is None else self.chosen)
 
     def provenance(self) -> dict[str, Any]:
         """What zoo.json says of where this came from."""
@@ -130,10 +138,14 @@ def sources_of(
     return known, sources
 
 
-def resolve(source: Source, progress: Progress | None = None, impatient: bool = False) -> Remote:
-    """The commit and files of a Hub source. `impatient`: give up at the first sign that the Hub can't be reached.
+def resolve(
+    source: Source, progress: Progress | None = None, impatient: bool = False, file: str | None = None
+) -> Remote:
+    """The commit and files of a Hub source. `impatient`: give up at the first sign that the Hub can't be reached. `file`:
+    which of the repository's sets of weights (see `sets_of`).
 
-    Raises HubError as `hub.resolve`; ZooError if the repository has no weights that zoo reads.
+    Raises HubError as `hub.resolve`; ZooError if the repository has no weights that zoo reads, or several GGUFs to choose
+    from.
     """
     assert source.repo is not None
     patience = RETRY.unreachable_attempts
@@ -143,6 +155,8 @@ def resolve(source: Source, progress: Progress | None = None, impatient: bool = 
         snapshot = hub.resolve(source.repo, source.revision, progress)
     finally:
         RETRY.unreachable_attempts = patience
+    if file is not None:
+        return _chosen(source, snapshot, file, progress)
     files = list(_matching(snapshot.files, source.files))
     if source.files == HUB_FILES and not any(f.path.endswith(WEIGHT_SUFFIXES) for f in files):
         for patterns in WEIGHTS:
@@ -158,12 +172,53 @@ def resolve(source: Source, progress: Progress | None = None, impatient: bool = 
             f"{'; the manifest expects ' + ', '.join(source.files) if source.files != HUB_FILES else ''}); "
             f"it has: {listed}"
         )
-    if len(weights) > 1 and all(f.path.endswith(".gguf") and "-of-" not in f.path for f in weights):
-        names = ", ".join(f.path for f in weights[:8])
-        raise ZooError(
-            f"{snapshot.repo} has several GGUF files: which one? Fetch it, and `zoo convert` it: {names}"
-        )
+    if all(f.path.endswith(".gguf") for f in weights):
+        found = sets.listed({f.path: f.size for f in weights})
+        if len(found) > 1:
+            raise sets.which(f"{snapshot.repo} at {snapshot.commit[:12]}", found)
+        eyes = {f.path for f in weights}.difference(
+            *(s.files for s in found)
+        )  # mmproj: what sees images is no part
+        files = [f for f in files if f.path not in eyes or not found]
     return Remote(source, snapshot, tuple(dict.fromkeys(files)))
+
+
+def sets_of(snapshot: Snapshot, progress: Progress | None = None) -> list[WeightSet]:
+    """The sets of weights in a repository. Its indexes are fetched, no weight is."""
+    sizes = {f.path: f.size for f in snapshot.files}
+
+    def index(path: str) -> list[str]:
+        if sizes[path] > MAX_INDEX:
+            raise ZooError(f"{snapshot.repo}: {path} has {sizes[path]} bytes, too many for an index: refused")
+        folder = hub.download(snapshot, [path], progress=progress and _Notes(progress))
+        return sets.members((folder / path).parent, os.path.basename(path))
+
+    return sets.listed(sizes, index)
+
+
+def _chosen(source: Source, snapshot: Snapshot, file: str, progress: Progress | None) -> Remote:
+    """The files of the set that is called `file`, and the small ones beside it and in the root."""
+    found = sets_of(snapshot, progress)
+    mine = next((s for s in found if file.rstrip("/") in (s.name, *s.files[:1])), None)
+    if mine is None:
+        there = ", ".join(map(str, found[:12])) or "none"
+        raise ZooError(
+            f"{snapshot.repo} at {snapshot.commit[:12]} has no weights called {file!r} (--file); its sets: {there}"
+        )
+    folder = os.path.dirname(mine.files[0])
+    other = {s.name for s in found if s.name.endswith(".json")} - {mine.name}
+    beside = [
+        f
+        for f in (
+            *_matching(snapshot.files, BESIDE),
+            *_matching(snapshot.files, (f"{folder}/*",) if folder else ()),
+        )
+        if not f.path.endswith(WEIGHT_SUFFIXES)
+        and f.path not in other
+        and os.path.dirname(f.path) in ("", folder)
+    ]
+    files = [*(snapshot.file(path) for path in mine.files), *beside]
+    return Remote(source, snapshot, tuple(dict.fromkeys(files)), mine.name)
 
 
 def _matching(files: Iterable[RemoteFile], patterns: Iterable[str]) -> Iterator[RemoteFile]:
@@ -194,7 +249,7 @@ def headers(remote: Remote, progress: Progress | None = None) -> Iterator[tuple[
         mirror = Path(temporary)
         try:
             remote = mirror_headers(remote, mirror, progress and _Notes(progress))
-            yield remote, open_checkpoint(mirror / remote.folder, remote.format)
+            yield remote, open_checkpoint(remote.entry(mirror), remote.format)
         except HubError:
             raise
         except ZooError as error:  # a path that the user has never seen would only puzzle
@@ -258,6 +313,8 @@ class NoHeaders(ZooError):
 def _narrowed(remote: Remote, folder: Path) -> Remote:
     """Without the weights that no index names: some repositories hold two copies."""
     named: set[str] = set()
+    if remote.chosen is not None:  # its files are those of one set
+        return remote
     for file in remote.files:
         if file.path.endswith(".index.json"):
             weight_map = read_json(folder / file.path, "it lists the shards").get("weight_map")

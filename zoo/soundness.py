@@ -44,7 +44,10 @@ def refuse_unsound(spec: Spec, where: str) -> None:
     """Raises ZooError, naming `where`, for a Spec that can be written down but not computed with."""
     if (why := next(chain(_unsound(spec, "spec"), _unshared(spec)), None)) is not None:
         raise ZooError(f"{where}: {why}")
-    odd = next((s for s in layout(spec).values() if not 0 < min(s.shape) <= max(s.shape) < MAX_SIZE), None)
+    odd = next(
+        (s for s in layout(spec).values() if not 0 < min((1, *s.shape)) <= max((1, *s.shape)) < MAX_SIZE),
+        None,
+    )
     if odd is not None:
         raise ZooError(f"{where}: its sizes give {odd.name} the shape {list(odd.shape)}"[:400])
     if spec.context_length < 1:
@@ -118,6 +121,8 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield f"RoPE of which some pairs turn has no {kind} scaling"
         case Attention(alibi=a, rope=r, window=w, chunk=c) if a and (r or w or c):
             yield "ALiBi is for attention without RoPE, window or chunks"
+        case Attention(clip=float(n)) if n <= 0:
+            yield f"queries, keys and values are clipped at {n}"
         case Attention(gate=False, gate_over="head") | Attention(gate=False, gate_act="softplus"):
             yield "a kind of output gate is given, and no gate"
         case Attention(value_from_key=True, head_dim=k, v_head_dim=v, kv_from=n) if k != v or n is not None:

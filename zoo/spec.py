@@ -24,8 +24,9 @@ from zoo.errors import ZooError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "silu_clamped", "xielu"]
 """`quick_gelu`: x * sigmoid(1.702 x). `silu_clamped`: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit,
-|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p, n and beta = 1/2:
-softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, -1e-6) - 1 - x) + beta x."""
+|up| <= limit (gpt-oss card). `xielu` (arXiv 2411.13010), with two learned numbers p and n, and two constants that lie beside
+them, beta = 1/2 and near = -1e-6: softplus(p) x^2 + beta x where x > 0, else (beta + softplus(n)) (e^min(x, near) - 1 - x) +
+beta x."""
 
 
 Rounding = Literal["first", "last"]
@@ -93,6 +94,7 @@ class Rope:
     the frequencies are those of the whole `dim`).
     `rounding`: of the rotation: cos and sin are rounded "first", or the rotated channels "last"; "both": cos and sin are,
     and the rotation by them is computed in fp32 and rounded once.
+    `backwards`: pairs turn clockwise, by the negative of the angle (nanochat).
     """
 
     theta: float
@@ -101,6 +103,7 @@ class Rope:
     interleaved: bool = False
     rounding: Literal["first", "last", "both"] = "first"
     turning: int | None = None
+    backwards: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,8 @@ class Attention:
     each channel, or for each head. `value_from_key`: v is what k is before its norm and RoPE (there is no v matrix).
     `value_scale` multiplies v. `kv_from`: reuse keys and values of that layer (this one has none).
     `value_norm`: weightless RMS norm of v. `softcap`: scores = cap * tanh(scores / cap).
-    `v_head_dim`: channels of a head's v; left out, as many as q and k have.
+    `v_head_dim`: channels of a head's v; left out, as many as q and k have. `clip`: q, k and v are clamped to -clip..clip as
+    soon as they are projected.
     """
 
     n_heads: int
@@ -177,6 +181,7 @@ class Attention:
     gate_over: Literal["channel", "head"] = "channel"
     value_from_key: bool = False
     alibi: Alibi | None = None
+    clip: float | None = None
     kind: Literal["attention"] = "attention"
 
     def __post_init__(self) -> None:
@@ -295,7 +300,7 @@ class Router:
     `normalize`: weights are divided by their sum + `normalize_eps`, or by `normalize_floor` if that is larger. `scale`
     multiplies the weights, `expert_scale` each by a learned number of its expert. `norm`: the router reads the layer's x
     through a norm of its own, times `input_scale`, in place of what the layer's norm makes of it.
-    `softcap`: on the logits. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
+    `softcap`: on the logits, in fp32. `rounding`: of the logits: a product in the model's dtype ("first"), or one in fp32 whose
     result is not rounded at all ("last"). `weights_rounding`: of the weighted sum over experts: the weights are rounded
     "first", or stay in fp32 and the sum is rounded "last". `score_rounding`: scores, their sum and their quotients are
     rounded as they are made ("first", LFM2), or computed in fp32.
@@ -330,7 +335,8 @@ class MoE:
 
     `shared`: an MLP every token visits; `shared_gate`: times sigmoid(gate(x)). `weight_input`: the
     routing weight multiplies the expert's input, not its output. `latent`: experts work in a
-    projection of that many channels. `scale`: multiplies routed + shared (0.5: their average).
+    projection of that many channels. `scale`: multiplies routed + shared (0.5: their average). `routed_scale`: multiplies
+    the routed sum alone, after it is rounded (`Router.scale` multiplies the weights, before they are).
 
     `norm`: experts read the layer's x through a norm of their own, while `shared` reads what the layer's norm makes of
     it. `post_norm`, `shared_post_norm`: of the routed sum, and of the shared output, before they are added. (A dense MLP
@@ -345,6 +351,7 @@ class MoE:
     weight_input: bool = False
     latent: int | None = None
     scale: float = 1.0
+    routed_scale: float = 1.0
     norm: Norm | None = None
     post_norm: Norm | None = None
     shared_post_norm: Norm | None = None

@@ -5,7 +5,7 @@ Releases before transformers 4.53 say `sliding_window_pattern` in place of layer
 
 from __future__ import annotations
 
-from zoo.testing import FULL, SLIDING, VOCAB, FamilyCase, Variant, rope
+from zoo.testing import FULL, SLIDING, VOCAB, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import EPS, Settings
 
@@ -63,5 +63,16 @@ CASE = FamilyCase(
         ("tiny-aya-3b", {"sliding_window": None}, "'sliding_window' is missing"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "cohere2",
+            lambda c: {
+                "attention.layer_norm_epsilon": c["layer_norm_eps"], "logit_scale": c["logit_scale"],
+                "attention.sliding_window": c["sliding_window"], "rope.dimension_count": 6, "rope.scaling.type": "none",
+            },
+            silent={"logit_scale": 0.7, "attention.sliding_window_pattern": 4},
+            refused=({"rope.dimension_count": 4},),
+        ),
+    ),
 )
 # fmt: on

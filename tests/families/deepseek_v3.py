@@ -5,20 +5,22 @@ Releases hold their prediction layer as one more layer, which upstream leaves un
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from zoo import families
-from zoo.mapping.plan import match
-from zoo.spec import LatentAttention
-from zoo.testing import BASE, FamilyCase, Listed, Variant, build, names, rope, yarn
-from zoo.testing.assemble import assemble, view
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.mapping.execute import convert
+from zoo.mapping.plan import make_plan
+from zoo.testing import BASE, FamilyCase, Gguf, Listed, Variant, gguf, names, rope, yarn
 from zoo.testing.build import rename
-from zoo.testing.full_size import read, refs
+from zoo.testing.full_size import read
 from zoo.testing.names import Config, Tensor
 from zoo.testing.released import drop, drop_default, flat_rope
 from zoo.testing.variant import Draw, Settings, Tensors
@@ -88,6 +90,39 @@ def kimi_release(tensors: Tensors, config: Settings, draw: Draw) -> None:
     rename(tensors, kimi_name)
 
 
+def gguf_fields(c: Config) -> Settings:
+    rope, rank, rotary = c["rope_parameters"], c["kv_lora_rank"], c["qk_rope_head_dim"]
+    return {
+        "attention.head_count_kv": 1, "rope.dimension_count": rotary,
+        "rope.scaling.type": "yarn", "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
+        "rope.scaling.yarn_beta_fast": rope["beta_fast"], "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+        "attention.q_lora_rank": c["q_lora_rank"], "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + rotary, "attention.value_length": rank,
+        "attention.key_length_mla": c["qk_nope_head_dim"] + rotary, "attention.value_length_mla": c["v_head_dim"],
+        "leading_dense_block_count": c["first_k_dense_replace"], "expert_count": c["n_routed_experts"],
+        "expert_used_count": c["num_experts_per_tok"], "expert_shared_count": c["n_shared_experts"],
+        "expert_feed_forward_length": c["moe_intermediate_size"], "expert_group_count": c["n_group"],
+        "expert_group_used_count": c["topk_group"], "expert_weights_scale": c["routed_scaling_factor"],
+        "expert_weights_norm": c["norm_topk_prob"], "expert_gating_func": 2,
+    }  # fmt: skip
+
+
+def gguf_weights(tensors: Tensors, c: Config) -> Tensors:
+    """The up-projection split per head, the keys' part transposed: DeepseekV2Model of llama.cpp's converter."""
+    out: Tensors = {}
+    for name, t in tensors.items():
+        if name.endswith("kv_b_proj.weight"):
+            heads = t.view(c["num_attention_heads"], -1, c["kv_lora_rank"])
+            k, v = heads.split([c["qk_nope_head_dim"], c["v_head_dim"]], 1)
+            out[name.replace("kv_b_proj", "k_b_proj")] = k.transpose(1, 2).contiguous()
+            out[name.replace("kv_b_proj", "v_b_proj")] = v.contiguous()
+        else:
+            out[name.replace("e_score_correction_bias", "e_score_correction.bias")] = t
+    return out
+
+
 def released(config: Settings) -> Settings:
     drop_default(config, rope_interleave=True)
     drop(config, "head_dim", "mlp_layer_types", "layer_types", "mlp_bias", "output_router_logits")
@@ -144,6 +179,17 @@ CASE = FamilyCase(
         ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "deepseek2", gguf_fields, weights=gguf_weights,
+            settings={"rope_parameters": yarn(97.0, 7.0, 64, 3.6, 0.36, mscale=0.7, mscale_all_dim=0.7)},
+            silent={"expert_shared_feed_forward_length": 56},
+            refused=(
+                {"attention.temperature_scale": 0.1}, {"nextn_predict_layers": 1}, {"attention.indexer.top_k": 64},
+                {"expert_shared_feed_forward_length": 28},
+            ),
+        ),
+    ),
 )
 # fmt: on
 
@@ -156,28 +202,51 @@ def test_kimi_k2_5_is_the_same_text_model_in_a_wrapper() -> None:
     assert families.spec_of(config) == families.spec_of(text)
 
 
-def test_the_split_up_projections_of_a_deepseek_gguf_make_the_released_one(tmp_path: Path) -> None:
-    """attn_k_b is the keys' part of kv_b, transposed per head; attn_v_b the values' part."""
-    folder = build.make(CASE, CASE.variant("deepseek_v3"), tmp_path / "deepseek")
-    canonical = assemble(folder)
-    spec = families.spec_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    hf = load_file(folder / "model.safetensors")
-    a = spec.layers[0].mixer
-    assert isinstance(a, LatentAttention)
-    llama_cpp = {"attn_k_b.weight": "k", "attn_v_b.weight": "v"}
-    tensors = {}
-    for i in range(spec.n_layers):
-        both = hf[f"model.layers.{i}.self_attn.kv_b_proj.weight"].view(a.n_heads, -1, a.kv_rank)
-        k, v = both.split([a.nope_dim, a.v_head_dim], 1)
-        tensors |= dict(zip((f"blk.{i}.{n}" for n in llama_cpp), (k.transpose(1, 2), v), strict=True))
-    ruleset = families.get("deepseek_v3").rules["gguf"]
-    m = match(spec, ruleset, refs({n: ("F32", tuple(t.shape)) for n, t in tensors.items()}), naming="gguf")
-    for i in range(spec.n_layers):
-        o = m.outputs[f"layers.{i}.attn.kv_up.weight"]
-        made = torch.full(o.shape, torch.nan)
-        for source, fit in zip(o.sources, o.fits, strict=True):
-            view(made.view(-1), fit.canonical).copy_(view(tensors[source].reshape(-1), fit.source))
-        assert torch.equal(made, canonical[o.name])
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> gguf.Header:
+    return gguf.header(CASE, CASE.gguf[0], tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.mark.parametrize(
+    ("experts", "factor", "fast"), [(384, 32.0, 1.0), (384, 64.0, 32.0), (256, 40.0, 32.0)]
+)
+def test_yarns_betas_that_a_gguf_leaves_out_are_those_of_the_release(
+    experts: int, factor: float, fast: float, header: gguf.Header
+) -> None:
+    """Kimi K2 Instruct, Kimi K2 Thinking, DeepSeek V3, as their config.json say."""
+    left_out = {"rope.scaling.yarn_beta_fast": None, "rope.scaling.yarn_beta_slow": None}
+    fields = {"expert_count": experts, "rope.scaling.factor": factor} | left_out
+    scaling = gguf.config(CASE.gguf[0], header, fields)["rope_scaling"]
+    assert (scaling["beta_fast"], scaling["beta_slow"]) == (fast, 1.0)
+
+
+def test_softmax_routing_of_a_gguf_is_refused_by_its_field(header: gguf.Header) -> None:
+    with pytest.raises(ZooError, match=r"deepseek2\.expert_gating_func is 1 .*supported: 2 \(sigmoid"):
+        gguf.config(CASE.gguf[0], header, {"expert_gating_func": None})
+
+
+def test_layers_of_a_gguf_that_predict_further_tokens_are_no_layers_of_the_decoder(
+    header: gguf.Header,
+) -> None:
+    metadata, tensors, tables = header
+    tensors = tensors | {"blk.3.nextn.eh_proj.weight": tensors["token_embd.weight"]}
+    config = gguf.config(CASE.gguf[0], (metadata, tensors, tables), {"nextn_predict_layers": 1})
+    assert config["num_hidden_layers"] == 3
+
+
+def test_an_up_projection_that_a_gguf_has_whole_and_in_parts_is_taken_whole(tmp_path: Path) -> None:
+    """As ik_llama.cpp writes it: attn_kv_b beside attn_k_b, transposed per head, and attn_v_b."""
+    of = CASE.gguf[0]
+    folder, apart = gguf.make(CASE, of, tmp_path)
+
+    def whole_too(tensors: Tensors, c: Config) -> Tensors:
+        whole = {name: t for name, t in tensors.items() if name.endswith("kv_b_proj.weight")}
+        return gguf_weights(tensors, c) | whole
+
+    both = gguf.write(folder, tmp_path / "both.gguf", replace(of, weights=whole_too))
+    made = [convert(make_plan(open_checkpoint(f)), tmp_path / f.stem) for f in (apart, both)]
+    a, b = (load_file(folder / "model-00001-of-00001.safetensors") for folder in made)
+    assert sorted(a) == sorted(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_the_full_list_of_deepseek_v3_is_its_release() -> None:

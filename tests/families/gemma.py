@@ -5,7 +5,7 @@ Norms are (1 + w); embeddings are scaled.
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
 
@@ -41,5 +41,11 @@ CASE = FamilyCase(
         ("gemma-7b", {"head_dim": None}, "'head_dim' is missing"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "gemma", lambda c: {"attention.key_length": c["head_dim"], "attention.value_length": c["head_dim"]},
+            plus_one=True,
+        ),
+    ),
 )
 # fmt: on

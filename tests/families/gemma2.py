@@ -5,7 +5,7 @@ Norms are (1 + w); embeddings are scaled; layers alternate, a window first.
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, rope
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
 
@@ -47,5 +47,18 @@ CASE = FamilyCase(
         ("gemma2-2b", {"sliding_window": None}, "'sliding_window' is missing"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "gemma2",
+            lambda c: {
+                "attention.key_length": c["head_dim"], "attention.value_length": c["head_dim"],
+                "attn_logit_softcapping": c["attn_logit_softcapping"],
+                "final_logit_softcapping": c["final_logit_softcapping"],
+                "attention.sliding_window": c["sliding_window"],
+            },
+            settings={"query_pre_attn_scalar": 10},  # llama.cpp has it from the sizes
+            plus_one=True,
+        ),
+    ),
 )
 # fmt: on

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import flat_rope
+from zoo.testing.variant import Config, Settings, Tensors
 
 # fmt: off
+
+def gguf_fused(tensors: Tensors, c: Config) -> Tensors:
+    """q, k and v in one matrix, as THUDM's own files have them."""
+    import torch
+
+    out = {name: t for name, t in tensors.items() if ".q_proj" not in name and ".k_proj" not in name}
+    for name in [name for name in out if ".v_proj" in name]:
+        qkv = [tensors[name.replace("v_proj", f"{x}_proj")] for x in "qkv"]
+        out[name.replace("v_proj", "qkv_proj")] = torch.cat(qkv)
+        del out[name]
+    return out
+
+
+def gguf_fields(c: Config) -> Settings:
+    return {"rope.dimension_count": 6}
+
 
 GLM = BASE | {
     "hidden_size": 44, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 52,
@@ -30,5 +47,9 @@ CASE = FamilyCase(
         ("glm-4-9b", {"sliding_window": 512}, "sliding_window"),
     ),
     released_text=flat_rope,
+    gguf=(
+        Gguf("chatglm", gguf_fields, settings={"hidden_size": 72}, refused=({"attention.value_length": 8},)),
+        Gguf("chatglm", gguf_fields, settings={"hidden_size": 72}, weights=gguf_fused),
+    ),
 )
 # fmt: on

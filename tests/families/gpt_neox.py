@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from zoo.testing import EPS, VOCAB, FamilyCase, Variant, rope
+from zoo.testing import EPS, VOCAB, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import flat_rope
-from zoo.testing.variant import Draw, Settings, Shapes, Tensors
+from zoo.testing.variant import Config, Draw, Settings, Shapes, Tensors
 
 # fmt: off
 
@@ -35,6 +35,16 @@ def as_released(listed: Shapes) -> Shapes:
     return listed
 
 
+def gguf_weights(tensors: Tensors, c: Config) -> Tensors:
+    """q, k and v one after the other: GPTNeoXModel of llama.cpp's converter."""
+    out = dict(tensors)
+    for name, t in tensors.items():
+        if "query_key_value" in name:
+            heads = t.unflatten(0, (c["num_attention_heads"], 3, -1))  # [H, 3, K] and columns
+            out[name] = heads.transpose(0, 1).flatten(0, 2).contiguous()
+    return out
+
+
 def released(config: Settings) -> Settings:
     config = flat_rope(config)
     config["rotary_emb_base"] = config.pop("rope_theta")
@@ -62,5 +72,17 @@ CASE = FamilyCase(
         ("pythia-1.4b", {"rotary_pct": 1.5}, "RoPE would rotate 192 of 128 channels"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "gptneox",
+            lambda c: {
+                "rope.freq_base": None, "rope.dimension_count": 4, "attention.head_count_kv": None,
+                "use_parallel_residual": c["use_parallel_residual"],
+                "attention.layer_norm_epsilon": c["layer_norm_eps"],
+            },
+            settings={"rope_parameters": rope(10000.0, partial_rotary_factor=0.34)},  # the theta is not written
+            weights=gguf_weights, refused=({"attention.value_length": 8},),
+        ),
+    ),
 )
 # fmt: on

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from zoo import families
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, build, yarn
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Gguf, Listed, Variant, build, yarn
 from zoo.testing.assemble import assemble, in_other_names, same
 from zoo.testing.full_size import read
 from zoo.testing.released import drop_default, flat_rope
-from zoo.testing.variant import Settings
+from zoo.testing.variant import Config, Settings, Tensors
 
 # fmt: off
 
@@ -25,6 +25,37 @@ _GPT_OSS = BASE | {
 }
 
 # fmt: on
+
+
+def gguf_fields(c: Config) -> Settings:
+    rope = c["rope_parameters"]
+    return {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": rope["beta_fast"], "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+        "attention.key_length": c["head_dim"], "attention.sliding_window": c["sliding_window"],
+        "expert_count": c["num_local_experts"], "expert_used_count": c["num_experts_per_tok"],
+        "expert_feed_forward_length": c["intermediate_size"],
+    }  # fmt: skip
+
+
+def gguf_weights(tensors: Tensors, c: Config) -> Tensors:
+    """Gate and up taken apart, [E, out, in]: GptOssModel of llama.cpp's converter."""
+    out: Tensors = {}
+    for name, t in tensors.items():
+        base, _, kind = name.partition(".experts.")
+        to = f"{base}.experts.{{}}.{'bias' if name.endswith('bias') else 'weight'}"
+        turned = t if name.endswith("bias") or not kind else t.transpose(1, 2)
+        if kind.startswith("gate_up_proj"):
+            parts = turned.unflatten(1, (-1, 2)).unbind(2)  # gate and up alternate
+            out |= {
+                to.format(p): x.contiguous() for p, x in zip(("gate_proj", "up_proj"), parts, strict=True)
+            }
+        elif kind:
+            out[to.format("down_proj")] = turned.contiguous()
+        else:
+            out[name] = t
+    return out
 
 
 def released(config: Settings) -> Settings:
@@ -64,6 +95,16 @@ CASE = FamilyCase(
         ("gpt-oss-20b", {"sliding_window": None}, "sliding_window"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "gpt-oss", gguf_fields, settings={"swiglu_limit": 7.0}, weights=gguf_weights,
+            silent={
+                "attention.sliding_window_pattern": 2, "swiglu_clamp_exp": [7.0] * 4, "attention.value_length": 12,
+                "rope.dimension_count": 12,
+            },
+            refused=({"expert_gating_func": 2}, {"swiglu_clamp_exp": 5.0}),
+        ),
+    ),
 )
 # fmt: on
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import flat_rope, implied_head_dim
 from zoo.testing.variant import Settings
 
@@ -38,5 +38,18 @@ CASE = FamilyCase(
         ("granite-4.1-8b", {"sliding_window": 512}, "sliding_window"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "granite",
+            lambda c: {
+                "rope.dimension_count": 10, "attention.scale": c["attention_multiplier"],
+                "embedding_scale": c["embedding_multiplier"], "residual_scale": c["residual_multiplier"],
+                "logit_scale": c["logits_scaling"],
+            },
+            variant="granite_biases", settings={"head_dim": 10}, interleaved=True,
+            silent={"attention.scale": 0.21, "logit_scale": 0.6, "rope.scaling.finetuned": True},
+            refused=({"rope.scaling.finetuned": False}, {"attention.value_length": 14}),
+        ),
+    ),
 )
 # fmt: on

@@ -5,8 +5,16 @@ head_dim may be given or follow from the width; releases of Llama 2 leave rope_t
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
 from zoo import families
-from zoo.testing import BASE, FamilyCase, Variant, llama3, rope
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, build, gguf, llama3, rope
 from zoo.testing.full_size import attention, read
 from zoo.testing.released import plain_rope
 
@@ -33,6 +41,20 @@ CASE = FamilyCase(
             "attention_bias and mlp_bias; plain RoPE; head_dim follows from hidden_size"),
     ),
     released_text=plain_rope,
+    gguf=(
+        Gguf(
+            "llama", lambda c: {"rope.dimension_count": c["head_dim"]},
+            settings={"rope_parameters": rope(613.0)}, interleaved=True,
+            silent={
+                "attention.key_length": 10, "attention.value_length": 10, "expert_count": 0, "expert_used_count": 0,
+            },
+            refused=(
+                {"attention.scale": 0.01}, {"attention.causal": False}, {"attention.sliding_window": 16},
+                {"attention.value_length": 8}, {"rope.freq_base_swa": 5000.0}, {"final_logit_softcapping": 30.0},
+                {"of_a_later_version": 1},
+            ),
+        ),
+    ),
     refused=(
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_type is 'longrope'"),
         ("llama-3.1-8b", {"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope_type is 'dynamic'"),
@@ -51,3 +73,28 @@ def test_llama_2_configs_leave_theta_out() -> None:
     del config["rope_theta"], config["rope_scaling"]
     rope = attention(families.spec_of(config), 0).rope
     assert rope is not None and rope.theta == 10000.0
+
+
+def test_llama3_scaling_is_read_from_the_factors_in_a_gguf(tmp_path: Path) -> None:
+    theta, dim = 500000.0, 32
+    scaled = {"hidden_size": 96, "head_dim": dim, "rope_parameters": llama3(theta, 32.0, 8192, 1.0, 4.0)}
+    like = CASE.variant("llama")
+    hf = build.make(CASE, like.with_text(like.text | scaled), tmp_path / "hf")
+    # As LlamaModel.generate_extra_tensors of convert_hf_to_gguf.py
+    factors = []
+    for f in 1.0 / theta ** (torch.arange(0, dim, 2) / dim):
+        wavelength = 2 * torch.pi / f
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(32.0)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            factors.append(float(1 / ((1 - smooth) / 32 + smooth)))
+    file = gguf.write(hf, tmp_path / "w.gguf", CASE.gguf[0], tables={"rope_freqs.weight": factors})
+    specs = [families.spec_of(open_checkpoint(path).config) for path in (file, hf)]
+    ours, theirs = (dataclasses.replace(spec, dtype=None) for spec in specs)
+    assert ours == theirs
+    tables = {"rope_freqs.weight": [f + 1 for f in factors]}
+    with pytest.raises(ZooError, match=r"rope_freqs\.weight\[0\] is 2"):
+        open_checkpoint(gguf.write(hf, tmp_path / "odd.gguf", CASE.gguf[0], tables=tables))

@@ -5,7 +5,7 @@ Routing weights stay in fp32, the router's logits do not.
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import drop, flat_rope, implied_head_dim
 from zoo.testing.variant import Settings
 
@@ -42,5 +42,15 @@ CASE = FamilyCase(
         ("mixtral-8x7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "llama",
+            lambda c: {
+                "rope.dimension_count": c["head_dim"], "expert_count": c["num_local_experts"],
+                "expert_used_count": c["num_experts_per_tok"],
+            },
+            interleaved=True, refused=({"attention.sliding_window": 16},),
+        ),
+    ),
 )
 # fmt: on

@@ -5,7 +5,12 @@ transformers clamps dt to `time_step_min` when it reads a prompt, and not when i
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from zoo import families
+from zoo.errors import ZooError
 from zoo.testing import EPS, FULL, LINEAR, VOCAB, FamilyCase, Variant, build, names
 from zoo.testing.full_size import mixers, read
 from zoo.testing.names import Config, Tensor
@@ -118,3 +123,11 @@ def test_upstream_still_puts_a_floor_under_dt() -> None:
     assert {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")} == {
         (0.0, float("inf"))
     }
+
+
+@pytest.mark.parametrize("top", [1e308, float("inf"), {"__float__": "Infinity"}])
+def test_what_no_dt_reaches_is_an_open_end(top: Any) -> None:
+    config = read("nemotron3-nano-30b-a3b")
+    assert families.spec_of({**config, "time_step_limit": [0.0, top]}) == families.spec_of(config)
+    with pytest.raises(ZooError, match="only an open end"):
+        families.spec_of({**config, "time_step_limit": [0.0, 0.1]})

@@ -5,9 +5,11 @@ LongRoPE's long table counts for a whole text as soon as it is longer than the o
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Variant, rope
+import math
+
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import flat_rope
-from zoo.testing.variant import Settings
+from zoo.testing.variant import Config, Settings
 
 # fmt: off
 
@@ -28,6 +30,23 @@ def _longrope(original: int, **more: object) -> Settings:
     }
 
 
+def gguf_fields(c: Config) -> Settings:
+    return {"rope.dimension_count": 8, "attention.sliding_window": c["sliding_window"] or 0}
+
+
+def gguf_longrope(c: Config) -> Settings:
+    original = c["original_max_position_embeddings"]
+    grown = c["max_position_embeddings"] / original
+    return gguf_fields(c) | {
+        "rope.dimension_count": 6, "rope.scaling.original_context_length": original,
+        "rope.scaling.attn_factor": math.sqrt(1 + math.log(grown) / math.log(original)),
+    }
+
+
+def gguf_factors(c: Config) -> Settings:
+    return {f"rope_factors_{x}.weight": c["rope_parameters"][f"{x}_factor"] for x in ("long", "short")}
+
+
 CASE = FamilyCase(
     "phi3",
     (
@@ -39,6 +58,14 @@ CASE = FamilyCase(
     ),
     main="phi3_long",
     released_text=lambda config: flat_rope(config, "type"),
+    gguf=(
+        Gguf("phi3", gguf_fields, refused=({"rope.scaling.attn_factor": 1.3}, {"attention.value_length": 4})),
+        Gguf(
+            "phi3", gguf_longrope, variant="phi3_short", tables=gguf_factors,
+            silent={"rope.scaling.attn_factor": math.sqrt(1 + math.log(8) / math.log(60))},
+            refused=({"rope.scaling.attn_factor": 1.3},),
+        ),
+    ),
     refused=(
         ("phi-4-mini", {"attention_bias": True}, "attention_bias is True"),
         ("phi-4-mini", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),

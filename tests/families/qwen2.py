@@ -5,7 +5,7 @@ Releases leave layer_types out: windows, where there are any, start at max_windo
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, rope, yarn
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Gguf, Variant, rope, yarn
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
 
@@ -44,5 +44,8 @@ CASE = FamilyCase(
         ("qwen2.5-7b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
     ),
     released_text=released,
+    gguf=(
+        Gguf("qwen2", lambda c: {}, settings={"hidden_size": 60}, refused=({"attention.value_length": 8},)),
+    ),
 )
 # fmt: on

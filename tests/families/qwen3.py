@@ -5,7 +5,12 @@ Releases leave layer_types out: windows, where there are any, start at max_windo
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Listed, Variant, rope
+from pathlib import Path
+
+import pytest
+
+from zoo.errors import ZooError
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Gguf, Listed, Variant, gguf, rope
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
 
@@ -46,5 +51,18 @@ CASE = FamilyCase(
         ("qwen3-8b", {"layer_types": ["sliding_attention"] * 36}, "use_sliding_window is False"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "qwen3", lambda c: {"attention.key_length": c["head_dim"], "attention.value_length": c["head_dim"]},
+            silent={"rope.dimension_count": 10, "attention.sliding_window": 0},
+            refused=({"rope.dimension_count": 4}, {"logit_scale": 0.5}),
+        ),
+    ),
 )
 # fmt: on
+
+
+def test_factors_of_rope_that_llama_cpps_graph_does_not_use_are_refused(tmp_path: Path) -> None:
+    of = CASE.gguf[0]
+    with pytest.raises(ZooError, match=r"rope_freqs\.weight, which llama\.cpp's graph of qwen3 does not use"):
+        gguf.config(of, gguf.header(CASE, of, tmp_path), {}, (1.0,) * 5)

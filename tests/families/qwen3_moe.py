@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo import families
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
 from zoo.testing.full_size import read
 from zoo.testing.released import drop, flat_rope, implied_head_dim
 from zoo.testing.variant import Settings
@@ -41,6 +41,19 @@ CASE = FamilyCase(
         ("qwen3-30b-a3b", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "qwen3moe",
+            lambda c: {
+                "attention.key_length": c["head_dim"], "expert_count": c["num_local_experts"],
+                "expert_used_count": c["num_experts_per_tok"],
+                "expert_feed_forward_length": c["moe_intermediate_size"],
+            },
+            settings={"mlp_only_layers": []},
+            silent={"expert_weights_norm": True, "expert_gating_func": 1, "expert_shared_count": 0},
+            refused=({"expert_weights_norm": False}, {"expert_gating_func": 2}, {"leading_dense_block_count": 1}),
+        ),
+    ),
 )
 # fmt: on
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.testing import EPS, VOCAB, FamilyCase, Variant, rope
+from zoo.testing import EPS, VOCAB, FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import drop_default, flat_rope
 from zoo.testing.variant import Settings
 
@@ -38,5 +38,11 @@ CASE = FamilyCase(
         ("starcoder2-7b", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
     ),
     released_text=released,
+    gguf=(
+        Gguf(
+            "starcoder2", lambda c: {"attention.layer_norm_epsilon": c["norm_epsilon"]},
+            settings={"sliding_window": None}, refused=({"attention.sliding_window": 6},),
+        ),
+    ),
 )
 # fmt: on

@@ -198,12 +198,26 @@ def what_it_is(command: F) -> F:
     return format(family(command))
 
 
+def which_set(command: F) -> F:
+    """`--file`: of several sets of weights."""
+    return click.option(
+        "--file",
+        metavar="NAME",
+        help="Which weights of a folder or repository, or below it: a file, an index of shards, the first of a split "
+        "set. Default: those that transformers takes.",
+    )(command)
+
+
 def level(command: F) -> F:
-    """`--verify LEVEL`."""
+    """`--verify LEVEL` and `--device`."""
     levels = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
-    return click.option("--verify", type=levels, help="Verify up to this level before the folder appears.")(
-        command
-    )
+    verify = click.option("--verify", type=levels, help="Verify up to this level before the folder appears.")
+    return verify(on("Where --verify computes: cpu, cuda, cuda:1, or auto.")(command))
+
+
+def on(help: str) -> Callable[[F], F]:
+    """`--device`."""
+    return click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help=help)
 
 
 # ---- tables

@@ -12,7 +12,7 @@ from typing import Any, Self, TextIO
 import click
 
 from zoo.cli._state import State
-from zoo.printable import printable, printable_json
+from zoo.printable import decimal, printable, printable_json
 
 
 class Bar:
@@ -124,15 +124,6 @@ class Events:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         pass
-
-
-def decimal(n: float) -> str:
-    """1234567 -> '1.23 MB', as the Hub shows sizes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
-            return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 class Steps:

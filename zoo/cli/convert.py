@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is
+from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is, which_set
 
 
 @click.command(short_help="A checkpoint into the canonical layout")
@@ -16,11 +16,7 @@ from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is
 @click.option(
     "--dtype", type=DTYPE, help="Convert weights to this. Default: as released, quantised ones too."
 )
-@click.option(
-    "--file",
-    metavar="NAME",
-    help="Which weights in the folder SRC, or below it: a file, or an index of shards. Default: those that transformers takes.",
-)
+@which_set
 @what_it_is
 @click.option("--strict", is_flag=True, help="Refuse scales that are zero or not finite, instead of warning.")
 @level

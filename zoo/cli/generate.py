@@ -16,19 +16,32 @@ from zoo.printable import printable
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("-n", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: greedy.")
+@click.option(
+    "--sample",
+    is_flag=True,
+    help="Draw tokens as the release's generation_config.json says. Default: greedy.",
+)
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="Draw tokens at this temperature from all; 0: greedy.")  # fmt: skip
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, (1 << 63) - 1),
+    help="The same seed draws the same tokens.",
+)
 @click.option("--raw", is_flag=True, help="The prompt as it is, not as a message in the chat template.")
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")
 @click.option("--device", default="cpu", show_default=True, help="As torch spells it.")
 @click.option("--dtype", type=DTYPE, help="What to compute in. Default: as stored.")
 @common
 def command(
-    canon: Path, prompt: str, max_new_tokens: int, temperature: float, raw: bool, ids: bool, device: str,
-    dtype: str | None, as_json: bool,
+    canon: Path, prompt: str, max_new_tokens: int, sample: bool, temperature: float, seed: int, raw: bool, ids: bool,
+    device: str, dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Let the model in the canonical folder CANON answer PROMPT, through its chat template if it has one."""
     import zoo
-    from zoo.text import PLACES, Text
+    from zoo.text import Text
+    from zoo.text.sampling import Sampling, read
 
     text = None if ids else Text(canon)
     if text is None:
@@ -37,8 +50,8 @@ def command(
         except ValueError:
             raise click.UsageError("--ids needs whole numbers as PROMPT") from None
     else:
-        if not raw and text.chat_template is None:
-            note(f"no chat template ({', '.join(PLACES)}): the prompt is given to the model as it is")
+        if not raw and text.no_chat is not None:
+            note(f"{text.no_chat}: the prompt is given to the model as it is")
         tokens = text.prompt(prompt, raw)
         for line in text.notes:
             note(line)
@@ -46,8 +59,16 @@ def command(
         raise click.UsageError("PROMPT is empty")
     if not math.isfinite(temperature):
         raise click.UsageError(f"--temperature is {temperature}")
+    if sample and temperature:
+        raise click.UsageError("--sample and --temperature are two ways to draw: choose one")
+    drawn = Sampling(temperature, 0)
+    if sample:
+        drawn, said = read(canon)
+        for line in (f"sampled: {drawn}, seed {seed}", *said):
+            note(line)
     import torch
 
+    torch.manual_seed(seed)
     model = zoo.load(canon, device=device, dtype=dtype)
     if (largest := max(tokens)) >= model.spec.vocab_size or min(tokens) < 0:
         raise click.UsageError(f"token id {largest} is outside the vocabulary of {model.spec.vocab_size}")
@@ -56,7 +77,9 @@ def command(
         torch.tensor([tokens], device=device),
         max_new_tokens,
         eos=text.ends() if text else None,
-        temperature=temperature,
+        temperature=drawn.temperature,
+        top_k=drawn.top_k,
+        top_p=drawn.top_p,
     ):
         new.append(int(token[0]))
         if as_json:

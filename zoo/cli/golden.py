@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, say
+from zoo.cli._common import DTYPE, common, emit, on, say
 
 
 @click.group(short_help="Record upstream's logits, to verify without it")
@@ -30,12 +30,13 @@ _length = click.option("--max-length", default=4096, show_default=True, type=cli
 @_out
 @_dtype
 @_length
+@on("Where upstream computes: cpu, cuda, cuda:1, or auto.")
 @common
-def record(src: Path, output: Path, dtype: str, max_length: int, as_json: bool) -> None:
+def record(src: Path, output: Path, dtype: str, max_length: int, device: str, as_json: bool) -> None:
     """Run upstream on SRC (a checkpoint, or a canonical folder whose source is still there) and record it."""
     from zoo.verify.recording import record
 
-    about = record(src, output, dtype, max_length)
+    about = record(src, output, dtype, max_length, device)
     if as_json:
         emit(about)
     else:

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @click.command(short_help="What a checkpoint on disk is")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--family", help="Take it for this family. Default: what its config says.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @common
-def command(path: Path, tensors: bool, as_json: bool) -> None:
+def command(path: Path, family: str | None, tensors: bool, as_json: bool) -> None:
     """Say what the checkpoint at PATH is, canonical or in any format zoo reads, from its headers alone."""
-    about, refs = look(path)
+    about, refs = look(path, family)
     listed = sorted(refs, key=lambda r: (r.file, r.offset))
     if as_json:
         if tensors:
@@ -30,9 +31,12 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
             ]
         emit(about)
         return
-    architecture = about.pop("architecture", {})
+    architecture, several = about.pop("architecture", {}), about.pop("sets", [])
     lines = [(k.replace("_", " "), _text(v)) for k, v in about.items() if v not in (None, "", [], {})]
     say(pairs([*lines, *architecture.items()]))
+    if several:
+        say()
+        say(sets_table(several))
     if tensors:
         say()
         rows = [
@@ -42,15 +46,29 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
         say(table(("TENSOR", "DTYPE", "SHAPE", "BYTES", "FILE"), rows, right=(3,)))
 
 
-def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
-    """What `zoo inspect --json` says, and the tensors. Raises ZooError if no reader knows the path."""
+def sets_table(several: list[dict[str, Any]]) -> str:
+    """Sets of weights, each by the name that `--file` takes."""
+    from zoo.printable import decimal
+
+    rows = [(s["name"], str(s["files"]), decimal(s["bytes"]), s.get("quantisation", "")) for s in several]
+    return table(("WEIGHTS (--file)", "FILES", "SIZE", "QUANTISATION"), rows, right=(1, 2))
+
+
+def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[TensorRef]]:
+    """What `zoo inspect --json` says, and the tensors. `said`: the family to take it for. Raises ZooError if no reader
+    knows the path, or if `said` is no family, or the folder is canonical and another's."""
     from zoo import families
     from zoo.describe import describe
     from zoo.errors import ZooError
-    from zoo.formats import canonical, open_checkpoint
+    from zoo.formats import canonical, open_checkpoint, sets
+    from zoo.mapping.plan import found, given
 
     if canonical.detect(path):
         folder = canonical.read(path)
+        if said not in (None, folder.spec.family):
+            raise ZooError(
+                f"{path}: was converted as {folder.spec.family}; --family is for what is not converted"
+            )
         refs = [*folder.tensors.values(), *folder.extra_tensors.values()]
         about: dict[str, Any] = {
             "path": str(path),
@@ -60,18 +78,26 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
             "extras": _counts(folder.extras.values()),
+            "notes": [*(folder.json.get("notes") or []), *(folder.json.get("warnings") or [])],
             "verified": _verdict(path),
         }
         spec: Spec | None = folder.spec
     else:
-        ckpt = open_checkpoint(path)
+        choice = [s.to_json() for s in sets.here(path)] if path.is_dir() else []
+        several = {"sets": choice} if len(choice) > 1 else {}
+        try:
+            ckpt = open_checkpoint(path)
+        except sets.Ambiguous as error:  # which is what one may be here to find out
+            return {"path": str(path), "notes": [str(error)], **several}, []
         refs = list(ckpt.tensors.values())
         about = {"path": str(path), "format": ckpt.format, "model_type": ckpt.config.get("model_type")}
         spec, unread = None, list[str]()
+        wanted = families.get(said) if said else None
         try:
-            family = families.find(ckpt.config, f"{path}")
+            family = wanted or found(ckpt, f"{path}")
             about["family"] = family.name
             spec, unread = families.read(ckpt.config, family, f"{path}")
+            unread = [*(given(ckpt.config, family) if wanted else ()), *unread]
         except ZooError as error:  # still worth looking at
             about["family"] = f"unknown: {error}"
         quantization = ckpt.config.get("quantization_config")
@@ -79,6 +105,7 @@ def look(path: Path) -> tuple[dict[str, Any], list[TensorRef]]:
         about |= {
             "quantisation": method,
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
+            **several,
             "notes": [*ckpt.notes, *unread],
         }
     about |= {

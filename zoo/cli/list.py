@@ -2,45 +2,105 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from zoo.cli._common import common, emit, note, say, table
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
-@click.command(short_help="The releases zoo knows, filtered by words")
+    from zoo.manifest import Manifest
+
+
+@click.command(short_help="The releases zoo knows, filtered by words, year, vendor")
 @click.argument("words", nargs=-1)
+@click.option("--year", type=click.IntRange(1900, 2099), help="Only those released in this year.")
+@click.option("--vendor", help="Only those of this vendor, or of this owner on the Hub: meta, qwen, mistral.")
+@click.option(
+    "--sort",
+    type=click.Choice(["name", "released", "params"]),
+    default="name",
+    show_default=True,
+    help="released: newest first; params: largest first; unknown ones last.",
+)
 @common
-def command(words: tuple[str, ...], as_json: bool) -> None:
+def command(words: tuple[str, ...], year: int | None, vendor: str | None, sort: str, as_json: bool) -> None:
     """List the releases zoo knows; those with all WORDS in them, if any are given.
 
-    Words are looked for in name, family, repository, licence, format and quantisation: `zoo list qwen fp8`.
+    Words are looked for in name, family, vendor, repository, licence, format and quantisation, years and months in the
+    release's date: `zoo list qwen fp8`, `zoo list 2026`, `zoo list 2026-02 moe`.
     """
     from zoo import manifest
-    from zoo.describe import count
 
+    dates = [w for w in words if manifest.is_date(w)] + ([str(year)] if year else [])
     found = manifest.search(words)
+    if year is not None:
+        found = tuple(m for m in found if (m.released or "").startswith(str(year)))
+    others = manifest.search([w for w in words if w not in dates]) if dates else ()
+    undated = [m for m in others if m.released is None and m not in found]
+    if vendor is not None:
+        found, undated = manifest.of_vendor(found, vendor), [*manifest.of_vendor(undated, vendor)]
+    if undated:
+        note(f"not listed: {len(undated)} whose date has no public source, and may be {' '.join(dates)}")
+    found = _sorted(found, sort)
     if as_json:
         emit([manifest.summary(m) for m in found])
         return
     if not found:
+        asked = [*words, *([f"--year {year}"] if year else []), *([f"--vendor {vendor}"] if vendor else [])]
         note(
-            f"no release has all of: {' '.join(words)}. `zoo list` without words shows all {len(manifest.stems())}."
+            f"no release has all of: {' '.join(asked)}. `zoo list` without words shows all {len(manifest.stems())}."
         )
         return
-    rows = []
-    for m in found:
-        rows.append(
-            (
-                m.name,
-                m.family,
-                count(m.params_total) if m.params_total else "",
-                count(m.params_active) if m.params_active else "",
-                " ".join(m.formats),
-                m.quantization or m.dtype or "",
-                m.licence or "",
-                {True: "gated", False: "", None: "?"}[m.gated],
-                manifest.proof(m) or "",
-            )
+    say(_table(found))
+
+
+def _sorted(found: Iterable[Manifest], by: str) -> tuple[Manifest, ...]:
+    """Within equals, by name."""
+    if by == "released":
+        return tuple(sorted(found, key=lambda m: m.released or "", reverse=True))
+    if by == "params":
+        return tuple(sorted(found, key=lambda m: m.params_total or 0, reverse=True))
+    return tuple(found)
+
+
+def _table(found: Iterable[Manifest]) -> str:
+    from zoo import manifest
+    from zoo.printable import count
+
+    rows = [
+        (
+            m.name,
+            m.family,
+            m.released or "",
+            count(m.params_total) if m.params_total else "",
+            count(m.params_active) if m.params_active else "",
+            " ".join(_format(m, f) for f in m.formats),
+            m.quantization or m.dtype or "",
+            m.licence or "",
+            {True: "gated", False: "", None: "?"}[m.gated],
+            manifest.proof(m) or "",
         )
-    head = ("NAME", "FAMILY", "PARAMS", "ACTIVE", "FORMATS", "WEIGHTS", "LICENCE", "GATED", "PROVEN")
-    say(table(head, rows, right=(2, 3)))
+        for m in found
+    ]
+    head = (
+        "NAME",
+        "FAMILY",
+        "RELEASED",
+        "PARAMS",
+        "ACTIVE",
+        "FORMATS",
+        "WEIGHTS",
+        "LICENCE",
+        "GATED",
+        "PROVEN",
+    )
+    return table(head, rows, right=(3, 4))
+
+
+def _format(m: Manifest, format: str) -> str:
+    """A format; in brackets what the release's weights are rounded to in it."""
+    rounded = [s.quantization for s in m.sources if s.format == format and s.quantization]
+    return f"{format} ({rounded[0]})" if rounded else format

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Source, common, emit, note, pairs, say, table, what_it_is
+from zoo.cli._common import DTYPE, Source, common, emit, note, pairs, say, table, what_it_is, which_set
 
 if TYPE_CHECKING:
     from zoo.pull import Preview
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 @click.command(short_help="What a conversion would do, from headers alone")
 @click.argument("src", type=Source())
 @click.option("--dtype", type=DTYPE, help="As for `zoo convert`.")
+@which_set
 @what_it_is
 @click.option("--revision", help="Of a remote SRC: a branch, tag or commit.")
 @click.option("--tensors", is_flag=True, help="List every canonical tensor and what it is made of.")
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def command(
     src: str,
     dtype: str | None,
+    file: str | None,
     format: str | None,
     family: str | None,
     revision: str | None,
@@ -39,11 +41,17 @@ def command(
     with Bar() as bar:
         found: Preview | None = None
         if is_local(src):
-            opened = open_source(src, dtype, format=format, family=family)
+            opened = open_source(src, dtype, format=format, family=family, file=file)
         else:
             with not_here(src):
                 found = preview(
-                    src, dtype=dtype, format=format, family=family, revision=revision, progress=bar
+                    src,
+                    dtype=dtype,
+                    format=format,
+                    family=family,
+                    file=file,
+                    revision=revision,
+                    progress=bar,
                 )
             opened = found.opened
     if as_json:
@@ -69,7 +77,7 @@ def command(
 
 def remote_lines(found: Preview) -> list[tuple[str, str]]:
     """Where a remote source is, what would be fetched and written."""
-    from zoo.cli._progress import decimal
+    from zoo.printable import decimal
 
     lines = [("from", _origin(found))]
     if found.opened.remote is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import DTYPE, ReleaseName, common, emit, level, pairs, say
+from zoo.cli._common import DTYPE, ReleaseName, common, emit, level, pairs, say, which_set
 
 
 class Layers(click.ParamType[list[int]]):
@@ -37,6 +37,8 @@ class Layers(click.ParamType[list[int]]):
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as released.")
 @click.option("--revision", help="A branch, tag or commit. Default: the manifest's, or main.")
 @click.option("--format", help="Take the release in this format, where it comes in several (see `zoo show`).")
+@which_set
+@click.option("--family", help="Take it for this family. Default: what its config says.")
 @level
 @click.option(
     "--stream",
@@ -51,8 +53,9 @@ class Layers(click.ParamType[list[int]]):
 )
 @common
 def command(
-    name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, verify: str | None,
-    stream: bool, layers: list[int] | None, dry_run: bool, force: bool, workers: int, as_json: bool,
+    name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, file: str | None,
+    family: str | None, verify: str | None, device: str, stream: bool, layers: list[int] | None, dry_run: bool, force: bool,
+    workers: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch the release NAME (see `zoo list`; or any owner/repo on the Hub), check it, and convert it.
 
@@ -71,6 +74,8 @@ def command(
         "dtype": dtype,
         "revision": revision,
         "format": format,
+        "file": file,
+        "family": family,
         "layers": layers,
         "stream": stream,
     }
@@ -85,7 +90,9 @@ def command(
             say(found.opened.plan.summary())
         return
     with Events() if as_json else Bar() as progress:
-        path = pull(name, to, verify=verify, force=force, workers=workers, progress=progress, **how)
+        path = pull(
+            name, to, verify=verify, device=device, force=force, workers=workers, progress=progress, **how
+        )
     if isinstance(progress, Events):
         progress.tell("done", path=str(path))
         return

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FACTS = (
     "also called",
+    "vendor",
+    "released",
     "from",
     "published size",
     "weights",
@@ -30,9 +32,25 @@ FACTS = (
 @click.argument("names", nargs=-1, required=True, type=ReleaseName(), metavar="NAME...")
 @common
 def command(names: tuple[str, ...], as_json: bool) -> None:
-    """Show what is known of a release and how it is built; several are put side by side, differences marked."""
+    """Show what is known of a release and how it is built; several are put side by side, differences marked.
+
+    NAME is a release (`zoo list`), or an owner/repo on the Hub: of one that zoo has no manifest of, its sets of weights are
+    listed, and what its config.json says.
+    """
     from zoo import manifest
 
+    if len(names) == 1 and (found := _repository(names[0])) is not None:
+        if as_json:
+            emit(found)
+            return
+        from zoo.cli.inspect import sets_table
+
+        lines = [("name", found["name"]), ("from", found["from"]), *found.get("architecture", {}).items()]
+        lines += [("note", note) for note in found.get("notes", [])]
+        say(pairs(lines))
+        say()
+        say(sets_table(found["sets"]))
+        return
     releases = [manifest.find(name) for name in names]
     specs = [_spec(m) for m in releases]
     if as_json:
@@ -43,6 +61,37 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
     else:
         columns = [_facts(m) | _architecture(m, s) for m, s in zip(releases, specs, strict=True)]
         say(side_by_side([m.name for m in releases], columns))
+
+
+def _repository(name: str) -> dict[str, Any] | None:
+    """What a repository holds that is no release of zoo's; None for what is one, or no owner/repo."""
+    from zoo import manifest
+    from zoo.errors import ZooError
+
+    try:
+        manifest.find(name)
+        return None
+    except ZooError:
+        if name.count("/") != 1:
+            raise
+    from zoo import families, hub, remote
+    from zoo.describe import describe
+    from zoo.formats.base import read_json
+
+    snapshot = hub.resolve(name)
+    out: dict[str, Any] = {
+        "name": name,
+        "from": f"hf:{name}, commit {snapshot.commit}",
+        "sets": [s.to_json() for s in remote.sets_of(snapshot)],
+    }
+    if not any(f.path == "config.json" for f in snapshot.files):
+        return out | {"notes": ["there is no config.json: a GGUF says itself what it is"]}
+    try:
+        at = hub.download(snapshot, ["config.json"]) / "config.json"
+        spec = families.spec_of(read_json(at, "a checkpoint needs its config"), where=f"{name}: config.json")
+    except ZooError as error:  # still worth showing
+        return out | {"notes": [str(error)]}
+    return out | {"architecture": describe(spec)}
 
 
 def _spec(m: Manifest) -> Spec | None:
@@ -57,13 +106,15 @@ def _spec(m: Manifest) -> Spec | None:
 
 
 def _facts(m: Manifest) -> dict[str, str]:
-    from zoo.describe import count
+    from zoo.printable import count
 
     published = f"{count(m.params_total)} total" if m.params_total else ""
     published += f", {count(m.params_active)} active" if m.params_active else ""
     facts = {
         "name": m.name,
         "also called": ", ".join(m.aliases),
+        "vendor": m.vendor or "",
+        "released": m.released or "",
         "from": "\n".join(str(s) for s in m.sources),
         "published size": published,
         "weights": m.quantization or m.dtype or "",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, failed, note, say, table
+from zoo.cli._common import DTYPE, common, emit, failed, note, on, say, table
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option(
     "--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size."
 )
+@on("Where both sides compute: cpu, cuda, cuda:1, or auto (a GPU if there is one).")
 @click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 @click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
     canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
-    stream: bool, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
+    stream: bool, device: str, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
 
@@ -61,6 +62,7 @@ def command(
         level=level,
         dtype=dtype,
         stream=stream,
+        device=device,
         max_length=max_length,
         self_test=self_test,
         require=require,
@@ -100,7 +102,7 @@ def describe(cert: Certificate, canon: Path) -> str:
     """A certificate for people: the verdict, a line per check, what was not checked."""
     from zoo.verify.certificate import NOT_COMPARED
 
-    lines = [f"{cert.headline}  {canon}  ({cert.dtype}, against {_oracle(cert)})", ""]
+    lines = [f"{cert.headline}  {canon}  ({cert.dtype}{_where(cert)}, against {_oracle(cert)})", ""]
     rows = []
     for level in cert.levels:
         for n, c in enumerate(level.checks):
@@ -130,6 +132,10 @@ def describe(cert: Certificate, canon: Path) -> str:
     total = cert.timing.get("total")
     lines += ["", "; ".join(filter(None, (cert.kept, f"{total:.1f} s" if total else "")))]
     return "\n".join(lines)
+
+
+def _where(cert: Certificate) -> str:
+    return f" on {cert.device['name']}" if "name" in cert.device else ""
 
 
 def _oracle(cert: Certificate) -> str:

@@ -6,7 +6,9 @@ from zoo.family.hf import MTP
 from zoo.formats.gguf_fields import Fields as Fields
 from zoo.formats.gguf_fields import head_dim as head_dim
 from zoo.formats.gguf_fields import layer_types as layer_types
-from zoo.mapping.rules import Expr, RuleLine, cat, extra, rope_halves, stack
+from zoo.formats.gguf_fields import rotary as rotary
+from zoo.formats.gguf_fields import shortest as shortest
+from zoo.mapping.rules import Expr, Extra, RuleLine, cat, extra, plus_one, rope_halves, stack
 
 ENDS: tuple[RuleLine, ...] = (
     ("embed.weight", "token_embd.weight"),
@@ -14,6 +16,16 @@ ENDS: tuple[RuleLine, ...] = (
     ("head.weight", "output.weight"),
     extra("rope_freqs.weight", "factors of the rotary frequencies; computed from the config"),
 )
+
+
+def norms_plus_one(*lines: RuleLine) -> tuple[RuleLine, ...]:
+    """These lines, for an architecture whose norms multiply by 1 + w: llama.cpp's converter stores the sum, in fp32."""
+    return tuple(
+        line
+        if isinstance(line, Extra) or not line[0].endswith("norm.weight") or not isinstance(line[1], str)
+        else (line[0], plus_one(line[1]))
+        for line in lines
+    )
 
 
 def attention(interleaved: bool) -> tuple[RuleLine, ...]:
@@ -37,6 +49,34 @@ QK_NORM: tuple[RuleLine, ...] = (
     ("layers.{i}.attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
     ("layers.{i}.attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
 )
+
+LAYER_NORM_BIASES: tuple[RuleLine, ...] = (
+    ("norm.bias", "output_norm.bias"),
+    ("layers.{i}.attn_norm.bias", "blk.{i}.attn_norm.bias"),
+    ("layers.{i}.ffn_norm.bias", "blk.{i}.ffn_norm.bias"),
+)
+
+QKV: tuple[RuleLine, ...] = (
+    ("layers.{i}.attn.qkv.weight", "blk.{i}.attn_qkv.weight"),
+    ("layers.{i}.attn.qkv.bias", "blk.{i}.attn_qkv.bias"),
+    ("layers.{i}.attn.out.weight", "blk.{i}.attn_output.weight"),
+    ("layers.{i}.attn.out.bias", "blk.{i}.attn_output.bias"),
+)
+"""q, k and v in one matrix, in the order of the layout."""
+
+FUSED_MLP: tuple[RuleLine, ...] = (
+    ("layers.{i}.mlp.gate_up.weight", "blk.{i}.ffn_up.weight"),
+    ("layers.{i}.mlp.down.weight", "blk.{i}.ffn_down.weight"),
+)
+"""Gate and up in one matrix, which llama.cpp calls up."""
+
+PLAIN_MLP: tuple[RuleLine, ...] = (
+    ("layers.{i}.mlp.up.weight", "blk.{i}.ffn_up.weight"),
+    ("layers.{i}.mlp.up.bias", "blk.{i}.ffn_up.bias"),
+    ("layers.{i}.mlp.down.weight", "blk.{i}.ffn_down.weight"),
+    ("layers.{i}.mlp.down.bias", "blk.{i}.ffn_down.bias"),
+)
+"""An MLP without gate."""
 
 MLP: tuple[RuleLine, ...] = (
     ("layers.{i}.mlp.gate_up.weight", cat("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight")),

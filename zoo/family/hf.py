@@ -105,16 +105,6 @@ def fused_per_head(source: str) -> tuple[RuleLine, ...]:
     )
 
 
-def plus_one(*lines: tuple[str, str]) -> tuple[RuleLine, ...]:
-    """Lines for norm weights w that multiply as 1 + w. Those that came as 1 + w (from a GGUF) have no form in Hugging
-    Face's files: taking the 1 off would round."""
-
-    def as_released(_: Layer | None, spec: Spec) -> bool:
-        return spec.norm.weight == "plus_one"
-
-    return tuple((key, source, as_released) for key, source in lines)
-
-
 INV_FREQ = extra("*.rotary_emb.inv_freq", "rotary frequencies; computed from the config")
 
 WRAPPERS: tuple[dict[str, str], ...] = (

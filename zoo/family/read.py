@@ -33,9 +33,8 @@ def tied(c: Config, text: Config, default: bool) -> bool:
 
 
 def plus_one_norm(c: Config) -> Norm:
-    """RMS norms of (1 + w), in fp32; plain ones where the files hold 1 + w already, as a GGUF's reader says."""
-    plain = c.get("norm_weight_plus_one", False)
-    return Norm(c["rms_norm_eps"], weight="plain" if plain else "plus_one", rounding="last")
+    """RMS norms of (1 + w), in fp32."""
+    return Norm(c["rms_norm_eps"], weight="plus_one", rounding="last")
 
 
 def centred_norm(c: Config) -> Norm:

@@ -86,8 +86,13 @@ LFS = b"version https://git-lfs"
 
 
 def refuse_pointer(start: bytes, who: str) -> None:
-    """Raises ZooError where a file's first bytes (at least 4) are those of a git-lfs pointer."""
-    if len(start) >= 4 and LFS.startswith(start):
+    """Raises ZooError where a file's first bytes (at least 4) are those of what was saved in its place: a git-lfs pointer, or
+    a web page."""
+    if start.lstrip().lower().startswith((b"<!doc", b"<html")):
+        raise ZooError(
+            f"{who}: a web page, of an error or of a login, that was saved in the file's place: fetch it again"
+        )
+    if len(start) >= 4 and LFS.startswith(start[: len(LFS)]):
         raise ZooError(
             f"{who}: a git-lfs pointer of some 130 bytes, not the file itself: `git lfs install && git lfs pull` in its folder"
         )
@@ -99,15 +104,18 @@ MAX_JSON = 256 << 20
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Parse a JSON object from `path`, or say what is wrong with it."""
+    raw = b""
     try:
         found = os.stat(path)
         if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) or found.st_size > MAX_JSON:
             raise ZooError(f"{path}: no file of JSON, or one of over {MAX_JSON >> 20} MiB; {what}")
         with open(path, "rb") as f:
-            data = parse_json(f.read())
+            raw = f.read()
+        data = parse_json(raw)
     except FileNotFoundError:
         raise ZooError(f"{path}: missing; {what}") from None
     except ValueError as e:  # bad UTF-8, bad JSON, more of it than any release has
+        refuse_pointer(raw[:64], str(path))
         raise ZooError(f"{path}: not valid JSON ({e}); {what}") from None
     except OSError as e:
         raise ZooError(f"{path}: {e.strerror}; {what}") from None
@@ -166,8 +174,9 @@ def inside(root: Path, name: str, who: str) -> Path:
     except (OSError, RuntimeError):  # the latter up to Python 3.12
         raise ZooError(f"{path} is a symlink that leads in a circle") from None
     allowed = [base]
-    if base.parent.name == "snapshots":
-        allowed.append(base.parent.parent / "blobs")
+    for snapshot in (base, base.parent):  # or a folder in one
+        if snapshot.parent.name == "snapshots":
+            allowed.append(snapshot.parent.parent / "blobs")
     if not any(real.is_relative_to(a) for a in allowed):
         # A repository can hold links, too, and a carried file is copied: nothing tells a hostile link from one's own.
         raise ZooError(
@@ -191,6 +200,8 @@ def named(folder: Path, pattern: str) -> list[str]:
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".ckpt")
+TEMPLATES = "additional_chat_templates"
+"""The one folder beside the weights whose files are carried."""
 _CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
 
 
@@ -214,7 +225,7 @@ def carried_files(root: Path) -> tuple[str, ...]:
     """Small files beside the weights that belong to the model: config, tokenizer, templates, licence.
     Code is never carried (`*.py` of repositories with remote code)."""
     out = []
-    for p in sorted([*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]):
+    for p in sorted([*root.iterdir(), *(root / TEMPLATES).glob("*.jinja")]):
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
             ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "TOKENIZER.MODEL.V")
         )

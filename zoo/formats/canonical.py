@@ -149,12 +149,18 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     texts = ("path", "format", "family", "naming", "dtype", "plan")
     if not all(_short_text(source.get(k)) for k in texts):
         raise ValueError(f"of source, {', '.join(texts)} should be texts")
+    if source.get("family_given", True) is not True:
+        raise ValueError("source.family_given should be true, or absent")
     package = source.get("package") or {}
     if not isinstance(package, dict) or not all(_short_text(package.get(k)) for k in ("name", "version")):
         raise ValueError("the source's package should have a name and a version")
     files = source.get("files", {})
     if not isinstance(files, dict) or not all(type(n) is int and n >= 0 for n in files.values()):
         raise ValueError("source.files should be sizes of files, in bytes")
+    for key in ("notes", "warnings"):
+        said = j.get(key) or []
+        if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+            raise ValueError(f"{key} should be a list of texts")
     carried = j.get("carried", [])
     if not isinstance(carried, list) or not all(isinstance(n, str) and not leads_out(n) for n in carried):
         raise ValueError("of carried, expected names of files in the folder")

@@ -20,8 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats import gguf_config, gguf_tokenizer
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, add_tensors, encoded, inside, named
+from zoo.formats import gguf_config, gguf_tokenizer, sets
+from zoo.formats.base import (
+    ITEMSIZE,
+    Checkpoint,
+    TensorRef,
+    add_tensors,
+    encoded,
+    inside,
+    named,
+    refuse_pointer,
+)
+from zoo.formats.gguf_fields import shortest
 from zoo.quant import ggml
 
 MAGIC = b"GGUF"
@@ -90,9 +100,7 @@ def _files_of(folder: Path) -> list[str]:
         raise ZooError(f"{folder}: no *.gguf here")
     first = _set_of(names[0])
     if set(names) - set(first):
-        raise ZooError(
-            f"{folder}: {len(names)} GGUF files that are not one set; name one of: {', '.join(names[:8])}"
-        )
+        raise sets.which(str(folder), [s for s in sets.here(folder) if s.name.endswith(".gguf")])
     return first
 
 
@@ -177,7 +185,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
-            return _shortest(self.scalar(_SCALARS[kind])) if kind == 6 else self.scalar(_SCALARS[kind])
+            return shortest(self.scalar(_SCALARS[kind])) if kind == 6 else self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
             raise ZooError(
                 f"{self.who}: {key!r} has a value of unknown type {kind}: damaged, or of a newer format"
@@ -202,16 +210,6 @@ class _Cursor:
             )
 
 
-def _shortest(x: float) -> float:
-    """The shortest decimal that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
-    if not math.isfinite(x):
-        return x
-    for digits in range(6, 10):
-        if struct.unpack("<f", struct.pack("<f", y := float(f"{x:.{digits}g}")))[0] == x:
-            return y
-    return x
-
-
 def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[str, Any], list[TensorRef]]:
     """Metadata and tensors of one file. Every count, type and range is checked against the file.
 
@@ -223,6 +221,7 @@ def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[st
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         c = _Cursor(data, str(file), size if have is None else have)
         if c.take(4) != MAGIC:
+            refuse_pointer(data[:64], str(file))
             raise ZooError(
                 f"{file}: does not start with GGUF: not a GGUF file (older GGML files are not supported)"
             )

@@ -18,7 +18,7 @@ from zoo.formats.base import TensorRef
 from zoo.formats.gguf_fields import Fields, Tables
 from zoo.soundness import layer_count
 
-CONSTANTS = ("rope_freqs.weight",)
+CONSTANTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors whose values belong to the config."""
 
 
@@ -59,13 +59,16 @@ def _shared(f: Fields) -> dict[str, Any]:
         "num_hidden_layers": _n_layers(f),
         "num_attention_heads": f["attention.head_count"],
         "num_key_value_heads": f.get("attention.head_count_kv", f["attention.head_count"]),
-        "rms_norm_eps": f["attention.layer_norm_rms_epsilon"],
         "max_position_embeddings": f["context_length"],
         "rope_theta": f.get("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in f.tensors,
         "hidden_act": "silu",
         "attention_bias": f.has("attn_q.bias"),
     }
+    if not f.has_field("attention.layer_norm_epsilon") or f.has_field("attention.layer_norm_rms_epsilon"):
+        out["rms_norm_eps"] = f[
+            "attention.layer_norm_rms_epsilon"
+        ]  # norms of the other kind are the family's to read
     if f.get("feed_forward_length"):
         out["intermediate_size"] = f["feed_forward_length"]
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):

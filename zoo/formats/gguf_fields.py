@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,10 @@ class Fields:
             )
         return value[0]  # one number per layer, all the same
 
+    def has_field(self, key: str) -> bool:
+        """Whether the file has the field; that is not to have read it."""
+        return f"{self.arch}.{key}" in self.metadata
+
     def raw(self, key: str, default: Any = None) -> Any:
         """The field as it is, a list if there is one."""
         self.read.add(key)
@@ -134,6 +140,15 @@ def head_dim(f: Fields, out: Mapping[str, Any]) -> int:
     return dim
 
 
+def rotary(f: Fields, out: Mapping[str, Any]) -> tuple[int, float]:
+    """Channels of a head, and which part of them is rotated, where that need not be all."""
+    dim = int(f.get("attention.key_length") or out["hidden_size"] // out["num_attention_heads"])
+    f.expect("attention.value_length", dim)
+    turned = int(f.get("rope.dimension_count") or dim)
+    part = turned / dim
+    return dim, part if int(dim * part) == turned else math.nextafter(part, 2.0)  # configs round it down
+
+
 def layer_types(f: Fields, n: int, every: int) -> list[str]:
     """Which layers have the window: all but each `every`-th, unless the file says otherwise (a list: true, it has)."""
     pattern = f.raw("attention.sliding_window_pattern", every)
@@ -142,3 +157,13 @@ def layer_types(f: Fields, n: int, every: int) -> list[str]:
     if len(pattern) < n:
         raise ZooError(f"{f.where}: attention.sliding_window_pattern lists {len(pattern)} layers of {n}")
     return ["sliding_attention" if sliding else "full_attention" for sliding in pattern[:n]]
+
+
+def shortest(x: float) -> float:
+    """The shortest decimal that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
+    if not math.isfinite(x):
+        return x
+    for digits in range(6, 10):
+        if struct.unpack("<f", struct.pack("<f", y := float(f"{x:.{digits}g}")))[0] == x:
+            return y
+    return x

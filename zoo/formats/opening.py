@@ -65,9 +65,11 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise ZooError(
             f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
         )
-    if p.is_dir() and (deeper := sets.below(p)):
-        listed = ", ".join(deeper[:8]) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
-        raise ZooError(f"{p}: no checkpoint in the folder itself; name one below it with --file: {listed}")
+    if p.is_dir() and (deeper := [s for s in sets.here(p) if "/" in s.files[0]]):
+        shown = ", ".join(map(str, deeper[:8])) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
+        raise sets.Ambiguous(
+            f"{p}: no checkpoint in the folder itself; name one below it with --file: {shown}"
+        )
     if p.is_dir() and (theirs := sorted(x.name for x in (*p.glob("*.pt"), *p.glob("*.pth")))):
         raise ZooError(
             f"{p}: {theirs[0]} is called neither as Hugging Face's nor as Meta's files are (torchtune's hf_model_*.pt and "

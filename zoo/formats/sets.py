@@ -8,12 +8,14 @@ one, a variant (`model.fp16.safetensors`), the vendor's own files, GGUFs. Any of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, inside, read_json
+from zoo.printable import decimal
 
 ORDER = (
     "model.safetensors",
@@ -103,7 +105,98 @@ def note(ckpt: Checkpoint, chosen: str | None) -> str | None:
     return f"{why}; also here and not read: {listed}; to take one of them, name it with --file"
 
 
-def below(root: Path) -> list[str]:
-    """Files of weights in the folders of a folder, for one that holds none itself."""
-    found = (p for p in root.glob("*/*") if p.suffix in (".gguf", ".safetensors") and p.is_file())
-    return sorted(p.relative_to(root).as_posix() for p in found)
+# ---------------------------------------------------------------------------------------------------
+# What there is to choose from
+
+
+class Ambiguous(ZooError):
+    """A folder or a repository holds several sets of weights, and nothing says which one is meant."""
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Weights that are opened together. `name`: what `--file` takes; `nbytes`: of all its files; `quantisation`: what its
+    name says (Q4_K_M, fp16), "" where it says nothing."""
+
+    name: str
+    files: tuple[str, ...]
+    nbytes: int
+
+    @property
+    def quantisation(self) -> str:
+        found = _QUANTISATION.findall(self.name)
+        return found[-1].upper() if found and self.name.endswith(".gguf") else found[-1] if found else ""
+
+    def __str__(self) -> str:
+        what = f", {self.quantisation}" if self.quantisation else ""
+        return f"{self.name} ({decimal(self.nbytes)}{what})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "files": len(self.files), "bytes": self.nbytes} | (
+            {"quantisation": self.quantisation} if self.quantisation else {}
+        )
+
+
+_PART = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
+_QUANTISATION = re.compile(
+    r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d\w*|TQ\d_\d|MXFP4\w*|NVFP4|BF16|F(?:P)?(?:8|16|32)|INT[48]|[48]bit))(?![A-Za-z0-9])",
+    re.I,
+)
+
+
+def listed(
+    sizes: Mapping[str, int], index: Callable[[str], Collection[str]] | None = None
+) -> list[WeightSet]:
+    """The sets of weights among files, given by path and size. `index`: the files that an index names, by its path; without
+    it shards are known by their numbers."""
+    left = {
+        path: n
+        for path, n in sizes.items()
+        if path.endswith(_WEIGHTS) and not _NO_WEIGHTS.fullmatch(path.rpartition("/")[2])
+    }
+    found: list[tuple[str, list[str]]] = []
+    for path in sorted(sizes):
+        folder, slash, name = path.rpartition("/")
+        if index is None or not _INDEX.fullmatch(name):
+            continue
+        try:
+            mine = [folder + slash + file for file in index(path)]
+        except ZooError:  # one that can't be read is of no set
+            continue
+        if mine and all(file in left for file in mine) and mine != [path.removesuffix(".index.json")]:
+            found.append((path, mine))
+    for file in {file for _, mine in found for file in mine}:
+        left.pop(file, None)
+    parts: dict[str, list[str]] = {}
+    for path in sorted(left):
+        m = _PART.fullmatch(path)
+        ranks = re.sub(r"consolidated\.\d\d\.pth$", "", path) if path.endswith(".pth") else path
+        key = m["stem"] + m["suffix"] if m else ranks
+        parts.setdefault(key, []).append(path)
+    for key, mine in parts.items():
+        whole = f"{key}.index.json"
+        folder = key.rstrip("/") if key.endswith("/") else ""  # Meta's ranks are opened by their folder
+        found.append((folder or (whole if whole in sizes and _PART.fullmatch(mine[0]) else mine[0]), mine))
+    return sorted(
+        (WeightSet(name, tuple(mine), sum(sizes[f] for f in mine)) for name, mine in found),
+        key=lambda s: s.name,
+    )
+
+
+def here(root: Path) -> list[WeightSet]:
+    """The sets of weights in a folder and in the folders in it."""
+    paths = [p for pattern in ("*", "*/*") for p in root.glob(pattern) if p.is_file()]
+    sizes = {p.relative_to(root).as_posix(): p.stat().st_size for p in paths}
+
+    def index(path: str) -> list[str]:
+        return members((root / path).parent, (root / path).name)
+
+    return listed(sizes, index)
+
+
+def which(where: str, among: Collection[WeightSet]) -> Ambiguous:
+    """The refusal to guess, which names the sets and the flag."""
+    shown = ", ".join(map(str, list(among)[:12])) + (
+        f" and {len(among) - 12} more" if len(among) > 12 else ""
+    )
+    return Ambiguous(f"{where}: {len(among)} sets of weights; say with --file which one is meant: {shown}")

@@ -24,7 +24,8 @@ if triton is not None:
 def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) -> tuple[Tensor, Tensor]:
     """Router logits [N, E] -> chosen experts [N, top_k] and their weights [N, top_k]."""
     if r.softcap is not None:
-        logits = r.softcap * torch.tanh(logits / r.softcap)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = r.softcap * torch.tanh(wide / r.softcap)
     if r.over == "chosen":
         top = logits.topk(r.top_k, -1)
         weights = top.values.softmax(-1) if r.score == "softmax" else top.values.float().sigmoid()
@@ -109,7 +110,7 @@ if triton is not None:
         raw = tl.load(logits_ptr + row * n_experts + e, mask=real, other=0.0)
         logits = raw.to(tl.float32)
         if SOFTCAP:
-            logits = (cap * tanh(logits / cap)).to(raw.dtype).to(tl.float32)
+            logits = cap * tanh(logits / cap)
         masked = tl.where(real, logits, float("-inf"))
         if CHOSEN:
             score = masked

@@ -146,6 +146,34 @@ class Blocks:
 
 
 @dataclass
+class LessOne:
+    """Elements w of a tensor that holds 1 + w; `whole` gives that in fp32. Raises ZooError, naming the tensor, where w + 1
+    is another number than the one that is there: then nothing that is stored as w could give it back."""
+
+    ref: TensorRef
+    whole: Cast | Blocks
+    dtype: str
+    chunk = 1 << 18
+    most = MADE
+
+    @property
+    def grain(self) -> int:
+        return self.whole.grain
+
+    def read(self, at: int, n: int) -> Array:
+        one, x = np.float32(1), self.whole.read(at, n).view(np.float32)
+        w = x - one
+        if (wrong := np.flatnonzero((w + one != x) & ~np.isnan(x))).size:
+            k = int(wrong[0])
+            raise ZooError(
+                f"{self.ref.name} in {self.ref.file}: expected norm weights stored as 1 + w; of its {self.ref.size} elements "
+                f"number {at + k}, {x[k]!r}, is not 1 + w for any w in fp32 that gives it back (nearest: 1 + {w[k]!r}): was it "
+                "edited? Take a GGUF that llama.cpp's converter wrote"
+            )
+        return from_float(w, self.dtype, self.ref.name)
+
+
+@dataclass
 class Quantised:
     """Logical elements of a quantised source tensor: `codes`, and what stands beside them by component."""
 

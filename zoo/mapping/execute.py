@@ -464,7 +464,7 @@ class Execution:
         else:
             src_box = restride(src_box, fit.shape, ref.strides)
             loop = loops(src_box, fit.canonical)
-        plain = o.scheme is None and ref.dtype == o.dtype
+        plain = o.scheme is None and ref.dtype == o.dtype and not fit.plus_one
         if plain and in_kernel(loop, size):
             src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
             copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
@@ -484,9 +484,10 @@ class Execution:
         if o.scheme is not None:
             others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
-        if ref.dtype not in ITEMSIZE:
-            return decode.Blocks(ref, files, o.dtype, self._warn)
-        return decode.Cast(ref, files, o.dtype)
+        dtype = "F32" if o.fits[k].plus_one else o.dtype
+        blocks = ref.dtype not in ITEMSIZE
+        whole = decode.Blocks(ref, files, dtype, self._warn) if blocks else decode.Cast(ref, files, dtype)
+        return decode.LessOne(ref, whole, o.dtype) if o.fits[k].plus_one else whole
 
     def _compare(self, o: Output, k: int) -> None:
         """A replica must be the bytes of the original."""
@@ -537,6 +538,7 @@ class Execution:
                 "naming": plan.naming,
                 "prefix": [list(p) for p in plan.prefix],
                 "family": plan.family.name,
+                **({"family_given": True} if plan.family_given else {}),
                 **_brought_by(plan.family.name),
                 "rules": plan.rules_version,
                 "plan": plan.digest,

@@ -79,7 +79,7 @@ class Plan:
     `outputs` in the order of the layout; `extras`: source tensors kept aside, with the reason.
     `dtype`: what floating-point tensors are converted to (safetensors' name), None: as released.
     `quant`: slot without `.weight` -> scheme, of weights that are carried quantised.
-    `layers`: the ones planned for, where that is not all of them.
+    `layers`: the ones planned for, where that is not all of them. `family_given`: the family was said, not found.
     """
 
     checkpoint: Checkpoint
@@ -93,6 +93,7 @@ class Plan:
     quant: dict[str, str] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    family_given: bool = False
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -117,7 +118,9 @@ class Plan:
         seen: dict[int, str] = {}
         for o in self.outputs.values():
             if id(o.fits) not in seen:
-                seen[id(o.fits)] = repr([(f.shape, f.source, f.canonical) for f in o.fits])
+                seen[id(o.fits)] = repr(
+                    [(f.shape, f.source, f.canonical, *(("1 +",) * f.plus_one)) for f in o.fits]
+                )
                 h.update(seen[id(o.fits)].encode())
             h.update(repr((o.name, o.dtype, o.shape, o.scheme, o.sources, seen[id(o.fits)][:64])).encode())
         return h.hexdigest()[:32]
@@ -180,6 +183,7 @@ class Plan:
         """All of it, with one entry per canonical tensor."""
         return {
             "family": self.family.name,
+            "family_given": self.family_given,
             "naming": self.naming,
             "format": self.checkpoint.format,
             "source": str(self.checkpoint.root),
@@ -220,7 +224,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     made_up = "config.json" in ckpt.synthesised  # of files of another kind, which say it themselves
     where = str(ckpt.root / (next(iter(ckpt.files), "") if made_up else "config.json"))
-    family = family or _found(ckpt, where)
+    family = family or found(ckpt, where)
     spec, unread = families.read(ckpt.config, family, where)
     namings = [n for n in ckpt.naming if n in family.rules]
     if not namings:
@@ -278,12 +282,28 @@ def quantised(m: Match, tensors: Mapping[str, TensorRef]) -> bool:
     )
 
 
-def _found(ckpt: Checkpoint, where: str) -> Family:
-    """The family of a checkpoint. One that none claims is refused with those that it fits in all but its name."""
+def given(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """A note for a family that was said and is not what the config says; none if it is."""
+    try:
+        claimed = families.find(config).name
+    except ZooError:
+        claimed = "no family's name"
+    if claimed == family.name:
+        return ()
+    return (
+        f"taken for {family.name}, as was said (--family): the config has {claimed} (architectures "
+        f"{config.get('architectures')}, model_type {config.get('model_type')!r})",
+    )
+
+
+def found(ckpt: Checkpoint, where: str) -> Family:
+    """The family of a checkpoint. One that none claims is refused with those that it fits in all but its name, or else
+    with the one whose tensors it has most nearly."""
     try:
         return families.find(ckpt.config, where)
     except families.NoFamily as e:
         fitting: list[tuple[int, str]] = []
+        near: dict[tuple[str, ...], list[str]] = {}  # what does not fit -> families
         for family in families.families().values():
             try:
                 spec, unread = families.read(ckpt.config, family, where)
@@ -297,6 +317,14 @@ def _found(ckpt: Checkpoint, where: str) -> Family:
                     if not m.n_problems:
                         fitting.append((len(unread), family.name))
                         break
+                    near.setdefault(m.odd, []).append(family.name)
+        odd = min(near, key=len, default=())
+        if not fitting and 0 < len(odd) < len(ckpt.tensors) // 2:
+            raise families.NoFamily(
+                f"{e.who}. Nearest: {', '.join(near[odd])}, but for {len(odd)} tensor{'s' if len(odd) > 1 else ''} ({', '.join(odd[:3])}"
+                f"{', ...' if len(odd) > 3 else ''}); --family {near[odd][0]} says more",
+                e.known,
+            ) from e
         if not fitting:
             raise
         names = [name for _, name in sorted(fitting)]
@@ -325,6 +353,12 @@ class Match:
     problems: list[str] = field(default_factory=list)  # anything else, one line each
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def odd(self) -> tuple[str, ...]:
+        """The tensors that do not fit: over, of another shape, not there."""
+        shapes = (name for at in self.misshapen.values() for name, _ in at)
+        return (*self.unexpected, *shapes, *(name for names in self.missing.values() for name in names))
 
     @property
     def n_problems(self) -> int:
@@ -799,13 +833,14 @@ class PlanError(ZooError):
 
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
-        if (said := _other_rows(ckpt, m)) is not None:
+        missing = [name for names in m.missing.values() for name in names]
+        if (said := _other_rows(ckpt, m) or _wrapped(ckpt, family, missing, m.unexpected)) is not None:
             super().__init__(said)
             return
         lines = [
-            f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written"
+            f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written",
+            *_other_depth(m),
         ]
-        missing = [name for names in m.missing.values() for name in names]
         if missing:
             lines.append(f"missing ({len(missing)}):")
             near = _nearest(missing, m.unexpected or ckpt.tensors)
@@ -849,6 +884,45 @@ def _other_rows(ckpt: Checkpoint, m: Match) -> str | None:
         f"{ckpt.root}: {names}: {n} rows, but the config's vocab_size is {v} ({fewer}). Upstream doesn't load this "
         f"either. If these weights are the model, set vocab_size to {n} in config.json; nothing was written"
     )
+
+
+def _wrapped(ckpt: Checkpoint, family: Family, missing: list[str], unexpected: list[str]) -> str | None:
+    """Where every tensor that is not expected is one that is missing, behind one and the same prefix: that."""
+    if not missing or not unexpected:
+        return None
+    wanted, first = set(missing), unexpected[0]
+    cuts = (i + 1 for i, c in enumerate(first) if c == ".")
+    prefix = next((first[:i] for i in cuts if first[i:] in wanted), None)
+    if prefix is None or not all(n.startswith(prefix) and n[len(prefix) :] in wanted for n in unexpected):
+        return None
+    return (
+        f"{ckpt.root}: names of tensors begin with {prefix!r}, without which they fit family {family.name}: a wrapper's, which is "
+        "none that zoo looks through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
+    )
+
+
+def _other_depth(m: Match) -> list[str]:
+    """A line where whole layers are missing, or more than the config has are there."""
+    there, n = {_layer(name) for name in m.outputs}, m.spec.n_layers
+    gone = sorted({i for i in map(_layer, m.missing) if i is not None} - there)
+    said = f"layers by the config (num_hidden_layers): {n}; "
+    if gone:
+        return [f"{said}of {_numbers(map(str, gone))} the files hold nothing"]
+    numbers = [next((p for p in name.split(".") if p.isascii() and p.isdigit()), "") for name in m.unexpected]
+    if numbers and all(len(x) < 9 and x and int(x) >= n for x in numbers):
+        return [f"{said}the files hold {_numbers(numbers)} too"]
+    return []
+
+
+def _numbers(numbers: Iterable[str]) -> str:
+    first, _, last = (said := _span(numbers).strip("{}")).partition("-")
+    return first if first == last else said
+
+
+def _layer(name: str) -> int | None:
+    """The layer of a canonical tensor."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
 
 
 def fold_one(name: str) -> str:

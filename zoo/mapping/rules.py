@@ -6,7 +6,7 @@ A rule says of which source tensors a canonical tensor is made:
 
 The right side is an expression of very few operations, each a rearrangement of elements and so its
 own inverse when read from right to left: an import plan and an export plan are made from the same
-line. A name may hold `{i}` (layer), `{e}` (expert, inside `stack`) and `{r}` (rank, inside `ranks`).
+line. (`plus_one`, for GGUFs, changes values too: it is undone to the bit, or the conversion stops.) A name may hold `{i}` (layer), `{e}` (expert, inside `stack`) and `{r}` (rank, inside `ranks`).
 
 Compiling an expression needs only shapes. It yields for each source tensor where its elements lie in
 the canonical one, as strided boxes; nothing is read.
@@ -106,6 +106,7 @@ class Fit:
     """Source tensor `name`, of `shape`: its elements `source` are the canonical elements `canonical`.
 
     `copy`: another fit has already given these elements; the bytes must be equal to those.
+    `plus_one`: the source holds 1 + w where the canonical tensor holds w.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Fit:
     source: Box
     canonical: Box
     copy: bool = False
+    plus_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +399,20 @@ class Ranks(Expr):
 
 
 @dataclass(frozen=True)
+class PlusOne(Expr):
+    """The source holds 1 + w where the layout has w."""
+
+    leaf: Leaf
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        for fit in self.leaf.compile(t):
+            yield replace(fit, plus_one=True)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True)
 class Flatten(Expr):
     """The source tensor has its first two axes (experts and what follows) as one."""
 
@@ -492,6 +508,11 @@ def squeeze(name: str, *axes: int) -> Expr:
 def ranks(expr: Source, axis: int | None) -> Expr:
     """Slices along `axis` of tensor-parallel ranks `{r}`; `axis` None: a copy on every rank."""
     return Ranks(leaf(expr), axis)
+
+
+def plus_one(name: str) -> Expr:
+    """The source holds 1 + w where the layout has w. Import only: w is taken where w + 1 is the source to the bit, in fp32."""
+    return PlusOne(_leaf(name))
 
 
 def flatten(name: str) -> Expr:

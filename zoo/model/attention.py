@@ -141,6 +141,8 @@ class Attention(nn.Module):
         fused = self.qkv(x)
         q, *rest = fused.split(self.qkv.parts, -1) if len(self.qkv.parts) > 1 else (fused,)
         gate = rest.pop(0) if s.gate else None
+        if s.clip is not None:
+            q, *rest = (t.clamp(-s.clip, s.clip) for t in (q, *rest))
         y = self._fused(q, rest, ctx) if has_triton(x) else None
         if y is None:
             y = self._plain(q, rest, ctx)

@@ -279,9 +279,11 @@ class Decoder(nn.Module):
         max_new_tokens: int,
         eos: int | tuple[int, ...] | None = None,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> Tensor:
         """Continue ids [B, T] by up to `max_new_tokens`: [B, T + n]. See `generate.stream`."""
-        new = list(self.stream(ids, max_new_tokens, eos, temperature))
+        new = list(self.stream(ids, max_new_tokens, eos, temperature, top_k, top_p))
         return torch.cat((ids, *(t[:, None] for t in new)), 1)
 
     def stream(
@@ -290,9 +292,11 @@ class Decoder(nn.Module):
         max_new_tokens: int,
         eos: int | tuple[int, ...] | None = None,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> Iterator[Tensor]:
         """The new tokens [B] as they come. See `generate.stream`."""
-        return generate.stream(self, ids, max_new_tokens, eos, temperature)
+        return generate.stream(self, ids, max_new_tokens, eos, temperature, top_k, top_p)
 
     def matrices(self) -> Iterator[tuple[str, Weights]]:
         """All linear maps by name: what can be quantised."""

@@ -36,20 +36,25 @@ def stand_out(gate: Tensor, sparsity: float) -> Tensor:
 
 
 class XIELU(nn.Module):
-    """xIELU (arXiv 2411.13010): a parabola to the right of 0, an exponential to its left, of learned strengths."""
+    """xIELU (arXiv 2411.13010): a parabola to the right of 0, an exponential to its left, of learned strengths.
 
-    BETA, NEAR = 0.5, -1e-6
+    Its constants are tensors, as files have them: the slope `beta` (1/2), and `near` (-1e-6), from which on the exponential
+    is not taken any nearer to 0.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.positive = nn.Parameter(torch.empty(1))
         self.negative = nn.Parameter(torch.empty(1))
+        self.beta = nn.Parameter(torch.empty(()))
+        self.near = nn.Parameter(torch.empty(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        p = F.softplus(self.positive.to(x.dtype))
-        n = self.BETA + F.softplus(self.negative.to(x.dtype))
-        left = (torch.expm1(x.clamp(max=self.NEAR)) - x) * n
-        return torch.where(x > 0, p * x * x, left) + self.BETA * x
+        positive, negative, beta, near = (
+            t.to(x.dtype) for t in (self.positive, self.negative, self.beta, self.near)
+        )
+        left = (torch.expm1(torch.minimum(x, near)) - x) * (beta + F.softplus(negative))
+        return torch.where(x > 0, F.softplus(positive) * x * x, left) + beta * x
 
 
 class FeedForward(nn.Module):

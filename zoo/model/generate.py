@@ -1,4 +1,4 @@
-"""Continuing a prompt with the static cache: greedy, or sampled at a temperature."""
+"""Continuing a prompt with the static cache: greedy, or sampled."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ def stream(
     max_new_tokens: int,
     eos: int | tuple[int, ...] | None = None,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Iterator[Tensor]:
     """Yield the next token [B] of each sequence in ids [B, T] until `max_new_tokens`, or until every
     sequence has produced one of `eos`. A sequence that has goes on with its `eos`. Learned positions end it, too. Where
     LongRoPE changes its angles, the whole text is read anew.
 
-    `temperature` 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature)
-    with torch's global generator.
+    `temperature` 0 takes the likeliest token; else tokens are drawn from `probabilities` with torch's global generator.
     """
     checked(ids)
     if not temperature >= 0:
         raise ZooError(f"a temperature is 0 or more; found {temperature}")
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ZooError(f"top_p is above 0 and at most 1, top_k 0 or more; found {top_p} and {top_k}")
     if (room := model.spec.positions) is not None:
         max_new_tokens = min(max_new_tokens, max(1, room - ids.shape[1] + 1))  # the last one is not fed
     ends = (eos,) if isinstance(eos, int) else tuple(eos or ())
@@ -52,7 +55,7 @@ def stream(
             else:
                 step = torch.cat(text, 1) if n == begun else token[:, None]
                 logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
-            token = torch.where(done, token, pick(logits, temperature))
+            token = torch.where(done, token, pick(logits, temperature, top_k, top_p))
             for end in ends:
                 done = done | (token == end)
             if borders:
@@ -62,8 +65,23 @@ def stream(
             return
 
 
-def pick(logits: Tensor, temperature: float) -> Tensor:
+def pick(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """One token [B] from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(-1)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1).squeeze(-1)
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """What tokens are drawn with [B, V]: softmax(logits / temperature) of the `top_k` likeliest (0: all, and what ties
+    with the last of them), and of these the likeliest that together reach `top_p`, at least one."""
+    p = (logits.float() / temperature).softmax(-1)
+    if 0 < top_k < p.shape[-1]:
+        p = p.masked_fill(p < p.topk(top_k)[0][:, -1:], 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    if top_p < 1:
+        falling, order = p.sort(-1, descending=True)
+        before = falling.cumsum(-1) - falling  # of those that are likelier
+        p = torch.zeros_like(p).scatter(-1, order, falling.masked_fill(before >= top_p, 0.0))
+        p = p / p.sum(-1, keepdim=True)
+    return p

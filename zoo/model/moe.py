@@ -169,7 +169,8 @@ class MoE(nn.Module):
         inner = own if s.latent is None else self.latent_down(own)
         up = self.gate_up if s.expert.gated else self.up
         shared = self._shared(flat)
-        if s.latent is None and s.post_norm is None and s.scale == 1.0:  # the experts' kernel adds the others
+        if s.latent is None and s.post_norm is None and s.scale == s.routed_scale == 1.0:
+            # the experts' kernel adds the others
             residual = None if onto is None else onto.flatten(0, -2)
             return experts(inner, chosen, weights, up, self.down, s, shared, residual).view_as(x)
         y = experts(inner, chosen, weights, up, self.down, s)
@@ -177,6 +178,8 @@ class MoE(nn.Module):
             y = self.latent_up(y)
         if s.post_norm is not None:
             y = self.post_norm(y)
+        if s.routed_scale != 1.0:
+            y = y * s.routed_scale
         if shared is not None:
             y = y + shared
         y = (y * s.scale if s.scale != 1.0 else y).view_as(x)

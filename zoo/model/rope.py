@@ -91,6 +91,8 @@ def tables(rope: Rope, positions: Tensor, dtype: torch.dtype, far: bool = False)
     if far and s is not None and s.long_attention_factor is not None:
         magnitude = s.long_attention_factor
     cos, sin = angles.cos(), angles.sin()
+    if rope.backwards:
+        sin = -sin
     if magnitude != 1.0:  # before the first layer a GPU waits for every launch
         cos, sin = cos * magnitude, sin * magnitude
     if rope.rounding != "last":

@@ -72,7 +72,7 @@ class Job:
         self.progress.start(fetch + self.plan.nbytes)
         paths = [f.path for f in self.remote.files]
         folder = hub.download(snapshot, paths, workers=self.workers, progress=Passed(self.progress))
-        ckpt = _moved(self.plan.checkpoint, folder / self.remote.folder, self.remote)
+        ckpt = _moved(self.plan.checkpoint, folder, self.remote)
         self._convert(ckpt, lambda run: None, path=_reopened(ckpt), identity=_identity(self.opened))
 
     def by_ranges(self) -> None:
@@ -200,14 +200,15 @@ def _identity(opened: Opened) -> str:
 
 
 def _moved(ckpt: Checkpoint, folder: Path, remote: Remote) -> Checkpoint:
-    """The checkpoint, now that its files are in `folder`. What was planned from must be what came."""
+    """The checkpoint, now that the repository's files are in `folder`. What was planned from must be what came."""
+    entry, folder = remote.entry(folder), folder / remote.folder
     for file, header in ckpt.headers.items():
         if read_header(folder / file) != header:
             raise ZooError(
                 f"{remote}: the header of {file} was another when the plan was made; run this again"
             )
     if ckpt.synthesised or not ckpt.headers:  # GGUF and pickles: their headers hold more than names
-        path = folder / next(iter(ckpt.files)) if ckpt.format == "gguf" else folder
+        path = folder / next(iter(ckpt.files)) if ckpt.format == "gguf" else entry
         again = open_checkpoint(path, ckpt.format)
         if (again.config, again.tensors) != (ckpt.config, ckpt.tensors):
             raise ZooError(f"{remote}: its headers were others when the plan was made; run this again")
@@ -217,7 +218,9 @@ def _moved(ckpt: Checkpoint, folder: Path, remote: Remote) -> Checkpoint:
 
 def _reopened(ckpt: Checkpoint) -> str | None:
     """What `zoo verify` has to open to find this checkpoint again; None: its folder."""
-    return str(ckpt.path(next(iter(ckpt.files)))) if ckpt.format == "gguf" else None
+    if ckpt.format == "gguf":
+        return str(ckpt.path(next(iter(ckpt.files))))
+    return str(ckpt.root / ckpt.chosen) if ckpt.chosen is not None else None
 
 
 class _Background:

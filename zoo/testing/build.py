@@ -162,6 +162,7 @@ _SPECIAL = (
     (r"dt_bias$", 0.7, -0.5),
     (r"sinks$", 1.0, 0.5),
     (r"e_score_correction_bias$", 0.3, 0.0),  # changes the choice, does not decide it alone
+    (r"act_fn\.eps$", 0.05, -0.3),  # left of 0, where it bounds
     (r"correct_output_scale$", 0.4, 0.7),
     (r"modality_router\.weight$", 4.0, 0.0),  # its input is divided by the width
     (r"router\.proj\.weight$", 1.2, 0.0),  # its input is divided by the root of the width

@@ -9,15 +9,52 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from .variant import Config, Settings, Tensor, Variant
+from .variant import Config, Settings, Tensor, Tensors, Variant
 
 
 def _as_it_is(config: Settings) -> Settings:
     return config
+
+
+def _no_fields(config: Config) -> Settings:
+    return {}
+
+
+def _as_they_are(tensors: Tensors, config: Config) -> Tensors:
+    return tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Gguf:
+    """What llama.cpp's converter makes of a family's release: one of the architectures in its `Family.gguf`.
+
+    arch: the architecture's name.
+    fields: config.json -> the metadata beside, or other than, what `zoo.testing.gguf.metadata` has for every architecture;
+      keys without the architecture's name, None for what is not written.
+    variant: whose weights; the first of the case where not given.
+    settings: changes to the variant, where the format cannot express what it has.
+    weights: (tensors of the release, experts stacked; config.json) -> tensors under names that gguf-py's map knows.
+    interleaved: rows of q and k of each head are put in pairs.
+    plus_one: norm weights w are stored as 1 + w.
+    tables: config.json -> tensors of constants that are no weights, by their names in the file.
+    silent: fields that some converter writes besides, and that change nothing.
+    refused: fields that no zoo reads: the last of each says what would be ignored, and is refused by its name.
+    """
+
+    arch: str
+    fields: Callable[[Config], Settings] = _no_fields
+    variant: str = ""
+    settings: Settings = field(default_factory=dict, repr=False)
+    weights: Callable[[Tensors, Config], Tensors] = _as_they_are
+    interleaved: bool = False
+    plus_one: bool = False
+    tables: Callable[[Config], Mapping[str, Sequence[float]]] = _no_fields
+    silent: Settings = field(default_factory=dict)
+    refused: tuple[Settings, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +100,7 @@ class FamilyCase:
     without_effect: endings of names of tensors on which no logit depends, with the reason.
     optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
     refused: (config stem, changes, what the error says): configs that must be refused.
+    gguf: its GGUFs, by llama.cpp's names of the architecture.
     """
 
     name: str
@@ -90,6 +128,7 @@ class FamilyCase:
     without_effect: Mapping[str, str] = field(default_factory=dict)
     optional_rules: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[tuple[str, Settings, str], ...] = ()
+    gguf: tuple[Gguf, ...] = ()
 
     def __post_init__(self) -> None:
         mine = tuple(dataclasses.replace(v, family=self.name) for v in self.variants)

@@ -109,10 +109,10 @@ def mixers(spec: Spec) -> str:
 
 
 def buffers(spec: Spec) -> int:
-    """Elements that are buffers upstream and are stored like parameters: selection biases, and the scalars of layers."""
-    return sum(
-        slot.size for name, slot in layout(spec).items() if name.endswith((".selection_bias", ".scalar"))
-    )
+    """Elements that are buffers upstream and are stored like parameters: selection biases, the scalars of layers, xIELU's
+    constants."""
+    kinds = (".selection_bias", ".scalar", ".act.beta", ".act.near")
+    return sum(slot.size for name, slot in layout(spec).items() if name.endswith(kinds))
 
 
 def has_experts(spec: Spec) -> bool:
@@ -122,8 +122,9 @@ def has_experts(spec: Spec) -> bool:
 def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the language model that upstream's class builds from a config, on the meta device.
 
-    total: tied weights once; buffers left out, and selection biases, which are buffers in all classes but AFMoE's. active: without the experts that a token does not visit. embed: the
-    input embedding. tied: the head is the embedding. cls: the class.
+    total: tied weights once; buffers left out, and selection biases, which are buffers in most classes and parameters in
+    some (AFMoE, ERNIE 4.5, Laguna). active: without the experts that a token does not visit. embed: the input embedding. tied: the
+    head is the embedding. cls: the class.
     """
     text = dict(names.text_config(config))
     whole = names.meta_model(case, text if case.alone else config)
@@ -134,12 +135,13 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
     total = idle = 0
     seen: set[int] = set()
     for name, p in model.named_parameters():
-        if id(p) in seen or _BESIDE.search(name) or name.endswith(".expert_bias"):
+        if id(p) in seen or _BESIDE.search(name) or name.endswith(_SELECTION):
             continue
         seen.add(id(p))
         total += p.numel()
-        if re.search(r"\.experts\.", name):
-            idle += p.numel() * (n_experts - chosen) // n_experts
+        if at := re.search(r"\.(\d+)\..*\bexperts\.", name):
+            visited = chosen[int(at[1])] if isinstance(chosen, list) else chosen  # a list: each layer's own
+            idle += p.numel() * (n_experts - visited) // n_experts
     embedding, head = whole.get_input_embeddings().weight, whole.get_output_embeddings()
     return {
         "total": total,
@@ -151,5 +153,6 @@ def upstream_count(case: FamilyCase, config: Mapping[str, Any]) -> dict[str, Any
 
 
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+_SELECTION = (".expert_bias", ".e_score_correction_bias")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _BESIDE = re.compile(r"vision|visual|audio|multi_modal|projector|embed_vision|embed_audio")

@@ -33,10 +33,10 @@ from zoo.model import Decoder
 from zoo.model.rope import far_from
 from zoo.spec import Spec
 
-from . import build, full_size, names, released
+from . import build, full_size, gguf, names, released
 from .assemble import assemble, view
 from .built import Built, built, checkpoint, decoder
-from .case import FamilyCase
+from .case import FamilyCase, Gguf
 from .rounding import agree, sums_as_upstream
 from .variant import Variant
 
@@ -117,6 +117,14 @@ WRONG: dict[str, Any] = {
 }
 
 
+# Fields of a GGUF that converters of several years write beside the rest, and that change nothing.
+SILENT: dict[str, Any] = {
+    "attention.causal": True, "logit_scale": 1.0, "pooling_type": 0, "rope.scaling.finetuned": False, "vocab_size": 131,
+    "rope.scaling.attn_factor": 1.0, "tensor_data_layout": "Meta AI original pth", "attention.scale": 0.0,
+    "nextn_predict_layers": 0,
+}  # fmt: skip
+
+
 class FamilySuite:
     """The tests of one family. Subclasses set `case`."""
 
@@ -130,6 +138,8 @@ class FamilySuite:
             metafunc.parametrize("variant", each)
         if "stem" in wanted:
             metafunc.parametrize("stem", full_size.stems().get(case.name, ()))
+        if "of" in wanted:
+            metafunc.parametrize("of", case.gguf, ids=[g.arch for g in case.gguf])
         if "listed" in wanted:
             metafunc.parametrize("listed", sorted(case.listed))
         if "release" in wanted:
@@ -287,7 +297,8 @@ class FamilySuite:
         assert not [k for k in square if not may_be_square.search(k)]
         if getattr(config, "n_group", None) is not None and config.n_group > 1:
             assert config.topk_group < config.n_group
-            experts = getattr(config, "n_routed_experts", None) or config.num_local_experts
+            counts = ("n_routed_experts", "num_local_experts", "num_experts")
+            experts = next(n for key in counts if (n := getattr(config, key, None)))
             eligible = experts // config.n_group * config.topk_group
             assert config.num_experts_per_tok <= eligible
         for limit in ("sliding_window", "attention_chunk_size", "index_topk", "chunk_size", "floor_scale"):
@@ -352,7 +363,9 @@ class FamilySuite:
         monkeypatch.setattr(torch, "topk", watched)
         monkeypatch.setattr(torch.Tensor, "topk", watched)
         build.logits(build.perturbed(variant), build.tokens(variant))
-        assert bool(gaps) == (not {"num_experts_per_tok", "top_k_experts"}.isdisjoint(variant.text))
+        assert bool(gaps) == (
+            not {"num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"}.isdisjoint(variant.text)
+        )
         assert not gaps or min(gaps) > 1e-5
 
     # --- released keys and names ---------------------------------------------------------------------------------
@@ -623,6 +636,40 @@ class FamilySuite:
         common = {"head.weight", "layers.{i}.attn.q_norm.weight", "layers.{i}.attn.k_norm.weight"}
         common |= {key for key in rules if key.endswith(".bias")}
         assert rules - keys - common == set(self.case.optional_rules)
+
+    # --- llama.cpp's files --------------------------------------------------------------------------------------
+
+    def test_a_gguf_has_the_architecture_and_after_conversion_the_bytes_of_the_release(
+        self, of: Gguf, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("gguf")
+        plans = [
+            make_plan(open_checkpoint(path), dtype="fp32") for path in gguf.make(self.case, of, tmp_path)
+        ]
+        hf, ours = (replace(plan.spec, dtype=None, context_length=0) for plan in plans)
+        assert ours == hf
+        folders = [convert(plan, tmp_path / name) for plan, name in zip(plans, "ab", strict=True)]
+        made, from_gguf = (build.read_tensors(folder) for folder in folders)
+        assert {name for name in from_gguf if name not in plans[1].outputs} == set(plans[1].extras)
+        same_bits(made, {name: from_gguf[name] for name in plans[1].outputs})
+        # What came from a GGUF has a form in Hugging Face's files, the one that it was made of.
+        back = export(folders[1], tmp_path / "back")
+        assert families.spec_of(build.read_config(back)).layers == hf.layers
+        same_bits(build.read_tensors(back), build.read_tensors(export(folders[0], tmp_path / "hf_fp32")))
+
+    def test_of_a_ggufs_fields_none_is_ignored(self, of: Gguf, tmp_path: Path) -> None:
+        pytest.importorskip("gguf")
+        header = gguf.header(self.case, of, tmp_path)
+        silent = gguf.config(of, header, SILENT | of.silent)
+        assert families.spec_of(silent) == families.spec_of(gguf.config(of, header, {}))
+        for fields in ({"of_a_later_version": 1}, *of.refused):
+            key, value = list(fields.items())[-1]
+            with pytest.raises(ZooError) as error:
+                gguf.config(of, header, fields)
+            assert f"w.gguf: field '{of.arch}.{key}' is {value}" in str(error.value)
+
+    def test_every_gguf_that_the_family_reads_is_in_its_case(self) -> None:
+        assert {g.arch for g in self.case.gguf} == set(families.get(self.case.name).gguf)
 
     def test_what_a_family_cannot_do_is_refused_by_name(
         self, stem_of: str, changes: dict[str, Any], says: str

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from zoo.errors import ZooError
-from zoo.formats.base import place_of, read_json
-from zoo.text import tokenizer
+from zoo.formats.base import TEMPLATES, place_of, read_json
+from zoo.text import mistral, tokenizer
 
 SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""
@@ -32,7 +32,7 @@ LONGEST_ANSWER = 64 << 20
 MAX_ID = 1 << 31
 PLACES = (
     "chat_template.jinja",
-    "additional_chat_templates/",
+    f"{TEMPLATES}/",
     "chat_template.json",
     "processor_config.json",
     "tokenizer_config.json",
@@ -75,12 +75,25 @@ class Text:
         """The text of the ids, without special tokens. It may hold control characters: see zoo.printable."""
         return str(self._ask("decode", ids=list(ids)))
 
+    @cached_property
+    def no_chat(self) -> str | None:
+        """Why there is no chat format; None if there is one: a template, or Mistral's own by its library."""
+        if self.chat_template is not None:
+            return None
+        file = mistral.file_of(self.root)
+        if file is not None and mistral.installed():
+            return None
+        hint = "" if file is None else f"; {mistral.MISSING.format(file.name)}"
+        return f"no chat template ({', '.join(PLACES)}){hint}"
+
     def prompt(self, text: str, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: a chat of one user message where there is a template, unless `raw`."""
-        if raw or self.chat_template is None:
+        """Token ids of a prompt: a chat of one user message where there is a chat format, unless `raw`."""
+        if raw or self.no_chat is not None:
             return self.encode(text)
-        chat = self.chat([{"role": "user", "content": text}])
-        return self.encode(chat, special=False)  # a template writes the special tokens itself
+        messages = [{"role": "user", "content": text}]
+        if self.chat_template is None:
+            return list(self._ask("mistral_chat", messages=messages))
+        return self.encode(self.chat(messages), special=False)  # a template writes the special tokens itself
 
     @cached_property
     def _stops(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -148,7 +161,7 @@ class Text:
                 raise ZooError(answer["error"])
             return answer["is"]
         self.close()
-        thing = "chat template" if do in ("chat", "template") else "tokenizer"
+        thing = "chat template" if do in ("chat", "template", "mistral_chat") else "tokenizer"
         why = (
             _LATE.decode()
             if line is _LATE
@@ -158,7 +171,7 @@ class Text:
         )
         raise ZooError(
             f"{self.root}: its {thing} {why}; give "
-            + ("the prompt as it is (--raw)" if do == "chat" else "token ids (--ids)")
+            + ("the prompt as it is (--raw)" if do in ("chat", "mistral_chat") else "token ids (--ids)")
         )
 
 

@@ -23,18 +23,22 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import MAX_JSON, place_of, read_json
+from zoo.formats.base import MAX_JSON, inside, place_of, read_json
 from zoo.formats.gguf_tokenizer import QWEN2_SPLIT, SPACE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TRANSFORMERS = "5.23.0"
+"""The version whose ids these are, whichever is installed."""
+_JSON = "tokenizer.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TIKTOKEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -122,6 +126,8 @@ class Loaded:
 
 def file_of(root: Path) -> Path:
     """The file that the tokenizer of the folder `root` is made from. Raises ZooError if it has none."""
+    if (name := _versioned(_json(root / "tokenizer_config.json"))) != _JSON:
+        return inside(root, name, "fast_tokenizer_files in tokenizer_config.json")
     named = (root / name for name in _READERS)
     versions = sorted(root.glob("tokenizer.model.v[0-9]*"), reverse=True)
     for file in (*named, *versions, *sorted(root.glob("*.tiktoken"))):
@@ -136,8 +142,37 @@ def file_of(root: Path) -> Path:
 def load(root: Path) -> Loaded:
     """The tokenizer of the folder `root`. Raises ZooError if it has none, or one that can't be read."""
     file = file_of(root)
+    config = _json(root / "tokenizer_config.json")
+    if file == root / _versioned(config):
+        return _from_json(root, config, file)
     other = _tiktoken if file.suffix == ".tiktoken" else _sentencepiece
-    return _READERS.get(file.name, other)(root, _json(root / "tokenizer_config.json"), file)
+    return _READERS.get(file.name, other)(root, config, file)
+
+
+def _versioned(config: Mapping[str, Any]) -> str:
+    """The name of the tokenizers library's file. `fast_tokenizer_files` lists others, each for a version of transformers and
+    later ones: the last is taken, in the order of the versions' text, before the first that is too new."""
+    listed = config.get("fast_tokenizer_files")
+    if listed is None:
+        return _JSON
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ZooError(
+            f"tokenizer_config.json: fast_tokenizer_files is {str(listed)[:80]}; expected names of files"
+        )
+    from packaging.version import InvalidVersion, Version
+
+    of = {found[1]: name for name in listed if (found := re.search(r"tokenizer\.(.*)\.json", name))}
+    chosen = _JSON
+    for version, name in sorted(of.items()):
+        try:
+            if Version(version) > Version(TRANSFORMERS):
+                break
+        except InvalidVersion:
+            raise ZooError(
+                f"tokenizer_config.json: fast_tokenizer_files lists {name[:80]!r}, which names no version of transformers"
+            ) from None
+        chosen = name
+    return chosen
 
 
 def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] | None) -> str:
@@ -337,7 +372,7 @@ def _ranks_or_none(data: bytes) -> dict[bytes, int] | None:
 
 
 _READERS: dict[str, Callable[[Path, dict[str, Any], Path], Loaded]] = {
-    "tokenizer.json": _from_json,
+    _JSON: _from_json,
     "tekken.json": _tekken,
     "tokenizer.model": _sentencepiece,
     "tiktoken.model": _tiktoken,

@@ -18,7 +18,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 
-CPU_SECONDS = {"about": 8}
+CPU_SECONDS = {"about": 8, "mistral_chat": 8}
 """Of a request; reading a tokenizer of 260,000 tokens takes some 2."""
 CPU_SECONDS_ELSE = 2
 MEMORY = 1 << 30
@@ -71,6 +71,20 @@ class _Worker:
         except BaseException as error:
             raise ZooError(
                 f"{self.root}: its chat template fails ({_said(error)}); give the prompt as it is (--raw)"
+            ) from None
+
+    def mistral_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        from zoo.text import mistral
+
+        file = mistral.file_of(self.root)
+        assert file is not None
+        try:
+            return mistral.chat(file, messages)
+        except ZooError:
+            raise
+        except BaseException as error:
+            raise ZooError(
+                f"{file}: mistral-common fails on it ({_said(error)}); give the prompt as it is (--raw)"
             ) from None
 
     def encode(self, text: str, special: bool) -> list[int]:

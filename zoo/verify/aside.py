@@ -1,12 +1,12 @@
 """What a config says about running and that keeps upstream from loading weights which are sound: put aside for it, and said.
 
-No field here moves a logit: a `quantization_config` that was left beside plain weights, and a token of padding that
-the vocabulary has not.
+No field here moves a logit: a `quantization_config` that was left beside plain weights, a token of padding that the
+vocabulary has not, and settings of running (`SETTINGS`): both sides are run in the way that the verifier says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,25 @@ import torch
 from safetensors import safe_open
 
 _open: Any = safe_open  # the library does not type it
+
+
+def _dtype(x: Any) -> bool:
+    return isinstance(x, str) and isinstance(getattr(torch, x.removeprefix("torch."), None), torch.dtype)
+
+
+def _numbered(x: Any) -> bool:
+    return isinstance(x, Mapping) and all(str(k).isdecimal() for k in x)
+
+
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), lambda x: x in ("eager", "sdpa")),
+    **dict.fromkeys(("dtype", "torch_dtype"), _dtype),
+    **dict.fromkeys(("return_dict", "use_return_dict"), lambda x: x is True),
+    "use_cache": lambda x: isinstance(x, bool),
+    "num_labels": lambda x: type(x) is int,
+    "id2label": _numbered,
+}
+"""Settings of running, and which of their values upstream is told."""
 PLAIN = ("F64", "F32", "F16", "BF16")
 
 
@@ -42,6 +61,14 @@ def _part(
         notes.append(
             f"upstream was not told the config's quantization_config ({q.get('quant_method')}): the weights are plain"
         )
+    elif q is not None and not q:
+        del out["quantization_config"]  # empty, and of another type than upstream looks for
+    for key, fine in SETTINGS.items():
+        if out.get(key) is not None and not fine(out[key]):
+            value = out.pop(key)
+            notes.append(
+                f"upstream was not told the config's {key} ({str(value)[:40]}): it moves no logit, and keeps it from running here"
+            )
     pad, size = out.get("pad_token_id"), whole.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         out["pad_token_id"] = None

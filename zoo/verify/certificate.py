@@ -14,15 +14,18 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import ZooError
-from zoo.formats.base import leads_out, read_json
+from zoo.formats.base import TEMPLATES, leads_out, read_json
 from zoo.plain import write_plain
 
 SCHEMA = "zoo-parity-1"
+READERS = 8
+"""Files, or tensors, that are looked at at once."""
 FILE = "parity.json"
 LEVELS = ("plan", "bytes", "layers", "logits", "decode")
 NUMERIC = LEVELS[2:]
@@ -127,6 +130,7 @@ class Certificate:
     faults: dict[str, Any] | None = None
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=lambda: {"type": "cpu"})
     created: str = ""
     kept: str = ""  # what became of `parity.json`, for people
     required: str | None = None  # the level without which nothing is proven, as the user has it
@@ -205,6 +209,7 @@ class Certificate:
             "timing": self.timing,
             "versions": self.versions,
             "machine": machine(),
+            "device": self.device,
         }, sorted(self.places.items(), key=lambda p: -len(p[0])))  # fmt: skip
         return out
 
@@ -329,8 +334,12 @@ def machine() -> dict[str, Any]:
             cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": platform.system(), "cpu": cpu, "cores": cores}
+    return {"system": platform.system(), "cpu": cpu, "cores": cores()}
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -343,15 +352,22 @@ def sha256(path: Path) -> str:
 
 
 def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    return {n: {"sha256": sha256(root / n), "bytes": (root / n).stat().st_size} for n in sorted(set(names))}
+    """Files at once by as many threads as there are cores: hashing one takes a core, and a disk gives more than that."""
+    ordered = sorted(set(names))
+    with ThreadPoolExecutor(min(READERS, cores())) as pool:
+        digests = pool.map(lambda n: sha256(root / n), ordered)
+        return {
+            n: {"sha256": digest, "bytes": (root / n).stat().st_size}
+            for n, digest in zip(ordered, digests, strict=True)
+        }
 
 
 def canonical_files(root: Path) -> list[str]:
     """Everything in a canonical folder that the certificate vouches for: all of it but itself."""
     skip = {FILE, "report.html"}
-    return [
-        p.name for p in root.iterdir() if p.is_file() and p.name not in skip and not p.name.startswith(".")
-    ]
+    found = [p for p in root.iterdir() if p.name not in skip]
+    found += (root / TEMPLATES).glob("*.jinja")
+    return [p.relative_to(root).as_posix() for p in found if p.is_file() and not p.name.startswith(".")]
 
 
 def check(folder: Path) -> list[str]:

@@ -81,7 +81,7 @@ def _watch_keys(m: Indexer, i: int, out: Choices, like: Choices | None, undo: co
     def begin(_m: Any, args: tuple[Any, ...]) -> None:
         x, ctx = args[0], args[2]
         start[0] = ctx.start
-        none = torch.full((*x.shape[:2], m.spec.top_k), -1)
+        none = torch.full((*x.shape[:2], m.spec.top_k), -1, device=x.device)
         out.keys.setdefault(i, []).append(none)
 
     def chosen(scores: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.verify import tolerance
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import Columns, LogitMetrics, Reference, references, relative_error
@@ -36,6 +37,8 @@ class Sketch:
         self.directions = torch.randn(d, k, generator=generator) / k**0.5  # [D, k]
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, D] -> [N, k]
+        if self.directions.device != x.device:
+            self.directions = self.directions.to(x.device)
         out: Tensor = x.float() @ self.directions
         return out
 
@@ -49,11 +52,12 @@ class Sketched:
 
     def of(self, x: Tensor) -> Tensor | None:
         """The same projections of our state [N, D]; None where D is another."""
-        return x.float() @ self.directions if x.shape[-1] == len(self.directions) else None
+        return x.float() @ self.directions.to(x.device) if x.shape[-1] == len(self.directions) else None
 
 
 class Kept:
-    """Logits of several batches, in memory, or in a temporary file beyond 512 MiB."""
+    """Logits of several batches, in memory, or in a temporary file beyond 512 MiB; those of a GPU stay there while a
+    quarter of its memory is free."""
 
     LIMIT = 512 << 20
 
@@ -64,6 +68,11 @@ class Kept:
         self._on_disk = on_disk
 
     def put(self, b: int, logits: Tensor) -> None:
+        if logits.device.type == "cuda" and not self._on_disk:
+            free, total = torch.cuda.mem_get_info(logits.device)
+            if free > total // 4:
+                self._memory[b] = logits
+                return
         self._bytes += logits.numel() * logits.element_size()
         if self._on_disk or self._bytes > self.LIMIT:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zoo-verify-")
@@ -100,7 +109,7 @@ class Measured:
     columns: Columns | None = None  # of all tokens, in lower precision
     chooses: bool = False  # whether tokens choose experts or keys
     spread: Spread = field(default_factory=Spread)
-    seconds: dict[str, float] = field(default_factory=dict)
+    theirs_are: str | None = None  # what the oracle gives in place of logits, or of logits in the dtype
 
     @property
     def everything(self) -> LogitMetrics:
@@ -143,6 +152,21 @@ def rows(x: Tensor, batch: Batch, d: int) -> Tensor | None:
     if x.ndim != 3 or x.shape[:2] != batch.ids.shape or x.shape[-1] % d:
         return None
     return x[batch.mask]
+
+
+def form_of(logits: Tensor, dtype: str) -> str | None:
+    """What some rows of an oracle's logits [N, V] are, where they do not look like logits in `dtype`; None if they do."""
+    x = logits.double()
+    if bool((x == x[:, :1]).all()):
+        return "one number throughout, for every id"
+    if bool((x <= 1e-6).all()) and bool(((x.exp().sum(-1) - 1).abs() < 1e-3).all()):
+        return "log-probabilities: give what log_softmax is made of"
+    if bool((x >= 0).all()) and bool(((x.sum(-1) - 1).abs() < 1e-3).all()):
+        return "probabilities: give what softmax is made of"
+    for name, narrow in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dtype == "fp32" and torch.equal(x.to(narrow).double(), x):
+            return f"all numbers of {name}: computed or stored in that, they say no more (a recording says so: dtype {name})"
+    return None
 
 
 class Clock:
@@ -262,12 +286,14 @@ def measure(
     dtype: str,
     spread: Spread | None = None,
     on_disk: bool = False,
+    clock: Clock | None = None,
 ) -> Measured:
-    """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured."""
+    """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
+    `clock`: what counts the seconds."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
     out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
-    clock = Clock()
+    clock = clock or Clock()
     meter = None
     if spread is None:
         with clock("oracle, second way"):
@@ -282,6 +308,7 @@ def measure(
         with clock("metrics"):
             own = rows(mine, batches[b], d) if mine is not None else None
             theirs = x.values if isinstance(x, Sketched) else rows(x, batches[b], d)
+            theirs = None if theirs is None else theirs.to(ours.device)
             if own is not None and isinstance(x, Sketched):
                 own = x.of(own)
             if meter is not None and theirs is not None:
@@ -301,7 +328,14 @@ def measure(
             if b not in ours.state:  # an oracle without hidden states
                 ours.begin(b, batches[b].ids)
             mine = ours.finish(b)
+        if theirs.shape[-1] != mine.shape[-1]:
+            raise ZooError(
+                f"the oracle gives {theirs.shape[-1]} logits for a token, the vocabulary has {mine.shape[-1]}: give those of "
+                "its ids alone (columns beyond are padding), or compare with the model that the folder was converted from"
+            )
+        theirs = theirs.to(ours.device)
         with clock("metrics"):
+            out.theirs_are = out.theirs_are or form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
             if (margins := ours.margins(b)) is None:
                 judge_batch(b, mine, theirs, None)
             else:
@@ -312,6 +346,7 @@ def measure(
     def judge_batch(b: int, mine: Tensor, theirs: Tensor, margins: Tensor | None) -> None:
         batch = batches[b]
         other = meter.second_logits(b) if meter is not None else None
+        other = None if other is None else other.to(ours.device)
         noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
         tied = near_ties(margins, batch, noise, ours, dtype)
         first = 0
@@ -335,7 +370,6 @@ def measure(
     out.spread = meter.result() if meter is not None else (spread or Spread())
     if meter is not None and meter.ways is None and not isinstance(oracle, Transformers):
         out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
-    out.seconds = clock.seconds
     return out
 
 
@@ -355,7 +389,7 @@ def settle(
     departs and its choice hangs by a hair, the other one is tried, and kept where the state then agrees."""
     # The spread may be less than what all of upstream's ways have in common; trying in vain costs one more layer.
     hair = tolerance.hair("fp32", max(noise, tolerance.FLOOR_LAYER["fp32"]))
-    departs = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    departs = torch.zeros(batch.ids.shape, dtype=torch.bool, device=error.device)
     departs[batch.mask] = error > tolerance.FLOOR_LAYER["fp32"]
     tried = departs & (ours.gaps[b][-1] < hair).view(batch.ids.shape)
     if not tried.any():
@@ -396,7 +430,8 @@ def near_ties(margins: Tensor | None, batch: Batch, noise: Sequence[float], ours
     """[N] bool: real positions where some layer's choice of experts hangs by less than upstream's own spread."""
     n = sum(batch.lengths)
     if margins is None or not noise:
-        return torch.zeros(n, dtype=torch.bool)
+        return torch.zeros(n, dtype=torch.bool, device=ours.device)
     moe = [i for i in range(ours.spec.n_layers) if ours.has_experts(i)]
-    before = torch.tensor([tolerance.hair(dtype, noise[i]) if i < len(noise) else 0.0 for i in moe])
+    hairs = [tolerance.hair(dtype, noise[i]) if i < len(noise) else 0.0 for i in moe]
+    before = torch.tensor(hairs, device=margins.device)
     return (margins < before).any(-1).view(batch.ids.shape)[batch.mask]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import families
+from zoo.errors import ZooError
 from zoo.formats.canonical import Canonical
 from zoo.spec import Spec
 from zoo.verify import tolerance
@@ -62,9 +63,10 @@ def diagnose(
     dtype: str,
     expected: Spec | None = None,
     stream: bool = False,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Where ours departs first, and what would explain it; ready for the certificate. `expected`: the Spec that
-    the source's config gives. `stream`: hold no layers but those that must be run."""
+    the source's config gives. `stream`: hold no layers but those that must be run. `device`: where ours is run."""
     first = next(
         (i for i, tokens in enumerate(measured.layers)
          if tokens and not tolerance.representative(dtype, tokens) <= _finite_bound(dtype, i, measured.spread)),
@@ -76,17 +78,36 @@ def diagnose(
         out["where"] = f"ours has {folder.spec.n_layers} layers, the oracle {measured.oracle_layers}"
     if expected is not None and expected != folder.spec:
         out["suggestions"] = spec_differences(folder.spec, expected)
-    if not shown:
-        return out
-    try:
-        batch = _telling(asked, measured, dtype, first)
-        _search(out, folder, oracle, batch, measured.spread, dtype, first, stream, measured.oracle_layers)
-    except (MemoryError, RuntimeError) as e:
-        if not stream:
-            raise
-        # The verdict stands without it.
-        out["suggestions"].append(f"the search for the cause ended early: {e}")
+    if measured.theirs_are is not None:
+        out["suggestions"].append(f"the oracle's logits are {measured.theirs_are}")
+    told = bool(out["suggestions"])
+    if shown:
+        try:
+            batch = _telling(asked, measured, dtype, first)
+            shape = measured.spread, dtype, first, stream, measured.oracle_layers
+            _search(out, folder, oracle, batch, *shape, device)
+            told = bool(out["suggestions"])
+        except (MemoryError, RuntimeError) as e:
+            if not stream:
+                raise
+            # The verdict stands without it.
+            out["suggestions"].append(f"the search for the cause ended early: {e}")
+    if not told:
+        if "hypotheses" in out:
+            out["suggestions"].append("no single mistake of the catalogue explains it")
+        out["suggestions"] += _unread(folder)
     return out
+
+
+def _unread(folder: Canonical) -> list[str]:
+    """What the family leaves unread of the config, where no cause is found: one of these may be it."""
+    said = folder.source.get("config")
+    if not isinstance(said, dict):
+        return []
+    try:
+        return families.unread_keys(said, families.get(folder.spec.family))
+    except ZooError:  # not a config that this family reads: then the Spec is not of it either
+        return []
 
 
 def _telling(asked: Inputs, measured: Measured, dtype: str, first: int | None) -> Batch:
@@ -117,6 +138,7 @@ def _search(
     first: int | None,
     stream: bool,
     oracle_layers: int,
+    device: str | torch.device,
 ) -> None:
     """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
     spec = folder.spec
@@ -124,9 +146,10 @@ def _search(
     last = spec.n_layers - 1 if first is None else first
     seen = watch(oracle, batch, first, {last - 1, last, *(i - 1 for i in feeding)})
     if stream:
-        ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids)
+        ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids, device)
     else:
-        ids, clean = batch.ids, subject_of(folder, DTYPES[dtype])
+        ids, clean = batch.ids, subject_of(folder, DTYPES[dtype], device=device)
+    ids = ids.to(device)
     bound = tolerance.layer_bound(dtype, last, spread).value
     probe = Probe(seen, batch, ids, dtype, first, spec.n_layers, bound)
     given = probe.upstream_is_finite()
@@ -154,10 +177,6 @@ def _search(
             every = Whole(watch(oracle, batch, None, set(range(spec.n_layers))), dtype, spread)
         _made_again(out, probe, clean, before, LARGE if stream else None, every)
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
-    if not out["suggestions"]:
-        out["suggestions"] = ["no single mistake of the catalogue explains it"]
-        if said := folder.source.get("config"):
-            out["suggestions"] += families.unread_keys(said, families.get(spec.family))
 
 
 @dataclass
@@ -378,7 +397,12 @@ def _feeding(spec: Spec, layer: int) -> list[int]:
 
 
 def one_layer(
-    folder: Canonical, dtype: torch.dtype, first: int | None, feeding: list[int], ids: Tensor
+    folder: Canonical,
+    dtype: torch.dtype,
+    first: int | None,
+    feeding: list[int],
+    ids: Tensor,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Subject]:
     """Ids, and what runs them through layer `first` (None: through norm and head) when upstream's input to it is known:
     these layers' tensors and, of the embedding, the rows of these ids, renumbered to fit."""
@@ -390,11 +414,11 @@ def one_layer(
             return int(name.split(".")[1]) in layers
         return first is None or not name.startswith("head.")
 
-    subject = subject_of(folder, dtype, wanted)
+    subject = subject_of(folder, dtype, wanted, device)
     embedding = subject.tensors["embed.weight"]  # mapped
     if first is not None or not spec.tied:
         embedding, ids = used_rows(spec, embedding, ids)
-    return ids, subject.put({"embed.weight": embedding.to(dtype)})
+    return ids, subject.put({"embed.weight": embedding.to(device, dtype)})
 
 
 @dataclass
@@ -476,8 +500,9 @@ class Probe:
             mine = model.layers[self.first](x, ctx)
         if mine.ndim != 3 or mine.shape != theirs.shape:
             return None
+        theirs = theirs.to(mine.device)
         off = relative_error(mine.flatten(0, 1), theirs.flatten(0, 1)).view(mine.shape[:2])
-        far = ((off > self.bound) & self.batch.mask).any(0).nonzero()
+        far = ((off > self.bound) & self.batch.mask.to(off.device)).any(0).nonzero()
         return int(far[0]) if len(far) else None
 
     def upstream_is_finite(self) -> bool:
@@ -498,6 +523,7 @@ class Probe:
         a, b = rows(mine, self.batch, d), rows(theirs, self.batch, d)
         if a is None or b is None or a.shape != b.shape:
             return float("inf")
+        b = b.to(a.device)
         return tolerance.representative(self.dtype, relative_error(a, b).tolist())
 
     def remedies(self, subject: Subject) -> Iterator[Remedy]:
@@ -515,17 +541,17 @@ class Probe:
                 )
                 x, ctx = self._begin(plain)
                 raw, theirs = plain.finish(x, ctx)[self.batch.mask], self.seen.logits[self.batch.mask]
-                yield from logits_fitted(subject, raw, theirs)
+                yield from logits_fitted(subject, raw, theirs.to(raw.device))
                 return
             if self.first == 0 and self.seen.input is not None:
                 mine, given = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
                 if mine is not None and given is not None:
-                    yield from embedding_fitted(subject, mine, given)
+                    yield from embedding_fitted(subject, mine, given.to(mine.device))
             yield from for_layer(subject, self.first)
             state = self.seen.states.get(self.first)
             made = None if state is None else rows(state, self.batch, d)
             if made is not None:
-                yield from routed_scale_fitted(subject, self.first, self._made, made)
+                yield from routed_scale_fitted(subject, self.first, self._made, made.to(self.ids.device))
 
     def _made(self, subject: Subject) -> Tensor:
         """What comes out of the departing layer [N, D]."""
@@ -541,7 +567,7 @@ class Probe:
         start, ctx = model.start(self.ids)
 
         def given(layer: int) -> Tensor:
-            x: Tensor = self.seen.states[layer - 1].to(start.dtype) if layer else start
+            x: Tensor = self.seen.states[layer - 1].to(start) if layer else start
             return x
 
         if self.first is None:
@@ -565,7 +591,7 @@ class Probe:
             a is not None
             and b is not None
             and a.shape == b.shape
-            and float(relative_error(a, b).max()) > self.bound
+            and float(relative_error(a, b.to(a.device)).max()) > self.bound
         )
 
     def part(self, subject: Subject) -> str | None:
@@ -589,8 +615,9 @@ class Probe:
             for own, other in zip(ours, theirs, strict=True):
                 if own.input.shape != other.input.shape:
                     continue
-                made = own.run(other.input.to(x.dtype))
-                if made.shape == other.output.shape and _far(made, other.output, self.batch, self.bound):
+                made = own.run(other.input.to(x))
+                theirs_made = other.output.to(made.device)
+                if made.shape == theirs_made.shape and _far(made, theirs_made, self.batch, self.bound):
                     return own.kind if own.kind != "norm" else f"norm ({own.name})"
         return "how its parts are put together (residuals, placement of norms)"
 

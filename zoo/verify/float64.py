@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from zoo.model import Decoder
 from zoo.verify.compare import OnLayer as OnBatchLayer
 from zoo.verify.compare import OnLogits
+from zoo.verify.device import has_room
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import OnLayer, Transformers
 from zoo.verify.stream import StreamedTransformers
@@ -62,7 +62,7 @@ class InFloat64:
     @property
     def fits(self) -> bool:
         """Whether the weights in float64 take at most half of the memory that is free."""
-        return _has_room(8 * sum(p.numel() for p in self.oracle.model.parameters()))
+        return has_room(self.oracle.device, 8 * sum(p.numel() for p in self.oracle.model.parameters()))
 
 
 class StreamedInFloat64:
@@ -116,7 +116,8 @@ class StreamedInFloat64:
     @property
     def fits(self) -> bool:
         """Whether the largest layer in float64 takes at most half of the memory that is free."""
-        return _has_room(8 * max(sum(p.numel() for p in x.parameters()) for x in self.oracle.layers))
+        largest = max(sum(p.numel() for p in x.parameters()) for x in self.oracle.layers)
+        return has_room(self.oracle.device, 8 * largest)
 
 
 def _as_written(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,26 +138,19 @@ def _default_float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def logits_of(decoder: Decoder, ids: Tensor) -> Tensor | None:
-    """What a decoder of ours gives for ids [B, T] in float64, [B, T, V]; None where it can't be run so."""
-    if not _has_room(12 * sum(t.numel() for t in decoder.state_dict().values())):  # a copy, then widened
+def logits_of(decoder: Decoder, ids: Tensor, at: Tensor | None = None) -> Tensor | None:
+    """What a decoder of ours gives for ids [B, T] in float64, [B, T, V], or at positions `at` [n] only, [B, n, V]; None where
+    it can't be run so."""
+    numbers = sum(t.numel() for t in decoder.state_dict().values())
+    if not has_room(decoder.device, 12 * numbers):  # a copy, then widened
         return None
     try:
         wide = copy.deepcopy(decoder).double()
-        with Widened():
-            logits: Tensor = wide(ids)
-        return logits
+        with Widened(), torch.inference_mode():
+            x = wide.run(ids)
+            return wide.finish(x if at is None else x.index_select(-2, at))
     except (RuntimeError, TypeError, ValueError):
         return None
-
-
-def _has_room(need: int) -> bool:
-    """Whether so many bytes are at most half of the memory that is free (where the system says)."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return False
-    return bool(need <= free // 2)
 
 
 class Widened(TorchFunctionMode):

@@ -381,7 +381,9 @@ def check_output(path: Path) -> None:
 def write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, part, metadata={"zoo": json.dumps(about)})
+        save_file(
+            {k: t.cpu().contiguous() for k, t in tensors.items()}, part, metadata={"zoo": json.dumps(about)}
+        )
         part.replace(path)
     except (OSError, SafetensorError) as e:
         part.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zoo.model import Decoder
 from zoo.model.rope import far_from
 from zoo.verify import tolerance
 from zoo.verify.certificate import Check, Level
@@ -16,7 +17,7 @@ from zoo.verify.choices import Choices, watched
 from zoo.verify.compare import Measured
 from zoo.verify.float64 import logits_of
 from zoo.verify.inputs import Inputs, prompt_of
-from zoo.verify.metrics import LogitMetrics, quantile, references
+from zoo.verify.metrics import LogitMetrics, quantile, references, relative_error
 from zoo.verify.oracle import Oracle
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import QUANTILES, Bound, Spread
@@ -183,30 +184,32 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     ids = batch.ids[row : row + 1, : batch.lengths[row]]
     limit = ours.spec.positions or 1 << 30
     ids = ids[:, : min(ids.shape[1], limit)]
-    ids = torch.cat([ids, ids.flip(-1)])  # two rows, that none may be taken for the other
+    ids = torch.cat([ids, ids.flip(-1)]).to(ours.device)  # two rows, that none may be taken for the other
     T = ids.shape[1]
-    with watched(decoder) as at_once:
-        whole = decoder(ids)
+    with watched(decoder) as at_once, torch.inference_mode():
+        uncached = decoder.run(ids)  # [B, T, D], or [S, B, T, D]
     cache = decoder.cache(len(ids), T)
     # The first token alone, then pieces onto a cache that is not empty, and the last 16 one by one.
     # All on one side of LongRoPE's border: a cache is never carried across.
     border = max((n for n in far_from(ours.spec) if n < T), default=0)
     cuts = sorted({0, *(n for n in (1, min(6, T), *range(max(1, T - 16), T + 1)) if n > border)})
-    with watched(decoder, like=at_once) as by_cache:
-        cached = torch.cat([decoder(ids[:, a:z], cache) for a, z in pairwise(cuts)], 1)
+    with watched(decoder, like=at_once) as by_cache, torch.inference_mode():
+        by_pieces = torch.cat([decoder.run(ids[:, a:z], cache) for a, z in pairwise(cuts)], -2)
     if by_cache.tied:
         level.notes.append(
             f"{by_cache.tied} choices between keys that score alike were made with a cache as without: any is right"
         )
+    at = _looked_at(uncached, by_pieces, ours.spec.vocab_size, dtype)
+    whole, cached = (_logits(decoder, x, at) for x in (uncached, by_pieces))
     error = LogitMetrics()
-    for mine, uncached in zip(cached, whole, strict=True):
-        for at, reference in references(uncached, torch.full((T,), -1)):
-            error.add(mine[at], reference)
+    for mine, theirs in zip(cached, whole, strict=True):
+        for rows, reference in references(theirs, torch.full((len(at),), -1)):
+            error.add(mine[rows], reference)
     # Rounded otherwise, a few of these few tokens choose other experts or keys, and depart as far as with a wrong cache.
     name = "max" if dtype == "fp32" else "p90" if ours.chooses else "p99.9"
     bound = tolerance.logit_bound(dtype, name, m.spread, error.largest)
     value = error.error.at(QUANTILES[name])
-    if dtype == "fp32" and value > bound.value and (exact := logits_of(decoder, ids)) is not None:
+    if dtype == "fp32" and value > bound.value and (exact := logits_of(decoder, ids, at)) is not None:
         far, least = (float((y.double() - exact).abs().max()) for y in (cached, whole))
         if far <= tolerance.FACTOR * least < math.inf:
             why = "from ours in float64: 2 x how far one pass in fp32 is from that"
@@ -223,14 +226,17 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         )
     level.checks.append(Check(f"cached against uncached |logit error| {name}", value, bound.value, bound.why))
     if not level.checks[-1].passed:
+        whole, cached = (_logits(decoder, x, None) for x in (uncached, by_pieces))
         level.notes.append(_departing(cached, whole, bound.value, by_cache, at_once))
+    del whole, cached, uncached, by_pieces
     prompt = prompt_of(asked)[:, : max(1, limit - n)]
     n = min(n, limit - prompt.shape[1])
-    theirs = oracle.greedy(prompt, n) if n > 0 else None
-    if theirs is None:
+    chosen = oracle.greedy(prompt, n) if n > 0 else None
+    if chosen is None:
         level.notes.append("the oracle does not generate: the greedy continuation was not compared")
         return level
-    mine = decoder.generate(prompt, len(theirs))[0, prompt.shape[1] :]
+    theirs = chosen.cpu()
+    mine = decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
     if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
         if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
             level.notes.append(
@@ -243,6 +249,35 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip
     return level
+
+
+LOOKED_AT = 1 << 25
+"""Logits with a cache and without that are compared. Of a vocabulary of 262,144 ids all of them would cost more than both
+passes; and a head keeps nothing from one token to the next."""
+
+
+def _looked_at(a: torch.Tensor, b: torch.Tensor, vocab_size: int, dtype: str) -> torch.Tensor:
+    """The positions [n] whose logits are compared, of two runs' last states [..., B, T, D]: all, or as many as `LOOKED_AT`
+    has room for at even steps, the last 16 (which came one by one) with them; in fp32, where the worst is judged, those too
+    whose states are furthest apart."""
+    B, T = a.shape[-3:-1]
+    n = max(64, LOOKED_AT // (B * vocab_size))
+    if n >= T:
+        return torch.arange(T, device=a.device)
+    spread = torch.linspace(0, T - 1, n // 2 if dtype == "fp32" else n - 16, device=a.device).long()
+    found = [spread, torch.arange(T - 16, T, device=a.device)]
+    if dtype == "fp32":
+        apart = relative_error(a.flatten(0, -2), b.flatten(0, -2)).view(-1, T).amax(0)
+        found.append(apart.topk(n // 2 - 16).indices)
+    chosen: torch.Tensor = torch.cat(found).unique()
+    return chosen
+
+
+def _logits(decoder: Decoder, states: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """Logits [B, n, V] of a last layer's output, at some positions."""
+    with torch.inference_mode():
+        logits: torch.Tensor = decoder.finish(states if at is None else states.index_select(-2, at))
+        return logits
 
 
 def _departing(
@@ -276,7 +311,7 @@ def _departs_from_itself(oracle: Oracle, ids: torch.Tensor) -> bool:
 def _greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tensor:
     ids = prompt
     for _ in range(n):
-        step = oracle.run(ids, (ids.shape[1],))[:, -1:].argmax(-1)
+        step = oracle.run(ids, (ids.shape[1],))[:, -1:].argmax(-1).cpu()
         ids = torch.cat([ids, step], 1)
     return ids[0, prompt.shape[1] :]
 
@@ -295,7 +330,8 @@ def greedy(
     if equal == n:
         return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache")
     reach = 2 * tolerance.logit_bound("fp32", "max", spread, largest).value
-    logits = ours.decoder(torch.cat([prompt[0], theirs])[None])[0, prompt.shape[1] - 1 : -1].float()  # [n, V]
+    text = torch.cat([prompt[0], theirs])[None].to(ours.device)
+    logits = ours.decoder(text)[0, prompt.shape[1] - 1 : -1].float().cpu()  # [n, V]
     lead = logits.amax(-1) - logits.gather(1, theirs[:, None])[:, 0]
     alike, beyond = int((lead == 0).sum()), int((~(lead <= reach)).sum())
     if dtype != "fp32":

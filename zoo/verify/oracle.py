@@ -68,12 +68,18 @@ def upstream_available() -> bool:
 class Transformers:
     """Upstream's own classes on a checkpoint they can read: a Hugging Face folder, or a GGUF file."""
 
-    def __init__(self, path: Path, dtype: str = "fp32", note: str | None = None) -> None:
-        self.path, self.dtype = path, dtype
+    def __init__(
+        self,
+        path: Path,
+        dtype: str = "fp32",
+        note: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.path, self.dtype, self.device = path, dtype, torch.device(device)
         self.corrected: list[str] = []  # points in which the model does as zoo does, not as the library
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
-        self.model = load(path, DTYPES[dtype])
+        self.model = load(path, DTYPES[dtype]).to(self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(self.model.config)
 
@@ -105,7 +111,7 @@ class Transformers:
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
         with torch.inference_mode(), hooks(self.layers, on_layer):
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 
     @contextlib.contextmanager
@@ -193,13 +199,13 @@ class Transformers:
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
         with torch.inference_mode():
-            out = self.model(input_ids=ids, use_cache=True)
+            out = self.model(input_ids=ids.to(self.device), use_cache=True)
             tokens = [out.logits[0, -1].argmax()]
             while len(tokens) < n:
                 step = tokens[-1].view(1, 1)
                 out = self.model(input_ids=step, use_cache=True, past_key_values=out.past_key_values)
                 tokens.append(out.logits[0, -1].argmax())
-        return torch.stack(tokens)
+        return torch.stack(tokens).cpu()
 
 
 def _pad(x: Tensor, length: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
 from zoo.model.load import KEPT, Source, refuse_quantised
 from zoo.model.moe import Router
+from zoo.model.upload import Upload
 from zoo.quant.schemes import scheme
 from zoo.spec import LatentAttention, Spec
 from zoo.spec import Router as RouterSpec
@@ -44,9 +46,13 @@ class Ours:
         self.done: dict[int, int] = {}  # batch -> layers it has been through
         self.visited: dict[int, Tensor] = {}  # layer -> which experts a token was routed to [E]
 
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
     def begin(self, b: int, ids: Tensor) -> None:
         with torch.inference_mode():
-            self.state[b] = self.decoder.start(ids)
+            self.state[b] = self.decoder.start(ids.to(self.device))
         self.gaps[b] = []
         self.done[b] = 0
 
@@ -128,7 +134,8 @@ class Ours:
     def _watch(self, b: int, i: int) -> Callable[..., None]:
         def hook(router: Router, args: tuple[Tensor], out: tuple[Tensor, Tensor]) -> None:
             self.gaps[b].append(margin(router, args[0]))
-            seen = self.visited.setdefault(i, torch.zeros(len(router.weight), dtype=torch.bool))
+            none = torch.zeros(len(router.weight), dtype=torch.bool, device=out[0].device)
+            seen = self.visited.setdefault(i, none)
             seen[out[0].flatten().long()] = True
 
         return hook
@@ -152,7 +159,7 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = scores + router.selection_bias
     unit = scores.std(-1).clamp(min=1e-12)
     least = 1e-6 * scores.abs().amax(-1)  # that every score shows
-    gap, nudge = torch.full((len(x),), torch.inf), torch.zeros_like(scores)
+    gap, nudge = scores.new_full((len(x),), torch.inf), torch.zeros_like(scores)
     if r.over == "near":
         for step, expert in _near_ties(scores, r):
             apart = step.abs() / unit[:, None]
@@ -208,20 +215,26 @@ class Streamed(Ours):
     """One layer resident at a time, from the files of a canonical folder. Of the embedding only the rows that
     are asked for are read; the head is a layer of its own."""
 
-    def __init__(self, folder: canonical.Canonical, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: canonical.Canonical, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> None:
         super().__init__(Decoder(folder.spec))
-        self.source, self.dtype = MappedOneByOne(folder), dtype
+        self.source, self.dtype, self._device = MappedOneByOne(folder), dtype, torch.device(device)
         self.current: int | None = None
         self.waiting: set[int] = set()
         refuse_quantised(folder.quant, self.decoder, where=folder.root)  # not all of it is filled by `Source`
         for name, module in self.decoder.named_children():
             if name not in ("layers", "embed", "head"):
-                self.source.fill(module, name, "cpu", dtype)
+                self.source.fill(module, name, device, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def begin(self, b: int, ids: Tensor) -> None:
         table = self.source.tensor(self.source.folder.tensors["embed.weight"])  # [V, D], mapped
         rows, ids = used_rows(self.spec, table, ids)
-        self._set_embedding(rows.to(self.dtype))
+        self._set_embedding(rows.to(self.device, self.dtype))
         super().begin(b, ids)
         self._set_embedding(torch.empty(0, table.shape[1], dtype=self.dtype))
         self.waiting.add(b)
@@ -229,9 +242,10 @@ class Streamed(Ours):
     def finish(self, b: int) -> Tensor:
         self.release()
         if self.spec.tied and not len(self.decoder.embed.weight):
-            self._set_embedding(self.source.tensor(self.source.folder.tensors["embed.weight"]).to(self.dtype))
+            table = self.source.tensor(self.source.folder.tensors["embed.weight"])
+            self._set_embedding(table.to(self.device, self.dtype))
         elif not self.spec.tied and self.decoder.head.weight.is_meta:
-            self.source.fill(self.decoder.head, "head", "cpu", self.dtype)
+            self.source.fill(self.decoder.head, "head", self.device, self.dtype)
         logits = super().finish(b)
         self.waiting.discard(b)
         if not self.waiting:
@@ -247,7 +261,7 @@ class Streamed(Ours):
         if self.current != i:
             self.release()
             layer = self.decoder.layers[i]
-            self.source.fill(layer, f"layers.{i}")
+            self.source.fill(layer, f"layers.{i}", self.device)
             for m in layer.modules():
                 if not isinstance(m, Stacked):
                     _cast(m, self.dtype)
@@ -304,21 +318,26 @@ def used_rows(spec: Spec, embedding: Tensor, ids: Tensor) -> tuple[Tensor, Tenso
 
 
 def subject_of(
-    folder: canonical.Canonical, dtype: torch.dtype, wanted: Callable[[str], bool] | None = None
+    folder: canonical.Canonical,
+    dtype: torch.dtype,
+    wanted: Callable[[str], bool] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Subject:
-    """The canonical tensors in memory, in the dtype they are computed in: what faults are injected into. Or those
-    `wanted` only, by name: then the embedding, and what is stacked, stay as stored and mapped."""
-    partial = wanted is not None
-    source = MappedOneByOne(folder) if partial else Source(folder)
+    """The canonical tensors in memory, on `device` and in the dtype they are computed in: what faults are injected into. Or
+    those `wanted` only, by name: then the embedding, and (on the CPU) what is stacked, stay as stored and mapped."""
+    partial, on_gpu = wanted is not None, torch.device(device).type == "cuda"
     tensors = {}
-    for name, ref in folder.tensors.items():
-        if wanted is not None and not wanted(name):
-            continue
-        t = source.tensor(ref)
-        quantised = name.rsplit(".", 1)[0] in folder.quant and not name.endswith(".bias")
-        cast = t.is_floating_point() and not quantised and not name.endswith(KEPT)
-        stays = partial and (t.ndim > 2 or name == "embed.weight")
-        tensors[name] = t.to(dtype) if cast and not stays else t
+    with Upload(device) if on_gpu and not partial else nullcontext() as upload:
+        source = MappedOneByOne(folder) if partial else Source(folder, upload)
+        for name, ref in folder.tensors.items():
+            if wanted is not None and not wanted(name):
+                continue
+            quantised = name.rsplit(".", 1)[0] in folder.quant and not name.endswith(".bias")
+            cast = TORCH[ref.dtype].is_floating_point and not quantised and not name.endswith(KEPT)
+            if partial and (name == "embed.weight" or (len(ref.shape) > 2 and not on_gpu)):
+                tensors[name] = source.tensor(ref)
+            else:
+                tensors[name] = source.on(device, ref, dtype if cast else None)
     return Subject(folder.spec, tensors, dict(folder.quant), partial=partial)
 
 

@@ -13,15 +13,17 @@ from zoo.spec import Spec
 from zoo.verify import certificate, golden
 from zoo.verify import inputs as standard
 from zoo.verify.certificate import NO_TRANSFORMERS
+from zoo.verify.device import chosen, described, exact
 from zoo.verify.oracle import Transformers, upstream_available
 from zoo.verify.run import readable, versions
 
 
-def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, Any]:
-    """Run upstream on `src` and write `output`; a summary. Raises ZooError if upstream can't read it."""
+def record(src: Path, output: Path, dtype: str, max_length: int, device: str = "cpu") -> dict[str, Any]:
+    """Run upstream on `src`, on `device`, and write `output`; a summary. Raises ZooError if upstream can't read it."""
     if not upstream_available():
         raise ZooError(NO_TRANSFORMERS)
     golden.check_output(output)
+    where = chosen(device)
     spec, root, ckpt = _open(src)
     if ckpt is None:
         raise ZooError(
@@ -33,7 +35,7 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
             f"{ckpt.root}: upstream cannot read {ckpt.format} files. Run the vendor's own code on `zoo golden inputs` "
             "instead; docs/verification.md shows how"
         )
-    oracle = Transformers(path, dtype)
+    oracle = Transformers(path, dtype, device=where)
     asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=oracle.limits, dtype=dtype)
     about = {
         "source": {
@@ -41,9 +43,11 @@ def record(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
             "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),
         },
         "versions": versions(),
+        "device": described(where),
         "family": spec.family,
     }
-    golden.record(oracle, asked, spec.d_model, output, dtype, about)
+    with exact(where):
+        golden.record(oracle, asked, spec.d_model, output, dtype, about)
     told = oracle.describe()
     return {
         "output": str(output),

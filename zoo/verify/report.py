@@ -336,7 +336,8 @@ def _provenance(cert: Json) -> str:
         ("layout version", str(cert["canonical"]["layout_version"])),
     ]
     if rules:
-        facts.append(("rules", f"{rules['family']}, {rules['naming']} names, version {rules['version']}"))
+        by = " (said with --family, not found from the config)" if rules.get("family_given") else ""
+        facts.append(("rules", f"{rules['family']}{by}, {rules['naming']} names, version {rules['version']}"))
     if source:
         facts.append(("source", f"{source['path']} ({source['format']})"))
     if inputs:
@@ -345,6 +346,7 @@ def _provenance(cert: Json) -> str:
         facts.append(("inputs", f"sha256 {inputs['sha256']}"))
     facts.append(("versions", ", ".join(f"{k} {v}" for k, v in cert["versions"].items())))
     facts.append(("machine", ", ".join(str(v) for v in cert["machine"].values())))
+    facts.append(("device", ", ".join(f"{k} {v}" for k, v in (cert.get("device") or {}).items())))
     facts.append(("seconds", ", ".join(f"{k} {v:g}" for k, v in cert["timing"].items())))
     rows = []
     for what, files in (

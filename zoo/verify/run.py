@@ -6,6 +6,7 @@ and torch. A level that can't be judged is listed under `not_checked`, with the 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -28,7 +29,9 @@ from zoo.formats.opening import open_checkpoint
 from zoo.spec import Spec
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
-from zoo.verify.compare import Measured, measure
+from zoo.verify.compare import Clock, Measured, measure
+from zoo.verify.device import chosen, described
+from zoo.verify.device import exact as exact_on
 from zoo.verify.inputs import Inputs
 from zoo.verify.oracle import (
     DTYPES,
@@ -69,6 +72,7 @@ def verify(
     level: str | None = None,
     dtype: str = "fp32",
     stream: bool = False,
+    device: str | torch.device = "cpu",
     self_test: bool = False,
     max_length: int = inputs.MAX_CROSSED,
     n_greedy: int = 64,
@@ -80,7 +84,8 @@ def verify(
     the source it was converted from, where that still exists), up to and including `level`; by default as far as
     can be judged here.
 
-    `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `self_test`: also inject every
+    `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `device`: where both sides are run ("cpu",
+    "cuda", "cuda:1", "auto"). `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
     here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
 
@@ -97,32 +102,38 @@ def verify(
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     wanted = wanted_by(level)
     say = progress or (lambda _text: None)
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), Clock()
+    on = chosen(device)
     folder = canonical.read(canon)
     numeric = [n for n in NUMERIC if n in wanted]
     say("opening the source")
-    other = resolve(folder, against, dtype, stream, bool(numeric))
+    with clock("opening"):
+        other, held = resolve(folder, against, dtype, stream, bool(numeric), on), contextlib.ExitStack()
     try:
+        held.enter_context(exact_on(on))
         why_not = _why_not(folder, other, stream, level)
         if why_not and (level in NUMERIC or self_test):
             raise ZooError(f"{folder.root}: {level or 'the self-test'} can't be judged: {why_not}")
         if self_test and not numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
+        with clock("hashes"):
+            canonical_files, source_files = _canonical(folder), _source(folder, other)
         cert = Certificate(
-            canonical=_canonical(folder), source=_source(folder, other), rules=None, dtype=dtype,
+            canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=_disagreements(folder.spec, other.oracle), required=require,
-            versions=versions(), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions(), device=described(on), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             places=_places(folder, other),
         )  # fmt: skip
-        _exact_levels(cert, folder, other, wanted, say)
+        with clock("plan and bytes"):
+            _exact_levels(cert, folder, other, wanted, say)
         if numeric and why_not:
             cert.not_checked.append(f"{', '.join(numeric)}: {why_not}")
         elif numeric:
             assert other.oracle is not None
             try:
                 asked, measured = _numeric_levels(
-                    cert, folder, other, wanted, dtype, stream, max_length, n_greedy, say
+                    cert, folder, other, wanted, dtype, stream, on, max_length, n_greedy, say, clock
                 )
             except NoUpstream as e:  # streamed, it loads as it runs
                 if level in NUMERIC or self_test:
@@ -133,8 +144,13 @@ def verify(
                 from zoo.verify import selftest
 
                 plan = None if other.checkpoint is None else plan_of(folder, other.checkpoint)
-                cert.faults = selftest.run(folder, other.oracle, asked, measured.spread, dtype, plan, say)
-        cert.timing["total"] = round(time.perf_counter() - started, 3)
+                with clock("self-test"):
+                    cert.faults = selftest.run(
+                        folder, other.oracle, asked, measured.spread, dtype, plan, say, on
+                    )
+        total = time.perf_counter() - started
+        clock.seconds["the rest"] = total - sum(clock.seconds.values())
+        cert.timing = {k: round(v, 3) for k, v in clock.seconds.items()} | {"total": round(total, 3)}
         judged = {x.name for x in cert.levels if x.verdict != "skipped"}
         if not judged or (level is not None and level not in judged and not cert.failed):
             what = f"{level} can't" if judged else "nothing can"
@@ -143,6 +159,7 @@ def verify(
             certificate.keep(cert, folder.root)
         return cert
     finally:
+        held.close()
         if other.cleanup is not None:
             other.cleanup.cleanup()
 
@@ -171,6 +188,7 @@ def resolve(
     dtype: str,
     stream: bool,
     needs_oracle: bool,
+    device: torch.device,
 ) -> Against:
     """Open the source and the oracle that `against` stands for."""
     if against is not None and not isinstance(against, str | os.PathLike):
@@ -195,7 +213,7 @@ def resolve(
     ckpt = open_checkpoint(path)
     out = Against(ckpt, path)
     if needs_oracle:
-        _open_oracle(out, folder, ckpt, dtype, stream)
+        _open_oracle(out, folder, ckpt, dtype, stream, device)
     return out
 
 
@@ -211,7 +229,12 @@ def _is_golden(path: Path) -> bool:
 
 
 def _open_oracle(
-    out: Against, folder: canonical.Canonical, ckpt: Checkpoint, dtype: str, stream: bool
+    out: Against,
+    folder: canonical.Canonical,
+    ckpt: Checkpoint,
+    dtype: str,
+    stream: bool,
+    device: torch.device,
 ) -> None:
     if not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
@@ -221,14 +244,14 @@ def _open_oracle(
     try:
         if path is not None:
             if path != ckpt.root or ckpt.chosen is None or _takes_the_same(ckpt):
-                out.oracle = _upstream(folder.spec, path, dtype, None, stream)
+                out.oracle = _upstream(folder.spec, path, dtype, None, stream, device)
                 return
             note = (
                 f"upstream was given {ckpt.chosen} alone, as asked for: left to itself it reads other files"
             )
             if not stream:
                 path, out.cleanup = alone(ckpt)
-            out.oracle = _upstream(folder.spec, path, dtype, note, stream, ckpt.files)
+            out.oracle = _upstream(folder.spec, path, dtype, note, stream, device, ckpt.files)
             return
     except CannotLoad as e:
         # Of a plain folder an export would be the same files again.
@@ -256,7 +279,7 @@ def _open_oracle(
         out.why_no_oracle = f"{why}, and it cannot be given an export: {e}"
         return
     try:
-        out.oracle = _upstream(folder.spec, given_path, dtype, note, stream)
+        out.oracle = _upstream(folder.spec, given_path, dtype, note, stream, device)
     except CannotLoad as e:
         assert out.cleanup is not None
         out.cleanup.cleanup()
@@ -277,15 +300,21 @@ def _disagreements(spec: Spec, oracle: Oracle | None) -> list[dict[str, Any]]:
 
 
 def _upstream(
-    spec: Spec, path: Path, dtype: str, note: str | None, stream: bool, files: Iterable[str] | None = None
+    spec: Spec,
+    path: Path,
+    dtype: str,
+    note: str | None,
+    stream: bool,
+    device: torch.device,
+    files: Iterable[str] | None = None,
 ) -> Transformers:
     """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
     if stream:
         from zoo.verify.stream import StreamedTransformers
 
-        oracle: Transformers = StreamedTransformers(path, dtype, note, files)
+        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device)
     else:
-        oracle = Transformers(path, dtype, note)
+        oracle = Transformers(path, dtype, note, device)
     for d in families.disagreements(spec):
         if d.correct is not None:
             d.correct(oracle.model)
@@ -378,6 +407,8 @@ def _exact_levels(
         say("planning")
         plan = plan_of(folder, other.checkpoint)
         cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        if folder.source.get("family_given"):
+            cert.rules["family_given"] = True
     for name in ("plan", "bytes"):
         if name not in wanted:
             continue
@@ -397,7 +428,21 @@ def _exact_levels(
             if (same := files_level(other.checkpoint)) is not None:
                 made.checks.append(same)
             made.notes += [n for n in other.checkpoint.notes if n.startswith("weights: ")]
+        if name == "plan":
+            made.notes += _unknown_fields(folder, other.checkpoint)
         cert.levels.append(made)
+
+
+def _unknown_fields(folder: canonical.Canonical, ckpt: Checkpoint | None) -> list[str]:
+    """Notes on the fields of the config that zoo does not know: the source's, or, where that is gone, as recorded."""
+    config = folder.source.get("config") if ckpt is None else ckpt.config
+    if not isinstance(config, dict):
+        return []
+    try:
+        family = families.get(folder.spec.family, folder.source.get("package"))
+        return families.read(config, family, f"{folder.root / canonical.JSON}: the source's config")[1]
+    except ZooError as e:
+        return [f"which fields of the config zoo does not know was not looked at: {e}"]
 
 
 def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
@@ -424,9 +469,11 @@ def _numeric_levels(
     wanted: tuple[str, ...],
     dtype: str,
     stream: bool,
+    device: torch.device,
     max_length: int,
     n_greedy: int,
     say: Progress,
+    clock: Clock,
 ) -> tuple[Inputs, Measured]:
     oracle = other.oracle
     assert oracle is not None
@@ -452,19 +499,22 @@ def _numeric_levels(
     cert.not_checked += [
         f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed
     ]
-    ours = Streamed(folder, DTYPES[dtype]) if stream else Ours(build(subject_of(folder, DTYPES[dtype])))
+    with clock("reading ours"):
+        ours = _ours(folder, DTYPES[dtype], stream, device)
     say(f"layers and logits of {asked.n_tokens} tokens")
     t = time.perf_counter()
     spread = getattr(oracle, "spread", None)
     if isinstance(oracle, Golden) and recorded != dtype:  # made in fp32, and ours in less
-        wide = Streamed(folder, torch.float32) if stream else Ours(build(subject_of(folder, torch.float32)))
+        wide = _ours(folder, torch.float32, stream, device)
         spread = oracle.held_to(rounding_of(wide, ours, asked, dtype), dtype)
         del wide
-    measured = measure(oracle, ours, asked, dtype, spread=spread, on_disk=stream)
+    measured = measure(oracle, ours, asked, dtype, spread=spread, on_disk=stream, clock=clock)
     spent = time.perf_counter() - t
     levels = _judged(measured, dtype)
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
-        if (again := _against_float64(oracle, ours, asked, say)) is not None:
+        with clock("float64"):
+            again = _against_float64(oracle, ours, asked, say)
+        if again is not None:
             measured, levels = again
     idle, experts = ours.idle_experts()
     if idle:
@@ -482,14 +532,14 @@ def _numeric_levels(
                 cert.not_checked.append(
                     f"{name}: the oracle gives no hidden states that ours can be compared with"
                 )
-    cert.timing |= {k: round(v, 3) for k, v in measured.seconds.items()}
     if "decode" in wanted:
         if stream:
             cert.not_checked.append(f"decode: {NO_DECODE}")
         else:
             say(f"{n_greedy} greedy tokens")
             t = time.perf_counter()
-            decode = judge.decode_level(oracle, ours, asked, measured, dtype, n_greedy)
+            with clock("decode"):
+                decode = judge.decode_level(oracle, ours, asked, measured, dtype, n_greedy)
             decode.seconds = time.perf_counter() - t
             cert.levels.append(decode)
     if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
@@ -497,13 +547,22 @@ def _numeric_levels(
         from zoo.verify import diagnose
 
         expected = None if other.checkpoint is None else plan_of(folder, other.checkpoint).spec
-        cert.diagnosis = diagnose.diagnose(folder, oracle, asked, measured, dtype, expected, stream)
+        with clock("diagnosis"):
+            cert.diagnosis = diagnose.diagnose(
+                folder, oracle, asked, measured, dtype, expected, stream, device
+            )
         if (copied := converted_to(folder)) in ("bf16", "fp16") and dtype == "fp32":
             cert.diagnosis["suggestions"].insert(
                 0,
                 f"the copy was rounded to {copied}, upstream has the source's own values: verify with --dtype {copied}",
             )
     return asked, measured
+
+
+def _ours(folder: canonical.Canonical, dtype: torch.dtype, stream: bool, device: torch.device) -> Ours:
+    if stream:
+        return Streamed(folder, dtype, device)
+    return Ours(build(subject_of(folder, dtype, device=device)))
 
 
 def _judged(measured: Measured, dtype: str) -> dict[str, Level]:

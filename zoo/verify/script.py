@@ -34,7 +34,10 @@ class Script:
         self.path, self.dtype = path, dtype
         try:
             found = runpy.run_path(str(path))
-        except Exception as e:
+        except (
+            Exception,
+            SystemExit,
+        ) as e:  # one that ends here would end the verification, without a verdict
             raise ZooError(f"{path}: raised {type(e).__name__} while it was run: {e}") from e
         self.logits: Any = found.get("logits")
         if not callable(self.logits):
@@ -61,7 +64,7 @@ class Script:
         try:
             with torch.inference_mode():
                 given = self.logits(ids)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise ZooError(f"{self.path}: logits(ids [{len(ids)}]) raised {type(e).__name__}: {e}") from e
         logits, states = given if isinstance(given, tuple) and len(given) == 2 else (given, [])
         for what, x in (("logits", logits), *(("a state", s) for s in states)):

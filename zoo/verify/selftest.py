@@ -90,11 +90,12 @@ def run(
     dtype: str,
     plan: Plan | None,
     say: Callable[[str], None] = lambda _text: None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Inject every applicable fault; what was caught where, ready for the certificate. Those that change not a
     bit of any output are listed by name, and count for nothing."""
     recorded = Recorded.of(oracle, inputs, spread)
-    clean = subject_of(folder, DTYPES[dtype])
+    clean = subject_of(folder, DTYPES[dtype], device=device)
     results = []
     faults = applicable(folder.spec, folder.quant)
     for n, fault in enumerate(faults):
@@ -122,7 +123,8 @@ def _try(
         return None  # e.g. a clamp that these weights never reach
     by_bytes = None
     if fault.kind == "weights" and plan is not None and changed and set(changed) <= set(folder.tensors):
-        by_bytes = exact.bytes_level(folder, plan, changed).verdict == "failed"
+        here = {name: t.cpu() for name, t in changed.items()}
+        by_bytes = exact.bytes_level(folder, plan, here).verdict == "failed"
     if at.level is None and by_bytes:
         at = Caught("bytes")
     return {

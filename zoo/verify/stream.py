@@ -55,14 +55,19 @@ class StreamedTransformers(Transformers):
     """As `Transformers`, for safetensors folders, within the memory of one layer."""
 
     def __init__(
-        self, path: Path, dtype: str = "fp32", note: str | None = None, files: Iterable[str] | None = None
+        self,
+        path: Path,
+        dtype: str = "fp32",
+        note: str | None = None,
+        files: Iterable[str] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         """`files`: those that the user chose; None: those that `from_pretrained` would take."""
         if not path.is_dir():
             raise ZooError(
                 f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
             )
-        self.path, self.dtype = path, dtype
+        self.path, self.dtype, self.device = path, dtype, torch.device(device)
         self.corrected = []
         self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
         quiet()
@@ -70,10 +75,10 @@ class StreamedTransformers(Transformers):
         config, cls = config_and_class(path)
         with its_own_errors(path):
             quantizer = dequantizer(config)
-        self.model = skeleton(cls, config, DTYPES[dtype])
+        self.model = skeleton(cls, config, DTYPES[dtype], self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
-        self.weights = Weights(self.model, _checkpoint(path, files), DTYPES[dtype], quantizer)
+        self.weights = Weights(self.model, _checkpoint(path, files), DTYPES[dtype], quantizer, self.device)
         self._workers: dict[int, _Worker] = {}
         self.around_pass: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.around_step: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -148,11 +153,15 @@ class StreamedTransformers(Transformers):
 
     def _rest(self, m: nn.Embedding, name: str) -> None:
         """Between its passes an embedding is its file, mapped: Gemma 4's wrapper looks up one row by itself. Where making
-        the table would take memory it has no rows, but on the CPU: some classes look where it is."""
+        the table would take memory it has no rows, but on the device: some classes look where it is."""
         table = self.weights.mapped_one(f"{name}.weight")
-        m.weight = nn.Parameter(
-            torch.empty(0, m.embedding_dim) if table is None else table, requires_grad=False
-        )
+        if table is None:
+            m.weight = nn.Parameter(torch.empty(0, m.embedding_dim, device=self.device), requires_grad=False)
+        elif self.device.type == "cpu":
+            m.weight = nn.Parameter(table, requires_grad=False)
+        else:
+            m.weight = _Elsewhere(table, requires_grad=False)
+            m.weight.at = self.device
 
     def _gather(self, name: str) -> Callable[..., tuple[Tensor]]:
         """Only the embedding's rows for these ids; the ids are renumbered to fit."""
@@ -160,7 +169,7 @@ class StreamedTransformers(Transformers):
         def hook(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen, compact = args[0].unique(return_inverse=True)
             table = self.weights.one(f"{name}.weight")
-            rows = table[seen].to(self.weights.dtype)
+            rows = table[seen.to(table.device)].to(self.device, self.weights.dtype)
             m.weight = nn.Parameter(rows, requires_grad=False)
             return (compact,)
 
@@ -169,10 +178,10 @@ class StreamedTransformers(Transformers):
     def _head(self, m: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             table = self.weights.one(f"{name}.weight")
-            pieces = [nn.functional.linear(x, part.to(x.dtype)) for part in table.split(HEAD_ROWS)]
+            pieces = [nn.functional.linear(x, part.to(x)) for part in table.split(HEAD_ROWS)]
             logits = torch.cat(pieces, -1)
             if getattr(m, "bias", None) is not None:
-                logits += self.weights.one(f"{name}.bias").to(x.dtype)
+                logits += self.weights.one(f"{name}.bias").to(x)
             return logits
 
         return forward
@@ -197,6 +206,20 @@ def return_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also stops it from adapting
+
+
+class _Elsewhere(nn.Parameter):
+    """A table in its file, for a model on a GPU: it says that it is there, and gives rows there."""
+
+    at: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.at
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        here = rows.cpu() if isinstance(rows, Tensor) else rows
+        return self.data[here].to(self.at)
 
 
 def _looks_up_ids(m: nn.Embedding) -> bool:
@@ -246,7 +269,8 @@ class _Worker:
         try:
             if not self._stopping:
                 with torch.inference_mode(), self.oracle.around_pass():
-                    self.logits = self.oracle.model(input_ids=self.batch.ids, use_cache=False).logits
+                    ids = self.batch.ids.to(self.oracle.device)
+                    self.logits = self.oracle.model(input_ids=ids, use_cache=False).logits
         except _Stopped:
             pass
         except BaseException as e:
@@ -284,8 +308,8 @@ def dequantizer(config: Any) -> Any:
     return quantizer
 
 
-def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
-    """Upstream's model without storage, but with the buffers that no checkpoint holds (rotary frequencies)."""
+def skeleton(cls: Any, config: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """Upstream's model without storage, but with the buffers that no checkpoint holds (rotary frequencies), on `device`."""
     switches: dict[str, Any] = {"attn_implementation": "eager"}
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"
@@ -304,17 +328,28 @@ def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     for m in model.modules():
         m._is_hf_initialized = False
     model.initialize_weights()
+    for m in model.modules():
+        for leaf, b in m._buffers.items():
+            if b is not None and not b.is_meta:
+                m._buffers[leaf] = b.to(device)
     return model.eval()
 
 
 class Weights:
     """The checkpoint's tensors by upstream's names, read when asked for."""
 
-    def __init__(self, model: Any, ckpt: Checkpoint, dtype: torch.dtype, quantizer: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ckpt: Checkpoint,
+        dtype: torch.dtype,
+        quantizer: Any = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        self.model, self.ckpt, self.dtype = model, ckpt, dtype
+        self.model, self.ckpt, self.dtype, self.device = model, ckpt, dtype, torch.device(device)
         self.names = {id(m): n for n, m in model.named_modules()}
         self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -426,7 +461,7 @@ class Weights:
                 f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
             )
         dtype = torch.float32 if name in self.fp32 else self.dtype
-        new = t.to(dtype) if t.is_floating_point() else t
+        new = t.to(self.device, dtype if t.is_floating_point() else t.dtype)
         if isinstance(like, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
         self._put(name, new)

@@ -30,9 +30,12 @@ _spec("longrope_short_only", "LongRoPE's short divisors for long texts too", Rop
 _spec("rope_turning_ignored", "all pairs of proportional RoPE turn", Rope, lambda r: replace(r, turning=None))
 _spec("rope_turning_as_partial", "proportional RoPE taken for one over fewer channels", Rope,
       lambda r: replace(r, dim=2 * r.turning, turning=None) if r.turning else r)  # fmt: skip
+_spec("rope_direction", "RoPE turns the usual way", Rope, lambda r: replace(r, backwards=False))
 _spec("alibi_dropped", "no bias by distance", Attention, lambda a: replace(a, alibi=None))
 _spec("alibi_scale", "ALiBi added before scores are scaled, or after, the other way round", Attention,
       lambda a: replace(a, alibi=replace(a.alibi, scale=a.scale if a.alibi.scale == 1.0 else 1.0)) if a.alibi else a)  # fmt: skip
+
+_spec("clip_dropped", "queries, keys and values not clipped", Attention, lambda a: replace(a, clip=None))
 
 # The layer
 
@@ -104,6 +107,7 @@ _spec(
 _spec(
     "experts_post_norm_dropped", "the experts' sum not normalised", MoE, lambda m: replace(m, post_norm=None)
 )
+_spec("experts_sum_unscaled", "the experts' sum not scaled", MoE, lambda m: replace(m, routed_scale=1.0))
 _spec("shared_post_norm_dropped", "the output of the MLP beside the experts not normalised", MoE,
       lambda m: replace(m, shared_post_norm=None))  # fmt: skip
 add("xielu_sides_exchanged", "xIELU's learned numbers exchanged", "weights", _slots("mlp.act.positive"),
