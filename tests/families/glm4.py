@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo.testing import FamilyCase, Variant, rope
+from zoo.testing import FamilyCase, Gguf, Variant, rope
 from zoo.testing.released import flat_rope
 
 from .glm import GLM
@@ -26,5 +26,10 @@ CASE = FamilyCase(
         ("glm-4-32b-0414", {"sliding_window": 512}, "sliding_window"),
     ),
     released_text=flat_rope,
+    gguf=(
+        # M-RoPE is that of GLM-4's multimodal kin, for which the converter also puts rows of q and k in another order.
+        Gguf("glm4", lambda c: {"rope.dimension_count": 6, "attention.key_length": 12},
+            refused=({"attention.value_length": 8}, {"rope.dimension_sections": [1, 1, 1, 0]})),
+    ),
 )
 # fmt: on
