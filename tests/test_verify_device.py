@@ -78,3 +78,17 @@ def test_a_gpu_gives_the_cpus_verdict(name: str, stream: bool, tmp_path: Path) -
 def test_faults_are_caught_on_a_gpu_too() -> None:
     cert = zoo.verify(canonical("llama"), device="cuda", self_test=True, write=False)
     assert cert.passed and cert.faults is not None and cert.faults["caught"] == cert.faults["applicable"]
+
+
+def test_what_does_not_fit_is_streamed_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.verify import run
+
+    said: list[str] = []
+    monkeypatch.setattr(run, "available", lambda _device: 100_000)
+    cert = run.verify(canonical("llama"), write=False, progress=said.append)
+    assert cert.passed and cert.oracle["streamed"] and any("can be had" in text for text in said)
+    (left,) = (text for text in cert.not_checked if text.startswith("decode"))
+    assert "both sides take" in left and "100 kB can be had" in left
+    assert "streamed" not in run.verify(canonical("llama"), stream=False, write=False).oracle
+    monkeypatch.setattr(run, "available", lambda _device: 1 << 40)
+    assert "streamed" not in run.verify(canonical("llama"), level="logits", write=False).oracle

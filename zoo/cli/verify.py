@@ -26,7 +26,9 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the certificate to this file, and leave CANON/parity.json as it is.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True, help="What both sides compute in.")
 @click.option(
-    "--stream", is_flag=True, help="One layer in memory at a time, on both sides: for models of any size."
+    "--stream/--no-stream",
+    default=None,
+    help="One layer in memory at a time, on both sides: for models of any size. Default: where both do not fit whole.",
 )
 @on("Where both sides compute: cpu, cuda, cuda:1, or auto (a GPU if there is one).")
 @click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
@@ -35,7 +37,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @common
 def command(
     canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
-    stream: bool, device: str, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
+    stream: bool | None, device: str, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
 

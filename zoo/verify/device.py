@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,16 +73,32 @@ def _triton() -> str | None:
         return None
 
 
-def has_room(device: torch.device, need: int) -> bool:
-    """Whether so many bytes are at most half of the memory that is free there (where the system says)."""
-    import os
-
+def available(device: torch.device) -> int | None:
+    """Bytes of memory that can be had there, page cache included; None where the system does not say."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     try:
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            free -= torch.cuda.memory_allocated(device)
-        else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return False
-    return need <= free // 2
+        with open("/proc/meminfo", encoding="ascii") as f:
+            found = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return min(found, _of_group(found))
+
+
+def _of_group(otherwise: int) -> int:
+    """What a container's limit leaves of it."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - used + int(stat["file"])  # files' pages are given back
+    except (OSError, ValueError, KeyError):  # no group, or "max"
+        return otherwise
+
+
+def has_room(device: torch.device, need: int) -> bool:
+    """Whether so many bytes are at most half of the memory that can be had there (where the system says)."""
+    found = available(device)
+    return found is not None and need <= found // 2

@@ -26,11 +26,13 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
 from zoo.formats.opening import open_checkpoint
+from zoo.layout import total_params
+from zoo.printable import decimal
 from zoo.spec import Spec
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
 from zoo.verify.compare import Clock, Measured, measure
-from zoo.verify.device import chosen, described
+from zoo.verify.device import available, chosen, described
 from zoo.verify.device import exact as exact_on
 from zoo.verify.inputs import Inputs
 from zoo.verify.oracle import (
@@ -71,7 +73,7 @@ def verify(
     *,
     level: str | None = None,
     dtype: str = "fp32",
-    stream: bool = False,
+    stream: bool | None = None,
     device: str | torch.device = "cpu",
     self_test: bool = False,
     max_length: int = inputs.MAX_CROSSED,
@@ -84,7 +86,8 @@ def verify(
     the source it was converted from, where that still exists), up to and including `level`; by default as far as
     can be judged here.
 
-    `dtype`: what both sides compute in. `stream`: one layer in memory at a time. `device`: where both sides are run ("cpu",
+    `dtype`: what both sides compute in. `stream`: one layer in memory at a time; None: where both models do not fit into
+    memory whole. `device`: where both sides are run ("cpu",
     "cuda", "cuda:1", "auto"). `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
     here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
@@ -106,7 +109,12 @@ def verify(
     on = chosen(device)
     folder = canonical.read(canon)
     numeric = [n for n in NUMERIC if n in wanted]
-    say("opening the source")
+    why_streamed = None
+    if stream is None:
+        if numeric and level != "decode" and not self_test:
+            why_streamed = too_large(folder, against, dtype, on, say)
+        stream = why_streamed is not None
+    say("opening the source" if why_streamed is None else f"streaming, since {why_streamed}")
     with clock("opening"):
         other, held = resolve(folder, against, dtype, stream, bool(numeric), on), contextlib.ExitStack()
     try:
@@ -135,6 +143,11 @@ def verify(
                 asked, measured = _numeric_levels(
                     cert, folder, other, wanted, dtype, stream, on, max_length, n_greedy, say, clock
                 )
+                if why_streamed is not None:
+                    cert.not_checked = [
+                        f"{x}; streamed, since {why_streamed}" if x.endswith(NO_DECODE) else x
+                        for x in cert.not_checked
+                    ]
             except NoUpstream as e:  # streamed, it loads as it runs
                 if level in NUMERIC or self_test:
                     raise
@@ -176,6 +189,36 @@ def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: s
     if folder.layers is not None and len(folder.layers) < folder.spec.n_layers:
         return f"the folder has {len(folder.layers)} of {folder.spec.n_layers} layers"
     return NO_DECODE if stream and level == "decode" else None
+
+
+def too_large(
+    folder: canonical.Canonical, against: StrPath | Oracle | None, dtype: str, on: torch.device, say: Progress
+) -> str | None:
+    """Why the two models should be streamed: they do not fit whole, and can be. Says what they need."""
+    path = _recorded_source(folder) if against is None else against
+    if not isinstance(path, str | os.PathLike) or not upstream_available():
+        return None
+    size = DTYPES[dtype].itemsize
+    need = 2 * size * total_params(folder.spec)  # ours, and upstream's
+    found = available(on)
+    if found is None:
+        return None
+    what = f"both sides take {decimal(need)} in {dtype}, and {decimal(found)} can be had"
+    if need <= found:
+        say(what)
+        return None
+    if not Path(path).is_dir() or not _reads_safetensors(Path(path)) or folder.quant:
+        say(f"{what}; only unquantised folders of safetensors are streamed without being asked to (--stream)")
+        return None
+    return what
+
+
+def _reads_safetensors(path: Path) -> bool:
+    """Whether upstream would read safetensors files there: those can be streamed."""
+    if not (path / "config.json").is_file():
+        return False
+    names = from_pretrained_files(path)
+    return names is not None and all(n.endswith(".safetensors") for n in names)
 
 
 # ---------------------------------------------------------------------------------------------------
