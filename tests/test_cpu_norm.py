@@ -88,3 +88,13 @@ def test_what_the_kernel_does_not_know_torch_computes() -> None:
         assert torch.equal(rms_norm(x, weight, norm), rms_norm_reference(x, weight, norm))
     for y in (x.mT.contiguous().mT, x.double()):
         assert torch.equal(rms_norm(y, None, norm), rms_norm_reference(y, None, norm))
+
+
+def test_where_numba_is_told_to_compile_nothing_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    from zoo.kernels import cpu
+
+    assert cpu.kernels.__wrapped__("norm") is not None
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert cpu.kernels.__wrapped__("norm") is None

@@ -34,6 +34,8 @@ def kernels(name: str) -> Any:
     if _forked:
         return None
     try:  # numba takes a second to import
+        if _interprets():
+            return None
         if platform.machine() in ("x86_64", "AMD64") and not compiles_for("f16c"):
             return None  # nothing to widen fp16 with
         module = importlib.import_module(f"zoo.kernels.cpu.{name}")
@@ -41,6 +43,13 @@ def kernels(name: str) -> Any:
         return None
     _watch_forks()
     return module
+
+
+def _interprets() -> bool:
+    """Whether numba was told to compile nothing (NUMBA_DISABLE_JIT=1): these kernels have no other form."""
+    import numba
+
+    return bool(numba.config.DISABLE_JIT)
 
 
 @functools.cache
