@@ -80,16 +80,7 @@ def test_all_that_is_refused_is_named_at_once() -> None:
 # What configs of releases leave unread beyond the silent list, by file. Every field of every other config that public
 # sources show is read by its family or known to say nothing. A field of a new release that is neither is looked
 # into, then read, or put into SILENT or NUMBERS; here stands what nobody could explain.
-NOTED: dict[str, list[str]] = {
-    # Of images, classification and training, and cla_share_factor, which counts only with use_cla.
-    "hunyuan-a13b-instruct.config.json": [
-        "config: nobody reads add_classification_head, anyres_pooling_size, anyres_vit_two_views, cla_share_factor, class_num, "
-        "dense_list, im_end_id, im_newline_id, im_start_id, mask_init_id, moe_random_routing_dropped_token, num_media_embeds, "
-        "org_vocab_size, pad_id, pool_type, skip_cls_token, text_end_id, text_start_id, vit_add_patchemb_bias, "
-        "vit_input_resolution, vit_mapping_type, vit_norm_type, vit_patch, vit_remove_prenorm, vit_token, vit_used_rms_norm "
-        "(unknown to zoo)"
-    ],
-}
+NOTED: dict[str, list[str]] = {}
 
 
 def test_what_the_configs_of_releases_leave_unread_is_listed_here() -> None:

@@ -172,3 +172,12 @@ def test_the_best_ids_are_those_of_a_whole_search(n: int) -> None:
     assert torch.equal(best_ids(x, 1)[:, 0], x.argmax(-1))
     x[3, 70] = math.nan
     assert best_ids(x, 1)[3] == 70
+
+
+def test_rows_that_are_equal_have_an_error_of_zero_and_no_other() -> None:
+    x = torch.randn(3, 40)
+    (_, reference), *_ = references(x, torch.full((3,), -1))
+    m = LogitMetrics()
+    m.add(x.clone(), reference)
+    assert m.error.at(0.5) == m.error.at(1.0) == 0.0 and int(m.error.counts[0]) == m.error.n
+    assert m.error.histogram()["counts"] == []

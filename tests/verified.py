@@ -26,7 +26,7 @@ ROOT = Path(_HOLDER.name)
 # to that). What depends on the parts is tested with these; `make proofs` does the same with every variant of every family.
 COVERING = (
     "apertus", "bloom", "ernie4_5_moe", "gemma2", "gemma3n", "gemma4", "glm_moe_dsa", "gpt_oss", "gptj", "laguna", "lfm2", "llama",
-    "llama4", "mimo_v2_flash", "minicpm3", "nanochat", "nemotron_h", "olmo", "opt", "phimoe", "qwen3_5_moe",
+    "llama4", "mimo_v2_flash", "minicpm3", "nanochat", "nemotron_h", "olmo", "opt", "phimoe", "qwen3_5_moe", "step3p5",
 )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ class LogitMetrics:
         if self._scratch is None or self._scratch.shape != ours.shape or self._scratch.device != ours.device:
             self._scratch = torch.empty_like(ours)
         d = torch.sub(ours, theirs.logits, out=self._scratch)  # [N, V]
-        worst = torch.maximum(d.amax(-1), -d.amin(-1))
+        worst = torch.maximum(d.amax(-1), -d.amin(-1)).abs()  # of equal rows it is 0, not -0
         if not bool(worst.isfinite().all()):  # what is no number is infinitely wrong
             d = torch.nan_to_num(d, nan=math.inf, posinf=math.inf, neginf=-math.inf)
             worst = d.abs().amax(-1)
