@@ -115,6 +115,16 @@ def refuse_quantised(
             )
 
 
+def usable(name: str | torch.device) -> torch.device:
+    """The device called `name`. Raises ZooError if torch has no such device here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # the second from a torch built without CUDA
+        raise ZooError(f"torch can't use the device {str(name)!r} here: {str(e).splitlines()[0]}") from e
+    return device
+
+
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
@@ -128,10 +138,7 @@ def load(
     Raises ZooError if the folder is not sound, or torch has no such device here.
     """
     folder = canonical.read(path)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # the second from a torch built without CUDA
-        raise ZooError(f"torch can't use the device {str(device)!r} here: {str(e).splitlines()[0]}") from e
+    usable(device)
     with Upload(device) if torch.device(device).type == "cuda" else nullcontext() as upload:
         source = Source(folder, upload)
         model = Decoder(folder.spec)

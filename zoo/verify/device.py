@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zoo.errors import ZooError
+from zoo.model.load import usable
 
 
 def chosen(name: str | torch.device) -> torch.device:
@@ -22,11 +23,7 @@ def chosen(name: str | torch.device) -> torch.device:
     Raises ZooError if torch has no such device here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # the second from a torch built without CUDA
-        raise ZooError(f"torch can't use the device {str(name)!r} here: {str(e).splitlines()[0]}") from None
+    device = usable(name)
     if device.type not in ("cpu", "cuda"):
         raise ZooError(f"device is {str(name)!r}; expected cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and device.index is None:

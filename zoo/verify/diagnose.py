@@ -145,7 +145,7 @@ def _search(
     spec = folder.spec
     feeding = [] if first is None else _feeding(spec, first)
     last = spec.n_layers - 1 if first is None else first
-    seen = watch(oracle, batch, first, {last - 1, last, *(i - 1 for i in feeding)})
+    seen = watch(oracle, batch, first, {last - 1, last, *(i - 1 for i in feeding)}, device)
     if stream:
         ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids, device)
     else:
@@ -177,7 +177,7 @@ def _search(
     elif finite:
         every = None
         if not stream and first is not None and oracle_layers == spec.n_layers > 1:
-            every = Whole(watch(oracle, batch, None, set(range(spec.n_layers))), dtype, spread)
+            every = Whole(watch(oracle, batch, None, set(range(spec.n_layers)), device), dtype, spread)
         _made_again(out, probe, clean, before, LARGE if stream else None, every)
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
 
@@ -438,21 +438,23 @@ class _Enough(Exception):
     """The departing layer has run."""
 
 
-def watch(oracle: Oracle, batch: Batch, first: int | None, wanted: set[int]) -> Seen:
-    """Upstream once more, as far as layer `first` (None: to the end); what the layers `wanted` give is kept."""
+def watch(
+    oracle: Oracle, batch: Batch, first: int | None, wanted: set[int], device: str | torch.device
+) -> Seen:
+    """Upstream once more, as far as layer `first` (None: to the end); what the layers `wanted` give is kept, on `device`."""
     seen = Seen()
 
     def keep(_b: int, i: int, x: Tensor | Sketched) -> None:
         if isinstance(x, Tensor) and i in wanted:
-            seen.states[i] = x.clone()
+            seen.states[i] = x.to(device, copy=True)
         if i == first:
             raise _Enough
 
     def logits(_b: int, y: Tensor) -> None:
-        seen.logits = y
+        seen.logits = y.to(device)
 
     def begin(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.input = args[0] if args else kwargs["hidden_states"]
+        seen.input = (args[0] if args else kwargs["hidden_states"]).to(device)
 
     with contextlib.ExitStack() as stack:
         layers = getattr(oracle, "layers", None)
@@ -504,7 +506,6 @@ class Probe:
             mine = model.layers[self.first](x, ctx)
         if mine.ndim != 3 or mine.shape != theirs.shape:
             return None
-        theirs = theirs.to(mine.device)
         off = relative_error(mine.flatten(0, 1), theirs.flatten(0, 1)).view(mine.shape[:2])
         far = ((off > self.bound) & self.batch.mask.to(off.device)).any(0).nonzero()
         return int(far[0]) if len(far) else None
@@ -527,7 +528,6 @@ class Probe:
         a, b = rows(mine, self.batch, d), rows(theirs, self.batch, d)
         if a is None or b is None or a.shape != b.shape:
             return float("inf")
-        b = b.to(a.device)
         return tolerance.representative(self.dtype, relative_error(a, b).tolist())
 
     def remedies(self, subject: Subject) -> Iterator[Remedy]:
@@ -545,18 +545,18 @@ class Probe:
                 )
                 x, ctx = self._begin(plain)
                 raw, theirs = plain.finish(x, ctx)[self.batch.mask], self.seen.logits[self.batch.mask]
-                yield from logits_fitted(subject, raw, theirs.to(raw.device))
+                yield from logits_fitted(subject, raw, theirs)
                 return
             if self.first == 0 and self.seen.input is not None:
                 mine, given = (rows(x, self.batch, d) for x in (model.start(self.ids)[0], self.seen.input))
                 if mine is not None and given is not None:
-                    yield from embedding_fitted(subject, mine, given.to(mine.device))
+                    yield from embedding_fitted(subject, mine, given)
             yield from for_layer(subject, self.first)
             yield from rope_of_config(subject, self.first, self.config)
             state = self.seen.states.get(self.first)
             made = None if state is None else rows(state, self.batch, d)
             if made is not None:
-                yield from routed_scale_fitted(subject, self.first, self._made, made.to(self.ids.device))
+                yield from routed_scale_fitted(subject, self.first, self._made, made)
 
     def _made(self, subject: Subject) -> Tensor:
         """What comes out of the departing layer [N, D]."""
@@ -572,7 +572,7 @@ class Probe:
         start, ctx = model.start(self.ids)
 
         def given(layer: int) -> Tensor:
-            x: Tensor = self.seen.states[layer - 1].to(start) if layer else start
+            x: Tensor = self.seen.states[layer - 1].to(start.dtype) if layer else start
             return x
 
         if self.first is None:
@@ -596,7 +596,7 @@ class Probe:
             a is not None
             and b is not None
             and a.shape == b.shape
-            and float(relative_error(a, b.to(a.device)).max()) > self.bound
+            and float(relative_error(a, b).max()) > self.bound
         )
 
     def part(self, subject: Subject) -> str | None:

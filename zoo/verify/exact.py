@@ -218,7 +218,7 @@ def _as_it_lies(plan: Plan, output: Output) -> bool:
 def _canonical(folder: Canonical, ref: TensorRef, override: Tensor | None) -> Array:
     """A canonical tensor's elements as unsigned integers of their size, flat."""
     if override is not None:
-        t = override.detach().to(TORCH[ref.dtype]).contiguous()
+        t = override.detach().cpu().to(TORCH[ref.dtype]).contiguous()
         return (
             t.flatten().view(torch.uint8).numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
             if t.numel()

@@ -123,8 +123,7 @@ def _try(
         return None  # e.g. a clamp that these weights never reach
     by_bytes = None
     if fault.kind == "weights" and plan is not None and changed and set(changed) <= set(folder.tensors):
-        here = {name: t.cpu() for name, t in changed.items()}
-        by_bytes = exact.bytes_level(folder, plan, here).verdict == "failed"
+        by_bytes = exact.bytes_level(folder, plan, changed).verdict == "failed"
     if at.level is None and by_bytes:
         at = Caught("bytes")
     return {
