@@ -209,19 +209,28 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SCRIPT = """
 import sys, time
+from pathlib import Path
+import json
+began = time.process_time()
+for f in Path(sys.argv[1]).glob("*.safetensors"):
+    with f.open("rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")))
+parsed = time.process_time() - began
 began = time.process_time()
 from zoo.formats import open_checkpoint
 from zoo.mapping.plan import make_plan
 plan = make_plan(open_checkpoint(sys.argv[1]), dtype=sys.argv[2] or None)
-print(len(plan.checkpoint.tensors), len(plan.extras), time.process_time() - began)
+print(len(plan.checkpoint.tensors), len(plan.extras), time.process_time() - began, parsed)
 assert not {"torch", "numpy", "huggingface_hub"} & set(sys.modules)
 """
 
 
 @pytest.mark.parametrize("dtype", ["", "bf16"])
 def test_a_plan_of_92_000_tensors_takes_a_moment_and_no_tensor_library(deepseek: Path, dtype: str) -> None:
-    best = 99.0
-    for _ in range(3):  # CPU time, so that a busy machine does not matter
+    best, limit = 99.0, 3.0
+    for _ in range(
+        3
+    ):  # CPU time, so that a busy machine does not matter; json's for the same bytes, so that a slow one does not
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(deepseek), dtype],
             cwd=ROOT,
@@ -229,12 +238,15 @@ def test_a_plan_of_92_000_tensors_takes_a_moment_and_no_tensor_library(deepseek:
             capture_output=True,
             text=True,
         )
-        tensors, extras, seconds = done.stdout.split()
+        tensors, extras, seconds, parsed = done.stdout.split()
         assert int(tensors) > 90_000 and int(extras) > 1_000
-        best = min(best, float(seconds))
-        if best <= 3.0:
+        best, limit = (
+            min(best, float(seconds)),
+            max(limit, 20 * float(parsed)),
+        )  # on a quiet machine 1.4 s, and 10 times
+        if best <= limit:
             return
-    pytest.fail(f"{best:.1f} s of CPU time; 3 s is the limit")
+    pytest.fail(f"{best:.1f} s of CPU time; {limit:.1f} s is the limit")
 
 
 def test_compiling_does_not_grow_with_the_layers(deepseek: Path) -> None:
