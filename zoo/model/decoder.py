@@ -49,21 +49,24 @@ class Layer(nn.Module):
         layer, d = spec.layers[i], spec.d_model
         self.spec, self.index = layer, i
         self.attn_norm = _norm(layer.attn_norm, d)
-        match layer.mixer:
-            case AttentionSpec():
-                shares = any(isinstance(x.mixer, AttentionSpec) and x.mixer.kv_from == i for x in spec.layers)
-                self.attn: nn.Module = Attention(layer.mixer, d, i, shares)
-            case LatentSpec():
-                shares = any(
-                    isinstance(x.mixer, LatentSpec) and x.mixer.indexer_from == i for x in spec.layers
-                )
-                self.attn = LatentAttention(layer.mixer, d, i, shares)
-            case DeltaSpec():
-                self.delta = DeltaNet(layer.mixer, d, i)
-            case MambaSpec():
-                self.mamba = Mamba(layer.mixer, d, i)
-            case ShortConvSpec():
-                self.short_conv = ShortConv(layer.mixer, d, i)
+        for mixer in layer.mixers:
+            match mixer:
+                case AttentionSpec():
+                    shares = any(
+                        isinstance(x.mixer, AttentionSpec) and x.mixer.kv_from == i for x in spec.layers
+                    )
+                    self.attn: nn.Module = Attention(mixer, d, i, shares)
+                case LatentSpec():
+                    shares = any(
+                        isinstance(x.mixer, LatentSpec) and x.mixer.indexer_from == i for x in spec.layers
+                    )
+                    self.attn = LatentAttention(mixer, d, i, shares)
+                case DeltaSpec():
+                    self.delta = DeltaNet(mixer, d, i)
+                case MambaSpec():
+                    self.mamba = Mamba(mixer, d, i)
+                case ShortConvSpec():
+                    self.short_conv = ShortConv(mixer, d, i)
         self.attn_post_norm = _norm(layer.attn_post_norm, d)
         self.ffn_norm = _norm(layer.ffn_norm, d)
         match layer.ffn:
@@ -89,7 +92,13 @@ class Layer(nn.Module):
 
     def mix(self, normed: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
         """`onto` + the mixer's branch of normed x."""
-        return self._add(partial(self.mixer, normed, ctx), self.attn_post_norm, onto)
+        mixer = self.mixer if self.spec.beside is None else self._both
+        return self._add(partial(mixer, normed, ctx), self.attn_post_norm, onto)
+
+    def _both(self, normed: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
+        """`onto` + what the mixer and the state space beside it make of normed x."""
+        y: Tensor = self.mixer(normed, ctx, self.mamba(normed, ctx))
+        return y if onto is None else onto + y
 
     def feed(self, normed: Tensor, x: Tensor, onto: Tensor) -> Tensor:
         """`onto` + the feed-forward branch of normed x."""

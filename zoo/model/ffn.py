@@ -24,6 +24,9 @@ def activate(h: Tensor, spec: MLP) -> Tensor:
     if spec.sparsity:
         gate, up = h.chunk(2, -1)
         return activation(stand_out(gate, spec.sparsity), spec.act) * up
+    if spec.gate_scale != 1.0:
+        gate, up = h.chunk(2, -1)
+        return activation(gate * spec.gate_scale, spec.act) * up
     return gated(h, spec)
 
 
@@ -72,11 +75,15 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., d], added to `onto`."""
         s = self.spec
-        if s.gated and not s.sparsity and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
+        plain = s.gated and not s.sparsity and s.gate_scale == 1.0
+        if plain and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
             h = gated_linear(x, w, s)
         elif s.act == "xielu":
             h = self.act(self.up(x))
         else:
             h = activate(self.gate_up(x) if s.gated else self.up(x), s)
-        out: Tensor = self.down(h, onto)
-        return out
+        if s.out_scale == 1.0:
+            out: Tensor = self.down(h, onto)
+            return out
+        out = self.down(h) * s.out_scale
+        return out if onto is None else onto + out
