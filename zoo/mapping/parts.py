@@ -14,7 +14,8 @@ partial folder is removed afterwards, by the same process or the next one starte
 
 Locks are flock's: of all processes of a machine, and of several machines where the file system knows it (NFS, Lustre with
 `flock`, GPFS, CephFS). Where locks hold on one machine only, two that finish at once still can't both publish: the
-second finds nothing to rename.
+second finds nothing to rename. With `--force` it might put aside what the first has published: use a file system that
+knows locks.
 
 A part on one of several machines syncs its files before it is called finished: whoever publishes can't tell whether
 another machine crashed with pages of them unwritten.
