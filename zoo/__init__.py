@@ -46,6 +46,7 @@ __all__ = [
     "pull",
     "save",
     "spec",
+    "state_dict",
     "verify",
 ]
 
@@ -109,13 +110,15 @@ def convert(
 
 
 @translated
-def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
+def export(canon: StrPath, dst: StrPath, format: str = "hf", *, dtype: str | None = None) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
-    files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    files, and the same bytes where `canon` is as it was converted. `dtype`: convert weights to it (a new checkpoint then, under the
+    release's names). `format` "dcp": a folder of torch.distributed.checkpoint. Raises ZooError if `dst` exists or the conversion changed
+    the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 
-    return export(canon, dst, format=format)
+    return export(canon, dst, format=format, dtype=dtype)
 
 
 @translated
@@ -148,6 +151,16 @@ def save(
     from zoo.mapping.save import save
 
     return save(values, like, to, dtype=dtype)
+
+
+@translated
+def state_dict(canon: StrPath, names: str = "hf") -> dict[str, torch.Tensor]:
+    """The tensors of the canonical folder `canon`, by the names of the release's files; with `names` "transformers", by those that its
+    class has in memory (`model.load_state_dict`); "canonical", by their own. Views of mapped files where they can be.
+    """
+    from zoo.mapping.state import state_dict
+
+    return state_dict(canon, names)
 
 
 @translated
