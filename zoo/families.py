@@ -229,6 +229,8 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises NoFamily for one that no family claims."""
     listed = config.get("architectures")
     named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
+    # What a trainer wraps a model in (FSDP's, peft's, trl's class) says nothing of the model.
+    named = [a.removeprefix("FSDP") for a in named if not a.startswith(("PeftModel", "AutoModel"))]
     model_type, text = config.get("model_type"), config.get("text_config")
     kind = text.get("model_type") if named and isinstance(text, Mapping) else model_type
 
@@ -287,7 +289,20 @@ def read(
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
     refuse_unsound(spec, where)
-    return spec, unread.judge(fields, spec)
+    return spec, [*_torn(config, family), *unread.judge(fields, spec)]
+
+
+def _torn(config: Mapping[str, Any], family: Family) -> list[str]:
+    """A note where `architectures` say one family and `model_type` another: transformers' Auto classes go by the latter."""
+    kind = config.get("model_type")
+    others = sorted(f.name for f in families().values() if kind in f.model_types)
+    named = [a for a in config.get("architectures") or () if a in family.architectures]
+    if not named or not others or family.name in others:
+        return []
+    return [
+        f"the config's architectures say {named[0]}, which is {family.name}, and its model_type {kind!r}, which is {', '.join(others)}: taken "
+        f"for {family.name}; transformers' AutoModelForCausalLM goes by model_type. --family says which is meant"
+    ]
 
 
 def unread_keys(config: Mapping[str, Any], family: Family) -> list[str]:

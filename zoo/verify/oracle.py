@@ -224,7 +224,7 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
     """The files of weights that `from_pretrained(root)` reads, by an implementation of its own that shares nothing with
     zoo's readers: a proof must not read what zoo chose. None if it would find none. (transformers 5.23: what
     `transformers_weights` in the config names, else the first of four names.)"""
-    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((root / "config.json").read_text(encoding="utf-8-sig"))
     entry = config.get("transformers_weights")
     if entry is None:
         stems = ("model.safetensors", "pytorch_model.bin")
@@ -391,7 +391,7 @@ def exact_values() -> Iterator[None]:
 
 def _told(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The config that upstream is given of a folder, and what it was not told of it."""
-    raw = _plain(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    raw = _plain(json.loads((path / "config.json").read_text(encoding="utf-8-sig")))
     return put_aside(raw, path, from_pretrained_files(path))
 
 
@@ -402,7 +402,11 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     raw, _ = _told(path)
-    candidates = [(n, raw) for n in raw.get("architectures") or ()]
+    # A decoder's class without its head gives no logits: the model_type decides, as AutoModelForCausalLM has it.
+    heads = [
+        n for n in raw.get("architectures") or () if n.endswith("LMHeadModel") or not n.endswith("Model")
+    ]
+    candidates = [(n, raw) for n in heads]
     candidates += [(CAUSAL.get(raw.get("model_type")), raw)]
     if isinstance(text := raw.get("text_config"), dict):
         inherited = {k: raw[k] for k in ("tie_word_embeddings",) if k in raw and k not in text}
