@@ -12,7 +12,7 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Mamba, Norm, Spec, ZooError, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, Mamba, Norm, Spec, hf, read, rules
 
 from .nemotron_h import dt_floor
 
@@ -54,17 +54,9 @@ def attention(c: Config) -> Attention:
 
 def mamba(c: Config) -> Mamba:
     c.refuse(mamba_proj_bias=False)
-    n_heads = c["mamba_n_heads"]
     inner = c.first("mamba_d_ssm", default=None) or c["mamba_expand"] * c["hidden_size"]
     c.get("mamba_expand")  # says nothing where there is a width
-    head_dim = c.get("mamba_d_head", "auto")
-    if head_dim == "auto":
-        head_dim = inner // n_heads
-    if n_heads * head_dim != inner:
-        raise ZooError(
-            f"{c.where}: mamba_n_heads * mamba_d_head is {n_heads * head_dim}, but the state space has {inner} channels "
-            "(mamba_d_ssm, or mamba_expand * hidden_size); they should be equal"
-        )
+    n_heads, head_dim = read.mamba_heads(c, inner, "mamba_d_ssm (or mamba_expand * hidden_size)")
     normed, first = c.get("mamba_rms_norm", False), c.get("mamba_norm_before_gate", True)
     return Mamba(
         n_heads=n_heads,

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from zoo import libc
 from zoo.bounded import parse_json
@@ -134,13 +134,17 @@ class Folder:
         """`step` is finished, and need not be repeated; what it `said` is kept for the run that publishes."""
         if self.durable:
             self.sync()
-        with open(self._open(JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "said": said, "synced": self.durable}) + "\n")
-            f.flush()
-            if self.durable:
-                os.fsync(f.fileno())
+        self._append({"step": step, "said": said, "synced": self.durable})
         self.done.add(step)
         self.said += said
+
+    def _append(self, step: Mapping[str, Any]) -> None:
+        """A line of the journal."""
+        with open(self._open(JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as f:
+            f.write(json.dumps(step) + "\n")
+            f.flush()
+            if step["synced"]:
+                os.fsync(f.fileno())
 
     def sync(self) -> None:
         for fd in self._fds.values():

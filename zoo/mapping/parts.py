@@ -27,7 +27,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,13 +177,6 @@ class Shared(Folder):
             self._close()
             raise
         return self
-
-    def mark(self, step: str, said: Sequence[str] = ()) -> None:
-        if self.durable:
-            self.sync()
-        self._append({"step": step, "said": said, "synced": self.durable})
-        self.done.add(step)
-        self.said += said
 
     @contextmanager
     def last(self) -> Iterator[bool]:

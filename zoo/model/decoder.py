@@ -23,7 +23,7 @@ from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
 from zoo.model.ffn import FeedForward
 from zoo.model.graph import Pass, capturable
-from zoo.model.linear import Linear, Table, Weights
+from zoo.model.linear import Linear, Table, Weights, scaled
 from zoo.model.mamba import Mamba
 from zoo.model.mla import LatentAttention
 from zoo.model.moe import MoE
@@ -106,14 +106,11 @@ class Layer(nn.Module):
         return self._add(partial(ffn, normed), self.ffn_post_norm, onto)
 
     def _add(self, branch: Callable[..., Tensor], post: nn.Module, onto: Tensor | None) -> Tensor:
-        """`onto` + residual_scale * post(branch()). The last step adds, where it can."""
+        """`onto` + residual_scale * post(branch())."""
         last: Callable[..., Tensor] = (
             (lambda onto: post(branch(), onto)) if isinstance(post, Norm) else branch
         )
-        if self.spec.residual_scale == 1.0:
-            return last(onto=onto)
-        y = last(onto=None) * self.spec.residual_scale
-        return y if onto is None else onto + y
+        return scaled(last, self.spec.residual_scale, onto)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         s = self.spec

@@ -11,6 +11,8 @@ that its own two modes disagree where the clamp acts; here both are the prompt's
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ from zoo.kernels.delta import gates, mix
 from zoo.kernels.norm import gated_norm
 from zoo.model.cache import Context
 from zoo.model.delta import Conv
-from zoo.model.linear import Linear
+from zoo.model.linear import Linear, scaled
 from zoo.spec import Mamba as MambaSpec
 
 
@@ -43,7 +45,7 @@ class Mamba(nn.Module):
         made = self.in_proj(x if s.in_scale == 1.0 else x * s.in_scale)
         if s.parts_scales:
             parts = made.split((inner, inner, bc, bc, s.n_heads), -1)
-            scales = torch.tensor(s.parts_scales, dtype=x.dtype).tolist()
+            scales = _rounded(s.parts_scales, x.dtype)
             made = torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], -1)
         z, xbc, dt = made.split((inner, inner + 2 * bc, s.n_heads), -1)
         carried = ctx.carried(self.layer)
@@ -57,11 +59,7 @@ class Mamba(nn.Module):
             state = carried.state
         y = mix(c, b, u, log_decay, dt, state, corrected=False)
         y = self._gated((y + self.D.float()[:, None] * u).flatten(2), z)
-        if s.out_scale == 1.0:
-            out: Tensor = self.out(y, onto)
-            return out
-        out = self.out(y) * s.out_scale
-        return out if onto is None else onto + out
+        return scaled(partial(self.out, y), s.out_scale, onto)
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """Norm and gate: fp32 y and z [B, T, inner] -> the same in the dtype of z."""
@@ -70,6 +68,11 @@ class Mamba(nn.Module):
             return (y * F.silu(z)).to(z.dtype)
         y, weight = y.unflatten(-1, (s.n_groups, -1)), self.norm.weight.view(s.n_groups, -1)
         return gated_norm(y, z.view_as(y), weight, s.out_norm, "silu", first=not s.norm_first).flatten(2)
+
+
+@cache
+def _rounded(scales: tuple[float, ...], dtype: torch.dtype) -> list[float]:
+    return torch.tensor(scales, dtype=dtype, device="cpu").tolist()
 
 
 class GroupNorm(nn.Module):

@@ -159,12 +159,11 @@ def _shallowest(family: str) -> frozenset[str]:
     found: dict[tuple[bool, ...], tuple[int, str]] = {}
     for stem in full_size.stems().get(family, ()):
         config = full_size.read(stem)
-        text = names.text_config(config)
         kind = tuple(
             bool(config.get(k)) for k in ("quantization_config", "num_nextn_predict_layers", "text_config")
         )
-        layers = next((n for k in ("num_hidden_layers", "n_layer", "num_layers") if (n := text.get(k))), 0)
-        found[kind] = min(found.get(kind, (layers, stem)), (layers, stem))
+        this = families.spec_of(config).n_layers, stem
+        found[kind] = min(found.get(kind, this), this)
     return frozenset(stem for _, stem in found.values())
 
 
