@@ -115,15 +115,12 @@ def of_another_kind(path: Path) -> str | None:
     """What the files of a path are that no reader knows, and what to do, in one sentence; None if that is not known either."""
     for patterns, whose, remedy in OTHERS:
         for pattern in patterns:
-            mine = (
-                [path]
-                if path.is_file() and path.match(pattern)
-                else path.glob(pattern)
-                if path.is_dir()
-                else ()
-            )
-            if (first := next(iter(sorted(mine)), None)) is not None:
-                return f"{first.relative_to(path) if path.is_dir() else first.name} is {whose}; {remedy}"
+            if path.is_dir():
+                found = sorted(p.relative_to(path) for p in path.glob(pattern))
+            else:
+                found = [Path(path.name)] if path.match(pattern) else []
+            if found:
+                return f"{found[0]} is {whose}; {remedy}"
     return None
 
 

@@ -17,12 +17,8 @@ _open: Any = safe_open  # the library does not type it
 
 
 def _dtype(x: Any) -> bool:
-    return x in (
-        "float64",
-        "float32",
-        "float16",
-        "bfloat16",
-    )  # not what weights are stored in, fp8 say: no model is made in it
+    """Not what weights may be stored in, fp8 say: no model is made in it."""
+    return x in ("float64", "float32", "float16", "bfloat16")
 
 
 def _numbered(x: Any) -> bool:
