@@ -326,7 +326,7 @@ def _config(c: Canonical) -> bytes:
     has_own = source["naming"] == "hf" and "config.json" in _carried(c)
     if has_own and source.get("dtype") is None:
         return given.read_bytes()
-    config: dict[str, Any] = json.loads(given.read_text(encoding="utf-8")) if has_own else {}
+    config: dict[str, Any] = json.loads(given.read_bytes()) if has_own else {}
     config = config or dict(source["config"])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     dtype = names.get(c.tensors["embed.weight"].dtype)
