@@ -65,6 +65,11 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise ZooError(
             f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
         )
+    if p.is_dir() and (p / ".metadata").is_file():
+        raise ZooError(
+            f"{p}: a trainer's folder of torch.distributed.checkpoint, which has no config: `zoo convert {p} DST --like CANON`, CANON "
+            "being the canonical folder of the model that was trained"
+        )
     if p.is_dir() and (deeper := [s for s in sets.here(p) if "/" in s.files[0]]):
         shown = ", ".join(map(str, deeper[:8])) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
         raise sets.Ambiguous(

@@ -245,6 +245,9 @@ def resolve(
             return Against(oracle=golden, why_no_source="compared with a recording; the source is not here")
         return Against(open_checkpoint(source), source, golden)
     path = _recorded_source(folder) if against is None else Path(against)
+    if path is None and (values := folder.source.get("values")):
+        why = f"its values are no release's ({values.get('by')}, from {values.get('from')}); name what they should equal with --against"
+        return Against(why_no_source=why, why_no_oracle=why)
     if path is None:
         where = folder.source.get("path") or folder.source.get("root") or "an unknown place"
         return Against(
