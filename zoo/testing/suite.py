@@ -816,9 +816,8 @@ def wrong_constants(variant: Variant) -> Iterator[tuple[str, dict[str, Any]]]:
         if text.get(key) not in (None, wrong):
             yield key, text | {key: wrong}
         rope = text.get("rope_parameters", {})
-        unread = (
-            key == "factor" and "alpha" in rope
-        )  # upstream asks for it beside alpha, and does not read it
+        # Beside alpha upstream asks for it and does not read it; alone it counts beyond the context.
+        unread = key == "factor" and rope.get("rope_type") == "dynamic"
         if rope.get(key) not in (None, wrong) and not unread:
             yield f"rope_parameters.{key}", text | {"rope_parameters": rope | {key: wrong}}
         for kind, part in rope.items():
