@@ -41,14 +41,36 @@ FACTS = (
     metavar="FILE",
     help="Draw it: a block diagram as SVG; of several, side by side, what differs underlined.",
 )
+@click.option(
+    "--context",
+    type=click.IntRange(1, 2**40),
+    metavar="N",
+    help="Count the KV cache for N tokens. Default: all.",
+)
+@click.option("--batch", type=click.IntRange(1, 2**40), metavar="N", help="Of N sequences. Default: 1.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "fp8"]),
+    help="What the cache holds. Default: bf16.",
+)
 @common
-def command(names: tuple[str, ...], svg: Path | None, as_json: bool) -> None:
+def command(
+    names: tuple[str, ...],
+    svg: Path | None,
+    context: int | None,
+    batch: int | None,
+    kv_dtype: str | None,
+    as_json: bool,
+) -> None:
     """Show what is known of a release and how it is built; several are put side by side, differences marked.
 
     NAME is a release (`zoo list`), a folder or file on disk, a config.json, or an owner/repo on the Hub: of one that zoo has
     no manifest of, its sets of weights are listed, and what its config.json says.
     """
     shown = [look(name) for name in names]
+    if context or batch or kv_dtype:
+        for s in shown:
+            s.load = (context, batch or 1, kv_dtype or "bf16")
     if svg is not None:
         _draw(shown, svg)
         if as_json:
@@ -98,16 +120,24 @@ class Shown:
     source: str = ""
     sets: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    load: tuple[int | None, int, str] | None = (
+        None  # tokens, sequences, dtype of the cache: where they were asked for
+    )
 
     def lines(self) -> dict[str, str]:
         m = self.manifest
         facts = _facts(m) if m is not None else {"name": self.name, "from": self.source}
         if m is not None or self.spec is not None:
             facts |= _architecture(m, self.spec)
+        if self.spec is not None and self.load is not None:
+            from zoo.describe import serving
+
+            context, batch, dtype = self.load
+            facts["serving"] = serving(self.spec, context or self.spec.context_length, batch, dtype)
         return facts | ({"note": "\n".join(self.notes)} if self.notes else {})
 
     def to_json(self) -> dict[str, Any]:
-        from zoo import describe, manifest
+        from zoo import describe, manifest, sizes
         from zoo.layout import active_params, total_params
 
         m = self.manifest
@@ -122,7 +152,8 @@ class Shown:
             out |= {
                 "architecture": describe.describe(self.spec),
                 "params": {"total": total_params(self.spec), "active": active_params(self.spec)},
-                "kv_bytes_per_token": describe.kv_bytes_per_token(self.spec),
+                "kv_bytes_per_token": sizes.kv_bytes_per_token(self.spec),
+                "numbers": sizes.numbers(self.spec, *(self.load or ())),
                 "spec": self.spec.to_dict(),
             }
         return out
@@ -219,6 +250,7 @@ def _facts(m: Manifest) -> dict[str, str]:
 
     published = f"{count(m.params_total)} total" if m.params_total else ""
     published += f", {count(m.params_active)} active" if m.params_active else ""
+    published += f" ({m.params_convention})" if published and m.params_convention else ""
     facts = {
         "name": m.name,
         "also called": ", ".join(m.aliases),
@@ -256,7 +288,7 @@ def side_by_side(names: list[str], columns: list[dict[str, str]]) -> str:
 
     from zoo.describe import QUESTIONS
 
-    keys = [key for key in (*FACTS, *QUESTIONS) if any(key in column for column in columns)]
+    keys = [key for key in (*FACTS, *QUESTIONS, "serving") if any(key in column for column in columns)]
     left = max(map(len, keys)) + 4
     each = max(24, (min(200, terminal_width()) - left) // len(columns) - 2)
     lines = [" " * left + "  ".join(n.ljust(each) for n in names).rstrip()]

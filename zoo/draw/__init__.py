@@ -60,4 +60,10 @@ def _about(spec: Spec) -> str:
     """The picture in sentences, for those who do not see it."""
     from zoo.describe import describe
 
-    return " ".join(f"{k}: {v}." for k, v in describe(spec).items())
+    counted = (
+        "parts",
+        "memory",
+        "compute",
+        "layers",
+    )  # numbers that no box has, and letters that nobody wants to hear
+    return " ".join(f"{k}: {v}." for k, v in describe(spec).items() if k not in counted)
