@@ -558,13 +558,15 @@ class _Matcher:
             if part.optional and not any(name in self.tensors for name in names):
                 continue
             name = f"{slot.name.removesuffix('.weight')}.{part.name}"
+            n_before = len(self.out.problems)
             if not self.add(name, slot, found, names, part, keep=self.dtype is None):
+                if len(self.out.problems) == n_before and name not in self.out.missing:
+                    self.use(slot, rule, n, scheme)
                 if self.dtype is None and self.fits_released(rule, slot, part):
                     self.out.problems.append(
                         f"{slot.name}: its {part.name}s fit the released tensors, but not as these are arranged here; convert "
                         "with --dtype"
                     )
-                self.use(slot, rule, n, scheme)
                 return
             components[part.name] = tuple(names)
         if self.dtype is None:
@@ -581,7 +583,7 @@ class _Matcher:
         )
 
     def use(self, slot: Slot, rule: Rule, n: int, scheme: Scheme) -> None:
-        """None of the components of a weight is unexpected, though one of them does not fit."""
+        """None of the components of a weight is unexpected, though one of them has another shape."""
         plain = self.recipe(rule, n, slot, None, None)
         leaves = [] if isinstance(plain, str) else plain.sources(slot.layer, ())
         self.used.update(name for leaf in leaves for part in scheme.components for name in part.names(leaf))
