@@ -40,13 +40,18 @@ __all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull
 
 @translated
 def load(
-    path: StrPath, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    path: StrPath,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    trainable: bool = False,
 ) -> Decoder:
     """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
     [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
 
-    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). Raises ZooError
-    if `path` is no canonical checkpoint, or torch has no such device here.
+    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). `trainable`: in training
+    mode, its parameters requiring gradients, which plain torch computes; `zoo.save` makes a folder of it again. Raises ZooError
+    if `path` is no canonical checkpoint, or torch has no such device here, or what is to be trained is quantised.
     """
     import torch
 
@@ -56,7 +61,7 @@ def load(
     wanted = dtypes.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in dtypes.values():
         raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
-    return load(path, device=device, dtype=wanted)
+    return load(path, device=device, dtype=wanted, trainable=trainable)
 
 
 @translated
