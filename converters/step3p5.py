@@ -126,7 +126,7 @@ def sparse_layers(t: Config, n: int) -> list[bool]:
     """Which layers have experts: a list of kinds, or the numbers of those that have ("3,4,..."); else all but three."""
     if "mlp_layer_types" in t:
         return [kind == "sparse" for kind in t.each_layer("mlp_layer_types", n, ("dense", "sparse"))]
-    said = t.get("moe_layers_enum", range(3, n))
+    said = t.data.get("moe_layers_enum") or range(3, n)
     numbers = said.split(",") if isinstance(said, str) else said
     return [i in {int(x) for x in numbers} for i in range(n)]
 
