@@ -181,15 +181,16 @@ _HELD: tuple[RuleLine, ...] = (
     *hf.STACKED,
     *hf.gated_mlp("layers.{i}.moe.shared", _L + "mlp.shared_experts"),
 )
-_VISION = "sees images; the text model does not"
+_VISION = tuple(
+    extra(f"{prefix}{part}.*", "sees images; the text model does not")
+    for prefix in ("", "model.")
+    for part in ("vision_model", "vit_large_projector", "multi_modal_projector")
+)
+_WITHIN = {"model.": "model.language_model."}
+_MTP = extra("model.language_model.layers.{i}.*", hf.MTP, beside="eh_proj.weight")
 RULES = {
-    "hf": rules(*HF, extra("vision_model.*", _VISION), extra("vit_large_projector.*", _VISION)),
-    "transformers": rules(
-        *hf.in_memory(HF, *_HELD),
-        extra("model.vision_model.*", _VISION),
-        extra("model.multi_modal_projector.*", _VISION),
-        prefixes=({"model.": "model.language_model."},),
-    ),
+    "hf": rules(*HF, _MTP, *_VISION, prefixes=({}, _WITHIN)),
+    "transformers": rules(*hf.in_memory(HF, *_HELD), *_VISION, prefixes=(_WITHIN,)),
 }
 
 FAMILY = Family(
