@@ -91,13 +91,13 @@ def convert(
 
 
 @translated
-def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
+def export(canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
     files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 
-    return export(canon, dst, format=format)
+    return export(canon, dst, format=format, type=type)
 
 
 @translated

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zoo.errors import ZooError
@@ -123,7 +123,7 @@ def _steps(step: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any
     return [step]
 
 
-def _signature(steps: list[Mapping[str, Any]], where: str) -> tuple[Any, ...]:
+def _signature(steps: Sequence[Mapping[str, Any]], where: str) -> tuple[Any, ...]:
     """What splits text: regexes, digits one by one, and whether GPT-2's regex follows."""
     out: list[Any] = []
     for step in steps:
@@ -200,13 +200,15 @@ def _around(whole: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _special(
-    whole: Mapping[str, Any], config: Mapping[str, Any], files: Mapping[str, bytes], tokens: list[str], who: str
+    whole: Mapping[str, Any],
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    tokens: list[str],
+    who: str,
 ) -> dict[str, Any]:
     """Numbers of the tokens with a role, and whether they are put around a text."""
     number = {token: n for n, token in reversed(list(enumerate(tokens)))}
-    mapped, generation = (
-        _json(files, n, who) for n in ("special_tokens_map.json", "generation_config.json")
-    )
+    mapped, generation = (_json(files, n, who) for n in ("special_tokens_map.json", "generation_config.json"))
     out: dict[str, Any] = {}
     for role, key in _SPECIAL.items():
         token = config.get(key) or mapped.get(key)

@@ -68,7 +68,7 @@ class _Tensor:
         import gguf
 
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
-        return math.prod(self.shape) // block * size
+        return math.prod(self.shape) // int(block) * int(size)
 
 
 def export_gguf(
