@@ -42,8 +42,8 @@ class Size(click.ParamType[int]):
 @click.option(
     "--type",
     "type_",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0"]),
-    help="Of a GGUF's matrices. Default: as the embedding is stored.",
+    metavar="TYPE",
+    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default: as the embedding is stored.",
 )
 @click.option(
     "--max-shard-size", "shard_size", type=Size(), metavar="SIZE",

@@ -218,13 +218,14 @@ FIELDS: Mapping[str, Callable[[Spec], Any]] = {
 
 OTHERWISE: Mapping[tuple[str, str], Callable[[Spec], Any]] = {
     ("granite", "logit_scale"): lambda s: 1 / s.logit_scale,  # the graph divides by it
+    ("cohere2", "rope.scaling.type"): lambda s: "none",
 }
-"""Where an architecture means something else by a field."""
+"""Where an architecture means something else by a field, or its converter says what goes without saying."""
 
 UNSAID = (
     "attention.sliding_window_pattern", "attention.sliding_window", "rope.freq_base_swa", "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_log_multiplier", "rope.scaling.attn_factor", "attention.key_length_mla", "attention.value_length_mla",
-    "expert_weights_norm", "expert_weights_scale", "expert_gating_func", "expert_group_count", "expert_group_used_count",
+    "expert_shared_feed_forward_length", "expert_weights_norm", "expert_weights_scale", "expert_gating_func", "expert_group_count", "expert_group_used_count",
     "leading_dense_block_count", "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "residual_scale",
 )  # fmt: skip
 """Fields that are left out where the architecture implies just their value, but for those of NEEDED."""
@@ -324,13 +325,16 @@ def _described(
     _, asked = read(offered)
     fields = {k: v for k, v in offered.items() if k in asked or k == "vocab_size"}
     wrong = judged(fields)
-    for key in UNSAID:
+    for key in UNSAID:  # what the architecture implies to more digits than a field has
         without = {k: v for k, v in fields.items() if k != key}
-        better = judged(without)
-        if len(better) < len(wrong) or (not better and key not in NEEDED.get(arch, ())):
+        if len(better := judged(without)) < len(wrong):
             fields, wrong = without, better
     if wrong:
         raise ZooError(f"{who}: a GGUF of architecture {arch} cannot say it: {wrong[0]}")
+    for key in UNSAID:
+        without = {k: v for k, v in fields.items() if k != key}
+        if key not in NEEDED.get(arch, ()) and not judged(without):
+            fields = without
     return Described(arch, {f"{arch}.{k}": v for k, v in fields.items()}, constants)
 
 

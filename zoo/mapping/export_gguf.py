@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ from zoo.quant.schemes import Component, scheme
 
 log = logging.getLogger(__name__)
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-_FILE_TYPE = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama_ftype of llama.h
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+_FILE_TYPE = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}  # llama_ftype
 _MXFP4_FILE = 38
 _PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
 _ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
@@ -94,7 +95,7 @@ def export_gguf(
     if target.suffix != ".gguf" or target.is_dir():
         raise ZooError(f"{target}: expected the name of a file that ends in .gguf")
     if type is not None and type not in TYPES:
-        raise ZooError(f"unknown type {type!r}; expected one of {', '.join(TYPES)}")
+        raise ZooError(_not_made_here(type, c.root, target))
     wanted = (type or _stored(c)).upper()
     family = families.get(c.source["family"], c.source.get("package"))
     tensors = list(_tensors(c, family, wanted))
@@ -167,6 +168,17 @@ def _add(writer: Any, key: str, value: Any) -> None:
 # What to write
 
 
+def _not_made_here(type: str, root: Path, target: Path) -> str:
+    """Of a type that is not in TYPES. Source of the names: llama_ftype, as llama.cpp's quantiser spells it."""
+    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|mxfp4\w*", type):
+        return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
+    plain = target.with_name(f"{target.stem}-bf16.gguf")
+    return (
+        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type bf16`, "
+        f"then `llama-quantize {plain} {target} {type}`; zoo makes {', '.join(TYPES)}"
+    )
+
+
 def _stored(c: Canonical) -> str:
     dtype = c.tensors["embed.weight"].dtype
     if dtype not in _PLAIN:
@@ -190,9 +202,8 @@ def _general(c: Canonical, tensors: list[_Tensor], wanted: str) -> dict[str, Any
         "general.type": "model",
         "general.name": str(name).rstrip("/").rpartition("/")[2],
         "general.file_type": _MXFP4_FILE if "MXFP4" in kinds else _FILE_TYPE[wanted],
+        "general.quantization_version": 2,
     }
-    if kinds - set(_PLAIN):
-        out["general.quantization_version"] = 2
     return out
 
 
@@ -246,7 +257,7 @@ def _fits(c: Canonical, family: Family, slot: Slot, part: Component | None) -> t
 
 
 def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """As llama.cpp's converter chooses it; in Q4_0 the two ends of the model keep 8 bits."""
+    """As llama.cpp's converter chooses it; in 4 and 5 bits the two ends of the model keep 8."""
     if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", *_ALWAYS_FP32)):
         return "F32"
     if wanted in _PLAIN:
