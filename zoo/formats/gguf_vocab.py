@@ -16,9 +16,11 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer
+from zoo.formats.base import TEMPLATES
 from zoo.formats.gguf_tokenizer import BYTE, CONTROL, SPACE, USER_DEFINED
 
 NORMAL, UNKNOWN, UNUSED = 1, 2, 5  # tokenizer.ggml.token_type
+_SCORE = {CONTROL: -1000.0, USER_DEFINED: -1000.0, UNUSED: -10000.0}  # as the converter has them
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
@@ -40,9 +42,10 @@ def fields(files: Mapping[str, bytes], vocab_size: int, who: str) -> dict[str, A
     try:
         out = _fields(whole, config, vocab_size, where)
         out |= _special(whole, config, files, out["tokens"], who)
+        templates = _templates(config, files, who)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as e:
-        raise ZooError(f"{where}: not as the package tokenizers writes it ({e!r:.200})") from e
-    return {f"tokenizer.ggml.{k}": v for k, v in out.items()} | _templates(config, files, who)
+        raise ZooError(f"{where} or a file beside it: not as the package tokenizers writes it ({e!r:.200})") from e
+    return {f"tokenizer.ggml.{k}": v for k, v in out.items()} | templates
 
 
 def _json(files: Mapping[str, bytes], name: str, who: str) -> dict[str, Any]:
@@ -67,10 +70,11 @@ def _fields(
     sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = _tokens(whole, vocab_size, sentencepiece, where)
     if sentencepiece:
-        space = _adds_space(whole, where)
+        # What a user defines is looked for in the text as it is, before its spaces are spelled otherwise.
+        said = [t.replace(SPACE, " ") if kind == USER_DEFINED else t for t, kind in zip(tokens, types)]
         return {
-            "model": "llama", "pre": "default", "tokens": tokens, "scores": _scores(tokens, merges), "token_type": types,
-            "add_space_prefix": space,
+            "model": "llama", "pre": "default", "tokens": said, "scores": _scores(tokens, types, merges), "token_type": types,
+            "add_space_prefix": _adds_space(whole, where),
         }  # fmt: skip
     _refuse_normaliser(whole.get("normalizer"), where)
     # Inside a merge a space would end the first piece: llama.cpp's converter spells it as the byte-level alphabet does.
@@ -85,14 +89,14 @@ def _tokens(
     """Tokens by number, and their types. Rows of the embedding without a token are unused ones."""
     model = whole["model"]
     by_number = {n: token for token, n in model["vocab"].items()}
-    types = dict.fromkeys(by_number, NORMAL)
-    for added in whole.get("added_tokens") or ():
-        by_number[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    types = {n: UNUSED if token == f"[PAD{n}]" else NORMAL for n, token in by_number.items()}
     if byte_fallback:
         types |= {n: BYTE for n, token in by_number.items() if _BYTE.fullmatch(token)}
         if (unknown := model.get("unk_token")) in model["vocab"]:
             types[model["vocab"][unknown]] = UNKNOWN
+    for added in whole.get("added_tokens") or ():
+        by_number[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     if max(by_number, default=0) >= vocab_size:
         n = max(by_number)
         raise ZooError(
@@ -102,12 +106,19 @@ def _tokens(
     return tokens, [types.get(n, UNUSED) for n in range(vocab_size)]
 
 
-def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """SentencePiece merges the pair whose result has the highest score: here, the one that is learned first."""
-    rank: dict[str, int] = {}
-    for n, pair in enumerate(merges):
-        rank.setdefault("".join(pair), n)
-    return [-float(rank[t]) if t in rank else 0.0 for t in tokens]
+def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:
+    """SentencePiece merges the pair whose result has the highest score. Pieces are numbered in the order in which they were
+    learned, and have -0, -1, ... as scores; where the merges are in another order, it is theirs that counts."""
+    number = {t: n for n, t in enumerate(tokens)}
+    made = [number["".join(pair)] for pair in merges]
+    if made == sorted(made):
+        order = [n for n, kind in enumerate(types) if kind == NORMAL]
+    else:
+        order = list(dict.fromkeys(made))
+    out = [_SCORE.get(kind, 0.0) for kind in types]
+    for rank, n in enumerate(order):
+        out[n] = -float(rank)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -238,11 +249,15 @@ def _special(
 
 
 def _templates(config: Mapping[str, Any], files: Mapping[str, bytes], who: str) -> dict[str, Any]:
-    """The chat template, and further ones by name."""
-    found = config.get("chat_template")
-    named = dict(_named(found)) if isinstance(found, list) else {"default": found} if found else {}
-    if "chat_template.jinja" in files:
-        named["default"] = files["chat_template.jinja"].decode("utf-8")
+    """The chat template, and further ones by name: those of the first place that has any (`zoo.text.PLACES`)."""
+    named: dict[str, Any] = {}
+    for file, data in files.items():
+        if file == "chat_template.jinja" or file.startswith(f"{TEMPLATES}/"):
+            name = file.rpartition("/")[2].removesuffix(".jinja")
+            named["default" if "/" not in file else name] = data.decode("utf-8", "replace")
+    for held in (_json(files, "chat_template.json", who), config):
+        if not named and (found := held.get("chat_template")):
+            named = {"default": found} if isinstance(found, str) else dict(_named(found))
     out: dict[str, Any] = {}
     for name, template in named.items():
         if not isinstance(template, str):
@@ -253,6 +268,8 @@ def _templates(config: Mapping[str, Any], files: Mapping[str, bytes], who: str) 
     return out
 
 
-def _named(templates: list[Any]) -> Iterator[tuple[str, Any]]:
-    for t in templates:
-        yield t["name"], t["template"]
+def _named(templates: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(templates, dict):
+        yield from templates.items()
+    else:
+        yield from ((t["name"], t["template"]) for t in templates)

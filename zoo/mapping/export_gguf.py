@@ -25,7 +25,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf_out, gguf_vocab
-from zoo.formats.base import ITEMSIZE, TensorRef, place_of
+from zoo.formats.base import ITEMSIZE, TEMPLATES, TensorRef, place_of
 from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
 from zoo.mapping.execute import Progress
@@ -94,6 +94,7 @@ def export_gguf(
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
     if target.suffix != ".gguf" or target.is_dir():
         raise ZooError(f"{target}: expected the name of a file that ends in .gguf")
+    type = type and type.lower()
     if type is not None and type not in TYPES:
         raise ZooError(_not_made_here(type, c.root, target))
     wanted = (type or _stored(c)).upper()
@@ -198,20 +199,21 @@ def _say_what_is_left(c: Canonical) -> None:
 def _general(c: Canonical, tensors: list[_Tensor], wanted: str) -> dict[str, Any]:
     kinds = {t.type for t in tensors}
     name = c.source.get("repo") or c.source["config"].get("_name_or_path") or c.root.resolve().name
-    out: dict[str, Any] = {
+    return {
         "general.type": "model",
         "general.name": str(name).rstrip("/").rpartition("/")[2],
         "general.file_type": _MXFP4_FILE if "MXFP4" in kinds else _FILE_TYPE[wanted],
         "general.quantization_version": 2,
     }
-    return out
 
 
 def _small(c: Canonical) -> dict[str, bytes]:
     """The carried files that say how text becomes tokens."""
-    names = [n for n in c.json.get("carried", []) if "/" not in n]
-    wanted = ("token", "special_tokens", "generation_config", "chat_template", "vocab.", "merges.", "tekken")
-    return {n: place_of(c.root, n).read_bytes() for n in names if n.startswith(wanted)}
+    wanted = (
+        "token", "special_tokens", "generation_config", "chat_template", f"{TEMPLATES}/", "vocab.", "merges.", "tekken",
+    )  # fmt: skip
+    names = [n for n in c.json.get("carried", []) if n.startswith(wanted)]
+    return {n: place_of(c.root, n).read_bytes() for n in names}
 
 
 def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
