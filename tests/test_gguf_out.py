@@ -33,7 +33,13 @@ def byte_level(n: int) -> dict[str, Any]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     merges = ["t h", "th e", "Ġ the", "i n", "e r"]
-    tokens = ["<bos>", "<eos>", *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in merges), "<think>"]
+    tokens = [
+        "<bos>",
+        "<eos>",
+        *sorted(ByteLevel.alphabet()),
+        *(m.replace(" ", "") for m in merges),
+        "<think>",
+    ]
     unused = [f"[PAD{i}]" for i in range(len(tokens), n)]
     kinds = [3, 3] + [1] * (len(tokens) - 3) + [4] + [5] * len(unused)
     return {
@@ -48,8 +54,34 @@ BYTE_LEVEL = byte_level(272)
 SENTENCEPIECE: dict[str, Any] = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.pre": "default",
-    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<0x41>", "▁a", "ab", "  ", "▁ab", "▁", "a", "b", "[PAD11]"],
-    "tokenizer.ggml.scores": [0.0, -1000.0, -1000.0, 0.0, 0.0, -1.0, -1000.0, -2.0, -3.0, -4.0, -5.0, -10000.0],
+    "tokenizer.ggml.tokens": [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<0x41>",
+        "▁a",
+        "ab",
+        "  ",
+        "▁ab",
+        "▁",
+        "a",
+        "b",
+        "[PAD11]",
+    ],
+    "tokenizer.ggml.scores": [
+        0.0,
+        -1000.0,
+        -1000.0,
+        0.0,
+        0.0,
+        -1.0,
+        -1000.0,
+        -2.0,
+        -3.0,
+        -4.0,
+        -5.0,
+        -10000.0,
+    ],
     "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 4, 1, 1, 1, 1, 5],
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
@@ -101,7 +133,9 @@ def test_blocks_that_llama_cpp_alone_makes_are_left_to_it_with_the_commands(
     type: str, canon: Path, tmp_path: Path
 ) -> None:
     file, plain = tmp_path / "x.gguf", tmp_path / "x-bf16.gguf"
-    commands = f"`zoo export {canon} {plain} --format gguf --type bf16`, then `llama-quantize {plain} {file} {type}`"
+    commands = (
+        f"`zoo export {canon} {plain} --format gguf --type bf16`, then `llama-quantize {plain} {file} {type}`"
+    )
     with pytest.raises(ZooError, match=re.escape(commands)):
         written(canon, tmp_path, type)
     with pytest.raises(ZooError, match="unknown type 'fp8'; expected one of f32, f16, bf16, q8_0"):
@@ -122,7 +156,16 @@ def test_rows_that_are_no_whole_blocks_are_kept_in_f16(
 
 
 def test_a_split_set_is_the_model_of_the_one_file(canon: Path, tmp_path: Path) -> None:
-    args = ["export", str(canon), str(tmp_path / "s.gguf"), "--format", "gguf", "--max-shard-size", "100KB", "--json"]
+    args = [
+        "export",
+        str(canon),
+        str(tmp_path / "s.gguf"),
+        "--format",
+        "gguf",
+        "--max-shard-size",
+        "100KB",
+        "--json",
+    ]
     result = CliRunner().invoke(cli, args)
     assert result.exit_code == 0, result.output
     names = json.loads(result.stdout)["files"]
@@ -148,7 +191,9 @@ def test_a_file_that_is_there_is_replaced_only_with_force(canon: Path, tmp_path:
 
 
 def test_what_no_gguf_can_say_is_refused_by_name_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZooError, match=r"zoo knows no GGUF form of family opt; it has one of cohere2, deepseek_v3"):
+    with pytest.raises(
+        ZooError, match=r"zoo knows no GGUF form of family opt; it has one of cohere2, deepseek_v3"
+    ):
         written(verified.canonical("opt"), tmp_path)
     with pytest.raises(ZooError, match=r"expected the name of a file that ends in \.gguf"):
         zoo.export(verified.canonical("llama"), tmp_path / "x", format="gguf")
@@ -172,8 +217,14 @@ def test_the_scores_of_pieces_give_the_order_in_which_they_were_learned() -> Non
     files = dict(gguf_tokenizer.files(SENTENCEPIECE, "x.gguf")[0])
     whole = json.loads(files["tokenizer.json"])
     whole["model"]["merges"] = [["a", "b"], ["▁", "ab"], ["▁a", "b"], ["▁", "a"]]
-    scores = gguf_vocab.fields(files | {"tokenizer.json": json.dumps(whole).encode()}, 12, "x")["tokenizer.ggml.scores"]
-    assert [scores[SENTENCEPIECE["tokenizer.ggml.tokens"].index(t)] for t in ("ab", "▁ab", "▁a")] == [0.0, -1.0, -2.0]
+    scores = gguf_vocab.fields(files | {"tokenizer.json": json.dumps(whole).encode()}, 12, "x")[
+        "tokenizer.ggml.scores"
+    ]
+    assert [scores[SENTENCEPIECE["tokenizer.ggml.tokens"].index(t)] for t in ("ab", "▁ab", "▁a")] == [
+        0.0,
+        -1.0,
+        -2.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +234,10 @@ def test_the_scores_of_pieces_give_the_order_in_which_they_were_learned() -> Non
         ({"normalizer": {"type": "Lowercase"}}, "normalises text by {'type': 'Lowercase'}"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text by {'type': 'Whitespace'}"),
         ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "is not known to zoo"),
-        ({"added_tokens": [{"id": 999, "content": "<x>", "special": True}]}, "the number 999; the embedding has 272 rows"),
+        (
+            {"added_tokens": [{"id": 999, "content": "<x>", "special": True}]},
+            "the number 999; the embedding has 272 rows",
+        ),
         ({"model": 3}, "not as the package tokenizers writes it"),
     ],
 )
@@ -199,7 +253,9 @@ def test_a_tokenizer_that_llama_cpp_has_no_form_of_is_refused_by_what_it_does(
 # --- zoo verify x.gguf --against CANON ----------------------------------------------------------------------
 
 
-def test_a_written_file_is_held_against_its_folder_as_far_as_its_type_goes(canon: Path, tmp_path: Path) -> None:
+def test_a_written_file_is_held_against_its_folder_as_far_as_its_type_goes(
+    canon: Path, tmp_path: Path
+) -> None:
     file = str(written(canon, tmp_path))
     result = CliRunner().invoke(cli, ["verify", file, "--against", str(canon), "--level", "bytes"])
     assert result.exit_code == 0, result.output
@@ -226,14 +282,19 @@ def test_transformers_own_loader_reads_a_written_file_as_the_folder(family: str,
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
-    ("family", "says"), [("mixtral", "family is mixtral in the folder, llama there"), ("gemma2", "mixer.scale is")]
+    ("family", "says"),
+    [("mixtral", "family is mixtral in the folder, llama there"), ("gemma2", "mixer.scale is")],
 )
-def test_where_that_loader_drops_what_the_file_says_it_is_no_judge(family: str, says: str, tmp_path: Path) -> None:
+def test_where_that_loader_drops_what_the_file_says_it_is_no_judge(
+    family: str, says: str, tmp_path: Path
+) -> None:
     case = tiny.CASES[family]
     folder = zoo.convert(testing_gguf.make(case, case.gguf[0], tmp_path)[0], tmp_path / "canon")
     cert = zoo.verify(written(folder, tmp_path), folder)
     assert cert.passed
-    assert f"upstream's loader reads the file otherwise: " in cert.not_checked[0] and says in cert.not_checked[0]
+    assert (
+        "upstream's loader reads the file otherwise: " in cert.not_checked[0] and says in cert.not_checked[0]
+    )
 
 
 @pytest.mark.parametrize("type", ["bf16", "q8_0", "q4_0"])
@@ -247,7 +308,9 @@ def test_one_value_that_is_another_is_found(type: str, canon: Path, tmp_path: Pa
     assert any("blk.1.ffn_up.weight" in n for n in cert.levels[1].notes)
 
 
-def test_a_type_that_zoo_does_not_make_is_held_to_what_is_left_of_a_tensor(canon: Path, tmp_path: Path) -> None:
+def test_a_type_that_zoo_does_not_make_is_held_to_what_is_left_of_a_tensor(
+    canon: Path, tmp_path: Path
+) -> None:
     source = gguf.GGUFReader(written(canon, tmp_path, "f32"))
     fields, _ = read_header(tmp_path / "x.gguf", "x.gguf")
     for name, swapped in (("ternary", False), ("swapped", True)):

@@ -303,12 +303,20 @@ def test_the_codes_of_gpt_oss_go_into_a_ggufs_blocks_as_they_are(tmp_path: Path)
     vendor.canonical(hf, tmp_path / "canon")
     file = export(tmp_path / "canon", tmp_path / "x.gguf", format="gguf")
     refs, released = open_checkpoint(file).tensors, read_tensors(hf)
-    for name, kind, rows in (("ffn_gate", "gate_up", 0), ("ffn_up", "gate_up", 1), ("ffn_down", "down", None)):
+    for name, kind, rows in (
+        ("ffn_gate", "gate_up", 0),
+        ("ffn_up", "gate_up", 1),
+        ("ffn_down", "down", None),
+    ):
         ref = refs[f"blk.1.{name}_exps.weight"]
         assert ref.dtype == "MXFP4"
-        raw = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)[ref.offset : ref.offset + ref.nbytes]
+        raw = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)[
+            ref.offset : ref.offset + ref.nbytes
+        ]
         blocks = raw.view(*ref.shape[:2], -1, 17)
-        codes, scales = (released[f"model.layers.1.mlp.experts.{kind}_proj_{x}"] for x in ("blocks", "scales"))
+        codes, scales = (
+            released[f"model.layers.1.mlp.experts.{kind}_proj_{x}"] for x in ("blocks", "scales")
+        )
         if rows is not None:  # of gate and up, row by row
             codes, scales = codes[:, rows::2], scales[:, rows::2]
         assert torch.equal(blocks[..., 0], scales)

@@ -44,7 +44,9 @@ def fields(files: Mapping[str, bytes], vocab_size: int, who: str) -> dict[str, A
         out |= _special(whole, config, files, out["tokens"], who)
         templates = _templates(config, files, who)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as e:
-        raise ZooError(f"{where} or a file beside it: not as the package tokenizers writes it ({e!r:.200})") from e
+        raise ZooError(
+            f"{where} or a file beside it: not as the package tokenizers writes it ({e!r:.200})"
+        ) from e
     return {f"tokenizer.ggml.{k}": v for k, v in out.items()} | templates
 
 

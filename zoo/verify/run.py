@@ -112,7 +112,9 @@ def verify(
     file = None
     if Path(canon).is_file():
         if not isinstance(against, str | os.PathLike) or not Path(against).is_dir():
-            raise ZooError(f"{canon}: a file is held against the canonical folder it was written of (--against CANON)")
+            raise ZooError(
+                f"{canon}: a file is held against the canonical folder it was written of (--against CANON)"
+            )
         file, canon, against, write = Path(canon), against, canon, False
     folder = canonical.read(canon)
     numeric = [n for n in NUMERIC if n in wanted]
@@ -272,7 +274,12 @@ def resolve(
 
 
 def _of_file(
-    folder: canonical.Canonical, file: Path, dtype: str, stream: bool, needs_oracle: bool, device: torch.device
+    folder: canonical.Canonical,
+    file: Path,
+    dtype: str,
+    stream: bool,
+    needs_oracle: bool,
+    device: torch.device,
 ) -> Against:
     """A GGUF written of the folder, and upstream's reading of it where it holds the folder's values."""
     from zoo.verify import written
@@ -288,7 +295,9 @@ def _of_file(
     elif not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
     elif path is None or stream:
-        out.why_no_oracle = f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
+        out.why_no_oracle = (
+            f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
+        )
     elif needs_oracle:
         try:
             oracle = _upstream(folder.spec, path, dtype, None, stream, device)

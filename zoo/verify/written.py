@@ -54,9 +54,7 @@ class _Steps:
         least = np.zeros_like(low) if self.signed else np.abs(low)
         span = np.maximum(np.abs(low), np.abs(high)) if self.signed else high - low
         step = span / self.steps
-        bound: Array = (
-            step * (self.off + self.steps * _EPS16) + least * _EPS16 + (self.steps + 1) * _TINY16
-        )
+        bound: Array = step * (self.off + self.steps * _EPS16) + least * _EPS16 + (self.steps + 1) * _TINY16
         return bound
 
 
@@ -78,7 +76,9 @@ def of(folder: Canonical, file: Path) -> Plan:
     """The plan of reading `file` as a model of the folder's family, in fp32."""
     ckpt = open_checkpoint(file)
     if ckpt.format != "gguf":
-        raise ZooError(f"{file}: a file of format {ckpt.format}; of files only a GGUF is held against a folder")
+        raise ZooError(
+            f"{file}: a file of format {ckpt.format}; of files only a GGUF is held against a folder"
+        )
     return make_plan(ckpt, families.get(folder.spec.family, folder.source.get("package")), "fp32")
 
 
@@ -99,8 +99,14 @@ def read_otherwise(folder: Canonical, config: Mapping[str, Any]) -> str | None:
         theirs = families.spec_of(_decimal(config))
     except ZooError as e:
         return f"upstream's loader makes a config of the file that is none of a known model: {e}"
-    apart = [x for x in spec_differences(folder.spec, theirs) if not x.startswith(("context_length", "notes"))]
-    return f"upstream's loader reads the file otherwise: {apart[0].replace('by the source', 'there')}" if apart else None
+    apart = [
+        x for x in spec_differences(folder.spec, theirs) if not x.startswith(("context_length", "notes"))
+    ]
+    return (
+        f"upstream's loader reads the file otherwise: {apart[0].replace('by the source', 'there')}"
+        if apart
+        else None
+    )
 
 
 def _decimal(x: Any) -> Any:
