@@ -97,13 +97,14 @@ def convert(
 
 
 @translated
-def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
+def export(canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
-    files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    files, and the same bytes where `canon` is as it was converted. Or write the GGUF `dst` (`format="gguf"`), its matrices in
+    `type` ("bf16", "q8_0", ...; None: as stored). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 
-    return export(canon, dst, format=format)
+    return export(canon, dst, format=format, type=type)
 
 
 @translated

@@ -731,6 +731,14 @@ class FamilySuite:
         back = export(folders[1], tmp_path / "back")
         assert families.spec_of(build.read_config(back)).layers == hf.layers
         same_bits(build.read_tensors(back), build.read_tensors(export(folders[0], tmp_path / "hf_fp32")))
+        # And what came from Hugging Face's files goes out as the GGUF that llama.cpp's converter makes of them.
+        out = export(folders[0], tmp_path / "out.gguf", format="gguf")
+        plan = make_plan(open_checkpoint(out), dtype="fp32")
+        assert replace(plan.spec, dtype=None) == replace(plans[0].spec, dtype=None)
+        if of.written:
+            gguf.same(out, tmp_path / "w.gguf", of)
+        else:
+            same_bits(made, build.read_tensors(convert(plan, tmp_path / "c")))
 
     def test_of_a_ggufs_fields_none_is_ignored(self, of: Gguf, tmp_path: Path) -> None:
         pytest.importorskip("gguf")

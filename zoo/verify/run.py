@@ -67,6 +67,7 @@ class Against:
     oracle: Oracle | None = None
     why_no_source: str | None = None
     why_no_oracle: str | None = None
+    written: Plan | None = None  # the reading of a GGUF that was made of the folder
     cleanup: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -87,7 +88,8 @@ def verify(
 ) -> Certificate:
     """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
     the source it was converted from, where that still exists), up to and including `level`; by default as far as
-    can be judged here.
+    can be judged here. Or compare the GGUF `canon` with the canonical folder `against`, of which it was written: then no
+    certificate is kept.
 
     `dtype`: what both sides compute in. `stream`: one layer in memory at a time; None: where both models do not fit into
     memory whole. `device`: where both sides are run ("cpu",
@@ -110,6 +112,13 @@ def verify(
     say = progress or (lambda _text: None)
     started, clock = time.perf_counter(), Clock()
     on = chosen(device)
+    file = None
+    if Path(canon).is_file():
+        if not isinstance(against, str | os.PathLike) or not Path(against).is_dir():
+            raise ZooError(
+                f"{canon}: a file is held against the canonical folder it was written of (--against CANON)"
+            )
+        file, canon, against, write = Path(canon), against, canon, False
     folder = canonical.read(canon)
     numeric = [n for n in NUMERIC if n in wanted]
     need = why_streamed = None
@@ -124,7 +133,10 @@ def verify(
     say("opening the source")
     with clock("opening"):
         window = Window() if stream else None
-        other = resolve(folder, against, dtype, window, bool(numeric), on)
+        if file is None:
+            other = resolve(folder, against, dtype, window, bool(numeric), on)
+        else:
+            other = _of_file(folder, file, dtype, window, bool(numeric), on)
         held = contextlib.ExitStack()
     try:
         held.enter_context(exact_on(on))
@@ -294,6 +306,43 @@ def resolve(
     out = Against(ckpt, path)
     if needs_oracle:
         _open_oracle(out, folder, ckpt, dtype, window, device)
+    return out
+
+
+def _of_file(
+    folder: canonical.Canonical,
+    file: Path,
+    dtype: str,
+    window: Window | None,
+    needs_oracle: bool,
+    device: torch.device,
+) -> Against:
+    """A GGUF written of the folder, and upstream's reading of it where it holds the folder's values."""
+    from zoo.verify import written
+
+    plan = written.of(folder, file)
+    out = Against(plan.checkpoint, file, written=plan)
+    path, rounded = readable(plan.checkpoint), written.rounded_types(folder, plan)
+    if rounded:
+        out.why_no_oracle = (
+            f"the file rounds the folder's values to {', '.join(rounded)}: they are held to that rounding; `zoo convert "
+            f"{file} FOLDER` and `zoo verify FOLDER` compare what is left with upstream's reading of it"
+        )
+    elif not upstream_available():
+        out.why_no_oracle = NO_TRANSFORMERS
+    elif path is None or window is not None:
+        out.why_no_oracle = (
+            f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
+        )
+    elif needs_oracle:
+        try:
+            oracle = _upstream(folder.spec, path, dtype, None, window, device)
+        except (CannotLoad, NoUpstream) as e:  # an export of the folder would say nothing of the file
+            out.why_no_oracle = str(e)
+        else:
+            # Its loader drops many a field: the experts of Mixtral, the caps of Gemma 2 where they are not 50 and 30.
+            out.why_no_oracle = written.read_otherwise(folder, oracle.model.config.to_dict())
+            out.oracle = None if out.why_no_oracle else oracle
     return out
 
 
@@ -494,7 +543,18 @@ def _exact_levels(
     say: Progress,
 ) -> exact.Bytes | None:
     """The levels plan and bytes. With a `window`, bytes are compared as they pass there: by what is returned."""
-    plan, why, of_bytes = None, other.why_no_source, None
+    plan, why, of_bytes = other.written, other.why_no_source, None
+    if plan is not None:
+        from zoo.verify import written
+
+        cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        for name, level in (("plan", written.written_plan_level), ("bytes", written.written_bytes_level)):
+            if name in wanted:
+                say(name)
+                t = time.perf_counter()
+                cert.levels.append(level(folder, plan))
+                cert.levels[-1].seconds = time.perf_counter() - t
+        return None
     if other.checkpoint is not None:
         say("planning")
         plan = plan_of(folder, other.checkpoint)
