@@ -261,9 +261,7 @@ def _rope(r: Rope, m: Attention | LatentAttention) -> str:
     if r.backwards:
         text += ", backwards"
     if (s := r.scaling) is not None:
-        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[
-            s.kind
-        ]
+        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "longrope": "LongRoPE"}.get(s.kind, s.kind)
         text += f", {kind} x{s.factor:g}" + (f" from {s.original_context:,}" if s.original_context else "")
     return text
 

@@ -77,6 +77,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
             "format": f"canonical, layout version {folder.json['layout_version']}",
             "family": folder.spec.family,
             "source": _source(folder.source),
+            "values": _values(folder.source),
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
             "extras": _counts(folder.extras.values()),
@@ -128,6 +129,14 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
     if isinstance(package := source.get("package"), dict):
         origin = {"package": f"{package.get('name')} {package.get('version')}", **origin}
     return {k: source[k] for k in ("path", "format", "naming", "dtype", "rules") if source.get(k)} | origin
+
+
+def _values(source: dict[str, Any]) -> str | None:
+    """Whose values a folder holds that are not a release's."""
+    if not (values := source.get("values")):
+        return None
+    adapter = f", adapter {values['adapter']}" if "adapter" in values else ""
+    return f"not a release's: {values.get('by')}; from {values.get('from')}{adapter}; released as {values.get('release', 'unknown')}"
 
 
 def _verdict(path: Path) -> str:
