@@ -35,7 +35,19 @@ if TYPE_CHECKING:
 
     StrPath = str | os.PathLike[str]
 
-__all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "save", "spec", "verify"]
+__all__ = [
+    "ZooError",
+    "__version__",
+    "convert",
+    "export",
+    "load",
+    "merge",
+    "plan",
+    "pull",
+    "save",
+    "spec",
+    "verify",
+]
 
 
 @translated
@@ -105,6 +117,18 @@ def export(canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = 
     from zoo.mapping.export import export
 
     return export(canon, dst, format=format, type=type)
+
+
+@translated
+def merge(canon: StrPath, adapter: StrPath, to: StrPath) -> Path:
+    """Write the canonical folder `to`: `canon` with the PEFT adapter in the folder `adapter` merged into it; `to`.
+
+    LoRA, rsLoRA and DoRA, computed in fp32 and rounded once. Raises ZooError for another kind of adapter, one for another model, or
+    one that changes quantised weights.
+    """
+    from zoo.mapping.merge import merge
+
+    return merge(canon, adapter, to)
 
 
 @translated

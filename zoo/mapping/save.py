@@ -327,14 +327,15 @@ def put_together(o: Output, state: State, wanted: bool) -> Iterator[Tensor]:
             return
         if out is None:
             out = torch.empty(o.shape, dtype=TORCH[o.dtype])
-        _view(out, fit.canonical).copy_(_view(held.contiguous(), fit.source))
+        elements(out, fit.canonical).copy_(elements(held.contiguous(), fit.source))
     if out is not None:
         yield out
 
 
-def _view(t: Tensor, box: Box) -> Tensor:
+def elements(t: Tensor, box: Box) -> Tensor:
+    """A view of the elements of `box` of a contiguous tensor, every sub-axis an axis."""
     sizes, strides = box.flat()
-    return torch.as_strided(t, sizes, strides, box.offset)
+    return torch.as_strided(t, sizes, strides, t.storage_offset() + box.offset)
 
 
 # ---------------------------------------------------------------------------------------------------
