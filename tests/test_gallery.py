@@ -136,6 +136,20 @@ def test_a_page_has_the_drawing_the_facts_the_tensors_and_the_commands() -> None
     assert "nothing to draw it from" in undrawn.text and "object" not in undrawn.tags
 
 
+def test_releases_are_listed_by_what_they_have() -> None:
+    def names(*args: str) -> set[str]:
+        done = CliRunner().invoke(cli, ["list", *args, "--json"], catch_exceptions=False)
+        return {r["name"] for r in json.loads(done.stdout)}
+
+    assert {"deepseek-v3", "deepseek-r1"} <= names("deepseek", "--has", "mla")
+    assert names("gpt-oss", "--has", "sinks", "--has", "sliding window") == {"gpt-oss-20b", "gpt-oss-120b"}
+    assert not names("gpt-oss", "--has", "MLA")
+    undrawn = CliRunner().invoke(cli, ["list", UNDRAWN, "--has", "MLA"])
+    assert "not listed: 1 whose config has no public copy, and may have MLA" in undrawn.stderr
+    with pytest.raises(ZooError, match="no choice is called 'magic'; there are: MHA; GQA"):
+        CliRunner().invoke(cli, ["list", "--has", "magic"], catch_exceptions=False)
+
+
 def test_the_timeline_says_where_a_choice_first_appeared_and_how_many_of_a_year_made_it() -> None:
     text = " ".join(Page((site() / "timeline.html").read_text()).text.split())
     assert "MLA" in text and "2024-12-26 deepseek-v3" in text and "2019-11-05 gpt2-xl" in text

@@ -54,6 +54,7 @@ const SORTS = {
 
 function gallery() {
   const form = $("ask"), cards = new Map(), picked = [];
+  let asks = 0;
   const option = (select, values, all) => $(select).append(make("option", { value: "" }, all), ...values.map(v => make("option", {}, v)));
   const each = f => [...new Set(rows.map(f).filter(Boolean))].sort((a, b) => a.localeCompare(b, "en", { sensitivity: "base" }));
   option("vendor", each(r => r.vendor), "all");
@@ -73,8 +74,10 @@ function gallery() {
     const [key, way] = SORTS[asked.sort];
     const order = (a, b) => a < b ? -way : a > b ? way : 0;
     found.sort((a, b) => order(key(a), key(b)));
-    for (const r of found) if (!cards.has(r)) cards.set(r, card(r));
-    $("cards").replaceChildren(...found.map(r => cards.get(r)));
+    const shown = several => several.map(r => cards.get(r) ?? cards.set(r, card(r)).get(r));
+    $("cards").replaceChildren(...shown(found.slice(0, 24))); // what is seen first, first
+    const asking = ++asks;
+    setTimeout(() => { if (asking === asks) $("cards").append(...shown(found.slice(24))); });
     $("count").textContent = `${found.length} of ${rows.length} releases`;
     const kept = new URLSearchParams(Object.entries(asked).filter(([k, v]) => v && !(k === "sort" && v === Object.keys(SORTS)[0])));
     try { history.replaceState(null, "", "#" + kept); } catch { /* a frame on disk may not */ }
