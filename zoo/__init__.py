@@ -110,15 +110,17 @@ def convert(
 
 
 @translated
-def export(canon: StrPath, dst: StrPath, format: str = "hf", *, dtype: str | None = None) -> Path:
+def export(
+    canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None, *, dtype: str | None = None
+) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
     files, and the same bytes where `canon` is as it was converted. `dtype`: convert weights to it (a new checkpoint then, under the
-    release's names). `format` "dcp": a folder of torch.distributed.checkpoint. Raises ZooError if `dst` exists or the conversion changed
-    the dtype, which can't be undone.
+    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), or a folder of
+    torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 
-    return export(canon, dst, format=format, dtype=dtype)
+    return export(canon, dst, format=format, type=type, dtype=dtype)
 
 
 @translated

@@ -11,24 +11,6 @@ import click
 from zoo.cli._common import DTYPE, common, emit, note, say
 
 
-class Size(click.ParamType[int]):
-    """5GB, 500MB, 2GiB, or a number of bytes."""
-
-    name = "size"
-    units = {
-        "": 1,
-        "B": 1,
-        **{f"{u}B": 1000**k for k, u in enumerate("KMGT", 1)},
-        **{f"{u}IB": 1024**k for k, u in enumerate("KMGT", 1)},
-    }
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        if m is None or m[2].upper() not in self.units or float(m[1]) == 0:
-            self.fail(f"{value!r} is no size; expected one like 5GB, 500MB or 2GiB", param, ctx)
-        return int(float(m[1]) * self.units[m[2].upper()])
-
-
 def written_since(canon: Path) -> str | None:
     """A file of weights in CANON that is newer than the description, which a conversion writes last."""
     described = (canon / "zoo.json").stat().st_mtime + 1
@@ -36,21 +18,45 @@ def written_since(canon: Path) -> str | None:
     return next((f.name for f in files if f.stat().st_mtime > described), None)
 
 
+class Size(click.ParamType[int]):
+    """A number of bytes, with or without a unit of the powers of 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if (m := re.fullmatch(r"(\d+) ?([KMGT]?)B?", str(value).upper())) is None or not int(m[1]):
+            self.fail(f"{value!r} is no size; expected a number with a unit, as in 500MB or 5GB", param, ctx)
+        return int(m[1]) * int(1000 ** " KMGT".index(m[2] or " "))
+
+
 @click.command(short_help="A canonical folder back into the release")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
-    "--format", type=click.Choice(["hf", "source", "dcp"]), default="hf", show_default=True,
-    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; dcp: a folder of "
-    "torch.distributed.checkpoint, for trainers.",
-)  # fmt: skip
-@click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as they are. For hf.")
+    "--format",
+    type=click.Choice(["hf", "source", "gguf", "dcp"]),
+    default="hf",
+    show_default=True,
+    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; gguf: a file for llama.cpp; "
+    "dcp: a folder of torch.distributed.checkpoint, for trainers.",
+)
 @click.option(
-    "--max-shard-size", type=Size(), metavar="SIZE", help="Bytes of a file at most: 5GB, 500MB, 2GiB. For hf."
+    "--type",
+    "type_",
+    metavar="TYPE",
+    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default: as the embedding is stored.",
+)
+@click.option("--dtype", type=DTYPE, help="Convert an hf checkpoint's weights to this. Default: as they are.")
+@click.option(
+    "--max-shard-size",
+    "shard_size",
+    type=Size(),
+    metavar="SIZE",
+    help="Bytes of tensors in a file, 5GB for example; the files are new then. Default: as released, else 5 GB; a GGUF is one file.",
 )
 @click.option(
     "--names", type=click.Choice(["transformers", "hf", "canonical"]),
-    help="For dcp: names as transformers has them in memory (default), the release's, or the canonical ones.",
+    help="Of dcp: names as transformers has them in memory (default), the release's, or the canonical ones.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace DST if it is a checkpoint.")
 @common
@@ -58,8 +64,9 @@ def command(
     canon: Path,
     dst: Path,
     format: str,
+    type_: str | None,
     dtype: str | None,
-    max_shard_size: int | None,
+    shard_size: int | None,
     names: str | None,
     force: bool,
     as_json: bool,
@@ -69,8 +76,11 @@ def command(
 
     After a conversion that changed the dtype, or from a GGUF, it is a new Hugging Face checkpoint; so it is with --dtype or
     --max-shard-size, and where CANON was trained or merged. Its names are the release's.
+
+    With --format gguf DST is a file, x.gguf, or the first of a set of files.
     """
     from zoo.cli._progress import Bar, Steps
+    from zoo.formats.gguf import files_of_set
     from zoo.mapping.export import export
 
     with Bar() as bar:
@@ -79,13 +89,14 @@ def command(
             canon,
             dst,
             format=format,
+            type=type_,
             force=force,
             dtype=dtype,
-            shard_size=max_shard_size,
+            shard_size=shard_size,
             names=names,
             progress=Steps(bar),
         )
-    files = sorted(p.name for p in path.iterdir())
+    files = sorted(p.name for p in path.iterdir()) if path.is_dir() else files_of_set(path.name)
     if as_json:
         emit({"path": str(path), "files": files})
         return

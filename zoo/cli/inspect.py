@@ -32,6 +32,7 @@ def command(path: Path, family: str | None, tensors: bool, as_json: bool) -> Non
         emit(about)
         return
     architecture, several = about.pop("architecture", {}), about.pop("sets", [])
+    about.pop("numbers", None)  # the architecture's lines say them
     lines = [(k.replace("_", " "), _text(v)) for k, v in about.items() if v not in (None, "", [], {})]
     say(pairs([*lines, *architecture.items()]))
     if several:
@@ -62,6 +63,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
     from zoo.errors import ZooError
     from zoo.formats import canonical, open_checkpoint, sets
     from zoo.mapping.plan import found, given
+    from zoo.sizes import numbers
 
     if canonical.detect(path):
         folder = canonical.read(path)
@@ -116,6 +118,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
         "dtypes": _counts(r.dtype for r in refs),
     }
     if spec is not None:
+        about["numbers"] = numbers(spec)
         about["architecture"] = {k: v for k, v in describe(spec).items() if k != "family"}
     return about, refs
 

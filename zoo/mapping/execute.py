@@ -66,6 +66,7 @@ from zoo.mapping.parts import Part, Shared, shares
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
 from zoo.printable import printable
+from zoo.quant.schemes import scheme
 
 log = logging.getLogger("zoo")
 
@@ -540,6 +541,8 @@ class Execution:
         files = decode.Files(self.mover.source)
         if o.scheme is not None:
             others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
+            if (how := scheme(o.scheme)).module:
+                return decode.Formula(ref, others, how, o.fits[k].shape, files, o.dtype)
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
         dtype = "F32" if o.fits[k].plus_one else o.dtype
         blocks = ref.dtype not in ITEMSIZE

@@ -38,7 +38,7 @@ from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.quant.schemes import scheme
 
-FORMATS = ("hf", "source", "dcp")
+FORMATS = ("hf", "source", "gguf", "dcp")
 MAX_KEPT = 1 << 28
 """Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
 MAX_DIRECTORY = 1 << 22
@@ -71,6 +71,7 @@ def export(
     dst: str | os.PathLike[str],
     format: str = "hf",
     *,
+    type: str | None = None,
     force: bool = False,
     dtype: str | None = None,
     shard_size: int | None = None,
@@ -81,26 +82,37 @@ def export(
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only); "dcp", a folder of torch.distributed.checkpoint, under `names` (see `zoo.mapping.state.state_dict`; default:
-    those that transformers has in memory). `dtype` ("bf16", "fp16", "fp32"): convert the model's floating-point tensors to it, as
-    `zoo convert` does. `shard_size`: bytes of tensors per file at most, in new files. Raises ZooError if `canon` holds only some layers,
+    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned; "dcp", a
+    folder of torch.distributed.checkpoint, under `names` (see `zoo.mapping.state.state_dict`; default: those that transformers has in
+    memory). `dtype` ("bf16", "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
+    of tensors per file at most, in new files. Raises ZooError if `canon` holds only some layers,
     if its rules have changed since, if a dtype is asked for where weights are quantised, or as `Folder` does.
     """
     if format not in FORMATS:
         raise ZooError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype is not None and format != "hf":
+        raise ZooError(f'a dtype is for format "hf", not {format!r}')
+    if names is not None and format != "dcp":
+        raise ZooError(f'names are chosen for format "dcp", not {format!r}')
+    if shard_size is not None and format not in ("hf", "gguf"):
+        raise ZooError(f'a size of files is for formats "hf" and "gguf", not {format!r}')
+    if format == "gguf":
+        from zoo.mapping.export_gguf import export_gguf
+
+        return export_gguf(canon, dst, type, force=force, shard_size=shard_size or 0, progress=progress)[0]
+    if type is not None:
+        raise ZooError(
+            f"a type ({type}) is of GGUF; a Hugging Face checkpoint is written in another dtype with --dtype"
+        )
     c = read(canon)
     if c.layers is not None:
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
-    if (dtype or shard_size) and format != "hf":
-        raise ZooError(f'a dtype or a size of files is for format "hf", not {format!r}')
     if format == "dcp":
         from zoo.formats.dcp import write
 
         return write(c, dst, names or "transformers", force)
-    if names is not None:
-        raise ZooError(f'names are chosen for format "dcp", not {format!r}')
     try:
         job = _job(c, format, shard_size, DTYPES[dtype] if dtype else None)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -404,7 +416,7 @@ def _config(c: Canonical, embed: str, cast: bool) -> bytes:
     has_own = source["naming"] == "hf" and "config.json" in _carried(c)
     if has_own and source.get("dtype") is None and not cast:
         return given.read_bytes()
-    config: dict[str, Any] = json.loads(given.read_text(encoding="utf-8")) if has_own else {}
+    config: dict[str, Any] = json.loads(given.read_bytes()) if has_own else {}
     config = config or dict(source["config"])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     dtype = names.get(embed)
