@@ -83,7 +83,7 @@ def test_an_export_in_another_dtype_or_in_smaller_files_has_the_releases_names(t
     fp8 = zoo.convert(quantised("qwen3", {}, fp8_blocks, tmp_path / "hf"), tmp_path / "fp8")
     with pytest.raises(ZooError, match="weights are quantised .* convert the source again with --dtype"):
         zoo.export(fp8, tmp_path / "x", dtype="bf16")
-    with pytest.raises(ZooError, match="is for format \"hf\", not 'dcp'"):
+    with pytest.raises(ZooError, match='a dtype for "hf"; "dcp" holds tensors as they are'):
         zoo.export(canon, tmp_path / "x", "dcp", dtype="bf16")
 
 

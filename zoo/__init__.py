@@ -118,6 +118,12 @@ def export(
     release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), or a folder of
     torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
+    if format == "dcp":
+        if type is not None or dtype is not None:
+            raise ZooError('a type is for format "gguf", a dtype for "hf"; "dcp" holds tensors as they are')
+        from zoo.mapping.state import export_dcp
+
+        return export_dcp(canon, dst)
     from zoo.mapping.export import export
 
     return export(canon, dst, format=format, type=type, dtype=dtype)

@@ -83,19 +83,22 @@ def command(
     from zoo.formats.gguf import files_of_set
     from zoo.mapping.export import export
 
+    if names and format != "dcp":
+        raise click.UsageError("--names are chosen for --format dcp")
+    if format == "dcp" and (type_ or dtype or shard_size):
+        raise click.UsageError(
+            "--format dcp writes tensors as they are: no --type, --dtype or --max-shard-size"
+        )
     with Bar() as bar:
         bar.phase("exporting")
-        path = export(
-            canon,
-            dst,
-            format=format,
-            type=type_,
-            force=force,
-            dtype=dtype,
-            shard_size=shard_size,
-            names=names,
-            progress=Steps(bar),
-        )
+        if format == "dcp":
+            from zoo.mapping.state import export_dcp  # it imports torch, which the others do without
+
+            path = export_dcp(canon, dst, names or "transformers", force=force)
+        else:
+            path = export(
+                canon, dst, format=format, type=type_, force=force, dtype=dtype, shard_size=shard_size, progress=Steps(bar)
+            )  # fmt: skip
     files = sorted(p.name for p in path.iterdir()) if path.is_dir() else files_of_set(path.name)
     if as_json:
         emit({"path": str(path), "files": files})

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef, files_below, inside
-from zoo.formats.canonical import Canonical
 from zoo.model.load import DTYPES
 
 METADATA = ".metadata"
@@ -135,20 +134,17 @@ def _add(out: Saved, name: str, entry: Any, where: Mapping[Any, Any]) -> None:
     out.tensors[name], out.pieces[name] = ref, pieces
 
 
-def write(c: Canonical, dst: str | os.PathLike[str], names: str, force: bool = False) -> Path:
-    """The tensors of a canonical folder, under `names` (see `zoo.mapping.state.state_dict`), as such a folder. Raises ZooError as
-    `Folder` does."""
+def write(state: Mapping[str, Tensor], dst: str | os.PathLike[str], force: bool = False) -> Path:
+    """Tensors by name as such a folder, one after the other. Raises ZooError as `Folder` does."""
     from torch.distributed import checkpoint
 
     from zoo.mapping.folder import Folder
-    from zoo.mapping.state import state_dict
 
-    state = state_dict(c, names)
     with Folder(dst, {}, uuid.uuid4().hex, force=force, ours=_wrote) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of one process, which is meant
         try:
             writer = checkpoint.FileSystemWriter(folder.partial, thread_count=1, sync_files=False)
-            checkpoint.save(state, storage_writer=writer, no_dist=True)
+            checkpoint.save(dict(state), storage_writer=writer, no_dist=True)
         except (OSError, checkpoint.CheckpointException) as e:
             folder.discard()
             raise ZooError(f"{folder.dst}: cannot be written ({e!s:.300}); nothing is left of it") from e

@@ -38,7 +38,7 @@ from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.quant.schemes import scheme
 
-FORMATS = ("hf", "source", "gguf", "dcp")
+FORMATS = ("hf", "source", "gguf")
 MAX_KEPT = 1 << 28
 """Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
 MAX_DIRECTORY = 1 << 22
@@ -75,16 +75,14 @@ def export(
     force: bool = False,
     dtype: str | None = None,
     shard_size: int | None = None,
-    names: str | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Path:
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned; "dcp", a
-    folder of torch.distributed.checkpoint, under `names` (see `zoo.mapping.state.state_dict`; default: those that transformers has in
-    memory). `dtype` ("bf16", "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
+    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned. `dtype` ("bf16",
+    "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
     of tensors per file at most, in new files. Raises ZooError if `canon` holds only some layers,
     if its rules have changed since, if a dtype is asked for where weights are quantised, or as `Folder` does.
     """
@@ -94,8 +92,6 @@ def export(
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype is not None and format != "hf":
         raise ZooError(f'a dtype is for format "hf", not {format!r}')
-    if names is not None and format != "dcp":
-        raise ZooError(f'names are chosen for format "dcp", not {format!r}')
     if shard_size is not None and format not in ("hf", "gguf"):
         raise ZooError(f'a size of files is for formats "hf" and "gguf", not {format!r}')
     if format == "gguf":
@@ -109,10 +105,6 @@ def export(
     c = read(canon)
     if c.layers is not None:
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
-    if format == "dcp":
-        from zoo.formats.dcp import write
-
-        return write(c, dst, names or "transformers", force)
     try:
         job = _job(c, format, shard_size, DTYPES[dtype] if dtype else None)
     except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.formats import canonical
+from zoo.formats import canonical, dcp
 from zoo.formats.canonical import Canonical
+from zoo.mapping.execute import refuse_overlap
 from zoo.mapping.export import outputs_of, prefix_of, released_names, rules_of
 from zoo.mapping.plan import TIED
 from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import elements
+from zoo.mapping.values import refuse_part
 from zoo.model.load import Source
 
 NAMES = ("hf", "transformers", "canonical")
@@ -72,3 +75,18 @@ def _one(pieces: list[tuple[Tensor, Fit]]) -> Tensor:
     for held, fit in pieces:
         elements(out, fit.source).copy_(elements(held, fit.canonical))
     return out
+
+
+def export_dcp(
+    canon: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    names: str = "transformers",
+    *,
+    force: bool = False,
+) -> Path:
+    """Write the tensors of the canonical folder `canon`, under `names` (see `state_dict`), as a folder of
+    torch.distributed.checkpoint, and return it. Raises ZooError as `state_dict` and `Folder` do, and for a part of a model."""
+    c = canonical.read(canon)
+    refuse_part(c)
+    refuse_overlap(c.root, Path(dst))
+    return dcp.write(state_dict(c, names), dst, force)
