@@ -17,7 +17,7 @@ from zoo.testing.variant import Draw, Settings, Tensors
 _HYBRID = BASE | {
     "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 52, "num_hidden_layers": 4,
     "layer_types": [LINEAR, FULL, LINEAR, FULL], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 26, "linear_value_head_dim": 21, "linear_conv_kernel_dim": 3, "rms_norm_eps": 0.05,
+    "linear_key_head_dim": 26, "linear_value_head_dim": 37, "linear_conv_kernel_dim": 3, "rms_norm_eps": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": None},
 }
 
