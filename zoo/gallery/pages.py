@@ -22,20 +22,6 @@ PAGES = (
     ("timeline.html", "Timeline"),
     ("fit.html", "What fits"),
 )
-_COLOURS = (
-    "#e11d48",
-    "#fb7185",
-    "#f43f5e",
-    "#3b82f6",
-    "#16a34a",
-    "#d97706",
-    "#64748b",
-    "#9333ea",
-    "#c084fc",
-    "#0891b2",
-    "#94a3b8",
-    "#be123c",
-)
 
 
 def e(x: Any) -> str:
@@ -193,27 +179,26 @@ def _published(r: Release) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return f"<table>{''.join(f'<tr><th scope=row>{k}<td>{v}' for k, v in rows)}</table>"
+    return f"<table>{''.join(f'<tr><th>{k}<td>{v}' for k, v in rows)}</table>"
 
 
 def _parts(spec: Spec) -> str:
     parts, active = sizes.params_by_part(spec), sizes.active_by_part(spec)
     total = sum(parts.values())
-    colour = dict(zip(sizes.PARTS, _COLOURS, strict=True))
+    colour = {part: f"c{n}" for n, part in enumerate(sizes.PARTS)}  # gallery.css has them
     bars = "".join(
-        f'<i style="width:{100 * n / total:.2f}%;background:{colour[p]}"></i>'
+        f'<i class={colour[p]} style="width:{100 * n / total:.1f}%"></i>'
         for p, n in parts.items()
         if n > total / 500
     )
     rows = "".join(
-        f'<tr><th scope=row><span style="color:{colour[p]}" aria-hidden=true>■</span> {p}<td class=n>{n:,}</td>'
-        f"<td class=n>{100 * n / total:.1f}%<td class=n>{active.get(p, 0):,}"
+        f"<tr><th><i class={colour[p]}></i>{p}<td>{n:,}<td>{100 * n / total:.1f}%<td>{active.get(p, 0):,}"
         for p, n in parts.items()
     )
     context = spec.context_length
     return (
-        f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table><thead><tr><th scope=col>Part"
-        f"<th scope=col class=n>Parameters<th scope=col class=n>Share<th scope=col class=n>Active per token</thead>{rows}</table></div>"
+        f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table class=numbers><thead><tr><th scope=col>Part"
+        f"<th scope=col>Parameters<th scope=col>Share<th scope=col>Active per token</thead>{rows}</table></div>"
         f"<p>{size(sizes.weight_bytes(spec, 'bf16'))} in bf16. {flop(sizes.flops_per_token(spec, 1))} for the first token, "
         f"{flop(sizes.flops_per_token(spec, context))} for the last of {context:,}.</p>"
     )
