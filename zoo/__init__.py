@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from zoo.hub import Progress
     from zoo.mapping.plan import Plan
@@ -39,13 +40,19 @@ __all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull
 
 @translated
 def load(
-    path: StrPath, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    path: StrPath,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
     """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
     [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
 
-    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). Raises ZooError
-    if `path` is no canonical checkpoint, or torch has no such device here.
+    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). `mesh`: a DeviceMesh of
+    one axis, of ranks that share the model: each calls this, holds its part, and runs the same passes, on the mesh's devices
+    (docs/parallel.md). Raises ZooError
+    if `path` is no canonical checkpoint, torch has no such device here, or so many ranks cannot share the model.
     """
     import torch
 
@@ -55,7 +62,7 @@ def load(
     wanted = dtypes.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in dtypes.values():
         raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
-    return load(path, device=device, dtype=wanted)
+    return load(path, device=device, dtype=wanted, mesh=mesh)
 
 
 @translated

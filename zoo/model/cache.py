@@ -97,12 +97,16 @@ class Cache:
         max_len: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ranks: int = 1,
     ) -> None:
+        """`ranks`: how many share the model, of which the Spec says what one has."""
         self.batch, self.max_len = batch, max_len
         self.length = 0
         self.fixed = False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.entries = [_entry(x.mixer, spec.d_model, batch, max_len, dtype, device) for x in spec.layers]
+        self.entries = [
+            _entry(x.mixer, spec.d_model // ranks, batch, max_len, dtype, device) for x in spec.layers
+        ]
         self.index_keys = [
             Slots((torch.zeros(batch, max_len, m.indexer.head_dim, dtype=dtype, device=device),), ring=False)
             if isinstance(m, LatentAttention) and m.indexer is not None
@@ -131,7 +135,7 @@ class Cache:
 
 
 def _entry(
-    m: Mixer | None, d_model: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    m: Mixer | None, channels: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
 ) -> Entry:
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(B, *shape, dtype=dtype, device=device)
@@ -158,7 +162,7 @@ def _entry(
                 zeros(m.conv - 1, channels), zeros(m.n_heads, m.state, m.head_dim, dtype=torch.float32)
             )
         case ShortConv():
-            return State(zeros(m.conv - 1, d_model), zeros(0))
+            return State(zeros(m.conv - 1, channels), zeros(0))
     return None
 
 

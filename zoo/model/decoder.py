@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
 from zoo.model import altup, generate, per_layer
+from zoo.model.across import Across
 from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
@@ -86,6 +87,10 @@ class Layer(nn.Module):
             case ShortConvSpec():
                 return self.short_conv
         return self.attn
+
+    @property
+    def ffn(self) -> nn.Module:
+        return self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
 
     def mix(self, normed: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
         """`onto` + the mixer's branch of normed x."""
@@ -168,6 +173,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.held: tuple[int, ...] | None = None  # the layers that are here, where some are not
+        self.local = spec  # of what this rank has
+        self.across: Across | None = None  # the ranks that share the model, see `parallel`
         with torch.device("meta"):
             d = spec.d_model
             self.embed = Table(spec.vocab_size, d)
@@ -198,7 +205,8 @@ class Decoder(nn.Module):
 
     def cache(self, batch: int, max_len: int) -> Cache:
         """An empty cache for this model, on its device and in its dtype."""
-        return Cache(self.spec, batch, max_len, self.dtype, self.device)
+        ranks = 1 if self.across is None else self.across.size
+        return Cache(self.local, batch, max_len, self.dtype, self.device, ranks)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] (int64) -> logits [B, T, V] in the model's dtype.
@@ -240,7 +248,7 @@ class Decoder(nn.Module):
         layers share. The cache counts the tokens as stored from here on."""
         spec = self.spec
         ctx = Context.begin(ids.shape[1], cache, self.dtype, ids.device)
-        x = F.embedding(ids, self.embed.weight)
+        x = self.embed.rows(ids)
         if spec.embed_scale != 1.0:  # a product with a number is one in fp32, rounded
             factor = torch.tensor(
                 spec.embed_scale, dtype=x.dtype if spec.embed_rounding == "first" else torch.float32
@@ -267,6 +275,8 @@ class Decoder(nn.Module):
             x = self.altup.join(x)
         x = self.norm(x)
         logits: Tensor = self.embed.times(x) if spec.tied else self.head(x)
+        if self.embed.across is not None:  # the head's rows are where the embedding's are
+            logits = self.embed.across.gather(logits)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:

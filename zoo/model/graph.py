@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.kernels.launch import has_triton
+from zoo.model.across import Across
 from zoo.model.cache import Cache, State
 from zoo.model.linear import Table, Weights
 from zoo.spec import Spec
@@ -26,6 +27,7 @@ class Model(Protocol):
 
     spec: Spec
     embed: Table
+    across: Across | None
 
     @property
     def device(self) -> torch.device: ...
@@ -40,6 +42,7 @@ def capturable(model: Model) -> bool:
     """Whether a step of the model can be captured: on a GPU, and nothing in it waits for the host."""
     weight = model.embed.weight
     kernels = weight.is_cuda and has_triton(weight) and weight.dtype != torch.float64
+    kernels = kernels and (model.across is None or model.across.capturable)
     return kernels and all(m.packed() is not None for _, m in model.matrices())
 
 

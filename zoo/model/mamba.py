@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels.delta import gates, mix
-from zoo.kernels.norm import gated_norm
+from zoo.kernels.norm import gated_norm, gated_norm_reference
+from zoo.model.across import Spread
 from zoo.model.cache import Context, State
 from zoo.model.delta import Conv
 from zoo.model.linear import Linear
 from zoo.spec import Mamba as MambaSpec
+from zoo.spec import Norm as NormSpec
 
 
 class Mamba(nn.Module):
@@ -51,14 +53,23 @@ class Mamba(nn.Module):
             state = carried.state
         y = mix(c, b, u, log_decay, dt, state, corrected=False)
         y = (y + self.D.float()[:, None] * u).flatten(2).unflatten(-1, (s.n_groups, -1))
-        y = gated_norm(y, z.view_as(y), self.norm.weight.view(s.n_groups, -1), s.out_norm, "silu", first=True)
+        y = self.norm(y, z.view_as(y), s.out_norm)
         out: Tensor = self.out(y.flatten(2), onto)
         return out
 
 
 class GroupNorm(nn.Module):
-    """The weight of a norm over groups of channels."""
+    """A norm over groups of channels, gated before it. `spread`: this rank has some of one group's channels."""
+
+    spread: Spread | None = None
 
     def __init__(self, inner: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inner))
+
+    def forward(self, y: Tensor, z: Tensor, norm: NormSpec) -> Tensor:
+        """y and its gate z [..., groups, channels] -> the same."""
+        weight = self.weight.view(y.shape[-2:])
+        if self.spread is None:
+            return gated_norm(y, z, weight, norm, "silu", first=True)
+        return gated_norm_reference(y, z, weight, norm, "silu", first=True, rms=self.spread)
