@@ -10,7 +10,7 @@ Granite's four factors (see granite.py), and
 
 from __future__ import annotations
 
-from zoo.family import FFN, Attention, Config, Family, Mamba, Mixer, Norm, Spec, ZooError, hf, read, rules
+from zoo.family import FFN, Attention, Config, Family, Mamba, Mixer, Norm, Spec, hf, read, rules
 
 from . import granite, granitemoe
 from .nemotron_h import dt_floor
@@ -40,15 +40,7 @@ def attention(c: Config) -> Attention:
 def mamba(c: Config) -> Mamba:
     c.choice("hidden_act", ("silu",))  # it is the convolution's too
     c.refuse(mamba_proj_bias=False)
-    n_heads, inner = c["mamba_n_heads"], c.get("mamba_expand", 2) * c["hidden_size"]
-    head_dim = c.get("mamba_d_head", "auto")
-    if head_dim == "auto":
-        head_dim = inner // n_heads
-    if n_heads * head_dim != inner:
-        raise ZooError(
-            f"{c.where}: mamba_n_heads * mamba_d_head is {n_heads * head_dim}, but mamba_expand * hidden_size is {inner}; "
-            "they should be equal"
-        )
+    n_heads, head_dim = read.mamba_heads(c, c.get("mamba_expand", 2) * c["hidden_size"])
     return Mamba(
         n_heads=n_heads,
         head_dim=head_dim,

@@ -26,7 +26,16 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A family without GGUFs, say, has nothing to ask of them: that is no test that was skipped.
+    items[:] = [i for i in items if not any(_nothing_to_ask(m) for m in i.iter_markers("skip"))]
+    if any(hasattr(getattr(item, "function", None), "asks") for item in items):
+        from zoo.testing.suite import is_proof
+
+        for item in items:
+            if is_proof(item):
+                item.add_marker(pytest.mark.proof)
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needs_gpu:
         return
@@ -38,3 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in needs_gpu:
         if not cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _nothing_to_ask(mark: pytest.Mark) -> bool:
+    return str(mark.kwargs.get("reason", "")).startswith("got empty parameter set")

@@ -7,7 +7,8 @@
 Each variant of a family's case (`tests/families/<name>.py`) is saved by upstream's class with every parameter perturbed,
 converted, verified at all levels (fp32, CPU) with seeded faults, which must move numbers, exported, and compared with the
 source to the byte; the main variant is also verified in bf16, and layer by layer (`--stream`) to the same figures. Each config of a
-release is counted with upstream's class on the meta device. What fails is printed with the verifier's diagnosis.
+release is counted with upstream's class on the meta device. Then the tests run that `make test` leaves to this (marked `proof`):
+that the test models show what they should, and what is asked of every variant and every config. What fails is printed with the verifier's diagnosis.
 
 Written, where all of a family passes: its rows of docs/families.md (and there, what docs/gallery.toml says is missing), its versions in manifests/proofs.json (see
 `zoo.proof`), its counts in tests/data/tensors/counts.json. A variant alone writes nothing.
@@ -20,11 +21,15 @@ import concurrent.futures
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
 import tempfile
 import tomllib
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -117,6 +122,24 @@ def prove(name: str) -> dict[str, Any]:
             f"| {certificate.faults['score'] if certificate.faults else ''} |\n"
         ),
     }
+
+
+def unproven(families: list[str], jobs: int) -> list[str]:
+    """Those of the families, of all if none is named, of which a test fails that `make test` leaves to this: see `is_proof`
+    of zoo.testing.suite. Without names the kernels' are among them. pytest prints what failed."""
+    where = [f"tests/test_families.py::Test_{name}" for name in families] or ["tests"]
+    with tempfile.TemporaryDirectory() as tmp:
+        report = Path(tmp) / "report.xml"
+        how = f"-q -m proof -n {jobs} --dist loadgroup -p no:cacheprovider --junitxml".split()
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", *where, *how, str(report)], cwd=ROOT
+        ).returncode
+        if code == pytest.ExitCode.OK:
+            return []
+        if code != pytest.ExitCode.TESTS_FAILED:
+            sys.exit(f"pytest ended with {code}")
+        bad = [c for c in ET.parse(report).iter("testcase") if {e.tag for e in c} & {"failure", "error"}]
+    return [c.get("classname", "").rpartition(".Test_")[2] or c.get("name", "") for c in bad]
 
 
 def count(family: str) -> tuple[dict[str, Any], list[str]]:
@@ -281,6 +304,8 @@ def main() -> None:
         for line in wrong:
             failed.append(name)
             print(f"  {line}")
+    if whole:  # not for variants alone, of which nothing is written
+        failed += unproven(whole if args.names else [], args.jobs)
     good = {
         n: results[n] for n in whole if n not in failed and not {r["variant"] for r in results[n]} & {*failed}
     }

@@ -302,7 +302,7 @@ def test_after_a_crash_of_the_machine_only_what_was_synced_is_believed(
             everything = run.wanted
             run.feed(everything[0])
         with monkeypatch.context() as m:
-            m.setattr(folder, "_boot", lambda: "another boot")
+            m.setattr(folder, "boot", lambda: "another boot")
             with Execution(plan_of(llama), dst, durable=durable) as run:
                 assert run.wanted == everything[believed:]
 
@@ -328,14 +328,14 @@ from zoo.mapping.plan import make_plan
 real_copy, real_mark, real_write = execute.copy, folder.Folder.mark, folder.Folder.write
 def copy(*a):
     time.sleep(0.004); real_copy(*a)
-def mark(self, step):
-    time.sleep(0.004); real_mark(self, step); time.sleep(0.004)
+def mark(self, *a):
+    time.sleep(0.004); real_mark(self, *a); time.sleep(0.004)
 def write(self, name, data):
     time.sleep(0.004); real_write(self, name, data); time.sleep(0.004)
 execute.copy, folder.Folder.mark, folder.Folder.write = copy, mark, write
 real_rename = folder.os.rename
-def rename(a, b):
-    time.sleep(0.01); real_rename(a, b); time.sleep(0.01)
+def rename(a, b, **k):
+    time.sleep(0.01); real_rename(a, b, **k); time.sleep(0.01)
 folder.os.rename = rename
 plan = make_plan(open_checkpoint(sys.argv[1]))
 print("go", flush=True)

@@ -123,8 +123,34 @@ def test_a_part_of_names_that_is_not_on_the_list_is_not_looked_through(llama: Pa
     plain = load_file(llama / "model.safetensors")
     said = refused(again(llama, tmp_path / "other", {f"student.{k}": v for k, v in plain.items()}))
     assert "names of tensors begin with 'student.', without which they fit family llama" in said
-    adapted = {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in plain.items()}
-    assert "missing (3)" in refused(again(llama, tmp_path / "adapted", adapted))
+    other = {k.replace("model.", "transformer."): v for k, v in plain.items()}
+    said = refused(again(llama, tmp_path / "renamed", other))
+    assert "begin with 'transformer.', where family llama has 'model.'" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("how", ["base_layer.", "lora"])
+def test_an_adapter_that_was_not_merged_is_called_that(how: str, llama: Path, tmp_path: Path) -> None:
+    plain = load_file(llama / "model.safetensors")
+    if how == "lora":
+        wrapped = plain | {
+            k.replace(".weight", f".lora_{part}.default.weight"): torch.zeros(2, 2)
+            for k in plain if "q_proj" in k for part in "AB"
+        }  # fmt: skip
+    else:
+        wrapped = {k.replace("q_proj.", f"q_proj.{how}"): v for k, v in plain.items()}
+    said = refused(again(llama, tmp_path / "adapted", wrapped))
+    assert "an adapter's that was not merged" in said and "merge_and_unload" in said and "\n" not in said
+
+
+def test_a_value_head_is_kept_aside(llama: Path, tmp_path: Path) -> None:
+    plain = load_file(llama / "model.safetensors")
+    head = {"v_head.summary.weight": torch.ones(1, 36), "v_head.summary.bias": torch.ones(1)}
+    plan = plan_of(again(llama, tmp_path / "trl", plain | head))
+    assert set(plan.extras) == set(head) and "value head" in plan.summary()
+
+
+def test_a_head_that_is_missing_is_said_with_the_field_that_ties_it(tied: Path, tmp_path: Path) -> None:
+    assert "tie_word_embeddings true" in refused(again(tied, tmp_path / "other", tie_word_embeddings=None))
 
 
 def test_layers_that_the_config_has_more_or_fewer_of_are_said_by_their_numbers(
@@ -214,6 +240,14 @@ def quantise(source: Path, method: str) -> Tensors:
                     "scales": torch.zeros(n, 1),
                     "biases": torch.zeros(n, 1),
                 }
+            case "i8":
+                made = {"weight": torch.zeros(n, d, dtype=I8)}
+            case "fp8":
+                made = {"weight": torch.zeros(n, d).to(torch.float8_e4m3fn)}
+            case "packed":
+                made = {"weight_packed": torch.zeros(n, d // 2, dtype=U8), "weight_scale": torch.zeros(n, 1)}
+            case "qweight":
+                made = {"qweight": torch.zeros(d // 8, n, dtype=I32), "scales": torch.zeros(1, n)}
             case _:  # AWQ and GPTQ pack alike, and GPTQ says which column is of which group
                 made = {
                     "qweight": torch.zeros(d // 8, n, dtype=I32),
@@ -233,6 +267,11 @@ def quantise(source: Path, method: str) -> Tensors:
         ("w8a8", {"quantization_config": W8A8}, "quant_method 'compressed-tensors', format 'int-quantized'"),
         ("nvfp4", {"quantization_config": NVFP4}, "quant_method 'modelopt', quant_algo 'NVFP4'"),
         ("nvfp4", {}, "NVFP4 (by the names of its tensors"),
+        ("qweight", {}, "AWQ, GPTQ or a kin of theirs (by the names"),
+        ("w8a8", {}, "I8 codes"),
+        ("packed", {}, "U8 codes"),
+        ("i8", {}, "I8 codes"),
+        ("fp8", {}, "F8_E4M3 codes"),
         ("mlx", {"quantization": {"group_size": 64, "bits": 4}}, "quantization has bits 4"),
         ("awq", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method 'awq', bits 4"),
         ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq', bits 4"),
@@ -243,7 +282,15 @@ def test_weights_quantised_in_a_way_that_zoo_does_not_read_are_called_that_in_on
 ) -> None:
     text = refused(again(llama, tmp_path / "q", quantise(llama, method), **config))
     assert said in text and "which zoo does not read" in text and "not quantised" in text
-    assert "\n" not in text and "proj" not in text
+    assert "\n" not in text and text.count("proj") <= (" codes" in said)  # one of them as an example
+
+
+def test_what_a_tools_own_file_says_of_quantised_weights_is_quoted(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "q", quantise(llama, "packed"))
+    (other / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert "U8 codes, as" in refused(other) and "hf_quant_config.json has quant_algo 'NVFP4'" in refused(
+        other
+    )
 
 
 @pytest.mark.parametrize("stale", [NF4, INT8, {"quant_method": "awq", "bits": 4}])

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,12 @@ COMPILED = not INTERPRETED and torch.cuda.is_available()
 if not INTERPRETED:  # the switch must be set before Triton is imported
 
     @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-    @pytest.mark.parametrize("which", ["experts", "not experts"])  # about as long as each other
-    def test_kernels_agree_with_their_plain_twins(which: str) -> None:
+    @pytest.mark.parametrize("which", ["not proof", pytest.param("proof", marks=pytest.mark.proof)])
+    @pytest.mark.parametrize("part", ["experts", "not experts"])  # about as long as each other
+    def test_kernels_agree_with_their_plain_twins(part: str, which: str) -> None:
         pytest.importorskip("triton")
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", which, __file__],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", which, "-k", part, __file__],
             env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
         )  # fmt: skip
         if "only 0-dimensional arrays can be converted" in run.stdout:
@@ -121,7 +123,8 @@ if INTERPRETED or COMPILED:
 
     @pytest.mark.parametrize("case", MIXES)
     @pytest.mark.parametrize("kind", ["by head", "by channel", "uncorrected"])
-    @pytest.mark.parametrize("strength", [0.01, 1.0, 60.0])  # 60: e^-G alone would overflow within a chunk
+    # 60: e^-G alone would overflow within a chunk
+    @pytest.mark.parametrize("strength", [0.01, pytest.param(1.0, marks=pytest.mark.proof), 60.0])
     def test_delta_rule(case: tuple[int, ...], kind: str, strength: float) -> None:
         B, T, G, H, K, V = case
         q, k, v = rand(B, T, 2 * G * K + H * V).split([G * K, G * K, H * V], -1)
@@ -383,9 +386,14 @@ if INTERPRETED or COMPILED:
         assert packed is not None
         return dequantise(scheme, components, parts, torch.float32), packed
 
-    SCHEMES = ["plain", "fp8-block", "fp8-channel", "fp8-tensor", "mxfp4", "int4-group32", "int4-group64"]
+    # Interpreted, a product takes seconds: one scheme of each kind of codes, the others in `make proofs`.
+    SCHEMES = ("plain", "fp8-block", "fp8-channel", "fp8-tensor", "mxfp4", "int4-group32", "int4-group64")
+    OF_EACH_KIND = ("plain", "fp8-block", "mxfp4", "int4-group32")
 
-    @pytest.mark.parametrize("scheme", SCHEMES)
+    def proven(*values: object, now: bool) -> Any:
+        return pytest.param(*values, marks=[] if now else pytest.mark.proof)
+
+    @pytest.mark.parametrize("scheme", [proven(s, now=s in OF_EACH_KIND) for s in SCHEMES])
     @pytest.mark.parametrize("f", [23, 128])  # scales of rows that need a table, and of those that do not
     def test_a_row_times_a_weight(f: int, scheme: str) -> None:
         w, packed = stored(scheme, (f, f), 160)
@@ -415,7 +423,12 @@ if INTERPRETED or COMPILED:
         MLP(64, limit=0.5, limit_after=True),
     )
     # How codes are widened and what is done with the sums do not meet: interpreted, not every pair is tried.
-    PAIRS = [(s, a) for s in SCHEMES for a in ACTS if COMPILED or a is ACTS[0] or s in ("plain", "mxfp4")]
+    PAIRS = [
+        proven(s, a, now=s in OF_EACH_KIND and (a is ACTS[0] or s == "plain"))
+        for s in SCHEMES
+        for a in ACTS
+        if COMPILED or a is ACTS[0] or s in ("plain", "mxfp4")
+    ]
 
     @pytest.mark.parametrize("tokens", [1, 9])
     @pytest.mark.parametrize(("scheme", "spec"), PAIRS)
@@ -435,7 +448,7 @@ if INTERPRETED or COMPILED:
 
     # From 128 rows on, weights in mxfp4 come first in the product.
     @pytest.mark.parametrize("rows", [64, 128])
-    @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("scheme", [proven(s, now=s in ("plain", "mxfp4")) for s in SCHEMES])
     def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experts, "grouped_tile", lambda *_, **__: (rows, 32, 32, 4, 3))
         (up, a), (down, b) = stored(scheme, (32, 32), 64, 2), stored(scheme, (64,), 32, 2)
@@ -491,7 +504,7 @@ if INTERPRETED or COMPILED:
             assert ((products[scales < 55] - exact[scales < 55]).abs() <= 2.0**-133).all()
 
     @pytest.mark.parametrize("tokens", [1, 9])
-    @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("scheme", [proven(s, now=s in ("plain", "mxfp4")) for s in SCHEMES])
     def test_experts_whose_input_is_weighted(scheme: str, tokens: int) -> None:
         (up, a), (down, b) = stored(scheme, (64, 64), 96, 4), stored(scheme, (96,), 64, 4)
         biased = [rand(4, 128), rand(4, 96)]

@@ -10,7 +10,7 @@ from built import built, decoder
 
 from zoo.errors import ZooError
 from zoo.model import Cache
-from zoo.model.cache import Slots, State
+from zoo.model.cache import Slots
 from zoo.spec import Attention, LatentAttention
 
 
@@ -19,7 +19,7 @@ def test_a_windowed_layer_keeps_its_window_only(name: str) -> None:
     spec = built(name).spec
     cache = Cache(spec, 2, 1000)
     spans = set()
-    for layer, entry in zip(spec.layers, cache.entries, strict=True):
+    for layer, entry in zip(spec.layers, cache.slots, strict=True):
         a = layer.mixer
         assert isinstance(a, Attention) and isinstance(entry, Slots)
         span = a.window or a.chunk
@@ -43,8 +43,7 @@ def test_linear_mixers_cache_the_same_whatever_the_length() -> None:
     spec = built("nemotron_h").spec
 
     def states(length: int) -> list[torch.Size]:
-        entries = [e for e in Cache(spec, 1, length).entries if isinstance(e, State)]
-        return [t.shape for e in entries for t in (e.tail, e.state)]
+        return [t.shape for t in Cache(spec, 1, length).carried()]
 
     assert states(10) == states(10_000) and states(10)
 
@@ -53,7 +52,7 @@ def test_layers_that_share_keys_and_values_have_no_cache_of_their_own() -> None:
     spec = built("gemma3n").spec
     cache = Cache(spec, 1, 8)
     shared = [isinstance(x.mixer, Attention) and x.mixer.kv_from is not None for x in spec.layers]
-    assert [e is None for e in cache.entries] == shared and any(shared)
+    assert [e is None for e in cache.slots] == shared and any(shared)
 
 
 def test_a_full_cache_refuses_more_tokens_and_keeps_what_it_has() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F_
 
 from zoo import config
 from zoo.config import Config
@@ -26,6 +27,7 @@ from zoo.spec import (
     Indexer,
     LatentAttention,
     Layer,
+    Mamba,
     MoE,
     Norm,
     PerLayerEmbedding,
@@ -54,6 +56,17 @@ INDEXER = Indexer(2, 6, 3, Rope(100.0, 4, interleaved=True), Norm(1e-6, kind="la
 BESIDE = MoE(5, MLP(6, "gelu_tanh"), Router(2, "softmax", normalize=True, expert_scale=True, norm=N, input_scale=D**-0.5),
              MLP(F, "gelu_tanh"), norm=N, post_norm=N, shared_post_norm=N)  # fmt: skip
 
+MAMBA = Mamba(
+    4,
+    3,
+    2,
+    5,
+    3,
+    replace(N, rounding="last"),
+    in_scale=1.2,
+    parts_scales=(0.7, 1.3, 0.5, 1.6, 0.9),
+    out_scale=0.4,
+)
 SCALED = MoE(5, MLP(6), Router(2, "sigmoid", selection_bias=True, normalize=True), MLP(F), routed_scale=1.7)
 
 
@@ -86,6 +99,11 @@ PARTS: dict[str, tuple[Spec, str]] = {
     "scaled experts": (model(block(ffn=SCALED)), "their sum x 1.7"),
     "short convolution": (model(block(ShortConv(3)), block()), "gated short convolution of 3 tokens"),
     "short convolution, biases": (model(block(ShortConv(3, bias=True))), "gated short convolution of 3 tokens, biases"),
+    "state space beside attention": (
+        model(block(beside=MAMBA), block(beside=replace(MAMBA, out_norm=None)),
+              block(replace(MAMBA, norm_first=True, parts_scales=(), in_scale=1.0, out_scale=1.0))),
+        "heads of 8, beside Mamba-2, 4 heads of 3, 2 groups, state 5"),
+    "scaled MLP": (model(block(ffn=MLP(F, gate_scale=0.6, out_scale=1.7))), "gate x 0.6, output x 1.7"),
     "shared index": (
         model(block(replace(LATENT, indexer=INDEXER)), block(replace(LATENT, indexer_from=0))), "an earlier layer's indexer"),
     "ALiBi": (model(block(replace(ATTENTION, rope=None, alibi=Alibi())), embed_norm=LN), "ALiBi: a bias by distance"),
@@ -593,6 +611,15 @@ def test_a_shared_expert_may_be_averaged_with_the_routed_ones() -> None:
         close(half(x), m(x) / 2)
 
 
+def test_a_scaled_mlp_scales_its_gate_before_the_activation_and_what_comes_out() -> None:
+    m, x = filled(model(block(ffn=MLP(F, gate_scale=0.6, out_scale=1.7)))).layers[0].mlp, rand(3, D)
+    gate, up = (x @ m.gate_up.weight.T).chunk(2, -1)
+    expected = 1.7 * (F_.silu(0.6 * gate) * up) @ m.down.weight.T
+    with torch.no_grad():
+        close(m(x), expected.detach(), atol=1e-5)
+        close(m(x, x), x + expected.detach(), atol=1e-5)
+
+
 # --- mixers -------------------------------------------------------------------------------------------------
 
 
@@ -613,6 +640,46 @@ def test_a_short_convolution_is_gated_before_and_after(bias: bool) -> None:
                 y[:, t] += (b * u)[:, t - 2 + tap] * part.conv.weight[:, tap]
     y = (c * (y + of(part.conv.bias))) @ part.out.weight.double().T + of(part.out.bias)
     close(part(x, ctx).detach(), y.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["norm before gate", "norm after gate", "no norm"])
+def test_a_state_space_beside_attention_is_the_recurrence_and_their_sum_the_branch(of: str) -> None:
+    norm = None if of == "no norm" else N
+    s = replace(MAMBA, out_norm=norm, norm_first=of == "norm before gate", dt_min=0.4)
+    m, x = filled(model(block(beside=s, ffn=None))), rand(2, 6, D)
+    layer = m.layers[0]
+    part = layer.mamba.double()
+    scale = torch.tensor(
+        [k for k, n in zip(s.parts_scales, (12, 12, 10, 10, 4), strict=True) for _ in range(n)]
+    )
+    normed = layer.attn_norm(x).detach()
+    z, u, dt = ((1.2 * normed.double() @ part.in_proj.weight.T) * scale.double()).split((12, 32, 4), -1)
+    u = F_.pad(u, (0, 0, 2, 0)).unfold(1, 3, 1)  # [B, T, channels, taps]
+    u = F_.silu((u * part.conv.weight).sum(-1) + part.conv.bias)
+    dt = F_.softplus(dt + part.dt_bias).clamp(min=0.4)
+    state, out = torch.zeros(2, 4, 3, 5, dtype=torch.float64), []
+    for t in range(6):
+        v, b, c = u[:, t].split((12, 10, 10), -1)
+        v = v.view(2, 4, 3)
+        b, c = (g.view(2, 2, 5).repeat_interleave(2, 1) for g in (b, c))
+        decay = torch.exp(-torch.exp(part.A_log) * dt[:, t])[..., None, None]
+        state = decay * state + (dt[:, t, :, None] * v)[..., None] * b[:, :, None]
+        out.append(((state * c[:, :, None]).sum(-1) + part.D[:, None] * v).flatten(1))
+    y, gate = torch.stack(out, 1), F_.silu(z)
+
+    def normalised(y: Tensor) -> Tensor:
+        if norm is None:
+            return y
+        groups = y.unflatten(-1, (2, 6))
+        groups = groups / (groups.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        return groups.flatten(2) * part.norm.weight
+
+    y = normalised(y) * gate if s.norm_first else normalised(y * gate)
+    y = (y @ part.out.weight.T * s.out_scale).detach()
+    part.float()
+    _, ctx = m.start(torch.zeros(2, 6, dtype=torch.int64))
+    with torch.no_grad():
+        close(layer(x, ctx), x + layer.attn(normed, ctx) + y, atol=1e-5)
 
 
 def test_a_layer_without_an_indexer_sees_what_an_earlier_one_chose() -> None:
@@ -648,6 +715,11 @@ UNSOUND = {
     "experts have no learned activation": block(ffn=MoE(2, MLP(F, "xielu", gated=False), Router(1, "softmax"))),
     "near is more than 0, not 0.0": block(ffn=MoE(4, MLP(6), Router(2, "softmax", over="near"))),
     "a convolution of 1 tokens": block(ShortConv(1)),
+    "stands beside attention, and there is none": block(LATENT, beside=MAMBA),
+    "has five parts; there are 2 scales": block(replace(MAMBA, parts_scales=(1.0, 2.0))),
+    "norm comes first, and there is none": block(replace(MAMBA, out_norm=None, norm_first=True)),
+    "is neither clamped nor sparse": block(ffn=MLP(F, gate_scale=2.0, limit=1.0)),
+    "experts have no scales": block(ffn=MoE(2, MLP(F, out_scale=2.0), Router(1, "softmax"))),
     "no earlier layer with an indexer": block(replace(LATENT, indexer_from=0)),
     "an indexer of its own and that of layer 0": block(replace(LATENT, indexer=INDEXER, indexer_from=0)),
 }  # fmt: skip

@@ -213,15 +213,22 @@ began = time.process_time()
 from zoo.formats import open_checkpoint
 from zoo.mapping.plan import make_plan
 plan = make_plan(open_checkpoint(sys.argv[1]), dtype=sys.argv[2] or None)
-print(len(plan.checkpoint.tensors), len(plan.extras), time.process_time() - began)
+seconds = time.process_time() - began
 assert not {"torch", "numpy", "huggingface_hub"} & set(sys.modules)
+import json
+began = time.process_time()
+for file in plan.checkpoint.files:
+    with plan.checkpoint.path(file).open("rb") as f:
+        json.loads(f.read(int.from_bytes(f.read(8), "little")))
+print(len(plan.checkpoint.tensors), len(plan.extras), seconds, time.process_time() - began)
 """
 
 
 @pytest.mark.parametrize("dtype", ["", "bf16"])
 def test_a_plan_of_92_000_tensors_takes_a_moment_and_no_tensor_library(deepseek: Path, dtype: str) -> None:
-    best = 99.0
-    for _ in range(3):  # CPU time, so that a busy machine does not matter
+    best, limit = 99.0, 3.0
+    # CPU time, so that a busy machine does not matter; json's for the same bytes, so that a slow one does not.
+    for _ in range(3):
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(deepseek), dtype],
             cwd=ROOT,
@@ -229,12 +236,15 @@ def test_a_plan_of_92_000_tensors_takes_a_moment_and_no_tensor_library(deepseek:
             capture_output=True,
             text=True,
         )
-        tensors, extras, seconds = done.stdout.split()
+        tensors, extras, seconds, parsed = done.stdout.split()
         assert int(tensors) > 90_000 and int(extras) > 1_000
-        best = min(best, float(seconds))
-        if best <= 3.0:
+        best, limit = (
+            min(best, float(seconds)),
+            max(limit, 20 * float(parsed)),
+        )  # on a quiet machine 1.4 s, and 10 times
+        if best <= limit:
             return
-    pytest.fail(f"{best:.1f} s of CPU time; 3 s is the limit")
+    pytest.fail(f"{best:.1f} s of CPU time; {limit:.1f} s is the limit")
 
 
 def test_compiling_does_not_grow_with_the_layers(deepseek: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_right_conversion_passes_every_level(name: str) -> None:
     assert not cert.not_checked
 
 
-@pytest.mark.parametrize("family", COVERING)
+@pytest.mark.parametrize("family", COVERING[::2])  # `make proofs` does it with every family
 def test_in_bf16_every_part_stays_within_upstreams_own_spread(family: str) -> None:
     cert = zoo.verify(canonical(tiny.MAIN[family], "bfloat16"), dtype="bf16", write=False)
     failed = [(c.name, c.value, c.bound) for x in cert.levels for c in x.checks if not c.passed]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ MAX_VALUES = 4 << 20
 MAX_DIGITS = 20
 """Of a whole number: 2^64 has 20."""
 
-_LONG = re.compile(rb"[0-9]{20}|[eE][+]?[0-9]{3}")  # where no text has these, no number needs a look
+_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 
 Pairs = Callable[[list[tuple[str, Any]]], Any]
 
@@ -35,11 +34,18 @@ def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
         raise ValueError(f"it has {n} lists and objects; at most {MAX_CONTAINERS} are read")
     if (n := raw.count(b",")) > MAX_VALUES:
         raise ValueError(f"it has {n} values; at most {MAX_VALUES} are read")
-    numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real} if _LONG.search(raw) else {}
+    numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real} if _long_number(raw) else {}
     try:
         return json.loads(raw, object_pairs_hook=pairs, **numbers)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _long_number(raw: bytes) -> bool:
+    """Whether any number may need a look: 20 digits, or an exponent of three. Two searches for fixed bytes: a regular
+    expression for the same took most of the time of reading a large header."""
+    plain = raw.translate(_DIGITS, delete=b"+")
+    return b"0" * 20 in plain or b"e000" in plain
 
 
 def _whole(text: str) -> int:

@@ -45,7 +45,7 @@ QUESTIONS = (
 
 def describe(spec: Spec) -> dict[str, str]:
     """The architecture, one line a question. A question that doesn't arise is left out."""
-    mixers = [layer.mixer for layer in spec.layers if layer.mixer is not None]
+    mixers = _mixers(spec)
     ffns = [layer.ffn for layer in spec.layers if layer.ffn is not None]
     total, active = total_params(spec), active_params(spec)
     lines = {
@@ -55,7 +55,7 @@ def describe(spec: Spec) -> dict[str, str]:
         "shape": f"{spec.n_layers} layers, d_model {spec.d_model:,}",
         "vocabulary": f"{spec.vocab_size:,}, head {'tied to the embedding' if spec.tied else 'of its own'}",
         "context": f"{spec.context_length:,} tokens",
-        "attention": _each(mixers, _mixer, spec.n_layers),
+        "attention": _each((x.mixers for x in spec.layers if x.mixers), _side_by_side, spec.n_layers),
         "attention extras": _each([m for m in mixers if _extras(m)], _extras, spec.n_layers),
         "positions": _positions(spec, mixers),
         "norm": _each(spec.layers, _placement, spec.n_layers),
@@ -72,7 +72,7 @@ def kv_bytes_per_token(spec: Spec, itemsize: int = 2) -> int:
 
     Counts keys, values, latents and indexer keys; layers that reuse another's cache and recurrent states add none.
     """
-    return sum(_kv_numbers(layer.mixer) for layer in spec.layers) * itemsize
+    return sum(_kv_numbers(m) for m in _mixers(spec)) * itemsize
 
 
 def kv_bytes(spec: Spec, tokens: int, itemsize: int = 2) -> int:
@@ -108,7 +108,7 @@ def size(n: float) -> str:
 
 
 def _mixers(spec: Spec) -> list[Mixer]:
-    return [layer.mixer for layer in spec.layers if layer.mixer is not None]
+    return [mixer for layer in spec.layers for mixer in layer.mixers]
 
 
 def _each(things: Iterable[T], say: Callable[[T], str], n_layers: int) -> str:
@@ -119,6 +119,10 @@ def _each(things: Iterable[T], say: Callable[[T], str], n_layers: int) -> str:
     return "; ".join(
         text if n == n_layers else f"{n} of {n_layers} layers: {text}" for text, n in said.items() if text
     )
+
+
+def _side_by_side(mixers: tuple[Mixer, ...]) -> str:
+    return ", beside ".join(map(_mixer, mixers))
 
 
 def _mixer(m: Mixer) -> str:
@@ -175,6 +179,13 @@ def _extras(m: Mixer) -> str:
         out += ["biases"] if m.qkv_bias or m.out_bias else []
     if isinstance(m, Attention | LatentAttention) and m.query_scale is not None:
         out.append(_temperature(m.query_scale))
+    if isinstance(m, Mamba):
+        parts = ", ".join(f"{x:.4g}" for x in m.parts_scales)
+        out += [f"state space's gate, input, B, C and dt x {parts}"] if parts else []
+        out += [f"what the state space reads x {m.in_scale:.4g}"] if m.in_scale != 1 else []
+        out += [f"state space's output x {m.out_scale:.4g}"] if m.out_scale != 1 else []
+        out += ["no norm in the state space"] if m.out_norm is None else []
+        out += ["the state space's norm before its gate"] if m.norm_first else []
     return ", ".join(out)
 
 
@@ -259,7 +270,9 @@ def _mlp(m: MLP) -> str:
     sparse = f", {m.sparsity:.0%} sparse" if m.sparsity else ""
     if m.act == "silu" and m.limit is not None:
         act = f"SwiGLU clamped at {m.limit:g}{' after its activation' if m.limit_after else ''}"
-    return f"{act}, d_ff {m.d_ff:,}" + (", biases" if m.bias else "") + sparse
+    scales = f", gate x {m.gate_scale:.4g}" if m.gate_scale != 1 else ""
+    scales += f", output x {m.out_scale:.4g}" if m.out_scale != 1 else ""
+    return f"{act}, d_ff {m.d_ff:,}" + (", biases" if m.bias else "") + sparse + scales
 
 
 def _ffn(f: MLP | MoE) -> str:

@@ -218,17 +218,18 @@ def _moe(m: MoE, d: int) -> Iterator[_Entry]:
 def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
     d = spec.d_model
     yield from _norm("attn_norm", layer.attn_norm, d)
-    match layer.mixer:
-        case Attention():
-            yield from _attention(layer.mixer, d)
-        case LatentAttention():
-            yield from _latent_attention(layer.mixer, d)
-        case DeltaNet():
-            yield from _delta(layer.mixer, d)
-        case Mamba():
-            yield from _mamba(layer.mixer, d)
-        case ShortConv():
-            yield from _short_conv(layer.mixer, d)
+    for mixer in layer.mixers:
+        match mixer:
+            case Attention():
+                yield from _attention(mixer, d)
+            case LatentAttention():
+                yield from _latent_attention(mixer, d)
+            case DeltaNet():
+                yield from _delta(mixer, d)
+            case Mamba():
+                yield from _mamba(mixer, d)
+            case ShortConv():
+                yield from _short_conv(mixer, d)
     yield from _norm("attn_post_norm", layer.attn_post_norm, d)
     yield from _norm("ffn_norm", layer.ffn_norm, d)
     match layer.ffn:

@@ -17,6 +17,8 @@ from zoo.spec import (
     DeltaNet,
     Indexer,
     LatentAttention,
+    Layer,
+    Mamba,
     MoE,
     Norm,
     QueryScale,
@@ -145,6 +147,18 @@ def _unsound_part(x: Any) -> Iterator[str]:
             score != "softmax" or near <= 0 or g > 1 or bias
         ):
             yield f"scores over the near are a softmax, without groups or bias, and near is more than 0, not {near}"
+        case Layer(mixer=m, beside=b) if b is not None and not isinstance(m, Attention):
+            yield "a state space stands beside attention, and there is none"
+        case Mamba(parts_scales=scales) if len(scales) not in (0, 5):
+            yield f"a state space's input has five parts; there are {len(scales)} scales"
+        case Mamba(out_norm=None, norm_first=True):
+            yield "a state space's norm comes first, and there is none"
+        case MLP(gated=gated, act=act, sparsity=share, limit=n, gate_scale=k) if k != 1.0 and (
+            not gated or act == "silu_clamped" or share or n
+        ):
+            yield "a gate that is scaled is neither clamped nor sparse, and there is one"
+        case MoE(expert=MLP(gate_scale=a, out_scale=b)) if (a, b) != (1.0, 1.0):
+            yield "experts have no scales of their own"
         case ShortConv(conv=n) if n < 2:
             yield f"a convolution of {n} tokens sees nothing before"
         case LatentAttention(indexer=i, indexer_from=int(n)) if i is not None:

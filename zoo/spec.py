@@ -254,16 +254,22 @@ class DeltaNet:
 @dataclass(frozen=True, slots=True)
 class Mamba:
     """Mamba-2 (arXiv 2405.21060): n_heads * head_dim = inner channels, n_groups shared B and C of
-    size `state`. `dt_min`: lower clamp of dt; the output norm is over inner / n_groups channels."""
+    size `state`. `dt_min`: lower clamp of dt; the output norm is over inner / n_groups channels, after the gate, or
+    before it (`norm_first`); without a norm the gate alone is left. `in_scale` multiplies what the mixer reads, `out_scale`
+    what it gives, and `parts_scales`, rounded to the model's dtype, what the input matrix gives: gate, input, B, C, dt."""
 
     n_heads: int
     head_dim: int
     n_groups: int
     state: int
     conv: int
-    out_norm: Norm
+    out_norm: Norm | None
     conv_bias: bool = True
     dt_min: float = 0.0
+    norm_first: bool = False
+    in_scale: float = 1.0
+    parts_scales: tuple[float, ...] = ()
+    out_scale: float = 1.0
     kind: Literal["mamba"] = "mamba"
 
 
@@ -273,7 +279,8 @@ class MLP:
 
     `limit` and `alpha` belong to `silu_clamped`. With `silu`, gated, a `limit` alone clamps: the gate from above, before
     its activation, or after it (`limit_after`), and up on both sides. `sparsity`: only gate activations above
-    mean + std * icdf(sparsity) pass (Gaussian top-k, Gemma 3n).
+    mean + std * icdf(sparsity) pass (Gaussian top-k, Gemma 3n). `gate_scale` multiplies the gate before its activation,
+    `out_scale` what comes out.
     """
 
     d_ff: int
@@ -284,6 +291,8 @@ class MLP:
     alpha: float = 1.702
     sparsity: float = 0.0
     limit_after: bool = False
+    gate_scale: float = 1.0
+    out_scale: float = 1.0
     kind: Literal["mlp"] = "mlp"
 
 
@@ -380,6 +389,7 @@ class Layer:
     `parallel`: both branches read the same x: x += post(mixer(pre(x))) + post(ffn(pre(x))). Where `ffn_norm` is None
     then, the feed-forward reads what the mixer reads: one norm for both. `adds`: their "sum" to x, or each "in_turn":
     (x + mixer) + feed-forward, which rounds otherwise.
+    `beside`: a state space that reads what attention, the mixer, reads; their sum is the branch (Falcon-H1).
     `residual_scale` multiplies what each branch gives. `scalar`: at its end x is multiplied by a learned number.
     """
 
@@ -393,6 +403,12 @@ class Layer:
     residual_scale: float = 1.0
     scalar: bool = False
     adds: Literal["sum", "in_turn"] = "sum"
+    beside: Mamba | None = None
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixer and what stands beside it: none, one or two."""
+        return tuple(m for m in (self.mixer, self.beside) if m is not None)
 
 
 @dataclass(frozen=True, slots=True)

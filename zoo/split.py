@@ -24,6 +24,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
@@ -132,20 +133,21 @@ def uneven(spec: Spec, ranks: int) -> Iterator[str]:
 
 def _counts(layer: Layer, d: int) -> Iterator[tuple[bool, int, str]]:
     """(whether ranks must divide it, or may also be a multiple of it; a count; of what)."""
-    match layer.mixer:
-        case Attention(n_heads=q, n_kv_heads=kv):
-            yield True, q, "query heads"
-            yield False, kv, "key/value heads"
-        case LatentAttention(n_heads=q):
-            yield True, q, "heads"
-        case DeltaNet(n_v_heads=v, n_k_heads=k):
-            yield True, v, "value heads"
-            yield False, k, "key heads"
-        case Mamba(n_heads=h, n_groups=g):
-            yield True, h, "heads"
-            yield False, g, "groups"
-        case ShortConv():
-            yield True, d, "channels"
+    for mixer in layer.mixers:
+        match mixer:
+            case Attention(n_heads=q, n_kv_heads=kv):
+                yield True, q, "query heads"
+                yield False, kv, "key/value heads"
+            case LatentAttention(n_heads=q):
+                yield True, q, "heads"
+            case DeltaNet(n_v_heads=v, n_k_heads=k):
+                yield True, v, "value heads"
+                yield False, k, "key heads"
+            case Mamba(n_heads=h, n_groups=g):
+                yield True, h, "state space heads"
+                yield False, g, "groups"
+            case ShortConv():
+                yield True, d, "channels"
     match layer.ffn:
         case MLP():
             yield from _inner(layer.ffn, "inner channels")
@@ -184,6 +186,8 @@ def _cut(slot: Slot, axis: int, shares: tuple[Share, ...]) -> Cut:
 
 def _layer(layer: Layer, d: int, ranks: int, rank: int) -> tuple[Layer, _Cuts]:
     mixer, cuts = _mixer(layer.mixer, d, ranks, rank)
+    beside, more = _mixer(layer.beside, d, ranks, rank)
+    cuts |= more
     ffn = layer.ffn
     even = functools.partial(_even, ranks=ranks, rank=rank)
     match ffn:
@@ -198,10 +202,13 @@ def _layer(layer: Layer, d: int, ranks: int, rank: int) -> tuple[Layer, _Cuts]:
                 shared, more = _mlp(ffn.shared, "moe.shared", ranks, rank)
                 ffn = dataclasses.replace(ffn, shared=shared)
                 cuts |= more
-    return dataclasses.replace(layer, mixer=mixer, ffn=ffn), cuts
+    return dataclasses.replace(layer, mixer=mixer, beside=beside, ffn=ffn), cuts
 
 
-def _mixer(m: Mixer | None, d: int, ranks: int, rank: int) -> tuple[Mixer | None, _Cuts]:
+M = TypeVar("M", bound=Mixer | None)
+
+
+def _mixer(m: M, d: int, ranks: int, rank: int) -> tuple[M, _Cuts]:
     even = functools.partial(_even, ranks=ranks, rank=rank)
     joint = functools.partial(_joint, ranks=ranks, rank=rank)
     match m:

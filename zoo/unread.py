@@ -45,7 +45,7 @@ SILENT = re.compile(
     | (num_)?mtp(_.*)? | num_nextn_predict_layers | use_mtp | num_mtp_modules | index_share_for_mtp_iteration
     # images and sound
     | (vision|audio|speech|video|image|projector|connector)_config | (image|vision|video|audio|projector|multi_modal|multimodal|mm)_.*
-    | (media|img)_.* | spatial_merge_size | ignore_index | use_unified_vision_chunk | process_image_mode | language_model_only
+    | (media|img)_.* | spatial_merge_size | out_hidden_size | ignore_index | use_unified_vision_chunk | process_image_mode | language_model_only
     | (use_)?mrope.* | pixel_shuffle_ratio | anyres_.* | vit_.* | num_media_embeds | (im|video)_(start|end|newline)_id
     # Hunyuan's: a head that classifies, ids, and what only counts where layers share keys or tokens are dropped, which is refused
     | add_classification_head | class_num | dense_list | pool_type | skip_cls_token | (text_(start|end)|mask_init|pad)_id

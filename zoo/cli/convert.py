@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is, which_set
+from zoo.cli._common import DTYPE, Source, common, emit, level, note, say, what_it_is, which_set
+
+if TYPE_CHECKING:
+    from zoo.mapping.parts import Part
+
+
+class PartOf(click.ParamType["Part"]):
+    """Which of several processes this is: 2/8."""
+
+    name = "k/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
+        from zoo.errors import ZooError
+        from zoo.mapping.parts import Part, parse
+
+        try:
+            return value if isinstance(value, Part) else parse(value)
+        except ZooError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command(short_help="A checkpoint into the canonical layout")
@@ -21,18 +40,36 @@ from zoo.cli._common import DTYPE, Source, common, emit, level, say, what_it_is,
 @click.option("--strict", is_flag=True, help="Refuse scales that are zero or not finite, instead of warning.")
 @level
 @click.option("--force", is_flag=True, help="Replace DST if it is a canonical folder.")
+@click.option(
+    "--part",
+    type=PartOf(),
+    help="Do the k-th of n parts, other processes the others. Default: as torchrun or srun say; alone, all.",
+)
 @common
-def command(src: str, dst: Path, as_json: bool, **how: Any) -> None:
+def command(src: str, dst: Path, as_json: bool, part: Part | None, **how: Any) -> None:
     """Convert SRC to the canonical folder DST.
 
     SRC is a checkpoint on disk (safetensors, GGUF, PyTorch, Meta's or Mistral's own files), the name of a release,
     or owner/repo on the Hub. DST appears when it is complete; run again after an interruption to go on.
+
+    Several processes share the work where torchrun or srun started them (RANK of WORLD_SIZE), or each is given its
+    --part. DST must be on a file system that they share; the last to finish lets it appear.
     """
     from zoo.cli._progress import Bar
-    from zoo.pull import convert
+    from zoo.mapping.parts import of_process
+    from zoo.pull import convert, is_local
 
+    if part is None and is_local(src) and (found := of_process(os.environ)):
+        part, because = found
+        note(f"{part}, since {because}; --part 1/1 would convert it all")
+    if part is not None and part.of == 1:
+        part = None
     with Bar() as bar:
-        path = convert(src, dst, progress=bar, **how)
+        path = convert(src, dst, progress=bar, part=part, **how)
+    if part is not None and not path.exists():  # the last one tells of it
+        if as_json:
+            emit({"part": f"{part.number}/{part.of}", "appears_later": str(path)})
+        return
     if as_json:
         from zoo.cli.inspect import look
 

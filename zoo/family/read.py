@@ -48,6 +48,18 @@ def head_dim(c: Config) -> int:
     return dim
 
 
+def mamba_heads(c: Config, inner: int, said_by: str = "mamba_expand * hidden_size") -> tuple[int, int]:
+    """Heads of a Mamba-2 and channels of each: together its `inner` channels, which the fields `said_by` give."""
+    n_heads, dim = c["mamba_n_heads"], c.get("mamba_d_head", "auto")
+    if dim == "auto":
+        dim = inner // n_heads
+    if n_heads * dim != inner:
+        raise ZooError(
+            f"{c.where}: mamba_n_heads * mamba_d_head is {n_heads * dim}, but {said_by} is {inner}; they should be equal"
+        )
+    return n_heads, dim
+
+
 def whole_rope(
     c: Config,
     p: Mapping[str, Any],

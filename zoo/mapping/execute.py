@@ -38,8 +38,9 @@ from typing import Any, Self
 
 from zoo import families
 from zoo._version import __version__
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as
+from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as, read_json
 from zoo.formats.canonical import JSON, SOURCE, wrote
 from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
@@ -61,6 +62,7 @@ from zoo.mapping.moves import (
     run_length,
     woven,
 )
+from zoo.mapping.parts import Part, Shared, shares
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
 from zoo.printable import printable
@@ -295,7 +297,8 @@ class Execution:
     `identity`: what says that a source is the same as in an interrupted run, where that is not the files'
     times and sizes (a commit, for a remote one). `strict`: scales that are zero or not finite stop it,
     otherwise they are warnings (in `warnings`, logged, and written to zoo.json). `durable`: each consumed file
-    is synced to disk, so that its source may be deleted at once.
+    is synced to disk, so that its source may be deleted at once. `part`: do this part of it, other processes the
+    others (see `zoo.mapping.parts`); the folder appears when the last has finished.
     Raises ZooError as `Folder` does, and if a source file is not what its header said.
     """
 
@@ -312,29 +315,50 @@ class Execution:
         progress: Progress | None = None,
         threads: int | None = None,
         source: Mapping[str, Any] | None = None,
+        part: Part | None = None,
     ) -> None:
         self.plan, self.strict = plan, strict
         self.sheet = sheet_of(plan, shard_size)
         self.warnings: list[str] = []
         self._warning = threading.Lock()
         self._extra_source = dict(source or {})
-        self._identity = identity or _identity(plan)
-        job = hashlib.sha256(
-            repr((plan.digest, plan.rules_version, __version__, self.sheet.sizes, self._identity)).encode()
-        ).hexdigest()
+        self._local = identity is None
+        identity = identity or _identity(plan)
         refuse_overlap(plan.checkpoint.root, Path(dst))
-        self.folder = Folder(dst, self.sheet.sizes, job, force=force, ours=wrote, durable=durable)
-        self.mover = Mover(self.folder, plan.nbytes, progress, threads)
+        self._mine: frozenset[str] | None = None
+        if part is None:
+            job = repr((plan.digest, plan.rules_version, __version__, self.sheet.sizes, identity))
+            self.folder = Folder(
+                dst, self.sheet.sizes, _sha256(job), force=force, ours=wrote, durable=durable
+            )
+        else:
+            self._mine = frozenset(shares(self.sheet.sizes, part.of)[part.number - 1])
+            says = {
+                "the plan": plan.digest,
+                "the source": str(plan.checkpoint.root.resolve()),
+                "the source's files (sizes, times)": _sha256(identity)[:16],
+                "the size of its shards": _sha256(repr(self.sheet.sizes))[:16],
+                "zoo": f"{__version__}, rules {plan.rules_version}",
+            }
+            self.folder = Shared(
+                dst, self.sheet.sizes, self._mine, says, part,
+                made=self._made, force=force, ours=wrote, durable=durable,
+            )  # fmt: skip
+        self.nbytes = sum(n - len(self.sheet.headers[name]) for name, n in self.folder.sizes.items())
+        self.mover = Mover(self.folder, plan.nbytes if part is None else self.nbytes, progress, threads)
         self._outputs = list(plan.outputs.values())
         self._extras: dict[str, list[str]] = {}
         for name in plan.extras:
-            self._extras.setdefault(plan.checkpoint.tensors[name].file, []).append(name)
+            if self._is_mine(name):
+                self._extras.setdefault(plan.checkpoint.tensors[name].file, []).append(name)
         self._units, self._joint = self._by_file()
 
     def __enter__(self) -> Self:
         self.folder.__enter__()
-        for name, header in self.sheet.headers.items():
-            self.folder.head(name, header)
+        self.warnings += self.folder.said
+        if not self.folder.published:
+            for name in self.folder.sizes:
+                self.folder.head(name, self.sheet.headers[name])
         return self
 
     def __exit__(
@@ -346,6 +370,8 @@ class Execution:
     @property
     def wanted(self) -> list[str]:
         """Source files still to be fed, in their natural order."""
+        if self.folder.published:  # by the other parts
+            return []
         files = {*self._units, *self._extras, *(f for files, _, _ in self._joint for f in files)}
         return [f for f in self.plan.checkpoint.files if f in files and f not in self.folder.done]
 
@@ -377,7 +403,7 @@ class Execution:
         units += [(o, k) for needed, o, k in self._joint if needed & files.keys() and needed <= there]
         self._run(files, units)
         for file in files:
-            self.folder.mark(file)
+            self.folder.mark(file, [w for w in self.warnings if w not in self.folder.said])
 
     def _free(self) -> list[str]:
         """Consumed files that nothing waits for."""
@@ -389,11 +415,19 @@ class Execution:
         return free
 
     def finish(self) -> Path:
-        """Write what describes the checkpoint, and let the folder appear. Raises ZooError if files are wanting."""
+        """Write what describes the checkpoint, and let the folder appear; of several parts the last to finish does so
+        (`folder.published`, else `folder.waiting`). Raises ZooError if files are wanting."""
         if wanted := self.wanted:
             raise ZooError(
                 f"{self.folder.dst}: not complete, {len(wanted)} source file(s) were not fed: {wanted[0]}, ..."
             )
+        with self.folder.last() as last:
+            if last:
+                self._write_beside()
+                self.folder.publish()
+        return self.folder.dst
+
+    def _write_beside(self) -> None:
         ckpt = self.plan.checkpoint
         for name in self.plan.carried:
             data = ckpt.synthesised.get(name)
@@ -401,8 +435,25 @@ class Execution:
         self.folder.write(INDEX, self.sheet.index())
         if kept := _source_zip(self.plan):
             self.folder.write(SOURCE, kept)
+        self.warnings = sorted({*self.warnings, *self.folder.said})
         self.folder.write(JSON, encoded(self._describe(), indent=1) + b"\n")
-        return self.folder.publish()
+
+    def _made(self, dst: Path) -> bool:
+        """Whether the folder is what this conversion makes, made since its source was last changed."""
+        try:
+            at = (dst / JSON).stat().st_mtime_ns
+            there = read_json(dst / JSON, "")
+            if any((dst / name).stat().st_size != size for name, size in self.sheet.sizes.items()):
+                return False
+        except (OSError, ZooError):
+            return False
+        here = parse_json(encoded(self._describe()))
+        ckpt = self.plan.checkpoint
+        newer = self._local and any(ckpt.path(f).stat().st_mtime_ns > at for f in ckpt.files)
+        return {**there, "warnings": None} == {**here, "warnings": None} and not newer
+
+    def _is_mine(self, tensor: str) -> bool:
+        return self._mine is None or self.sheet.place[tensor][0] in self._mine
 
     # --- what a source file is needed for -------------------------------------------------------------------
 
@@ -413,6 +464,8 @@ class Execution:
         units: dict[str, array[int]] = {}
         joint: list[tuple[frozenset[str], Output, int]] = []
         for n, o in enumerate(self._outputs):
+            if not self._is_mine(o.name):
+                continue
             for k, (source, fit) in enumerate(zip(o.sources, o.fits)):
                 file = tensors[source].file
                 if o.components or fit.copy:
@@ -576,6 +629,7 @@ def convert(
     progress: Progress | None = None,
     threads: int | None = None,
     source: Mapping[str, Any] | None = None,
+    part: Part | None = None,
 ) -> Path:
     """Convert a checkpoint whose files are all here to the canonical folder `dst`, and return it.
 
@@ -591,6 +645,7 @@ def convert(
         progress=progress,
         threads=threads,
         source=source,
+        part=part,
     ) as run:
         run.feed_here()
         return run.finish()
@@ -611,6 +666,10 @@ def _check_file(path: Path, size: int) -> None:
         raise ZooError(
             f"{path}: has {found:,} bytes, its header was read at {size:,}: it changed or is truncated"
         )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _identity(plan: Plan) -> str:

@@ -28,10 +28,11 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from zoo import libc
 from zoo.bounded import parse_json
@@ -40,6 +41,7 @@ from zoo.formats.base import leads_out
 from zoo.plain import open_plain
 
 STATE, JOURNAL = ".zoo-state.json", ".zoo-steps.jsonl"  # names that no file of a checkpoint has
+WHOLE = "whole"  # in a partial folder that several processes fill: the folder in the making (see parts.py)
 _SLACK = 8 << 20  # bytes for folders and inodes
 
 
@@ -68,6 +70,8 @@ class Folder:
         self.partial = self.dst.with_name(self.dst.name + ".partial")
         self.sizes, self.job, self.force, self.ours, self.durable = dict(sizes), job, force, ours, durable
         self.done: set[str] = set()
+        self.said: list[str] = []  # by the finished steps
+        self.published = False
         self._lock: int | None = None
         self._fds: dict[str, int] = {}
         self._reserved: set[str] = set()
@@ -83,10 +87,11 @@ class Folder:
         try:
             recover(self.dst)
             self._check_destination()
+            self._refuse_parts()
             self._resume()
             self._check_space()
             if not self._has(STATE):  # first: it says that the folder is ours to throw away
-                self.write(STATE, json.dumps({"job": self.job, "boot": _boot()}).encode())
+                self.write(STATE, json.dumps({"job": self.job, "boot": boot()}).encode())
             for name, size in self.sizes.items():
                 fd = self._open(name, os.O_RDWR | os.O_CREAT)
                 self._fds[name] = fd
@@ -125,20 +130,30 @@ class Folder:
             if self.durable:
                 os.fsync(f.fileno())
 
-    def mark(self, step: str) -> None:
-        """`step` is finished, and need not be repeated."""
+    def mark(self, step: str, said: Sequence[str] = ()) -> None:
+        """`step` is finished, and need not be repeated; what it `said` is kept for the run that publishes."""
         if self.durable:
             self.sync()
-        with open(self._open(JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "synced": self.durable}) + "\n")
-            f.flush()
-            if self.durable:
-                os.fsync(f.fileno())
+        self._append({"step": step, "said": said, "synced": self.durable})
         self.done.add(step)
+        self.said += said
+
+    def _append(self, step: Mapping[str, Any]) -> None:
+        """A line of the journal."""
+        with open(self._open(JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as f:
+            f.write(json.dumps(step) + "\n")
+            f.flush()
+            if step["synced"]:
+                os.fsync(f.fileno())
 
     def sync(self) -> None:
         for fd in self._fds.values():
             os.fdatasync(fd)
+
+    @contextmanager
+    def last(self) -> Iterator[bool]:
+        """Everything of this process is written. Whether nothing is left to be written by others (there are none)."""
+        yield True
 
     def publish(self) -> Path:
         """Make the folder appear under its final name; with `force`, in place of an old one."""
@@ -156,6 +171,7 @@ class Folder:
         if not os.path.samestat(os.fstat(self._held), os.lstat(self.partial)):
             raise ZooError(f"{self.partial}: somebody put another folder in its place: not published")
         put(self.partial, self.dst, durable=self.durable)
+        self.published = True
         return self.dst
 
     @property
@@ -234,20 +250,32 @@ class Folder:
         try:
             state = parse_json(self._read(STATE))
             same = state["job"] == self.job
-            rebooted = state["boot"] != _boot()
+            rebooted = state["boot"] != boot()
         except (OSError, ValueError, KeyError, TypeError):
             same, rebooted = False, True
         if same:
             try:
                 lines = self._read(JOURNAL).decode().split("\n")[:-1]
                 steps = [parse_json(line) for line in lines]
-                self.done = {s["step"] for s in steps if s["synced"] or not rebooted}
+                steps = [s for s in steps if s["synced"] or not rebooted]
+                self.done = {s["step"] for s in steps}
+                self.said = [text for s in steps for text in s["said"]]
                 if all(self._stat(n).st_size == size for n, size in self.sizes.items()):
                     return
             except (OSError, ValueError, KeyError, TypeError):
                 pass
-        self.done = set()
-        _clear(self._held, STATE)
+        self.done, self.said = set(), []
+        clear_held(self._held, STATE)
+
+    def _refuse_parts(self) -> None:
+        """Other machines, which no lock here stops, may be at work in a folder that was begun in parts."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            parts = parse_json(self._read(STATE)).get("parts")
+            if parts is not None and stat.S_ISDIR(self._stat(WHOLE).st_mode):
+                raise ZooError(
+                    f"{self.partial}: was begun by a conversion in parts: start the missing ones again (--part k/n), or "
+                    "remove that folder"
+                )
 
     def _stat(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self._held, follow_symlinks=False)
@@ -271,7 +299,7 @@ class Folder:
     def discard(self) -> None:
         """Remove what has been written so far."""
         with contextlib.suppress(OSError):
-            _clear(self._held, STATE)
+            clear_held(self._held, STATE)
             self.partial.rmdir()
 
     def _close(self) -> None:
@@ -294,12 +322,12 @@ def check_destination(dst: Path, force: bool, ours: Callable[[Path], bool]) -> N
         raise ZooError(f"{dst}: exists and holds what zoo did not write: not replaced, even with --force")
 
 
-def put(new: Path, dst: Path, durable: bool = False) -> None:
-    """Give the folder `new` the name `dst`, in place of what is there."""
+def put(new: Path, dst: Path, durable: bool = False, new_in: int | None = None) -> None:
+    """Give the folder `new` (below the folder `new_in`) the name `dst`, in place of what is there."""
     old = _aside(dst)
     if dst.exists():
         os.rename(dst, old)
-    os.rename(new, dst)
+    os.rename(new, dst, src_dir_fd=new_in)
     if durable:
         _sync_folder(dst.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -334,12 +362,13 @@ def clear(folder: Path, mark: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         own(folder, fd)
-        _clear(fd, mark)
+        clear_held(fd, mark)
     finally:
         os.close(fd)
 
 
-def _clear(fd: int, mark: str) -> None:
+def clear_held(fd: int, mark: str) -> None:
+    """`clear` for a folder by its descriptor."""
     for name in sorted(os.listdir(fd), key=lambda n: n == mark):
         if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
             shutil.rmtree(name, dir_fd=fd)
@@ -370,7 +399,8 @@ def own(folder: Path, fd: int | None = None) -> None:
         raise ZooError(f"{folder}: belongs to another user: {in_the_way(folder).partition(': ')[2]}")
 
 
-def _boot() -> str:
+def boot() -> str:
+    """What this machine's run since it was started is called."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -256,11 +256,9 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             break
     assert best is not None
     if best.n_problems:
-        if (what := foreign.name_of(ckpt.config, ckpt.tensors)) is not None:
+        if (what := _coded(ckpt, best)) is not None:
             raise ZooError(
-                f"{ckpt.root}: its weights are quantised as {what}, which zoo does not read: take the release that was not "
-                "quantised, or have the tool that made this one write plain weights (transformers: "
-                "from_pretrained(...).dequantize(), then save_pretrained)"
+                f"{ckpt.root}: its weights are quantised as {what}, which zoo does not read: {PLAIN}"
             )
         raise PlanError(ckpt, family, best)
     if (words := foreign.said(ckpt.config)) is not None and not quantised(best, ckpt.tensors):
@@ -271,6 +269,24 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
         ckpt, family, best.naming, best.prefix, best.spec, best.outputs, best.extras, asked, best.quant,
         notes=(*unread, *best.notes),
     )  # fmt: skip
+
+
+PLAIN = (
+    "take the release that was not quantised, or have the tool that made this one write plain weights (transformers, where the "
+    "config names a quant_method that it knows: from_pretrained(...).dequantize(), then save_pretrained)"
+)
+
+
+def _coded(ckpt: Checkpoint, m: Match) -> str | None:
+    """What the weights that do not fit are quantised as, if zoo does not read it, in one phrase."""
+    what = foreign.name_of(ckpt.config, ckpt.tensors)
+    if what is None and not quantised(m, ckpt.tensors):
+        shapes = (name for at in m.misshapen.values() for name, _ in at)
+        missing = (name for names in m.missing.values() for name in names)
+        what = foreign.codes_of(ckpt.config, ckpt.tensors, {*m.codes, *shapes, *missing})
+    if what is None or foreign.said(ckpt.config) is not None or (told := foreign.beside(ckpt.root)) is None:
+        return what
+    return f"{what.partition(' (')[0]} ({told})"
 
 
 def quantised(m: Match, tensors: Mapping[str, TensorRef]) -> bool:
@@ -351,6 +367,7 @@ class Match:
         default_factory=dict
     )  # what is wrong: (tensor, where)
     problems: list[str] = field(default_factory=list)  # anything else, one line each
+    codes: list[str] = field(default_factory=list)  # tensors of codes that nothing here reads
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
 
@@ -471,6 +488,7 @@ class _Matcher:
                     scheme = detect(leaf, self.tensors, self.config)
                 except ZooError as e:
                     reasons.append(str(e))
+                    self.out.codes.append(leaf)
                     self.used.add(leaf)
                     continue
             if slot.stacked and slot.shape[0] > len(self.tensors) and rule.one_by_one:
@@ -575,6 +593,7 @@ class _Matcher:
                 scaled = any(source + s in tensors for s in ("_scale", "_scale_inv"))
                 what = "codes with scales are not supported" if scaled else "without scales is no weight"
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
+                self.out.codes.append(source)
                 self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
             if ref.shape != fit.shape:
                 of = f" (for {fold_one(name)} {list(recipe.shape)})" if keep else ""
@@ -724,6 +743,14 @@ def _stacks(expr: Expr) -> bool:
 TIED = "a copy of the embedding: the config ties the head to it"
 
 
+VALUE_HEAD = re.compile(r"v_head\.(summary\.)?(weight|bias)")  # trl's; upstream's language models have none
+ADAPTED = re.compile(
+    r"\.(lora_(A|B|magnitude_vector)|lora_embedding_[AB]|base_layer|original_module|modules_to_save|vera_lambda_[bd]|hada_w[12]_[ab]"
+    r"|oft_[rR]|ia3_l)(\.|$)"
+)
+"""Parts of names that only peft's modules have: the base and what is to be added to it lie side by side."""
+
+
 def _unsaid(config: Mapping[str, Any]) -> bool:
     """A wrapper that leaves `tie_word_embeddings` to its class, which upstream calls tied."""
     text = config.get("text_config")
@@ -820,6 +847,8 @@ def _sort_rest(
         else:
             if CACHE_SCALE.search(name) and math.prod(tensors[name].shape) == 1:
                 out.extras[name] = "a scale of cached keys or values, which are not quantised here"
+            elif VALUE_HEAD.fullmatch(name):
+                out.extras[name] = "a value head, which reinforcement learning trains beside the model's own"
             else:
                 out.unexpected.append(name)
 
@@ -834,7 +863,8 @@ class PlanError(ZooError):
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
         missing = [name for names in m.missing.values() for name in names]
-        if (said := _other_rows(ckpt, m) or _wrapped(ckpt, family, missing, m.unexpected)) is not None:
+        said = _adapted(ckpt) or _other_rows(ckpt, m) or _renamed(ckpt, family, missing, m)
+        if said is not None:
             super().__init__(said)
             return
         lines = [
@@ -847,6 +877,10 @@ class PlanError(ZooError):
             for text, first in fold(missing):
                 hint = near.get(first)
                 lines.append(f"  {text}" + (f"   nearest: {hint}" if hint else ""))
+            if set(m.missing) == {"head.weight"}:
+                lines.append(
+                    "  (if the head is the embedding, say so in config.json: tie_word_embeddings true)"
+                )
         if m.unexpected:
             lines.append(f"unexpected ({len(m.unexpected)}): no rule uses them")
             near = _nearest(m.unexpected, missing)
@@ -861,7 +895,7 @@ class PlanError(ZooError):
                 (f"{text} in {files[first]}" if text == first else text) + wrong
                 for text, first in fold(files)
             ]
-        lines += dict.fromkeys(m.problems)  # what is wrong with the config is wrong for each weight
+        lines += _alike(m.problems)
         super().__init__("\n".join(lines))
 
 
@@ -886,18 +920,41 @@ def _other_rows(ckpt: Checkpoint, m: Match) -> str | None:
     )
 
 
-def _wrapped(ckpt: Checkpoint, family: Family, missing: list[str], unexpected: list[str]) -> str | None:
-    """Where every tensor that is not expected is one that is missing, behind one and the same prefix: that."""
-    if not missing or not unexpected:
-        return None
-    wanted, first = set(missing), unexpected[0]
-    cuts = (i + 1 for i, c in enumerate(first) if c == ".")
-    prefix = next((first[:i] for i in cuts if first[i:] in wanted), None)
-    if prefix is None or not all(n.startswith(prefix) and n[len(prefix) :] in wanted for n in unexpected):
+def _adapted(ckpt: Checkpoint) -> str | None:
+    """Where tensors of adapters lie among the model's: that, and what to do."""
+    found = [name for name in ckpt.tensors if ADAPTED.search(name)]
+    if not found:
         return None
     return (
-        f"{ckpt.root}: names of tensors begin with {prefix!r}, without which they fit family {family.name}: a wrapper's, which is "
-        "none that zoo looks through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
+        f"{ckpt.root}: {len(found)} of {len(ckpt.tensors)} tensors are an adapter's that was not merged ({found[0]}): merge it (peft: "
+        "model.merge_and_unload()), save the result, and convert that; nothing was written"
+    )
+
+
+def _renamed(ckpt: Checkpoint, family: Family, missing: list[str], m: Match) -> str | None:
+    """Where every tensor that is not expected is one that is missing, under another prefix, always the same: that."""
+    if not missing or len(missing) != len(m.unexpected) or m.misshapen or m.problems:
+        return None
+    wanted, first = set(missing), m.unexpected[0].split(".")
+    tails = {".".join(first[i:]) for i in range(1, len(first))}
+    tail, want = max(
+        ((t, w) for w in wanted for t in tails if w == t or w.endswith("." + t)),
+        key=lambda x: len(x[0]),
+        default=("", ""),
+    )
+    if not tail:
+        return None
+    theirs, ours = m.unexpected[0].removesuffix(tail), want.removesuffix(tail)
+    if not all(n.startswith(theirs) and ours + n.removeprefix(theirs) in wanted for n in m.unexpected):
+        return None
+    fit = (
+        f"where family {family.name} has {ours!r}, and fit otherwise"
+        if ours
+        else f"without which they fit family {family.name}"
+    )
+    return (
+        f"{ckpt.root}: names of tensors begin with {theirs!r}, {fit}: a wrapper's, or another tool's, which is none that zoo looks "
+        "through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
     )
 
 
@@ -923,6 +980,14 @@ def _layer(name: str) -> int | None:
     """The layer of a canonical tensor."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "layers" else None
+
+
+def _alike(problems: Iterable[str]) -> list[str]:
+    """Of problems that differ in the layer's number only the first, and how many there are."""
+    groups: dict[str, list[str]] = {}
+    for text in dict.fromkeys(problems):  # what is wrong with the config is wrong for each weight
+        groups.setdefault(re.sub(r"\blayers\.\d+\.", "layers.*.", text), []).append(text)
+    return [g[0] + (f" (and {len(g) - 1} more like it)" if len(g) > 1 else "") for g in groups.values()]
 
 
 def fold_one(name: str) -> str:

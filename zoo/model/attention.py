@@ -177,7 +177,7 @@ class Attention(nn.Module):
     def _fused(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor | None:
         """`_plain` by kernels: norm, RoPE and the write to the cache in one, and attention that reads the
         cache as it lies. None where they do not serve."""
-        s, n, entry = self.spec, self.spec.qk_norm, ctx.entry(self.layer)
+        s, n, entry = self.spec, self.spec.qk_norm, ctx.stored(self.layer)
         B, T, _ = q.shape
         if s.kv_from is not None or self.shares or (s.query_scale is not None and s.softcap is not None):
             return None
@@ -246,9 +246,8 @@ class Attention(nn.Module):
         if s.value_scale != 1.0:
             v = v * s.value_scale
         v = v.transpose(1, 2)
-        entry = ctx.entry(self.layer)
-        if isinstance(entry, Slots):
-            k, v = entry.put(ctx, k, v)
+        if (slots := ctx.stored(self.layer)) is not None:
+            k, v = slots.put(ctx, k, v)
         if self.shares:
             ctx.kv[self.layer] = k, v
         return k, v

@@ -104,9 +104,10 @@ class Cache:
         self.length = 0
         self.fixed = False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.entries = [
-            _entry(x.mixer, spec.d_model // ranks, batch, max_len, dtype, device) for x in spec.layers
-        ]
+        channels = spec.d_model // ranks
+        made = [[_entry(m, channels, batch, max_len, dtype, device) for m in x.mixers] for x in spec.layers]
+        self.slots = [next((e for e in layer if isinstance(e, Slots)), None) for layer in made]
+        self.states = [next((e for e in layer if isinstance(e, State)), None) for layer in made]
         self.index_keys = [
             Slots((torch.zeros(batch, max_len, m.indexer.head_dim, dtype=dtype, device=device),), ring=False)
             if isinstance(m, LatentAttention) and m.indexer is not None
@@ -116,18 +117,19 @@ class Cache:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, for counting bytes."""
-        slots = [e for e in (*self.entries, *self.index_keys) if isinstance(e, Slots)]
-        states = [e for e in self.entries if isinstance(e, State)]
-        return [t for s in slots for t in s.tensors] + [t for s in states for t in (s.tail, s.state)]
+        slots = [s for s in (*self.slots, *self.index_keys) if s is not None]
+        return [t for s in slots for t in s.tensors] + self.carried()
+
+    def carried(self) -> list[Tensor]:
+        """The tensors of the states, which each pass overwrites."""
+        return [t for s in self.states if s is not None for t in (s.tail, s.state)]
 
     def reset(self) -> None:
         """Forget everything. Slots need no clearing: nothing reads one before it is written again."""
         self.length = 0
         self.position.zero_()
-        for e in self.entries:
-            if isinstance(e, State):
-                e.tail.zero_()
-                e.state.zero_()
+        for t in self.carried():
+            t.zero_()
 
     def advance(self, n: int) -> None:
         self.length += n
@@ -135,7 +137,7 @@ class Cache:
 
 
 def _entry(
-    m: Mixer | None, channels: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    m: Mixer, channels: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
 ) -> Entry:
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(B, *shape, dtype=dtype, device=device)
@@ -163,7 +165,6 @@ def _entry(
             )
         case ShortConv():
             return State(zeros(m.conv - 1, channels), zeros(0))
-    return None
 
 
 @dataclass
@@ -207,8 +208,13 @@ class Context:
     def fixed(self) -> bool:
         return self.cache is not None and self.cache.fixed and self.T == 1
 
-    def entry(self, layer: int) -> Entry:
-        return None if self.cache is None else self.cache.entries[layer]
+    def stored(self, layer: int) -> Slots | None:
+        """Where attention in this layer keeps its keys, if it does."""
+        return None if self.cache is None else self.cache.slots[layer]
+
+    def carried(self, layer: int) -> State | None:
+        """What the linear mixer of this layer goes on from, if it does."""
+        return None if self.cache is None else self.cache.states[layer]
 
     def rope(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin at the new tokens' positions, [T, dim / 2] each. Raises ZooError if the tokens before these, in the

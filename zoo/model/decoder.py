@@ -24,7 +24,7 @@ from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
 from zoo.model.ffn import FeedForward
 from zoo.model.graph import Pass, capturable
-from zoo.model.linear import Linear, Table, Weights
+from zoo.model.linear import Linear, Table, Weights, scaled
 from zoo.model.mamba import Mamba
 from zoo.model.mla import LatentAttention
 from zoo.model.moe import MoE
@@ -50,21 +50,24 @@ class Layer(nn.Module):
         layer, d = spec.layers[i], spec.d_model
         self.spec, self.index = layer, i
         self.attn_norm = _norm(layer.attn_norm, d)
-        match layer.mixer:
-            case AttentionSpec():
-                shares = any(isinstance(x.mixer, AttentionSpec) and x.mixer.kv_from == i for x in spec.layers)
-                self.attn: nn.Module = Attention(layer.mixer, d, i, shares)
-            case LatentSpec():
-                shares = any(
-                    isinstance(x.mixer, LatentSpec) and x.mixer.indexer_from == i for x in spec.layers
-                )
-                self.attn = LatentAttention(layer.mixer, d, i, shares)
-            case DeltaSpec():
-                self.delta = DeltaNet(layer.mixer, d, i)
-            case MambaSpec():
-                self.mamba = Mamba(layer.mixer, d, i)
-            case ShortConvSpec():
-                self.short_conv = ShortConv(layer.mixer, d, i)
+        for mixer in layer.mixers:
+            match mixer:
+                case AttentionSpec():
+                    shares = any(
+                        isinstance(x.mixer, AttentionSpec) and x.mixer.kv_from == i for x in spec.layers
+                    )
+                    self.attn: nn.Module = Attention(mixer, d, i, shares)
+                case LatentSpec():
+                    shares = any(
+                        isinstance(x.mixer, LatentSpec) and x.mixer.indexer_from == i for x in spec.layers
+                    )
+                    self.attn = LatentAttention(mixer, d, i, shares)
+                case DeltaSpec():
+                    self.delta = DeltaNet(mixer, d, i)
+                case MambaSpec():
+                    self.mamba = Mamba(mixer, d, i)
+                case ShortConvSpec():
+                    self.short_conv = ShortConv(mixer, d, i)
         self.attn_post_norm = _norm(layer.attn_post_norm, d)
         self.ffn_norm = _norm(layer.ffn_norm, d)
         match layer.ffn:
@@ -94,7 +97,13 @@ class Layer(nn.Module):
 
     def mix(self, normed: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
         """`onto` + the mixer's branch of normed x."""
-        return self._add(partial(self.mixer, normed, ctx), self.attn_post_norm, onto)
+        mixer = self.mixer if self.spec.beside is None else self._both
+        return self._add(partial(mixer, normed, ctx), self.attn_post_norm, onto)
+
+    def _both(self, normed: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
+        """`onto` + what the mixer and the state space beside it make of normed x."""
+        y: Tensor = self.mixer(normed, ctx, self.mamba(normed, ctx))
+        return y if onto is None else onto + y
 
     def feed(self, normed: Tensor, x: Tensor, onto: Tensor) -> Tensor:
         """`onto` + the feed-forward branch of normed x."""
@@ -102,14 +111,11 @@ class Layer(nn.Module):
         return self._add(partial(ffn, normed), self.ffn_post_norm, onto)
 
     def _add(self, branch: Callable[..., Tensor], post: nn.Module, onto: Tensor | None) -> Tensor:
-        """`onto` + residual_scale * post(branch()). The last step adds, where it can."""
+        """`onto` + residual_scale * post(branch())."""
         last: Callable[..., Tensor] = (
             (lambda onto: post(branch(), onto)) if isinstance(post, Norm) else branch
         )
-        if self.spec.residual_scale == 1.0:
-            return last(onto=onto)
-        y = last(onto=None) * self.spec.residual_scale
-        return y if onto is None else onto + y
+        return scaled(last, self.spec.residual_scale, onto)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [B, T, D] -> [B, T, D]
         s = self.spec

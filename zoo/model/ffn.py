@@ -7,6 +7,7 @@ activations pass that stand out of their Gaussian.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ from torch.nn import functional as F
 from zoo.kernels.gated import activation, gated
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import gated_linear, one_row
-from zoo.model.linear import Linear
+from zoo.model.linear import Linear, scaled
 from zoo.spec import MLP
 
 
 def activate(h: Tensor, spec: MLP) -> Tensor:
     """What stands between the two matrices: [..., 2 F] (gate | up) -> [..., F], or [..., F] -> [..., F]."""
-    if spec.sparsity:
-        gate, up = h.chunk(2, -1)
-        return activation(stand_out(gate, spec.sparsity), spec.act) * up
-    return gated(h, spec)
+    if not spec.sparsity and spec.gate_scale == 1.0:
+        return gated(h, spec)
+    gate, up = h.chunk(2, -1)
+    gate = stand_out(gate, spec.sparsity) if spec.sparsity else gate * spec.gate_scale
+    return activation(gate, spec.act) * up
 
 
 def stand_out(gate: Tensor, sparsity: float) -> Tensor:
@@ -72,11 +74,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., d], added to `onto`."""
         s = self.spec
-        if s.gated and not s.sparsity and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
+        plain = s.gated and not s.sparsity and s.gate_scale == 1.0
+        if plain and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
             h = gated_linear(x, w, s)
         elif s.act == "xielu":
             h = self.act(self.up(x))
         else:
             h = activate(self.gate_up(x) if s.gated else self.up(x), s)
-        out: Tensor = self.down(h, onto)
-        return out
+        return scaled(partial(self.down, h), s.out_scale, onto)

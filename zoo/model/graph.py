@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.kernels.launch import has_triton
 from zoo.model.across import Across
-from zoo.model.cache import Cache, State
+from zoo.model.cache import Cache
 from zoo.model.linear import Table, Weights
 from zoo.spec import Spec
 
@@ -55,7 +55,7 @@ class Step:
         cache.fixed = True
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         length, position = cache.length, cache.position.clone()
-        states = [t for e in cache.entries if isinstance(e, State) for t in (e.tail, e.state)]
+        states = cache.carried()
         kept = [t.clone() for t in states]
         side = _side(model.device)
         side.wait_stream(torch.cuda.current_stream())

@@ -6,6 +6,7 @@ at a time, to the dtype of its input. The logits are those of a model expanded b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +84,14 @@ class Weights(nn.Module):
             return None
         b = self.bias if expert is None else self.bias[expert]
         return b if b.dtype == dtype else b.to(dtype)
+
+
+def scaled(last: Callable[..., Tensor], scale: float, onto: Tensor | None) -> Tensor:
+    """`onto` + scale * last(). Without a scale the last step adds by itself, where it can."""
+    if scale == 1.0:
+        return last(onto=onto)
+    y = last(onto=None) * scale
+    return y if onto is None else onto + y
 
 
 class Linear(Weights):

@@ -16,7 +16,7 @@ from zoo.kernels.latent import keys_and_values, out_of_latent
 from zoo.kernels.launch import has_triton
 from zoo.kernels.rope import rotate
 from zoo.model.attention import attend
-from zoo.model.cache import Context, Slots, Visible
+from zoo.model.cache import Context, Visible
 from zoo.model.linear import Linear
 from zoo.model.norm import Norm
 from zoo.spec import Indexer as IndexerSpec
@@ -54,9 +54,8 @@ class LatentAttention(nn.Module):
             q_rope = rotate(q_rope, *table, s.rope.interleaved, reuse=True)
             k_rope = rotate(k_rope.unsqueeze(2), *table, s.rope.interleaved).squeeze(2)
         stored = torch.cat((self.kv_latent_norm(latent), k_rope), -1)  # [B, T, rank + rope]
-        entry = ctx.entry(self.layer)
-        if isinstance(entry, Slots):
-            (stored,) = entry.put(ctx, stored)
+        if (slots := ctx.stored(self.layer)) is not None:
+            (stored,) = slots.put(ctx, stored)
         if s.query_scale is not None:
             factor = ctx.query_scale(s.query_scale)[:, None, None]
             q_nope, q_rope = (q_nope * factor).to(x.dtype), (q_rope * factor).to(x.dtype)

@@ -20,6 +20,7 @@ from zoo.model.mamba import Mamba
 from zoo.model.moe import MoE
 from zoo.spec import Attention as AttentionSpec
 from zoo.spec import Mamba as MambaSpec
+from zoo.spec import Mixer
 from zoo.split import Split
 
 
@@ -44,28 +45,34 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
         model.embed.across = across
     for layer, whole, own in zip(model.layers, split.spec.layers, split.local.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
-        mixer: nn.Module | None = None if whole.mixer is None else layer.mixer
-        ffn: nn.Module | None = None if whole.ffn is None else layer.ffn
-        halves: tuple[tuple[nn.Module | None, object], ...] = ((mixer, own.mixer), (ffn, own.ffn))
-        for half, spec in halves:
-            if half is not None:
-                half.__dict__["spec"] = spec
-        if isinstance(mixer, Attention) and isinstance(whole.mixer, AttentionSpec):
-            _heads(mixer, whole.mixer, across)
-        if isinstance(mixer, Mamba) and isinstance(m := whole.mixer, MambaSpec) and m.n_groups < across.size:
-            mixer.norm.spread = Spread(across, across.rank * m.n_groups // across.size, m.n_groups)
-        if isinstance(ffn, MoE):
-            _experts(ffn, across)
+        if whole.mixer is not None:
+            _mixer(layer.mixer, whole.mixer, own.mixer, across)
+        if whole.beside is not None:
+            _mixer(layer.mamba, whole.beside, own.beside, across)
+        if whole.ffn is not None:
+            _is(layer.ffn, own.ffn)
+        if isinstance(layer.ffn, MoE):
+            _experts(layer.ffn, across)
 
 
-def _heads(mixer: Attention, whole: AttentionSpec, across: Across) -> None:
-    n = mixer.spec.n_heads
-    mixer.heads = slice(across.rank * n, (across.rank + 1) * n), whole.n_heads
-    if whole.qk_norm is not None and whole.qk_norm.over == "all_heads":
-        # A key head that several ranks have counts on each, and as often as any other.
-        mixer.q_norm.spread = Spread(across)
-        if whole.kv_from is None:
-            mixer.k_norm.spread = Spread(across)
+def _is(module: nn.Module, spec: object) -> None:
+    module.__dict__["spec"] = spec
+
+
+def _mixer(mixer: nn.Module, whole: Mixer, own: Mixer | None, across: Across) -> None:
+    _is(mixer, own)
+    if isinstance(mixer, Attention) and isinstance(whole, AttentionSpec):
+        n = mixer.spec.n_heads
+        mixer.heads = slice(across.rank * n, (across.rank + 1) * n), whole.n_heads
+        if whole.qk_norm is not None and whole.qk_norm.over == "all_heads":
+            # A key head that several ranks have counts on each, and as often as any other.
+            mixer.q_norm.spread = Spread(across)
+            if whole.kv_from is None:
+                mixer.k_norm.spread = Spread(across)
+    if isinstance(mixer, Mamba) and isinstance(whole, MambaSpec) and whole.out_norm is not None:
+        groups = whole.n_groups
+        if groups < across.size:
+            mixer.norm.spread = Spread(across, across.rank * groups // across.size, groups)
 
 
 def _experts(moe: MoE, across: Across) -> None:
@@ -73,6 +80,6 @@ def _experts(moe: MoE, across: Across) -> None:
     moe.first = across.rank * (moe.spec.n_experts // across.size)
     if moe.spec.shared is None:
         return
-    moe.shared.spec = moe.spec.shared
+    _is(moe.shared, moe.spec.shared)
     if moe.spec.post_norm is None and moe.spec.shared_post_norm is None:
         moe.shared.down.across = None  # added up with the routed sum

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from zoo.model.cache import Context, State
+from zoo.model.cache import Context
 from zoo.model.delta import Conv
 from zoo.model.linear import Linear
 from zoo.spec import ShortConv as ShortConvSpec
@@ -23,8 +23,7 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
         """Normed x [B, T, d] -> [B, T, d], added to `onto`."""
-        entry = ctx.entry(self.layer)
         b, c, x = self.in_proj(x).chunk(3, -1)
-        y = c * self.conv(b * x, entry if isinstance(entry, State) else None)
+        y = c * self.conv(b * x, ctx.carried(self.layer))
         out: Tensor = self.out(y, onto)
         return out

@@ -38,6 +38,7 @@ from zoo.pull.space import existing, to_fetch, to_write
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
+    from zoo.mapping.parts import Part
     from zoo.mapping.plan import Plan
 
 
@@ -53,6 +54,7 @@ def convert(
     verify: str | None = None,
     device: str = "cpu",
     force: bool = False,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Convert a checkpoint on disk, or a remote one, to the canonical folder `dst`. See `zoo.convert`.
@@ -60,9 +62,13 @@ def convert(
     `format`, `family`: what the files are, where that is not to be found out. `strict`: refuse quantised weights
     whose scales are zero or not finite, instead of warning. `verify`: the level up to which `dst` must agree with
     `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
-    folder or repository `src` or below it.
+    folder or repository `src` or below it. `part`: of a conversion on disk, only this part; `dst` appears with the last.
     """
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
+    if part is not None and (verify is not None or not is_local(src)):
+        raise ZooError(
+            f"{part}: only a checkpoint that is on disk is converted in parts, and verified when all are finished"
+        )
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -79,6 +85,7 @@ def convert(
     if file is not None:
         src = named(src, file)
     from zoo.mapping.execute import Execution, refuse_overlap
+    from zoo.mapping.parts import Shared
 
     path, dst = Path(src), Path(os.path.abspath(dst))
     if verify is not None:
@@ -89,16 +96,22 @@ def convert(
     refuse_overlap(plan.checkpoint.root, dst)
     progress = progress or Quiet()
     _note(plan, progress)
-    progress.start(plan.nbytes)
-    progress.phase("converting")
     # A single file is what `zoo verify` opens again, not the folder that it happens to lie in.
     source = {"path": str(path.resolve())} if path.is_file() else {}
     target = dst if verify is None else _unverified(dst)
     with Execution(
-        plan, target, force=force or target != dst, strict=strict, source=source, progress=Steps(progress)
-    ) as run:
+        plan, target, force=force or target != dst, strict=strict, source=source, progress=Steps(progress), part=part
+    ) as run:  # fmt: skip
+        progress.start(run.mover.total)
+        progress.phase("converting")
+        if part is not None:
+            mine, every = len(run.folder.sizes), len(run.sheet.sizes)
+            progress.note(f"{part}: {mine} of {every} files, {run.nbytes:,} bytes of weights")
         run.feed_here()
         run.finish()
+        if isinstance(run.folder, Shared) and not run.folder.published:
+            waiting = ", ".join(map(str, run.folder.waiting))
+            progress.note(f"{part} is finished; {dst} appears when these are, too: {waiting}")
     if verify is not None:
         _verify(target, dst, verify, device, force, progress)
     return dst

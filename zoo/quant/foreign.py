@@ -7,21 +7,38 @@ formats, and mlx-lm's `quantization`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from zoo.formats.base import FLOATS, TensorRef, read_json
 
 READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
 FORMATS = ("dense", "float-quantized", "naive-quantized", "pack-quantized")
 
-SIGNS = {  # endings of names that only such weights have
+SIGNS = {  # endings of names that only such weights have; the first that any tensor has
     ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
+    ".absmax": "bitsandbytes in 4 bits",
     ".SCB": "bitsandbytes int8",
     ".weight_scale_2": "NVFP4",
     ".weight_global_scale": "NVFP4",
     ".g_idx": "GPTQ",
     ".qzeros": "AWQ or GPTQ",
+    ".wscales": "SVDQuant",
+    ".qweight": "AWQ, GPTQ or a kin of theirs",
+    ".q_invperm": "EXL2",
+    ".trellis": "EXL3",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".Qidxs": "QuIP#",
+    ".centroids.weight": "VPTQ",
+    ".weight._data": "quanto",
+    "weight_qdata": "torchao",
+    "weight:_data:qdata": "torchao",
 }
+FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where ModelOpt, GPTQ's and AWQ's tools say it beside config.json, which may not repeat it."""
 
 
 def said(config: Mapping[str, Any]) -> str | None:
@@ -45,17 +62,46 @@ def _words(q: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, True
 
 
+def beside(root: Path) -> str | None:
+    """What a tool's own file in the folder says of quantised weights; None: there is none, or it says nothing."""
+    for name in FILES:
+        if (root / name).is_file():
+            told = read_json(root / name, "it says how the weights are quantised")
+            inner = told.get("quantization")
+            if words := [f"{k} {v!r:.40}" for k, v in _words(inner if isinstance(inner, dict) else told)]:
+                return f"{name} has {', '.join(words)}"
+    return None
+
+
 def name_of(config: Mapping[str, Any], tensors: Collection[str]) -> str | None:
     """What the weights are quantised as, in one phrase, if zoo does not read that; None if it does, or may."""
     sign = next((what for end, what in SIGNS.items() if any(n.endswith(end) for n in tensors)), None)
     mlx = any(n.endswith(".scales") for n in tensors) and any(n.endswith(".biases") for n in tensors)
     phrase, what = said(config), sign or ("MLX's groups of integers" if mlx else None)
     if what is not None:
-        return f"{what} ({phrase or 'by the names of its tensors; its config does not say'})"
+        return f"{what} ({phrase or LOST})"
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         if isinstance(q := part.get("quantization_config"), Mapping):
             method, form = q.get("quant_method"), q.get("format", "dense")
             if method not in READ or (method == "compressed-tensors" and form not in FORMATS):
-                return phrase
+                return f"its config says ({phrase})"
     return None
+
+
+LOST = "by the names of its tensors; its config does not say"
+
+
+def codes_of(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorRef], wanted: Collection[str]
+) -> str | None:
+    """What stands in the place of the weights `wanted`, in one phrase, where each has codes there whose quantisation nothing
+    names; None where one has not, there is but one, or the config says a way that zoo reads."""
+    if said(config) is not None:
+        return None
+    codes = {n: t.dtype for n, t in tensors.items() if t.dtype not in FLOATS and len(t.shape) > 1}
+    at = {n[:i] for n in codes for i, c in enumerate(n) if c == "."} | codes.keys()
+    if len(wanted) < 2 or not all(name in at or name.removesuffix(".weight") in at for name in wanted):
+        return None
+    one = min(codes, key=lambda n: "scale" in n)
+    return f"{' and '.join(sorted(set(codes.values())))} codes, as {one} (the config does not say of what method)"

@@ -8,12 +8,13 @@ Tests with the argument `variant` run once per variant of the case, those with `
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,49 @@ SILENT: dict[str, Any] = {
 }  # fmt: skip
 
 
+def of_the_models(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that holds no code of zoo: it shows that the test models can show what other tests ask of them. Its answer
+    changes with the case and with transformers alone."""
+    test.asks = "models"  # type: ignore[attr-defined]
+    return test
+
+
+def of_the_first(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that asks the same of every variant, or of every config: one of them shows most of it."""
+    test.asks = "first"  # type: ignore[attr-defined]
+    return test
+
+
+def is_proof(item: pytest.Item) -> bool:
+    """Whether a test of a suite may be left to the time when its family is proven (`make prove`), rather than run after
+    every change of any code: those of the models, and those that the family's main variant, or its shallowest config of
+    a kind (quantised, with prediction layers, within a larger model), answers first."""
+    asks = getattr(getattr(item, "function", None), "asks", None)
+    if asks != "first":
+        return asks == "models"
+    given = item.callspec.params  # type: ignore[attr-defined]
+    case: FamilyCase = item.cls.case  # type: ignore[attr-defined]
+    if "variant" in given:
+        return bool(given["variant"] != case.main_variant)
+    return given["stem"] not in _shallowest(case.name)
+
+
+@functools.cache
+def _shallowest(family: str) -> frozenset[str]:
+    """Of the family's configs of each kind, the one with the fewest layers."""
+    found: dict[tuple[bool, ...], tuple[int, str]] = {}
+    for stem in full_size.stems().get(family, ()):
+        config = full_size.read(stem)
+        kind = tuple(
+            bool(config.get(k)) for k in ("quantization_config", "num_nextn_predict_layers", "text_config")
+        )
+        this = families.spec_of(config).n_layers, stem
+        found[kind] = min(found.get(kind, this), this)
+    return frozenset(stem for _, stem in found.values())
+
+
 class FamilySuite:
-    """The tests of one family. Subclasses set `case`."""
+    """The tests of one family. Subclasses set `case`. `is_proof` says which need not run after every change."""
 
     case: FamilyCase
 
@@ -181,6 +223,7 @@ class FamilySuite:
 
     # --- the checkpoints: complete, away from every default, and saying what upstream says -----------------------
 
+    @of_the_models
     def test_upstream_loads_it_and_its_logits_spread(self, variant: Variant) -> None:
         ids, out = build.tokens(variant), self.reference(variant)
         assert out.shape == (2, variant.seq_len, variant.vocab_size)
@@ -194,6 +237,7 @@ class FamilySuite:
             model.set_experts_implementation("eager")
         assert (build.logits(model, ids) - out).abs().max() < 5e-5
 
+    @of_the_models
     def test_upstream_decodes_as_it_prefills_where_the_variant_does_not_say_otherwise(
         self, variant: Variant
     ) -> None:
@@ -208,6 +252,7 @@ class FamilySuite:
         difference = (torch.cat(steps, 1) - self.reference(variant)[:, n:]).abs().max()
         assert difference > 0.5 if variant.decodes_otherwise else difference < 5e-5
 
+    @of_the_models
     def test_every_parameter_and_persistent_buffer_is_moved_from_its_initial_value(
         self, variant: Variant
     ) -> None:
@@ -216,6 +261,7 @@ class FamilySuite:
         still = [k for k in moved if (initial[k] == moved[k]).float().mean() > 0.01]
         assert not still
 
+    @of_the_models
     def test_a_seed_gives_the_same_bytes_again_and_another_seed_others(
         self, variant: Variant, tmp_path: Path
     ) -> None:
@@ -229,6 +275,7 @@ class FamilySuite:
         one, other = (build.perturbed(variant, seed).state_dict() for seed in (0, 1))
         assert not [k for k in one if torch.equal(one[k], other[k])]
 
+    @of_the_models
     def test_shards_hold_the_same_tensors_and_bf16_keeps_what_releases_keep_in_fp32(
         self, variant: Variant, tmp_path: Path
     ) -> None:
@@ -250,6 +297,7 @@ class FamilySuite:
             flat = [x for v in values for x in (v if isinstance(v, list) else [v])]
             assert not flat or any(x not in usual for x in flat), f"{key} is {flat}"
 
+    @of_the_models
     def test_a_constant_that_is_not_read_shows_in_the_logits(self, variant: Variant) -> None:
         ids = build.tokens(variant)
         model = build.perturbed(variant)
@@ -263,6 +311,7 @@ class FamilySuite:
                 silent.append((label, difference))
         assert not silent
 
+    @of_the_models
     def test_widths_heads_groups_and_length_leave_no_room_for_mix_ups(self, variant: Variant) -> None:
         config = variant.build()[0].get_text_config()
         config.allow_global_per_layer_attribute_access = True  # of most layers, where some have other sizes
@@ -328,6 +377,7 @@ class FamilySuite:
         assert len(kinds["moe_layers"]) in (0, 2)
         assert len(kinds["mlp_layer_types"]) in (0, 2)
 
+    @of_the_models
     def test_scaled_rope_keeps_blends_and_scales(self, variant: Variant) -> None:
         from transformers import modeling_rope_utils
 
@@ -346,6 +396,7 @@ class FamilySuite:
             close = [[x for x in ratio if abs(x - y) < 1e-3] for y in (1.0, part["factor"])]
             assert all(close) and len(close[0]) + len(close[1]) < len(ratio), ratio
 
+    @of_the_models
     def test_no_choice_of_an_expert_or_a_key_hangs_on_rounding(
         self, variant: Variant, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -370,6 +421,7 @@ class FamilySuite:
 
     # --- released keys and names ---------------------------------------------------------------------------------
 
+    @of_the_models
     def test_a_config_in_released_keys_means_the_same(self, variant: Variant, tmp_path: Path) -> None:
         path = build.make(self.case, variant, tmp_path / variant.name, released_config=True)
         config = build.read_config(path)
@@ -421,6 +473,7 @@ class FamilySuite:
         steps += [model(ids[:, t : t + 1], cache) for t in range(first, ids.shape[1])]
         assert agree(torch.cat(steps, 1), logits, model, ids)
 
+    @of_the_first
     def test_feeding_a_prompt_in_uneven_pieces_gives_the_logits_of_one_pass(self, variant: Variant) -> None:
         model, ids, logits = self.model_of(variant)
         T = ids.shape[1]
@@ -432,6 +485,7 @@ class FamilySuite:
         pieces = [model(ids[:, a:b], cache) for a, b in itertools.pairwise(cuts)]
         assert agree(torch.cat(pieces, 1), logits, model, ids)
 
+    @of_the_first
     def test_a_step_that_looks_at_every_slot_gives_the_same_logits(self, variant: Variant) -> None:
         """What a captured CUDA graph replays: lengths are tensors, nothing is sliced."""
         model, ids, logits = self.model_of(variant)
@@ -443,6 +497,7 @@ class FamilySuite:
         pieces += [model(ids[:, t : t + 1], cache) for t in range(first, T)]
         assert agree(torch.cat(pieces, 1), logits, model, ids)
 
+    @of_the_first
     def test_a_cache_that_was_reset_remembers_nothing(self, variant: Variant) -> None:
         model, ids, logits = self.model_of(variant)
         cache = model.cache(len(ids), ids.shape[1])
@@ -456,6 +511,7 @@ class FamilySuite:
         model, ids, logits = self.model_of(variant)
         assert agree(model(ids[1:]), logits[1:], model, ids[1:])
 
+    @of_the_first
     def test_layers_run_one_at_a_time_with_their_own_weights_only(self, variant: Variant) -> None:
         b = self.sides(variant)
         ends = Decoder(b.spec)
@@ -472,6 +528,7 @@ class FamilySuite:
             x = alone(x, ctx)
         assert agree(ends.finish(x, ctx), b.upstream["eager"], decoder(b.spec, b.tensors), b.ids)
 
+    @of_the_first
     def test_bf16_logits_lie_within_upstreams_own_spread(self, variant: Variant) -> None:
         """Judged by quantiles: one expert chosen otherwise moves a token's logits by 1 to 4."""
         b = self.sides(variant, "bfloat16")
@@ -499,6 +556,7 @@ class FamilySuite:
 
     # --- every tensor matters, and every byte comes back ---------------------------------------------------------
 
+    @of_the_first
     def test_changing_any_one_source_tensor_changes_the_logits(self, variant: Variant) -> None:
         """A tensor that is read, checked and stored but never used would pass every comparison of bytes; one that the
         decoder takes for a constant would pass parity if upstream's test model left it at its default."""
@@ -587,6 +645,7 @@ class FamilySuite:
             full_size.rounds_to(active - k * embedding, release.params_active, within) for k in range(3)
         )
 
+    @of_the_first
     def test_the_rules_account_for_every_tensor_of_the_release(self, stem: str) -> None:
         if self.case.without_upstream or stem in self.case.packed_otherwise:
             return  # accounted for by tests of the family's own

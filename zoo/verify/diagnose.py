@@ -293,7 +293,7 @@ def _there(clean: Subject, f: Found, first: int, i: int) -> list[Remedy]:
         a, b, here = clean.spec.layers[first], f.subject.spec.layers[first], clean.spec.layers[i]
         other = dataclasses.replace(here, **{
             part: getattr(b, part)
-            for part in ("mixer", "ffn", *PLACES)
+            for part in ("mixer", "beside", "ffn", *PLACES)
             if getattr(a, part) != getattr(b, part) and getattr(a, part) == getattr(here, part)
         })  # fmt: skip
         layers = (*clean.spec.layers[:i], other, *clean.spec.layers[i + 1 :])

@@ -120,7 +120,7 @@ def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
 
     for layer in spec.layers:
         m = layer.mixer
-        if isinstance(m, DeltaNet | Mamba):
+        if any(isinstance(x, DeltaNet | Mamba) for x in layer.mixers):
             note("piece of a recurrence", PIECE)
         if not isinstance(m, Attention | LatentAttention):
             continue

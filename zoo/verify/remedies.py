@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo.config import Config, rope_parameters
 from zoo.config import rope as rope_of
 from zoo.errors import ZooError
-from zoo.spec import Attention, LatentAttention, Layer, MoE, Norm, Rope, RopeScaling, Spec
+from zoo.spec import Attention, LatentAttention, Layer, Mamba, MoE, Norm, Rope, RopeScaling, Spec
 from zoo.verify.faults import Subject
 from zoo.verify.faults.spec import map_parts
 
@@ -276,6 +276,10 @@ def _mixers(spec: Spec, layer: Layer) -> Iterator[tuple[str, str, Layer]]:
                         layer, mixer=replace(m, rope=x.mixer.rope, window=x.mixer.window, chunk=x.mixer.chunk)
                     ),
                 )
+    for space in (x for x in layer.mixers if isinstance(x, Mamba) and x.out_norm is not None):
+        other = replace(space, norm_first=not space.norm_first)
+        says = f"the state space's norm in {{}} is {'before' if other.norm_first else 'after'} its gate"
+        yield "norm_and_gate", says, replace(layer, **{"beside" if space is layer.beside else "mixer": other})  # type: ignore[arg-type]
     if isinstance(m, LatentAttention) and m.indexer is not None:
         rope = replace(m.indexer.rope, interleaved=not m.indexer.rope.interleaved)
         yield (

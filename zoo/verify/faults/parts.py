@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.layout import Slot
-from zoo.spec import MLP, Attention, LatentAttention, Layer, MoE, Norm, Rope, Router, Spec
+from zoo.spec import MLP, Attention, LatentAttention, Layer, Mamba, MoE, Norm, Rope, Router, Spec
 from zoo.verify.faults.base import CATALOGUE, add
 from zoo.verify.faults.spec import _spec, _whole
 from zoo.verify.faults.weights import _edit, _roll, _roll_back, _slots, _swap_parts, _zeros
@@ -49,6 +49,12 @@ _spec(
     Layer,
     lambda x: replace(x, scalar=False),
 )
+_spec(
+    "state_space_beside_dropped",
+    "attention without the state space beside it",
+    Layer,
+    lambda x: replace(x, beside=None),
+)
 _spec("norm_bias_dropped", "LayerNorms without their bias", Norm,
       lambda n: replace(n, bias=False) if n.kind == "layer" else n)  # fmt: skip
 _whole("embed_norm_dropped", "embeddings not normalised", lambda s: replace(s, embed_norm=None))
@@ -78,7 +84,35 @@ _spec("values_from_rotated_keys_norm", "values that are keys not normalised", At
 _spec("shared_index_ignored", "all keys seen where an earlier layer's indexer chose", LatentAttention,
       lambda a: replace(a, indexer_from=None))  # fmt: skip
 
+# State space
+
+_spec(
+    "state_space_input_unscaled",
+    "what a state space reads not scaled",
+    Mamba,
+    lambda m: replace(m, in_scale=1.0),
+)
+_spec("state_space_parts_unscaled", "a state space's gate, input, B, C and dt not scaled", Mamba,
+      lambda m: replace(m, parts_scales=()))  # fmt: skip
+_spec("state_space_scales_in_another_order", "the scales of a state space's B and C exchanged with those of its gate and input",
+      Mamba, lambda m: replace(m, parts_scales=(*m.parts_scales[2:4], *m.parts_scales[:2], *m.parts_scales[4:])))  # fmt: skip
+_spec(
+    "state_space_output_unscaled",
+    "what a state space gives not scaled",
+    Mamba,
+    lambda m: replace(m, out_scale=1.0),
+)
+_spec(
+    "state_space_norm_after_gate",
+    "a state space's norm after its gate",
+    Mamba,
+    lambda m: replace(m, norm_first=False),
+)
+
 # Feed-forward and experts
+
+_spec("gate_unscaled", "the gate of an MLP not scaled", MLP, lambda m: replace(m, gate_scale=1.0))
+_spec("mlp_output_unscaled", "the output of an MLP not scaled", MLP, lambda m: replace(m, out_scale=1.0))
 
 _spec("clamp_other_side_of_activation", "the gate clamped before its activation, or after it, the other way round", MLP,
       lambda m: replace(m, limit_after=not m.limit_after) if m.limit and m.act == "silu" else m)  # fmt: skip
