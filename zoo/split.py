@@ -11,7 +11,7 @@ know it.
 | channels | a short convolution |
 | inner channels | an MLP |
 | experts | a mixture, of which every rank has the router |
-| ids | embedding and head, where ranks divide the vocabulary |
+| ids | embedding and head, and the second embedding of per-layer inputs, where ranks divide their ids |
 
 All else is whole on every rank. A matrix of which the columns are cut gives partial sums; the ranks add them up, and its
 bias is the first rank's. No tensor is cut along two axes.
@@ -107,6 +107,8 @@ def split(spec: Spec, ranks: int, rank: int) -> Split:
     if spec.vocab_size % ranks == 0:
         ids = _even(spec.vocab_size, ranks, rank)
         named |= dict.fromkeys(("embed.weight", "head.weight", "head.bias"), (0, (ids,)))
+    if (p := spec.per_layer_embedding) is not None and p.vocab_size % ranks == 0:
+        named["per_layer.embed.weight"] = 0, (_even(p.vocab_size, ranks, rank),)
     cuts = {s.name: _cut(s, *named[s.name]) for s in layout(spec).values() if s.name in named}
     local = dataclasses.replace(spec, layers=tuple(made[x][0] for x in spec.layers))
     return Split(spec, ranks, rank, local, cuts)
@@ -172,7 +174,7 @@ def _joint(count: int, ranks: int, rank: int) -> Share:
 
 
 def _cut(slot: Slot, axis: int, shares: tuple[Share, ...]) -> Cut:
-    rows = len(slot.shape) - 2 if slot.stacked else 0
+    rows = 1 if slot.stacked else 0
     parts = slot.parts if axis == rows else slot.shape[axis : axis + 1]
     if not shares:
         return Cut(axis, parts, ())

@@ -15,7 +15,7 @@ from zoo.model.across import Across, Spread
 from zoo.model.attention import Attention
 from zoo.model.decoder import Decoder
 from zoo.model.decoder import Layer as DecoderLayer
-from zoo.model.linear import Linear
+from zoo.model.linear import Linear, Table
 from zoo.model.mamba import Mamba
 from zoo.model.moe import MoE
 from zoo.spec import Attention as AttentionSpec
@@ -41,8 +41,8 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
                 module.parts = cut.sizes
             else:
                 module.across = across
-    if "embed.weight" in split.cuts:
-        model.embed.across = across
+        if isinstance(module, Table):
+            module.across = across
     for layer, whole, own in zip(model.layers, split.spec.layers, split.local.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
         if whole.mixer is not None:
@@ -51,8 +51,8 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
             _mixer(layer.mamba, whole.beside, own.beside, across)
         if whole.ffn is not None:
             _is(layer.ffn, own.ffn)
-        if isinstance(layer.ffn, MoE):
-            _experts(layer.ffn, across)
+            if isinstance(layer.ffn, MoE):
+                _experts(layer.ffn, across)
 
 
 def _is(module: nn.Module, spec: object) -> None:
