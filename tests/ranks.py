@@ -15,7 +15,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -149,19 +148,12 @@ def command(number: int, port: int, line: list[str], out: Path) -> int:
     from zoo.cli._common import run
 
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     for file, fd in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{out}.{file}", os.O_WRONLY | os.O_CREAT), fd)
     code = run(cli, line)
     Path(f"{out}.code").write_text(str(code))
     return code
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def together(ranks: int, do: Callable[[int], int]) -> bool:
@@ -198,8 +190,9 @@ def main(job: str, work: Path) -> int:
     if job != "commands":
         return int(not together(int(job), lambda number: answer(number, int(job), work)))
     for n, line in enumerate(json.loads((work / "commands.json").read_text())):
-        port = free_port()
-        together(2, lambda r, n=n, line=line, port=port: command(r, port, line, work / f"{n}-{r}"))  # type: ignore[misc]
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+        port, out = store.port, work / str(n)
+        together(2, lambda r, line=line, port=port, out=out: command(r, port, line, out.with_name(f"{out.name}-{r}")))  # type: ignore[misc]
     return 0
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import zoo
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.layout import layout
+from zoo.formats.base import TensorRef
 from zoo.quant import dequantise
 from zoo.quant.schemes import grid, scheme
 from zoo.spec import (
@@ -253,3 +253,56 @@ def test_what_ranks_cannot_share_is_refused_by_name() -> None:
         split(PATCHWORK, 3, 0)
 
 
+def narrowed(x: Tensor, cut: Cut | None) -> Tensor:
+    if cut is None:
+        return x
+    return torch.cat([x.narrow(cut.axis, a, b - a) for a, b in cut.ranges], cut.axis)
+
+
+CODES = {
+    "fp8-block-64x32": torch.float32, "fp8-channel": torch.bfloat16, "fp8-tensor": torch.float32,
+    "mxfp4": torch.uint8, "int4-group32": torch.float32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_what_a_rank_has_of_codes_and_scales_stands_for_its_part_of_the_weight(how: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    stored = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I32": torch.int32}
+    for lead, axis in (((), 0), ((), 1), ((4,), 0)):
+        parts, columns = (128, 256), 128
+        whole, found, cuts = (*lead, sum(parts), columns), {}, {}
+        sizes = parts if axis == len(lead) else (whole[axis],)
+        at = list(itertools.accumulate((0, *sizes)))
+        cut = Cut(axis, sizes, tuple((a + s // 2, a + s) for a, s in zip(at, sizes, strict=False)))
+        for c in scheme(how).components:
+            if c.optional:
+                continue
+            if c.unit is None:
+                shape = (*lead, 2 * len(parts)) if c.name == "shape" else (*lead, len(parts), 1)
+            else:
+                rows, rest = grid(c, parts, columns)
+                shape = (*lead, sum(rows), *rest)
+            if c.name == "weight":
+                x = torch.randint(0, 120, shape, generator=g).to(torch.uint8)
+                x = x.to(torch.int32) * 7919 if how.startswith("int4") else x
+                x = x.view(stored[c.dtypes[0]]) if how.startswith("fp8") else x
+            elif c.name == "shape":
+                x = torch.tensor([(p, columns) for p in parts]).flatten().expand(shape)
+            else:
+                x = torch.randint(118, 125, shape, generator=g).to(CODES[how])
+            found[c.name] = x
+            ref = TensorRef(c.name, c.dtypes[0], shape, "file", 0, 0)
+            cuts[c.name] = component_cut(cut, whole, c, ref, how)
+        part = {n: narrowed(x, cuts[n]) for n, x in found.items() if cuts[n] is None or cuts[n].ranges}
+        own = cut.sizes if axis == len(lead) else parts
+        want = narrowed(dequantise(how, found, parts, torch.float32), cut)
+        assert torch.equal(dequantise(how, part, own, torch.float32), want), (lead, axis)
+
+
+def test_a_block_of_codes_that_two_ranks_would_share_is_refused_by_name() -> None:
+    scale = scheme("fp8-block").component("scale")
+    ref = TensorRef("layers.0.mlp.down.scale", "F32", (2, 3), "model-1.safetensors", 0, 0)
+    says = "model-1.safetensors: layers.0.mlp.down.scale is of fp8-block, where 128 columns go together, and this rank would "
+    with pytest.raises(ZooError, match=says + "have columns 192 to 384 of 384"):
+        component_cut(Cut(1, (384,), ((192, 384),)), (256, 384), scale, ref, "fp8-block")

@@ -14,6 +14,9 @@ from zoo.errors import ZooError
 from zoo.kernels.norm import factor
 from zoo.spec import Norm
 
+APIECE = 64
+"""Tokens, up to which ranks of GPUs do not count those that chose their experts, so that a step can be captured."""
+
 
 class Across:
     """The ranks of a mesh of one axis. Raises ZooError for a mesh of more."""
@@ -23,8 +26,7 @@ class Across:
             raise ZooError(f"a model is split over a mesh of one axis; found one of {mesh.ndim}")
         self.group = mesh.get_group()
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
-        backend = dist.get_backend(self.group)
-        self.capturable = backend == "nccl"
+        self.capturable = dist.get_backend(self.group) == "nccl"
         """Whether a CUDA graph can hold what is said."""
 
     def sum(self, x: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         """`self` for ids [batch, tokens] only, without the host's time for launching kernels: for many pieces of one
         length, as when a corpus is evaluated. On a GPU a CUDA graph, which holds the memory of a pass, and whose result
         the next call overwrites; elsewhere the model itself. Made anew if weights are replaced."""
-        return Pass(self, batch, tokens) if capturable(self) else self
+        return Pass(self, batch, tokens) if capturable(self, batch * tokens) else self
 
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] -> the last layer's output. Raises ZooError if only some layers are here."""

@@ -49,7 +49,7 @@ def stream(
             if n and cache.length in borders:
                 cache.reset()
                 cache.fixed, graph, begun = False, None, n
-            if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model):
+            if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model, len(ids)):
                 graph = Step(model, cache, len(ids))
             if graph is not None:
                 logits = graph(token)

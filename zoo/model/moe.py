@@ -19,7 +19,7 @@ from zoo.kernels.cpu import MANY, kernels
 from zoo.kernels.launch import has_triton
 from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
-from zoo.model.across import Across
+from zoo.model.across import APIECE, Across
 from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
 from zoo.model.norm import Norm
@@ -28,7 +28,6 @@ from zoo.spec import Rounding
 from zoo.spec import Router as RouterSpec
 
 TOGETHER = 768  # rows of several experts' tokens
-APIECE = 64  # tokens, up to which ranks of GPUs do not count the experts that they have, so that a step can be captured
 
 
 class Router(Weights):
