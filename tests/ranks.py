@@ -57,7 +57,9 @@ def _few(n: int, unit: int) -> int:
 
 
 def _layer(x: Layer, unit: int) -> Layer:
-    return dataclasses.replace(x, mixer=_part(x.mixer, unit), beside=_part(x.beside, unit), ffn=_part(x.ffn, unit))
+    return dataclasses.replace(
+        x, mixer=_part(x.mixer, unit), beside=_part(x.beside, unit), ffn=_part(x.ffn, unit)
+    )
 
 
 def _part(x: Any, unit: int) -> Any:
@@ -106,7 +108,9 @@ def written(spec: Spec, folder: Path) -> Path:
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     about = {"layout_version": VERSION, "zoo_version": "0", "spec": spec.to_dict()}
-    (folder / "zoo.json").write_text(json.dumps(about | {"quant": {}, "source": {}, "extras": {}, "carried": []}))
+    (folder / "zoo.json").write_text(
+        json.dumps(about | {"quant": {}, "source": {}, "extras": {}, "carried": []})
+    )
     return folder
 
 
@@ -133,7 +137,9 @@ def asked(mesh: DeviceMesh, work: Path) -> dict[str, Any]:
 
 
 def answer(number: int, ranks: int, work: Path) -> int:
-    dist.init_process_group("gloo", init_method=f"file://{work}/meeting-{ranks}", rank=number, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{work}/meeting-{ranks}", rank=number, world_size=ranks
+    )
     meshes = {ranks: init_device_mesh("cpu", (ranks,))}
     if ranks == 4:
         meshes[2] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("runs", "model"))["model"]
@@ -190,9 +196,14 @@ def main(job: str, work: Path) -> int:
     if job != "commands":
         return int(not together(int(job), lambda number: answer(number, int(job), work)))
     for n, line in enumerate(json.loads((work / "commands.json").read_text())):
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+        store = dist.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )  # as torchrun's agent has one
         port, out = store.port, work / str(n)
-        together(2, lambda r, line=line, port=port, out=out: command(r, port, line, out.with_name(f"{out.name}-{r}")))  # type: ignore[misc]
+        together(
+            2,
+            lambda r, line=line, port=port, out=out: command(r, port, line, out.with_name(f"{out.name}-{r}")),
+        )  # type: ignore[misc]
     return 0
 
 

@@ -116,14 +116,21 @@ PATCHWORK = Spec(
 )  # fmt: skip
 # Ids that no number of ranks divides; the head is the embedding.
 PLAIN = dataclasses.replace(
-    PATCHWORK, vocab_size=61, tied=True, head_bias=False, layers=PATCHWORK.layers[:1], per_layer_embedding=None
+    PATCHWORK,
+    vocab_size=61,
+    tied=True,
+    head_bias=False,
+    layers=PATCHWORK.layers[:1],
+    per_layer_embedding=None,
 )
 SPECS = {"patchwork": PATCHWORK, "plain": PLAIN}
 
 
 def run(job: str, work: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "ranks.py"), job, str(work)], env=env, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "ranks.py"), job, str(work)], env=env, timeout=240
+    )
     assert done.returncode == 0
 
 

@@ -97,10 +97,14 @@ def _own(device: str) -> str:
     if device == "cpu":
         return device
     if device != "cuda":
-        raise ZooError(f"of several ranks each computes on the CPU or a GPU of its own; found --device {device}: say cpu or cuda")
+        raise ZooError(
+            f"of several ranks each computes on the CPU or a GPU of its own; found --device {device}: say cpu or cuda"
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= (there := torch.cuda.device_count()):
-        raise ZooError(f"rank {local} of this machine has no GPU: there are {there}; start as many ranks as GPUs")
+        raise ZooError(
+            f"rank {local} of this machine has no GPU: there are {there}; start as many ranks as GPUs"
+        )
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 
