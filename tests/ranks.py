@@ -1,11 +1,11 @@
-"""Several ranks on this machine, forked from one process that has imported torch: `python tests/ranks.py JOB WORK`.
+"""Several ranks on this machine, forked from one process that has imported torch: `python tests/ranks.py WORK JOB ...`.
 
 JOB `4` or `2`: so many ranks answer for the folders below WORK. Each writes WORK/answers-RANKS-RANK.pt, of each folder what
 `answers` says. Of 4 ranks the same is asked as two meshes of 2, side by side: answers-2-0 and -1 are of the one, answers-2-2
-and -3 of the other. Where a folder has a folder RANKS-RANK in it, the rank reads that.
+and -3 of the other. In place of a folder there may be one for each rank in it, RANKS-RANK.
 
-JOB `commands`: 2 ranks run each of the command lines in WORK/commands.json, as torchrun would have them; what rank R writes
-for line L is in WORK/L-R.out and WORK/L-R.err, its exit code in WORK/L-R.code.
+JOB `commands`: 2 ranks run each of the command lines in WORK/commands.json, as torchrun would have them, rank R in
+WORK/of-R; what it writes for line L is in WORK/L-R.out and WORK/L-R.err, its exit code in WORK/L-R.code.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from zoo.layout import VERSION, Slot, layout
 from zoo.model import Decoder
 from zoo.spec import MLP, Attention, DeltaNet, LatentAttention, Layer, Mamba, MoE, Spec
 
-LENGTH, GIVEN, NEW = 24, 21, 4
-"""Tokens; of which a prompt, the others one by one; and how many are made after a few of them."""
+LENGTH, GIVEN = 24, 22
+"""Tokens; of which a prompt, the others one by one."""
 
 
 # --- small models that any number of ranks can share ---------------------------------------------------------
@@ -118,19 +118,20 @@ def written(spec: Spec, folder: Path) -> Path:
 
 
 def answers(model: Decoder) -> dict[str, Tensor]:
-    """Logits of a text at once, of the end of it token by token, and what is made after it."""
+    """Logits of a text at once, and of the end of it token by token."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(model.spec.vocab_size, (2, LENGTH), generator=g)
     cache = model.cache(2, LENGTH)
     cached = [model(ids[:, :GIVEN], cache), *(model(ids[:, t : t + 1], cache) for t in range(GIVEN, LENGTH))]
-    return {"logits": model(ids), "cached": torch.cat(cached, 1), "greedy": model.generate(ids[:, :7], NEW)}
+    return {"logits": model(ids), "cached": torch.cat(cached, 1)}
 
 
 def asked(mesh: DeviceMesh, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for folder in sorted(p.parent for p in work.glob("*/zoo.json")):
-        own = folder / f"{mesh.size()}-{mesh.get_local_rank()}"
-        model = zoo.load(own if own.exists() else folder, mesh=mesh)
+    own = f"{mesh.size()}-{mesh.get_local_rank()}"
+    for zoo_json in sorted([*work.glob("*/zoo.json"), *work.glob(f"*/{own}/zoo.json")]):
+        folder = work / zoo_json.relative_to(work).parts[0]
+        model = zoo.load(zoo_json.parent, mesh=mesh)
         held = {n: p.nbytes for n, p in (*model.named_parameters(), *model.named_buffers())}
         found[folder.name] = {**answers(model), "held": held}
     return found
@@ -157,6 +158,7 @@ def command(number: int, port: int, line: list[str], out: Path) -> int:
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     for file, fd in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{out}.{file}", os.O_WRONLY | os.O_CREAT), fd)
+    os.chdir(out.parent / f"of-{number}")
     code = run(cli, line)
     Path(f"{out}.code").write_text(str(code))
     return code
@@ -191,10 +193,17 @@ def together(ranks: int, do: Callable[[int], int]) -> bool:
     return good
 
 
-def main(job: str, work: Path) -> int:
+def main(work: Path, *jobs: str) -> int:
     torch.set_num_threads(1)
-    if job != "commands":
-        return int(not together(int(job), lambda number: answer(number, int(job), work)))
+    for job in jobs:
+        if job == "commands":
+            run_commands(work)
+        elif not together(int(job), lambda number, n=int(job): answer(number, n, work)):  # type: ignore[misc]
+            return 1
+    return 0
+
+
+def run_commands(work: Path) -> None:
     for n, line in enumerate(json.loads((work / "commands.json").read_text())):
         store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
@@ -204,8 +213,7 @@ def main(job: str, work: Path) -> int:
             2,
             lambda r, line=line, port=port, out=out: command(r, port, line, out.with_name(f"{out.name}-{r}")),
         )  # type: ignore[misc]
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

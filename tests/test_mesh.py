@@ -15,13 +15,18 @@ from typing import Any
 
 import pytest
 import ranks
+import tiny
 import torch
+import verified
 from torch import Tensor
 
 import zoo
+from zoo.cli import cli
+from zoo.cli._common import run as run_here
 from zoo.errors import ZooError
-from zoo.formats import canonical
+from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef
+from zoo.mapping.plan import make_plan
 from zoo.quant import dequantise
 from zoo.quant.schemes import grid, scheme
 from zoo.spec import (
@@ -43,6 +48,7 @@ from zoo.spec import (
     Spec,
 )
 from zoo.split import Cut, allowed, component_cut, pieces, split
+from zoo.testing.built import checkpoint
 from zoo.verify.tolerance import FACTOR, FLOOR_FP32
 
 ROOT = Path(__file__).parents[1]
@@ -126,10 +132,10 @@ PLAIN = dataclasses.replace(
 SPECS = {"patchwork": PATCHWORK, "plain": PLAIN}
 
 
-def run(job: str, work: Path) -> None:
+def run(work: Path, *jobs: str) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ranks.py"), job, str(work)], env=env, timeout=240
+        [sys.executable, str(ROOT / "tests" / "ranks.py"), str(work), *jobs], env=env, timeout=1200
     )
     assert done.returncode == 0
 
@@ -143,21 +149,20 @@ class Shared:
     one: dict[str, dict[str, Tensor]]
 
 
-def shared_by(work: Path, specs: dict[str, Spec]) -> Shared:
-    """Those models, run by one process, by 4 ranks, and twice by 2."""
+def shared_by(work: Path, specs: dict[str, Spec], *jobs: str) -> Shared:
+    """Those models, run by one process, by 4 ranks, and twice by 2; and other jobs that the ranks have."""
     one = {}
     for name, spec in specs.items():
         one[name] = ranks.answers(zoo.load(ranks.written(spec, work / name)))
     if "patchwork" in specs:
         torn(work / "patchwork", work / "torn", 4)
-    run("4", work)
+    run(work, "4", *jobs)
     of = {n: [torch.load(work / f"answers-{n}-{r}.pt") for r in range(4)] for n in (2, 4)}
     return Shared(work, of, one)
 
 
 def torn(folder: Path, copy: Path, n: int) -> None:
     """A copy for each rank, in which all that is another's is NaN."""
-    shutil.copytree(folder, copy)
     for r in range(n):
         own = shutil.copytree(folder, copy / f"{n}-{r}")
         of = canonical.read(own)
@@ -182,7 +187,14 @@ def read_by(folder: canonical.Canonical, n: int, r: int, names: Any = None) -> I
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    return shared_by(tmp_path_factory.mktemp("mesh"), SPECS)
+    """`SPECS`, and the lines of `commands_of`."""
+    work = tmp_path_factory.mktemp("mesh")
+    (work / "commands.json").write_text(json.dumps([*commands_of(work).values()]))
+    odd = ranks.written(ODD, work / "aside" / "odd")
+    for r in (0, 1):
+        shutil.copytree(odd, work / f"of-{r}" / "local")
+    (work / "of-1" / "local" / "zoo.json").write_text("{}")  # as on a machine of its own
+    return shared_by(work, SPECS, "commands")
 
 
 def departures(shared: Shared) -> dict[str, str]:
@@ -195,8 +207,6 @@ def departures(shared: Shared) -> dict[str, str]:
         errors = {k: float((said[0][k] - one[k]).abs().max()) for k in ("logits", "cached")}
         if not max(errors.values()) <= bound:
             found[f"{name}, {n} ranks"] = f"{errors}, at most {bound:.1e}"
-        elif not torch.equal(said[0]["greedy"], one["greedy"]):
-            found[f"{name}, {n} ranks"] = "other tokens"
         elif not all(torch.equal(said[0][k], s[k]) for s in said[1:] for k in one):
             found[f"{name}, {n} ranks"] = "ranks, or runs, differ"
     return found
@@ -313,3 +323,84 @@ def test_a_block_of_codes_that_two_ranks_would_share_is_refused_by_name() -> Non
     says = "model-1.safetensors: layers.0.mlp.down.scale is of fp8-block, where 128 columns go together, and this rank would "
     with pytest.raises(ZooError, match=says + "have columns 192 to 384 of 384"):
         component_cut(Cut(1, (384,), ((192, 384),)), (256, 384), scale, ref, "fp8-block")
+
+
+@pytest.mark.proof
+def test_every_variant_of_every_family_with_even_counts_is_shared_to_the_same_logits(tmp_path: Path) -> None:
+    specs = {}
+    for name, variant in tiny.VARIANTS.items():
+        released = checkpoint(tiny.CASES[variant.family], variant)
+        specs[name] = ranks.evened(make_plan(open_checkpoint(released)).spec)
+    assert departures(shared_by(tmp_path, specs)) == {}
+
+
+# --- commands ------------------------------------------------------------------------------------------------
+
+ODD = dataclasses.replace(
+    PLAIN, layers=(Layer(attention(3, 3, rope=HEAD), MLP(12), attn_norm=RMS, ffn_norm=RMS),)
+)
+
+
+def commands_of(work: Path) -> dict[str, list[str]]:
+    plain = ["generate", str(work / "plain")]
+    given = ["--ids", "-n", "5"]
+    return {
+        "greedy": [*plain, "1 2 3", *given],
+        "drawn": [*plain, "1 2 3", *given, "--temperature", "1", "--seed", "3"],
+        "odd": ["generate", str(work / "aside" / "odd"), "1 2 3", *given],
+        "damaged": ["generate", "local", "1 2 3", *given],
+        "unknown": [*plain, "1 99", *given],
+    }
+
+
+def said(work: Path, n: int) -> tuple[list[str], list[str], list[int]]:
+    """What each of the two ranks of a command wrote on stdout and on stderr, and its exit code."""
+    out, err, code = (
+        [(work / f"{n}-{r}.{kind}").read_text() for r in (0, 1)] for kind in ("out", "err", "code")
+    )
+    return out, err, [int(c) for c in code]
+
+
+def test_of_the_ranks_of_a_command_the_first_speaks_and_one_that_fails_says_why_and_ends_all(
+    shared: Shared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = commands_of(shared.work)
+    of = {name: said(shared.work, n) for n, name in enumerate(lines)}
+    for name in ("greedy", "drawn"):
+        out, err, codes = of[name]
+        assert run_here(cli, lines[name]) == 0
+        assert out == [capsys.readouterr().out, ""] and codes == [0, 0]
+        assert err[0].startswith("5 tokens in ") and err[1] == ""
+    assert of["greedy"][0] != of["drawn"][0]
+    why = {
+        "odd": "2 ranks cannot share this model: layer 0 has 3 query heads; numbers of ranks that would do: 1, 3\n",
+        "damaged": "rank 1: local/zoo.json: ",
+        "unknown": "token id 99 is outside the vocabulary of 61\n",
+    }
+    for name, says in why.items():
+        out, err, codes = of[name]
+        assert out == ["", ""] and all(codes)
+        assert sorted(bool(text) for text in err) == [False, True] and says in "".join(err)
+    assert of["damaged"][1][0] == ""
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "qwen3_5"])
+def test_torchrun_verifies_as_one_process_does_and_generates_the_same(name: str, tmp_path: Path) -> None:
+    canon = verified.canonical(name)
+
+    def torchrun(*line: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        how = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo", *line]
+        done = subprocess.run([sys.executable, *how], env=env, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for dtype in ("fp32", "bf16"):
+        text = torchrun("verify", str(canon), "--dtype", dtype, "--json", "-o", str(tmp_path / "parity.json"))
+        cert = json.loads(text)
+        assert cert["verdict"] == "passed" and cert["device"]["ranks"] == 2
+        assert list(cert["levels"]) == ["plan", "bytes", "layers", "logits", "decode"]
+    ids = ["1 2 3", "--ids", "-n", "12", "--json"]
+    one = zoo.load(canon).generate(torch.tensor([[1, 2, 3]]), 12)[0, 3:].tolist()
+    assert json.loads(torchrun("generate", str(canon), *ids))["tokens"] == one

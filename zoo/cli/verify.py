@@ -51,7 +51,18 @@ def command(
             _check(canon, as_json)
         else:
             _verify(
-                ranks, canon, against, oracle, level, require, output, dtype, stream, max_length, self_test, as_json
+                ranks,
+                canon,
+                against,
+                oracle,
+                level,
+                require,
+                output,
+                dtype,
+                stream,
+                max_length,
+                self_test,
+                as_json,
             )
 
 

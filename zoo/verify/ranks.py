@@ -10,21 +10,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from zoo.verify.compare import Batch, Measured, OnLayer, OnLogits, drive, is_upstream
+from zoo.verify.compare import Batch, Measured, OnLayer, OnLogits, Sketched, drive, is_upstream
 from zoo.verify.inputs import Inputs
-from zoo.verify.compare import Sketched
 from zoo.verify.oracle import OnLayer as OfOneBatch
 from zoo.verify.oracle import Oracle
 from zoo.verify.tolerance import Spread
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Leading:
 
     def __init__(self, oracle: Oracle, ranks: Ranks) -> None:
         self.oracle, self.ranks = oracle, ranks
-        self.avoid_ids = getattr(oracle, "avoid_ids", frozenset())
+        self.avoid_ids: frozenset[int] = getattr(oracle, "avoid_ids", frozenset())
         self.fixed_inputs: bool = getattr(oracle, "fixed_inputs", False)
         self.upstream = is_upstream(oracle)
 

@@ -118,7 +118,9 @@ def verify(
     ranks = None
     if mesh is not None and mesh.size() > 1:
         if stream or self_test:
-            raise ZooError(f"{'streaming' if stream else 'the self-test'} is for one process: ranks share a whole model")
+            raise ZooError(
+                f"{'streaming' if stream else 'the self-test'} is for one process: ranks share a whole model"
+            )
         ranks, stream = Ranks(mesh, on), False
         if not ranks.first:
             return _follow(folder, dtype, ranks)
@@ -144,7 +146,7 @@ def verify(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=_disagreements(folder.spec, other.oracle), required=require,
-            versions=versions(), device=described(on) | ({} if ranks is None else {"ranks": mesh.size()}), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions(), device=described(on) | ({} if ranks is None else {"ranks": ranks.mesh.size()}), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             places=_places(folder, other),
         )  # fmt: skip
         with clock("plan and bytes"):
@@ -564,7 +566,9 @@ def _numeric_levels(
     led = None
     if ranks is not None:
         if recorded not in (None, dtype):
-            raise ZooError(f"the recording was made in {recorded}: on several ranks, verify with --dtype {recorded}")
+            raise ZooError(
+                f"the recording was made in {recorded}: on several ranks, verify with --dtype {recorded}"
+            )
         led = Leading(oracle, ranks)
         led.task(asked, spread)
     with clock("reading ours"):
