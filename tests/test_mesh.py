@@ -28,7 +28,8 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef
 from zoo.mapping.plan import make_plan
 from zoo.quant import dequantise
-from zoo.quant.schemes import grid, scheme
+from zoo.quant.base import grid
+from zoo.quant.schemes import scheme
 from zoo.spec import (
     MLP,
     Alibi,
@@ -278,7 +279,8 @@ def narrowed(x: Tensor, cut: Cut | None) -> Tensor:
 
 CODES = {
     "fp8-block-64x32": torch.float32, "fp8-channel": torch.bfloat16, "fp8-tensor": torch.float32,
-    "mxfp4": torch.uint8, "int4-group32": torch.float32,
+    "mxfp4": torch.uint8, "int4-group32": torch.float32, "gptq4-group32": torch.float32, "gptq3-channel": torch.float32,
+    "awq4-group64": torch.float32,
 }  # fmt: skip
 
 
@@ -302,12 +304,13 @@ def test_what_a_rank_has_of_codes_and_scales_stands_for_its_part_of_the_weight(h
                 shape = (*lead, sum(rows), *rest)
             if c.name == "weight":
                 x = torch.randint(0, 120, shape, generator=g).to(torch.uint8)
-                x = x.to(torch.int32) * 7919 if how.startswith("int4") else x
+                x = x.to(torch.int32) * 7919 if c.dtypes[0] == "I32" else x
                 x = x.view(stored[c.dtypes[0]]) if how.startswith("fp8") else x
             elif c.name == "shape":
                 x = torch.tensor([(p, columns) for p in parts]).flatten().expand(shape)
             else:
-                x = torch.randint(118, 125, shape, generator=g).to(CODES[how])
+                kind = torch.int32 if c.dtypes[0] == "I32" else CODES[how]
+                x = torch.randint(118, 125, shape, generator=g).to(kind)
             found[c.name] = x
             ref = TensorRef(c.name, c.dtypes[0], shape, "file", 0, 0)
             cuts[c.name] = component_cut(cut, whole, c, ref, how)

@@ -21,10 +21,11 @@ from zoo._version import __version__
 from zoo.errors import ZooError, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
     from zoo.hub import Progress
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     StrPath = str | os.PathLike[str]
 
-__all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "spec", "verify"]
+__all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "save", "spec", "verify"]
 
 
 @translated
@@ -105,6 +106,26 @@ def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
     from zoo.mapping.export import export
 
     return export(canon, dst, format=format)
+
+
+@translated
+def save(
+    values: nn.Module | Mapping[str, torch.Tensor] | StrPath,
+    like: StrPath,
+    to: StrPath,
+    *,
+    dtype: str | None = None,
+) -> Path:
+    """Write values that were trained to the canonical folder `to`, with the Spec of the canonical folder `like`; `to`.
+
+    `values`: a model, the path of a torch.distributed.checkpoint folder, or tensors by name: canonical names, Hugging Face's, or those that transformers has in memory, in a
+    trainer's wrappers or not. `dtype`: what to convert them to, None: as they are. Of DTensors (FSDP2, tensor parallel) every
+    rank calls this; they are gathered one at a time, and rank 0 writes. The folder appears when it is complete, and
+    says that its values are no release's. Raises ZooError, listing by pattern what is missing, over, or of another shape or dtype.
+    """
+    from zoo.mapping.save import save
+
+    return save(values, like, to, dtype=dtype)
 
 
 @translated

@@ -29,7 +29,7 @@ from typing import TypeVar
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef
 from zoo.layout import Slot, layout
-from zoo.quant.schemes import Component
+from zoo.quant.base import Component
 from zoo.spec import (
     MLP,
     Attention,
@@ -309,7 +309,7 @@ def component_cut(
         return cut if ref.shape[:1] == whole[:1] else None
     if component.unit is None:  # what the codes' own shape says, or one number for each part
         return Cut(0, (), ()) if component.name == "shape" else None
-    unit = component.unit[cut.axis - len(whole)]
+    unit, per = component.unit[cut.axis - len(whole)], component.per[cut.axis - len(whole)]
     if not unit:
         return None
     ranges, at, grid_at = [], 0, 0
@@ -321,6 +321,6 @@ def component_cut(
                 f"{ref.file}: {ref.name} is of {how}, where {unit} {along} go together, and this rank would have {along} "
                 f"{start} to {end} of {part}; take fewer ranks, or convert the source again with --dtype bf16"
             )
-        ranges.append((grid_at + start // unit, grid_at + -(-end // unit)))
-        at, grid_at = at + part, grid_at + -(-part // unit)
+        ranges.append((grid_at + start // unit * per, grid_at + -(-end // unit) * per))
+        at, grid_at = at + part, grid_at + -(-part // unit) * per
     return Cut(cut.axis, (), tuple(ranges))

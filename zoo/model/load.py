@@ -138,9 +138,22 @@ class Source:
             if ref is not None and of_weight is not None:
                 whole = layout(self.folder.spec)[f"{slot}.weight"].shape
                 cut = component_cut(of_weight, whole, c, ref, how)
+                if c.axes == "i" and of_weight.axis == len(whole) - 1:
+                    cut = self._unordered(ref, how, whole[-1])
             if ref is not None and (cut is None or cut.ranges):
                 found[c.name] = self.on(device, ref, cut=cut)
         return found
+
+    def _unordered(self, ref: TensorRef, how: str, columns: int) -> Cut:
+        """Nothing, of the groups that a weight's columns are in: where columns are cut, these are one after the other. Raises
+        ZooError where they are not."""
+        group = scheme(how).group or columns
+        if not bool((self.tensor(ref).view(-1, columns) == torch.arange(columns) // group).all()):
+            raise ZooError(
+                f"{self.folder.path(ref)}: {ref.name} puts the columns of a weight ({how}) into groups in an order of its own, so "
+                "that ranks cannot each have some; convert the source again with --dtype bf16"
+            )
+        return Cut(0, (), ())
 
 
 def refuse_quantised(

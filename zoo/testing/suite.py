@@ -530,12 +530,14 @@ class FamilySuite:
 
     @of_the_first
     def test_bf16_logits_lie_within_upstreams_own_spread(self, variant: Variant) -> None:
-        """Judged by quantiles: one expert chosen otherwise moves a token's logits by 1 to 4."""
+        """Judged by quantiles: one expert chosen otherwise moves a token's logits by 1 to 4. Upstream's two ways are
+        equally right, and ours is held to the nearer: with a CPU's plainest instructions lfm2_moe's eager way chooses
+        other experts for one token in ten than its sdpa way and ours, which then agree (median 0.0)."""
         b = self.sides(variant, "bfloat16")
         logits = decoder(b.spec, b.tensors)(b.ids)
         assert logits.dtype == torch.bfloat16
         spread = [quantiles(b.upstream["eager"], b.upstream[other]) for other in ("sdpa", "fp32")]
-        median, high = quantiles(logits, b.upstream["eager"])
+        median, high = map(min, *(quantiles(logits, b.upstream[way]) for way in ("eager", "sdpa")))
         assert median <= 1.25 * max(s[0] for s in spread)
         assert high <= 1.5 * max(s[1] for s in spread)
         # and no further from the truth than upstream itself
@@ -814,9 +816,8 @@ def wrong_constants(variant: Variant) -> Iterator[tuple[str, dict[str, Any]]]:
         if text.get(key) not in (None, wrong):
             yield key, text | {key: wrong}
         rope = text.get("rope_parameters", {})
-        unread = (
-            key == "factor" and "alpha" in rope
-        )  # upstream asks for it beside alpha, and does not read it
+        # Beside alpha upstream asks for it and does not read it; alone it counts beyond the context.
+        unread = key == "factor" and rope.get("rope_type") == "dynamic"
         if rope.get(key) not in (None, wrong) and not unread:
             yield f"rope_parameters.{key}", text | {"rope_parameters": rope | {key: wrong}}
         for kind, part in rope.items():

@@ -29,6 +29,8 @@ from zoo.formats.opening import open_checkpoint
 from zoo.layout import total_params
 from zoo.model.load import load
 from zoo.printable import decimal
+from zoo.quant import foreign
+from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
@@ -264,6 +266,9 @@ def resolve(
             return Against(oracle=golden, why_no_source="compared with a recording; the source is not here")
         return Against(open_checkpoint(source), source, golden)
     path = _recorded_source(folder) if against is None else Path(against)
+    if path is None and (values := folder.source.get("values")):
+        why = f"its values are no release's ({values.get('by')}, from {values.get('from')}); name what they should equal with --against"
+        return Against(why_no_source=why, why_no_oracle=why)
     if path is None:
         where = folder.source.get("path") or folder.source.get("root") or "an unknown place"
         return Against(
@@ -316,8 +321,8 @@ def _open_oracle(
             out.oracle = _upstream(folder.spec, path, dtype, note, stream, device, ckpt.files)
             return
     except CannotLoad as e:
-        # Of a plain folder an export would be the same files again.
-        if ckpt.format != "gguf" and (stream or not folder.quant):
+        # Of a plain folder of plain weights an export would be the same files again.
+        if ckpt.format != "gguf" and (stream or not (folder.quant or foreign.said(ckpt.config))):
             out.why_no_oracle = str(e)
             return
         why = str(e).removesuffix(".")
@@ -331,9 +336,14 @@ def _open_oracle(
         if plain is None
         else f"the source, converted again and dequantised to {plain},"
     )
+    independent = "the bytes level is independent of that"
+    if any(scheme(q).module for q in folder.quant.values()) or (
+        not folder.quant and foreign.said(ckpt.config)
+    ):
+        independent += ", but for what a code stands for: that formula has tests of its own"
     note = (
         f"{why}, so it was given {given} under its own names: a mistake that import and export share would not show here "
-        "(the bytes level is independent of that)"
+        f"({independent})"
     )
     try:
         given_path, out.cleanup = _exported(folder, ckpt, plain)
