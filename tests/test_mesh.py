@@ -191,9 +191,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """`SPECS`, and the lines of `commands_of`."""
     work = tmp_path_factory.mktemp("mesh")
     (work / "commands.json").write_text(json.dumps([*commands_of(work).values()]))
-    odd = ranks.written(ODD, work / "aside" / "odd")
+    ranks.written(ODD, work / "aside" / "odd")
     for r in (0, 1):
-        shutil.copytree(odd, work / f"of-{r}" / "local")
+        ranks.written(PLAIN, work / f"of-{r}" / "local")
     (work / "of-1" / "local" / "zoo.json").write_text("{}")  # as on a machine of its own
     return shared_by(work, SPECS, "commands")
 

@@ -44,6 +44,7 @@ class Layer(nn.Module):
     """x += post(mixer(pre(x))); x += post(ffn(pre(x))); or both branches of the same x, side by side."""
 
     scalar: Tensor | None
+    shared = False  # by ranks: their sum comes without the residual
 
     def __init__(self, spec: Spec, i: int) -> None:
         super().__init__()
@@ -134,7 +135,8 @@ class Layer(nn.Module):
 
     def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
         s, normed = self.spec, None
-        in_norm = isinstance(self.ffn_norm, Norm) and s.attn_post_norm is None and x.numel() > x.shape[-1]
+        by_norm = x.numel() > x.shape[-1] or self.shared
+        in_norm = isinstance(self.ffn_norm, Norm) and s.attn_post_norm is None and by_norm
         if s.mixer is not None and s.ffn is not None and in_norm:
             # The norm adds the residual of several tokens; of a single one the mixer's last product does.
             normed, x = self.ffn_norm(self.mix(self.attn_norm(x), ctx, None), None, x)

@@ -45,6 +45,7 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
             module.across = across
     for layer, whole, own in zip(model.layers, split.spec.layers, split.local.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
+        layer.shared = True
         if whole.mixer is not None:
             _mixer(layer.mixer, whole.mixer, own.mixer, across)
         if whole.beside is not None:
