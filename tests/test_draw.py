@@ -127,7 +127,10 @@ def changed(x: Any, tp: Any = None) -> Iterator[tuple[str, Any]]:
             for path, other in changed(item):
                 yield f"[{n}] {path}", (*x[:n], other, *x[n + 1 :])
     elif typing.get_origin(tp) is typing.Literal:
-        for other in typing.get_args(tp):
+        for other in (
+            *typing.get_args(tp),
+            "what comes after",
+        ):  # which zoo.json would refuse, until it is known
             if other != x:
                 yield other, other
     elif isinstance(x, bool):

@@ -14,6 +14,7 @@ import tiny
 import torch
 import vendor
 
+import zoo
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.mapping.execute import convert
@@ -301,6 +302,35 @@ def test_openais_own_layout_gives_the_canonical_bytes_of_hugging_faces(tmp_path:
     # and upstream, which reads no such layout, reads what it is exported to
     given, ids = export(tmp_path / "a", tmp_path / "again"), tiny.tokens("gpt_oss")
     assert torch.equal(tiny.logits(tiny.upstream(given), ids), tiny.logits(tiny.upstream(hf), ids))
+
+
+def test_the_codes_of_gpt_oss_go_into_a_ggufs_blocks_as_they_are(tmp_path: Path) -> None:
+    """A block of llama.cpp's is a scale, then bytes whose low halves are its first 16 codes and whose high halves the last."""
+    settings = {"hidden_size": 64, "intermediate_size": 96, "swiglu_limit": 7.0}
+    hf = quantised("gpt_oss", settings, mxfp4_experts, tmp_path / "hf")
+    vendor.canonical(hf, tmp_path / "canon")
+    file = export(tmp_path / "canon", tmp_path / "x.gguf", format="gguf")
+    refs, released = open_checkpoint(file).tensors, read_tensors(hf)
+    for name, kind, rows in (
+        ("ffn_gate", "gate_up", 0),
+        ("ffn_up", "gate_up", 1),
+        ("ffn_down", "down", None),
+    ):
+        ref = refs[f"blk.1.{name}_exps.weight"]
+        assert ref.dtype == "MXFP4"
+        raw = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)[
+            ref.offset : ref.offset + ref.nbytes
+        ]
+        blocks = raw.view(*ref.shape[:2], -1, 17)
+        codes, scales = (
+            released[f"model.layers.1.mlp.experts.{kind}_proj_{x}"] for x in ("blocks", "scales")
+        )
+        if rows is not None:  # of gate and up, row by row
+            codes, scales = codes[:, rows::2], scales[:, rows::2]
+        assert torch.equal(blocks[..., 0], scales)
+        low, high = blocks[..., 1:] & 15, blocks[..., 1:] >> 4
+        assert torch.equal(torch.cat([low, high], -1), torch.stack([codes & 15, codes >> 4], -1).flatten(-2))
+    assert zoo.verify(file, tmp_path / "canon", level="bytes").passed
 
 
 def test_a_tensor_in_two_of_openais_files_is_refused(tmp_path: Path) -> None:

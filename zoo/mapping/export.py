@@ -38,7 +38,7 @@ from zoo.mapping.plan import Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, respell
 from zoo.quant.schemes import scheme
 
-FORMATS = ("hf", "source")
+FORMATS = ("hf", "source", "gguf")
 MAX_KEPT = 1 << 28
 """Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
 MAX_DIRECTORY = 1 << 22
@@ -71,24 +71,32 @@ def export(
     dst: str | os.PathLike[str],
     format: str = "hf",
     *,
+    type: str | None = None,
     force: bool = False,
-    shard_size: int = SHARD,
+    shard_size: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Path:
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only). `shard_size` counts where files are new. Raises ZooError if `canon` holds only some layers,
+    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned.
+    `shard_size`: bytes of tensors in a file, where files are new. Raises ZooError if `canon` holds only some layers,
     if its rules have changed since, or as `Folder` does.
     """
     if format not in FORMATS:
         raise ZooError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    if format == "gguf":
+        from zoo.mapping.export_gguf import export_gguf
+
+        return export_gguf(canon, dst, type, force=force, shard_size=shard_size or 0, progress=progress)[0]
+    if type is not None:
+        raise ZooError(f"a type ({type}) is of GGUF; `zoo convert --dtype` changes what a folder holds")
     c = read(canon)
     if c.layers is not None:
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
     try:
-        job = _job(c, format, shard_size)
+        job = _job(c, format, shard_size or SHARD)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
@@ -313,7 +321,7 @@ def _outputs(c: Canonical, family: Family, spell: Any, released: Collection[str]
             if rule.when is not None and not rule.when(layer, c.spec):
                 continue
             try:
-                made = list(_by_rule(c, rule, slot, spell))
+                made = list(by_rule(c, rule, slot, spell))
             except (ZooError, IndexError) as e:
                 reason = str(e) or "its codes have no name there"
                 continue
@@ -328,7 +336,7 @@ def _outputs(c: Canonical, family: Family, spell: Any, released: Collection[str]
         yield from first
 
 
-def _by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
+def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
     """A canonical tensor, or the components of a quantised one, by this rule. Raises ZooError or IndexError if it does not
     apply."""
     how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None

@@ -31,7 +31,8 @@ class Task:
     asked: Inputs
     spread: Spread | None
     upstream: bool  # whether the oracle is
-    fixed_inputs: bool = False
+    fixed_inputs: bool
+    only_switches: bool
     measured: Measured | None = None
     n_greedy: int = 0
 
@@ -66,11 +67,12 @@ class Leading:
         self.oracle, self.ranks = oracle, ranks
         self.avoid_ids: frozenset[int] = getattr(oracle, "avoid_ids", frozenset())
         self.fixed_inputs: bool = getattr(oracle, "fixed_inputs", False)
+        self.only_switches: bool = getattr(oracle, "only_switches", False)
         self.upstream = is_upstream(oracle)
 
     def task(self, asked: Inputs, spread: Spread | None, **decode: Any) -> None:
         """Tell the other ranks what comes."""
-        self.ranks.said(Task(asked, spread, self.upstream, self.fixed_inputs, **decode))
+        self.ranks.said(Task(asked, spread, self.upstream, self.fixed_inputs, self.only_switches, **decode))
 
     def describe(self) -> dict[str, Any]:
         return self.oracle.describe()
@@ -107,7 +109,8 @@ class Following:
     avoid_ids: frozenset[int] = frozenset()
 
     def __init__(self, task: Task, ranks: Ranks) -> None:
-        self.ranks, self.upstream, self.fixed_inputs = ranks, task.upstream, task.fixed_inputs
+        self.ranks, self.upstream = ranks, task.upstream
+        self.fixed_inputs, self.only_switches = task.fixed_inputs, task.only_switches
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "another rank's"}
