@@ -133,6 +133,11 @@ OnLayer = Callable[[int, int, Tensor | Sketched], None]  # batch, layer, state
 OnLogits = Callable[[int, Tensor], None]
 
 
+def is_upstream(oracle: Oracle) -> bool:
+    """Whether it runs upstream's own classes, be it by way of another rank."""
+    return isinstance(oracle, Transformers) or getattr(oracle, "upstream", False)
+
+
 def drive(oracle: Oracle, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
     """Run all batches. An oracle that streams runs all of them through a layer before the next."""
     all_at_once: Any = getattr(oracle, "drive", None)
@@ -407,7 +412,7 @@ def measure(
         kept_ours.close()
         kept_theirs.close()
     out.spread = meter.result() if meter is not None else (spread or Spread())
-    if meter is not None and meter.ways is None and not isinstance(oracle, Transformers):
+    if meter is not None and meter.ways is None and not is_upstream(oracle):
         out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
     return out
 
