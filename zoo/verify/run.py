@@ -237,16 +237,20 @@ def foreseen(
         say(str(need))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
-    if not Path(path).is_dir() or not _reads_safetensors(Path(path)) or folder.quant:
-        say(f"{what}; only unquantised folders of safetensors are streamed without being asked to (--stream)")
+    if folder.quant or not _can_stream(Path(path)):
+        say(
+            f"{what}; only unquantised folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
+        )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
     say(f"{need}: streaming, since {what}")
     return need, what
 
 
-def _reads_safetensors(path: Path) -> bool:
-    """Whether upstream would read safetensors files there: those can be streamed."""
+def _can_stream(path: Path) -> bool:
+    """Whether it is a GGUF file, or a folder where upstream would read safetensors files."""
+    if path.is_file():
+        return path.suffix == ".gguf"
     if not (path / "config.json").is_file():
         return False
     names = from_pretrained_files(path)
