@@ -237,9 +237,9 @@ def foreseen(
         say(str(need))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
-    if folder.quant or not _can_stream(Path(path)):
+    if not _can_stream(Path(path)):
         say(
-            f"{what}; only unquantised folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
+            f"{what}; only folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
         )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
