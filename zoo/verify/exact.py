@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
         for k, fit in enumerate(o.fits):
             used[o.sources[k]] = used.get(o.sources[k], 0) + _size(fit.source)
             if o.scheme is not None:  # the fits are of logical elements, several to a packed code
-                whole[o.sources[k]] = refs[o.sources[k]].size * _per_code(o.scheme)
+                whole[o.sources[k]] = int(refs[o.sources[k]].size * _per_code(o.scheme))
             for names in o.components.values():
                 used[names[k]] = refs[names[k]].size
     partial = [n for n, size in used.items() if size != whole[n]] if folder.layers is None else []
@@ -136,11 +137,11 @@ def flat(x: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): x}
 
 
-def _per_code(scheme_name: str) -> int:
+def _per_code(scheme_name: str) -> Fraction:
     """Logical elements to an element of the codes."""
     codes = scheme(scheme_name).components[0]
     assert codes.unit is not None
-    return math.prod(codes.unit) // math.prod(codes.trailing)
+    return Fraction(math.prod(codes.unit), math.prod(codes.trailing) * math.prod(codes.per))
 
 
 def _size(box: Box) -> int:
@@ -356,7 +357,7 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
 
 
 def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
-    from zoo.quant import dequantise
+    from zoo.quant import as_canonical, dequantise
 
     ckpt = plan.checkpoint
     components = {}
@@ -368,8 +369,10 @@ def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
         raw = read(ckpt.path(ref.file), ref.offset, ref.nbytes).clone()  # aligned
         components[part] = raw.view(TORCH[ref.dtype]).view(ref.shape)
     assert output.scheme is not None
-    rows = output.fits[k].shape[-2] if len(output.fits[k].shape) > 1 else output.fits[k].shape[0]
-    return dequantise(output.scheme, components, (rows,), torch.float32).numpy().reshape(-1)
+    s = scheme(output.scheme)
+    rows = output.fits[k].shape[-1 if s.turned else -2]
+    values = dequantise(output.scheme, as_canonical(s, components), (rows,), torch.float32)
+    return (values.transpose(-1, -2) if s.turned else values).numpy().reshape(-1)
 
 
 def _floats(flat: Array, dtype: str) -> Array:

@@ -27,6 +27,8 @@ from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
 from zoo.formats.opening import open_checkpoint
 from zoo.printable import decimal
+from zoo.quant import foreign
+from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
@@ -65,6 +67,7 @@ class Against:
     oracle: Oracle | None = None
     why_no_source: str | None = None
     why_no_oracle: str | None = None
+    written: Plan | None = None  # the reading of a GGUF that was made of the folder
     cleanup: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -85,7 +88,8 @@ def verify(
 ) -> Certificate:
     """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
     the source it was converted from, where that still exists), up to and including `level`; by default as far as
-    can be judged here.
+    can be judged here. Or compare the GGUF `canon` with the canonical folder `against`, of which it was written: then no
+    certificate is kept.
 
     `dtype`: what both sides compute in. `stream`: one layer in memory at a time; None: where both models do not fit into
     memory whole. `device`: where both sides are run ("cpu",
@@ -108,6 +112,13 @@ def verify(
     say = progress or (lambda _text: None)
     started, clock = time.perf_counter(), Clock()
     on = chosen(device)
+    file = None
+    if Path(canon).is_file():
+        if not isinstance(against, str | os.PathLike) or not Path(against).is_dir():
+            raise ZooError(
+                f"{canon}: a file is held against the canonical folder it was written of (--against CANON)"
+            )
+        file, canon, against, write = Path(canon), against, canon, False
     folder = canonical.read(canon)
     numeric = [n for n in NUMERIC if n in wanted]
     need = why_streamed = None
@@ -122,7 +133,10 @@ def verify(
     say("opening the source")
     with clock("opening"):
         window = Window() if stream else None
-        other = resolve(folder, against, dtype, window, bool(numeric), on)
+        if file is None:
+            other = resolve(folder, against, dtype, window, bool(numeric), on)
+        else:
+            other = _of_file(folder, file, dtype, window, bool(numeric), on)
         held = contextlib.ExitStack()
     try:
         held.enter_context(exact_on(on))
@@ -281,6 +295,9 @@ def resolve(
             return Against(oracle=golden, why_no_source="compared with a recording; the source is not here")
         return Against(open_checkpoint(source), source, golden)
     path = _recorded_source(folder) if against is None else Path(against)
+    if path is None and (values := folder.source.get("values")):
+        why = f"its values are no release's ({values.get('by')}, from {values.get('from')}); name what they should equal with --against"
+        return Against(why_no_source=why, why_no_oracle=why)
     if path is None:
         where = folder.source.get("path") or folder.source.get("root") or "an unknown place"
         return Against(
@@ -293,6 +310,43 @@ def resolve(
     out = Against(ckpt, path)
     if needs_oracle:
         _open_oracle(out, folder, ckpt, dtype, window, device)
+    return out
+
+
+def _of_file(
+    folder: canonical.Canonical,
+    file: Path,
+    dtype: str,
+    window: Window | None,
+    needs_oracle: bool,
+    device: torch.device,
+) -> Against:
+    """A GGUF written of the folder, and upstream's reading of it where it holds the folder's values."""
+    from zoo.verify import written
+
+    plan = written.of(folder, file)
+    out = Against(plan.checkpoint, file, written=plan)
+    path, rounded = readable(plan.checkpoint), written.rounded_types(folder, plan)
+    if rounded:
+        out.why_no_oracle = (
+            f"the file rounds the folder's values to {', '.join(rounded)}: they are held to that rounding; `zoo convert "
+            f"{file} FOLDER` and `zoo verify FOLDER` compare what is left with upstream's reading of it"
+        )
+    elif not upstream_available():
+        out.why_no_oracle = NO_TRANSFORMERS
+    elif path is None or window is not None:
+        out.why_no_oracle = (
+            f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
+        )
+    elif needs_oracle:
+        try:
+            oracle = _upstream(folder.spec, path, dtype, None, window, device)
+        except (CannotLoad, NoUpstream) as e:  # an export of the folder would say nothing of the file
+            out.why_no_oracle = str(e)
+        else:
+            # Its loader drops many a field: the experts of Mixtral, the caps of Gemma 2 where they are not 50 and 30.
+            out.why_no_oracle = written.read_otherwise(folder, oracle.model.config.to_dict())
+            out.oracle = None if out.why_no_oracle else oracle
     return out
 
 
@@ -333,8 +387,9 @@ def _open_oracle(
             out.oracle = _upstream(folder.spec, path, dtype, note, window, device, ckpt.files)
             return
     except CannotLoad as e:
-        # Of a plain folder an export would be the same files again.
-        if ckpt.format != "gguf" and (window is not None or not folder.quant):
+        # Of a plain folder of plain weights an export would be the same files again.
+        quantised = folder.quant or foreign.said(ckpt.config)
+        if ckpt.format != "gguf" and (window is not None or not quantised):
             out.why_no_oracle = str(e)
             return
         why = str(e).removesuffix(".")
@@ -348,9 +403,14 @@ def _open_oracle(
         if plain is None
         else f"the source, converted again and dequantised to {plain},"
     )
+    independent = "the bytes level is independent of that"
+    if any(scheme(q).module for q in folder.quant.values()) or (
+        not folder.quant and foreign.said(ckpt.config)
+    ):
+        independent += ", but for what a code stands for: that formula has tests of its own"
     note = (
         f"{why}, so it was given {given} under its own names: a mistake that import and export share would not show here "
-        "(the bytes level is independent of that)"
+        f"({independent})"
     )
     try:
         given_path, out.cleanup = _exported(folder, ckpt, plain)
@@ -487,7 +547,18 @@ def _exact_levels(
     say: Progress,
 ) -> exact.Bytes | None:
     """The levels plan and bytes. With a `window`, bytes are compared as they pass there: by what is returned."""
-    plan, why, of_bytes = None, other.why_no_source, None
+    plan, why, of_bytes = other.written, other.why_no_source, None
+    if plan is not None:
+        from zoo.verify import written
+
+        cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        for name, level in (("plan", written.written_plan_level), ("bytes", written.written_bytes_level)):
+            if name in wanted:
+                say(name)
+                t = time.perf_counter()
+                cert.levels.append(level(folder, plan))
+                cert.levels[-1].seconds = time.perf_counter() - t
+        return None
     if other.checkpoint is not None:
         say("planning")
         plan = plan_of(folder, other.checkpoint)
