@@ -706,11 +706,7 @@ def compile_rule(
                     f"parts of {'/'.join(map(str, slot.parts))} rows in one tensor are no whole blocks of {unit[0]}: one "
                     "scale would stand for rows of two; convert with --dtype"
                 )
-<<<<<<< HEAD
-            if (part.trailing or part.axes != "oi") and _transposes(rule.expr):
-=======
-            if part.trailing and transposes(rule.expr):
->>>>>>> ready-train
+            if (part.trailing or part.axes != "oi") and transposes(rule.expr):
                 raise ZooError("its blocks run along the input axis and cannot be transposed as they are")
     target = Target(
         Box.whole(shape), parts, slot.parts, axis, layer, spec,

@@ -334,10 +334,8 @@ def _of_file(
         )
     elif not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
-    elif path is None or window is not None:
-        out.why_no_oracle = (
-            f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
-        )
+    elif path is None:
+        out.why_no_oracle = "upstream cannot read a GGUF of several files"
     elif needs_oracle:
         try:
             oracle = _upstream(folder.spec, path, dtype, None, window, device)
