@@ -83,6 +83,47 @@ def awq(group: int) -> Pack:
     return pack
 
 
+def packed(bits: int, group: int, zeros: bool = False, ordered: bool = False) -> Pack:
+    """compressed-tensors' pack-quantized, by its compressors/pack_quantized."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        half, n = 1 << bits - 1, columns // group if group else 1
+        of = torch.arange(columns) // (group or columns)
+        if ordered:
+            of = of[torch.randperm(columns, generator=g)]
+        codes = numbers(-half, half, (rows, columns), g)
+        zero = numbers(-half, half, (rows, n), g) if zeros else torch.zeros(rows, n, dtype=torch.int64)
+        scale = scales((rows, n), g, bits, torch.bfloat16)
+        made = {
+            "weight_packed": words(codes + half, bits), "weight_scale": scale, "weight_shape": torch.tensor([rows, columns]),
+        }  # fmt: skip
+        if zeros:
+            made["weight_zero_point"] = words(zero.T.contiguous() + half, bits).T.contiguous()
+        if ordered:
+            made["weight_g_idx"] = of.to(torch.int32)
+        return made, by_group(codes, zero, scale, of)
+
+    return pack
+
+
+def int8(group: int | None = 0, zeros: bool = False) -> Pack:
+    """compressed-tensors' int-quantized: of a row, of a group, or of all (None) one scale."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        shape = (1,) if group is None else (rows, columns // group if group else 1)
+        codes, scale = (
+            numbers(-128, 128, (rows, columns), g).to(torch.int8),
+            scales(shape, g, 8, torch.bfloat16),
+        )
+        zero = numbers(-20, 20, shape, g).to(torch.int8) if zeros else torch.zeros(shape, dtype=torch.int8)
+        made = {"weight": codes, "weight_scale": scale} | ({"weight_zero_point": zero} if zeros else {})
+        of = torch.arange(columns) // (group or columns)
+        full = [x.expand(rows, 1) if group is None else x for x in (zero.int(), scale)]
+        return made, by_group(codes.int(), *full, of)
+
+    return pack
+
+
 def quantise(
     tensors: Tensors, pack: Pack, which: Callable[[str], bool], seed: int = 0
 ) -> tuple[Tensors, Tensors]:

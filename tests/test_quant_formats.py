@@ -58,6 +58,23 @@ def awq(group: int) -> dict[str, Any]:
     }
 
 
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    """As RedHatAI's releases have it."""
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False} | weights,
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }  # fmt: skip
+
+
+def ints(bits: int, group: int, symmetric: bool = True, form: str = "pack-quantized") -> dict[str, Any]:
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return compressed(form, num_bits=bits, symmetric=symmetric, **strategy)
+
+
 CARRIED: dict[str, tuple[str, packs.Pack, dict[str, Any], str]] = {
     # id: (variant, how, quantization_config, scheme)
     "gptq 4": ("qwen2", packs.gptq(4, 32), gptq(4, 32), "gptq4-group32"),
@@ -71,6 +88,14 @@ CARRIED: dict[str, tuple[str, packs.Pack, dict[str, Any], str]] = {
     "awq": ("qwen2", packs.awq(32), awq(32), "awq4-group32"),
     "awq, experts": ("qwen3_moe", packs.awq(32), awq(32), "awq4-group32"),
     "awq, fused": ("phi3", packs.awq(16), awq(16), "awq4-group16"),
+    "packed 4": ("llama", packs.packed(4, 32), ints(4, 32), "int4-group32"),
+    "packed 4, channels": ("qwen3_moe", packs.packed(4, 0), ints(4, 0), "packed4-channel"),
+    "packed 4, zeros": ("phi3", packs.packed(4, 16, zeros=True), ints(4, 16, False), "packed4-group16-zeros"),
+    "packed 8, act-order": ("llama", packs.packed(8, 32, ordered=True), ints(8, 32), "packed8-group32"),
+    "packed 3, zeros": ("llama", packs.packed(3, 32, zeros=True), ints(3, 32, False), "packed3-group32-zeros"),
+    "int8": ("qwen3_moe", packs.int8(), ints(8, 0, form="int-quantized"), "int8-channel"),
+    "int8, one scale": ("llama", packs.int8(None), ints(8, 0, form="int-quantized"), "int8-tensor"),
+    "int8, zeros": ("llama", packs.int8(32, zeros=True), ints(8, 32, False, "int-quantized"), "int8-group32-zeros"),
 }  # fmt: skip
 
 
@@ -125,6 +150,14 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
         ("gptq 4", {"bits": 8}, "shape"),
         ("awq", {"version": "gemv"}, "version 'gemv'; of AWQ zoo reads gemm"),
         ("awq", {"bits": 3}, "bits 3; of AWQ zoo reads 4"),
+        ("packed 4, channels", ints(9, 0), "num_bits 9; of packed integers zoo reads 2 to 8"),
+        (
+            "packed 4, channels",
+            compressed("pack-quantized", strategy="tensor"),
+            "strategy 'tensor'; of packed integers",
+        ),
+        ("packed 4, zeros", ints(4, 16), "zero points, though the config calls the weights symmetric"),
+        ("packed 4", ints(4, 32, False), "q_proj.weight_zero_point"),
     ],
 )
 def test_what_is_not_read_of_a_kind_that_is_is_named(
@@ -135,3 +168,34 @@ def test_what_is_not_read_of_a_kind_that_is_is_named(
     for dtype in (None, "bf16"):
         with pytest.raises(ZooError, match=said):
             make_plan(open_checkpoint(path), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "pack, settings",
+    [
+        (packs.packed(b, g, zeros=z), {"num_bits": b, "group_size": g or None, "symmetric": not z})
+        for b, g, z in [
+            (4, 32, False),
+            (4, 0, True),
+            (8, 64, True),
+            (8, 0, False),
+            (3, 32, True),
+            (5, 16, False),
+        ]
+    ]
+    + [(packs.int8(), {"num_bits": 8, "group_size": None, "symmetric": True})],
+)
+def test_the_values_of_the_tests_are_those_of_compressed_tensors(
+    pack: packs.Pack, settings: dict[str, Any]
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    made, values = pack(32, 64, torch.Generator().manual_seed(1))
+    args = QuantizationArgs(type="int", strategy="group" if settings["group_size"] else "channel", **settings)
+    form = "pack-quantized" if "weight_packed" in made else "int-quantized"
+    theirs = BaseCompressor.get_value_from_registry(form).decompress(
+        made, QuantizationScheme(targets=["Linear"], weights=args)
+    )
+    assert torch.equal(theirs["weight"], values.to(theirs["weight"].dtype))

@@ -84,8 +84,7 @@ def _pieces(
 
     x = x.to(torch.float32) if x.is_floating_point() else x
     if part.unit is None:
-        own = 1 if part.axes == "i" else 0
-        each = x.ndim > own and len(x) == len(parts)
+        each = x.ndim > part.ndim and len(x) == len(parts)
         return tuple(x[k] if each else x for k in range(len(parts)))
     rows, rest = grid(part, parts, columns)
     if x.shape != (sum(rows), *rest):

@@ -30,7 +30,7 @@ class Component:
     `unit`: the logical rows and columns that `per` stored elements stand for (0: all of them). None: the component is a
     constant of each released tensor, whatever its shape. `trailing`: axes behind those of the grid. `axes`: those of the
     released tensor, of rows (o) and columns (i); the canonical one always has "oi"; "flat" has one, over all elements row
-    after row. `varies`: each released tensor has a shape of its own.
+    after row. `ndim`: axes of a constant, beyond one of size 1. `varies`: each released tensor has a shape of its own.
     `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried; the first is
     Hugging Face's.
     """
@@ -43,6 +43,7 @@ class Component:
     optional: bool = False
     per: tuple[int, int] = (1, 1)
     axes: str = "oi"
+    ndim: int = 0
     varies: bool = False
 
     def names(self, leaf: str) -> list[str]:

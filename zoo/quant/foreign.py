@@ -15,7 +15,7 @@ from zoo.quant.base import quantization
 
 READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
-FORMATS = ("dense", "float-quantized", "naive-quantized", "pack-quantized")
+FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
 
 SIGNS = {  # endings of names that only such weights have; the first that any tensor has
     ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",

@@ -27,7 +27,7 @@ def fp32(x: Array) -> Array:
         import torch
 
         return x.to(torch.float32)
-    return x.astype("float32")
+    return x.astype("float32", copy=False)
 
 
 def constants(values: Sequence[float], like: Array, dtype: str = "float32") -> Array:
