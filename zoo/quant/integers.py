@@ -22,7 +22,7 @@ from typing import Any
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.quant import compressed
-from zoo.quant.base import CODES, SCALES, Component, Scheme, Unread, count, of_group, packing
+from zoo.quant.base import CODES, SCALES, Component, Scheme, Unread, check_shape, count, of_group, packing
 from zoo.quant.packed import Array, affine, fp32, unpack
 
 NAME = re.compile(
@@ -60,6 +60,8 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         return _packed(leaf, packed, tensors, config)
     codes, scale = tensors.get(leaf), tensors.get(leaf + "_scale")
     if codes is None or scale is None or codes.dtype != "I8":
+        return None
+    if compressed.settings(config).get("quant_method") != "compressed-tensors":
         return None
     zeros = "-zeros" if leaf + "_zero_point" in tensors else ""
     if math.prod(scale.shape) == 1:
@@ -131,8 +133,6 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
         return affine(fp32(codes), 0 if zero is None else fp32(zero.reshape(scale.shape)), scale, s.group, i)
     codes = unpack(codes, s.bits, 1)
     if (shape := c.get("shape")) is not None:
-        from zoo.quant.host import check_shape
-
         check_shape(shape.tolist(), (codes.shape[0],), codes.shape[1])
     low = 1 << s.bits - 1
     zero = low if zero is None else unpack(zero, s.bits, 0)[: codes.shape[0]]
