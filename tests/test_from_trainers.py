@@ -355,11 +355,11 @@ def test_upstream_is_not_told_settings_that_keep_it_from_running_and_the_proof_s
 def test_what_upstreams_constructor_raises_is_its_own_word_and_no_bug_of_ours(
     llama: Path, tmp_path: Path
 ) -> None:
-    other = again(llama, tmp_path / "other", bos_token_id="one")
+    other = again(llama, tmp_path / "other", initializer_range="wide")
     with pytest.raises(CannotLoad, match=r"upstream cannot load this: \w+Error: "):
         config_and_class(other)
     cert = zoo.verify(zoo.convert(other, tmp_path / "canonical"), write=False)
-    assert cert.oracle["kind"] == "none" and "bos_token_id" in cert.oracle["why"]
+    assert cert.oracle["kind"] == "none" and "initializer_range" in cert.oracle["why"]
     assert cert.headline == "PASSED (bytes only)"
 
 
@@ -376,3 +376,80 @@ def test_a_tied_file_that_kept_only_the_head_is_proven_against_upstream(tied: Pa
     have["lm_head.weight"] = have.pop("model.embed_tokens.weight")
     cert = certified(again(tied, tmp_path / "other", have), tmp_path)
     assert cert.passed, cert.not_checked
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["FSDPLlamaForCausalLM"]},
+        {"architectures": ["PeftModelForCausalLM"]},
+        {"architectures": ["AutoModelForCausalLMWithValueHead"]},
+        {"architectures": ["LlamaModel"]},
+        {"dtype": {"text": "float32"}},
+        {"dtype": "float8_e4m3fn"},
+        {"dtype": None, "torch_dtype": "torch.bfloat16"},
+        {"pad_token_id": [0], "eos_token_id": "</s>"},
+        {"quantization_config": "none"},
+    ],
+    ids=str,
+)
+def test_a_wrappers_class_and_settings_that_say_nothing_of_numbers_keep_neither_side_from_it(
+    llama: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    canon = convert(plan_of(again(llama, tmp_path / "other", **config)), tmp_path / "canon")
+    assert zoo.verify(canon, level="logits", write=False).verdict == "passed"
+
+
+def test_a_config_that_an_editor_began_with_a_mark_is_verified(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other")
+    marked = b"\xef\xbb\xbf" + (other / "config.json").read_bytes()
+    (other / "config.json").write_bytes(marked)
+    assert certified(other, tmp_path).verdict == "passed"
+    back = zoo.export(zoo.convert(other, tmp_path / "bf16", dtype="bf16"), tmp_path / "back")
+    assert json.loads((back / "config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+def test_architectures_and_a_model_type_of_two_families_are_said(llama: Path, tmp_path: Path) -> None:
+    two = {"architectures": ["FSDPLlamaForCausalLM"], "model_type": "qwen2"}
+    (note,) = plan_of(again(llama, tmp_path / "other", **two)).notes
+    assert (
+        "LlamaForCausalLM, which is llama, and its model_type 'qwen2', which is qwen2: taken for llama"
+        in note
+    )
+
+
+def test_shards_that_are_not_all_there_are_a_download_that_did_not_end(llama: Path, tmp_path: Path) -> None:
+    have = load_file(llama / "model.safetensors")
+    other = again(llama, tmp_path / "other", {k: v for k, v in have.items() if "layers.1." not in k})
+    (other / "model.safetensors").rename(other / "model-00001-of-00002.safetensors")
+    assert "1 of 2 shards are here (model-00002-of-00002.safetensors is not)" in refused(other)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("__0_0.distcp", "torch.distributed.checkpoint's shards"), ("global_step10/mp_rank_00_model_states.pt", "DeepSpeed's"),
+        ("last.ckpt", "Lightning's"), ("llama.nemo", "NeMo's"), ("iter_0001/mp_rank_00/model_optim_rng.pt", "Megatron-LM's"),
+        ("tf_model.h5", "TensorFlow's"), ("flax_model.msgpack", "Flax's"), ("model.onnx", "ONNX's"),
+        ("openvino_model.bin", "OpenVINO's"), ("weights.npz", "numpy's"), ("ggml-model-q4_0.bin", "before GGUF"),
+        ("model.safetensors.crdownload", "a download that has not ended"), ("model.tar.gz", "an archive"),
+    ],
+)  # fmt: skip
+def test_weights_that_no_reader_takes_are_called_what_they_are(
+    llama: Path, tmp_path: Path, file: str, says: str
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(b"")
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    with pytest.raises(ZooError) as e:
+        open_checkpoint(tmp_path)
+    assert says in str(e.value) and Path(file).name in str(e.value)
+
+
+def test_what_a_file_manager_or_another_engine_left_beside_is_no_set_of_weights(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = again(llama, tmp_path / "other")
+    for name in ("._model.safetensors", "openvino_model.bin"):
+        (other / name).write_bytes(b"")
+    assert plan_of(other).checkpoint.notes == ()

@@ -217,6 +217,13 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
 _NO_LOGITS = ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
 
 
+def _named(config: Mapping[str, Any]) -> list[str]:
+    """The model's classes by a config. What a trainer wraps one in (FSDP's, peft's, trl's class) says nothing of it."""
+    listed = config.get("architectures")
+    named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
+    return [a.removeprefix("FSDP") for a in named if not a.startswith(("PeftModel", "AutoModel"))]
+
+
 class NoFamily(ZooError):
     """No family claims a config: `who` it says it is, and `known`, those that are claimed and what to do."""
 
@@ -227,8 +234,7 @@ class NoFamily(ZooError):
 
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises NoFamily for one that no family claims."""
-    listed = config.get("architectures")
-    named = [a for a in listed if isinstance(a, str)] if isinstance(listed, list) else []
+    named = _named(config)
     model_type, text = config.get("model_type"), config.get("text_config")
     kind = text.get("model_type") if named and isinstance(text, Mapping) else model_type
 
@@ -287,7 +293,22 @@ def read(
     except ZooError as e:
         raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
     refuse_unsound(spec, where)
-    return spec, unread.judge(fields, spec)
+    return spec, [*_torn(config, family), *unread.judge(fields, spec)]
+
+
+def _torn(config: Mapping[str, Any], family: Family) -> list[str]:
+    """A note where `architectures` say one family and `model_type` others, none of which claims that architecture too:
+    transformers' Auto classes go by the latter."""
+    kind = config.get("model_type")
+    named = next((a for a in _named(config) if a in family.architectures), None)
+    others = [f for f in families().values() if kind in f.model_types]
+    if named is None or not others or any(named in f.architectures for f in others):
+        return []
+    return [
+        f"the config's architectures say {named}, which is {family.name}, and its model_type {kind!r}, which is "
+        f"{', '.join(sorted(f.name for f in others))}: taken for {family.name}; transformers' AutoModelForCausalLM goes by "
+        "model_type. --family says which is meant"
+    ]
 
 
 def unread_keys(config: Mapping[str, Any], family: Family) -> list[str]:

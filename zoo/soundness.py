@@ -84,7 +84,7 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
             yield f"the factor of scaled RoPE is {factor}"
         case RopeScaling(kind="llama3", low_freq_factor=low, high_freq_factor=high) if low <= 0 or high < low:
             yield f"high_freq_factor {high} should not be below low_freq_factor {low}, and both above 0"
-        case RopeScaling(kind="yarn" | "llama3", original_context=n) if n < 1:
+        case RopeScaling(kind="yarn" | "llama3" | "dynamic", original_context=n) if n < 1:
             yield f"the original context of scaled RoPE is {n}"
         case MoE(n_experts=n) if n > MAX_EXPERTS:
             yield f"{n} experts are more than {MAX_EXPERTS}"

@@ -18,8 +18,8 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 
 
 @click.command(short_help="Compare a conversion with upstream")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from.")  # fmt: skip
+@click.argument("canon", type=click.Path(exists=True, path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from. Of a GGUF: the canonical folder it was written of.")  # fmt: skip
 @click.option("--oracle", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.py", help="Run this file's logits(ids) in place of upstream. It is run as it is: name only what you trust.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip
 @click.option("--require", type=LEVELS, help="Fail if this level can't be judged here, whatever else agrees.")
@@ -42,6 +42,9 @@ def command(
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
 
     The result is kept in CANON/parity.json. Exit code 1 if anything departs by more than its bound.
+
+    CANON may be a GGUF that zoo or llama.cpp wrote of the canonical folder --against: then its tensors, fields and tokenizer are held
+    against the folder's, and nothing is kept but what -o names.
     """
     if check_certificate:
         _check(canon, as_json)
@@ -74,6 +77,8 @@ def command(
     if output is not None:
         cert.write(output.parent, output.name)
         cert.kept = f"{output} written"
+    elif canon.is_file():
+        cert.kept = "nothing was written: -o FILE keeps the certificate"
     if as_json:
         emit(cert.to_json())
     else:

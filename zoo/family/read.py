@@ -23,8 +23,10 @@ def text_config(c: Config) -> Config:
 
 
 def dtype(*configs: Config) -> str | None:
-    """The declared dtype, under its old or new key, of the first config (wrapper, text) that has one."""
-    return next((d for c in configs if (d := c.first("dtype", "torch_dtype", default=None))), None)
+    """The declared dtype, under its old or new key, of the first config (wrapper, text) that has one. It decides nothing,
+    since the files have their own: one that is no text counts as none."""
+    found = (c.first("dtype", "torch_dtype", default=None) for c in configs)
+    return next((d for d in found if isinstance(d, str) and d), None)
 
 
 def tied(c: Config, text: Config, default: bool) -> bool:

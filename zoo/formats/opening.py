@@ -65,6 +65,11 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise ZooError(
             f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
         )
+    if p.is_dir() and (p / ".metadata").is_file():
+        raise ZooError(
+            f"{p}: a trainer's folder of torch.distributed.checkpoint, which has no config: `zoo convert {p} DST --like CANON`, CANON "
+            "being the canonical folder of the model that was trained"
+        )
     if p.is_dir() and (deeper := [s for s in sets.here(p) if "/" in s.files[0]]):
         shown = ", ".join(map(str, deeper[:8])) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
         raise sets.Ambiguous(
@@ -76,11 +81,52 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
             "litgpt's *.pth hold a trainer's names): save it with the trainer's own export to Hugging Face, or name a file of "
             "Hugging Face's names with --file"
         )
+    if (what := of_another_kind(p)) is not None:
+        raise ZooError(f"{p}: no checkpoint that zoo reads: {what}")
     inside = ", ".join(sorted(x.name for x in p.iterdir())[:8]) if p.is_dir() else p.name
     raise ZooError(
         f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
         f"found: {inside or 'an empty folder'}"
     )
+
+
+OTHERS = (
+    (("*.distcp", "*/*.distcp"), "torch.distributed.checkpoint's shards",
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin, beside the model's config.json"),
+    (("global_step*/*_states.pt", "*_model_states.pt", "zero_to_fp32.py"), "DeepSpeed's",
+     "python zero_to_fp32.py FOLDER OUT, which DeepSpeed put beside it"),
+    (("*.ckpt", "*/*.ckpt"), "Lightning's or another trainer's .ckpt",
+     "save the model itself with save_pretrained, from the trainer's own loading"),
+    (("*.nemo", "model_weights/common.pt", "weights/common.pt", "*.distckpt"), "NeMo's",
+     "export it to Hugging Face with NeMo's exporter (nemo.collections.llm.export_ckpt)"),
+    (("mp_rank_*/model_optim_rng.pt", "iter_*/mp_rank_*/model_optim_rng.pt"), "Megatron-LM's",
+     "convert it to Hugging Face with the tool that trained it (Megatron-Bridge's export_ckpt)"),
+    (("tf_model*.h5", "*.h5", "*.keras"), "TensorFlow's or Keras's",
+     "an older transformers (4.x) reads tf_model.h5 with from_pretrained(..., from_tf=True); save_pretrained then writes safetensors"),
+    (("flax_model*.msgpack", "*.msgpack"), "Flax's",
+     "an older transformers (4.x) reads it with from_pretrained(..., from_flax=True); save_pretrained then writes safetensors"),
+    (("*.onnx", "*/*.onnx"), "ONNX's graph", "take the release that it was exported from"),
+    (("openvino_*", "*.xml"), "OpenVINO's", "take the release that it was exported from"),
+    (("*.npz",), "numpy's (older MLX folders)", "take the release that it was made of"),
+    (("*.ggml", "ggml-*.bin", "*.ggmlv3*"), "GGML's, from before GGUF", "llama.cpp's convert_llama_ggml_to_gguf.py makes a GGUF of it"),
+    (("*.engine", "*.plan"), "TensorRT's", "take the release that it was built from"),
+    (("*.crdownload", "*.part", "*.incomplete", "*.aria2", "*.download"), "a download that has not ended", "fetch it again, or to its end"),
+    (("*.zip", "*.tar", "*.tar.gz", "*.tgz", "*.7z"), "an archive", "unpack it first"),
+)  # fmt: skip
+"""Kinds of files that are weights and that no reader here takes: how they are called, whose they are, what to do."""
+
+
+def of_another_kind(path: Path) -> str | None:
+    """What the files of a path are that no reader knows, and what to do, in one sentence; None if that is not known either."""
+    for patterns, whose, remedy in OTHERS:
+        for pattern in patterns:
+            if path.is_dir():
+                found = sorted(p.relative_to(path) for p in path.glob(pattern))
+            else:
+                found = [Path(path.name)] if path.match(pattern) else []
+            if found:
+                return f"{found[0]} is {whose}; {remedy}"
+    return None
 
 
 def refuse_adapter(path: Path) -> None:

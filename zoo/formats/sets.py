@@ -26,7 +26,7 @@ ORDER = (
 _INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 _NO_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|rng_state|scaler|adapter_model|mmproj)\b.*|.*mmproj.*"
+    r"(training_args|optimizer|scheduler|rng_state|scaler|adapter_model|mmproj)\b.*|.*mmproj.*|openvino_.*|\._.*"
 )
 
 
@@ -138,6 +138,7 @@ class WeightSet:
 
 
 _PART = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<at>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
 _QUANTISATION = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d\w*|TQ\d_\d|MXFP4\w*|NVFP4|BF16|F(?:P)?(?:8|16|32)|INT[48]|[48]bit))(?![A-Za-z0-9])",
     re.I,
@@ -192,6 +193,20 @@ def here(root: Path) -> list[WeightSet]:
         return members((root / path).parent, (root / path).name)
 
     return listed(sizes, index)
+
+
+def incomplete(files: Collection[str]) -> str | None:
+    """What is missing of files that are numbered shards, by their names; None if nothing is, or they are not numbered."""
+    numbered = [m for f in files if (m := _NUMBERED.fullmatch(f))]
+    if not numbered or len(numbered) != len(files):
+        return None
+    total = int(numbered[0]["total"])
+    here = {int(m["at"]) for m in numbered}
+    away = [n for n in range(1, min(total, 1000) + 1) if n not in here]
+    if not away:
+        return None
+    first = f"{numbered[0]['stem']}-{away[0]:05d}-of-{total:05d}{numbered[0]['suffix']}"
+    return f"{len(here)} of {total} shards are here ({first} is not)"
 
 
 def which(where: str, among: Collection[WeightSet]) -> Ambiguous:

@@ -218,9 +218,7 @@ class Mover:
                     n = self._copy(move) if isinstance(move, Copy) else self._rearrange(move)
                     with lock:
                         queues.done(move)
-                        self.n_done += n
-                        if self.progress is not None:
-                            self.progress(self.n_done, self.total)
+                        self.report(n)
                 except BaseException as e:
                     stop.set()
                     errors.append(e)
@@ -245,6 +243,12 @@ class Mover:
                     f"{self.folder.dst}: {first.strerror}; what is written so far is kept, run again to go on"
                 ) from first
             raise first
+
+    def report(self, n: int) -> None:
+        """`n` more bytes are written."""
+        self.n_done += n
+        if self.progress is not None:
+            self.progress(self.n_done, self.total)
 
     def _copy(self, c: Copy) -> int:
         with self._writing[c.dst]:

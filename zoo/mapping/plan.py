@@ -23,6 +23,7 @@ from typing import Any
 from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
+from zoo.formats import sets
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
@@ -910,7 +911,12 @@ class PlanError(ZooError):
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
         missing = [name for names in m.missing.values() for name in names]
-        said = _adapted(ckpt) or _other_rows(ckpt, m) or _renamed(ckpt, family, missing, m)
+        said = (
+            _cut_short(ckpt, missing)
+            or _adapted(ckpt)
+            or _other_rows(ckpt, m)
+            or _renamed(ckpt, family, missing, m)
+        )
         if said is not None:
             super().__init__(said)
             return
@@ -964,6 +970,14 @@ def _other_rows(ckpt: Checkpoint, m: Match) -> str | None:
     return (
         f"{ckpt.root}: {names}: {n} rows, but the config's vocab_size is {v} ({fewer}). Upstream doesn't load this "
         f"either. If these weights are the model, set vocab_size to {n} in config.json; nothing was written"
+    )
+
+
+def _cut_short(ckpt: Checkpoint, missing: list[str]) -> str | None:
+    """Where tensors are missing and the files are numbered, but not all of their numbers are here: that."""
+    away = sets.incomplete(ckpt.files) if missing else None
+    return (
+        f"{ckpt.root}: {away}, nor an index that names others: the download is not complete" if away else None
     )
 
 

@@ -217,8 +217,14 @@ class Context:
 
     def rope(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """cos and sin at the new tokens' positions, [T, dim / 2] each. Raises ZooError if the tokens before these, in the
-        cache, were rotated by another table (LongRoPE)."""
+        cache, were rotated by another table (LongRoPE), or these lie where dynamic RoPE changes with every length."""
         if rope not in self._made:
+            end, s = self.start + self.T, rope.scaling
+            if s is not None and s.kind == "dynamic" and end > s.original_context:
+                raise ZooError(
+                    f"a pass up to position {end}: beyond {s.original_context} this model's RoPE changes with every length "
+                    '("dynamic"), which zoo does not compute; expected a shorter text'
+                )
             far = rotary.is_far(rope, self.start + self.T)
             if self.start and far != rotary.is_far(rope, self.start):
                 assert rope.scaling is not None

@@ -174,6 +174,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.held: tuple[int, ...] | None = None  # the layers that are here, where some are not
+        self.trainable = False
         with torch.device("meta"):
             d = spec.d_model
             self.embed = Table(spec.vocab_size, d)
@@ -210,10 +211,17 @@ class Decoder(nn.Module):
         """Token ids [B, T] (int64) -> logits [B, T, V] in the model's dtype.
 
         With a cache, the tokens follow those already in it, and are added to it. The logits are a tensor of inference
-        mode: `.clone()` them to change them in place, or to train something on them.
-        Raises ZooError if the cache has no room for them, or the ids are none.
+        mode: `.clone()` them to change them in place, or to train something on them. Not so those of a model that is
+        `trainable`, where gradients are recorded: they can be followed back to its parameters.
+        Raises ZooError if the cache has no room for them, or the ids are none; or for a cache while gradients are recorded.
         """
-        with torch.inference_mode():
+        recorded = self.trainable and torch.is_grad_enabled()
+        if recorded and cache is not None:
+            raise ZooError(
+                "a cache is written over at each step, so no gradient leads through it: call the model without one, or "
+                "within torch.no_grad()"
+            )
+        with torch.inference_mode(not recorded):
             return self.finish(self.run(ids, cache))
 
     def captured(self, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
@@ -247,6 +255,10 @@ class Decoder(nn.Module):
         spec = self.spec
         ctx = Context.begin(ids.shape[1], cache, self.dtype, ids.device)
         x = F.embedding(ids, self.embed.weight)
+        if (
+            self.trainable and torch.is_grad_enabled()
+        ):  # under a frozen embedding, too: it is by x that kernels know
+            x.requires_grad_()
         if spec.embed_scale != 1.0:  # a product with a number is one in fp32, rounded
             factor = torch.tensor(
                 spec.embed_scale, dtype=x.dtype if spec.embed_rounding == "first" else torch.float32

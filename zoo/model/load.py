@@ -30,6 +30,9 @@ DTYPES = {
 
 KEPT = ("selection_bias",)
 """Parameters that keep their dtype whatever is asked for: near-ties between experts hang on them."""
+UNTRAINED = (".selection_bias", ".scalar", ".act.beta", ".act.near")
+"""Ends of names of what upstream holds as buffers: given, not learnt by gradients. Through a bias that only chooses experts
+none leads."""
 
 
 class Source:
@@ -130,15 +133,24 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     layers: Iterable[int] | None = None,
+    trainable: bool = False,
 ) -> Decoder:
     """The decoder of the canonical folder at `path`, ready to run.
 
     `dtype`: what to compute in; None: as stored. `layers`: fill only these (and the ends); the others stay
     without storage, so the model cannot be run as a whole. Default: the layers that the folder has.
-    Raises ZooError if the folder is not sound, or torch has no such device here.
+    `trainable`: gradients reach its parameters, each of which has memory of its own (all but `UNTRAINED`).
+    Raises ZooError if the folder is not sound, or torch has no such device here; of a trainable model, if weights are
+    quantised.
     """
     folder = canonical.read(path)
     usable(device)
+    if trainable and folder.quant:
+        slot, how = next(iter(folder.quant.items()))
+        raise ZooError(
+            f"{folder.root}: {len(folder.quant)} weights are quantised ({slot}: {how}), and codes can't be trained; convert the "
+            "source again with --dtype bf16"
+        )
     with Upload(device) if torch.device(device).type == "cuda" else nullcontext() as upload:
         source = Source(folder, upload)
         model = Decoder(folder.spec)
@@ -151,4 +163,19 @@ def load(
             source.fill(module, name, device, dtype)
         for i in range(model.spec.n_layers) if wanted is None else wanted:
             source.fill(model.layers[i], f"layers.{i}", device, dtype)
+    if trainable:
+        train(model)
     return model
+
+
+def train(model: Decoder) -> None:
+    """Let gradients reach the parameters that `load` filled."""
+    model.trainable = True
+    for name, p in list(model.named_parameters()):
+        if p.is_meta:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        learns = p.is_floating_point() and not name.endswith(UNTRAINED)
+        own = p.detach().clone() if p.device.type == "cpu" else p.detach()  # not a view of a file's pages
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=learns))
+    model.train()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import experts as fused
 from zoo.kernels.cpu import MANY, kernels
-from zoo.kernels.launch import has_triton
+from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
 from zoo.model.ffn import FeedForward, activate
@@ -100,7 +100,12 @@ def experts(
     used, counts = torch.unique_consecutive(flat[order], return_counts=True)
     tokens, shares = order // k, weights.flatten()[order, None]
     out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
-    many = x.device.type == "cpu" and sum_dtype == torch.float32 and len(flat) * x.shape[1] >= MANY
+    many = (
+        x.device.type == "cpu"
+        and not is_recorded(x)
+        and sum_dtype == torch.float32
+        and len(flat) * x.shape[1] >= MANY
+    )
     scatter = kernels("scatter") if many else None
     start = 0
     for part, rows_of in _parts(counts.tolist(), lambda most: up.fits(x, most) and down.fits(x, most)):

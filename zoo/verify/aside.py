@@ -17,17 +17,24 @@ _open: Any = safe_open  # the library does not type it
 
 
 def _dtype(x: Any) -> bool:
-    return isinstance(x, str) and isinstance(getattr(torch, x.removeprefix("torch."), None), torch.dtype)
+    """Not what weights may be stored in, fp8 say: no model is made in it."""
+    return x in ("float64", "float32", "float16", "bfloat16")
 
 
 def _numbered(x: Any) -> bool:
     return isinstance(x, Mapping) and all(str(k).isdecimal() for k in x)
 
 
+def _ids(x: Any) -> bool:
+    return type(x) is int or (isinstance(x, list) and all(type(i) is int for i in x))
+
+
 SETTINGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), lambda x: x in ("eager", "sdpa")),
     **dict.fromkeys(("dtype", "torch_dtype"), _dtype),
     **dict.fromkeys(("return_dict", "use_return_dict"), lambda x: x is True),
+    "pad_token_id": lambda x: type(x) is int,
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), _ids),
     "use_cache": lambda x: isinstance(x, bool),
     "num_labels": lambda x: type(x) is int,
     "id2label": _numbered,
@@ -60,6 +67,11 @@ def _part(
         del out["quantization_config"]
         notes.append(
             f"upstream was not told the config's quantization_config ({q.get('quant_method')}): the weights are plain"
+        )
+    elif q is not None and not isinstance(q, Mapping) and q:
+        del out["quantization_config"]
+        notes.append(
+            f"upstream was not told the config's quantization_config ({str(q)[:40]}): it is no object of fields"
         )
     elif q is not None and not q:
         del out["quantization_config"]  # empty, and of another type than upstream looks for

@@ -145,6 +145,16 @@ class Transformers:
             self._switch("set_attn_implementation", "_attn_implementation", "eager")
             self._switch("set_experts_implementation", "_experts_implementation", "eager")
 
+    @property
+    def only_switches(self) -> bool:
+        """Whether the second way leaves the weights as they are, so that going back and forth costs nothing."""
+        try:
+            return self.dtype == "fp32" or self._switch(
+                "set_attn_implementation", "_attn_implementation", "sdpa"
+            )
+        finally:
+            self._switch("set_attn_implementation", "_attn_implementation", "eager")
+
     def _other_experts(self) -> str | None:
         """The kernel to hold against the loop over experts. The grouped one wants rows of 16 bytes; the batched one
         gathers every token's experts, which only small models have the memory for."""
@@ -224,7 +234,7 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
     """The files of weights that `from_pretrained(root)` reads, by an implementation of its own that shares nothing with
     zoo's readers: a proof must not read what zoo chose. None if it would find none. (transformers 5.23: what
     `transformers_weights` in the config names, else the first of four names.)"""
-    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((root / "config.json").read_bytes())
     entry = config.get("transformers_weights")
     if entry is None:
         stems = ("model.safetensors", "pytorch_model.bin")
@@ -232,7 +242,7 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
         entry = next(there, None)
     if entry is None or not entry.endswith(".json"):
         return None if entry is None else (entry,)
-    weight_map = json.loads((root / entry).read_text(encoding="utf-8"))["weight_map"]
+    weight_map = json.loads((root / entry).read_bytes())["weight_map"]
     return tuple(sorted(set(weight_map.values())))
 
 
@@ -250,15 +260,20 @@ def load(path: Path, dtype: torch.dtype) -> Any:
             except ImportError as e:
                 raise ZooError(f"{path}: transformers needs another package to read GGUF: {e}") from e
     config, cls = config_and_class(path)
+    given = {
+        "config": config,
+        "generation_config": transformers.GenerationConfig(),  # else it reads config.json for one, what was put aside too
+        "output_loading_info": True,
+    }
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"
     with its_own_errors(path), exact_values():
         try:
-            model, said = cls.from_pretrained(path, config=config, output_loading_info=True, **switches)
+            model, said = cls.from_pretrained(path, **given, **switches)
         except ValueError as e:  # a class without the switch
             if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
                 raise
-            model, said = cls.from_pretrained(path, config=config, output_loading_info=True, dtype=dtype)
+            model, said = cls.from_pretrained(path, **given, dtype=dtype)
         if missing := sorted(said["missing_keys"]):  # it would go on with random numbers
             raise LookupError(f"no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
         held = model.state_dict()
@@ -391,7 +406,7 @@ def exact_values() -> Iterator[None]:
 
 def _told(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The config that upstream is given of a folder, and what it was not told of it."""
-    raw = _plain(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    raw = _plain(json.loads((path / "config.json").read_bytes()))
     return put_aside(raw, path, from_pretrained_files(path))
 
 
@@ -402,7 +417,9 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     raw, _ = _told(path)
-    candidates = [(n, raw) for n in raw.get("architectures") or ()]
+    # A decoder's class without its head gives no logits: the model_type decides, as AutoModelForCausalLM has it.
+    named = raw.get("architectures") or ()
+    candidates = [(n, raw) for n in named if n.endswith("LMHeadModel") or not n.endswith("Model")]
     candidates += [(CAUSAL.get(raw.get("model_type")), raw)]
     if isinstance(text := raw.get("text_config"), dict):
         inherited = {k: raw[k] for k in ("tie_word_embeddings",) if k in raw and k not in text}

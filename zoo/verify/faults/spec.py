@@ -125,7 +125,8 @@ def _rotating(rope: Rope, dim: int) -> Rope:
 
 
 _spec("rope_theta", "another RoPE theta", Rope, lambda r: replace(r, theta=1e4 if r.theta != 1e4 else 5e5))
-_spec("rope_scaling_ignored", "RoPE scaling ignored", Rope, lambda r: replace(r, scaling=None))
+_spec("rope_scaling_ignored", "RoPE scaling ignored", Rope,
+      lambda r: replace(r, scaling=None) if r.scaling and r.scaling.kind != "dynamic" else r)  # fmt: skip
 _spec("rope_scaling_linear", "RoPE scaling taken as linear", Rope,
       lambda r: replace(r, scaling=replace(r.scaling, kind="linear", attention_factor=1.0))
       if r.scaling and r.scaling.kind != "linear" else r)  # fmt: skip
