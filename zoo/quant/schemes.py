@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import TensorRef
+from zoo.formats.base import FLOATS, TensorRef
 from zoo.quant import awq, bitsandbytes, compressed, fp4, gptq, integers, mlx
 from zoo.quant.base import CODES, SCALES, Component, Scheme, grid
 
@@ -102,6 +102,21 @@ def block_size(name: str) -> tuple[int, int]:
     """Logical rows and columns that one scale of the scheme stands for. 0: all of them."""
     unit = scheme(name).component("scale").unit
     return unit if unit is not None else (0, 0)
+
+
+def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[str]:
+    """The schemes of the weights among these tensors, by name, one for each weight that has one that is read."""
+    found = []
+    for name, ref in tensors.items():
+        leaf = re.sub(r"\.qweight$", ".weight", name.removesuffix("_packed"))
+        if ref.dtype in FLOATS or (leaf == name and not name.endswith(("weight", "blocks", "_proj"))):
+            continue
+        try:
+            how = detect(leaf, tensors, config)
+        except ZooError:  # inspecting goes on; a plan says what is wrong
+            continue
+        found += [how.name] if how is not None else []
+    return found
 
 
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
