@@ -400,7 +400,8 @@ def exact_values() -> Iterator[None]:
     transformers 5.23 does not:
     - of fp8 it takes the block to be the shape over the grid of scales; where the last block is not whole (DeepSeek V3's
       576 rows in blocks of 128) that is refused, or wrong. Codes are padded to whole blocks, and the padding cut off.
-    - of compressed-tensors it multiplies in the scales' dtype, mostly bf16. The scales are widened to fp32."""
+    - of compressed-tensors it multiplies in the scales' dtype, mostly bf16, and rounds NVFP4's values to bf16. The scales are
+      widened to fp32, and NVFP4's codes unpacked to that."""
     from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -428,9 +429,26 @@ def exact_values() -> Iterator[None]:
 
     Fp8Dequantize._dequantize_one, CompressedTensorsDequantize.convert = padded, widened
     try:
-        yield
+        with _fp4_in_fp32():
+            yield
     finally:
         Fp8Dequantize._dequantize_one, CompressedTensorsDequantize.convert = one, convert
+
+
+@contextlib.contextmanager
+def _fp4_in_fp32() -> Iterator[None]:
+    """Meanwhile compressed-tensors, where it is there and has NVFP4, computes its values in fp32."""
+    try:
+        nvfp4: Any = importlib.import_module("compressed_tensors.compressors.nvfp4.base")
+        unpack = nvfp4.unpack_fp4_from_uint8
+    except (ImportError, AttributeError):
+        yield
+        return
+    nvfp4.unpack_fp4_from_uint8 = functools.partial(unpack, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        nvfp4.unpack_fp4_from_uint8 = unpack
 
 
 def _told(path: Path) -> tuple[dict[str, Any], list[str]]:
