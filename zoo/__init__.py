@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from zoo.hub import Progress
     from zoo.mapping.plan import Plan
@@ -58,13 +59,17 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     trainable: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
     """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
     [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
 
     `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). `trainable`: in training
-    mode, its parameters requiring gradients, which plain torch computes; `zoo.save` makes a folder of it again. Raises ZooError
-    if `path` is no canonical checkpoint, or torch has no such device here, or what is to be trained is quantised.
+    mode, its parameters requiring gradients, which plain torch computes; `zoo.save` makes a folder of it again. `mesh`: a
+    DeviceMesh of one axis, of ranks that share the model: each calls this, holds its part, and runs the same passes, on the
+    mesh's devices (docs/parallel.md). Raises ZooError
+    if `path` is no canonical checkpoint, or torch has no such device here, or what is to be trained is quantised or shared, or
+    so many ranks cannot share the model.
     """
     import torch
 
@@ -74,7 +79,7 @@ def load(
     wanted = dtypes.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in dtypes.values():
         raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
-    return load(path, device=device, dtype=wanted, trainable=trainable)
+    return load(path, device=device, dtype=wanted, trainable=trainable, mesh=mesh)
 
 
 @translated

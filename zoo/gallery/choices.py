@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from zoo.order import sees_all
 from zoo.spec import (
     MLP,
     Attention,
@@ -78,8 +79,8 @@ CHOICES: dict[str, dict[str, Callable[[Spec], bool]]] = {
         "GQA": _attention(lambda m: 1 < m.n_kv_heads < m.n_heads),
         "MQA": _attention(lambda m: m.n_kv_heads == 1 < m.n_heads),
         "MLA": _mixer(lambda m: isinstance(m, LatentAttention)),
-        "sliding window": _attention(lambda m: m.window is not None),
-        "chunks": _attention(lambda m: m.chunk is not None),
+        "sliding window": lambda s: _attention(lambda m: bool(m.window) and not sees_all(m, s.context_length))(s),
+        "chunks": lambda s: _attention(lambda m: bool(m.chunk) and not sees_all(m, s.context_length))(s),
         "sparse (indexer)": _mixer(lambda m: isinstance(m, LatentAttention) and m.indexer is not None),
         "Gated DeltaNet": _mixer(lambda m: isinstance(m, DeltaNet) and m.decay == "head"),
         "Kimi Delta Attention": _mixer(lambda m: isinstance(m, DeltaNet) and m.decay == "channel"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.verify import tolerance
 from zoo.verify.inputs import Batch, Inputs
-from zoo.verify.metrics import Columns, LogitMetrics, Reference, references, relative_error
+from zoo.verify.metrics import Columns, LogitMetrics, Reference, best_ids, references, relative_error
 from zoo.verify.oracle import Oracle, Transformers
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import QUANTILES, Spread, representative
@@ -131,6 +131,11 @@ def _joined(a: LogitMetrics, b: LogitMetrics) -> LogitMetrics:
 
 OnLayer = Callable[[int, int, Tensor | Sketched], None]  # batch, layer, state
 OnLogits = Callable[[int, Tensor], None]
+
+
+def is_upstream(oracle: Oracle) -> bool:
+    """Whether it runs upstream's own classes, be it by way of another rank."""
+    return isinstance(oracle, Transformers) or getattr(oracle, "upstream", False)
 
 
 def drive(oracle: Oracle, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
@@ -407,7 +412,7 @@ def measure(
         kept_ours.close()
         kept_theirs.close()
     out.spread = meter.result() if meter is not None else (spread or Spread())
-    if meter is not None and meter.ways is None and not isinstance(oracle, Transformers):
+    if meter is not None and meter.ways is None and not is_upstream(oracle):
         out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
     return out
 
@@ -459,7 +464,7 @@ def judge_rows(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> 
     else:
         out.settled.add(mine[~tied], theirs[~tied])
         out.ties.add(mine[tied], theirs[tied])
-    differ = (mine.argmax(-1) != theirs.best[:, 0]) & ~tied
+    differ = (best_ids(mine, 1)[:, 0] != theirs.best[:, 0]) & ~tied
     if differ.any():
         top = theirs.logits[differ].topk(2, -1).values
         out.leads += (top[:, 0] - top[:, 1]).tolist()

@@ -26,6 +26,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
 from zoo.formats.opening import open_checkpoint
+from zoo.model.load import load
 from zoo.printable import decimal
 from zoo.quant import foreign
 from zoo.quant.schemes import scheme
@@ -47,10 +48,13 @@ from zoo.verify.oracle import (
     upstream_available,
 )
 from zoo.verify.ours import Ours, Streamed, build, subject_of
+from zoo.verify.ranks import Following, Leading, Ranks
 from zoo.verify.reading import Window
 from zoo.verify.rounded import rounding_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from zoo.mapping.plan import Plan
 
 StrPath = str | os.PathLike[str]
@@ -85,6 +89,7 @@ def verify(
     require: str | None = None,
     write: bool = True,
     progress: Progress | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Certificate:
     """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
     the source it was converted from, where that still exists), up to and including `level`; by default as far as
@@ -96,6 +101,8 @@ def verify(
     "cuda", "cuda:1", "auto"). `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
     here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
+    `mesh`: ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
+    upstream, and writes; all get its certificate.
 
     Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
     that was asked for can't be done.
@@ -120,6 +127,15 @@ def verify(
             )
         file, canon, against, write = Path(canon), against, canon, False
     folder = canonical.read(canon)
+    ranks = None
+    if mesh is not None and mesh.size() > 1:
+        if stream or self_test:
+            raise ZooError(
+                f"{'streaming' if stream else 'the self-test'} is for one process: ranks share a whole model"
+            )
+        ranks, stream = Ranks(mesh, on), False
+        if not ranks.first:
+            return _follow(folder, dtype, ranks)
     numeric = [n for n in NUMERIC if n in wanted]
     need = why_streamed = None
     if level == "decode" or self_test:
@@ -151,7 +167,8 @@ def verify(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=_disagreements(folder.spec, other.oracle), required=require,
-            versions=versions(), device=described(on), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions(), device=described(on) | ({} if ranks is None else {"ranks": ranks.mesh.size()}),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             places=_places(folder, other), need=None if need is None else need.to_json(),
         )  # fmt: skip
         # Ours and bytes go along with an oracle that reads its weights, not with a recording.
@@ -177,6 +194,7 @@ def verify(
                     n_greedy,
                     say,
                     clock,
+                    ranks,
                 )
                 if why_streamed is not None:
                     cert.not_checked = [
@@ -208,6 +226,9 @@ def verify(
             raise ZooError(f"{folder.root}: {what} be compared: {'; '.join(cert.not_checked)}")
         if write:
             certificate.keep(cert, folder.root)
+        if ranks is not None:
+            ranks.said(None)
+            ranks.said(cert)
         return cert
     finally:
         held.close()
@@ -251,16 +272,20 @@ def foreseen(
         say(str(need))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
-    if not Path(path).is_dir() or not _reads_safetensors(Path(path)) or folder.quant:
-        say(f"{what}; only unquantised folders of safetensors are streamed without being asked to (--stream)")
+    if not _can_stream(Path(path)):
+        say(
+            f"{what}; only folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
+        )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
     say(f"{need}: streaming, since {what}")
     return need, what
 
 
-def _reads_safetensors(path: Path) -> bool:
-    """Whether upstream would read safetensors files there: those can be streamed."""
+def _can_stream(path: Path) -> bool:
+    """Whether it is a GGUF file, or a folder where upstream would read safetensors files."""
+    if path.is_file():
+        return path.suffix == ".gguf"
     if not (path / "config.json").is_file():
         return False
     names = from_pretrained_files(path)
@@ -330,10 +355,8 @@ def _of_file(
         )
     elif not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
-    elif path is None or window is not None:
-        out.why_no_oracle = (
-            f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
-        )
+    elif path is None:
+        out.why_no_oracle = "upstream cannot read a GGUF of several files"
     elif needs_oracle:
         try:
             oracle = _upstream(folder.spec, path, dtype, None, window, device)
@@ -633,6 +656,7 @@ def _numeric_levels(
     n_greedy: int,
     say: Progress,
     clock: Clock,
+    ranks: Ranks | None = None,
 ) -> tuple[Inputs, Measured]:
     oracle = other.oracle
     assert oracle is not None
@@ -658,16 +682,24 @@ def _numeric_levels(
     cert.not_checked += [
         f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed
     ]
+    spread = getattr(oracle, "spread", None)
+    led = None
+    if ranks is not None:
+        if recorded not in (None, dtype):
+            raise ZooError(
+                f"the recording was made in {recorded}: on several ranks, verify with --dtype {recorded}"
+            )
+        led = Leading(oracle, ranks)
+        led.task(asked, spread)
     with clock("reading ours"):
-        ours = _ours(folder, DTYPES[dtype], stream, window, device)
+        ours = _ours(folder, DTYPES[dtype], stream, window, device, ranks)
     say(f"layers and logits of {asked.n_tokens} tokens")
     t = time.perf_counter()
-    spread = getattr(oracle, "spread", None)
     if isinstance(oracle, Golden) and recorded != dtype:  # made in fp32, and ours in less
         wide = _ours(folder, torch.float32, stream, None, device)
         spread = oracle.held_to(rounding_of(wide, ours, asked, dtype), dtype)
         del wide
-    measured = measure(oracle, ours, asked, dtype, spread=spread, on_disk=stream, clock=clock)
+    measured = measure(led or oracle, ours, asked, dtype, spread=spread, on_disk=stream, clock=clock)
     spent = time.perf_counter() - t
     if of_bytes is not None:
         with clock("plan and bytes"):
@@ -675,7 +707,7 @@ def _numeric_levels(
     levels = _judged(measured, dtype)
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
         with clock("float64"):
-            again = _against_float64(oracle, ours, asked, say)
+            again = _against_float64(oracle, ours, asked, say, ranks)
         if again is not None:
             measured, levels = again
     idle, experts = ours.idle_experts()
@@ -700,8 +732,10 @@ def _numeric_levels(
         else:
             say(f"{n_greedy} greedy tokens")
             t = time.perf_counter()
+            if led is not None:
+                led.task(asked, spread, measured=measured, n_greedy=n_greedy)
             with clock("decode"):
-                decode = judge.decode_level(oracle, ours, asked, measured, dtype, n_greedy)
+                decode = judge.decode_level(led or oracle, ours, asked, measured, dtype, n_greedy)
             decode.seconds = time.perf_counter() - t
             cert.levels.append(decode)
     if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
@@ -722,8 +756,15 @@ def _numeric_levels(
 
 
 def _ours(
-    folder: canonical.Canonical, dtype: torch.dtype, stream: bool, window: Window | None, device: torch.device
+    folder: canonical.Canonical,
+    dtype: torch.dtype,
+    stream: bool,
+    window: Window | None,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Ours:
+    if ranks is not None:
+        return Ours(load(folder.root, device, dtype, mesh=ranks.mesh))
     if not stream:
         return Ours(build(subject_of(folder, dtype, device=device)))
     ours = Streamed(folder, dtype, device, window)
@@ -732,12 +773,27 @@ def _ours(
     return ours
 
 
+def _follow(folder: canonical.Canonical, dtype: str, ranks: Ranks) -> Certificate:
+    """What a rank does that is not the first: ours, as far as it has it, whenever that goes through it."""
+    ours = None
+    with exact_on(ranks.device):
+        while (task := ranks.said()) is not None:
+            oracle = Following(task, ranks)
+            ours = ours or _ours(folder, DTYPES[dtype], False, None, ranks.device, ranks)
+            if task.measured is None:
+                measure(oracle, ours, task.asked, dtype, spread=task.spread)
+            else:
+                judge.decode_level(oracle, ours, task.asked, task.measured, dtype, task.n_greedy)
+    cert: Certificate = ranks.said()
+    return cert
+
+
 def _judged(measured: Measured, dtype: str) -> dict[str, Level]:
     return {"layers": judge.layers_level(measured, dtype), "logits": judge.logits_level(measured, dtype)}
 
 
 def _against_float64(
-    oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
+    oracle: Oracle, ours: Ours, asked: Inputs, say: Progress, ranks: Ranks | None = None
 ) -> tuple[Measured, dict[str, Level]] | None:
     """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
     from zoo.verify.float64 import InFloat64, StreamedInFloat64
@@ -755,8 +811,13 @@ def _against_float64(
     say("upstream in float64, for how far its fp32 is from that")
     try:
         with wide:
-            measured = measure(wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
+            led = None if ranks is None else Leading(wide, ranks)
+            if led is not None:
+                led.task(asked, None)
+            measured = measure(led or wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
     except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
+        if ranks is not None:  # the others are waiting in the middle of it
+            raise
         return None
     levels = _judged(measured, "fp32")
     if any(x.verdict == "failed" for x in levels.values()):

@@ -53,7 +53,7 @@ HEAD_ROWS = 8192
 
 
 class StreamedTransformers(Transformers):
-    """As `Transformers`, for safetensors folders, within the memory of one layer."""
+    """As `Transformers`, for folders of safetensors and GGUF files, within the memory of one layer."""
 
     def __init__(
         self,
@@ -66,25 +66,34 @@ class StreamedTransformers(Transformers):
     ) -> None:
         """`files`: those that the user chose; None: those that `from_pretrained` would take. `window`: what they are read
         through, beside whoever else takes part in a pass."""
-        if not path.is_dir():
-            raise ZooError(
-                f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
-            )
         self.path, self.dtype, self.device = path, dtype, torch.device(device)
         self.corrected = []
-        self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
-        quiet()
+        self.window = window or Window()
+        if path.is_file() and path.suffix == ".gguf":
+            from zoo.verify.stream_gguf import GGUFWeights
+            from zoo.verify.stream_gguf import config_and_class as of_gguf
+
+            self.note = note
+            quiet()
+            config, cls = of_gguf(path)
+            self.model = skeleton(cls, config, DTYPES[dtype], self.device)
+            self.weights: Weights = GGUFWeights(self.model, path, DTYPES[dtype], self.device, self.window)
+        elif path.is_dir():
+            self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
+            quiet()
+            config, cls = config_and_class(path)
+            with its_own_errors(path):
+                quantizer = dequantizer(config)
+            self.model = skeleton(cls, config, DTYPES[dtype], self.device)
+            ckpt = _checkpoint(path, files)
+            self.weights = Weights(self.model, ckpt, DTYPES[dtype], quantizer, self.device, self.window)
+        else:
+            raise ZooError(
+                f"{path}: only a folder of safetensors files, or a GGUF file, can be streamed; verify this one without --stream"
+            )
         return_freed_memory()
-        config, cls = config_and_class(path)
-        with its_own_errors(path):
-            quantizer = dequantizer(config)
-        self.model = skeleton(cls, config, DTYPES[dtype], self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
-        self.window = window or Window()
-        self.weights = Weights(
-            self.model, _checkpoint(path, files), DTYPES[dtype], quantizer, self.device, self.window
-        )
         self.window.riders.append(self)
         self._workers: dict[int, _Worker] = {}
         self.around_pass: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -217,8 +226,7 @@ class StreamedTransformers(Transformers):
 
         def hook(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen, compact = args[0].unique(return_inverse=True)
-            table = self.weights.one(f"{name}.weight")
-            rows = self.weights.cast(f"{name}.weight", table[seen.to(table.device)])
+            rows = self.weights.cast(f"{name}.weight", self.weights.rows_of(f"{name}.weight")(seen.cpu()))
             m.weight = nn.Parameter(rows, requires_grad=False)
             return (compact,)
 
@@ -226,8 +234,10 @@ class StreamedTransformers(Transformers):
 
     def _head(self, m: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            table = self.weights.one(f"{name}.weight")
-            parts = (self.weights.cast(f"{name}.weight", part).to(x) for part in table.split(HEAD_ROWS))
+            rows = self.weights.rows_of(f"{name}.weight")
+            starts = range(0, len(self.weights.meta[f"{name}.weight"]), HEAD_ROWS)
+            some = (rows(slice(i, i + HEAD_ROWS)) for i in starts)
+            parts = (self.weights.cast(f"{name}.weight", part).to(x) for part in some)
             pieces = [nn.functional.linear(x, part) for part in parts]
             logits = torch.cat(pieces, -1)
             if getattr(m, "bias", None) is not None:
@@ -429,14 +439,8 @@ class Weights:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        self.model, self.ckpt, self.dtype, self.device = model, ckpt, dtype, torch.device(device)
-        self.window = window
-        self.widened = False  # to fp32, after they were rounded to `dtype`
-        self.names = {id(m): n for n, m in model.named_modules()}
-        self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self.fp32 = kept_in_fp32(model, dtype)
-        self.quantizer = quantizer
+        self._begin(model, ckpt.root, dtype, device, window or Window())
+        self.ckpt, self.quantizer = ckpt, quantizer
         transforms = get_model_conversion_mapping(model, None, quantizer)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -454,6 +458,18 @@ class Weights:
             str, str
         ] = {}  # a further target of a converter -> the first, which it is keyed by
         self._more_targets()
+
+    def _begin(
+        self, model: Any, root: Path, dtype: torch.dtype, device: str | torch.device, window: Window
+    ) -> None:
+        """What does not depend on the format of the files. `root`: what errors name."""
+        self.model, self.root, self.dtype, self.device = model, root, dtype, torch.device(device)
+        self.window = window
+        self.widened = False  # to fp32, after they were rounded to `dtype`
+        self.names = {id(m): n for n, m in model.named_modules()}
+        self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self.fp32 = kept_in_fp32(model, dtype)
 
     def _more_targets(self) -> None:
         """A converter with several targets is keyed by its first; find the others by their endings."""
@@ -478,6 +494,11 @@ class Weights:
         """A tensor as stored, mapped: for embeddings and heads."""
         table = self.mapped_one(name)
         return self._convert(name)[name] if table is None else table
+
+    def rows_of(self, name: str) -> Callable[[Any], Tensor]:
+        """Some rows of a table as stored, by numbers (on the CPU) or a slice."""
+        table = self.one(name)
+        return lambda at: table[at]
 
     def mapped_one(self, name: str) -> Tensor | None:
         """The same, if no memory is needed for it: it is stored as upstream has it."""
@@ -521,7 +542,7 @@ class Weights:
                     done.add(target)
         if missing := [n for n in wanted if n not in done]:
             raise ZooError(
-                f"{self.ckpt.root}: no tensor for upstream's {missing[0]} ({what or prefix}); verify without --stream"
+                f"{self.root}: no tensor for upstream's {missing[0]} ({what or prefix}); verify without --stream"
             )
 
     def unload(self, module: nn.Module, recurse: bool = True) -> None:
@@ -540,7 +561,7 @@ class Weights:
         key = self.targets_of.get(name, name)
         found = self.sources.get(key) or self.sources.get(self.tied.get(key, ""))
         if not found:
-            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {name}; verify without --stream")
+            raise ZooError(f"{self.root}: no tensor for upstream's {name}; verify without --stream")
         refs = [self.ckpt.tensors[source] for source, _ in found]
         pattern = found[0][1]
         if pattern is None:
@@ -549,7 +570,7 @@ class Weights:
         for ref, (source, p) in zip(refs, found, strict=True):
             mapping.add_tensor(key, source, p, self._mapped(ref))
         del refs
-        with its_own_errors(self.ckpt.root), exact_values():
+        with its_own_errors(self.root), exact_values():
             made = mapping.convert(
                 key, model=self.model, config=self.model.config, hf_quantizer=self.quantizer
             )
@@ -559,7 +580,7 @@ class Weights:
         like = self.meta[name]
         if tuple(t.shape) != tuple(like.shape):
             raise ZooError(
-                f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
+                f"{self.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
             )
         new = self.cast(name, t)
         if isinstance(like, nn.Parameter):
