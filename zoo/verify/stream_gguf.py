@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.verify.oracle import CannotLoad, decoder_layers, its_own_errors, metadata_once
 from zoo.verify.reading import Range, Window
-from zoo.verify.stream import Weights
+from zoo.verify.stream_weights import Weights
 
 
 def config_and_class(path: Path) -> tuple[Any, Any]:
