@@ -475,3 +475,22 @@ def test_what_a_file_manager_or_another_engine_left_beside_is_no_set_of_weights(
     for name in ("._model.safetensors", "openvino_model.bin"):
         (other / name).write_bytes(b"")
     assert plan_of(other).checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("given", [{}, {"metadata": None}], ids=str)
+def test_an_index_without_metadata_is_proven_against_upstream_which_stops_without(
+    llama: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    other = again(llama, tmp_path / "other")
+    have = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": list(have)[i::2] for i in range(2)}
+    for file, names in parts.items():
+        save_file({n: have[n] for n in names}, other / file)
+    index = {"weight_map": {n: file for file, names in parts.items() for n in names}, **given}
+    (other / "model.safetensors.index.json").write_text(json.dumps(index))
+    cert = certified(other, tmp_path)
+    assert (
+        cert.headline == "PASSED"
+        and "model.safetensors.index.json with an object 'metadata'" in cert.oracle["note"]
+    )
