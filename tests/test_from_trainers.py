@@ -411,7 +411,8 @@ def test_a_tied_file_that_kept_only_the_head_is_proven_against_upstream(tied: Pa
         {"dtype": "float8_e4m3fn"},
         {"dtype": None, "torch_dtype": "torch.bfloat16"},
         {"pad_token_id": [0], "eos_token_id": "</s>"},
-        {"quantization_config": "none"},
+        {"quantization_config": "none", "experts_implementation": "grouped_mm"},
+        {"initializer_range": 1, "mlp_bias": 0, "attention_bias": 0},
     ],
     ids=str,
 )
@@ -420,6 +421,16 @@ def test_a_wrappers_class_and_settings_that_say_nothing_of_numbers_keep_neither_
 ) -> None:
     canon = convert(plan_of(again(llama, tmp_path / "other", **config)), tmp_path / "canon")
     assert zoo.verify(canon, level="logits", write=False).verdict == "passed"
+
+
+def test_a_null_that_upstreams_class_refuses_is_as_good_as_absent(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {
+        "use_cache": None,
+        "tie_word_embeddings": None,
+    }
+    (other / "config.json").write_text(json.dumps(config))
+    assert config_and_class(other)[0].tie_word_embeddings is False
 
 
 def test_a_config_that_an_editor_began_with_a_mark_is_verified(llama: Path, tmp_path: Path) -> None:

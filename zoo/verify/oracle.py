@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import re
@@ -461,7 +462,7 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
         keys = {k: v for k, v in data.items() if k != "auto_map"}
         keys["model_type"] = cls.config_class.model_type
         with its_own_errors(path):
-            config = cls.config_class.from_dict(keys)
+            config = cls.config_class.from_dict(_typed(keys, cls.config_class))
             _weights_only(config)
             try:
                 with torch.device("meta"):
@@ -471,6 +472,24 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
                 continue
         return config, cls
     raise NoUpstream(f"{path}: upstream cannot run this: " + "; ".join(dict.fromkeys(errors)))
+
+
+def _typed(keys: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """Numbers of the types that upstream's class asks for, which takes no whole number for a float (JSON has one kind of
+    number: 1 is 1.0), nor 0 for false."""
+    out = dict(keys)
+    for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ():
+        asked = {t.strip() for t in str(getattr(f.type, "__name__", f.type)).split("|")}
+        value = out.get(f.name)
+        if type(value) is int and "int" not in asked:
+            if "float" in asked:
+                out[f.name] = float(value)
+            elif "bool" in asked and value in (0, 1):
+                out[f.name] = bool(value)
+    for name, part in getattr(config_class, "sub_configs", {}).items():
+        if isinstance(out.get(name), dict):
+            out[name] = _typed(out[name], part)
+    return out
 
 
 class NoUpstream(ZooError):
