@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo.cli import cli
 from zoo.cli.inspect import look
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
@@ -505,3 +507,36 @@ def test_an_index_without_metadata_is_proven_against_upstream_which_stops_withou
         cert.headline == "PASSED"
         and "model.safetensors.index.json with an object 'metadata'" in cert.oracle["note"]
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "model-00001-of-00001.safetensors", "weights.bin"]
+)
+def test_weights_under_a_name_that_upstream_does_not_look_for_are_proven_against_it(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    other = again(llama, tmp_path / "other")
+    have = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    torch.save(have, other / name) if name.endswith(".bin") else save_file(have, other / name)
+    canon = zoo.convert(other / name if name.endswith(".bin") else other, tmp_path / "canonical")
+    for stream in (False, True)[: 1 + name.endswith("s")]:
+        cert = zoo.verify(canon, level="logits", stream=stream, write=False)
+        assert cert.headline == "PASSED" and f"upstream was given {name} alone" in cert.oracle["note"]
+
+
+def test_tensors_that_are_left_out_and_adapters_that_are_not_applied_are_said(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = again(llama, tmp_path / "other")
+    have = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    torch.save({"ema": have, "model": have, "epoch": 3}, other / "pytorch_model.bin")
+    (other / "adapter_config.json").write_text("{}")
+    notes, said = (
+        open_checkpoint(other).notes,
+        CliRunner().invoke(cli, ["convert", str(other), str(tmp_path / "c")]),
+    )
+    assert "pytorch_model.bin: the tensors under 'model' are taken, those under 'ema' left out" in notes
+    assert any("an adapter lies beside the model, and is not merged" in note for note in notes)
+    assert all(note in said.output for note in notes)

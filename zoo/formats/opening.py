@@ -58,6 +58,12 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
                     "stage3_gather_16bit_weights_on_model_save"
                 )
             ckpt.chosen = p.name if p.is_file() else None
+            if p.is_dir() and (p / "adapter_config.json").is_file() and name != "canonical":
+                ckpt.notes = (
+                    *ckpt.notes,
+                    "adapter_config.json: an adapter lies beside the model, and is not merged into it: the model's own weights are "
+                    "taken (transformers with peft installed would load the adapter's base and apply it)",
+                )
             if waits := [n for n in ckpt.carried if _points(ckpt.path(n))]:
                 ckpt.notes = (
                     *ckpt.notes,

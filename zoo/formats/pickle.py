@@ -491,6 +491,15 @@ def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Ten
             raise ZooError(
                 f"{who}: holds several sets of tensors ({', '.join(under)}); save the one that is meant alone"
             )
+        if under and notes is not None:
+            beside = [k for k, v in state.items() if k != under[0] and any(_tensors(v))]
+            notes += (
+                [
+                    f"{Path(who).name}: the tensors under {under[0]!r} are taken, those under {', '.join(map(short, beside[:5]))} left out"
+                ]
+                if beside
+                else []
+            )
         state = state[under[0]] if under else state
     if not isinstance(state, dict):
         raise ZooError(f"{who}: holds {type(state).__name__}, not a dict of tensors")
