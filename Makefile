@@ -16,7 +16,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit fuzz demo bench bench-gpu prove proofs docs clean
+.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu prove proofs docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -53,6 +53,10 @@ test: lint types unit  ## lint, types and all tests
 
 fuzz: $(VENV)/.dev  ## mutated inputs for every reader: make fuzz SECONDS=600
 	$(ONE_THREAD) $(BIN)/python fuzz/run.py --seconds $(SECONDS) -o benchmarks/results/fuzz.json
+
+fuzz-guided: $(VENV)/.dev  ## the same along zoo's branches (atheris): make fuzz-guided SECONDS=600
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) 'atheris>=3,<4'
+	$(ONE_THREAD) $(BIN)/python fuzz/guided.py --seconds $(SECONDS) -o benchmarks/results/fuzz_guided.json
 
 demo: $(VENV)/.demo  ## pull SmolLM2 135M, convert, verify against upstream, ask it a question
 	$(BIN)/zoo pull smollm2-135m --to demo/smollm2-135m

@@ -63,8 +63,8 @@ RULES = {
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,
-        *gguf.attention(interleaved=False),
         *gguf.QKV,
+        *gguf.attention(interleaved=False),  # of Hugging Face's layout, so the form to write
         *gguf.FUSED_MLP,
     ),
 }

@@ -275,8 +275,9 @@ def quantise(source: Path, method: str) -> Tensors:
         ("i8", {}, "I8 codes"),
         ("fp8", {}, "F8_E4M3 codes"),
         ("mlx", {"quantization": {"group_size": 64, "bits": 4}}, "quantization has bits 4"),
-        ("awq", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method 'awq', bits 4"),
-        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq', bits 4"),
+        ("awq", {"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv'; of AWQ zoo reads gemm"),
+        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 6}}, "bits 6; of GPTQ zoo reads 2, 3, 4 and 8"),
+        ("gptq", {"quantization_config": {"quant_method": "eetq"}}, "quant_method 'eetq'"),
     ],
 )  # fmt: skip
 def test_weights_quantised_in_a_way_that_zoo_does_not_read_are_called_that_in_one_line(

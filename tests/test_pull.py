@@ -372,7 +372,9 @@ def test_an_ambiguous_choice_is_refused_with_the_sets_and_the_flag(
     assert zoo.pull("org/eyes", tmp_path / "eyes").is_dir() and not server.requests("*mmproj*")
 
 
-def test_a_repository_that_is_no_release_shows_its_sets(server: HubServer, many: Path) -> None:
+def test_a_repository_that_is_no_release_shows_its_sets(
+    server: HubServer, many: Path, tmp_path: Path
+) -> None:
     from click.testing import CliRunner
 
     from zoo.cli.show import command
@@ -386,6 +388,9 @@ def test_a_repository_that_is_no_release_shows_its_sets(server: HubServer, many:
     assert sets["model.safetensors.index.json"]["files"] == len(list(many.glob("model-*")))
     assert sets["tiny-Q8_0.gguf"]["bytes"] == (many / "tiny-Q8_0.gguf").stat().st_size
     assert shown["architecture"]["family"]
+    out = tmp_path / "many.svg"
+    assert CliRunner().invoke(command, ["org/many", "--svg", str(out)], catch_exceptions=False).exit_code == 0
+    assert "org/many" in out.read_text(encoding="utf-8")
     text = CliRunner().invoke(command, ["org/ggufs"], catch_exceptions=False).stdout
     assert "tiny-Q8_0.gguf" in text and "Q8_0" in text and "there is no config.json" in text
     assert not server.requests("*.gguf")

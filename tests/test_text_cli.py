@@ -113,6 +113,9 @@ def test_sampling_follows_the_releases_settings_and_the_seed(
     (root / "generation_config.json").write_text(json.dumps({"top_p": 7}))
     assert main([*command, "--sample"]) == 1
     assert "top_p is '7'; expected a number above 0, up to 1" in capsys.readouterr().err
+    (root / "generation_config.json").write_text('{"top_k": Infinity}')  # found by fuzzing
+    assert main([*command, "--sample"]) == 1
+    assert "top_k is 'inf'; expected a whole number" in capsys.readouterr().err
 
 
 SMALL = (

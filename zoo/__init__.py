@@ -21,10 +21,12 @@ from zoo._version import __version__
 from zoo.errors import ZooError, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from zoo.hub import Progress
     from zoo.mapping.plan import Plan
@@ -34,18 +36,39 @@ if TYPE_CHECKING:
 
     StrPath = str | os.PathLike[str]
 
-__all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "spec", "verify"]
+__all__ = [
+    "ZooError",
+    "__version__",
+    "convert",
+    "export",
+    "load",
+    "merge",
+    "plan",
+    "pull",
+    "save",
+    "spec",
+    "verify",
+]
 
 
 @translated
 def load(
-    path: StrPath, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    path: StrPath,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    trainable: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
     """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
     [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
 
-    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). Raises ZooError
-    if `path` is no canonical checkpoint, or torch has no such device here.
+    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). `trainable`: in training
+    mode, its parameters requiring gradients, which plain torch computes; `zoo.save` makes a folder of it again. `mesh`: a
+    DeviceMesh of one axis, of ranks that share the model: each calls this, holds its part, and runs the same passes, on the
+    mesh's devices (docs/parallel.md). Raises ZooError
+    if `path` is no canonical checkpoint, or torch has no such device here, or what is to be trained is quantised or shared, or
+    so many ranks cannot share the model.
     """
     import torch
 
@@ -55,7 +78,7 @@ def load(
     wanted = dtypes.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in dtypes.values():
         raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
-    return load(path, device=device, dtype=wanted)
+    return load(path, device=device, dtype=wanted, trainable=trainable, mesh=mesh)
 
 
 @translated
@@ -91,13 +114,46 @@ def convert(
 
 
 @translated
-def export(canon: StrPath, dst: StrPath, format: str = "hf") -> Path:
+def export(canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
-    files, and the same bytes where `canon` is as it was converted. Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    files, and the same bytes where `canon` is as it was converted. Or write the GGUF `dst` (`format="gguf"`), its matrices in
+    `type` ("bf16", "q8_0", ...; None: as stored). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     from zoo.mapping.export import export
 
-    return export(canon, dst, format=format)
+    return export(canon, dst, format=format, type=type)
+
+
+@translated
+def merge(canon: StrPath, adapter: StrPath, to: StrPath) -> Path:
+    """Write the canonical folder `to`: `canon` with the PEFT adapter in the folder `adapter` merged into it; `to`.
+
+    LoRA, rsLoRA and DoRA, computed in fp32 and rounded once. Raises ZooError for another kind of adapter, one for another model, or
+    one that changes quantised weights.
+    """
+    from zoo.mapping.merge import merge
+
+    return merge(canon, adapter, to)
+
+
+@translated
+def save(
+    values: nn.Module | Mapping[str, torch.Tensor] | StrPath,
+    like: StrPath,
+    to: StrPath,
+    *,
+    dtype: str | None = None,
+) -> Path:
+    """Write values that were trained to the canonical folder `to`, with the Spec of the canonical folder `like`; `to`.
+
+    `values`: a model, the path of a torch.distributed.checkpoint folder, or tensors by name: canonical names, Hugging Face's, or those that transformers has in memory, in a
+    trainer's wrappers or not. `dtype`: what to convert them to, None: as they are. Of DTensors (FSDP2, tensor parallel) every
+    rank calls this; they are gathered one at a time, and rank 0 writes. The folder appears when it is complete, and
+    says that its values are no release's. Raises ZooError, listing by pattern what is missing, over, or of another shape or dtype.
+    """
+    from zoo.mapping.save import save
+
+    return save(values, like, to, dtype=dtype)
 
 
 @translated

@@ -11,7 +11,20 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from zoo.layout import active_params, total_params
+from zoo.order import MEANINGS, order, pattern
 from zoo.printable import count
+from zoo.sizes import (
+    BITS,
+    KV_BYTES,
+    flops_per_token,
+    horizon,
+    kv_bytes,
+    kv_bytes_per_token,
+    kv_numbers,
+    params_by_part,
+    state_bytes,
+    weight_bytes,
+)
 from zoo.spec import (
     MLP,
     Attention,
@@ -37,8 +50,8 @@ UNGATED = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu2": 
 
 
 QUESTIONS = (
-    "family", "parameters", "shape", "vocabulary", "context", "attention", "attention extras", "positions", "norm",
-    "QK-norm", "feed-forward", "KV cache", "ends",
+    "family", "parameters", "parts", "memory", "compute", "shape", "layers", "vocabulary", "context", "attention",
+    "attention extras", "positions", "norm", "QK-norm", "feed-forward", "KV cache", "ends",
 )  # fmt: skip
 """What `describe` answers, in order."""
 
@@ -52,7 +65,11 @@ def describe(spec: Spec) -> dict[str, str]:
         "family": spec.family,
         "parameters": f"{count(total)} total"
         + (f", {count(active)} active per token" if active < total else ""),
+        "parts": ", ".join(f"{part} {count(n)}" for part, n in params_by_part(spec).items()),
+        "memory": "weights " + ", ".join(f"{size(weight_bytes(spec, dtype))} in {dtype}" for dtype in BITS),
+        "compute": _compute(spec),
         "shape": f"{spec.n_layers} layers, d_model {spec.d_model:,}",
+        "layers": _layers(spec),
         "vocabulary": f"{spec.vocab_size:,}, head {'tied to the embedding' if spec.tied else 'of its own'}",
         "context": f"{spec.context_length:,} tokens",
         "attention": _each((x.mixers for x in spec.layers if x.mixers), _side_by_side, spec.n_layers),
@@ -67,34 +84,6 @@ def describe(spec: Spec) -> dict[str, str]:
     return {k: v for k, v in lines.items() if v}
 
 
-def kv_bytes_per_token(spec: Spec, itemsize: int = 2) -> int:
-    """Bytes that one more token adds to the KV cache while no window is full, at `itemsize` bytes per number.
-
-    Counts keys, values, latents and indexer keys; layers that reuse another's cache and recurrent states add none.
-    """
-    return sum(_kv_numbers(m) for m in _mixers(spec)) * itemsize
-
-
-def kv_bytes(spec: Spec, tokens: int, itemsize: int = 2) -> int:
-    """Bytes of the KV cache after `tokens` tokens; windowed layers keep no more than their window."""
-    return sum(_kv_numbers(m) * min(tokens, _horizon(m) or tokens) for m in _mixers(spec)) * itemsize
-
-
-def state_bytes(spec: Spec, itemsize: int = 2) -> int:
-    """Bytes of recurrent state, whatever the length: linear attention in fp32, convolutions at `itemsize`."""
-    size = 0
-    for m in _mixers(spec):
-        if isinstance(m, DeltaNet):
-            channels = 2 * m.n_k_heads * m.k_head_dim + m.n_v_heads * m.v_head_dim
-            size += 4 * m.n_v_heads * m.k_head_dim * m.v_head_dim + itemsize * channels * (m.conv - 1)
-        elif isinstance(m, Mamba):
-            channels = m.n_heads * m.head_dim + 2 * m.n_groups * m.state
-            size += 4 * m.n_heads * m.head_dim * m.state + itemsize * channels * (m.conv - 1)
-        elif isinstance(m, ShortConv):
-            size += itemsize * spec.d_model * (m.conv - 1)
-    return size
-
-
 def size(n: float) -> str:
     """131072 -> '128 KiB': memory, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -105,6 +94,48 @@ def size(n: float) -> str:
 
 
 # ---- parts
+
+
+def _compute(spec: Spec) -> str:
+    near, far = (flops_per_token(spec, n) for n in (1, spec.context_length))
+    at = f", {flop(far)} for the last of {spec.context_length:,}" if far > near else ""
+    return f"{flop(near)} for the first token{at}"
+
+
+def flop(n: float) -> str:
+    """15e9 -> '15 GFLOP': operations, in thousands of thousands."""
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}FLOP"
+        n /= 1000
+    return f"{n:.3g} PFLOP"
+
+
+def serving(spec: Spec, context: int, batch: int, kv_dtype: str) -> str:
+    """What `batch` sequences of `context` tokens need beside the weights."""
+    itemsize = KV_BYTES[kv_dtype]
+    cache, state = kv_bytes(spec, context, itemsize) * batch, state_bytes(spec, itemsize) * batch
+    needs = [f"KV cache {size(cache)} in {kv_dtype}"] if cache else []
+    needs += [f"recurrent state {size(state)}"] if state else []
+    text = f"{batch:,} x {context:,} tokens: " + (", ".join(needs) or "nothing")
+    return text + f"; {flop(batch * flops_per_token(spec, context))} for one token more of each"
+
+
+def _layers(spec: Spec) -> str:
+    """The order of kinds: in words, and as a strip. Nothing where all layers are alike."""
+    o = order(spec)
+    rows = [o.letters] + ([o.feeding] if o.feeding_varies else [])
+    if all(len(set(row)) == 1 for row in rows):
+        return ""
+    used = [x for x in dict.fromkeys((*o.mixers, *o.ffns)) if any(x in row for row in rows)]
+    meanings = [f"{x} {'other ' if x.islower() else ''}{MEANINGS.get(x.upper(), '?')}" for x in used]
+    told = [_strip(row) for row in rows if len(set(row)) > 1]
+    return "; feed-forwards ".join(told) + f" ({', '.join(meanings)})"
+
+
+def _strip(row: str) -> str:
+    words = pattern(row).replace("×", "x")
+    return f"{words}: {' '.join(row)}" if "(" in words else words  # a few runs need no strip
 
 
 def _mixers(spec: Spec) -> list[Mixer]:
@@ -179,6 +210,8 @@ def _extras(m: Mixer) -> str:
         out += ["biases"] if m.qkv_bias or m.out_bias else []
     if isinstance(m, Attention | LatentAttention) and m.query_scale is not None:
         out.append(_temperature(m.query_scale))
+    if isinstance(m, DeltaNet) and m.beta_scale != 1:
+        out.append(f"beta x {m.beta_scale:g}")
     if isinstance(m, Mamba):
         parts = ", ".join(f"{x:.4g}" for x in m.parts_scales)
         out += [f"state space's gate, input, B, C and dt x {parts}"] if parts else []
@@ -230,9 +263,7 @@ def _rope(r: Rope, m: Attention | LatentAttention) -> str:
     if r.backwards:
         text += ", backwards"
     if (s := r.scaling) is not None:
-        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[
-            s.kind
-        ]
+        kind = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "longrope": "LongRoPE"}.get(s.kind, s.kind)
         text += f", {kind} x{s.factor:g}" + (f" from {s.original_context:,}" if s.original_context else "")
     return text
 
@@ -296,19 +327,6 @@ def _ffn(f: MLP | MoE) -> str:
     return f"{text}; router: {', '.join(how)}"
 
 
-def _kv_numbers(m: Mixer | None) -> int:
-    """Numbers that a token adds to this mixer's cache."""
-    if isinstance(m, Attention) and m.kv_from is None:
-        return m.n_kv_heads * (m.head_dim + m.v_head_dim)
-    if isinstance(m, LatentAttention):
-        return m.kv_rank + m.rope_dim + (m.indexer.head_dim if m.indexer else 0)
-    return 0
-
-
-def _horizon(m: Mixer) -> int | None:
-    return (m.window or m.chunk) if isinstance(m, Attention) else None
-
-
 def _cache(spec: Spec) -> str:
     parts = []
     if per_token := kv_bytes_per_token(spec):
@@ -316,7 +334,7 @@ def _cache(spec: Spec) -> str:
         full = kv_bytes(spec, spec.context_length)
         parts.append(f"{size(full)} at {spec.context_length:,} tokens")
         if full < per_token * spec.context_length:
-            bounded = sum(1 for m in _mixers(spec) if _horizon(m) is not None and _kv_numbers(m))
+            bounded = sum(1 for m in _mixers(spec) if horizon(m) is not None and kv_numbers(m))
             parts.append(f"{bounded} layers keep only their window")
     if state := state_bytes(spec):
         parts.append(f"{size(state)} of recurrent state")

@@ -65,13 +65,15 @@ class RopeScaling:
     divisors: `short`, and `long`, which counts for ALL positions of a pass as soon as one of them is
     `original_context` or later. cos/sin are multiplied by `attention_factor`; with the long table by
     `long_attention_factor`, if there is one. `factor` is then how much longer the context is, for information.
+    `dynamic`: none within the `original_context`; theta would grow with the length of a text beyond, anew for each length,
+    which leaves nothing in a cache true: such a pass is refused.
     Source: arXiv 2309.00071 (YaRN), 2402.13753 (LongRoPE), Llama 3.1 model card.
 
     A text that outgrows the original context must be read anew from its first token: what a cache holds was
     computed with the short table. A pass that would mix the two is refused; `Decoder.generate` starts over.
     """
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: Literal["linear", "llama3", "yarn", "longrope", "dynamic"]
     factor: float
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -237,7 +239,8 @@ class DeltaNet:
     S = decay * S; S += k (beta (v - S^T k))^T; o = S^T q.
     `decay`: one number per head ("head", Gated DeltaNet) or one per key channel ("channel", KDA).
     `out_gate`: the normalised output is multiplied by silu or sigmoid of a gate.
-    `out_norm` is over v_head_dim.
+    `out_norm` is over v_head_dim. `beta_scale` multiplies beta, which is otherwise below 1: with 2 the state can also turn
+    against a key (negative eigenvalues, arXiv 2411.12537).
     """
 
     n_k_heads: int
@@ -248,6 +251,7 @@ class DeltaNet:
     decay: Literal["head", "channel"]
     out_gate: Literal["silu", "sigmoid"]
     out_norm: Norm
+    beta_scale: float = 1.0
     kind: Literal["delta"] = "delta"
 
 

@@ -49,7 +49,7 @@ CASE = FamilyCase(
     released_text=flat_rope,
     gguf=(
         Gguf("chatglm", gguf_fields, settings={"hidden_size": 72}, refused=({"attention.value_length": 8},)),
-        Gguf("chatglm", gguf_fields, settings={"hidden_size": 72}, weights=gguf_fused),
+        Gguf("chatglm", gguf_fields, settings={"hidden_size": 72}, weights=gguf_fused, written=False),
     ),
 )
 # fmt: on

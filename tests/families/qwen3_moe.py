@@ -52,6 +52,7 @@ CASE = FamilyCase(
             settings={"mlp_only_layers": []},
             silent={"expert_weights_norm": True, "expert_gating_func": 1, "expert_shared_count": 0},
             refused=({"expert_weights_norm": False}, {"expert_gating_func": 2}, {"leading_dense_block_count": 1}),
+            idle=("feed_forward_length",),  # of dense layers, and there are none
         ),
     ),
 )

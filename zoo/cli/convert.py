@@ -45,8 +45,14 @@ class PartOf(click.ParamType["Part"]):
     type=PartOf(),
     help="Do the k-th of n parts, other processes the others. Default: as torchrun or srun say; alone, all.",
 )
+@click.option(
+    "--like",
+    type=click.Path(path_type=Path),
+    metavar="CANON",
+    help="SRC is a trainer's folder of torch.distributed.checkpoint: its values, in the Spec of this canonical folder.",
+)
 @common
-def command(src: str, dst: Path, as_json: bool, part: Part | None, **how: Any) -> None:
+def command(src: str, dst: Path, as_json: bool, part: Part | None, like: Path | None, **how: Any) -> None:
     """Convert SRC to the canonical folder DST.
 
     SRC is a checkpoint on disk (safetensors, GGUF, PyTorch, Meta's or Mistral's own files), the name of a release,
@@ -59,6 +65,9 @@ def command(src: str, dst: Path, as_json: bool, part: Part | None, **how: Any) -
     from zoo.mapping.parts import of_process
     from zoo.pull import convert, is_local
 
+    if like is not None:
+        _saved(src, dst, like, as_json, part, **how)
+        return
     if part is None and is_local(src) and (found := of_process(os.environ)):
         part, because = found
         note(f"{part}, since {because}; --part 1/1 would convert it all")
@@ -77,3 +86,24 @@ def command(src: str, dst: Path, as_json: bool, part: Part | None, **how: Any) -
         return
     proof = "" if how["verify"] else f"; `zoo verify {path}` proves it"
     say(f"converted to {path}{proof}")
+
+
+def _saved(src: str, dst: Path, like: Path, as_json: bool, part: Part | None, **how: Any) -> None:
+    """A trainer's checkpoint."""
+    from zoo.cli._progress import Bar, Steps
+    from zoo.mapping.save import save
+
+    meaningless = ("file", "format", "family", "strict", "verify")
+    if (given := [name for name in meaningless if how.get(name)]) or part is not None:
+        raise click.UsageError(
+            f"--{(given or ['part'])[0]} says nothing of a trainer's checkpoint: leave it out with --like"
+        )
+    with Bar() as bar:
+        bar.phase("converting")
+        path = save(src, like, dst, dtype=how["dtype"], force=how["force"], progress=Steps(bar))
+    if as_json:
+        from zoo.cli.inspect import look
+
+        emit(look(path)[0])
+        return
+    say(f"converted to {path}; its values are no release's, and compared with nothing")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,28 +18,59 @@ def written_since(canon: Path) -> str | None:
     return next((f.name for f in files if f.stat().st_mtime > described), None)
 
 
+class Size(click.ParamType[int]):
+    """A number of bytes, with or without a unit of the powers of 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if (m := re.fullmatch(r"(\d+) ?([KMGT]?)B?", str(value).upper())) is None or not int(m[1]):
+            self.fail(f"{value!r} is no size; expected a number with a unit, as in 500MB or 5GB", param, ctx)
+        return int(m[1]) * int(1000 ** " KMGT".index(m[2] or " "))
+
+
 @click.command(short_help="A canonical folder back into the release")
 @click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
-    "--format", type=click.Choice(["hf", "source"]), default="hf", show_default=True,
-    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others.",
+    "--format",
+    type=click.Choice(["hf", "source", "gguf"]),
+    default="hf",
+    show_default=True,
+    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; gguf: a file for llama.cpp.",
+)
+@click.option(
+    "--type",
+    "type_",
+    metavar="TYPE",
+    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default: as the embedding is stored.",
+)
+@click.option(
+    "--max-shard-size", "shard_size", type=Size(), metavar="SIZE",
+    help="Bytes of tensors in a file, 5GB for example, where files are new. Default: 5 GB; a GGUF is one file.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace DST if it is a checkpoint.")
 @common
-def command(canon: Path, dst: Path, format: str, force: bool, as_json: bool) -> None:
+def command(
+    canon: Path, dst: Path, format: str, type_: str | None, shard_size: int | None, force: bool, as_json: bool
+) -> None:
     """Write the release that the canonical folder CANON was made of to DST: the same tensors and files, and the same
     bytes where CANON is as it was converted.
 
     After a conversion that changed the dtype, or from a GGUF, it is a new Hugging Face checkpoint.
+
+    With --format gguf DST is a file, x.gguf, or the first of a set of files.
     """
     from zoo.cli._progress import Bar, Steps
+    from zoo.formats.gguf import files_of_set
     from zoo.mapping.export import export
 
     with Bar() as bar:
         bar.phase("exporting")
-        path = export(canon, dst, format=format, force=force, progress=Steps(bar))
-    files = sorted(p.name for p in path.iterdir())
+        path = export(
+            canon, dst, format=format, type=type_, force=force, shard_size=shard_size, progress=Steps(bar)
+        )
+    files = sorted(p.name for p in path.iterdir()) if path.is_dir() else files_of_set(path.name)
     if as_json:
         emit({"path": str(path), "files": files})
         return

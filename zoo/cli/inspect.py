@@ -32,6 +32,7 @@ def command(path: Path, family: str | None, tensors: bool, as_json: bool) -> Non
         emit(about)
         return
     architecture, several = about.pop("architecture", {}), about.pop("sets", [])
+    about.pop("numbers", None)  # the architecture's lines say them
     lines = [(k.replace("_", " "), _text(v)) for k, v in about.items() if v not in (None, "", [], {})]
     say(pairs([*lines, *architecture.items()]))
     if several:
@@ -62,6 +63,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
     from zoo.errors import ZooError
     from zoo.formats import canonical, open_checkpoint, sets
     from zoo.mapping.plan import found, given
+    from zoo.sizes import numbers
 
     if canonical.detect(path):
         folder = canonical.read(path)
@@ -75,6 +77,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
             "format": f"canonical, layout version {folder.json['layout_version']}",
             "family": folder.spec.family,
             "source": _source(folder.source),
+            "values": _values(folder.source),
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
             "extras": _counts(folder.extras.values()),
@@ -115,6 +118,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
         "dtypes": _counts(r.dtype for r in refs),
     }
     if spec is not None:
+        about["numbers"] = numbers(spec)
         about["architecture"] = {k: v for k, v in describe(spec).items() if k != "family"}
     return about, refs
 
@@ -125,6 +129,14 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
     if isinstance(package := source.get("package"), dict):
         origin = {"package": f"{package.get('name')} {package.get('version')}", **origin}
     return {k: source[k] for k in ("path", "format", "naming", "dtype", "rules") if source.get(k)} | origin
+
+
+def _values(source: dict[str, Any]) -> str | None:
+    """Whose values a folder holds that are not a release's."""
+    if not (values := source.get("values")):
+        return None
+    adapter = f", adapter {values['adapter']}" if "adapter" in values else ""
+    return f"not a release's: {values.get('by')}; from {values.get('from')}{adapter}; released as {values.get('release', 'unknown')}"
 
 
 def _verdict(path: Path) -> str:

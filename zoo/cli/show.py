@@ -1,14 +1,19 @@
-"""`zoo show`: the architecture of a release, or of several side by side."""
+"""`zoo show`: the architecture of a release, or of several side by side; in words, in JSON, or drawn."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import ReleaseName, common, emit, pairs, say, terminal_width
+from zoo.cli._common import Source, common, emit, pairs, say, terminal_width
 
 if TYPE_CHECKING:
+    from zoo.draw import Facts
     from zoo.manifest import Manifest
     from zoo.spec import Spec
 
@@ -28,80 +33,215 @@ FACTS = (
 )
 
 
-@click.command(short_help="How a release is built; several side by side")
-@click.argument("names", nargs=-1, required=True, type=ReleaseName(), metavar="NAME...")
+@click.command(short_help="How a release is built; several side by side, or as a drawing")
+@click.argument("names", nargs=-1, required=True, type=Source(), metavar="NAME...")
+@click.option(
+    "--svg",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw it: a block diagram as SVG; of several, side by side, what differs underlined.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1, 2**40),
+    metavar="N",
+    help="Count the KV cache for N tokens. Default: all.",
+)
+@click.option("--batch", type=click.IntRange(1, 2**40), metavar="N", help="Of N sequences. Default: 1.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "fp8"]),
+    help="What the cache holds. Default: bf16.",
+)
 @common
-def command(names: tuple[str, ...], as_json: bool) -> None:
+def command(
+    names: tuple[str, ...],
+    svg: Path | None,
+    context: int | None,
+    batch: int | None,
+    kv_dtype: str | None,
+    as_json: bool,
+) -> None:
     """Show what is known of a release and how it is built; several are put side by side, differences marked.
 
-    NAME is a release (`zoo list`), or an owner/repo on the Hub: of one that zoo has no manifest of, its sets of weights are
-    listed, and what its config.json says.
+    NAME is a release (`zoo list`), a folder or file on disk, a config.json, or an owner/repo on the Hub: of one that zoo has
+    no manifest of, its sets of weights are listed, and what its config.json says.
     """
-    from zoo import manifest
-
-    if len(names) == 1 and (found := _repository(names[0])) is not None:
+    shown = [look(name) for name in names]
+    if context or batch or kv_dtype:
+        for s in shown:
+            s.load = (context, batch or 1, kv_dtype or "bf16")
+    if svg is not None:
+        _draw(shown, svg)
         if as_json:
-            emit(found)
-            return
-        from zoo.cli.inspect import sets_table
+            emit({"svg": str(svg), "drawn": [s.name for s in shown]})
+        else:
+            say(f"{svg}: {' and '.join(s.name for s in shown)}")
+    elif as_json:
+        out = [s.to_json() for s in shown]
+        emit(out[0] if len(out) == 1 else out)
+    elif len(shown) == 1:
+        say(pairs([*shown[0].lines().items()]))
+        if shown[0].sets:
+            from zoo.cli.inspect import sets_table
 
-        lines = [("name", found["name"]), ("from", found["from"]), *found.get("architecture", {}).items()]
-        lines += [("note", note) for note in found.get("notes", [])]
-        say(pairs(lines))
-        say()
-        say(sets_table(found["sets"]))
-        return
-    releases = [manifest.find(name) for name in names]
-    specs = [_spec(m) for m in releases]
-    if as_json:
-        shown = [_json(m, s) for m, s in zip(releases, specs, strict=True)]
-        emit(shown[0] if len(shown) == 1 else shown)
-    elif len(releases) == 1:
-        say(pairs([*_facts(releases[0]).items(), *_architecture(releases[0], specs[0]).items()]))
+            say()
+            say(sets_table(shown[0].sets))
     else:
-        columns = [_facts(m) | _architecture(m, s) for m, s in zip(releases, specs, strict=True)]
-        say(side_by_side([m.name for m in releases], columns))
+        say(side_by_side([s.name for s in shown], [s.lines() for s in shown]))
 
 
-def _repository(name: str) -> dict[str, Any] | None:
-    """What a repository holds that is no release of zoo's; None for what is one, or no owner/repo."""
+MAX_DRAWN = 4
+
+
+def _draw(shown: list[Shown], path: Path) -> None:
+    from zoo import draw
+    from zoo.errors import ZooError
+
+    if len(shown) > MAX_DRAWN:
+        raise ZooError(f"--svg: {len(shown)} names; side by side there is room for {MAX_DRAWN}")
+    for s in shown:
+        if s.spec is None:
+            why = "; ".join(s.notes) or f"zoo has no copy of its config; `zoo plan {s.name}` reads it"
+            raise ZooError(f"{s.name}: nothing to draw: {why}")
+    several = [(s.spec, s.drawn()) for s in shown if s.spec is not None]
+    text = draw.drawing(*several[0]) if len(several) == 1 else draw.side_by_side(several)
+    path.write_text(text, encoding="utf-8")
+
+
+@dataclass
+class Shown:
+    """What NAME stands for. `spec` is None where no config is known or none can be read: `notes` say why."""
+
+    name: str
+    manifest: Manifest | None = None
+    spec: Spec | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    sets: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    load: tuple[int | None, int, str] | None = (
+        None  # tokens, sequences, dtype of the cache: where they were asked for
+    )
+
+    def lines(self) -> dict[str, str]:
+        m = self.manifest
+        facts = _facts(m) if m is not None else {"name": self.name, "from": self.source}
+        if m is not None or self.spec is not None:
+            facts |= _architecture(m, self.spec)
+        if self.spec is not None and self.load is not None:
+            from zoo.describe import serving
+
+            context, batch, dtype = self.load
+            facts["serving"] = serving(self.spec, context or self.spec.context_length, batch, dtype)
+        return facts | ({"note": "\n".join(self.notes)} if self.notes else {})
+
+    def to_json(self) -> dict[str, Any]:
+        from zoo import describe, manifest, sizes
+        from zoo.layout import active_params, total_params
+
+        m = self.manifest
+        out = (
+            manifest.summary(m) | {"links": m.links}
+            if m is not None
+            else {"name": self.name, "from": self.source}
+        )
+        out |= {"sets": self.sets} if self.source.startswith("hf:") else {}
+        out |= {"notes": self.notes} if self.notes else {}
+        if self.spec is not None:
+            out |= {
+                "architecture": describe.describe(self.spec),
+                "params": {"total": total_params(self.spec), "active": active_params(self.spec)},
+                "kv_bytes_per_token": sizes.kv_bytes_per_token(self.spec),
+                "numbers": sizes.numbers(self.spec, *(self.load or ())),
+                "spec": self.spec.to_dict(),
+            }
+        return out
+
+    def drawn(self) -> Facts:
+        """What stands above its picture."""
+        from zoo import draw, families
+        from zoo.describe import describe
+
+        assert self.spec is not None
+        said = describe(self.spec)
+        lines = [said["parameters"], f"context {said['context']}"]
+        lines += [f"KV cache {said['KV cache']}"] if "KV cache" in said else []
+        family = families.families().get(self.spec.family)
+        return draw.Facts(self.name, lines, draw.ahead(self.config, family))
+
+
+def look(name: str) -> Shown:
+    """What is known of a release, what lies on disk, or a repository. Errors: it is none of them."""
     from zoo import manifest
     from zoo.errors import ZooError
 
+    path = Path(name)
+    if (
+        os.sep in name or name.endswith(".json")
+    ) and path.exists():  # ./qwen3-8b is the folder, qwen3-8b the release
+        return _on_disk(path)
     try:
-        manifest.find(name)
-        return None
+        m = manifest.find(name)
     except ZooError:
-        if name.count("/") != 1:
-            raise
+        if path.exists():
+            return _on_disk(path)
+        if name.count("/") == 1:
+            return _repository(name)
+        raise
+    config = m.config
+    return Shown(m.name, m, _spec(m, config), config or {})
+
+
+def _on_disk(path: Path) -> Shown:
+    """A canonical folder, a checkpoint in any format, or a config.json alone."""
+    from zoo import families
+    from zoo.formats import canonical, open_checkpoint
+    from zoo.formats.base import read_json
+    from zoo.mapping.plan import found
+
+    if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
+        config: Mapping[str, Any] = read_json(path, "a drawing needs a config")
+        name = path.stem.removesuffix(".config")
+        name = path.resolve().parent.name if name == "config" else name
+        return Shown(name, None, families.spec_of(config, where=str(path)), config, str(path))
+    if canonical.detect(path):
+        folder = canonical.read(path)
+        return Shown(path.resolve().name, None, folder.spec, {}, str(path))
+    ckpt = open_checkpoint(path)
+    spec = families.spec_of(ckpt.config, found(ckpt, str(path)), str(path))
+    return Shown(
+        path.resolve().stem if path.is_file() else path.resolve().name, None, spec, ckpt.config, str(path)
+    )
+
+
+def _repository(name: str) -> Shown:
+    """What a repository holds that is no release of zoo's."""
     from zoo import families, hub, remote
-    from zoo.describe import describe
+    from zoo.errors import ZooError
     from zoo.formats.base import read_json
 
     snapshot = hub.resolve(name)
-    out: dict[str, Any] = {
-        "name": name,
-        "from": f"hf:{name}, commit {snapshot.commit}",
-        "sets": [s.to_json() for s in remote.sets_of(snapshot)],
-    }
+    sets = [s.to_json() for s in remote.sets_of(snapshot)]
+    shown = Shown(name, source=f"hf:{name}, commit {snapshot.commit}", sets=sets)
     if not any(f.path == "config.json" for f in snapshot.files):
-        return out | {"notes": ["there is no config.json: a GGUF says itself what it is"]}
+        shown.notes.append("there is no config.json: a GGUF says itself what it is")
+        return shown
     try:
         at = hub.download(snapshot, ["config.json"]) / "config.json"
-        spec = families.spec_of(read_json(at, "a checkpoint needs its config"), where=f"{name}: config.json")
+        shown.config = read_json(at, "a checkpoint needs its config")
+        shown.spec = families.spec_of(shown.config, where=f"{name}: config.json")
     except ZooError as error:  # still worth showing
-        return out | {"notes": [str(error)]}
-    return out | {"architecture": describe(spec)}
+        shown.notes.append(str(error))
+    return shown
 
 
-def _spec(m: Manifest) -> Spec | None:
+def _spec(m: Manifest, config: dict[str, Any] | None) -> Spec | None:
     """From the release's config, which zoo has a copy of for most."""
     from zoo import families
 
     return (
-        None
-        if m.config is None
-        else families.spec_of(m.config, families.get(m.family), f"{m.name}: config.json")
+        None if config is None else families.spec_of(config, families.get(m.family), f"{m.name}: config.json")
     )
 
 
@@ -110,6 +250,7 @@ def _facts(m: Manifest) -> dict[str, str]:
 
     published = f"{count(m.params_total)} total" if m.params_total else ""
     published += f", {count(m.params_active)} active" if m.params_active else ""
+    published += f" ({m.params_convention})" if published and m.params_convention else ""
     facts = {
         "name": m.name,
         "also called": ", ".join(m.aliases),
@@ -126,10 +267,11 @@ def _facts(m: Manifest) -> dict[str, str]:
     return {k: v for k, v in facts.items() if v}
 
 
-def _architecture(m: Manifest, spec: Spec | None) -> dict[str, str]:
+def _architecture(m: Manifest | None, spec: Spec | None) -> dict[str, str]:
     from zoo.describe import describe
 
     if spec is None:
+        assert m is not None
         return {
             "family": m.family,
             "architecture": f"zoo has no copy of its config; `zoo plan {m.name}` reads it",
@@ -140,28 +282,13 @@ def _architecture(m: Manifest, spec: Spec | None) -> dict[str, str]:
     return describe(spec) | ({"disputed": disputed} if disputed else {})
 
 
-def _json(m: Manifest, spec: Spec | None) -> dict[str, Any]:
-    from zoo import describe, manifest
-    from zoo.layout import active_params, total_params
-
-    out = manifest.summary(m) | {"links": m.links}
-    if spec is not None:
-        out |= {
-            "architecture": describe.describe(spec),
-            "params": {"total": total_params(spec), "active": active_params(spec)},
-            "kv_bytes_per_token": describe.kv_bytes_per_token(spec),
-            "spec": spec.to_dict(),
-        }
-    return out
-
-
 def side_by_side(names: list[str], columns: list[dict[str, str]]) -> str:
     """A column per release; rows in which they differ begin with *."""
     import textwrap
 
     from zoo.describe import QUESTIONS
 
-    keys = [key for key in (*FACTS, *QUESTIONS) if any(key in column for column in columns)]
+    keys = [key for key in (*FACTS, *QUESTIONS, "serving") if any(key in column for column in columns)]
     left = max(map(len, keys)) + 4
     each = max(24, (min(200, terminal_width()) - left) // len(columns) - 2)
     lines = [" " * left + "  ".join(n.ljust(each) for n in names).rstrip()]

@@ -22,6 +22,7 @@ from zoo.spec import Spec
 
 JSON = "zoo.json"
 SOURCE = "source.zip"  # headers of the released files, for export
+VALUES = "values"  # the source's format, of a folder whose values are not those of a release: `source.values` says whose
 
 
 @dataclass
@@ -154,6 +155,11 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     package = source.get("package") or {}
     if not isinstance(package, dict) or not all(_short_text(package.get(k)) for k in ("name", "version")):
         raise ValueError("the source's package should have a name and a version")
+    values = source.get("values", {})
+    if not isinstance(values, dict) or not all(
+        isinstance(v, str) and _short_text(v) for v in values.values()
+    ):
+        raise ValueError("source.values should be short texts")
     files = source.get("files", {})
     if not isinstance(files, dict) or not all(type(n) is int and n >= 0 for n in files.values()):
         raise ValueError("source.files should be sizes of files, in bytes")

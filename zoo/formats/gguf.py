@@ -66,7 +66,7 @@ def detect(path: Path) -> bool:
 
 def open(path: Path) -> Checkpoint:
     """Open a GGUF file, the first file of a split set, or a folder that holds one of either."""
-    root, names = (path.parent, _set_of(path.name)) if path.is_file() else (path, _files_of(path))
+    root, names = (path.parent, files_of_set(path.name)) if path.is_file() else (path, _files_of(path))
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
     metadata: dict[str, Any] = {}
@@ -98,13 +98,13 @@ def _files_of(folder: Path) -> list[str]:
     names = [n for n in named(folder, "*.gguf") if "mmproj" not in n]
     if not names:
         raise ZooError(f"{folder}: no *.gguf here")
-    first = _set_of(names[0])
+    first = files_of_set(names[0])
     if set(names) - set(first):
         raise sets.which(str(folder), [s for s in sets.here(folder) if s.name.endswith(".gguf")])
     return first
 
 
-def _set_of(name: str) -> list[str]:
+def files_of_set(name: str) -> list[str]:
     """The files of the split set that `name` belongs to: `x-00001-of-00003.gguf` and so on."""
     if (m := _SPLIT.fullmatch(name)) is None:
         return [name]

@@ -14,6 +14,7 @@ from typing import Any
 
 from zoo import families
 from zoo.errors import ZooError
+from zoo.families import Family
 from zoo.formats.base import TensorRef
 from zoo.formats.gguf_fields import Fields, Tables
 from zoo.soundness import layer_count
@@ -29,23 +30,44 @@ def config(
     no family names, and for a field that nobody reads and that is not neutral."""
     arch = metadata.get("general.architecture")
     named = families.naming_gguf(arch, where)
-    for family, reading in named:
-        f = Fields(metadata, tensors, tables, where)
-        with families.blamed(family, where, "model"):
-            out = {
-                "architectures": [family.architectures[0]],
-                "model_type": family.model_types[0],
-                **_shared(f),
-            }
-            if (own := reading(f, out)) is not None:
-                if "hidden_activation" in own:  # the same thing, under the name that family has for it
-                    del out["hidden_act"]
-                f.judge_the_rest(out | own)
-                return out | own
+    for family, _ in named:
+        out = _read(family, arch, Fields(metadata, tensors, tables, where))
+        if out is not None:
+            return out
     asked = ", ".join(family.name for family, _ in named)
     raise ZooError(
         f"{where}: a GGUF of architecture {arch!r}, but of a kind that no family of it knows (asked: {asked})"
     )
+
+
+def asked(
+    family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, TensorRef], tables: Tables, where: str
+) -> tuple[dict[str, Any], set[str]]:
+    """config.json as `family` reads it off these fields, and the keys that it asked for: what it has not asked for is not
+    judged. For `gguf_out`."""
+    f = Fields(metadata, tensors, tables, where)
+    out = _read(family, f.arch, f, judge=False)
+    if out is None:
+        raise ZooError(f"{where}: family {family.name} does not know this kind of GGUF architecture {f.arch}")
+    f.judge_tables()
+    return out, f.read
+
+
+def _read(family: Family, arch: Any, f: Fields, judge: bool = True) -> dict[str, Any] | None:
+    """What the family makes of a file's fields; None if it is of a kind that the family does not know."""
+    with families.blamed(family, f.where, "model"):
+        out = {
+            "architectures": [family.architectures[0]],
+            "model_type": family.model_types[0],
+            **_shared(f),
+        }
+        if (own := family.gguf[arch](f, out)) is None:
+            return None
+        if "hidden_activation" in own:  # the same thing, under the name that family has for it
+            del out["hidden_act"]
+        if judge:
+            f.judge_the_rest(out | own)
+        return out | own
 
 
 def _shared(f: Fields) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class Fields:
         for key in keys:
             if key not in self.read and key not in _SILENT and not key.startswith(_VISION):
                 self.expect(key, *neutral.get(key, ()))
+        self.judge_tables()
+
+    def judge_tables(self) -> None:
+        """Refuse tensors of constants that were not read."""
         for name in self.tables:
             if name not in self.tables_read:
                 raise ZooError(

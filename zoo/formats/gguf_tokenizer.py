@@ -11,7 +11,7 @@ The splits are facts about the tokenizers, as published in their tokenizer.json;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
@@ -68,6 +68,17 @@ _NFC = ("qwen2",)
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken", "gpt-4o", "llama4")
 # These vocabularies begin every text with `bos` even where a file does not say so.
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken", "deepseek-v3")
+
+
+def splits() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """llama.cpp's names for ways to split text, with the steps of each as a tokenizer.json has them."""
+    for name in _PRE:
+        yield name, _steps(name)
+
+
+def ignores_merges(pre: str) -> bool:
+    """Whether a word that is a token itself stays whole."""
+    return pre in _IGNORE_MERGES
 
 
 def files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -175,17 +186,21 @@ def _frame(fields: Mapping[str, Any], model: dict[str, Any], **steps: Any) -> di
     } | steps  # fmt: skip
 
 
-def _byte_level(fields: Mapping[str, Any]) -> dict[str, Any]:
-    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    pre = fields["pre"]
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def _steps(pre: str) -> list[dict[str, Any]]:
     split = _PRE[pre]
-    if isinstance(split[0], str):
-        steps = [
-            {"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in split
-        ]
-        steps.append(whole)
-    else:
-        steps = [{**whole, **s} if s["type"] == "ByteLevel" else dict(s) for s in split]
+    if not isinstance(split[0], str):
+        return [{**_BYTES, **s} if s["type"] == "ByteLevel" else dict(s) for s in split]
+    return [
+        *({"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in split),
+        dict(_BYTES),
+    ]
+
+
+def _byte_level(fields: Mapping[str, Any]) -> dict[str, Any]:
+    pre = fields["pre"]
     return _frame(
         fields,
         {
@@ -194,8 +209,8 @@ def _byte_level(fields: Mapping[str, Any]) -> dict[str, Any]:
             "ignore_merges": pre in _IGNORE_MERGES,
         },
         normalizer={"type": "NFC"} if pre in _NFC else None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
-        decoder={**whole, "use_regex": True},
+        pre_tokenizer={"type": "Sequence", "pretokenizers": _steps(pre)},
+        decoder={**_BYTES, "use_regex": True},
     )
 
 

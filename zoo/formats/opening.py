@@ -77,6 +77,11 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise ZooError(
             f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
         )
+    if p.is_dir() and (p / ".metadata").is_file():
+        raise ZooError(
+            f"{p}: a trainer's folder of torch.distributed.checkpoint, which has no config: `zoo convert {p} DST --like CANON`, CANON "
+            "being the canonical folder of the model that was trained"
+        )
     if p.is_dir() and (deeper := [s for s in sets.here(p) if "/" in s.files[0]]):
         shown = ", ".join(map(str, deeper[:8])) + (f" and {len(deeper) - 8} more" if len(deeper) > 8 else "")
         raise sets.Ambiguous(
@@ -156,8 +161,8 @@ def refuse_adapter(path: Path) -> None:
         told = read_json(root / "adapter_config.json", "it describes an adapter")
         base, kind = told.get("base_model_name_or_path"), told.get("peft_type", "LORA")
         raise ZooError(
-            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: merge it into that first (peft: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), and convert the result"
+            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: convert that, and "
+            f"merge this into it (`zoo merge CANON {root} DST`)"
         )
 
 

@@ -17,6 +17,7 @@ from zoo.kernels.launch import Kernel, ceil_div, triton
 from zoo.quant.fp8 import scale_grid
 from zoo.quant.host import check_shape
 from zoo.quant.schemes import block_size
+from zoo.quant.schemes import scheme as named
 
 if triton is not None:
     import triton.language as tl
@@ -73,6 +74,8 @@ def quantised(
     scheme: str, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None = None
 ) -> Weight | None:
     """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`)."""
+    if named(scheme).module:
+        return None
     codes, scale = components["weight"], components["scale"]
     if not codes.is_contiguous() or not scale.is_contiguous():
         return None

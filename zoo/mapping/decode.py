@@ -6,6 +6,7 @@ here hold bit patterns: numpy has no bf16, so every element of 2 bytes is a uint
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -18,8 +19,9 @@ import numpy as np
 
 from zoo import libc
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, TensorRef
+from zoo.formats.base import FLOATS, ITEMSIZE, TensorRef
 from zoo.quant import host
+from zoo.quant.base import Component, Scheme
 from zoo.quant.floats import bits, exponents, from_float, to_fp32
 from zoo.quant.schemes import block_size, scheme
 
@@ -244,6 +246,109 @@ class Quantised:
         if ref.dtype in ("U8", "F8_E8M0"):
             return exponents(raw).reshape(shape)
         return np.asarray(to_fp32(raw.view(bits(ref.dtype)), ref.dtype), np.float32).reshape(shape)
+
+
+@dataclass
+class Formula:
+    """As `Quantised`, of a scheme that is a formula (see `zoo.quant`). Elements are in the order of the released tensor's axes;
+    a line is what lies along the last of them: a row of the weight or, where the inputs come first, a column."""
+
+    codes: TensorRef
+    others: dict[str, TensorRef]
+    how: Scheme
+    shape: tuple[int, ...]  # logical: [.., out, in], or [.., in, out]
+    files: Files
+    dtype: str
+    chunk = 1 << 20
+    most = MADE
+
+    @functools.cached_property
+    def step(self) -> int:
+        """Lines that belong together: those of a word of codes and, where they are rows, of a block of anything else."""
+        units = [c.unit for c in self.how.components if c.unit is not None]
+        return units[0][1] if self.how.turned else math.lcm(*(u[0] or 1 for u in units))
+
+    @property
+    def grain(self) -> int:
+        return self.step * self.shape[-1]
+
+    def read(self, at: int, n: int) -> Array:
+        *_, lines, width = self.shape
+        first, last = at // width, -(-(at + n) // width)
+        pieces = []
+        for matrix in range(first // lines, -(-last // lines)):
+            top = matrix * lines
+            pieces.append(self._lines(matrix, max(first - top, 0), min(last - top, lines)))
+        x = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        start = at - first * width
+        return x.reshape(-1)[start : start + n]
+
+    def _lines(self, matrix: int, begin: int, end: int) -> Array:
+        """Lines [begin, end) of one matrix."""
+        low, high = begin // self.step * self.step, min(-(-end // self.step) * self.step, self.shape[-2])
+        group, at = self.how.group, 0
+        found: dict[str, Array] = {}
+        groups = (low // group, -(-high // group)) if group else (0, 1)
+        if (order := self.others.get("order")) is not None:
+            which = self._read(order, (0, order.size), (order.size,))
+            if self.how.turned:  # of the columns that are read, and of the groups only those that they are of
+                which = which[low:high]
+                groups = int(which.min()), int(which.max()) + 1
+                which = which - groups[0]
+            found["order"] = which
+        elif self.how.turned and group:
+            at = low % group
+        for name, ref in {"weight": self.codes, **self.others}.items():
+            part = self.how.component(name)
+            if name == "order":
+                continue
+            if part.unit is None:
+                found[name] = self._constant(ref, matrix)
+            elif not self.how.turned:
+                found[name] = self._part(ref, part, matrix, _stored(part, 0, low, high))
+            elif name == "weight":
+                found[name] = self._part(ref, part, matrix, _stored(part, 1, low, high))
+            else:
+                found[name] = self._part(ref, part, matrix, groups)
+        out = host.by_formula(self.how, found, self.dtype, self.codes.name, int(not self.how.turned), at)
+        return out[begin - low : end - low]
+
+    def _part(self, ref: TensorRef, part: Component, matrix: int, lines: tuple[int, int]) -> Array:
+        """Those lines of a matrix' component."""
+        axis = len(self.shape) - 2
+        if not 0 <= lines[0] <= lines[1] <= ref.shape[axis]:
+            raise ZooError(
+                f"{self.codes.name}: its {part.name} {ref.name} has {ref.shape[axis]} lines; some up to {lines[1]} are asked for"
+            )
+        rest = ref.shape[axis + 1 :]
+        first, n = matrix * ref.shape[axis] + lines[0], lines[1] - lines[0]
+        each = math.prod(rest)
+        x = self._read(ref, (first * each, (first + n) * each), (n, *rest))
+        return x[:, None] if part.axes == "o" else x
+
+    def _constant(self, ref: TensorRef, matrix: int) -> Array:
+        """Of a stack, the matrix' own where each has one."""
+        x = self._read(ref, (0, ref.size), ref.shape)
+        n = math.prod(self.shape[:-2])
+        return x.reshape(n)[matrix : matrix + 1] if n > 1 and x.size == n else x
+
+    def _read(self, ref: TensorRef, span: tuple[int, int], shape: tuple[int, ...]) -> Array:
+        """Elements of a tensor: floats as fp32, codes as they are."""
+        size = ITEMSIZE[ref.dtype]
+        raw = self.files(ref.file, ref.offset + span[0] * size, (span[1] - span[0]) * size)
+        if ref.dtype in FLOATS:
+            return np.asarray(to_fp32(raw.view(bits(ref.dtype)), ref.dtype), np.float32).reshape(shape)
+        if ref.dtype == "F8_E4M3":
+            return host.e4m3()[raw].reshape(shape)
+        kinds = {"I8": np.int8, "I32": np.int32, "U32": np.int32, "I64": np.int64}
+        return raw.view(kinds.get(ref.dtype, np.uint8)).reshape(shape)
+
+
+def _stored(part: Component, axis: int, low: int, high: int) -> tuple[int, int]:
+    """The lines of a component that belong to logical lines [low, high)."""
+    assert part.unit is not None
+    unit, per = part.unit[axis], part.per[axis]
+    return (low // unit * per, -(-high // unit) * per) if unit else (0, per)
 
 
 def bad_scales(ref: TensorRef, files: Files) -> str | None:

@@ -66,6 +66,7 @@ from zoo.mapping.parts import Part, Shared, shares
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
 from zoo.printable import printable
+from zoo.quant.schemes import scheme
 
 log = logging.getLogger("zoo")
 
@@ -217,9 +218,7 @@ class Mover:
                     n = self._copy(move) if isinstance(move, Copy) else self._rearrange(move)
                     with lock:
                         queues.done(move)
-                        self.n_done += n
-                        if self.progress is not None:
-                            self.progress(self.n_done, self.total)
+                        self.report(n)
                 except BaseException as e:
                     stop.set()
                     errors.append(e)
@@ -244,6 +243,12 @@ class Mover:
                     f"{self.folder.dst}: {first.strerror}; what is written so far is kept, run again to go on"
                 ) from first
             raise first
+
+    def report(self, n: int) -> None:
+        """`n` more bytes are written."""
+        self.n_done += n
+        if self.progress is not None:
+            self.progress(self.n_done, self.total)
 
     def _copy(self, c: Copy) -> int:
         with self._writing[c.dst]:
@@ -536,6 +541,8 @@ class Execution:
         files = decode.Files(self.mover.source)
         if o.scheme is not None:
             others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
+            if (how := scheme(o.scheme)).module:
+                return decode.Formula(ref, others, how, o.fits[k].shape, files, o.dtype)
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
         dtype = "F32" if o.fits[k].plus_one else o.dtype
         blocks = ref.dtype not in ITEMSIZE

@@ -14,30 +14,31 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zoo import families
 from zoo._version import __version__
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_below, inside, kept_as, place_of
-from zoo.formats.canonical import JSON, SOURCE, Canonical, read
+from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, read
 from zoo.formats.pickle import directory_size
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.formats.wrapped import unwrapped
-from zoo.layout import layout
+from zoo.layout import Slot, layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import Output, Plan, compile_rule, match
-from zoo.mapping.rules import Fit, respell
+from zoo.mapping.rules import Fit, Rule, respell
 from zoo.quant.schemes import scheme
 
-FORMATS = ("hf", "source")
+FORMATS = ("hf", "source", "gguf")
 MAX_KEPT = 1 << 28
 """Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
 MAX_DIRECTORY = 1 << 22
@@ -70,24 +71,32 @@ def export(
     dst: str | os.PathLike[str],
     format: str = "hf",
     *,
+    type: str | None = None,
     force: bool = False,
-    shard_size: int = SHARD,
+    shard_size: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Path:
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only). `shard_size` counts where files are new. Raises ZooError if `canon` holds only some layers,
+    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned.
+    `shard_size`: bytes of tensors in a file, where files are new. Raises ZooError if `canon` holds only some layers,
     if its rules have changed since, or as `Folder` does.
     """
     if format not in FORMATS:
         raise ZooError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    if format == "gguf":
+        from zoo.mapping.export_gguf import export_gguf
+
+        return export_gguf(canon, dst, type, force=force, shard_size=shard_size or 0, progress=progress)[0]
+    if type is not None:
+        raise ZooError(f"a type ({type}) is of GGUF; `zoo convert --dtype` changes what a folder holds")
     c = read(canon)
     if c.layers is not None:
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
     try:
-        job = _job(c, format, shard_size)
+        job = _job(c, format, shard_size or SHARD)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
@@ -159,7 +168,7 @@ def _job(c: Canonical, format: str, shard_size: int) -> _Job:
     kept = _kept(c)
     headers = {n.removeprefix("headers/"): raw for n, raw in kept.items() if n.startswith("headers/")}
     same_names = source["naming"] == "hf" or format == "source"
-    if same_names and source.get("dtype") is None:
+    if same_names and source.get("dtype") is None and source["format"] != VALUES:
         if headers:
             return _as_released(c, family, headers, kept)
         if source["format"] in HEADED:
@@ -170,13 +179,15 @@ def _job(c: Canonical, format: str, shard_size: int) -> _Job:
         raise ZooError(
             f"{c.root}: the released files cannot be made again ("
             + (
-                f"converted to {source['dtype']}"
+                "it holds other values"
+                if source["format"] == VALUES
+                else f"converted to {source['dtype']}"
                 if source.get("dtype")
                 else f"they were {source['format']} files"
             )
             + '); export with format "hf"'
         )
-    return _as_new(c, family, shard_size)
+    return _as_new(c, family, shard_size, _released(headers, c))
 
 
 def _carried(c: Canonical) -> list[str]:
@@ -258,8 +269,20 @@ def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> 
     return plan
 
 
-def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
-    """A checkpoint in Hugging Face names, from what the canonical tensors are now."""
+def _released(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
+    """The names of the tensors that were released, as far as they are known."""
+    names = set[str]()
+    for file, raw in headers.items():
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise ZooError(f"{c.root / SOURCE}: {file}: header is not a JSON object; convert again")
+        names |= {full_name(file, n) for n in header if n != "__metadata__"}
+    return set(plain.values()) if (plain := unwrapped(names)) else names
+
+
+def _as_new(c: Canonical, family: Family, shard_size: int, released: Collection[str] = ()) -> _Job:
+    """A checkpoint in Hugging Face names, those that were `released` where a tensor may have several, from what the canonical
+    tensors are now."""
     if "hf" not in family.rules:
         raise ZooError(f"family {family.name} has no Hugging Face names; it has {', '.join(family.rules)}")
     source, rules = c.source, family.rules["hf"]
@@ -267,7 +290,7 @@ def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
     prefix = tuple((a, b) for a, b in source["prefix"]) if from_hf else rules.prefixes[0]
     outputs: dict[str, Output] = {}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    for o in _outputs(c, family, respell(rules, prefix)):
+    for o in _outputs(c, family, respell(rules, prefix), released):
         outputs[o.name] = o
         tensors += [(name, o.dtype, fit.shape) for name, fit in zip(o.sources, o.fits)]
     extras = [n for n in c.extra_tensors if from_hf]  # of other files they have no name here
@@ -286,37 +309,49 @@ def _as_new(c: Canonical, family: Family, shard_size: int) -> _Job:
     return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried)
 
 
-def _outputs(c: Canonical, family: Family, spell: Any) -> Iterator[Output]:
-    """Canonical tensors with the names and shapes of the first rule that applies to each."""
+def _outputs(c: Canonical, family: Family, spell: Any, released: Collection[str] = ()) -> Iterator[Output]:
+    """Canonical tensors with the names and shapes of the first rule that applies to each; of several that do, of the first
+    whose names were released."""
     rules = family.rules["hf"]
     for slot in layout(c.spec).values():
         layer = None if slot.layer is None else c.spec.layers[slot.layer]
-        how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
         reason = "no rule fills it"
+        first: list[Output] = []
         for rule in rules.by_key.get(slot.key, ()):
             if rule.when is not None and not rule.when(layer, c.spec):
                 continue
-            made: list[Output] = []
             try:
-                for part in scheme(how).components if how else (None,):
-                    name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
-                    if (ref := c.tensors.get(name)) is None:
-                        continue  # an optional component
-                    recipe = compile_rule(rule, slot, c.spec, spell, 1, part)
-                    if part is not None and part.unit is None and recipe.shape != ref.shape:
-                        # a constant of each released tensor, which is a list there: an int4 weight's shape, a scale [1]
-                        recipe = compile_rule(rule, slot, c.spec, spell, 1, part, ref.shape[-1:])
-                    sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
-                    if recipe.shape != ref.shape:
-                        raise ZooError(f"{name} is {list(ref.shape)}, expected {list(recipe.shape)}")
-                    made.append(Output(name, ref.dtype, recipe.shape, slot.layer, sources, recipe.fits))
+                made = list(by_rule(c, rule, slot, spell))
             except (ZooError, IndexError) as e:
                 reason = str(e) or "its codes have no name there"
                 continue
-            yield from made
-            break
-        else:
+            first = first or made
+            if all(name in released for o in made for name in o.sources):
+                first = made
+                break
+            if not released:
+                break
+        if not first:
             raise ZooError(f"{c.root}: {slot.name} has no Hugging Face form: {reason}; convert with --dtype")
+        yield from first
+
+
+def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
+    """A canonical tensor, or the components of a quantised one, by this rule. Raises ZooError or IndexError if it does not
+    apply."""
+    how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
+    for part in scheme(how).components if how else (None,):
+        name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
+        if (ref := c.tensors.get(name)) is None:
+            continue  # an optional component
+        recipe = compile_rule(rule, slot, c.spec, spell, 1, part)
+        if part is not None and part.unit is None and recipe.shape != ref.shape:
+            # a constant of each released tensor, which is a list there: an int4 weight's shape, a scale [1]
+            recipe = compile_rule(rule, slot, c.spec, spell, 1, part, ref.shape[-1:])
+        sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
+        if recipe.shape != ref.shape:
+            raise ZooError(f"{name} is {list(ref.shape)}, expected {list(recipe.shape)}")
+        yield Output(name, ref.dtype, recipe.shape, slot.layer, sources, recipe.fits)
 
 
 def _config(c: Canonical) -> bytes:

@@ -27,9 +27,11 @@ from zoo.formats import sets
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
+from zoo.mapping.moves import restride
 from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Stack, Target, Transpose, respell
 from zoo.quant import foreign
-from zoo.quant.schemes import CACHE_SCALE, Component, Scheme, detect, grid
+from zoo.quant.base import Component, Scheme, Unread, grid
+from zoo.quant.schemes import CACHE_SCALE, detect
 from zoo.spec import Layer, Spec
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -257,6 +259,10 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             break
     assert best is not None
     if best.n_problems:
+        if best.unread:
+            raise ZooError(
+                f"{ckpt.root}: its weights are quantised in a way which zoo does not read: {best.unread}: {PLAIN}"
+            )
         if (what := _coded(ckpt, best)) is not None:
             raise ZooError(
                 f"{ckpt.root}: its weights are quantised as {what}, which zoo does not read: {PLAIN}"
@@ -369,6 +375,7 @@ class Match:
     )  # what is wrong: (tensor, where)
     problems: list[str] = field(default_factory=list)  # anything else, one line each
     codes: list[str] = field(default_factory=list)  # tensors of codes that nothing here reads
+    unread: str = ""  # why weights that are quantised are not read at all
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
 
@@ -381,7 +388,7 @@ class Match:
     @property
     def n_problems(self) -> int:
         listed = sum(map(len, self.missing.values())) + sum(map(len, self.misshapen.values()))
-        return listed + len(self.unexpected) + len(self.problems)
+        return listed + len(self.unexpected) + len(self.problems) + bool(self.unread)
 
 
 def match(
@@ -456,7 +463,11 @@ class _Matcher:
         key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
         if (found := self.recipes.get(key)) is None:
             try:
-                if part is None or self.dtype is None:
+                if part is None:
+                    found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks)
+                    if scheme is not None and scheme.turned:
+                        found = replace(found, fits=tuple(_stored(fit, "io") for fit in found.fits))
+                elif self.dtype is None:
                     found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks, part, own)
                 else:  # to be dequantised, tensor by tensor: how they are fused then is no matter
                     found = beside(compile_rule(rule, slot, self.spec, self.spell, self.n_ranks), part, own)
@@ -487,6 +498,9 @@ class _Matcher:
                 leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
                 try:
                     scheme = detect(leaf, self.tensors, self.config)
+                except Unread as e:
+                    self.out.unread = self.out.unread or str(e)
+                    return None
                 except ZooError as e:
                     reasons.append(str(e))
                     self.out.codes.append(leaf)
@@ -522,6 +536,10 @@ class _Matcher:
             self.add(slot.name, slot, recipe, sources, None)
             return
         if self.dtype is None:
+            if scheme.kept:
+                self.out.problems.append(
+                    f"{slot.name}: {sources[0]} is quantised ({scheme.name}), {scheme.kept}; convert with --dtype"
+                )
             if not slot.multiplies:
                 self.out.problems.append(
                     f"{slot.name}: {sources[0]} is quantised ({scheme.name}), which only linear maps can be run as; convert "
@@ -535,13 +553,16 @@ class _Matcher:
                 continue  # if it is there all the same, no rule uses it, which is said
             if isinstance(found, str):
                 self.out.problems.append(found)
-                self.used.update(name for s in sources for p in scheme.components for name in p.names(s))
+                self.use(slot, rule, n, scheme)
                 return
             names = found.sources(slot.layer, self.tensors)
             if part.optional and not any(name in self.tensors for name in names):
                 continue
             name = f"{slot.name.removesuffix('.weight')}.{part.name}"
+            n_before = len(self.out.problems)
             if not self.add(name, slot, found, names, part, keep=self.dtype is None):
+                if len(self.out.problems) == n_before and name not in self.out.missing:
+                    self.use(slot, rule, n, scheme)
                 if self.dtype is None and self.fits_released(rule, slot, part):
                     self.out.problems.append(
                         f"{slot.name}: its {part.name}s fit the released tensors, but not as these are arranged here; convert "
@@ -551,7 +572,9 @@ class _Matcher:
             components[part.name] = tuple(names)
         if self.dtype is None:
             return
-        logical = self.recipe(rule, n, slot, None, None)  # fits in logical elements, of the rule's own names
+        logical = self.recipe(
+            rule, n, slot, scheme, None
+        )  # fits in logical elements, of the rule's own names
         if isinstance(logical, str):
             self.out.problems.append(logical)
             return
@@ -559,6 +582,12 @@ class _Matcher:
         self.out.outputs[slot.name] = Output(
             slot.name, self.dtype, slot.shape, slot.layer, codes, logical.fits, scheme.name, components
         )
+
+    def use(self, slot: Slot, rule: Rule, n: int, scheme: Scheme) -> None:
+        """None of the components of a weight is unexpected, though one of them has another shape."""
+        plain = self.recipe(rule, n, slot, None, None)
+        leaves = [] if isinstance(plain, str) else plain.sources(slot.layer, ())
+        self.used.update(name for leaf in leaves for part in scheme.components for name in part.names(leaf))
 
     def fits_released(self, rule: Rule, slot: Slot, part: Component) -> bool:
         """Whether such components have the shapes that the released tensors ask for."""
@@ -677,7 +706,7 @@ def compile_rule(
                     f"parts of {'/'.join(map(str, slot.parts))} rows in one tensor are no whole blocks of {unit[0]}: one "
                     "scale would stand for rows of two; convert with --dtype"
                 )
-            if part.trailing and _transposes(rule.expr):
+            if (part.trailing or part.axes != "oi") and transposes(rule.expr):
                 raise ZooError("its blocks run along the input axis and cannot be transposed as they are")
     target = Target(
         Box.whole(shape), parts, slot.parts, axis, layer, spec,
@@ -692,7 +721,19 @@ def compile_rule(
     leaves = [spell(f.name) for f in fits]
     if part is None:
         return Recipe(("\n".join(leaves),), shape, fits)
+    if part.unit is not None and part.axes != "oi":
+        fits = tuple(_stored(fit, part.axes) for fit in fits)
     return Recipe(_spelled(leaves, part), shape, fits)
+
+
+def _stored(fit: Fit, axes: str) -> Fit:
+    """The fit of a tensor [..., out, in] for one that is released with other axes (see `Component`)."""
+    if axes == "o":
+        return replace(fit, shape=fit.shape[:-1])
+    *lead, rows, columns = fit.shape
+    strides = [math.prod(fit.shape[k + 1 :]) for k in range(len(lead))]
+    box = restride(fit.source, fit.shape, (*strides, 1, rows))
+    return replace(fit, shape=(*lead, columns, rows), source=box)
 
 
 def _spelled(leaves: list[str], part: Component) -> tuple[str, ...]:
@@ -714,9 +755,11 @@ def beside(plain: Recipe, part: Component, own: tuple[int, ...]) -> Recipe:
     if part.unit is not None:
         for k, (*lead, rows, columns) in enumerate(shapes):
             (n,), rest = grid(part, (rows,), columns)
-            shapes[k] = (*lead, n, *rest)
-            if part.name == "weight" and columns % part.unit[1]:
-                raise ZooError(f"rows of {columns} elements do not divide into blocks of {part.unit[1]}")
+            shapes[k] = part.released((*lead, n, *rest))
+            if part.name == "weight" and (columns % part.unit[1] or rows % part.unit[0]):
+                raise ZooError(
+                    f"{rows} rows of {columns} elements do not divide into blocks of {part.unit[0]} x {part.unit[1]}"
+                )
     fits = tuple(replace(fit, shape=shape) for fit, shape in zip(plain.fits, shapes))
     return Recipe(_spelled(plain.names[0].split("\n"), part), plain.shape, fits)
 
@@ -729,7 +772,7 @@ def _within(expr: Expr) -> Iterator[Expr]:
             yield from _within(inner)
 
 
-def _transposes(expr: Expr) -> bool:
+def transposes(expr: Expr) -> bool:
     return any(isinstance(e, Transpose) for e in _within(expr))
 
 

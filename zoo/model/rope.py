@@ -27,7 +27,7 @@ def inverse_frequencies(rope: Rope, device: torch.device | str | None = None, fa
         freqs[rope.turning :] = 0.0
     s = rope.scaling
     match s:
-        case None:
+        case None | RopeScaling(kind="dynamic"):
             return freqs
         case RopeScaling(kind="linear"):
             return freqs / s.factor

@@ -1,19 +1,22 @@
-"""Quantised weights: described in `schemes` (no tensor library), dequantised in a module per scheme.
+"""Quantised weights: a file per scheme says what it is called, which tensors it has, and what they stand for.
 
-`dequantise` chooses the module by the scheme's name. Each has
+`schemes` finds them. The formula of a scheme (its `values`) is written once, for numpy and torch alike (`packed`): a conversion
+evaluates it in numpy, a piece of a tensor at a time (`host`), a model in torch (`dequantise`). fp8, mxfp4 and int4 without zero
+points are written twice, for speed: in a module each for models, with
 
     dequantise(components: dict[str, torch.Tensor], parts: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 
-of components named as in `schemes` ("weight" are the codes), giving the logical weight [..., out, in];
-those of schemes with a block size take it as a further argument `block=(rows, columns)`. `host` has all of
-them in numpy.
+and in `host` for conversions.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from zoo.errors import ZooError
+from zoo.quant.base import Component, Scheme, grid
 from zoo.quant.schemes import block_size, scheme
 
 if TYPE_CHECKING:
@@ -30,7 +33,64 @@ def dequantise(
     components: "weight" (codes), "scale", ... as stored. parts: rows of each fused part, since scale rows
     are counted per part. The arithmetic is in fp32, rounded once to `dtype`.
     """
-    scheme(name)  # an unknown one is refused here
+    s = scheme(name)  # an unknown one is refused here
+    if s.module:
+        return _by_formula(s, components, parts, dtype)
     module = importlib.import_module(_MODULES[name.split("-")[0]])
     out: torch.Tensor = module.dequantise(components, parts, dtype, block=block_size(name))
     return out
+
+
+def formula(s: Scheme) -> Any:
+    """`values` of the scheme's module."""
+    return importlib.import_module(f"zoo.quant.{s.module}").values
+
+
+def as_canonical(s: Scheme, components: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Components of one released tensor with their axes as the canonical ones have them."""
+    out = {}
+    for name, x in components.items():
+        axes = s.component(name).axes
+        out[name] = x.transpose(-1, -2) if axes == "io" else x[..., None] if axes == "o" else x
+    return out
+
+
+def _by_formula(
+    s: Scheme, components: Mapping[str, torch.Tensor], parts: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Matrix by matrix and part by part. Raises ZooError if the components do not fit together."""
+    import torch
+
+    codes = components["weight"]
+    if codes.ndim > 2:
+        pick = [
+            {n: c[e] if c.ndim and len(c) == len(codes) else c for n, c in components.items()}
+            for e in range(len(codes))
+        ]
+        return torch.stack([_by_formula(s, c, parts, dtype) for c in pick])
+    unit, per = s.components[0].unit, s.components[0].per
+    assert unit is not None
+    columns = codes.shape[-1] * unit[1] // per[1]
+    pieces = {n: _pieces(s, s.component(n), c, parts, columns) for n, c in components.items()}
+    values = formula(s)
+    return torch.cat([values({n: p[k] for n, p in pieces.items()}, s).to(dtype) for k in range(len(parts))])
+
+
+def _pieces(
+    s: Scheme, part: Component, x: torch.Tensor, parts: tuple[int, ...], columns: int
+) -> tuple[torch.Tensor, ...]:
+    """The component of each part; numbers that are floats as fp32."""
+    import torch
+
+    x = x.to(torch.float32) if x.is_floating_point() else x
+    if part.unit is None:
+        own = 1 if part.axes == "i" else 0
+        each = x.ndim > own and len(x) == len(parts)
+        return tuple(x[k] if each else x for k in range(len(parts)))
+    rows, rest = grid(part, parts, columns)
+    if x.shape != (sum(rows), *rest):
+        raise ZooError(
+            f"a weight of {'+'.join(map(str, parts))} rows and {columns} columns in {s.name} needs {part.name}s "
+            f"{[sum(rows), *rest]}, found {list(x.shape)}"
+        )
+    return tuple(x.split(rows))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from zoo.formats.base import FLOATS, TensorRef, read_json
+from zoo.quant.base import quantization
 
-READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors")
+READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
 FORMATS = ("dense", "float-quantized", "naive-quantized", "pack-quantized")
 
@@ -37,6 +38,8 @@ SIGNS = {  # endings of names that only such weights have; the first that any te
     "weight_qdata": "torchao",
     "weight:_data:qdata": "torchao",
 }
+CALLED = {".g_idx": ("gptq",), ".qzeros": ("gptq", "awq"), ".qweight": ("gptq", "awq")}
+"""Signs of what zoo reads where the config calls it one of these."""
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, GPTQ's and AWQ's tools say it beside config.json, which may not repeat it."""
 
@@ -75,7 +78,9 @@ def beside(root: Path) -> str | None:
 
 def name_of(config: Mapping[str, Any], tensors: Collection[str]) -> str | None:
     """What the weights are quantised as, in one phrase, if zoo does not read that; None if it does, or may."""
-    sign = next((what for end, what in SIGNS.items() if any(n.endswith(end) for n in tensors)), None)
+    method = quantization(config).get("quant_method")
+    signs = ((end, what) for end, what in SIGNS.items() if method not in CALLED.get(end, ()))
+    sign = next((what for end, what in signs if any(n.endswith(end) for n in tensors)), None)
     mlx = any(n.endswith(".scales") for n in tensors) and any(n.endswith(".biases") for n in tensors)
     phrase, what = said(config), sign or ("MLX's groups of integers" if mlx else None)
     if what is not None:

@@ -7,6 +7,7 @@ cache, and each call of numpy is over a whole piece: threads wait for each other
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
+from zoo.quant.base import Scheme
 from zoo.quant.floats import bits, exponents, from_float, round_to_bf16
 from zoo.quant.schemes import block_size, scheme
 from zoo.scratch import scratch
@@ -61,6 +63,21 @@ def dequantise(name: str, components: dict[str, Array], dtype: str, who: str) ->
         else:
             out[at : at + len(values)] = from_float(values, dtype, who)
     return out
+
+
+def by_formula(s: Scheme, components: dict[str, Array], dtype: str, who: str, i: int, at: int) -> Array:
+    """Bit patterns of `dtype` of a piece of one released weight, with the axis `i` of inputs; see `zoo.quant`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = importlib.import_module(f"zoo.quant.{s.module}").values(components, s, i, at)
+    return from_float(np.ascontiguousarray(values), dtype, who)
+
+
+@functools.cache
+def e4m3() -> Array:
+    """[256]: the fp32 values of e4m3 codes."""
+    codes = np.arange(256, dtype=np.uint8)[None]
+    ((_, values, _),) = _fp8(codes, np.ones((1, 1), np.float32), (1, 0))
+    return values[0].copy()
 
 
 def check_shape(shape: Any, parts: tuple[int, ...], columns: int, who: str = "") -> None:

@@ -1,9 +1,9 @@
-"""Quantisation schemes, described: what stands beside a weight, under which names, and what one element of
-it stands for. No arithmetic here (see the module of each scheme) and no tensor library.
+"""Quantisation schemes, found: by the name in a canonical folder (`scheme`), or by the tensors and the config of a release
+(`detect`). No tensor library.
 
-A quantised canonical slot `X.weight` is stored as components: the codes under its own name, the rest as
-`X.<component>`. Each is rearranged by the same rule as the weight, at its own grain: where one scale stands
-for 128 x 128 elements, a fused slot has the scale rows of each part one after the other.
+Each of `MODULES` is a file that says all of its schemes: NAME, a pattern of their names, and `scheme(match)`; `detect(leaf,
+tensors, config)`; and `values(components, scheme, i, at)`, what codes stand for. The older ones are described here; what their
+codes stand for is in a module each for models, and in `zoo.quant.host` for conversions.
 
 | scheme | codes | beside them | released as |
 |---|---|---|---|
@@ -22,52 +22,18 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
+from zoo.quant import awq, gptq
+from zoo.quant.base import CODES, SCALES, Component, Scheme, grid, quantization
 
-_SCALES = ("F32", "BF16", "F16")
+MODULES = (gptq, awq)
 
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One stored tensor of a quantised weight.
-
-    `unit`: the logical rows and columns one element stands for (0: all of them). None: the component is a
-    constant of each released tensor, whatever its shape. `trailing`: axes behind those of the grid.
-    `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried;
-    the first is Hugging Face's.
-    """
-
-    name: str
-    dtypes: tuple[str, ...]
-    unit: tuple[int, int] | None
-    spellings: tuple[tuple[str, str], ...]
-    trailing: tuple[int, ...] = ()
-    optional: bool = False
-
-    def names(self, leaf: str) -> list[str]:
-        """What the component of the weight that a rule calls `leaf` may be called."""
-        return [leaf.removesuffix(a) + b for a, b in self.spellings if leaf.endswith(a)]
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """A way to quantise; `components[0]` is the codes."""
-
-    name: str
-    components: tuple[Component, ...]
-
-    def component(self, name: str) -> Component:
-        return next(c for c in self.components if c.name == name)
-
-
-_CODES = (("", ""),)
 _ACT_SCALE = Component(  # of what a weight multiplies, for engines that round that too
-    "act_scale", _SCALES, None,
+    "act_scale", SCALES, None,
     (
         (".weight", ".activation_scale"), (".weight", ".input_scale"), (".weight", ".qscale_act"), ("", "_qscale_act"),
         ("", "_activation_scale"),
@@ -76,29 +42,29 @@ _ACT_SCALE = Component(  # of what a weight multiplies, for engines that round t
 )  # fmt: skip
 CACHE_SCALE = re.compile(r"\.(?:[kv]_proj\.)?[kv]_scale$")
 """Names of scales for keys and values that an engine keeps in fp8."""
-_SCALE = Component("scale", _SCALES, (1, 1), (("", "_scale_inv"), ("", "_scale")))
+_SCALE = Component("scale", SCALES, (1, 1), (("", "_scale_inv"), ("", "_scale")))
 
 
 def _fp8_block(rows: int, columns: int) -> Scheme:
     name = "fp8-block" if (rows, columns) == (128, 128) else f"fp8-block-{rows}x{columns}"
-    scale = Component("scale", (*_SCALES, "F8_E8M0", "U8"), (rows, columns), _SCALE.spellings)
-    return Scheme(name, (Component("weight", ("F8_E4M3",), (1, 1), _CODES), scale, _ACT_SCALE))
+    scale = Component("scale", (*SCALES, "F8_E8M0", "U8"), (rows, columns), _SCALE.spellings)
+    return Scheme(name, (Component("weight", ("F8_E4M3",), (1, 1), CODES), scale, _ACT_SCALE))
 
 
 _FP8_CHANNEL = Scheme(
     "fp8-channel",
     (
-        Component("weight", ("F8_E4M3",), (1, 1), _CODES),
-        Component("scale", _SCALES, (1, 0), (("", "_scale"), ("", "_scale_inv"))),
+        Component("weight", ("F8_E4M3",), (1, 1), CODES),
+        Component("scale", SCALES, (1, 0), (("", "_scale"), ("", "_scale_inv"))),
         _ACT_SCALE,
     ),
 )
 _FP8_TENSOR = Scheme(
     "fp8-tensor",
     (
-        Component("weight", ("F8_E4M3",), (1, 1), _CODES),
+        Component("weight", ("F8_E4M3",), (1, 1), CODES),
         Component(
-            "scale", _SCALES, None,
+            "scale", SCALES, None,
             (("", "_scale_inv"), ("", "_scale"), (".weight", ".qscale_weight"), ("", "_qscale_weight")),
         ),
         _ACT_SCALE,
@@ -136,8 +102,12 @@ def scheme(name: str) -> Scheme:
         return _fp8_block(int(m[1] or 128), int(m[2] or 128))
     if m := re.fullmatch(r"int4-group([1-9]\d{0,5})", name, re.ASCII):
         return _int4(int(m[1]))
+    for module in MODULES:
+        if m := module.NAME.fullmatch(name):
+            return module.scheme(m)
     raise ZooError(
-        f"unknown quantisation scheme {name!r:.100}; known: fp8-block, fp8-channel, fp8-tensor, mxfp4, int4-group32"
+        f"unknown quantisation scheme {name!r:.100}; known: fp8-block, fp8-channel, fp8-tensor, mxfp4, int4-group32, and "
+        f"those that {', '.join(m.NAME.pattern for m in MODULES)} match"
     )
 
 
@@ -147,20 +117,15 @@ def block_size(name: str) -> tuple[int, int]:
     return unit if unit is not None else (0, 0)
 
 
-def grid(component: Component, parts: Iterable[int], columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(rows per part, shape after the rows) of a component of a weight with these parts and columns."""
-    assert component.unit is not None
-    u, v = component.unit
-    rows = tuple(math.ceil(p / u) if u else 1 for p in parts)
-    return rows, (math.ceil(columns / v) if v else 1, *component.trailing)
-
-
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the weight that a rule calls `leaf`, by what is beside it; the block size and the
     strategy by the config's `quantization_config`. None: it is a plain tensor, or not there.
 
     Raises ZooError for codes without scales, and for a scheme of the config that zoo does not know.
     """
+    for module in MODULES:
+        if (found := module.detect(leaf, tensors, config)) is not None:
+            return found
     codes = tensors.get(leaf)
     if codes is None:
         if leaf + "_packed" not in tensors:
@@ -286,13 +251,9 @@ def _group(config: Mapping[str, Any]) -> int:
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    for c in (config, config.get("text_config") or {}):
-        if (q := c.get("quantization_config")) is not None:
-            if not isinstance(q, Mapping):
-                raise ZooError(f"config.json: quantization_config is {q!r}; expected an object"[:200])
-            _refuse_more_than_codes(q)
-            return q
-    return {}
+    q = quantization(config)
+    _refuse_more_than_codes(q)
+    return q
 
 
 def _refuse_more_than_codes(q: Mapping[str, Any]) -> None:

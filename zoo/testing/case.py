@@ -43,6 +43,8 @@ class Gguf:
     tables: config.json -> tensors of constants that are no weights, by their names in the file.
     silent: fields that some converter writes besides, and that change nothing.
     refused: fields that no zoo reads: the last of each says what would be ignored, and is refused by its name.
+    idle: fields that the converter copies from config.json though no number depends on them; no Spec has them.
+    written: zoo exports to this form; of two that llama.cpp reads, to that which is made of Hugging Face's layout.
     """
 
     arch: str
@@ -55,6 +57,8 @@ class Gguf:
     tables: Callable[[Config], Mapping[str, Sequence[float]]] = _no_fields
     silent: Settings = field(default_factory=dict)
     refused: tuple[Settings, ...] = ()
+    idle: tuple[str, ...] = ()
+    written: bool = True
 
 
 @dataclass(frozen=True)

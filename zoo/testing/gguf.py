@@ -99,6 +99,21 @@ def _add(writer: Any, key: str, value: Any) -> None:
     kinds.get(type(value), writer.add_array)(key, value)
 
 
+def same(ours: Path, theirs: Path, of: Gguf) -> None:
+    """Assert that zoo's file says all that the converter's says, and has its tensors: names, types, shapes, bytes."""
+    from zoo.formats.gguf import read_header
+
+    (mine, my_refs), (fields, refs) = (read_header(file, file.name) for file in (ours, theirs))
+    idle = {f"{of.arch}.{k}" for k in of.idle}
+    said = {k: v for k, v in fields.items() if k not in idle}
+    assert {k: mine.get(k) for k in said} == said
+    assert {_what(ours, r) for r in my_refs} == {_what(theirs, r) for r in refs}
+
+
+def _what(file: Path, r: TensorRef) -> tuple[Any, ...]:
+    return r.name, r.dtype, r.shape, file.read_bytes()[r.offset : r.offset + r.nbytes]
+
+
 def header(case: FamilyCase, of: Gguf, at: Path) -> Header:
     """Metadata, tensors and the values of those of constants of the family's tiny GGUF, which is written to the folder `at`."""
     from zoo.formats.gguf import read_header

@@ -50,7 +50,11 @@ def read(root: Path) -> tuple[Sampling, list[str]]:
         value = said.get(name)
         if value is None:
             return getattr(Sampling, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (math.isfinite(value) and allowed(value))
+        ):
             raise ZooError(f"{file}: {name} is {str(value)[:40]!r}; expected {expected}")
         return value
 

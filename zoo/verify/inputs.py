@@ -124,7 +124,7 @@ def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
             note("piece of a recurrence", PIECE)
         if not isinstance(m, Attention | LatentAttention):
             continue
-        if dtype != "fp32" and m.rope is not None and m.rope.scaling is not None:
+        if dtype != "fp32" and m.rope and m.rope.scaling and m.rope.scaling.kind != "dynamic":
             note("scaled RoPE", FAR)
         if isinstance(m, Attention) and m.window is not None:
             note("window", m.window)

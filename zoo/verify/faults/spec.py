@@ -125,7 +125,8 @@ def _rotating(rope: Rope, dim: int) -> Rope:
 
 
 _spec("rope_theta", "another RoPE theta", Rope, lambda r: replace(r, theta=1e4 if r.theta != 1e4 else 5e5))
-_spec("rope_scaling_ignored", "RoPE scaling ignored", Rope, lambda r: replace(r, scaling=None))
+_spec("rope_scaling_ignored", "RoPE scaling ignored", Rope,
+      lambda r: replace(r, scaling=None) if r.scaling and r.scaling.kind != "dynamic" else r)  # fmt: skip
 _spec("rope_scaling_linear", "RoPE scaling taken as linear", Rope,
       lambda r: replace(r, scaling=replace(r.scaling, kind="linear", attention_factor=1.0))
       if r.scaling and r.scaling.kind != "linear" else r)  # fmt: skip
@@ -365,6 +366,8 @@ add("selection_bias_in_weights", "selection bias used in the routing weights, no
 
 _spec("delta_gate", "another activation of the delta rule's output gate", DeltaNet,
       lambda m: _swap_value(m, "out_gate", "silu", "sigmoid"))  # fmt: skip
+_spec("delta_beta", "another factor on the delta rule's beta", DeltaNet,
+      lambda m: replace(m, beta_scale=1.0 if m.beta_scale != 1.0 else 2.0))  # fmt: skip
 _spec("dt_clamp_dropped", "dt not clamped", Mamba, lambda m: replace(m, dt_min=0.0))
 
 # The whole model

@@ -1,0 +1,356 @@
+"""`zoo export --format gguf`, and `zoo verify x.gguf --against CANON`. What each family's file says and holds is tested with
+the family (`zoo.testing.suite`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import vendor
+import verified
+from click.testing import CliRunner
+
+import zoo
+from zoo.cli import cli
+from zoo.errors import ZooError
+from zoo.formats import gguf_tokenizer, gguf_vocab, open_checkpoint
+from zoo.formats.gguf import read_header
+from zoo.testing import build
+from zoo.testing import gguf as testing_gguf
+
+CASE = tiny.CASES["llama"]
+OF = CASE.gguf[0]
+
+
+def byte_level(n: int) -> dict[str, Any]:
+    """Fields of a tokenizer of `n` tokens: all bytes, and a few that are merged."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    merges = ["t h", "th e", "Ġ the", "i n", "e r"]
+    tokens = [
+        "<bos>",
+        "<eos>",
+        *sorted(ByteLevel.alphabet()),
+        *(m.replace(" ", "") for m in merges),
+        "<think>",
+    ]
+    unused = [f"[PAD{i}]" for i in range(len(tokens), n)]
+    kinds = [3, 3] + [1] * (len(tokens) - 3) + [4] + [5] * len(unused)
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.tokens": [*tokens, *unused],
+        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": merges, "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": "{% for m in messages %}<think>{{ m.content }}{% endfor %}",
+    }  # fmt: skip
+
+
+BYTE_LEVEL = byte_level(272)
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<0x41>",
+        "▁a",
+        "ab",
+        "  ",
+        "▁ab",
+        "▁",
+        "a",
+        "b",
+        "[PAD11]",
+    ],
+    "tokenizer.ggml.scores": [
+        0.0,
+        -1000.0,
+        -1000.0,
+        0.0,
+        0.0,
+        -1.0,
+        -1000.0,
+        -2.0,
+        -3.0,
+        -4.0,
+        -5.0,
+        -10000.0,
+    ],
+    "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 4, 1, 1, 1, 1, 5],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.add_space_prefix": True,
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.ggml.add_eos_token": False,
+}
+
+
+@pytest.fixture(scope="module")
+def canon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in bf16 with a tokenizer, as it comes of a GGUF that has one."""
+    at = tmp_path_factory.mktemp("out")
+    hf = testing_gguf.make(
+        CASE, OF, at, hidden_size=96, intermediate_size=96, head_dim=32, vocab_size=len(BYTE_LEVEL["tokenizer.ggml.tokens"])
+    )[0]  # fmt: skip
+    file = testing_gguf.write(hf, at / "released.gguf", OF, **BYTE_LEVEL)
+    return zoo.convert(file, at / "canon", dtype="bf16")
+
+
+def written(canon: Path, at: Path, type: str | None = None) -> Path:
+    return zoo.export(canon, at / "x.gguf", format="gguf", type=type)
+
+
+# --- types --------------------------------------------------------------------------------------------------
+
+
+def test_each_type_holds_what_the_gguf_package_makes_of_the_values(canon: Path, tmp_path: Path) -> None:
+    exact = {t.name: np.array(t.data) for t in gguf.GGUFReader(written(canon, tmp_path, "f32")).tensors}
+    for type in ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
+        file = zoo.export(canon, tmp_path / f"{type}.gguf", format="gguf", type=type)
+        for t in gguf.GGUFReader(file).tensors:
+            matrix = exact[t.name].ndim > 1
+            ends = type.startswith(("q4", "q5")) and t.name in ("token_embd.weight", "output.weight")
+            assert t.tensor_type.name == ("F32" if not matrix else "Q8_0" if ends else type.upper()), t.name
+            want = gguf.quants.quantize(exact[t.name], t.tensor_type)
+            assert np.array(t.data).tobytes() == want.tobytes(), t.name
+
+
+def test_without_a_type_matrices_are_as_the_folder_has_them(canon: Path, tmp_path: Path) -> None:
+    refs = read_header(written(canon, tmp_path), "x.gguf")[1]
+    assert {r.dtype for r in refs if len(r.shape) > 1} == {"BF16"}
+    assert {r.dtype for r in refs if len(r.shape) == 1} == {"F32"}
+
+
+@pytest.mark.parametrize("type", ["q4_k_m", "iq2_xxs", "q6_k"])
+def test_blocks_that_llama_cpp_alone_makes_are_left_to_it_with_the_commands(
+    type: str, canon: Path, tmp_path: Path
+) -> None:
+    file, plain = tmp_path / "x.gguf", tmp_path / "x-bf16.gguf"
+    commands = (
+        f"`zoo export {canon} {plain} --format gguf --type bf16`, then `llama-quantize {plain} {file} {type}`"
+    )
+    with pytest.raises(ZooError, match=re.escape(commands)):
+        written(canon, tmp_path, type)
+    with pytest.raises(ZooError, match="unknown type 'fp8'; expected one of f32, f16, bf16, q8_0"):
+        written(canon, tmp_path, "fp8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_are_no_whole_blocks_are_kept_in_f16(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="zoo"):
+        file = zoo.export(verified.canonical("qwen2"), tmp_path / "x.gguf", format="gguf", type="q8_0")
+    assert "rows of 44 are no blocks of 32; kept in F16" in caplog.text
+    assert {t.dtype for t in open_checkpoint(file).tensors.values()} == {"F16", "F32"}
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_a_split_set_is_the_model_of_the_one_file(canon: Path, tmp_path: Path) -> None:
+    args = [
+        "export",
+        str(canon),
+        str(tmp_path / "s.gguf"),
+        "--format",
+        "gguf",
+        "--max-shard-size",
+        "100KB",
+        "--json",
+    ]
+    result = CliRunner().invoke(cli, args)
+    assert result.exit_code == 0, result.output
+    names = json.loads(result.stdout)["files"]
+    assert len(names) > 2 and names == sorted(p.name for p in tmp_path.iterdir())
+    assert all(re.fullmatch(rf"s-\d{{5}}-of-{len(names):05d}\.gguf", n) for n in names)
+    first = json.loads(result.stdout)["path"]
+    assert Path(first).name == names[0]
+    one = vendor.canonical(written(canon, tmp_path), tmp_path / "a")
+    vendor.same(vendor.canonical(Path(first), tmp_path / "b"), one)
+    assert zoo.verify(first, canon, level="bytes").passed
+
+
+def test_a_file_that_is_there_is_replaced_only_with_force(canon: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"mine")
+    with pytest.raises(ZooError, match=r"x\.gguf: exists; --force replaces it"):
+        written(canon, tmp_path)
+    assert file.read_bytes() == b"mine"
+    args = ["export", str(canon), str(file), "--format", "gguf", "--force"]
+    assert CliRunner().invoke(cli, args).exit_code == 0
+    assert zoo.verify(file, canon, level="plan").passed
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_what_no_gguf_can_say_is_refused_by_name_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(
+        ZooError, match=r"zoo knows no GGUF form of family opt; it has one of cohere2, deepseek_v3"
+    ):
+        written(verified.canonical("opt"), tmp_path)
+    with pytest.raises(ZooError, match=r"expected the name of a file that ends in \.gguf"):
+        zoo.export(verified.canonical("llama"), tmp_path / "x", format="gguf")
+    with pytest.raises(ZooError, match=r"a type \(q8_0\) is of GGUF"):
+        zoo.export(verified.canonical("llama"), tmp_path / "x", type="q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte-level", "sentencepiece"])
+def test_a_tokenizer_that_came_of_a_gguf_has_its_fields_again(fields: dict[str, Any]) -> None:
+    files, notes = gguf_tokenizer.files(fields, "x.gguf")
+    assert not notes
+    again = gguf_vocab.fields(files, len(fields["tokenizer.ggml.tokens"]), "x")
+    assert again == fields
+
+
+def test_the_scores_of_pieces_give_the_order_in_which_they_were_learned() -> None:
+    files = dict(gguf_tokenizer.files(SENTENCEPIECE, "x.gguf")[0])
+    whole = json.loads(files["tokenizer.json"])
+    whole["model"]["merges"] = [["a", "b"], ["▁", "ab"], ["▁a", "b"], ["▁", "a"]]
+    scores = gguf_vocab.fields(files | {"tokenizer.json": json.dumps(whole).encode()}, 12, "x")[
+        "tokenizer.ggml.scores"
+    ]
+    assert [scores[SENTENCEPIECE["tokenizer.ggml.tokens"].index(t)] for t in ("ab", "▁ab", "▁a")] == [
+        0.0,
+        -1.0,
+        -2.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"type": "Unigram", "vocab": []}}, "a model of type Unigram"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalises text by {'type': 'Lowercase'}"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text by {'type': 'Whitespace'}"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "is not known to zoo"),
+        (
+            {"added_tokens": [{"id": 999, "content": "<x>", "special": True}]},
+            "the number 999; the embedding has 272 rows",
+        ),
+        ({"model": 3}, "not as the package tokenizers writes it"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_has_no_form_of_is_refused_by_what_it_does(
+    change: dict[str, Any], says: str
+) -> None:
+    files = dict(gguf_tokenizer.files(BYTE_LEVEL, "x.gguf")[0])
+    files["tokenizer.json"] = json.dumps(json.loads(files["tokenizer.json"]) | change).encode()
+    with pytest.raises(ZooError, match=re.escape(says)):
+        gguf_vocab.fields(files, 272, "x")
+
+
+# --- zoo verify x.gguf --against CANON ----------------------------------------------------------------------
+
+
+def test_a_written_file_is_held_against_its_folder_as_far_as_its_type_goes(
+    canon: Path, tmp_path: Path
+) -> None:
+    file = str(written(canon, tmp_path))
+    result = CliRunner().invoke(cli, ["verify", file, "--against", str(canon), "--level", "bytes"])
+    assert result.exit_code == 0, result.output
+    assert "PASSED" in result.output and "nothing was written" in result.output
+    assert "8 texts, by the folder's tokenizer and the file's" in result.output
+    assert not (canon / "parity.json").exists()
+    cert = zoo.verify(zoo.export(canon, tmp_path / "q.gguf", format="gguf", type="Q4_1"), canon)
+    assert cert.passed and [x.name for x in cert.levels] == ["plan", "bytes"]
+    (step,) = (c for c in cert.levels[1].checks if "of a block" in c.name)
+    assert 0.5 < step.value <= 1  # the bound is that of the rounding, not above it
+    assert "rounds the folder's values to Q4_1, Q8_0" in cert.not_checked[0]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_own_loader_reads_a_written_file_as_the_folder(family: str, tmp_path: Path) -> None:
+    """Of the families whose fields its loader all follows in a model as small and odd as ours."""
+    case = tiny.CASES[family]
+    folder = zoo.convert(testing_gguf.make(case, case.gguf[0], tmp_path)[0], tmp_path / "canon")
+    cert = zoo.verify(written(folder, tmp_path, "f32"), folder, require="decode")
+    assert cert.passed
+    assert cert.oracle["kind"] == "transformers"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [("mixtral", "family is mixtral in the folder, llama there"), ("gemma2", "mixer.scale is")],
+)
+def test_where_that_loader_drops_what_the_file_says_it_is_no_judge(
+    family: str, says: str, tmp_path: Path
+) -> None:
+    case = tiny.CASES[family]
+    folder = zoo.convert(testing_gguf.make(case, case.gguf[0], tmp_path)[0], tmp_path / "canon")
+    cert = zoo.verify(written(folder, tmp_path), folder)
+    assert cert.passed
+    assert (
+        "upstream's loader reads the file otherwise: " in cert.not_checked[0] and says in cert.not_checked[0]
+    )
+
+
+@pytest.mark.parametrize("type", ["bf16", "q8_0", "q4_0"])
+def test_one_value_that_is_another_is_found(type: str, canon: Path, tmp_path: Path) -> None:
+    file = written(canon, tmp_path, type)
+    raw = bytearray(file.read_bytes())
+    raw[open_checkpoint(file).tensors["blk.1.ffn_up.weight"].offset + 7] ^= 0x44
+    file.write_bytes(raw)
+    cert = zoo.verify(file, canon, level="bytes")
+    assert [x.verdict for x in cert.levels] == ["passed", "failed"]
+    assert any("blk.1.ffn_up.weight" in n for n in cert.levels[1].notes)
+
+
+def test_a_type_that_zoo_does_not_make_is_held_to_what_is_left_of_a_tensor(
+    canon: Path, tmp_path: Path
+) -> None:
+    source = gguf.GGUFReader(written(canon, tmp_path, "f32"))
+    fields, _ = read_header(tmp_path / "x.gguf", "x.gguf")
+    for name, swapped in (("ternary", False), ("swapped", True)):
+        w = gguf.GGUFWriter(tmp_path / f"{name}.gguf", OF.arch)
+        for key, value in fields.items():
+            if key != "general.architecture":
+                testing_gguf._add(w, key, value)
+        for t in source.tensors:
+            data = np.array(t.data)
+            if swapped and t.name == "blk.1.ffn_up.weight":
+                data = data[::-1].copy()
+            kind = gguf.GGMLQuantizationType.MXFP4 if "ffn_up" in t.name else gguf.GGMLQuantizationType.F32
+            w.add_tensor(t.name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+    good, bad = (zoo.verify(tmp_path / f"{n}.gguf", canon, level="bytes") for n in ("ternary", "swapped"))
+    assert good.passed and not bad.passed
+    assert bad.levels[1].notes[0].startswith("blk.1.ffn_up.weight: 1.")
+
+
+def test_another_tokenizer_or_another_field_is_found(canon: Path, tmp_path: Path) -> None:
+    file = written(canon, tmp_path)
+    raw = file.read_bytes()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(raw.replace(b"add_bos_token\x07\0\0\0\x01", b"add_bos_token\x07\0\0\0\x00"))
+    assert other.read_bytes() != raw
+    cert = zoo.verify(other, canon, level="bytes")
+    assert {c.name for x in cert.levels for c in x.checks if not c.passed} == {"texts with other ids"}
+    eps = np.float32(build.read_config(canon.parent / "hf")["rms_norm_eps"]).tobytes()
+    other.write_bytes(raw.replace(eps, np.float32(1e-3).tobytes(), 1))
+    cert = zoo.verify(other, canon, level="bytes")
+    assert {c.name for x in cert.levels for c in x.checks if not c.passed} == {"Spec differs from the file's"}
+
+
+def test_a_file_is_held_against_a_folder_and_nothing_else(canon: Path, tmp_path: Path) -> None:
+    file = written(canon, tmp_path)
+    for against in (None, file):
+        with pytest.raises(ZooError, match=r"a file is held against the canonical folder it was written of"):
+            zoo.verify(file, against)
+    with pytest.raises(ZooError, match="of files only a GGUF is held against a folder"):
+        zoo.verify(canon.parent / "hf" / "model.safetensors", canon)

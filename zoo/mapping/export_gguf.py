@@ -1,0 +1,356 @@
+"""Export to llama.cpp's GGUF: the family's GGUF rules read from right to left, written through the package gguf.
+
+- Names and rearrangements come from the rules, fields from the Spec (`zoo/formats/gguf_out.py`), the tokenizer from the files
+  that the folder carries (`zoo/formats/gguf_vocab.py`).
+- Matrices become `type`; vectors, norms, biases and routers stay in fp32, as with llama.cpp's own converter. Weights that are
+  carried in MXFP4 stay in it, their codes put into ggml's order.
+- One tensor is in memory at a time. The files are written beside the destination and renamed when all are complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo import families
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.formats import gguf_out, gguf_vocab
+from zoo.formats.base import ITEMSIZE, TEMPLATES, TensorRef, place_of
+from zoo.formats.canonical import Canonical, read
+from zoo.layout import Slot, layout
+from zoo.mapping.execute import Progress
+from zoo.mapping.plan import compile_rule
+from zoo.mapping.rules import Fit
+from zoo.quant.floats import bits, from_float, to_fp32
+from zoo.quant.schemes import Component, scheme
+
+log = logging.getLogger(__name__)
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+_FILE_TYPE = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "BF16": 32,
+}  # llama_ftype
+_MXFP4_FILE = 38
+_PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
+_ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+_ENDS = ("token_embd.weight", "output.weight")
+_CHUNK = 1 << 22  # elements converted at a time
+_GROUP = 32  # elements of a block of Q8_0, Q4_0 and MXFP4
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements of a GGUF tensor: `fit.source`, which are `fit.canonical` of the canonical tensor `name`."""
+
+    name: str
+    fit: Fit
+
+
+@dataclass
+class _Tensor:
+    """A tensor to write: its type, logical shape, and makings. `scales`: of MXFP4, those of the codes' `pieces`."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    pieces: list[_Piece]
+    scales: list[_Piece]
+
+    @property
+    def nbytes(self) -> int:
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        return math.prod(self.shape) // int(block) * int(size)
+
+
+def export_gguf(
+    canon: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    type: str | None = None,
+    *,
+    force: bool = False,
+    shard_size: int = 0,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write the canonical folder `canon` as the GGUF `dst`, and return its files.
+
+    `type`: one of TYPES, for the matrices; None: as the embedding is stored. `shard_size`: bytes of tensors per file of a
+    split set (`x-00001-of-00003.gguf`), 0: one file. `force`: replace files that exist. Raises ZooError where the model is
+    none that llama.cpp's format can say, and by the name of what it cannot.
+    """
+    import gguf
+
+    c, target = read(canon), Path(dst)
+    if c.layers is not None:
+        raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
+    if target.suffix != ".gguf" or target.is_dir():
+        raise ZooError(f"{target}: expected the name of a file that ends in .gguf")
+    type = type and type.lower()
+    if type is not None and type not in TYPES:
+        raise ZooError(_not_made_here(type, c.root, target))
+    wanted = (type or _stored(c)).upper()
+    family = families.get(c.source["family"], c.source.get("package"))
+    tensors = list(_tensors(c, family, wanted))
+    described = gguf_out.describe(family, c.spec, {t.name: t.shape for t in tensors}, str(c.root))
+    _say_what_is_left(c)
+    fields = _general(c, tensors, wanted) | described.fields
+    fields |= gguf_vocab.fields(_small(c), c.spec.vocab_size, str(c.root))
+
+    writer = gguf.GGUFWriter(None, described.arch, split_max_size=shard_size)
+    for key, value in fields.items():
+        _add(writer, key, value)
+    for name, table in described.tables.items():
+        writer.add_tensor_info(name, (len(table),), np.dtype(np.float32), 4 * len(table))
+    for t in tensors:
+        writer.add_tensor_info(
+            t.name, t.shape, np.dtype(np.float32), t.nbytes, gguf.GGMLQuantizationType[t.type]
+        )
+    return _write(writer, described, tensors, c, target, force, progress)
+
+
+def _write(
+    writer: Any,
+    described: gguf_out.Described,
+    tensors: list[_Tensor],
+    c: Canonical,
+    target: Path,
+    force: bool,
+    progress: Progress | None,
+) -> list[Path]:
+    files: list[Path] = writer.format_shard_names(target)
+    if not force and (there := [f for f in files if f.exists()]):
+        raise ZooError(f"{there[0]}: exists; --force replaces it")
+    partial = target.with_name(target.name + ".partial")
+    total, done = sum(t.nbytes for t in tensors), 0
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise ZooError(
+            f"{partial}: exists; another export is writing it, or one was killed: remove it then"
+        ) from None
+    try:
+        if shutil.disk_usage(partial).free < total:
+            raise ZooError(f"{target}: needs {total:,} bytes; its disk has less free")
+        writer.write_header_to_file(partial / target.name)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for table in described.tables.values():
+            writer.write_tensor_data(np.asarray(table, np.float32))
+        for t in tensors:
+            writer.write_tensor_data(_data(c, t))
+            done += t.nbytes
+            if progress:
+                progress(done, total)
+        writer.close()
+        for f in reversed(files):  # the first file of a set, by which it is opened, comes last
+            os.replace(partial / f.name, f)
+    except OSError as e:
+        raise ZooError(f"{target}: cannot be written: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return files
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds.get(type(value), writer.add_array)(key, value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What to write
+
+
+def _not_made_here(type: str, root: Path, target: Path) -> str:
+    """Of a type that is not in TYPES. Source of the names: llama_ftype, as llama.cpp's quantiser spells it."""
+    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|mxfp4\w*", type):
+        return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
+    plain = target.with_name(f"{target.stem}-bf16.gguf")
+    return (
+        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type bf16`, "
+        f"then `llama-quantize {plain} {target} {type}`; zoo makes {', '.join(TYPES)}"
+    )
+
+
+def _stored(c: Canonical) -> str:
+    dtype = c.tensors["embed.weight"].dtype
+    if dtype not in _PLAIN:
+        raise ZooError(f"{c.root}: its embedding is {dtype}; give --type, one of {', '.join(TYPES)}")
+    return dtype.lower()
+
+
+def _say_what_is_left(c: Canonical) -> None:
+    if c.extra_tensors:
+        first = next(iter(c.extra_tensors))
+        log.warning(
+            "%s: %d tensors beside the text model are not written (%s, ...): %s",
+            c.root, len(c.extra_tensors), first, c.extras.get(first, "no part of it"),
+        )  # fmt: skip
+
+
+def _general(c: Canonical, tensors: list[_Tensor], wanted: str) -> dict[str, Any]:
+    kinds = {t.type for t in tensors}
+    name = c.source.get("repo") or c.source["config"].get("_name_or_path") or c.root.resolve().name
+    return {
+        "general.type": "model",
+        "general.name": str(name).rstrip("/").rpartition("/")[2],
+        "general.file_type": _MXFP4_FILE if "MXFP4" in kinds else _FILE_TYPE[wanted],
+        "general.quantization_version": 2,
+    }
+
+
+def _small(c: Canonical) -> dict[str, bytes]:
+    """The carried files that say how text becomes tokens."""
+    wanted = (
+        "token", "special_tokens", "generation_config", "chat_template", f"{TEMPLATES}/", "vocab.", "merges.", "tekken",
+    )  # fmt: skip
+    names = [n for n in c.json.get("carried", []) if n.startswith(wanted)]
+    return {n: place_of(c.root, n).read_bytes() for n in names}
+
+
+def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
+    """The tensors of the file, in the order of the layout."""
+    if "gguf" not in family.rules or not family.gguf:
+        raise ZooError(
+            f"{c.root}: zoo knows no GGUF form of family {family.name}; "
+            f"it has one of {', '.join(sorted(n for n, f in families.families().items() if f.gguf))}"
+        )
+    pieces: dict[str, list[_Piece]] = {}
+    scales: dict[str, list[_Piece]] = {}
+    for slot in layout(c.spec).values():
+        stem = slot.name.removesuffix(".weight")
+        how = c.quant.get(stem) if slot.name.endswith(".weight") else None
+        if how not in (None, "mxfp4"):
+            raise ZooError(
+                f"{c.root}: {slot.name} is {how}, which GGUF has no type for; `zoo convert --dtype bf16` and export that"
+            )
+        for part, into in zip(scheme(how).components if how else (None,), (pieces, scales)):
+            for fit in _fits(c, family, slot, part):
+                name = slot.name if part is None else f"{stem}.{part.name}"
+                into.setdefault(fit.name.replace("{i}", str(slot.layer)), []).append(_Piece(name, fit))
+    for name, made in pieces.items():
+        shape = made[0].fit.shape
+        if name in scales:
+            yield _Tensor(name, "MXFP4", (*shape[:-2], shape[-2] * _GROUP), made, scales[name])
+        else:
+            yield _Tensor(name, _type(name, shape, wanted), shape, made, [])
+
+
+def _fits(c: Canonical, family: Family, slot: Slot, part: Component | None) -> tuple[Fit, ...]:
+    """By the last rule that applies: where files of several years differ, it is the newest form. Experts are always stacked."""
+    layer = None if slot.layer is None else c.spec.layers[slot.layer]
+    reason = "no rule of its GGUFs fills it"
+    for rule in reversed(family.rules["gguf"].by_key.get(slot.key, ())):
+        if rule.one_by_one or (rule.when is not None and not rule.when(layer, c.spec)):
+            continue
+        try:
+            return compile_rule(rule, slot, c.spec, lambda name: name, 1, part).fits
+        except ZooError as e:
+            reason = str(e)
+    raise ZooError(f"{c.root}: {slot.name} has no place in a GGUF of family {family.name}: {reason}")
+
+
+def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """As llama.cpp's converter chooses it; in 4 and 5 bits the two ends of the model keep 8."""
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", *_ALWAYS_FP32)):
+        return "F32"
+    if wanted in _PLAIN:
+        return wanted
+    if shape[-1] % _GROUP:
+        log.warning("%s: rows of %d are no blocks of %d; kept in F16", name, shape[-1], _GROUP)
+        return "F16"
+    return "Q8_0" if name in _ENDS else wanted
+
+
+# ---------------------------------------------------------------------------------------------------
+# The data
+
+
+def _data(c: Canonical, t: _Tensor) -> np.ndarray[Any, Any]:
+    raw, dtype = _gathered(c, t.pieces)
+    if t.type == "MXFP4":
+        return _mxfp4(raw, _gathered(c, t.scales)[0])
+    return _converted(raw, dtype, t)
+
+
+def _gathered(c: Canonical, pieces: list[_Piece]) -> tuple[np.ndarray[Any, Any], str]:
+    """The tensor in its own dtype's bits, flat, and the dtype."""
+    dtypes = {c.tensors[p.name].dtype for p in pieces}
+    if len(dtypes) > 1:
+        raise ZooError(
+            f"{c.root}: {pieces[0].fit.name} would be made of {' and '.join(sorted(dtypes))}; convert with --dtype"
+        )
+    (dtype,) = dtypes
+    size = ITEMSIZE[dtype]
+    out = np.empty(math.prod(pieces[0].fit.shape), bits(dtype))
+    for p in pieces:
+        flat = _mapped(c, c.tensors[p.name])
+        (sizes, here), (_, there) = p.fit.canonical.flat(), p.fit.source.flat()
+        _strided(out, p.fit.source.offset, sizes, there, size)[...] = _strided(
+            flat, p.fit.canonical.offset, sizes, here, size
+        )
+    return out, dtype
+
+
+def _mapped(c: Canonical, ref: TensorRef) -> np.ndarray[Any, Any]:
+    return np.memmap(c.path(ref), bits(ref.dtype), "r", ref.offset, (ref.size,))
+
+
+def _strided(
+    flat: np.ndarray[Any, Any], offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], size: int
+) -> np.ndarray[Any, Any]:
+    return np.lib.stride_tricks.as_strided(flat[offset:], sizes, tuple(s * size for s in strides))
+
+
+def _converted(raw: np.ndarray[Any, Any], dtype: str, t: _Tensor) -> np.ndarray[Any, Any]:
+    """The bits of one of GGUF's types, a bounded number of rows at a time."""
+    plus_one = any(p.fit.plus_one for p in t.pieces)
+    if t.type == dtype and not plus_one:
+        return raw
+    columns = t.shape[-1]
+    step = max(1, _CHUNK // columns) * columns
+    out = np.empty(t.nbytes, np.uint8)
+    for at in range(0, raw.size, step):
+        x = to_fp32(raw[at : at + step], dtype).astype(np.float32, copy=False)
+        x = x + np.float32(1) if plus_one else x
+        plain = t.type in _PLAIN
+        part = from_float(x, t.type, t.name) if plain else _quantised(x.reshape(-1, columns), t.type)
+        begin = at * t.nbytes // raw.size
+        out[begin : begin + part.nbytes] = part.reshape(-1).view(np.uint8)
+    return out
+
+
+def _quantised(x: np.ndarray[Any, Any], type: str) -> np.ndarray[Any, Any]:
+    import gguf
+
+    made: np.ndarray[Any, Any] = gguf.quants.quantize(x, gguf.GGMLQuantizationType[type])
+    return made
+
+
+def _mxfp4(codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Blocks of ggml: the exponent, then 16 bytes whose low halves are the first 16 codes and whose high halves the last.
+    Released bytes hold two neighbours each, the low half first."""
+    pairs = codes.reshape(-1, _GROUP // 2)
+    each = np.empty((pairs.shape[0], _GROUP), np.uint8)
+    each[:, 0::2], each[:, 1::2] = pairs & 0x0F, pairs >> 4
+    out = np.empty((pairs.shape[0], 1 + _GROUP // 2), np.uint8)
+    out[:, 0] = scales.reshape(-1)
+    out[:, 1:] = each[:, : _GROUP // 2] | each[:, _GROUP // 2 :] << 4
+    return out.reshape(-1)

@@ -1,0 +1,387 @@
+"""A state that was trained -> a canonical folder: `zoo.save`.
+
+The rules that read a release read a state as well: its names may be the canonical ones, those of the release or
+those that transformers has in memory, in a trainer's wrappers or not. Each canonical tensor is put together by
+itself, of source tensors that are asked for one at a time; so shards are gathered one by one, and a
+checkpoint in pieces is read piece by piece.
+
+Unusual here: where tensors are sharded, gathering them is work of all ranks. Everything that can be refused is refused
+by all of them before the first is gathered, and the rank that writes goes on gathering when its disk is full: no rank
+is left waiting for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo import families
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.formats import canonical, dcp
+from zoo.formats.base import Checkpoint, TensorRef
+from zoo.formats.canonical import Canonical
+from zoo.formats.wrapped import unwrapped
+from zoo.layout import layout
+from zoo.mapping.execute import Progress
+from zoo.mapping.plan import DTYPES, TIED, Match, Output, PlanError, match
+from zoo.mapping.rules import Box, Fit, RuleSet, respell, rules
+from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
+from zoo.model.load import DTYPES as TORCH
+from zoo.quant.schemes import scheme
+from zoo.spec import Spec
+
+StrPath = str | os.PathLike[str]
+CALLED = {dtype: name for name, dtype in TORCH.items()}
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors by name, which `get` gives one at a time: on the CPU, or None on a rank that does not write. `get` is
+    called for the same names in the same order on all ranks. `what`: what errors call it. `notes`: on what is left out."""
+
+    refs: Mapping[str, TensorRef]
+    get: Callable[[str], Tensor | None]
+    what: str
+    notes: tuple[str, ...] = ()
+
+
+def save(
+    values: nn.Module | Mapping[str, Any] | StrPath,
+    like: StrPath,
+    to: StrPath,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    shard_size: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the canonical folder `to`: the Spec of the canonical folder `like`, and these values; return it.
+
+    `values`: a model, the path of a torch.distributed.checkpoint folder, or tensors by name: the canonical names, those of Hugging Face's files, or those that
+    transformers has in memory; a trainer's wrappers in names are looked through. Each floating-point tensor may have any
+    floating-point dtype, and keeps it unless `dtype` says otherwise ("bf16", "fp16", "fp32"; as `zoo convert` does).
+    Where tensors are DTensors, every rank calls this, and rank 0 writes; one tensor at a time is gathered. What `like` keeps
+    aside (a vision tower, MTP heads) goes along as it is, unless the state has it too.
+
+    Raises ZooError, listing by pattern all that is missing, over, or of another shape or dtype; if `like` is no canonical
+    folder or holds only some layers; and as `Folder` does. Nothing is written then.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    old = canonical.read(like)
+    refuse_part(old)
+    ranks: _Alone = _Alone()
+    if isinstance(values, str | os.PathLike):
+        state = of_dcp(Path(values), old)
+    else:
+        named = dict(values.state_dict() if isinstance(values, nn.Module) else values)
+        ranks = _Together() if any(_is_sharded(t) for t in named.values()) else ranks
+        state = of_tensors(named, ranks)
+    fitted = fit(old, state, DTYPES[dtype] if dtype else None)
+    _refuse_other_head(fitted, state, ranks)
+    with contextlib.ExitStack() as stack:
+        new = Values(
+            old, to, fitted.tensors, fitted.extras, fitted.quant, {"by": "zoo.save, of a state that was trained"},
+            notes=state.notes, force=force, shard_size=shard_size, progress=progress,
+        )  # fmt: skip
+        with ranks.agreeing():
+            if ranks.writes:
+                stack.enter_context(new)
+        failed: BaseException | None = None
+        for tensor in new.tensors:
+            if tensor.same is not None:
+                continue
+            pieces = put_together(fitted.outputs[tensor.name], state, ranks.writes)
+            try:
+                if ranks.writes and failed is None:
+                    new.put(tensor, pieces)
+            except (ZooError, OSError) as e:
+                failed = e
+            for _ in pieces:
+                pass
+        with ranks.agreeing():
+            if failed is not None:
+                raise failed
+            if ranks.writes:
+                new.finish()
+    return new.folder.dst
+
+
+def of_tensors(named: Mapping[str, Any], ranks: _Alone | None = None) -> State:
+    """Tensors in memory. Raises ZooError for what is none, or has no values."""
+    if odd := next((n for n, t in named.items() if not isinstance(t, Tensor)), None):
+        raise ZooError(
+            f"the state holds {odd!r}, a {type(named[odd]).__name__}: expected tensors only; give the part of it that is the "
+            "model's (state['model'], say)"
+        )
+    if odd := next((n for n, t in named.items() if t.is_meta), None):
+        raise ZooError(f"{odd} of the state is on the device meta: it has no values to save")
+    if odd := next((n for n, t in named.items() if t.dtype not in CALLED), None):
+        raise ZooError(f"{odd} of the state is {named[odd].dtype}, which no checkpoint holds")
+    try:
+        plain = unwrapped(named) or {n: n for n in named}
+    except ZooError as e:
+        raise ZooError(f"the state: {e}") from None
+    tensors = {plain[n]: t for n, t in named.items()}
+    refs = {
+        n: TensorRef(n, CALLED[t.dtype], tuple(t.shape), "memory", 0, t.numel() * t.element_size())
+        for n, t in tensors.items()
+    }
+    return State(refs, lambda name: (ranks or _Alone()).whole(tensors[name]), "the state")
+
+
+def of_dcp(path: Path, like: Canonical) -> State:
+    """The model in a folder of torch.distributed.checkpoint; what else a trainer keeps there is left out, with a note.
+
+    Raises ZooError if the folder holds no model of that family, or two.
+    """
+    saved = dcp.open_saved(path)
+    prefix = _model_in(path, saved.tensors, _first_names(like))
+    named = {n.removeprefix(prefix): n for n in saved.tensors if n.startswith(prefix)}
+    try:
+        plain = unwrapped(named) or {n: n for n in named}
+    except ZooError as e:
+        raise ZooError(f"{path}: {e}") from None
+    full = {plain[n]: whole for n, whole in named.items()}
+    refs = {n: replace(saved.tensors[whole], name=n) for n, whole in full.items()}
+    left = [*(n for n in saved.tensors if not n.startswith(prefix)), *saved.other]
+    kinds = ", ".join(sorted({n.partition(".")[0] for n in left})[:8])
+    notes = (
+        (f"left out: {len(left)} entries of {path.name} that are not the model's ({kinds})",) if left else ()
+    )
+    return State(refs, lambda name: saved.get(full[name]), str(path), notes)
+
+
+def _first_names(like: Canonical) -> set[str]:
+    """What the embedding may be called."""
+    family = families.get(like.source["family"], like.source.get("package"))
+    return {
+        respell(ruleset, prefix)(leaf.pattern)
+        for ruleset in namings(like.spec, family).values()
+        for rule in ruleset.by_key.get("embed.weight", ())
+        for leaf in rule.expr.leaves()
+        for prefix in ruleset.prefixes
+    }
+
+
+def _model_in(path: Path, names: Mapping[str, TensorRef], first: set[str]) -> str:
+    """What all names of the model begin with in a trainer's checkpoint ("", "model.", "app.model.", ...)."""
+    found = {n.removesuffix(e) for n in names for e in first if n == e or n.endswith(f".{e}")}
+    outer = [p for p in sorted(found) if not any(p != q and p.startswith(q) for q in found)]
+    if len(outer) == 1:
+        return outer[0]
+    if outer:
+        raise ZooError(
+            f"{path}: holds several models ({', '.join(repr(p) for p in outer)}): save the one that is meant by itself"
+        )
+    shown = ", ".join(list(names)[:4])
+    raise ZooError(
+        f"{path}: holds no tensor called {' or '.join(sorted(first))}, alone or below another name; it has {shown}, ..."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# What goes where
+
+
+@dataclass
+class Fitted:
+    """The tensors of the new folder and their making. `outputs` has all that are not copied. `head`: the name in the state
+    of a head that the Spec ties, and the one of the embedding."""
+
+    tensors: list[New]
+    extras: dict[str, tuple[New, str]]
+    outputs: dict[str, Output]
+    quant: dict[str, str]
+    head: tuple[str, str] | None
+
+
+def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
+    """Which of the state's tensors are which of the folder's; `dtype` as in `Plan`. Raises PlanError (a ZooError)."""
+    refs, quantised = dict(state.refs), list[New]()
+    quant = {slot: how for slot, how in like.quant.items() if _carries(like, slot, refs)}
+    for slot in quant:
+        for part in scheme(quant[slot]).components:
+            if (ref := refs.pop(f"{slot}.{part.name}", None)) is not None:
+                quantised.append(New(ref.name, ref.dtype, ref.shape))
+    family = families.get(like.source["family"], like.source.get("package"))
+    names = namings(like.spec, family)
+    tried = [
+        match(like.spec, ruleset, refs, 1, naming, dtype, like.source["config"] if naming == "hf" else {})
+        for naming, ruleset in names.items()
+    ]
+    for m in tried:
+        for name in [n for n in m.missing if n.removesuffix(".weight") in quant]:
+            del m.missing[name]
+    m = min(tried, key=lambda m: m.n_problems)
+    ours = _aside(m, names[m.naming], like, refs)
+    m.unexpected = [n for n in m.unexpected if n not in ours]
+    if m.quant or (dtype is None and any(o.scheme for o in m.outputs.values())):
+        m.problems.append(
+            f"{next(iter(m.quant))}: quantised in the state under a release's names; give the canonical ones, or plain weights"
+        )
+    if m.n_problems:
+        config = dict(like.source["config"])
+        raise PlanError(Checkpoint(Path(state.what), "state", (m.naming,), config, refs, {}), family, m)
+    outputs = dict(m.outputs)
+    for new in quantised:
+        outputs[new.name] = _itself(new.name, new)
+    tensors = [New(o.name, o.dtype, o.shape) for o in outputs.values()]
+    extras = {n: (unchanged(like.extra_tensors[n]), why) for n, why in extras_of(like).items()}
+    for name, (kept, why) in ours.items():
+        new = New(kept, refs[name].dtype, refs[name].shape)
+        extras[kept] = new, why
+        outputs[kept] = _itself(name, new)
+    head = (m.head[0], m.outputs["embed.weight"].sources[0]) if m.head else None
+    return Fitted(tensors, extras, outputs, quant, head)
+
+
+def namings(spec: Spec, family: Family) -> dict[str, RuleSet]:
+    """The names that a state may have: the canonical ones, and those of the family's rules that transformers has."""
+    keys = dict.fromkeys(
+        [*(slot.key for slot in layout(spec).values()), "head.weight"]
+    )  # tied: a copy, if anything
+    own = rules(*((key, key) for key in keys))
+    theirs = {n: family.rules[n] for n in ("hf", "transformers") if n in family.rules}
+    return {"canonical": own, **theirs}
+
+
+def _carries(like: Canonical, slot: str, refs: Mapping[str, TensorRef]) -> bool:
+    """Whether the state has a quantised weight as the folder has it: the same codes and scales, by dtype and shape."""
+    own = [like.tensors.get(f"{slot}.{c.name}") for c in scheme(like.quant[slot]).components]
+    return all(
+        (there := refs.get(ref.name)) is not None and (there.dtype, there.shape) == (ref.dtype, ref.shape)
+        for ref in own
+        if ref is not None
+    )
+
+
+def _aside(
+    m: Match, ruleset: RuleSet, like: Canonical, refs: Mapping[str, TensorRef]
+) -> dict[str, tuple[str, str]]:
+    """Tensors of the state that the model does not use: (name in the folder, reason). Where the folder has them, they have
+    its names, which are the release's."""
+    prefix = tuple((a, b) for a, b in like.source["prefix"])
+    released = respell(ruleset, prefix) if m.naming == "hf" else (lambda name: name)
+    back = respell(ruleset, tuple((new, old) for old, new in m.prefix if new))
+    out = {}
+    for name in (*m.extras, *m.unexpected):
+        why = m.extras.get(name)
+        if why == TIED:
+            continue
+        kept = next((n for n in (name, released(back(name))) if n in like.extra_tensors), None)
+        if kept is not None and like.extra_tensors[kept].shape == refs[name].shape:
+            out[name] = kept, like.extras.get(kept, why or "kept aside before")
+        elif why is not None:
+            out[name] = name, why
+    return out
+
+
+def _itself(source: str, new: New) -> Output:
+    whole = Box.whole(new.shape)
+    return Output(new.name, new.dtype, new.shape, None, (source,), (Fit(source, new.shape, whole, whole),))
+
+
+def _refuse_other_head(fitted: Fitted, state: State, ranks: _Alone) -> None:
+    """A head beside an embedding that the Spec ties it to must be a copy of that."""
+    if fitted.head is None:
+        return
+    head, embed = map(state.get, fitted.head)
+    with ranks.agreeing():
+        if head is not None and embed is not None and not torch.equal(head, embed):
+            raise ZooError(
+                f"{state.what}: {fitted.head[0]} differs from {fitted.head[1]}, but the Spec ties them: they were trained apart. Tie "
+                "them in the trainer, or export the folder, untie it (tie_word_embeddings), and convert that"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Making them
+
+
+def put_together(o: Output, state: State, wanted: bool) -> Iterator[Tensor]:
+    """The canonical tensor, put together of its sources. Asks for these even where it is not `wanted`."""
+    out = None
+    held, last = None, ""
+    for name, fit in zip(o.sources, o.fits, strict=True):
+        if name != last:  # one that several parts are cut from is asked for once
+            held, last = state.get(name), name
+        if not wanted:
+            continue
+        assert held is not None
+        if (
+            held.dtype == TORCH[o.dtype]
+            and len(o.fits) == 1
+            and fit.source.is_contiguous()
+            and fit.canonical.is_contiguous()
+        ):
+            yield held.reshape(o.shape)
+            return
+        if out is None:
+            out = torch.empty(o.shape, dtype=TORCH[o.dtype])
+        elements(out, fit.canonical).copy_(elements(held.contiguous(), fit.source))
+    if out is not None:
+        yield out
+
+
+def elements(t: Tensor, box: Box) -> Tensor:
+    """A view of the elements of `box` of a contiguous tensor, every sub-axis an axis."""
+    sizes, strides = box.flat()
+    return torch.as_strided(t, sizes, strides, t.storage_offset() + box.offset)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def _is_sharded(t: Any) -> bool:
+    return isinstance(t, Tensor) and hasattr(t, "full_tensor")
+
+
+class _Alone:
+    """One process that has everything."""
+
+    writes = True
+
+    def whole(self, t: Tensor) -> Tensor | None:
+        """The tensor, on the CPU."""
+        return t.detach().cpu()
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What is raised in here is raised on all ranks."""
+        yield
+
+
+class _Together(_Alone):
+    """All ranks of the default group, each of which has its shards; the first writes."""
+
+    def __init__(self) -> None:
+        self.writes = torch.distributed.get_rank() == 0
+
+    def whole(self, t: Tensor) -> Tensor | None:
+        gather = getattr(t, "full_tensor", None)
+        full: Tensor = t if gather is None else gather()
+        return full.detach().cpu() if self.writes else None
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        raised: BaseException | None = None
+        try:
+            yield
+        except (ZooError, OSError) as e:
+            raised = e
+        said = [None if raised is None else str(raised)]
+        torch.distributed.broadcast_object_list(said, src=0)
+        if raised is not None:
+            raise raised
+        if said[0] is not None:
+            raise ZooError(said[0])
