@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo.cli import cli
 from zoo.cli.inspect import look
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
@@ -389,7 +391,8 @@ def test_a_tied_file_that_kept_only_the_head_is_proven_against_upstream(tied: Pa
         {"dtype": "float8_e4m3fn"},
         {"dtype": None, "torch_dtype": "torch.bfloat16"},
         {"pad_token_id": [0], "eos_token_id": "</s>"},
-        {"quantization_config": "none"},
+        {"quantization_config": "none", "experts_implementation": "grouped_mm"},
+        {"initializer_range": 1, "mlp_bias": 0, "attention_bias": 0},
     ],
     ids=str,
 )
@@ -398,6 +401,16 @@ def test_a_wrappers_class_and_settings_that_say_nothing_of_numbers_keep_neither_
 ) -> None:
     canon = convert(plan_of(again(llama, tmp_path / "other", **config)), tmp_path / "canon")
     assert zoo.verify(canon, level="logits", write=False).verdict == "passed"
+
+
+def test_a_null_that_upstreams_class_refuses_is_as_good_as_absent(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {
+        "use_cache": None,
+        "tie_word_embeddings": None,
+    }
+    (other / "config.json").write_text(json.dumps(config))
+    assert config_and_class(other)[0].tie_word_embeddings is False
 
 
 def test_a_config_that_an_editor_began_with_a_mark_is_verified(llama: Path, tmp_path: Path) -> None:
@@ -453,3 +466,55 @@ def test_what_a_file_manager_or_another_engine_left_beside_is_no_set_of_weights(
     for name in ("._model.safetensors", "openvino_model.bin"):
         (other / name).write_bytes(b"")
     assert plan_of(other).checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("given", [{}, {"metadata": None}], ids=str)
+def test_an_index_without_metadata_is_proven_against_upstream_which_stops_without(
+    llama: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    other = again(llama, tmp_path / "other")
+    have = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": list(have)[i::2] for i in range(2)}
+    for file, names in parts.items():
+        save_file({n: have[n] for n in names}, other / file)
+    index = {"weight_map": {n: file for file, names in parts.items() for n in names}, **given}
+    (other / "model.safetensors.index.json").write_text(json.dumps(index))
+    cert = certified(other, tmp_path)
+    assert (
+        cert.headline == "PASSED"
+        and "model.safetensors.index.json with an object 'metadata'" in cert.oracle["note"]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "model-00001-of-00001.safetensors", "weights.bin"]
+)
+def test_weights_under_a_name_that_upstream_does_not_look_for_are_proven_against_it(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    other = again(llama, tmp_path / "other")
+    have = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    torch.save(have, other / name) if name.endswith(".bin") else save_file(have, other / name)
+    canon = zoo.convert(other / name if name.endswith(".bin") else other, tmp_path / "canonical")
+    for stream in (False, True)[: 1 + name.endswith("s")]:
+        cert = zoo.verify(canon, level="logits", stream=stream, write=False)
+        assert cert.headline == "PASSED" and f"upstream was given {name} alone" in cert.oracle["note"]
+
+
+def test_tensors_that_are_left_out_and_adapters_that_are_not_applied_are_said(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = again(llama, tmp_path / "other")
+    have = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    torch.save({"ema": have, "model": have, "epoch": 3}, other / "pytorch_model.bin")
+    (other / "adapter_config.json").write_text("{}")
+    notes, said = (
+        open_checkpoint(other).notes,
+        CliRunner().invoke(cli, ["convert", str(other), str(tmp_path / "c")]),
+    )
+    assert "pytorch_model.bin: the tensors under 'model' are taken, those under 'ema' left out" in notes
+    assert any("an adapter lies beside the model, and is not merged" in note for note in notes)
+    assert all(note in said.output for note in notes)

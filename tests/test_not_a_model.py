@@ -15,6 +15,7 @@ import zoo
 from zoo.cli.export import written_since
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
+from zoo.formats.base import read_json
 from zoo.spec import Spec
 from zoo.text import Text
 from zoo.verify.exact import spec_differences
@@ -49,6 +50,36 @@ def test_what_was_saved_in_a_files_place_is_called_what_it_is(name: str, saved: 
         Text(root) if name == "tokenizer.json" else open_checkpoint(root)
 
 
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        (b"Entry not found" + b" " * 60, "a text .*it begins 'Entry no"), (b'{"error":"Repository not found"}', "a text"),
+        (b'<?xml version="1.0"?><Error>', "a web page"), (b"\0" * 4096, "begins with zeros"),
+        (b"\x1f\x8b\x08" + b"\0" * 90, r"compressed \(gzip\)"), (b"\x28\xb5\x2f\xfd" + b"\1" * 90, r"compressed \(zstd\)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_an_answer_zeros_or_a_compressed_file_in_weights_place_are_called_what_they_are(
+    name: str, saved: bytes, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(saved)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ZooError, match=rf"{name}: {says}"):
+        open_checkpoint(tmp_path)
+    if not saved.startswith(b"{"):
+        (tmp_path / "config.json").write_bytes(saved[:64])
+        with pytest.raises(
+            ZooError, match=r"config\.json: (a web page|begins with zeros|compressed|not valid JSON)"
+        ):
+            read_json(tmp_path / "config.json", "it is needed")
+
+
+def test_a_tokenizer_that_is_a_pointer_is_said_before_it_is_missed(root: Path) -> None:
+    (root / "tokenizer.json").write_text(POINTER)
+    (note,) = open_checkpoint(root).notes
+    assert "tokenizer.json: git-lfs pointers" in note and "git lfs pull" in note
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_an_adapter_is_called_that_with_its_base(with_config: bool, root: Path) -> None:
     (root / "model.safetensors").rename(root / "adapter_model.safetensors")
@@ -67,7 +98,8 @@ def test_a_model_beside_an_adapter_is_read(root: Path) -> None:
     (root / "adapter_config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, root / "adapter_model.safetensors")
     ckpt = open_checkpoint(root)
-    assert set(ckpt.files) == {"model.safetensors"} and ckpt.notes == ()
+    (note,) = ckpt.notes
+    assert set(ckpt.files) == {"model.safetensors"} and "not merged into it" in note
 
 
 @pytest.mark.parametrize("pickled", [True, False])

@@ -38,7 +38,7 @@ SILENT = re.compile(
     | mamba_ssm_(cache_)?dtype | use_grouped_mm | reorder_and_upcast_attn | moe_shared_expert_overlap | model_max_length
     | bias_dropout_fusion | masked_softmax_fusion | skip_bias_add(_qkv)? | slow_but_exact | offset_alibi | output_projection
     | inference_runner | validate_runner_input | pad_key_length | pre_allocate_kv_cache | scale_attention_softmax_in_fp32
-    | n_ctx | expand | (unsloth|axolotl)_.* | attn_implementation
+    | n_ctx | expand | (unsloth|axolotl)_.* | (attn|experts)_implementation
     # read elsewhere: what the files hold, by the format's reader
     | quantization(_config)? | compression_config | expert_dtype | for_llm_compressor
     # multi-token prediction has no part in the next token's logits

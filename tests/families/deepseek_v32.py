@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+import torch
+
 from families.deepseek_v3 import mtp, released
-from zoo.testing import BASE, FamilyCase, Listed, Variant, rope, yarn
+from zoo.testing import BASE, FamilyCase, Listed, Variant, build, rope, yarn
+
+
+def upstream_rotates_the_indexers_halves() -> None:
+    class Seen:
+        def update_indexer(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+            self.keys = keys
+            return keys
+
+    indexer = next(m for m in build.fresh(CASE.variants[0]).modules() if hasattr(m, "weights_proj"))
+    d, draw = indexer.qk_rope_head_dim, torch.Generator().manual_seed(0)
+    h, q = (torch.randn(1, 3, w.in_features, generator=draw) for w in (indexer.wk, indexer.wq_b))
+    angle, seen = torch.rand(1, 3, d // 2, generator=draw), Seen()
+    turns = torch.cat([angle, angle], dim=-1)
+    indexer(
+        h,
+        q,
+        (turns.cos(), turns.sin()),
+        torch.ones(1, 1, 3, 3, dtype=torch.bool),
+        torch.arange(3)[None],
+        seen,
+    )
+    a, b = indexer.k_norm(indexer.wk(h))[..., :d].chunk(2, dim=-1)
+    turned = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+    torch.testing.assert_close(seen.keys[..., :d], turned)
+
 
 # fmt: off
 
@@ -38,5 +65,6 @@ CASE = FamilyCase(
     optional_rules={
         "layers.{i}.attn.q.weight": "V3's queries without a latent",
     },
+    disputes={"the pairing of the indexer's rotary channels": upstream_rotates_the_indexers_halves},
 )
 # fmt: on

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from zoo import families
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, names, rope
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, build, names, rope
 from zoo.testing.build import draw_all, rename
 from zoo.testing.full_size import account, read, refs
 from zoo.testing.names import Config, Tensor
@@ -128,6 +129,24 @@ def gemma3n_release(tensors: Tensors, config: Settings, draw: Draw) -> None:
         tensors[name] = draw(name, shape)
 
 
+def upstream_caps_logits_at_30() -> None:
+    model = build.fresh(CASE.variants[0])
+    assert type(model.config)().final_logit_softcapping == 30
+    torch.nn.init.normal_(model.lm_head.weight, std=100)
+    logits, cap = build.logits(model, build.tokens(CASE.variants[0])), model.config.final_logit_softcapping
+    assert 0.99 * cap < logits.abs().max() <= cap
+
+
+def upstream_clips_altup_in_training_only() -> None:
+    altup = next(m for m in build.fresh(CASE.variants[0]).modules() if hasattr(m, "prediction_coefs")).eval()
+    altup.config.altup_coef_clip, w = 1e-3, altup.prediction_coefs.weight
+    x = torch.ones(altup.config.altup_num_inputs, 1, 2, altup.config.hidden_size)
+    torch.nn.init.normal_(w)
+    for training in (False, True):
+        altup.train(training).predict(x)
+        assert (w.abs().max() <= 1.001e-3) == training
+
+
 # fmt: off
 CASE = FamilyCase(
     "gemma3n",
@@ -154,6 +173,7 @@ CASE = FamilyCase(
         ("gemma3n-e2b", {"attention_bias": True}, "attention_bias is True"),
         ("gemma3n-e2b", {"num_kv_shared_layers": 27}, "shares keys and values"),
     ),
+    disputes={"the soft cap on the logits": upstream_caps_logits_at_30, "the clip of AltUp's coefficients": upstream_clips_altup_in_training_only},
 )
 # fmt: on
 

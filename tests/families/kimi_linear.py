@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from zoo import families
@@ -66,6 +67,13 @@ def released(config: Settings) -> Settings:
     }
 
 
+def upstream_weighs_experts_by_scores_without_the_bias() -> None:
+    router = next(m for m in build.fresh(CASE.variants[0]).modules() if hasattr(m, "e_score_correction_bias"))
+    h = torch.randn(5, router.hidden_dim, generator=torch.Generator().manual_seed(0))
+    before, router.e_score_correction_bias = router(h), router.e_score_correction_bias + 3
+    assert torch.equal(before[1], router(h)[1])
+
+
 # fmt: off
 CASE = FamilyCase(
     "kimi_linear",
@@ -97,6 +105,7 @@ CASE = FamilyCase(
         "layers.{i}.attn.q_latent_norm.weight": "V3's queries through a latent",
         "layers.{i}.attn.q_up.weight": "V3's queries through a latent",
     },
+    disputes={"the selection bias in the routing weights": upstream_weighs_experts_by_scores_without_the_bias},
 )
 # fmt: on
 

@@ -18,6 +18,17 @@ from zoo.testing import BASE, FamilyCase, Gguf, Variant, build, gguf, llama3, ro
 from zoo.testing.full_size import attention, read
 from zoo.testing.released import plain_rope
 
+
+def upstream_scales_by_the_configs_32() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig.from_dict(read("llama-3.2-1b-instruct"))
+    slowest = LlamaRotaryEmbedding(config).inv_freq[-1].item()
+    plain = config.rope_parameters["rope_theta"] ** -((config.head_dim - 2) / config.head_dim)
+    assert slowest == pytest.approx(plain / 32)
+
+
 # fmt: off
 
 _LLAMA = BASE | {
@@ -64,6 +75,7 @@ CASE = FamilyCase(
         ("llama-3.1-8b", {"num_hidden_layers": None}, "'num_hidden_layers' is missing"),
         ("smollm2-135m", {"rope_interleaved": True}, "rope_interleaved is True"),
     ),
+    disputes={"the RoPE factor of Llama 3.2 1B and 3B": upstream_scales_by_the_configs_32},
 )
 # fmt: on
 

@@ -65,6 +65,14 @@ def released(config: Settings) -> Settings:
     return config
 
 
+def upstream_has_theta_from_its_config() -> None:
+    from transformers import MistralConfig
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    config = MistralConfig(rope_parameters=rope(731.0))
+    assert MistralRotaryEmbedding(config).inv_freq[1].item() == pytest.approx(731.0 ** (-2 / config.head_dim))
+
+
 # fmt: off
 CASE = FamilyCase(
     "mistral",
@@ -112,6 +120,7 @@ CASE = FamilyCase(
             "is the model_type ministral?",
         ),
     ),
+    disputes={"theta where params.json names none": upstream_has_theta_from_its_config},
 )
 # fmt: on
 

@@ -75,6 +75,18 @@ def released(config: Settings) -> Settings:
     }
 
 
+def upstream_puts_a_floor_under_dt() -> None:
+    """If it does not any more, the family's entry among the disagreements has had its day."""
+    model = build.fresh(CASE.variant("nemotron_h_dtmin"))
+    limits = {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")}
+    assert limits == {(0.45, float("inf"))}
+    assert tuple(model.config.time_step_limit) == (0.0, float("inf"))
+    build.corrected(CASE, model)
+    assert {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")} == {
+        (0.0, float("inf"))
+    }
+
+
 # fmt: off
 CASE = FamilyCase(
     "nemotron_h",
@@ -101,6 +113,7 @@ CASE = FamilyCase(
         ("nemotron3-nano-30b-a3b", {"attention_bias": True}, "attention_bias is True"),
     ),
     released_text=released,
+    disputes={"a floor under dt in Mamba-2": upstream_puts_a_floor_under_dt},
 )
 # fmt: on
 
@@ -111,18 +124,6 @@ def test_nemotrons_letters_become_layers_of_one_thing_each() -> None:
     for layer in spec.layers:
         assert (layer.mixer is None) != (layer.ffn is None)
         assert (layer.attn_norm is None) == (layer.mixer is None)
-
-
-def test_upstream_still_puts_a_floor_under_dt() -> None:
-    """If it does not any more, the family's entry among the disagreements has had its day."""
-    model = build.fresh(CASE.variant("nemotron_h_dtmin"))
-    limits = {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")}
-    assert limits == {(0.45, float("inf"))}
-    assert tuple(model.config.time_step_limit) == (0.0, float("inf"))
-    build.corrected(CASE, model)
-    assert {m.time_step_limit for m in model.modules() if hasattr(m, "time_step_limit")} == {
-        (0.0, float("inf"))
-    }
 
 
 @pytest.mark.parametrize("top", [1e308, float("inf"), {"__float__": "Infinity"}])

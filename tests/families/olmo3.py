@@ -5,8 +5,11 @@ transformers 5.23 gives sliding layers the class default 500000 whatever rope_th
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from zoo import families
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, rope, yarn
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, build, rope, yarn
 from zoo.testing.full_size import attention, read
 from zoo.testing.released import flat_rope
 from zoo.testing.variant import Settings
@@ -27,6 +30,16 @@ def released(config: Settings) -> Settings:
     assert both["full_attention"]["rope_theta"] == both["sliding_attention"]["rope_theta"]
     config["rope_parameters"] = both["full_attention"]
     return flat_rope(config)
+
+
+def upstream_stretches_full_layers_only() -> None:
+    model = build.fresh(CASE.variants[0]).model
+    x, positions = torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long)
+    factors = {kind: model.rotary_emb(x, positions, kind)[0].unique().tolist() for kind in (FULL, SLIDING)}
+    assert factors == {
+        FULL: [pytest.approx(1.17)],
+        SLIDING: [1.0],
+    }  # YaRN's factor on cos, which is 1 at position 0
 
 
 # fmt: off
@@ -56,6 +69,7 @@ CASE = FamilyCase(
         ("olmo3-7b", {"layer_types": ["linear_attention"] * 32}, "layer_types[0] is 'linear_attention'"),
     ),
     released_text=released,
+    disputes={"which layers YaRN stretches": upstream_stretches_full_layers_only},
 )
 # fmt: on
 

@@ -63,6 +63,15 @@ def released(config: Settings) -> Settings:
     return drop(config, *(key for key in config if key.startswith(("linear_a_log", "linear_dt"))))
 
 
+def upstream_puts_a_theta_in_where_rope_parameters_is_null() -> None:
+    from transformers import OlmoHybridConfig
+
+    null = OlmoHybridConfig.from_dict({"rope_parameters": None})
+    assert null.rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
+    both = OlmoHybridConfig.from_dict({"rope_parameters": None, "rope_theta": None})
+    assert both.rope_parameters["rope_theta"] is None
+
+
 # fmt: off
 CASE = FamilyCase(
     "olmo_hybrid",
@@ -87,6 +96,7 @@ CASE = FamilyCase(
         ("olmo-hybrid-7b", {"layer_types": ["mamba"] * 32}, "layer_types[0] is 'mamba'"),
         ("olmo-hybrid-7b", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
     ),
+    disputes={"positions where rope_parameters is null": upstream_puts_a_theta_in_where_rope_parameters_is_null},
 )
 # fmt: on
 

@@ -8,6 +8,18 @@ from zoo.testing import BASE, FamilyCase, Variant, build
 from zoo.testing.released import flat_rope, implied_head_dim
 from zoo.testing.variant import Settings
 
+
+def upstream_has_no_long_table() -> None:
+    """If it has by now, the family's entry among the disagreements has had its day."""
+    wrong, right = (build.fresh(CASE.variant("phimoe_long")) for _ in range(2))
+    build.corrected(CASE, right)
+    x, positions = torch.zeros(1, 29, 1), torch.arange(29)[None]
+    tables = [model.model.rotary_emb(x, positions)[0] for model in (wrong, right)]
+    assert not torch.allclose(*tables)
+    within = [model.model.rotary_emb(x[:, :21], positions[:, :21])[0] for model in (wrong, right)]
+    assert torch.equal(*within)
+
+
 # fmt: off
 
 _PHIMOE = BASE | {
@@ -47,16 +59,6 @@ CASE = FamilyCase(
         ("phi-3.5-moe", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
         ("phi-3.5-moe", {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}}, "'short_factor' is missing"),
     ),
+    disputes={"LongRoPE beyond the original context": upstream_has_no_long_table},
 )
 # fmt: on
-
-
-def test_upstream_still_has_no_long_table() -> None:
-    """If it has by now, the family's entry among the disagreements has had its day."""
-    wrong, right = (build.fresh(CASE.variant("phimoe_long")) for _ in range(2))
-    build.corrected(CASE, right)
-    x, positions = torch.zeros(1, 29, 1), torch.arange(29)[None]
-    tables = [model.model.rotary_emb(x, positions)[0] for model in (wrong, right)]
-    assert not torch.allclose(*tables)
-    within = [model.model.rotary_emb(x[:, :21], positions[:, :21])[0] for model in (wrong, right)]
-    assert torch.equal(*within)

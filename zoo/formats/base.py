@@ -85,16 +85,40 @@ LFS = b"version https://git-lfs"
 """How a pointer begins that a clone without git-lfs has in a file's place."""
 
 
-def refuse_pointer(start: bytes, who: str) -> None:
-    """Raises ZooError where a file's first bytes (at least 4) are those of what was saved in its place: a git-lfs pointer, or
-    a web page."""
-    if start.lstrip().lower().startswith((b"<!doc", b"<html")):
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"7z\xbc\xaf": "7-Zip",
+}
+
+
+def refuse_pointer(start: bytes, who: str, text: bool = False) -> None:
+    """Raises ZooError where a file's first bytes (at least 4; better 64) are those of what was saved in its place: a git-lfs
+    pointer, a web page or another answer of a server, zeros of a download that was not written, a compressed file.
+    `text`: the file itself is one, so that only what no JSON begins with counts."""
+    if start.lstrip().startswith(b"<"):
         raise ZooError(
             f"{who}: a web page, of an error or of a login, that was saved in the file's place: fetch it again"
         )
     if len(start) >= 4 and LFS.startswith(start[: len(LFS)]):
         raise ZooError(
             f"{who}: a git-lfs pointer of some 130 bytes, not the file itself: `git lfs install && git lfs pull` in its folder"
+        )
+    if not start.strip() and text:
+        raise ZooError(f"{who}: empty: fetch it again")
+    if len(start) >= 8 and not any(start):
+        raise ZooError(
+            f"{who}: begins with zeros, where a download reserved the space and did not end: fetch it again"
+        )
+    if (
+        how := next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
+    ) is not None:
+        raise ZooError(f"{who}: compressed ({how}): unpack it first")
+    if len(start) >= 8 and not text and all(32 <= c < 127 or c in b"\t\r\n" for c in start):
+        raise ZooError(
+            f"{who}: a text (it begins {start[:40].decode()!r}), an answer that was saved in the file's place: fetch it again"
         )
 
 
@@ -115,7 +139,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ZooError(f"{path}: missing; {what}") from None
     except ValueError as e:  # bad UTF-8, bad JSON, more of it than any release has
-        refuse_pointer(raw[:64], str(path))
+        refuse_pointer(raw[:64], str(path), text=True)
         raise ZooError(f"{path}: not valid JSON ({e}); {what}") from None
     except OSError as e:
         raise ZooError(f"{path}: {e.strerror}; {what}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 from zoo.formats import sets, wrapped
-from zoo.formats.base import WEIGHT_SUFFIXES, Checkpoint, read_json
+from zoo.formats.base import LFS, WEIGHT_SUFFIXES, Checkpoint, read_json
 
 READERS: dict[str, str] = {
     "canonical": "zoo.formats.canonical",
@@ -57,6 +58,17 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
                     "stage3_gather_16bit_weights_on_model_save"
                 )
             ckpt.chosen = p.name if p.is_file() else None
+            if p.is_dir() and (p / "adapter_config.json").is_file() and name != "canonical":
+                ckpt.notes = (
+                    *ckpt.notes,
+                    "adapter_config.json: an adapter lies beside the model, and is not merged into it: the model's own weights are "
+                    "taken (transformers with peft installed would load the adapter's base and apply it)",
+                )
+            if waits := [n for n in ckpt.carried if _points(ckpt.path(n))]:
+                ckpt.notes = (
+                    *ckpt.notes,
+                    f"{', '.join(waits)}: git-lfs pointers, not the files themselves, and carried as they are: run `git lfs pull` first",
+                )
             if name != "canonical" and (said := sets.note(ckpt, ckpt.chosen)) is not None:
                 ckpt.notes = (*ckpt.notes, said)
             return ckpt
@@ -88,6 +100,12 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         f"{p}: no checkpoint found. Looked for *.safetensors, consolidated.*.pth, pytorch_model*.bin, *.gguf; "
         f"found: {inside or 'an empty folder'}"
     )
+
+
+def _points(file: Path) -> bool:
+    with contextlib.suppress(OSError), file.open("rb") as f:
+        return f.read(len(LFS)) == LFS
+    return False
 
 
 OTHERS = (

@@ -333,16 +333,16 @@ def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[T
     not weights, and for ranges that are not in the file."""
     who = str(file)
     with file.open("rb") as f:
-        start = f.read(4)
+        start = f.read(64)
         refuse_pointer(start, who)
-        if start == b"PK\x03\x04":
+        if start[:4] == b"PK\x03\x04":
             state, ranges = _zipped(f, who)
         elif start[:1] == b"\x80":
             f.seek(0)
             state, ranges = _legacy(f, who)
         else:
             raise ZooError(
-                f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start!r})"
+                f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start[:4]!r})"
             )
     return list(_refs(_state_dict(state, who, notes), ranges, name, who))
 
@@ -490,6 +490,15 @@ def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Ten
         if len(under) > 1:
             raise ZooError(
                 f"{who}: holds several sets of tensors ({', '.join(under)}); save the one that is meant alone"
+            )
+        if under and notes is not None:
+            beside = [k for k, v in state.items() if k != under[0] and any(_tensors(v))]
+            notes += (
+                [
+                    f"{Path(who).name}: the tensors under {under[0]!r} are taken, those under {', '.join(map(short, beside[:5]))} left out"
+                ]
+                if beside
+                else []
             )
         state = state[under[0]] if under else state
     if not isinstance(state, dict):

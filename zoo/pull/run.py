@@ -118,10 +118,9 @@ def convert(
 
 
 def _note(plan: Plan, progress: Progress) -> None:
-    """Say what was not read: other sets of weights, and fields of the config that zoo does not know."""
+    """Say what a user may not expect: other sets of weights, fields that zoo does not know, names that were looked through."""
     for said in (*plan.checkpoint.notes, *plan.notes):
-        if said.startswith(("weights: ", "config: ")):
-            progress.note(said)
+        progress.note(said)
 
 
 def pull(

@@ -105,6 +105,8 @@ class FamilyCase:
     optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
     refused: (config stem, changes, what the error says): configs that must be refused.
     gguf: its GGUFs, by llama.cpp's names of the architecture.
+    disputes: what a `Disagreement` of the family is about -> a function that asserts that the installed upstream still does
+      as the entry says; what upstream mends is noticed so.
     """
 
     name: str
@@ -133,6 +135,7 @@ class FamilyCase:
     optional_rules: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[tuple[str, Settings, str], ...] = ()
     gguf: tuple[Gguf, ...] = ()
+    disputes: Mapping[str, Callable[[], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mine = tuple(dataclasses.replace(v, family=self.name) for v in self.variants)

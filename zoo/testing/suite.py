@@ -754,6 +754,12 @@ class FamilySuite:
     def test_every_gguf_that_the_family_reads_is_in_its_case(self) -> None:
         assert {g.arch for g in self.case.gguf} == set(families.get(self.case.name).gguf)
 
+    def test_upstream_still_does_as_each_disagreement_says(self) -> None:
+        """One that it has mended has had its day."""
+        assert {d.about for d in families.get(self.case.name).disagreements} == set(self.case.disputes)
+        for check in self.case.disputes.values():
+            check()
+
     def test_what_a_family_cannot_do_is_refused_by_name(
         self, stem_of: str, changes: dict[str, Any], says: str
     ) -> None:

@@ -36,6 +36,7 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     "pad_token_id": lambda x: type(x) is int,
     **dict.fromkeys(("bos_token_id", "eos_token_id"), _ids),
     "use_cache": lambda x: isinstance(x, bool),
+    "experts_implementation": lambda x: x == "eager",
     "num_labels": lambda x: type(x) is int,
     "id2label": _numbered,
 }
@@ -75,6 +76,9 @@ def _part(
         )
     elif q is not None and not q:
         del out["quantization_config"]  # empty, and of another type than upstream looks for
+    for key in ("use_cache", "tie_word_embeddings"):
+        if key in out and out[key] is None:
+            del out[key]  # as good as absent, but not to its class
     for key, fine in SETTINGS.items():
         if out.get(key) is not None and not fine(out[key]):
             value = out.pop(key)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.util
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,7 +82,7 @@ class Transformers:
     ) -> None:
         self.path, self.dtype, self.device = path, dtype, torch.device(device)
         self.corrected: list[str] = []  # points in which the model does as zoo does, not as the library
-        self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
+        self.note = "; ".join(filter(None, (note, read_otherwise(path), _index_note(path)))) or None
         quiet()
         self.model = load(path, DTYPES[dtype]).to(self.device)
         self.layers = decoder_layers(self.model)
@@ -237,16 +239,53 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
     """The files of weights that `from_pretrained(root)` reads, by an implementation of its own that shares nothing with
     zoo's readers: a proof must not read what zoo chose. None if it would find none. (transformers 5.23: what
     `transformers_weights` in the config names, else the first of four names.)"""
-    config = json.loads((root / "config.json").read_bytes())
-    entry = config.get("transformers_weights")
-    if entry is None:
-        stems = ("model.safetensors", "pytorch_model.bin")
-        there = (n for stem in stems for n in (stem, f"{stem}.index.json") if (root / n).is_file())
-        entry = next(there, None)
+    entry = _entry(root)
     if entry is None or not entry.endswith(".json"):
         return None if entry is None else (entry,)
-    weight_map = json.loads((root / entry).read_bytes())["weight_map"]
-    return tuple(sorted(set(weight_map.values())))
+    return tuple(sorted(set(json.loads((root / entry).read_bytes())["weight_map"].values())))
+
+
+def _entry(root: Path) -> str | None:
+    """The file that `from_pretrained` opens first: the weights, or the index of their shards."""
+    config = json.loads((root / "config.json").read_bytes())
+    if (said := config.get("transformers_weights")) is not None:
+        return str(said)
+    stems = ("model.safetensors", "pytorch_model.bin")
+    return next((n for s in stems for n in (s, f"{s}.index.json") if (root / n).is_file()), None)
+
+
+def _mended_index(root: Path) -> tuple[str, dict[str, Any]] | None:
+    """The index of shards with the object `metadata` that transformers 5.23 stops without, and its name; None where there is
+    no such index, or it has one."""
+    entry = _entry(root)
+    if entry is None or not entry.endswith(".json"):
+        return None
+    index = json.loads((root / entry).read_bytes())
+    return None if isinstance(index.get("metadata"), dict) else (entry, {**index, "metadata": {}})
+
+
+def _index_note(path: Path) -> str | None:
+    mended = _mended_index(path) if path.is_dir() else None
+    return (
+        f"upstream was given {mended[0]} with an object 'metadata': it has none, and transformers stops without"
+        if mended
+        else None
+    )
+
+
+@contextlib.contextmanager
+def _opened_as(path: Path) -> Iterator[Path]:
+    """The folder that upstream opens: `path`, or links to what is in it beside a mended index."""
+    if (mended := _mended_index(path)) is None:
+        yield path
+        return
+    entry, index = mended
+    with tempfile.TemporaryDirectory(prefix="zoo-verify-") as links:
+        for file in path.resolve().iterdir():
+            if file.name != entry:
+                (Path(links) / file.name).symlink_to(file)
+        (Path(links) / entry).write_text(json.dumps(index), encoding="utf-8")
+        yield Path(links)
 
 
 def load(path: Path, dtype: torch.dtype) -> Any:
@@ -271,13 +310,13 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     }
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"
-    with its_own_errors(path), exact_values():
+    with its_own_errors(path), exact_values(), _opened_as(path) as at:
         try:
-            model, said = cls.from_pretrained(path, **given, **switches)
+            model, said = cls.from_pretrained(at, **given, **switches)
         except ValueError as e:  # a class without the switch
             if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
                 raise
-            model, said = cls.from_pretrained(path, **given, dtype=dtype)
+            model, said = cls.from_pretrained(at, **given, dtype=dtype)
         if missing := sorted(said["missing_keys"]):  # it would go on with random numbers
             raise LookupError(f"no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
         held = model.state_dict()
@@ -480,7 +519,7 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
         keys = {k: v for k, v in data.items() if k != "auto_map"}
         keys["model_type"] = cls.config_class.model_type
         with its_own_errors(path):
-            config = cls.config_class.from_dict(keys)
+            config = cls.config_class.from_dict(_typed(keys, cls.config_class))
             _weights_only(config)
             try:
                 with torch.device("meta"):
@@ -490,6 +529,24 @@ def config_and_class(path: Path) -> tuple[Any, Any]:
                 continue
         return config, cls
     raise NoUpstream(f"{path}: upstream cannot run this: " + "; ".join(dict.fromkeys(errors)))
+
+
+def _typed(keys: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """Numbers of the types that upstream's class asks for, which takes no whole number for a float (JSON has one kind of
+    number: 1 is 1.0), nor 0 for false."""
+    out = dict(keys)
+    for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ():
+        asked = {t.strip() for t in str(getattr(f.type, "__name__", f.type)).split("|")}
+        value = out.get(f.name)
+        if type(value) is int and "int" not in asked:
+            if "float" in asked:
+                out[f.name] = float(value)
+            elif "bool" in asked and value in (0, 1):
+                out[f.name] = bool(value)
+    for name, part in getattr(config_class, "sub_configs", {}).items():
+        if isinstance(out.get(name), dict):
+            out[name] = _typed(out[name], part)
+    return out
 
 
 class NoUpstream(ZooError):

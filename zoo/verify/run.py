@@ -14,7 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -391,16 +391,17 @@ def _open_oracle(
     if not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
         return
-    path = readable(ckpt)
+    path, why_chosen = readable(ckpt), "as asked for: left to itself it reads other files"
+    if path == ckpt.root and ckpt.chosen is None and len(ckpt.files) == 1 and not from_pretrained_files(path):
+        ckpt = replace(ckpt, chosen=next(iter(ckpt.files)))
+        why_chosen = "under a name that it looks for: left to itself it finds no weights there"
     why = f"upstream cannot read {ckpt.format} files"
     try:
         if path is not None:
             if path != ckpt.root or ckpt.chosen is None or _takes_the_same(ckpt):
                 out.oracle = _upstream(folder.spec, path, dtype, None, window, device)
                 return
-            note = (
-                f"upstream was given {ckpt.chosen} alone, as asked for: left to itself it reads other files"
-            )
+            note = f"upstream was given {ckpt.chosen} alone, {why_chosen}"
             if window is None:
                 path, out.cleanup = alone(ckpt)
             out.oracle = _upstream(folder.spec, path, dtype, note, window, device, ckpt.files)
