@@ -316,7 +316,7 @@ def speed(work: Path) -> dict[str, Any]:
         ("moe", bench.moe, ""),
         ("dense to q8_0", bench.dense, "q8_0"),
     ):
-        source, canon, file, copied = (work / x for x in ("source", "canon", "x.gguf", "y.gguf"))
+        source, canon, file, copied = (work / x for x in ("source", "canon", "out/x.gguf", "y.gguf"))
         bench.write(source, *maker(GB))
         zoo.convert(source, canon)
         shutil.rmtree(source)
@@ -324,7 +324,7 @@ def speed(work: Path) -> dict[str, Any]:
         for _ in range(ROUNDS):
             bench.warm(canon)
             made = bench.timed([sys.executable, "-c", EXPORT, str(canon), str(file), type])
-            bench.warm(work)
+            bench.warm(file.parent)
             runs.append((made, bench.timed(["cp", str(file), str(copied)])))
             nbytes = file.stat().st_size
             file.unlink()
