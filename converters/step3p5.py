@@ -126,7 +126,7 @@ def sparse_layers(t: Config, n: int) -> list[bool]:
     """Which layers have experts: a list of kinds, or the numbers of those that have ("3,4,..."); else all but three."""
     if "mlp_layer_types" in t:
         return [kind == "sparse" for kind in t.each_layer("mlp_layer_types", n, ("dense", "sparse"))]
-    said = t.get("moe_layers_enum", range(3, n))
+    said = t.data.get("moe_layers_enum") or range(3, n)
     numbers = said.split(",") if isinstance(said, str) else said
     return [i in {int(x) for x in numbers} for i in range(n)]
 
@@ -181,15 +181,16 @@ _HELD: tuple[RuleLine, ...] = (
     *hf.STACKED,
     *hf.gated_mlp("layers.{i}.moe.shared", _L + "mlp.shared_experts"),
 )
-_VISION = "sees images; the text model does not"
+_VISION = tuple(
+    extra(f"{prefix}{part}.*", "sees images; the text model does not")
+    for prefix in ("", "model.")
+    for part in ("vision_model", "vit_large_projector", "multi_modal_projector")
+)
+_WITHIN = {"model.": "model.language_model."}
+_MTP = extra("model.language_model.layers.{i}.*", hf.MTP, beside="eh_proj.weight")
 RULES = {
-    "hf": rules(*HF, extra("vision_model.*", _VISION), extra("vit_large_projector.*", _VISION)),
-    "transformers": rules(
-        *hf.in_memory(HF, *_HELD),
-        extra("model.vision_model.*", _VISION),
-        extra("model.multi_modal_projector.*", _VISION),
-        prefixes=({"model.": "model.language_model."},),
-    ),
+    "hf": rules(*HF, _MTP, *_VISION, prefixes=({}, _WITHIN)),
+    "transformers": rules(*hf.in_memory(HF, *_HELD), *_VISION, prefixes=(_WITHIN,)),
 }
 
 FAMILY = Family(

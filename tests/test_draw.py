@@ -127,7 +127,10 @@ def changed(x: Any, tp: Any = None) -> Iterator[tuple[str, Any]]:
             for path, other in changed(item):
                 yield f"[{n}] {path}", (*x[:n], other, *x[n + 1 :])
     elif typing.get_origin(tp) is typing.Literal:
-        for other in typing.get_args(tp):
+        for other in (
+            *typing.get_args(tp),
+            "what comes after",
+        ):  # which zoo.json would refuse, until it is known
             if other != x:
                 yield other, other
     elif isinstance(x, bool):
@@ -378,6 +381,22 @@ def test_the_order_of_four_thousand_layers_is_told_at_once_and_cut_in_the_pictur
 def test_layers_that_reuse_different_layers_keys_are_of_one_kind() -> None:
     found = order(release("glm-5.2"))
     assert set(found.mixers) == {"X", "x"} and pattern(found.letters) == "2 X, 19 × (X, 3 x)"
+
+
+def test_a_model_without_two_layers_alike_has_a_letter_and_a_box_for_each() -> None:
+    many = tuple(Layer(dataclasses.replace(MIXERS[2], window=n), FFNS[0], RMS) for n in range(1, 301))  # type: ignore[arg-type]
+    spec = dataclasses.replace(SPEC, layers=many, altup=None)
+    assert len(set(order(spec).letters)) == 300
+    assert said(spec).count("sliding window") >= 300
+
+
+def test_a_window_as_long_as_the_context_bounds_nothing_and_learned_positions_are_positions() -> None:
+    assert set(order(release("phi-3.5-mini")).letters) == {"F"} and set(order(release("gpt2")).letters) == {
+        "F"
+    }
+    assert set(order(release("mistral-7b-v0.1")).letters) == {"S"} and set(
+        order(release("smollm3-3b")).letters
+    ) == {"F", "N"}
 
 
 # ------------------------------------------------------------------ SVG, and the command

@@ -57,7 +57,9 @@ def test_an_adapter_is_called_that_with_its_base(with_config: bool, root: Path) 
     )
     if not with_config:
         (root / "config.json").unlink()
-    with pytest.raises(ZooError, match=r"an adapter \(LORA\) to org/base, not a model: merge it"):
+    with pytest.raises(
+        ZooError, match=r"an adapter \(LORA\) to org/base, not a model: convert that, and merge this"
+    ):
         open_checkpoint(root)
 
 

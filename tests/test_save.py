@@ -80,6 +80,11 @@ def test_what_a_trainer_saves_of_upstreams_model_gets_the_releases_names_back(
     like = verified.canonical(name)
     release = verified.ROOT / f"{name}-float32-source"
     state = {wrapped.format(k): t for k, t in tiny.upstream(release).state_dict().items()}
+    flat = torch.cat(
+        [t.flatten() for t in state.values()]
+    )  # as FSDP1 and DeepSpeed hold them: views of one buffer
+    pieces = flat.split([t.numel() for t in state.values()])
+    state = {k: piece.view(t.shape) for (k, t), piece in zip(state.items(), pieces)}
     new = zoo.save(state, like, tmp_path / "new")
     assert same(held(new), held(like))
     back = zoo.export(new, tmp_path / "back")

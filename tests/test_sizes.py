@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import verified
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,3 +115,19 @@ def test_show_and_inspect_say_the_numbers_in_words_and_to_programs() -> None:
     assert "recurrent state" in serving(spec_of("kimi-linear-48b-a3b"), 1000, 1, "bf16")
     assert "layers" not in describe(spec_of("gpt2")), "all its layers are alike"
     assert [flop(x) for x in (7.0, 15.04e9, 999.6e9, 2e15)] == ["7 FLOP", "15 GFLOP", "1 TFLOP", "2 PFLOP"]
+
+
+def test_a_folder_is_shown_and_inspected_with_its_numbers(tmp_path: Path) -> None:
+    folder = verified.canonical("llama")
+    said = [
+        CliRunner().invoke(cli, [command, str(folder), "--json"]).stdout for command in ("show", "inspect")
+    ]
+    shown, inspected = map(json.loads, said)
+    assert shown["numbers"] == inspected["numbers"] and shown["name"] == folder.name
+    assert sum(shown["numbers"]["params_by_part"].values()) == shown["params"]["total"]
+    out = tmp_path / "x.svg"
+    assert (
+        CliRunner().invoke(cli, ["show", str(folder), "gpt2", "--svg", str(out)]).exit_code == 0
+        and out.stat().st_size
+    )
+    assert "parts" in CliRunner().invoke(cli, ["inspect", str(folder)]).stdout

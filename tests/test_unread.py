@@ -70,6 +70,19 @@ def config(**more: Any) -> dict[str, Any]:
     return {**(manifest.find("qwen3-0.6b").config or {}), **more}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_ratio", 500), ("use_dynamic_ntk", True), ("use_logn_attn", True), ("rope_base", 2e4), ("logits_softcap", 30.0), ("softmax_scale", 0.1)],
+)  # fmt: skip
+def test_a_field_on_no_list_is_refused_where_its_name_says_what_it_scales(key: str, value: Any) -> None:
+    glm = dict(manifest.find("glm-4-9b").config or {})
+    for released in (config(), glm):
+        with pytest.raises(ZooError, match=rf"\b{key} is {value}; and the family"):
+            families.spec_of({**released, key: value})
+    assert families.read({**glm, "rope_ratio": 1.0, "use_dynamic_ntk": False, "use_rotary": True})[1] == []
+    assert families.read(config(rope_base=config()["rope_theta"]))[1] == []
+
+
 def test_all_that_is_refused_is_named_at_once() -> None:
     with pytest.raises(
         ZooError, match=r"softcapping is 50\.0; residual_multiplier is 0\.22; .* does not read them"

@@ -80,15 +80,21 @@ def test_faults_are_caught_on_a_gpu_too() -> None:
     assert cert.passed and cert.faults is not None and cert.faults["caught"] == cert.faults["applicable"]
 
 
-def test_what_does_not_fit_is_streamed_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoo.verify import run
+def test_what_is_needed_is_said_and_what_does_not_fit_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.verify import need, run
 
     said: list[str] = []
-    monkeypatch.setattr(run, "available", lambda _device: 100_000)
+    monkeypatch.setattr(need, "available", lambda _device: 100_000)
+    monkeypatch.setattr(need, "WORTH_IT", 0)
     cert = run.verify(canonical("llama"), write=False, progress=said.append)
     assert cert.passed and cert.oracle["streamed"] and any("can be had" in text for text in said)
     (left,) = (text for text in cert.not_checked if text.startswith("decode"))
     assert "both sides take" in left and "100 kB can be had" in left
-    assert "streamed" not in run.verify(canonical("llama"), stream=False, write=False).oracle
-    monkeypatch.setattr(run, "available", lambda _device: 1 << 40)
+    assert cert.need is not None and cert.need["seconds"] > 0
+    files = sum(x["bytes"] for side in (cert.canonical, cert.source) for x in side["files"].values())  # type: ignore[index]
+    assert cert.need["reads"] == pytest.approx(2 * files, rel=0.01)  # hashed, and streamed once
+    whole = run.verify(canonical("llama"), stream=False, write=False)
+    assert "streamed" not in whole.oracle
+    assert whole.need is not None and whole.need["memory"] > 1.5 * cert.need["memory"]
+    monkeypatch.setattr(need, "available", lambda _device: 1 << 40)
     assert "streamed" not in run.verify(canonical("llama"), level="logits", write=False).oracle

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from verified import COVERING, ROOT, broken, canonical, figures, streams_alike, with_tensor
 
 import zoo
 from zoo.errors import ZooError
+from zoo.formats.canonical import read as read_folder
+from zoo.formats.opening import open_checkpoint
 from zoo.testing import build
-from zoo.verify import diagnose
+from zoo.verify import diagnose, exact, reading
 
 NAMES = [*(tiny.MAIN[family] for family in COVERING), "gemma4_shared", "qwen3_tied"]
 
@@ -62,6 +67,43 @@ def test_streaming_names_layer_part_and_cause(
     assert len(layers) <= 2 and built
     whole = zoo.verify(folder, level="logits", write=False).diagnosis
     assert whole is not None and whole["where"] == where
+
+
+@pytest.mark.parametrize("name", ["qwen3_tied", "qwen3_moe"])
+def test_each_weight_is_read_once_and_one_layer_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By upstream's two ways, ours and the bytes level together (the hashes of whole files are another reading)."""
+    folder = read_folder(canonical(name))
+    source = open_checkpoint(folder.source["path"])
+    called = {(folder.path(t), t.offset): f"canonical {t.name}" for t in folder.tensors.values()}
+    called |= {(source.path(t.file), t.offset): f"source {t.name}" for t in source.tensors.values()}
+    happened: list[tuple[str, str]] = []
+    plain, ahead = reading.mapped_range, reading.read_ahead
+
+    def count(path: Path, offset: int, nbytes: int) -> torch.Tensor:
+        happened.append(("read", called[path, offset]))
+        return plain(path, offset, nbytes)
+
+    def count_ahead(ranges: list[reading.Range]) -> None:
+        happened.extend(("ahead", n) for n in {called[path, offset] for path, offset, _ in ranges})
+        ahead(ranges)
+
+    monkeypatch.setattr(reading, "mapped_range", count)
+    monkeypatch.setattr(exact, "mapped_range", count)
+    monkeypatch.setattr(reading, "read_ahead", count_ahead)
+    cert = zoo.verify(folder.root, level="logits", stream=True, write=False)
+    assert cert.passed and [x.name for x in cert.levels] == ["plan", "bytes", "layers", "logits"]
+    times = Counter(happened)
+    layers = {n for n in called.values() if "layers." in n}
+    assert {n: times["read", n] for n in layers} == dict.fromkeys(layers, 1)
+    assert {n: times["ahead", n] for n in layers} == dict.fromkeys(layers, 1)
+    # Of embeddings rows are taken before the layers, and all is read after them.
+    assert {times["read", n] for n in called.values()} == {1, 2}
+    known = -1  # the last layer that was asked for
+    for what, n in happened:
+        if (found := re.search(r"layers\.(\d+)\.", n)) is not None:
+            layer = int(found[1])
+            assert layer <= known + 1 if what == "ahead" else known - 1 <= layer <= known
+            known = max(known, layer) if what == "ahead" else known
 
 
 def test_streaming_does_not_decode_and_says_so() -> None:

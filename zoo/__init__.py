@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from zoo.hub import Progress
     from zoo.mapping.plan import Plan
@@ -35,18 +36,39 @@ if TYPE_CHECKING:
 
     StrPath = str | os.PathLike[str]
 
-__all__ = ["ZooError", "__version__", "convert", "export", "load", "plan", "pull", "save", "spec", "verify"]
+__all__ = [
+    "ZooError",
+    "__version__",
+    "convert",
+    "export",
+    "load",
+    "merge",
+    "plan",
+    "pull",
+    "save",
+    "spec",
+    "verify",
+]
 
 
 @translated
 def load(
-    path: StrPath, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    path: StrPath,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    trainable: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
     """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
     [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
 
-    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). Raises ZooError
-    if `path` is no canonical checkpoint, or torch has no such device here.
+    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). `trainable`: in training
+    mode, its parameters requiring gradients, which plain torch computes; `zoo.save` makes a folder of it again. `mesh`: a
+    DeviceMesh of one axis, of ranks that share the model: each calls this, holds its part, and runs the same passes, on the
+    mesh's devices (docs/parallel.md). Raises ZooError
+    if `path` is no canonical checkpoint, or torch has no such device here, or what is to be trained is quantised or shared, or
+    so many ranks cannot share the model.
     """
     import torch
 
@@ -56,7 +78,7 @@ def load(
     wanted = dtypes.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in dtypes.values():
         raise ZooError(f"unknown dtype {dtype!r}; expected bf16, fp16 or fp32")
-    return load(path, device=device, dtype=wanted)
+    return load(path, device=device, dtype=wanted, trainable=trainable, mesh=mesh)
 
 
 @translated
@@ -100,6 +122,18 @@ def export(canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = 
     from zoo.mapping.export import export
 
     return export(canon, dst, format=format, type=type)
+
+
+@translated
+def merge(canon: StrPath, adapter: StrPath, to: StrPath) -> Path:
+    """Write the canonical folder `to`: `canon` with the PEFT adapter in the folder `adapter` merged into it; `to`.
+
+    LoRA, rsLoRA and DoRA, computed in fp32 and rounded once. Raises ZooError for another kind of adapter, one for another model, or
+    one that changes quantised weights.
+    """
+    from zoo.mapping.merge import merge
+
+    return merge(canon, adapter, to)
 
 
 @translated

@@ -9,6 +9,7 @@ re-saved: `c["rope_theta"]`, `c.first("num_experts", "num_local_experts")`. What
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -27,6 +28,35 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
 }
 """Activations by the names configs have for them: use with `Config.table`."""
+
+
+_WHOLE = re.compile(
+    r"""(?!mscale|\w+_adjust)((\w+_)?(num|n)_\w+ | (\w+_)?(dim|size|rank|d_(conv|head|ssm|state))(_out|_mlp|_per_layer_input)? | (\w+_)?position_embeddings
+    | \w+_(kernel|cache|chunk_size|context_length|interval|step) | sliding_window | (moe_|index_)?(top_?k|k)(_group|_experts)?
+    | experts_per_token)""",
+    re.VERBOSE,
+)
+"""Fields that count something: whole numbers, or a list of them."""
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
+def sound(key: str, value: Any, where: str) -> Any:
+    """The value of a field, which is of the type that JSON has for such. Raises ZooError, naming `where`, for a number or
+    truth value within quotes, and for a field that counts and has a fraction: upstream refuses them too, and Python takes
+    the text "false" for true."""
+    if isinstance(value, str):
+        if _NUMBER.fullmatch(value):
+            raise ZooError(
+                f"{where}: {key} is {value!r}, a text; expected a number: write {value.strip()}, without quotes"
+            )
+        if value.lower() in ("true", "false", "null"):
+            raise ZooError(f"{where}: {key} is {value!r}, a text; write {value.lower()}, without quotes")
+    if _WHOLE.fullmatch(key):
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, float | dict) or x is True or (isinstance(x, str) and x != "auto"):
+                write = f": write {int(x)}" if isinstance(x, float) and x.is_integer() else ""
+                raise ZooError(f"{where}: {key} is {str(x)[:40]}; expected a whole number{write}")
+    return value
 
 
 class Recorded(dict[str, Any]):
@@ -100,7 +130,7 @@ class Config(Mapping[str, Any]):
         value = self.data.get(key)
         if value is None:
             raise ZooError(f"{self.where}: field {key!r} is missing, and this family needs it")
-        return value
+        return sound(key, value, self.where)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.data)
@@ -114,7 +144,7 @@ class Config(Mapping[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         """An optional field; null counts as absent."""
         value = self.data.get(key)
-        return default if value is None else value
+        return default if value is None else sound(key, value, self.where)
 
     def first(self, *keys: str, default: Any = _MISSING) -> Any:
         """The first of several spellings that is there. Raises ZooError if none is and no default is given.
@@ -126,7 +156,7 @@ class Config(Mapping[str, Any]):
             for other in there[1:]:
                 if dict.get(self.data, other) == value:
                     self.data.get(other)
-            return value
+            return sound(there[0], value, self.where)
         if default is _MISSING:
             raise ZooError(
                 f"{self.where}: none of the fields {', '.join(map(repr, keys))} is there; one is needed"
@@ -224,6 +254,8 @@ def rope_parameters(
         out["rope_theta"] = c.get(theta, default_theta) if default_theta is not None else c[theta]
     if out.get("partial_rotary_factor") is None and "partial_rotary_factor" in c:
         out["partial_rotary_factor"] = c["partial_rotary_factor"]
+    for key, value in out.items():
+        sound(key, value, f"{c.where}: rope_parameters")
     return out
 
 

@@ -28,6 +28,8 @@ MEANINGS = {
 """What a letter stands for; a second kind of the same has the next letter that is free, in lower case."""
 
 _MAX_PERIOD, _MAX_PREFIX = 64, 16
+_SPARE = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+"""For the third of a kind and later; a model may have as many kinds as layers, so that CJK follows."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Order:
 def order(spec: Spec) -> Order:
     """The letters of `spec`'s layers."""
     taken: set[str] = {"-"}
-    mixers = _lettered([tuple(map(relative, x.mixers)) for x in spec.layers], _mixer_letter, taken)
+    mixers = _lettered(
+        [tuple(map(relative, x.mixers)) for x in spec.layers], lambda m: _mixer_letter(m, spec), taken
+    )
     ffns = _lettered([x.ffn for x in spec.layers], _ffn_letter, taken)
     return Order(
         {letter: m for m, letter in mixers.items() if m},
@@ -108,27 +112,30 @@ def _join(runs: Iterable[tuple[int, T]]) -> str:
 
 def _lettered(things: Iterable[T], letter: Callable[[T], str], taken: set[str]) -> dict[T, str]:
     out: dict[T, str] = {}
-    for thing in things:
-        if thing in out:
-            continue
+    for thing in dict.fromkeys(things):
         wanted = letter(thing)
-        spare = (wanted, wanted.lower(), *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-        out[thing] = wanted if wanted == "-" else next((c for c in spare if c not in taken), "?")
+        spare = itertools.chain(wanted, wanted.lower(), _SPARE, map(chr, range(0x4E00, 0x9000)))
+        out[thing] = wanted if wanted == "-" else next(c for c in spare if c not in taken)
         taken.add(out[thing])
     return out
 
 
-def _mixer_letter(mixers: tuple[Mixer, ...]) -> str:
+def sees_all(m: Mixer, context: int) -> bool:
+    """Whether softmax attention sees every token of a text of `context` tokens: a window as long as that bounds nothing."""
+    reach = (m.window or m.chunk) if isinstance(m, Attention) else None
+    return isinstance(m, Attention | LatentAttention) and (reach is None or reach >= context)
+
+
+def _mixer_letter(mixers: tuple[Mixer, ...], spec: Spec) -> str:
     if not mixers:
         return "-"
+    learned = spec.positions is not None
     match mixers[0]:
         case _ if len(mixers) > 1:
             return "H"
-        case Attention(window=int()):
-            return "S"
-        case Attention(chunk=int()):
-            return "C"
-        case Attention(rope=None, alibi=None):
+        case Attention() as m if not sees_all(m, spec.context_length):
+            return "S" if m.window else "C"
+        case Attention(rope=None, alibi=None) if not learned:
             return "N"
         case LatentAttention() as m:
             return "L" if m.indexer is None and m.indexer_from is None else "X"

@@ -3,7 +3,7 @@
 Three kinds of fields. `SILENT` ones say nothing about the numbers of a text model. `NUMBERS` change them in some
 family that there is, each with the values that change nothing. All others are unknown: fine-tuners add keys of their
 own, so these are notes. The facts are those of the releases' configs and of the configuration classes and models of
-transformers 5.
+transformers 5. A field that neither list knows and whose name says what it scales counts as one that changes numbers.
 """
 
 from __future__ import annotations
@@ -188,6 +188,13 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Fields that change the numbers of some family, with the values that change nothing (null and empty never do)."""
 
+_TELLING = re.compile(
+    r"(.*_)?(rope|rotary|ntk|yarn|theta|logn)(_.*)?|.*soft_?cap.*|.*_multiplier(_.*)?|.*(attn|attention|softmax)_scal(e|ing).*"
+)
+"""Fields that no list knows, and whose names say that they scale positions, scores or states: ChatGLM's `rope_ratio`, which
+its base is multiplied by, Qwen's `use_dynamic_ntk`. They are taken for fields that change numbers."""
+_NOTHING = (1, 0, False, "default")
+
 _SCALED = """long_factor short_factor long_mscale short_mscale low_freq_factor high_freq_factor beta_fast beta_slow mscale
 mscale_all_dim alpha truncate factor scaling_factor attn_factor attention_factor extrapolation_factor
 original_max_position_embeddings""".split()
@@ -202,10 +209,11 @@ def judge(c: Config, spec: Spec) -> list[str]:
         key = path[-1]
         if SILENT.fullmatch(key) or value is None or value in ([], {}):
             continue
-        if key not in NUMBERS:
+        neutral = NUMBERS.get(key, _NOTHING if _TELLING.fullmatch(key) else None)
+        if neutral is None:
             unknown.append(".".join(path))
             continue
-        if any(_same(value, x) for x in NUMBERS[key]) or _idle(key, value, _beside(c, path), spec):
+        if any(_same(value, x) for x in neutral) or _idle(key, value, _beside(c, path), spec):
             continue
         says = says or _said_by(spec)
         if not any(_same(value, x) for x in says.get(key, ())):
@@ -311,7 +319,8 @@ def _mixer(m: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "use_qk_norm qk_norm qk_layernorm", (m.qk_norm is not None,)
         yield "sliding_window sliding_window_size attention_chunk_size", (m.window, m.chunk)
     if (r := m.rope) is not None:
-        yield "rope_theta", (r.theta,)
+        yield "rope_theta rope_base rope_freq_base rotary_base rotary_emb_base", (r.theta,)
+        yield "use_rope use_rotary rotary use_rotary_emb use_rotary_pos_emb use_rotary_embedding", (True,)
         yield "rope_interleave rope_interleaved", (r.interleaved,)
         if isinstance(m, Attention):
             yield "rotary_dim", (r.dim,)

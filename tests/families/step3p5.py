@@ -5,12 +5,15 @@ Releases' lists go on for three prediction layers after the last one.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import zoo
 from zoo import families
 from zoo.errors import ZooError
 from zoo.spec import MLP, MoE
-from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, llama3, names, rope
+from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, build, llama3, names, rope
 from zoo.testing.full_size import attention, read
 from zoo.testing.names import Config, Tensor
 from zoo.testing.released import drop
@@ -168,3 +171,23 @@ def test_heads_said_twice_must_agree() -> None:
         families.spec_of(config | {"per_layer_config": {"1": {"num_attention_heads": 64}}})
     with pytest.raises(ZooError, match="'45' is no layer"):
         families.spec_of(config | {"per_layer_config": {"45": {"num_attention_heads": 96}}})
+
+
+def test_a_release_that_names_its_language_model_is_the_same_model(tmp_path: Path) -> None:
+    release = build.make(CASE, CASE.variants[0], tmp_path / "release")
+    within = {
+        k.replace("model.", "model.language_model.", 1) if k.startswith("model.") else k: t
+        for k, t in build.read_tensors(release).items()
+    }
+    plain = zoo.convert(release, tmp_path / "plain")
+    build.write_tensors(release, within, None)
+    assert (
+        "model.language_model.layers.3.moe.gate_proj.weight" in within
+        and "model.language_model.layers.5.eh_proj.weight" in within
+    )
+    canon = zoo.convert(release, tmp_path / "within")
+    ours, theirs = (sorted(folder.glob("model-*.safetensors")) for folder in (canon, plain))
+    assert [f.read_bytes() for f in ours] == [f.read_bytes() for f in theirs] != []
+    assert zoo.verify(canon, level="logits", write=False).passed
+    zoo.export(canon, tmp_path / "back")
+    assert build.read_tensors(tmp_path / "back").keys() == within.keys()

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 @click.option("--year", type=click.IntRange(1900, 2099), help="Only those released in this year.")
 @click.option("--vendor", help="Only those of this vendor, or of this owner on the Hub: meta, qwen, mistral.")
 @click.option(
+    "--has",
+    multiple=True,
+    metavar="CHOICE",
+    help="Only those that made this structural choice: MLA, 'sliding window', NoPE. Several: all of them.",
+)
+@click.option(
     "--sort",
     type=click.Choice(["name", "released", "params"]),
     default="name",
@@ -26,7 +32,14 @@ if TYPE_CHECKING:
     help="released: newest first; params: largest first; unknown ones last.",
 )
 @common
-def command(words: tuple[str, ...], year: int | None, vendor: str | None, sort: str, as_json: bool) -> None:
+def command(
+    words: tuple[str, ...],
+    year: int | None,
+    vendor: str | None,
+    has: tuple[str, ...],
+    sort: str,
+    as_json: bool,
+) -> None:
     """List the releases zoo knows; those with all WORDS in them, if any are given.
 
     Words are looked for in name, family, vendor, repository, licence, format and quantisation, years and months in the
@@ -42,6 +55,9 @@ def command(words: tuple[str, ...], year: int | None, vendor: str | None, sort: 
     undated = [m for m in others if m.released is None and m not in found]
     if vendor is not None:
         found, undated = manifest.of_vendor(found, vendor), [*manifest.of_vendor(undated, vendor)]
+    for choice in has:
+        found = _with(found, choice)
+        undated = [*_with(undated, choice)]
     if undated:
         note(f"not listed: {len(undated)} whose date has no public source, and may be {' '.join(dates)}")
     found = _sorted(found, sort)
@@ -49,12 +65,41 @@ def command(words: tuple[str, ...], year: int | None, vendor: str | None, sort: 
         emit([manifest.summary(m) for m in found])
         return
     if not found:
-        asked = [*words, *([f"--year {year}"] if year else []), *([f"--vendor {vendor}"] if vendor else [])]
+        asked = [
+            *words,
+            *(f"--has {choice}" for choice in has),
+            *([f"--year {year}"] if year else []),
+            *([f"--vendor {vendor}"] if vendor else []),
+        ]
         note(
             f"no release has all of: {' '.join(asked)}. `zoo list` without words shows all {len(manifest.stems())}."
         )
         return
     say(_table(found))
+
+
+def _with(found: Iterable[Manifest], choice: str) -> tuple[Manifest, ...]:
+    """Those whose Spec makes a choice, by its name in any case. Errors: no choice is called that."""
+    from zoo import families
+    from zoo.errors import ZooError
+    from zoo.gallery.choices import CHOICES
+
+    tests = {name.lower(): test for of in CHOICES.values() for name, test in of.items()}
+    if choice.lower() not in tests:
+        known = "; ".join(name for of in CHOICES.values() for name in of)
+        raise ZooError(f"--has: no choice is called {choice!r}; there are: {known}")
+    made, unknown = [], 0
+    for m in found:
+        config = m.config
+        if config is None:
+            unknown += 1
+        elif tests[choice.lower()](
+            families.spec_of(config, families.get(m.family), f"{m.name}: config.json")
+        ):
+            made.append(m)
+    if unknown:
+        note(f"not listed: {unknown} whose config has no public copy, and may have {choice}")
+    return tuple(made)
 
 
 def _sorted(found: Iterable[Manifest], by: str) -> tuple[Manifest, ...]:

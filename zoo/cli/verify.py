@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zoo.cli._common import DTYPE, common, emit, failed, note, on, say, table
+from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -45,10 +46,33 @@ def command(
 
     CANON may be a GGUF that zoo or llama.cpp wrote of the canonical folder --against: then its tensors, fields and tokenizer are held
     against the folder's, and nothing is kept but what -o names.
+
+    torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON: of GPUs, each has one of its own.
     """
-    if check_certificate:
-        _check(canon, as_json)
-        return
+    with together(device) as ranks:
+        if check_certificate:
+            _check(canon, as_json)
+        else:
+            _verify(
+                ranks,
+                canon,
+                against,
+                oracle,
+                level,
+                require,
+                output,
+                dtype,
+                stream,
+                max_length,
+                self_test,
+                as_json,
+            )
+
+
+def _verify(
+    ranks: Ranks, canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None,
+    output: Path | None, dtype: str, stream: bool | None, max_length: int, self_test: bool, as_json: bool,
+) -> None:  # fmt: skip
     from zoo.verify import verify
     from zoo.verify.script import Script
 
@@ -60,21 +84,22 @@ def command(
     if oracle is not None:
         if against is not None:
             raise ZooError("--oracle and --against are two things to compare with: choose one")
-        other = Script(oracle, dtype)
+        other = Script(oracle, dtype) if ranks.first else None
     cert = verify(
         canon,
         other,
         level=level,
         dtype=dtype,
         stream=stream,
-        device=device,
+        device=ranks.device,
+        mesh=ranks.mesh,
         max_length=max_length,
         self_test=self_test,
         require=require,
         write=output is None,
         progress=progress,
     )
-    if output is not None:
+    if output is not None and ranks.first:
         cert.write(output.parent, output.name)
         cert.kept = f"{output} written"
     elif canon.is_file():
@@ -142,7 +167,8 @@ def describe(cert: Certificate, canon: Path) -> str:
 
 
 def _where(cert: Certificate) -> str:
-    return f" on {cert.device['name']}" if "name" in cert.device else ""
+    name, ranks = cert.device.get("name", ""), cert.device.get("ranks", 1)
+    return (f" on {name}" if name else "") + (f", {ranks} ranks" if ranks > 1 else "")
 
 
 def _oracle(cert: Certificate) -> str:

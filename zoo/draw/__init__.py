@@ -21,10 +21,11 @@ __all__ = ["Ahead", "Facts", "ahead", "drawing", "side_by_side"]
 _AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_transformer_layers", "num_mtp_modules")
 
 
-def drawing(spec: Spec, facts: Facts) -> str:
-    """One picture. The same Spec and facts give the same text."""
+def drawing(spec: Spec, facts: Facts, about: str | None = None) -> str:
+    """One picture. The same Spec and facts give the same text. `about`: the picture in words; by default all of `describe`."""
     canvas, height = picture.draw(spec, facts)
-    return svg.document([(0.0, canvas, ())], picture.WIDTH, height, _title(facts), _about(spec))
+    said = _about(spec) if about is None else about
+    return svg.document([(0.0, canvas, ())], picture.WIDTH, height, _title(facts), said)
 
 
 def side_by_side(several: list[tuple[Spec, Facts]]) -> str:
@@ -53,7 +54,7 @@ def ahead(config: Mapping[str, Any], family: Any = None) -> Ahead | None:
 
 
 def _title(facts: Facts) -> str:
-    return f"{facts.name}: block diagram"
+    return f"{facts.name}: block diagram".removeprefix(": ")
 
 
 def _about(spec: Spec) -> str:

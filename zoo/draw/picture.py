@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from zoo.draw import words
 from zoo.draw.boxes import Canvas, text_width
 from zoo.draw.words import Line, number
-from zoo.order import MEANINGS, Order, order, pattern
+from zoo.order import MEANINGS, Order, order, pattern, sees_all
 from zoo.spec import FFN, Attention, LatentAttention, Layer, Mixer, MoE, Norm, Spec
 
 WIDTH = 400.0
@@ -129,7 +129,9 @@ def draw(spec: Spec, facts: Facts) -> tuple[Canvas, float]:
 def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
     """A cell a layer, with its letter; below it a second row where feed-forwards vary; what the order is, in words."""
     rows = [o.letters] + ([o.feeding] if o.feeding_varies else [])
-    styles = {k: _mixer_style(m) for k, m in o.mixers.items()} | {k: _ffn_style(f) for k, f in o.ffns.items()}
+    styles = {k: _mixer_style(m, spec.context_length) for k, m in o.mixers.items()} | {
+        k: _ffn_style(f) for k, f in o.ffns.items()
+    }
     left = _MARGIN + 24
     shown = min(spec.n_layers, _PER_ROW * _MAX_ROWS)
     for start in range(0, shown, _PER_ROW):
@@ -194,11 +196,11 @@ def _frame(c: Canvas, spec: Spec, o: Order, f: Frame, top: float) -> float:
     if spec.altup is not None:
         y += _put(c, Box("n", "AltUp", correct), _RAIL - 8, y, WIDTH - _RAIL - 14, 1) + 6
     scale = f"× {number(x.residual_scale)}" if x.residual_scale != 1 else ""
-    mixing = _wrapped(x.attn_norm, _mixing(o, f), x.attn_post_norm)
+    mixing = _wrapped(x.attn_norm, _mixing(o, f, spec.context_length), x.attn_post_norm)
     feeding = _wrapped(x.ffn_norm, _feeding(o, f), x.ffn_post_norm)
     if x.parallel and x.mixer is not None and x.ffn is not None:
         one = x.ffn_norm is None
-        left = _wrapped(None if one else x.attn_norm, _mixing(o, f), x.attn_post_norm)
+        left = _wrapped(None if one else x.attn_norm, _mixing(o, f, spec.context_length), x.attn_post_norm)
         branch: list[Node] = [Row([Stack(left), Stack(feeding)], joined=True)]
         y = _branch(c, [*branch, *(_norm(x.attn_norm) if one else [])], y, scale)
     else:
@@ -222,12 +224,13 @@ def _branch(c: Canvas, nodes: Sequence[Node], y: float, scale: str) -> float:
     """What is added to the stream: from the fork below the last node to the sum above the first."""
     room = WIDTH - _INNER - _MARGIN - 8
     middle = _INNER + room / 2
-    c.path(f"M{middle:g} {y + 14:.1f}V{y + 6:.1f}H{_RAIL + 5:g}", "w")
+    room_above = 24 if scale else 14
+    c.path(f"M{middle:g} {y + room_above:.1f}V{y + 6:.1f}H{_RAIL + 5:g}", "w")
     c.path(f"M{_RAIL + 9:g} {y + 3:.1f}l-4 3 4 3", "w")
     c.path(f"M{_RAIL - 5:g} {y + 6:.1f}a5 5 0 1 1 0 .1zm1 0h8m-4-4v8", "k")
     if scale:
         c.text(_RAIL + 14, y + 18, scale, _SMALL, "r", room=100)
-    y += 14 if not scale else 24
+    y += room_above
     for n, node in enumerate(nodes):
         y += _put(c, node, _INNER, y, room, 1)
         if n < len(nodes) - 1:
@@ -250,24 +253,24 @@ def _wrapped(before: Norm | None, what: Node, after: Norm | None) -> list[Node]:
     return [*_norm(after), what, *_norm(before)]
 
 
-def _mixing(o: Order, f: Frame) -> Node:
+def _mixing(o: Order, f: Frame, context: int) -> Node:
     kinds: list[Node] = []
     for letter in (x for x in f.mixers if x != "-"):
         boxes = [
-            _mixer_box(m, f"{letter} · {f.count[letter]}" if len(o.mixers) > 1 else "")
+            _mixer_box(m, f"{letter} · {f.count[letter]}" if len(o.mixers) > 1 else "", context)
             for m in o.mixers[letter]
         ]
         kinds.append(Row(boxes, joined=True) if len(boxes) > 1 else boxes[0])
     return kinds[0] if len(kinds) == 1 else Stack(kinds[::-1], "one of these, by layer")
 
 
-def _mixer_box(m: Mixer, note: str) -> Box:
+def _mixer_box(m: Mixer, note: str, context: int) -> Box:
     icon = ""
     if isinstance(m, Attention):
-        icon = "window" if m.window else "chunk" if m.chunk else "full"
+        icon = "full" if sees_all(m, context) else "window" if m.window else "chunk"
     elif isinstance(m, LatentAttention):
         icon = "full" if m.indexer is None and m.indexer_from is None else "sparse"
-    return Box(_mixer_style((m,)), words.mixer_title(m), words.mixer(m), note, icon=icon)
+    return Box(_mixer_style((m,), context), words.mixer_title(m), words.mixer(m), note, icon=icon)
 
 
 def _feeding(o: Order, f: Frame) -> Node:
@@ -291,8 +294,8 @@ def _ffn_box(x: FFN, note: str) -> Box:
     return Box("e", "Mixture of experts", said.about, note, inside=[Row([*shared, routed]), router])
 
 
-def _mixer_style(m: tuple[Mixer, ...]) -> str:
-    if isinstance(m[0], Attention) and (m[0].window or m[0].chunk):
+def _mixer_style(m: tuple[Mixer, ...], context: int) -> str:
+    if isinstance(m[0], Attention) and not sees_all(m[0], context):
         return "h"
     return "a" if isinstance(m[0], Attention | LatentAttention) else "l"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
@@ -27,28 +28,34 @@ _INK, _MUTED, _LINE, _RARE, _OTHER, _PAPER = (
 )  # fmt: skip
 
 
-def _style() -> str:
-    def rules(n: int) -> str:
-        boxes = "".join(f".{k}{{fill:{v[2 * n]};stroke:{v[2 * n + 1]}}}" for k, v in _BOXES.items())
-        return (
-            f"{boxes}text{{fill:{_INK[n]}}}.m{{fill:{_MUTED[n]}}}.r{{fill:{_RARE[n]}}}.o{{fill:{_OTHER[n]}}}"
-            f".p{{fill:{_PAPER[n]}}}.w,.q,.t{{stroke:{_LINE[n]}}}.k{{fill:{_PAPER[n]}}}"
-            f".k{{stroke:{_LINE[n]}}}.s{{stroke:{_BOXES['e'][2 * n + 1]}}}.u{{stroke:{_LINE[n]}}}.c{{fill:{_BOXES['a'][2 * n + 1]}}}"
-        )
+# What a class is beside its colours.
+_FORMS = {
+    "b": "font-weight:600", "o": "text-decoration:underline", "g": "stroke-dasharray:4 3", "t": "fill:none;stroke-dasharray:4 3",
+    "w": "fill:none", "q": "fill:none;stroke-opacity:.4", "s": "fill:none", "u": "fill:none;stroke-width:1.5", "c": "fill-opacity:.55",
+    "y": "stroke-width:4;stroke-dasharray:4 2", "z": "stroke-width:2.5;stroke-dasharray:2.5 1.5",
+}  # fmt: skip
+
+
+def _colours(dark: int) -> dict[str, str]:
+    line, expert, attention = _LINE[dark], _BOXES["e"][2 * dark + 1], _BOXES["a"][2 * dark + 1]
+    return {k: f"fill:{v[2 * dark]};stroke:{v[2 * dark + 1]}" for k, v in _BOXES.items()} | {
+        "m": f"fill:{_MUTED[dark]}", "r": f"fill:{_RARE[dark]}", "o": f"fill:{_OTHER[dark]}", "p": f"fill:{_PAPER[dark]}",
+        "w": f"stroke:{line}", "q": f"stroke:{line}", "t": f"stroke:{line}", "u": f"stroke:{line}",
+        "k": f"fill:{_PAPER[dark]};stroke:{line}", "s": f"stroke:{expert}", "c": f"fill:{attention}",
+    }  # fmt: skip
+
+
+def _style(used: Collection[str]) -> str:
+    """The style sheet, of the classes that a picture has. On paper the light colours hold."""
+
+    def rules(of: dict[str, str]) -> str:
+        return "".join(f".{k}{{{v}}}" for k, v in of.items() if k in used)
 
     return (
-        'text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;white-space:pre}'
-        ".b{font-weight:600}.o{text-decoration:underline}.g,.t{stroke-dasharray:4 3}.w,.q,.t,.s,.u{fill:none}"
-        ".q{stroke-opacity:.4}.c{fill-opacity:.55}.u{stroke-width:1.5}"
-        ".y{stroke-width:4;stroke-dasharray:4 2}.z{stroke-width:2.5;stroke-dasharray:2.5 1.5}"
-        + rules(0)
-        + "@media screen and (prefers-color-scheme:dark){"
-        + rules(1)
-        + "}"
+        'text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;white-space:pre;'
+        f"fill:{_INK[0]}}}{rules(_colours(0))}{rules(_FORMS)}@media screen and (prefers-color-scheme:dark)"
+        f"{{text{{fill:{_INK[1]}}}{rules(_colours(1))}}}"
     )
-
-
-STYLE = _style()
 
 
 def number(x: float) -> str:
@@ -67,14 +74,17 @@ def document(
 
     Every text passes through `escape` here, without the characters that XML forbids.
     """
+    drawn = [_canvas(canvas, own) for _, canvas, own in parts]
+    used = {"p"} | {
+        c for part in drawn for names in re.findall(r' class="([^"]*)"', part) for c in names.split()
+    }
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{number(width)}" height="{number(height)}" viewBox="0 0 {number(width)} {number(height)}" '
         f'style="max-width:100%;height:auto" role="img" '
         f'aria-labelledby="title desc"><title id="title">{_text(title)}</title><desc id="desc">{_text(about)}</desc>'
-        f'<style>{STYLE}</style><rect class="p" width="{number(width)}" height="{number(height)}"/>'
+        f'<style>{_style(used)}</style><rect class="p" width="{number(width)}" height="{number(height)}"/>'
     ]
-    for x, canvas, own in parts:
-        inside = _canvas(canvas, own)
+    for (x, _, _), inside in zip(parts, drawn, strict=True):
         out.append(f'<g transform="translate({number(x)})">{inside}</g>' if x else inside)
     return "".join(out) + "</svg>\n"
 

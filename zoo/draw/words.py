@@ -102,8 +102,8 @@ def number(x: float) -> str:
 def norm(n: Norm) -> str:
     """'RMSNorm, ε 1e-6': its kind, epsilon and weight."""
     r = _Read(n)
-    text = "RMSNorm" if r.kind == "rms" else "LayerNorm"
-    text += {"plain": "", "plus_one": " (1 + w)", "none": ", no weight"}[r.weight]
+    text = {"rms": "RMSNorm", "layer": "LayerNorm"}.get(r.kind, f"{n.kind} norm")
+    text += {"plain": "", "plus_one": " (1 + w)", "none": ", no weight"}.get(r.weight, f" ({n.weight})")
     text += " without bias" if n.kind == "layer" and n.weight != "none" and not r.bias else ""
     r.done("bias")  # an RMSNorm has none
     return ", ".join([text + f", ε {number(r.eps)}", *(x.text for x in r.rest())])
@@ -125,7 +125,7 @@ def rope(m: Rope, of: int) -> Iterator[Line]:
 
 def _scaling(s: RopeScaling) -> Iterator[Line]:
     r = _Read(s)
-    name = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "linear": "linear", "longrope": "LongRoPE"}[s.kind]
+    name = {"yarn": "YaRN", "llama3": "banded (Llama 3)", "longrope": "LongRoPE"}.get(s.kind, s.kind)
     text = f"{name} × {number(r.factor)}" + (
         f" from {number(s.original_context)}" if r.original_context else ""
     )
@@ -151,7 +151,9 @@ def _scaling(s: RopeScaling) -> Iterator[Line]:
 
 def _qk_norm(n: QKNorm) -> Iterator[Line]:
     r = _Read(n)
-    over = {"head": "per head", "each_head": "a weight for each head", "all_heads": "over all heads"}[r.over]
+    over = {"head": "per head", "each_head": "a weight for each head", "all_heads": "over all heads"}.get(
+        r.over, n.over
+    )
     where = "after" if r.after_rope else "before"
     yield Line(f"QK-norm {over}, {where} RoPE", n.over != "head" or n.after_rope)
     yield Line(f"  {norm(r.norm)}")
@@ -309,6 +311,8 @@ def _delta(m: DeltaNet) -> Iterator[Line]:
     yield Line(f"linear: a state of {r.k_head_dim} × {r.v_head_dim} per head")
     yield Line(f"{r.n_k_heads} key heads, {r.n_v_heads} value heads")
     yield Line(f"decay per {'head' if r.decay == 'head' else 'channel'}, short convolution of {r.conv}")
+    if r.beta_scale != 1:
+        yield Line(f"beta × {number(m.beta_scale)}", True)
     yield Line(f"output: {norm(r.out_norm)}, {r.out_gate} gate")
     yield from r.rest()
 
@@ -401,7 +405,9 @@ def experts(m: MoE) -> Experts:
 def _router(x: Router) -> Iterator[Line]:
     r = _Read(x)
     r.done("top_k")  # in the experts' box
-    over = {"all": "over all", "chosen": "over the chosen", "near": "over those near the best"}[r.over]
+    over = {"all": "over all", "chosen": "over the chosen", "near": "over those near the best"}.get(
+        r.over, x.over
+    )
     yield Line(f"{r.score} {over}" + (f" (within {number(x.near)})" if r.near else ""), x.over == "near")
     if r.n_groups > 1:
         yield Line(f"best {r.top_groups} of {x.n_groups} groups, by their best {r.group_top}")

@@ -143,8 +143,8 @@ def refuse_adapter(path: Path) -> None:
         told = read_json(root / "adapter_config.json", "it describes an adapter")
         base, kind = told.get("base_model_name_or_path"), told.get("peft_type", "LORA")
         raise ZooError(
-            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: merge it into that first (peft: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), and convert the result"
+            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: convert that, and "
+            f"merge this into it (`zoo merge CANON {root} DST`)"
         )
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, is_recorded, overlap, power_of_2, triton
 
 if triton is not None:
     import triton.language as tl
@@ -89,9 +89,12 @@ def step(
 ) -> Tensor:
     """One token. q, k [B, H, K], v [B, H, V], log_decay [B, H, K or 1], beta [B, H, 1]; `state`
     [B, H, K, V] is updated in place. Returns [B, H, V]. All fp32."""
-    state.mul_(log_decay.exp().unsqueeze(-1))
+    in_place = not is_recorded(v)  # where gradients are, no cache has the state, and each is needed again
+    decay = log_decay.exp().unsqueeze(-1)
+    state = state.mul_(decay) if in_place else state * decay
     u = beta * (v - torch.einsum("bhkv,bhk->bhv", state, k) if corrected else v)
-    state.add_(k.unsqueeze(-1) * u.unsqueeze(-2))
+    added = k.unsqueeze(-1) * u.unsqueeze(-2)
+    state = state.add_(added) if in_place else state + added
     return torch.einsum("bhkv,bhk->bhv", state, q)
 
 
@@ -119,11 +122,13 @@ def scan(
         U, W = solved.split((v.shape[-1], k.shape[-1]), -1)
     q, k = q * grown, k * (last - G).float().exp()
     kept = last.float().exp().transpose(-1, -2)  # [B, H, N, K or 1, 1]
+    in_place = not is_recorded(v)
     out = []
     for n in range(q.shape[2]):
         u = U[:, :, n] if W is None else U[:, :, n] - W[:, :, n] @ state  # [B, H, C, V]
         out.append(q[:, :, n] @ state + M[:, :, n] @ u)
-        state.mul_(kept[:, :, n]).add_(k[:, :, n].transpose(-1, -2) @ u)
+        decay, added = kept[:, :, n], k[:, :, n].transpose(-1, -2) @ u
+        state = state.mul_(decay).add_(added) if in_place else state * decay + added
     return torch.cat(out, 2)[:, :, :T]
 
 

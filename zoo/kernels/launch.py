@@ -83,7 +83,12 @@ def _stream(device: int) -> Any:
 
 def has_triton(x: torch.Tensor) -> bool:
     """Whether the kernels, rather than their plain twins, run for `x`."""
-    return triton is not None and (x.is_cuda or (INTERPRET and x.device.type == "cpu"))
+    return triton is not None and (x.is_cuda or (INTERPRET and x.device.type == "cpu")) and not is_recorded(x)
+
+
+def is_recorded(x: torch.Tensor) -> bool:
+    """Whether autograd records what is made of x. Kernels have no backward pass: their plain twins run then."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def hopper(x: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.cpu import kernels
-from zoo.kernels.launch import Kernel, has_triton, overlap, power_of_2, triton
+from zoo.kernels.launch import Kernel, has_triton, is_recorded, overlap, power_of_2, triton
 from zoo.spec import Norm
 
 if triton is not None:
@@ -124,7 +124,7 @@ def _compiled(x: Tensor, onto: Tensor | None, weight: Tensor | None, norm: Norm)
     """By `zoo.kernels.cpu.norm`; None where that does not serve."""
     if x.device.type != "cpu" or x.numel() < SOME or norm.kind != "rms":
         return None
-    if (cpu := kernels("norm")) is None or not cpu.fits(x, onto, weight):
+    if is_recorded(x) or (cpu := kernels("norm")) is None or not cpu.fits(x, onto, weight):
         return None
     y: Tensor = cpu.rms_norm(x, onto, weight, norm.weight == "plus_one", norm.rounding == "first", norm.eps)
     return y

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels.cpu import kernels
+from zoo.kernels.launch import is_recorded
 from zoo.scratch import scratch
 
 FEW, NATIVE_FEW = 16, 2  # rows, up to which our kernel is faster; where the CPU multiplies the dtype itself
@@ -39,7 +40,7 @@ Times = Callable[..., Tensor]
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [.., K] times weight [N, K], transposed, plus bias [N]: [.., N] in the dtype of x."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or is_recorded(x):
         return F.linear(x, weight, bias)
     (n, k), lead = weight.shape, x.shape[:-1]
     rows = lead.numel()
@@ -63,7 +64,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def kernel(x: Tensor, weight: Tensor, rows: int) -> Times | None:
     """Our kernel for `rows` rows of x and a weight [.., N, K] on a CPU, where it is faster than torch; also for groups of
     rows, up to `rows` to a group, and a stack of weights [E, N, K]: see `zoo.kernels.cpu.rows.times`."""
-    if x.device.type != "cpu" or rows <= 0 or x.dtype != weight.dtype or not weight.is_contiguous():
+    if (
+        x.device.type != "cpu"
+        or is_recorded(x)
+        or rows <= 0
+        or x.dtype != weight.dtype
+        or not weight.is_contiguous()
+    ):
         return None
     if x.dtype not in LARGE or weight.shape[-2] * weight.shape[-1] < LARGE[x.dtype]:
         return None
@@ -103,7 +110,7 @@ def _native(dtype: torch.dtype) -> bool:
 def wide_fits(x: Tensor, weight: Tensor) -> bool:
     """Whether `wide_product` serves them: several rows on a GPU, of one narrow dtype."""
     narrow = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cuda and narrow and x.numel() > x.shape[-1]
+    return x.is_cuda and narrow and x.numel() > x.shape[-1] and not is_recorded(x)
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:

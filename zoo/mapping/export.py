@@ -321,7 +321,7 @@ def _outputs(c: Canonical, family: Family, spell: Any, released: Collection[str]
             if rule.when is not None and not rule.when(layer, c.spec):
                 continue
             try:
-                made = list(_by_rule(c, rule, slot, spell))
+                made = list(by_rule(c, rule, slot, spell))
             except (ZooError, IndexError) as e:
                 reason = str(e) or "its codes have no name there"
                 continue
@@ -336,7 +336,7 @@ def _outputs(c: Canonical, family: Family, spell: Any, released: Collection[str]
         yield from first
 
 
-def _by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
+def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
     """A canonical tensor, or the components of a quantised one, by this rule. Raises ZooError or IndexError if it does not
     apply."""
     how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None

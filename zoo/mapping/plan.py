@@ -706,7 +706,7 @@ def compile_rule(
                     f"parts of {'/'.join(map(str, slot.parts))} rows in one tensor are no whole blocks of {unit[0]}: one "
                     "scale would stand for rows of two; convert with --dtype"
                 )
-            if (part.trailing or part.axes != "oi") and _transposes(rule.expr):
+            if (part.trailing or part.axes != "oi") and transposes(rule.expr):
                 raise ZooError("its blocks run along the input axis and cannot be transposed as they are")
     target = Target(
         Box.whole(shape), parts, slot.parts, axis, layer, spec,
@@ -772,7 +772,7 @@ def _within(expr: Expr) -> Iterator[Expr]:
             yield from _within(inner)
 
 
-def _transposes(expr: Expr) -> bool:
+def transposes(expr: Expr) -> bool:
     return any(isinstance(e, Transpose) for e in _within(expr))
 
 

@@ -99,7 +99,7 @@ def save(
         for tensor in new.tensors:
             if tensor.same is not None:
                 continue
-            pieces = _made(fitted.outputs[tensor.name], state, ranks.writes)
+            pieces = put_together(fitted.outputs[tensor.name], state, ranks.writes)
             try:
                 if ranks.writes and failed is None:
                     new.put(tensor, pieces)
@@ -307,7 +307,7 @@ def _refuse_other_head(fitted: Fitted, state: State, ranks: _Alone) -> None:
 # Making them
 
 
-def _made(o: Output, state: State, wanted: bool) -> Iterator[Tensor]:
+def put_together(o: Output, state: State, wanted: bool) -> Iterator[Tensor]:
     """The canonical tensor, put together of its sources. Asks for these even where it is not `wanted`."""
     out = None
     held, last = None, ""
@@ -323,18 +323,19 @@ def _made(o: Output, state: State, wanted: bool) -> Iterator[Tensor]:
             and fit.source.is_contiguous()
             and fit.canonical.is_contiguous()
         ):
-            yield held
+            yield held.reshape(o.shape)
             return
         if out is None:
             out = torch.empty(o.shape, dtype=TORCH[o.dtype])
-        _view(out, fit.canonical).copy_(_view(held.contiguous(), fit.source))
+        elements(out, fit.canonical).copy_(elements(held.contiguous(), fit.source))
     if out is not None:
         yield out
 
 
-def _view(t: Tensor, box: Box) -> Tensor:
+def elements(t: Tensor, box: Box) -> Tensor:
+    """A view of the elements of `box` of a contiguous tensor, every sub-axis an axis."""
     sizes, strides = box.flat()
-    return torch.as_strided(t, sizes, strides, box.offset)
+    return torch.as_strided(t, sizes, strides, t.storage_offset() + box.offset)
 
 
 # ---------------------------------------------------------------------------------------------------

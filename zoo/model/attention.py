@@ -119,6 +119,7 @@ class Attention(nn.Module):
         """`shares`: a later layer reuses this one's keys and values."""
         super().__init__()
         self.spec, self.layer, self.shares = spec, layer, shares
+        self.heads = slice(0, spec.n_heads), spec.n_heads  # of how many these are
         H, K, D, V = spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.v_head_dim
         parts = [H * D]
         if spec.gate:
@@ -167,7 +168,8 @@ class Attention(nn.Module):
                 q = (q * factor[:, None]).to(q.dtype)
             else:
                 score_scale = factor
-        bias = None if s.alibi is None else ctx.alibi(s.alibi, s.n_heads)
+        own, total = self.heads
+        bias = None if s.alibi is None else ctx.alibi(s.alibi, total)[own]
         return attend(
             q, k, v, ctx.visible(s.window, s.chunk), s.scale, self.sinks, s.softcap, score_scale, bias
         )

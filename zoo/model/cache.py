@@ -97,14 +97,15 @@ class Cache:
         max_len: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ranks: int = 1,
     ) -> None:
+        """`ranks`: how many share the model, of which the Spec says what one has."""
         self.batch, self.max_len = batch, max_len
         self.length = 0
         self.fixed = False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        made = [
-            [_entry(m, spec.d_model, batch, max_len, dtype, device) for m in x.mixers] for x in spec.layers
-        ]
+        channels = spec.d_model // ranks
+        made = [[_entry(m, channels, batch, max_len, dtype, device) for m in x.mixers] for x in spec.layers]
         self.slots = [next((e for e in layer if isinstance(e, Slots)), None) for layer in made]
         self.states = [next((e for e in layer if isinstance(e, State)), None) for layer in made]
         self.index_keys = [
@@ -136,7 +137,7 @@ class Cache:
 
 
 def _entry(
-    m: Mixer, d_model: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    m: Mixer, channels: int, B: int, max_len: int, dtype: torch.dtype, device: torch.device | str
 ) -> Entry:
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(B, *shape, dtype=dtype, device=device)
@@ -163,7 +164,7 @@ def _entry(
                 zeros(m.conv - 1, channels), zeros(m.n_heads, m.state, m.head_dim, dtype=torch.float32)
             )
         case ShortConv():
-            return State(zeros(m.conv - 1, d_model), zeros(0))
+            return State(zeros(m.conv - 1, channels), zeros(0))
 
 
 @dataclass

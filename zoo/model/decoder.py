@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
 from zoo.model import altup, generate, per_layer
+from zoo.model.across import Across
 from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context, checked
 from zoo.model.delta import DeltaNet
@@ -43,6 +44,7 @@ class Layer(nn.Module):
     """x += post(mixer(pre(x))); x += post(ffn(pre(x))); or both branches of the same x, side by side."""
 
     scalar: Tensor | None
+    shared = False  # by ranks: their sum comes without the residual
 
     def __init__(self, spec: Spec, i: int) -> None:
         super().__init__()
@@ -90,6 +92,10 @@ class Layer(nn.Module):
                 return self.short_conv
         return self.attn
 
+    @property
+    def ffn(self) -> nn.Module:
+        return self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
+
     def mix(self, normed: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
         """`onto` + the mixer's branch of normed x."""
         mixer = self.mixer if self.spec.beside is None else self._both
@@ -129,7 +135,8 @@ class Layer(nn.Module):
 
     def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
         s, normed = self.spec, None
-        in_norm = isinstance(self.ffn_norm, Norm) and s.attn_post_norm is None and x.numel() > x.shape[-1]
+        by_norm = x.numel() > x.shape[-1] or self.shared
+        in_norm = isinstance(self.ffn_norm, Norm) and s.attn_post_norm is None and by_norm
         if s.mixer is not None and s.ffn is not None and in_norm:
             # The norm adds the residual of several tokens; of a single one the mixer's last product does.
             normed, x = self.ffn_norm(self.mix(self.attn_norm(x), ctx, None), None, x)
@@ -174,6 +181,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.held: tuple[int, ...] | None = None  # the layers that are here, where some are not
+        self.local = spec  # of what this rank has
+        self.across: Across | None = None  # the ranks that share the model, see `parallel`
+        self.trainable = False
         with torch.device("meta"):
             d = spec.d_model
             self.embed = Table(spec.vocab_size, d)
@@ -204,23 +214,31 @@ class Decoder(nn.Module):
 
     def cache(self, batch: int, max_len: int) -> Cache:
         """An empty cache for this model, on its device and in its dtype."""
-        return Cache(self.spec, batch, max_len, self.dtype, self.device)
+        ranks = 1 if self.across is None else self.across.size
+        return Cache(self.local, batch, max_len, self.dtype, self.device, ranks)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] (int64) -> logits [B, T, V] in the model's dtype.
 
         With a cache, the tokens follow those already in it, and are added to it. The logits are a tensor of inference
-        mode: `.clone()` them to change them in place, or to train something on them.
-        Raises ZooError if the cache has no room for them, or the ids are none.
+        mode: `.clone()` them to change them in place, or to train something on them. Not so those of a model that is
+        `trainable`, where gradients are recorded: they can be followed back to its parameters.
+        Raises ZooError if the cache has no room for them, or the ids are none; or for a cache while gradients are recorded.
         """
-        with torch.inference_mode():
+        recorded = self.trainable and torch.is_grad_enabled()
+        if recorded and cache is not None:
+            raise ZooError(
+                "a cache is written over at each step, so no gradient leads through it: call the model without one, or "
+                "within torch.no_grad()"
+            )
+        with torch.inference_mode(not recorded):
             return self.finish(self.run(ids, cache))
 
     def captured(self, batch: int, tokens: int) -> Callable[[Tensor], Tensor]:
         """`self` for ids [batch, tokens] only, without the host's time for launching kernels: for many pieces of one
         length, as when a corpus is evaluated. On a GPU a CUDA graph, which holds the memory of a pass, and whose result
         the next call overwrites; elsewhere the model itself. Made anew if weights are replaced."""
-        return Pass(self, batch, tokens) if capturable(self) else self
+        return Pass(self, batch, tokens) if capturable(self, batch * tokens) else self
 
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] -> the last layer's output. Raises ZooError if only some layers are here."""
@@ -246,7 +264,11 @@ class Decoder(nn.Module):
         layers share. The cache counts the tokens as stored from here on."""
         spec = self.spec
         ctx = Context.begin(ids.shape[1], cache, self.dtype, ids.device)
-        x = F.embedding(ids, self.embed.weight)
+        x = self.embed.rows(ids)
+        if (
+            self.trainable and torch.is_grad_enabled()
+        ):  # under a frozen embedding, too: it is by x that kernels know
+            x.requires_grad_()
         if spec.embed_scale != 1.0:  # a product with a number is one in fp32, rounded
             factor = torch.tensor(
                 spec.embed_scale, dtype=x.dtype if spec.embed_rounding == "first" else torch.float32
@@ -273,6 +295,8 @@ class Decoder(nn.Module):
             x = self.altup.join(x)
         x = self.norm(x)
         logits: Tensor = self.embed.times(x) if spec.tied else self.head(x)
+        if self.embed.across is not None:  # the head's rows are where the embedding's are
+            logits = self.embed.across.gather(logits)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:

@@ -29,7 +29,8 @@ def stream(
     sequence has produced one of `eos`. A sequence that has goes on with its `eos`. Learned positions end it, too. Where
     LongRoPE changes its angles, the whole text is read anew.
 
-    `temperature` 0 takes the likeliest token; else tokens are drawn from `probabilities` with torch's global generator.
+    `temperature` 0 takes the likeliest token; else tokens are drawn from `probabilities` with torch's global generator (of
+    several ranks: the first one's).
     """
     checked(ids)
     if not temperature >= 0:
@@ -48,14 +49,17 @@ def stream(
             if n and cache.length in borders:
                 cache.reset()
                 cache.fixed, graph, begun = False, None, n
-            if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model):
+            if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model, len(ids)):
                 graph = Step(model, cache, len(ids))
             if graph is not None:
                 logits = graph(token)
             else:
                 step = torch.cat(text, 1) if n == begun else token[:, None]
                 logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
-            token = torch.where(done, token, pick(logits, temperature, top_k, top_p))
+            picked = pick(logits, temperature, top_k, top_p)
+            if temperature and model.across is not None:  # a draw hangs on each rank's generator
+                picked = model.across.agreed(picked)
+            token = torch.where(done, token, picked)
             for end in ends:
                 done = done | (token == end)
             if borders:

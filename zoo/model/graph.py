@@ -16,9 +16,10 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.kernels.launch import has_triton
+from zoo.model.across import APIECE, Across
 from zoo.model.cache import Cache
 from zoo.model.linear import Table, Weights
-from zoo.spec import Spec
+from zoo.spec import MoE, Spec
 
 
 class Model(Protocol):
@@ -26,6 +27,7 @@ class Model(Protocol):
 
     spec: Spec
     embed: Table
+    across: Across | None
 
     @property
     def device(self) -> torch.device: ...
@@ -36,10 +38,13 @@ class Model(Protocol):
     def __call__(self, ids: Tensor) -> Tensor: ...
 
 
-def capturable(model: Model) -> bool:
-    """Whether a step of the model can be captured: on a GPU, and nothing in it waits for the host."""
+def capturable(model: Model, tokens: int) -> bool:
+    """Whether a pass of so many tokens can be captured: on a GPU, and nothing in it waits for the host."""
     weight = model.embed.weight
     kernels = weight.is_cuda and has_triton(weight) and weight.dtype != torch.float64
+    if model.across is not None:  # of many tokens each rank counts those that chose its experts
+        counted = tokens > APIECE and any(isinstance(x.ffn, MoE) for x in model.spec.layers)
+        kernels = kernels and model.across.capturable and not counted
     return kernels and all(m.packed() is not None for _, m in model.matrices())
 
 
@@ -63,7 +68,7 @@ class Step:
                     self._rewind(length, position)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with _capture(self.graph):
                 self.logits = model.finish(model.run(self.ids, cache))[:, -1]
                 self.best = likeliest(self.logits)
             self._rewind(length, position)
@@ -96,7 +101,7 @@ class Pass:
             model(self.ids)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with _capture(self.graph):
             self.logits = model(self.ids)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -105,6 +110,12 @@ class Pass:
         self.ids.copy_(ids)
         self.graph.replay()
         return self.logits
+
+
+def _capture(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+    """What only this thread does is held against the capture: where there are ranks, torch has a thread that looks after
+    what they say."""
+    return torch.cuda.graph(graph, capture_error_mode="thread_local")
 
 
 @functools.cache

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import linear, one_row
 from zoo.kernels.product import kernel, product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
+from zoo.model.across import Across
 
 
 class Weights(nn.Module):
@@ -93,13 +95,19 @@ def scaled(last: Callable[..., Tensor], scale: float, onto: Tensor | None) -> Te
 
 
 class Linear(Weights):
-    """x [..., in] -> [..., out]. `parts`: the pieces fused along `out`."""
+    """x [..., in] -> [..., out]. `parts`: the pieces fused along `out`. `across`: each rank has some of `in`, and what they
+    make of it is added up."""
+
+    across: Across | None = None
 
     def __init__(self, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(sum(parts), d_in, parts=parts, bias=bias)
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        return self.times(x, onto)
+        if self.across is None:
+            return self.times(x, onto)
+        y = self.across.sum(self.times(x))
+        return y if onto is None else onto + y
 
 
 class Stacked(Weights):
@@ -124,13 +132,24 @@ class Stacked(Weights):
 
 
 class Table(nn.Module):
-    """An embedding: `weight` [rows, d], and, where tied, the head."""
+    """An embedding: `weight` [rows, d], and, where tied, the head. `across`: each rank has as many rows."""
 
     weight: Tensor
+    across: Across | None = None
 
     def __init__(self, rows: int, d: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, d))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., d]."""
+        if self.across is None:
+            return F.embedding(ids, self.weight)
+        n = len(self.weight)
+        own = ids - self.across.rank * n
+        here = (own >= 0) & (own < n)
+        found = F.embedding(own.clamp(0, n - 1), self.weight)
+        return self.across.sum(torch.where(here[..., None], found, 0))  # the others add zeros
 
     def times(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., rows]."""

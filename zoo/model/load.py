@@ -12,14 +12,19 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import TensorRef
+from zoo.layout import layout
+from zoo.model.across import Across
 from zoo.model.decoder import Decoder
 from zoo.model.linear import Weights
+from zoo.model.parallel import share_out
 from zoo.model.upload import Upload
 from zoo.quant.schemes import scheme
+from zoo.split import Cut, component_cut, pieces, split
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,18 +35,31 @@ DTYPES = {
 
 KEPT = ("selection_bias",)
 """Parameters that keep their dtype whatever is asked for: near-ties between experts hang on them."""
+UNTRAINED = (".selection_bias", ".scalar", ".act.beta", ".act.near")
+"""Ends of names of what upstream holds as buffers: given, not learnt by gradients. Through a bias that only chooses experts
+none leads."""
 
 
 class Source:
     """The tensors of an opened canonical folder, as views of its mapped files."""
 
-    def __init__(self, folder: canonical.Canonical, upload: Upload | None = None) -> None:
-        """`upload`: how tensors reach a GPU, if not by way of the mapped files."""
-        self.folder, self.upload = folder, upload
+    def __init__(
+        self,
+        folder: canonical.Canonical,
+        upload: Upload | None = None,
+        cuts: Mapping[str, Cut] | None = None,
+    ) -> None:
+        """`upload`: how tensors reach a GPU, if not by way of the mapped files. `cuts`: what this rank has of tensors that it
+        has a part of."""
+        self.folder, self.upload, self.cuts = folder, upload, cuts or {}
         self._maps: dict[str, Tensor] = {}
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """The tensor's bytes in place (private: writing to it does not reach the file)."""
+        return self.part(ref, None)
+
+    def part(self, ref: TensorRef, cut: Cut | None) -> Tensor:
+        """What `cut` leaves of the tensor: in place where that is one range of bytes, else a copy."""
         if ref.dtype not in DTYPES:
             raise ZooError(
                 f"{self.folder.path(ref)}: {ref.name} has dtype {ref.dtype}, which torch cannot hold"
@@ -50,16 +68,36 @@ class Source:
         if ref.file not in self._maps:
             path = self.folder.path(ref)
             self._maps[ref.file] = torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8)
-        raw = self._maps[ref.file][ref.offset : ref.offset + ref.nbytes]
-        if ref.offset % dtype.itemsize:  # torch addresses whole elements; copy what does not start at one
+        whole = self._maps[ref.file]
+        parts = [
+            whole[p.offset : p.offset + p.nbytes]
+            if p.rows == 1
+            else whole.as_strided((p.rows, p.nbytes), (p.stride, 1), p.offset).reshape(-1)
+            for p in pieces(ref, cut)
+        ]
+        raw = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if (
+            raw.storage_offset() % dtype.itemsize
+        ):  # torch addresses whole elements; copy what does not start at one
             raw = raw.clone()
-        return raw.view(dtype).view(ref.shape)
+        return raw.view(dtype).view(ref.shape if cut is None else cut.shape(ref.shape))
 
-    def on(self, device: str | torch.device, ref: TensorRef, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor on a device, cast to `dtype` if given. With `upload`, filled by the end of that."""
+    def on(
+        self,
+        device: str | torch.device,
+        ref: TensorRef,
+        dtype: torch.dtype | None = None,
+        cut: Cut | None = None,
+    ) -> Tensor:
+        """The tensor, or what `cut` leaves of it, on a device, cast to `dtype` if given. With `upload`, filled by the end of
+        that."""
         if self.upload is None or ref.dtype not in DTYPES:
-            return self.tensor(ref).to(device=device, dtype=dtype)
-        return self.upload(self.folder.path(ref), ref.offset, tuple(ref.shape), DTYPES[ref.dtype], dtype)
+            whole = self.tensor(ref) if cut is None else self.part(ref, cut)
+            return whole.to(device=device, dtype=dtype)
+        path, stored = self.folder.path(ref), DTYPES[ref.dtype]
+        if cut is None:
+            return self.upload(path, ref.offset, tuple(ref.shape), stored, dtype)
+        return self.upload.cut(path, pieces(ref, cut), cut.shape(ref.shape), stored, dtype)
 
     def fill(
         self,
@@ -83,22 +121,42 @@ class Source:
             ref = self.folder.tensors.get(dot + name)
             if ref is None:
                 raise ZooError(f"{self.folder.root}: tensor {dot + name!r} is missing")
-            if tuple(ref.shape) != tuple(p.shape):
+            cut = self.cuts.get(dot + name)
+            shape = tuple(ref.shape) if cut is None else cut.shape(ref.shape)
+            if shape != tuple(p.shape):
                 raise ZooError(
-                    f"{self.folder.path(ref)}: {ref.name} has shape {list(ref.shape)}, the model needs {list(p.shape)}"
+                    f"{self.folder.path(ref)}: {ref.name} has shape {list(shape)}, the model needs {list(p.shape)}"
                 )
             floating = ref.dtype not in DTYPES or DTYPES[ref.dtype].is_floating_point
             cast = dtype if floating and not name.endswith(KEPT) else None
             owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(self.on(device, ref, cast), requires_grad=False)
+            parameter = nn.Parameter(self.on(device, ref, cast, cut), requires_grad=False)
             setattr(module.get_submodule(owner), leaf, parameter)
 
     def _components(self, slot: str, device: str | torch.device) -> dict[str, Tensor]:
-        own = {
-            c.name: self.folder.tensors.get(f"{slot}.{c.name}")
-            for c in scheme(self.folder.quant[slot]).components
-        }
-        return {name: self.on(device, ref) for name, ref in own.items() if ref is not None}
+        how, found = self.folder.quant[slot], dict[str, Tensor]()
+        of_weight = self.cuts.get(f"{slot}.weight")
+        for c in scheme(how).components:
+            ref, cut = self.folder.tensors.get(f"{slot}.{c.name}"), None
+            if ref is not None and of_weight is not None:
+                whole = layout(self.folder.spec)[f"{slot}.weight"].shape
+                cut = component_cut(of_weight, whole, c, ref, how)
+                if c.axes == "i" and of_weight.axis == len(whole) - 1:
+                    cut = self._unordered(ref, how, whole[-1])
+            if ref is not None and (cut is None or cut.ranges):
+                found[c.name] = self.on(device, ref, cut=cut)
+        return found
+
+    def _unordered(self, ref: TensorRef, how: str, columns: int) -> Cut:
+        """Nothing, of the groups that a weight's columns are in: where columns are cut, these are one after the other. Raises
+        ZooError where they are not."""
+        group = scheme(how).group or columns
+        if not bool((self.tensor(ref).view(-1, columns) == torch.arange(columns) // group).all()):
+            raise ZooError(
+                f"{self.folder.path(ref)}: {ref.name} puts the columns of a weight ({how}) into groups in an order of its own, so "
+                "that ranks cannot each have some; convert the source again with --dtype bf16"
+            )
+        return Cut(0, (), ())
 
 
 def refuse_quantised(
@@ -125,23 +183,53 @@ def usable(name: str | torch.device) -> torch.device:
     return device
 
 
+def _of_rank(mesh: DeviceMesh, device: str | torch.device) -> torch.device:
+    """Where this rank of a mesh computes. Raises ZooError if a device was asked for that is not of the mesh's kind."""
+    kind, asked = mesh.device_type, torch.device(device).type
+    if asked not in ("cpu", kind):
+        raise ZooError(f"the mesh is of {kind}, and the device asked for is {str(device)!r}")
+    return usable(f"{kind}:{torch.cuda.current_device()}" if kind == "cuda" else kind)
+
+
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     layers: Iterable[int] | None = None,
+    trainable: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
     """The decoder of the canonical folder at `path`, ready to run.
 
+    `mesh`: ranks that share the model, along its one axis. Each calls this, reads its part, and runs the same passes; the
+    logits are the same on all. The device is then of the mesh's kind: of GPUs the one that torch has as its current.
     `dtype`: what to compute in; None: as stored. `layers`: fill only these (and the ends); the others stay
     without storage, so the model cannot be run as a whole. Default: the layers that the folder has.
-    Raises ZooError if the folder is not sound, or torch has no such device here.
+    `trainable`: gradients reach its parameters, each of which has memory of its own (all but `UNTRAINED`).
+    Raises ZooError if the folder is not sound, torch has no such device here, or so many ranks cannot share the model; of a
+    trainable model, if weights are quantised, or ranks are to share it.
     """
     folder = canonical.read(path)
-    usable(device)
+    device = usable(device) if mesh is None else _of_rank(mesh, device)
+    if trainable and mesh is not None and mesh.size() > 1:
+        raise ZooError(
+            f"{folder.root}: a model that {mesh.size()} ranks share can't be trained: what they add up has no gradient; load "
+            "it whole, or leave `trainable` out"
+        )
+    if trainable and folder.quant:
+        slot, how = next(iter(folder.quant.items()))
+        raise ZooError(
+            f"{folder.root}: {len(folder.quant)} weights are quantised ({slot}: {how}), and codes can't be trained; convert the "
+            "source again with --dtype bf16"
+        )
     with Upload(device) if torch.device(device).type == "cuda" else nullcontext() as upload:
-        source = Source(folder, upload)
-        model = Decoder(folder.spec)
+        model, cuts = Decoder(folder.spec), None
+        if mesh is not None and mesh.size() > 1:
+            across = Across(mesh)
+            shares = split(folder.spec, across.size, across.rank)
+            share_out(model, shares, across)
+            cuts = shares.cuts
+        source = Source(folder, upload, cuts)
         wanted = folder.layers if layers is None else layers
         ends = {n: m for n, m in model.named_children() if n != "layers"}
         if wanted is not None:
@@ -151,4 +239,19 @@ def load(
             source.fill(module, name, device, dtype)
         for i in range(model.spec.n_layers) if wanted is None else wanted:
             source.fill(model.layers[i], f"layers.{i}", device, dtype)
+    if trainable:
+        train(model)
     return model
+
+
+def train(model: Decoder) -> None:
+    """Let gradients reach the parameters that `load` filled."""
+    model.trainable = True
+    for name, p in list(model.named_parameters()):
+        if p.is_meta:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        learns = p.is_floating_point() and not name.endswith(UNTRAINED)
+        own = p.detach().clone() if p.device.type == "cpu" else p.detach()  # not a view of a file's pages
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=learns))
+    model.train()

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.kernels.delta import gates, mix
-from zoo.kernels.norm import gated_norm
+from zoo.kernels.norm import gated_norm, gated_norm_reference
+from zoo.model.across import Spread
 from zoo.model.cache import Context
 from zoo.model.delta import Conv
 from zoo.model.linear import Linear, scaled
 from zoo.spec import Mamba as MambaSpec
+from zoo.spec import Norm as NormSpec
 
 
 class Mamba(nn.Module):
@@ -66,8 +68,8 @@ class Mamba(nn.Module):
         s = self.spec
         if s.out_norm is None:
             return (y * F.silu(z)).to(z.dtype)
-        y, weight = y.unflatten(-1, (s.n_groups, -1)), self.norm.weight.view(s.n_groups, -1)
-        return gated_norm(y, z.view_as(y), weight, s.out_norm, "silu", first=not s.norm_first).flatten(2)
+        normed: Tensor = self.norm(y.unflatten(-1, (s.n_groups, -1)), z, s.out_norm, first=not s.norm_first)
+        return normed.flatten(2)
 
 
 @cache
@@ -76,8 +78,17 @@ def _rounded(scales: tuple[float, ...], dtype: torch.dtype) -> list[float]:
 
 
 class GroupNorm(nn.Module):
-    """The weight of a norm over groups of channels."""
+    """A norm over groups of channels, and its gate. `spread`: this rank has some of one group's channels."""
+
+    spread: Spread | None = None
 
     def __init__(self, inner: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inner))
+
+    def forward(self, y: Tensor, z: Tensor, norm: NormSpec, first: bool) -> Tensor:
+        """y [..., groups, channels] and its gate z, which comes `first` or last -> y in the dtype of z."""
+        z, weight = z.view_as(y), self.weight.view(y.shape[-2:])
+        if self.spread is None:
+            return gated_norm(y, z, weight, norm, "silu", first)
+        return gated_norm_reference(y, z, weight, norm, "silu", first, rms=self.spread)

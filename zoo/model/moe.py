@@ -3,7 +3,8 @@
 Unusual: each expert runs once, over the tokens that chose it, and so few experts are taken together that what they
 compute stays in a core's cache (grouped products over all sorted tokens at once write and read them thrice more, and take
 1.5x as long on a CPU); experts that no token chose are never touched, their pages never read from a mapped checkpoint. The
-weighted sum over a token's experts is kept in fp32.
+weighted sum over a token's experts is kept in fp32. Where ranks share the experts, each has the whole router, runs those
+that it has, and one sum adds up what all have made, the MLP of every token included.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from zoo.kernels import experts as fused
 from zoo.kernels.cpu import MANY, kernels
-from zoo.kernels.launch import has_triton
+from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.product import wide_fits, wide_product
 from zoo.kernels.route import route
+from zoo.model.across import APIECE, Across
 from zoo.model.ffn import FeedForward, activate
 from zoo.model.linear import Linear, Stacked, Weights
 from zoo.model.norm import Norm
@@ -89,7 +91,7 @@ def experts(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Sum over a token's experts of weight * expert(x). x [N, d], chosen and weights [N, k] -> [N, d], added to
-    `shared`, and that to `residual`."""
+    `shared`, and that to `residual`. An expert that is not here is less than 0."""
     k = chosen.shape[1]
     triton = has_triton(x) and not spec.expert.sparsity
     if triton and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
@@ -97,10 +99,17 @@ def experts(
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
+    if (absent := int((flat < 0).sum())) > 0:
+        order = order[absent:]
     used, counts = torch.unique_consecutive(flat[order], return_counts=True)
     tokens, shares = order // k, weights.flatten()[order, None]
     out = torch.zeros(x.shape, dtype=sum_dtype, device=x.device)
-    many = x.device.type == "cpu" and sum_dtype == torch.float32 and len(flat) * x.shape[1] >= MANY
+    many = (
+        x.device.type == "cpu"
+        and not is_recorded(x)
+        and sum_dtype == torch.float32
+        and len(flat) * x.shape[1] >= MANY
+    )
     scatter = kernels("scatter") if many else None
     start = 0
     for part, rows_of in _parts(counts.tolist(), lambda most: up.fits(x, most) and down.fits(x, most)):
@@ -134,7 +143,32 @@ def _parts(sizes: list[int], fits: Callable[[int], bool]) -> Iterator[tuple[slic
         yield slice(start, len(sizes)), total
 
 
+def held_elsewhere(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For kernels, which need an expert for each pair: experts that are not here (less than 0) give way to the first that
+    the token has here, which is read anyhow, with no weight; of a token that has none here to expert 0, and what that gives
+    is to be dropped. chosen and weights [N, k] -> the same, and whether a token has one here [N, 1]."""
+    here = chosen >= 0
+    first = chosen.gather(-1, here.to(torch.int8).argmax(-1, keepdim=True))
+    chosen = torch.where(here, chosen, first).clamp(min=0)
+    return chosen, torch.where(here, weights, 0), here.any(-1, keepdim=True)
+
+
+def by_pair(x: Tensor, chosen: Tensor, weights: Tensor, up: Stacked, down: Stacked, spec: MoESpec) -> Tensor:
+    """`experts`, each pair of a token and an expert that is here as a token of its own: no work for those that are not, and
+    the host waits for their number. What a pair gives is rounded before the sum."""
+    k = chosen.shape[1]
+    pairs = (chosen.flatten() >= 0).nonzero().squeeze(-1)
+    each = x.new_zeros(chosen.numel(), x.shape[1])
+    if len(pairs):
+        one, share = (t.flatten()[pairs, None] for t in (chosen, weights))
+        each[pairs] = experts(x[pairs // k], one, share, up, down, spec)
+    return each.view(-1, k, x.shape[1]).sum(1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
 class MoE(nn.Module):
+    across: Across | None = None  # the ranks that share the experts
+    first = 0  # of these, the first that is here
+
     def __init__(self, spec: MoESpec, d: int) -> None:
         super().__init__()
         self.spec = spec
@@ -169,21 +203,26 @@ class MoE(nn.Module):
         inner = own if s.latent is None else self.latent_down(own)
         up = self.gate_up if s.expert.gated else self.up
         shared = self._shared(flat)
+        if self.across is not None:
+            return self._across(inner, chosen, weights, shared, onto, self.across).view_as(x)
         if s.latent is None and s.post_norm is None and s.scale == s.routed_scale == 1.0:
             # the experts' kernel adds the others
             residual = None if onto is None else onto.flatten(0, -2)
             return experts(inner, chosen, weights, up, self.down, s, shared, residual).view_as(x)
-        y = experts(inner, chosen, weights, up, self.down, s)
-        if s.latent is not None:
-            y = self.latent_up(y)
-        if s.post_norm is not None:
-            y = self.post_norm(y)
-        if s.routed_scale != 1.0:
-            y = y * s.routed_scale
+        y = self._routed(experts(inner, chosen, weights, up, self.down, s))
         if shared is not None:
             y = y + shared
         y = (y * s.scale if s.scale != 1.0 else y).view_as(x)
         return y if onto is None else onto + y
+
+    def _routed(self, y: Tensor) -> Tensor:
+        """The routed sum, as the layer adds it."""
+        s = self.spec
+        if s.latent is not None:
+            y = self.latent_up(y)
+        if s.post_norm is not None:
+            y = self.post_norm(y)
+        return y if s.routed_scale == 1.0 else y * s.routed_scale
 
     def _shared(self, x: Tensor) -> Tensor | None:
         """What every token's MLP makes of x [N, d], if there is one."""
@@ -194,3 +233,33 @@ class MoE(nn.Module):
         if s.shared_gate:
             y = torch.sigmoid(self.shared_gate(x)) * y
         return y if s.shared_post_norm is None else self.shared_post_norm(y)
+
+    def _across(
+        self,
+        inner: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        shared: Tensor | None,
+        onto: Tensor | None,
+        across: Across,
+    ) -> Tensor:
+        """`forward` of a rank: its experts' part of the routed sum, and its part of the shared MLP."""
+        s = self.spec
+        up = self.gate_up if s.expert.gated else self.up
+        own = chosen - self.first
+        own = torch.where((own >= 0) & (own < len(self.down.weight)), own, -1)
+        if has_triton(inner) and len(inner) > APIECE:
+            y = by_pair(inner, own, weights, up, self.down, s)
+        elif has_triton(inner):
+            near, shares, any_here = held_elsewhere(own, weights)
+            y = torch.where(any_here, experts(inner, near, shares, up, self.down, s), 0)
+        else:
+            y = experts(inner, own, weights, up, self.down, s)
+        if s.post_norm is None and s.shared_post_norm is None:
+            y = self._routed(y)  # linear, so of a part as of the whole
+            y = across.sum(y if shared is None else y + shared)
+        else:  # a norm is of the whole
+            y = self._routed(across.sum(y))
+            y = y if shared is None else y + shared  # whole already, see `parallel`
+        y = (y * s.scale if s.scale != 1.0 else y).view(inner.shape[0], -1)
+        return y if onto is None else onto.flatten(0, -2) + y

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels.norm import add_rms_norm, factor, rms_norm, rms_norm_add
+from zoo.model.across import Spread
 from zoo.spec import Norm as NormSpec
 
 
@@ -20,8 +21,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
 
 
 class Norm(nn.Module):
-    """A norm over the last axis, its weight of `shape`. Without a weight it has no parameters."""
+    """A norm over the last axis, its weight of `shape`. Without a weight it has no parameters. `spread`: the axis is longer
+    than what this rank has of it."""
 
+    spread: Spread | None = None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -36,6 +39,9 @@ class Norm(nn.Module):
         self, x: Tensor, onto: Tensor | None = None, before: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x, added to `onto`. With `before`: the norm of before + x, and that sum."""
+        if self.spread is not None:
+            assert onto is None and before is None
+            return self.spread(x, self.weight, self.spec, self.bias)
         if before is not None:
             if self.spec.kind == "rms":
                 return add_rms_norm(before, x, self.weight, self.spec)

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.kernels.gated import activation
 from zoo.model.linear import Linear, Table
@@ -39,7 +38,7 @@ class PerLayerEnds(nn.Module):
             return rounded(value) if s.rounding == "first" else value
 
         known = torch.where(ids < s.vocab_size, ids, 0)
-        own = F.embedding(known, self.embed.weight).to(x.dtype) * rounded(s.dim**0.5)
+        own = self.embed.rows(known).to(x.dtype) * rounded(s.dim**0.5)
         projected = (self.proj(x) * number(self.d**-0.5)).unflatten(-1, (-1, s.dim))
         out: Tensor = (self.norm(projected) + own.view_as(projected)) * number(math.sqrt(0.5))
         return out

@@ -11,7 +11,9 @@ Margin on the machine of an H100, 9 GB, against reading the files from first to 
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import LifoQueue
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.split import Piece
 
 READERS, RUN, BUFFER = 8, 2**28, 2**24
 
@@ -49,19 +52,43 @@ class Upload:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The tensor at `offset` of the file, cast to `dtype` if given. It is filled by the end of the context."""
+        whole = Piece(offset, math.prod(shape) * stored.itemsize)
+        return self.cut(path, [whole], shape, stored, dtype)
+
+    def cut(
+        self,
+        path: Path,
+        pieces: Sequence[Piece],
+        shape: tuple[int, ...],
+        stored: torch.dtype,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The tensor that these pieces of the file are, one after the other, as above."""
         out = torch.empty(shape, dtype=dtype or stored, device=self.device)
-        flat, step = out.view(-1), RUN // stored.itemsize
-        for start in range(0, len(flat), step):
-            part = flat[start : start + step]
-            self.runs.append(
-                self.pool.submit(self._run, path, offset + start * stored.itemsize, part, stored)
-            )
+        flat, at = out.view(-1), 0
+        for p in pieces:
+            row = p.nbytes // stored.itemsize
+            if p.rows > 1 and p.nbytes <= BUFFER:  # many short ones to a run
+                step = RUN // p.nbytes
+                for first in range(0, p.rows, step):
+                    into = flat[at + first * row : at + min(first + step, p.rows) * row]
+                    self._submit(path, p.offset + first * p.stride, into, stored, row, p.stride)
+            else:
+                step = RUN // stored.itemsize
+                for r in range(p.rows):
+                    for start in range(0, row, step):
+                        into = flat[at + r * row :][start : min(start + step, row)]
+                        self._submit(path, p.offset + r * p.stride + start * stored.itemsize, into, stored)
+            at += p.rows * row
         return out
 
-    def _run(self, path: Path, offset: int, into: Tensor, stored: torch.dtype) -> None:
+    def _submit(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
+        self.runs.append(self.pool.submit(self._run, path, offset, into, stored, *rows))
+
+    def _run(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
         lane = self.lanes.get()
         try:
-            lane.run(path, offset, into, stored)
+            lane.run(path, offset, into, stored, *rows)
         finally:
             self.lanes.put(lane)
 
@@ -89,14 +116,18 @@ class _Lane:
         self.emptied = [torch.cuda.Event(), torch.cuda.Event()]
         self.files: dict[Path, int] = {}
 
-    def run(self, path: Path, offset: int, into: Tensor, stored: torch.dtype) -> None:
-        """Fills `into` [N], of any dtype, from N numbers of dtype `stored` at `offset` of the file."""
+    def run(
+        self, path: Path, offset: int, into: Tensor, stored: torch.dtype, row: int = 1, stride: int = 0
+    ) -> None:
+        """Fills `into` [N], of any dtype, from N numbers of dtype `stored` at `offset` of the file; with a `stride` (bytes)
+        from rows of `row` numbers that begin so far apart."""
         if not self.buffers:
             self.buffers = [torch.empty(BUFFER, dtype=torch.uint8, pin_memory=True) for _ in self.emptied]
         if path not in self.files:
             self.files[path] = os.open(path, os.O_RDONLY)
             os.posix_fadvise(self.files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        step = BUFFER // stored.itemsize
+        step = BUFFER // stored.itemsize // row * row
+        stride = stride or row * stored.itemsize
         with torch.cuda.stream(self.stream):
             for start in range(0, len(into), step):
                 part = into[start : start + step]
@@ -104,12 +135,20 @@ class _Lane:
                 self.emptied.reverse()
                 self.emptied[0].synchronize()  # at once, if it was never recorded
                 raw = self.buffers[0][: len(part) * stored.itemsize]
-                _read(path, self.files[path], offset + start * stored.itemsize, memoryview(raw.numpy()))  # type: ignore[arg-type]
+                into_raw = memoryview(raw.numpy())  # type: ignore[arg-type]
+                self._fetch(path, offset + start // row * stride, into_raw, row * stored.itemsize, stride)
                 read = raw.view(stored)
                 if stored != part.dtype:
                     read = read.to(self.device, non_blocking=True)
                 part.copy_(read, non_blocking=True)
                 self.emptied[0].record()
+
+    def _fetch(self, path: Path, offset: int, into: memoryview, row: int, stride: int) -> None:
+        if row == stride:
+            _read(path, self.files[path], offset, into)
+            return
+        for n, at in enumerate(range(0, len(into), row)):
+            _read(path, self.files[path], offset + n * stride, into[at : at + row])
 
     def close(self) -> None:
         for file in self.files.values():

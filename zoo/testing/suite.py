@@ -38,6 +38,7 @@ from . import build, full_size, gguf, names, released
 from .assemble import assemble, view
 from .built import Built, built, checkpoint, decoder
 from .case import FamilyCase, Gguf
+from .gradients import furthest, gradients
 from .rounding import agree, sums_as_upstream
 from .variant import Variant
 
@@ -139,13 +140,19 @@ def of_the_first(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
+def left_to_proofs(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of which tests/ asks a few families that have all the parts it depends on."""
+    test.asks = "proofs"  # type: ignore[attr-defined]
+    return test
+
+
 def is_proof(item: pytest.Item) -> bool:
     """Whether a test of a suite may be left to the time when its family is proven (`make prove`), rather than run after
     every change of any code: those of the models, and those that the family's main variant, or its shallowest config of
     a kind (quantised, with prediction layers, within a larger model), answers first."""
     asks = getattr(getattr(item, "function", None), "asks", None)
     if asks != "first":
-        return asks == "models"
+        return asks in ("models", "proofs")
     given = item.callspec.params  # type: ignore[attr-defined]
     case: FamilyCase = item.cls.case  # type: ignore[attr-defined]
     if "variant" in given:
@@ -506,6 +513,13 @@ class FamilySuite:
         first = max(3, first_piece(model, ids))
         again = [model(ids[:, :first], cache), model(ids[:, first:], cache)]
         assert agree(torch.cat(again, 1), logits, model, ids)
+
+    @left_to_proofs
+    def test_gradients_are_upstreams(self, variant: Variant) -> None:
+        ours, theirs = gradients(self.case, variant)
+        assert ours.keys() == theirs.keys()
+        error, name = furthest(ours, theirs)
+        assert error < 1e-4, name
 
     def test_sequences_of_a_batch_do_not_see_each_other(self, variant: Variant) -> None:
         model, ids, logits = self.model_of(variant)

@@ -133,6 +133,7 @@ class Certificate:
     device: dict[str, Any] = field(default_factory=lambda: {"type": "cpu"})
     created: str = ""
     kept: str = ""  # what became of `parity.json`, for people
+    need: dict[str, Any] | None = None  # what was foreseen of memory, reads and time
     required: str | None = None  # the level without which nothing is proven, as the user has it
     places: dict[str, str] = field(
         default_factory=dict
@@ -207,6 +208,7 @@ class Certificate:
             "diagnosis": self.diagnosis,
             "faults": self.faults,
             "timing": self.timing,
+            "need": self.need,
             "versions": self.versions,
             "machine": machine(),
             "device": self.device,

@@ -1,8 +1,8 @@
 """Two runs side by side: an oracle's and ours, layer by layer, batch by batch.
 
-The oracle is run twice. Its second way goes first and is kept as sketches of its hidden states and as its
-logits; during the first way, ours advances one layer whenever the oracle has finished one, so that neither
-side's hidden states are ever all in memory.
+The oracle is run two ways in lock step, a batch at a time, or, streamed, a layer at a time: its second way goes first and is
+kept as sketches of its hidden states and as its logits; during the first way, ours advances one layer whenever the oracle
+has finished one, so that neither side's hidden states are ever all in memory.
 """
 
 from __future__ import annotations
@@ -56,15 +56,14 @@ class Sketched:
 
 
 class Kept:
-    """Logits of several batches, in memory, or in a temporary file beyond 512 MiB; those of a GPU stay there while a
-    quarter of its memory is free."""
+    """Logits of several batches, in memory, or in a temporary file what is more than 512 MiB beside others; those of a GPU stay
+    there while a quarter of its memory is free."""
 
     LIMIT = 512 << 20
 
     def __init__(self, on_disk: bool = False) -> None:
         self._memory: dict[int, Tensor] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._bytes = 0
         self._on_disk = on_disk
 
     def put(self, b: int, logits: Tensor) -> None:
@@ -73,8 +72,8 @@ class Kept:
             if free > total // 4:
                 self._memory[b] = logits
                 return
-        self._bytes += logits.numel() * logits.element_size()
-        if self._on_disk or self._bytes > self.LIMIT:
+        held = [x.nbytes for x in self._memory.values() if x.device.type == "cpu"]
+        if self._on_disk or (held and sum(held) + logits.nbytes > self.LIMIT):
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zoo-verify-")
             torch.save(logits, Path(self._folder.name) / f"{b}.pt")
         else:
@@ -132,6 +131,11 @@ def _joined(a: LogitMetrics, b: LogitMetrics) -> LogitMetrics:
 
 OnLayer = Callable[[int, int, Tensor | Sketched], None]  # batch, layer, state
 OnLogits = Callable[[int, Tensor], None]
+
+
+def is_upstream(oracle: Oracle) -> bool:
+    """Whether it runs upstream's own classes, be it by way of another rank."""
+    return isinstance(oracle, Transformers) or getattr(oracle, "upstream", False)
 
 
 def drive(oracle: Oracle, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
@@ -199,28 +203,25 @@ class Clock:
 
 
 class SpreadMeter:
-    """How far an oracle is from itself: its second way is run first and kept; then it listens to the first."""
+    """How far an oracle is from itself: it hears the second way first, then the first. `ways`: their names, or None."""
 
-    def __init__(self, oracle: Oracle, inputs: Inputs, d: int, dtype: str, on_disk: bool = False) -> None:
+    def __init__(self, inputs: Inputs, d: int, dtype: str, kept: Kept) -> None:
+        """`d`: the model's width. `kept`: where the second way's logits wait for the first's."""
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
+        self.ways: tuple[str, str] | None = None
         self.layers: dict[int, list[float]] = {}
         self.logits = LogitMetrics(five=False)
         self.columns = columns_of(dtype)
         self._sketches: dict[tuple[int, int], Tensor] = {}
-        self._second = Kept(on_disk)
+        self._second = kept
         self._sketch: dict[int, Sketch] = {}
-        with oracle.second_way() as self.ways:
-            if self.ways is not None:
-                drive(
-                    oracle,
-                    self.batches,
-                    self._keep,
-                    self._second.put,
-                )
 
-    def _keep(self, b: int, i: int, x: Tensor | Sketched) -> None:
+    def keep_layer(self, b: int, i: int, x: Tensor | Sketched) -> None:
         if isinstance(x, Tensor) and (r := rows(x, self.batches[b], self.d)) is not None:
             self._sketches[b, i] = self.sketched(r)
+
+    def keep_logits(self, b: int, logits: Tensor) -> None:
+        self._second.put(b, logits)
 
     def sketched(self, x: Tensor) -> Tensor:
         if x.shape[-1] not in self._sketch:
@@ -250,6 +251,44 @@ class SpreadMeter:
         return (
             Spread() if self.ways is None else Spread.of(self.ways, self.logits, self.noise(), self.columns)
         )
+
+
+def drive_both(
+    oracle: Oracle,
+    batches: Sequence[Batch],
+    meter: SpreadMeter,
+    on_layer: OnLayer,
+    on_logits: OnLogits,
+    clock: Clock | None = None,
+) -> None:
+    """Run all batches both ways that the oracle has, the second before the first, which `meter` hears. As close to one another as
+    it can: an oracle that streams layer by layer; one whose ways are a matter of switches batch by batch; else all batches of one,
+    then of the other."""
+    clock = clock or Clock()
+    together: Any = getattr(oracle, "drive_both", None)
+    if together is not None:
+        together(batches, meter, on_layer, on_logits, clock)
+        return
+    groups: list[tuple[int, Sequence[Batch]]] = [(0, batches)]
+    if getattr(oracle, "only_switches", False):
+        groups = [(b, [batch]) for b, batch in enumerate(batches)]
+    for first, some in groups:
+        with clock("oracle, second way"), oracle.second_way() as meter.ways:
+            if meter.ways is not None:
+                _drive_from(first, oracle, some, meter.keep_layer, meter.keep_logits)
+        _drive_from(first, oracle, some, on_layer, on_logits)
+
+
+def _drive_from(
+    first: int, oracle: Oracle, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits
+) -> None:
+    """As `drive`, of batches whose numbers begin with `first`."""
+    drive(
+        oracle,
+        batches,
+        lambda b, i, x: on_layer(first + b, i, x),
+        lambda b, logits: on_logits(first + b, logits),
+    )
 
 
 ROUNDED = {"fp32": 2.0**-23, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -294,10 +333,12 @@ def measure(
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
     out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
     clock = clock or Clock()
-    meter = None
-    if spread is None:
-        with clock("oracle, second way"):
-            meter = SpreadMeter(oracle, inputs, d, dtype, on_disk)
+    # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known: before any logits if
+    # all batches go through the layers together.
+    together = hasattr(oracle, "drive_both")
+    waits = spread is None and not together and any(ours.has_experts(i) for i in range(n_layers))
+    on_disk = on_disk and not together  # else each batch's are used at once
+    meter = SpreadMeter(inputs, d, dtype, Kept(on_disk)) if spread is None else None
 
     def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
         out.oracle_layers = max(out.oracle_layers, i + 1)
@@ -319,9 +360,8 @@ def measure(
                     error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i), out)
                 out.layers[i] += error.tolist()
 
-    # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known.
     kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
-    waiting: dict[int, Tensor] = {}
+    waiting: dict[int, Tensor | None] = {}
 
     def on_logits(b: int, theirs: Tensor) -> None:
         with clock("ours"):
@@ -336,8 +376,9 @@ def measure(
         theirs = theirs.to(ours.device)
         with clock("metrics"):
             out.theirs_are = out.theirs_are or form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
-            if (margins := ours.margins(b)) is None:
-                judge_batch(b, mine, theirs, None)
+            margins = ours.margins(b)
+            if not waits:
+                judge_batch(b, mine, theirs, margins)
             else:
                 waiting[b] = margins
                 kept_ours.put(b, mine)
@@ -361,14 +402,17 @@ def measure(
             first += n
 
     with clock("oracle"):
-        drive(oracle, batches, on_layer, on_logits)
+        if meter is None:
+            drive(oracle, batches, on_layer, on_logits)
+        else:
+            drive_both(oracle, batches, meter, on_layer, on_logits, clock)
     with clock("metrics"):
         for b in sorted(waiting):
             judge_batch(b, kept_ours.pop(b), kept_theirs.pop(b), waiting[b])
         kept_ours.close()
         kept_theirs.close()
     out.spread = meter.result() if meter is not None else (spread or Spread())
-    if meter is not None and meter.ways is None and not isinstance(oracle, Transformers):
+    if meter is not None and meter.ways is None and not is_upstream(oracle):
         out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
     return out
 

@@ -9,7 +9,8 @@ ties to even) and the bits must agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -30,9 +31,13 @@ from zoo.mapping.rules import Box
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
-from zoo.verify.certificate import READERS, Check, Level, cores
+from zoo.verify import certificate
+from zoo.verify.certificate import Check, Level
+from zoo.verify.reading import Range, Window, mapped_range
 
 Array = NDArray[Any]
+Read = Callable[[Path, int, int], Tensor]
+"""Bytes of a file, by offset and number."""
 CHUNK = 1 << 22  # elements compared at a time
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -143,51 +148,112 @@ def _size(box: Box) -> int:
     return math.prod(box.shape)
 
 
-Reader = Callable[[str], Tensor | None]
-
-
 def bytes_level(folder: Canonical, plan: Plan, override: Mapping[str, Tensor] | None = None) -> Level:
     """Every canonical element against its source. `override`: tensors in memory that stand for the folder's
     (a seeded fault); then only these are looked at."""
-    level = Level("bytes")
-    bad: dict[str, int] = {}
-    compared = cast = dequantised = 0
-    asked = [n for n in plan.outputs if n in folder.tensors and (override is None or n in override)]
+    return Bytes(folder, plan, override).level()
 
-    def differing(name: str) -> int:
-        output, ref = plan.outputs[name], folder.tensors[name]
-        mine = _canonical(folder, ref, None if override is None else override[name])
-        return sum(_fit_differs(plan, output, k, mine, ref.dtype) for k in range(len(output.fits)))
 
-    # What is compared as it lies takes no memory, so several at once; what must be made first is made one by one.
-    with ThreadPoolExecutor(min(READERS, cores())) as pool:
-        lying = {n: pool.submit(differing, n) for n in asked if _as_it_lies(plan, plan.outputs[n])}
-        found = {n: lying[n].result() if n in lying else differing(n) for n in asked}
-    for name, wrong in found.items():
-        output, ref = plan.outputs[name], folder.tensors[name]
-        if output.scheme is not None or any(
-            plan.checkpoint.tensors[s].dtype not in ITEMSIZE for s in output.sources
-        ):
-            dequantised += 1
-        elif any(plan.checkpoint.tensors[s].dtype != ref.dtype for s in output.sources):
-            cast += 1
-        compared += ref.size
-        if wrong:
-            bad[name] = wrong
-    checks = [
-        Check("elements that differ from the source", sum(bad.values()), 0, f"{compared:,} elements compared")
-    ]
-    if override is None:
+class Bytes:
+    """The bytes level, as far as it has come: beside a pass over the layers (a `reading.Rider`), or all at once."""
+
+    def __init__(
+        self,
+        folder: Canonical,
+        plan: Plan,
+        override: Mapping[str, Tensor] | None = None,
+        window: Window | None = None,
+    ) -> None:
+        self.folder, self.plan, self.override = folder, plan, override
+        self.read: Read = mapped_range if window is None else window.range
+        self.names = [n for n in plan.outputs if n in folder.tensors and (override is None or n in override)]
+        self.seconds = 0.0
+        self._found: dict[str, int] = {}  # how many elements differ
+
+    def ranges(self, layer: int) -> Iterator[Range]:
+        """What `leave` will read of a layer, of the folder and of the source."""
+        for name in self._of(layer):
+            ref = self.folder.tensors[name]
+            yield self.folder.path(ref), ref.offset, ref.nbytes
+            output = self.plan.outputs[name]
+            sources = [self.plan.checkpoint.tensors[s] for s in (*output.sources, *_parts(output))]
+            yield from ((self.plan.checkpoint.path(r.file), r.offset, r.nbytes) for r in sources)
+
+    def leave(self, layer: int | None) -> None:
+        self.look(self._of(layer))
+
+    def _of(self, layer: int | None) -> list[str]:
+        """What has not been looked at yet, of a layer or beside the layers."""
+        starts = "layers." if layer is None else f"layers.{layer}."
+        return [n for n in self.names if n.startswith(starts) == (layer is not None) and n not in self._found]
+
+    def look(self, names: Sequence[str]) -> None:
+        """Compare these."""
+        began = time.perf_counter()
+        # What is compared as it lies takes no memory, so several at once; what must be made first is made one by one.
+        with ThreadPoolExecutor(min(certificate.READERS, certificate.cores())) as pool:
+            lying = {
+                n: pool.submit(self._differing, n)
+                for n in names
+                if _as_it_lies(self.plan, self.plan.outputs[n])
+            }
+            self._found |= {n: lying[n].result() if n in lying else self._differing(n) for n in names}
+        self.seconds += time.perf_counter() - began
+
+    def _differing(self, name: str) -> int:
+        output, ref = self.plan.outputs[name], self.folder.tensors[name]
+        if self.override is not None:
+            mine = _in_memory(self.override[name], ref)
+        else:
+            mine = _flat(self.read, self.folder.path(ref), ref)
+        fits = range(len(output.fits))
+        return sum(_fit_differs(self.read, self.plan, output, k, mine, ref.dtype) for k in fits)
+
+    def level(self) -> Level:
+        """What has not been looked at is compared, and the outcome of all."""
+        self.read = mapped_range  # of what no pass came by
+        self.look([n for n in self.names if n not in self._found])
+        level = Level("bytes")
+        compared = cast = dequantised = 0
+        refs, folder, plan = self.plan.checkpoint.tensors, self.folder, self.plan
+        for name in self.names:
+            output, ref = plan.outputs[name], folder.tensors[name]
+            if output.scheme is not None or any(refs[s].dtype not in ITEMSIZE for s in output.sources):
+                dequantised += 1
+            elif any(refs[s].dtype != ref.dtype for s in output.sources):
+                cast += 1
+            compared += ref.size
+        bad = {n: self._found[n] for n in self.names if self._found[n]}
+        level.checks = [
+            Check(
+                "elements that differ from the source",
+                sum(bad.values()),
+                0,
+                f"{compared:,} elements compared",
+            )
+        ]
+        if self.override is None:
+            began = time.perf_counter()
+            self._beside(level)
+            self.seconds += time.perf_counter() - began
+        level.figures = {
+            "elements": compared,
+            "cast": cast,
+            "dequantised": dequantised,
+            "differing": dict(list(bad.items())[:20]),
+        }
+        level.notes += [f"{n}: {c:,} elements differ" for n, c in list(bad.items())[:8]]
+        level.seconds = self.seconds
+        return level
+
+    def _beside(self, level: Level) -> None:
+        """What a folder has beside the model's tensors: extras, and files that are carried."""
+        folder, plan = self.folder, self.plan
         moved = [
             n
             for n in plan.extras
             if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)
         ]
-        checks.append(
-            Check(
-                "extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"
-            )
-        )
         given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
         changed = [
             n for n in sorted(given) if not _same_file(place_of(folder.root, n), plan.checkpoint.path(n))
@@ -195,19 +261,20 @@ def bytes_level(folder: Canonical, plan: Plan, override: Mapping[str, Tensor] | 
         changed += [
             n for n, data in plan.checkpoint.synthesised.items() if not _holds(place_of(folder.root, n), data)
         ]
-        checks.append(
-            Check("carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim")
-        )
+        level.checks += [
+            Check(
+                "extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"
+            ),
+            Check(
+                "carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim"
+            ),
+        ]
         level.notes += moved[:5] + changed[:5]
-    level.checks = checks
-    level.figures = {
-        "elements": compared,
-        "cast": cast,
-        "dequantised": dequantised,
-        "differing": dict(list(bad.items())[:20]),
-    }
-    level.notes += [f"{n}: {c:,} elements differ" for n, c in list(bad.items())[:8]]
-    return level
+
+
+def _parts(output: Output) -> list[str]:
+    """The source tensors beside the codes of a quantised one."""
+    return [n for names in output.components.values() for n in names]
 
 
 def _as_it_lies(plan: Plan, output: Output) -> bool:
@@ -216,25 +283,20 @@ def _as_it_lies(plan: Plan, output: Output) -> bool:
     return output.scheme is None and all(r.dtype in ITEMSIZE and r.strides is None for r in refs)
 
 
-def _canonical(folder: Canonical, ref: TensorRef, override: Tensor | None) -> Array:
-    """A canonical tensor's elements as unsigned integers of their size, flat."""
-    if override is not None:
-        t = override.detach().cpu().to(TORCH[ref.dtype]).contiguous()
-        return (
-            t.flatten().view(torch.uint8).numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
-            if t.numel()
-            else np.empty(0)
-        )
-    return _flat(folder.path(ref), ref)
+def _in_memory(t: Tensor, ref: TensorRef) -> Array:
+    """A tensor that stands for a canonical one: its elements as unsigned integers of their size, flat."""
+    t = t.detach().cpu().to(TORCH[ref.dtype]).contiguous()
+    if not t.numel():
+        return np.empty(0)
+    return t.flatten().view(torch.uint8).numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
 
 
-def _flat(path: Path, ref: TensorRef) -> Array:
+def _flat(read: Read, path: Path, ref: TensorRef) -> Array:
+    """The same of one in a file."""
     dtype = _UNSIGNED[ITEMSIZE[ref.dtype]]
     if ref.size == 0:
         return np.empty(0, dtype)
-    raw = np.asarray(
-        np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
-    )  # a plain array: slices cost less
+    raw = read(path, ref.offset, ref.nbytes).numpy()
     if ref.offset % np.dtype(dtype).itemsize:
         return np.array(raw).view(dtype)
     return raw.view(dtype)
@@ -246,11 +308,11 @@ def _view(flat: Array, box: Box) -> Array:
     return as_strided(flat[box.offset :], sizes, tuple(s * step for s in strides), writeable=False)
 
 
-def _fit_differs(plan: Plan, output: Output, k: int, mine: Array, dtype: str) -> int:
+def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dtype: str) -> int:
     """How many elements of the k-th fit differ between canonical and source."""
     fit = output.fits[k]
     dst = _view(mine, fit.canonical)
-    src, bits = _source(plan, output, k, dtype)
+    src, bits = _source(read, plan, output, k, dtype)
     if fit.plus_one:
         src, bits = (_floats(src, dtype) if bits else src) - np.float32(1), False
     wrong = 0
@@ -262,22 +324,21 @@ def _fit_differs(plan: Plan, output: Output, k: int, mine: Array, dtype: str) ->
     return wrong
 
 
-def _source(plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool]:
+def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool]:
     """The source's elements, flat; and whether they are bits of the canonical dtype already."""
     ckpt, name = plan.checkpoint, output.sources[k]
     ref = ckpt.tensors[name]
     path = ckpt.path(ref.file)
     if output.scheme is not None:
-        return _dequantised(plan, output, k), False
+        return _dequantised(read, plan, output, k), False
     if ref.dtype not in ITEMSIZE:  # a block type of GGUF
         from zoo.quant import ggml
 
-        raw = np.asarray(
-            np.memmap(path, np.uint8, "r", ref.offset, (ref.nbytes,))
-        )  # a plain array: slices cost less
+        raw = read(path, ref.offset, ref.nbytes).numpy()
         return np.asarray(ggml.dequantise(raw, ref.dtype, ref.shape), np.float32).reshape(-1), False
     if ref.strides is not None:
         flat = _flat(
+            read,
             path,
             TensorRef(
                 name, ref.dtype, (ref.nbytes // ITEMSIZE[ref.dtype],), ref.file, ref.offset, ref.nbytes
@@ -287,7 +348,7 @@ def _source(plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool
         view = as_strided(flat, ref.shape, tuple(s * step for s in ref.strides), writeable=False)
         flat = np.ascontiguousarray(view).reshape(-1)
     else:
-        flat = _flat(path, ref)
+        flat = _flat(read, path, ref)
     if ref.dtype == dtype:
         return flat, True
     if ref.dtype not in FLOATS or dtype not in FLOATS:
@@ -295,7 +356,7 @@ def _source(plan: Plan, output: Output, k: int, dtype: str) -> tuple[Array, bool
     return _floats(flat, ref.dtype), False
 
 
-def _dequantised(plan: Plan, output: Output, k: int) -> Array:
+def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
     from zoo.quant import as_canonical, dequantise
 
     ckpt = plan.checkpoint
@@ -305,9 +366,7 @@ def _dequantised(plan: Plan, output: Output, k: int) -> Array:
         **{c: n[k] for c, n in output.components.items()},
     }.items():
         ref = ckpt.tensors[name]
-        raw = torch.from_numpy(
-            np.array(np.memmap(ckpt.path(ref.file), np.uint8, "r", ref.offset, (ref.nbytes,)))
-        )
+        raw = read(ckpt.path(ref.file), ref.offset, ref.nbytes).clone()  # aligned
         components[part] = raw.view(TORCH[ref.dtype]).view(ref.shape)
     assert output.scheme is not None
     s = scheme(output.scheme)

@@ -142,7 +142,7 @@ def logits_of(decoder: Decoder, ids: Tensor, at: Tensor | None = None) -> Tensor
     """What a decoder of ours gives for ids [B, T] in float64, [B, T, V], or at positions `at` [n] only, [B, n, V]; None where
     it can't be run so."""
     numbers = sum(t.numel() for t in decoder.state_dict().values())
-    if not has_room(decoder.device, 12 * numbers):  # a copy, then widened
+    if decoder.across is not None or not has_room(decoder.device, 12 * numbers):  # a copy, then widened
         return None
     try:
         wide = copy.deepcopy(decoder).double()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,12 +35,13 @@ from zoo.errors import ZooError
 from zoo.verify.certificate import machine
 from zoo.verify.compare import (
     Claimed,
+    Kept,
     OnLayer,
     OnLogits,
     Sketch,
     Sketched,
     SpreadMeter,
-    drive,
+    drive_both,
     rounding,
     rows,
 )
@@ -258,11 +260,15 @@ class Golden:
         }
 
     def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
-        for b, batch in enumerate(batches):
-            i = 0
-            while (values := self._get(f"states.{b}.{i}")) is not None and self.directions is not None:
+        # All batches after a layer before the next: ours, streamed, reads each once.
+        for i in itertools.count():
+            found = {b: self._get(f"states.{b}.{i}") for b in range(len(batches))}
+            shown = {b: values for b, values in found.items() if values is not None}
+            if not shown or self.directions is None:
+                break
+            for b, values in shown.items():
                 on_layer(b, i, Sketched(values, self.directions))
-                i += 1
+        for b, batch in enumerate(batches):
             on_logits(b, self._spread_out(self._need(f"logits.{b}"), batch))
 
     def _spread_out(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -312,7 +318,7 @@ def record(
     oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about: dict[str, Any] | None = None
 ) -> Path:
     """Run `oracle` on `inputs` both ways and write a golden file to `path`. `d`: the model's width."""
-    meter = SpreadMeter(oracle, inputs, d, dtype)
+    meter = SpreadMeter(inputs, d, dtype, Kept())
     tensors: dict[str, Tensor] = {}
     width = 0
 
@@ -334,7 +340,7 @@ def record(
             if other is not None:
                 meter.logits.add(other[at], reference)
 
-    drive(oracle, inputs.batches, on_layer, on_logits)
+    drive_both(oracle, inputs.batches, meter, on_layer, on_logits)
     if width:
         tensors["directions"] = Sketch(width).directions
     prompt = prompt_of(inputs)

@@ -145,6 +145,16 @@ class Transformers:
             self._switch("set_attn_implementation", "_attn_implementation", "eager")
             self._switch("set_experts_implementation", "_experts_implementation", "eager")
 
+    @property
+    def only_switches(self) -> bool:
+        """Whether the second way leaves the weights as they are, so that going back and forth costs nothing."""
+        try:
+            return self.dtype == "fp32" or self._switch(
+                "set_attn_implementation", "_attn_implementation", "sdpa"
+            )
+        finally:
+            self._switch("set_attn_implementation", "_attn_implementation", "eager")
+
     def _other_experts(self) -> str | None:
         """The kernel to hold against the loop over experts. The grouped one wants rows of 16 bytes; the batched one
         gathers every token's experts, which only small models have the memory for."""

@@ -7,11 +7,8 @@ to is never read.
 
 from __future__ import annotations
 
-import mmap
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from zoo.quant.schemes import scheme
 from zoo.spec import LatentAttention, Spec
 from zoo.spec import Router as RouterSpec
 from zoo.verify.faults import Subject
+from zoo.verify.reading import Range, Window, mapped
 
 
 class Ours:
@@ -216,10 +214,15 @@ class Streamed(Ours):
     are asked for are read; the head is a layer of its own."""
 
     def __init__(
-        self, folder: canonical.Canonical, dtype: torch.dtype, device: str | torch.device = "cpu"
+        self,
+        folder: canonical.Canonical,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        window: Window | None = None,
     ) -> None:
+        """`window`: what upstream is read through, if it goes through its layers beside ours."""
         super().__init__(Decoder(folder.spec))
-        self.source, self.dtype, self._device = MappedOneByOne(folder), dtype, torch.device(device)
+        self.source, self.dtype, self._device = MappedOneByOne(folder, window), dtype, torch.device(device)
         self.current: int | None = None
         self.waiting: set[int] = set()
         refuse_quantised(folder.quant, self.decoder, where=folder.root)  # not all of it is filled by `Source`
@@ -254,6 +257,15 @@ class Streamed(Ours):
                 self.decoder.head.to("meta")
         return logits
 
+    def ranges(self, layer: int) -> Iterator[Range]:
+        """What a pass will read of a layer: not stacked experts, of which perhaps only some are run."""
+        for name, ref in self.source.folder.tensors.items():
+            if name.startswith(f"layers.{layer}.") and len(ref.shape) < 3:
+                yield self.source.folder.path(ref), ref.offset, ref.nbytes
+
+    def leave(self, layer: int | None) -> None:
+        self.release()
+
     def _set_embedding(self, rows: Tensor) -> None:
         self.decoder.embed.weight = nn.Parameter(rows, requires_grad=False)
 
@@ -286,27 +298,15 @@ def _cast(m: nn.Module, dtype: torch.dtype) -> None:
 
 
 class MappedOneByOne(Source):
-    """As `Source`, but each tensor has a map of its own, gone with the tensor: neither memory nor address
-    space grows with the checkpoint."""
+    """As `Source`, but each tensor has a map of its own, gone with the tensor (or the `window`, if any, with its layer):
+    neither memory nor address space grows with the checkpoint."""
+
+    def __init__(self, folder: canonical.Canonical, window: Window | None = None) -> None:
+        super().__init__(folder)
+        self.window = window
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        return mapped(self.folder.path(ref), ref)
-
-
-def mapped(path: Path, ref: TensorRef) -> Tensor:
-    """The tensor's bytes in the file, read-only, under a map of their own."""
-    dtype = TORCH[ref.dtype]
-    if ref.size == 0:
-        return torch.empty(ref.shape, dtype=dtype)
-    start = ref.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as f:
-        m = mmap.mmap(f.fileno(), ref.offset - start + ref.nbytes, access=mmap.ACCESS_READ, offset=start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be written to is meant
-        raw = torch.frombuffer(m, dtype=torch.uint8, count=ref.nbytes, offset=ref.offset - start)
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(ref.shape)
+        return mapped(self.folder.path(ref), ref, self.window)
 
 
 def used_rows(spec: Spec, embedding: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from zoo.verify.compare import Sketched, SpreadMeter, drive, rows
+from zoo.verify.compare import Kept, Sketched, SpreadMeter, drive_both, rows
 from zoo.verify.inputs import Inputs
 from zoo.verify.metrics import references
 from zoo.verify.oracle import OnLayer
@@ -24,6 +24,7 @@ class TwoPrecisions:
     """One model as an oracle that has two ways to run: in fp32, and in `dtype`."""
 
     avoid_ids: frozenset[int] = frozenset()
+    only_switches = True
 
     def __init__(self, wide: Ours, low: Ours, dtype: str) -> None:
         self.wide, self.low, self.dtype = wide, low, dtype
@@ -50,7 +51,7 @@ class TwoPrecisions:
 def rounding_of(wide: Ours, low: Ours, inputs: Inputs, dtype: str) -> Spread:
     """The spread between the two on these inputs."""
     oracle = TwoPrecisions(wide, low, dtype)
-    meter = SpreadMeter(oracle, inputs, wide.spec.d_model, dtype)
+    meter = SpreadMeter(inputs, wide.spec.d_model, dtype, Kept())
 
     def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
         if isinstance(x, Tensor) and (r := rows(x, inputs.batches[b], wide.spec.d_model)) is not None:
@@ -64,5 +65,5 @@ def rounding_of(wide: Ours, low: Ours, inputs: Inputs, dtype: str) -> Spread:
             if meter.columns is not None:
                 meter.columns.add(other[batch.mask][at], reference)
 
-    drive(oracle, inputs.batches, on_layer, on_logits)
+    drive_both(oracle, inputs.batches, meter, on_layer, on_logits)
     return meter.result()

@@ -26,7 +26,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
 from zoo.formats.opening import open_checkpoint
-from zoo.layout import total_params
+from zoo.model.load import load
 from zoo.printable import decimal
 from zoo.quant import foreign
 from zoo.quant.schemes import scheme
@@ -34,9 +34,10 @@ from zoo.spec import Spec
 from zoo.verify import certificate, exact, inputs, judge
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
 from zoo.verify.compare import Clock, Measured, measure
-from zoo.verify.device import available, chosen, described
+from zoo.verify.device import chosen, described
 from zoo.verify.device import exact as exact_on
 from zoo.verify.inputs import Inputs
+from zoo.verify.need import Need, needed
 from zoo.verify.oracle import (
     DTYPES,
     CannotLoad,
@@ -47,9 +48,13 @@ from zoo.verify.oracle import (
     upstream_available,
 )
 from zoo.verify.ours import Ours, Streamed, build, subject_of
+from zoo.verify.ranks import Following, Leading, Ranks
+from zoo.verify.reading import Window
 from zoo.verify.rounded import rounding_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from zoo.mapping.plan import Plan
 
 StrPath = str | os.PathLike[str]
@@ -84,6 +89,7 @@ def verify(
     require: str | None = None,
     write: bool = True,
     progress: Progress | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Certificate:
     """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
     the source it was converted from, where that still exists), up to and including `level`; by default as far as
@@ -95,6 +101,8 @@ def verify(
     "cuda", "cuda:1", "auto"). `self_test`: also inject every
     applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
     here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
+    `mesh`: ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
+    upstream, and writes; all get its certificate.
 
     Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
     that was asked for can't be done.
@@ -119,18 +127,32 @@ def verify(
             )
         file, canon, against, write = Path(canon), against, canon, False
     folder = canonical.read(canon)
+    ranks = None
+    if mesh is not None and mesh.size() > 1:
+        if stream or self_test:
+            raise ZooError(
+                f"{'streaming' if stream else 'the self-test'} is for one process: ranks share a whole model"
+            )
+        ranks, stream = Ranks(mesh, on), False
+        if not ranks.first:
+            return _follow(folder, dtype, ranks)
     numeric = [n for n in NUMERIC if n in wanted]
-    why_streamed = None
-    if stream is None:
-        if numeric and level != "decode" and not self_test:
-            why_streamed = too_large(folder, against, dtype, on, say)
-        stream = why_streamed is not None
-    say("opening the source" if why_streamed is None else f"streaming, since {why_streamed}")
+    need = why_streamed = None
+    if level == "decode" or self_test:
+        stream = bool(stream)
+    if numeric:
+        with clock("what it needs"):
+            need, why_streamed = foreseen(
+                folder, against, dtype, on, stream, "decode" in numeric, max_length, say
+            )
+    stream = bool(stream) or why_streamed is not None
+    say("opening the source")
     with clock("opening"):
+        window = Window() if stream else None
         if file is None:
-            other = resolve(folder, against, dtype, stream, bool(numeric), on)
+            other = resolve(folder, against, dtype, window, bool(numeric), on)
         else:
-            other = _of_file(folder, file, dtype, stream, bool(numeric), on)
+            other = _of_file(folder, file, dtype, window, bool(numeric), on)
         held = contextlib.ExitStack()
     try:
         held.enter_context(exact_on(on))
@@ -145,18 +167,34 @@ def verify(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=_disagreements(folder.spec, other.oracle), required=require,
-            versions=versions(), device=described(on), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            places=_places(folder, other),
+            versions=versions(), device=described(on) | ({} if ranks is None else {"ranks": ranks.mesh.size()}),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            places=_places(folder, other), need=None if need is None else need.to_json(),
         )  # fmt: skip
+        # Ours and bytes go along with an oracle that reads its weights, not with a recording.
+        in_pass = window if numeric and not why_not and hasattr(other.oracle, "drive_both") else None
         with clock("plan and bytes"):
-            _exact_levels(cert, folder, other, wanted, say)
+            of_bytes = _exact_levels(cert, folder, other, wanted, in_pass, say)
         if numeric and why_not:
             cert.not_checked.append(f"{', '.join(numeric)}: {why_not}")
         elif numeric:
             assert other.oracle is not None
             try:
                 asked, measured = _numeric_levels(
-                    cert, folder, other, wanted, dtype, stream, on, max_length, n_greedy, say, clock
+                    cert,
+                    folder,
+                    other,
+                    wanted,
+                    dtype,
+                    stream,
+                    in_pass,
+                    of_bytes,
+                    on,
+                    max_length,
+                    n_greedy,
+                    say,
+                    clock,
+                    ranks,
                 )
                 if why_streamed is not None:
                     cert.not_checked = [
@@ -168,6 +206,9 @@ def verify(
                     raise
                 cert.not_checked.append(f"{', '.join(numeric)}: {e}")
                 self_test = False
+                if of_bytes is not None and cert.level("bytes") is None:
+                    with clock("plan and bytes"):
+                        cert.levels.append(of_bytes.level())
             if self_test and not cert.failed:
                 from zoo.verify import selftest
 
@@ -185,6 +226,9 @@ def verify(
             raise ZooError(f"{folder.root}: {what} be compared: {'; '.join(cert.not_checked)}")
         if write:
             certificate.keep(cert, folder.root)
+        if ranks is not None:
+            ranks.said(None)
+            ranks.said(cert)
         return cert
     finally:
         held.close()
@@ -206,26 +250,34 @@ def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: s
     return NO_DECODE if stream and level == "decode" else None
 
 
-def too_large(
-    folder: canonical.Canonical, against: StrPath | Oracle | None, dtype: str, on: torch.device, say: Progress
-) -> str | None:
-    """Why the two models should be streamed: they do not fit whole, and can be. Says what they need."""
+def foreseen(
+    folder: canonical.Canonical,
+    against: StrPath | Oracle | None,
+    dtype: str,
+    on: torch.device,
+    stream: bool | None,
+    decodes: bool,
+    max_length: int,
+    say: Progress,
+) -> tuple[Need | None, str | None]:
+    """What the run will need, and said; and why the two models are streamed, where `stream` leaves that open. None where
+    upstream is not run here."""
     path = _recorded_source(folder) if against is None else against
-    if not isinstance(path, str | os.PathLike) or not upstream_available():
-        return None
-    size = DTYPES[dtype].itemsize
-    need = 2 * size * total_params(folder.spec)  # ours, and upstream's
-    found = available(on)
-    if found is None:
-        return None
-    what = f"both sides take {decimal(need)} in {dtype}, and {decimal(found)} can be had"
-    if need <= found:
-        say(what)
-        return None
+    if not isinstance(path, str | os.PathLike) or not Path(path).exists() or _is_golden(Path(path)):
+        return None, None
+    if not upstream_available():
+        return None, None
+    need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length)
+    if need.fits or stream is not None:
+        say(str(need))
+        return need, None
+    what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
     if not Path(path).is_dir() or not _reads_safetensors(Path(path)) or folder.quant:
         say(f"{what}; only unquantised folders of safetensors are streamed without being asked to (--stream)")
-        return None
-    return what
+        return need, None
+    need = needed(folder, Path(path), dtype, on, True, False, max_length)
+    say(f"{need}: streaming, since {what}")
+    return need, what
 
 
 def _reads_safetensors(path: Path) -> bool:
@@ -244,11 +296,11 @@ def resolve(
     folder: canonical.Canonical,
     against: StrPath | Oracle | None,
     dtype: str,
-    stream: bool,
+    window: Window | None,
     needs_oracle: bool,
     device: torch.device,
 ) -> Against:
-    """Open the source and the oracle that `against` stands for."""
+    """Open the source and the oracle that `against` stands for; with a `window`, one that streams through it."""
     if against is not None and not isinstance(against, str | os.PathLike):
         return Against(oracle=against, why_no_source="the oracle was given as an object")
     if against is not None and _is_golden(Path(against)):
@@ -274,7 +326,7 @@ def resolve(
     ckpt = open_checkpoint(path)
     out = Against(ckpt, path)
     if needs_oracle:
-        _open_oracle(out, folder, ckpt, dtype, stream, device)
+        _open_oracle(out, folder, ckpt, dtype, window, device)
     return out
 
 
@@ -282,7 +334,7 @@ def _of_file(
     folder: canonical.Canonical,
     file: Path,
     dtype: str,
-    stream: bool,
+    window: Window | None,
     needs_oracle: bool,
     device: torch.device,
 ) -> Against:
@@ -299,13 +351,13 @@ def _of_file(
         )
     elif not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
-    elif path is None or stream:
+    elif path is None or window is not None:
         out.why_no_oracle = (
             f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
         )
     elif needs_oracle:
         try:
-            oracle = _upstream(folder.spec, path, dtype, None, stream, device)
+            oracle = _upstream(folder.spec, path, dtype, None, window, device)
         except (CannotLoad, NoUpstream) as e:  # an export of the folder would say nothing of the file
             out.why_no_oracle = str(e)
         else:
@@ -331,7 +383,7 @@ def _open_oracle(
     folder: canonical.Canonical,
     ckpt: Checkpoint,
     dtype: str,
-    stream: bool,
+    window: Window | None,
     device: torch.device,
 ) -> None:
     if not upstream_available():
@@ -342,18 +394,19 @@ def _open_oracle(
     try:
         if path is not None:
             if path != ckpt.root or ckpt.chosen is None or _takes_the_same(ckpt):
-                out.oracle = _upstream(folder.spec, path, dtype, None, stream, device)
+                out.oracle = _upstream(folder.spec, path, dtype, None, window, device)
                 return
             note = (
                 f"upstream was given {ckpt.chosen} alone, as asked for: left to itself it reads other files"
             )
-            if not stream:
+            if window is None:
                 path, out.cleanup = alone(ckpt)
-            out.oracle = _upstream(folder.spec, path, dtype, note, stream, device, ckpt.files)
+            out.oracle = _upstream(folder.spec, path, dtype, note, window, device, ckpt.files)
             return
     except CannotLoad as e:
         # Of a plain folder of plain weights an export would be the same files again.
-        if ckpt.format != "gguf" and (stream or not (folder.quant or foreign.said(ckpt.config))):
+        quantised = folder.quant or foreign.said(ckpt.config)
+        if ckpt.format != "gguf" and (window is not None or not quantised):
             out.why_no_oracle = str(e)
             return
         why = str(e).removesuffix(".")
@@ -382,7 +435,7 @@ def _open_oracle(
         out.why_no_oracle = f"{why}, and it cannot be given an export: {e}"
         return
     try:
-        out.oracle = _upstream(folder.spec, given_path, dtype, note, stream, device)
+        out.oracle = _upstream(folder.spec, given_path, dtype, note, window, device)
     except CannotLoad as e:
         assert out.cleanup is not None
         out.cleanup.cleanup()
@@ -407,15 +460,15 @@ def _upstream(
     path: Path,
     dtype: str,
     note: str | None,
-    stream: bool,
+    window: Window | None,
     device: torch.device,
     files: Iterable[str] | None = None,
 ) -> Transformers:
     """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
-    if stream:
+    if window is not None:
         from zoo.verify.stream import StreamedTransformers
 
-        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device)
+        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device, window)
     else:
         oracle = Transformers(path, dtype, note, device)
     for d in families.disagreements(spec):
@@ -503,9 +556,15 @@ def _exported(
 
 
 def _exact_levels(
-    cert: Certificate, folder: canonical.Canonical, other: Against, wanted: tuple[str, ...], say: Progress
-) -> None:
-    plan, why = other.written, other.why_no_source
+    cert: Certificate,
+    folder: canonical.Canonical,
+    other: Against,
+    wanted: tuple[str, ...],
+    window: Window | None,
+    say: Progress,
+) -> exact.Bytes | None:
+    """The levels plan and bytes. With a `window`, bytes are compared as they pass there: by what is returned."""
+    plan, why, of_bytes = other.written, other.why_no_source, None
     if plan is not None:
         from zoo.verify import written
 
@@ -516,7 +575,7 @@ def _exact_levels(
                 t = time.perf_counter()
                 cert.levels.append(level(folder, plan))
                 cert.levels[-1].seconds = time.perf_counter() - t
-        return
+        return None
     if other.checkpoint is not None:
         say("planning")
         plan = plan_of(folder, other.checkpoint)
@@ -534,6 +593,10 @@ def _exact_levels(
                 )
             cert.not_checked.append(f"bytes: {why}")
             continue
+        if name == "bytes" and plan is not None and window is not None:
+            of_bytes = exact.Bytes(folder, plan, window=window)
+            window.riders.append(of_bytes)
+            continue
         say(name)
         t = time.perf_counter()
         made = exact.plan_level(folder, plan, why) if name == "plan" else exact.bytes_level(folder, plan)  # type: ignore[arg-type]
@@ -545,6 +608,7 @@ def _exact_levels(
         if name == "plan":
             made.notes += _unknown_fields(folder, other.checkpoint)
         cert.levels.append(made)
+    return of_bytes
 
 
 def _unknown_fields(folder: canonical.Canonical, ckpt: Checkpoint | None) -> list[str]:
@@ -583,11 +647,14 @@ def _numeric_levels(
     wanted: tuple[str, ...],
     dtype: str,
     stream: bool,
+    window: Window | None,
+    of_bytes: exact.Bytes | None,
     device: torch.device,
     max_length: int,
     n_greedy: int,
     say: Progress,
     clock: Clock,
+    ranks: Ranks | None = None,
 ) -> tuple[Inputs, Measured]:
     oracle = other.oracle
     assert oracle is not None
@@ -613,21 +680,32 @@ def _numeric_levels(
     cert.not_checked += [
         f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed
     ]
+    spread = getattr(oracle, "spread", None)
+    led = None
+    if ranks is not None:
+        if recorded not in (None, dtype):
+            raise ZooError(
+                f"the recording was made in {recorded}: on several ranks, verify with --dtype {recorded}"
+            )
+        led = Leading(oracle, ranks)
+        led.task(asked, spread)
     with clock("reading ours"):
-        ours = _ours(folder, DTYPES[dtype], stream, device)
+        ours = _ours(folder, DTYPES[dtype], stream, window, device, ranks)
     say(f"layers and logits of {asked.n_tokens} tokens")
     t = time.perf_counter()
-    spread = getattr(oracle, "spread", None)
     if isinstance(oracle, Golden) and recorded != dtype:  # made in fp32, and ours in less
-        wide = _ours(folder, torch.float32, stream, device)
+        wide = _ours(folder, torch.float32, stream, None, device)
         spread = oracle.held_to(rounding_of(wide, ours, asked, dtype), dtype)
         del wide
-    measured = measure(oracle, ours, asked, dtype, spread=spread, on_disk=stream, clock=clock)
+    measured = measure(led or oracle, ours, asked, dtype, spread=spread, on_disk=stream, clock=clock)
     spent = time.perf_counter() - t
+    if of_bytes is not None:
+        with clock("plan and bytes"):
+            cert.levels.append(of_bytes.level())
     levels = _judged(measured, dtype)
     if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
         with clock("float64"):
-            again = _against_float64(oracle, ours, asked, say)
+            again = _against_float64(oracle, ours, asked, say, ranks)
         if again is not None:
             measured, levels = again
     idle, experts = ours.idle_experts()
@@ -652,8 +730,10 @@ def _numeric_levels(
         else:
             say(f"{n_greedy} greedy tokens")
             t = time.perf_counter()
+            if led is not None:
+                led.task(asked, spread, measured=measured, n_greedy=n_greedy)
             with clock("decode"):
-                decode = judge.decode_level(oracle, ours, asked, measured, dtype, n_greedy)
+                decode = judge.decode_level(led or oracle, ours, asked, measured, dtype, n_greedy)
             decode.seconds = time.perf_counter() - t
             cert.levels.append(decode)
     if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
@@ -673,10 +753,37 @@ def _numeric_levels(
     return asked, measured
 
 
-def _ours(folder: canonical.Canonical, dtype: torch.dtype, stream: bool, device: torch.device) -> Ours:
-    if stream:
-        return Streamed(folder, dtype, device)
-    return Ours(build(subject_of(folder, dtype, device=device)))
+def _ours(
+    folder: canonical.Canonical,
+    dtype: torch.dtype,
+    stream: bool,
+    window: Window | None,
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> Ours:
+    if ranks is not None:
+        return Ours(load(folder.root, device, dtype, mesh=ranks.mesh))
+    if not stream:
+        return Ours(build(subject_of(folder, dtype, device=device)))
+    ours = Streamed(folder, dtype, device, window)
+    if window is not None:
+        window.riders.append(ours)
+    return ours
+
+
+def _follow(folder: canonical.Canonical, dtype: str, ranks: Ranks) -> Certificate:
+    """What a rank does that is not the first: ours, as far as it has it, whenever that goes through it."""
+    ours = None
+    with exact_on(ranks.device):
+        while (task := ranks.said()) is not None:
+            oracle = Following(task, ranks)
+            ours = ours or _ours(folder, DTYPES[dtype], False, None, ranks.device, ranks)
+            if task.measured is None:
+                measure(oracle, ours, task.asked, dtype, spread=task.spread)
+            else:
+                judge.decode_level(oracle, ours, task.asked, task.measured, dtype, task.n_greedy)
+    cert: Certificate = ranks.said()
+    return cert
 
 
 def _judged(measured: Measured, dtype: str) -> dict[str, Level]:
@@ -684,7 +791,7 @@ def _judged(measured: Measured, dtype: str) -> dict[str, Level]:
 
 
 def _against_float64(
-    oracle: Oracle, ours: Ours, asked: Inputs, say: Progress
+    oracle: Oracle, ours: Ours, asked: Inputs, say: Progress, ranks: Ranks | None = None
 ) -> tuple[Measured, dict[str, Level]] | None:
     """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
     from zoo.verify.float64 import InFloat64, StreamedInFloat64
@@ -702,8 +809,13 @@ def _against_float64(
     say("upstream in float64, for how far its fp32 is from that")
     try:
         with wide:
-            measured = measure(wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
+            led = None if ranks is None else Leading(wide, ranks)
+            if led is not None:
+                led.task(asked, None)
+            measured = measure(led or wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
     except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
+        if ranks is not None:  # the others are waiting in the middle of it
+            raise
         return None
     levels = _judged(measured, "fp32")
     if any(x.verdict == "failed" for x in levels.values()):

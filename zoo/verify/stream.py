@@ -5,9 +5,9 @@ them away after it; embeddings get the rows that are asked for; the head runs ov
 Names and fusions of the checkpoint (experts stacked in memory, one by one on disk) go through transformers'
 own conversion, one layer's tensors at a time.
 
-Unusual: all batches go through a layer before the next is read. Upstream's forward cannot be run a layer at a
-time from outside, so each batch has a thread of its own that stops before and after every layer; one runs at
-a time, and a conductor says which.
+Unusual: all batches go through a layer, both ways that upstream is run, before the next is read. Upstream's forward
+cannot be run a layer at a time from outside, so each batch has a thread of its own, for either way, that stops before and
+after every layer; one runs at a time, and a conductor says which.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.formats import safetensors
-from zoo.formats.base import Checkpoint, read_json
-from zoo.verify.compare import OnLayer, OnLogits
+from zoo.formats.base import Checkpoint, TensorRef, read_json
+from zoo.verify.compare import Clock, OnLayer, OnLogits, SpreadMeter
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import (
     DTYPES,
@@ -45,7 +46,7 @@ from zoo.verify.oracle import (
     read_otherwise,
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
-from zoo.verify.ours import mapped
+from zoo.verify.reading import Passing, Range, Window, mapped
 
 HEAD_ROWS = 8192
 """Rows of the head that are in memory at a time."""
@@ -61,8 +62,10 @@ class StreamedTransformers(Transformers):
         note: str | None = None,
         files: Iterable[str] | None = None,
         device: str | torch.device = "cpu",
+        window: Window | None = None,
     ) -> None:
-        """`files`: those that the user chose; None: those that `from_pretrained` would take."""
+        """`files`: those that the user chose; None: those that `from_pretrained` would take. `window`: what they are read
+        through, beside whoever else takes part in a pass."""
         if not path.is_dir():
             raise ZooError(
                 f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
@@ -78,7 +81,11 @@ class StreamedTransformers(Transformers):
         self.model = skeleton(cls, config, DTYPES[dtype], self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
-        self.weights = Weights(self.model, _checkpoint(path, files), DTYPES[dtype], quantizer, self.device)
+        self.window = window or Window()
+        self.weights = Weights(
+            self.model, _checkpoint(path, files), DTYPES[dtype], quantizer, self.device, self.window
+        )
+        self.window.riders.append(self)
         self._workers: dict[int, _Worker] = {}
         self.around_pass: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.around_step: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -92,11 +99,11 @@ class StreamedTransformers(Transformers):
 
     @contextlib.contextmanager
     def _in_fp32(self) -> Iterator[None]:
-        was, self.weights.dtype = self.weights.dtype, torch.float32
+        self.weights.widened = True
         try:
             yield
         finally:
-            self.weights.dtype = was
+            self.weights.widened = False
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnOneLayer | None = None) -> Tensor:
         raise AssertionError("a streamed oracle is driven over all batches at once")
@@ -106,27 +113,69 @@ class StreamedTransformers(Transformers):
 
     def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
         """All batches through one layer, then the next."""
-        workers = [_Worker(self, batch) for batch in batches]
+        self._drive(batches, [_Way(contextlib.nullcontext, on_layer, on_logits)])
+
+    def drive_both(
+        self,
+        batches: Sequence[Batch],
+        meter: SpreadMeter,
+        on_layer: OnLayer,
+        on_logits: OnLogits,
+        clock: Clock,
+    ) -> None:
+        """The same both ways, on the weights that are read once; `meter` hears the second, which goes first."""
+
+        @contextlib.contextmanager
+        def second() -> Iterator[None]:
+            with clock("oracle, second way"), self.second_way():
+                yield
+
+        with self.second_way() as meter.ways:
+            pass
+        ways = [_Way(contextlib.nullcontext, on_layer, on_logits)]
+        if meter.ways is not None:
+            ways.insert(0, _Way(second, meter.keep_layer, meter.keep_logits))
+        self._drive(batches, ways)
+
+    def _drive(self, batches: Sequence[Batch], ways: Sequence[_Way]) -> None:
+        for way in ways:
+            way.workers = [_Worker(self, batch) for batch in batches]
         try:
-            for i, layer in enumerate(self.layers):
-                for w in workers:
-                    w.step()  # to just before layer i
-                self.weights.load(layer, f"layer {i}")
-                for w in workers:
-                    w.step()  # to just after it
-                self.weights.unload(layer)
-                for b, w in enumerate(workers):
-                    state, w.state = w.state, None
-                    assert state is not None
-                    on_layer(b, i, state)
-            for b, w in enumerate(workers):
-                w.step()
-                logits, w.logits = w.logits, None
-                assert logits is not None
-                on_logits(b, logits)
+            with Passing(self.window, len(self.layers)) as passing:
+                for i in range(len(self.layers)):
+                    for way in ways:
+                        way.step()  # to just before layer i
+                    with passing.layer(i):
+                        self._through(i, ways)
+                for b in range(len(batches)):
+                    for way in ways:
+                        way.on_logits(b, way.logits(b))
         finally:
-            for w in workers:
-                w.stop()
+            for way in ways:
+                for w in way.workers:
+                    w.stop()
+
+    def _through(self, i: int, ways: Sequence[_Way]) -> None:
+        """Layer `i`, to just after it; both ways have the same weights, unless one widens them."""
+        layer, widened = self.layers[i], None
+        for way in ways:
+            with way.open():
+                if widened != self.weights.widened:
+                    self.weights.load(layer, f"layer {i}")
+                    widened = self.weights.widened
+                for w in way.workers:
+                    w.step()
+        self.weights.unload(layer)
+        for way in ways:
+            for b, w in enumerate(way.workers):
+                way.on_layer(b, i, w.taken())
+
+    def ranges(self, layer: int) -> Iterator[Range]:
+        """What a pass will read of a layer."""
+        return self.weights.ranges(self.layers[layer])
+
+    def leave(self, layer: int | None) -> None:
+        """It has gone already."""
 
     def _hook(self) -> None:
         for layer in self.layers:
@@ -169,7 +218,7 @@ class StreamedTransformers(Transformers):
         def hook(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen, compact = args[0].unique(return_inverse=True)
             table = self.weights.one(f"{name}.weight")
-            rows = table[seen.to(table.device)].to(self.device, self.weights.dtype)
+            rows = self.weights.cast(f"{name}.weight", table[seen.to(table.device)])
             m.weight = nn.Parameter(rows, requires_grad=False)
             return (compact,)
 
@@ -178,7 +227,8 @@ class StreamedTransformers(Transformers):
     def _head(self, m: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             table = self.weights.one(f"{name}.weight")
-            pieces = [nn.functional.linear(x, part.to(x)) for part in table.split(HEAD_ROWS)]
+            parts = (self.weights.cast(f"{name}.weight", part).to(x) for part in table.split(HEAD_ROWS))
+            pieces = [nn.functional.linear(x, part) for part in parts]
             logits = torch.cat(pieces, -1)
             if getattr(m, "bias", None) is not None:
                 logits += self.weights.one(f"{name}.bias").to(x)
@@ -227,6 +277,29 @@ def _looks_up_ids(m: nn.Embedding) -> bool:
     return next(iter(inspect.signature(m.forward).parameters)) in ("input", "input_ids")
 
 
+@dataclass
+class _Way:
+    """One way to run upstream: what is set meanwhile, who hears of it, and each batch's pass."""
+
+    open: Callable[[], contextlib.AbstractContextManager[Any]]
+    on_layer: OnLayer
+    on_logits: OnLogits
+    workers: Sequence[_Worker] = ()
+
+    def step(self) -> None:
+        with self.open():
+            for w in self.workers:
+                w.step()
+
+    def logits(self, b: int) -> Tensor:
+        """Batch `b` to the end."""
+        with self.open():
+            self.workers[b].step()
+        logits, self.workers[b].logits = self.workers[b].logits, None
+        assert logits is not None
+        return logits
+
+
 class _Worker:
     """One batch's forward pass in a thread that runs only between `step` and the next `pause`."""
 
@@ -255,6 +328,12 @@ class _Worker:
         self._go.acquire()
         if self._stopping:
             raise _Stopped
+
+    def taken(self) -> Tensor:
+        """The state after the layer that it has just been through."""
+        state, self.state = self.state, None
+        assert state is not None
+        return state
 
     def stop(self) -> None:
         self._stopping = True
@@ -345,11 +424,14 @@ class Weights:
         dtype: torch.dtype,
         quantizer: Any = None,
         device: str | torch.device = "cpu",
+        window: Window | None = None,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         self.model, self.ckpt, self.dtype, self.device = model, ckpt, dtype, torch.device(device)
+        self.window = window
+        self.widened = False  # to fp32, after they were rounded to `dtype`
         self.names = {id(m): n for n, m in model.named_modules()}
         self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -402,8 +484,27 @@ class Weights:
         found = self.sources.get(name) or self.sources.get(self.tied.get(name, ""))
         if found is None or len(found) != 1 or found[0][1] is not None:
             return None
-        ref = self.ckpt.tensors[found[0][0]]
-        return mapped(self.ckpt.path(ref.file), ref)
+        return self._mapped(self.ckpt.tensors[found[0][0]])
+
+    def _mapped(self, ref: TensorRef) -> Tensor:
+        return mapped(self.ckpt.path(ref.file), ref, self.window)
+
+    def ranges(self, module: nn.Module) -> Iterator[Range]:
+        """What `load` will read."""
+        for name in self._of(module, self.names[id(module)], True):
+            key = self.targets_of.get(name, name)
+            for source, _ in self.sources.get(key) or self.sources.get(self.tied.get(key, "")) or []:
+                ref = self.ckpt.tensors[source]
+                yield self.ckpt.path(ref.file), ref.offset, ref.nbytes
+
+    def cast(self, name: str, t: Tensor) -> Tensor:
+        """A tensor as stored, or part of it, on the device in the dtype that upstream would have it in."""
+        if not t.is_floating_point():
+            return t.to(self.device)
+        if name in self.fp32:
+            return t.to(self.device, torch.float32)
+        made = t.to(self.device, self.dtype)
+        return made.float() if self.widened else made
 
     def load(self, module: nn.Module, what: str = "", recurse: bool = True) -> None:
         """Give `module` its weights, in the dtype that upstream would have them."""
@@ -443,10 +544,10 @@ class Weights:
         refs = [self.ckpt.tensors[source] for source, _ in found]
         pattern = found[0][1]
         if pattern is None:
-            return {name: mapped(self.ckpt.path(refs[0].file), refs[0])}
+            return {name: self._mapped(refs[0])}
         mapping = deepcopy(self.converter[pattern])
         for ref, (source, p) in zip(refs, found, strict=True):
-            mapping.add_tensor(key, source, p, mapped(self.ckpt.path(ref.file), ref))
+            mapping.add_tensor(key, source, p, self._mapped(ref))
         del refs
         with its_own_errors(self.ckpt.root), exact_values():
             made = mapping.convert(
@@ -460,8 +561,7 @@ class Weights:
             raise ZooError(
                 f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
             )
-        dtype = torch.float32 if name in self.fp32 else self.dtype
-        new = t.to(self.device, dtype if t.is_floating_point() else t.dtype)
+        new = self.cast(name, t)
         if isinstance(like, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
         self._put(name, new)

@@ -32,9 +32,11 @@ from zoo.mapping.plan import Plan, make_plan
 from zoo.mapping.rules import Fit
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.floats import to_fp32
+from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify.certificate import Check, Level
 from zoo.verify.exact import Array, _chunks, _flat, _rounded, _view, plan_level, spec_differences
+from zoo.verify.reading import mapped_range
 
 PLAIN = ("F32", "F16", "BF16")
 _EPS16 = 2.0**-11  # of a scale in fp16
@@ -215,19 +217,16 @@ def _quant(folder: Canonical, name: str) -> str | None:
 
 def _values(folder: Canonical, name: str) -> tuple[Array, str]:
     """A canonical tensor flat, and its dtype: as it lies, or in fp32 if it is codes."""
-    ref, scheme = folder.tensors[name], _quant(folder, name)
-    if scheme is None:
-        return _flat(folder.path(ref), ref), ref.dtype
+    ref, how = folder.tensors[name], _quant(folder, name)
+    if how is None:
+        return _flat(mapped_range, folder.path(ref), ref), ref.dtype
     from zoo.quant import dequantise
 
     stem = name.removesuffix(".weight")
-    parts = {
-        n.removeprefix(f"{stem}."): _tensor(folder, r)
-        for n, r in folder.tensors.items()
-        if n.startswith(f"{stem}.") and n.removeprefix(f"{stem}.") in ("weight", "scale")
-    }
+    stored = {c.name: folder.tensors.get(f"{stem}.{c.name}") for c in scheme(how).components}
+    parts = {part: _tensor(folder, r) for part, r in stored.items() if r is not None}
     rows = layout(folder.spec)[name].parts
-    return dequantise(scheme, parts, rows, torch.float32).numpy().reshape(-1), "F32"
+    return dequantise(how, parts, rows, torch.float32).numpy().reshape(-1), "F32"
 
 
 def _tensor(folder: Canonical, ref: TensorRef) -> torch.Tensor:
@@ -237,7 +236,10 @@ def _tensor(folder: Canonical, ref: TensorRef) -> torch.Tensor:
 
 def _plain_differs(folder: Canonical, ckpt: Checkpoint, ref: TensorRef, p: _Piece) -> int:
     values, dtype = _values(folder, p.name)
-    mine, theirs = _view(values, p.fit.canonical), _view(_flat(ckpt.path(ref.file), ref), p.fit.source)
+    mine, theirs = (
+        _view(values, p.fit.canonical),
+        _view(_flat(mapped_range, ckpt.path(ref.file), ref), p.fit.source),
+    )
     if dtype == ref.dtype and not p.fit.plus_one:
         return sum(int((a.view(b.dtype) != b).sum()) for a, b in _chunks(mine, theirs))
     wrong = 0

@@ -1,0 +1,143 @@
+"""`zoo check`: a folder that somebody downloaded or copied is whole and unaltered, or it is said what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+import tiny
+from hub_client import pointed_at
+from hub_server import HubServer
+from test_hub_cache import EXTRA, REPO, library, offline, plain
+from verified import canonical, copy
+
+import zoo
+from zoo.check import check
+from zoo.cli import _common, cli
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release") / "llama"
+    tiny.make("llama", folder, max_shard_size="60KB")
+    for name, data in EXTRA.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def server(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.repo(REPO).commit(release)
+        with pointed_at(server, tmp_path / "home", monkeypatch, timeout=2):
+            yield server
+
+
+def flip(path: Path) -> None:
+    """One bit, the last byte's: of a weight's values, not of a header."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()  # it may be a link
+    path.write_bytes(bytes(data))
+
+
+def main(args: list[str]) -> int:
+    return _common.run(cli, args)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def test_a_copy_is_held_to_the_hubs_list(server: HubServer, release: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(release, tmp_path / "here")
+    (here / "README.md").unlink()
+    (here / "notes.txt").write_text("mine")
+    report = check(here, REPO)
+    assert report.whole and report.hashed == len(list(release.iterdir())) - 1
+    assert report.against is not None and f"the Hub's list of {REPO}" in report.against
+    assert "whole and unaltered" in report.verdict and report.family == "llama"
+    assert any("README.md" in x and "not needed" in x for x in report.notes)
+    assert any("notes.txt" in x and "not of it" in x for x in report.notes)
+
+
+def test_what_is_missing_cut_or_altered_is_named(
+    server: HubServer, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = shutil.copytree(release, tmp_path / "here")
+    first, second, third = shards(here)[:3]
+    first.unlink()
+    flip(second)
+    third.write_bytes(third.read_bytes()[:-10])
+    (here / "generation_config.json").unlink()
+    assert main(["check", str(here), REPO]) == 1
+    said = capsys.readouterr().out
+    assert f"{first.name}: missing" in said and "generation_config.json: missing" in said
+    assert f"{second.name}: its hash is" in said and "altered, or damaged" in said
+    assert f"{third.name}: " in said and "fetch it again" in said
+    assert "NOT whole" in said
+
+
+def test_a_download_is_held_offline_to_what_the_library_noted(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = library(server, local_dir=str(tmp_path / "here"))
+    offline(monkeypatch)
+    report = check(here)
+    assert report.whole and "huggingface-hub noted" in report.verdict
+    assert any("never downloaded" in x for x in report.notes)
+    flip(shards(here)[0])
+    shards(here)[1].unlink()
+    problems = "\n".join(check(here).problems)
+    assert "altered, or damaged" in problems and "missing" in problems
+
+
+def test_a_snapshot_of_the_cache_is_held_to_the_names_of_its_blobs(server: HubServer) -> None:
+    here = library(server)
+    assert check(here).whole and "blobs" in check(here).verdict
+    blob = shards(here)[0].resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(bytes(data))
+    assert any("altered" in x for x in check(here).problems)
+    plain(here)  # `cp -L`: links are gone, and with them what the bytes should be
+    assert check(here).against is None
+
+
+def test_without_any_list_it_says_that_only_headers_were_looked_at(release: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(release, tmp_path / "here")
+    report = check(here)
+    assert report.whole and report.against is None and report.hashed == 0 and report.tensors > 0
+    assert "as far as its headers tell" in report.verdict and "unaltered" not in report.verdict
+    shards(here)[0].unlink()
+    assert not check(here).whole
+
+
+def test_a_canonical_folder_is_held_to_its_certificate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(canonical("llama"), tmp_path / "canon")
+    assert zoo.verify(folder, level="bytes").passed
+    assert main(["check", str(folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["whole"] and "certificate" in said["against"] and said["files_hashed"] > 1
+    source = json.loads((folder / "parity.json").read_text())["source"]
+    assert check(canonical("llama").parent / "llama-float32-source", by=folder / "parity.json").hashed == len(
+        source["files"]
+    )
+    flip(next(folder.glob("*.safetensors")))
+    assert any("altered" in x for x in check(folder).problems)
+
+
+def test_a_list_that_leads_out_of_the_folder_is_refused(release: Path, tmp_path: Path) -> None:
+    file = tmp_path / "parity.json"
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    file.write_text(json.dumps({"canonical": {"files": {"../secret": entry}}, "source": None}))
+    with pytest.raises(zoo.ZooError, match="outside of the folder"):
+        check(release, by=file)

@@ -1,0 +1,222 @@
+"""The gallery: what it says is what the Specs say, and it needs nothing but its own folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from zoo import gallery, manifest, sizes
+from zoo.cli import cli
+from zoo.errors import ZooError
+from zoo.gallery import pages
+from zoo.gallery.choices import CHOICES
+from zoo.gallery.data import Release, collect
+from zoo.layout import total_params
+
+NAMES = (
+    "gpt2-xl", "llama-3.1-8b", "olmo-2-7b", "gemma-3-27b", "deepseek-v3", "deepseek-r1", "gpt-oss-20b", "qwen3-next-80b-a3b-instruct",
+    "kimi-linear-48b-a3b", "nemotron-3-nano-30b-a3b", "bloom-7b1", "gemma-4-e2b-it", "kimi-k2.6",
+)  # fmt: skip
+UNDRAWN = "kimi-k2.6"
+_HOLDER = tempfile.TemporaryDirectory(prefix="zoo-gallery-")
+
+
+@functools.cache
+def site() -> Path:
+    out = Path(_HOLDER.name) / "site"
+    gallery.write(out, NAMES)
+    return out
+
+
+@functools.cache
+def rows() -> dict[str, dict[str, Any]]:
+    return {r["name"]: r for r in json.loads((site() / "gallery.json").read_text())["releases"]}
+
+
+class Page(HTMLParser):
+    """Links, what is loaded, ids, labels, and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links, self.loads, self.ids, self.tags = [], [], [], []  # type: ignore[var-annotated]
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        of = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [of["id"]] if "id" in of else []
+        self.links += [of["href"]] if tag == "a" else []
+        self.loads += [of[k] for k in ("src", "data", "href") if k in of and tag != "a"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def every_page() -> dict[Path, Page]:
+    return {p: Page(p.read_text()) for p in (*site().glob("*.html"), *site().glob("r/*.html"))}
+
+
+def test_the_site_loads_nothing_from_elsewhere_and_no_link_in_it_is_dead() -> None:
+    found = every_page()
+    assert len(found) == 4 + len(NAMES)
+    for path, p in found.items():
+        assert all((path.parent / of).is_file() for of in p.loads), p.loads
+        for link in p.links:
+            assert link.startswith(("https://", "#")) or (path.parent / link.partition("#")[0]).is_file()
+        assert len(set(p.ids)) == len(p.ids) and p.tags.count("h1") == 1 and "main" in p.ids
+    for name in ("gallery.css", "gallery.js", "data.js"):
+        assert not re.search(
+            r"url\(|@import|fetch\(|XMLHttp|https?://(?!www\.w3)", (site() / name).read_text()
+        ), name
+
+
+def test_the_data_is_what_the_specs_say() -> None:
+    for r in collect(NAMES):
+        if r.spec is None:
+            assert r.row["name"] == UNDRAWN and "drawing" not in r.row and "params" not in r.row
+            continue
+        row = rows()[r.manifest.name]
+        assert row["params"] == total_params(r.spec) and row["layers"] == r.spec.n_layers
+        for tokens, itemsize in ((100, 2), (40_000, 1)):
+            cache = sum(n * min(tokens, kept or tokens) for n, kept in row["cache"]) * itemsize
+            assert cache == sizes.kv_bytes(r.spec, tokens, itemsize)
+            assert row["state"][0] + itemsize * row["state"][1] == sizes.state_bytes(r.spec, itemsize)
+        for dtype, bits in sizes.BITS.items():
+            rest = row["params"] - row["matrices"]
+            count = row["params"] * bits if bits >= 16 else row["matrices"] * bits + rest * 16
+            assert count // 8 == sizes.weight_bytes(r.spec, dtype)
+    assert rows()["deepseek-v3"]["drawing"] == rows()["deepseek-r1"]["drawing"], "equal pictures are one file"
+    script = (site() / "data.js").read_text()
+    assert json.loads(script.removeprefix("const DATA = ").removesuffix(";\n")) == json.loads(
+        (site() / "gallery.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "not_made"),
+    [
+        ("gpt2-xl", "MHA; biases; learned; LayerNorm; before (pre-norm); dense; not gated; tied head", "RoPE; NoPE; GQA"),
+        ("olmo-2-7b", "MHA; QK-norm; RoPE; RMSNorm; after (post-norm in the branch); SwiGLU", "before (pre-norm); biases"),
+        ("gemma-3-27b", "GQA; sliding window; QK-norm; before and after; GeGLU", "MoE; partial RoPE"),
+        ("deepseek-v3", "MLA; MoE; MoE with shared expert; MoE, first layers dense; MoE, 128 experts or more", "GQA; NoPE; QK-norm"),
+        ("gpt-oss-20b", "GQA; sliding window; sinks; biases; MoE", "MoE with shared expert; MoE, 128 experts or more"),
+        ("qwen3-next-80b-a3b-instruct", "Gated DeltaNet; GQA; output gate; partial RoPE; MoE with shared expert", "MLA; sliding window"),
+        ("kimi-linear-48b-a3b", "Kimi Delta Attention; MLA; NoPE", "RoPE; Gated DeltaNet"),
+        ("nemotron-3-nano-30b-a3b", "Mamba-2; GQA; NoPE; not gated; MoE", "SwiGLU; RoPE"),
+        ("bloom-7b1", "ALiBi; LayerNorm", "learned; NoPE"),
+        ("gemma-4-e2b-it", "shared keys and values; per-layer embeddings; MQA", "several residual streams"),
+    ],
+)  # fmt: skip
+def test_a_release_has_the_choices_that_it_made(name: str, made: str, not_made: str) -> None:
+    found = [c for group in rows()[name]["choices"].values() for c in group]
+    assert set(made.split("; ")) <= set(found) and not set(not_made.split("; ")) & set(found), found
+
+
+def test_a_page_has_the_drawing_the_facts_the_tensors_and_the_commands() -> None:
+    text = (site() / "r" / "qwen3-next-80b-a3b-instruct.html").read_text()
+    p = Page(text)
+    for said in (
+        "80.0B total, 3.00B active (A3B leaves out", "3.87B active per token", "routed experts", "77,309,411,328", "GGGFGGGF",
+        "layers.{i}.delta.qkvz.weight", "zoo pull qwen3-next-80b-a3b-instruct", "zoo verify", "G: Gated DeltaNet", "Apache-2.0",
+    ):  # fmt: skip
+        assert said in p.text, said
+    assert f"svg/{rows()['qwen3-next-80b-a3b-instruct']['drawing']}" in text
+    undrawn = Page((site() / "r" / f"{UNDRAWN}.html").read_text())
+    assert "nothing to draw it from" in undrawn.text and "object" not in undrawn.tags
+
+
+def test_releases_are_listed_by_what_they_have() -> None:
+    def names(*args: str) -> set[str]:
+        done = CliRunner().invoke(cli, ["list", *args, "--json"], catch_exceptions=False)
+        return {r["name"] for r in json.loads(done.stdout)}
+
+    assert {"deepseek-v3", "deepseek-r1"} <= names("deepseek", "--has", "mla")
+    assert names("gpt-oss", "--has", "sinks", "--has", "sliding window") == {"gpt-oss-20b", "gpt-oss-120b"}
+    assert not names("gpt-oss", "--has", "MLA")
+    undrawn = CliRunner().invoke(cli, ["list", UNDRAWN, "--has", "MLA"])
+    assert "not listed: 1 whose config has no public copy, and may have MLA" in undrawn.stderr
+    with pytest.raises(ZooError, match="no choice is called 'magic'; there are: MHA; GQA"):
+        CliRunner().invoke(cli, ["list", "--has", "magic"], catch_exceptions=False)
+
+
+def test_the_timeline_says_where_a_choice_first_appeared_and_how_many_of_a_year_made_it() -> None:
+    text = " ".join(Page((site() / "timeline.html").read_text()).text.split())
+    assert "MLA" in text and "2024-12-26 deepseek-v3" in text and "2019-11-05 gpt2-xl" in text
+
+
+def test_what_a_manifest_says_is_text_and_nothing_else() -> None:
+    import dataclasses
+
+    bad = "<script>alert(1)</script>\"'&\x1b"
+    m = dataclasses.replace(
+        manifest.find("gpt2"), licence=bad, aliases=(bad,), params_convention=bad, params_total=1
+    )
+    p = Page(pages.release(Release(m, None, "", None, {})))
+    assert "script" not in p.tags and "<script>alert(1)</script>" in p.text and "\x1b" not in p.text
+
+
+def test_a_folder_that_holds_something_else_is_left_alone_and_a_gallery_is_made_anew(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    with pytest.raises(ZooError, match="holds something that is no gallery"):
+        gallery.write(other, ["gpt2"])
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+    out = tmp_path / "site"
+    done = CliRunner().invoke(
+        cli, ["gallery", "gpt2", "gpt-oss-20b", "-o", str(out), "--json"], catch_exceptions=False
+    )
+    assert json.loads(done.stdout) == {"gallery": str(out), "releases": 2, "drawn": 2}
+    gallery.write(out, ["gpt2"])
+    assert [p.name for p in (out / "r").iterdir()] == ["gpt2.html"] and len(
+        list((out / "svg").iterdir())
+    ) == 1
+
+
+@pytest.mark.proof
+def test_the_whole_gallery_is_small_and_every_choice_is_somebodys(tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    releases = gallery.write(out)
+    assert len(releases) == len(manifest.stems())
+    drawn = sum(r.spec is not None for r in releases)
+    assert (
+        sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) <= 12_500 * drawn
+    )  # 3 MB for 240 of them
+    made = {c for r in releases for group in r.row.get("choices", {}).values() for c in group}
+    assert made == {c for of in CHOICES.values() for c in of}, "a choice that nobody makes"
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize(
+    ("page", "has", "has_not"),
+    [
+        ("index.html", "13 of 13 releases", "NaN"),
+        ("index.html#search=mla+kimi", "1 of 13 releases", 'gpt-oss-20b.html">gpt'),
+        ("index.html#attention=MLA&sort=oldest", "3 of 13 releases", "undefined"),
+        ("compare.html#gpt2-xl,deepseek-v3", "≠&nbsp;attention", "undefined"),
+        ("fit.html#llama-3.1-8b", "16.1 GB", "NaN"),
+    ],
+)
+def test_a_browser_fills_the_pages_without_an_error(
+    page: str, has: str, has_not: str, tmp_path: Path
+) -> None:
+    chromium = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=3000", "--dump-dom", f"file://{site()}/{page}",
+    ]  # fmt: skip
+    done = subprocess.run(chromium, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    shown = done.stdout.partition("<noscript>")[0]
+    assert has in shown and has_not not in shown

@@ -1,0 +1,259 @@
+"""Is a folder that somebody downloaded or copied whole, and unaltered?
+
+Three questions, each as far as it can be answered:
+
+files     are the release's files here, with their sizes and hashes? By the Hub's list, by what huggingface-hub noted beside a
+          download or calls its blobs, or by a certificate; the first of these that there is.
+headers   do the files hold what their own headers and the index say?
+tensors   is every tensor of the architecture in its place?
+
+Unusual here: a hash that was found right before is computed again, since a disk may have changed its mind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.formats import canonical, open_checkpoint
+from zoo.formats.base import leads_out, read_json
+from zoo.formats.sets import Ambiguous
+from zoo.hub import cache, repo
+from zoo.hub.files import RemoteFile
+from zoo.hub.http import Progress, Watch
+from zoo.verify import certificate
+
+NOTES = Path(".cache/huggingface/download")
+"""Where huggingface-hub notes beside a download (`local_dir`) what it fetched: commit, etag and time, a line each."""
+NEEDED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""Endings of what a model is not read right without, beside its weights."""
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+NOT_THE_MODELS = (".cache/", ".git/", ".huggingface/")
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_THREADS = 4
+
+
+@dataclass
+class Report:
+    """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole."""
+
+    folder: Path
+    against: str | None = None
+    hashed: int = 0
+    tensors: int = 0
+    family: str | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return not self.problems
+
+    @property
+    def verdict(self) -> str:
+        if self.problems:
+            return "NOT whole and unaltered"
+        if self.against is None:
+            return "whole, as far as its headers tell; nothing here says what its bytes should be: name its repository, owner/name"
+        return f"whole and unaltered: {self.hashed} files hashed against {self.against}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "whole": self.whole,
+            "verdict": self.verdict,
+            "against": self.against,
+            "files_hashed": self.hashed,
+            "tensors": self.tensors,
+            "family": self.family,
+            "problems": self.problems,
+            "notes": self.notes,
+        }
+
+
+def check(
+    folder: Path,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    by: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files.
+
+    Raises ZooError where the folder, the certificate or the repository can't be read at all.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ZooError(f"{folder}: no folder; a single file is looked at by `zoo inspect`")
+    if name is not None and by is not None:
+        raise ZooError("a repository and a certificate: name one of them")
+    report = Report(folder)
+    listed = _listed(folder, name, revision, by, report)
+    if listed is not None:
+        _files(folder, listed, report, Watch(progress))
+    _tensors(folder, report)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------
+# What it should be
+
+
+def _listed(
+    folder: Path, name: str | None, revision: str | None, by: Path | None, report: Report
+) -> Mapping[str, RemoteFile] | None:
+    """The files that the folder should have; None if nothing says."""
+    noted, commits = _noted(folder)
+    if name is not None:
+        at = revision or (next(iter(commits)) if len(commits) == 1 else None)
+        snapshot = repo.resolve(name, at)
+        where = "the Hub's list" if snapshot.listed else "what the cache holds"
+        report.against = f"{where} of {name}, commit {snapshot.commit[:12]}"
+        return {f.path: f for f in snapshot.files}
+    if by is not None:
+        report.against = f"the certificate {by}"
+        return _certified(by, folder)
+    if (folder / certificate.FILE).is_file() and canonical.detect(folder):
+        report.against = f"its certificate {certificate.FILE}"
+        return _certified(folder / certificate.FILE, folder)
+    if noted:
+        report.against = (
+            f"what huggingface-hub noted of its download, commit {', '.join(sorted(c[:12] for c in commits))}"
+        )
+        report.notes.append(
+            "files that were never downloaded are not known here: name the repository, owner/name"
+        )
+        return noted
+    if blobs := _blobs(folder):
+        report.against = "the names of the cache's blobs, which are their hashes"
+        return blobs
+    return None
+
+
+def _noted(folder: Path) -> tuple[dict[str, RemoteFile], set[str]]:
+    """What huggingface-hub wrote down beside a download, and of which commits."""
+    root, found, commits = folder / NOTES, {}, set()
+    for note in sorted(root.rglob("*.metadata")) if root.is_dir() else ():
+        path = note.relative_to(root).as_posix().removesuffix(".metadata")
+        lines = note.read_text(errors="replace").splitlines()[:2]
+        if len(lines) == 2 and _HASH.fullmatch(lines[1].strip('"')):
+            found[path] = _of_hash(folder, path, lines[1].strip('"'))
+            commits.add(lines[0])
+    return found, commits
+
+
+def _blobs(folder: Path) -> dict[str, RemoteFile]:
+    """Of a snapshot of the Hub's cache: its links, whose targets are called by their hashes."""
+    found = {}
+    for link in sorted(folder.rglob("*")):
+        if link.is_symlink() and _HASH.fullmatch(blob := Path(link.readlink()).name):
+            path = link.relative_to(folder).as_posix()
+            found[path] = _of_hash(folder, path, blob)
+    return found
+
+
+def _of_hash(folder: Path, path: str, blob: str) -> RemoteFile:
+    """A file of which the hash alone is known; its size is what it has here."""
+    at = folder / path
+    size = at.stat().st_size if at.is_file() else 0
+    return RemoteFile(path, size, blob if len(blob) == 64 else None, blob if len(blob) == 40 else None)
+
+
+def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
+    """The files that a certificate lists, of its canonical folder or of its source: whichever has more of what is here."""
+    said = read_json(file, "it is the certificate")
+    sides = [s.get("files") for s in (said.get("canonical"), said.get("source")) if isinstance(s, dict)]
+    lists = [s for s in sides if isinstance(s, dict) and s]
+    try:
+        made = [
+            {n: RemoteFile(n, int(f["bytes"]), str(f["sha256"]), None) for n, f in s.items()} for s in lists
+        ]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ZooError(f"{file}: not as zoo writes it ({e!r:.200}); verify again") from None
+    if not made:
+        raise ZooError(f"{file}: it lists no files; verify again")
+    return max(made, key=lambda m: sum((folder / n).is_file() for n in m if not leads_out(n)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What it is
+
+
+def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch: Watch) -> None:
+    if bad := next((n for n in listed if leads_out(n)), None):
+        raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
+    here = {n: f for n, f in listed.items() if (folder / n).is_file()}
+    missing = [n for n in listed if n not in here]
+    needed = [n for n in missing if _is_needed(n, here, listed)]
+    report.problems += [f"{n}: missing" for n in needed]
+    if left := [n for n in missing if n not in needed]:
+        report.notes.append(f"not here, and not needed to read the model: {_some(left)}")
+    sizes = {n: (folder / n).stat().st_size for n in here}
+    for n, f in here.items():
+        if sizes[n] != f.size:
+            report.problems.append(f"{n}: {sizes[n]:,} bytes, expected {f.size:,}: fetch it again")
+    same = [f for n, f in here.items() if sizes[n] == f.size and f.blob]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for f, found in zip(same, pool.map(lambda f: _hash(folder / f.path, f, watch), same)):
+            report.hashed += 1
+            if found != f.blob:
+                report.problems.append(
+                    f"{f.path}: its hash is {found[:16]}..., expected {f.blob[:16]}...: altered, or damaged"
+                )
+    others = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    added = sorted(
+        n for n in others if n not in listed and not n.startswith(NOT_THE_MODELS) and n != certificate.FILE
+    )
+    if added:
+        report.notes.append(f"here, and not of it: {_some(added)}")
+
+
+def _is_needed(path: str, here: Mapping[str, RemoteFile], listed: Mapping[str, RemoteFile]) -> bool:
+    """Whether a file that is missing is one that the model is read from: a part of weights of which others are here, any
+    weights if none are, a config or a tokenizer's file."""
+    if path.endswith(WEIGHTS):
+        weights = [n for n in here if n.endswith(WEIGHTS)]
+        return not weights or (
+            _PART.search(path) is not None and any(_PART.sub("", path) == _PART.sub("", n) for n in weights)
+        )
+    if "/" in path or not path.endswith(NEEDED):
+        return False
+    index = path.removesuffix(".index.json")
+    return index == path or any(_PART.sub("", n) == index for n in here)
+
+
+def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
+    digest = cache.hasher(file)
+    cache.hash_prefix(path, file.size, digest, watch)
+    return digest.hexdigest()
+
+
+def _tensors(folder: Path, report: Report) -> None:
+    """Headers, index, and every tensor in its place."""
+    from zoo.families import NoFamily
+    from zoo.mapping.plan import make_plan
+
+    try:
+        if canonical.detect(folder):
+            found = canonical.read(folder)
+            report.tensors, report.family = len(found.tensors), found.spec.family
+            return
+        ckpt = open_checkpoint(folder)
+        report.tensors = len(ckpt.tensors)
+        report.notes += ckpt.notes
+        report.family = make_plan(ckpt).family.name
+    except (Ambiguous, NoFamily) as e:
+        report.notes.append(f"whether every tensor is in place was not looked at: {e}")
+    except ZooError as e:
+        report.problems.append(str(e))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

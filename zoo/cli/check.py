@@ -1,0 +1,52 @@
+"""`zoo check`: whether a folder is whole and unaltered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zoo.cli._common import common, emit, failed, note, say
+
+
+@click.command(short_help="Is a folder whole, and unaltered?")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo", required=False, metavar="[OWNER/NAME]")
+@click.option(
+    "--revision", help="Of the repository: a branch, tag or commit. Default: what was downloaded, or main."
+)
+@click.option(
+    "--certificate",
+    "by",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A parity.json that lists the files.",
+)
+@common
+def command(folder: Path, repo: str | None, revision: str | None, by: Path | None, as_json: bool) -> None:
+    """Say whether FOLDER, which somebody downloaded or copied, is whole and unaltered.
+
+    Files, sizes and hashes are held to the Hub's list of OWNER/NAME, to a certificate, or to what the download left beside
+    it; headers to the files and the index; tensors to the architecture. Without any list, headers and tensors alone.
+    Exit code 1 if something is missing or altered.
+    """
+    from zoo.check import check
+    from zoo.cli._progress import Bar
+
+    if revision is not None and repo is None:
+        raise click.UsageError("--revision is of a repository: name it, OWNER/NAME")
+    with Bar() as bar:
+        bar.phase("hashing")
+        report = check(folder, repo, revision=revision, by=by, progress=bar)
+    if as_json:
+        emit(report.to_json())
+    else:
+        for line in report.notes:
+            note(line)
+        for line in report.problems:
+            say(line)
+        told = f"{report.tensors:,} tensors" + (
+            f" of {report.family}, every one in place" if report.family and report.whole else ""
+        )
+        say(f"{told}; {report.verdict}" if report.tensors else report.verdict)
+    if not report.whole:
+        failed()

@@ -1,0 +1,53 @@
+"""The gallery: a static site of releases, drawn from their Specs, that opens from disk: `zoo gallery -o DIR`.
+
+choices.py says what releases are filtered by, data.py makes gallery.json, pages.py the HTML; gallery.js fills the pages that
+are filtered, compared and calculated. No network, no library, no build.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from zoo.errors import ZooError
+from zoo.gallery import pages
+from zoo.gallery.data import Release, collect, document
+
+__all__ = ["write"]
+
+DATA = "gallery.json"
+
+
+def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
+    """Write the site of these releases, or of all, into `out`; what it holds.
+
+    Errors: no release is called that; `out` holds something else than a gallery.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / DATA).is_file())):
+        raise ZooError(f"{out}: holds something that is no gallery; name a folder that is new, empty, or one")
+    releases = collect(names)
+    text = json.dumps(document(releases), ensure_ascii=False, separators=(",", ":"))
+    files = {
+        DATA: text + "\n",
+        # A script ends at "</": JSON may write it otherwise.
+        "data.js": "const DATA = " + text.replace("</", "<\\/") + ";\n",
+        "index.html": pages.index(releases),
+        "compare.html": pages.compare(),
+        "timeline.html": pages.timeline(releases),
+        "fit.html": pages.fit(),
+    }
+    for name in ("gallery.css", "gallery.js"):
+        files[name] = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    for r in releases:
+        files[f"r/{r.manifest.name}.html"] = pages.release(r)
+        if r.drawing is not None:
+            files[f"svg/{r.drawing}"] = r.svg
+    for folder in (out, out / "r", out / "svg"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for old in (*(out / "r").glob("*.html"), *(out / "svg").glob("*.svg")):
+        if str(old.relative_to(out)) not in files:
+            old.unlink()  # of an earlier gallery
+    for name, content in files.items():
+        (out / name).write_text(content, encoding="utf-8", newline="\n")
+    return releases

@@ -1,0 +1,113 @@
+"""What the gallery knows of each release, as one JSON: gallery.json. docs/gallery.md describes its fields."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from zoo import draw, families, manifest, sizes
+from zoo.describe import describe
+from zoo.gallery.choices import CHOICES, choices
+from zoo.layout import active_params, layout, total_params
+from zoo.manifest import Manifest
+from zoo.order import order, pattern
+from zoo.spec import Spec
+
+VERSION = 1
+
+CARDS = {
+    "RTX 4090": 24, "RTX 5090": 32, "L40S": 48, "A100 40 GB": 40, "A100 80 GB": 80, "H100": 80, "RTX PRO 6000": 96,
+    "H200": 141, "B200": 180, "MI300X": 192, "MI355X": 288,
+}  # fmt: skip
+"""Memory in GB (10^9 bytes), as the makers name it."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release, its Spec where zoo has its config, and its picture by the name of its file: equal pictures are one."""
+
+    manifest: Manifest
+    spec: Spec | None
+    svg: str
+    drawing: str | None
+    row: dict[str, Any]
+
+
+def collect(names: Iterable[str] = ()) -> list[Release]:
+    """The releases of these names, or all, newest first. Errors: no release is called that."""
+    chosen = [manifest.find(name) for name in names] or list(manifest.load_all())
+    found = [_release(m) for m in {m.name: m for m in chosen}.values()]
+    return sorted(found, key=lambda r: r.manifest.released or "", reverse=True)
+
+
+def document(releases: list[Release]) -> dict[str, Any]:
+    """gallery.json."""
+    return {
+        "version": VERSION,
+        "choices": {group: list(of) for group, of in CHOICES.items()},
+        "cards": CARDS,
+        "bits": sizes.BITS,
+        "kv_bytes": sizes.KV_BYTES,
+        "releases": [r.row for r in releases],
+    }
+
+
+def _release(m: Manifest) -> Release:
+    config = m.config
+    row: dict[str, Any] = {
+        "name": m.name,
+        "aliases": list(m.aliases),
+        "vendor": m.vendor,
+        "family": m.family,
+        "released": m.released,
+        "licence": m.licence,
+        "gated": m.gated,
+        "repo": m.repo,
+        "weights": m.quantization or m.dtype,
+        "proven": manifest.proof(m),
+        "published_params": m.params_total,
+        "published_active": m.params_active,
+    }
+    row = {k: v for k, v in row.items() if v not in (None, [])}
+    if config is None:
+        return Release(m, None, "", None, row)
+    family = families.get(m.family)
+    spec = families.spec_of(config, family, f"{m.name}: config.json")
+    svg = draw.drawing(
+        spec, draw.Facts("", (), draw.ahead(config, family)), about=f"{m.family}: see the page"
+    )
+    drawing = hashlib.sha256(svg.encode()).hexdigest()[:12] + ".svg"
+    o = order(spec)
+    row |= {
+        "params": total_params(spec),
+        "active": active_params(spec),
+        "matrices": sum(s.size for s in layout(spec).values() if s.multiplies),
+        "layers": spec.n_layers,
+        "d_model": spec.d_model,
+        "vocabulary": spec.vocab_size,
+        "context": spec.context_length,
+        "pattern": "; ".join([pattern(o.letters)] + ([pattern(o.feeding)] if o.feeding_varies else [])),
+        "kv_per_token": sizes.kv_bytes_per_token(spec),
+        "cache": _cache(spec),
+        "state": [sizes.state_bytes(spec, 0), sizes.state_bytes(spec, 1) - sizes.state_bytes(spec, 0)],
+        "choices": {group: made for group, made in choices(spec).items() if made},
+        "about": {k: v for k, v in describe(spec).items() if k in ABOUT},
+        "drawing": drawing,
+    }
+    return Release(m, spec, svg, drawing, row)
+
+
+ABOUT = ("attention", "positions", "norm", "QK-norm", "feed-forward")
+"""What `describe` says that is compared, and found by searching."""
+
+
+def _cache(spec: Spec) -> list[list[int]]:
+    """[numbers a token, tokens kept (0: all)] for each kind of cache: bytes follow for any context and dtype."""
+    found: dict[int, int] = {}
+    for layer in spec.layers:
+        for m in layer.mixers:
+            if n := sizes.kv_numbers(m):
+                found[sizes.horizon(m) or 0] = found.get(sizes.horizon(m) or 0, 0) + n
+    return [[n, kept] for kept, n in found.items()]

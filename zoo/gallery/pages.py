@@ -1,0 +1,237 @@
+"""The gallery's pages as HTML. What comes from a manifest or a config is escaped by `e`, and nowhere else."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from zoo import sizes
+from zoo.describe import describe, flop, size
+from zoo.gallery.choices import CHOICES
+from zoo.gallery.data import Release
+from zoo.layout import layout
+from zoo.order import MEANINGS, order
+from zoo.printable import count, printable
+from zoo.spec import Spec
+
+PAGES = (
+    ("index.html", "Gallery"),
+    ("compare.html", "Compare"),
+    ("timeline.html", "Timeline"),
+    ("fit.html", "What fits"),
+)
+
+
+def e(x: Any) -> str:
+    return html.escape(printable(str(x)))
+
+
+def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> str:
+    """A whole page. `at`: its place in the navigation; `up`: from it to the gallery's folder; `script`: what gallery.js does."""
+    nav = "".join(
+        f'<a href="{up}{file}"{" aria-current=page" if file == at else ""}>{name}</a>' for file, name in PAGES
+    )
+    scripts = f'<script src="{up}data.js"></script><script src="{up}gallery.js"></script>' if script else ""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title)}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<link rel="stylesheet" href="{up}gallery.css"><body{f" data-page={script}" if script else ""}>'
+        f'<a class="skip" href="#main">Skip to the content</a><header><nav aria-label="Pages">{nav}</nav></header>'
+        f'<main id="main">{body}</main>{scripts}</html>\n'
+    )
+
+
+# ---- pages that gallery.js fills
+
+
+def index(releases: list[Release]) -> str:
+    groups = "".join(_select(group, group.capitalize()) for group in CHOICES)
+    links = "".join(f'<li><a href="r/{e(r.manifest.name)}.html">{e(r.manifest.name)}</a>' for r in releases)
+    drawn = sum(r.spec is not None for r in releases)
+    return page(
+        "LLM architectures, drawn from their configs",
+        "index.html",
+        f"<h1>LLM architectures, drawn from their configs</h1><p class=muted>{len(releases)} releases, {drawn} of them drawn: "
+        "what a picture says, the config says.</p>"
+        '<form class="ask" id="ask" role="search"><label class="wide">Search: name, vendor, licence, anything in its fact sheet'
+        '<input type="search" name="search" id="search" placeholder="e.g. MLA 2026"></label>'
+        f"{_select('vendor', 'Vendor')}{_select('year', 'Year')}{groups}{_select('proven', 'Proven')}{_select('sort', 'Sort by')}"
+        '<label>&nbsp;<button type="reset">Clear all</button></label></form>'
+        '<p id="count" role="status" aria-live="polite"></p>'
+        f'<ul id="cards"></ul><div id="bar" role="status" hidden></div><noscript><ul>{links}</ul></noscript>',
+        script="gallery",
+    )
+
+
+def _select(name: str, label: str) -> str:
+    return f'<label>{e(label)}<select name="{e(name)}" id="{e(name)}"></select></label>'
+
+
+def compare() -> str:
+    return page(
+        "Compare", "compare.html",
+        '<h1>Compare two to four</h1><form class="ask" id="ask"></form><div class="scroll" tabindex="0"><table id="table"></table></div>'
+        '<h2>Drawings</h2><p class=muted>With the differences marked in the drawings: <code>zoo show A B --svg FILE</code></p>'
+        '<div class="pictures" id="pictures"></div>',
+        script="compare",
+    )  # fmt: skip
+
+
+def fit() -> str:
+    return page(
+        "What fits", "fit.html",
+        "<h1>What fits on which card</h1><p class=muted>Weights, KV cache and recurrent state, counted from the Spec. In fp8 and int4 the "
+        "matrices are quantised and the rest is bf16; scales, activations and the runtime are not counted: a tenth of each card is left "
+        "for them. A tensor-parallel set may hold parts of the cache twice.</p>"
+        '<form class="ask" id="ask"><label class="wide">Release<select id="release"></select></label><label>Weights in'
+        '<select id="dtype"></select></label><label>Tokens of context<input id="context" type="number" min="1" value="32768"></label>'
+        '<label>Sequences at once<input id="batch" type="number" min="1" value="1"></label><label>KV cache in<select id="kv"></select>'
+        '</label></form><p id="said" role="status"></p><table><caption>Needed, in GB of 10<sup>9</sup> bytes</caption><tbody id="needs">'
+        "</tbody></table><h2>Cards</h2><table><tbody id=hardware></tbody></table>",
+        script="fit",
+    )  # fmt: skip
+
+
+# ---- pages that are whole
+
+
+def timeline(releases: list[Release]) -> str:
+    """When each choice appeared, and what share of each year's releases made it."""
+    dated = [r for r in releases if r.spec is not None and r.manifest.released]
+    years = sorted({(r.manifest.released or "")[:4] for r in dated})
+    of_year = {y: [r for r in dated if (r.manifest.released or "").startswith(y)] for y in years}
+    rows = []
+    for group, names in CHOICES.items():
+        made = {c: [r for r in dated if c in r.row["choices"].get(group, [])] for c in names}
+        for choice in sorted(
+            (c for c in names if made[c]), key=lambda c: min(r.manifest.released or "" for r in made[c])
+        ):
+            first = min(made[choice], key=lambda r: (r.manifest.released or "", r.manifest.name)).manifest
+            cells = "".join(
+                _share(sum(r in of_year[y] for r in made[choice]), len(of_year[y])) for y in years
+            )
+            rows.append(
+                f"<tr><th scope=row>{e(choice)}<td class=muted>{e(group)}<td><span style=white-space:nowrap>{e(first.released)}</span> "
+                f'<a href="r/{e(first.name)}.html">{e(first.name)}</a>{cells}'
+            )
+    heads = "".join(f"<th scope=col class=n>{y}</th>" for y in years)
+    return page(
+        "Timeline", "timeline.html",
+        "<h1>Which choice appeared when</h1><p>Open models differ in a few structural choices. This is when each first appears among the "
+        f"{len(dated)} releases here whose date and config are public, and how many of a year's releases made it. It is computed from their "
+        "Specs; a choice may be older than the first release that is here.</p>"
+        f"<div class=scroll tabindex=0><table><thead><tr><th scope=col>Choice<th scope=col>Of<th scope=col>First here{heads}</thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>",
+    )  # fmt: skip
+
+
+def _share(n: int, of: int) -> str:
+    shade = round(100 * n / of) if of else 0
+    style = f' style="background:color-mix(in srgb,var(--link) {shade // 2}%,transparent)"' if n else ""
+    return f"<td class=share{style}>{n or '·'}/{of}</td>"
+
+
+def release(r: Release) -> str:
+    m = r.manifest
+    facts = {
+        "Vendor": m.vendor, "Released": m.released, "Family": m.family, "Licence": m.licence, "Weights": m.quantization or m.dtype,
+        "Also called": ", ".join(m.aliases), "From": " ".join(map(str, m.sources)), "Published size": _published(r),
+    }  # fmt: skip
+    said = describe(r.spec) if r.spec is not None else {}
+    for shown_elsewhere in ("family", "parts", "layers"):
+        said.pop(shown_elsewhere, None)
+    sheet = _table(
+        [(k, e(v)) for k, v in facts.items() if v] + [(k[0].upper() + k[1:], e(v)) for k, v in said.items()]
+    )
+    links = "".join(
+        f'<li><a href="{e(url)}">{e(kind)}</a>' for kind, url in m.links.items() if url.startswith("https://")
+    )
+    picture = "<p class=muted>No public copy of its config is known: nothing to draw it from. <code>zoo plan</code> reads it.</p>"
+    if r.drawing:
+        picture = (
+            f'<object type="image/svg+xml" data="../svg/{r.drawing}" aria-label="Block diagram of {e(m.name)}">'
+            f'<img src="../svg/{r.drawing}" alt="Block diagram of {e(m.name)}"></object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
+            f'<a href="../compare.html#{e(m.name)}">Compare</a> · <a href="../fit.html#{e(m.name)}">What it fits on</a></p>'
+        )
+    proofs = {
+        "weights": "Conversions of this release are proven with its real weights, against upstream.",
+        "rules": "Its family's rules and decoder are proven against upstream, on small random checkpoints.",
+        None: "Not proven: the family's rules are not what they were when they were proven, or never were.",
+    }
+    commands = f"zoo pull {m.name}        # fetch, check, convert\nzoo verify {m.name}      # compare with upstream; writes the certificate\nzoo show {m.name} --svg {m.name}.svg"
+    body = (
+        f"<h1>{e(m.name)}</h1><div class=two><div>{picture}</div><div><h2>Fact sheet</h2>{sheet}"
+        f"<h2>Commands</h2><pre>{e(commands)}</pre><h2>Proof</h2><p>{proofs[r.row.get('proven')]}</p>"
+        + (f"<h2>Sources</h2><ul>{links}</ul>" if links else "")
+        + "</div></div>"
+    )
+    if r.spec is not None:
+        body += _parts(r.spec) + _layers(r.spec) + _tensors(r.spec)
+    return page(m.name, "", body, up="../")
+
+
+def _published(r: Release) -> str:
+    m = r.manifest
+    said = [f"{count(n)} {what}" for n, what in ((m.params_total, "total"), (m.params_active, "active")) if n]
+    return ", ".join(said) + (f" ({m.params_convention})" if said and m.params_convention else "")
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return f"<table>{''.join(f'<tr><th>{k}<td>{v}' for k, v in rows)}</table>"
+
+
+def _parts(spec: Spec) -> str:
+    parts, active = sizes.params_by_part(spec), sizes.active_by_part(spec)
+    total = sum(parts.values())
+    colour = {part: f"c{n}" for n, part in enumerate(sizes.PARTS)}  # gallery.css has them
+    bars = "".join(
+        f'<i class={colour[p]} style="width:{100 * n / total:.1f}%"></i>'
+        for p, n in parts.items()
+        if n > total / 500
+    )
+    rows = "".join(
+        f"<tr><th><i class={colour[p]}></i>{p}<td>{n:,}<td>{100 * n / total:.1f}%<td>{active.get(p, 0):,}"
+        for p, n in parts.items()
+    )
+    context = spec.context_length
+    return (
+        f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table class=numbers><thead><tr><th scope=col>Part"
+        f"<th scope=col>Parameters<th scope=col>Share<th scope=col>Active per token</thead>{rows}</table></div>"
+        f"<p>{size(sizes.weight_bytes(spec, 'bf16'))} in bf16. {flop(sizes.flops_per_token(spec, 1))} for the first token, "
+        f"{flop(sizes.flops_per_token(spec, context))} for the last of {context:,}.</p>"
+    )
+
+
+def _layers(spec: Spec) -> str:
+    o = order(spec)
+    runs = [
+        (key, [n for n, _ in group])
+        for key, group in itertools.groupby(enumerate(zip(o.mixing, o.feeding, strict=True)), lambda x: x[1])
+    ]
+    used = [x for x in (*o.mixers, *o.ffns) if x != "-"]
+    key = ", ".join(f"{x}: {'other ' if x.islower() else ''}{MEANINGS.get(x.upper(), '?')}" for x in used)
+    rows = "".join(
+        f"<tr><td class=n>{at[0]}{f'–{at[-1]}' if len(at) > 1 else ''}<td>{mixer}<td>{ffn}"
+        for (mixer, ffn), at in runs
+    )
+    strip = f"<p class=letters>{o.letters}</p>" + (
+        f"<p class=letters>{o.feeding}</p>" if o.feeding_varies else ""
+    )
+    table = f"<details><summary>As a table</summary><table><tr><th scope=col class=n>Layers<th scope=col>Mixer<th scope=col>Feed-forward{rows}</table></details>"
+    return f"<h2>Layers</h2>{strip}<p class=muted>{e(key)}</p>{table if len(runs) > 1 else ''}"
+
+
+def _tensors(spec: Spec) -> str:
+    found: dict[tuple[str, tuple[int, ...]], int] = {}
+    for slot in layout(spec).values():
+        found[slot.key, slot.shape] = found.get((slot.key, slot.shape), 0) + 1
+    rows = "".join(
+        f"<tr><td>{e(k)}<td>{' × '.join(map(str, shape)) or 'scalar'}<td class=n>{n}"
+        for (k, shape), n in found.items()
+    )
+    return (
+        "<h2>Canonical tensors</h2><details><summary>Names and shapes of a converted checkpoint</summary><div class=scroll tabindex=0><table><tr>"
+        f"<th scope=col>Tensor<th scope=col>Shape<th scope=col class=n>Times{rows}</table></div></details>"
+    )

@@ -1,0 +1,81 @@
+"""What the ranks of a model say to each other: all of it torch.distributed's.
+
+Unusual: nothing here says in which layer. Every rank runs the same layers on the same ids, so that the collectives meet.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from zoo.errors import ZooError
+from zoo.kernels.norm import factor
+from zoo.spec import Norm
+
+APIECE = 64
+"""Tokens, up to which ranks of GPUs do not count those that chose their experts, so that a step can be captured."""
+
+
+class Across:
+    """The ranks of a mesh of one axis. Raises ZooError for a mesh of more."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        if mesh.ndim != 1:
+            raise ZooError(f"a model is split over a mesh of one axis; found one of {mesh.ndim}")
+        self.group = mesh.get_group()
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        self.capturable = dist.get_backend(self.group) == "nccl"
+        """Whether a CUDA graph can hold what is said."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The ranks' x, added up, in place. The same bits on all of them."""
+        x = x.contiguous()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def mean(self, x: Tensor, share: int, shares: int) -> Tensor:
+        """The mean of x over the ranks that have the same one of `shares` shares; `share` is this rank's."""
+        each = x.new_zeros(shares, *x.shape)
+        each[share] = x
+        return self.sum(each)[share] / (self.size // shares)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The ranks' x [..., n], one after the other: [..., ranks n]."""
+        each = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(each.unbind(0)), x.contiguous(), group=self.group)
+        return each.movedim(0, -2).flatten(-2)
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """The first rank's x, on all."""
+        first = dist.get_global_rank(self.group, 0)
+        dist.broadcast(x, src=first, group=self.group)
+        return x
+
+
+class Spread:
+    """A norm over channels of which each rank has some: its mean square (and, of a layer norm, its mean) is taken over all.
+
+    `share` of `shares`: the group of channels that the norm is over, where there are several."""
+
+    def __init__(self, across: Across, share: int = 0, shares: int = 1) -> None:
+        self.across, self.share, self.shares = across, share, shares
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.across.mean(x.mean(-1, keepdim=True), self.share, self.shares)
+
+    def __call__(self, x: Tensor, weight: Tensor | None, norm: Norm, bias: Tensor | None = None) -> Tensor:
+        """x [..., channels of this rank], normed; see `zoo.kernels.norm.rms_norm_reference` and `zoo.model.norm.layer_norm`."""
+        y = x.to(torch.promote_types(x.dtype, torch.float32)) if norm.kind == "layer" else x.float()
+        if norm.kind == "layer":
+            y = y - self.mean(y)
+        y = y * torch.rsqrt(self.mean(y.square()) + norm.eps)
+        if norm.kind == "rms" and norm.rounding == "first":
+            y = y.to(x.dtype)
+        if weight is not None:
+            wide = norm.kind == "rms" and norm.rounding == "last"
+            y = y * factor(weight.to(y.dtype) if wide else weight, norm).to(y.dtype if wide else x.dtype)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        return y.to(x.dtype)

@@ -1,0 +1,86 @@
+"""A decoder that several ranks share: the same modules, each with this rank's part of their parameters (`zoo.split`).
+
+What is added up, and where: a token's embedding, where the vocabulary is cut; what each mixer's `out` and each MLP's `down`
+give, before the residual; what the experts and the shared MLP of a mixture give, together. Logits are put side by side.
+Norms over all heads, and of a Mamba-2 group that several ranks have, take their mean square over these ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from zoo.layout import layout
+from zoo.model.across import Across, Spread
+from zoo.model.attention import Attention
+from zoo.model.decoder import Decoder
+from zoo.model.decoder import Layer as DecoderLayer
+from zoo.model.linear import Linear, Table
+from zoo.model.mamba import Mamba
+from zoo.model.moe import MoE
+from zoo.spec import Attention as AttentionSpec
+from zoo.spec import Mamba as MambaSpec
+from zoo.spec import Mixer
+from zoo.split import Split
+
+
+def share_out(model: Decoder, split: Split, across: Across) -> None:
+    """Cut a decoder that has no storage yet down to what this rank has of it."""
+    model.local, model.across = split.local, across
+    slots = layout(split.spec)
+    for name, cut in split.cuts.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if not cut.ranges:
+            module.register_parameter(leaf, None)
+            continue
+        shape = cut.shape(slots[name].shape)
+        module.register_parameter(leaf, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+        if leaf == "weight" and isinstance(module, Linear):
+            if cut.axis == 0:
+                module.parts = cut.sizes
+            else:
+                module.across = across
+        if isinstance(module, Table):
+            module.across = across
+    for layer, whole, own in zip(model.layers, split.spec.layers, split.local.layers, strict=True):
+        assert isinstance(layer, DecoderLayer)
+        layer.shared = True
+        if whole.mixer is not None:
+            _mixer(layer.mixer, whole.mixer, own.mixer, across)
+        if whole.beside is not None:
+            _mixer(layer.mamba, whole.beside, own.beside, across)
+        if whole.ffn is not None:
+            _is(layer.ffn, own.ffn)
+            if isinstance(layer.ffn, MoE):
+                _experts(layer.ffn, across)
+
+
+def _is(module: nn.Module, spec: object) -> None:
+    module.__dict__["spec"] = spec
+
+
+def _mixer(mixer: nn.Module, whole: Mixer, own: Mixer | None, across: Across) -> None:
+    _is(mixer, own)
+    if isinstance(mixer, Attention) and isinstance(whole, AttentionSpec):
+        n = mixer.spec.n_heads
+        mixer.heads = slice(across.rank * n, (across.rank + 1) * n), whole.n_heads
+        if whole.qk_norm is not None and whole.qk_norm.over == "all_heads":
+            # A key head that several ranks have counts on each, and as often as any other.
+            mixer.q_norm.spread = Spread(across)
+            if whole.kv_from is None:
+                mixer.k_norm.spread = Spread(across)
+    if isinstance(mixer, Mamba) and isinstance(whole, MambaSpec) and whole.out_norm is not None:
+        groups = whole.n_groups
+        if groups < across.size:
+            mixer.norm.spread = Spread(across, across.rank * groups // across.size, groups)
+
+
+def _experts(moe: MoE, across: Across) -> None:
+    moe.across = across
+    moe.first = across.rank * (moe.spec.n_experts // across.size)
+    if moe.spec.shared is None:
+        return
+    _is(moe.shared, moe.spec.shared)
+    if moe.spec.post_norm is None and moe.spec.shared_post_norm is None:
+        moe.shared.down.across = None  # added up with the routed sum

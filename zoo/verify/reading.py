@@ -1,0 +1,135 @@
+"""Weights from their files, a layer at a time, each byte range once.
+
+While a window is open on a layer, whoever asks for a range gets the same map of it: upstream's two ways, ours and the bytes
+level. Then all of it goes. Meanwhile the system is told to read the next layer, and no more than that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zoo.formats.base import TensorRef
+from zoo.model.load import DTYPES
+
+Range = tuple[Path, int, int]
+"""Of a file: the first byte, and how many."""
+
+
+def mapped_range(path: Path, offset: int, nbytes: int) -> Tensor:
+    """Bytes of a file (uint8 [nbytes]), read-only, under a map of their own that is gone with the tensor: neither
+    memory nor address space grows with the file."""
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as f:
+        m = mmap.mmap(f.fileno(), offset - start + nbytes, access=mmap.ACCESS_READ, offset=start)
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")  # that it cannot be written to is meant
+        return torch.frombuffer(m, dtype=torch.uint8, count=nbytes, offset=offset - start)
+
+
+class Rider(Protocol):
+    """What takes part in a pass over the layers."""
+
+    def ranges(self, layer: int) -> Iterable[Range]:
+        """What it will read of a layer, if any."""
+        ...
+
+    def leave(self, layer: int | None) -> None:
+        """The layer (None: what lies beside the layers) is about to go: the last chance to look at it."""
+        ...
+
+
+class Window:
+    """What is held of the files now: of a layer, or, before and after all of them, what lies beside them (embeddings, norms,
+    the head)."""
+
+    def __init__(self) -> None:
+        self.riders: list[Rider] = []
+        self._held: dict[Range, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def range(self, path: Path, offset: int, nbytes: int) -> Tensor:
+        """As `mapped_range`, the same map for all who ask while it is held."""
+        key = (path, offset, nbytes)
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = mapped_range(path, offset, nbytes)
+            return self._held[key]
+
+    def let_go(self) -> None:
+        """Hold nothing any more."""
+        with self._lock:
+            self._held.clear()
+
+
+class Passing:
+    """One pass over layers 0 to `n_layers` - 1: they are entered in order, and each is let go before the next."""
+
+    def __init__(self, window: Window, n_layers: int) -> None:
+        self.window, self.n_layers = window, n_layers
+        self._thread = ThreadPoolExecutor(1)
+        self._asked: Future[None] | None = None
+
+    def __enter__(self) -> Passing:
+        self._ask(0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        try:
+            if kind is None:
+                self._leave(None)
+        finally:
+            self.window.let_go()
+
+    @contextlib.contextmanager
+    def layer(self, i: int) -> Iterator[None]:
+        """Meanwhile layer `i` is held, and the next is read."""
+        if self._asked is not None:
+            self._asked.result()  # never more than one layer ahead
+        self._ask(i + 1)
+        try:
+            yield
+            self._leave(i)
+        finally:
+            self.window.let_go()
+
+    def _leave(self, i: int | None) -> None:
+        for rider in self.window.riders:
+            rider.leave(i)
+
+    def _ask(self, i: int) -> None:
+        wanted = [r for rider in self.window.riders for r in rider.ranges(i)] if i < self.n_layers else []
+        self._asked = self._thread.submit(read_ahead, wanted) if wanted else None
+
+
+def read_ahead(ranges: Iterable[Range]) -> None:
+    """Have the system read these into its cache, each once, in the order of the files. It takes none of our memory."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path, offset, nbytes in sorted({r for r in ranges if r[2]}):  # 0 would be "to the end"
+        with open(path, "rb") as f:
+            os.posix_fadvise(f.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def mapped(path: Path, ref: TensorRef, window: Window | None = None) -> Tensor:
+    """The tensor's bytes in the file, read-only: those that the window holds, or under a map of their own."""
+    dtype = DTYPES[ref.dtype]
+    if ref.size == 0:
+        return torch.empty(ref.shape, dtype=dtype)
+    raw = (mapped_range if window is None else window.range)(path, ref.offset, ref.nbytes)
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(ref.shape)
