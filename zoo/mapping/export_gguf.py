@@ -4,11 +4,12 @@
   that the folder carries (`zoo/formats/gguf_vocab.py`).
 - Matrices become `type`; vectors, norms, biases and routers stay in fp32, as with llama.cpp's own converter. Weights that are
   carried in MXFP4 stay in it, their codes put into ggml's order.
-- One tensor is in memory at a time. The files are written beside the destination and renamed when all are complete.
+- Some rows of one tensor are in memory at a time, the whole of it where it is made of several. The files are written beside the destination and renamed when all are complete.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -25,13 +26,13 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf_out, gguf_vocab
-from zoo.formats.base import ITEMSIZE, TEMPLATES, TensorRef, place_of
+from zoo.formats.base import TEMPLATES, TensorRef, place_of
 from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.plan import compile_rule
-from zoo.mapping.rules import Fit
-from zoo.quant.floats import bits, from_float, to_fp32
+from zoo.mapping.rules import Box, Fit
+from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,10 @@ def export_gguf(
     if type is not None and type not in TYPES:
         raise ZooError(_not_made_here(type, c.root, target))
     wanted = (type or _stored(c)).upper()
-    family = families.get(c.source["family"], c.source.get("package"))
+    family = gguf_out.form_of(families.get(c.source["family"], c.source.get("package")))
     tensors = list(_tensors(c, family, wanted))
-    described = gguf_out.describe(family, c.spec, {t.name: t.shape for t in tensors}, str(c.root))
+    spec = dataclasses.replace(c.spec, family=family.name)
+    described = gguf_out.describe(family, spec, {t.name: t.shape for t in tensors}, str(c.root))
     _say_what_is_left(c)
     fields = _general(c, tensors, wanted) | described.fields
     fields |= gguf_vocab.fields(_small(c), c.spec.vocab_size, str(c.root))
@@ -155,7 +157,7 @@ def _write(
         for table in described.tables.values():
             writer.write_tensor_data(np.asarray(table, np.float32))
         for t in tensors:
-            writer.write_tensor_data(_data(c, t))
+            writer.write_tensor_data(_Data(c, t))
             done += t.nbytes
             if progress:
                 progress(done, total)
@@ -283,68 +285,94 @@ def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
 # The data
 
 
-def _data(c: Canonical, t: _Tensor) -> np.ndarray[Any, Any]:
-    raw, dtype = _gathered(c, t.pieces)
+@dataclass(frozen=True)
+class _Data:
+    """What the writer takes for an array: bytes that are made while they are written."""
+
+    canon: Canonical
+    tensor: _Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def tofile(self, file: Any) -> None:
+        for part in _parts(self.canon, self.tensor):
+            part.tofile(file)
+
+
+def _parts(c: Canonical, t: _Tensor) -> Iterator[Array]:
+    """The tensor's bytes in order, some rows at a time."""
+    rows, dtype = _rows(c, t.pieces, t.shape[-1])
+    step = max(1, _CHUNK * len(rows) // max(1, rows.size))
     if t.type == "MXFP4":
-        return _mxfp4(raw, _gathered(c, t.scales)[0])
-    return _converted(raw, dtype, t)
+        scales, _ = _rows(c, t.scales, t.shape[-1] // _GROUP)
+        if len(scales) != len(rows):
+            rows, scales = rows.reshape(1, -1), scales.reshape(1, -1)
+        for at in range(0, len(rows), step):
+            yield _mxfp4(rows[at : at + step], scales[at : at + step])
+        return
+    plus_one = any(p.fit.plus_one for p in t.pieces)
+    for at in range(0, len(rows), step):
+        raw = np.ascontiguousarray(rows[at : at + step])
+        yield raw if t.type == dtype and not plus_one else _converted(raw, dtype, t, plus_one)
 
 
-def _gathered(c: Canonical, pieces: list[_Piece]) -> tuple[np.ndarray[Any, Any], str]:
-    """The tensor in its own dtype's bits, flat, and the dtype."""
+def _rows(c: Canonical, pieces: list[_Piece], columns: int) -> tuple[Array, str]:
+    """The tensor in its own dtype's bits, [n, ...] of whole rows of `columns`, and the dtype: where it lies, if it is of one
+    canonical tensor and its parts are whole rows there; else put together in memory."""
     dtypes = {c.tensors[p.name].dtype for p in pieces}
     if len(dtypes) > 1:
         raise ZooError(
             f"{c.root}: {pieces[0].fit.name} would be made of {' and '.join(sorted(dtypes))}; convert with --dtype"
         )
     (dtype,) = dtypes
-    size = ITEMSIZE[dtype]
-    out = np.empty(math.prod(pieces[0].fit.shape), bits(dtype))
-    for p in pieces:
-        flat = _mapped(c, c.tensors[p.name])
-        (sizes, here), (_, there) = p.fit.canonical.flat(), p.fit.source.flat()
-        _strided(out, p.fit.source.offset, sizes, there, size)[...] = _strided(
-            flat, p.fit.canonical.offset, sizes, here, size
-        )
-    return out, dtype
+    shape = pieces[0].fit.shape
+    views = [(p, _mapped(c, c.tensors[p.name])) for p in pieces]
+    if len(views) == 1:
+        ((p, flat),) = views
+        view = _box(flat, p.fit.canonical)
+        if p.fit.source.flat() == (view.shape, _contiguous(view.shape)) and view.size == math.prod(shape):
+            if view.ndim == 1:
+                view = view.reshape(-1, columns)
+            if math.prod(view.shape[1:]) % columns == 0:
+                return view, dtype
+    out = np.empty(math.prod(shape), bits(dtype))
+    for p, flat in views:
+        _box(out, p.fit.source)[...] = _box(flat, p.fit.canonical)
+    return out.reshape(-1, columns), dtype
 
 
-def _mapped(c: Canonical, ref: TensorRef) -> np.ndarray[Any, Any]:
-    return np.memmap(c.path(ref), bits(ref.dtype), "r", ref.offset, (ref.size,))
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of an array that lies in one piece."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _strided(
-    flat: np.ndarray[Any, Any], offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], size: int
-) -> np.ndarray[Any, Any]:
-    return np.lib.stride_tricks.as_strided(flat[offset:], sizes, tuple(s * size for s in strides))
+def _mapped(c: Canonical, ref: TensorRef) -> Array:
+    raw = np.memmap(c.path(ref), np.uint8, "r", ref.offset, (ref.nbytes,))
+    return np.asarray(raw).view(bits(ref.dtype))
 
 
-def _converted(raw: np.ndarray[Any, Any], dtype: str, t: _Tensor) -> np.ndarray[Any, Any]:
-    """The bits of one of GGUF's types, a bounded number of rows at a time."""
-    plus_one = any(p.fit.plus_one for p in t.pieces)
-    if t.type == dtype and not plus_one:
-        return raw
-    columns = t.shape[-1]
-    step = max(1, _CHUNK // columns) * columns
-    out = np.empty(t.nbytes, np.uint8)
-    for at in range(0, raw.size, step):
-        x = to_fp32(raw[at : at + step], dtype).astype(np.float32, copy=False)
-        x = x + np.float32(1) if plus_one else x
-        plain = t.type in _PLAIN
-        part = from_float(x, t.type, t.name) if plain else _quantised(x.reshape(-1, columns), t.type)
-        begin = at * t.nbytes // raw.size
-        out[begin : begin + part.nbytes] = part.reshape(-1).view(np.uint8)
-    return out
+def _box(flat: Array, box: Box) -> Array:
+    sizes, strides = box.flat()
+    return np.lib.stride_tricks.as_strided(
+        flat[box.offset :], sizes, tuple(s * flat.itemsize for s in strides)
+    )
 
 
-def _quantised(x: np.ndarray[Any, Any], type: str) -> np.ndarray[Any, Any]:
+def _converted(raw: Array, dtype: str, t: _Tensor, plus_one: bool) -> Array:
+    """Rows in the bits of one of GGUF's types."""
+    x = to_fp32(raw, dtype).astype(np.float32, copy=False)
+    x = x + np.float32(1) if plus_one else x
+    if t.type in _PLAIN:
+        return from_float(x, t.type, t.name)
     import gguf
 
-    made: np.ndarray[Any, Any] = gguf.quants.quantize(x, gguf.GGMLQuantizationType[type])
+    made: Array = gguf.quants.quantize(x.reshape(-1, t.shape[-1]), gguf.GGMLQuantizationType[t.type])
     return made
 
 
-def _mxfp4(codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _mxfp4(codes: Array, scales: Array) -> Array:
     """Blocks of ggml: the exponent, then 16 bytes whose low halves are the first 16 codes and whose high halves the last.
     Released bytes hold two neighbours each, the low half first."""
     pairs = codes.reshape(-1, _GROUP // 2)

