@@ -323,3 +323,44 @@ def test_what_mlx_writes_is_what_it_reads(bits: int) -> None:
     made |= {"scale": torch.tensor(scale.tolist()), "shift": torch.tensor(offset.tolist())}
     ours = dequantise(f"mlx{bits}-group32", made, (64,), torch.float32)
     assert torch.equal(ours, theirs)
+
+
+def spoilt(kind: str, at: Path, end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The release, but for the tensors whose names end so."""
+    name, pack, config, _ = CARRIED.get(kind) or ("llama", packs.bnb4(), BNB4, "")
+    path, _ = release(name, pack, config, at)
+    write_tensors(path, {n: change(t) if n.endswith(end) else t for n, t in read_tensors(path).items()})
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, end, change, said",
+    [
+        (
+            "gptq 4, act-order",
+            ".g_idx",
+            lambda t: t + 40,
+            "q_proj.scales has 2 lines; some up to 42 are asked for",
+        ),
+        ("gptq 4, act-order", ".g_idx", lambda t: t - 1, "q_proj.scales has 2 lines"),
+        (
+            "packed 8, act-order",
+            "_g_idx",
+            lambda t: t + 1,
+            "inputs are of groups 1 to 2; there are scales of 2 groups",
+        ),
+        ("packed 8, act-order", "_shape", lambda t: t + 1, r"weight_shape says \[65, 65\]"),
+        ("nvfp4, packed", "_global_scale", lambda t: t.repeat(2), "global scale has 2 numbers, expected one"),
+        ("bitsandbytes 8", ".weight_format", lambda t: t + 1, "weight_format: expected 0"),
+        ("bnb4", ".quant_map", lambda t: t[:8].clone(), "its table has 8 numbers; 64 blocks need 16"),
+        ("bnb4", "__nf4", lambda t: t[:-1].clone(), "quant_state: expected JSON"),
+        ("bnb4", ".absmax", lambda t: t.repeat(3), "no size of blocks has so many"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_by_name(
+    kind: str, end: str, change: Callable[[torch.Tensor], torch.Tensor], said: str, tmp_path: Path
+) -> None:
+    path = spoilt(kind, tmp_path, end, change)
+    with pytest.raises(ZooError, match=said) as e:
+        vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    assert "_proj" in str(e.value)
