@@ -741,12 +741,15 @@ def _stored(fit: Fit, axes: str) -> Fit:
 
 
 def _spelled(leaves: list[str], part: Component) -> tuple[str, ...]:
-    """The names of a component of these weights, as `Recipe` has them."""
-    return tuple(
+    """The names of a component of these weights, as `Recipe` has them. Raises ZooError if it has none."""
+    names = tuple(
         "\n".join(leaf.removesuffix(a) + b for leaf in leaves)
         for a, b in part.spellings
         if leaves[0].endswith(a)
     )
+    if not names:
+        raise ZooError(f"a {part.name} of {leaves[0]} has no name")
+    return names
 
 
 def beside(plain: Recipe, part: Component, own: tuple[int, ...]) -> Recipe:
