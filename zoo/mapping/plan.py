@@ -476,6 +476,8 @@ class _Matcher:
                     found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks, part, own)
                 else:  # to be dequantised, tensor by tensor: how they are fused then is no matter
                     found = beside(compile_rule(rule, slot, self.spec, self.spell, self.n_ranks), part, own)
+                if not found.names:
+                    found = f"{slot.name}: its {part.name if part else 'weight'} has no name"
             except ZooError as e:
                 found = f"{slot.name}: {e}"
             self.recipes[key] = found
@@ -741,15 +743,12 @@ def _stored(fit: Fit, axes: str) -> Fit:
 
 
 def _spelled(leaves: list[str], part: Component) -> tuple[str, ...]:
-    """The names of a component of these weights, as `Recipe` has them. Raises ZooError if it has none."""
-    names = tuple(
+    """The names of a component of these weights, as `Recipe` has them."""
+    return tuple(
         "\n".join(leaf.removesuffix(a) + b for leaf in leaves)
         for a, b in part.spellings
         if leaves[0].endswith(a)
     )
-    if not names:
-        raise ZooError(f"a {part.name} of {leaves[0]} has no name")
-    return names
 
 
 def beside(plain: Recipe, part: Component, own: tuple[int, ...]) -> Recipe:
