@@ -323,3 +323,84 @@ def test_what_mlx_writes_is_what_it_reads(bits: int) -> None:
     made |= {"scale": torch.tensor(scale.tolist()), "shift": torch.tensor(offset.tolist())}
     ours = dequantise(f"mlx{bits}-group32", made, (64,), torch.float32)
     assert torch.equal(ours, theirs)
+
+
+def spoilt(kind: str, at: Path, end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The release, but for the tensors whose names end so."""
+    name, pack, config, _ = CARRIED.get(kind) or ("llama", packs.bnb4(), BNB4, "")
+    path, _ = release(name, pack, config, at)
+    write_tensors(path, {n: change(t) if n.endswith(end) else t for n, t in read_tensors(path).items()})
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, end, change, said",
+    [
+        (
+            "gptq 4, act-order",
+            ".g_idx",
+            lambda t: t + 40,
+            r"_proj.scales has [23] lines; some up to 4[23] are asked for",
+        ),
+        ("gptq 4, act-order", ".g_idx", lambda t: t - 1, r"_proj.scales has [23] lines"),
+        (
+            "packed 8, act-order",
+            "_g_idx",
+            lambda t: t + 1,
+            r"inputs are of groups 1 to ([23]); there are scales of \1 groups",
+        ),
+        (
+            "packed 8, act-order",
+            "_shape",
+            lambda t: t + 1,
+            r"weight_shape says \[\d+, (65|97)\], the packed codes hold",
+        ),
+        ("nvfp4, packed", "_global_scale", lambda t: t.repeat(2), "global scale has 2 numbers, expected one"),
+        ("bitsandbytes 8", ".weight_format", lambda t: t + 1, "weight_format: expected 0"),
+        ("bnb4", ".quant_map", lambda t: t[:8].clone(), r"its table has 8 numbers; \d+ blocks need 16"),
+        ("bnb4", "__nf4", lambda t: t[:-1].clone(), "quant_state: expected JSON"),
+        ("bnb4", ".absmax", lambda t: t.repeat(3), "no size of blocks has so many"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_by_name(
+    kind: str, end: str, change: Callable[[torch.Tensor], torch.Tensor], said: str, tmp_path: Path
+) -> None:
+    path = spoilt(kind, tmp_path, end, change)
+    with pytest.raises(ZooError, match=said) as e:
+        vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    assert "_proj" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "pack, config, scheme",
+    [
+        (packs.packed(4, 16, zeros=True), ints(4, 16, False), "packed4-group16-zeros"),
+        (packs.fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+    ],
+)
+def test_stacked_experts_are_read_one_by_one(
+    pack: packs.Pack, config: dict[str, Any], scheme: str, tmp_path: Path
+) -> None:
+    path = vendor.make(tmp_path / "hf", "mistral4", hidden_size=64, moe_intermediate_size=32)
+    g, coded, plain = torch.Generator().manual_seed(0), {}, {}
+    for name, t in read_tensors(path).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            coded[name] = plain[name] = t
+            continue
+        made = [pack(*t.shape[1:], g) for _ in t]
+        plain[name] = torch.stack([values for _, values in made])
+        for end in made[0][0]:
+            if end != "input_scale":
+                coded[name + end.removeprefix("weight")] = torch.stack([tensors[end] for tensors, _ in made])
+    (tmp_path / "plain").mkdir()
+    write_config(tmp_path / "plain", read_config(path))
+    write_tensors(tmp_path / "plain", plain)
+    write_config(path, read_config(path) | {"quantization_config": config})
+    write_tensors(path, coded)
+    assert set(make_plan(open_checkpoint(path)).quant.values()) == {scheme}
+    fp32 = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    vendor.same(fp32, vendor.canonical(tmp_path / "plain", tmp_path / "want", dtype="fp32"))
+    vendor.canonical(path, tmp_path / "carried")
+    assert torch.equal(logits(tmp_path / "carried", "mistral4"), logits(tmp_path / "fp32", "mistral4"))
+    export(tmp_path / "carried", tmp_path / "back")
+    assert all((tmp_path / "back" / f.name).read_bytes() == f.read_bytes() for f in path.iterdir())

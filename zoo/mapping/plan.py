@@ -476,6 +476,8 @@ class _Matcher:
                     found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks, part, own)
                 else:  # to be dequantised, tensor by tensor: how they are fused then is no matter
                     found = beside(compile_rule(rule, slot, self.spec, self.spell, self.n_ranks), part, own)
+                if not found.names:
+                    found = f"{slot.name}: its {part.name if part else 'weight'} has no name"
             except ZooError as e:
                 found = f"{slot.name}: {e}"
             self.recipes[key] = found
