@@ -33,30 +33,41 @@ def spec(c: Config) -> Spec:
 
 def decoder(family: str, c: Config, layers: list[tuple[Rope, int | None]]) -> Spec:
     """The whole model, given each layer's RoPE and window (Olmo 3 differs in just these)."""
-    norm = Norm(c["rms_norm_eps"], rounding="last")
-    mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
+    return model(family, c, [layer(c, *kind) for kind in layers])
 
-    def attention(rope: Rope, window: int | None) -> Attention:
-        return Attention(
-            n_heads=c["num_attention_heads"],
-            n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
-            head_dim=read.head_dim(c),
-            scale=read.head_dim(c) ** -0.5,
-            rope=rope,
-            window=window,
-            qkv_bias=c.get("attention_bias", False),
-            out_bias=c.get("attention_bias", False),
-            qk_norm=QKNorm(norm, over="all_heads"),
-        )
 
+def layer(c: Config, rope: Rope | None, window: int | None = None) -> Layer:
+    """Attention and the MLP, a norm on what each gives."""
+    norm = norm_of(c)
+    attention = Attention(
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+        head_dim=read.head_dim(c),
+        scale=read.head_dim(c) ** -0.5,
+        rope=rope,
+        window=window,
+        qkv_bias=c.get("attention_bias", False),
+        out_bias=c.get("attention_bias", False),
+        qk_norm=QKNorm(norm, over="all_heads"),
+    )
+    return Layer(attention, mlp(c), attn_post_norm=norm, ffn_post_norm=norm)
+
+
+def norm_of(c: Config) -> Norm:
+    return Norm(c["rms_norm_eps"], rounding="last")
+
+
+def mlp(c: Config) -> MLP:
+    return MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
+
+
+def model(family: str, c: Config, layers: list[Layer]) -> Spec:
     return Spec(
         family=family,
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
-        layers=tuple(
-            Layer(attention(*kind), mlp, attn_post_norm=norm, ffn_post_norm=norm) for kind in layers
-        ),
-        norm=norm,
+        layers=tuple(layers),
+        norm=norm_of(c),
         tied=c.get("tie_word_embeddings", False),
         context_length=c["max_position_embeddings"],
         dtype=read.dtype(c),

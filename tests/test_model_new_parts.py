@@ -24,6 +24,7 @@ from zoo.spec import (
     MLP,
     Alibi,
     Attention,
+    DeltaNet,
     Indexer,
     LatentAttention,
     Layer,
@@ -716,6 +717,8 @@ UNSOUND = {
     "near is more than 0, not 0.0": block(ffn=MoE(4, MLP(6), Router(2, "softmax", over="near"))),
     "a convolution of 1 tokens": block(ShortConv(1)),
     "stands beside attention, and there is none": block(LATENT, beside=MAMBA),
+    "with beta up to 3.0 grows without bound": block(
+        DeltaNet(2, 2, 4, 4, 3, "head", "silu", Norm(1e-5), beta_scale=3.0)),
     "has five parts; there are 2 scales": block(replace(MAMBA, parts_scales=(1.0, 2.0))),
     "norm comes first, and there is none": block(replace(MAMBA, out_norm=None, norm_first=True)),
     "is neither clamped nor sparse": block(ffn=MLP(F, gate_scale=2.0, limit=1.0)),

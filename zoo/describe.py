@@ -210,6 +210,8 @@ def _extras(m: Mixer) -> str:
         out += ["biases"] if m.qkv_bias or m.out_bias else []
     if isinstance(m, Attention | LatentAttention) and m.query_scale is not None:
         out.append(_temperature(m.query_scale))
+    if isinstance(m, DeltaNet) and m.beta_scale != 1:
+        out.append(f"beta x {m.beta_scale:g}")
     if isinstance(m, Mamba):
         parts = ", ".join(f"{x:.4g}" for x in m.parts_scales)
         out += [f"state space's gate, input, B, C and dt x {parts}"] if parts else []

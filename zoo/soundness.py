@@ -149,6 +149,8 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield f"scores over the near are a softmax, without groups or bias, and near is more than 0, not {near}"
         case Layer(mixer=m, beside=b) if b is not None and not isinstance(m, Attention):
             yield "a state space stands beside attention, and there is none"
+        case DeltaNet(beta_scale=n) if not 0 < n <= 2:
+            yield f"a delta rule with beta up to {n} grows without bound"
         case Mamba(parts_scales=scales) if len(scales) not in (0, 5):
             yield f"a state space's input has five parts; there are {len(scales)} scales"
         case Mamba(out_norm=None, norm_first=True):

@@ -239,7 +239,8 @@ class DeltaNet:
     S = decay * S; S += k (beta (v - S^T k))^T; o = S^T q.
     `decay`: one number per head ("head", Gated DeltaNet) or one per key channel ("channel", KDA).
     `out_gate`: the normalised output is multiplied by silu or sigmoid of a gate.
-    `out_norm` is over v_head_dim.
+    `out_norm` is over v_head_dim. `beta_scale` multiplies beta, which is otherwise below 1: with 2 the state can also turn
+    against a key (negative eigenvalues, arXiv 2411.12537).
     """
 
     n_k_heads: int
@@ -250,6 +251,7 @@ class DeltaNet:
     decay: Literal["head", "channel"]
     out_gate: Literal["silu", "sigmoid"]
     out_norm: Norm
+    beta_scale: float = 1.0
     kind: Literal["delta"] = "delta"
 
 

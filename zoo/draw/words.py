@@ -311,6 +311,8 @@ def _delta(m: DeltaNet) -> Iterator[Line]:
     yield Line(f"linear: a state of {r.k_head_dim} × {r.v_head_dim} per head")
     yield Line(f"{r.n_k_heads} key heads, {r.n_v_heads} value heads")
     yield Line(f"decay per {'head' if r.decay == 'head' else 'channel'}, short convolution of {r.conv}")
+    if r.beta_scale != 1:
+        yield Line(f"beta × {number(m.beta_scale)}", True)
     yield Line(f"output: {norm(r.out_norm)}, {r.out_gate} gate")
     yield from r.rest()
 

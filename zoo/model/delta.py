@@ -69,6 +69,8 @@ class DeltaNet(nn.Module):
                 self.decay_up(self.decay_down(x)).unflatten(-1, (s.n_k_heads, s.k_head_dim)),
             )
         log_decay, beta = gates(dt, beta, self.A_log, self.dt_bias)  # [B, T, H, K or 1], [B, T, H]
+        if s.beta_scale != 1.0:
+            beta = beta * s.beta_scale
         carried = ctx.carried(self.layer)
         q, k, v = self.conv(qkv, carried).split((k_width, k_width, v_width), -1)
         q, k = (h.unflatten(-1, (s.n_k_heads, s.k_head_dim)) for h in (q, k))

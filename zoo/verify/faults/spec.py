@@ -366,6 +366,8 @@ add("selection_bias_in_weights", "selection bias used in the routing weights, no
 
 _spec("delta_gate", "another activation of the delta rule's output gate", DeltaNet,
       lambda m: _swap_value(m, "out_gate", "silu", "sigmoid"))  # fmt: skip
+_spec("delta_beta", "another factor on the delta rule's beta", DeltaNet,
+      lambda m: replace(m, beta_scale=1.0 if m.beta_scale != 1.0 else 2.0))  # fmt: skip
 _spec("dt_clamp_dropped", "dt not clamped", Mamba, lambda m: replace(m, dt_min=0.0))
 
 # The whole model

@@ -1,0 +1,55 @@
+"""Bamba 9B (IBM, Princeton, CMU, UIUC).
+
+- Mamba-2 in all layers but those of `attn_layer_indices`; a SwiGLU in every layer.
+- RoPE on the first half of each head, whatever the config says or leaves out: upstream's class puts a half there.
+  `attn_rotary_emb` says the same in channels. The first releases leave theta out, too (10000).
+- Granite 4.0's reading of Mamba (see granitemoehybrid.py) and Falcon-H1's names.
+"""
+
+from __future__ import annotations
+
+from zoo.family import MLP, Attention, Config, Family, Layer, Mixer, Norm, Spec, ZooError, read, rules
+
+from . import falcon_h1, granitemoehybrid
+
+
+def spec(c: Config) -> Spec:
+    norm = Norm(c["rms_norm_eps"])
+    mlp = MLP(c["intermediate_size"], c.choice("hidden_act", ("silu",)), bias=c.get("mlp_bias", False))
+    attention, mamba = attention_of(c), granitemoehybrid.mamba(c)
+
+    def mixer(i: int) -> Mixer:
+        return attention if i in attends else mamba
+
+    n, attends = c["num_hidden_layers"], c.get("attn_layer_indices") or ()
+    return Spec(
+        family="bamba",
+        d_model=c["hidden_size"],
+        vocab_size=c["vocab_size"],
+        layers=tuple(Layer(mixer(i), mlp, attn_norm=norm, ffn_norm=norm) for i in range(n)),
+        norm=norm,
+        tied=c.get("tie_word_embeddings", False),
+        context_length=c["max_position_embeddings"],
+        dtype=read.dtype(c),
+    )
+
+
+def attention_of(c: Config) -> Attention:
+    """Grouped heads, half of each rotated."""
+    head_dim = read.head_dim(c)
+    rope = read.partial_rope(c, read.rope_parameters(c, default_theta=10000.0), head_dim, default=0.5)
+    if (said := c.get("attn_rotary_emb", rope.dim)) != rope.dim:
+        raise ZooError(f"{c.where}: attn_rotary_emb is {said}, and {rope.dim} channels of a head turn")
+    bias = c.get("attention_bias", False)
+    return Attention(
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=rope,
+        qkv_bias=bias,
+        out_bias=bias,
+    )
+
+
+FAMILY = Family("bamba", ("bamba",), ("BambaForCausalLM",), spec, {"hf": rules(*falcon_h1.HF)})
