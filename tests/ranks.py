@@ -81,8 +81,8 @@ def _part(x: Any, unit: int) -> Any:
     return x
 
 
-def drawn(slot: Slot) -> Tensor:
-    """Numbers for a tensor: none that says nothing (norms of 1, biases of 0)."""
+def drawn(slot: Slot, of_norm: float) -> Tensor:
+    """Numbers for a tensor: none that says nothing (norms of 1, biases of 0). `of_norm`: what a norm's weight is about."""
     g = torch.Generator().manual_seed(sum(map(ord, slot.name)))
     x = torch.randn(slot.shape, generator=g)
     leaf = slot.key.rpartition(".")[2]
@@ -94,15 +94,18 @@ def drawn(slot: Slot) -> Tensor:
         return x * 2 / math.sqrt(slot.shape[-1])
     if leaf in ("A_log", "dt_bias"):
         return 0.5 * x - 0.5
-    if leaf == "scalar" or ("norm" in slot.key and leaf == "weight"):
+    if leaf == "scalar":
         return 1 + 0.3 * x
+    if "norm" in slot.key and leaf == "weight":
+        return of_norm + 0.3 * x
     return 0.3 * x if x.dim() < 2 else x * 1.2 / math.sqrt(slot.shape[-1])
 
 
 def written(spec: Spec, folder: Path) -> Path:
     """A canonical folder of that Spec."""
     folder.mkdir(parents=True)
-    tensors = {n: drawn(s) for n, s in layout(spec).items()}
+    of_norm = 0.0 if spec.norm.weight == "plus_one" else 1.0
+    tensors = {n: drawn(s, of_norm) for n, s in layout(spec).items()}
     file = "model-00001-of-00001.safetensors"
     save_file(tensors, folder / file)
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}

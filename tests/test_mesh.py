@@ -50,7 +50,8 @@ from zoo.spec import (
 )
 from zoo.split import Cut, allowed, component_cut, pieces, split
 from zoo.testing.built import checkpoint
-from zoo.verify.tolerance import FACTOR, FLOOR_FP32
+from zoo.verify.compare import rounding
+from zoo.verify.tolerance import FACTOR, logit_bound
 
 ROOT = Path(__file__).parents[1]
 RMS, LAYER = Norm(1e-6), Norm(1e-5, kind="layer")
@@ -200,11 +201,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 def departures(shared: Shared) -> dict[str, str]:
     """Where ranks are not what one process is: folder -> what differs. The bound is verification's: twice what one process
-    differs from itself by, here a text read at once and token by token."""
+    differs from itself by, here a text read at once and token by token, or by rounding at the scale of the logits."""
     found = {}
     for (n, by_rank), (name, one) in itertools.product(shared.of.items(), shared.one.items()):
         said = [rank[name] for rank in by_rank]
-        bound = max(FLOOR_FP32, FACTOR * float((one["cached"] - one["logits"]).abs().max()))
+        largest = float(one["logits"].abs().max())
+        by_scale = logit_bound("fp32", "max", rounding("fp32", largest, "logits of one process"), largest)
+        bound = max(by_scale.value, FACTOR * float((one["cached"] - one["logits"]).abs().max()))
         errors = {k: float((said[0][k] - one[k]).abs().max()) for k in ("logits", "cached")}
         if not max(errors.values()) <= bound:
             found[f"{name}, {n} ranks"] = f"{errors}, at most {bound:.1e}"
