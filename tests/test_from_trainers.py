@@ -203,11 +203,6 @@ def test_a_padded_vocabulary_is_said_in_one_line_with_both_numbers(llama: Path, 
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-W8A8 = {
-    "quant_method": "compressed-tensors", "format": "int-quantized",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
-}  # fmt: skip
-NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 U8, I8, I32 = torch.uint8, torch.int8, torch.int32
 
 
@@ -222,26 +217,12 @@ def quantise(source: Path, method: str) -> Tensors:
         stem = name.removesuffix(".weight")
         made: Tensors
         match method:
-            case "nf4":
-                made = {
-                    "weight": torch.zeros(n * d // 2, 1, dtype=U8), "weight.absmax": torch.zeros(n * d // 64, dtype=U8),
-                    "weight.quant_map": torch.zeros(16), "weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=U8),
-                }  # fmt: skip
-            case "int8":
-                made = {"weight": torch.zeros(n, d, dtype=I8), "SCB": torch.zeros(n)}
+            case "hqq":
+                made = {"W_q": torch.zeros(n * d // 2, 1, dtype=U8), "meta": torch.zeros(9, dtype=U8)}
+            case "quanto":
+                made = {"weight._data": torch.zeros(n, d, dtype=I8), "weight._scale": torch.zeros(n, 1)}
             case "w8a8":
                 made = {"weight": torch.zeros(n, d, dtype=I8), "weight_scale": torch.zeros(n, 1)}
-            case "nvfp4":
-                made = {
-                    "weight": torch.zeros(n, d // 2, dtype=U8), "weight_scale": torch.zeros(n, d // 4).to(torch.float8_e4m3fn),
-                    "weight_scale_2": torch.zeros(()), "input_scale": torch.zeros(()),
-                }  # fmt: skip
-            case "mlx":
-                made = {
-                    "weight": torch.zeros(n, d // 8, dtype=I32),
-                    "scales": torch.zeros(n, 1),
-                    "biases": torch.zeros(n, 1),
-                }
             case "i8":
                 made = {"weight": torch.zeros(n, d, dtype=I8)}
             case "fp8":
@@ -264,17 +245,13 @@ def quantise(source: Path, method: str) -> Tensors:
 @pytest.mark.parametrize(
     "method, config, said",
     [
-        ("nf4", {"quantization_config": NF4}, "quant_method 'bitsandbytes', bnb_4bit_quant_type 'nf4'"),
-        ("int8", {"quantization_config": INT8}, "quant_method 'bitsandbytes', load_in_8bit True"),
-        ("w8a8", {"quantization_config": W8A8}, "quant_method 'compressed-tensors', format 'int-quantized'"),
-        ("nvfp4", {"quantization_config": NVFP4}, "quant_method 'modelopt', quant_algo 'NVFP4'"),
-        ("nvfp4", {}, "NVFP4 (by the names of its tensors"),
+        ("hqq", {"quantization_config": {"quant_method": "hqq"}}, "HQQ (quantization_config has quant_method 'hqq'"),
+        ("quanto", {}, "quanto (by the names of its tensors"),
         ("qweight", {}, "AWQ, GPTQ or a kin of theirs (by the names"),
         ("w8a8", {}, "I8 codes"),
         ("packed", {}, "U8 codes"),
         ("i8", {}, "I8 codes"),
         ("fp8", {}, "F8_E4M3 codes"),
-        ("mlx", {"quantization": {"group_size": 64, "bits": 4}}, "quantization has bits 4"),
         ("awq", {"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv'; of AWQ zoo reads gemm"),
         ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 6}}, "bits 6; of GPTQ zoo reads 2, 3, 4 and 8"),
         ("gptq", {"quantization_config": {"quant_method": "eetq"}}, "quant_method 'eetq'"),

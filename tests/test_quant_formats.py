@@ -3,6 +3,7 @@ given back to the byte."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from zoo.formats import open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
+from zoo.quant.schemes import named
 from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
 
 DENSE = {
@@ -58,6 +60,28 @@ def awq(group: int) -> dict[str, Any]:
     }
 
 
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    """As RedHatAI's releases have it."""
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False} | weights,
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }  # fmt: skip
+
+
+def ints(bits: int, group: int, symmetric: bool = True, form: str = "pack-quantized") -> dict[str, Any]:
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return compressed(form, num_bits=bits, symmetric=symmetric, **strategy)
+
+
+FP4 = {"type": "float", "strategy": "tensor_group"}
+MODULES = [f"self_attn.{x}" for x in "qkvo"] + [f"mlp.{x}" for x in ("gate", "up", "down")]
+BNB: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": None}
+BNB4 = BNB | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
 CARRIED: dict[str, tuple[str, packs.Pack, dict[str, Any], str]] = {
     # id: (variant, how, quantization_config, scheme)
     "gptq 4": ("qwen2", packs.gptq(4, 32), gptq(4, 32), "gptq4-group32"),
@@ -71,18 +95,38 @@ CARRIED: dict[str, tuple[str, packs.Pack, dict[str, Any], str]] = {
     "awq": ("qwen2", packs.awq(32), awq(32), "awq4-group32"),
     "awq, experts": ("qwen3_moe", packs.awq(32), awq(32), "awq4-group32"),
     "awq, fused": ("phi3", packs.awq(16), awq(16), "awq4-group16"),
+    "packed 4": ("llama", packs.packed(4, 32), ints(4, 32), "int4-group32"),
+    "packed 4, channels": ("qwen3_moe", packs.packed(4, 0), ints(4, 0), "packed4-channel"),
+    "packed 4, zeros": ("phi3", packs.packed(4, 16, zeros=True), ints(4, 16, False), "packed4-group16-zeros"),
+    "packed 8, act-order": ("llama", packs.packed(8, 32, ordered=True), ints(8, 32), "packed8-group32"),
+    "packed 3, zeros": ("llama", packs.packed(3, 32, zeros=True), ints(3, 32, False), "packed3-group32-zeros"),
+    "int8": ("qwen3_moe", packs.int8(), ints(8, 0, form="int-quantized"), "int8-channel"),
+    "int8, one scale": ("llama", packs.int8(None), ints(8, 0, form="int-quantized"), "int8-tensor"),
+    "bitsandbytes 8": ("llama", packs.bnb8, BNB | {"load_in_8bit": True}, "bnb8"),
+    "nvfp4": ("qwen3_moe", packs.fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+    "nvfp4, packed": ("llama", packs.fp4("compressed"), compressed("nvfp4-pack-quantized", **FP4 | {"group_size": 16}), "nvfp4-packed"),
+    "mxfp4, packed": ("qwen3_moe", packs.fp4("mx"), compressed("mxfp4-pack-quantized", **FP4 | {"group_size": 32}), "mxfp4-packed"),
+    "mlx 4": ("llama", packs.mlx(4, 32), {"group_size": 32, "bits": 4, "mode": "affine"}, "mlx4-group32"),
+    "mlx 6": ("phi3", packs.mlx(6, 16), {"group_size": 16, "bits": 6}, "mlx6-group16"),
+    "mlx 8, of one module": (
+        "llama", packs.mlx(8, 32),
+        {"group_size": 32, "bits": 4, "mode": "affine"} | {f"model.layers.0.{m}_proj": {"group_size": 32, "bits": 8} for m in MODULES},
+        "mlx8-group32",
+    ),
+    "int8, zeros": ("llama", packs.int8(32, zeros=True), ints(8, 32, False, "int-quantized"), "int8-group32-zeros"),
 }  # fmt: skip
 
 
 def release(
-    name: str, pack: packs.Pack, config: dict[str, Any], at: Path, key: str = "quantization_config"
+    name: str, pack: packs.Pack, config: dict[str, Any], at: Path, which: Callable[[str], bool] = linear
 ) -> tuple[Path, Path]:
     """(the release, the same with the values that its codes stand for)."""
+    key = "quantization_config" if "quant_method" in config else "quantization"
     settings = (
         EXPERTS if "moe" in name else {k: v for k, v in DENSE.items() if name != "phi3" or k != "head_dim"}
     )
     path = vendor.make(at / "hf", name, **settings)
-    coded, plain = packs.quantise(read_tensors(path), pack, linear)
+    coded, plain = packs.quantise(read_tensors(path), pack, which)
     (at / "plain").mkdir()
     write_config(at / "plain", read_config(path))
     write_tensors(at / "plain", plain)
@@ -96,7 +140,15 @@ def logits(path: Path, name: str) -> torch.Tensor:
         return load(path, dtype=torch.float32)(tiny.tokens(name))
 
 
-@pytest.mark.parametrize("kind", CARRIED)
+ALWAYS = {
+    "gptq 4", "gptq 4, act-order", "gptq 3", "awq, experts", "packed 4, zeros", "packed 8, act-order", "int8", "bitsandbytes 8",
+    "nvfp4", "nvfp4, packed", "mxfp4, packed", "mlx 8, of one module",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in ALWAYS else pytest.mark.proof) for k in CARRIED]
+)
 def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_back_to_the_byte(
     kind: str, tmp_path: Path
 ) -> None:
@@ -106,12 +158,48 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
     vendor.same(fp32, vendor.canonical(plain, tmp_path / "want", dtype="fp32"))
     bf16 = vendor.canonical(path, tmp_path / "bf16", dtype="bf16")
     assert all(torch.equal(t.to(torch.bfloat16), bf16[n].to(torch.bfloat16)) for n, t in fp32.items())
-    assert set(make_plan(open_checkpoint(path)).quant.values()) == {scheme}
+    assert set(make_plan(ckpt := open_checkpoint(path)).quant.values()) == {scheme}
+    assert named(ckpt.tensors, ckpt.config) == [scheme] * sum(
+        n.endswith("_proj.weight") for n in read_tensors(plain)
+    )
     vendor.canonical(path, tmp_path / "carried")
     assert torch.equal(logits(tmp_path / "carried", name), logits(tmp_path / "fp32", name))
     export(tmp_path / "carried", tmp_path / "back")
     for file in path.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    "name, pack",
+    [
+        ("llama", packs.bnb4()),
+        ("qwen3_moe", packs.bnb4(128, kind="fp4")),
+        ("phi3", packs.bnb4(64, nested=False)),
+    ],
+)
+def test_four_bits_of_bitsandbytes_are_dequantised_when_asked_for(
+    name: str, pack: packs.Pack, tmp_path: Path
+) -> None:
+    path, plain = release(name, pack, BNB4, tmp_path)
+    with pytest.raises(
+        ZooError, match=r"is quantised \(bnb4-block.*blocks run over .*; convert with --dtype bf16"
+    ) as e:
+        make_plan(open_checkpoint(path))
+    assert "\n" not in str(e.value)
+    fp32 = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    vendor.same(fp32, vendor.canonical(plain, tmp_path / "want", dtype="fp32"))
+
+
+def test_all_that_mlx_quantises_is_dequantised_when_asked_for(tmp_path: Path) -> None:
+    """The embedding too, which is looked up: its codes are not carried."""
+    config = {"group_size": 32, "bits": 4}
+    path, plain = release("llama", packs.mlx(4, 32), config, tmp_path, lambda name: "norm" not in name)
+    with pytest.raises(
+        ZooError, match="embed.weight: .* which only linear maps can be run as; convert with --dtype"
+    ):
+        make_plan(open_checkpoint(path))
+    fp32 = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    vendor.same(fp32, vendor.canonical(plain, tmp_path / "want", dtype="fp32"))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +213,16 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
         ("gptq 4", {"bits": 8}, "shape"),
         ("awq", {"version": "gemv"}, "version 'gemv'; of AWQ zoo reads gemm"),
         ("awq", {"bits": 3}, "bits 3; of AWQ zoo reads 4"),
+        ("packed 4, channels", ints(9, 0), "num_bits 9; of packed integers zoo reads 2 to 8"),
+        (
+            "packed 4, channels",
+            compressed("pack-quantized", strategy="tensor"),
+            "strategy 'tensor'; of packed integers",
+        ),
+        ("packed 4, zeros", ints(4, 16), "zero points, though the config calls the weights symmetric"),
+        ("packed 4", ints(4, 32, False), "q_proj.weight_zero_point"),
+        ("mlx 4", {"mode": "mxfp4"}, "mode 'mxfp4'; of MLX zoo reads affine"),
+        ("mlx 4", {"bits": 7}, "bits 7; of MLX zoo reads"),
     ],
 )
 def test_what_is_not_read_of_a_kind_that_is_is_named(
@@ -135,3 +233,93 @@ def test_what_is_not_read_of_a_kind_that_is_is_named(
     for dtype in (None, "bf16"):
         with pytest.raises(ZooError, match=said):
             make_plan(open_checkpoint(path), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "pack, settings",
+    [
+        (packs.packed(b, g, zeros=z), {"num_bits": b, "group_size": g or None, "symmetric": not z})
+        for b, g, z in [
+            (4, 32, False),
+            (4, 0, True),
+            (8, 64, True),
+            (8, 0, False),
+            (3, 32, True),
+            (5, 16, False),
+        ]
+    ]
+    + [(packs.int8(), {"num_bits": 8, "group_size": None, "symmetric": True})],
+)
+def test_the_values_of_the_tests_are_those_of_compressed_tensors(
+    pack: packs.Pack, settings: dict[str, Any]
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    made, values = pack(32, 64, torch.Generator().manual_seed(1))
+    args = QuantizationArgs(type="int", strategy="group" if settings["group_size"] else "channel", **settings)
+    form = "pack-quantized" if "weight_packed" in made else "int-quantized"
+    theirs = BaseCompressor.get_value_from_registry(form).decompress(
+        made, QuantizationScheme(targets=["Linear"], weights=args)
+    )
+    assert torch.equal(theirs["weight"], values.to(theirs["weight"].dtype))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_what_bitsandbytes_writes_is_what_it_reads(kind: str, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    from zoo.quant import as_canonical, dequantise
+    from zoo.quant.schemes import detect
+
+    w = torch.randn(96, 64, generator=torch.Generator().manual_seed(3))
+    if kind == "int8":
+        codes, scale, _ = bnb.functional.int8_vectorwise_quant(w.half())
+        made = {"weight": codes, "SCB": scale}
+        theirs = bnb.functional.int8_vectorwise_dequant(codes, scale)
+    else:
+        codes, state = bnb.functional.quantize_4bit(w, quant_type=kind, compress_statistics=True)
+        made = {"weight": codes} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+        theirs = bnb.functional.dequantize_4bit(codes, state)
+    tensors = {f"a.{k}": v for k, v in made.items()}
+    write_tensors(tmp_path, tensors)
+    write_config(tmp_path, {})
+    scheme = detect("a.weight", open_checkpoint(tmp_path).tensors, {})
+    assert scheme is not None
+    own = {c.name: tensors[n] for c in scheme.components for n in c.names("a.weight") if n in tensors}
+    own = as_canonical(scheme, own)
+    assert torch.equal(dequantise(scheme.name, own, (96,), torch.float32), theirs.float())
+
+
+@pytest.mark.parametrize("tool", ["compressed", "mx"])
+def test_the_fp4_of_the_tests_is_that_of_compressed_tensors(tool: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    made, values = packs.fp4(tool)(32, 64, torch.Generator().manual_seed(1))
+    group = (
+        {"strategy": "tensor_group", "group_size": 16}
+        if tool == "compressed"
+        else {"strategy": "group", "group_size": 32}
+    )
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(num_bits=4, type="float", **group)
+    )
+    form = "nvfp4-pack-quantized" if tool == "compressed" else "mxfp4-pack-quantized"
+    theirs = BaseCompressor.get_value_from_registry(form).decompress(made, scheme)["weight"]
+    assert torch.equal(theirs.float(), values.to(theirs.dtype).float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_what_mlx_writes_is_what_it_reads(bits: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from zoo.quant import dequantise
+
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(5))
+    codes, scale, offset = mx.quantize(mx.array(w.numpy()), group_size=32, bits=bits)
+    theirs = torch.tensor(mx.dequantize(codes, scale, offset, group_size=32, bits=bits).tolist())
+    made = {"weight": torch.tensor(codes.tolist(), dtype=torch.int64).to(torch.uint32)}
+    made |= {"scale": torch.tensor(scale.tolist()), "shift": torch.tensor(offset.tolist())}
+    ours = dequantise(f"mlx{bits}-group32", made, (64,), torch.float32)
+    assert torch.equal(ours, theirs)

@@ -440,7 +440,7 @@ GROUP = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure":
         ),
         ({"config_groups": {"a": {"weights": None}}, "weight_block_size": [4, 4]}, "fp8-block-4x4"),
         ({"config_groups": {"FP8_BLOCK": ["Linear"]}}, "expected"),  # of shapes that 128 x 128 would have
-        ({"config_groups": {"NVFP4": ["Linear"]}}, "the preset 'NVFP4'; known: FP8,"),
+        ({"config_groups": {"MXFP8": ["Linear"]}}, "the preset 'MXFP8'; known: FP8,"),
         ({"config_groups": [GROUP]}, "config_groups is .*expected an object"),
         ({"config_groups": {"a": None}}, "config_groups has 'a' as None; expected an object"),
         ({"config_groups": {"a": {"weights": ["Linear"]}}}, "config_groups has 'a' as .*expected an object"),
@@ -477,7 +477,9 @@ def test_int4_without_groups_of_one_size_is_refused(size: Any, tmp_path: Path) -
     config = read_config(path)
     next(iter(config["quantization_config"]["config_groups"].values()))["weights"]["group_size"] = size
     write_config(path, config)
-    with pytest.raises(ZooError, match="of int4 zoo knows those of one size|do not divide into groups of 33"):
+    with pytest.raises(
+        ZooError, match="group_size .*expected a whole number|do not divide into groups of 33"
+    ):
         make_plan(open_checkpoint(path))
 
 

@@ -16,16 +16,7 @@ from zoo.errors import ZooError
 from zoo.testing.gradients import furthest, gradients
 
 # Between them: every mixer, every kind of norm and router, several streams. `make proofs` asks every variant of every family.
-FAMILIES = (
-    "deepseek_v3",
-    "gemma3n",
-    "gpt_oss",
-    "kimi_linear",
-    "lfm2",
-    "nemotron_h",
-    "qwen3_5_moe",
-    "apertus",
-)
+FAMILIES = ("deepseek_v3", "gemma3n", "gpt_oss", "nemotron_h", "qwen3_5_moe")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -41,7 +41,7 @@ def test_equal_logits_have_no_error() -> None:
     assert m["top1_agreement"] == m["top5_agreement"] == 1
 
 
-@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0])
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 3e-2, 1.0, 30.0])
 def test_kl_is_what_double_precision_says(scale: float) -> None:
     a, b = torch.randn(20, 1000) * 4, torch.randn(20, 1000) * scale
     p, q = a.double().log_softmax(-1), (a + b).double().log_softmax(-1)
@@ -63,6 +63,12 @@ def test_perplexity_is_of_the_tokens_that_followed_in_the_text() -> None:
     real = following >= 0
     nll = torch.nn.functional.cross_entropy(logits[real], following[real])
     assert ours == theirs == pytest.approx(math.exp(float(nll)), rel=1e-5)
+    for scale in (1e-4, 1e-2, 1.0, 30.0):  # small and large, each of which has a way of its own
+        other = logits + scale * torch.randn(6, 11)
+        ours, theirs = compared(other, logits, following).perplexities
+        there = torch.nn.functional.cross_entropy(other[real].double(), following[real])
+        assert theirs == pytest.approx(math.exp(float(nll)), rel=1e-5)
+        assert math.log(ours) == pytest.approx(float(there), rel=1e-6, abs=1e-6)
 
 
 def test_nan_and_infinity_are_the_worst_error_not_an_unknown_one() -> None:

@@ -19,7 +19,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.formats.canonical import read as read_folder
 from zoo.formats.opening import open_checkpoint
-from zoo.testing import build
+from zoo.testing import build, gguf
 from zoo.verify import diagnose, exact, reading
 
 NAMES = [*(tiny.MAIN[family] for family in COVERING), "gemma4_shared", "qwen3_tied"]
@@ -112,11 +112,20 @@ def test_streaming_does_not_decode_and_says_so() -> None:
     assert any(text.startswith("decode:") for text in cert.not_checked)
 
 
-def test_a_single_file_that_is_no_folder_of_safetensors_is_refused(tmp_path: Path) -> None:
+def test_a_gguf_streams_to_the_same_numbers(tmp_path: Path) -> None:
+    case = tiny.CASES["llama"]
+    _, source = gguf.make(case, case.gguf[0], tmp_path, quant="Q8_0")
+    folder = zoo.convert(source, tmp_path / "canonical")
+    whole = zoo.verify(folder, level="logits", write=False)
+    assert whole.oracle["note"] is None  # upstream reads the file itself
+    assert streams_alike(folder, whole)
+
+
+def test_a_file_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     from zoo.verify.stream import StreamedTransformers
 
     with pytest.raises(ZooError, match="verify this one without --stream"):
-        StreamedTransformers(tmp_path / "model.gguf")
+        StreamedTransformers(tmp_path / "model.bin")
 
 
 GROWTH = """

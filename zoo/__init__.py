@@ -47,6 +47,7 @@ __all__ = [
     "pull",
     "save",
     "spec",
+    "state_dict",
     "verify",
 ]
 
@@ -114,14 +115,23 @@ def convert(
 
 
 @translated
-def export(canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None) -> Path:
+def export(
+    canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None, *, dtype: str | None = None
+) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
-    files, and the same bytes where `canon` is as it was converted. Or write the GGUF `dst` (`format="gguf"`), its matrices in
-    `type` ("bf16", "q8_0", ...; None: as stored). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    files, and the same bytes where `canon` is as it was converted. `dtype`: convert weights to it (a new checkpoint then, under the
+    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), or a folder of
+    torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
+    if format == "dcp":
+        if type is not None or dtype is not None:
+            raise ZooError('a type is for format "gguf", a dtype for "hf"; "dcp" holds tensors as they are')
+        from zoo.mapping.state import export_dcp
+
+        return export_dcp(canon, dst)
     from zoo.mapping.export import export
 
-    return export(canon, dst, format=format, type=type)
+    return export(canon, dst, format=format, type=type, dtype=dtype)
 
 
 @translated
@@ -154,6 +164,16 @@ def save(
     from zoo.mapping.save import save
 
     return save(values, like, to, dtype=dtype)
+
+
+@translated
+def state_dict(canon: StrPath, names: str = "hf") -> dict[str, torch.Tensor]:
+    """The tensors of the canonical folder `canon`, by the names of the release's files; with `names` "transformers", by those that its
+    class has in memory (`model.load_state_dict`); "canonical", by their own. Views of mapped files where they can be.
+    """
+    from zoo.mapping.state import state_dict
+
+    return state_dict(canon, names)
 
 
 @translated

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import common, emit, note, say
+from zoo.cli._common import DTYPE, common, emit, note, say
 
 
 def written_since(canon: Path) -> str | None:
@@ -34,10 +34,11 @@ class Size(click.ParamType[int]):
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
     "--format",
-    type=click.Choice(["hf", "source", "gguf"]),
+    type=click.Choice(["hf", "source", "gguf", "dcp"]),
     default="hf",
     show_default=True,
-    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; gguf: a file for llama.cpp.",
+    help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; gguf: a file for llama.cpp; "
+    "dcp: a folder of torch.distributed.checkpoint, for trainers.",
 )
 @click.option(
     "--type",
@@ -45,19 +46,36 @@ class Size(click.ParamType[int]):
     metavar="TYPE",
     help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default: as the embedding is stored.",
 )
+@click.option("--dtype", type=DTYPE, help="Convert an hf checkpoint's weights to this. Default: as they are.")
 @click.option(
-    "--max-shard-size", "shard_size", type=Size(), metavar="SIZE",
-    help="Bytes of tensors in a file, 5GB for example, where files are new. Default: 5 GB; a GGUF is one file.",
+    "--max-shard-size",
+    "shard_size",
+    type=Size(),
+    metavar="SIZE",
+    help="Bytes of tensors in a file, 5GB for example; the files are new then. Default: as released, else 5 GB; a GGUF is one file.",
+)
+@click.option(
+    "--names", type=click.Choice(["transformers", "hf", "canonical"]),
+    help="Of dcp: names as transformers has them in memory (default), the release's, or the canonical ones.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace DST if it is a checkpoint.")
 @common
 def command(
-    canon: Path, dst: Path, format: str, type_: str | None, shard_size: int | None, force: bool, as_json: bool
+    canon: Path,
+    dst: Path,
+    format: str,
+    type_: str | None,
+    dtype: str | None,
+    shard_size: int | None,
+    names: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the release that the canonical folder CANON was made of to DST: the same tensors and files, and the same
     bytes where CANON is as it was converted.
 
-    After a conversion that changed the dtype, or from a GGUF, it is a new Hugging Face checkpoint.
+    After a conversion that changed the dtype, or from a GGUF, it is a new Hugging Face checkpoint; so it is with --dtype or
+    --max-shard-size, and where CANON was trained or merged. Its names are the release's.
 
     With --format gguf DST is a file, x.gguf, or the first of a set of files.
     """
@@ -65,11 +83,22 @@ def command(
     from zoo.formats.gguf import files_of_set
     from zoo.mapping.export import export
 
+    if names and format != "dcp":
+        raise click.UsageError("--names are chosen for --format dcp")
+    if format == "dcp" and (type_ or dtype or shard_size):
+        raise click.UsageError(
+            "--format dcp writes tensors as they are: no --type, --dtype or --max-shard-size"
+        )
     with Bar() as bar:
         bar.phase("exporting")
-        path = export(
-            canon, dst, format=format, type=type_, force=force, shard_size=shard_size, progress=Steps(bar)
-        )
+        if format == "dcp":
+            from zoo.mapping.state import export_dcp  # it imports torch, which the others do without
+
+            path = export_dcp(canon, dst, names or "transformers", force=force)
+        else:
+            path = export(
+                canon, dst, format=format, type=type_, force=force, dtype=dtype, shard_size=shard_size, progress=Steps(bar)
+            )  # fmt: skip
     files = sorted(p.name for p in path.iterdir()) if path.is_dir() else files_of_set(path.name)
     if as_json:
         emit({"path": str(path), "files": files})

@@ -63,6 +63,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
     from zoo.errors import ZooError
     from zoo.formats import canonical, open_checkpoint, sets
     from zoo.mapping.plan import found, given
+    from zoo.quant.schemes import named
     from zoo.sizes import numbers
 
     if canonical.detect(path):
@@ -107,6 +108,7 @@ def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[Tens
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         about |= {
             "quantisation": method,
+            **({"quantised": _counts(schemes)} if (schemes := named(ckpt.tensors, ckpt.config)) else {}),
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
             **several,
             "notes": [*ckpt.notes, *unread],

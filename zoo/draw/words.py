@@ -149,13 +149,13 @@ def _scaling(s: RopeScaling) -> Iterator[Line]:
     yield from r.rest()
 
 
-def _qk_norm(n: QKNorm) -> Iterator[Line]:
+def _qk_norm(n: QKNorm, turned: bool) -> Iterator[Line]:
     r = _Read(n)
     over = {"head": "per head", "each_head": "a weight for each head", "all_heads": "over all heads"}.get(
         r.over, n.over
     )
-    where = "after" if r.after_rope else "before"
-    yield Line(f"QK-norm {over}, {where} RoPE", n.over != "head" or n.after_rope)
+    where = ", after RoPE" if r.after_rope else ", before RoPE"
+    yield Line(f"QK-norm {over}{where if turned else ''}", n.over != "head" or n.after_rope)
     yield Line(f"  {norm(r.norm)}")
     yield from r.rest()
 
@@ -243,7 +243,7 @@ def _attention(m: Attention) -> Iterator[Line]:
         yield Line(f"sees its chunk of {number(r.chunk)} alone", True)
     yield from _positions(m, m.head_dim, r)
     if r.qk_norm is not None:
-        yield from _qk_norm(r.qk_norm)
+        yield from _qk_norm(r.qk_norm, m.rope is not None)
     if r.value_norm is not None:
         yield Line(f"values: {norm(r.value_norm)}", True)
     if r.value_from_key:

@@ -10,7 +10,10 @@ that such a file names become records of what the file says of them, and any oth
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import uuid
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.formats.base import TensorRef, inside
+from zoo.formats.base import TensorRef, files_below, inside
 from zoo.model.load import DTYPES
 
 METADATA = ".metadata"
@@ -129,6 +132,28 @@ def _add(out: Saved, name: str, entry: Any, where: Mapping[Any, Any]) -> None:
         )
     ref = TensorRef(name, dtype, shape, pieces[0].file if pieces else METADATA, 0, n * DTYPES[dtype].itemsize)
     out.tensors[name], out.pieces[name] = ref, pieces
+
+
+def write(state: Mapping[str, Tensor], dst: str | os.PathLike[str], force: bool = False) -> Path:
+    """Tensors by name as such a folder, one after the other. Raises ZooError as `Folder` does."""
+    from torch.distributed import checkpoint
+
+    from zoo.mapping.folder import Folder
+
+    with Folder(dst, {}, uuid.uuid4().hex, force=force, ours=_wrote) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of one process, which is meant
+        try:
+            writer = checkpoint.FileSystemWriter(folder.partial, thread_count=1, sync_files=False)
+            checkpoint.save(dict(state), storage_writer=writer, no_dist=True)
+        except (OSError, checkpoint.CheckpointException) as e:
+            folder.discard()
+            raise ZooError(f"{folder.dst}: cannot be written ({e!s:.300}); nothing is left of it") from e
+        return folder.publish()
+
+
+def _wrote(path: Path) -> bool:
+    files = files_below(path)
+    return METADATA in files and all(n == METADATA or n.endswith(".distcp") for n in files)
 
 
 # ---------------------------------------------------------------------------------------------------

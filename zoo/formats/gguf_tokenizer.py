@@ -254,8 +254,8 @@ def _merges(tokens: list[str], fields: Mapping[str, Any]) -> list[list[str]]:
     pairs = []
     for token, n in index.items():
         for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in index and right in index:
+            left = token[:cut]
+            if left in index and (right := token[cut:]) in index:
                 pairs.append((n, index[left], index[right], left, right))
     pairs.sort(key=lambda p: p[:3])
     return [[left, right] for *_, left, right in pairs]

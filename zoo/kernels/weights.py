@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.launch import Kernel, ceil_div, triton
+from zoo.quant.base import check_shape
 from zoo.quant.fp8 import scale_grid
-from zoo.quant.host import check_shape
 from zoo.quant.schemes import block_size
 from zoo.quant.schemes import scheme as named
 

@@ -265,8 +265,15 @@ class Formula:
     @functools.cached_property
     def step(self) -> int:
         """Lines that belong together: those of a word of codes and, where they are rows, of a block of anything else."""
+        if self.flat:
+            return 1 + self.shape[-1] % 2
         units = [c.unit for c in self.how.components if c.unit is not None]
         return units[0][1] if self.how.turned else math.lcm(*(u[0] or 1 for u in units))
+
+    @property
+    def flat(self) -> bool:
+        """Whether codes are counted through the ends of rows."""
+        return self.how.components[0].axes == "flat"
 
     @property
     def grain(self) -> int:
@@ -284,7 +291,20 @@ class Formula:
         return x.reshape(-1)[start : start + n]
 
     def _lines(self, matrix: int, begin: int, end: int) -> Array:
-        """Lines [begin, end) of one matrix."""
+        """Lines [begin, end) of one matrix, by pieces that stay in a core's cache, but of no fewer lines than there are groups,
+        since columns in any order may need the scales of all."""
+        least = self.others["scale"].shape[-2] if self.how.turned else 1
+        step = max(-(-least // self.step), host.CHUNK // self.grain, 1) * self.step
+        if end - begin <= step:
+            return self._piece(matrix, begin, end)
+        out = np.empty((end - begin, self.shape[-1]), bits(self.dtype))
+        for at in range(begin, end, step):
+            last = min(at + step, end)
+            out[at - begin : last - begin] = self._piece(matrix, at, last)
+        return out
+
+    def _piece(self, matrix: int, begin: int, end: int) -> Array:
+        """Lines [begin, end) of one matrix at once."""
         low, high = begin // self.step * self.step, min(-(-end // self.step) * self.step, self.shape[-2])
         group, at = self.how.group, 0
         found: dict[str, Array] = {}
@@ -298,9 +318,12 @@ class Formula:
             found["order"] = which
         elif self.how.turned and group:
             at = low % group
+        if self.flat:
+            at = low * self.shape[-1]
+            found["weight"] = self._read(self.codes, (at // 2, high * self.shape[-1] // 2), (-1,))
         for name, ref in {"weight": self.codes, **self.others}.items():
             part = self.how.component(name)
-            if name == "order":
+            if name in found:
                 continue
             if part.unit is None:
                 found[name] = self._constant(ref, matrix)
@@ -311,7 +334,7 @@ class Formula:
             else:
                 found[name] = self._part(ref, part, matrix, groups)
         out = host.by_formula(self.how, found, self.dtype, self.codes.name, int(not self.how.turned), at)
-        return out[begin - low : end - low]
+        return out.reshape(-1, self.shape[-1])[begin - low : end - low]
 
     def _part(self, ref: TensorRef, part: Component, matrix: int, lines: tuple[int, int]) -> Array:
         """Those lines of a matrix' component."""

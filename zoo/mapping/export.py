@@ -34,8 +34,8 @@ from zoo.layout import Slot, layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
-from zoo.mapping.plan import Output, Plan, compile_rule, match
-from zoo.mapping.rules import Fit, Rule, respell
+from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
+from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.quant.schemes import scheme
 
 FORMATS = ("hf", "source", "gguf")
@@ -73,6 +73,7 @@ def export(
     *,
     type: str | None = None,
     force: bool = False,
+    dtype: str | None = None,
     shard_size: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
@@ -80,29 +81,38 @@ def export(
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned.
-    `shard_size`: bytes of tensors in a file, where files are new. Raises ZooError if `canon` holds only some layers,
-    if its rules have changed since, or as `Folder` does.
+    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned. `dtype` ("bf16",
+    "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
+    of tensors per file at most, in new files. Raises ZooError if `canon` holds only some layers,
+    if its rules have changed since, if a dtype is asked for where weights are quantised, or as `Folder` does.
     """
     if format not in FORMATS:
         raise ZooError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype is not None and format != "hf":
+        raise ZooError(f'a dtype is for format "hf", not {format!r}')
+    if shard_size is not None and format not in ("hf", "gguf"):
+        raise ZooError(f'a size of files is for formats "hf" and "gguf", not {format!r}')
     if format == "gguf":
         from zoo.mapping.export_gguf import export_gguf
 
         return export_gguf(canon, dst, type, force=force, shard_size=shard_size or 0, progress=progress)[0]
     if type is not None:
-        raise ZooError(f"a type ({type}) is of GGUF; `zoo convert --dtype` changes what a folder holds")
+        raise ZooError(
+            f"a type ({type}) is of GGUF; a Hugging Face checkpoint is written in another dtype with --dtype"
+        )
     c = read(canon)
     if c.layers is not None:
         raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
     try:
-        job = _job(c, format, shard_size or SHARD)
+        job = _job(c, format, shard_size, DTYPES[dtype] if dtype else None)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
     stamp = [(f, (c.root / f).stat().st_size, (c.root / f).stat().st_mtime_ns) for f in sorted(files)]
     identity = hashlib.sha256(
-        repr((str(c.root.resolve()), stamp, job.sheet.sizes, format, __version__)).encode()
+        repr((str(c.root.resolve()), stamp, job.sheet.sizes, format, dtype, __version__)).encode()
     ).hexdigest()
     if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
         raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
@@ -162,13 +172,14 @@ def _move(
 # What to write
 
 
-def _job(c: Canonical, format: str, shard_size: int) -> _Job:
+def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = None) -> _Job:
     source = c.source
+    cast = _cast_to(c, dtype)
     family = families.get(source["family"], source.get("package"))
     kept = _kept(c)
-    headers = {n.removeprefix("headers/"): raw for n, raw in kept.items() if n.startswith("headers/")}
+    headers = _headers(kept)
     same_names = source["naming"] == "hf" or format == "source"
-    if same_names and source.get("dtype") is None and source["format"] != VALUES:
+    if same_names and source.get("dtype") is None and source["format"] != VALUES and not (cast or shard_size):
         if headers:
             return _as_released(c, family, headers, kept)
         if source["format"] in HEADED:
@@ -187,7 +198,22 @@ def _job(c: Canonical, format: str, shard_size: int) -> _Job:
             )
             + '); export with format "hf"'
         )
-    return _as_new(c, family, shard_size, _released(headers, c))
+    return _as_new(c, family, shard_size or SHARD, _released(headers, c), cast)
+
+
+def _cast_to(c: Canonical, dtype: str | None) -> dict[str, str]:
+    """Canonical tensor -> the dtype that it is converted to, where that is another one. Tensors in fp32 beside narrower
+    weights are those that the vendor singled out: they stay."""
+    if dtype is None:
+        return {}
+    if c.quant:
+        slot, how = next(iter(c.quant.items()))
+        raise ZooError(
+            f"{c.root}: {len(c.quant)} weights are quantised ({slot}: {how}); export them as they are, or convert the source again with "
+            "--dtype"
+        )
+    narrow = dtype != "F32" and any(t.dtype != "F32" and len(t.shape) > 1 for t in c.tensors.values())
+    return {n: dtype for n, t in c.tensors.items() if t.dtype != dtype and not (narrow and t.dtype == "F32")}
 
 
 def _carried(c: Canonical) -> list[str]:
@@ -269,8 +295,16 @@ def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> 
     return plan
 
 
-def _released(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
+def _headers(kept: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {n.removeprefix("headers/"): raw for n, raw in kept.items() if n.startswith("headers/")}
+
+
+def released_names(c: Canonical) -> set[str]:
     """The names of the tensors that were released, as far as they are known."""
+    return _released(_headers(_kept(c)), c)
+
+
+def _released(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
     names = set[str]()
     for file, raw in headers.items():
         header = parse_json(raw)
@@ -280,18 +314,17 @@ def _released(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
     return set(plain.values()) if (plain := unwrapped(names)) else names
 
 
-def _as_new(c: Canonical, family: Family, shard_size: int, released: Collection[str] = ()) -> _Job:
+def _as_new(
+    c: Canonical, family: Family, shard_size: int, released: Collection[str], cast: Mapping[str, str]
+) -> _Job:
     """A checkpoint in Hugging Face names, those that were `released` where a tensor may have several, from what the canonical
-    tensors are now."""
-    if "hf" not in family.rules:
-        raise ZooError(f"family {family.name} has no Hugging Face names; it has {', '.join(family.rules)}")
-    source, rules = c.source, family.rules["hf"]
-    from_hf = source["naming"] == "hf"
-    prefix = tuple((a, b) for a, b in source["prefix"]) if from_hf else rules.prefixes[0]
+    tensors are now, in other dtypes where `cast` says so."""
+    rules = rules_of(family)
+    from_hf, prefix = c.source["naming"] == "hf", prefix_of(c, rules)
     outputs: dict[str, Output] = {}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    for o in _outputs(c, family, respell(rules, prefix), released):
-        outputs[o.name] = o
+    for o in outputs_of(c, rules, respell(rules, prefix), released):
+        o = outputs[o.name] = replace(o, dtype=cast.get(o.name, o.dtype))
         tensors += [(name, o.dtype, fit.shape) for name, fit in zip(o.sources, o.fits)]
     extras = [n for n in c.extra_tensors if from_hf]  # of other files they have no name here
     unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
@@ -305,14 +338,27 @@ def _as_new(c: Canonical, family: Family, shard_size: int, released: Collection[
     else:
         small[INDEX] = sheet.index()
     carried = [n for n in _carried(c) if n != "config.json"]
-    small["config.json"] = _config(c)
+    small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
     return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried)
 
 
-def _outputs(c: Canonical, family: Family, spell: Any, released: Collection[str] = ()) -> Iterator[Output]:
+def rules_of(family: Family, naming: str = "hf") -> RuleSet:
+    """The rules of the names that Hugging Face's files have, or, with naming "transformers", its classes in memory."""
+    if "hf" not in family.rules:
+        raise ZooError(f"family {family.name} has no Hugging Face names; it has {', '.join(family.rules)}")
+    return family.rules.get(naming, family.rules["hf"])
+
+
+def prefix_of(c: Canonical, rules: RuleSet) -> tuple[tuple[str, str], ...]:
+    """How the release spelt the beginnings of names, as far as it is known."""
+    if c.source["naming"] != "hf":
+        return rules.prefixes[0]
+    return tuple((a, b) for a, b in c.source["prefix"])
+
+
+def outputs_of(c: Canonical, rules: RuleSet, spell: Any, released: Collection[str] = ()) -> Iterator[Output]:
     """Canonical tensors with the names and shapes of the first rule that applies to each; of several that do, of the first
     whose names were released."""
-    rules = family.rules["hf"]
     for slot in layout(c.spec).values():
         layer = None if slot.layer is None else c.spec.layers[slot.layer]
         reason = "no rule fills it"
@@ -354,17 +400,18 @@ def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output
         yield Output(name, ref.dtype, recipe.shape, slot.layer, sources, recipe.fits)
 
 
-def _config(c: Canonical) -> bytes:
-    """config.json: as released, except for what the conversion changed."""
+def _config(c: Canonical, embed: str, cast: bool) -> bytes:
+    """config.json: as released, except for what the conversion changed. `embed`: the dtype of the embedding; `cast`: whether the
+    export changes dtypes."""
     source = c.source
     given = place_of(c.root, "config.json")
     has_own = source["naming"] == "hf" and "config.json" in _carried(c)
-    if has_own and source.get("dtype") is None:
+    if has_own and source.get("dtype") is None and not cast:
         return given.read_bytes()
     config: dict[str, Any] = json.loads(given.read_bytes()) if has_own else {}
     config = config or dict(source["config"])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-    dtype = names.get(c.tensors["embed.weight"].dtype)
+    dtype = names.get(embed)
     parts = [config, *(v for k, v in config.items() if k == "text_config" and isinstance(v, dict))]
     for part in parts:
         if not c.quant:

@@ -259,6 +259,10 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             break
     assert best is not None
     if best.n_problems:
+        if best.kept:
+            raise ZooError(
+                f"{ckpt.root}: {best.kept}; convert with --dtype bf16 (or fp16, fp32); nothing was written"
+            )
         if best.unread:
             raise ZooError(
                 f"{ckpt.root}: its weights are quantised in a way which zoo does not read: {best.unread}: {PLAIN}"
@@ -376,6 +380,7 @@ class Match:
     problems: list[str] = field(default_factory=list)  # anything else, one line each
     codes: list[str] = field(default_factory=list)  # tensors of codes that nothing here reads
     unread: str = ""  # why weights that are quantised are not read at all
+    kept: str = ""  # why weights that are quantised can be dequantised only
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
 
@@ -388,7 +393,7 @@ class Match:
     @property
     def n_problems(self) -> int:
         listed = sum(map(len, self.missing.values())) + sum(map(len, self.misshapen.values()))
-        return listed + len(self.unexpected) + len(self.problems) + bool(self.unread)
+        return listed + len(self.unexpected) + len(self.problems) + bool(self.unread or self.kept)
 
 
 def match(
@@ -506,6 +511,9 @@ class _Matcher:
                     self.out.codes.append(leaf)
                     self.used.add(leaf)
                     continue
+            if scheme is not None and scheme.kept and self.dtype is None:
+                self.out.kept = f"{leaf} is quantised ({scheme.name}), {scheme.kept}"
+                return None
             if slot.stacked and slot.shape[0] > len(self.tensors) and rule.one_by_one:
                 self.lacking += slot.shape[0]
                 reasons.append(
@@ -536,10 +544,6 @@ class _Matcher:
             self.add(slot.name, slot, recipe, sources, None)
             return
         if self.dtype is None:
-            if scheme.kept:
-                self.out.problems.append(
-                    f"{slot.name}: {sources[0]} is quantised ({scheme.name}), {scheme.kept}; convert with --dtype"
-                )
             if not slot.multiplies:
                 self.out.problems.append(
                     f"{slot.name}: {sources[0]} is quantised ({scheme.name}), which only linear maps can be run as; convert "
@@ -625,7 +629,7 @@ class _Matcher:
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
                 self.out.codes.append(source)
                 self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
-            if ref.shape != fit.shape:
+            if ref.shape != fit.shape and not (part is not None and part.varies):
                 of = f" (for {fold_one(name)} {list(recipe.shape)})" if keep else ""
                 wrong = f": shape {list(ref.shape)}, expected {list(fit.shape)}{of}"
                 self.out.misshapen.setdefault(wrong, []).append((source, ref.file))

@@ -178,7 +178,7 @@ def refuse_part(like: Canonical) -> None:
     """Raises ZooError for a folder of some layers only."""
     if like.layers is not None and len(set(like.layers)) < like.spec.n_layers:
         raise ZooError(
-            f"{like.root}: holds {len(set(like.layers))} of {like.spec.n_layers} layers; new values need a whole model"
+            f"{like.root}: holds {len(set(like.layers))} of {like.spec.n_layers} layers; a whole model is needed"
         )
 
 

@@ -68,24 +68,35 @@ def _by_formula(
             for e in range(len(codes))
         ]
         return torch.stack([_by_formula(s, c, parts, dtype) for c in pick])
+    values = formula(s)
+    if s.components[0].axes == "flat":
+        cast = {n: _plain(c) for n, c in components.items()}
+        return values(cast, s).reshape(sum(parts), -1).to(dtype)
     unit, per = s.components[0].unit, s.components[0].per
     assert unit is not None
     columns = codes.shape[-1] * unit[1] // per[1]
     pieces = {n: _pieces(s, s.component(n), c, parts, columns) for n, c in components.items()}
-    values = formula(s)
     return torch.cat([values({n: p[k] for n, p in pieces.items()}, s).to(dtype) for k in range(len(parts))])
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """Floats as fp32, exponents as bytes, words with a sign: as a formula takes them."""
+    import torch
+
+    if x.dtype == torch.float8_e8m0fnu:
+        return x.view(torch.uint8)
+    if x.dtype == torch.uint32:
+        return x.view(torch.int32)
+    return x.to(torch.float32) if x.is_floating_point() else x
 
 
 def _pieces(
     s: Scheme, part: Component, x: torch.Tensor, parts: tuple[int, ...], columns: int
 ) -> tuple[torch.Tensor, ...]:
-    """The component of each part; numbers that are floats as fp32."""
-    import torch
-
-    x = x.to(torch.float32) if x.is_floating_point() else x
+    """The component of each part."""
+    x = _plain(x)
     if part.unit is None:
-        own = 1 if part.axes == "i" else 0
-        each = x.ndim > own and len(x) == len(parts)
+        each = x.ndim > part.ndim and len(x) == len(parts)
         return tuple(x[k] if each else x for k in range(len(parts)))
     rows, rest = grid(part, parts, columns)
     if x.shape != (sum(rows), *rest):

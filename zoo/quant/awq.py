@@ -16,7 +16,7 @@ from typing import Any
 
 from zoo.formats.base import TensorRef
 from zoo.quant.base import SCALES, Component, Scheme, Unread, count, of_group, quantization
-from zoo.quant.packed import Array, affine, constants
+from zoo.quant.packed import Array, affine, empty, octets
 
 NAME = re.compile(r"awq4-(?:group([1-9]\d{0,5})|channel)", re.ASCII)
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -63,8 +63,14 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
 
 
 def _unpack(words: Array, i: int) -> Array:
-    """int32 codes of words of eight rows each; the rows are the axis that `i` is not."""
-    shifts = constants(SHIFTS, words, "int32")
-    if i:
-        return ((words[:, None, :] >> shifts[:, None]) & 15).reshape(-1, words.shape[1])
-    return ((words[:, :, None] >> shifts) & 15).reshape(words.shape[0], -1)
+    """Codes (bytes) of words of eight rows each; the rows are the axis that `i` is not."""
+    parts = octets(words)
+    rows, columns = words.shape
+    out = empty((rows, 8, columns) if i else (rows, columns, 8), words)
+    for k, shift in enumerate(SHIFTS):
+        code = (parts[..., shift // 8] >> shift % 8) & 15
+        if i:
+            out[:, k] = code
+        else:
+            out[:, :, k] = code
+    return out.reshape((-1, columns) if i else (rows, -1))

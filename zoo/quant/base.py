@@ -30,7 +30,7 @@ class Component:
     `unit`: the logical rows and columns that `per` stored elements stand for (0: all of them). None: the component is a
     constant of each released tensor, whatever its shape. `trailing`: axes behind those of the grid. `axes`: those of the
     released tensor, of rows (o) and columns (i); the canonical one always has "oi"; "flat" has one, over all elements row
-    after row. `varies`: each released tensor has a shape of its own.
+    after row. `ndim`: axes of a constant, beyond one of size 1. `varies`: each released tensor has a shape of its own.
     `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried; the first is
     Hugging Face's.
     """
@@ -43,6 +43,7 @@ class Component:
     optional: bool = False
     per: tuple[int, int] = (1, 1)
     axes: str = "oi"
+    ndim: int = 0
     varies: bool = False
 
     def names(self, leaf: str) -> list[str]:
@@ -53,6 +54,8 @@ class Component:
         """The shape of the released tensor, of that [..., rows, columns] of the grid."""
         if self.axes == "io":
             return (*shape[:-2], shape[-1], shape[-2])
+        if self.axes == "flat":
+            return (math.prod(shape), 1)
         return shape[:-1] if self.axes == "o" else shape
 
 
@@ -116,3 +119,21 @@ def count(q: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
     if type(value) is not int or not least <= value < 1 << 20:
         raise Unread(f"config.json: quantization_config has {key} {value!r:.40}; expected a whole number")
     return value
+
+
+def check_shape(shape: Any, parts: tuple[int, ...], columns: int, who: str = "") -> None:
+    """`shape` (nested lists) holds [rows, columns] of every part of every expert; the codes may be some rows of
+    them. `who` begins the error."""
+    numbers = list(_flat(shape))
+    for n, found in enumerate(zip(numbers[::2], numbers[1::2])):
+        want = [parts[n % len(parts)], columns]
+        if found[0] < want[0] or found[1] != want[1]:
+            raise ZooError(f"{who}weight_shape says {list(found)}, the packed codes hold {want}")
+
+
+def _flat(x: Any) -> Iterable[int]:
+    if isinstance(x, list):
+        for y in x:
+            yield from _flat(y)
+    else:
+        yield x

@@ -13,17 +13,14 @@ from typing import Any
 from zoo.formats.base import FLOATS, TensorRef, read_json
 from zoo.quant.base import quantization
 
-READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
+READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "bitsandbytes", "modelopt")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
-FORMATS = ("dense", "float-quantized", "naive-quantized", "pack-quantized")
+FORMATS = (
+    "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "pack-quantized",
+)  # fmt: skip
 
 SIGNS = {  # endings of names that only such weights have; the first that any tensor has
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
-    ".absmax": "bitsandbytes in 4 bits",
-    ".SCB": "bitsandbytes int8",
-    ".weight_scale_2": "NVFP4",
-    ".weight_global_scale": "NVFP4",
     ".g_idx": "GPTQ",
     ".qzeros": "AWQ or GPTQ",
     ".wscales": "SVDQuant",
@@ -81,14 +78,15 @@ def name_of(config: Mapping[str, Any], tensors: Collection[str]) -> str | None:
     method = quantization(config).get("quant_method")
     signs = ((end, what) for end, what in SIGNS.items() if method not in CALLED.get(end, ()))
     sign = next((what for end, what in signs if any(n.endswith(end) for n in tensors)), None)
-    mlx = any(n.endswith(".scales") for n in tensors) and any(n.endswith(".biases") for n in tensors)
-    phrase, what = said(config), sign or ("MLX's groups of integers" if mlx else None)
-    if what is not None:
-        return f"{what} ({phrase or LOST})"
+    phrase = said(config)
+    if sign is not None:
+        return f"{sign} ({phrase or LOST})"
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         if isinstance(q := part.get("quantization_config"), Mapping):
             method, form = q.get("quant_method"), q.get("format", "dense")
+            if method is None and "group_size" in q:  # MLX's
+                continue
             if method not in READ or (method == "compressed-tensors" and form not in FORMATS):
                 return f"its config says ({phrase})"
     return None

@@ -33,7 +33,7 @@ def scheme(m: re.Match[str]) -> Scheme:
             Component("weight", ("I32",), (1, codes), ((".weight", ".qweight"),), per=(1, words), axes="io"),
             Component("scale", SCALES, (1, group), ((".weight", ".scales"),), axes="io"),
             Component("zero", ("I32",), (codes, group), ((".weight", ".qzeros"),), per=(words, 1), axes="io"),
-            Component("order", ("I32",), None, ((".weight", ".g_idx"),), optional=True, axes="i"),
+            Component("order", ("I32",), None, ((".weight", ".g_idx"),), optional=True, axes="i", ndim=1),
         ),
         "gptq", bits, group,
     )  # fmt: skip

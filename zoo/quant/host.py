@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
-from zoo.quant.base import Scheme
+from zoo.quant.base import Scheme, check_shape
 from zoo.quant.floats import bits, exponents, from_float, round_to_bf16
 from zoo.quant.schemes import block_size, scheme
 from zoo.scratch import scratch
@@ -67,8 +67,11 @@ def dequantise(name: str, components: dict[str, Array], dtype: str, who: str) ->
 
 def by_formula(s: Scheme, components: dict[str, Array], dtype: str, who: str, i: int, at: int) -> Array:
     """Bit patterns of `dtype` of a piece of one released weight, with the axis `i` of inputs; see `zoo.quant`."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = importlib.import_module(f"zoo.quant.{s.module}").values(components, s, i, at)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = importlib.import_module(f"zoo.quant.{s.module}").values(components, s, i, at)
+    except ZooError as e:
+        raise ZooError(f"{who}: {e}") from None
     return from_float(np.ascontiguousarray(values), dtype, who)
 
 
@@ -78,16 +81,6 @@ def e4m3() -> Array:
     codes = np.arange(256, dtype=np.uint8)[None]
     ((_, values, _),) = _fp8(codes, np.ones((1, 1), np.float32), (1, 0))
     return values[0].copy()
-
-
-def check_shape(shape: Any, parts: tuple[int, ...], columns: int, who: str = "") -> None:
-    """`shape` (nested lists) holds [rows, columns] of every part of every expert; the codes may be some rows of
-    them. `who` begins the error."""
-    pairs = np.asarray(shape).reshape(-1, 2).tolist()
-    for n, found in enumerate(pairs):
-        want = [parts[n % len(parts)], columns]
-        if found[0] < want[0] or found[1] != want[1]:
-            raise ZooError(f"{who}weight_shape says {found}, the packed codes hold {want}")
 
 
 def _fp8(codes: Array, scale: Array, block: tuple[int, int]) -> Iterator[tuple[int, Array, bool]]:

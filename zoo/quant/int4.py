@@ -12,8 +12,8 @@ import torch
 
 from zoo.errors import ZooError
 from zoo.quant import nibbles
+from zoo.quant.base import check_shape
 from zoo.quant.fp8 import CHUNK, multiply
-from zoo.quant.host import check_shape
 
 _PAIRS = nibbles.table([float(n - 8) for n in range(16)])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from zoo.errors import ZooError
 from zoo.quant.base import packing
 
 Array = Any
@@ -27,7 +28,7 @@ def fp32(x: Array) -> Array:
         import torch
 
         return x.to(torch.float32)
-    return x.astype("float32")
+    return x.astype("float32", copy=False)
 
 
 def constants(values: Sequence[float], like: Array, dtype: str = "float32") -> Array:
@@ -41,44 +42,88 @@ def constants(values: Sequence[float], like: Array, dtype: str = "float32") -> A
     return np.array(values, dtype)
 
 
+def one(x: Array, what: str) -> Array:
+    """The only number of a tensor, without axes."""
+    if (n := len(x.reshape(-1))) != 1:
+        raise ZooError(f"{what} has {n} numbers, expected one")
+    return x.reshape(())
+
+
+def indices(codes: Array) -> Array:
+    """Codes of a byte as places in a table."""
+    if not is_torch(codes):
+        return codes
+    import torch
+
+    return codes.view(torch.uint8).long()
+
+
+def pairs(values: Sequence[float], codes: Array) -> Array:
+    """fp32 [rows, 2 B] of bytes [rows, B], each of two codes of four bits, the low half first. `values`: of the 16 codes.
+
+    Both are looked up at once, as one number of 64 bits."""
+    both = constants([values[b >> h & 15] for b in range(256) for h in (0, 4)], codes)
+    if is_torch(codes):
+        return both.reshape(256, 2)[indices(codes)].reshape(codes.shape[0], -1)
+    import numpy as np
+
+    return np.take(both.view(np.complex64), codes, mode="clip").view(np.float32)
+
+
+def scaled(values: Array, scale: Array, group: int) -> Array:
+    """values [rows, columns] times the scale [rows, groups] of its group, in place where it can be."""
+    grouped = values.reshape(values.shape[0], -1, group)
+    grouped *= scale[:, :, None]
+    return grouped.reshape(values.shape)
+
+
+def octets(words: Array) -> Array:
+    """int32 words as four bytes each, on an axis behind the others."""
+    if is_torch(words):
+        import torch
+
+        return words.contiguous().view(torch.uint8).reshape(*words.shape, 4)
+    import numpy as np
+
+    return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
+
+
+def empty(shape: tuple[int, ...], like: Array) -> Array:
+    """Bytes to be filled, in an array of the same library and device."""
+    if is_torch(like):
+        import torch
+
+        return torch.empty(shape, dtype=torch.uint8, device=like.device)
+    import numpy as np
+
+    return np.empty(shape, np.uint8)
+
+
 def unpack(words: Array, bits: int, i: int) -> Array:
-    """int32 codes of int32 words of a matrix, unpacked along axis `i`."""
+    """Codes (bytes) of int32 words of a matrix, unpacked along axis `i`."""
     codes, width = packing(bits)
     mask = (1 << bits) - 1
-    if width == 1:
-        shifts = constants(range(0, 32, bits), words, "int32")
-        if i:
-            found = (words[:, :, None] >> shifts) & mask
-            return found.reshape(words.shape[0], -1)
-        found = (words[:, None, :] >> shifts[:, None]) & mask
-        return found.reshape(-1, words.shape[1])
     n = words.shape[i] // width
-    shape = (words.shape[0], n, width) if i else (n, width, words.shape[1])
-    groups = words.reshape(shape)
-    out = None
+    out = empty((words.shape[0], n, codes) if i else (n, codes, words.shape[1]), words)
+    parts = octets(words)
+    parts = (
+        parts.reshape((words.shape[0], n, 4 * width)) if i else parts.reshape((n, width, words.shape[1], 4))
+    )
     for k in range(codes):
-        word, shift = divmod(bits * k, 32)
-        at = groups[:, :, word] if i else groups[:, word]
-        code = at >> shift
-        if (rest := shift + bits - 32) > 0:  # its last bits are the first of the next word
-            after = groups[:, :, word + 1] if i else groups[:, word + 1]
-            code = (code & ((1 << (bits - rest)) - 1)) | (after << (bits - rest))
-        if out is None:
-            out = _empty(code, (words.shape[0], n, codes) if i else (n, codes, words.shape[1]))
+        at, shift = divmod(bits * k, 8)
+        code = _octet(parts, at, i) >> shift
+        if (rest := shift + bits - 8) > 0:  # its last bits are the first of the next byte
+            code = (code & ((1 << (bits - rest)) - 1)) | (_octet(parts, at + 1, i) << (bits - rest))
         if i:
             out[:, :, k] = code & mask
         else:
             out[:, k] = code & mask
-    assert out is not None
     return out.reshape((words.shape[0], -1) if i else (-1, words.shape[1]))
 
 
-def _empty(like: Array, shape: tuple[int, ...]) -> Array:
-    if is_torch(like):
-        return like.new_empty(shape)
-    import numpy as np
-
-    return np.empty(shape, like.dtype)
+def _octet(parts: Array, at: int, i: int) -> Array:
+    """Byte `at` of each run of words."""
+    return parts[:, :, at] if i else parts[:, at // 4, :, at % 4]
 
 
 def affine(
@@ -86,21 +131,26 @@ def affine(
 ) -> Array:
     """(codes - zero) * scale in fp32, of which `zero` and `scale` have one for each `group` columns (0: for all), or
     for column k that number `order[k]`. `at`: columns of the first group that come before the first of `codes`."""
-    n = codes.shape[i]
+    n, rows = codes.shape[i], codes.shape[1 - i]
+    zero = zero if isinstance(zero, int) else fp32(zero)
     if order is None and group and (at or n % group):
-        order = (constants(range(at, at + n), codes, "int64")) // group
-    if order is not None:
-        order = order.reshape(-1)
-        if _blocks(order, group, n):
-            order = None
-    if order is not None:
-        zero = zero if isinstance(zero, int) else (zero[:, order] if i else zero[order])
-        return fp32(codes - zero) * (scale[:, order] if i else scale[order])
+        order = constants(range(at, at + n), codes, "int64") // group
+    if order is not None and not _blocks(order := order.reshape(-1), group, n):
+        if n and not 0 <= int(order.min()) <= int(order.max()) < scale.shape[i]:
+            raise ZooError(
+                f"inputs are of groups {int(order.min())} to {int(order.max())}; there are scales of {scale.shape[i]} groups"
+            )
+        values = fp32(codes) - (zero if isinstance(zero, int) else zero[:, order] if i else zero[order])
+        values *= scale[:, order] if i else scale[order]
+        return values
     groups = n // group if group else 1
-    rows = codes.shape[1 - i]
+    if scale.shape[i] != groups:
+        raise ZooError(
+            f"{n} inputs in groups of {group or n} need scales of {groups} groups, found {scale.shape[i]}"
+        )
     one: tuple[Any, ...] = (slice(None), None) if i == 0 else (slice(None), slice(None), None)
-    grouped = codes.reshape((rows, groups, -1) if i else (groups, -1, rows))
-    values = fp32(grouped - (zero if isinstance(zero, int) else zero[one]))
+    values = fp32(codes).reshape((rows, groups, -1) if i else (groups, -1, rows))
+    values = values - (zero if isinstance(zero, int) else zero[one])
     values *= scale[one]
     return values.reshape(codes.shape)
 

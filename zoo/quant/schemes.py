@@ -26,11 +26,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import TensorRef
-from zoo.quant import awq, gptq
-from zoo.quant.base import CODES, SCALES, Component, Scheme, grid, quantization
+from zoo.formats.base import FLOATS, TensorRef
+from zoo.quant import awq, bitsandbytes, compressed, fp4, gptq, integers, mlx
+from zoo.quant.base import CODES, SCALES, Component, Scheme, grid
 
-MODULES = (gptq, awq)
+MODULES = (gptq, awq, integers, fp4, bitsandbytes, mlx)
 
 _ACT_SCALE = Component(  # of what a weight multiplies, for engines that round that too
     "act_scale", SCALES, None,
@@ -81,17 +81,6 @@ _MXFP4 = Scheme(
 )
 
 
-def _int4(group: int) -> Scheme:
-    return Scheme(
-        f"int4-group{group}",
-        (
-            Component("weight", ("I32",), (1, 8), (("", "_packed"),)),
-            Component("scale", ("BF16", "F16", "F32"), (1, group), (("", "_scale"),)),
-            Component("shape", ("I32", "I64"), None, (("", "_shape"),)),
-        ),
-    )
-
-
 @functools.cache
 def scheme(name: str) -> Scheme:
     """The scheme called `name`. Raises ZooError for one this version does not know."""
@@ -100,8 +89,6 @@ def scheme(name: str) -> Scheme:
         return fixed[name]
     if m := re.fullmatch(r"fp8-block(?:-([1-9]\d{0,5})x([1-9]\d{0,5}))?", name, re.ASCII):
         return _fp8_block(int(m[1] or 128), int(m[2] or 128))
-    if m := re.fullmatch(r"int4-group([1-9]\d{0,5})", name, re.ASCII):
-        return _int4(int(m[1]))
     for module in MODULES:
         if m := module.NAME.fullmatch(name):
             return module.scheme(m)
@@ -117,6 +104,21 @@ def block_size(name: str) -> tuple[int, int]:
     return unit if unit is not None else (0, 0)
 
 
+def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[str]:
+    """The schemes of the weights among these tensors, by name, one for each weight that has one that is read."""
+    found = []
+    for name, ref in tensors.items():
+        leaf = re.sub(r"\.qweight$", ".weight", name.removesuffix("_packed"))
+        if ref.dtype in FLOATS or (leaf == name and not name.endswith(("weight", "blocks", "_proj"))):
+            continue
+        try:
+            how = detect(leaf, tensors, config)
+        except ZooError:  # inspecting goes on; a plan says what is wrong
+            continue
+        found += [how.name] if how is not None else []
+    return found
+
+
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the weight that a rule calls `leaf`, by what is beside it; the block size and the
     strategy by the config's `quantization_config`. None: it is a plain tensor, or not there.
@@ -128,14 +130,7 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
             return found
     codes = tensors.get(leaf)
     if codes is None:
-        if leaf + "_packed" not in tensors:
-            return None
-        if leaf + "_zero_point" in tensors or leaf + "_g_idx" in tensors:
-            raise ZooError(f"{leaf}_packed: int4 with zero points or reordered groups is not supported")
-        size, columns = _group(config), 8 * tensors[leaf + "_packed"].shape[-1]
-        if columns % size:
-            raise ZooError(f"{leaf}_packed: rows of {columns} inputs do not divide into groups of {size}")
-        return _int4(size)
+        return None
     if leaf.endswith(("_blocks", ".blocks")) and codes.dtype == "U8":
         if leaf[: -len("blocks")] + "scales" not in tensors:
             raise ZooError(f"{leaf} in {codes.file}: mxfp4 codes without their scales ({leaf[:-6]}scales)")
@@ -181,43 +176,14 @@ def _is_one_each(codes: TensorRef, scale: TensorRef) -> bool:
     return len(codes.shape) > 2 and scale.shape == (*codes.shape[:-2], 1, 1)
 
 
-_PRESETS: dict[str, Mapping[str, Any]] = {
-    "FP8": {"num_bits": 8, "type": "float", "strategy": "tensor"},
-    "FP8_DYNAMIC": {"num_bits": 8, "type": "float", "strategy": "channel"},
-    "FP8_BLOCK": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
-    "W4A16": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
-}
-"""Groups of compressed-tensors that a config may name instead of writing them out. Source: its quant_scheme.py."""
-
-
-def _weights(config: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
-    """How the groups of compressed-tensors store weights, those of this `kind` ("float" or "int")."""
-    groups = _quantization(config).get("config_groups") or {}
-    if not isinstance(groups, Mapping):
-        raise ZooError(f"config.json: config_groups is {str(groups)[:80]}; expected an object")
-    found = []
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, Mapping) else _PRESETS.get(name)
-        if weights is not None and not isinstance(weights, Mapping) or not isinstance(group, Mapping | list):
-            raise ZooError(
-                f"config.json: config_groups has {name!r} as {str(group)[:80]}; expected an object"
-            )
-        if isinstance(group, list) and weights is None:
-            raise ZooError(
-                f"config.json: config_groups names the preset {name!r}; known: {', '.join(_PRESETS)}"
-            )
-        if weights and weights.get("type", kind) == kind:
-            found.append(weights)
-    return found
-
-
 def _fp8_strategies(config: Mapping[str, Any]) -> list[tuple[str | None, tuple[int, int]]]:
     """("block", "channel", "tensor" or None where the config does not say; block size) of each group."""
-    q = _quantization(config)
+    q = compressed.settings(config)
     block = q.get("weight_block_size")
     strategy = "channel" if q.get("quant_method") == "fbgemm_fp8" else "block" if block else None
     groups = [
-        (w.get("strategy") or strategy, w.get("block_structure") or block) for w in _weights(config, "float")
+        (w.get("strategy") or strategy, w.get("block_structure") or block)
+        for w in compressed.weights(config, "float")
     ]
     return [(s, _two_numbers(b)) for s, b in groups or [(strategy, block)]]
 
@@ -233,38 +199,3 @@ def _two_numbers(block: Any) -> tuple[int, int]:
             f"config.json: quantization_config has block size {block!r}; expected two positive numbers"
         )
     return block[0], block[1]
-
-
-def _group(config: Mapping[str, Any]) -> int:
-    weights = next(iter(_weights(config, "int")), {})
-    bits, size = weights.get("num_bits", 4), weights.get("group_size", 32)
-    if bits != 4 or weights.get("symmetric", True) is not True:
-        raise ZooError(
-            f"config.json: quantization_config asks for {dict(weights)}; of packed integers zoo knows symmetric int4 only"
-        )
-    if type(size) is not int or size < 1:
-        raise ZooError(
-            f"config.json: quantization_config has groups of {size!r}; of int4 zoo knows those of one size, not one scale "
-            "for a row"
-        )
-    return size
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    q = quantization(config)
-    _refuse_more_than_codes(q)
-    return q
-
-
-def _refuse_more_than_codes(q: Mapping[str, Any]) -> None:
-    """What compressed-tensors may do to weights besides: rotate what they multiply, or store only some of them."""
-    if q.get("transform_config"):
-        raise ZooError(
-            "config.json: quantization_config has a transform_config: activations are rotated before they meet these "
-            "weights, which zoo does not do; expected weights that stand for themselves"
-        )
-    sparsity = q.get("sparsity_config")
-    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
-        raise ZooError(
-            f"config.json: quantization_config has weights stored as {sparsity['format']!r}; zoo reads dense ones"
-        )

@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.verify import tolerance
 from zoo.verify.inputs import Batch, Inputs
-from zoo.verify.metrics import Columns, LogitMetrics, Reference, references, relative_error
+from zoo.verify.metrics import Columns, LogitMetrics, Reference, best_ids, references, relative_error
 from zoo.verify.oracle import Oracle, Transformers
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import QUANTILES, Spread, representative
@@ -464,7 +464,7 @@ def judge_rows(out: Measured, mine: Tensor, theirs: Reference, tied: Tensor) -> 
     else:
         out.settled.add(mine[~tied], theirs[~tied])
         out.ties.add(mine[tied], theirs[tied])
-    differ = (mine.argmax(-1) != theirs.best[:, 0]) & ~tied
+    differ = (best_ids(mine, 1)[:, 0] != theirs.best[:, 0]) & ~tied
     if differ.any():
         top = theirs.logits[differ].topk(2, -1).values
         out.leads += (top[:, 0] - top[:, 1]).tolist()

@@ -167,24 +167,27 @@ class LogitMetrics:
             worst = d.abs().amax(-1)
         self.error.add(d[:, :: max(1, d.shape[1] // COLUMNS)].abs())
         self.error.add(worst)
-        self.kl.add(_kl(d, float(worst.max()), theirs))
+        at = theirs.following.clamp(min=0)[:, None]
+        next_apart = d.gather(1, at)[:, 0]
+        mean, kl = _kl(d, float(worst.max()), theirs)
+        self.kl.add(kl)
+        self._next(theirs, at, mean + kl - next_apart)
         self.largest = max(self.largest, theirs.largest)
         best = best_ids(ours, 5 if self.five else 1)
         self.top1 += int((best[:, 0] == theirs.best[:, 0]).sum())
         if self.five:
             self.top5 += float((best[:, :, None] == theirs.best[:, None, :]).any(-1).float().mean(-1).sum())
-        self._next(ours, theirs)
         self.n += len(ours)
 
-    def _next(self, ours: Tensor, theirs: Reference) -> None:
+    def _next(self, theirs: Reference, at: Tensor, apart: Tensor) -> None:
+        """What text came next, `at` [N, 1], is less likely by `apart` [N] (of the log) in ours: ln sum e^ours is theirs, and
+        what E[d] and the divergence add up to, since the latter is ln E[e^d] - E[d]."""
         real = theirs.following >= 0
         if not real.any():
             return
-        at = theirs.following.clamp(min=0)[:, None]
-        nll_theirs = theirs.lse - theirs.logits.gather(1, at)[:, 0]
-        nll_ours = ours[real].logsumexp(-1) - ours[real].gather(1, at[real])[:, 0]
-        self.nll_theirs += float(nll_theirs[real].double().sum())
-        self.nll_ours += float(nll_ours.double().sum())
+        nll_theirs = (theirs.lse - theirs.logits.gather(1, at)[:, 0])[real].double().sum()
+        self.nll_theirs += float(nll_theirs)
+        self.nll_ours += float(nll_theirs + apart[real].double().sum())
         self.n_next += int(real.sum())
 
     def sample(self, ours: Tensor, theirs: Tensor) -> None:
@@ -192,7 +195,9 @@ class LogitMetrics:
         if len(self.scatter) > 4000:
             return
         flat = torch.arange(0, theirs.numel(), max(1, theirs.numel() // 60), device=theirs.device)
-        top = theirs.argmax(-1) + torch.arange(theirs.shape[0], device=theirs.device) * theirs.shape[1]
+        top = (
+            best_ids(theirs, 1)[:, 0] + torch.arange(theirs.shape[0], device=theirs.device) * theirs.shape[1]
+        )
         at = torch.cat([flat, top])
         self.scatter += list(zip(theirs.flatten()[at].tolist(), ours.flatten()[at].tolist(), strict=True))
 
@@ -249,19 +254,23 @@ class Columns:
         return self.sum.cpu() / max(1, self.n)
 
 
-def _kl(d: Tensor, worst: float, theirs: Reference) -> Tensor:
-    """KL(theirs || ours) per token [N], d = ours - theirs: ln E[e^d] - E[d] under theirs' softmax. `d` is used up.
+def _kl(d: Tensor, worst: float, theirs: Reference) -> tuple[Tensor, Tensor]:
+    """E[d] and KL(theirs || ours) per token [N], d = ours - theirs: ln E[e^d] - E[d] under theirs' softmax. `d` is used up.
 
     Where all |d| are small, half the variance of d: exact to third order, and without the cancellation that
-    would drown it in fp32.
+    would drown it in fp32. Beyond that ln(1 + E[e^d - 1]) with d centred: fp32 has each e^d - 1 to its last place, so what is lost is
+    2^-23 of E|d|, where the divergence is of the order of its square; only what would overflow is summed in float64.
     """
     mean = torch.linalg.vecdot(theirs.weights, d) / theirs.sums
     d.sub_(mean[:, None])
     if worst < 1e-2:
         variance: Tensor = torch.linalg.vecdot(theirs.weights, d.square_()) / theirs.sums
-        return variance / 2
-    grown = torch.linalg.vecdot(theirs.weights.double(), d.double().exp_()) / theirs.sums.double()
-    return torch.nan_to_num(grown.log().float().clamp(min=0), nan=math.inf, posinf=math.inf)
+        return mean, variance / 2
+    if worst < 40:
+        grown = torch.linalg.vecdot(theirs.weights, d.expm1_()) / theirs.sums
+    else:
+        grown = torch.linalg.vecdot(theirs.weights.double(), d.double().expm1_()) / theirs.sums.double()
+    return mean, torch.nan_to_num(grown.log1p().float().clamp(min=0), nan=math.inf, posinf=math.inf)
 
 
 BLOCK = 128  # columns whose largest is looked at before they are

@@ -74,9 +74,11 @@ def needed(
     tokens, longest = TEXT + sum(rows), max(sum(rows), 4 * 64)
     logits = 3 * longest * spec.vocab_size * size  # upstream's, both ways, and ours
     files = sum(folder_size(x) for x in (folder.root, source) if x is not None)
+    theirs = total_params(spec) * size
+    ours = folder_size(folder.root) if folder.quant else theirs  # quantised weights stay so
     # Hashed; and read once in a pass, or compared and then loaded.
     return Need(
-        memory=logits + (largest_part(spec) if streamed else 2 * total_params(spec)) * size,
+        memory=logits + (largest_part(spec) * size if streamed else theirs + ours),
         available=available(device),
         reads=files * (2 if streamed else 3),
         seconds=_seconds(folder, files, dtype, device, tokens, decodes and not streamed),

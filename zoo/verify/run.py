@@ -272,16 +272,20 @@ def foreseen(
         say(str(need))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
-    if not Path(path).is_dir() or not _reads_safetensors(Path(path)) or folder.quant:
-        say(f"{what}; only unquantised folders of safetensors are streamed without being asked to (--stream)")
+    if not _can_stream(Path(path)):
+        say(
+            f"{what}; only folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
+        )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
     say(f"{need}: streaming, since {what}")
     return need, what
 
 
-def _reads_safetensors(path: Path) -> bool:
-    """Whether upstream would read safetensors files there: those can be streamed."""
+def _can_stream(path: Path) -> bool:
+    """Whether it is a GGUF file, or a folder where upstream would read safetensors files."""
+    if path.is_file():
+        return path.suffix == ".gguf"
     if not (path / "config.json").is_file():
         return False
     names = from_pretrained_files(path)
@@ -351,10 +355,8 @@ def _of_file(
         )
     elif not upstream_available():
         out.why_no_oracle = NO_TRANSFORMERS
-    elif path is None or window is not None:
-        out.why_no_oracle = (
-            f"upstream cannot read a GGUF {'of several files' if path is None else 'layer by layer'}"
-        )
+    elif path is None:
+        out.why_no_oracle = "upstream cannot read a GGUF of several files"
     elif needs_oracle:
         try:
             oracle = _upstream(folder.spec, path, dtype, None, window, device)

@@ -15,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.formats import safetensors
-from zoo.formats.base import Checkpoint, TensorRef, read_json
+from zoo.formats.base import Checkpoint, read_json
 from zoo.verify.compare import Clock, OnLayer, OnLogits, SpreadMeter
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import (
@@ -37,23 +35,24 @@ from zoo.verify.oracle import (
     Transformers,
     config_and_class,
     decoder_layers,
-    exact_values,
     from_pretrained_files,
     its_own_errors,
-    kept_in_fp32,
     placeholder_ids,
     quiet,
     read_otherwise,
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
-from zoo.verify.reading import Passing, Range, Window, mapped
+from zoo.verify.reading import Passing, Range, Window
+from zoo.verify.stream_gguf import GGUFWeights
+from zoo.verify.stream_gguf import config_and_class as of_gguf
+from zoo.verify.stream_weights import Weights, dequantizer, skeleton
 
 HEAD_ROWS = 8192
 """Rows of the head that are in memory at a time."""
 
 
 class StreamedTransformers(Transformers):
-    """As `Transformers`, for safetensors folders, within the memory of one layer."""
+    """As `Transformers`, for folders of safetensors and GGUF files, within the memory of one layer."""
 
     def __init__(
         self,
@@ -66,25 +65,31 @@ class StreamedTransformers(Transformers):
     ) -> None:
         """`files`: those that the user chose; None: those that `from_pretrained` would take. `window`: what they are read
         through, beside whoever else takes part in a pass."""
-        if not path.is_dir():
-            raise ZooError(
-                f"{path}: only a folder of safetensors files can be streamed; verify this one without --stream"
-            )
         self.path, self.dtype, self.device = path, dtype, torch.device(device)
         self.corrected = []
-        self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
-        quiet()
+        self.window = window or Window()
+        if path.is_file() and path.suffix == ".gguf":
+            self.note = note
+            quiet()
+            config, cls = of_gguf(path)
+            self.model = skeleton(cls, config, DTYPES[dtype], self.device)
+            self.weights: Weights = GGUFWeights(self.model, path, DTYPES[dtype], self.device, self.window)
+        elif path.is_dir():
+            self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
+            quiet()
+            config, cls = config_and_class(path)
+            with its_own_errors(path):
+                quantizer = dequantizer(config)
+            self.model = skeleton(cls, config, DTYPES[dtype], self.device)
+            ckpt = _checkpoint(path, files)
+            self.weights = Weights(self.model, ckpt, DTYPES[dtype], quantizer, self.device, self.window)
+        else:
+            raise ZooError(
+                f"{path}: only a folder of safetensors files, or a GGUF file, can be streamed; verify this one without --stream"
+            )
         return_freed_memory()
-        config, cls = config_and_class(path)
-        with its_own_errors(path):
-            quantizer = dequantizer(config)
-        self.model = skeleton(cls, config, DTYPES[dtype], self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(config)
-        self.window = window or Window()
-        self.weights = Weights(
-            self.model, _checkpoint(path, files), DTYPES[dtype], quantizer, self.device, self.window
-        )
         self.window.riders.append(self)
         self._workers: dict[int, _Worker] = {}
         self.around_pass: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -217,8 +222,7 @@ class StreamedTransformers(Transformers):
 
         def hook(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             seen, compact = args[0].unique(return_inverse=True)
-            table = self.weights.one(f"{name}.weight")
-            rows = self.weights.cast(f"{name}.weight", table[seen.to(table.device)])
+            rows = self.weights.cast(f"{name}.weight", self.weights.rows_of(f"{name}.weight")(seen.cpu()))
             m.weight = nn.Parameter(rows, requires_grad=False)
             return (compact,)
 
@@ -226,8 +230,10 @@ class StreamedTransformers(Transformers):
 
     def _head(self, m: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            table = self.weights.one(f"{name}.weight")
-            parts = (self.weights.cast(f"{name}.weight", part).to(x) for part in table.split(HEAD_ROWS))
+            rows = self.weights.rows_of(f"{name}.weight")
+            starts = range(0, len(self.weights.meta[f"{name}.weight"]), HEAD_ROWS)
+            some = (rows(slice(i, i + HEAD_ROWS)) for i in starts)
+            parts = (self.weights.cast(f"{name}.weight", part).to(x) for part in some)
             pieces = [nn.functional.linear(x, part) for part in parts]
             logits = torch.cat(pieces, -1)
             if getattr(m, "bias", None) is not None:
@@ -361,220 +367,3 @@ class _Worker:
 
 class _Stopped(Exception):
     """The comparison ended early."""
-
-
-# ---------------------------------------------------------------------------------------------------
-# Weights on demand
-
-
-def dequantizer(config: Any) -> Any:
-    """Upstream's own dequantisation of a quantised checkpoint, or None; the config is then of plain weights."""
-    if (
-        getattr(config.get_text_config(), "quantization_config", None) is None
-        and getattr(config, "quantization_config", None) is None
-    ):
-        return None
-    from transformers.quantizers.auto import get_hf_quantizer
-
-    quantizer, _, _ = get_hf_quantizer(config, None, None, False, {})
-    asked = getattr(quantizer, "quantization_config", None)
-    if not getattr(asked, "dequantize", False):
-        raise ZooError(
-            "upstream cannot dequantise this checkpoint a layer at a time; verify without --stream"
-        )
-    for c in (config, config.get_text_config()):
-        c.__dict__.pop("quantization_config", None)
-    return quantizer
-
-
-def skeleton(cls: Any, config: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """Upstream's model without storage, but with the buffers that no checkpoint holds (rotary frequencies), on `device`."""
-    switches: dict[str, Any] = {"attn_implementation": "eager"}
-    if cls._can_set_experts_implementation():
-        switches["experts_implementation"] = "eager"
-    with torch.device("meta"):
-        try:
-            model = cls._from_config(config, dtype=dtype, **switches)
-        except (TypeError, ValueError):
-            model = cls._from_config(config, dtype=dtype)
-    kept = set(model.state_dict())
-    for name, buffer in list(model.named_buffers()):
-        if name not in kept:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-    for t in model.state_dict(keep_vars=True).values():
-        t._is_hf_initialized = True
-    for m in model.modules():
-        m._is_hf_initialized = False
-    model.initialize_weights()
-    for m in model.modules():
-        for leaf, b in m._buffers.items():
-            if b is not None and not b.is_meta:
-                m._buffers[leaf] = b.to(device)
-    return model.eval()
-
-
-class Weights:
-    """The checkpoint's tensors by upstream's names, read when asked for."""
-
-    def __init__(
-        self,
-        model: Any,
-        ckpt: Checkpoint,
-        dtype: torch.dtype,
-        quantizer: Any = None,
-        device: str | torch.device = "cpu",
-        window: Window | None = None,
-    ) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        self.model, self.ckpt, self.dtype, self.device = model, ckpt, dtype, torch.device(device)
-        self.window = window
-        self.widened = False  # to fp32, after they were rounded to `dtype`
-        self.names = {id(m): n for n, m in model.named_modules()}
-        self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self.fp32 = kept_in_fp32(model, dtype)
-        self.quantizer = quantizer
-        transforms = get_model_conversion_mapping(model, None, quantizer)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self.converter = {p: c for c in converters for p in c.source_patterns}
-        self.sources: dict[
-            str, list[tuple[str, str | None]]
-        ] = {}  # target -> (source, pattern of its converter)
-        for name in sorted(ckpt.tensors, key=_natural):
-            for chain in ((renamings, converters), ([], [])):
-                target, pattern = rename_source_key(name, *chain, model.base_model_prefix, self.meta)
-                if target in self.meta:
-                    self.sources.setdefault(target, []).append((name, pattern))
-                    break
-        self.targets_of: dict[
-            str, str
-        ] = {}  # a further target of a converter -> the first, which it is keyed by
-        self._more_targets()
-
-    def _more_targets(self) -> None:
-        """A converter with several targets is keyed by its first; find the others by their endings."""
-        for first, found in list(self.sources.items()):
-            pattern = found[0][1]
-            if pattern is None:
-                continue
-            targets = self.converter[pattern].target_patterns
-            for other in targets[1:]:
-                name = first.replace(targets[0], other)
-                if name in self.meta and name not in self.sources:
-                    self.targets_of[name] = first
-
-    def buffers_of(self, m: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The module's own buffers that a checkpoint holds."""
-        prefix = self.names[id(m)]
-        for leaf, b in m.named_buffers(recurse=False):
-            if f"{prefix}.{leaf}".lstrip(".") in self.meta:
-                yield leaf, b
-
-    def one(self, name: str) -> Tensor:
-        """A tensor as stored, mapped: for embeddings and heads."""
-        table = self.mapped_one(name)
-        return self._convert(name)[name] if table is None else table
-
-    def mapped_one(self, name: str) -> Tensor | None:
-        """The same, if no memory is needed for it: it is stored as upstream has it."""
-        found = self.sources.get(name) or self.sources.get(self.tied.get(name, ""))
-        if found is None or len(found) != 1 or found[0][1] is not None:
-            return None
-        return self._mapped(self.ckpt.tensors[found[0][0]])
-
-    def _mapped(self, ref: TensorRef) -> Tensor:
-        return mapped(self.ckpt.path(ref.file), ref, self.window)
-
-    def ranges(self, module: nn.Module) -> Iterator[Range]:
-        """What `load` will read."""
-        for name in self._of(module, self.names[id(module)], True):
-            key = self.targets_of.get(name, name)
-            for source, _ in self.sources.get(key) or self.sources.get(self.tied.get(key, "")) or []:
-                ref = self.ckpt.tensors[source]
-                yield self.ckpt.path(ref.file), ref.offset, ref.nbytes
-
-    def cast(self, name: str, t: Tensor) -> Tensor:
-        """A tensor as stored, or part of it, on the device in the dtype that upstream would have it in."""
-        if not t.is_floating_point():
-            return t.to(self.device)
-        if name in self.fp32:
-            return t.to(self.device, torch.float32)
-        made = t.to(self.device, self.dtype)
-        return made.float() if self.widened else made
-
-    def load(self, module: nn.Module, what: str = "", recurse: bool = True) -> None:
-        """Give `module` its weights, in the dtype that upstream would have them."""
-        prefix = self.names[id(module)]
-        wanted = list(self._of(module, prefix, recurse))
-        done: set[str] = set()
-        for name in wanted:
-            if name in done:
-                continue
-            made = self._convert(name)
-            for target, t in made.items():
-                if target in self.meta:
-                    self._set(target, t)
-                    done.add(target)
-        if missing := [n for n in wanted if n not in done]:
-            raise ZooError(
-                f"{self.ckpt.root}: no tensor for upstream's {missing[0]} ({what or prefix}); verify without --stream"
-            )
-
-    def unload(self, module: nn.Module, recurse: bool = True) -> None:
-        prefix = self.names[id(module)]
-        for name in self._of(module, prefix, recurse):
-            self._put(name, self.meta[name])
-
-    def _of(self, module: nn.Module, prefix: str, recurse: bool) -> Iterator[str]:
-        for kind in (module.named_parameters, module.named_buffers):
-            for leaf, _ in kind(recurse=recurse, remove_duplicate=False):
-                if (name := f"{prefix}.{leaf}".lstrip(".")) in self.meta:
-                    yield name
-
-    def _convert(self, name: str) -> dict[str, Tensor]:
-        """The tensors that are made together with `name`, by their names."""
-        key = self.targets_of.get(name, name)
-        found = self.sources.get(key) or self.sources.get(self.tied.get(key, ""))
-        if not found:
-            raise ZooError(f"{self.ckpt.root}: no tensor for upstream's {name}; verify without --stream")
-        refs = [self.ckpt.tensors[source] for source, _ in found]
-        pattern = found[0][1]
-        if pattern is None:
-            return {name: self._mapped(refs[0])}
-        mapping = deepcopy(self.converter[pattern])
-        for ref, (source, p) in zip(refs, found, strict=True):
-            mapping.add_tensor(key, source, p, self._mapped(ref))
-        del refs
-        with its_own_errors(self.ckpt.root), exact_values():
-            made = mapping.convert(
-                key, model=self.model, config=self.model.config, hf_quantizer=self.quantizer
-            )
-        return {n: (t[0] if isinstance(t, list) else t) for n, t in made.items()}
-
-    def _set(self, name: str, t: Tensor) -> None:
-        like = self.meta[name]
-        if tuple(t.shape) != tuple(like.shape):
-            raise ZooError(
-                f"{self.ckpt.root}: {name} has shape {list(t.shape)}, upstream's class needs {list(like.shape)}"
-            )
-        new = self.cast(name, t)
-        if isinstance(like, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=False)
-        self._put(name, new)
-
-    def _put(self, name: str, t: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        m = self.model.get_submodule(owner)
-        if leaf in m._parameters:
-            m._parameters[leaf] = t if isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
-        else:
-            m._buffers[leaf] = t
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key by which expert 10 comes after expert 9."""
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]

@@ -1,0 +1,92 @@
+"""A canonical folder's tensors in memory, under the names that others have for them: `zoo.state_dict`.
+
+Nothing is read until a tensor is used: each is a view of the mapped files where its elements lie there in its own
+order (a head's rows of a fused projection, an expert of a stack, a transpose), and put together where they do not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zoo import families
+from zoo.errors import ZooError
+from zoo.formats import canonical, dcp
+from zoo.formats.canonical import Canonical
+from zoo.mapping.execute import refuse_overlap
+from zoo.mapping.export import outputs_of, prefix_of, released_names, rules_of
+from zoo.mapping.plan import TIED
+from zoo.mapping.rules import Fit, respell
+from zoo.mapping.save import elements
+from zoo.mapping.values import refuse_part
+from zoo.model.load import Source
+
+NAMES = ("hf", "transformers", "canonical")
+
+
+def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> dict[str, Tensor]:
+    """The tensors of the canonical folder `canon` by name. `names`: "hf", those of the release's files, for
+    `from_pretrained(None, config=..., state_dict=...)`; "transformers", those that its class has in memory (experts packed, a tied head
+    twice), for `load_state_dict`; or "canonical".
+
+    Tensors are views of mapped files where they can be: writing to one changes no file. Raises ZooError if `canon` is no
+    canonical folder, or its family has no such names.
+    """
+    if names not in NAMES:
+        raise ZooError(f"unknown names {names!r}; expected one of {', '.join(NAMES)}")
+    c = canon if isinstance(canon, Canonical) else canonical.read(canon)
+    source = Source(c)
+    if names == "canonical":
+        return {name: source.tensor(ref) for name, ref in c.tensors.items()}
+    family = families.get(c.source["family"], c.source.get("package"))
+    rules = rules_of(family, names)
+    spell = respell(rules, prefix_of(c, rules) if rules is family.rules["hf"] else rules.prefixes[0])
+    released: Collection[str] = released_names(c) if names == "hf" else ()
+    parts: dict[str, list[tuple[Tensor, Fit]]] = {}
+    for o in outputs_of(c, rules, spell, released):
+        held = source.tensor(c.tensors[o.name])
+        for name, fit in zip(o.sources, o.fits):
+            parts.setdefault(name, []).append((held, fit))
+    out = {name: _one(pieces) for name, pieces in parts.items()}
+    if c.source["naming"] == "hf":
+        for name, ref in c.extra_tensors.items():
+            if c.extras.get(name) != TIED or names == "hf":
+                out[name] = source.tensor(ref)
+    if names == "transformers" and c.spec.tied:
+        head, embed = (
+            next(rule.expr.leaves()).pattern
+            for key in ("head.weight", "embed.weight")
+            for rule in rules.by_key[key][:1]
+        )
+        out[spell(head)] = out[spell(embed)]
+    return out
+
+
+def _one(pieces: list[tuple[Tensor, Fit]]) -> Tensor:
+    """A tensor of its parts: one part that lies in the order of the whole is a view of it."""
+    held, fit = pieces[0]
+    if len(pieces) == 1 and fit.source.is_contiguous():
+        return elements(held, fit.canonical).reshape(fit.shape)
+    out = torch.empty(fit.shape, dtype=held.dtype)
+    for held, fit in pieces:
+        elements(out, fit.source).copy_(elements(held, fit.canonical))
+    return out
+
+
+def export_dcp(
+    canon: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    names: str = "transformers",
+    *,
+    force: bool = False,
+) -> Path:
+    """Write the tensors of the canonical folder `canon`, under `names` (see `state_dict`), as a folder of
+    torch.distributed.checkpoint, and return it. Raises ZooError as `state_dict` and `Folder` do, and for a part of a model."""
+    c = canonical.read(canon)
+    refuse_part(c)
+    refuse_overlap(c.root, Path(dst))
+    return dcp.write(state_dict(c, names), dst, force)

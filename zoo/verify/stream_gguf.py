@@ -1,0 +1,126 @@
+"""Upstream's reading of a GGUF file, some tensors at a time: its own names, its own dequantisation, its own undoing of what
+llama.cpp's converter does to values; only that it is asked for a layer, where `from_pretrained` reads all.
+
+Of dense models, by the reader that transformers has for most architectures; what it reads otherwise (Qwen3.5, LFM2, experts) is
+not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.verify.oracle import CannotLoad, decoder_layers, its_own_errors, metadata_once
+from zoo.verify.reading import Range, Window
+from zoo.verify.stream_weights import Weights
+
+
+def config_and_class(path: Path) -> tuple[Any, Any]:
+    """Upstream's config object and class for a GGUF file. Raises CannotLoad if it has none, or reads it otherwise."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    with its_own_errors(path), metadata_once():
+        if _architecture(path) in _read_otherwise():
+            raise CannotLoad(f"{path}: not streamed: upstream reads this architecture's files in another way")
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return config, getattr(transformers, CAUSAL[config.model_type])
+
+
+def _architecture(path: Path) -> str:
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    return str(read_gguf_metadata(str(path))[0]["general.architecture"])
+
+
+def _read_otherwise() -> frozenset[str]:
+    from transformers.integrations.gguf import GGUF_ARCHS
+
+    return frozenset(GGUF_ARCHS)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file: where its bytes are, and how gguf-py would give them."""
+
+    range: Range
+    kind: Any  # GGMLQuantizationType
+    dtype: Any
+    shape: tuple[int, ...]
+
+
+class GGUFWeights(Weights):
+    """As `Weights`, of a GGUF file."""
+
+    def __init__(
+        self, model: Any, path: Path, dtype: torch.dtype, device: str | torch.device, window: Window
+    ) -> None:
+        import gguf
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self._begin(model, path, dtype, device, window)
+        self.dequantize: Callable[..., Any] = gguf.dequantize
+        layers = decoder_layers(model)
+        if any(p.ndim > 2 and "experts" in n for n, p in layers.named_parameters()):
+            raise CannotLoad(f"{path}: experts of a GGUF file are not streamed")
+        self.layers = self.names[id(layers)] + "."
+        with its_own_errors(path), metadata_once():
+            self.stored = {
+                t.name: Stored(
+                    (path, int(t.data_offset), int(t.n_bytes)), t.tensor_type, t.data.dtype, t.data.shape
+                )
+                for t in gguf.GGUFReader(path).tensors
+            }
+            process = TENSOR_PROCESSORS.get(_architecture(path), TensorProcessor)
+            self.processor = process(config=model.config.to_dict())
+            self.theirs: dict[str, str] = get_gguf_hf_weights_map(
+                model, self.processor
+            )  # GGUF's name -> upstream's
+        self.gguf = {name: g for g, name in self.theirs.items() if g in self.stored}
+
+    def mapped_one(self, name: str) -> Tensor | None:
+        return None
+
+    def rows_of(self, name: str) -> Callable[[Any], Tensor]:
+        source = self._source(name)
+        return lambda at: self._made(source, at)
+
+    def ranges(self, module: nn.Module) -> Iterator[Range]:
+        for name in self._of(module, self.names[id(module)], True):
+            if (source := self._found(name)) is not None:
+                yield self.stored[source].range
+
+    def _convert(self, name: str) -> dict[str, Tensor]:
+        return {name: self._made(self._source(name))}
+
+    def _found(self, name: str) -> str | None:
+        return self.gguf.get(name) or self.gguf.get(self.tied.get(name, ""))
+
+    def _source(self, name: str) -> str:
+        if (found := self._found(name)) is None:
+            raise ZooError(f"{self.root}: no tensor for upstream's {name}; verify without --stream")
+        return found
+
+    def _made(self, source: str, at: Any = None) -> Tensor:
+        """What upstream makes of a tensor of the file, or of some rows of it."""
+        stored = self.stored[source]
+        raw = self.window.range(*stored.range).numpy().view(stored.dtype).reshape(stored.shape)
+        if at is not None:
+            raw = raw[at.numpy() if isinstance(at, Tensor) else at]
+        with its_own_errors(self.root):
+            values = self.processor.process(
+                weights=self.dequantize(raw, stored.kind), name=source,
+                tensor_key_mapping=self.theirs, parsed_parameters={"tensors": {}},
+            )  # fmt: skip
+        return torch.from_numpy(np.copy(values.weights))
