@@ -12,7 +12,7 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Mamba, Norm, Spec, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, Mamba, Norm, RuleLine, Spec, hf, read, rules
 
 from .nemotron_h import dt_floor
 
@@ -75,12 +75,15 @@ def mamba(c: Config) -> Mamba:
 
 
 _L = "model.layers.{i}."
-HF = (
+ENDS: tuple[RuleLine, ...] = (
     ("embed.weight", "model.embed_tokens.weight"),
     ("norm.weight", "model.final_layernorm.weight"),
     ("head.weight", "lm_head.weight"),
     ("layers.{i}.attn_norm.weight", _L + "input_layernorm.weight"),
     ("layers.{i}.ffn_norm.weight", _L + "pre_ff_layernorm.weight"),
+)
+HF = (
+    *ENDS,
     *hf.ATTENTION,
     *hf.mamba(_L + "mamba"),
     *hf.affine("layers.{i}.mlp.gate_up", _L + "feed_forward.gate_proj", _L + "feed_forward.up_proj"),

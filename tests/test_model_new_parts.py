@@ -29,6 +29,7 @@ from zoo.spec import (
     LatentAttention,
     Layer,
     Mamba,
+    Mamba1,
     MoE,
     Norm,
     PerLayerEmbedding,
@@ -104,6 +105,10 @@ PARTS: dict[str, tuple[Spec, str]] = {
         model(block(beside=MAMBA), block(beside=replace(MAMBA, out_norm=None)),
               block(replace(MAMBA, norm_first=True, parts_scales=(), in_scale=1.0, out_scale=1.0))),
         "heads of 8, beside Mamba-2, 4 heads of 3, 2 groups, state 5"),
+    "the first Mamba": (
+        model(block(Mamba1(12, 5, 3, 4, N))), "Mamba, 12 channels, state 5, dt from 4, norms of dt, B and C"),
+    "the first Mamba, bare": (
+        model(block(Mamba1(10, 5, 2, 3, conv_bias=False))), "Mamba, 10 channels, state 5, dt from 3"),
     "scaled MLP": (model(block(ffn=MLP(F, gate_scale=0.6, out_scale=1.7))), "gate x 0.6, output x 1.7"),
     "shared index": (
         model(block(replace(LATENT, indexer=INDEXER)), block(replace(LATENT, indexer_from=0))), "an earlier layer's indexer"),
@@ -716,6 +721,7 @@ UNSOUND = {
     "experts have no learned activation": block(ffn=MoE(2, MLP(F, "xielu", gated=False), Router(1, "softmax"))),
     "near is more than 0, not 0.0": block(ffn=MoE(4, MLP(6), Router(2, "softmax", over="near"))),
     "a convolution of 1 tokens": block(ShortConv(1)),
+    "a state space of 5 numbers to a channel, with dt from 0": block(Mamba1(12, 5, 3, 0)),
     "stands beside attention, and there is none": block(LATENT, beside=MAMBA),
     "with beta up to 3.0 grows without bound": block(
         DeltaNet(2, 2, 4, 4, 3, "head", "silu", Norm(1e-5), beta_scale=3.0)),

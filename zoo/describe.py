@@ -32,6 +32,7 @@ from zoo.spec import (
     LatentAttention,
     Layer,
     Mamba,
+    Mamba1,
     Mixer,
     MoE,
     Norm,
@@ -187,6 +188,9 @@ def _mixer(m: Mixer) -> str:
             return f"{kind} (linear), {heads}, convolution {m.conv}"
         case Mamba():
             return f"Mamba-2, {m.n_heads} heads of {m.head_dim}, {m.n_groups} groups, state {m.state}"
+        case Mamba1():
+            norms = ", norms of dt, B and C" if m.norm else ""
+            return f"Mamba, {m.inner:,} channels, state {m.state}, dt from {m.dt_rank}{norms}"
         case ShortConv():
             return f"gated short convolution of {m.conv} tokens" + (", biases" if m.bias else "")
 

@@ -20,6 +20,7 @@ from zoo.spec import (
     LatentAttention,
     Layer,
     Mamba,
+    Mamba1,
     MoE,
     Norm,
     QKNorm,
@@ -167,6 +168,21 @@ def _mamba(m: Mamba, d: int) -> Iterator[_Entry]:
     yield _one("mamba.out.weight", d, inner)
 
 
+def _mamba1(m: Mamba1, d: int) -> Iterator[_Entry]:
+    yield _fused("mamba1.in_proj.weight", (m.inner, m.inner), d)
+    yield _one("mamba1.conv.weight", m.inner, m.conv)
+    if m.conv_bias:
+        yield _one("mamba1.conv.bias", m.inner)
+    yield _fused("mamba1.x_proj.weight", (m.dt_rank, m.state, m.state), m.inner)
+    for name, width in (("dt", m.dt_rank), ("b", m.state), ("c", m.state)):
+        yield from _norm(f"mamba1.{name}_norm", m.norm, width)
+    yield _one("mamba1.dt_proj.weight", m.inner, m.dt_rank)
+    yield _one("mamba1.dt_bias", m.inner)
+    yield _one("mamba1.A_log", m.inner, m.state)
+    yield _one("mamba1.D", m.inner)
+    yield _one("mamba1.out.weight", d, m.inner)
+
+
 def _short_conv(m: ShortConv, d: int) -> Iterator[_Entry]:
     yield _fused("short_conv.in_proj.weight", (d, d, d), d)
     yield _one("short_conv.conv.weight", d, m.conv)
@@ -228,6 +244,8 @@ def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
                 yield from _delta(mixer, d)
             case Mamba():
                 yield from _mamba(mixer, d)
+            case Mamba1():
+                yield from _mamba1(mixer, d)
             case ShortConv():
                 yield from _short_conv(mixer, d)
     yield from _norm("attn_post_norm", layer.attn_post_norm, d)

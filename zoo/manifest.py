@@ -60,7 +60,7 @@ HUB_FILES = (
 VENDORS = {
     "baidu": "Baidu", "bigcode": "BigCode", "bigscience": "BigScience", "ByteDance-Seed": "ByteDance", "CohereLabs": "Cohere",
     "arcee-ai": "Arcee AI", "allenai": "Ai2", "deepseek-ai": "DeepSeek", "facebook": "Meta", "google": "Google",
-    "HuggingFaceTB": "Hugging Face", "ibm-granite": "IBM", "LGAI-EXAONE": "LG AI", "LiquidAI": "Liquid AI", "lmsys": "LMSYS",
+    "HuggingFaceTB": "Hugging Face", "ai21labs": "AI21", "ibm-ai-platform": "IBM", "ibm-granite": "IBM", "internlm": "InternLM", "LGAI-EXAONE": "LG AI", "LiquidAI": "Liquid AI", "lmsys": "LMSYS",
     "meta-llama": "Meta", "microsoft": "Microsoft", "MiniMaxAI": "MiniMax", "mistralai": "Mistral AI", "moonshotai": "Moonshot AI",
     "nvidia": "NVIDIA", "openai": "OpenAI", "openai-community": "OpenAI", "openbmb": "OpenBMB", "Qwen": "Alibaba Qwen",
     "rednote-hilab": "rednote", "stabilityai": "Stability AI", "tencent": "Tencent", "swiss-ai": "Swiss AI", "tiiuae": "TII", "upstage": "Upstage", "xai-org": "xAI",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from zoo.spec import FFN, Attention, DeltaNet, LatentAttention, Mamba, Mixer, MoE, ShortConv, Spec
+from zoo.spec import FFN, Attention, DeltaNet, LatentAttention, Mamba, Mamba1, Mixer, MoE, ShortConv, Spec
 
 T = TypeVar("T", bound=Hashable)
 
@@ -141,7 +141,7 @@ def _mixer_letter(mixers: tuple[Mixer, ...], spec: Spec) -> str:
             return "L" if m.indexer is None and m.indexer_from is None else "X"
         case DeltaNet() as m:
             return "G" if m.decay == "head" else "K"
-        case Mamba():
+        case Mamba() | Mamba1():
             return "M"
         case ShortConv():
             return "V"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.layout import Slot, layout
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mixer, MoE, ShortConv, Spec
+from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, Mixer, MoE, ShortConv, Spec
 
 PARTS = (
     "embedding", "positions", "per-layer embeddings", "attention", "linear mixers", "dense feed-forward", "router",
@@ -110,6 +110,8 @@ def state_bytes(spec: Spec, itemsize: int = 2) -> int:
         elif isinstance(m, Mamba):
             channels = m.n_heads * m.head_dim + 2 * m.n_groups * m.state
             size += 4 * m.n_heads * m.head_dim * m.state + itemsize * channels * (m.conv - 1)
+        elif isinstance(m, Mamba1):
+            size += 4 * m.inner * m.state + itemsize * m.inner * (m.conv - 1)
         elif isinstance(m, ShortConv):
             size += itemsize * spec.d_model * (m.conv - 1)
     return size
@@ -172,4 +174,6 @@ def _seen(m: Mixer, context: int) -> int:
             return 7 * m.n_v_heads * m.k_head_dim * m.v_head_dim
         case Mamba():
             return 5 * m.n_heads * m.head_dim * m.state
+        case Mamba1():
+            return 5 * m.inner * m.state
     return 0

@@ -19,6 +19,7 @@ from zoo.spec import (
     LatentAttention,
     Layer,
     Mamba,
+    Mamba1,
     MoE,
     Norm,
     QueryScale,
@@ -161,7 +162,9 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield "a gate that is scaled is neither clamped nor sparse, and there is one"
         case MoE(expert=MLP(gate_scale=a, out_scale=b)) if (a, b) != (1.0, 1.0):
             yield "experts have no scales of their own"
-        case ShortConv(conv=n) if n < 2:
+        case Mamba1(state=n, dt_rank=r) if n < 1 or r < 1:
+            yield f"a state space of {n} numbers to a channel, with dt from {r}, carries nothing"
+        case Mamba1(conv=n) | ShortConv(conv=n) if n < 2:
             yield f"a convolution of {n} tokens sees nothing before"
         case LatentAttention(indexer=i, indexer_from=int(n)) if i is not None:
             yield f"a layer has an indexer of its own and that of layer {n}"

@@ -278,6 +278,21 @@ class Mamba:
 
 
 @dataclass(frozen=True, slots=True)
+class Mamba1:
+    """Mamba (arXiv 2312.00752): each of `inner` channels has a state of its own, of size `state`; B and C are all channels'.
+    dt, B and C are made of the input that was convolved, dt by way of `dt_rank` channels; `norm`: of these three before they
+    are used (Jamba). The gate is alone: no norm follows."""
+
+    inner: int
+    state: int
+    conv: int
+    dt_rank: int
+    norm: Norm | None = None
+    conv_bias: bool = True
+    kind: Literal["mamba1"] = "mamba1"
+
+
+@dataclass(frozen=True, slots=True)
 class MLP:
     """Feed-forward: down(act(gate x) * up x), or down(act(up x)) when not `gated`.
 
@@ -381,7 +396,7 @@ class ShortConv:
     kind: Literal["short_conv"] = "short_conv"
 
 
-Mixer = Attention | LatentAttention | DeltaNet | Mamba | ShortConv
+Mixer = Attention | LatentAttention | DeltaNet | Mamba | Mamba1 | ShortConv
 FFN = MLP | MoE
 
 

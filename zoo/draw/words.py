@@ -22,6 +22,7 @@ from zoo.spec import (
     Indexer,
     LatentAttention,
     Mamba,
+    Mamba1,
     Mixer,
     MoE,
     Norm,
@@ -197,6 +198,8 @@ def mixer_title(m: Mixer) -> str:
             return "Gated DeltaNet" if m.decay == "head" else "Kimi Delta Attention"
         case Mamba():
             return "Mamba-2"
+        case Mamba1():
+            return "Mamba"
         case ShortConv():
             return "Gated short convolution"
     return type(m).__name__
@@ -220,6 +223,8 @@ def mixer(m: Mixer) -> list[Line]:
             return list(_delta(m))
         case Mamba():
             return list(_mamba(m))
+        case Mamba1():
+            return list(_mamba1(m))
         case ShortConv():
             return list(_short_conv(m))
     return _Read(m).rest()
@@ -336,6 +341,15 @@ def _mamba(m: Mamba) -> Iterator[Line]:
         yield Line("gate, input, B, C, dt × " + ", ".join(map(number, m.parts_scales)), True)
     if r.out_scale != 1:
         yield Line(f"output × {number(m.out_scale)}", True)
+    yield from r.rest()
+
+
+def _mamba1(m: Mamba1) -> Iterator[Line]:
+    r = _Read(m)
+    yield Line(f"{r.inner} channels, state {r.state}, dt from {r.dt_rank}")
+    yield Line(f"convolution of {r.conv}" + (" with bias" if r.conv_bias else ""))
+    if r.norm is not None:
+        yield Line(f"dt, B, C: {norm(r.norm)}", True)
     yield from r.rest()
 
 

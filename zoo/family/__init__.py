@@ -41,6 +41,7 @@ from zoo.spec import (
     LatentAttention,
     Layer,
     Mamba,
+    Mamba1,
     Mixer,
     MoE,
     Norm,
@@ -57,7 +58,7 @@ from zoo.spec import (
 
 __all__ = [
     "FFN", "MLP", "Alibi", "AltUp", "Attention", "Config", "DeltaNet", "Disagreement", "Expr", "Family", "Indexer",
-    "LatentAttention", "Layer", "Mamba", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
+    "LatentAttention", "Layer", "Mamba", "Mamba1", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
     "RopeScaling", "Rounding", "Router", "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
     "flatten", "per_head", "ranks", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from zoo.spec import (
     DeltaNet,
     LatentAttention,
     Mamba,
+    Mamba1,
     Mixer,
     QueryScale,
     Rope,
@@ -163,6 +164,8 @@ def _entry(
             return State(
                 zeros(m.conv - 1, channels), zeros(m.n_heads, m.state, m.head_dim, dtype=torch.float32)
             )
+        case Mamba1():
+            return State(zeros(m.conv - 1, m.inner), zeros(m.inner, m.state, dtype=torch.float32))
         case ShortConv():
             return State(zeros(m.conv - 1, channels), zeros(0))
 

@@ -26,6 +26,7 @@ from zoo.model.ffn import FeedForward
 from zoo.model.graph import Pass, capturable
 from zoo.model.linear import Linear, Table, Weights, scaled
 from zoo.model.mamba import Mamba
+from zoo.model.mamba1 import Mamba1
 from zoo.model.mla import LatentAttention
 from zoo.model.moe import MoE
 from zoo.model.norm import Norm
@@ -35,6 +36,7 @@ from zoo.spec import Attention as AttentionSpec
 from zoo.spec import DeltaNet as DeltaSpec
 from zoo.spec import LatentAttention as LatentSpec
 from zoo.spec import Mamba as MambaSpec
+from zoo.spec import Mamba1 as Mamba1Spec
 from zoo.spec import MoE as MoESpec
 from zoo.spec import Norm as NormSpec
 from zoo.spec import ShortConv as ShortConvSpec
@@ -67,6 +69,8 @@ class Layer(nn.Module):
                     self.delta = DeltaNet(mixer, d, i)
                 case MambaSpec():
                     self.mamba = Mamba(mixer, d, i)
+                case Mamba1Spec():
+                    self.mamba1 = Mamba1(mixer, d, i)
                 case ShortConvSpec():
                     self.short_conv = ShortConv(mixer, d, i)
         self.attn_post_norm = _norm(layer.attn_post_norm, d)
@@ -88,6 +92,8 @@ class Layer(nn.Module):
                 return self.delta
             case MambaSpec():
                 return self.mamba
+            case Mamba1Spec():
+                return self.mamba1
             case ShortConvSpec():
                 return self.short_conv
         return self.attn

@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.layout import layout
 from zoo.mapping.plan import Match, match
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, MoE, Spec
+from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, MoE, Spec
 
 from . import names
 from .case import FamilyCase
@@ -104,7 +104,7 @@ def attention(spec: Spec, layer: int) -> Attention:
 
 def mixers(spec: Spec) -> str:
     """A letter per layer: attention, latent attention, delta net, Mamba, none."""
-    letters = {Attention: "a", LatentAttention: "l", DeltaNet: "d", Mamba: "m", type(None): "-"}
+    letters = {Attention: "a", LatentAttention: "l", DeltaNet: "d", Mamba: "m", Mamba1: "m", type(None): "-"}
     return "".join(letters[type(layer.mixer)] for layer in spec.layers)
 
 

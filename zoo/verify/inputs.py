@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Spec
+from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, Spec
 from zoo.text import Text
 
 TEXTS: tuple[tuple[str, str], ...] = (
@@ -120,7 +120,7 @@ def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
 
     for layer in spec.layers:
         m = layer.mixer
-        if any(isinstance(x, DeltaNet | Mamba) for x in layer.mixers):
+        if any(isinstance(x, DeltaNet | Mamba | Mamba1) for x in layer.mixers):
             note("piece of a recurrence", PIECE)
         if not isinstance(m, Attention | LatentAttention):
             continue

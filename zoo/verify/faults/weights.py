@@ -569,6 +569,11 @@ add("delta_q_k_swapped", "query and key of the delta rule exchanged", "weights",
      lambda spec: [*_slots("delta.qkvz.weight")(spec), *_slots("delta.qkv.weight")(spec)], _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 add("delta_beta_decay_swapped", "beta and decay inputs of the delta rule exchanged", "weights",
      _slots("delta.ba.weight"), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
+add("mamba1_skip_lost", "Mamba's skip D left at 0", "weights", _slots("mamba1.D"), _edit(_zeros))
+add("mamba1_x_z_swapped", "input and gate of Mamba exchanged", "weights",
+     _slots("mamba1.in_proj.weight"), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
+add("mamba1_b_c_swapped", "B and C of Mamba exchanged", "weights",
+     _slots("mamba1.x_proj.weight"), _edit(_swap_parts(1, 2)), "again")  # fmt: skip
 add("mamba_z_x_swapped", "gate and input of the state space exchanged", "weights",
      _slots("mamba.in_proj.weight"), _edit(_swap_parts(0, 1)), "again")  # fmt: skip
 add("mamba_b_c_swapped", "B and C of the state space exchanged", "weights",
