@@ -21,6 +21,7 @@ def spec(c: Config) -> Spec:
     def mixer(i: int) -> Mixer:
         return attention if i in attends else mamba
 
+    c.get("mamba_dt_rank")  # of Mamba-1: the first release's config has it, and no class reads it
     n, attends = c["num_hidden_layers"], c.get("attn_layer_indices") or ()
     return Spec(
         family="bamba",
@@ -39,7 +40,9 @@ def attention_of(c: Config) -> Attention:
     head_dim = read.head_dim(c)
     rope = read.partial_rope(c, read.rope_parameters(c, default_theta=10000.0), head_dim, default=0.5)
     if (said := c.get("attn_rotary_emb", rope.dim)) != rope.dim:
-        raise ZooError(f"{c.where}: attn_rotary_emb is {said}, and {rope.dim} channels of a head turn")
+        raise ZooError(
+            f"{c.where}: attn_rotary_emb is {said}, but of head_dim {head_dim} half, {rope.dim}, turn"
+        )
     bias = c.get("attention_bias", False)
     return Attention(
         n_heads=c["num_attention_heads"],

@@ -30,6 +30,7 @@ SILENT = re.compile(
     | time_step_(floor|max|min) | linear_(dt|a_log)_(min|max|init_floor) | pretraining_tp | ep_size
     # generation, caches and the kernels that compute the same
     | use_cache | cache_implementation | output_(attentions|hidden_states|scores|past) | num_logits_to_keep
+    | calc_logits_for_entire_prompt
     | return_dict.* | torchscript | use_bfloat16 | tf_legacy_loss | is_(decoder|encoder_decoder|llama_config)
     | tie_encoder_decoder | add_cross_attention | cross_attention_hidden_size | chunk_size(_feed_forward)? | mamba_chunk_size
     | (bad_words_ids|(begin_)?suppress_tokens|forced_.*|prefix|remove_invalid_values|tokenizer_class|exponential_decay_.*)
