@@ -8,8 +8,6 @@ next run begins. Counts go to the file that -o names.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
 import subprocess
@@ -70,30 +68,9 @@ def run(name: str, seconds: float, seed: int) -> dict[str, Any]:
     return result
 
 
-def main() -> int:
+if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         one(sys.argv[2], sys.argv[3:])
-    from targets import TARGETS
+    from run import command
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=60, help="in all, shared by the targets")
-    parser.add_argument("--target", choices=TARGETS, action="append")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path, help="where the counts are written")
-    args = parser.parse_args()
-    names = args.target or list(TARGETS)
-    results = {name: run(name, args.seconds / len(names), args.seed) for name in names}
-    said = {
-        "command": f"make fuzz-guided SECONDS={args.seconds:g}", "seed": args.seed,
-        "executions": sum(r["executions"] for r in results.values()), "targets": results,
-    }  # fmt: skip
-    print(text := json.dumps(said, indent=1))
-    if args.output:
-        args.output.write_text(text + "\n")
-    return int(any(r["found"] for r in results.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__doc__, "fuzz-guided", run))

@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,19 @@ def fuzz(name: str, seconds: float, seed: int) -> dict[str, Any]:
     return {"executions": executions, "slowest_s": round(slowest, 3), "found": found}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def command(doc: str | None, target: str, fuzz: Callable[[str, float, int], dict[str, Any]]) -> int:
+    """The command line of a fuzzer, called `make TARGET`: `fuzz(name, seconds, seed)` runs one target, and says of it at least
+    `executions` and `found`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="in all, shared by the targets")
     parser.add_argument("--target", choices=TARGETS, action="append")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, help="where the counts are written")
     args = parser.parse_args()
     names = args.target or list(TARGETS)
     results = {name: fuzz(name, args.seconds / len(names), args.seed) for name in names}
     said = {
-        "command": f"make fuzz SECONDS={args.seconds:g}", "seed": args.seed,
+        "command": f"make {target} SECONDS={args.seconds:g}", "seed": args.seed,
         "executions": sum(r["executions"] for r in results.values()), "targets": results,
     }  # fmt: skip
     print(text := json.dumps(said, indent=1))
@@ -119,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__doc__, "fuzz", fuzz))

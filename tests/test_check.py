@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
-import tiny
-from hub_client import pointed_at
+import test_hub_cache
 from hub_server import HubServer
-from test_hub_cache import EXTRA, REPO, library, offline, plain
+from test_hub_cache import REPO, library, offline, plain
 from verified import canonical, copy
 
 import zoo
 from zoo.check import check
 from zoo.cli import _common, cli
 
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("release") / "llama"
-    tiny.make("llama", folder, max_shard_size="60KB")
-    for name, data in EXTRA.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-@pytest.fixture
-def server(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        server.repo(REPO).commit(release)
-        with pointed_at(server, tmp_path / "home", monkeypatch, timeout=2):
-            yield server
+release, server = test_hub_cache.release, test_hub_cache.server  # its fixtures
 
 
 def flip(path: Path) -> None:

@@ -41,7 +41,7 @@ CASE = FamilyCase(
     ),
     released_text=released,
     refused=(
-        ("bamba-9b-v2", {"attn_rotary_emb": 128}, "attn_rotary_emb is 128, and 64 channels"),
+        ("bamba-9b-v2", {"attn_rotary_emb": 128}, "attn_rotary_emb is 128, but of head_dim 128 half, 64"),
         ("bamba-9b-v2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("bamba-9b-v2", {"mamba_proj_bias": True}, "mamba_proj_bias is True"),
         ("bamba-9b-v2", {"mamba_d_head": 60}, "mamba_n_heads * mamba_d_head is 7680"),
