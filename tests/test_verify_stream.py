@@ -143,7 +143,7 @@ print(json.dumps({"verdict": cert.verdict} | {k: after[k] - before[k] for k in a
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.proof), "moe"])
 def test_memory_grows_by_a_layer_not_by_the_checkpoint(kind: str, tmp_path: Path) -> None:
     """Layers of 8 MB in fp32, 14 of them: what benchmarks/verify.py does with gigabytes under a hard limit."""
     settings = {
