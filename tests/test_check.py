@@ -124,3 +124,14 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(release: Path, tmp_path:
     file.write_text(json.dumps({"canonical": {"files": {"../secret": entry}}, "source": None}))
     with pytest.raises(zoo.ZooError, match="outside of the folder"):
         check(release, by=file)
+
+
+def test_a_list_that_names_what_no_file_can_be_called_is_one_message(release: Path, tmp_path: Path) -> None:
+    file = tmp_path / "parity.json"
+    for name, size in (("a" * 5000, 1), ("config.json", float("inf"))):
+        entry = {"bytes": size, "sha256": "0" * 64}
+        file.write_text(json.dumps({"canonical": {"files": {name: entry}}, "source": None}))
+        try:
+            assert not check(release, by=file).whole
+        except zoo.ZooError as e:
+            assert "not as zoo writes it" in str(e)

@@ -36,7 +36,6 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
 NOT_THE_MODELS = (".cache/", ".git/", ".huggingface/")
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_THREADS = 4
 
 
 @dataclass
@@ -61,6 +60,8 @@ class Report:
             return "NOT whole and unaltered"
         if self.against is None:
             return "whole, as far as its headers tell; nothing here says what its bytes should be: name its repository, owner/name"
+        if not self.hashed:
+            return f"whole, as far as headers and sizes tell: {self.against} has no hashes"
         return f"whole and unaltered: {self.hashed} files hashed against {self.against}"
 
     def to_json(self) -> dict[str, Any]:
@@ -161,8 +162,7 @@ def _blobs(folder: Path) -> dict[str, RemoteFile]:
 
 def _of_hash(folder: Path, path: str, blob: str) -> RemoteFile:
     """A file of which the hash alone is known; its size is what it has here."""
-    at = folder / path
-    size = at.stat().st_size if at.is_file() else 0
+    size = (folder / path).stat().st_size if certificate.is_there(folder, path) else 0
     return RemoteFile(path, size, blob if len(blob) == 64 else None, blob if len(blob) == 40 else None)
 
 
@@ -175,11 +175,11 @@ def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
         made = [
             {n: RemoteFile(n, int(f["bytes"]), str(f["sha256"]), None) for n, f in s.items()} for s in lists
         ]
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise ZooError(f"{file}: not as zoo writes it ({e!r:.200}); verify again") from None
     if not made:
         raise ZooError(f"{file}: it lists no files; verify again")
-    return max(made, key=lambda m: sum((folder / n).is_file() for n in m if not leads_out(n)))
+    return max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -189,8 +189,10 @@ def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
 def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch: Watch) -> None:
     if bad := next((n for n in listed if leads_out(n)), None):
         raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
-    here = {n: f for n, f in listed.items() if (folder / n).is_file()}
+    here = {n: f for n, f in listed.items() if certificate.is_there(folder, n)}
     missing = [n for n in listed if n not in here]
+    if not here:
+        report.problems.append(f"none of the {len(listed)} files of {report.against} is here")
     needed = [n for n in missing if _is_needed(n, here, listed)]
     report.problems += [f"{n}: missing" for n in needed]
     if left := [n for n in missing if n not in needed]:
@@ -200,7 +202,7 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
         if sizes[n] != f.size:
             report.problems.append(f"{n}: {sizes[n]:,} bytes, expected {f.size:,}: fetch it again")
     same = [f for n, f in here.items() if sizes[n] == f.size and f.blob]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(min(certificate.READERS, certificate.cores())) as pool:
         for f, found in zip(same, pool.map(lambda f: _hash(folder / f.path, f, watch), same)):
             report.hashed += 1
             if found != f.blob:

@@ -37,7 +37,7 @@ from zoo.mapping.execute import Progress
 from zoo.mapping.export import by_rule
 from zoo.mapping.plan import Output, fold, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
-from zoo.mapping.save import elements
+from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import Source
 
@@ -436,13 +436,10 @@ def _merged(places: Places, tensor: str, source: Source) -> Tensor:
 
 def _released(places: Places, name: str, source: Source) -> Tensor:
     """A tensor as it was released, in fp32."""
-    at = places.places[name]
-    o, k = at[0]
-    out = torch.empty(o.fits[k].shape)
-    for o, k in at:
-        held = source.tensor(source.folder.tensors[o.name])
-        elements(out, o.fits[k].source).copy_(elements(held, o.fits[k].canonical))
-    return out
+    held = source.folder.tensors
+    return assembled(
+        ((source.tensor(held[o.name]), o.fits[k]) for o, k in places.places[name]), torch.float32
+    )
 
 
 def _fits_of(at: Iterable[tuple[Output, int]], name: str) -> Iterator[Fit]:

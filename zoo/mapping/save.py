@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -336,6 +336,16 @@ def elements(t: Tensor, box: Box) -> Tensor:
     """A view of the elements of `box` of a contiguous tensor, every sub-axis an axis."""
     sizes, strides = box.flat()
     return torch.as_strided(t, sizes, strides, t.storage_offset() + box.offset)
+
+
+def assembled(parts: Iterable[tuple[Tensor, Fit]], dtype: torch.dtype) -> Tensor:
+    """A released tensor in `dtype`, put together of the canonical ones that hold parts of it; there is at least one."""
+    out = None
+    for held, fit in parts:
+        out = torch.empty(fit.shape, dtype=dtype) if out is None else out
+        elements(out, fit.source).copy_(elements(held, fit.canonical))
+    assert out is not None
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from zoo import families
@@ -21,7 +20,7 @@ from zoo.mapping.execute import refuse_overlap
 from zoo.mapping.export import outputs_of, prefix_of, released_names, rules_of
 from zoo.mapping.plan import TIED
 from zoo.mapping.rules import Fit, respell
-from zoo.mapping.save import elements
+from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part
 from zoo.model.load import Source
 
@@ -71,10 +70,7 @@ def _one(pieces: list[tuple[Tensor, Fit]]) -> Tensor:
     held, fit = pieces[0]
     if len(pieces) == 1 and fit.source.is_contiguous():
         return elements(held, fit.canonical).reshape(fit.shape)
-    out = torch.empty(fit.shape, dtype=held.dtype)
-    for held, fit in pieces:
-        elements(out, fit.source).copy_(elements(held, fit.canonical))
-    return out
+    return assembled(pieces, held.dtype)
 
 
 def export_dcp(

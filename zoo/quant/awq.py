@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.formats.base import TensorRef
-from zoo.quant.base import SCALES, Component, Scheme, Unread, count, of_group, quantization
+from zoo.quant.base import SCALES, Component, Scheme, Unread, count, of_group, of_words
 from zoo.quant.packed import Array, affine, empty, octets
 
 NAME = re.compile(r"awq4-(?:group([1-9]\d{0,5})|channel)", re.ASCII)
@@ -39,11 +39,7 @@ def scheme(m: re.Match[str]) -> Scheme:
 
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the weight that a rule calls `leaf`, if it is quantised so. Raises Unread for a kind that is not read."""
-    stem = leaf.removesuffix(".weight")
-    if f"{stem}.qweight" not in tensors or f"{stem}.qzeros" not in tensors:
-        return None
-    q = quantization(config)
-    if q.get("quant_method") != "awq":
+    if (q := of_words(leaf, tensors, config, "awq")) is None:
         return None
     version = str(q.get("version") or q.get("format") or "gemm").lower()
     if version != "gemm" or q.get("backend") == "llm-awq":
@@ -51,7 +47,11 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
     if (bits := count(q, "bits", 4)) != 4:
         raise Unread(f"config.json: quantization_config has bits {bits}; of AWQ zoo reads 4")
     group = count(q, "group_size", 128, -1)
-    group = 0 if group in (-1, 0) or group > tensors[f"{stem}.qweight"].shape[0] else group
+    group = (
+        0
+        if group in (-1, 0) or group > tensors[leaf.removesuffix(".weight") + ".qweight"].shape[0]
+        else group
+    )
     m = NAME.fullmatch(f"awq4-{of_group(group)}")
     assert m is not None
     return scheme(m)

@@ -7,7 +7,7 @@ is rearranged by the same rule as the weight, at its own grain. No arithmetic he
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,18 @@ def quantization(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
                     raise ZooError(f"config.json: {key} is {q!r}; expected an object"[:200])
                 return q
     return {}
+
+
+def of_words(
+    leaf: str, tensors: Collection[str], config: Mapping[str, Any], method: str
+) -> Mapping[str, Any] | None:
+    """The `quantization_config` by which the weight that a rule calls `leaf` is words of codes and of zero points, as `method`
+    (GPTQ, AWQ) stores them; None if it is not."""
+    stem = leaf.removesuffix(".weight")
+    if f"{stem}.qweight" not in tensors or f"{stem}.qzeros" not in tensors:
+        return None
+    q = quantization(config)
+    return q if q.get("quant_method") == method else None
 
 
 def count(q: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.formats.base import TensorRef
-from zoo.quant.base import SCALES, Component, Scheme, Unread, count, of_group, packing, quantization
+from zoo.quant.base import SCALES, Component, Scheme, Unread, count, of_group, of_words, packing
 from zoo.quant.packed import Array, affine, unpack
 
 NAME = re.compile(r"gptq(2|3|4|8)(-v2)?-(?:group([1-9]\d{0,5})|channel)", re.ASCII)
@@ -41,11 +41,7 @@ def scheme(m: re.Match[str]) -> Scheme:
 
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the weight that a rule calls `leaf`, if it is quantised so. Raises Unread for a kind that is not read."""
-    stem = leaf.removesuffix(".weight")
-    if f"{stem}.qweight" not in tensors or f"{stem}.qzeros" not in tensors:
-        return None
-    q = quantization(config)
-    if q.get("quant_method") != "gptq":
+    if (q := of_words(leaf, tensors, config, "gptq")) is None:
         return None
     kind = q.get("checkpoint_format", q.get("format", "gptq"))
     if kind not in FORMATS:
@@ -61,7 +57,7 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         raise Unread(f"config.json: quantization_config has bits {bits}; of GPTQ zoo reads 2, 3, 4 and 8")
     group = count(q, "group_size", 128, -1)
     codes, words = packing(bits)
-    columns = tensors[f"{stem}.qweight"].shape[0] * codes // words
+    columns = tensors[leaf.removesuffix(".weight") + ".qweight"].shape[0] * codes // words
     group = 0 if group in (-1, 0) or group > columns else group
     name = f"gptq{bits}{FORMATS[kind]}-{of_group(group)}"
     m = NAME.fullmatch(name)

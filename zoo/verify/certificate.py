@@ -452,17 +452,21 @@ def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{root}: its certificate names the file {name!r:.100}, which is outside: not opened"
             )
         path = root / name
-        try:
-            there = path.is_file()
-        except (OSError, ValueError):  # a name longer than names can be
-            there = False
-        if not there:
+        if not is_there(root, name):
             out.append(f"{name}: gone")
         elif path.stat().st_size != was["bytes"]:
             out.append(f"{name}: {path.stat().st_size:,} bytes, was {was['bytes']:,}")
         elif sha256(path) != was["sha256"]:
             out.append(f"{name}: content changed")
     return out
+
+
+def is_there(root: Path, name: str) -> bool:
+    """Whether a folder has a file that somebody's list names."""
+    try:
+        return (root / name).is_file()
+    except (OSError, ValueError):  # a name longer than names can be
+        return False
 
 
 def _rules_changed(rules: Mapping[str, Any]) -> list[str]:

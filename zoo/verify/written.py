@@ -30,13 +30,12 @@ from zoo.formats.opening import open_checkpoint
 from zoo.layout import layout
 from zoo.mapping.plan import Plan, make_plan
 from zoo.mapping.rules import Fit
-from zoo.model.load import DTYPES as TORCH
 from zoo.quant.floats import to_fp32
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify.certificate import Check, Level
 from zoo.verify.exact import Array, _chunks, _flat, _rounded, _view, plan_level, spec_differences
-from zoo.verify.reading import mapped_range
+from zoo.verify.reading import mapped, mapped_range
 
 PLAIN = ("F32", "F16", "BF16")
 _EPS16 = 2.0**-11  # of a scale in fp16
@@ -224,14 +223,9 @@ def _values(folder: Canonical, name: str) -> tuple[Array, str]:
 
     stem = name.removesuffix(".weight")
     stored = {c.name: folder.tensors.get(f"{stem}.{c.name}") for c in scheme(how).components}
-    parts = {part: _tensor(folder, r) for part, r in stored.items() if r is not None}
+    parts = {part: mapped(folder.path(r), r) for part, r in stored.items() if r is not None}
     rows = layout(folder.spec)[name].parts
     return dequantise(how, parts, rows, torch.float32).numpy().reshape(-1), "F32"
-
-
-def _tensor(folder: Canonical, ref: TensorRef) -> torch.Tensor:
-    raw = np.array(np.memmap(folder.path(ref), np.uint8, "r", ref.offset, (ref.nbytes,)))
-    return torch.from_numpy(raw).view(TORCH[ref.dtype]).view(ref.shape)
 
 
 def _plain_differs(folder: Canonical, ckpt: Checkpoint, ref: TensorRef, p: _Piece) -> int:
