@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo import families
 from zoo._version import __version__
@@ -37,6 +37,9 @@ from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.quant.schemes import scheme
+
+if TYPE_CHECKING:
+    from zoo.card import About
 
 FORMATS = ("hf", "source", "gguf")
 MAX_KEPT = 1 << 28
@@ -58,6 +61,13 @@ class _Job:
     extras: list[str]
     small: dict[str, bytes]
     carried: list[str]
+    exact: bool  # the release's own files
+
+    def add_card(self, c: Canonical, dtype: str | None, about: About | None) -> None:
+        from zoo import card
+
+        made, self.carried = card.files(c, self.carried, self.exact, dtype, about or card.About())
+        self.small.update(made)
 
     def wrote(self, path: Path) -> bool:
         """Whether the folder holds nothing but what is written here: it may be replaced."""
@@ -75,6 +85,7 @@ def export(
     force: bool = False,
     dtype: str | None = None,
     shard_size: int | None = None,
+    card: About | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Path:
@@ -83,7 +94,8 @@ def export(
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
     (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned. `dtype` ("bf16",
     "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
-    of tensors per file at most, in new files. Raises ZooError if `canon` holds only some layers,
+    of tensors per file at most, in new files. New files get a model card (`zoo.card`), and with `card` those that are
+    the release's own do too. Raises ZooError if `canon` holds only some layers,
     if its rules have changed since, if a dtype is asked for where weights are quantised, or as `Folder` does.
     """
     if format not in FORMATS:
@@ -116,6 +128,8 @@ def export(
     ).hexdigest()
     if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
         raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
+    if card is not None or not job.exact:
+        job.add_card(c, DTYPES[dtype] if dtype else None, card)
     total = sum(job.sheet.sizes[f] - len(job.sheet.headers[f]) for f in job.sheet.sizes)
     with Folder(dst, job.sheet.sizes, identity, force=force, ours=job.wrote) as folder:
         mover = Mover(folder, total, progress, threads)
@@ -275,7 +289,7 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
         raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
     small = {INDEX: kept[INDEX]} if INDEX in kept else {}
     dtypes = {name: ref.dtype for name, ref in tensors.items()}
-    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, _carried(c))
+    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, _carried(c), exact=True)
 
 
 def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> Plan:
@@ -339,7 +353,7 @@ def _as_new(
         small[INDEX] = sheet.index()
     carried = [n for n in _carried(c) if n != "config.json"]
     small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
-    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried)
+    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
 
 
 def rules_of(family: Family, naming: str = "hf") -> RuleSet:
