@@ -115,12 +115,7 @@ def export(
             f"a type ({type}) is of GGUF; a Hugging Face checkpoint is written in another dtype with --dtype"
         )
     c = read(canon)
-    if c.layers is not None:
-        raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
-    try:
-        job = _job(c, format, shard_size, DTYPES[dtype] if dtype else None)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
+    job = _checked(c, format, shard_size, DTYPES[dtype] if dtype else None, card)
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
     stamp = [(f, (c.root / f).stat().st_size, (c.root / f).stat().st_mtime_ns) for f in sorted(files)]
     identity = hashlib.sha256(
@@ -128,8 +123,6 @@ def export(
     ).hexdigest()
     if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
         raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
-    if card is not None or not job.exact:
-        job.add_card(c, DTYPES[dtype] if dtype else None, card)
     total = sum(job.sheet.sizes[f] - len(job.sheet.headers[f]) for f in job.sheet.sizes)
     with Folder(dst, job.sheet.sizes, identity, force=force, ours=job.wrote) as folder:
         mover = Mover(folder, total, progress, threads)
@@ -155,6 +148,16 @@ def export(
         for name in job.carried:
             folder.write(name, place_of(c.root, name).read_bytes())
         return folder.publish()
+
+
+def sizes(
+    canon: str | os.PathLike[str], dtype: str | None = None, card: About | None = None
+) -> dict[str, int]:
+    """The files that `export` would write to a Hugging Face checkpoint, and their bytes. Raises ZooError as it does."""
+    c = read(canon)
+    job = _checked(c, "hf", None, DTYPES[dtype] if dtype else None, card)
+    small = {n: len(data) for n, data in job.small.items()}
+    return {**job.sheet.sizes, **small, **{n: place_of(c.root, n).stat().st_size for n in job.carried}}
 
 
 def _move(
@@ -184,6 +187,22 @@ def _move(
 
 # ---------------------------------------------------------------------------------------------------
 # What to write
+
+
+def _checked(
+    c: Canonical, format: str, shard_size: int | None, dtype: str | None, card: About | None
+) -> _Job:
+    """The job, with a card where there is to be one. Raises ZooError for a folder that holds a part of a model, or is not as zoo
+    writes it."""
+    if c.layers is not None:
+        raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
+    try:
+        job = _job(c, format, shard_size, dtype)
+        if card is not None or not job.exact:
+            job.add_card(c, dtype, card)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
+    return job
 
 
 def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = None) -> _Job:
