@@ -7,7 +7,7 @@ What training changed is, matrix by matrix under the names that transformers has
 with the r largest singular values of D: no other product of rank r is nearer (Eckart and Young, 1936). The share of |D|^2 that
 B A has is told for each matrix, since nothing says that a difference is of low rank.
 
-What is no matrix (a norm, an embedding, a router) is put whole into the adapter where PEFT can hold it (`modules_to_save`; biases),
+Experts that transformers packs are taken one by one, and told together. What is no matrix (a norm, an embedding, a router) is put whole into the adapter where PEFT can hold it (`modules_to_save`; biases),
 and refused by name where it cannot. In memory are one matrix of both folders and the adapter.
 
 Unusual: a large matrix is decomposed by its range on random vectors, with eight power iterations (Halko et al., arXiv 0909.4061); what
@@ -160,6 +160,9 @@ class _Adapter:
         # A Conv1D holds [in, out]; PEFT is told so of all modules together.
         self.fan_in = bool(linear) and sum(n in self.turned for n in linear) * 2 > len(linear)
         self.low: dict[str, tuple[Tensor, Tensor]] = {}  # module -> A, B
+        self.experts: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # packed experts' parameter -> A, B of all of them
         self.biases: dict[str, Tensor] = {}
         self.saved: dict[str, Tensor] = {}  # tensors of whole modules
         self.refused: list[str] = []
@@ -174,6 +177,10 @@ class _Adapter:
             and len(fit[0].fits[fit[1]].shape) == 2
         )
 
+    def _is_experts(self, name: str, w: Tensor) -> bool:
+        """Whether it is a parameter that holds the matrices of all experts: PEFT's `target_parameters`."""
+        return not name.endswith((".weight", ".bias")) and self.slots[name].multiplies and w.dim() == 3
+
     def add(self, name: str, w: Tensor, v: Tensor) -> None:
         """A tensor that differs."""
         slot, (module, _, leaf) = self.slots[name], name.rpartition(".")
@@ -182,6 +189,9 @@ class _Adapter:
         elif self._is_linear(name) and (name in self.turned) == self.fan_in:
             a, b, self.report.kept[module] = lowered((v - w).T if self.fan_in else v - w, self.rank)
             self.low[module] = a, b
+        elif self._is_experts(name, w) and not self.fan_in:
+            a, b, self.report.kept[name] = lowered_experts(w, v, self.rank, name in self.turned)
+            self.experts[name] = a, b
         elif leaf == "bias" and f"{module}.weight" in self.names and self._is_linear(f"{module}.weight"):
             self.biases[module] = v
             self.report.whole.append(name)
@@ -213,10 +223,13 @@ class _Adapter:
                 f"{new.root}: {len(self.refused)} tensors differ from {self.old.root} that an adapter cannot hold. Nothing was "
                 f"written{listed}"
             )
-        if not (self.low or self.biases or self.saved):
-            raise ZooError(
-                f"{new.root}: its values are those of {self.old.root}: there is nothing to extract"
+        if not (self.low or self.experts):
+            what = (
+                f"differs from {self.old.root} in {', '.join(self.report.whole[:4])} alone"
+                if self.report.whole
+                else f"has the values of {self.old.root}"
             )
+            raise ZooError(f"{new.root}: {what}: there is nothing of low rank to extract")
 
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`, in the words of PEFT's LoraConfig."""
@@ -231,7 +244,8 @@ class _Adapter:
             "lora_alpha": self.rank,
             "rank_pattern": ranks,
             "alpha_pattern": ranks,
-            "target_modules": sorted(self._called(self.low)),
+            "target_modules": sorted(self._called(self.low)) or None,
+            "target_parameters": sorted(self._called(self.experts, parts=2)) or None,
             "modules_to_save": sorted({n.rpartition(".")[0] for n in self.saved}) or None,
             "bias": "all" if self.biases else "none",
             "fan_in_fan_out": self.fan_in,
@@ -242,12 +256,17 @@ class _Adapter:
             "inference_mode": True,
         }
 
-    def _called(self, modules: Iterable[str]) -> Iterator[str]:
-        """Modules as PEFT finds them: by the last part of the name where all that are called so are meant, else by the whole."""
-        modules, every = set(modules), {n.rpartition(".")[0] for n in (*self.names, *self.old.extra_tensors)}
-        for leaf in sorted({m.rpartition(".")[2] for m in modules}):
-            alike = {m for m in every if m.rpartition(".")[2] == leaf}
-            yield from [leaf] if alike <= modules and not leaf.isdigit() else alike & modules
+    def _called(self, names: Iterable[str], parts: int = 1) -> Iterator[str]:
+        """Modules, or parameters, as PEFT finds them: by the last `parts` of the name where all that are called so are meant,
+        else by the whole."""
+        known = {*self.names, *self.old.extra_tensors}
+        wanted, every = set(names), known if parts == 2 else {n.rpartition(".")[0] for n in known}
+        by_end: dict[str, set[str]] = {}
+        for name in every:
+            by_end.setdefault(".".join(name.split(".")[-parts:]), set()).add(name)
+        for end, alike in by_end.items():
+            if alike & wanted:
+                yield from [end] if alike <= wanted else alike & wanted
 
     def weights(self) -> bytes:
         from safetensors.torch import save
@@ -255,6 +274,12 @@ class _Adapter:
         out = {f"{BEGIN}{name}": t for name, t in self.saved.items()}
         for module, (a, b) in self.low.items():
             out |= {f"{BEGIN}{module}.lora_A.weight": a, f"{BEGIN}{module}.lora_B.weight": b}
+        for name, (a, b) in self.experts.items():
+            module, later = name.rpartition(".")[0], list(self.experts)
+            # PEFT wraps a module once for each of its parameters, the first one innermost.
+            depth = sum(n.rpartition(".")[0] == module for n in later[later.index(name) + 1 :])
+            at = f"{BEGIN}{module}{'.base_layer' * depth}"
+            out |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b}
         for module, t in self.biases.items():
             out[f"{BEGIN}{module}{'.base_layer' if module in self.low else ''}.bias"] = t
         return save({k: t.contiguous() for k, t in out.items()}, metadata={"format": "pt"})
@@ -262,6 +287,27 @@ class _Adapter:
 
 def lowered(d: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """A [r, in] and B [out, r] of the difference d [out, in], and the share of |d|^2 that B A has; r is at most d's sides."""
+    a, b, lost, all_ = _lowered(d, rank)
+    return a, b, 1 - lost / all_
+
+
+def lowered_experts(w: Tensor, v: Tensor, rank: int, turned: bool) -> tuple[Tensor, Tensor, float]:
+    """The same of E experts' matrices, w and v [E, out, in] (`turned`: [E, in, out]), as PEFT has them: A [E r, in], an expert after
+    the other, and B [out, r E], an expert's columns E apart."""
+    E, r, lost, all_ = len(w), rank, 0.0, 0.0
+    out, in_ = w.shape[:0:-1] if turned else w.shape[1:]
+    a, b = torch.zeros(E, r, in_), torch.zeros(out, r, E)
+    for e in range(E):
+        d = (v[e] - w[e]).T if turned else v[e] - w[e]
+        if d.any():
+            one, two, rest, whole = _lowered(d, r)
+            a[e, : len(one)], b[:, : len(one), e] = one, two
+            lost, all_ = lost + rest, all_ + whole
+    return a.reshape(E * r, in_), b.reshape(out, r * E), 1 - lost / all_
+
+
+def _lowered(d: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """A, B, |d - B A|^2 and |d|^2."""
     r = min(rank, *d.shape)
     if min(d.shape) <= EXACT:
         u, s, vt = torch.linalg.svd(d, full_matrices=False)
@@ -272,5 +318,5 @@ def lowered(d: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
             vt = v.T
     root = s[:r].sqrt()
     a, b = root[:, None] * vt[:r], u[:, :r] * root
-    lost = torch.linalg.vector_norm(d - b @ a, dtype=torch.float64) ** 2
-    return a, b, 1 - float(lost / torch.linalg.vector_norm(d, dtype=torch.float64) ** 2)
+    lost, all_ = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in (d - b @ a, d))
+    return a, b, lost, all_
