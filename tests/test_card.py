@@ -101,6 +101,9 @@ def test_trained_weights_are_a_finetune_of_what_they_began_as(tmp_path: Path) ->
     data, text = read_card(zoo.export(new, tmp_path / "out"))
     assert (data["base_model"], data["base_model_relation"]) == ("org/model", "finetune")
     assert "no release's own" in text and str(tmp_path) not in text
+    assert zoo.verify(new, against=tmp_path / "out", level="bytes").passed, "a card is no part of the release"
+    (tmp_path / "out" / "README.md").write_text("somebody else's")
+    assert not zoo.verify(new, against=tmp_path / "out", level="bytes").passed
 
 
 def test_the_certificate_is_told_with_its_bounds_and_not_when_it_is_of_other_weights(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zoo import manifest
@@ -32,6 +33,8 @@ FILE = "README.md"
 THEIRS = "README.source.md"
 MAX_HEAD = 1 << 16
 """Bytes of a card in which its metadata is looked for; the longest on the Hub have some 30 kB, of results."""
+MAX_CARD = 1 << 24
+"""Bytes of a card of ours: some hundred for each file of the release."""
 MAX_SAID = 200
 """Characters of somebody else's text."""
 
@@ -82,6 +85,14 @@ def files(
             name, n = f"README.source-{n + 1}.md", n + 1
         out[name] = theirs
     return out, rest
+
+
+def of_an_export(root: Path, names: Iterable[str]) -> set[str]:
+    """The READMEs among the files of a folder that zoo exported: they are about that folder, and no part of the release."""
+    path = root / FILE
+    if not (path.is_file() and path.stat().st_size < MAX_CARD and is_ours(path.read_bytes())):
+        return set()
+    return {n for n in names if n == FILE or n.startswith(THEIRS.removesuffix(".md"))}
 
 
 def is_ours(card: bytes) -> bool:
