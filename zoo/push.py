@@ -28,6 +28,7 @@ from zoo.formats import canonical
 from zoo.hub import HubError
 from zoo.mapping.execute import Progress
 from zoo.mapping.export import export, sizes
+from zoo.sign import sign
 from zoo.verify import certificate
 
 StrPath = str | os.PathLike[str]
@@ -64,13 +65,16 @@ def push(
     revision: str | None = None,
     dtype: str | None = None,
     unproven: bool = False,
+    key: Path | None = None,
+    password: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Pushed:
     """Upload the canonical folder `canon`, exported, to the repository `repo` ("owner/name") of the Hub, which is made if there is none.
 
     `private`: whether a new repository is (None: it is); one that is there stays as it is. `revision`: the branch, made if there is none.
-    `dtype`: as in `zoo.export`. `unproven`: although the certificate does not hold. `dry_run`: only say what would be uploaded.
+    `dtype`: as in `zoo.export`. `unproven`: although the certificate does not hold. `key`: sign what is
+    uploaded with it (`zoo.sign`). `dry_run`: only say what would be uploaded.
     Raises ZooError for a certificate that does not hold, and as `export` does; HubError for what the Hub refuses.
     """
     root = Path(canon)
@@ -88,6 +92,8 @@ def push(
     if problems is not None:
         out.files[certificate.FILE] = (root / certificate.FILE).stat().st_size
     if dry_run:
+        if key is not None:
+            out.notes.append(f"{certificate.SIGNATURE}, the signature of these, goes along")
         return out
     _refuse_offline()
     with tempfile.TemporaryDirectory(
@@ -96,6 +102,8 @@ def push(
         folder = export(root, Path(made) / "hf", dtype=dtype, card=about, progress=progress)
         if problems is not None:
             shutil.copyfile(root / certificate.FILE, folder / certificate.FILE)
+        if key is not None:
+            out.files[certificate.SIGNATURE] = sign(folder, key, password).stat().st_size
         with _refusals(repo), _bars():
             _upload(folder, out, private, revision)
     return out
@@ -132,6 +140,11 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
     held = set(api.list_repo_files(out.repo, revision=revision)) if there else set()
     stale = [n for n in held if _WEIGHTS.fullmatch(n) and n not in out.files]
     keep = card.FILE in held and not _is_ours(api, out.repo, revision)
+    if keep and certificate.SIGNATURE in out.files:
+        raise ZooError(
+            f"{out.repo}: has a {card.FILE} that somebody wrote or edited, which the signature would not be of. Delete it there and push "
+            "again, or push unsigned"
+        )
     if keep:
         del out.files[card.FILE]
         out.notes.append(

@@ -16,10 +16,12 @@ from zoo.cli._common import DTYPE, common, emit, note, say, table
 @click.option("--revision", metavar="BRANCH", help="Upload to this branch; it is made if there is none. Default: main.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as they are.")
 @click.option("--unproven", is_flag=True, help="Upload although the certificate failed, or is of other weights; the card says so.")  # fmt: skip
+@click.option("--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PRIVATE.pem", help="Sign what is uploaded (model.sig), as `zoo sign` does. Needs zoo[sign].")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only list what would be uploaded, with sizes.")
 @common
 def command(
-    canon: Path, repo: str, public: bool | None, revision: str | None, dtype: str | None, unproven: bool, dry_run: bool, as_json: bool,
+    canon: Path, repo: str, public: bool | None, revision: str | None, dtype: str | None, unproven: bool, key: Path | None,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Upload the canonical folder CANON to OWNER/NAME on the Hub: exported as `zoo export` does, with a model card and the
     certificate, in one commit.
@@ -29,6 +31,7 @@ def command(
     for the export beside CANON.
     """
     from zoo.cli._progress import Bar, Steps
+    from zoo.cli.sign import password_of
     from zoo.printable import decimal
     from zoo.push import push
 
@@ -36,7 +39,7 @@ def command(
         bar.phase("exporting")
         done = push(
             canon, repo, private=None if public is None else not public, revision=revision, dtype=dtype, unproven=unproven,
-            dry_run=dry_run, progress=Steps(bar),
+            key=key, password=password_of(None if dry_run else key), dry_run=dry_run, progress=Steps(bar),
         )  # fmt: skip
     if as_json:
         emit(done.to_json())

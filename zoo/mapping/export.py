@@ -71,7 +71,7 @@ class _Job:
 
     def wrote(self, path: Path) -> bool:
         """Whether the folder holds nothing but what is written here: it may be replaced."""
-        names = {*self.sheet.sizes, *self.small, *self.carried}
+        names = {*self.sheet.sizes, *self.small, *self.carried, "model.sig"}
         files = files_below(path)
         return bool(files) and files <= names
 
