@@ -64,7 +64,11 @@ def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
             t = t.unflatten(0, (config["mamba_n_groups"], -1))
         name = name.replace("dt_bias", "dt_proj.bias")
         out[name] = (
-            t.unsqueeze(1) if name.endswith(("A_log", ".D")) else t.squeeze(1) if name.endswith("conv1d.weight") else t
+            t.unsqueeze(1)
+            if name.endswith(("A_log", ".D"))
+            else t.squeeze(1)
+            if name.endswith("conv1d.weight")
+            else t
         )
     return out
 
