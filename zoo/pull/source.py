@@ -16,10 +16,12 @@ from zoo.formats.base import Checkpoint, inside, leads_out
 from zoo.formats.opening import snapshot_of
 from zoo.mapping.plan import Plan, given, make_plan
 from zoo.pull.progress import Passed, Quiet
+from zoo.url import is_url
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
     from zoo.manifest import Manifest, Source
+    from zoo.pull.stored import StoredSource
     from zoo.remote import Remote
     from zoo.spec import Spec
 
@@ -28,11 +30,13 @@ StrPath = str | os.PathLike[str]
 
 @dataclass
 class Opened:
-    """A source, opened by its headers. `remote` is None for what is on this disk; `origin` says where it came from."""
+    """A source, opened by its headers. `remote`: on the Hub; `stored`: in an object store; neither: on this disk. `origin`
+    says where it came from."""
 
     plan: Plan
     remote: Remote | None = None
     origin: dict[str, Any] | None = None
+    stored: StoredSource | None = None
 
     def hash(self, progress: Progress) -> None:
         """Have a hash of every file, of what the cache holds where no list has it."""
@@ -44,7 +48,7 @@ class Opened:
 def is_local(src: StrPath) -> bool:
     """Whether `src` means something on this disk: it exists, or is spelled as only a path is."""
     text = os.fspath(src)
-    return (
+    return not is_url(src) and (
         not isinstance(src, str)
         or os.path.exists(text)
         or text.startswith((".", "/", "~"))
@@ -114,6 +118,11 @@ def spec_of(src: StrPath) -> Spec:
         if canonical.detect(path):
             return canonical.read(path).spec
         return families.spec_of(open_checkpoint(path).config, where=str(path))
+    if is_url(src):
+        from zoo.pull import stored
+
+        with stored.described(os.fspath(src)) as root:
+            return spec_of(root)
     from zoo import manifest, remote
 
     with contextlib.suppress(ZooError):
@@ -152,6 +161,15 @@ def opening(
     from zoo import remote
     from zoo.hub import HubError
 
+    if is_url(name):
+        from zoo.pull import stored
+
+        if revision is not None:
+            raise ZooError(f"{name} is in a store, which has no revision {revision!r}")
+        progress.phase("reading headers")
+        with stored.opened(name, format, file) as (held, ckpt):
+            yield Opened(_planned(ckpt, dtype, layers, family), None, held.provenance(), held)
+        return
     if (here := cache_folder(name)) is not None:
         if revision is not None:
             raise ZooError(
