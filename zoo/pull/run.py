@@ -32,12 +32,13 @@ from zoo.pull.source import (
     is_local,
     named,
     not_here,
+    of_hub,
     open_source,
     opening,
 )
 from zoo.pull.space import existing, to_fetch, to_write
 from zoo.pull.stored import canonical_at
-from zoo.url import is_url
+from zoo.url import is_url, without_secrets
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
@@ -67,6 +68,7 @@ def convert(
     `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
     folder or repository `src` or below it. `part`: of a conversion on disk, only this part; `dst` appears with the last.
     """
+    refuse_store(dst)
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
     if part is not None and (verify is not None or not is_local(src)):
         raise ZooError(
@@ -120,6 +122,14 @@ def convert(
     return dst
 
 
+def refuse_store(dst: StrPath | None) -> None:
+    """A URL taken for a path would make a folder called `s3:`."""
+    if is_url(dst):
+        raise ZooError(
+            f"{without_secrets(dst)} is in a store: `zoo convert` writes there (zoo.pull.sent.convert_to_store in Python)"
+        )
+
+
 def _note(plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect: other sets of weights, fields that zoo does not know, names that were looked through."""
     for said in (*plan.checkpoint.notes, *plan.notes):
@@ -148,6 +158,8 @@ def pull(
     if stream and layers is not None:
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
+    refuse_store(to)
+    name, revision = of_hub(name, revision)
     if is_url(name) and (found := canonical_at(name)) is not None:
         if any(v is not None for v in (dtype, revision, format, family, file, layers, verify)) or stream:
             raise ZooError(f"{found} is a canonical folder: it is fetched as it is, without other options")
@@ -236,6 +248,7 @@ def preview(
     progress: Progress | None = None,
 ) -> Preview:
     """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
+    name, revision = of_hub(name, revision)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
     with opening(name, dtype, revision, format, layers, progress or Quiet(), family, file) as opened:
         fetch = there = 0

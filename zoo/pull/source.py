@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +44,14 @@ class Opened:
         if self.remote is not None and not all(f.blob for f in self.remote.files):
             self.remote = self.remote.hashed(progress)
             self.origin = self.remote.provenance()
+
+
+def of_hub(name: str, revision: str | None) -> tuple[str, str | None]:
+    """owner/name and revision where `name` is the URL of a repository on the Hub (hf://owner/name@revision); else both as
+    they are."""
+    if (m := re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/\s]+))?/?", name)) is None:
+        return name, revision
+    return m[1], revision or m[2]
 
 
 def is_local(src: StrPath) -> bool:
@@ -118,20 +127,21 @@ def spec_of(src: StrPath) -> Spec:
         if canonical.detect(path):
             return canonical.read(path).spec
         return families.spec_of(open_checkpoint(path).config, where=str(path))
+    src, revision = of_hub(os.fspath(src), None)
     if is_url(src):
         from zoo.pull import stored
 
-        with stored.described(os.fspath(src)) as root:
+        with stored.described(src) as root:
             return spec_of(root)
     from zoo import manifest, remote
 
     with contextlib.suppress(ZooError):
-        known = manifest.find(os.fspath(src))
+        known = manifest.find(src)
         if known.config is not None:
             return families.spec_of(known.config, families.get(known.family), f"{known.name}: config.json")
-    _, sources = remote.sources_of(os.fspath(src))
+    _, sources = remote.sources_of(src, revision=revision)
     with remote.headers(remote.resolve(sources[0])) as (_, ckpt):
-        return families.spec_of(ckpt.config, where=os.fspath(src))
+        return families.spec_of(ckpt.config, where=src)
 
 
 def default_folder(name: str) -> str:
@@ -161,6 +171,7 @@ def opening(
     from zoo import remote
     from zoo.hub import HubError
 
+    name, revision = of_hub(name, revision)
     if is_url(name):
         from zoo.pull import stored
 
