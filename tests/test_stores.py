@@ -282,6 +282,8 @@ def test_what_needs_a_folder_on_this_disk_says_how_to_get_one(capsys: pytest.Cap
         zoo.load("told://b/c")
     with pytest.raises(ZooError, match="give its path, without file://"):
         zoo.plan("file:///tmp/model")
+    with pytest.raises(ZooError, match="name a repository of the Hub as owner/name"):
+        zoo.plan("https://somewhere/owner/model")
     with pytest.raises(ZooError, match="told://b/c is in a store: `zoo convert` writes there"):
         zoo.convert("somewhere", "told://b/c")
 

@@ -58,15 +58,20 @@ class Store:
         protocol = url.partition("://")[0]
         if protocol in ("file", "local"):
             raise ZooError(f"{self.url}: a place on this disk: give its path, without {protocol}://")
-        try:
-            from fsspec.core import url_to_fs
+        if protocol in ("http", "https"):
+            raise ZooError(
+                f"{self.url}: a web server, which lists no files: name a repository of the Hub as owner/name, or download it first"
+            )
+        from fsspec.core import url_to_fs
 
-            self.fs: Any
-            with self._told("cannot be reached"):
-                self.fs, root = url_to_fs(url)
+        self.fs: Any
+        try:
+            self.fs, root = url_to_fs(url)
         except ImportError:
             how = "install zoo[stores]" if protocol in ("s3", "s3a") else "install its fsspec client"
             raise ZooError(f"{self.url}: the client of {protocol}:// is not installed: {how}") from None
+        except Exception as e:
+            raise self._error("cannot be reached", e) from None
         self.root = str(root).rstrip("/")
 
     def __str__(self) -> str:
@@ -235,10 +240,13 @@ class Store:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (ZooError, ImportError):
+        except ZooError:
             raise
         except Exception as e:  # every client has errors of its own
-            raise ZooError(without_secrets(f"{self.url}: {what}: {type(e).__name__}: {e}")) from None
+            raise self._error(what, e) from None
+
+    def _error(self, what: str, error: Exception) -> ZooError:
+        return ZooError(without_secrets(f"{self.url}: {what}: {type(error).__name__}: {error}"))
 
     # ---- S3's hashes
 
