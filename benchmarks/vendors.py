@@ -46,7 +46,7 @@ DENSE = {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, 
 LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", DENSE | {"rope_parameters": rope(613.0)}),
     "llama, an odd width": ("llama", DENSE | {"rope_parameters": rope(613.0), "intermediate_size": 77}),
-    "llama, scaled RoPE": ("llama", DENSE | {"rope_parameters": llama3(613.0, 8.0, 8192, 1.0, 4.0)}),
+    "llama, scaled RoPE": ("llama", DENSE | {"rope_parameters": llama3(50000.0, 8.0, 8192, 1.0, 4.0)}),
     "llama, tied": ("llama_tied", DENSE | {"rope_parameters": rope(613.0)}),
 }
 LLAMA4 = DENSE | {
@@ -55,7 +55,7 @@ LLAMA4 = DENSE | {
 }  # fmt: skip
 LLAMAS4: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4, all layers with experts": (
-        "llama4_scout", LLAMA4 | {"interleave_moe_layer_step": 1, "rope_parameters": llama3(613.0, 16.0, 8192, 1.0, 1.5)},
+        "llama4_scout", LLAMA4 | {"interleave_moe_layer_step": 1, "rope_parameters": llama3(50000.0, 16.0, 8192, 1.0, 1.5)},
     ),
     "llama4, dense ones between": (
         "llama4_scout", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_parameters": rope(613.0)},
