@@ -34,10 +34,11 @@ class Size(click.ParamType[int]):
 @click.argument("dst", type=Here(path_type=Path))
 @click.option(
     "--format",
-    type=click.Choice(["hf", "source", "gguf", "dcp"]),
+    type=click.Choice(["hf", "source", "gguf", "meta", "mistral", "dcp"]),
     default="hf",
     show_default=True,
     help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; gguf: a file for llama.cpp; "
+    "meta, mistral: params.json and consolidated.00.pth or .safetensors, as the vendors' own code reads; "
     "dcp: a folder of torch.distributed.checkpoint, for trainers.",
 )
 @click.option(
