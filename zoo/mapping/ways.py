@@ -29,7 +29,7 @@ PAGE, LINE = mmap.PAGESIZE, 64
 # Bytes written by a call at most. Larger writes make the page cache ask for larger runs of free memory; on a
 # virtual machine those may be untouched yet, and then cost several times the copy.
 BUFFER = 512 << 10
-WINDOW = 16 << 20  # bytes of a source that are mapped at a time
+WINDOW = 4 << 20  # bytes of a source that are mapped at a time
 TRIAL = 32 << 20  # bytes that each thread copies to try a way
 ROUNDS = 2  # trials of each; the better one counts, since other processes disturb
 GAIN = 1.2  # as many times faster must several threads be: they cost more of the processor
