@@ -22,6 +22,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoo import card
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of
 from zoo.formats.canonical import Canonical
@@ -256,6 +257,7 @@ class Bytes:
             if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)
         ]
         given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
+        given -= card.of_an_export(plan.checkpoint.root, given)
         changed = [
             n for n in sorted(given) if not _same_file(place_of(folder.root, n), plan.checkpoint.path(n))
         ]
