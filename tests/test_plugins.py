@@ -117,8 +117,8 @@ def test_it_brings_readings_of_its_own_for_gguf_and_vendors_files(install: Insta
     assert [f.name for f, _ in families.naming_gguf("llama", "w.gguf")] == ["llama", "mixtral", "own"], (
         "ours is asked first"
     )
-    assert families.own_config("mistral", {"mixture": 1, "is": "own"}, (), "params.json") == {
-        "mixture": 1,
+    assert families.own_config("mistral", {"moe": 1, "is": "own"}, (), "params.json") == {
+        "moe": 1,
         "is": "own",
     }
     with pytest.raises(ZooError, match="'other' is not supported; supported: .*ownarch"):
