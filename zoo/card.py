@@ -118,6 +118,7 @@ class _Base:
     revision: str | None = None
     commit: str | None = None
     relation: str | None = None
+    rounded: str | None = None  # the block type of GGUF in which its weights came
 
 
 def _base(c: Canonical, said: Mapping[str, Any]) -> _Base:
@@ -147,7 +148,9 @@ def _packaged(package: object) -> _Base | None:
     for m in manifest.load_all():
         for source in m.sources:
             if source.package is not None and source.package == package and m.repo:
-                return _Base(m.repo, relation="quantized" if source.quantization else None)
+                return _Base(
+                    m.repo, relation="quantized" if source.quantization else None, rounded=source.quantization
+                )
     return None
 
 
@@ -268,6 +271,8 @@ def _opening(c: Canonical, base: _Base, what: _Export) -> str:
         values = c.source.get("values")
         how = _code(values.get("by", "") if isinstance(values, dict) else "")
         return f"Weights that were trained or merged ({how}), starting from {of}: no release's own. Written by {by}."
+    if base.rounded:
+        return f"The weights of {of}, which came rounded to {_code(base.rounded)}, in new files under the names that transformers reads, written by {by}."
     if what.exact and _bytes_hold(c, what):
         return f"The files of {of}, byte for byte, written by {by}, which added this card."
     if what.exact:

@@ -27,6 +27,7 @@ from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
+from zoo.mapping import changes
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box
 from zoo.model.load import DTYPES as TORCH
@@ -315,8 +316,8 @@ def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dt
     fit = output.fits[k]
     dst = _view(mine, fit.canonical)
     src, bits = _source(read, plan, output, k, dtype)
-    if fit.plus_one:
-        src, bits = (_floats(src, dtype) if bits else src) - np.float32(1), False
+    if fit.change:
+        src, bits = changes.weights(_floats(src, dtype) if bits else src, fit.change), False
     wrong = 0
     for a, b in _chunks(dst, _view(src, fit.source)):
         if bits:
