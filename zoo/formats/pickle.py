@@ -347,6 +347,17 @@ def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[T
     return list(_refs(_state_dict(state, who, notes), ranges, name, who))
 
 
+def read_tensor(f: BinaryIO, who: str) -> TensorRef:
+    """The one tensor that `torch.save` wrote to `f` as it is, as a byte range of `f`. Raises ZooError for anything else."""
+    if f.read(4) != b"PK\x03\x04":
+        raise ZooError(f"{who}: expected a file of torch.save (a zip archive): damaged, fetch it again")
+    state, ranges = _zipped(f, who)
+    if not isinstance(state, _Tensor):
+        raise ZooError(f"{who}: holds {short(state)}, expected a tensor")
+    (ref,) = _refs({"": state}, ranges, "", who)
+    return ref
+
+
 Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in the file
 
 
