@@ -174,7 +174,7 @@ def write(state: Mapping[str, Tensor], dst: str | os.PathLike[str], force: bool 
     with Folder(dst, {}, uuid.uuid4().hex, force=force, ours=_wrote) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of one process, which is meant
         try:
-            writer = checkpoint.FileSystemWriter(folder.partial, thread_count=1, sync_files=False)
+            writer = checkpoint.FileSystemWriter(folder.here, thread_count=1, sync_files=False)
             checkpoint.save(dict(state), storage_writer=writer, no_dist=True)
         except (OSError, checkpoint.CheckpointException) as e:
             folder.discard()

@@ -13,6 +13,7 @@ from pathlib import Path
 from zoo.errors import ZooError
 from zoo.gallery import pages
 from zoo.gallery.data import Release, collect, document
+from zoo.plain import write_plain
 
 __all__ = ["write"]
 
@@ -44,10 +45,12 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
         if r.drawing is not None:
             files[f"svg/{r.drawing}"] = r.svg
     for folder in (out, out / "r", out / "svg"):
+        if folder != out and folder.is_symlink():
+            raise ZooError(f"{folder}: is a link, and zoo did not make it: remove it, or name another folder")
         folder.mkdir(parents=True, exist_ok=True)
     for old in (*(out / "r").glob("*.html"), *(out / "svg").glob("*.svg")):
         if str(old.relative_to(out)) not in files:
             old.unlink()  # of an earlier gallery
     for name, content in files.items():
-        (out / name).write_text(content, encoding="utf-8", newline="\n")
+        write_plain(out / name, content.encode())
     return releases
