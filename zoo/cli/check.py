@@ -8,6 +8,8 @@ import click
 
 from zoo.cli._common import common, emit, failed, note, say
 
+SHOWN = 40  # problems, a line each
+
 
 @click.command(short_help="Is a folder whole, and unaltered?")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -42,8 +44,10 @@ def command(folder: Path, repo: str | None, revision: str | None, by: Path | Non
     else:
         for line in report.notes:
             note(line)
-        for line in report.problems:
+        for line in report.problems[:SHOWN]:
             say(line)
+        if (more := len(report.problems) - SHOWN) > 0:
+            say(f"and {more:,} more (--json has them all)")
         told = f"{report.tensors:,} tensors" + (
             f" of {report.family}, every one in place" if report.family and report.whole else ""
         )
