@@ -171,13 +171,14 @@ class _Metadata:
     each.)"""
 
     LOOP = """
-import importlib.util, json, signal, struct, sys
+import importlib.util, json, resource, signal, struct, sys
 spec = importlib.util.spec_from_file_location("reader", sys.argv[1])
 reader = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reader)
+resource.setrlimit(resource.RLIMIT_AS, (reader.MEMORY, reader.MEMORY))
 while head := sys.stdin.buffer.read(4):
     data = sys.stdin.buffer.read(*struct.unpack("<I", head))
-    signal.setitimer(signal.ITIMER_VIRTUAL, 2)  # its signal ends the process
+    signal.setitimer(signal.ITIMER_PROF, 2)  # its signal ends the process
     try:
         said = reader.table(data)
     except reader.Refused as e:
@@ -185,7 +186,7 @@ while head := sys.stdin.buffer.read(4):
     except (MemoryError, RecursionError):
         said = {"error": "memory"}
     out = json.dumps(said).encode()
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     sys.stdout.buffer.write(struct.pack("<I", len(out)) + out)
     sys.stdout.buffer.flush()
 """
@@ -196,7 +197,9 @@ while head := sys.stdin.buffer.read(4):
     def __call__(self, data: bytes) -> dict[str, object]:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-I", "-c", self.LOOP, dcp_metadata.__file__]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
         into, out = self.process.stdin, self.process.stdout
         assert into is not None and out is not None
         into.write(struct.pack("<I", len(data)) + data)

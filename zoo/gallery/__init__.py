@@ -27,6 +27,8 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / DATA).is_file())):
         raise ZooError(f"{out}: holds something that is no gallery; name a folder that is new, empty, or one")
+    if link := next((f for f in (out / "r", out / "svg") if f.is_symlink()), None):
+        raise ZooError(f"{link}: is a link, and zoo did not make it: remove it, or name another folder")
     releases = collect(names)
     text = json.dumps(document(releases), ensure_ascii=False, separators=(",", ":"))
     files = {
@@ -45,8 +47,6 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
         if r.drawing is not None:
             files[f"svg/{r.drawing}"] = r.svg
     for folder in (out, out / "r", out / "svg"):
-        if folder != out and folder.is_symlink():
-            raise ZooError(f"{folder}: is a link, and zoo did not make it: remove it, or name another folder")
         folder.mkdir(parents=True, exist_ok=True)
     for old in (*(out / "r").glob("*.html"), *(out / "svg").glob("*.svg")):
         if str(old.relative_to(out)) not in files:
