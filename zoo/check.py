@@ -301,6 +301,7 @@ def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
 
 def _signature(folder: Path, key: Path, report: Report) -> None:
     from zoo.sign import check as held
+    from zoo.sign import listed
 
     try:
         n = held(folder, key)
@@ -309,7 +310,8 @@ def _signature(folder: Path, key: Path, report: Report) -> None:
         return
     told = f"the signature {certificate.SIGNATURE}, by the key {key}"
     if report.against is None:
-        report.against, report.hashed = told, n
+        signed = listed(folder / certificate.SIGNATURE)  # now that it holds
+        report.against, report.vouched = told, {str(f.get("name")) for f in signed}
     else:
         report.notes.append(f"{n} files are as they were signed: {told}")
 
