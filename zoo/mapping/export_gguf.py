@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,10 @@ from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
 from zoo.mapping import changes
 from zoo.mapping.execute import Progress
+from zoo.mapping.folder import clear_held, own
 from zoo.mapping.plan import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
+from zoo.plain import by_descriptor
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
 
@@ -149,10 +153,13 @@ def _write(
         raise ZooError(
             f"{partial}: exists; another export is writing it, or one was killed: remove it then"
         ) from None
+    held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if shutil.disk_usage(partial).free < total:
+        own(partial, held)
+        here = by_descriptor(held, partial)
+        if shutil.disk_usage(here).free < total:
             raise ZooError(f"{target}: needs {total:,} bytes; its disk has less free")
-        writer.write_header_to_file(partial / target.name)
+        writer.write_header_to_file(here / target.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for table in described.tables.values():
@@ -164,11 +171,20 @@ def _write(
                 progress(done, total)
         writer.close()
         for f in reversed(files):  # the first file of a set, by which it is opened, comes last
-            os.replace(partial / f.name, f)
+            os.replace(f.name, f, src_dir_fd=held)
     except OSError as e:
         raise ZooError(f"{target}: cannot be written: {e.strerror or e}") from e
+    except (
+        struct.error,
+        OverflowError,
+        UnicodeError,
+    ) as e:  # what a stranger's folder says, and no field can hold
+        raise ZooError(f"{target}: a field of it cannot be written ({e!r:.200})") from e
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear_held(held, "")
+        os.close(held)
+        with contextlib.suppress(OSError):
+            partial.rmdir()
     return files
 
 
