@@ -120,8 +120,8 @@ def export(
 ) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
     files, and the same bytes where `canon` is as it was converted. `dtype`: convert weights to it (a new checkpoint then, under the
-    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), or a folder of
-    torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), Meta's or
+    Mistral's own files ("meta", "mistral"), or a folder of torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     if format == "dcp":
         if type is not None or dtype is not None:

@@ -32,9 +32,26 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
         if value:
             setattr(State, name, True)
+        if value and name == "debug":
+            _tell_everything(ctx)
         return value
 
     return callback
+
+
+def _tell_everything(ctx: click.Context) -> None:
+    """What zoo logs for those who look into it goes to stderr, too, until the command ends."""
+    import logging
+
+    logger, handler, level = logging.getLogger("zoo"), logging.StreamHandler(), logging.getLogger("zoo").level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+    ctx.call_on_close(end)
 
 
 def common(function: F) -> F:
@@ -44,7 +61,7 @@ def common(function: F) -> F:
         is_flag=True,
         expose_value=False,
         callback=_set("debug"),
-        help="Show a traceback on failure.",
+        help="Say more of what is done, and show a traceback on failure.",
     )(function)
     return click.option(
         "--json",

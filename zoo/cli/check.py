@@ -21,9 +21,21 @@ from zoo.cli._common import Anywhere, common, emit, failed, note, say
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A parity.json that lists the files.",
 )
+@click.option(
+    "--signature",
+    "signed_by",
+    metavar="PUBLIC.pem",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The folder must be signed (model.sig) by this key. Needs zoo[sign].",
+)
 @common
 def command(
-    folder: Path | str, repo: str | None, revision: str | None, by: Path | None, as_json: bool
+    folder: Path | str,
+    repo: str | None,
+    revision: str | None,
+    by: Path | None,
+    signed_by: Path | None,
+    as_json: bool,
 ) -> None:
     """Say whether FOLDER, which somebody downloaded or copied, is whole and unaltered.
 
@@ -40,11 +52,11 @@ def command(
     with Bar() as bar:
         bar.phase("hashing")
         if isinstance(folder, Path):
-            report = check(folder, repo, revision=revision, by=by, progress=bar)
-        elif repo is None:
+            report = check(folder, repo, revision=revision, by=by, signed_by=signed_by, progress=bar)
+        elif repo is None and signed_by is None:
             report = check_store(folder, by=by, progress=bar)
         else:
-            raise click.UsageError("a repository's list is for a folder on this disk")
+            raise click.UsageError("a repository's list and a signature are for a folder on this disk")
     if as_json:
         emit(report.to_json())
     else:
