@@ -137,6 +137,8 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
             if bad := next((n for n in listed if leads_out(n)), None):
                 raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
             report.problems += [f"{n}: missing" for n in listed if n not in source.files]
+            if added := sorted(source.files.keys() - listed.keys() - {certificate.FILE}):
+                report.notes.append(f"here, and not of it: {_some(added)}")
             for name, file in source.files.items():
                 if (said := listed.get(name)) is None:
                     continue
@@ -144,13 +146,18 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
                 if source.store.sha256(file, watch.advance) != said.sha256:
                     report.problems.append(f"{name}: its hash is another: altered, or damaged")
         else:
+            unhashed = []
             for name, file in source.files.items():
                 agrees = source.store.agrees(file, source.store.chunks(name, watch.advance))
-                if agrees is not None:
+                if agrees is None:
+                    unhashed.append(name)
+                else:
                     report.vouched.add(name)
                 if agrees is False:
                     report.problems.append(f"{name}: its bytes are not those of the store's hash: damaged")
             report.against = "the store's own hashes" if report.hashed else None
+            if report.hashed and unhashed:
+                report.notes.append(f"the store tells no hash of: {_some(unhashed)}")
         _tensors(root, report)
         report.problems = [p.replace(str(root), source.store.url) for p in report.problems]
         report.notes = [n.replace(str(root), source.store.url) for n in report.notes]
