@@ -84,9 +84,11 @@ def check(
     *,
     revision: str | None = None,
     by: Path | None = None,
+    signed_by: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files.
+    """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files;
+    `signed_by`: the public key by which it should be signed.
 
     Raises ZooError where the folder, the certificate or the repository can't be read at all.
     """
@@ -99,6 +101,8 @@ def check(
     listed = _listed(folder, name, revision, by, report)
     if listed is not None:
         _files(folder, listed, report, Watch(progress))
+    if signed_by is not None:
+        _signature(folder, signed_by, report)
     _tensors(folder, report)
     return report
 
@@ -211,7 +215,11 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
                 )
     others = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     added = sorted(
-        n for n in others if n not in listed and not n.startswith(NOT_THE_MODELS) and n != certificate.FILE
+        n
+        for n in others
+        if n not in listed
+        and not n.startswith(NOT_THE_MODELS)
+        and n not in (certificate.FILE, certificate.SIGNATURE)
     )
     if added:
         report.notes.append(f"here, and not of it: {_some(added)}")
@@ -235,6 +243,21 @@ def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
     digest = cache.hasher(file)
     cache.hash_prefix(path, file.size, digest, watch)
     return digest.hexdigest()
+
+
+def _signature(folder: Path, key: Path, report: Report) -> None:
+    from zoo.sign import check as held
+
+    try:
+        n = held(folder, key)
+    except ZooError as e:
+        report.problems.append(str(e))
+        return
+    told = f"the signature {certificate.SIGNATURE}, by the key {key}"
+    if report.against is None:
+        report.against, report.hashed = told, n
+    else:
+        report.notes.append(f"{n} files are as they were signed: {told}")
 
 
 def _tensors(folder: Path, report: Report) -> None:

@@ -21,8 +21,22 @@ from zoo.cli._common import common, emit, failed, note, say
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A parity.json that lists the files.",
 )
+@click.option(
+    "--signature",
+    "signed_by",
+    metavar="PUBLIC.pem",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The folder must be signed (model.sig) by this key. Needs zoo[sign].",
+)
 @common
-def command(folder: Path, repo: str | None, revision: str | None, by: Path | None, as_json: bool) -> None:
+def command(
+    folder: Path,
+    repo: str | None,
+    revision: str | None,
+    by: Path | None,
+    signed_by: Path | None,
+    as_json: bool,
+) -> None:
     """Say whether FOLDER, which somebody downloaded or copied, is whole and unaltered.
 
     Files, sizes and hashes are held to the Hub's list of OWNER/NAME, to a certificate, or to what the download left beside
@@ -36,7 +50,7 @@ def command(folder: Path, repo: str | None, revision: str | None, by: Path | Non
         raise click.UsageError("--revision is of a repository: name it, OWNER/NAME")
     with Bar() as bar:
         bar.phase("hashing")
-        report = check(folder, repo, revision=revision, by=by, progress=bar)
+        report = check(folder, repo, revision=revision, by=by, signed_by=signed_by, progress=bar)
     if as_json:
         emit(report.to_json())
     else:

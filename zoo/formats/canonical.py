@@ -62,7 +62,16 @@ def wrote(path: Path) -> bool:
     try:
         described = read_json(path / JSON, "")
         shards = read_json(path / INDEX, "")["weight_map"].values()
-        names = {JSON, INDEX, SOURCE, "parity.json", "report.html", *shards, *described["carried"]}
+        names = {
+            JSON,
+            INDEX,
+            SOURCE,
+            "parity.json",
+            "model.sig",
+            "report.html",
+            *shards,
+            *described["carried"],
+        }
         names.add(RELEASED)
     except (ZooError, LookupError, TypeError, AttributeError):  # damaged: then what is whose can't be told
         return False

@@ -581,7 +581,7 @@ class Execution:
         else:
             src_box = restride(src_box, fit.shape, ref.strides)
             loop = loops(src_box, fit.canonical)
-        plain = o.scheme is None and ref.dtype == o.dtype and not fit.plus_one
+        plain = o.scheme is None and ref.dtype == o.dtype and not fit.change
         if plain and in_kernel(loop, size):
             src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
             copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
@@ -603,10 +603,11 @@ class Execution:
             if (how := scheme(o.scheme)).module:
                 return decode.Formula(ref, others, how, o.fits[k].shape, files, o.dtype)
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
-        dtype = "F32" if o.fits[k].plus_one else o.dtype
+        change = o.fits[k].change
+        dtype = "F32" if change else o.dtype
         blocks = ref.dtype not in ITEMSIZE
         whole = decode.Blocks(ref, files, dtype, self._warn) if blocks else decode.Cast(ref, files, dtype)
-        return decode.LessOne(ref, whole, o.dtype) if o.fits[k].plus_one else whole
+        return decode.Undone(ref, whole, o.dtype, change) if change else whole
 
     def _compare(self, o: Output, k: int) -> None:
         """A replica must be the bytes of the original."""
