@@ -60,7 +60,7 @@ _MXFP4_FILE = 38
 _PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
 _ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
 _ENDS = ("token_embd.weight", "output.weight")
-_CHUNK = 1 << 20  # elements converted at a time
+_CHUNK = 1 << 18  # elements converted at a time: they stay in a core's cache
 _GROUP = 32  # elements of a block of Q8_0, Q4_0 and MXFP4
 
 
@@ -175,8 +175,11 @@ def _write(
                 mover.close()
         for f in reversed(files):  # the first file of a set, by which it is opened, comes last
             os.replace(partial / f.name, f)
-    except OSError as e:
-        raise ZooError(f"{target}: cannot be written: {e.strerror or e}") from e
+    except (OSError, ZooError) as e:
+        cause = e.__cause__ if isinstance(e, ZooError) else e
+        if not isinstance(cause, OSError):
+            raise
+        raise ZooError(f"{target}: cannot be written: {cause.strerror or cause}") from cause
     finally:
         writer.close()
         shutil.rmtree(partial, ignore_errors=True)

@@ -69,7 +69,7 @@ def q8_0(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Blocks [n, 34] of the elements in their order, a multiple of 32: the largest magnitude of each 32 over 127, in fp16; then each
     element over that (in fp32) as a whole number, halves away from zero. (llama.cpp's quantize_row_q8_0_ref.)
 
-    The bytes that `gguf.quants.quantize` makes, several times as fast: what it takes stays in a core's cache and is used again."""
+    The bytes that `gguf.quants.quantize` makes of numbers, several times as fast: what it takes stays in a core's cache and is used again."""
     x = x.reshape(-1)
     out = np.empty((x.size // 32, 34), np.uint8)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
