@@ -44,6 +44,7 @@ from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as, read_json
 from zoo.formats.canonical import JSON, SOURCE, wrote
+from zoo.formats.pickle_out import Archive
 from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
 from zoo.mapping.folder import Folder
@@ -90,10 +91,12 @@ def shard_size_of(total: int) -> int:
 
 @dataclass
 class Sheet:
-    """Safetensors files to be: their sizes and headers, and (file, byte offset) of each tensor."""
+    """Files to be, safetensors or torch's archives: their sizes, what lies before the first tensor, and (file, byte offset) of each
+    tensor."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
+    archives: dict[str, Archive] = field(default_factory=dict)
     place: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def add(self, tensors: Iterable[tuple[str, str, tuple[int, ...]]], stem: str, limit: int) -> None:
@@ -120,9 +123,23 @@ class Sheet:
             at += _nbytes(dtype, shape)
         self.sizes[name], self.headers[name] = at, header
 
+    def archive(
+        self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], also: Mapping[str, str]
+    ) -> None:
+        """One file as torch.save writes it; see `Archive`."""
+        made = self.archives[name] = Archive(name, tensors, also)
+        self.place |= {tensor: (name, at) for tensor, at in made.place.items()}
+        self.sizes[name] = made.size
+
+    @property
+    def nbytes(self) -> int:
+        """Of tensors in all files."""
+        archived = sum(a.nbytes for a in self.archives.values())
+        return archived + sum(self.sizes[f] - len(raw) for f, raw in self.headers.items())
+
     def index(self) -> bytes:
         """The index of all files, as Hugging Face writes it."""
-        total = sum(self.sizes[f] - len(self.headers[f]) for f in self.sizes)
+        total = self.nbytes
         weight_map = {name: file for name, (file, _) in self.place.items()}
         return (
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
@@ -413,7 +430,7 @@ class Execution:
             self._mine = frozenset(shares(self.sheet.sizes, part.of)[part.number - 1])
             says = {
                 "the plan": plan.digest,
-                "the source": str(plan.checkpoint.root.resolve()),
+                "the source": str(plan.checkpoint.root.resolve()) if self._local else "a remote one",
                 "the source's files (sizes, times)": _sha256(identity)[:16],
                 "the size of its shards": _sha256(repr(self.sheet.sizes))[:16],
                 "zoo": f"{__version__}, rules {plan.rules_version}",
@@ -526,6 +543,9 @@ class Execution:
         except (OSError, ZooError):
             return False
         here = parse_json(encoded(self._describe()))
+        if not self._local:  # each machine may have fetched it to a place of its own
+            for said in (there, here):
+                said["source"] = {**(said.get("source") or {}), "path": None}
         ckpt = self.plan.checkpoint
         newer = self._local and any(ckpt.path(f).stat().st_mtime_ns > at for f in ckpt.files)
         return {**there, "warnings": None} == {**here, "warnings": None} and not newer
