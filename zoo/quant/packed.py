@@ -82,7 +82,7 @@ def octets(words: Array) -> Array:
     if is_torch(words):
         import torch
 
-        return words.contiguous().view(torch.uint8).reshape(*words.shape, 4)
+        return words.reshape(-1).view(torch.uint8).view(*words.shape, 4)
     import numpy as np
 
     return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)

@@ -416,6 +416,15 @@ def _open_oracle(
     except CannotLoad as e:
         # Of a plain folder of plain weights an export would be the same files again.
         quantised = folder.quant or foreign.said(ckpt.config)
+        if window is not None and quantised and path is not None and path == ckpt.root:
+            note = (
+                f"{str(e).removesuffix('.')}, so it was given what zoo's formulas say that the codes stand for, under the source's "
+                "names: what a code stands for has tests of its own"
+            )
+            out.oracle = _upstream(
+                folder.spec, path, dtype, note, window, device, ckpt.files, _dequantising(folder, ckpt)
+            )
+            return
         if ckpt.format != "gguf" and (window is not None or not quantised):
             out.why_no_oracle = str(e)
             return
@@ -473,12 +482,13 @@ def _upstream(
     window: Window | None,
     device: torch.device,
     files: Iterable[str] | None = None,
+    plan: Plan | None = None,
 ) -> Transformers:
     """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
     if window is not None:
         from zoo.verify.stream import StreamedTransformers
 
-        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device, window)
+        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device, window, plan)
     else:
         oracle = Transformers(path, dtype, note, device)
     for d in families.disagreements(spec):
@@ -642,6 +652,12 @@ def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
         ckpt, families.get(folder.spec.family, folder.source.get("package")), converted_to(folder)
     )
     return plan if folder.layers is None else plan.restrict(folder.layers)
+
+
+def _dequantising(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
+    from zoo.mapping.plan import make_plan
+
+    return make_plan(ckpt, families.get(folder.spec.family, folder.source.get("package")), "fp32")
 
 
 def converted_to(folder: canonical.Canonical) -> str | None:
