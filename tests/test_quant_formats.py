@@ -20,6 +20,7 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
+from zoo.quant.packed import octets
 from zoo.quant.schemes import named
 from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
 
@@ -169,6 +170,12 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
     export(tmp_path / "carried", tmp_path / "back")
     for file in path.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (3, 5)])
+def test_words_are_taken_apart_whatever_their_strides(shape: tuple[int, int]) -> None:
+    words = torch.empty_strided(shape, (8, 9), dtype=torch.int32).fill_(258)
+    assert octets(words).tolist() == [[[2, 1, 0, 0]] * shape[1]] * shape[0]
 
 
 STREAMED = [k for k in CARRIED if k.startswith(("gptq", "awq"))]
