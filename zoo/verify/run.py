@@ -42,6 +42,7 @@ from zoo.verify.need import Need, needed
 from zoo.verify.oracle import (
     DTYPES,
     CannotLoad,
+    DequantisedWhole,
     NoUpstream,
     Oracle,
     Transformers,
@@ -413,18 +414,20 @@ def _open_oracle(
                 path, out.cleanup = alone(ckpt)
             out.oracle = _upstream(folder.spec, path, dtype, note, window, device, ckpt.files)
             return
+    except DequantisedWhole as e:
+        note = (
+            f"{str(e).removesuffix('.')}, so it was given what zoo's formulas say that the codes stand for, under the source's "
+            "names: those formulas have tests of their own"
+        )
+        plan = _dequantising(folder, ckpt)
+        try:
+            out.oracle = _upstream(folder.spec, ckpt.root, dtype, note, window, device, ckpt.files, plan)
+        except NoUpstream as e:
+            out.why_no_oracle = str(e)
+        return
     except CannotLoad as e:
         # Of a plain folder of plain weights an export would be the same files again.
         quantised = folder.quant or foreign.said(ckpt.config)
-        if window is not None and quantised and path is not None and path == ckpt.root:
-            note = (
-                f"{str(e).removesuffix('.')}, so it was given what zoo's formulas say that the codes stand for, under the source's "
-                "names: what a code stands for has tests of its own"
-            )
-            out.oracle = _upstream(
-                folder.spec, path, dtype, note, window, device, ckpt.files, _dequantising(folder, ckpt)
-            )
-            return
         if ckpt.format != "gguf" and (window is not None or not quantised):
             out.why_no_oracle = str(e)
             return

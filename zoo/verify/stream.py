@@ -37,7 +37,6 @@ from zoo.verify.oracle import (
     config_and_class,
     decoder_layers,
     from_pretrained_files,
-    its_own_errors,
     placeholder_ids,
     quiet,
     read_otherwise,
@@ -83,8 +82,7 @@ class StreamedTransformers(Transformers):
             quiet()
             config, cls = config_and_class(path)
             if plan is None:
-                with its_own_errors(path):
-                    quantizer = dequantizer(config)
+                quantizer = dequantizer(config, path)
             else:
                 as_plain(config)
             self.model = skeleton(cls, config, DTYPES[dtype], self.device)

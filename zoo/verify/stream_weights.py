@@ -15,6 +15,7 @@ from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, TensorRef
 from zoo.verify.oracle import (
     CannotLoad,
+    DequantisedWhole,
     exact_values,
     its_own_errors,
     kept_in_fp32,
@@ -22,8 +23,9 @@ from zoo.verify.oracle import (
 from zoo.verify.reading import Range, Window, mapped
 
 
-def dequantizer(config: Any) -> Any:
-    """Upstream's own dequantisation of a quantised checkpoint, or None; the config is then of plain weights."""
+def dequantizer(config: Any, path: Path) -> Any:
+    """Upstream's own dequantisation of the quantised checkpoint at `path`, or None; the config is then of plain weights.
+    Raises DequantisedWhole if it has none that works by layers."""
     if (
         getattr(config.get_text_config(), "quantization_config", None) is None
         and getattr(config, "quantization_config", None) is None
@@ -31,10 +33,14 @@ def dequantizer(config: Any) -> Any:
         return None
     from transformers.quantizers.auto import get_hf_quantizer
 
-    quantizer, _, _ = get_hf_quantizer(config, None, None, False, {})
+    try:
+        with its_own_errors(path):
+            quantizer, _, _ = get_hf_quantizer(config, None, None, False, {})
+    except CannotLoad as e:
+        raise DequantisedWhole(str(e)) from e
     asked = getattr(quantizer, "quantization_config", None)
     if not getattr(asked, "dequantize", False):
-        raise CannotLoad("upstream cannot dequantise this checkpoint a layer at a time")
+        raise DequantisedWhole(f"{path}: upstream cannot dequantise this a layer at a time")
     as_plain(config)
     return quantizer
 
