@@ -364,7 +364,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[range]]:
             f.truncate(size)
         release: Any = SimpleNamespace(snapshot=None)
         try:
-            remote._gguf_header(release, remote.RemoteFile(file.name, size, "", None), mirror, None)
+            remote.gguf_header(release, remote.RemoteFile(file.name, size, "", None), mirror, None)
         except ZooError as error:
             raise ZooError(f"{error}; asked for {ranges}") from error
         return ranges
@@ -520,6 +520,7 @@ def encode(metadata: dict[str, Any], text: str) -> list[str]:
         ("gpt-2", ["ab", "Ġab", "12"]),
         ("smollm", ["ab", "Ġab", "1", "2"]),
         ("qwen2", ["ab", "Ġab", "1", "2"]),
+        ("qwen35", ["ab", "Ġab", "1", "2"]),
         ("llama-bpe", ["<bos>", "ab", "Ġab", "12"]),
         ("gpt-4o", ["ab", "Ġab", "12"]),
     ],

@@ -19,16 +19,25 @@ from zoo.verify.tolerance import FACTOR, FLOOR_FP32
 
 def agree(made: Tensor, other: Tensor, model: Decoder, ids: Tensor) -> bool:
     """Whether logits [B, T, V] are another's but for rounding. Which sums a CPU's instructions take first moves both: what
-    is apart by more than the floor is right if it is as near to float64 as the other, whose own distance is measured here."""
+    is apart by more than the floor is right if it is as near to float64 as the other, whose own distance is measured here.
+
+    Distances are root mean squares, and the largest has a cap: of the same sums in another order (Jamba, 3 instruction
+    sets, 1 and 2 threads, a prompt cut at each of its tokens) the first move by 0.87 to 1.23, the largest by 0.96 to 2.25.
+    """
     if far(made, other) <= FLOOR_FP32:
         return True
     exact = logits_of(model, ids)
     assert exact is not None
-    return far(made, exact) <= FACTOR * far(other, exact) <= FACTOR * FACTOR * FLOOR_FP32
+    near = _rms(made, exact) <= FACTOR * _rms(other, exact)
+    return near and max(far(made, exact), far(other, exact)) <= FACTOR * FACTOR * FLOOR_FP32
 
 
 def far(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
+
+
+def _rms(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).square().mean().sqrt())
 
 
 @contextlib.contextmanager
