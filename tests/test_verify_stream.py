@@ -112,13 +112,28 @@ def test_streaming_does_not_decode_and_says_so() -> None:
     assert any(text.startswith("decode:") for text in cert.not_checked)
 
 
-def test_a_gguf_streams_to_the_same_numbers(tmp_path: Path) -> None:
-    case = tiny.CASES["llama"]
-    _, source = gguf.make(case, case.gguf[0], tmp_path, quant="Q8_0")
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("qwen3_moe", {"moe_intermediate_size": 768}),
+    ],  # upstream reads no other width of an expert
+)
+def test_a_gguf_streams_to_the_same_numbers(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    case = tiny.CASES[family]
+    _, source = gguf.make(case, case.gguf[0], tmp_path, quant="Q8_0", **settings)
     folder = zoo.convert(source, tmp_path / "canonical")
     whole = zoo.verify(folder, level="logits", write=False)
     assert whole.oracle["note"] is None  # upstream reads the file itself
     assert streams_alike(folder, whole)
+
+
+def test_a_gguf_that_upstream_cannot_read_is_streamed_through_an_export(tmp_path: Path) -> None:
+    case = tiny.CASES["qwen3_moe"]
+    _, source = gguf.make(case, case.gguf[0], tmp_path)
+    cert = zoo.verify(zoo.convert(source, tmp_path / "canonical"), level="logits", stream=True, write=False)
+    assert cert.passed
+    assert "gate_up_proj, whose shape is [6, 1536, 36]" in cert.oracle["note"]
 
 
 def test_a_file_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:

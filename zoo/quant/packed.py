@@ -93,7 +93,9 @@ def octets(words: Array) -> Array:
     if is_torch(words):
         import torch
 
-        return words.contiguous().view(torch.uint8).reshape(*words.shape, 4)
+        flat = words.reshape(-1).contiguous()
+        flat = flat.as_strided(flat.shape, (1,))  # of one element a contiguous axis may have any stride
+        return flat.view(torch.uint8).view(*words.shape, 4)
     import numpy as np
 
     return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)

@@ -333,7 +333,9 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
     ref = ckpt.tensors[name]
     path = ckpt.path(ref.file)
     if output.scheme is not None:
-        return _dequantised(read, plan, output, k), False
+        values = dequantised(read, plan, output, k)
+        turned = scheme(output.scheme).turned
+        return (values.transpose(-1, -2) if turned else values).numpy().reshape(-1), False
     if ref.dtype not in ITEMSIZE:  # a block type of GGUF
         from zoo.quant import ggml
 
@@ -359,7 +361,8 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
     return _floats(flat, ref.dtype), False
 
 
-def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
+def dequantised(read: Read, plan: Plan, output: Output, k: int) -> Tensor:
+    """The weight [..., out, in] that the k-th source of a quantised output stands for, in fp32."""
     from zoo.quant import as_canonical, dequantise
 
     ckpt = plan.checkpoint
@@ -374,8 +377,7 @@ def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
     assert output.scheme is not None
     s = scheme(output.scheme)
     rows = output.fits[k].shape[-1 if s.turned else -2]
-    values = dequantise(output.scheme, as_canonical(s, components), (rows,), torch.float32)
-    return (values.transpose(-1, -2) if s.turned else values).numpy().reshape(-1)
+    return dequantise(output.scheme, as_canonical(s, components), (rows,), torch.float32)
 
 
 def _floats(flat: Array, dtype: str) -> Array:
