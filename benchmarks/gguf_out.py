@@ -59,6 +59,10 @@ WITHOUT: dict[tuple[str, int], tuple[dict[str, Any], str]] = {
         {"rms_norm_eps": 1e-6, "rope_parameters": YARN | {"factor": 7.0, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.7}},
         "llama.cpp has one eps for all norms, and 32 and 1 for the bounds of YaRN's ramp",
     ),
+    **dict.fromkeys(
+        (("qwen3_5", 0), ("qwen3_5_moe", 0)),
+        ({"rms_norm_eps": 1e-6}, "llama.cpp gives DeltaNet's queries and keys the eps of the norms; it is 1e-6 in releases"),
+    ),
 }  # fmt: skip
 LENGTH = {
     ("phi3", 1): 80

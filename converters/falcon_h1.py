@@ -12,7 +12,23 @@ What is unusual:
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Mamba, Norm, RuleLine, Spec, hf, read, rules
+from typing import Any
+
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    Mamba,
+    Norm,
+    RuleLine,
+    Spec,
+    gguf,
+    hf,
+    read,
+    rules,
+)
 
 from .nemotron_h import dt_floor
 
@@ -89,4 +105,38 @@ HF = (
     *hf.affine("layers.{i}.mlp.gate_up", _L + "feed_forward.gate_proj", _L + "feed_forward.up_proj"),
     *hf.affine("layers.{i}.mlp.down", _L + "feed_forward.down_proj"),
 )
-FAMILY = Family("falcon_h1", ("falcon_h1",), ("FalconH1ForCausalLM",), spec, {"hf": rules(*HF)})
+RULES = {
+    "hf": rules(*HF),
+    "gguf": rules(
+        *gguf.ENDS,
+        ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
+        ("layers.{i}.ffn_norm.weight", "blk.{i}.ffn_norm"),  # as gguf-py's map has it
+        *gguf.attention(interleaved=False),
+        *gguf.MAMBA,
+        *gguf.MLP,
+    ),
+}
+
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `falcon-h1` says. The factors are in its weights, which llama.cpp's converter multiplies by them: so all
+    are 1. Its graph has the norm after the gate."""
+    inner, heads = f["ssm.inner_size"], f["ssm.time_step_rank"]
+    return {
+        "head_dim": gguf.head_dim(f, out),
+        "mamba_d_ssm": inner,
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_n_groups": f["ssm.group_count"],
+        "mamba_d_state": f["ssm.state_size"],
+        "mamba_d_conv": f["ssm.conv_kernel"],
+        "mamba_conv_bias": True,  # llama.cpp's graph has no other
+        "mamba_rms_norm": f.has("ssm_norm.weight"),
+        "mamba_norm_before_gate": False,
+        "mlp_bias": f.has("ffn_gate.bias"),
+    }
+
+
+FAMILY = Family(
+    "falcon_h1", ("falcon_h1",), ("FalconH1ForCausalLM",), spec, RULES, gguf={"falcon-h1": gguf_config}
+)

@@ -6,7 +6,9 @@ the config has no `norm_topk_prob`. Experts lie stacked or, in quantised release
 
 from __future__ import annotations
 
-from zoo.family import MLP, Config, Family, MoE, Router, RuleLine, Spec, hf, read, rules
+from typing import Any
+
+from zoo.family import MLP, Config, Family, MoE, Router, RuleLine, Spec, gguf, hf, read, rules
 
 from . import qwen3_5
 
@@ -28,7 +30,22 @@ TEXT: tuple[RuleLine, ...] = (
     ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
     *hf.SHARED_EXPERT,
 )
-RULES = {"hf": rules(*TEXT, *hf.STACKED, *hf.NUMBERED, *qwen3_5.BESIDE, prefixes=hf.WRAPPERS)}
+RULES = {
+    "hf": rules(*TEXT, *hf.STACKED, *hf.NUMBERED, *qwen3_5.BESIDE, prefixes=hf.WRAPPERS),
+    "gguf": rules(*qwen3_5.GGUF, *gguf.MOE, gguf.SHARED_EXPERT_GATE),
+}
+
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    return qwen3_5.gguf_config(f, out) | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_experts": f["expert_count"],
+        "num_experts_per_tok": f["expert_used_count"],
+        "moe_intermediate_size": f["expert_feed_forward_length"],
+        "shared_expert_intermediate_size": f["expert_shared_feed_forward_length"],
+    }
+
 
 FAMILY = Family(
     "qwen3_5_moe",
@@ -36,4 +53,5 @@ FAMILY = Family(
     ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
     spec,
     RULES,
+    gguf={"qwen35moe": gguf_config},
 )

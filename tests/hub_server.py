@@ -8,7 +8,7 @@
 
 What it speaks: `/api/models/{id}[/revision/{rev}]`, `/tree/{rev}` (paged by Link), `/resolve/{rev}/{file}` with
 X-Repo-Commit, ETag / X-Linked-Etag / X-Linked-Size and Range, `/api/whoami-v2`, `/auth-check`, tokens, gated and
-private repos with X-Error-Code. LFS files answer 302 to a second origin, which refuses a token as storage hosts do.
+private repos with X-Error-Code; making repositories and committing to them (`hub_uploads`). LFS files answer 302 to a second origin, which refuses a token as storage hosts do.
 Bodies go out by sendfile, so unthrottled it is as fast as loopback.
 
 From a shell: `python tests/hub_server.py org/model=FOLDER [...]` prints the endpoint and serves until killed.
@@ -35,6 +35,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import hub_uploads
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
 
@@ -268,7 +270,27 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    def answer(self) -> None:
+    def do_POST(self) -> None:
+        self.receive(hub_uploads.post)
+
+    def do_PUT(self) -> None:
+        self.receive(hub_uploads.put)
+
+    def receive(self, answer: Callable[[_Handler, bytes], None]) -> None:
+        """A request with a body; see `hub_uploads`."""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.log_request_line()
+        answer(self, body)
+
+    def log_request_line(self) -> str | None:
+        """Note the request in the log; its token."""
         self.hub = self.server.hub
         authorization = self.headers.get("Authorization")
         token = authorization.removeprefix("Bearer ") if authorization else None
@@ -279,6 +301,10 @@ class _Handler(BaseHTTPRequestHandler):
         )
         with self.hub.lock:
             self.hub.log.append(self.entry)
+        return token
+
+    def answer(self) -> None:
+        token, url = self.log_request_line(), urlsplit(self.path)
         if self.server.origin == "cdn":
             return self.answer_cdn(url.path)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path):
@@ -495,12 +521,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def json(self, value: Any, headers: Mapping[str, str] | None = None) -> None:
+    def json(self, value: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> None:
         data = json.dumps(value).encode()
         self.begin(
-            200, {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
+            status, {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
         )
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     def error(
@@ -513,7 +539,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Content-Length": str(len(data)),
         }
         self.begin(status, about | ({"X-Error-Code": code} if code else {}) | dict(headers or {}))
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
 

@@ -520,6 +520,7 @@ def encode(metadata: dict[str, Any], text: str) -> list[str]:
         ("gpt-2", ["ab", "Ġab", "12"]),
         ("smollm", ["ab", "Ġab", "1", "2"]),
         ("qwen2", ["ab", "Ġab", "1", "2"]),
+        ("qwen35", ["ab", "Ġab", "1", "2"]),
         ("llama-bpe", ["<bos>", "ab", "Ġab", "12"]),
         ("gpt-4o", ["ab", "Ġab", "12"]),
     ],

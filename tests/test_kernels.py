@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ if INTERPRETED or COMPILED:
         latent,
         launch,
         linear,
+        near,
         norm,
         rope,
         route,
@@ -168,6 +170,38 @@ if INTERPRETED or COMPILED:
         y = delta.mix(q, k, v, decay, beta, states[0])
         close(y, delta.mix_reference(q, k, v, decay, beta, states[1]), 2.0)
         close(states[0], states[1], 2.0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("ranks", [2, 3])
+    def test_ranks_that_write_into_each_others_memory(ranks: int, dtype: torch.dtype) -> None:
+        """This is rank 0; what the others write is there before it looks, in the last call after it has begun to."""
+        most = 3 * near.BLOCK
+        memory = [torch.zeros(near.room(ranks, most), dtype=torch.int64) for _ in range(ranks)]
+        buffers = torch.tensor([m.data_ptr() for m in memory])
+        calls = torch.zeros(most // near.BLOCK, dtype=torch.int32)
+        for shape, add in [((1, 600), True), ((2, 3, 6), False), ((1, 1, 40), True), ((700,), False)]:
+            parts = rand(ranks, *shape).to(dtype)
+            at = torch.arange(parts[0].nbytes // 4)
+            call = calls.long()[at // near.BLOCK] + 1  # a program counts the calls that have words for it
+            there = (call & 1) * ranks * most + at
+
+            def others_write(parts: torch.Tensor, call: torch.Tensor, there: torch.Tensor) -> None:
+                for r in range(1, ranks):
+                    memory[0][there + r * most] = words(parts[r]) | call << 32
+
+            late = INTERPRETED and shape == (700,)
+            written = threading.Timer(0.02 if late else 0, others_write, (parts, call, there))
+            written.start()
+            if not late:
+                written.join()
+            made = near.near(parts[0].contiguous(), buffers, calls, 0, ranks, most, add)
+            twin = near.near_sum_reference if add else near.near_gather_reference
+            assert torch.equal(made, twin(parts))
+            assert all(torch.equal(m[there], words(parts[0]) | call << 32) for m in memory[1:])
+        assert calls.tolist() == [4, 2, 2]
+
+    def words(x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().view(torch.int32).flatten().to(torch.int64) & 0xFFFFFFFF
 
     @pytest.mark.parametrize(("width", "least"), [(1, None), (8, None), (1, 0.0), (1, 1e-3)])
     def test_gates_of_linear_mixers(width: int, least: float | None) -> None:

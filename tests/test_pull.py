@@ -125,6 +125,13 @@ def other_tool(server: HubServer, home: Path) -> Path:
 # ------------------------------------------------------------------ what comes out
 
 
+def test_the_hubs_url_is_the_repository_at_its_revision(
+    server: HubServer, expected: dict[str, str], tmp_path: Path
+) -> None:
+    assert hashes(pull(f"hf://{REPO}@main", tmp_path / "c")) == expected
+    assert canonical.read(tmp_path / "c").source["origin"]["repo"] == REPO
+
+
 def test_a_pull_is_the_conversion_of_the_release_with_its_provenance(
     server: HubServer, expected: dict[str, str], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
+from zoo.mapping import changes
 from zoo.mapping.rules import (
     Box,
     Expr,
@@ -19,13 +20,17 @@ from zoo.mapping.rules import (
     cat,
     deinterleave,
     extra,
+    joined,
     leaf,
+    minus_exp,
     ranks,
     rope_halves,
     rules,
     squeeze,
     stack,
+    swap,
     transpose,
+    unflatten,
     ungroup,
 )
 from zoo.spec import MLP, Layer, Norm, Spec
@@ -131,6 +136,57 @@ def test_squeeze_drops_axes_of_one() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
+def test_swap_takes_the_first_of_every_group_first(axis: int) -> None:
+    w = x(12, 12)  # 2 groups of 3 heads, each of 2
+    fits = compiled(swap("w", 2, 3, axis), (12, 12))
+    heads = w.reshape(3, 2, 2, 12) if axis == 0 else w.reshape(12, 3, 2, 2)
+    assert (together({"w": w}, fits, (12, 12)) == heads.swapaxes(axis, axis + 1).reshape(12, 12)).all()
+
+
+def test_joined_parts_of_one_tensor_are_rearranged_each_by_itself() -> None:
+    w = x(10, 3)  # q 2 | k 2 | v 6, of which v's rows are swapped
+    fits = compiled(joined("w", "w", swap("w", 2, 3)), (10, 3), (2, 2, 6))
+    assert {f.shape for f in fits} == {(10, 3)}
+    want = np.concatenate([w[:4], w[4:].reshape(3, 2, 1, 3).swapaxes(0, 1).reshape(6, 3)])
+    assert (together({"w": w}, fits, (10, 3)) == want).all()
+
+
+def test_unflatten_lays_a_vector_in_rows() -> None:
+    (fit,) = compiled(unflatten("w", 2), (6,))
+    assert fit.shape == (2, 3)
+    assert (together({"w": x(2, 3)}, [fit], (6,)) == x(6)).all()
+
+
+@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=64))
+def test_a_decay_gives_back_a_logarithm_with_the_same_decay_and_one_of_bf16_to_the_bit(
+    values: list[float],
+) -> None:
+    w = np.asarray(values, np.float32)
+    x = changes.stored(w, "-exp")
+    for others in (
+        x,
+        np.nextafter(x, np.float32(0)),
+        np.nextafter(x, np.float32(-np.inf)),
+    ):  # libraries differ so far
+        made = changes.weights(others, "-exp")
+        assert not changes.unsound(others, made, "-exp").size
+        assert (
+            np.abs(changes.stored(made, "-exp") - others)
+            <= np.spacing(np.abs(others)) * np.maximum(1, np.abs(w))
+        ).all()
+    short = (w.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    back = changes.weights(changes.stored(short, "-exp"), "-exp")
+    assert ((back == short) | (np.abs(short) < 2**-13)).all()  # smaller ones have one decay
+    assert compiled(minus_exp(swap("w", 1, 1)), (3,))[0].change == "-exp"
+
+
+def test_what_is_no_decay_has_no_logarithm() -> None:
+    x = np.asarray([-1, 0, 0.5, np.nan, -np.inf], np.float32)
+    w = changes.weights(x, "-exp")
+    assert changes.unsound(x, w, "-exp").tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
 def test_ranks_join_slices(axis: int) -> None:
     w = x(6, 4)
     fits = compiled(ranks("rank{r}.w", axis), (6, 4), n_ranks=2)
@@ -165,12 +221,19 @@ def cases(draw: Callable[..., Any]) -> Case:
     exprs: list[Expr] = []
     parts: list[int] = []
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["leaf", "transpose", "halves", "ranks", "ungroup", "both"]))
+        kind = draw(
+            st.sampled_from(["leaf", "transpose", "halves", "ranks", "ungroup", "both", "swap", "joined"])
+        )
         rows = heads * 2 * draw(size)
         if kind == "ungroup" and not (stacked and not one_each):
             k = draw(st.integers(1, 3))
             exprs.append(ungroup(name(), heads, k))
             parts += [heads * draw(size) for _ in range(k)]
+            continue
+        if kind == "joined" and not (stacked and not one_each):
+            one = name()
+            exprs.append(joined(one, swap(one, heads, 2)))
+            parts += [draw(size), rows]
             continue
         parts.append(rows)
         if kind == "transpose":
@@ -179,6 +242,8 @@ def cases(draw: Callable[..., Any]) -> Case:
             exprs.append(rope_halves(name(), heads))
         elif kind == "both":
             exprs.append(transpose(rope_halves(name(), heads)))
+        elif kind == "swap" and not stacked:
+            exprs.append(swap(name(), heads, 2, 0))
         elif kind == "ranks" and not stacked:
             exprs.append(ranks("r{r}." + name(), draw(st.sampled_from([0, 1, None]))))
         else:

@@ -84,8 +84,8 @@ def load(
 
 @translated
 def plan(src: StrPath, dtype: str | None = None, *, family: str | None = None) -> Plan:
-    """What converting `src` would do: a checkpoint on disk, the name of a release, or owner/repo on the Hub, of which
-    only headers are read. `family`: what to take it for; by default what its config says. Raises ZooError, listing what does not fit, if the family's rules do not account for
+    """What converting `src` would do: a checkpoint on disk, the name of a release, owner/repo on the Hub, or the URL of an
+    object store, of which only headers are read. `family`: what to take it for; by default what its config says. Raises ZooError, listing what does not fit, if the family's rules do not account for
     every tensor; `zoo.hub.HubError` (a ZooError) for what the Hub refuses.
     """
     from zoo.pull import open_source

@@ -26,6 +26,7 @@ from zoo.formats.sets import Ambiguous
 from zoo.hub import cache, repo
 from zoo.hub.files import RemoteFile
 from zoo.hub.http import Progress, Watch
+from zoo.pull import stored
 from zoo.verify import certificate
 
 NOTES = Path(".cache/huggingface/download")
@@ -42,7 +43,7 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 class Report:
     """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole."""
 
-    folder: Path
+    folder: Path | str
     against: str | None = None
     hashed: int = 0
     tensors: int = 0
@@ -84,9 +85,11 @@ def check(
     *,
     revision: str | None = None,
     by: Path | None = None,
+    signed_by: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files.
+    """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files;
+    `signed_by`: the public key by which it should be signed.
 
     Raises ZooError where the folder, the certificate or the repository can't be read at all.
     """
@@ -99,7 +102,46 @@ def check(
     listed = _listed(folder, name, revision, by, report)
     if listed is not None:
         _files(folder, listed, report, Watch(progress))
+    if signed_by is not None:
+        _signature(folder, signed_by, report)
     _tensors(folder, report)
+    return report
+
+
+def check_store(url: str, *, by: Path | None = None, progress: Progress | None = None) -> Report:
+    """The same of what lies at a store's `url`, every byte of which is read: held to the certificate in it or `by`, else to
+    the hashes that the store tells.
+
+    Raises ZooError as `check`, and for a place into which a conversion has not ended.
+    """
+    source, chosen = stored.at(url)
+    if chosen is not None:
+        raise ZooError(f"{url}: a single file is looked at by `zoo inspect`")
+    report, watch = Report(source.store.url), Watch(progress)
+    with stored.mirror(source) as root:
+        certified = by or (root / certificate.FILE if canonical.detect(root) else None)
+        if certified is not None and certified.is_file():
+            report.against = f"the certificate {by or certificate.FILE}"
+            listed = _certified(certified, root)
+            if bad := next((n for n in listed if leads_out(n)), None):
+                raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
+            report.problems += [f"{n}: missing" for n in listed if n not in source.files]
+            for name, file in source.files.items():
+                if (said := listed.get(name)) is None:
+                    continue
+                report.hashed += 1
+                if source.store.sha256(file, watch.advance) != said.sha256:
+                    report.problems.append(f"{name}: its hash is another: altered, or damaged")
+        else:
+            for name, file in source.files.items():
+                agrees = source.store.agrees(file, source.store.chunks(name, watch.advance))
+                report.hashed += agrees is not None
+                if agrees is False:
+                    report.problems.append(f"{name}: its bytes are not those of the store's hash: damaged")
+            report.against = "the store's own hashes" if report.hashed else None
+        _tensors(root, report)
+        report.problems = [p.replace(str(root), source.store.url) for p in report.problems]
+        report.notes = [n.replace(str(root), source.store.url) for n in report.notes]
     return report
 
 
@@ -211,7 +253,11 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
                 )
     others = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     added = sorted(
-        n for n in others if n not in listed and not n.startswith(NOT_THE_MODELS) and n != certificate.FILE
+        n
+        for n in others
+        if n not in listed
+        and not n.startswith(NOT_THE_MODELS)
+        and n not in (certificate.FILE, certificate.SIGNATURE)
     )
     if added:
         report.notes.append(f"here, and not of it: {_some(added)}")
@@ -235,6 +281,21 @@ def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
     digest = cache.hasher(file)
     cache.hash_prefix(path, file.size, digest, watch)
     return digest.hexdigest()
+
+
+def _signature(folder: Path, key: Path, report: Report) -> None:
+    from zoo.sign import check as held
+
+    try:
+        n = held(folder, key)
+    except ZooError as e:
+        report.problems.append(str(e))
+        return
+    told = f"the signature {certificate.SIGNATURE}, by the key {key}"
+    if report.against is None:
+        report.against, report.hashed = told, n
+    else:
+        report.notes.append(f"{n} files are as they were signed: {told}")
 
 
 def _tensors(folder: Path, report: Report) -> None:

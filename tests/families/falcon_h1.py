@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
 from zoo import families
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.errors import ZooError
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, gguf, rope
 from zoo.testing.full_size import attention, read
 from zoo.testing.released import drop, flat_rope
-from zoo.testing.variant import Settings
+from zoo.testing.variant import Settings, Tensors
 
 # fmt: off
 
@@ -25,6 +33,53 @@ _ROUNDS = "upstream rounds x and keys times their factors; here these are part o
 
 def released(config: Settings) -> Settings:
     return drop(flat_rope(config), "time_step_limit") | {"attn_layer_indices": None, "mamba_use_mlp": True}
+
+
+FACTORS = {
+    "embedding_multiplier": 1.0, "lm_head_multiplier": 1.0, "mlp_multipliers": [1.0, 1.0], "key_multiplier": 1.0,
+    "attention_in_multiplier": 1.0, "attention_out_multiplier": 1.0, "ssm_multipliers": [1.0] * 5, "ssm_in_multiplier": 1.0,
+    "ssm_out_multiplier": 1.0,
+}  # fmt: skip
+
+
+def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
+    """As Mamba2Model and FalconH1Model of llama.cpp's converter change them: the decay for its logarithm, and every factor
+    multiplied into what it stands at."""
+    inner, bc = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
+    z, x, b, c, dt = config["ssm_multipliers"]
+    of_parts = torch.tensor([z] * inner + [x] * inner + [b] * bc + [c] * bc + [dt] * config["mamba_n_heads"])
+    read, gate, down = config["attention_in_multiplier"], *config["mlp_multipliers"]
+    factors = {
+        "q_proj": read, "k_proj": config["key_multiplier"] * read, "v_proj": read, "gate_proj": gate, "down_proj": down,
+        "o_proj": config["attention_out_multiplier"], "out_proj": config["ssm_out_multiplier"],
+        "in_proj": of_parts[:, None] * config["ssm_in_multiplier"], "lm_head": config["lm_head_multiplier"],
+        "embed_tokens": config["embedding_multiplier"],
+    }  # fmt: skip
+    out: Tensors = {}
+    for name, t in tensors.items():
+        t = t.float() * factors.get(name.split(".")[-2], 1.0)
+        if name.endswith("A_log"):
+            t = -torch.exp(t.double()).float()
+        elif name.endswith("mamba.norm.weight"):
+            t = t.unflatten(0, (config["mamba_n_groups"], -1))
+        name = name.replace("dt_bias", "dt_proj.bias")
+        out[name] = (
+            t.unsqueeze(1)
+            if name.endswith(("A_log", ".D"))
+            else t.squeeze(1)
+            if name.endswith("conv1d.weight")
+            else t
+        )
+    return out
+
+
+def gguf_fields(config: Settings) -> Settings:
+    return {
+        "attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"],
+        "ssm.conv_kernel": config["mamba_d_conv"], "ssm.state_size": config["mamba_d_state"],
+        "ssm.group_count": config["mamba_n_groups"], "ssm.time_step_rank": config["mamba_n_heads"],
+        "ssm.inner_size": config["mamba_d_ssm"],
+    }  # fmt: skip
 
 
 # fmt: off
@@ -52,6 +107,10 @@ CASE = FamilyCase(
         ("falcon-h1-0.5b", {"ssm_multipliers": [1.0, 2.0]}, "there are 2 scales"),
     ),
     released_text=released,
+    gguf=(
+        Gguf("falcon-h1", gguf_fields, variant="falcon_h1_norm", settings=FACTORS | {"mamba_conv_bias": True}, weights=gguf_weights,
+             refused=({"attention.scale": 0.5}, {"rope.dimension_count": 4})),
+    ),
 )
 # fmt: on
 
@@ -61,3 +120,17 @@ def test_attentions_factors_are_in_its_scales() -> None:
     a = attention(families.spec_of({**c, "attention_in_multiplier": 3.0}), 0)
     assert abs(a.scale - 9 * c["key_multiplier"] / 8) < 1e-9
     assert a.value_scale == 3 * c["attention_out_multiplier"]
+
+
+def test_a_gguf_has_the_factors_in_its_weights(tmp_path: Path) -> None:
+    """As llama.cpp's converter multiplies them in: the model is the same, though no number of its config is."""
+    pytest.importorskip("gguf")
+    of = replace(CASE.gguf[0], variant="falcon_h1", settings={})
+    folders = [zoo.convert(path, tmp_path / path.name[:1]) for path in gguf.make(CASE, of, tmp_path)]
+    ids = torch.arange(11, 31)[None]
+    with torch.inference_mode():
+        released, ours = (zoo.load(folder, dtype=torch.float32)(ids) for folder in folders)
+    assert (released - ours).abs().max() < 2e-6 * released.abs().max()
+    # Written again as they are, they would be lost: no field of the architecture says them.
+    with pytest.raises(ZooError, match=r"falcon-h1 cannot say it: spec.*would be read as"):
+        zoo.export(folders[0], tmp_path / "out.gguf", format="gguf")

@@ -40,7 +40,7 @@ def gguf_fields(c: Config) -> Settings:
 
 
 def gguf_weights(tensors: Tensors, c: Config) -> Tensors:
-    """Gate and up taken apart, [E, out, in]: GptOssModel of llama.cpp's converter."""
+    """Gate and up taken apart, [E, out, in], and sinks called weights: GptOssModel of llama.cpp's converter."""
     out: Tensors = {}
     for name, t in tensors.items():
         base, _, kind = name.partition(".experts.")
@@ -54,7 +54,7 @@ def gguf_weights(tensors: Tensors, c: Config) -> Tensors:
         elif kind:
             out[to.format("down_proj")] = turned.contiguous()
         else:
-            out[name] = t
+            out[f"{name}.weight" if name.endswith(".sinks") else name] = t
     return out
 
 

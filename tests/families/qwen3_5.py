@@ -5,12 +5,14 @@ Its files hold the text model under `model.language_model.`, whichever class sav
 
 from __future__ import annotations
 
+import torch
+
 from families import qwen3_next
 from zoo import families
-from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Variant, names, rope
+from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Gguf, Variant, names, rope
 from zoo.testing.full_size import mixers, read
 from zoo.testing.names import Config, Tensor
-from zoo.testing.variant import Settings
+from zoo.testing.variant import Settings, Tensors
 
 # fmt: off
 
@@ -49,6 +51,60 @@ def released(config: Settings) -> Settings:
     }
 
 
+def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
+    """As Qwen3NextModel and _LinearAttentionVReorderBase of llama.cpp's converter change them: 1 + w for norms, the decay for
+    its logarithm, value heads in the order in which ggml repeats those of keys."""
+    keys, dim = config["linear_num_key_heads"], config["linear_value_head_dim"]
+    first_value = 2 * keys * config["linear_key_head_dim"]
+
+    def tiled(x: torch.Tensor, rows: int, axis: int = 0) -> torch.Tensor:
+        heads = x.unflatten(axis, (keys, -1, rows))
+        return heads.transpose(axis, axis + 1).flatten(axis, axis + 2)
+
+    out: Tensors = {}
+    for name, x in tensors.items():
+        name = name.replace("model.language_model.", "model.")
+        match name.split("linear_attn.")[1:]:
+            case ["A_log"]:
+                x = -torch.exp(tiled(x, 1).double()).float()
+            case ["dt_bias"]:
+                name, x = name.replace("dt_bias", "dt_proj.bias"), tiled(x, 1)
+            case ["in_proj_a.weight" | "in_proj_b.weight"]:
+                x = tiled(x, 1)
+            case ["in_proj_z.weight"]:
+                x = tiled(x, dim)
+            case ["out_proj.weight"]:
+                x = tiled(x, dim, 1)
+            case ["in_proj_qkv.weight" | "conv1d.weight"]:
+                x = x.squeeze(1)
+                x = torch.cat([x[:first_value], tiled(x[first_value:], dim)])
+            case []:
+                x = x.float() + 1 if name.endswith("norm.weight") else x
+        out[name] = x
+    return out
+
+
+def gguf_fields(config: Settings) -> Settings:
+    turned = int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"])
+    return {
+        "attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"],
+        "rope.dimension_count": turned, "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
+        "full_attention_interval": 3, "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "ssm.state_size": config["linear_key_head_dim"], "ssm.group_count": config["linear_num_key_heads"],
+        "ssm.time_step_rank": config["linear_num_value_heads"],
+        "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
+    }  # fmt: skip
+
+
+GGUF_SETTINGS = {
+    "linear_value_head_dim": 26, "linear_num_value_heads": 6, "attention_bias": False, "num_hidden_layers": 5,
+    "layer_types": TEXT["layer_types"],
+}  # fmt: skip
+GGUF_REFUSED: tuple[Settings, ...] = (
+    {"rope.dimension_sections": [3, 0, 0, 0]}, {"ssm.inner_size": 5}, {"attention.scale": 0.5},
+)  # fmt: skip
+
+
 # fmt: off
 CASE = FamilyCase(
     "qwen3_5",
@@ -69,6 +125,10 @@ CASE = FamilyCase(
     keeps={"qwen3_5_text": ("rope_parameters",)},
     mtp=mtp,
     mtp_layers={"qwen3.5-27b": 1},
+    gguf=(
+        Gguf("qwen35", gguf_fields, variant="qwen3_5_text", settings=GGUF_SETTINGS, weights=gguf_weights,
+             silent={"attention.recurrent_layers": [True, True, False, True, True]}, refused=GGUF_REFUSED),
+    ),
     refused=(
         ("qwen3.5-27b", {"attn_output_gate": False}, "attn_output_gate is False"),
         ("qwen3.5-27b", {"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid'"),

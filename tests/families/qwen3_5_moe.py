@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 
 from families import qwen3_5
 from zoo import families
-from zoo.testing import FULL, LINEAR, FamilyCase, Variant, names
+from zoo.formats.opening import open_checkpoint
+from zoo.mapping.plan import make_plan
+from zoo.testing import FULL, LINEAR, FamilyCase, Gguf, Variant, gguf, names
 from zoo.testing.full_size import account, mixers, read, refs
 from zoo.testing.names import Config, Tensor
 from zoo.testing.variant import Draw, Settings, Shapes, Tensors
@@ -68,6 +73,26 @@ def stack_experts(tensors: Tensors, config: Settings, draw: Draw) -> None:
         )
 
 
+def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
+    """Of stacked experts llama.cpp's converter parts gate and up."""
+    out: Tensors = {}
+    for name, x in qwen3_5.gguf_weights(tensors, config).items():
+        if name.endswith("gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), x.chunk(2, dim=1)):
+                out[f"{name.removesuffix('gate_up_proj')}{part}.weight"] = half
+        else:
+            out[f"{name}.weight" if name.endswith("experts.down_proj") else name] = x
+    return out
+
+
+def gguf_fields(config: Settings) -> Settings:
+    return qwen3_5.gguf_fields(config) | {
+        "expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
+    }  # fmt: skip
+
+
 # fmt: off
 
 _MOE = qwen3_5.TEXT | {
@@ -94,6 +119,10 @@ CASE = FamilyCase(
     released=as_released,
     mtp=qwen3_5.mtp,
     mtp_layers={"qwen3.5-35b-a3b": 1, "qwen3.5-122b-a10b": 1, "qwen3.5-397b-a17b": 1},
+    gguf=(
+        Gguf("qwen35moe", gguf_fields, variant="qwen3_5_moe_text", settings=qwen3_5.GGUF_SETTINGS, weights=gguf_weights,
+             refused=(*qwen3_5.GGUF_REFUSED, {"expert_weights_norm": False}, {"expert_gating_func": 2})),
+    ),
     refused=(
         ("qwen3.5-35b-a3b", {"norm_topk_prob": False, "scoring_func": "sigmoid"}, "scoring_func is sigmoid"),
         ("qwen3.5-35b-a3b", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
@@ -111,3 +140,15 @@ def test_experts_may_lie_one_by_one() -> None:
     shapes = one_by_one({name: t.shape for name, t in names.released_tensors(CASE, config).items()})
     tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
     assert all(name.startswith("model.visual.") for name in account(config, refs(tensors)).extras)
+
+
+def test_a_gguf_that_ggml_itself_wrote_lacks_axes_of_one(tmp_path: Path) -> None:
+    """llama-quantize writes the dimensions that ggml counts: the shared expert's gate has one in its files, two in the
+    converter's."""
+    pytest.importorskip("gguf")
+    ckpt = open_checkpoint(gguf.make(CASE, CASE.gguf[0], tmp_path)[1])
+    gates = {name: t for name, t in ckpt.tensors.items() if t.shape[0] == 1 and len(t.shape) == 2}
+    assert set(gates) == {f"blk.{i}.ffn_gate_inp_shexp.weight" for i in range(5)}
+    fewer = {name: replace(t, shape=t.shape[1:]) for name, t in gates.items()}
+    plan, other = (make_plan(c, dtype="fp32") for c in (ckpt, replace(ckpt, tensors=ckpt.tensors | fewer)))
+    assert other.outputs == plan.outputs

@@ -21,7 +21,19 @@ import click
 from zoo._version import __version__
 from zoo.cli import _common
 
-ORDER = ("list", "show", "pull", "plan", "convert", "merge", "export", "verify", "inspect", "generate")
+ORDER = (
+    "list",
+    "show",
+    "pull",
+    "plan",
+    "convert",
+    "merge",
+    "export",
+    "push",
+    "verify",
+    "inspect",
+    "generate",
+)
 
 
 class _Commands(click.Group):

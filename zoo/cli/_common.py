@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -17,6 +18,7 @@ import click
 from zoo.cli._state import State
 from zoo.errors import ZooError
 from zoo.printable import printable, printable_json
+from zoo.url import is_url, not_here
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -28,9 +30,26 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
         if value:
             setattr(State, name, True)
+        if value and name == "debug":
+            _tell_everything(ctx)
         return value
 
     return callback
+
+
+def _tell_everything(ctx: click.Context) -> None:
+    """What zoo logs for those who look into it goes to stderr, too, until the command ends."""
+    import logging
+
+    logger, handler, level = logging.getLogger("zoo"), logging.StreamHandler(), logging.getLogger("zoo").level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+    ctx.call_on_close(end)
 
 
 def common(function: F) -> F:
@@ -40,7 +59,7 @@ def common(function: F) -> F:
         is_flag=True,
         expose_value=False,
         callback=_set("debug"),
-        help="Show a traceback on failure.",
+        help="Say more of what is done, and show a traceback on failure.",
     )(function)
     return click.option(
         "--json",
@@ -186,6 +205,39 @@ class Source(ReleaseName):
         from click.shell_completion import CompletionItem
 
         return [*super().shell_complete(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
+class Anywhere(click.ParamType["Path | str"]):
+    """A path, which must be there unless `new`, or the URL of a store, as it is."""
+
+    name = "path"
+
+    def __init__(self, new: bool = False, file_okay: bool = True) -> None:
+        self.path = click.Path(exists=not new, file_okay=file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        if is_url(value):
+            return str(value)
+        found: Path = self.path.convert(value, param, ctx)
+        return found
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Here(click.Path):
+    """A path on this disk; the URL of a store is refused, with what to do."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if is_url(value):
+            self.fail(not_here(value, f"zoo {ctx.info_name if ctx else ''} works"), param, ctx)
+        return super().convert(value, param, ctx)
 
 
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, note, say
+from zoo.cli._common import DTYPE, Here, common, emit, note, say
 
 
 def written_since(canon: Path) -> str | None:
@@ -30,8 +30,8 @@ class Size(click.ParamType[int]):
 
 
 @click.command(short_help="A canonical folder back into the release")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("canon", type=Here(exists=True, file_okay=False, path_type=Path))
+@click.argument("dst", type=Here(path_type=Path))
 @click.option(
     "--format",
     type=click.Choice(["hf", "source", "gguf", "meta", "mistral", "dcp"]),
@@ -59,6 +59,10 @@ class Size(click.ParamType[int]):
     "--names", type=click.Choice(["transformers", "hf", "canonical"]),
     help="Of dcp: names as transformers has them in memory (default), the release's, or the canonical ones.",
 )  # fmt: skip
+@click.option(
+    "--card", is_flag=True,
+    help="Write a model card (README.md) into an hf folder that is the release to the byte, too; new files have one anyway.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace DST if it is a checkpoint.")
 @common
 def command(
@@ -69,6 +73,7 @@ def command(
     dtype: str | None,
     shard_size: int | None,
     names: str | None,
+    card: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -80,6 +85,7 @@ def command(
 
     With --format gguf DST is a file, x.gguf, or the first of a set of files.
     """
+    from zoo.card import About
     from zoo.cli._progress import Bar, Steps
     from zoo.formats.gguf import files_of_set
     from zoo.mapping.export import export
@@ -90,6 +96,8 @@ def command(
         raise click.UsageError(
             "--format dcp writes tensors as they are: no --type, --dtype or --max-shard-size"
         )
+    if card and format not in ("hf", "source"):
+        raise click.UsageError("--card is of a folder that the Hub shows: --format hf or source")
     with Bar() as bar:
         bar.phase("exporting")
         if format == "dcp":
@@ -98,7 +106,8 @@ def command(
             path = export_dcp(canon, dst, names or "transformers", force=force)
         else:
             path = export(
-                canon, dst, format=format, type=type_, force=force, dtype=dtype, shard_size=shard_size, progress=Steps(bar)
+                canon, dst, format=format, type=type_, force=force, dtype=dtype, shard_size=shard_size,
+                card=About() if card else None, progress=Steps(bar),
             )  # fmt: skip
     files = sorted(p.name for p in path.iterdir()) if path.is_dir() else files_of_set(path.name)
     if as_json:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import DTYPE, ReleaseName, common, emit, level, pairs, say, which_set
+from zoo.cli._common import DTYPE, Here, ReleaseName, common, emit, level, pairs, say, which_set
+from zoo.url import is_url, without_secrets
 
 
 class Layers(click.ParamType[list[int]]):
@@ -33,7 +34,7 @@ class Layers(click.ParamType[list[int]]):
 
 @click.command(short_help="Fetch a release, check it, convert it")
 @click.argument("name", type=ReleaseName())
-@click.option("--to", type=click.Path(path_type=Path), help="The canonical folder to make. Default: ./NAME")
+@click.option("--to", type=Here(path_type=Path), help="The canonical folder to make. Default: ./NAME")
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as released.")
 @click.option("--revision", help="A branch, tag or commit. Default: the manifest's, or main.")
 @click.option("--format", help="Take the release in this format, where it comes in several (see `zoo show`).")
@@ -57,7 +58,8 @@ def command(
     family: str | None, verify: str | None, device: str, stream: bool, layers: list[int] | None, dry_run: bool, force: bool,
     workers: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fetch the release NAME (see `zoo list`; or any owner/repo on the Hub), check it, and convert it.
+    """Fetch the release NAME (see `zoo list`; any owner/repo on the Hub; or the URL of a store), check it, and convert it.
+    A canonical folder in a store is fetched as it is.
 
     The plan is made from headers before any weight is fetched. Every file's hash is checked. Interrupted, the same
     command goes on where it stopped. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as with `hf`.
@@ -96,7 +98,7 @@ def command(
     if isinstance(progress, Events):
         progress.tell("done", path=str(path))
         return
-    say(f"{name} is in {path}")
+    say(f"{without_secrets(name)} is in {path}")
     if verify is None and layers is None:
-        against = " --against SOURCE" if stream else ""  # what was streamed is not kept
+        against = " --against SOURCE" if stream or is_url(name) else ""  # what was streamed is not kept
         say(f"`zoo verify {path}{against}` compares it with upstream; `zoo generate {path} PROMPT` runs it")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, failed, note, on, say, table
+from zoo.cli._common import DTYPE, Here, common, emit, failed, note, on, say, table
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
 
@@ -19,7 +19,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 
 
 @click.command(short_help="Compare a conversion with upstream")
-@click.argument("canon", type=click.Path(exists=True, path_type=Path))
+@click.argument("canon", type=Here(exists=True, path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from. Of a GGUF: the canonical folder it was written of.")  # fmt: skip
 @click.option("--oracle", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.py", help="Run this file's logits(ids) in place of upstream. It is run as it is: name only what you trust.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip
@@ -34,11 +34,12 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @on("Where both sides compute: cpu, cuda, cuda:1, or auto (a GPU if there is one).")
 @click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 @click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
+@click.option("--signature", "signed_by", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PUBLIC.pem", help="First hold CANON to its signature (model.sig) by this key. It covers parity.json, which is left as it is then. Needs zoo[sign].")  # fmt: skip
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
     canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
-    stream: bool | None, device: str, max_length: int, self_test: bool, check_certificate: bool, as_json: bool,
+    stream: bool | None, device: str, max_length: int, self_test: bool, signed_by: Path | None, check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
 
@@ -50,6 +51,10 @@ def command(
     torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON: of GPUs, each has one of its own.
     """
     with together(device) as ranks:
+        if signed_by is not None:
+            from zoo.sign import check as held
+
+            held(canon, signed_by)
         if check_certificate:
             _check(canon, as_json)
         else:
@@ -65,13 +70,14 @@ def command(
                 stream,
                 max_length,
                 self_test,
+                signed_by is not None,
                 as_json,
             )
 
 
 def _verify(
     ranks: Ranks, canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None,
-    output: Path | None, dtype: str, stream: bool | None, max_length: int, self_test: bool, as_json: bool,
+    output: Path | None, dtype: str, stream: bool | None, max_length: int, self_test: bool, signed: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from zoo.verify import verify
     from zoo.verify.script import Script
@@ -96,13 +102,13 @@ def _verify(
         max_length=max_length,
         self_test=self_test,
         require=require,
-        write=output is None,
+        write=output is None and not signed,
         progress=progress,
     )
     if output is not None and ranks.first:
         cert.write(output.parent, output.name)
         cert.kept = f"{output} written"
-    elif canon.is_file():
+    elif canon.is_file() or signed:
         cert.kept = "nothing was written: -o FILE keeps the certificate"
     if as_json:
         emit(cert.to_json())

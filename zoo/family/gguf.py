@@ -5,10 +5,28 @@ from __future__ import annotations
 from zoo.family.hf import MTP
 from zoo.formats.gguf_fields import Fields as Fields
 from zoo.formats.gguf_fields import head_dim as head_dim
+from zoo.formats.gguf_fields import interleaved_positions as interleaved_positions
 from zoo.formats.gguf_fields import layer_types as layer_types
 from zoo.formats.gguf_fields import rotary as rotary
 from zoo.formats.gguf_fields import shortest as shortest
-from zoo.mapping.rules import Expr, Extra, RuleLine, cat, extra, plus_one, rope_halves, stack
+from zoo.mapping.rules import (
+    Expr,
+    Extra,
+    RuleLine,
+    Source,
+    cat,
+    extra,
+    joined,
+    minus_exp,
+    plus_one,
+    rope_halves,
+    squeeze,
+    stack,
+    swap,
+    unflatten,
+    ungroup,
+)
+from zoo.spec import DeltaNet, Layer, Mamba, Spec
 
 ENDS: tuple[RuleLine, ...] = (
     ("embed.weight", "token_embd.weight"),
@@ -44,6 +62,15 @@ def attention(interleaved: bool) -> tuple[RuleLine, ...]:
         ("layers.{i}.attn.out.bias", "blk.{i}.attn_output.bias"),
     )
 
+
+GATED_ATTENTION: tuple[RuleLine, ...] = (
+    (
+        "layers.{i}.attn.qkv.weight",
+        cat(ungroup("blk.{i}.attn_q.weight", "n_heads", 2), "blk.{i}.attn_k.weight", "blk.{i}.attn_v.weight"),
+    ),
+    ("layers.{i}.attn.out.weight", "blk.{i}.attn_output.weight"),
+)
+"""With an output gate: each head's query, then its gate."""
 
 QK_NORM: tuple[RuleLine, ...] = (
     ("layers.{i}.attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
@@ -116,5 +143,56 @@ MOE_ONE_BY_ONE: tuple[RuleLine, ...] = (
     ("layers.{i}.moe.down.weight", stack("blk.{i}.ffn_down.{e}.weight")),
 )
 """Experts as files of before April 2024 have them."""
+
+SHARED_EXPERT_GATE: RuleLine = ("layers.{i}.moe.shared_gate.weight", "blk.{i}.ffn_gate_inp_shexp.weight")
+
+
+def _values_per_key(layer: Layer | None, _: Spec) -> int:
+    assert layer is not None and isinstance(layer.mixer, DeltaNet)
+    return layer.mixer.n_v_heads // layer.mixer.n_k_heads
+
+
+def _tiled(source: Source, axis: int = 0) -> Expr:
+    """DeltaNet's value heads, which lie key head by key head in the layout: ggml repeats the row of key heads as a whole, so
+    its converter puts the first value head of every key head first."""
+    return swap(source, "n_k_heads", _values_per_key, axis)
+
+
+_QKV, _CONV = "blk.{i}.attn_qkv.weight", "blk.{i}.ssm_conv1d.weight"
+DELTA: tuple[RuleLine, ...] = (
+    (
+        "layers.{i}.delta.qkvz.weight",
+        cat(joined(_QKV, _QKV, _tiled(_QKV)), _tiled("blk.{i}.attn_gate.weight")),
+    ),
+    (
+        "layers.{i}.delta.ba.weight",
+        cat(_tiled("blk.{i}.ssm_beta.weight"), _tiled("blk.{i}.ssm_alpha.weight")),
+    ),
+    ("layers.{i}.delta.conv.weight", joined(_CONV, _CONV, _tiled(_CONV))),
+    ("layers.{i}.delta.A_log", minus_exp(_tiled("blk.{i}.ssm_a"))),
+    ("layers.{i}.delta.dt_bias", _tiled("blk.{i}.ssm_dt.bias")),
+    ("layers.{i}.delta.norm.weight", "blk.{i}.ssm_norm.weight"),
+    ("layers.{i}.delta.out.weight", _tiled("blk.{i}.ssm_out.weight", axis=1)),
+)
+"""Gated DeltaNet whose projections lie apart."""
+
+
+def _norm_groups(layer: Layer | None, _: Spec) -> int:
+    assert layer is not None
+    mamba = next(m for m in layer.mixers if isinstance(m, Mamba))
+    return mamba.n_groups
+
+
+MAMBA: tuple[RuleLine, ...] = (
+    ("layers.{i}.mamba.in_proj.weight", "blk.{i}.ssm_in.weight"),
+    ("layers.{i}.mamba.conv.weight", _CONV),
+    ("layers.{i}.mamba.conv.bias", "blk.{i}.ssm_conv1d.bias"),
+    ("layers.{i}.mamba.A_log", minus_exp(squeeze("blk.{i}.ssm_a", 1))),
+    ("layers.{i}.mamba.D", squeeze("blk.{i}.ssm_d", 1)),
+    ("layers.{i}.mamba.dt_bias", "blk.{i}.ssm_dt.bias"),
+    ("layers.{i}.mamba.norm.weight", unflatten("blk.{i}.ssm_norm.weight", _norm_groups)),
+    ("layers.{i}.mamba.out.weight", "blk.{i}.ssm_out.weight"),
+)
+"""Mamba-2."""
 
 MTP_LAYERS = extra("blk.{i}.*", MTP, beside="nextn.eh_proj.weight")

@@ -163,6 +163,19 @@ def layer_types(f: Fields, n: int, every: int) -> list[str]:
     return ["sliding_attention" if sliding else "full_attention" for sliding in pattern[:n]]
 
 
+def interleaved_positions(f: Fields, turned: int) -> list[int]:
+    """How many of the `turned` / 2 frequencies follow each of an image's three positions, one after the other in turn. All
+    must follow one of them: a text has the same position three times, which makes this plain RoPE, and a fourth that is 0.
+    Source: ggml's rope with GGML_ROPE_TYPE_IMROPE; llm_graph_input_pos of llama.cpp."""
+    said = f.raw("rope.dimension_sections")
+    if not isinstance(said, list) or any(k >= 3 * said[k % 3] for k in range(turned // 2)):
+        raise ZooError(
+            f"{f.where}: field '{f.arch}.rope.dimension_sections' is {str(said)[:80]}; expected three numbers that share out all "
+            f"{turned // 2} frequencies evenly"
+        )
+    return said[:3]
+
+
 def shortest(x: float) -> float:
     """The shortest decimal that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
     if not math.isfinite(x):

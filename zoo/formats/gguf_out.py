@@ -23,7 +23,18 @@ from zoo.families import Family
 from zoo.formats import gguf_config
 from zoo.formats.base import TensorRef
 from zoo.formats.gguf_fields import Tables, shortest
-from zoo.spec import MLP, Attention, LatentAttention, MoE, Rope, RopeScaling, Spec, differences
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    MoE,
+    Rope,
+    RopeScaling,
+    Spec,
+    differences,
+)
 
 AS = {"mistral": "llama"}
 """Families without architectures of their own in llama.cpp, and the family in whose its converter writes them."""
@@ -174,6 +185,39 @@ def _softcap(s: Spec) -> float | None:
     return m.softcap if isinstance(m, Attention) else None
 
 
+def _state(s: Spec) -> DeltaNet | Mamba | None:
+    return next((m for x in s.layers for m in x.mixers if isinstance(m, DeltaNet | Mamba)), None)
+
+
+def _of_state(
+    delta: Callable[[DeltaNet], int], mamba: Callable[[Mamba], int]
+) -> Callable[[Spec], int | None]:
+    def value(s: Spec) -> int | None:
+        match _state(s):
+            case DeltaNet() as m:
+                return delta(m)
+            case Mamba() as m:
+                return mamba(m)
+        return None
+
+    return value
+
+
+def _linear(s: Spec) -> list[bool] | None:
+    return [isinstance(x.mixer, DeltaNet) for x in s.layers] if isinstance(_state(s), DeltaNet) else None
+
+
+def _interval(s: Spec) -> int | None:
+    linear = _linear(s)
+    return linear.index(False) + 1 if linear and not all(linear) else None
+
+
+def _sections(s: Spec) -> list[int] | None:
+    """Frequencies that follow each of an image's positions in turn, and a fourth that is none."""
+    rope = _rope(s)
+    return [(rope.dim // 2 + 2 - k) // 3 for k in range(3)] + [0] if rope else None
+
+
 FIELDS: Mapping[str, Callable[[Spec], Any]] = {
     "vocab_size": lambda s: s.vocab_size,
     "context_length": lambda s: s.context_length,
@@ -194,6 +238,13 @@ FIELDS: Mapping[str, Callable[[Spec], Any]] = {
     "attention.scale": lambda s: _mixer(s).scale,
     "attention.sliding_window": _windows,
     "attention.sliding_window_pattern": _pattern,
+    "attention.recurrent_layers": _linear,
+    "full_attention_interval": _interval,
+    "ssm.conv_kernel": _of_state(lambda m: m.conv, lambda m: m.conv),
+    "ssm.state_size": _of_state(lambda m: m.k_head_dim, lambda m: m.state),
+    "ssm.group_count": _of_state(lambda m: m.n_k_heads, lambda m: m.n_groups),
+    "ssm.time_step_rank": _of_state(lambda m: m.n_v_heads, lambda m: m.n_heads),
+    "ssm.inner_size": _of_state(lambda m: m.n_v_heads * m.v_head_dim, lambda m: m.n_heads * m.head_dim),
     "attn_logit_softcapping": _softcap,
     "final_logit_softcapping": lambda s: s.logit_softcap,
     "embedding_scale": lambda s: float(s.embed_scale),
@@ -202,6 +253,7 @@ FIELDS: Mapping[str, Callable[[Spec], Any]] = {
     "rope.dimension_count": _turned,
     "rope.freq_base": lambda s: _theta(s, False),
     "rope.freq_base_swa": lambda s: _theta(s, True) if _windows(s) else None,
+    "rope.dimension_sections": _sections,
     "rope.scaling.type": _kind,
     "rope.scaling.factor": _factor,
     "rope.scaling.original_context_length": _original,
@@ -232,6 +284,7 @@ OTHERWISE: Mapping[tuple[str, str], Callable[[Spec], Any]] = {
 """Where an architecture means something else by a field, or its converter says what goes without saying."""
 
 UNSAID = (
+    "attention.recurrent_layers",
     "attention.sliding_window_pattern", "attention.sliding_window", "rope.freq_base_swa", "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_log_multiplier", "rope.scaling.attn_factor", "attention.key_length_mla", "attention.value_length_mla",
     "expert_shared_feed_forward_length", "expert_weights_norm", "expert_weights_scale", "expert_gating_func", "expert_group_count", "expert_group_used_count",

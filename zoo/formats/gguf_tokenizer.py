@@ -26,6 +26,9 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
 QWEN2_SPLIT = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+QWEN35_SPLIT = QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
@@ -56,6 +59,7 @@ _PRE: dict[str, tuple[Any, ...]] = {
     "smaug-bpe": (_LLAMA3,),
     "dbrx": (_LLAMA3,),
     "qwen2": (QWEN2_SPLIT,),
+    "qwen35": (QWEN35_SPLIT,),
     "deepseek-r1-qwen": (QWEN2_SPLIT,),
     "gpt-4o": (_O200K,),
     "llama4": (_O200K,),
@@ -63,7 +67,7 @@ _PRE: dict[str, tuple[Any, ...]] = {
     "deepseek-v3": _DEEPSEEK3,
 }
 # Text is normalised first where the released tokenizer.json does it.
-_NFC = ("qwen2",)
+_NFC = ("qwen2", "qwen35")
 # Merges are skipped for a word that is a token itself (tiktoken's rule).
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken", "gpt-4o", "llama4")
 # These vocabularies begin every text with `bos` even where a file does not say so.

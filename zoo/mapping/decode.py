@@ -20,6 +20,8 @@ import numpy as np
 from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, TensorRef
+from zoo.mapping import changes
+from zoo.mapping.rules import Change
 from zoo.quant import host
 from zoo.quant.base import Component, Scheme
 from zoo.quant.floats import bits, exponents, from_float, to_fp32
@@ -148,13 +150,14 @@ class Blocks:
 
 
 @dataclass
-class LessOne:
-    """Elements w of a tensor that holds 1 + w; `whole` gives that in fp32. Raises ZooError, naming the tensor, where w + 1
-    is another number than the one that is there: then nothing that is stored as w could give it back."""
+class Undone:
+    """Elements w of a tensor that holds what `change` makes of them; `whole` gives that in fp32. Raises ZooError, naming the
+    tensor, where no w in fp32 gives back what is there."""
 
     ref: TensorRef
     whole: Cast | Blocks
     dtype: str
+    change: Change
     chunk = 1 << 18
     most = MADE
 
@@ -163,16 +166,20 @@ class LessOne:
         return self.whole.grain
 
     def read(self, at: int, n: int) -> Array:
-        one, x = np.float32(1), self.whole.read(at, n).view(np.float32)
-        w = x - one
-        if (wrong := np.flatnonzero((w + one != x) & ~np.isnan(x))).size:
+        x = self.whole.read(at, n).view(np.float32)
+        w = changes.weights(x, self.change)
+        if (wrong := changes.unsound(x, w, self.change)).size:
             k = int(wrong[0])
+            form, what = _FORMS[self.change]
             raise ZooError(
-                f"{self.ref.name} in {self.ref.file}: expected norm weights stored as 1 + w; of its {self.ref.size} elements "
-                f"number {at + k}, {x[k]!r}, is not 1 + w for any w in fp32 that gives it back (nearest: 1 + {w[k]!r}): was it "
+                f"{self.ref.name} in {self.ref.file}: expected {what} stored as {form}; of its {self.ref.size} elements "
+                f"number {at + k}, {x[k]!r}, is not {form} for any w in fp32 that gives it back (nearest: w = {w[k]!r}): was it "
                 "edited? Take a GGUF that llama.cpp's converter wrote"
             )
         return from_float(w, self.dtype, self.ref.name)
+
+
+_FORMS = {"1 +": ("1 + w", "norm weights"), "-exp": ("-exp(w)", "decays of a state")}
 
 
 @dataclass

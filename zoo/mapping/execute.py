@@ -26,12 +26,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import threading
 import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,7 +56,6 @@ from zoo.mapping.moves import (
     Move,
     Rearrange,
     Woven,
-    copy,
     in_kernel,
     loops,
     merged,
@@ -66,6 +67,7 @@ from zoo.mapping.moves import (
 from zoo.mapping.parts import Part, Shared, shares
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
+from zoo.mapping.ways import BUFFERED, KERNEL, WAYS, Chooser, Clock, Unfit, copy
 from zoo.printable import printable
 from zoo.quant.schemes import scheme
 
@@ -181,6 +183,12 @@ class Mover:
         self._lock = threading.Lock()
         # The kernel lets one writer into a file at a time; others would spin. So they wait here.
         self._writing = {name: threading.Lock() for name in folder.sizes}
+        # By whether the two sides lie alike within their pages: the kernel may then have the file system share blocks.
+        self._choosers = {
+            alike: Chooser([KERNEL] if alike else list(WAYS), self.threads) for alike in (True, False)
+        }
+        if KERNEL not in WAYS:
+            self._without(KERNEL)
         self._loops: dict[int, tuple[Fit, tuple[Loop, ...], tuple[Loop, ...]]] = {}
 
     def open(self, file: str, path: Path) -> None:
@@ -222,26 +230,78 @@ class Mover:
 
     def run(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
         """Do all of them, over the threads; the first error stops everything and is raised."""
-        queues = _Queues(copies, rearrangements)
+        pieces = merged(copies)
+        for alike in (True, False):
+            self._copy_all(_Queues(c for c in pieces if c.alike is alike), alike)
+        self._over_threads(_Queues(rearrangements), self.threads, lambda: self._rearrange)
+
+    def _copy_all(self, queues: _Queues, alike: bool) -> None:
+        while queues.left:
+            chooser = self._choosers[alike]
+            choice, most = chooser.next()
+            chooser.took(
+                choice, *self._over_threads(queues, choice.threads, partial(self._copier, choice.way), most)
+            )
+
+    def _copier(self, way: str) -> Callable[[Any], None]:
+        """For one thread, as long as no source is closed."""
+        step = WAYS[way]()
+
+        def work(c: Copy) -> None:
+            nonlocal step
+            with self._writing[c.dst]:
+                places = self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src
+                try:
+                    copy(step, *places)
+                except Unfit:
+                    with self._lock:
+                        self._without(way)
+                    step = WAYS[BUFFERED]()
+                    copy(step, *places)
+
+        return work
+
+    def _without(self, way: str) -> None:
+        """It does not work between these files."""
+        self._choosers[False].drop(way)
+        if way == KERNEL:
+            self._choosers[True] = self._choosers[False]
+
+    def _over_threads(
+        self,
+        queues: _Queues,
+        threads: int,
+        worker: Callable[[], Callable[[Any], None]],
+        most: float = math.inf,
+    ) -> tuple[int, float]:
+        """Take moves of `most` bytes and do them, by a worker in each thread; bytes done, and seconds (see `ways.Clock`)."""
         lock, stop, errors = threading.Lock(), threading.Event(), list[BaseException]()
+        begun = done = 0
+        seconds = 0.0
 
         def work() -> None:
-            while not stop.is_set():
-                try:
+            nonlocal begun, done, seconds
+            try:
+                clock, do = Clock(), worker()
+                while not stop.is_set():
                     with lock:
-                        move = queues.take()
-                    if move is None:
-                        return
-                    n = self._copy(move) if isinstance(move, Copy) else self._rearrange(move)
+                        moves = queues.take() if begun < most else []
+                        begun += sum(m.nbytes for m in moves)
+                        if not moves:
+                            seconds = max(seconds, clock.seconds)
+                            return
+                    for move in moves:
+                        do(move)
+                        with lock:
+                            done += move.nbytes
+                            self.report(move.nbytes)
                     with lock:
-                        queues.done(move)
-                        self.report(n)
-                except BaseException as e:
-                    stop.set()
-                    errors.append(e)
-                    return
+                        queues.done(moves[0].dst)
+            except BaseException as e:
+                stop.set()
+                errors.append(e)
 
-        helpers = [threading.Thread(target=work, daemon=True) for _ in range(self.threads - 1)]
+        helpers = [threading.Thread(target=work, daemon=True) for _ in range(threads - 1)]
         for h in helpers:
             h.start()
         try:
@@ -260,6 +320,7 @@ class Mover:
                     f"{self.folder.dst}: {first.strerror}; what is written so far is kept, run again to go on"
                 ) from first
             raise first
+        return done, seconds
 
     def report(self, n: int) -> None:
         """`n` more bytes are written."""
@@ -267,41 +328,39 @@ class Mover:
         if self.progress is not None:
             self.progress(self.n_done, self.total)
 
-    def _copy(self, c: Copy) -> int:
-        with self._writing[c.dst]:
-            copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src)
-        return c.nbytes
-
-    def _rearrange(self, r: Rearrange | Woven) -> int:
+    def _rearrange(self, r: Rearrange | Woven) -> None:
         r.run(self.folder.fd(r.dst))
-        return r.nbytes
 
 
 class _Queues:
-    """Moves by destination. The kernel lets one writer into a file at a time, so a thread is given a file that
+    """Moves by destination. The kernel lets one writer into a file at a time, so a thread is given moves of a file that
     no other is writing, where there is one; of those the one with most left to do, so that the last are short."""
 
-    def __init__(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
+    def __init__(self, moves: Iterable[Move]) -> None:
         work: dict[str, list[Move]] = {}
-        moves: list[Move] = [*merged(copies), *rearrangements]
         for move in moves:
             work.setdefault(move.dst, []).append(move)
         self.moves = {dst: _pieces(moves) for dst, moves in work.items()}
         self.left = {dst: sum(m.nbytes for m in moves) for dst, moves in work.items()}
         self.writers = dict.fromkeys(work, 0)
 
-    def take(self) -> Move | None:
-        while self.moves:
-            dst = min(self.moves, key=lambda d: (self.writers[d], -self.left[d]))
-            if (move := next(self.moves[dst], None)) is not None:
+    def take(self) -> list[Move]:
+        """Neighbours of one file, of about `COPY` bytes; none if nothing is left."""
+        while self.left:
+            dst = min(self.left, key=lambda d: (self.writers[d], -self.left[d]))
+            found: list[Move] = []
+            while sum(m.nbytes for m in found) < COPY and (move := next(self.moves[dst], None)) is not None:
+                found.append(move)
+            self.left[dst] -= sum(m.nbytes for m in found)
+            if not found or self.left[dst] <= 0:
+                del self.left[dst]
+            if found:
                 self.writers[dst] += 1
-                self.left[dst] -= move.nbytes
-                return move
-            del self.moves[dst]
-        return None
+                return found
+        return []
 
-    def done(self, move: Move) -> None:
-        self.writers[move.dst] -= 1
+    def done(self, dst: str) -> None:
+        self.writers[dst] -= 1
 
 
 def _pieces(moves: Iterable[Move]) -> Iterator[Move]:
@@ -539,7 +598,7 @@ class Execution:
         else:
             src_box = restride(src_box, fit.shape, ref.strides)
             loop = loops(src_box, fit.canonical)
-        plain = o.scheme is None and ref.dtype == o.dtype and not fit.plus_one
+        plain = o.scheme is None and ref.dtype == o.dtype and not fit.change
         if plain and in_kernel(loop, size):
             src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
             copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
@@ -561,10 +620,11 @@ class Execution:
             if (how := scheme(o.scheme)).module:
                 return decode.Formula(ref, others, how, o.fits[k].shape, files, o.dtype)
             return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
-        dtype = "F32" if o.fits[k].plus_one else o.dtype
+        change = o.fits[k].change
+        dtype = "F32" if change else o.dtype
         blocks = ref.dtype not in ITEMSIZE
         whole = decode.Blocks(ref, files, dtype, self._warn) if blocks else decode.Cast(ref, files, dtype)
-        return decode.LessOne(ref, whole, o.dtype) if o.fits[k].plus_one else whole
+        return decode.Undone(ref, whole, o.dtype, change) if change else whole
 
     def _compare(self, o: Output, k: int) -> None:
         """A replica must be the bytes of the original."""

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo import families
 from zoo._version import __version__
@@ -52,6 +52,9 @@ from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.quant.schemes import scheme
 
+if TYPE_CHECKING:
+    from zoo.card import About
+
 log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "source", "gguf", "meta", "mistral")
@@ -76,10 +79,17 @@ class _Job:
     extras: list[str]
     small: dict[str, bytes]
     carried: list[str]
+    exact: bool  # the release's own files
+
+    def add_card(self, c: Canonical, dtype: str | None, about: About | None) -> None:
+        from zoo import card
+
+        made, self.carried = card.files(c, self.carried, self.exact, dtype, about or card.About())
+        self.small.update(made)
 
     def wrote(self, path: Path) -> bool:
         """Whether the folder holds nothing but what is written here: it may be replaced."""
-        names = {*self.sheet.sizes, *self.small, *self.carried}
+        names = {*self.sheet.sizes, *self.small, *self.carried, "model.sig"}
         files = files_below(path)
         return bool(files) and files <= names
 
@@ -93,6 +103,7 @@ def export(
     force: bool = False,
     dtype: str | None = None,
     shard_size: int | None = None,
+    card: About | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Path:
@@ -102,7 +113,8 @@ def export(
     (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
     "meta" or "mistral", `params.json` and `consolidated.00.pth` or `consolidated.safetensors`, from any source. `dtype` ("bf16",
     "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
-    of tensors per file at most, in new files; Meta's are one. Raises ZooError if `canon` holds only some layers,
+    of tensors per file at most, in new files; Meta's are one. New files get a model card (`zoo.card`), and with `card` those
+    that are the release's own do too. Raises ZooError if `canon` holds only some layers,
     if its rules have changed since, if a dtype is asked for where weights are quantised, if a vendor's format cannot say what the
     model is, by the name of what it cannot, or as `Folder` does.
     """
@@ -123,12 +135,7 @@ def export(
             f"a type ({type}) is of GGUF; a Hugging Face checkpoint is written in another dtype with --dtype"
         )
     c = read(canon)
-    if c.layers is not None:
-        raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
-    try:
-        job = _job(c, format, shard_size, DTYPES[dtype] if dtype else None)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
+    job = _checked(c, format, shard_size, DTYPES[dtype] if dtype else None, card)
     files = {t.file for t in c.tensors.values()} | {t.file for t in c.extra_tensors.values()}
     stamp = [(f, (c.root / f).stat().st_size, (c.root / f).stat().st_mtime_ns) for f in sorted(files)]
     identity = hashlib.sha256(
@@ -167,6 +174,16 @@ def export(
         return folder.publish()
 
 
+def sizes(
+    canon: str | os.PathLike[str], dtype: str | None = None, card: About | None = None
+) -> dict[str, int]:
+    """The files that `export` would write to a Hugging Face checkpoint, and their bytes. Raises ZooError as it does."""
+    c = read(canon)
+    job = _checked(c, "hf", None, DTYPES[dtype] if dtype else None, card)
+    small = {n: len(data) for n, data in job.small.items()}
+    return {**job.sheet.sizes, **small, **{n: place_of(c.root, n).stat().st_size for n in job.carried}}
+
+
 def _move(
     c: Canonical,
     job: _Job,
@@ -194,6 +211,22 @@ def _move(
 
 # ---------------------------------------------------------------------------------------------------
 # What to write
+
+
+def _checked(
+    c: Canonical, format: str, shard_size: int | None, dtype: str | None, card: About | None
+) -> _Job:
+    """The job, with a card where there is to be one. Raises ZooError for a folder that holds a part of a model, or is not as zoo
+    writes it."""
+    if c.layers is not None:
+        raise ZooError(f"{c.root}: holds layers {list(c.layers)} only; a part of a model cannot be exported")
+    try:
+        job = _job(c, format, shard_size, dtype)
+        if card is not None or not job.exact:
+            job.add_card(c, dtype, card)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ZooError(f"{c.root / JSON}: not as zoo writes it ({e!r:.200}); convert again") from e
+    return job
 
 
 def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = None) -> _Job:
@@ -305,7 +338,7 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
         raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
     small = {INDEX: kept[INDEX]} if INDEX in kept else {}
     dtypes = {name: ref.dtype for name, ref in tensors.items()}
-    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, _carried(c))
+    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, _carried(c), exact=True)
 
 
 def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> Plan:
@@ -365,7 +398,7 @@ def _as_new(
         small[INDEX] = index
     carried = [n for n in _carried(c) if n != "config.json"]
     small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
-    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried)
+    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
 
 
 def _lay_out(
@@ -423,7 +456,7 @@ def _as_vendors(
         n for n in _carried(c) if n not in ("config.json", "params.json") and not n.endswith(".index.json")
     ]
     small["params.json"] = _params(c, params, ours)
-    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried)
+    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
 
 
 def _config_is_ours(c: Canonical) -> bool:

@@ -29,9 +29,10 @@ from zoo.formats import gguf_out, gguf_vocab
 from zoo.formats.base import TEMPLATES, TensorRef, place_of
 from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
+from zoo.mapping import changes
 from zoo.mapping.execute import Progress
 from zoo.mapping.plan import compile_rule
-from zoo.mapping.rules import Box, Fit
+from zoo.mapping.rules import Box, Change, Fit
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
 
@@ -50,7 +51,7 @@ _FILE_TYPE = {
 }  # llama_ftype
 _MXFP4_FILE = 38
 _PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
-_ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+_ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
 _ENDS = ("token_embd.weight", "output.weight")
 _CHUNK = 1 << 22  # elements converted at a time
 _GROUP = 32  # elements of a block of Q8_0, Q4_0 and MXFP4
@@ -312,10 +313,10 @@ def _parts(c: Canonical, t: _Tensor) -> Iterator[Array]:
         for at in range(0, len(rows), step):
             yield _mxfp4(rows[at : at + step], scales[at : at + step])
         return
-    plus_one = any(p.fit.plus_one for p in t.pieces)
+    change = t.pieces[0].fit.change
     for at in range(0, len(rows), step):
         raw = np.ascontiguousarray(rows[at : at + step])
-        yield raw if t.type == dtype and not plus_one else _converted(raw, dtype, t, plus_one)
+        yield raw if t.type == dtype and not change else _converted(raw, dtype, t, change)
 
 
 def _rows(c: Canonical, pieces: list[_Piece], columns: int) -> tuple[Array, str]:
@@ -360,10 +361,10 @@ def _box(flat: Array, box: Box) -> Array:
     )
 
 
-def _converted(raw: Array, dtype: str, t: _Tensor, plus_one: bool) -> Array:
+def _converted(raw: Array, dtype: str, t: _Tensor, change: Change) -> Array:
     """Rows in the bits of one of GGUF's types."""
     x = to_fp32(raw, dtype).astype(np.float32, copy=False)
-    x = x + np.float32(1) if plus_one else x
+    x = changes.stored(x, change)
     if t.type in _PLAIN:
         return from_float(x, t.type, t.name)
     import gguf

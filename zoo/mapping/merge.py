@@ -235,7 +235,7 @@ def _find(like: Canonical, adapter: Adapter) -> Places:
             continue
         released = tuple((a, b) for a, b in like.source["prefix"])
         for prefix in dict.fromkeys((*([released] if naming == "hf" else []), *rules.prefixes)):
-            places = _places(like, rules, prefix)
+            places = placed(like, rules, prefix)
             rest = _changes(like, adapter, places)
             if best is None or len(rest) < len(fewest):
                 best, fewest = places, rest
@@ -249,7 +249,8 @@ def _find(like: Canonical, adapter: Adapter) -> Places:
     )
 
 
-def _places(like: Canonical, rules: RuleSet, prefix: tuple[tuple[str, str], ...]) -> Places:
+def placed(like: Canonical, rules: RuleSet, prefix: tuple[tuple[str, str], ...]) -> Places:
+    """Where the tensors that these rules name lie in a canonical folder."""
     spell = respell(rules, prefix)
     out = Places()
     for slot in layout(like.spec).values():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
@@ -122,7 +123,7 @@ class Plan:
         for o in self.outputs.values():
             if id(o.fits) not in seen:
                 seen[id(o.fits)] = repr(
-                    [(f.shape, f.source, f.canonical, *(("1 +",) * f.plus_one)) for f in o.fits]
+                    [(f.shape, f.source, f.canonical, *((f.change,) if f.change else ())) for f in o.fits]
                 )
                 h.update(seen[id(o.fits)].encode())
             h.update(repr((o.name, o.dtype, o.shape, o.scheme, o.sources, seen[id(o.fits)][:64])).encode())
@@ -412,6 +413,11 @@ def match(
     return _Matcher(spec, ruleset, tensors, n_ranks, naming, dtype, config or {}).run()
 
 
+def _ranked(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without leading axes of one."""
+    return tuple(itertools.dropwhile(lambda n: n == 1, shape))
+
+
 MAX_LACKING = 50_000
 """Tensors that the files lack, beyond as many as they have, before the rest is not looked for."""
 
@@ -440,6 +446,8 @@ class _Matcher:
         # (Not in a GGUF, which holds every norm in fp32, whatever it was released in.)
         narrow = any(t.dtype != "F32" and len(t.shape) > 1 for t in tensors.values())
         self.keep_fp32 = dtype in ("BF16", "F16") and narrow and naming != "gguf"
+        # ggml has no rank: a file that it wrote lacks leading axes of one, which that of the converter has.
+        self.of_ggml = naming == "gguf"
 
     def run(self) -> Match:
         for slot in layout(self.spec).values():
@@ -631,7 +639,8 @@ class _Matcher:
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
                 self.out.codes.append(source)
                 self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
-            if ref.shape != fit.shape and not (part is not None and part.varies):
+            same = ref.shape == fit.shape or (self.of_ggml and _ranked(ref.shape) == _ranked(fit.shape))
+            if not same and not (part is not None and part.varies):
                 of = f" (for {fold_one(name)} {list(recipe.shape)})" if keep else ""
                 wrong = f": shape {list(ref.shape)}, expected {list(fit.shape)}{of}"
                 self.out.misshapen.setdefault(wrong, []).append((source, ref.file))

@@ -6,7 +6,7 @@ A rule says of which source tensors a canonical tensor is made:
 
 The right side is an expression of very few operations, each a rearrangement of elements and so its
 own inverse when read from right to left: an import plan and an export plan are made from the same
-line. (`plus_one`, for GGUFs, changes values too: it is undone to the bit, or the conversion stops.) A name may hold `{i}` (layer), `{e}` (expert, inside `stack`) and `{r}` (rank, inside `ranks`).
+line. (`plus_one` and `minus_exp`, for GGUFs, change values too: see `changes.py`.) A name may hold `{i}` (layer), `{e}` (expert, inside `stack`) and `{r}` (rank, inside `ranks`).
 
 Compiling an expression needs only shapes. It yields for each source tensor where its elements lie in
 the canonical one, as strided boxes; nothing is read.
@@ -20,10 +20,14 @@ import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from zoo.errors import ZooError
 from zoo.spec import Layer, Spec
+
+Change = Literal["", "1 +", "-exp"]
+"""What a source holds of a weight w: w itself, 1 + w, -exp(w)."""
+
 
 # ---------------------------------------------------------------------------------------------------
 # Boxes: rectangular sets of elements of a tensor
@@ -106,7 +110,7 @@ class Fit:
     """Source tensor `name`, of `shape`: its elements `source` are the canonical elements `canonical`.
 
     `copy`: another fit has already given these elements; the bytes must be equal to those.
-    `plus_one`: the source holds 1 + w where the canonical tensor holds w.
+    `change`: what of w the source holds where the canonical tensor holds w; "" is w itself.
     """
 
     name: str
@@ -114,7 +118,7 @@ class Fit:
     source: Box
     canonical: Box
     copy: bool = False
-    plus_one: bool = False
+    change: Change = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +403,50 @@ class Ranks(Expr):
 
 
 @dataclass(frozen=True)
+class Swap(Expr):
+    """Along `axis`, the elements that are canonical [a, b, rest] lie in the source as [b, a, rest]."""
+
+    expr: Expr
+    a: Groups
+    b: Groups
+    axis: int
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        a, b, n = _count(self.a, t), _count(self.b, t), t.box.shape[self.axis]
+        if t.unit != (1, 1) or t.per_leaf or n % (a * b):
+            raise ZooError(
+                f"{n} rows or columns in blocks of {t.unit} cannot be reordered as {a} times {b}; dequantise with --dtype"
+            )
+        yield from self.expr.compile(t.with_(box=t.box.regroup(self.axis, (a, b, n // a // b), (1, 0, 2))))
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.expr.leaves()
+
+
+@dataclass(frozen=True)
+class Joined(Expr):
+    """The rows that `expr` takes from several tensors lie in one, one after the other: all its leaves name that."""
+
+    expr: Expr
+
+    @property
+    def n_parts(self) -> int:
+        return self.expr.n_parts
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        assert t.out_axis == 0 and not t.per_leaf, "rows of plain tensors"
+        fits = list(self.expr.compile(t))
+        shape = (sum(f.shape[0] for f in fits), *fits[0].shape[1:])
+        start = 0
+        for f in fits:
+            yield replace(f, shape=shape, source=Box(start + f.source.offset, f.source.axes))
+            start += math.prod(f.shape)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield next(self.expr.leaves())
+
+
+@dataclass(frozen=True)
 class PlusOne(Expr):
     """The source holds 1 + w where the layout has w."""
 
@@ -406,10 +454,24 @@ class PlusOne(Expr):
 
     def compile(self, t: Target) -> Iterator[Fit]:
         for fit in self.leaf.compile(t):
-            yield replace(fit, plus_one=True)
+            yield replace(fit, change="1 +")
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.leaf
+
+
+@dataclass(frozen=True)
+class MinusExp(Expr):
+    """The source holds -exp(w) where the layout has w."""
+
+    expr: Expr
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        for fit in self.expr.compile(t):
+            yield replace(fit, change="-exp")
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.expr.leaves()
 
 
 @dataclass(frozen=True)
@@ -422,6 +484,23 @@ class Flatten(Expr):
         for fit in self.leaf.compile(t):
             a, b, *rest = fit.shape
             yield replace(fit, shape=(a * b, *rest))
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True)
+class Unflatten(Expr):
+    """The source tensor has its first axis as two, the first of them of `groups`."""
+
+    leaf: Leaf
+    groups: Groups
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        groups = _count(self.groups, t)
+        for fit in self.leaf.compile(t):
+            n, *rest = fit.shape
+            yield replace(fit, shape=(groups, n // groups, *rest))
 
     def leaves(self) -> Iterator[Leaf]:
         yield self.leaf
@@ -510,14 +589,34 @@ def ranks(expr: Source, axis: int | None) -> Expr:
     return Ranks(leaf(expr), axis)
 
 
+def swap(expr: Source, a: Groups, b: Groups, axis: int = 0) -> Expr:
+    """Source rows (columns: `axis` 1) in the order [b, a, rest] where the layout has them as [a, b, rest]."""
+    return Swap(leaf(expr), a, b, axis)
+
+
+def joined(*parts: Source) -> Expr:
+    """Parts that all name one source tensor, and lie in it one after the other: each rearranged as it says."""
+    return Joined(cat(*parts))
+
+
 def plus_one(name: str) -> Expr:
-    """The source holds 1 + w where the layout has w. Import only: w is taken where w + 1 is the source to the bit, in fp32."""
+    """The source holds 1 + w where the layout has w. w is taken where w + 1 is the source to the bit, in fp32."""
     return PlusOne(_leaf(name))
+
+
+def minus_exp(expr: Source) -> Expr:
+    """The source holds -exp(w) where the layout has w: a state's decay where that has its logarithm."""
+    return MinusExp(leaf(expr))
 
 
 def flatten(name: str) -> Expr:
     """The source tensor has the experts' axis and the one after it as one."""
     return Flatten(_leaf(name))
+
+
+def unflatten(name: str, groups: Groups) -> Expr:
+    """The source tensor is a vector's elements in `groups` rows."""
+    return Unflatten(_leaf(name), groups)
 
 
 def per_head(groups: Groups, **parts: Source) -> Expr:

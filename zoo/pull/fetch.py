@@ -1,7 +1,7 @@
 """The ways in which a source's bytes come to its conversion.
 
-Three fetch: whole files into the Hub's cache; `stream`, one file at a time beside the destination, each deleted when
-its last tensor is converted; `layers`, only the byte ranges of those layers, in sparse files. Every way continues where
+Three fetch: whole files into the Hub's cache; `stream`, and always from an object store, one file at a time beside the
+destination, each deleted when its last tensor is converted; `layers`, only the byte ranges of those layers, in sparse files. Every way continues where
 an interrupted run stopped, and gives the same bytes.
 """
 
@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.formats.safetensors import read_header
+from zoo.hub.http import Watch
 from zoo.mapping.folder import clear, in_the_way, is_ours, own
 from zoo.plain import open_plain, write_plain
 from zoo.pull.progress import Passed, Steps
@@ -97,15 +99,7 @@ class Job:
         """Fetch a file while the one before is converted; delete each when nothing needs it any more."""
         from zoo import hub
 
-        plan = self.plan
-        largest = sorted(plan.checkpoint.files.values())[-2:]
-        check_space(self.target, {self.target: sum(largest) + to_write(plan)})
-        needed = plan.files_needed()
-        self.progress.start(sum(plan.checkpoint.files[f] for f in needed) + plan.nbytes)
-        self._beside()
-        cancel = threading.Event()
-
-        def fetch(file: str) -> None:
+        def fetch(file: str, cancel: threading.Event) -> None:
             hub.download_to(
                 self.remote.snapshot,
                 self.path(file),
@@ -114,30 +108,41 @@ class Job:
                 cancel=cancel,
             )
 
+        self._arriving(fetch, self._beside)
+
+    def from_store(self) -> None:
+        """The same, from an object store."""
+        assert self.opened.stored is not None
+        stored, ckpt = self.opened.stored, self.plan.checkpoint
+        advance = Watch(self.progress).advance
+
+        def fetch(file: str, cancel: threading.Event) -> None:
+            with open_for_fetching(self.work / file) as fd:
+                stored.fetch(stored.path(file), fd, advance=advance, stopped=cancel.is_set)
+            if (header := ckpt.headers.get(file)) is not None and read_header(self.work / file) != header:
+                raise ZooError(f"{stored}: {file} was written again since the plan was made; run this again")
+
+        def beside() -> None:
+            begin_beside(self.work)
+            for name in ckpt.carried:
+                put_beside(self.work, name, stored.small(stored.path(name)))
+
+        self._arriving(fetch, beside)
+        if stored.unhashed:
+            self.progress.note(
+                f"{stored} tells no hash of {len(stored.unhashed)} of the files that were read: sizes and headers were compared"
+            )
+
+    def _arriving(self, fetch: Callable[[str, threading.Event], None], beside: Callable[[], None]) -> None:
+        plan = self.plan
+        largest = sorted(plan.checkpoint.files.values())[-2:]
+        check_space(self.target, {self.target: sum(largest) + to_write(plan)})
+        needed = plan.files_needed()
+        self.progress.start(sum(plan.checkpoint.files[f] for f in needed) + plan.nbytes)
+        beside()
+
         def feed(run: Any) -> None:
-            wanted: list[str] = run.wanted
-            for file in needed:
-                if file not in wanted:  # consumed by an earlier run
-                    self.progress.advance(plan.checkpoint.files[file])
-                    (self.work / file).unlink(missing_ok=True)
-            here: set[str] = set()
-            ahead: _Background | None = None
-            try:
-                for n, file in enumerate(wanted):
-                    self.progress.phase("converting as it arrives")
-                    if ahead is None:
-                        fetch(file)
-                    else:
-                        ahead.wait()
-                    here.add(file)
-                    following = wanted[n + 1] if n + 1 < len(wanted) else None
-                    ahead = _Background(fetch, following) if following and len(here) < 2 else None
-                    for name in run.feed(file):
-                        (self.work / name).unlink(missing_ok=True)
-                        here.discard(name)
-            except BaseException:
-                cancel.set()
-                raise
+            feed_as_they_arrive(run, needed, fetch, self.work, self.progress)
 
         ckpt = replace(plan.checkpoint, root=self.work)
         self._convert(ckpt, feed, path=None, identity=_identity(self.opened), durable=True)
@@ -148,27 +153,15 @@ class Job:
 
         small = [f for f in self.remote.files if f not in self.remote.weights]
         cached = hub.download(self.remote.snapshot, [f.path for f in small])
-        if os.path.lexists(self.work) and not self._began():
-            raise ZooError(in_the_way(self.work))
-        self.work.mkdir(parents=True, exist_ok=True)
-        own(self.work)
-        os.close(open_plain(self.work / MARK, os.O_WRONLY | os.O_CREAT))
+        begin_beside(self.work)
         for file in small:
             inside = os.path.relpath(file.path, self.remote.folder or ".")
             if not inside.startswith(".."):
-                (self.work / inside).parent.mkdir(parents=True, exist_ok=True)
-                write_plain(self.work / inside, (cached / file.path).read_bytes())
-
-    def _began(self) -> bool:
-        """Whether the folder of what is fetched is there, and zoo's."""
-        return self.work.is_dir() and not self.work.is_symlink() and is_ours(self.work, MARK)
+                put_beside(self.work, inside, (cached / file.path).read_bytes())
 
     def clean(self) -> None:
         """Remove what was fetched beside the destination, by this run or one before."""
-        with contextlib.suppress(OSError):
-            if self._began():
-                clear(self.work, MARK)
-                self.work.rmdir()
+        clean_beside(self.work)
 
     def _convert(
         self,
@@ -192,6 +185,81 @@ class Job:
             for file in run.wanted:
                 run.feed(file)
             run.finish()
+
+
+def begin_beside(work: Path) -> None:
+    """Have a folder for what is fetched beside the destination. Raises ZooError if somebody else's is in its place."""
+    if os.path.lexists(work) and not _began(work):
+        raise ZooError(in_the_way(work))
+    work.mkdir(parents=True, exist_ok=True)
+    own(work)
+    os.close(open_plain(work / MARK, os.O_WRONLY | os.O_CREAT))
+
+
+def put_beside(work: Path, name: str, data: bytes) -> None:
+    (work / name).parent.mkdir(parents=True, exist_ok=True)
+    write_plain(work / name, data)
+
+
+@contextmanager
+def open_for_fetching(path: Path) -> Iterator[int]:
+    """The descriptor of a file beside the destination, to be filled."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def clean_beside(work: Path) -> None:
+    with contextlib.suppress(OSError):
+        if _began(work):
+            clear(work, MARK)
+            work.rmdir()
+
+
+def _began(work: Path) -> bool:
+    """Whether the folder of what is fetched is there, and zoo's."""
+    return work.is_dir() and not work.is_symlink() and is_ours(work, MARK)
+
+
+def feed_as_they_arrive(
+    run: Any,
+    needed: Iterable[str],
+    fetch: Callable[[str, threading.Event], None],
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Have the files that `run` wants fetched to `work`, one while the one before is converted; each is deleted when
+    nothing needs it any more. `fetch(file, cancel)` stops early when `cancel` is set."""
+    cancel = threading.Event()
+    sizes = run.plan.checkpoint.files
+    wanted: list[str] = run.wanted
+    for file in needed:
+        if file not in wanted:  # consumed by an earlier run
+            progress.advance(sizes[file])
+            (work / file).unlink(missing_ok=True)
+    here: set[str] = set()
+    ahead: _Background | None = None
+    try:
+        for n, file in enumerate(wanted):
+            progress.phase("converting as it arrives")
+            if ahead is None:
+                fetch(file, cancel)
+            else:
+                ahead.wait()
+            here.add(file)
+            following = wanted[n + 1] if n + 1 < len(wanted) else None
+            ahead = (
+                _Background(lambda f: fetch(f, cancel), following) if following and len(here) < 2 else None
+            )
+            for name in run.feed(file):
+                (work / name).unlink(missing_ok=True)
+                here.discard(name)
+    except BaseException:
+        cancel.set()
+        raise
 
 
 def _identity(opened: Opened) -> str:

@@ -72,11 +72,9 @@ def write(src: Path, dst: Path, of: Gguf, *, quant: str = "F32", tables: Mapping
     for name, table in {**of.tables(config), **(tables or {})}.items():
         w.add_tensor(name, np.asarray(table, dtype=np.float32))
     for name, t in of.weights(stacked(read_tensors(src)), config).items():
-        base, dot, suffix = (
-            name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
-        )
-        new = names.get_name(base)
-        assert new is not None, f"gguf-py has no name for {name}"
+        full = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert full is not None, f"gguf-py has no name for {name}"
+        new = full.removesuffix(".weight").removesuffix(".bias")
         x = t.float()
         if of.plus_one and new.endswith("norm"):
             x = x + 1
@@ -86,7 +84,7 @@ def write(src: Path, dst: Path, of: Gguf, *, quant: str = "F32", tables: Mapping
         kind = gguf.GGMLQuantizationType[quant if wide else "F32"]
         plain = kind == gguf.GGMLQuantizationType.F32
         data = x.numpy() if plain else gguf.quants.quantize(x.numpy(), kind)
-        w.add_tensor(f"{new}.{suffix}", data, raw_dtype=None if plain else kind)
+        w.add_tensor(full, data, raw_dtype=None if plain else kind)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.formats.base import MAX_JSON, inside, place_of, read_json
-from zoo.formats.gguf_tokenizer import QWEN2_SPLIT, SPACE
+from zoo.formats.gguf_tokenizer import QWEN2_SPLIT, QWEN35_SPLIT, SPACE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,9 +52,6 @@ KIMI_SPLIT = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Kimi's, from the release's own code (tokenization_kimi.py), which AutoTokenizer runs only if it is trusted."""
-_QWEN3_5_SPLIT = QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
-    r"?[^\s\p{L}\p{N}]", r"?[^\s\p{L}\p{M}\p{N}]"
-)
 _END = "<|endoftext|>"
 
 # tekken.json of 2024 lists no special tokens; these are mistral-common's for it, in the order of their ids.
@@ -499,7 +496,7 @@ CLASSES = {
         },
     ),
     "Qwen2Tokenizer": _Class(_qwen(QWEN2_SPLIT), _QWEN),
-    "Qwen3_5Tokenizer": _Class(_qwen(_QWEN3_5_SPLIT), _QWEN),
+    "Qwen3_5Tokenizer": _Class(_qwen(QWEN35_SPLIT), _QWEN),
     "LlamaTokenizer": _Class(_llama, _LLAMA),
     "CodeLlamaTokenizer": _Class(
         _code_llama,

@@ -22,10 +22,12 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoo import card
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
+from zoo.mapping import changes
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box
 from zoo.model.load import DTYPES as TORCH
@@ -255,6 +257,7 @@ class Bytes:
             if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)
         ]
         given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
+        given -= card.of_an_export(plan.checkpoint.root, given)
         changed = [
             n for n in sorted(given) if not _same_file(place_of(folder.root, n), plan.checkpoint.path(n))
         ]
@@ -313,8 +316,8 @@ def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dt
     fit = output.fits[k]
     dst = _view(mine, fit.canonical)
     src, bits = _source(read, plan, output, k, dtype)
-    if fit.plus_one:
-        src, bits = (_floats(src, dtype) if bits else src) - np.float32(1), False
+    if fit.change:
+        src, bits = changes.weights(_floats(src, dtype) if bits else src, fit.change), False
     wrong = 0
     for a, b in _chunks(dst, _view(src, fit.source)):
         if bits:

@@ -28,6 +28,7 @@ from zoo.formats.canonical import Canonical
 from zoo.formats.gguf_fields import shortest
 from zoo.formats.opening import open_checkpoint
 from zoo.layout import layout
+from zoo.mapping import changes
 from zoo.mapping.plan import Plan, make_plan
 from zoo.mapping.rules import Fit
 from zoo.quant.floats import to_fp32
@@ -234,12 +235,12 @@ def _plain_differs(folder: Canonical, ckpt: Checkpoint, ref: TensorRef, p: _Piec
         _view(values, p.fit.canonical),
         _view(_flat(mapped_range, ckpt.path(ref.file), ref), p.fit.source),
     )
-    if dtype == ref.dtype and not p.fit.plus_one:
+    if dtype == ref.dtype and not p.fit.change:
         return sum(int((a.view(b.dtype) != b).sum()) for a, b in _chunks(mine, theirs))
     wrong = 0
     for a, b in _chunks(mine, theirs):
         x = to_fp32(np.ascontiguousarray(a), dtype).astype(np.float32, copy=False)
-        x = x + np.float32(1) if p.fit.plus_one else x
+        x = changes.stored(x, p.fit.change)
         wrong += int((_rounded(x, ref.dtype) != b).sum())
     return wrong
 

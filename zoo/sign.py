@@ -1,0 +1,121 @@
+"""A folder signed, and held to a signature, with OpenSSF's model-signing (`pip install 'zoo[sign]'`).
+
+The signature `model.sig` in the folder is a Sigstore bundle over the SHA-256 of every file, made with an elliptic-curve key (P-256,
+P-384, P-521): `model_signing verify key` reads it as well as zoo does. Nothing is asked of any server.
+
+A signature says who vouches for the files; a certificate, which it covers, says what was found out about them. What changes a
+file afterwards, `zoo verify` that writes a new certificate too, ends it.
+
+Not covered: the signature itself, and what git and huggingface-hub keep beside a download (`.gitattributes`, `.cache`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.formats.base import read_json
+from zoo.plain import write_plain
+from zoo.verify.certificate import SIGNATURE
+
+BESIDE = (SIGNATURE, ".cache")
+
+
+def is_encrypted(key: Path) -> bool:
+    """Whether a private key needs a password."""
+    return b"ENCRYPTED" in key.read_bytes()[: 1 << 16]
+
+
+def sign(folder: Path, key: Path, password: str | None = None) -> Path:
+    """Sign every file of `folder` with the private key in the PEM file `key`; the signature's path.
+
+    Raises ZooError if model-signing is not installed, the key is none of the kinds it takes, or the folder holds links.
+    """
+    _refuse_no_folder(folder)
+    signing, hashing = _library()
+    with _said(folder, key), tempfile.TemporaryDirectory() as made:
+        config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=BESIDE))
+        # Its annotation says str; what reads the key wants bytes.
+        config.use_elliptic_key_signer(
+            private_key=key, password=None if password is None else password.encode()
+        )
+        config.sign(folder, Path(made) / SIGNATURE)
+        write_plain(folder / SIGNATURE, (Path(made) / SIGNATURE).read_bytes())
+    return folder / SIGNATURE
+
+
+def check(folder: Path, key: Path) -> int:
+    """Hold every file of `folder` to its signature by the public key in the PEM file `key`; how many files there are.
+
+    Raises ZooError, naming the files, if one is altered, missing or not signed, or the signature is another key's.
+    """
+    _refuse_no_folder(folder)
+    path = folder / SIGNATURE
+    if not path.is_file():
+        raise ZooError(
+            f"{path}: missing: the folder is not signed (`zoo sign {folder} --key PRIVATE.pem` signs one)"
+        )
+    hashing, n = _library()[1], len(_listed(path))
+    from model_signing import verifying
+
+    with _said(folder, key):
+        config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+        # Of our choice, whatever the signature asks for: every file, and what we leave out.
+        config.set_hashing_config(hashing.Config().set_ignored_paths(paths=BESIDE))
+        config.verify(folder, path)
+    return n
+
+
+def _listed(path: Path) -> list[Any]:
+    """The files that a signature lists."""
+    try:
+        payload = read_json(path, "it is the signature")["dsseEnvelope"]["payload"]
+        return list(json.loads(base64.b64decode(payload))["predicate"]["resources"])
+    except (ZooError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ZooError(f"{path}: no signature as model-signing writes it ({e!s:.200})") from None
+
+
+def _refuse_no_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ZooError(f"{folder}: no folder; a model's folder is signed as a whole")
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from model_signing import hashing, signing
+    except ImportError as e:
+        raise ZooError(f"signatures need the package model-signing: pip install 'zoo[sign]' ({e})") from None
+    return signing, hashing
+
+
+@contextmanager
+def _said(folder: Path, key: Path) -> Iterator[None]:
+    """What the libraries raise, as one sentence."""
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+
+    logging.getLogger("model_signing").setLevel(logging.ERROR)
+    try:
+        yield
+    except InvalidSignature:
+        raise ZooError(f"{folder / SIGNATURE}: is not signed by the key {key}, or was altered") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm) as e:
+        if (told := str(e)).startswith("Signature mismatch"):
+            listed = re.sub(r": Expected 'Digest\(.*?'\)', Actual 'Digest\(.*?'\)'", "", told)
+            raise ZooError(
+                f"{folder}: not as it was signed: {listed.partition(': ')[2].strip('[]'):.600}"
+            ) from None
+        raise ZooError(f"{folder}: {told:.300} (key {key}: PEM of P-256, P-384 or P-521 is taken)") from None
+    except AttributeError:  # the library asks any key for its curve
+        raise ZooError(f"{key}: a key of another kind; PEM of P-256, P-384 or P-521 is taken") from None
+    except LookupError as e:
+        raise ZooError(
+            f"{folder / SIGNATURE}: no signature as model-signing writes it ({e!r:.200})"
+        ) from None
