@@ -106,10 +106,12 @@ def test_a_wrapper_around_the_model_is_looked_through(llama: Path, tmp_path: Pat
     other = again(llama, tmp_path / "other", have)
     assert "looked through" in plan_of(other).summary()
     assert same(canonical(other, tmp_path / "a"), canonical(llama, tmp_path / "b"))
-    export(tmp_path / "a", tmp_path / "back")
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+    export(tmp_path / "a", tmp_path / "as_it_came", format="source")
+    assert (tmp_path / "as_it_came" / "model.safetensors").read_bytes() == (
         other / "model.safetensors"
     ).read_bytes()
+    export(tmp_path / "a", tmp_path / "back")
+    assert same(*(load_file(f / "model.safetensors") for f in (tmp_path / "back", llama)))
 
 
 def test_a_wrapper_around_each_layer_is_looked_through(llama: Path, tmp_path: Path) -> None:
