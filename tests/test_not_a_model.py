@@ -144,6 +144,14 @@ def test_a_declared_dtype_is_no_difference_and_another_field_is_named(root: Path
     (folder / "zoo.json").write_text(json.dumps(description))
     cert = zoo.verify(folder, level="bytes", write=False)
     assert cert.passed and any("not compared" in n for n in cert.level("plan").notes)
+    config = json.loads((root / "config.json").read_text())
+    (folder / "config.released.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "dtype"})
+    )
+    cert = zoo.verify(folder, level="bytes", write=False)
+    assert cert.passed and any("in the dtype that it declares" in n for n in cert.level("bytes").notes)
+    (folder / "config.released.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    assert not zoo.verify(folder, level="bytes", write=False).passed
     description["spec"]["vocab_size"] += 1
     a, b = Spec.from_dict(description["spec"]), zoo.spec(root)
     (said,) = spec_differences(a, b)
