@@ -446,6 +446,7 @@ def test_shards_that_are_not_all_there_are_a_download_that_did_not_end(llama: Pa
         ("tf_model.h5", "TensorFlow's"), ("flax_model.msgpack", "Flax's"), ("model.onnx", "ONNX's"),
         ("openvino_model.bin", "OpenVINO's"), ("weights.npz", "numpy's"), ("ggml-model-q4_0.bin", "before GGUF"),
         ("model.safetensors.crdownload", "a download that has not ended"), ("model.tar.gz", "an archive"),
+        ("optimizer.pt", "a trainer's state"), ("training_args.bin", "a trainer's state"),
     ],
 )  # fmt: skip
 def test_weights_that_no_reader_takes_are_called_what_they_are(

@@ -94,6 +94,20 @@ def test_an_adapter_is_called_that_with_its_base(with_config: bool, root: Path) 
         open_checkpoint(root)
 
 
+def test_an_adapter_that_zoo_does_not_merge_is_left_to_peft(root: Path) -> None:
+    (root / "model.safetensors").rename(root / "adapter_model.safetensors")
+    (root / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ZooError, match="a model that it does not name.*with peft .*zoo merges LoRA$"):
+        open_checkpoint(root)
+
+
+def test_a_folder_in_a_files_place_is_called_that(root: Path) -> None:
+    (root / "model.safetensors").unlink()
+    (root / "model.safetensors").mkdir()
+    with pytest.raises(ZooError, match="model.safetensors is a folder, where a file is expected"):
+        open_checkpoint(root)
+
+
 def test_a_model_beside_an_adapter_is_read(root: Path) -> None:
     (root / "adapter_config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, root / "adapter_model.safetensors")
