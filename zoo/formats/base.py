@@ -218,7 +218,8 @@ def inside(root: Path, name: str, who: str) -> Path:
             f"`cp -rL {shlex.quote(str(root))} COPY` (`cp -rlL` takes no space on the same disk)"
         )
     if not real.is_file():
-        raise ZooError(f"{path} is {leads_nowhere(path) or 'not a regular file'}")
+        kind = "a folder, where a file is expected" if real.is_dir() else "not a regular file"
+        raise ZooError(f"{path} is {leads_nowhere(path) or kind}")
     return path
 
 
