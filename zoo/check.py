@@ -15,10 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zoo import card
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import leads_out, read_json
@@ -228,7 +229,13 @@ def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
         raise ZooError(f"{file}: not as zoo writes it ({e!r:.200}); verify again") from None
     if not made:
         raise ZooError(f"{file}: it lists no files; verify again")
-    return max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
+    best = max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
+    if card.FILE in best and card.of_an_export(
+        folder, [card.FILE]
+    ):  # where the authors' own was, which is beside it
+        theirs = best.pop(card.FILE)
+        best[card.THEIRS] = replace(theirs, path=card.THEIRS)
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------
