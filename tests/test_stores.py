@@ -313,6 +313,10 @@ def test_what_a_client_says_of_keys_is_shown_to_nobody(
         zoo.plan("told://me:word@b/model?sig=abc")
     assert "told://b/model: cannot be listed: PermissionError: *** may not look" in str(error.value)
     assert not any(s in str(error.value) for s in ("s3cr3t", "word", "abc"))
+    for how in ({"revision": "main"}, {"layers": [0]}):
+        with pytest.raises(ZooError) as error:
+            pull("told://me:word@b/model?sig=abc", "c", **how)
+        assert not any(s in str(error.value) for s in ("s3cr3t", "word", "abc"))
 
 
 def test_what_needs_a_folder_on_this_disk_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:

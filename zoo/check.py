@@ -127,7 +127,7 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
     """
     source, chosen = stored.at(url)
     if chosen is not None:
-        raise ZooError(f"{url}: a single file is looked at by `zoo inspect`")
+        raise ZooError(f"{source}: a single file is looked at by `zoo inspect`")
     report, watch = Report(source.store.url), Watch(progress)
     with stored.mirror(source) as root:
         certified = by or (root / certificate.FILE if canonical.detect(root) else None)
