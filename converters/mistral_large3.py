@@ -111,7 +111,7 @@ RULES = {
 
 def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
     """Mistral's params.json."""
-    if "kv_lora_rank" not in p:
+    if p.get("kv_lora_rank") is None:
         return None
     moe = p.sub("moe")
     moe.choice("route_every_n", (1,), 1)

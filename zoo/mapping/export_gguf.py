@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -18,8 +19,8 @@ import math
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
 from zoo.mapping import changes, decode
 from zoo.mapping.execute import Mover, Progress
+from zoo.mapping.folder import clear_held, own
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
+from zoo.plain import by_descriptor
 from zoo.quant import ggml
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
@@ -156,50 +159,45 @@ def _write(
         raise ZooError(
             f"{partial}: exists; another export is writing it, or one was killed: remove it then"
         ) from None
+    held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if shutil.disk_usage(partial).free < total:
+        own(partial, held)
+        here = by_descriptor(held, partial)
+        if shutil.disk_usage(here).free < total:
             raise ZooError(f"{target}: needs {total:,} bytes; its disk has less free")
-        writer.write_header_to_file(partial / target.name)
+        writer.write_header_to_file(here / target.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        places, sizes = _places(writer)
+        places, sink = _places(writer, target)
+        for name, table in described.tables.items():
+            file, at = places[name]
+            os.pwrite(sink.fd(file), np.asarray(table, np.float32).tobytes(), at)
+        mover = Mover(sink, total, progress)
+        try:
+            mover.run(*_moves(c, tensors, places, mover))
+        finally:
+            mover.close()
         writer.close()
-        with _opened(partial, sizes) as sink:
-            for name, table in described.tables.items():
-                file, at = places[name]
-                os.pwrite(sink.fd(file), np.asarray(table, np.float32).tobytes(), at)
-            mover = Mover(sink, total, progress)
-            try:
-                mover.run(*_moves(c, tensors, places, mover))
-            finally:
-                mover.close()
         for f in reversed(files):  # the first file of a set, by which it is opened, comes last
-            os.replace(partial / f.name, f)
+            os.replace(f.name, f, src_dir_fd=held)
     except (OSError, ZooError) as e:
         cause = e.__cause__ if isinstance(e, ZooError) else e
         if not isinstance(cause, OSError):
             raise
         raise ZooError(f"{target}: cannot be written: {cause.strerror or cause}") from cause
+    except (
+        struct.error,
+        OverflowError,
+        UnicodeError,
+    ) as e:  # what a stranger's folder says, and no field can hold
+        raise ZooError(f"{target}: a field of it cannot be written ({e!r:.200})") from e
     finally:
         writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
+        clear_held(held, "")
+        os.close(held)
+        with contextlib.suppress(OSError):
+            partial.rmdir()
     return files
-
-
-def _places(writer: Any) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
-    """(file, byte) of each tensor, as the headers that are written now say, and the files' sizes."""
-    places, sizes = {}, {}
-    for file, infos in zip(writer.fout, writer.tensors, strict=True):
-        name, at = Path(file.name).name, _padded(writer, file.tell())
-        for tensor, info in infos.items():
-            places[tensor] = name, at
-            at += _padded(writer, info.nbytes)
-        sizes[name] = at
-    return places, sizes
-
-
-def _padded(writer: Any, n: int) -> int:
-    return int(writer.ggml_pad(n, writer.data_alignment))
 
 
 @dataclass
@@ -214,19 +212,23 @@ class _Files:
         return self.fds[name]
 
 
-@contextmanager
-def _opened(folder: Path, sizes: dict[str, int]) -> Iterator[_Files]:
-    """The files in `folder`, with room for all of them."""
-    there = _Files(folder, sizes, {})
-    try:
-        for name, size in sizes.items():
-            there.fds[name] = fd = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
-            os.ftruncate(fd, size)
-            libc.reserve(fd, size)
-        yield there
-    finally:
-        for fd in there.fds.values():
-            os.close(fd)
+def _places(writer: Any, target: Path) -> tuple[dict[str, tuple[str, int]], _Files]:
+    """(file, byte) of each tensor, as the headers that are written now say, and the files, with room for all of them. Their
+    descriptors are the writer's."""
+    places, there = {}, _Files(target, {}, {})
+    for file, infos in zip(writer.fout, writer.tensors, strict=True):
+        name, at = Path(file.name).name, _padded(writer, file.tell())
+        for tensor, info in infos.items():
+            places[tensor] = name, at
+            at += _padded(writer, info.nbytes)
+        there.sizes[name], there.fds[name] = at, file.fileno()
+        os.ftruncate(file.fileno(), at)
+        libc.reserve(file.fileno(), at)
+    return places, there
+
+
+def _padded(writer: Any, n: int) -> int:
+    return int(writer.ggml_pad(n, writer.data_alignment))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
