@@ -168,17 +168,16 @@ def _write(
         writer.write_header_to_file(here / target.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        places, sizes = _places(writer)
+        places, sink = _places(writer, target)
+        for name, table in described.tables.items():
+            file, at = places[name]
+            os.pwrite(sink.fd(file), np.asarray(table, np.float32).tobytes(), at)
+        mover = Mover(sink, total, progress)
+        try:
+            mover.run(*_moves(c, tensors, places, mover))
+        finally:
+            mover.close()
         writer.close()
-        with _opened(here, sizes) as sink:
-            for name, table in described.tables.items():
-                file, at = places[name]
-                os.pwrite(sink.fd(file), np.asarray(table, np.float32).tobytes(), at)
-            mover = Mover(sink, total, progress)
-            try:
-                mover.run(*_moves(c, tensors, places, mover))
-            finally:
-                mover.close()
         for f in reversed(files):  # the first file of a set, by which it is opened, comes last
             os.replace(f.name, f, src_dir_fd=held)
     except (OSError, ZooError) as e:
@@ -201,22 +200,6 @@ def _write(
     return files
 
 
-def _places(writer: Any) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
-    """(file, byte) of each tensor, as the headers that are written now say, and the files' sizes."""
-    places, sizes = {}, {}
-    for file, infos in zip(writer.fout, writer.tensors, strict=True):
-        name, at = Path(file.name).name, _padded(writer, file.tell())
-        for tensor, info in infos.items():
-            places[tensor] = name, at
-            at += _padded(writer, info.nbytes)
-        sizes[name] = at
-    return places, sizes
-
-
-def _padded(writer: Any, n: int) -> int:
-    return int(writer.ggml_pad(n, writer.data_alignment))
-
-
 @dataclass
 class _Files:
     """The files in the making, which a Mover fills."""
@@ -229,19 +212,23 @@ class _Files:
         return self.fds[name]
 
 
-@contextlib.contextmanager
-def _opened(folder: Path, sizes: dict[str, int]) -> Iterator[_Files]:
-    """The files in `folder`, with room for all of them."""
-    there = _Files(folder, sizes, {})
-    try:
-        for name, size in sizes.items():
-            there.fds[name] = fd = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
-            os.ftruncate(fd, size)
-            libc.reserve(fd, size)
-        yield there
-    finally:
-        for fd in there.fds.values():
-            os.close(fd)
+def _places(writer: Any, target: Path) -> tuple[dict[str, tuple[str, int]], _Files]:
+    """(file, byte) of each tensor, as the headers that are written now say, and the files, with room for all of them. Their
+    descriptors are the writer's."""
+    places, there = {}, _Files(target, {}, {})
+    for file, infos in zip(writer.fout, writer.tensors, strict=True):
+        name, at = Path(file.name).name, _padded(writer, file.tell())
+        for tensor, info in infos.items():
+            places[tensor] = name, at
+            at += _padded(writer, info.nbytes)
+        there.sizes[name], there.fds[name] = at, file.fileno()
+        os.ftruncate(file.fileno(), at)
+        libc.reserve(file.fileno(), at)
+    return places, there
+
+
+def _padded(writer: Any, n: int) -> int:
+    return int(writer.ggml_pad(n, writer.data_alignment))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
