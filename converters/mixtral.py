@@ -108,7 +108,7 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any] | None:
 
 def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
     """Mistral's params.json with experts. Source: MoeArgs and MoeLayer of mistral-inference."""
-    if "moe" not in p or "kv_lora_rank" in p:
+    if not isinstance(p.get("moe"), dict) or p.get("kv_lora_rank") is not None:
         return None
     moe = p.sub("moe")
     if isinstance(window := p.first("sliding_window", "_sliding_window", default=None), list):

@@ -23,6 +23,8 @@ from zoo.url import is_url, not_here
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from zoo.mapping.parts import Part
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -258,6 +260,39 @@ def which_set(command: F) -> F:
         help="Which weights of a folder or repository, or below it: a file, an index of shards, the first of a split "
         "set. Default: those that transformers takes.",
     )(command)
+
+
+class PartOf(click.ParamType["Part"]):
+    """Which of several processes this is: 2/8."""
+
+    name = "k/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
+        from zoo.mapping.parts import Part, parse
+
+        try:
+            return value if isinstance(value, Part) else parse(value)
+        except ZooError as error:
+            self.fail(str(error), param, ctx)
+
+
+def in_parts(command: F) -> F:
+    """`--part`."""
+    return click.option(
+        "--part",
+        type=PartOf(),
+        help="Do the k-th of n parts, other processes the others. Default: as torchrun or srun say; alone, all.",
+    )(command)
+
+
+def part_of_these(part: Part | None) -> Part | None:
+    """The part that was asked for, or that torchrun or srun gave this process; None: all of it."""
+    from zoo.mapping.parts import of_process
+
+    if part is None and (found := of_process(os.environ)):
+        part, because = found
+        note(f"{part}, since {because}; --part 1/1 would do it all")
+    return None if part is not None and part.of == 1 else part
 
 
 def level(command: F) -> F:

@@ -8,26 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Anywhere, Source, common, emit, level, note, say, what_it_is, which_set
+from zoo.cli._common import (
+    DTYPE,
+    Anywhere,
+    Source,
+    common,
+    emit,
+    in_parts,
+    level,
+    part_of_these,
+    say,
+    what_it_is,
+    which_set,
+)
 from zoo.url import is_url
 
 if TYPE_CHECKING:
     from zoo.mapping.parts import Part
-
-
-class PartOf(click.ParamType["Part"]):
-    """Which of several processes this is: 2/8."""
-
-    name = "k/n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
-        from zoo.errors import ZooError
-        from zoo.mapping.parts import Part, parse
-
-        try:
-            return value if isinstance(value, Part) else parse(value)
-        except ZooError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.command(short_help="A checkpoint into the canonical layout")
@@ -41,11 +38,7 @@ class PartOf(click.ParamType["Part"]):
 @click.option("--strict", is_flag=True, help="Refuse scales that are zero or not finite, instead of warning.")
 @level
 @click.option("--force", is_flag=True, help="Replace DST if it is a canonical folder.")
-@click.option(
-    "--part",
-    type=PartOf(),
-    help="Do the k-th of n parts, other processes the others. Default: as torchrun or srun say; alone, all.",
-)
+@in_parts
 @click.option(
     "--like",
     type=click.Path(path_type=Path),
@@ -69,8 +62,7 @@ def command(
     --part. DST must be on a file system that they share; the last to finish lets it appear.
     """
     from zoo.cli._progress import Bar
-    from zoo.mapping.parts import of_process
-    from zoo.pull import convert, is_local
+    from zoo.pull import convert
 
     if not isinstance(dst, Path):
         _sent(src, dst, as_json, part, like, **how)
@@ -78,11 +70,7 @@ def command(
     if like is not None:
         _saved(src, dst, like, as_json, part, **how)
         return
-    if part is None and is_local(src) and (found := of_process(os.environ)):
-        part, because = found
-        note(f"{part}, since {because}; --part 1/1 would convert it all")
-    if part is not None and part.of == 1:
-        part = None
+    part = part_of_these(part)
     with Bar() as bar:
         path = convert(src, dst, progress=bar, part=part, **how)
     if part is not None and not path.exists():  # the last one tells of it

@@ -416,7 +416,7 @@ class Execution:
             self._mine = frozenset(shares(self.sheet.sizes, part.of)[part.number - 1])
             says = {
                 "the plan": plan.digest,
-                "the source": str(plan.checkpoint.root.resolve()),
+                "the source": str(plan.checkpoint.root.resolve()) if self._local else "a remote one",
                 "the source's files (sizes, times)": _sha256(identity)[:16],
                 "the size of its shards": _sha256(repr(self.sheet.sizes))[:16],
                 "zoo": f"{__version__}, rules {plan.rules_version}",
@@ -529,6 +529,9 @@ class Execution:
         except (OSError, ZooError):
             return False
         here = parse_json(encoded(self._describe()))
+        if not self._local:  # each machine may have fetched it to a place of its own
+            for said in (there, here):
+                said["source"] = {**(said.get("source") or {}), "path": None}
         ckpt = self.plan.checkpoint
         newer = self._local and any(ckpt.path(f).stat().st_mtime_ns > at for f in ckpt.files)
         return {**there, "warnings": None} == {**here, "warnings": None} and not newer

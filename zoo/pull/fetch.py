@@ -22,11 +22,12 @@ from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.formats.safetensors import read_header
 from zoo.hub.http import Watch
-from zoo.mapping.folder import clear, in_the_way, is_ours, own
+from zoo.mapping.folder import Folder, clear, in_the_way, is_ours, own
+from zoo.mapping.parts import Part, Shared
 from zoo.plain import open_plain, write_plain
 from zoo.pull.progress import Passed, Steps
 from zoo.pull.source import Opened
-from zoo.pull.space import check_space, ranges_of, to_fetch, to_write
+from zoo.pull.space import check_space, files_of, ranges_of, to_fetch, to_write, written
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
@@ -36,15 +37,24 @@ MARK = ".zoo-fetched"  # in a folder of fetched files that is zoo's to delete
 
 
 class Job:
-    """One conversion of a remote source into `target`."""
+    """One conversion of a remote source into `target`, or a part of it."""
 
     def __init__(
-        self, opened: Opened, target: Path, force: bool, progress: Progress, workers: int, strict: bool
+        self,
+        opened: Opened,
+        target: Path,
+        force: bool,
+        progress: Progress,
+        workers: int,
+        strict: bool,
+        part: Part | None = None,
     ) -> None:
         self.opened, self.plan, self.target, self.force = opened, opened.plan, target, force
-        self.strict = strict
+        self.strict, self.part = strict, part
         self.progress, self.workers = progress, workers
-        self.work = target.with_name(target.name + ".source")  # what is fetched beside the destination
+        self.needed, self.nbytes = files_of(self.plan, part), written(self.plan, part)
+        mine = "" if part is None else f"-{part.number}-of-{part.of}"
+        self.work = target.with_name(f"{target.name}.source{mine}")  # what is fetched beside the destination
 
     @property
     def remote(self) -> Remote:
@@ -57,9 +67,9 @@ class Job:
 
     def from_disk(self) -> None:
         """Convert what a package brought."""
-        check_space(self.target, {self.target: to_write(self.plan)})
+        check_space(self.target, {self.target: to_write(self.plan, self.part)})
         ckpt = self.plan.checkpoint
-        self.progress.start(self.plan.nbytes)
+        self.progress.start(self.nbytes)
         self._convert(ckpt, lambda run: None, path=_reopened(ckpt), identity=_identity(self.opened))
 
     def by_files(self) -> None:
@@ -67,14 +77,17 @@ class Job:
         from zoo import hub
         from zoo.hub import cache
 
-        snapshot = self.remote.snapshot
-        fetch, there = to_fetch(self.opened, cached=True)
+        snapshot, files = self.remote.snapshot, self.remote.files
+        if self.part is not None and _by_its_files(self.plan.checkpoint):
+            mine = {self.path(f) for f in self.needed}
+            files = tuple(f for f in files if f not in self.remote.weights or f.path in mine)
+        fetch, there = to_fetch(self.opened, True, files)
         at = cache.folder(snapshot.repo)
-        check_space(self.target, {at: fetch - there, self.target: to_write(self.plan)})
-        self.progress.start(fetch + self.plan.nbytes)
-        paths = [f.path for f in self.remote.files]
+        check_space(self.target, {at: fetch - there, self.target: to_write(self.plan, self.part)})
+        self.progress.start(fetch + self.nbytes)
+        paths = [f.path for f in files]
         folder = hub.download(snapshot, paths, workers=self.workers, progress=Passed(self.progress))
-        ckpt = _moved(self.plan.checkpoint, folder, self.remote)
+        ckpt = _moved(self.plan.checkpoint, folder, self.remote, set(paths))
         self._convert(ckpt, lambda run: None, path=_reopened(ckpt), identity=_identity(self.opened))
 
     def by_ranges(self) -> None:
@@ -135,14 +148,13 @@ class Job:
 
     def _arriving(self, fetch: Callable[[str, threading.Event], None], beside: Callable[[], None]) -> None:
         plan = self.plan
-        largest = sorted(plan.checkpoint.files.values())[-2:]
-        check_space(self.target, {self.target: sum(largest) + to_write(plan)})
-        needed = plan.files_needed()
-        self.progress.start(sum(plan.checkpoint.files[f] for f in needed) + plan.nbytes)
+        sizes = {f: plan.checkpoint.files[f] for f in self.needed}
+        check_space(self.target, {self.target: sum(sorted(sizes.values())[-2:]) + to_write(plan, self.part)})
+        self.progress.start(sum(sizes.values()) + self.nbytes)
         beside()
 
         def feed(run: Any) -> None:
-            feed_as_they_arrive(run, needed, fetch, self.work, self.progress)
+            feed_as_they_arrive(run, self.needed, fetch, self.work, self.progress)
 
         ckpt = replace(plan.checkpoint, root=self.work)
         self._convert(ckpt, feed, path=None, identity=_identity(self.opened), durable=True)
@@ -179,12 +191,20 @@ class Job:
         with Execution(
             replace(self.plan, checkpoint=ckpt), self.target, force=self.force, identity=identity, durable=durable,
             strict=self.strict,
-            progress=Steps(self.progress), source=source,
+            progress=Steps(self.progress), source=source, part=self.part,
         ) as run:  # fmt: skip
             feed(run)
             for file in run.wanted:
                 run.feed(file)
             run.finish()
+            tell_waiting(run.folder, self.progress)
+
+
+def tell_waiting(folder: Folder, progress: Progress) -> None:
+    """Of a part that is finished before others: which."""
+    if isinstance(folder, Shared) and not folder.published:
+        waiting = ", ".join(map(str, folder.waiting))
+        progress.note(f"{folder.part} is finished; {folder.dst} appears when these are, too: {waiting}")
 
 
 def begin_beside(work: Path) -> None:
@@ -267,15 +287,21 @@ def _identity(opened: Opened) -> str:
     return hashlib.sha256(repr((opened.origin or {}).get("files")).encode()).hexdigest()
 
 
-def _moved(ckpt: Checkpoint, folder: Path, remote: Remote) -> Checkpoint:
-    """The checkpoint, now that the repository's files are in `folder`. What was planned from must be what came."""
+def _by_its_files(ckpt: Checkpoint) -> bool:
+    """Whether some of the files do without the others: not of GGUF and pickles, whose headers hold more than names."""
+    return bool(ckpt.headers) and not ckpt.synthesised
+
+
+def _moved(ckpt: Checkpoint, folder: Path, remote: Remote, came: set[str]) -> Checkpoint:
+    """The checkpoint, now that the repository's files, those that `came`, are in `folder`. What was planned from must be
+    what came."""
     entry, folder = remote.entry(folder), folder / remote.folder
     for file, header in ckpt.headers.items():
-        if read_header(folder / file) != header:
+        if os.path.join(remote.folder, file) in came and read_header(folder / file) != header:
             raise ZooError(
                 f"{remote}: the header of {file} was another when the plan was made; run this again"
             )
-    if ckpt.synthesised or not ckpt.headers:  # GGUF and pickles: their headers hold more than names
+    if not _by_its_files(ckpt):
         path = folder / next(iter(ckpt.files)) if ckpt.format == "gguf" else entry
         again = open_checkpoint(path, ckpt.format)
         if (again.config, again.tensors) != (ckpt.config, ckpt.tensors):

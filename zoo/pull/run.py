@@ -22,7 +22,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.mapping.folder import check_destination, put, recover
 from zoo.pull.brought import bring
-from zoo.pull.fetch import Job
+from zoo.pull.fetch import Job, tell_waiting
 from zoo.pull.progress import Quiet, Steps
 from zoo.pull.source import (
     Opened,
@@ -70,10 +70,8 @@ def convert(
     """
     refuse_store(dst)
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
-    if part is not None and (verify is not None or not is_local(src)):
-        raise ZooError(
-            f"{part}: only a checkpoint that is on disk is converted in parts, and verified when all are finished"
-        )
+    if part is not None and verify is not None:
+        raise ZooError(f"{part}: what is made in parts is verified when all are finished: leave out --verify")
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -85,12 +83,12 @@ def convert(
                 force=force,
                 progress=progress,
                 file=file,
+                part=part,
                 **how,
             )
     if file is not None:
         src = named(src, file)
     from zoo.mapping.execute import Execution, refuse_overlap
-    from zoo.mapping.parts import Shared
 
     path, dst = Path(src), Path(os.path.abspath(dst))
     if verify is not None:
@@ -114,9 +112,7 @@ def convert(
             progress.note(f"{part}: {mine} of {every} files, {run.nbytes:,} bytes of weights")
         run.feed_here()
         run.finish()
-        if isinstance(run.folder, Shared) and not run.folder.published:
-            waiting = ", ".join(map(str, run.folder.waiting))
-            progress.note(f"{part} is finished; {dst} appears when these are, too: {waiting}")
+        tell_waiting(run.folder, progress)
     if verify is not None:
         _verify(target, dst, verify, device, force, progress)
     return dst
@@ -152,9 +148,17 @@ def pull(
     device: str = "cpu",
     force: bool = False,
     workers: int = 4,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch, check, convert and verify a release. See `zoo.pull`; `workers` files arrive at once."""
+    """Fetch, check, convert and verify a release. See `zoo.pull`; `workers` files arrive at once. `part`: only this part of
+    it, of which other processes do the others: the files that its own output files are made of are fetched; `to` appears with
+    the last."""
+    if part is not None and (verify is not None or layers is not None):
+        raise ZooError(
+            f"{part}: a whole release is pulled in parts, and verified when all are finished: leave out "
+            f"{'--layers' if verify is None else '--verify'}"
+        )
     if stream and layers is not None:
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
@@ -163,6 +167,8 @@ def pull(
     if is_url(name) and (found := canonical_at(name)) is not None:
         if any(v is not None for v in (dtype, revision, format, family, file, layers, verify)) or stream:
             raise ZooError(f"{found} is a canonical folder: it is fetched as it is, without other options")
+        if part is not None:
+            raise ZooError(f"{found} is a canonical folder, which one process fetches: --part 1/1")
         to = Path(os.path.abspath(to if to is not None else default_folder(found.store.url)))
         with alone(str(to), progress):
             return bring(found, to, force, progress)
@@ -190,21 +196,24 @@ def pull(
             verify=verify,
             device=device,
             force=force,
+            part=part,
             progress=progress,
         )
     with (
-        alone(str(dst), progress),
+        alone(str(dst) if part is None else f"{dst}, {part}", progress),
         opening(name, dtype, revision, format, layers, progress, family, file) as opened,
     ):
         opened.hash(progress)
-        recover(dst)
+        if part is None:  # parts do so in turn
+            recover(dst)
         if _is_done(dst, opened) and not force:
             progress.note(f"{dst} is there already, from the same source")
             return dst
-        _check(dst, force)
+        if part is None or not _is_done(dst, opened):
+            _check(dst, force)
         target = dst if verify is None else _unverified(dst)
         _note(opened.plan, progress)
-        job = Job(opened, target, force, progress, workers, strict)
+        job = Job(opened, target, force, progress, workers, strict, part)
         if verify is not None and _is_done(target, opened):
             progress.note(f"{target} is converted already")
         elif opened.stored is not None:
