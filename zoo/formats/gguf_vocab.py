@@ -89,7 +89,7 @@ def _fields(
     _refuse_normaliser(whole.get("normalizer"), where)
     # Inside a merge a space would end the first piece: llama.cpp's converter spells it as the byte-level alphabet does.
     spelled = [" ".join(piece.replace(" ", "\u0120") for piece in m) for m in merges]
-    pre = _pre(whole, bool(model.get("ignore_merges")), where)
+    pre = split_name(whole, bool(model.get("ignore_merges")), where)
     return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": spelled}
 
 
@@ -165,7 +165,7 @@ def _signature(steps: Sequence[Mapping[str, Any]], where: str) -> tuple[Any, ...
     return tuple(out)
 
 
-def _pre(whole: Mapping[str, Any], ignore_merges: bool, where: str) -> str:
+def split_name(whole: Mapping[str, Any], ignore_merges: bool, where: str) -> str:
     """llama.cpp's name for how this tokenizer splits text."""
     found = _signature(_steps(whole.get("pre_tokenizer"), "pretokenizers"), where)
     named = [name for name, steps in gguf_tokenizer.splits() if _signature(steps, where) == found]

@@ -464,7 +464,29 @@ def _as_vendors(
         n for n in _carried(c) if n not in ("config.json", "params.json") and not n.endswith(".index.json")
     ]
     small["params.json"] = _params(c, params, ours)
+    small |= _vendors_tokenizer(c, naming, carried)
     return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
+
+
+def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> dict[str, bytes]:
+    """The tokenizer's file that the vendor's code reads, where none is carried and Meta's can be made; else a warning."""
+    if any(n.startswith(("tokenizer.model", "tekken")) for n in carried):
+        return {}
+    why = (
+        "none is made of a tokenizer.json"
+        if naming == "mistral"
+        else "there is no tokenizer.json to make it of"
+    )
+    if naming == "meta" and "tokenizer.json" in carried:
+        from zoo.text.tiktoken_out import ranks_file
+
+        try:
+            return {"tokenizer.model": ranks_file(place_of(c.root, "tokenizer.json").read_bytes())}
+        except ZooError as e:
+            why = str(e)
+    called = "tekken.json or tokenizer.model.v*" if naming == "mistral" else "tokenizer.model"
+    log.warning("%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
+    return {}
 
 
 def _config_is_ours(c: Canonical) -> bool:
