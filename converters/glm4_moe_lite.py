@@ -16,7 +16,7 @@ def spec(c: Config) -> Spec:
     c = c.with_defaults({"first_k_dense_replace": 1})
     c.refuse(moe_layer_freq=1)
     Config(read.rope_parameters(c), f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
-    mixer = deepseek_v3.latent_attention(c, bool(c.data.get("rope_interleave", True)))
+    mixer = deepseek_v3.latent_attention(c, bool(c.said("rope_interleave", True)))
     return deepseek_v3.decoder("glm4_moe_lite", c, mixer, deepseek_v3.router(c))
 
 

@@ -72,7 +72,7 @@ def decoder(family: str, c: Config, kinds: list[str], ffns: list[FFN]) -> Spec:
 
 def ffn_width(c: Config) -> int:
     width: int = c.first("block_ff_dim", "intermediate_size")
-    multiple, by = c.get("block_multiple_of", 256), c.data.get("block_ffn_dim_multiplier", 1.0)
+    multiple, by = c.get("block_multiple_of", 256), c.said("block_ffn_dim_multiplier", 1.0)
     if c.get("block_auto_adjust_ff_dim", True):
         width = int(2 * width / 3)
         if by is not None:

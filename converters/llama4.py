@@ -125,6 +125,10 @@ def _meta(name: str, axis: int | None = None) -> Expr:
     return ranks("rank{r}." + name, axis)
 
 
+def _has_experts(layer: Layer | None, _: Spec) -> bool:
+    return layer is not None and isinstance(layer.ffn, MoE)
+
+
 RULES = {
     "hf": rules(
         *HF, prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
@@ -136,7 +140,7 @@ RULES = {
         ("layers.{i}.attn_norm.weight", _meta(_M + "attention.wqkv.layer_norm_weight")),
         ("layers.{i}.attn.qkv.weight", _meta(_M + "attention.wqkv.weight", 0)),
         ("layers.{i}.attn.out.weight", _meta(_M + "attention.wo.weight", 1)),
-        ("layers.{i}.ffn_norm.weight", _meta(_M + "feed_forward.norm.weight")),
+        ("layers.{i}.ffn_norm.weight", _meta(_M + "feed_forward.norm.weight"), _has_experts),
         ("layers.{i}.ffn_norm.weight", _meta(_M + "feed_forward.mlp.layer_norm_weight")),
         ("layers.{i}.mlp.gate_up.weight", _meta(_M + "feed_forward.mlp.fc1_weight", 0)),
         ("layers.{i}.mlp.down.weight", _meta(_M + "feed_forward.mlp.fc2_weight", 1)),

@@ -79,7 +79,7 @@ def attention(c: Config, sliding: bool) -> Attention:
         window = c["sliding_window_size"] + 1 if "sliding_window_size" in c else c["sliding_window"]
         p = read.rope_parameters(c, read.SLIDING, theta="swa_rope_theta")
     bias = c.get("attention_bias", False)
-    scale = c.data.get("attention_value_scale", 0.707)  # absent: upstream's default; null: none
+    scale = c.said("attention_value_scale", 0.707)  # absent: upstream's default; null: none
     return Attention(
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,

@@ -125,7 +125,7 @@ RULES = {
 
 def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
     """Mistral's params.json of a dense model."""
-    if "kv_lora_rank" in p or "moe" in p:
+    if p.get("kv_lora_rank") is not None or p.get("moe") is not None:
         return None  # Mistral Large 3, Mixtral
     out = consolidated.mistral_fields(p)
     if "yarn" in p or "llama_4_scaling" in p:

@@ -51,7 +51,7 @@ def spec(config: Config) -> Spec:
         normalize_eps=1e-20,
         scale=float(c["routed_scaling_factor"]),
     )
-    mixer = deepseek_v3.latent_attention(c, bool(c.data.get("rope_interleave", True)), query_scale=growth)
+    mixer = deepseek_v3.latent_attention(c, bool(c.said("rope_interleave", True)), query_scale=growth)
     return deepseek_v3.decoder("mistral_large3", c, mixer, router, wrapper=config)
 
 
@@ -111,7 +111,7 @@ RULES = {
 
 def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
     """Mistral's params.json."""
-    if "kv_lora_rank" not in p:
+    if p.get("kv_lora_rank") is None:
         return None
     moe = p.sub("moe")
     moe.choice("route_every_n", (1,), 1)

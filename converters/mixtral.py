@@ -5,14 +5,34 @@ A Mistral whose every layer has experts in place of its MLP:
   kept in fp32; no shared expert. Logits are in the model's dtype.
 - Experts are released one by one, as w1 (gate), w2 (down) and w3 (up) under `block_sparse_moe`.
 - A window where `sliding_window` says so. No release has one.
+- Mistral's own files (`params.json`, `consolidated.safetensors`) hold q and k rows in interleaved RoPE order, and the gate and the
+  experts under `feed_forward`. (The first release of all, stacked and in eight parts, is not read.)
 - llama.cpp calls it `llama`, with experts: q and k rows are in interleaved RoPE order there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from zoo.family import MLP, Attention, Config, Family, Layer, MoE, Norm, Router, Spec, gguf, hf, read, rules
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Family,
+    Layer,
+    MoE,
+    Norm,
+    Router,
+    Source,
+    Spec,
+    ZooError,
+    consolidated,
+    gguf,
+    hf,
+    read,
+    rules,
+)
 
 
 def spec(c: Config) -> Spec:
@@ -50,9 +70,22 @@ HF = (
     *hf.numbered(_MOE + "experts.{e}", "w1", "w3", "w2"),
 )
 _HELD = (*hf.STACKED, ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"))
+_OWN = "layers.{i}.feed_forward."
+
+
+def _at(name: str, axis: int | None) -> Source:
+    return name
+
+
 RULES = {
     "hf": rules(*HF),
     "transformers": rules(*hf.in_memory(HF, *_HELD)),
+    "mistral": rules(
+        ("embed.weight", "tok_embeddings.weight"),
+        *consolidated.decoder(_at),
+        ("layers.{i}.moe.router.weight", _OWN + "gate.weight"),
+        *hf.numbered(_OWN + "experts.{e}", "w1", "w3", "w2"),
+    ),
     "gguf": rules(
         *gguf.ENDS,
         *gguf.PRE_NORMS,
@@ -73,4 +106,27 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-FAMILY = Family("mixtral", ("mixtral",), ("MixtralForCausalLM",), spec, RULES, gguf={"llama": gguf_config})
+def own_config(p: Config, tensors: Collection[str]) -> dict[str, Any] | None:
+    """Mistral's params.json with experts. Source: MoeArgs and MoeLayer of mistral-inference."""
+    if not isinstance(p.get("moe"), dict) or p.get("kv_lora_rank") is not None:
+        return None
+    moe = p.sub("moe")
+    if isinstance(window := p.first("sliding_window", "_sliding_window", default=None), list):
+        raise ZooError(f"{p.where}: sliding_window is {window}; with experts one for all layers is supported")
+    return consolidated.mistral_fields(p) | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": moe["num_experts"],
+        "num_experts_per_tok": moe["num_experts_per_tok"],
+    }
+
+
+FAMILY = Family(
+    "mixtral",
+    ("mixtral",),
+    ("MixtralForCausalLM",),
+    spec,
+    RULES,
+    {"mistral": own_config},
+    {"llama": gguf_config},
+)

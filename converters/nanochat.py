@@ -34,7 +34,7 @@ def spec(c: Config) -> Spec:
     )
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS, "relu2"), gated=False)
     older = c.first("logits_soft_cap", default=15.0)
-    cap = c.data.get("final_logit_softcapping", older)  # null: none
+    cap = c.said("final_logit_softcapping", older)  # null: none
     return Spec(
         family="nanochat",
         d_model=c["hidden_size"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -124,6 +125,16 @@ def test_failure_is_one_message_on_stderr_and_exit_1() -> None:
 def test_debug_adds_the_traceback() -> None:
     done = run("show", "qwen3-8c", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_debug_says_what_is_logged_until_the_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    @_common.common
+    def command(as_json: bool) -> None:
+        logging.getLogger("zoo").debug("copying in the kernel")
+
+    assert [_common.run(command, args) for args in ([], ["--debug"], [])] == [0, 0, 0]
+    assert capsys.readouterr().err == "copying in the kernel\n"
 
 
 def test_with_json_a_failure_is_json_too() -> None:

@@ -86,8 +86,11 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
     ("key", "value", "says"),
     [
         ("hidden_size", "4096", "hidden_size is .4096., a text; expected a number: write 4096"),
-        ("num_attention_heads", 0, "makes no llama model"),
-        ("attention_bias", [], "makes no llama model"),
+        ("num_attention_heads", 0, "num_attention_heads is 0; expected a whole number above 0"),
+        ("num_attention_heads", [32], r"num_attention_heads is \[32\]; expected a whole number above 0"),
+        ("attention_bias", [], r"attention_bias is \[\]; expected true or false$"),
+        ("mlp_bias", 2, "mlp_bias is 2; expected true or false$"),
+        ("num_hidden_layers", [32], r"num_hidden_layers is \[32\]; expected a whole number above 0"),
         (
             "num_hidden_layers",
             "32",
@@ -96,7 +99,9 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
         ("num_hidden_layers", 32.0, r"num_hidden_layers is 32\.0; expected a whole number: write 32$"),
         ("num_hidden_layers", True, "num_hidden_layers is True; expected a whole number$"),
         ("num_key_value_heads", [8, 8.0], r"num_key_value_heads is 8\.0; expected a whole number"),
-        ("rope_scaling", 8, "makes no llama model"),
+        ("rope_scaling", 8, "rope_scaling is 8; expected an object of settings, or null$"),
+        ("rope_theta", True, "rope_theta is true; expected a finite number$"),
+        ("rope_theta", [1e4], r"rope_theta is \[10000\.0\]; expected a whole number above 0"),
         (
             "rms_norm_eps",
             "1e-5",
@@ -109,10 +114,10 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
             "False",
             "tie_word_embeddings is 'False', a text; write false, without quotes",
         ),
-        ("tie_word_embeddings", "no", "tied should be bool, found 'no'"),
-        ("rms_norm_eps", -1e-5, "the eps of a norm is -1e-05"),
-        ("rms_norm_eps", math.nan, "eps comes to nan"),
-        ("rope_theta", math.inf, "theta comes to inf"),
+        ("tie_word_embeddings", "no", 'tie_word_embeddings is "no"; expected true or false$'),
+        ("rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05; expected .* .the eps of a norm is -1e-05"),
+        ("rms_norm_eps", math.nan, "rms_norm_eps is NaN; expected a finite number$"),
+        ("rope_theta", math.inf, "rope_theta is Infinity; expected a finite number$"),
         ("rope_theta", 0, "rope_theta is 0"),
         ("rope_scaling", {"rope_type": "linear", "factor": 0}, r"the factor of scaled RoPE is 0\.0"),
         (
@@ -123,10 +128,18 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
         ("num_key_value_heads", 5, "32 query heads cannot share 5 key/value heads"),
         ("head_dim", 7, "RoPE needs pairs of channels, and would rotate 7"),
         ("vocab_size", 10**50, r"its sizes give embed\.weight the shape \[10000"),
-        ("max_position_embeddings", -1, "its context is -1 positions"),
+        (
+            "max_position_embeddings",
+            -1,
+            "max_position_embeddings is -1; expected a whole number above 0 .its context is -1 positions",
+        ),
         ("num_hidden_layers", 0, "num_hidden_layers is 0; expected 1 to 4096"),
         ("num_hidden_layers", 10**12, "num_hidden_layers is 1000000000000; expected 1 to 4096"),
-        ("vocab_size", -1, r"its sizes give embed\.weight the shape \[-1, 4096\]"),
+        (
+            "vocab_size",
+            -1,
+            r"vocab_size is -1; expected a whole number above 0 \(its sizes give embed\.weight the shape \[-1, 4096\]",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_an_error_of_the_config(key: str, value: Any, says: str) -> None:
@@ -134,6 +147,13 @@ def test_a_value_of_the_wrong_kind_is_an_error_of_the_config(key: str, value: An
     assert llama is not None
     with pytest.raises(ZooError, match=rf"^some/config\.json: .*{says}"):
         families.spec_of({**llama, key: value}, where="some/config.json")
+
+
+def test_zero_and_one_stand_for_false_and_true() -> None:
+    llama = manifest.find("llama-3.1-8b").config
+    assert llama is not None
+    tied = families.spec_of({**llama, "tie_word_embeddings": 1, "attention_bias": 0})
+    assert tied == families.spec_of({**llama, "tie_word_embeddings": True})
 
 
 def test_a_config_that_no_family_claims_says_which_there_are() -> None:
@@ -290,7 +310,5 @@ def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is
     assert config["rope_scaling"]["factor"] == 32.0
     with pytest.raises(ZooError, match="num_hidden_layers is 4000000000; expected 1 to 4096"):
         ours(own | {"num_hidden_layers": 4_000_000_000})
-    with pytest.raises(
-        ZooError, match=r"^config\.json: a field has a value that makes no model \(ValueError"
-    ):
+    with pytest.raises(ZooError, match=r"^config\.json: rope_theta is .abc.; expected a finite number$"):
         ours(own | {"rope_theta": "abc"})

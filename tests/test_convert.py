@@ -27,7 +27,7 @@ from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
-from zoo.mapping import decode, execute, moves
+from zoo.mapping import decode, execute, moves, ways
 from zoo.mapping.execute import Execution, convert
 from zoo.mapping.folder import STATE, Folder
 from zoo.mapping.plan import Plan, make_plan
@@ -85,30 +85,42 @@ def test_the_way_through_memory_gives_the_same_bytes_in_pieces_of_any_size(
         assert_same(weights(tmp_path / "whole"), weights(tmp_path / f"pieces{chunk}"))
 
 
-@pytest.mark.parametrize("page", [1, 1 << 30], ids=["by the kernel", "by us"])
-def test_it_does_not_matter_who_copies(
-    page: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bytes_are_the_same_while_every_way_is_tried(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     convert(plan_of(llama), tmp_path / "a")
-    monkeypatch.setattr(moves, "_in_kernel", page == 1)
-    monkeypatch.setattr(moves, "PAGE", 1 if page == 1 else 16)
-    monkeypatch.setattr(moves, "BUFFER", 48)
-    convert(plan_of(llama), tmp_path / "b")
+    used: set[str] = set()
+    for name, way in ways.WAYS.items():
+        monkeypatch.setitem(ways.WAYS, name, lambda name=name, way=way: used.add(name) or way())
+    for module in (moves, execute):
+        monkeypatch.setattr(module, "COPY", 64)
+    monkeypatch.setattr(ways, "BUFFER", ways.PAGE + 48)
+    monkeypatch.setattr(ways, "TRIAL", 64)
+    with caplog.at_level("DEBUG", "zoo"):
+        convert(plan_of(llama), tmp_path / "b", threads=2)
+    assert used == set(ways.WAYS)
+    assert re.search(r"copying [a-z ]+, [12] threads?: \d+\.\d GB/s \(", caplog.text)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
+@pytest.mark.parametrize("page", [1, 1 << 30], ids=["alike in their pages", "otherwise"])
 def test_a_kernel_that_cannot_copy_is_done_without(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+
     def unsupported(*_: object) -> int:
+        asked.append(1)
         raise OSError(18, "Invalid cross-device link")
 
     convert(plan_of(llama), tmp_path / "a")
-    monkeypatch.setattr(moves, "PAGE", 1)
+    monkeypatch.setattr(moves, "PAGE", page)
+    for module in (moves, execute):
+        monkeypatch.setattr(module, "COPY", 64)
+    monkeypatch.setattr(ways, "TRIAL", 64)
     monkeypatch.setattr(os, "copy_file_range", unsupported)
-    monkeypatch.setattr(moves, "_in_kernel", True)
-    convert(plan_of(llama), tmp_path / "b")
-    assert not moves._in_kernel
+    convert(plan_of(llama), tmp_path / "b", threads=2)
+    assert 1 <= len(asked) <= 2  # at most once by each thread
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 

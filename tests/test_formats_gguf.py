@@ -364,7 +364,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[range]]:
             f.truncate(size)
         release: Any = SimpleNamespace(snapshot=None)
         try:
-            remote._gguf_header(release, remote.RemoteFile(file.name, size, "", None), mirror, None)
+            remote.gguf_header(release, remote.RemoteFile(file.name, size, "", None), mirror, None)
         except ZooError as error:
             raise ZooError(f"{error}; asked for {ranges}") from error
         return ranges

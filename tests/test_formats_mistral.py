@@ -32,7 +32,7 @@ def architecture(path: Path) -> Spec:
     return replace(families.spec_of(open_checkpoint(path).config), dtype=None)
 
 
-@pytest.mark.parametrize("name", ["mistral", "ministral3", "mistral3", "mistral3_ministral3"])
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "ministral3", "mistral3", "mistral3_ministral3"])
 def test_it_converts_to_the_bytes_of_the_hugging_face_layout(name: str, tmp_path: Path) -> None:
     hf = tiny.make(name, tmp_path / "hf", dtype="bfloat16")
     own = vendor.to_mistral(hf, tmp_path / "own")
@@ -40,7 +40,7 @@ def test_it_converts_to_the_bytes_of_the_hugging_face_layout(name: str, tmp_path
     vendor.same(vendor.canonical(own, tmp_path / "b"), vendor.canonical(hf, tmp_path / "a"))
 
 
-@pytest.mark.parametrize("name", ["mistral"])
+@pytest.mark.parametrize("name", ["mistral", "mixtral"])
 def test_params_json_says_what_config_json_says(name: str, tmp_path: Path) -> None:
     hf = tiny.make(name, tmp_path / "hf")
     assert architecture(vendor.to_mistral(hf, tmp_path / "own")) == architecture(hf)
@@ -138,11 +138,12 @@ def test_a_first_generation_pickle_is_read_with_mistrals_params(tmp_path: Path) 
     vendor.same(vendor.canonical(own, tmp_path / "b"), vendor.canonical(hf, tmp_path / "a"))
 
 
-def test_experts_without_latent_attention_are_refused(tmp_path: Path) -> None:
+def test_experts_with_a_pattern_of_windows_are_refused(tmp_path: Path) -> None:
     own = vendor.to_mistral(tiny.make("mistral", tmp_path / "hf"), tmp_path / "own")
     params = json.loads((own / "params.json").read_text())
-    (own / "params.json").write_text(json.dumps(params | {"moe": {"num_experts": 8}}))
-    with pytest.raises(ZooError, match="no family knows this model"):
+    moe = {"num_experts": 8, "num_experts_per_tok": 2}
+    (own / "params.json").write_text(json.dumps(params | {"moe": moe, "sliding_window": [None, 16]}))
+    with pytest.raises(ZooError, match=r"sliding_window is \[None, 16\]; with experts one for all layers"):
         open_checkpoint(own)
 
 

@@ -231,6 +231,30 @@ def test_offline_without_a_ref_the_only_snapshot_is_taken_and_of_several_none(
     assert hub.resolve(REPO, folder.name).commit == folder.name
 
 
+def test_where_the_cache_holds_something_else_that_is_said(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = needed(server)
+    offline(monkeypatch)
+    at, ref = cache.folder(REPO), cache.folder(REPO) / "refs" / "main"
+    ref.write_text("a" * 40)  # a commit whose files were removed, or of another endpoint
+    with pytest.raises(
+        HubError, match=f"calls that {'a' * 40}, of which it has no file; it holds {folder.name}"
+    ):
+        hub.resolve(REPO)
+    with pytest.raises(HubError, match=f"it holds {folder.name}, each of which can be named"):
+        hub.resolve(REPO, folder.name[:7])
+    about, _ = look(at)
+    assert any(f"refs/main names {'a' * 40}, which is not there" in note for note in about["notes"])
+    ref.write_text(folder.name)
+    (folder / "config.json").resolve().unlink()
+    with pytest.raises(ZooError, match="config.json: a link to .*blobs/.*, where there is nothing"):
+        zoo.convert(at, tmp_path / "canon")
+    shutil.rmtree(at / "blobs")  # the links alone were copied
+    with pytest.raises(HubError, match=f"of {folder.name} it has links whose files are gone"):
+        hub.resolve(REPO)
+
+
 # ------------------------------------------------------------------ a folder of the cache as a source
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from zoo.errors import ZooError
-from zoo.mapping import decode, moves
+from zoo.mapping import decode, moves, ways
 
 SIZES = [1, 2, 3, 4, 8, 16, 17, 31, 64, 96, 100, 128, 130, 200, 260]
 
@@ -67,21 +69,85 @@ def test_a_range_of_a_file(mapped: int, tmp_path: Path, monkeypatch: pytest.Monk
     os.close(fd)
 
 
-def test_bytes_are_copied_from_any_place_to_any_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(moves, "_in_kernel", False)
-    data = os.urandom(3 * moves.BUFFER)
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Descriptors of a source and of an empty destination, and what the source holds."""
+    data = os.urandom(3 * ways.BUFFER)
     (tmp_path / "f").write_bytes(data)
-    src, dst = os.open(tmp_path / "f", os.O_RDONLY), os.open(tmp_path / "g", os.O_RDWR | os.O_CREAT)
-    n = 2 * moves.BUFFER + 100
+    src, dst = os.open(tmp_path / "f", os.O_RDWR), os.open(tmp_path / "g", os.O_RDWR | os.O_CREAT)
+    yield src, dst, data
+    os.close(src)
+    os.close(dst)
+
+
+@pytest.mark.parametrize("way", ways.WAYS)
+def test_bytes_are_copied_from_any_place_to_any_place(
+    way: str, pair: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "WINDOW", ways.BUFFER + 8 * ways.PAGE)
+    src, dst, data = pair
+    n = 2 * ways.BUFFER + 100
+    step = ways.WAYS[way]()
     for src_at in (0, 1, 63, 64, 4000, 4095, 4096, 5000):
         for dst_at in (0, 8, 31, 4095, 4097):
             os.ftruncate(dst, 0)
-            moves.copy(src, src_at, dst, dst_at, n, "f")
+            ways.copy(step, src, src_at, dst, dst_at, n, "f")
             assert os.pread(dst, n + 9, dst_at) == data[src_at : src_at + n]
-    os.close(src)
-    os.close(dst)
+
+
+@pytest.mark.parametrize("way", ways.WAYS)
+def test_a_source_that_is_cut_short_is_an_error_whichever_way_is_taken(
+    way: str, pair: tuple[int, int, bytes]
+) -> None:
+    src, dst, data = pair
+    step = ways.WAYS[way]()
+    with pytest.raises(ZooError, match=f"f: ends at byte {len(data)}, 1 more were expected"):
+        ways.copy(step, src, 5, dst, 9, len(data) - 4, "f")
+    step = ways.WAYS[way]()
+    assert step(src, 5, dst, 0, 10) == 10  # the source may be mapped now
+    os.ftruncate(src, 100)
+    with pytest.raises(ways.Unfit if way == ways.MAPPED else ZooError):
+        ways.copy(step, src, 8192, dst, 9, 8192, "f")
+
+
+def rates(chooser: ways.Chooser, gb: dict[tuple[str, int], float], steps: int) -> list[ways.Choice]:
+    """What the chooser has copied by, where each choice takes the time that `gb` a second gives it."""
+    found = []
+    for _ in range(steps):
+        choice, n = chooser.next()
+        chooser.took(choice, n, n / (gb[choice] * 1e9))
+        found.append(choice)
+    return found
+
+
+def test_the_fastest_way_is_found_and_several_threads_only_where_they_pay() -> None:
+    gb = {("a", 1): 1.0, ("b", 1): 2.0, ("b", 2): 2.2, ("b", 4): 2.3, ("a", 4): 9.0}
+    chosen = rates(ways.Chooser(["a", "b"], 4), gb, 11)
+    assert chosen[:4] == [("a", 1), ("b", 1)] * 2
+    assert chosen[4:8] == [("b", 2), ("b", 4)] * 2
+    assert set(chosen[8:]) == {("b", 1)}
+    assert rates(ways.Chooser(["a", "b"], 4), gb | {("b", 4): 2.5}, 9)[-1] == ("b", 4)
+    assert rates(ways.Chooser(["a", "b"], 1), gb, 5)[-1] == ("b", 1)
+
+
+def test_what_is_cut_short_says_nothing_and_a_rate_that_falls_is_looked_into() -> None:
+    chooser = ways.Chooser(["a", "b"], 1)
+    chooser.took(chooser.next()[0], 1000, 1e-9)
+    gb = {("a", 1): 2.0, ("b", 1): 1.0}
+    assert rates(chooser, gb, 6)[-2:] == [("a", 1)] * 2
+    assert rates(chooser, {("a", 1): 0.2, ("b", 1): 0.4}, 6) == [
+        ("a", 1),
+        *[("a", 1), ("b", 1)] * 2,
+        ("b", 1),
+    ]
+
+
+def test_seconds_in_which_others_have_the_processor_do_not_count() -> None:
+    clock, cpu = ways.Clock(), time.thread_time()
+    while time.thread_time() - cpu < 0.01:
+        pass
+    time.sleep(0.02)  # waiting for a disk counts
+    assert 0.03 <= clock.seconds
 
 
 class Held:

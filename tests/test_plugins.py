@@ -269,5 +269,8 @@ def test_a_family_that_makes_no_spec_is_placed_where_it_begins(line: str, instal
 )
 def test_a_value_that_makes_no_model_is_the_configs(line: str, value: object, install: Install) -> None:
     install("own", text=SPEC.format(line=line))
-    with pytest.raises(ZooError, match=r"^config\.json: a field has a value that makes no own model \("):
+    with pytest.raises(
+        ZooError,
+        match=r"^config\.json: (x is \S+; expected .*)?\(?a field has a value that makes no own model \(",
+    ):
         families.spec_of({**OWN, "x": value})

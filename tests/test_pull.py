@@ -39,7 +39,11 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.formats.safetensors import header_bytes
 from zoo.hub import HubError
 from zoo.manifest import Source
+from zoo.mapping import execute
+from zoo.mapping.parts import Part
+from zoo.mapping.plan import make_plan
 from zoo.pull import convert, pull
+from zoo.pull.space import files_of
 
 pulling = sys.modules.get("zoo.pull") or __import__("importlib").import_module(
     "zoo.pull"
@@ -123,6 +127,13 @@ def other_tool(server: HubServer, home: Path) -> Path:
 
 
 # ------------------------------------------------------------------ what comes out
+
+
+def test_the_hubs_url_is_the_repository_at_its_revision(
+    server: HubServer, expected: dict[str, str], tmp_path: Path
+) -> None:
+    assert hashes(pull(f"hf://{REPO}@main", tmp_path / "c")) == expected
+    assert canonical.read(tmp_path / "c").source["origin"]["repo"] == REPO
 
 
 def test_a_pull_is_the_conversion_of_the_release_with_its_provenance(
@@ -470,6 +481,127 @@ def test_a_conversion_that_fails_its_proof_does_not_appear(
     with pytest.raises(ZooError, match="does not agree with its source"):
         zoo.pull(REPO, tmp_path / "canon", verify="bytes")
     assert not (tmp_path / "canon").exists()
+
+
+# ------------------------------------------------------------------ in parts
+
+SMALL = 40_000  # bytes of a canonical file: several of them
+
+
+@pytest.fixture(scope="module")
+def expected_small(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return hashes(
+        execute.convert(
+            make_plan(open_checkpoint(release)), tmp_path_factory.mktemp("s") / "c", shard_size=SMALL
+        )
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["files", "stream"])
+def test_each_part_fetches_what_its_own_files_are_made_of_and_the_last_publishes(
+    stream: bool,
+    server: HubServer,
+    release: Path,
+    expected_small: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(execute, "SHARD", SMALL)
+    plan = make_plan(open_checkpoint(release))
+    sizes = {p.name: p.stat().st_size for p in release.glob("*.safetensors")}
+    zoo.plan(REPO)
+    headers = {n: server.body_bytes(n) for n in sizes}
+    dst, asked = tmp_path / "c", set[str]()
+    for k in (2, 3, 1):
+        assert not dst.exists()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"machine {k}" / "hub"))
+        before = {n: server.body_bytes(n) for n in sizes}
+        pull(REPO, dst, stream=stream, part=Part(k, 3))
+        came = {n: server.body_bytes(n) - before[n] - headers[n] for n in sizes}
+        mine = files_of(plan, Part(k, 3))
+        assert came == {n: size if n in mine else 0 for n, size in sizes.items()}
+        assert set(mine) < set(sizes)
+        asked |= set(mine)
+    assert hashes(dst) == expected_small and asked == set(sizes)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("c.")], "nothing is left beside it"
+    pull(REPO, dst, stream=stream, part=Part(2, 3))  # which finds it done
+    with pytest.raises(ZooError, match="part 1 of 3: .* verified when all are finished: leave out --verify"):
+        pull(REPO, tmp_path / "d", verify="bytes", part=Part(1, 3))
+
+
+PARTS = """
+import os, sys
+from huggingface_hub import constants
+from zoo import hub
+from zoo.mapping import execute
+from zoo.mapping.parts import Part
+from zoo.pull import pull
+execute.SHARD = int(sys.argv[1])
+for line in sys.stdin:
+    what, *rest = line.split()
+    if what == "wait":
+        print(os.waitstatus_to_exitcode(os.waitpid(int(rest[0]), 0)[1]), flush=True)
+        continue
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            repo, dst, k = rest
+            constants.HF_HOME = f"{dst}.machine{k}"
+            constants.HF_HUB_CACHE = constants.HF_HOME + "/hub"
+            pull(repo, dst, stream=k == "2", part=Part(int(k), 3, together=True))
+            code = 0
+        except BaseException as e:
+            print(repr(e), file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    print(pid, flush=True)
+"""
+
+
+def test_parts_killed_at_any_moment_and_started_again_end_with_the_same_bytes(
+    server: HubServer, release: Path, expected_small: dict[str, str], tmp_path: Path
+) -> None:
+    """Killed some moments after the server has sent so much; each part has a cache of its own, as on a cluster, and one of
+    them streams."""
+    errors = open(tmp_path / "errors", "wb")  # noqa: SIM115
+    machine = subprocess.Popen(
+        [sys.executable, "-c", PARTS, str(SMALL)],
+        env=environment(server, tmp_path / "home2"), cwd=Path(zoo.__file__).parents[1],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+    )  # fmt: skip
+
+    def ask(*words: object) -> int:
+        assert machine.stdin is not None and machine.stdout is not None
+        print(*words, file=machine.stdin, flush=True)
+        return int(machine.stdout.readline())
+
+    total = sum(p.stat().st_size for p in release.glob("*.safetensors"))
+    draw, killed = random.Random(28), 0
+    for n in range(max(1, KILLS // 4)):
+        dst = tmp_path / f"c{n}"
+        server.rate = total / 0.5
+        running = {k: ask("start", REPO, dst, k) for k in (1, 2, 3)}
+        for _ in range(3):  # times that some are killed
+            target = server.body_bytes("*.safetensors") + draw.randrange(total // 3)
+            until = time.monotonic() + 2
+            while server.body_bytes("*.safetensors") < target and time.monotonic() < until:
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.05))
+            for k in draw.sample(sorted(running), draw.randint(1, 3)):
+                os.kill(running[k], signal.SIGKILL)
+                if ask("wait", running[k]) != 0:
+                    killed += 1
+                running[k] = ask("start", REPO, dst, k)
+        server.rate = None
+        assert [ask("wait", pid) for pid in running.values()] == [0, 0, 0], (tmp_path / "errors").read_text()
+        assert hashes(dst) == expected_small
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(f"c{n}.") and "machine" not in p.name]
+    assert killed > 0, "the kills came too late to mean anything"
+    assert machine.stdin is not None
+    machine.stdin.close()
+    assert machine.wait() == 0
+    errors.close()
+    assert (tmp_path / "errors").read_text() == ""
 
 
 # ------------------------------------------------------------------ interrupted

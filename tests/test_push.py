@@ -42,8 +42,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def canon(tmp_path: Path) -> Path:
+    verified.canonical("llama", "bfloat16")
+    release = verified.copy(SOURCE, tmp_path / "release")
+    (release / "README.md").write_text(AUTHORS)
     made = folder(tmp_path / "canon", AUTHORS, repo="org/model")
-    assert zoo.verify(made, against=SOURCE, level="bytes").passed
+    assert zoo.verify(made, against=release, level="bytes").passed
     return made
 
 
@@ -67,13 +70,19 @@ def test_what_arrives_is_the_export_with_card_and_certificate_and_proves_itself(
     assert there["parity.json"] == (canon / "parity.json").read_bytes()
     assert there["README.source.md"].decode() == AUTHORS
     shown = ModelCard(there["README.md"].decode())
-    assert shown.data.base_model == "org/model" and "every file that it names was hashed again" in shown.text
+    assert (
+        shown.data.base_model == "org/model"
+        and "every canonical file that it names was hashed again" in shown.text
+    )
+    assert "byte for byte" in shown.text
     assert not list(tmp_path.glob(".*push*")) and TOKEN not in json.dumps(said)
 
     copy = Path(snapshot_download(REPO, local_dir=tmp_path / "copy"))
     report = check(copy, REPO)
     assert report.whole and report.family == "llama"
     assert check(copy, by=copy / "parity.json").whole, "its certificate lists the release's files, too"
+    (copy / "README.source.md").write_text("words put into the authors' mouth")
+    assert "README.source.md" in str(check(copy, by=copy / "parity.json").problems)
 
     hub.forget()
     (canon / "parity.json").unlink()

@@ -174,6 +174,10 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "additional_special_tokens with flags": with_json(
         {**FAST, "additional_special_tokens": [{"__type": "AddedToken", **flags("<extra_b>", lstrip=True)}]}
     ),
+    "extra_special_tokens by name, others beside": with_json(
+        {**FAST, "extra_special_tokens": {"image_token": "<tool>"}, "additional_special_tokens": ["<mine>"]}
+    ),
+    "Phi 2's": with_json({"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": True}, "phi", text=metaspace()),
     "extra_special_tokens by name": with_json({**FAST, "extra_special_tokens": {"image_token": "<tool>"}}),
     "a model's own named token": with_json({**FAST, "image_token": "<tool>"}),
     "special tokens not in the vocabulary": with_json({**FAST, "bos_token": "<mine>", "pad_token": "<tool>"}),
@@ -246,6 +250,16 @@ def test_the_classes_of_model_types_are_those_of_transformers() -> None:
     assert {kind: theirs[kind] for kind in tokenizer._BY_TYPE} == tokenizer._BY_TYPE
     wrong = auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
     assert wrong & set(tokenizer._BY_TYPE) == tokenizer._DECLARE_WRONG
+    named = {name.removesuffix("Fast") for name in auto.TOKENIZER_MAPPING_NAMES.values() if name}
+    as_the_file_is = {"PreTrainedTokenizer", "PythonBackend", "TokenizersBackend", "MistralCommonBackend"}
+    assert named - set(tokenizer.CLASSES) - as_the_file_is == tokenizer.OTHERS
+
+
+def test_a_class_whose_code_zoo_has_not_is_said(tmp_path: Path) -> None:
+    text = Text(folder_of(tmp_path, tokenizer_config={"tokenizer_class": "T5TokenizerFast"}))
+    assert text.notes == (
+        "transformers reads this with its T5Tokenizer, which zoo has not; read as the file says: ids may differ",
+    )
 
 
 def test_a_token_that_gets_another_number_than_its_file_says_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_py
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,6 +22,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.testing import FamilyCase, Gguf, gguf
 from zoo.testing.build import read_config, write_config
+from zoo.verify.gguf_parsed import metadata_once
 
 CHANNELS = {
     "qwen3 channels": ("qwen3", {}, fp8_channels, "fp8-channel"),
@@ -246,6 +249,36 @@ def test_a_format_upstream_cannot_read_is_compared_through_an_export_and_the_cer
     assert cert.passed
     assert "a mistake that import and export share would not show" in cert.oracle["note"]
     assert cert.rules is not None and cert.rules["naming"] == "mistral"
+
+
+def test_upstream_is_shown_what_gguf_py_reads_of_a_file(tmp_path: Path) -> None:
+    parsed = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    file, some = tmp_path / "all.gguf", gguf_py.GGUFWriter(tmp_path / "all.gguf", "llama")
+    lists = {
+        "texts": ["a", "", "\u2581b\u00e9", "long" * 99], "whole": [1, -2, 3], "real": [0.1, -1e30], "true": [True, False]
+    }  # fmt: skip
+    for name, values in lists.items():
+        some.add_array(name, values)
+    some.add_string("one", "text"), some.add_float32("real number", 0.1), some.add_uint64("number", 1 << 40)
+    some.add_tensor("t", np.arange(6, dtype=np.float32))
+    for write in (some.write_header_to_file, some.write_kv_data_to_file, some.write_tensors_to_file):
+        write()
+    some.close()
+
+    def seen() -> dict[str, Any]:
+        reader = gguf_py.GGUFReader(file)
+        return {
+            name: ([p.tolist() for p in f.parts], f.data, f.types, [parsed._gguf_parse_value(f.parts[i], f.types) for i in f.data])
+            for name, f in reader.fields.items()
+        } | {t.name: (t.data.tolist(), t.data_offset) for t in reader.tensors}  # fmt: skip
+
+    plain = seen()
+    with metadata_once():
+        assert seen() == plain
+        assert gguf_py.GGUFReader(file) is gguf_py.GGUFReader(file)
+    assert all(plain[name][-1] == pytest.approx(values) for name, values in lists.items() if name != "texts")
+    assert plain["texts"][-1] == lists["texts"]
+    assert gguf_py.GGUFReader.__module__.startswith("gguf")
 
 
 def ggufs_that_upstream_does_not_load() -> list[tuple[FamilyCase, Gguf]]:

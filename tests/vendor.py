@@ -191,8 +191,17 @@ def to_meta_llama4(src: Path, dst: Path, n_ranks: int, params: dict[str, Any]) -
 # --- Mistral ------------------------------------------------------------------------------------------------
 
 
+def _mixtral_name(name: str) -> str | None:
+    """Mixtral's gate and experts, as mistral-inference's MoeLayer calls them."""
+    if m := re.fullmatch(
+        r"model\.layers\.(\d+)\.block_sparse_moe\.(gate|experts\.\d+\.w[123])\.weight", name
+    ):
+        return f"layers.{m[1]}.feed_forward.{m[2]}.weight"
+    return None
+
+
 def to_mistral(src: Path, dst: Path, fp8: bool = False) -> Path:
-    """The dense models in Mistral's own format. Inverse of transformers' convert_ministral3_weights_to_hf.py.
+    """The dense models and Mixtral in Mistral's own format. Inverse of transformers' convert_ministral3_weights_to_hf.py.
     With `fp8`, linear layers are quantised as Mistral does: one scale per weight, one for its input."""
     dst.mkdir(parents=True)
     config = read_config(src)
@@ -202,7 +211,7 @@ def to_mistral(src: Path, dst: Path, fp8: bool = False) -> Path:
         name = name.removeprefix("language_model.")
         if not name.startswith(("model.layers", "model.embed", "model.norm", "lm_head")):
             continue
-        new, _ = _meta_name(name, 0)
+        new = _mixtral_name(name) or _meta_name(name, 0)[0]
         if "attention.wq" in new:
             t = interleave(t, config["num_attention_heads"])
         elif "attention.wk" in new:
@@ -212,7 +221,8 @@ def to_mistral(src: Path, dst: Path, fp8: bool = False) -> Path:
             out[new.removesuffix("weight") + "qscale_weight"] = scale
             out[new.removesuffix("weight") + "qscale_act"] = torch.tensor(0.01)
         out[new] = t.contiguous()
-    out["vision_encoder.ln_pre.weight"] = torch.ones(3)
+    if "num_local_experts" not in config:
+        out["vision_encoder.ln_pre.weight"] = torch.ones(3)
     save_file(out, dst / "consolidated.safetensors")
     (dst / "params.json").write_text(json.dumps(mistral_params(config)))
     return dst
@@ -233,6 +243,8 @@ def mistral_params(c: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": c["max_position_embeddings"],
         "tied_embeddings": c["tie_word_embeddings"],
     }
+    if "num_local_experts" in c:
+        out["moe"] = {"num_experts": c["num_local_experts"], "num_experts_per_tok": c["num_experts_per_tok"]}
     if rope["rope_type"] == "yarn":
         original = rope["original_max_position_embeddings"]
         out["yarn"] = {

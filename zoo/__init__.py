@@ -84,8 +84,8 @@ def load(
 
 @translated
 def plan(src: StrPath, dtype: str | None = None, *, family: str | None = None) -> Plan:
-    """What converting `src` would do: a checkpoint on disk, the name of a release, or owner/repo on the Hub, of which
-    only headers are read. `family`: what to take it for; by default what its config says. Raises ZooError, listing what does not fit, if the family's rules do not account for
+    """What converting `src` would do: a checkpoint on disk, the name of a release, owner/repo on the Hub, or the URL of an
+    object store, of which only headers are read. `family`: what to take it for; by default what its config says. Raises ZooError, listing what does not fit, if the family's rules do not account for
     every tensor; `zoo.hub.HubError` (a ZooError) for what the Hub refuses.
     """
     from zoo.pull import open_source
@@ -120,8 +120,8 @@ def export(
 ) -> Path:
     """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
     files, and the same bytes where `canon` is as it was converted. `dtype`: convert weights to it (a new checkpoint then, under the
-    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), or a folder of
-    torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), Meta's or
+    Mistral's own files ("meta", "mistral"), or a folder of torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
     """
     if format == "dcp":
         if type is not None or dtype is not None:

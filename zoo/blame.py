@@ -8,9 +8,12 @@ JSON's, a call with the wrong arguments.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from zoo.errors import ZooError
 
@@ -21,12 +24,70 @@ _CALL = re.compile(
 )
 
 
+class Unnamed(ZooError):
+    """A config that makes no model, said without the field that is to blame."""
+
+
+# Values by which a field is tried, each with what such a value is.
+_TRIED: tuple[tuple[Any, str], ...] = (
+    (8, "a whole number above 0"),
+    (64, "a whole number above 0"),
+    (0.5, "a number"),
+    (True, "true or false"),
+    ([8, 8], "a list"),
+    ([0.5] * 64, "a list of numbers"),
+    ("1", "a text"),
+)
+
+
+def named(
+    error: Unnamed,
+    spec: Callable[[dict[str, Any]], object],
+    config: Mapping[str, Any],
+    read: Mapping[tuple[str, ...], Any],
+    where: str,
+) -> ZooError:
+    """`error`, saying which of the fields that were `read` (by the path to them) is to blame, if that can be told: the one
+    that makes a model (`spec` raises nothing) where it has another value. Failing that, one below 0, not finite or a list with
+    whose change the error changes."""
+    sure: dict[tuple[str, ...], str] = {}
+    perhaps: dict[tuple[str, ...], str] = {}
+    for path, value in read.items():
+        odd = isinstance(value, list | dict)
+        odd |= isinstance(value, int | float) and not 0 < value < math.inf and value is not False
+        if value is None or any(inner[: len(path)] == path for inner in sure):
+            continue
+        for other, what in _TRIED:
+            if type(other) is type(value) and not odd:
+                continue
+            said = f"{'.'.join(path)} is {str(value)[:40]}; expected {what}"
+            try:
+                spec(_with(config, path, other))
+            except Exception as e:
+                if odd and str(e) != str(error):
+                    perhaps.setdefault(path, said)
+            else:
+                sure[path] = said
+                break
+    found = list((sure or perhaps).values())
+    if not 0 < len(found) <= 3:
+        return error
+    reason = str(error).removeprefix(f"{where}: ")
+    return ZooError(f"{where}: {', or '.join(found)} ({reason})")
+
+
+def _with(config: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A copy of a config in which one field has another value."""
+    key, *rest = path
+    return {**config, key: _with(config[key], tuple(rest), value) if rest else value}
+
+
 def error(e: Exception, family: str, at: str, where: str, model: str) -> ZooError:
     """The error of `e`, raised by the family's reading of the config at `where`: a value that makes no `model`, or, with
     its file and line, a mistake in the family. `at`: where the family's code is, for an error raised outside it."""
     why = f"{type(e).__name__}: {e}"
     if not is_code(e):
-        return ZooError(f"{where}: a field has a value that makes no {model} ({why})")
+        return Unnamed(f"{where}: a field has a value that makes no {model} ({why})")
     return ZooError(
         f"{place(e) or at}: the code of family {family} fails on {where} ({why}). The mistake is the family's, not "
         "the config's"

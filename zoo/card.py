@@ -118,6 +118,7 @@ class _Base:
     revision: str | None = None
     commit: str | None = None
     relation: str | None = None
+    rounded: str | None = None  # the block type of GGUF in which its weights came
 
 
 def _base(c: Canonical, said: Mapping[str, Any]) -> _Base:
@@ -131,6 +132,8 @@ def _base(c: Canonical, said: Mapping[str, Any]) -> _Base:
         if _is(_REPO, repo):
             return _Base(repo, revision or None, None, trained)
     place = str(values.get("release", "") if isinstance(values, dict) else source.get("path", ""))
+    if isinstance(origin, dict) and (found := _packaged(origin.get("package"))) is not None:
+        return found
     if at := _CACHED.search(place):
         return _Base(f"{at[1]}/{at[2]}", at[3], at[3], trained)
     # Somebody's folder: what its own card says of its base is as true of what was made of it.
@@ -140,14 +143,31 @@ def _base(c: Canonical, said: Mapping[str, Any]) -> _Base:
     return _Base()
 
 
+def _packaged(package: object) -> _Base | None:
+    """The release that a package holds, in weights that were rounded or not."""
+    for m in manifest.load_all():
+        for source in m.sources:
+            if source.package is not None and source.package == package and m.repo:
+                return _Base(
+                    m.repo, relation="quantized" if source.quantization else None, rounded=source.quantization
+                )
+    return None
+
+
 def _said(card: bytes | None) -> dict[str, Any]:
     """The metadata of a source's card; empty if there is none, or it is none."""
+    import yaml  # huggingface_hub's own
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
 
     head = (card or b"")[:MAX_HEAD].decode("utf-8", "replace").removeprefix("\ufeff")
-    if not REGEX_YAML_BLOCK.search(head):
+    if (found := REGEX_YAML_BLOCK.search(head)) is None:
         return {}
     try:
+        tokens = yaml.scan(found[2])
+        if any(
+            isinstance(t, yaml.AnchorToken | yaml.AliasToken) for t in tokens
+        ):  # how a small text makes a large one
+            return {}
         return dict(ModelCard(head, ignore_metadata_errors=True).data.__dict__)
     except Exception:  # YAML's errors, and those of values that the library did not foresee
         return {}
@@ -251,8 +271,12 @@ def _opening(c: Canonical, base: _Base, what: _Export) -> str:
         values = c.source.get("values")
         how = _code(values.get("by", "") if isinstance(values, dict) else "")
         return f"Weights that were trained or merged ({how}), starting from {of}: no release's own. Written by {by}."
-    if what.exact:
+    if base.rounded:
+        return f"The weights of {of}, which came rounded to {_code(base.rounded)}, in new files under the names that transformers reads, written by {by}."
+    if what.exact and _bytes_hold(c, what):
         return f"The files of {of}, byte for byte, written by {by}, which added this card."
+    if what.exact:
+        return f"The files of {of}, put together again by {by}, which added this card. No certificate says that no byte is another."
     return f"The weights of {of} in new files, under the names that transformers reads, written by {by}."
 
 
@@ -348,11 +372,21 @@ def _stands(c: Canonical, what: _Export) -> str:
     if what.problems:
         return "**It does not hold**: " + "; ".join(map(_code, what.problems[:8])) + "."
     if what.problems is not None:
-        return "It holds: every file that it names was hashed again before this was uploaded."
+        return "It holds: every canonical file that it names was hashed again before this was uploaded."
     told = certificate.standing(c.root) or ""
     if told.startswith("not as it is now"):
         return "**The folder has been changed since**, so it is not of these weights: " + _code(told) + "."
     return "Sizes and times of the files are as they were then."
+
+
+def _bytes_hold(c: Canonical, what: _Export) -> bool:
+    """Whether a certificate that is of this folder as it is says that every byte is the source's."""
+    try:
+        level = _read(c)["levels"]["bytes"]["verdict"]
+        told = certificate.standing(c.root) or ""
+    except (ZooError, LookupError, TypeError):
+        return False
+    return level == "passed" and not what.problems and not told.startswith("not as it is now")
 
 
 def _level(name: str, level: Mapping[str, Any]) -> tuple[str, ...]:

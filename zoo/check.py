@@ -15,10 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zoo import card
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import leads_out, read_json
@@ -26,6 +27,7 @@ from zoo.formats.sets import Ambiguous
 from zoo.hub import cache, repo
 from zoo.hub.files import RemoteFile
 from zoo.hub.http import Progress, Watch
+from zoo.pull import stored
 from zoo.verify import certificate
 
 NOTES = Path(".cache/huggingface/download")
@@ -42,7 +44,7 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 class Report:
     """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole."""
 
-    folder: Path
+    folder: Path | str
     against: str | None = None
     hashed: int = 0
     tensors: int = 0
@@ -104,6 +106,43 @@ def check(
     if signed_by is not None:
         _signature(folder, signed_by, report)
     _tensors(folder, report)
+    return report
+
+
+def check_store(url: str, *, by: Path | None = None, progress: Progress | None = None) -> Report:
+    """The same of what lies at a store's `url`, every byte of which is read: held to the certificate in it or `by`, else to
+    the hashes that the store tells.
+
+    Raises ZooError as `check`, and for a place into which a conversion has not ended.
+    """
+    source, chosen = stored.at(url)
+    if chosen is not None:
+        raise ZooError(f"{url}: a single file is looked at by `zoo inspect`")
+    report, watch = Report(source.store.url), Watch(progress)
+    with stored.mirror(source) as root:
+        certified = by or (root / certificate.FILE if canonical.detect(root) else None)
+        if certified is not None and certified.is_file():
+            report.against = f"the certificate {by or certificate.FILE}"
+            listed = _certified(certified, root)
+            if bad := next((n for n in listed if leads_out(n)), None):
+                raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
+            report.problems += [f"{n}: missing" for n in listed if n not in source.files]
+            for name, file in source.files.items():
+                if (said := listed.get(name)) is None:
+                    continue
+                report.hashed += 1
+                if source.store.sha256(file, watch.advance) != said.sha256:
+                    report.problems.append(f"{name}: its hash is another: altered, or damaged")
+        else:
+            for name, file in source.files.items():
+                agrees = source.store.agrees(file, source.store.chunks(name, watch.advance))
+                report.hashed += agrees is not None
+                if agrees is False:
+                    report.problems.append(f"{name}: its bytes are not those of the store's hash: damaged")
+            report.against = "the store's own hashes" if report.hashed else None
+        _tensors(root, report)
+        report.problems = [p.replace(str(root), source.store.url) for p in report.problems]
+        report.notes = [n.replace(str(root), source.store.url) for n in report.notes]
     return report
 
 
@@ -183,7 +222,13 @@ def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
         raise ZooError(f"{file}: not as zoo writes it ({e!r:.200}); verify again") from None
     if not made:
         raise ZooError(f"{file}: it lists no files; verify again")
-    return max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
+    best = max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
+    if card.FILE in best and card.of_an_export(
+        folder, [card.FILE]
+    ):  # where the authors' own was, which is beside it
+        theirs = best.pop(card.FILE)
+        best[card.THEIRS] = replace(theirs, path=card.THEIRS)
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------

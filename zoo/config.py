@@ -8,6 +8,7 @@ re-saved: `c["rope_theta"]`, `c.first("num_experts", "num_local_experts")`. What
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,17 +34,32 @@ ACTIVATIONS: dict[str, Activation] = {
 _WHOLE = re.compile(
     r"""(?!mscale|\w+_adjust)((\w+_)?(num|n)_\w+ | (\w+_)?(dim|size|rank|d_(conv|head|ssm|state))(_out|_mlp|_per_layer_input)? | (\w+_)?position_embeddings
     | \w+_(kernel|cache|chunk_size|context_length|interval|step) | sliding_window | (moe_|index_)?(top_?k|k)(_group|_experts)?
-    | experts_per_token)""",
+    | experts_per_token | first_k_dense_replace | moe_layer_\w+_index)""",
     re.VERBOSE,
 )
 """Fields that count something: whole numbers, or a list of them."""
+_REAL = re.compile(
+    r"""(?!altup_|apply_)(\w+_)?(eps|epsilon|theta|factor|multipliers?|scaling|mscale|mscale_all_dim|softcapping|soft_cap|beta|beta_fast|beta_slow
+    | alpha|base|base_freq|pct|limits?) | query_pre_attn_scalar | scale_(emb|depth) | (logit|routed?|attention_value|expert_weights)_scale""",
+    re.VERBOSE,
+)
+"""Fields that scale something: numbers, or a list or table of them."""
+_LIST = re.compile(
+    r"(long|short)_factor | \w+_(idxs|indices) | mlp_only_layers | (kda|full_attn)_layers", re.VERBOSE
+)
+"""Fields that list numbers."""
+_TRUTH = re.compile(r"norm_topk_prob|tie_word_embeddings")
+"""Fields that are true or false, whatever they are read with; others are so where their default is."""
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
-def sound(key: str, value: Any, where: str) -> Any:
-    """The value of a field, which is of the type that JSON has for such. Raises ZooError, naming `where`, for a number or
-    truth value within quotes, and for a field that counts and has a fraction: upstream refuses them too, and Python takes
-    the text "false" for true."""
+def sound(key: str, value: Any, where: str, default: Any = None) -> Any:
+    """The value of a field, which is of the type that JSON has for such: one that is true or false, a number, a whole
+    number, a text or a list, as its name or the `default` it is read with says. 0 and 1 stand for false and true.
+
+    Raises ZooError, naming `where`, the field and what is expected: upstream refuses such values too, and Python takes
+    "no" and [0] for true, and true for the number 1.
+    """
     if isinstance(value, str):
         if _NUMBER.fullmatch(value):
             raise ZooError(
@@ -51,12 +67,35 @@ def sound(key: str, value: Any, where: str) -> Any:
             )
         if value.lower() in ("true", "false", "null"):
             raise ZooError(f"{where}: {key} is {value!r}, a text; write {value.lower()}, without quotes")
-    if _WHOLE.fullmatch(key):
+    if isinstance(default, bool) or _TRUTH.fullmatch(key):
+        if type(value) is int and value in (0, 1):
+            return bool(value)
+        if not isinstance(value, bool):
+            raise ZooError(f"{where}: {key} is {_shown(value)}; expected true or false")
+    elif _LIST.fullmatch(key):
+        if not isinstance(value, list) or any(type(x) not in (int, float) for x in value):
+            raise ZooError(f"{where}: {key} is {_shown(value)}; expected a list of numbers")
+    elif _WHOLE.fullmatch(key):
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, float | dict) or x is True or (isinstance(x, str) and x != "auto"):
                 write = f": write {int(x)}" if isinstance(x, float) and x.is_integer() else ""
                 raise ZooError(f"{where}: {key} is {str(x)[:40]}; expected a whole number{write}")
+    elif _REAL.fullmatch(key) or isinstance(default, float):
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, bool | str) or (x is value and isinstance(x, float) and not math.isfinite(x)):
+                raise ZooError(f"{where}: {key} is {_shown(x)}; expected a finite number")
+    elif isinstance(default, int) and isinstance(value, bool):
+        raise ZooError(f"{where}: {key} is {_shown(value)}; expected a number")
+    elif isinstance(default, str) and not isinstance(value, str):
+        raise ZooError(f"{where}: {key} is {_shown(value)}; expected a text")
+    elif isinstance(default, list | tuple) and not isinstance(value, list | tuple):
+        raise ZooError(f"{where}: {key} is {_shown(value)}; expected a list")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON spells it, and not all of a long one."""
+    return json.dumps(value, default=str)[:40]
 
 
 class Recorded(dict[str, Any]):
@@ -106,6 +145,14 @@ class Recorded(dict[str, Any]):
             elif key in self.parts:
                 yield from self.parts[key].unread((*at, key))
 
+    def leaves(self, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+        """The keys that were read, as the path to them, and their values; an object after what is in it."""
+        for key, value in self.items():
+            if key in self.parts:
+                yield from self.parts[key].leaves((*at, key))
+            if any(key in read for read in self.read):
+                yield (*at, key), value
+
 
 class Config(Mapping[str, Any]):
     """A config.json (or a part of one) that knows where it came from, and what of it was read.
@@ -124,6 +171,10 @@ class Config(Mapping[str, Any]):
     def unread(self) -> dict[str, Any]:
         """What nobody read so far, in nested objects too: values by the dotted path to them."""
         return {".".join(path): value for path, value in self.data.unread()}
+
+    def leaves(self) -> dict[tuple[str, ...], Any]:
+        """What was read so far: values by the path to them; an object after what is in it."""
+        return dict(self.data.leaves())
 
     def __getitem__(self, key: str) -> Any:
         """A required field. Raises ZooError if it is absent or null."""
@@ -144,7 +195,12 @@ class Config(Mapping[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         """An optional field; null counts as absent."""
         value = self.data.get(key)
-        return default if value is None else sound(key, value, self.where)
+        return default if value is None else sound(key, value, self.where, default)
+
+    def said(self, key: str, default: Any) -> Any:
+        """An optional field whose null says something: None where it is null, `default` where it is absent."""
+        value = self.data.get(key, default)
+        return None if value is None else sound(key, value, self.where, default)
 
     def first(self, *keys: str, default: Any = _MISSING) -> Any:
         """The first of several spellings that is there. Raises ZooError if none is and no default is given.
@@ -156,7 +212,7 @@ class Config(Mapping[str, Any]):
             for other in there[1:]:
                 if dict.get(self.data, other) == value:
                     self.data.get(other)
-            return sound(there[0], value, self.where)
+            return sound(there[0], value, self.where, None if default is _MISSING else default)
         if default is _MISSING:
             raise ZooError(
                 f"{self.where}: none of the fields {', '.join(map(repr, keys))} is there; one is needed"
@@ -165,9 +221,7 @@ class Config(Mapping[str, Any]):
 
     def choice(self, key: str, allowed: Iterable[Any], default: Any = _MISSING) -> Any:
         """A field whose value must be one of `allowed`; anything else is refused by name."""
-        value = self.get(key, default)
-        if value is _MISSING:
-            value = self[key]
+        value = self[key] if default is _MISSING or key in self else default
         if value not in (options := list(allowed)):
             raise ZooError(
                 f"{self.where}: {key} is {value!r}, which this family does not support "
@@ -227,7 +281,12 @@ def rope_parameters(
     """
     if needed and not (isinstance(said := c.first("rope_parameters", "rope_scaling"), Mapping) and said):
         raise ZooError(f"{c.where}: rope_parameters is {said!r}, and upstream would put a YaRN of its own in")
-    p, old = c.get("rope_parameters"), (c.get(scaling) if scaling else None) or {}
+    p: Any = c.get("rope_parameters")
+    old: Any = c.get(scaling) if scaling else None
+    for key, settings in (("rope_parameters", p), (scaling, old)):
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ZooError(f"{c.where}: {key} is {_shown(settings)}; expected an object of settings, or null")
+    old = old or {}
     nested = p is not None and layer_type is not None
     if nested and not isinstance(p.get(layer_type), Mapping):
         raise ZooError(
@@ -294,7 +353,7 @@ def rope(
         scaling = RopeScaling(
             "yarn", factor, original,
             beta_fast=float(q.get("beta_fast") or 32), beta_slow=float(q.get("beta_slow") or 1),
-            truncate=bool(q.data.get("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
+            truncate=bool(q.said("truncate", True)), attention_factor=yarn_attention_factor(q, factor),
         )  # fmt: skip
     return Rope(theta, dim, scaling, interleaved, rounding)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoo import plugins, unread
+from zoo import blame, plugins, unread
 from zoo.config import Config
 from zoo.disagreements import Disagreement
 from zoo.errors import ZooError
@@ -207,8 +207,6 @@ def blamed(family: Family, where: str, model: str) -> Iterator[None]:
     except ZooError:
         raise
     except Exception as e:
-        from zoo import blame
-
         code = getattr(family.spec, "__code__", None)  # where it begins, for what it returned
         at = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else family.name
         raise blame.error(e, family.name, at, where, model) from e
@@ -307,14 +305,27 @@ def read(
             if isinstance(n := part.get(key), int) and not 0 < n <= MAX_LAYERS:
                 raise ZooError(f"{where}: {key} is {str(n)[:40]}; expected 1 to {MAX_LAYERS}")
     fields = Config(config, where)
+    try:
+        spec = _spec(fields, family)
+    except blame.Unnamed as e:
+        raise blame.named(
+            e, lambda other: _spec(Config(other, where), family), config, fields.leaves(), where
+        ) from e
+    return spec, [*_torn(config, family), *unread.judge(fields, spec)]
+
+
+def _spec(fields: Config, family: Family) -> Spec:
+    """The Spec that `family` reads. Raises Unnamed where a value is to blame and nobody has said which."""
+    where = fields.where
     with blamed(family, where, f"{family.name} model"):
         said = family.spec(fields).to_dict()
     try:
         spec = Spec.from_dict(said)  # checks the types of all it holds
+        refuse_unsound(spec, where)
     except ZooError as e:
-        raise ZooError(f"{where}: {str(e).removeprefix('zoo.json: ')}") from None
-    refuse_unsound(spec, where)
-    return spec, [*_torn(config, family), *unread.judge(fields, spec)]
+        why = str(e).removeprefix("zoo.json: ").removeprefix(f"{where}: ")
+        raise blame.Unnamed(f"{where}: {why}") from None
+    return spec
 
 
 def _torn(config: Mapping[str, Any], family: Family) -> list[str]:

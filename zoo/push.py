@@ -79,6 +79,8 @@ def push(
     """
     root = Path(canon)
     _refuse_name(repo)
+    if not dry_run:
+        _refuse_no_token()
     canonical.read(root)
     problems = _problems(root)
     if problems and not unproven:
@@ -95,7 +97,6 @@ def push(
         if key is not None:
             out.notes.append(f"{certificate.SIGNATURE}, the signature of these, goes along")
         return out
-    _refuse_offline()
     with tempfile.TemporaryDirectory(
         prefix=f".{root.resolve().name}-push-", dir=root.resolve().parent
     ) as made:
@@ -111,7 +112,7 @@ def push(
 
 def _problems(root: Path) -> list[str] | None:
     """What the certificate says that is not so; None if there is none."""
-    return certificate.check(root) if (root / certificate.FILE).is_file() else None
+    return certificate.check(root, source=False) if (root / certificate.FILE).is_file() else None
 
 
 def _told(root: Path, problems: list[str] | None) -> str:
@@ -185,7 +186,7 @@ def _refuse_name(repo: str) -> None:
         raise HubError("a repository on the Hub is called owner/name: to which should it go?", "repo")
 
 
-def _refuse_offline() -> None:
+def _refuse_no_token() -> None:
     from huggingface_hub import constants, get_token, is_offline_mode
 
     if is_offline_mode():

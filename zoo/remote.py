@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,7 +300,11 @@ def mirror_headers(remote: Remote, mirror: Path, progress: Progress | None = Non
             filled.write(struct.pack("<Q", len(header)) + header)
     for file in remote.weights:
         if file.path.endswith(".gguf"):
-            _gguf_header(remote, file, mirror, progress)
+
+            def fetch(start: int, end: int, path: str = file.path) -> bytes:
+                return hub.read_range(remote.snapshot, path, start, end - start, progress=progress)
+
+            gguf_header(str(remote), file.path, file.size, mirror, fetch)
         elif not file.path.endswith(".safetensors"):
             raise NoHeaders(f"{remote}: the headers of {file.path} can't be read from afar")
     return remote
@@ -327,24 +331,25 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
     return Remote(remote.source, remote.snapshot, kept) if any(f in kept for f in remote.weights) else remote
 
 
-def _gguf_header(remote: Remote, file: RemoteFile, mirror: Path, progress: Progress | None) -> None:
-    """Fetch a GGUF's start, more of it as long as the header goes on, and the tensors that belong to the config."""
+def gguf_header(who: str, path: str, size: int, mirror: Path, read: Callable[[int, int], bytes]) -> None:
+    """Have a GGUF's start in the sparse file `mirror / path`, more of it as long as the header goes on, and the tensors
+    that belong to the config. `read(start, end)` fetches bytes of it; errors name `who` it is of."""
     from zoo.formats import gguf, gguf_config
 
     def fetch(start: int, end: int) -> None:
-        with open(mirror / file.path, "r+b") as f:
+        with open(mirror / path, "r+b") as f:
             f.seek(start)
-            f.write(hub.read_range(remote.snapshot, file.path, start, end - start, progress=progress))
+            f.write(read(start, end))
 
     have, refs = 0, None
-    while refs is None and have < file.size:
+    while refs is None and have < size:
         if have >= MAX_INDEX:
-            raise ZooError(f"{remote}: {file.path}: its header is longer than {MAX_INDEX >> 20} MiB: refused")
-        end = min(file.size, max(GGUF_GUESS, have * 2))
+            raise ZooError(f"{who}: {path}: its header is longer than {MAX_INDEX >> 20} MiB: refused")
+        end = min(size, max(GGUF_GUESS, have * 2))
         fetch(have, end)
         have = end
         try:
-            _, refs = gguf.read_header(mirror / file.path, file.path, have)
+            _, refs = gguf.read_header(mirror / path, path, have)
         except gguf.HeaderGoesOn:
             continue
     for ref in refs or ():

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -611,3 +612,15 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
     if not isinstance(x, tp) or (tp is int and isinstance(x, bool)):
         raise ZooError(f"zoo.json: {where} should be {tp.__name__}, found {x!r:.100}")
     return x
+
+
+def differences(want: Any, found: Any, at: str = "spec") -> Iterator[str]:
+    """Where two values of one type differ: field, wanted and what would be read."""
+    if dataclasses.is_dataclass(want) and type(want) is type(found):
+        for f in dataclasses.fields(want):
+            yield from differences(getattr(want, f.name), getattr(found, f.name), f"{at}.{f.name}")
+    elif isinstance(want, tuple) and isinstance(found, tuple) and len(want) == len(found):
+        for i, (a, b) in enumerate(zip(want, found)):
+            yield from differences(a, b, f"{at}[{i}]")
+    elif want != found:
+        yield f"{at} is {want!r:.80}, and it would be read as {found!r:.80}"

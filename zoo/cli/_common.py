@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -17,9 +18,12 @@ import click
 from zoo.cli._state import State
 from zoo.errors import ZooError
 from zoo.printable import printable, printable_json
+from zoo.url import is_url, not_here
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
+
+    from zoo.mapping.parts import Part
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,9 +32,26 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
         if value:
             setattr(State, name, True)
+        if value and name == "debug":
+            _tell_everything(ctx)
         return value
 
     return callback
+
+
+def _tell_everything(ctx: click.Context) -> None:
+    """What zoo logs for those who look into it goes to stderr, too, until the command ends."""
+    import logging
+
+    logger, handler, level = logging.getLogger("zoo"), logging.StreamHandler(), logging.getLogger("zoo").level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+    ctx.call_on_close(end)
 
 
 def common(function: F) -> F:
@@ -40,7 +61,7 @@ def common(function: F) -> F:
         is_flag=True,
         expose_value=False,
         callback=_set("debug"),
-        help="Show a traceback on failure.",
+        help="Say more of what is done, and show a traceback on failure.",
     )(function)
     return click.option(
         "--json",
@@ -188,6 +209,39 @@ class Source(ReleaseName):
         return [*super().shell_complete(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
 
 
+class Anywhere(click.ParamType["Path | str"]):
+    """A path, which must be there unless `new`, or the URL of a store, as it is."""
+
+    name = "path"
+
+    def __init__(self, new: bool = False, file_okay: bool = True) -> None:
+        self.path = click.Path(exists=not new, file_okay=file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        if is_url(value):
+            return str(value)
+        found: Path = self.path.convert(value, param, ctx)
+        return found
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Here(click.Path):
+    """A path on this disk; the URL of a store is refused, with what to do."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if is_url(value):
+            self.fail(not_here(value, f"zoo {ctx.info_name if ctx else ''} works"), param, ctx)
+        return super().convert(value, param, ctx)
+
+
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
 
 
@@ -206,6 +260,39 @@ def which_set(command: F) -> F:
         help="Which weights of a folder or repository, or below it: a file, an index of shards, the first of a split "
         "set. Default: those that transformers takes.",
     )(command)
+
+
+class PartOf(click.ParamType["Part"]):
+    """Which of several processes this is: 2/8."""
+
+    name = "k/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
+        from zoo.mapping.parts import Part, parse
+
+        try:
+            return value if isinstance(value, Part) else parse(value)
+        except ZooError as error:
+            self.fail(str(error), param, ctx)
+
+
+def in_parts(command: F) -> F:
+    """`--part`."""
+    return click.option(
+        "--part",
+        type=PartOf(),
+        help="Do the k-th of n parts, other processes the others. Default: as torchrun or srun say; alone, all.",
+    )(command)
+
+
+def part_of_these(part: Part | None) -> Part | None:
+    """The part that was asked for, or that torchrun or srun gave this process; None: all of it."""
+    from zoo.mapping.parts import of_process
+
+    if part is None and (found := of_process(os.environ)):
+        part, because = found
+        note(f"{part}, since {because}; --part 1/1 would do it all")
+    return None if part is not None and part.of == 1 else part
 
 
 def level(command: F) -> F:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import common, emit, failed, note, say
+from zoo.cli._common import Anywhere, common, emit, failed, note, say
 
 
 @click.command(short_help="Is a folder whole, and unaltered?")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=Anywhere(file_okay=False))
 @click.argument("repo", required=False, metavar="[OWNER/NAME]")
 @click.option(
     "--revision", help="Of the repository: a branch, tag or commit. Default: what was downloaded, or main."
@@ -30,7 +30,7 @@ from zoo.cli._common import common, emit, failed, note, say
 )
 @common
 def command(
-    folder: Path,
+    folder: Path | str,
     repo: str | None,
     revision: str | None,
     by: Path | None,
@@ -41,16 +41,22 @@ def command(
 
     Files, sizes and hashes are held to the Hub's list of OWNER/NAME, to a certificate, or to what the download left beside
     it; headers to the files and the index; tensors to the architecture. Without any list, headers and tensors alone.
-    Exit code 1 if something is missing or altered.
+    FOLDER may be the URL of a store (s3://bucket/canon): every byte there is read, and held to the certificate or to the
+    store's own hashes. Exit code 1 if something is missing or altered.
     """
-    from zoo.check import check
+    from zoo.check import check, check_store
     from zoo.cli._progress import Bar
 
     if revision is not None and repo is None:
         raise click.UsageError("--revision is of a repository: name it, OWNER/NAME")
     with Bar() as bar:
         bar.phase("hashing")
-        report = check(folder, repo, revision=revision, by=by, signed_by=signed_by, progress=bar)
+        if isinstance(folder, Path):
+            report = check(folder, repo, revision=revision, by=by, signed_by=signed_by, progress=bar)
+        elif repo is None and signed_by is None:
+            report = check_store(folder, by=by, progress=bar)
+        else:
+            raise click.UsageError("a repository's list and a signature are for a folder on this disk")
     if as_json:
         emit(report.to_json())
     else:

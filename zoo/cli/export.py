@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, note, say
+from zoo.cli._common import DTYPE, Here, common, emit, note, say
 
 
 def written_since(canon: Path) -> str | None:
@@ -30,14 +30,15 @@ class Size(click.ParamType[int]):
 
 
 @click.command(short_help="A canonical folder back into the release")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("canon", type=Here(exists=True, file_okay=False, path_type=Path))
+@click.argument("dst", type=Here(path_type=Path))
 @click.option(
     "--format",
-    type=click.Choice(["hf", "source", "gguf", "dcp"]),
+    type=click.Choice(["hf", "source", "gguf", "meta", "mistral", "dcp"]),
     default="hf",
     show_default=True,
     help="hf: a Hugging Face checkpoint; source: the vendor's own names and files, if it had others; gguf: a file for llama.cpp; "
+    "meta, mistral: params.json and consolidated.00.pth or .safetensors, as the vendors' own code reads; "
     "dcp: a folder of torch.distributed.checkpoint, for trainers.",
 )
 @click.option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, note, say
+from zoo.cli._common import DTYPE, Here, common, emit, note, say
 from zoo.cli._ranks import Ranks, together
 from zoo.printable import printable
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Let a converted model answer a prompt")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("canon", type=Here(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("-n", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, on, say
+from zoo.cli._common import DTYPE, Here, common, emit, on, say
 
 
 @click.group(short_help="Record upstream's logits, to verify without it")
@@ -17,7 +17,7 @@ def command() -> None:
     """
 
 
-_src = click.argument("src", type=click.Path(exists=True, path_type=Path))
+_src = click.argument("src", type=Here(exists=True, path_type=Path))
 _out = click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The golden file.")  # fmt: skip
 _dtype = click.option(
     "--dtype", type=DTYPE, default="fp32", show_default=True, help="What upstream computes in."

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import common, emit, pairs, say, table
+from zoo.cli._common import Anywhere, common, emit, pairs, say, table
+from zoo.url import is_url, without_secrets
 
 if TYPE_CHECKING:
     from zoo.formats.base import TensorRef
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="What a checkpoint on disk is")
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=Anywhere())
 @click.option("--family", help="Take it for this family. Default: what its config says.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @common
-def command(path: Path, family: str | None, tensors: bool, as_json: bool) -> None:
-    """Say what the checkpoint at PATH is, canonical or in any format zoo reads, from its headers alone."""
+def command(path: Path | str, family: str | None, tensors: bool, as_json: bool) -> None:
+    """Say what the checkpoint at PATH, a path or the URL of a store (s3://bucket/model), is, canonical or in any format zoo
+    reads, from its headers alone."""
     about, refs = look(path, family)
     listed = sorted(refs, key=lambda r: (r.file, r.offset))
     if as_json:
@@ -55,9 +57,25 @@ def sets_table(several: list[dict[str, Any]]) -> str:
     return table(("WEIGHTS (--file)", "FILES", "SIZE", "QUANTISATION"), rows, right=(1, 2))
 
 
-def look(path: Path, said: str | None = None) -> tuple[dict[str, Any], list[TensorRef]]:
-    """What `zoo inspect --json` says, and the tensors. `said`: the family to take it for. Raises ZooError if no reader
-    knows the path, or if `said` is no family, or the folder is canonical and another's."""
+def look(place: Path | str, said: str | None = None) -> tuple[dict[str, Any], list[TensorRef]]:
+    """What `zoo inspect --json` says of a path or a store's URL, and the tensors. `said`: the family to take it for. Raises
+    ZooError if no reader knows the path, or if `said` is no family, or the folder is canonical and another's."""
+    if not is_url(place):
+        return _look(Path(place), said)
+    from zoo.pull.stored import described
+
+    shown = without_secrets(place)
+    with described(place) as path:
+        about, refs = _look(path, said)
+    about["path"] = shown
+    if (verified := about.get("verified")) and str(verified).startswith("no; "):
+        about["verified"] = (
+            f"no; `zoo pull {shown} --to FOLDER` brings it here, `zoo verify FOLDER` proves it"
+        )
+    return about, refs
+
+
+def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]]:
     from zoo import families
     from zoo.describe import describe
     from zoo.errors import ZooError

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import common, emit, say
+from zoo.cli._common import Here, common, emit, say
 
 
 @click.command(short_help="A PEFT adapter (LoRA, DoRA) into a canonical folder")
-@click.argument("canon", type=click.Path(path_type=Path))
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("canon", type=Here(path_type=Path))
+@click.argument("adapter", type=Here(path_type=Path))
+@click.argument("dst", type=Here(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace DST if it is a canonical folder.")
 @common
 def command(canon: Path, adapter: Path, dst: Path, force: bool, as_json: bool) -> None:

@@ -83,6 +83,8 @@ def remote_lines(found: Preview) -> list[tuple[str, str]]:
     if found.opened.remote is not None:
         here = f", {decimal(found.there)} of them here already" if found.there else ""
         lines.append(("fetch", f"{decimal(found.fetch)} in {len(found.opened.remote.files)} files{here}"))
+    if found.opened.stored is not None:
+        lines.append(("fetch", f"{decimal(found.fetch)} in {len(found.opened.stored.files)} files"))
     lines.append(("write", f"{decimal(found.write)}; this disk has {decimal(found.free)} free"))
     return lines
 
@@ -101,4 +103,6 @@ def _origin(found: Preview) -> str:
     origin = found.opened.origin or {}
     if origin.get("kind") == "hub":
         return f"{origin['repo']}, {origin['revision']} = commit {origin['commit']}"
+    if origin.get("kind") == "store":
+        return str(origin["url"])
     return f"PyPI: {origin.get('package')} {origin.get('version')}"

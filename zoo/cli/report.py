@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import common, emit, say
+from zoo.cli._common import Here, common, emit, say
 from zoo.errors import ZooError
 from zoo.plain import write_plain
 
 
 @click.command(short_help="A certificate as one HTML page")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("canon", type=Here(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: report.html in CANON."
 )

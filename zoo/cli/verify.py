@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, failed, note, on, say, table
+from zoo.cli._common import DTYPE, Here, common, emit, failed, note, on, say, table
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
 
@@ -19,7 +19,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 
 
 @click.command(short_help="Compare a conversion with upstream")
-@click.argument("canon", type=click.Path(exists=True, path_type=Path))
+@click.argument("canon", type=Here(exists=True, path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from. Of a GGUF: the canonical folder it was written of.")  # fmt: skip
 @click.option("--oracle", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.py", help="Run this file's logits(ids) in place of upstream. It is run as it is: name only what you trust.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip

@@ -5,6 +5,7 @@ A reader looks at headers only. Nothing in this module reads a weight.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -137,7 +138,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             raw = f.read()
         data = parse_json(raw)
     except FileNotFoundError:
-        raise ZooError(f"{path}: missing; {what}") from None
+        raise ZooError(f"{path}: {leads_nowhere(path) or 'missing'}; {what}") from None
     except ValueError as e:  # bad UTF-8, bad JSON, more of it than any release has
         refuse_pointer(raw[:64], str(path), text=True)
         raise ZooError(f"{path}: not valid JSON ({e}); {what}") from None
@@ -146,6 +147,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ZooError(f"{path}: expected a JSON object, found {type(data).__name__}; {what}")
     return data
+
+
+def leads_nowhere(path: Path) -> str | None:
+    """What to say of a link to nothing, as a cache has whose blobs were removed or not copied; None of any other path."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() and not path.exists():
+            return f"a link to {os.readlink(path)}, where there is nothing: was it copied without the files, or are they on another disk?"
+    return None
 
 
 def encoded(data: Any, **how: Any) -> bytes:
@@ -209,7 +218,7 @@ def inside(root: Path, name: str, who: str) -> Path:
             f"`cp -rL {shlex.quote(str(root))} COPY` (`cp -rlL` takes no space on the same disk)"
         )
     if not real.is_file():
-        raise ZooError(f"{path} is not a regular file")
+        raise ZooError(f"{path} is {leads_nowhere(path) or 'not a regular file'}")
     return path
 
 

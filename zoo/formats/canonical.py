@@ -19,6 +19,7 @@ from zoo.layout import VERSION, Slot, layout
 from zoo.quant.schemes import grid, scheme
 from zoo.soundness import refuse_unsound
 from zoo.spec import Spec
+from zoo.url import is_url, not_here
 
 JSON = "zoo.json"
 SOURCE = "source.zip"  # headers of the released files, for export
@@ -91,6 +92,8 @@ def read(path: str | os.PathLike[str]) -> Canonical:
 
     Raises ZooError if it is none, is written by a newer zoo, or its tensors are not those of its Spec.
     """
+    if is_url(path):
+        raise ZooError(not_here(path, "a model is read"))
     root = Path(path)
     if not root.exists():
         raise ZooError(f"{root}: no such folder; `zoo pull` or `zoo convert` makes canonical checkpoints")

@@ -23,7 +23,18 @@ from zoo.families import Family
 from zoo.formats import gguf_config
 from zoo.formats.base import TensorRef
 from zoo.formats.gguf_fields import Tables, shortest
-from zoo.spec import MLP, Attention, DeltaNet, LatentAttention, Mamba, MoE, Rope, RopeScaling, Spec
+from zoo.spec import (
+    MLP,
+    Attention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    MoE,
+    Rope,
+    RopeScaling,
+    Spec,
+    differences,
+)
 
 AS = {"mistral": "llama"}
 """Families without architectures of their own in llama.cpp, and the family in whose its converter writes them."""
@@ -369,7 +380,7 @@ def _described(
     def judged(fields: Mapping[str, Any]) -> list[str]:
         """What is wrong with them: what would be read otherwise, or why nothing would be."""
         try:
-            return list(_differences(want, _plain(families.spec_of(read(fields)[0], family, who))))
+            return list(differences(want, _plain(families.spec_of(read(fields)[0], family, who))))
         except ZooError as e:
             return [str(e), *UNSAID]  # worse than any difference
 
@@ -392,15 +403,3 @@ def _described(
 def _plain(spec: Spec) -> Spec:
     """Without what no number depends on, and no GGUF says."""
     return dataclasses.replace(spec, dtype=None, notes=())
-
-
-def _differences(want: Any, found: Any, at: str = "spec") -> Iterator[str]:
-    """Where two values of one type differ: field, wanted and what would be read."""
-    if dataclasses.is_dataclass(want) and type(want) is type(found):
-        for f in dataclasses.fields(want):
-            yield from _differences(getattr(want, f.name), getattr(found, f.name), f"{at}.{f.name}")
-    elif isinstance(want, tuple) and isinstance(found, tuple) and len(want) == len(found):
-        for i, (a, b) in enumerate(zip(want, found)):
-            yield from _differences(a, b, f"{at}[{i}]")
-    elif want != found:
-        yield f"{at} is {want!r:.80}, and it would be read as {found!r:.80}"

@@ -3,6 +3,7 @@
 - Each rank holds its slice of every matrix, and a copy of what is not cut (norms). Here a tensor of rank r
   is called `rank{r}.<name>`; the rules say along which axis it was cut.
 - q and k rows are in interleaved RoPE order.
+- A tied head (Llama 3.2) lies in them under its own name, as the embedding's bytes.
 - The files do not say how many ranks there should be; the shapes do.
 
 Mistral's first releases used the same container for one rank, with their own params.json.
@@ -38,7 +39,7 @@ def open(path: Path) -> Checkpoint:
     params = read_json(where, "Meta's and Mistral's files need it to be understood")
     files = _rank_files(root)
     notes: list[str] = []
-    ranks = [read_pickle(inside(root, f, str(root)), f, notes) for f in files]
+    ranks = [_own(read_pickle(inside(root, f, str(root)), f, notes)) for f in files]
     sizes = {f: (root / f).stat().st_size for f in files}
     own = params.get("model", params)
     if not isinstance(own, dict):
@@ -61,6 +62,14 @@ def open(path: Path) -> Checkpoint:
         n_ranks=len(files),
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def _own(tensors: list[TensorRef]) -> list[TensorRef]:
+    """Without a head that is the embedding's very bytes under another name: so Meta's files of a tied model have it, whose code
+    asks for both."""
+    at = {t.name: (t.offset, t.dtype, t.shape, t.strides) for t in tensors}
+    tied = "output.weight" in at and at["output.weight"] == at.get("tok_embeddings.weight")
+    return [t for t in tensors if not tied or t.name != "output.weight"]
 
 
 def _rank_files(root: Path) -> list[str]:

@@ -39,7 +39,13 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise ZooError(f"{p}: no such file or folder")
     if (snapshot := snapshot_of(p)) != p:
         found = open_checkpoint(snapshot, format)
-        note = f"{p} is a folder of the Hub's cache: its snapshot {snapshot.name} was opened"
+        main = _main(snapshot.parent.parent)
+        stale = (
+            ""
+            if main in (None, snapshot.name)
+            else f", though refs/main names {main:.60}, which is not there"
+        )
+        note = f"{p} is a folder of the Hub's cache: its snapshot {snapshot.name} was opened{stale}"
         return replace(found, notes=(note, *found.notes))
     if format is not None and format not in READERS:
         raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
@@ -176,11 +182,8 @@ def snapshot_of(path: Path) -> Path:
     if not (cached and (at / "snapshots").is_dir()):
         return path
     held = sorted(p for p in (at / "snapshots").iterdir() if p.is_dir())
-    try:
-        main = at / "snapshots" / (at / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        main = None
-    if main in held:
+    named = _main(at)
+    if (main := next((p for p in held if p.name == named), None)) is not None:
         return main
     if not held:
         raise ZooError(f"{path} is a folder of the Hub's cache without a snapshot: nothing was downloaded")
@@ -190,3 +193,10 @@ def snapshot_of(path: Path) -> Path:
             f"Give one: {', '.join(map(str, held))}"
         )
     return held[0]
+
+
+def _main(cached: Path) -> str | None:
+    """What `refs/main` of a folder of the Hub's cache says, if anything."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (cached / "refs" / "main").read_text().strip() or None
+    return None

@@ -95,8 +95,26 @@ def _resolve_offline(about: About, commit: str | None, watch: Watch) -> Snapshot
             return Snapshot(repo, revision, commit, _files(entries, repo, hashless=not listed), listed)
     raise HubError(
         f"HF_HUB_OFFLINE is set and {about.repo} at revision {about.revision!r} is not in the cache "
-        f"({constants.HF_HUB_CACHE}). Unset it and run this again.",
+        f"({constants.HF_HUB_CACHE}){_held_instead(about, commit)}. Unset it and run this again.",
         "offline",
+    )
+
+
+def _held_instead(about: About, commit: str | None) -> str:
+    """What the cache holds of a repository where it does not hold what was asked for."""
+    at = cache.folder(about.repo) / "snapshots"
+    said = ""
+    if commit is not None and commit != about.revision:
+        said = f": it calls that {commit[:60]}, of which it has no file"
+    if (
+        commit is not None
+        and _COMMIT.fullmatch(commit)
+        and any(p.is_symlink() for p in (at / commit).rglob("*"))
+    ):
+        said = f": of {commit} it has links whose files are gone"
+    others = [c for c in cache.snapshots(about.repo) if c != commit and cache.read_snapshot(about.repo, c)]
+    return said + (
+        f"; it holds {', '.join(others)}, each of which can be named as the revision" if others else ""
     )
 
 

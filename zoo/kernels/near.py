@@ -46,9 +46,18 @@ def room(ranks: int, words: int) -> int:
     return 2 * ranks * words
 
 
-def near(x: Tensor, buffers: Tensor, calls: Tensor, rank: int, ranks: int, most: int, add: bool) -> Tensor:
+def near(
+    x: Tensor,
+    buffers: Tensor,
+    calls: Tensor,
+    rank: int,
+    ranks: int,
+    most: int,
+    add: bool,
+    onto: Tensor | None = None,
+) -> Tensor:
     """`near_sum_reference` or `near_gather_reference` of the ranks' x [..., n]: contiguous, of at most `most` words. A sum wants
-    fp32 or bf16 of whole words, a gather rows of whole words.
+    fp32 or bf16 of whole words, a gather rows of whole words. `onto`, as x: what a sum, once rounded, is added to.
 
     buffers int64 [ranks]: where each rank's buffer of `room` words starts, all zero at first. calls int32 [most / BLOCK]:
     how many each program has seen, zero at first. All ranks call this in the same order, each on one stream.
@@ -57,18 +66,34 @@ def near(x: Tensor, buffers: Tensor, calls: Tensor, rank: int, ranks: int, most:
     words, row = words_of(x), x.shape[-1] * x.element_size() // 4
     kind = ("floats" if x.dtype == torch.float32 else "halves") if add else "beside"
     _near[(ceil_div(words, BLOCK),)](
-        x.view(torch.int32), out.view(torch.int32), buffers, calls, words, row, most,
-        RANK=rank, RANKS=ranks, KIND=kind, BLOCK=BLOCK, num_warps=4, **overlap(x),
+        x.view(torch.int32), None if onto is None else onto.view(torch.int32), out.view(torch.int32),
+        buffers, calls, words, row, most, RANK=rank, RANKS=ranks, KIND=kind, ONTO=onto is not None, BLOCK=BLOCK, num_warps=4, **overlap(x),
     )  # fmt: skip
     return out
 
 
 if triton is not None:
 
+    @triton.jit
+    def lower(word):
+        """Of two bf16 numbers in a word the first, in fp32: bf16 is the upper half of it."""
+        return (word << 16).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def upper(word):
+        """And the second."""
+        return (word & -65536).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def halves(low, high):
+        """Both, rounded, in a word."""
+        first = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return first | (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
     @Kernel
     def _near(
-        x_ptr, out_ptr, buffers, calls, words, row, most,
-        RANK: tl.constexpr, RANKS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+        x_ptr, onto_ptr, out_ptr, buffers, calls, words, row, most, RANK: tl.constexpr, RANKS: tl.constexpr,
+        KIND: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0)
         at = program * BLOCK + tl.arange(0, BLOCK)
@@ -77,6 +102,9 @@ if triton is not None:
         before = tl.load(calls + program)
         this = tl.where(before == 0x7FFFFFFF, 2, before + 1)  # 0 is what an unused word carries
         own = tl.load(x_ptr + at, mask=mask, other=0)
+        onto = own
+        if ONTO:
+            onto = tl.load(onto_ptr + at, mask=mask, other=0)
         flag = this.to(tl.int64) << 32
         sent = flag | (own.to(tl.int64) & 0xFFFFFFFF)
         half = (this & 1) * RANKS * most
@@ -98,16 +126,19 @@ if triton is not None:
                 word = got.to(tl.int32)
             if KIND == "beside":
                 tl.store(out_ptr + (at // row * RANKS + r) * row + at % row, word, mask=mask)
-            elif KIND == "halves":  # of bf16: the upper half of an fp32 number
-                low += (word << 16).to(tl.float32, bitcast=True)
-                high += (word & -65536).to(tl.float32, bitcast=True)
+            elif KIND == "halves":
+                low += lower(word)
+                high += upper(word)
             else:
                 low += word.to(tl.float32, bitcast=True)
         if KIND == "halves":
-            first = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            second = high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-            tl.store(out_ptr + at, first | second, mask=mask)
+            made = halves(low, high)
+            if ONTO:
+                made = halves(lower(onto) + lower(made), upper(onto) + upper(made))
+            tl.store(out_ptr + at, made, mask=mask)
         elif KIND == "floats":
+            if ONTO:
+                low += onto.to(tl.float32, bitcast=True)
             tl.store(out_ptr + at, low.to(tl.int32, bitcast=True), mask=mask)
         tl.debug_barrier()
         tl.store(calls + program, this)

@@ -26,12 +26,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import threading
 import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,6 +44,7 @@ from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as, read_json
 from zoo.formats.canonical import JSON, SOURCE, wrote
+from zoo.formats.pickle_out import Archive
 from zoo.formats.safetensors import INDEX, header_bytes
 from zoo.layout import VERSION
 from zoo.mapping.folder import Folder
@@ -53,7 +56,6 @@ from zoo.mapping.moves import (
     Move,
     Rearrange,
     Woven,
-    copy,
     in_kernel,
     loops,
     merged,
@@ -65,6 +67,7 @@ from zoo.mapping.moves import (
 from zoo.mapping.parts import Part, Shared, shares
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
+from zoo.mapping.ways import BUFFERED, KERNEL, WAYS, Chooser, Clock, Unfit, copy
 from zoo.printable import printable
 from zoo.quant.schemes import scheme
 
@@ -88,10 +91,12 @@ def shard_size_of(total: int) -> int:
 
 @dataclass
 class Sheet:
-    """Safetensors files to be: their sizes and headers, and (file, byte offset) of each tensor."""
+    """Files to be, safetensors or torch's archives: their sizes, what lies before the first tensor, and (file, byte offset) of each
+    tensor."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
+    archives: dict[str, Archive] = field(default_factory=dict)
     place: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def add(self, tensors: Iterable[tuple[str, str, tuple[int, ...]]], stem: str, limit: int) -> None:
@@ -118,9 +123,23 @@ class Sheet:
             at += _nbytes(dtype, shape)
         self.sizes[name], self.headers[name] = at, header
 
+    def archive(
+        self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], also: Mapping[str, str]
+    ) -> None:
+        """One file as torch.save writes it; see `Archive`."""
+        made = self.archives[name] = Archive(name, tensors, also)
+        self.place |= {tensor: (name, at) for tensor, at in made.place.items()}
+        self.sizes[name] = made.size
+
+    @property
+    def nbytes(self) -> int:
+        """Of tensors in all files."""
+        archived = sum(a.nbytes for a in self.archives.values())
+        return archived + sum(self.sizes[f] - len(raw) for f, raw in self.headers.items())
+
     def index(self) -> bytes:
         """The index of all files, as Hugging Face writes it."""
-        total = sum(self.sizes[f] - len(self.headers[f]) for f in self.sizes)
+        total = self.nbytes
         weight_map = {name: file for name, (file, _) in self.place.items()}
         return (
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
@@ -164,6 +183,12 @@ class Mover:
         self._lock = threading.Lock()
         # The kernel lets one writer into a file at a time; others would spin. So they wait here.
         self._writing = {name: threading.Lock() for name in folder.sizes}
+        # By whether the two sides lie alike within their pages: the kernel may then have the file system share blocks.
+        self._choosers = {
+            alike: Chooser([KERNEL] if alike else list(WAYS), self.threads) for alike in (True, False)
+        }
+        if KERNEL not in WAYS:
+            self._without(KERNEL)
         self._loops: dict[int, tuple[Fit, tuple[Loop, ...], tuple[Loop, ...]]] = {}
 
     def open(self, file: str, path: Path) -> None:
@@ -205,26 +230,78 @@ class Mover:
 
     def run(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
         """Do all of them, over the threads; the first error stops everything and is raised."""
-        queues = _Queues(copies, rearrangements)
+        pieces = merged(copies)
+        for alike in (True, False):
+            self._copy_all(_Queues(c for c in pieces if c.alike is alike), alike)
+        self._over_threads(_Queues(rearrangements), self.threads, lambda: self._rearrange)
+
+    def _copy_all(self, queues: _Queues, alike: bool) -> None:
+        while queues.left:
+            chooser = self._choosers[alike]
+            choice, most = chooser.next()
+            chooser.took(
+                choice, *self._over_threads(queues, choice.threads, partial(self._copier, choice.way), most)
+            )
+
+    def _copier(self, way: str) -> Callable[[Any], None]:
+        """For one thread, as long as no source is closed."""
+        step = WAYS[way]()
+
+        def work(c: Copy) -> None:
+            nonlocal step
+            with self._writing[c.dst]:
+                places = self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src
+                try:
+                    copy(step, *places)
+                except Unfit:
+                    with self._lock:
+                        self._without(way)
+                    step = WAYS[BUFFERED]()
+                    copy(step, *places)
+
+        return work
+
+    def _without(self, way: str) -> None:
+        """It does not work between these files."""
+        self._choosers[False].drop(way)
+        if way == KERNEL:
+            self._choosers[True] = self._choosers[False]
+
+    def _over_threads(
+        self,
+        queues: _Queues,
+        threads: int,
+        worker: Callable[[], Callable[[Any], None]],
+        most: float = math.inf,
+    ) -> tuple[int, float]:
+        """Take moves of `most` bytes and do them, by a worker in each thread; bytes done, and seconds (see `ways.Clock`)."""
         lock, stop, errors = threading.Lock(), threading.Event(), list[BaseException]()
+        begun = done = 0
+        seconds = 0.0
 
         def work() -> None:
-            while not stop.is_set():
-                try:
+            nonlocal begun, done, seconds
+            try:
+                clock, do = Clock(), worker()
+                while not stop.is_set():
                     with lock:
-                        move = queues.take()
-                    if move is None:
-                        return
-                    n = self._copy(move) if isinstance(move, Copy) else self._rearrange(move)
+                        moves = queues.take() if begun < most else []
+                        begun += sum(m.nbytes for m in moves)
+                        if not moves:
+                            seconds = max(seconds, clock.seconds)
+                            return
+                    for move in moves:
+                        do(move)
+                        with lock:
+                            done += move.nbytes
+                            self.report(move.nbytes)
                     with lock:
-                        queues.done(move)
-                        self.report(n)
-                except BaseException as e:
-                    stop.set()
-                    errors.append(e)
-                    return
+                        queues.done(moves[0].dst)
+            except BaseException as e:
+                stop.set()
+                errors.append(e)
 
-        helpers = [threading.Thread(target=work, daemon=True) for _ in range(self.threads - 1)]
+        helpers = [threading.Thread(target=work, daemon=True) for _ in range(threads - 1)]
         for h in helpers:
             h.start()
         try:
@@ -243,6 +320,7 @@ class Mover:
                     f"{self.folder.dst}: {first.strerror}; what is written so far is kept, run again to go on"
                 ) from first
             raise first
+        return done, seconds
 
     def report(self, n: int) -> None:
         """`n` more bytes are written."""
@@ -250,41 +328,39 @@ class Mover:
         if self.progress is not None:
             self.progress(self.n_done, self.total)
 
-    def _copy(self, c: Copy) -> int:
-        with self._writing[c.dst]:
-            copy(self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src)
-        return c.nbytes
-
-    def _rearrange(self, r: Rearrange | Woven) -> int:
+    def _rearrange(self, r: Rearrange | Woven) -> None:
         r.run(self.folder.fd(r.dst))
-        return r.nbytes
 
 
 class _Queues:
-    """Moves by destination. The kernel lets one writer into a file at a time, so a thread is given a file that
+    """Moves by destination. The kernel lets one writer into a file at a time, so a thread is given moves of a file that
     no other is writing, where there is one; of those the one with most left to do, so that the last are short."""
 
-    def __init__(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
+    def __init__(self, moves: Iterable[Move]) -> None:
         work: dict[str, list[Move]] = {}
-        moves: list[Move] = [*merged(copies), *rearrangements]
         for move in moves:
             work.setdefault(move.dst, []).append(move)
         self.moves = {dst: _pieces(moves) for dst, moves in work.items()}
         self.left = {dst: sum(m.nbytes for m in moves) for dst, moves in work.items()}
         self.writers = dict.fromkeys(work, 0)
 
-    def take(self) -> Move | None:
-        while self.moves:
-            dst = min(self.moves, key=lambda d: (self.writers[d], -self.left[d]))
-            if (move := next(self.moves[dst], None)) is not None:
+    def take(self) -> list[Move]:
+        """Neighbours of one file, of about `COPY` bytes; none if nothing is left."""
+        while self.left:
+            dst = min(self.left, key=lambda d: (self.writers[d], -self.left[d]))
+            found: list[Move] = []
+            while sum(m.nbytes for m in found) < COPY and (move := next(self.moves[dst], None)) is not None:
+                found.append(move)
+            self.left[dst] -= sum(m.nbytes for m in found)
+            if not found or self.left[dst] <= 0:
+                del self.left[dst]
+            if found:
                 self.writers[dst] += 1
-                self.left[dst] -= move.nbytes
-                return move
-            del self.moves[dst]
-        return None
+                return found
+        return []
 
-    def done(self, move: Move) -> None:
-        self.writers[move.dst] -= 1
+    def done(self, dst: str) -> None:
+        self.writers[dst] -= 1
 
 
 def _pieces(moves: Iterable[Move]) -> Iterator[Move]:
@@ -340,7 +416,7 @@ class Execution:
             self._mine = frozenset(shares(self.sheet.sizes, part.of)[part.number - 1])
             says = {
                 "the plan": plan.digest,
-                "the source": str(plan.checkpoint.root.resolve()),
+                "the source": str(plan.checkpoint.root.resolve()) if self._local else "a remote one",
                 "the source's files (sizes, times)": _sha256(identity)[:16],
                 "the size of its shards": _sha256(repr(self.sheet.sizes))[:16],
                 "zoo": f"{__version__}, rules {plan.rules_version}",
@@ -453,6 +529,9 @@ class Execution:
         except (OSError, ZooError):
             return False
         here = parse_json(encoded(self._describe()))
+        if not self._local:  # each machine may have fetched it to a place of its own
+            for said in (there, here):
+                said["source"] = {**(said.get("source") or {}), "path": None}
         ckpt = self.plan.checkpoint
         newer = self._local and any(ckpt.path(f).stat().st_mtime_ns > at for f in ckpt.files)
         return {**there, "warnings": None} == {**here, "warnings": None} and not newer

@@ -1,17 +1,20 @@
-"""Export: a canonical folder -> the release it was made of, or a Hugging Face checkpoint.
+"""Export: a canonical folder -> the release it was made of, a Hugging Face checkpoint, or Meta's or Mistral's own files.
 
 The same rules, read from right to left. Where nothing was converted to another dtype, the release comes back
 to the byte: files, headers, index, every tensor (extras too), tokenizer and config. Otherwise (a dtype was
 asked for, or the source was a GGUF, a pickle, a vendor's own format) it is a new checkpoint in Hugging Face
-names, with new headers; its config says what changed.
+names, with new headers; its config says what changed. Or it is one in Meta's or Mistral's names, whose params.json is made of the
+Spec.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -24,7 +27,18 @@ from zoo._version import __version__
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats.base import ITEMSIZE, Checkpoint, TensorRef, encoded, files_below, inside, kept_as, place_of
+from zoo.formats import params_out
+from zoo.formats.base import (
+    ITEMSIZE,
+    Checkpoint,
+    TensorRef,
+    encoded,
+    files_below,
+    inside,
+    kept_as,
+    place_of,
+    read_json,
+)
 from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, read
 from zoo.formats.pickle import directory_size
 from zoo.formats.safetensors import INDEX, parse_header
@@ -41,7 +55,11 @@ from zoo.quant.schemes import scheme
 if TYPE_CHECKING:
     from zoo.card import About
 
-FORMATS = ("hf", "source", "gguf")
+log = logging.getLogger(__name__)
+
+FORMATS = ("hf", "source", "gguf", "meta", "mistral")
+VENDORS = ("meta", "mistral")
+"""Formats of vendors' own, which are namings too."""
 MAX_KEPT = 1 << 28
 """Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
 MAX_DIRECTORY = 1 << 22
@@ -92,20 +110,22 @@ def export(
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned. `dtype` ("bf16",
+    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
+    "meta" or "mistral", `params.json` and `consolidated.00.pth` or `consolidated.safetensors`, from any source. `dtype` ("bf16",
     "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
-    of tensors per file at most, in new files. New files get a model card (`zoo.card`), and with `card` those that are
-    the release's own do too. Raises ZooError if `canon` holds only some layers,
-    if its rules have changed since, if a dtype is asked for where weights are quantised, or as `Folder` does.
+    of tensors per file at most, in new files; Meta's are one. New files get a model card (`zoo.card`), and with `card` those
+    that are the release's own do too. Raises ZooError if `canon` holds only some layers,
+    if its rules have changed since, if a dtype is asked for where weights are quantised, if a vendor's format cannot say what the
+    model is, by the name of what it cannot, or as `Folder` does.
     """
     if format not in FORMATS:
         raise ZooError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if dtype is not None and format != "hf":
-        raise ZooError(f'a dtype is for format "hf", not {format!r}')
-    if shard_size is not None and format not in ("hf", "gguf"):
-        raise ZooError(f'a size of files is for formats "hf" and "gguf", not {format!r}')
+    if dtype is not None and format not in ("hf", *VENDORS):
+        raise ZooError(f'a dtype is for formats "hf", "meta" and "mistral", not {format!r}')
+    if shard_size is not None and format not in ("hf", "gguf", "mistral"):
+        raise ZooError(f'a size of files is for formats "hf", "gguf" and "mistral", not {format!r}')
     if format == "gguf":
         from zoo.mapping.export_gguf import export_gguf
 
@@ -123,12 +143,14 @@ def export(
     ).hexdigest()
     if c.root.resolve().is_relative_to(Path(os.path.abspath(dst)).resolve()):
         raise ZooError(f"{dst}: holds the checkpoint {c.root}; choose another destination")
-    total = sum(job.sheet.sizes[f] - len(job.sheet.headers[f]) for f in job.sheet.sizes)
     with Folder(dst, job.sheet.sizes, identity, force=force, ours=job.wrote) as folder:
-        mover = Mover(folder, total, progress, threads)
+        mover = Mover(folder, job.sheet.nbytes, progress, threads)
         try:
             for name, header in job.sheet.headers.items():
                 folder.head(name, header)
+            for name, archive in job.sheet.archives.items():
+                for at, data in archive.pieces:
+                    folder.head(name, data, at)
             for f in files:
                 mover.open(f, c.root / f)
             copies: list[Copy] = []
@@ -143,6 +165,8 @@ def export(
             mover.run(copies, through)
         finally:
             mover.close()
+        for name, archive in job.sheet.archives.items():
+            archive.seal(folder.fd(name))
         for name, data in job.small.items():
             folder.write(name, data)
         for name in job.carried:
@@ -211,14 +235,20 @@ def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = 
     family = families.get(source["family"], source.get("package"))
     kept = _kept(c)
     headers = _headers(kept)
-    same_names = source["naming"] == "hf" or format == "source"
+    naming = format if format in VENDORS else "hf"
+    same_names = source["naming"] == naming or format == "source"
     if same_names and source.get("dtype") is None and source["format"] != VALUES and not (cast or shard_size):
         if headers:
-            return _as_released(c, family, headers, kept)
+            job = _as_released(c, family, headers, kept)
+            if naming in VENDORS and _config_is_ours(c):  # beside the vendor's own files there was none
+                job.carried = [n for n in job.carried if n != "config.json"]
+            return job
         if source["format"] in HEADED:
             raise ZooError(
                 f"{c.root / SOURCE}: missing, or without the headers of the released files; convert again"
             )
+    if format in VENDORS:
+        return _as_vendors(c, family, format, shard_size, cast)
     if format == "source" and source["naming"] != "hf":
         raise ZooError(
             f"{c.root}: the released files cannot be made again ("
@@ -363,16 +393,88 @@ def _as_new(
     unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
     listed = [*unique.values(), *((n, c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)]
     sheet = Sheet()
-    sheet.add(listed, "model", shard_size)
     small: dict[str, bytes] = {}
-    if len(sheet.sizes) == 1:
-        sheet = Sheet()
-        sheet.file("model.safetensors", listed)
-    else:
-        small[INDEX] = sheet.index()
+    if index := _lay_out(sheet, listed, "model", shard_size):
+        small[INDEX] = index
     carried = [n for n in _carried(c) if n != "config.json"]
     small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
     return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
+
+
+def _lay_out(
+    sheet: Sheet, listed: list[tuple[str, str, tuple[int, ...]]], stem: str, shard_size: int
+) -> bytes | None:
+    """Put the tensors into one file, or into several, whose index is returned."""
+    several = Sheet()
+    several.add(listed, stem, shard_size)
+    if len(several.sizes) == 1:
+        sheet.file(f"{stem}.safetensors", listed)
+        return None
+    sheet.sizes, sheet.headers, sheet.place = several.sizes, several.headers, several.place
+    return sheet.index()
+
+
+def _as_vendors(
+    c: Canonical, family: Family, naming: str, shard_size: int | None, cast: Mapping[str, str]
+) -> _Job:
+    """Meta's or Mistral's own files: their names by the rules of the family that has them, params.json as it came or made of the
+    Spec. One file, as the vendors' own code opens, unless a size is asked for."""
+    if c.quant:
+        slot, how = next(iter(c.quant.items()))
+        raise ZooError(
+            f"{c.root}: {len(c.quant)} weights are quantised ({slot}: {how}), which are not written in {naming}'s names but as they were "
+            "released in them; convert the source again with --dtype"
+        )
+    ours = c.source["naming"] == naming
+    form, params = params_out.form(family, naming, c.spec, str(c.root))
+    rank0 = len("rank0.") if naming == "meta" else 0  # of one rank, whose file does not say it
+    outputs = {
+        o.name: replace(o, dtype=cast.get(o.name, o.dtype))
+        for o in outputs_of(c, form.rules[naming], lambda name: name[rank0:], called=f"{naming}'s")
+    }
+    unique = {
+        name: (name, o.dtype, fit.shape)
+        for o in outputs.values()
+        for name, fit in zip(o.sources, o.fits, strict=True)
+    }
+    extras = [n for n in c.extra_tensors if ours and c.source["n_ranks"] == 1]  # of several, each has a part
+    aside = ((n[rank0:], c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)
+    listed = [*unique.values(), *aside]
+    if left := [n for n in c.extra_tensors if n not in extras]:
+        log.warning(
+            "%s: %d tensors beside the text model are not written (%s, ...): %s",
+            c.root, len(left), left[0], c.extras.get(left[0], "no part of it"),
+        )  # fmt: skip
+    sheet, small = Sheet(), dict[str, bytes]()
+    if naming == "meta":
+        also = {"output.weight": "tok_embeddings.weight"} if c.spec.tied else {}  # its code asks for both
+        sheet.archive("consolidated.00.pth", listed, also)
+    elif index := _lay_out(sheet, listed, "consolidated", shard_size or sys.maxsize):
+        small["consolidated.safetensors.index.json"] = index
+    sheet.place |= {n: sheet.place[n[rank0:]] for n in extras}
+    carried = [
+        n for n in _carried(c) if n not in ("config.json", "params.json") and not n.endswith(".index.json")
+    ]
+    small["params.json"] = _params(c, params, ours)
+    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
+
+
+def _config_is_ours(c: Canonical) -> bool:
+    """Whether the config in the folder was made by the reader of a vendor's files."""
+    config = place_of(c.root, "config.json")
+    return config.exists() and read_json(config, "it was carried") == c.source["config"]
+
+
+def _params(c: Canonical, made: Mapping[str, Any], ours: bool) -> bytes:
+    """params.json: as it came with files of this naming, but for what a conversion changed; else what was `made`."""
+    if not ours or "params.json" not in _carried(c):
+        return encoded(made, indent=2) + b"\n"
+    given = place_of(c.root, "params.json").read_bytes()
+    said = parse_json(given)
+    stored = [k for k in ("quantization", "quantization_config") if isinstance(said, dict) and k in said]
+    if not stored:
+        return given
+    return encoded({k: v for k, v in said.items() if k not in stored}, indent=2) + b"\n"
 
 
 def rules_of(family: Family, naming: str = "hf") -> RuleSet:
@@ -389,7 +491,9 @@ def prefix_of(c: Canonical, rules: RuleSet) -> tuple[tuple[str, str], ...]:
     return tuple((a, b) for a, b in c.source["prefix"])
 
 
-def outputs_of(c: Canonical, rules: RuleSet, spell: Any, released: Collection[str] = ()) -> Iterator[Output]:
+def outputs_of(
+    c: Canonical, rules: RuleSet, spell: Any, released: Collection[str] = (), called: str = "Hugging Face"
+) -> Iterator[Output]:
     """Canonical tensors with the names and shapes of the first rule that applies to each; of several that do, of the first
     whose names were released."""
     for slot in layout(c.spec).values():
@@ -411,7 +515,7 @@ def outputs_of(c: Canonical, rules: RuleSet, spell: Any, released: Collection[st
             if not released:
                 break
         if not first:
-            raise ZooError(f"{c.root}: {slot.name} has no Hugging Face form: {reason}; convert with --dtype")
+            raise ZooError(f"{c.root}: {slot.name} has no {called} form: {reason}; convert with --dtype")
         yield from first
 
 

@@ -117,9 +117,9 @@ class Folder:
                 self._reserved.add(name)
         return self._fds[name]
 
-    def head(self, name: str, data: bytes) -> None:
-        """The first bytes of a large file."""
-        os.pwrite(self._fds[name], data, 0)
+    def head(self, name: str, data: bytes, at: int = 0) -> None:
+        """Bytes of a large file that are no tensor's: its first ones, or those from `at` on."""
+        os.pwrite(self._fds[name], data, at)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file. Raises ZooError for a name that leads out of the folder."""

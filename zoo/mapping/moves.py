@@ -3,10 +3,8 @@
 A fit pairs elements of a source tensor with elements of a canonical one. Written as nested loops with a
 stride on either side it is a `Move`, and a move is done in one of two ways:
 
-- where both sides are contiguous for long, each run is copied from file to file, neighbouring runs merged, in
-  pieces that stay in a core's cache; or by the kernel (`copy_file_range`) where the two sides lie alike within
-  their pages, so that file systems that can share blocks may do so. Where they do not, the kernel's copy
-  takes 1.3 times as long as ours, which writes whole pages;
+- where both sides are contiguous for long, each run is copied from file to file, neighbouring runs merged, by the
+  fastest of several ways (`ways.py`);
 - where they are not (transposes, interleaved rows, the columns of several ranks), or where elements change on the way
   (casts, dequantisation), in chunks of bounded size: read, rearrange in numpy, write.
 
@@ -17,15 +15,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoo.errors import ZooError
 from zoo.mapping.rules import Box
+from zoo.mapping.ways import PAGE, write
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,11 +31,7 @@ Loop = tuple[int, int, int]
 """(count, source stride, destination stride), in elements."""
 
 RUN = 32 << 10  # bytes; shorter runs go through memory: a system call each would cost more than the copy
-COPY = 64 << 20  # bytes per copy call: often enough to stop and to report
-# Bytes of one thread's copies. Larger writes make the page cache ask for larger runs of free memory; on a
-# virtual machine those may be untouched yet, and then cost several times the copy.
-BUFFER = 512 << 10
-PAGE, LINE = 4096, 64
+COPY = 16 << 20  # bytes per copy: often enough to stop, to report, and to share out
 STRIPE = 1600 << 10  # bytes rearranged and written at a time: still in a cache when the kernel reads them
 # Rows and columns of the source transposed at a time, of elements of two bytes; more rows where there are fewer columns.
 # Memory is read in runs of as many columns: with 512 it takes half as long as with 128.
@@ -108,6 +99,11 @@ class Copy:
     dst_at: int
     nbytes: int
 
+    @property
+    def alike(self) -> bool:
+        """Whether both sides lie alike within their pages."""
+        return (self.src_at - self.dst_at) % PAGE == 0
+
 
 def merged(copies: list[Copy]) -> list[Copy]:
     """Neighbours on both sides made one, and everything cut into pieces of at most `COPY` bytes."""
@@ -129,52 +125,6 @@ def merged(copies: list[Copy]) -> list[Copy]:
         for c in out
         for at in range(0, c.nbytes, COPY)
     ]
-
-
-def copy(src: int, src_at: int, dst: int, dst_at: int, n: int, name: str) -> None:
-    """Copy bytes between file descriptors. Raises ZooError if the source, called `name`, ends early."""
-    global _in_kernel
-    while n:
-        if _in_kernel and (src_at - dst_at) % PAGE == 0:
-            try:
-                done = os.copy_file_range(src, dst, n, src_at, dst_at)
-            except OSError as e:
-                if e.errno not in _UNSUPPORTED:
-                    raise
-                _in_kernel = False  # two file systems, or an old kernel
-                continue
-        else:
-            # Ends where a page of the destination does, and begins where in its own page the source does.
-            begin = src_at % PAGE // LINE * LINE
-            piece = _buffer()[begin : begin + min(n, BUFFER - dst_at % PAGE)]
-            done = os.preadv(src, [piece], src_at)
-            _write(dst, piece[:done], dst_at)
-        if done == 0:
-            raise ZooError(
-                f"{name}: ends at byte {src_at}, {n} more were expected: it changed or is truncated"
-            )
-        src_at, dst_at, n = src_at + done, dst_at + done, n - done
-
-
-_in_kernel = hasattr(os, "copy_file_range")
-_UNSUPPORTED = {18, 22, 38, 95}  # EXDEV, EINVAL, ENOSYS, EOPNOTSUPP
-_memory = threading.local()
-
-
-def _buffer() -> memoryview:
-    """This thread's own, from the beginning of a page. Some processors copy at half their speed to where, counted from
-    the beginning of a page, is a few bytes behind the source (an EPYC 7003: up to 31)."""
-    if not hasattr(_memory, "buffer"):
-        _memory.buffer = memoryview(mmap.mmap(-1, BUFFER + PAGE))
-    return _memory.buffer  # type: ignore[no-any-return]
-
-
-def _write(fd: int, data: Any, at: int) -> int:
-    view = memoryview(data).cast("B")
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], at + done)
-    return done
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -266,7 +216,7 @@ class Rearrange:
         length = math.prod(n for n, _, _ in inner)
         if outer and length * size < STRIPE // 16:  # many short runs: rearranged together
             for row, (_, at) in zip(rearranged(view).reshape(-1, length), offsets(outer)):
-                _write(fd, row, base + at * size)
+                write(fd, row, base + at * size)
             return
         for index, (_, at) in zip(np.ndindex(view.shape[: len(outer)]), offsets(outer)):
             _stripes(fd, view[index], base + at * size)
@@ -327,7 +277,7 @@ class Woven:
         shape = self.rows, self.length
         parts = [loader.read(at, math.prod(shape)).reshape(shape) for loader, at in self.sources]
         rows = scratch("woven", (self.rows, len(parts), self.length), parts[0].dtype)
-        _write(fd, np.stack(parts, 1, out=rows), self.at)
+        write(fd, np.stack(parts, 1, out=rows), self.at)
 
 
 Move = Copy | Rearrange | Woven
@@ -366,19 +316,19 @@ def _stripes(fd: int, view: Array, at: int) -> None:
     """Write what `view` shows, one run of the file, in pieces that are still in the cache when they are written."""
     n = view.nbytes
     if n <= STRIPE or view.ndim == 0:
-        _write(fd, rearranged(view), at)
+        write(fd, rearranged(view), at)
         return
     row = n // view.shape[0]
     if row <= STRIPE or view.ndim == 1:
         step = _step(row)
         for i in range(0, view.shape[0], step):
-            _write(fd, rearranged(view[i : i + step]), at + i * row)
+            write(fd, rearranged(view[i : i + step]), at + i * row)
     elif view.ndim > 2 and _interleaved(view, 0, 1):  # the same lines of the source hold all of them
         short = row // view.shape[1]
         step = _step(short * view.shape[0])
         for i in range(0, view.shape[1], step):
             for k, part in enumerate(rearranged(view[:, i : i + step])):
-                _write(fd, part, at + k * row + i * short)
+                write(fd, part, at + k * row + i * short)
     else:
         for i in range(view.shape[0]):
             _stripes(fd, view[i], at + i * row)

@@ -31,13 +31,13 @@ class Across:
         """Whether a CUDA graph can hold what is said."""
         self.near = Near.of(self.group) if self.capturable else None
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The ranks' x, added up; x may be overwritten. The same bits on all of them."""
+    def sum(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The ranks' x, added up, and to `onto`; x may be overwritten. The same bits on all of them."""
         x = x.contiguous()
-        if self.near is not None and (total := self.near.sum(x)) is not None:
+        if self.near is not None and (total := self.near.sum(x, onto)) is not None:
             return total
         dist.all_reduce(x, group=self.group)
-        return x
+        return x if onto is None else onto + x
 
     def mean(self, x: Tensor, share: int, shares: int) -> Tensor:
         """The mean of x over the ranks that have the same one of `shares` shares; `share` is this rank's."""

@@ -106,8 +106,7 @@ class Linear(Weights):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.across is None:
             return self.times(x, onto)
-        y = self.across.sum(self.times(x))
-        return y if onto is None else onto + y
+        return self.across.sum(self.times(x), onto)
 
 
 class Stacked(Weights):

@@ -51,19 +51,21 @@ class Near:
         dist.all_reduce(worked, dist.ReduceOp.MIN, group)
         return made if worked.item() else None
 
-    def sum(self, x: Tensor) -> Tensor | None:
-        """The ranks' x, added up; None where that is not for here."""
+    def sum(self, x: Tensor, onto: Tensor | None = None) -> Tensor | None:
+        """The ranks' x, added up, and to `onto`; None where that is not for here."""
         if x.dtype not in (torch.float32, torch.bfloat16) or x.nbytes % 4:
             return None
-        return self._all(x, add=True)
+        if onto is not None and (onto.dtype != x.dtype or onto.shape != x.shape or not onto.is_contiguous()):
+            return None
+        return self._all(x, True, onto)
 
     def gather(self, x: Tensor) -> Tensor | None:
         """The ranks' x [..., n], one after the other: [..., ranks n]; None where that is not for here."""
         if x.shape[-1] * x.element_size() % 4:
             return None
-        return self._all(x, add=False)
+        return self._all(x, False)
 
-    def _all(self, x: Tensor, add: bool) -> Tensor | None:
+    def _all(self, x: Tensor, add: bool, onto: Tensor | None = None) -> Tensor | None:
         if not 0 < words_of(x) <= MOST:
             return None
-        return near(x, self.buffers, self.calls, self.rank, self.ranks, MOST, add)
+        return near(x, self.buffers, self.calls, self.rank, self.ranks, MOST, add, onto)

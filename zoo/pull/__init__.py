@@ -4,6 +4,8 @@
 - `space.py`     what will be fetched and written, in bytes
 - `fetch.py`     the ways in which its bytes come: whole files, streamed, or ranges
 - `run.py`       the orchestration: start here
+- `stored.py`    a source in an object store
+- `sent.py`      a destination in one
 - `progress.py`  parts of one whole
 """
 

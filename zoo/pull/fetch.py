@@ -1,7 +1,7 @@
 """The ways in which a source's bytes come to its conversion.
 
-Three fetch: whole files into the Hub's cache; `stream`, one file at a time beside the destination, each deleted when
-its last tensor is converted; `layers`, only the byte ranges of those layers, in sparse files. Every way continues where
+Three fetch: whole files into the Hub's cache; `stream`, and always from an object store, one file at a time beside the
+destination, each deleted when its last tensor is converted; `layers`, only the byte ranges of those layers, in sparse files. Every way continues where
 an interrupted run stopped, and gives the same bytes.
 """
 
@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,13 @@ from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
 from zoo.formats.safetensors import read_header
-from zoo.mapping.folder import clear, in_the_way, is_ours, own
+from zoo.hub.http import Watch
+from zoo.mapping.folder import Folder, clear, in_the_way, is_ours, own
+from zoo.mapping.parts import Part, Shared
 from zoo.plain import open_plain, write_plain
 from zoo.pull.progress import Passed, Steps
 from zoo.pull.source import Opened
-from zoo.pull.space import check_space, ranges_of, to_fetch, to_write
+from zoo.pull.space import check_space, files_of, ranges_of, to_fetch, to_write, written
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
@@ -34,15 +37,24 @@ MARK = ".zoo-fetched"  # in a folder of fetched files that is zoo's to delete
 
 
 class Job:
-    """One conversion of a remote source into `target`."""
+    """One conversion of a remote source into `target`, or a part of it."""
 
     def __init__(
-        self, opened: Opened, target: Path, force: bool, progress: Progress, workers: int, strict: bool
+        self,
+        opened: Opened,
+        target: Path,
+        force: bool,
+        progress: Progress,
+        workers: int,
+        strict: bool,
+        part: Part | None = None,
     ) -> None:
         self.opened, self.plan, self.target, self.force = opened, opened.plan, target, force
-        self.strict = strict
+        self.strict, self.part = strict, part
         self.progress, self.workers = progress, workers
-        self.work = target.with_name(target.name + ".source")  # what is fetched beside the destination
+        self.needed, self.nbytes = files_of(self.plan, part), written(self.plan, part)
+        mine = "" if part is None else f"-{part.number}-of-{part.of}"
+        self.work = target.with_name(f"{target.name}.source{mine}")  # what is fetched beside the destination
 
     @property
     def remote(self) -> Remote:
@@ -55,9 +67,9 @@ class Job:
 
     def from_disk(self) -> None:
         """Convert what a package brought."""
-        check_space(self.target, {self.target: to_write(self.plan)})
+        check_space(self.target, {self.target: to_write(self.plan, self.part)})
         ckpt = self.plan.checkpoint
-        self.progress.start(self.plan.nbytes)
+        self.progress.start(self.nbytes)
         self._convert(ckpt, lambda run: None, path=_reopened(ckpt), identity=_identity(self.opened))
 
     def by_files(self) -> None:
@@ -65,14 +77,17 @@ class Job:
         from zoo import hub
         from zoo.hub import cache
 
-        snapshot = self.remote.snapshot
-        fetch, there = to_fetch(self.opened, cached=True)
+        snapshot, files = self.remote.snapshot, self.remote.files
+        if self.part is not None and _by_its_files(self.plan.checkpoint):
+            mine = {self.path(f) for f in self.needed}
+            files = tuple(f for f in files if f not in self.remote.weights or f.path in mine)
+        fetch, there = to_fetch(self.opened, True, files)
         at = cache.folder(snapshot.repo)
-        check_space(self.target, {at: fetch - there, self.target: to_write(self.plan)})
-        self.progress.start(fetch + self.plan.nbytes)
-        paths = [f.path for f in self.remote.files]
+        check_space(self.target, {at: fetch - there, self.target: to_write(self.plan, self.part)})
+        self.progress.start(fetch + self.nbytes)
+        paths = [f.path for f in files]
         folder = hub.download(snapshot, paths, workers=self.workers, progress=Passed(self.progress))
-        ckpt = _moved(self.plan.checkpoint, folder, self.remote)
+        ckpt = _moved(self.plan.checkpoint, folder, self.remote, set(paths))
         self._convert(ckpt, lambda run: None, path=_reopened(ckpt), identity=_identity(self.opened))
 
     def by_ranges(self) -> None:
@@ -97,15 +112,7 @@ class Job:
         """Fetch a file while the one before is converted; delete each when nothing needs it any more."""
         from zoo import hub
 
-        plan = self.plan
-        largest = sorted(plan.checkpoint.files.values())[-2:]
-        check_space(self.target, {self.target: sum(largest) + to_write(plan)})
-        needed = plan.files_needed()
-        self.progress.start(sum(plan.checkpoint.files[f] for f in needed) + plan.nbytes)
-        self._beside()
-        cancel = threading.Event()
-
-        def fetch(file: str) -> None:
+        def fetch(file: str, cancel: threading.Event) -> None:
             hub.download_to(
                 self.remote.snapshot,
                 self.path(file),
@@ -114,30 +121,40 @@ class Job:
                 cancel=cancel,
             )
 
+        self._arriving(fetch, self._beside)
+
+    def from_store(self) -> None:
+        """The same, from an object store."""
+        assert self.opened.stored is not None
+        stored, ckpt = self.opened.stored, self.plan.checkpoint
+        advance = Watch(self.progress).advance
+
+        def fetch(file: str, cancel: threading.Event) -> None:
+            with open_for_fetching(self.work / file) as fd:
+                stored.fetch(stored.path(file), fd, advance=advance, stopped=cancel.is_set)
+            if (header := ckpt.headers.get(file)) is not None and read_header(self.work / file) != header:
+                raise ZooError(f"{stored}: {file} was written again since the plan was made; run this again")
+
+        def beside() -> None:
+            begin_beside(self.work)
+            for name in ckpt.carried:
+                put_beside(self.work, name, stored.small(stored.path(name)))
+
+        self._arriving(fetch, beside)
+        if stored.unhashed:
+            self.progress.note(
+                f"{stored} tells no hash of {len(stored.unhashed)} of the files that were read: sizes and headers were compared"
+            )
+
+    def _arriving(self, fetch: Callable[[str, threading.Event], None], beside: Callable[[], None]) -> None:
+        plan = self.plan
+        sizes = {f: plan.checkpoint.files[f] for f in self.needed}
+        check_space(self.target, {self.target: sum(sorted(sizes.values())[-2:]) + to_write(plan, self.part)})
+        self.progress.start(sum(sizes.values()) + self.nbytes)
+        beside()
+
         def feed(run: Any) -> None:
-            wanted: list[str] = run.wanted
-            for file in needed:
-                if file not in wanted:  # consumed by an earlier run
-                    self.progress.advance(plan.checkpoint.files[file])
-                    (self.work / file).unlink(missing_ok=True)
-            here: set[str] = set()
-            ahead: _Background | None = None
-            try:
-                for n, file in enumerate(wanted):
-                    self.progress.phase("converting as it arrives")
-                    if ahead is None:
-                        fetch(file)
-                    else:
-                        ahead.wait()
-                    here.add(file)
-                    following = wanted[n + 1] if n + 1 < len(wanted) else None
-                    ahead = _Background(fetch, following) if following and len(here) < 2 else None
-                    for name in run.feed(file):
-                        (self.work / name).unlink(missing_ok=True)
-                        here.discard(name)
-            except BaseException:
-                cancel.set()
-                raise
+            feed_as_they_arrive(run, self.needed, fetch, self.work, self.progress)
 
         ckpt = replace(plan.checkpoint, root=self.work)
         self._convert(ckpt, feed, path=None, identity=_identity(self.opened), durable=True)
@@ -148,27 +165,15 @@ class Job:
 
         small = [f for f in self.remote.files if f not in self.remote.weights]
         cached = hub.download(self.remote.snapshot, [f.path for f in small])
-        if os.path.lexists(self.work) and not self._began():
-            raise ZooError(in_the_way(self.work))
-        self.work.mkdir(parents=True, exist_ok=True)
-        own(self.work)
-        os.close(open_plain(self.work / MARK, os.O_WRONLY | os.O_CREAT))
+        begin_beside(self.work)
         for file in small:
             inside = os.path.relpath(file.path, self.remote.folder or ".")
             if not inside.startswith(".."):
-                (self.work / inside).parent.mkdir(parents=True, exist_ok=True)
-                write_plain(self.work / inside, (cached / file.path).read_bytes())
-
-    def _began(self) -> bool:
-        """Whether the folder of what is fetched is there, and zoo's."""
-        return self.work.is_dir() and not self.work.is_symlink() and is_ours(self.work, MARK)
+                put_beside(self.work, inside, (cached / file.path).read_bytes())
 
     def clean(self) -> None:
         """Remove what was fetched beside the destination, by this run or one before."""
-        with contextlib.suppress(OSError):
-            if self._began():
-                clear(self.work, MARK)
-                self.work.rmdir()
+        clean_beside(self.work)
 
     def _convert(
         self,
@@ -186,12 +191,95 @@ class Job:
         with Execution(
             replace(self.plan, checkpoint=ckpt), self.target, force=self.force, identity=identity, durable=durable,
             strict=self.strict,
-            progress=Steps(self.progress), source=source,
+            progress=Steps(self.progress), source=source, part=self.part,
         ) as run:  # fmt: skip
             feed(run)
             for file in run.wanted:
                 run.feed(file)
             run.finish()
+            tell_waiting(run.folder, self.progress)
+
+
+def tell_waiting(folder: Folder, progress: Progress) -> None:
+    """Of a part that is finished before others: which."""
+    if isinstance(folder, Shared) and not folder.published:
+        waiting = ", ".join(map(str, folder.waiting))
+        progress.note(f"{folder.part} is finished; {folder.dst} appears when these are, too: {waiting}")
+
+
+def begin_beside(work: Path) -> None:
+    """Have a folder for what is fetched beside the destination. Raises ZooError if somebody else's is in its place."""
+    if os.path.lexists(work) and not _began(work):
+        raise ZooError(in_the_way(work))
+    work.mkdir(parents=True, exist_ok=True)
+    own(work)
+    os.close(open_plain(work / MARK, os.O_WRONLY | os.O_CREAT))
+
+
+def put_beside(work: Path, name: str, data: bytes) -> None:
+    (work / name).parent.mkdir(parents=True, exist_ok=True)
+    write_plain(work / name, data)
+
+
+@contextmanager
+def open_for_fetching(path: Path) -> Iterator[int]:
+    """The descriptor of a file beside the destination, to be filled."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def clean_beside(work: Path) -> None:
+    with contextlib.suppress(OSError):
+        if _began(work):
+            clear(work, MARK)
+            work.rmdir()
+
+
+def _began(work: Path) -> bool:
+    """Whether the folder of what is fetched is there, and zoo's."""
+    return work.is_dir() and not work.is_symlink() and is_ours(work, MARK)
+
+
+def feed_as_they_arrive(
+    run: Any,
+    needed: Iterable[str],
+    fetch: Callable[[str, threading.Event], None],
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Have the files that `run` wants fetched to `work`, one while the one before is converted; each is deleted when
+    nothing needs it any more. `fetch(file, cancel)` stops early when `cancel` is set."""
+    cancel = threading.Event()
+    sizes = run.plan.checkpoint.files
+    wanted: list[str] = run.wanted
+    for file in needed:
+        if file not in wanted:  # consumed by an earlier run
+            progress.advance(sizes[file])
+            (work / file).unlink(missing_ok=True)
+    here: set[str] = set()
+    ahead: _Background | None = None
+    try:
+        for n, file in enumerate(wanted):
+            progress.phase("converting as it arrives")
+            if ahead is None:
+                fetch(file, cancel)
+            else:
+                ahead.wait()
+            here.add(file)
+            following = wanted[n + 1] if n + 1 < len(wanted) else None
+            ahead = (
+                _Background(lambda f: fetch(f, cancel), following) if following and len(here) < 2 else None
+            )
+            for name in run.feed(file):
+                (work / name).unlink(missing_ok=True)
+                here.discard(name)
+    except BaseException:
+        cancel.set()
+        raise
 
 
 def _identity(opened: Opened) -> str:
@@ -199,15 +287,21 @@ def _identity(opened: Opened) -> str:
     return hashlib.sha256(repr((opened.origin or {}).get("files")).encode()).hexdigest()
 
 
-def _moved(ckpt: Checkpoint, folder: Path, remote: Remote) -> Checkpoint:
-    """The checkpoint, now that the repository's files are in `folder`. What was planned from must be what came."""
+def _by_its_files(ckpt: Checkpoint) -> bool:
+    """Whether some of the files do without the others: not of GGUF and pickles, whose headers hold more than names."""
+    return bool(ckpt.headers) and not ckpt.synthesised
+
+
+def _moved(ckpt: Checkpoint, folder: Path, remote: Remote, came: set[str]) -> Checkpoint:
+    """The checkpoint, now that the repository's files, those that `came`, are in `folder`. What was planned from must be
+    what came."""
     entry, folder = remote.entry(folder), folder / remote.folder
     for file, header in ckpt.headers.items():
-        if read_header(folder / file) != header:
+        if os.path.join(remote.folder, file) in came and read_header(folder / file) != header:
             raise ZooError(
                 f"{remote}: the header of {file} was another when the plan was made; run this again"
             )
-    if ckpt.synthesised or not ckpt.headers:  # GGUF and pickles: their headers hold more than names
+    if not _by_its_files(ckpt):
         path = folder / next(iter(ckpt.files)) if ckpt.format == "gguf" else entry
         again = open_checkpoint(path, ckpt.format)
         if (again.config, again.tensors) != (ckpt.config, ckpt.tensors):

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.mapping.folder import check_destination, put, recover
-from zoo.pull.fetch import Job
+from zoo.pull.brought import bring
+from zoo.pull.fetch import Job, tell_waiting
 from zoo.pull.progress import Quiet, Steps
 from zoo.pull.source import (
     Opened,
@@ -31,10 +32,13 @@ from zoo.pull.source import (
     is_local,
     named,
     not_here,
+    of_hub,
     open_source,
     opening,
 )
 from zoo.pull.space import existing, to_fetch, to_write
+from zoo.pull.stored import canonical_at
+from zoo.url import is_url, without_secrets
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
@@ -64,11 +68,10 @@ def convert(
     `src` before it appears, and `device`: where that is computed. `file`: which file of weights, or index of shards, in the
     folder or repository `src` or below it. `part`: of a conversion on disk, only this part; `dst` appears with the last.
     """
+    refuse_store(dst)
     how: dict[str, Any] = {"dtype": dtype, "format": format, "family": family}
-    if part is not None and (verify is not None or not is_local(src)):
-        raise ZooError(
-            f"{part}: only a checkpoint that is on disk is converted in parts, and verified when all are finished"
-        )
+    if part is not None and verify is not None:
+        raise ZooError(f"{part}: what is made in parts is verified when all are finished: leave out --verify")
     if not is_local(src):
         with not_here(src):
             return pull(
@@ -80,12 +83,12 @@ def convert(
                 force=force,
                 progress=progress,
                 file=file,
+                part=part,
                 **how,
             )
     if file is not None:
         src = named(src, file)
     from zoo.mapping.execute import Execution, refuse_overlap
-    from zoo.mapping.parts import Shared
 
     path, dst = Path(src), Path(os.path.abspath(dst))
     if verify is not None:
@@ -109,12 +112,18 @@ def convert(
             progress.note(f"{part}: {mine} of {every} files, {run.nbytes:,} bytes of weights")
         run.feed_here()
         run.finish()
-        if isinstance(run.folder, Shared) and not run.folder.published:
-            waiting = ", ".join(map(str, run.folder.waiting))
-            progress.note(f"{part} is finished; {dst} appears when these are, too: {waiting}")
+        tell_waiting(run.folder, progress)
     if verify is not None:
         _verify(target, dst, verify, device, force, progress)
     return dst
+
+
+def refuse_store(dst: StrPath | None) -> None:
+    """A URL taken for a path would make a folder called `s3:`."""
+    if is_url(dst):
+        raise ZooError(
+            f"{without_secrets(dst)} is in a store: `zoo convert` writes there (zoo.pull.sent.convert_to_store in Python)"
+        )
 
 
 def _note(plan: Plan, progress: Progress) -> None:
@@ -139,12 +148,35 @@ def pull(
     device: str = "cpu",
     force: bool = False,
     workers: int = 4,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch, check, convert and verify a release. See `zoo.pull`; `workers` files arrive at once."""
+    """Fetch, check, convert and verify a release. See `zoo.pull`; `workers` files arrive at once. `part`: only this part of
+    it, of which other processes do the others: the files that its own output files are made of are fetched; `to` appears with
+    the last."""
+    if part is not None and (verify is not None or layers is not None):
+        raise ZooError(
+            f"{part}: a whole release is pulled in parts, and verified when all are finished: leave out "
+            f"{'--layers' if verify is None else '--verify'}"
+        )
     if stream and layers is not None:
         raise ZooError("stream and layers are two ways to fetch: choose one")
     progress = progress or Quiet()
+    refuse_store(to)
+    name, revision = of_hub(name, revision)
+    if is_url(name) and (found := canonical_at(name)) is not None:
+        if any(v is not None for v in (dtype, revision, format, family, file, layers, verify)) or stream:
+            raise ZooError(f"{found} is a canonical folder: it is fetched as it is, without other options")
+        if part is not None:
+            raise ZooError(f"{found} is a canonical folder, which one process fetches: --part 1/1")
+        to = Path(os.path.abspath(to if to is not None else default_folder(found.store.url)))
+        with alone(str(to), progress):
+            return bring(found, to, force, progress)
+    if is_url(name) and (layers is not None or verify is not None):
+        raise ZooError(
+            f"{name} is in a store: it is converted whole, and nothing of it is kept that could be verified against: leave out "
+            f"{'--verify' if layers is None else '--layers'}"
+        )
     if verify is not None:
         _can_verify(verify, device, layers)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
@@ -164,23 +196,28 @@ def pull(
             verify=verify,
             device=device,
             force=force,
+            part=part,
             progress=progress,
         )
     with (
-        _alone(dst, progress),
+        alone(str(dst) if part is None else f"{dst}, {part}", progress),
         opening(name, dtype, revision, format, layers, progress, family, file) as opened,
     ):
         opened.hash(progress)
-        recover(dst)
+        if part is None:  # parts do so in turn
+            recover(dst)
         if _is_done(dst, opened) and not force:
             progress.note(f"{dst} is there already, from the same source")
             return dst
-        _check(dst, force)
+        if part is None or not _is_done(dst, opened):
+            _check(dst, force)
         target = dst if verify is None else _unverified(dst)
         _note(opened.plan, progress)
-        job = Job(opened, target, force, progress, workers, strict)
+        job = Job(opened, target, force, progress, workers, strict, part)
         if verify is not None and _is_done(target, opened):
             progress.note(f"{target} is converted already")
+        elif opened.stored is not None:
+            job.from_store()
         elif opened.remote is None:
             job.from_disk()
         elif layers is not None:
@@ -220,9 +257,12 @@ def preview(
     progress: Progress | None = None,
 ) -> Preview:
     """What `pull` with the same arguments would fetch, write and need; nothing but headers is fetched."""
+    name, revision = of_hub(name, revision)
     dst = Path(os.path.abspath(to if to is not None else default_folder(name)))
     with opening(name, dtype, revision, format, layers, progress or Quiet(), family, file) as opened:
         fetch = there = 0
+        if opened.stored is not None:
+            fetch = sum(f.size for f in opened.stored.files.values())
         if opened.remote is not None:
             fetch, there = to_fetch(opened, cached=layers is None and not stream)
         return Preview(opened, fetch, there, to_write(opened.plan), shutil.disk_usage(existing(dst)).free)
@@ -290,12 +330,12 @@ def _is_done(dst: Path, opened: Opened) -> bool:
 
 
 @contextmanager
-def _alone(dst: Path, progress: Progress) -> Iterator[None]:
-    """Only one pull into a folder at a time: others wait, and say so."""
+def alone(dst: str, progress: Progress) -> Iterator[None]:
+    """Only one pull into a place at a time: others wait, and say so."""
     import filelock
     from huggingface_hub import constants
 
-    name = hashlib.sha256(str(dst).encode()).hexdigest()[:32]
+    name = hashlib.sha256(dst.encode()).hexdigest()[:32]
     path = Path(constants.HF_HOME) / "zoo" / "pulls" / f"{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

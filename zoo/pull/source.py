@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +17,12 @@ from zoo.formats.base import Checkpoint, inside, leads_out
 from zoo.formats.opening import snapshot_of
 from zoo.mapping.plan import Plan, given, make_plan
 from zoo.pull.progress import Passed, Quiet
+from zoo.url import is_url
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
     from zoo.manifest import Manifest, Source
+    from zoo.pull.stored import StoredSource
     from zoo.remote import Remote
     from zoo.spec import Spec
 
@@ -28,11 +31,13 @@ StrPath = str | os.PathLike[str]
 
 @dataclass
 class Opened:
-    """A source, opened by its headers. `remote` is None for what is on this disk; `origin` says where it came from."""
+    """A source, opened by its headers. `remote`: on the Hub; `stored`: in an object store; neither: on this disk. `origin`
+    says where it came from."""
 
     plan: Plan
     remote: Remote | None = None
     origin: dict[str, Any] | None = None
+    stored: StoredSource | None = None
 
     def hash(self, progress: Progress) -> None:
         """Have a hash of every file, of what the cache holds where no list has it."""
@@ -41,10 +46,18 @@ class Opened:
             self.origin = self.remote.provenance()
 
 
+def of_hub(name: str, revision: str | None) -> tuple[str, str | None]:
+    """owner/name and revision where `name` is the URL of a repository on the Hub (hf://owner/name@revision); else both as
+    they are."""
+    if (m := re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/\s]+))?/?", name)) is None:
+        return name, revision
+    return m[1], revision or m[2]
+
+
 def is_local(src: StrPath) -> bool:
     """Whether `src` means something on this disk: it exists, or is spelled as only a path is."""
     text = os.fspath(src)
-    return (
+    return not is_url(src) and (
         not isinstance(src, str)
         or os.path.exists(text)
         or text.startswith((".", "/", "~"))
@@ -114,15 +127,21 @@ def spec_of(src: StrPath) -> Spec:
         if canonical.detect(path):
             return canonical.read(path).spec
         return families.spec_of(open_checkpoint(path).config, where=str(path))
+    src, revision = of_hub(os.fspath(src), None)
+    if is_url(src):
+        from zoo.pull import stored
+
+        with stored.described(src) as root:
+            return spec_of(root)
     from zoo import manifest, remote
 
     with contextlib.suppress(ZooError):
-        known = manifest.find(os.fspath(src))
+        known = manifest.find(src)
         if known.config is not None:
             return families.spec_of(known.config, families.get(known.family), f"{known.name}: config.json")
-    _, sources = remote.sources_of(os.fspath(src))
+    _, sources = remote.sources_of(src, revision=revision)
     with remote.headers(remote.resolve(sources[0])) as (_, ckpt):
-        return families.spec_of(ckpt.config, where=os.fspath(src))
+        return families.spec_of(ckpt.config, where=src)
 
 
 def default_folder(name: str) -> str:
@@ -152,6 +171,16 @@ def opening(
     from zoo import remote
     from zoo.hub import HubError
 
+    name, revision = of_hub(name, revision)
+    if is_url(name):
+        from zoo.pull import stored
+
+        if revision is not None:
+            raise ZooError(f"{name} is in a store, which has no revision {revision!r}")
+        progress.phase("reading headers")
+        with stored.opened(name, format, file) as (held, ckpt):
+            yield Opened(_planned(ckpt, dtype, layers, family), None, held.provenance(), held)
+        return
     if (here := cache_folder(name)) is not None:
         if revision is not None:
             raise ZooError(

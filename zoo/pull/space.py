@@ -5,25 +5,59 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zoo.errors import ZooError
+from zoo.mapping.parts import Part, shares
 from zoo.mapping.plan import Plan
 from zoo.pull.source import Opened
 
+if TYPE_CHECKING:
+    from zoo.hub.files import RemoteFile
+    from zoo.mapping.execute import Sheet
 
-def to_write(plan: Plan) -> int:
-    return plan.nbytes + (64 << 20)  # tokenizers and the like
+
+def to_write(plan: Plan, part: Part | None = None) -> int:
+    return written(plan, part) + (64 << 20)  # tokenizers and the like
 
 
-def to_fetch(opened: Opened, cached: bool) -> tuple[int, int]:
-    """Bytes to fetch, and how many of them the Hub's cache has (if it is used)."""
+def written(plan: Plan, part: Part | None) -> int:
+    """Bytes of tensors that this part writes."""
+    if part is None:
+        return plan.nbytes
+    sheet, mine = _share(plan, part)
+    return sum(sheet.sizes[f] - len(sheet.headers[f]) for f in mine)
+
+
+def files_of(plan: Plan, part: Part | None) -> list[str]:
+    """The source's files that this part's output files are made of; of no part, all that the plan reads."""
+    if part is None:
+        return list(plan.files_needed())
+    sheet, mine = _share(plan, part)
+    names = {n for n in plan.extras if sheet.place[n][0] in mine}
+    for o in plan.outputs.values():
+        if sheet.place[o.name][0] in mine:
+            names |= {n for k in range(len(o.sources)) for n in plan.sources_of(o, k)}
+    return sorted({plan.checkpoint.tensors[n].file for n in names})
+
+
+def _share(plan: Plan, part: Part) -> tuple[Sheet, set[str]]:
+    from zoo.mapping.execute import sheet_of
+
+    sheet = sheet_of(plan)
+    return sheet, set(shares(sheet.sizes, part.of)[part.number - 1])
+
+
+def to_fetch(opened: Opened, cached: bool, files: Iterable[RemoteFile] | None = None) -> tuple[int, int]:
+    """Bytes to fetch of `files` (None: all), and how many of them the Hub's cache has (if it is used)."""
     from zoo.hub import cache
 
     assert opened.remote is not None
     if opened.plan.layers is not None:
         return sum(n for spans in ranges_of(opened.plan).values() for _, n in spans), 0
-    snapshot, files = opened.remote.snapshot, opened.remote.files
+    snapshot, files = opened.remote.snapshot, list(opened.remote.files if files is None else files)
     there = 0
     for file in files if cached else ():
         if cache.find(snapshot, file) is not None:

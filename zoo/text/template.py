@@ -38,7 +38,7 @@ def find(root: Path) -> str | None:
     for name in PLACES[2:]:
         file = root / name
         held = read_json(file, "it may hold the chat template") if file.is_file() else {}
-        if (found := held.get("chat_template")) is None:
+        if (found := held.get("chat_template")) in (None, [], {}):
             continue
         if isinstance(found, list):
             if not all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in found):

@@ -83,6 +83,18 @@ _DECLARE_WRONG = {
     "internlm3", "minicpm3", "jamba", "ernie4_5", "ernie4_5_moe", "llava", "llava_next", "molmo",
 }  # fmt: skip
 _MISTRAL = {"mistral", "mistral3", "mixtral", "ministral", "ministral3", "pixtral", "voxtral"}
+OTHERS = {
+    f"{name}Tokenizer"
+    for name in """
+    Albert Bart Barthez Bartpho Bert BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
+    Camembert Canine Clvp Cpm CpmAnt DPRQuestionEncoder Deberta DebertaV2 Dia Esm Esmc FNet FSMT Flaubert Funnel GPTNeoXJapanese GPTSw3
+    Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MobileBert Mvp
+    MyT5 Nllb Nougat OpenAIGPT PLBart Parakeet Pegasus Perceiver Phobert ProphetNet Rag Reformer RemBert RoCBert RoFormer Roberta
+    SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter T5 Tapas Tipsv2 Udop VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper
+    XGLM XLM XLMRoberta XLNet
+    """.split()
+}
+"""Classes with code of their own upstream, which zoo has not: where one is taken, that is said."""
 
 
 @dataclass
@@ -140,10 +152,13 @@ def load(root: Path) -> Loaded:
     """The tokenizer of the folder `root`. Raises ZooError if it has none, or one that can't be read."""
     file = file_of(root)
     config = _json(root / "tokenizer_config.json")
-    if file == root / _versioned(config):
-        return _from_json(root, config, file)
     other = _tiktoken if file.suffix == ".tiktoken" else _sentencepiece
-    return _READERS.get(file.name, other)(root, config, file)
+    read = _from_json if file == root / _versioned(config) else _READERS.get(file.name, other)
+    loaded = read(root, config, file)
+    if (chosen := _chosen(root, config, None)) in OTHERS and not loaded.mistral:
+        said = f"transformers reads this with its {chosen}, which zoo has not; read as the file says: ids may differ"
+        loaded.notes = (said, *loaded.notes)
+    return loaded
 
 
 def _versioned(config: Mapping[str, Any]) -> str:
@@ -174,6 +189,12 @@ def _versioned(config: Mapping[str, Any]) -> str:
 
 def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] | None) -> str:
     """The class of `CLASSES` that upstream takes, or "backend": the file as it is."""
+    chosen = _chosen(root, config, document)
+    return chosen if chosen in CLASSES else "backend"
+
+
+def _chosen(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] | None) -> str:
+    """The name of the class that upstream takes, whichever it is."""
     model = _json(place_of(root, "config.json"))
     kind = model.get("model_type")
     kind = kind if isinstance(kind, str) else ""
@@ -187,8 +208,7 @@ def class_of(root: Path, config: Mapping[str, Any], document: Mapping[str, Any] 
         if known == "backend":
             return "backend"
         declared = known if kind in _DECLARE_WRONG else declared
-    chosen = declared or known or "backend"
-    return chosen if chosen in CLASSES else "backend"
+    return declared or known or "backend"
 
 
 # ---- the kinds
@@ -487,6 +507,7 @@ _QWEN = {"unk_token": _END, "eos_token": _END, "pad_token": _END}
 _LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASSES = {
     "GPT2Tokenizer": _Class(_gpt2, _GPT),
+    "CodeGenTokenizer": _Class(_gpt2, _GPT),
     "GPTNeoXTokenizer": _Class(_neox, {**_GPT, "pad_token": "<|padding|>"}, always=True),
     "CohereTokenizer": _Class(
         _cohere,
@@ -569,7 +590,9 @@ def _finish(
             special[key] = by_content.get(
                 _content(value), _added(value) if isinstance(value, dict) else value
             )
-    tail = list(extra) or [] if isinstance(extras, dict) else [*(extra or map(_as_given, extras))]
+    if isinstance(extras, dict):  # they have names; a list of others may lie beside
+        extras = fields.get("additional_special_tokens") or []
+    tail = [*(extra or map(_as_given, extras))]
 
     # Those not there yet in this very form are added: by number, then the named ones, then the others.
     there = {repr(token): token for token in made.get_added_tokens_decoder().values()}

@@ -374,8 +374,9 @@ def canonical_files(root: Path) -> list[str]:
     return [p.relative_to(root).as_posix() for p in found if p.is_file() and not p.name.startswith(".")]
 
 
-def check(folder: Path) -> list[str]:
-    """What a folder's certificate says that is not so any more, one line each; empty if it still holds.
+def check(folder: Path, source: bool = True) -> list[str]:
+    """What a folder's certificate says that is not so any more, one line each; empty if it still holds. `source`: look at
+    the source's files, too, where they are.
 
     Raises ZooError if there is no certificate, or it isn't one of this schema.
     """
@@ -383,7 +384,7 @@ def check(folder: Path) -> list[str]:
     if data.get("schema") != SCHEMA:
         raise ZooError(f"{folder / FILE}: schema is {data.get('schema')!r}; expected {SCHEMA!r}")
     try:
-        return _problems(folder, data)
+        return _problems(folder, data, source)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
         raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r})") from None
 
@@ -398,7 +399,7 @@ def unchecked(folder: Path) -> str | None:
     return None
 
 
-def _problems(folder: Path, data: Mapping[str, Any]) -> list[str]:
+def _problems(folder: Path, data: Mapping[str, Any], with_source: bool) -> list[str]:
     problems = []
     if data.get("verdict") != "passed":
         problems.append(f"its verdict was {data.get('verdict')!r}")
@@ -410,7 +411,12 @@ def _problems(folder: Path, data: Mapping[str, Any]) -> list[str]:
     ]
     source = data.get("source")
     # The path is relative to the folder; one that an older zoo wrote is absolute, and stands for itself.
-    if source and source.get("files") and (root := folder.resolve() / source["path"]).exists():
+    if (
+        with_source
+        and source
+        and source.get("files")
+        and (root := folder.resolve() / source["path"]).exists()
+    ):
         problems += [f"source {p}" for p in _changed(root if root.is_dir() else root.parent, source["files"])]
     if rules := data.get("rules"):
         problems += _rules_changed(rules)

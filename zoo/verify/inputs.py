@@ -147,10 +147,11 @@ def make(
     seed: int = 0,
     theirs: Mapping[str, int] | None = None,
     dtype: str = "fp32",
+    made: Texts | None = None,
 ) -> Inputs:
     """The standard inputs of a model. `folder` is where its tokenizer may be; ids in `avoid`
     (placeholders that the oracle replaces by images) are not drawn. `theirs`: limits that the oracle has, so that one
-    that the Spec has lost is crossed too."""
+    that the Spec has lost is crossed too. `made`: what `texts` gave of the folder, if that is known already."""
     known = limits(spec, dtype)
     known |= {k: n for k, n in (theirs or {}).items() if n not in known.values()}
     crossed = {k: n for k, n in known.items() if n < max_length}
@@ -162,10 +163,9 @@ def make(
         ids = torch.randint(0, vocab, (n,), generator=generator).tolist()
         return [i if i not in avoid else next(j for j in range(vocab) if j not in avoid) for i in ids]
 
-    rows: list[tuple[str, list[int], bool]] = []
-    tokenizer = None
-    if folder is not None:
-        rows, tokenizer = _texts(Path(folder), vocab)
+    if made is None:
+        made = ([], None) if folder is None else texts(Path(folder), vocab)
+    rows, tokenizer = list(made[0]), made[1]
     rows += [("random", random(min(n, longest)), False) for n in (33, 20, 7, 1)]
     if tokenizer is None:  # enough tokens for quantiles all the same
         rows += [("random", random(min(29, longest)), False) for _ in range(8)]
@@ -186,7 +186,10 @@ def prompt_of(inputs: Inputs) -> Tensor:
     return batch.ids[r : r + 1, : batch.lengths[r]]
 
 
-def _texts(folder: Path, vocab: int) -> tuple[list[tuple[str, list[int], bool]], str | None]:
+Texts = tuple[list[tuple[str, list[int], bool]], str | None]
+
+
+def texts(folder: Path, vocab: int) -> Texts:
     """The texts' ids, and what they were made with: files by name and hash. A folder without a tokenizer, or with one that
     can't be read, costs the texts, not the verification: the certificate says that there were none."""
     try:

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import re
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.verify.aside import put_aside
+from zoo.verify.gguf_parsed import metadata_once
 
 OnLayer = Callable[[int, Tensor], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -328,31 +328,6 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     if quantisation_of(config):
         _cast_plain(model, config, dtype)
     return model.eval()
-
-
-@contextlib.contextmanager
-def metadata_once() -> Iterator[None]:
-    """Meanwhile upstream parses the metadata of a GGUF file once, by gguf-py's own code, in a plain array in place of a
-    `numpy.memmap`: 3 s of a processor for 262,144 ids, where it would take 12 s, and do it twice."""
-    if importlib.util.find_spec("gguf") is None:
-        yield
-        return
-    import gguf
-
-    class Plain(gguf.GGUFReader):  # type: ignore[misc]
-        @property
-        def data(self) -> Any:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._plain = np.asarray(mapped)
-
-    was, gguf.GGUFReader = gguf.GGUFReader, functools.cache(Plain)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = was
 
 
 def _cast_plain(model: Any, config: Any, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,11 @@ def verify(
                 folder, against, dtype, on, stream, "decode" in numeric, max_length, say
             )
     stream = bool(stream) or why_streamed is not None
+    # Of processes and processors of their own, while Python opens.
+    aside = ThreadPoolExecutor(2, "zoo-verify")
+    hashing = aside.submit(_canonical, folder)
+    texts = aside.submit(inputs.texts, folder.root, folder.spec.vocab_size) if numeric else None
+    aside.shutdown(wait=False)
     say("opening the source")
     with clock("opening"):
         window = Window() if stream else None
@@ -162,7 +168,7 @@ def verify(
         if self_test and not numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
         with clock("hashes"):
-            canonical_files, source_files = _canonical(folder), _source(folder, other)
+            canonical_files, source_files = hashing.result(), _source(folder, other)
         cert = Certificate(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
@@ -194,6 +200,7 @@ def verify(
                     n_greedy,
                     say,
                     clock,
+                    texts,
                     ranks,
                 )
                 if why_streamed is not None:
@@ -657,6 +664,7 @@ def _numeric_levels(
     n_greedy: int,
     say: Progress,
     clock: Clock,
+    texts: Future[inputs.Texts] | None,
     ranks: Ranks | None = None,
 ) -> tuple[Inputs, Measured]:
     oracle = other.oracle
@@ -668,6 +676,7 @@ def _numeric_levels(
         max_length,
         theirs=getattr(oracle, "limits", None),
         dtype=dtype,
+        made=None if texts is None else texts.result(),
     )
     if (highest := max(int(b.ids.max()) for b in asked.batches)) >= folder.spec.vocab_size:
         raise ZooError(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.verify.oracle import CannotLoad, decoder_layers, its_own_errors, metadata_once
+from zoo.verify.gguf_parsed import metadata_once
+from zoo.verify.oracle import CannotLoad, decoder_layers, its_own_errors
 from zoo.verify.reading import Range, Window
 from zoo.verify.stream_weights import Weights
 
