@@ -61,6 +61,29 @@ def test_tokens_can_be_had_as_they_come() -> None:
     assert torch.equal(torch.stack([first, *stream], 1), model.generate(ids, 5)[:, 9:])
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3", "qwen3_next", "phimoe"])
+def test_a_cache_that_is_kept_gives_the_tokens_of_one_that_reads_all(name: str) -> None:
+    # Latent attention, a ring, a state, LongRoPE: another text is begun where the first lies in the cache.
+    model, ids = model_of(name)
+    border = max(model.cache(1, 1).borders, default=12)
+    cache = model.cache(2, border + 40)
+    said = torch.cat((ids, model.generate(ids, 4, temperature=9.0)[:, 9:], ids.repeat(1, border)), 1)
+    for length, same in (
+        (9, 0),
+        (border - 2, 9),
+        (border + 8, border - 2),
+        (border + 20, border + 5),
+        (8, 5),
+    ):
+        text = said[:, :length].clone()
+        text[:, same:] = (text[:, same:] + length) % model.spec.vocab_size
+        said[:, :length] = text
+        cache.keep(same)
+        whole = torch.stack([*model.stream(text, 6)], 1)
+        assert torch.equal(torch.stack([*model.stream(text, 6, cache=cache)], 1), whole)
+        assert cache.length == length + 5
+
+
 def test_where_nothing_is_captured_a_pass_is_the_models_own() -> None:
     model, ids = model_of("qwen3_moe")  # on a GPU: benchmarks/gpu_parity.py, for every family
     assert torch.equal(model.captured(*ids.shape)(ids), model(ids))

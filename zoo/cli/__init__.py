@@ -33,6 +33,7 @@ ORDER = (
     "verify",
     "inspect",
     "generate",
+    "chat",
 )
 
 

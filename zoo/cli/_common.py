@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -318,16 +319,87 @@ def terminal_width() -> int:
         return 110
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns, padded; those in `right` are aligned right."""
+def window() -> int | None:
+    """Columns that a line may have; None where stdout is no terminal: programs read whole lines."""
+    return terminal_width() if sys.stdout.isatty() else None
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[int] = (),
+    short: Mapping[int, int] = MappingProxyType({}),
+    drop: Sequence[int] = (),
+    wrap: int | None = None,
+) -> str:
+    """Columns, padded; those in `right` are aligned right.
+
+    In a window that is too narrow: `short` columns are shortened, to so many characters at least, and the column `wrap`, the
+    last, takes several lines; where that is not enough, those in `drop` are left out, the first one first, which a last line
+    says. What is still too wide is cut, with an ellipsis.
+    """
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
+    room, kept = window(), [*range(len(head))]
+    if room is None:
+        wrap = None
+    else:
+        least = {i: min(w, short.get(i, w)) for i, w in enumerate(widths)}
+        if wrap is not None:
+            least[wrap] = min(widths[wrap], WRAPPED)
+            assert wrap == kept[-1], "the sentences stand at the end"
+        gone = [*drop]
+        while gone and sum(least[i] + 2 for i in kept) - 2 > room:
+            kept.remove(gone.pop(0))
+        over = sum(widths[i] + 2 for i in kept) - 2 - room
+        for i in reversed(kept):
+            if over > 0:
+                cut = min(over, widths[i] - least[i])
+                widths[i], over = widths[i] - cut, over - cut
     lines = []
     for row in (head, *rows):
         cells = [
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            shortened(c, w) if i != wrap else c for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join(cells).rstrip())
+        line = "  ".join(
+            cells[i].rjust(widths[i]) if i in right else cells[i].ljust(widths[i]) for i in kept if i != wrap
+        )
+        if wrap is None or wrap not in kept:
+            lines.append(line.rstrip())
+            continue
+        import textwrap
+
+        parts = textwrap.wrap(row[wrap], widths[wrap]) or [""]
+        lines += [f"{line if n == 0 else ' ' * len(line)}  {part}".rstrip() for n, part in enumerate(parts)]
+    if room is not None:
+        lines = [shortened(line, room) for line in lines]
+        if left := [head[i] for i in range(len(head)) if i not in kept]:
+            lines += ["", *fold(f"left out in {room} columns: {', '.join(left)}; --json has all")]
     return "\n".join(lines)
+
+
+WRAPPED = 20
+"""Characters that a column of sentences has at least."""
+
+
+def shortened(text: str, width: int) -> str:
+    """At most `width` characters, an ellipsis in place of others: of a name the middle ones, whose ends tell it from others
+    (-fp8, .weight); of sentences the last."""
+    if len(text) <= width:
+        return text
+    end = 0 if " " in text else (width - 1) // 2
+    return text[: max(0, width - 1 - end)] + "…" + text[len(text) - end :]
+
+
+def fold(line: str) -> list[str]:
+    """A line of prose, in as many lines as the window needs. What has no spaces, a path, is left whole, to be copied."""
+    if (room := window()) is None or len(line) <= room:
+        return [line]
+    import textwrap
+
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(
+        line, room, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False
+    ) or [""]
 
 
 def pairs(items: Sequence[tuple[str, str]]) -> str:
@@ -335,7 +407,7 @@ def pairs(items: Sequence[tuple[str, str]]) -> str:
     import textwrap
 
     left = max(len(k) for k, _ in items) + 2
-    width = max(40, min(110, terminal_width())) - left
+    width = max(40 - left if window() is None else 16, min(110, terminal_width()) - left)
     lines = []
     for k, v in items:
         wrapped = [part for line in (v.split("\n") or [""]) for part in textwrap.wrap(line, width) or [""]]

@@ -3,49 +3,73 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from zoo.cli._common import DTYPE, Here, common, emit, note, say
+from zoo.cli._common import DTYPE, F, Here, common, emit, note, say
 from zoo.cli._ranks import Ranks, together
+from zoo.errors import ZooError
 from zoo.printable import printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zoo.text import Text
     from zoo.text.sampling import Sampling
+
+
+def drawing(command: F) -> F:
+    """`--sample`, `--temperature` and `--seed`."""
+    sample = click.option(
+        "--sample",
+        is_flag=True,
+        help="Draw tokens as the release's generation_config.json says. Default: greedy.",
+    )
+    temperature = click.option(
+        "--temperature",
+        default=0.0,
+        show_default=True,
+        type=click.FloatRange(0),
+        help="Draw tokens at this temperature from all; 0: greedy.",
+    )
+    seed = click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, (1 << 63) - 1),
+        help="The same seed draws the same tokens.",
+    )
+    return sample(temperature(seed(command)))
+
+
+def computing(command: F) -> F:
+    """`--device` and `--dtype`."""
+    device = click.option("--device", default="cpu", show_default=True, help="As torch spells it.")
+    dtype = click.option("--dtype", type=DTYPE, help="What to compute in. Default: as stored.")
+    return device(dtype(command))
 
 
 @click.command(short_help="Let a converted model answer a prompt")
 @click.argument("canon", type=Here(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("-n", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--sample",
-    is_flag=True,
-    help="Draw tokens as the release's generation_config.json says. Default: greedy.",
-)
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="Draw tokens at this temperature from all; 0: greedy.")  # fmt: skip
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, (1 << 63) - 1),
-    help="The same seed draws the same tokens.",
-)
+@drawing
 @click.option("--raw", is_flag=True, help="The prompt as it is, not as a message in the chat template.")
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")
-@click.option("--device", default="cpu", show_default=True, help="As torch spells it.")
-@click.option("--dtype", type=DTYPE, help="What to compute in. Default: as stored.")
+@computing
 @common
 def command(
     canon: Path, prompt: str, max_new_tokens: int, sample: bool, temperature: float, seed: int, raw: bool, ids: bool,
     device: str, dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Let the model in the canonical folder CANON answer PROMPT, through its chat template if it has one.
+    """Let the model in the canonical folder CANON answer PROMPT, through its chat template if it has one. PROMPT `-` is what
+    stdin has, without the newline at its end.
 
     torchrun --nproc-per-node N -m zoo generate ... has N ranks share the model: of GPUs, each has one of its own.
     """
@@ -66,8 +90,7 @@ def _asked(
     canon: Path, text: Text | None, prompt: str, raw: bool, sample: bool, temperature: float, seed: int
 ) -> Asked:
     """PROMPT in token ids. Says on stderr what is special about it."""
-    from zoo.text.sampling import Sampling, read
-
+    prompt = _of_stdin() if prompt == "-" else prompt
     if text is None:
         try:
             tokens = [int(i) for i in prompt.replace(",", " ").split()]
@@ -81,16 +104,52 @@ def _asked(
             note(line)
     if not tokens:
         raise click.UsageError("PROMPT is empty")
+    return Asked(tokens, text.ends() if text else None, drawn(canon, sample, temperature, seed))
+
+
+def _of_stdin() -> str:
+    """What is piped in, without the newline that `echo` puts at its end."""
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ZooError(f"stdin is not UTF-8 ({error}): the prompt is text") from None
+
+
+def drawn(canon: Path, sample: bool, temperature: float, seed: int) -> Sampling:
+    """How tokens are drawn; where a release's settings say it, they are told on stderr."""
+    from zoo.text.sampling import Sampling, read
+
     if not math.isfinite(temperature):
         raise click.UsageError(f"--temperature is {temperature}")
     if sample and temperature:
         raise click.UsageError("--sample and --temperature are two ways to draw: choose one")
-    drawn = Sampling(temperature, 0)
-    if sample:
-        drawn, said = read(canon)
-        for line in (f"sampled: {drawn}, seed {seed}", *said):
-            note(line)
-    return Asked(tokens, text.ends() if text else None, drawn)
+    if not sample:
+        return Sampling(temperature, 0)
+    found, said = read(canon)
+    for line in (f"sampled: {found}, seed {seed}", *said):
+        note(line)
+    return found
+
+
+def within(tokens: list[int], vocabulary: int) -> None:
+    """Raises UsageError where a token is none of the model's."""
+    if (largest := max(tokens)) >= vocabulary or min(tokens) < 0:
+        raise click.UsageError(f"token id {largest} is outside the vocabulary of {vocabulary}")
+
+
+def follow(
+    stream: Iterable[Tensor], new: list[int], text: Text | None, show: bool, ends: tuple[int, ...] = ()
+) -> None:
+    """Put the tokens of one sequence into `new` as they come. `show`: and their text to stdout, without those in `ends`."""
+    shown = ""
+    for token in stream:
+        new.append(int(token[0]))
+        if show and new[-1] not in ends:
+            so_far = text.decode(new) if text else " ".join(map(str, new))
+            if not so_far.endswith("�"):  # half a character
+                click.echo(printable(so_far[len(shown) :]), nl=False)
+                shown = so_far
 
 
 def _generate(
@@ -102,29 +161,22 @@ def _generate(
 
     text = None if ids or not ranks.first else Text(canon)
     asked = ranks.of_first(lambda: _asked(canon, text, prompt, raw, sample, temperature, seed))
-    tokens, drawn = asked.tokens, asked.drawn
+    tokens, how = asked.tokens, asked.drawn
     import torch
 
     torch.manual_seed(seed)
     model = zoo.load(canon, device=ranks.device, dtype=dtype, mesh=ranks.mesh)
-    if (largest := max(tokens)) >= model.spec.vocab_size or min(tokens) < 0:
-        raise click.UsageError(f"token id {largest} is outside the vocabulary of {model.spec.vocab_size}")
-    began, new, shown = time.perf_counter(), list[int](), ""
-    for token in model.stream(
+    within(tokens, model.spec.vocab_size)
+    began, new = time.perf_counter(), list[int]()
+    stream = model.stream(
         torch.tensor([tokens], device=ranks.device),
         max_new_tokens,
         eos=asked.ends,
-        temperature=drawn.temperature,
-        top_k=drawn.top_k,
-        top_p=drawn.top_p,
-    ):
-        new.append(int(token[0]))
-        if as_json or not ranks.first:
-            continue
-        so_far = text.decode(new) if text else " ".join(map(str, new))
-        if not so_far.endswith("�"):  # half a character
-            click.echo(printable(so_far[len(shown) :]), nl=False)
-            shown = so_far
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+    )
+    follow(stream, new, text, show=ranks.first and not as_json)
     seconds = time.perf_counter() - began
     if not ranks.first:
         return

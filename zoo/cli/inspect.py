@@ -46,7 +46,15 @@ def command(path: Path | str, family: str | None, tensors: bool, as_json: bool) 
             (r.name, r.dtype, "x".join(map(str, r.shape)) or "scalar", f"{r.nbytes:,}", r.file)
             for r in listed
         ]
-        say(table(("TENSOR", "DTYPE", "SHAPE", "BYTES", "FILE"), rows, right=(3,)))
+        say(
+            table(
+                ("TENSOR", "DTYPE", "SHAPE", "BYTES", "FILE"),
+                rows,
+                right=(3,),
+                short={0: 24, 4: 20},
+                drop=(4, 3),
+            )
+        )
 
 
 def sets_table(several: list[dict[str, Any]]) -> str:
@@ -54,7 +62,7 @@ def sets_table(several: list[dict[str, Any]]) -> str:
     from zoo.printable import decimal
 
     rows = [(s["name"], str(s["files"]), decimal(s["bytes"]), s.get("quantisation", "")) for s in several]
-    return table(("WEIGHTS (--file)", "FILES", "SIZE", "QUANTISATION"), rows, right=(1, 2))
+    return table(("WEIGHTS (--file)", "FILES", "SIZE", "QUANTISATION"), rows, right=(1, 2), short={3: 12})
 
 
 def look(place: Path | str, said: str | None = None) -> tuple[dict[str, Any], list[TensorRef]]:

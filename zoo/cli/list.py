@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zoo.cli._common import common, emit, note, say, table
+from zoo.cli._common import common, emit, fold, note, say, table, window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,7 +142,21 @@ def _table(found: Iterable[Manifest]) -> str:
         "GATED",
         "PROVEN",
     )
-    return table(head, rows, right=(3, 4))
+    short = {1: 10, 5: 16, 6: 8, 7: 12}
+    shown = table(head, rows, right=(3, 4), short=short, drop=(5, 7, 8, 1, 4, 6, 9, 2, 3))
+    if window() is None:
+        return shown
+    held = shown.split("\n", 1)[0].split()
+    told = [text for name, text in LEGEND.items() if name in held]
+    return "\n".join([shown, "", *(part for text in told for part in fold(text))])
+
+
+LEGEND = {
+    "WEIGHTS": "WEIGHTS: how they are quantised, or their dtype",
+    "GATED": "GATED: the Hub asks to accept a licence first; ?: not known",
+    "PROVEN": "PROVEN: weights: its own, compared with upstream; rules: its family's conversion and model, on small random "
+    "checkpoints",
+}
 
 
 def _format(m: Manifest, format: str) -> str:

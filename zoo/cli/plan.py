@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Source, common, emit, note, pairs, say, table, what_it_is, which_set
+from zoo.cli._common import DTYPE, Source, common, emit, fold, note, pairs, say, table, what_it_is, which_set
 
 if TYPE_CHECKING:
     from zoo.pull import Preview
@@ -64,13 +64,13 @@ def command(
         return
     if found is not None:
         say(pairs(remote_lines(found)))
-    say(opened.plan.summary())
+    say("\n".join(part for line in opened.plan.summary().splitlines() for part in fold(line)))
     if tensors:
         rows = [
             (o.name, o.dtype, "x".join(map(str, o.shape)) or "scalar", ", ".join(o.sources[:4]) + (", ..." if len(o.sources) > 4 else ""))
             for o in opened.plan.outputs.values()
         ]  # fmt: skip
-        say(table(("TENSOR", "DTYPE", "SHAPE", "FROM"), rows))
+        say(table(("TENSOR", "DTYPE", "SHAPE", "FROM"), rows, short={0: 24}, drop=(1, 2), wrap=3))
     if found is not None and found.fetch - found.there + found.write > found.free:
         note("this disk is too small for it; `zoo pull --stream` keeps no copy of the source")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import Source, common, emit, pairs, say, terminal_width
+from zoo.cli._common import Source, common, emit, pairs, say, shortened, terminal_width, window
 
 if TYPE_CHECKING:
     from zoo.draw import Facts
@@ -283,18 +283,33 @@ def _architecture(m: Manifest | None, spec: Spec | None) -> dict[str, str]:
 
 
 def side_by_side(names: list[str], columns: list[dict[str, str]]) -> str:
-    """A column per release; rows in which they differ begin with *."""
-    import textwrap
-
+    """A column per release, as many beside each other as the window has room for; rows in which they differ begin with *."""
     from zoo.describe import QUESTIONS
 
+    room = window()
     keys = [key for key in (*FACTS, *QUESTIONS, "serving") if any(key in column for column in columns)]
     left = max(map(len, keys)) + 4
-    each = max(24, (min(200, terminal_width()) - left) // len(columns) - 2)
-    lines = [" " * left + "  ".join(n.ljust(each) for n in names).rstrip()]
+    differ = {key for key in keys if len({c.get(key, "-") for c in columns}) > 1}
+    beside = len(columns)
+    if room is not None:
+        beside = min(beside, max(1, (room - left + 2) // 26))
+    blocks = [slice(n, n + beside) for n in range(0, len(columns), beside)]
+    each = max(24, (min(200, terminal_width()) - left) // beside - 2)
+    if room is not None:
+        each = max(12, min(each, (room - left + 2) // beside - 2))
+    return "\n\n".join(_block(names[b], columns[b], keys, differ, left, each) for b in blocks)
+
+
+def _block(
+    names: list[str], columns: list[dict[str, str]], keys: list[str], differ: set[str], left: int, each: int
+) -> str:
+    import textwrap
+
+    heads = names if window() is None else [shortened(n, each) for n in names]
+    lines = [" " * left + "  ".join(n.ljust(each) for n in heads).rstrip()]
     for key in keys:
         values = [c.get(key, "-") for c in columns]
-        mark = "*" if len(set(values)) > 1 else " "
+        mark = "*" if key in differ else " "
         cells = [
             [x for v in value.split("\n") for x in textwrap.wrap(v, each, break_on_hyphens=False) or [""]]
             for value in values

@@ -102,6 +102,7 @@ class Cache:
     ) -> None:
         """`ranks`: how many share the model, of which the Spec says what one has."""
         self.batch, self.max_len = batch, max_len
+        self.borders = rotary.far_from(spec)
         self.length = 0
         self.fixed = False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
@@ -131,6 +132,16 @@ class Cache:
         self.position.zero_()
         for t in self.carried():
             t.zero_()
+
+    def keep(self, n: int) -> None:
+        """Forget all but the first `n` positions; or all, where the first alone are not there any more: a state or a window
+        has gone past them, or LongRoPE has rotated them by the angles of a longer text."""
+        gone = any(s is not None for s in self.states)
+        gone = gone or any(s is not None and s.ring and self.length > s.size for s in self.slots)
+        if n < self.length and (gone or any(n <= border < self.length for border in self.borders)):
+            self.reset()
+        elif n < self.length:
+            self.advance(n - self.length)
 
     def advance(self, n: int) -> None:
         self.length += n

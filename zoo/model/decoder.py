@@ -330,9 +330,10 @@ class Decoder(nn.Module):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        cache: Cache | None = None,
     ) -> Iterator[Tensor]:
         """The new tokens [B] as they come. See `generate.stream`."""
-        return generate.stream(self, ids, max_new_tokens, eos, temperature, top_k, top_p)
+        return generate.stream(self, ids, max_new_tokens, eos, temperature, top_k, top_p, cache)
 
     def matrices(self) -> Iterator[tuple[str, Weights]]:
         """All linear maps by name: what can be quantised."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.model.cache import checked
+from zoo.model.cache import Cache, checked
 from zoo.model.graph import Model, Step, capturable
-from zoo.model.rope import far_from
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
@@ -24,6 +23,7 @@ def stream(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    cache: Cache | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token [B] of each sequence in ids [B, T] until `max_new_tokens`, or until every
     sequence has produced one of `eos`. A sequence that has goes on with its `eos`. Learned positions end it, too. Where
@@ -31,6 +31,9 @@ def stream(
 
     `temperature` 0 takes the likeliest token; else tokens are drawn from `probabilities` with torch's global generator (of
     several ranks: the first one's).
+
+    `cache` may hold the first tokens of `ids` already, fewer than all: the others are read. Afterwards it holds all tokens,
+    old and new, but the last one yielded.
     """
     checked(ids)
     if not temperature >= 0:
@@ -40,10 +43,14 @@ def stream(
     if (room := model.spec.positions) is not None:
         max_new_tokens = min(max_new_tokens, max(1, room - ids.shape[1] + 1))  # the last one is not fed
     ends = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    cache = model.cache(len(ids), ids.shape[1] + max_new_tokens)
+    if cache is None:
+        cache = model.cache(len(ids), ids.shape[1] + max_new_tokens)
+    cache.fixed = False
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     token = ids.new_zeros(len(ids))
-    graph, text, begun, borders = None, [ids], 0, far_from(model.spec)
+    graph, text, begun, borders = None, [ids], 0, cache.borders
+    if any(cache.length <= border < ids.shape[1] for border in borders):
+        cache.reset()
     for n in range(max_new_tokens):
         with torch.inference_mode():
             if n and cache.length in borders:
@@ -54,7 +61,7 @@ def stream(
             if graph is not None:
                 logits = graph(token)
             else:
-                step = torch.cat(text, 1) if n == begun else token[:, None]
+                step = torch.cat(text, 1)[:, cache.length :] if n == begun else token[:, None]
                 logits = model.finish(model.run(step, cache)[..., -1:, :])[:, -1]  # [B, V]
             picked = pick(logits, temperature, top_k, top_p)
             if temperature and model.across is not None:  # a draw hangs on each rank's generator

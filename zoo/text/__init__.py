@@ -90,9 +90,15 @@ class Text:
         """Token ids of a prompt: a chat of one user message where there is a chat format, unless `raw`."""
         if raw or self.no_chat is not None:
             return self.encode(text)
-        messages = [{"role": "user", "content": text}]
+        return self.conversation([{"role": "user", "content": text}])
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of the messages ({"role", "content"}), ready for the model's answer. Raises ZooError where there is no
+        chat format, or it does not allow them."""
+        if self.no_chat is not None:
+            raise ZooError(f"{self.root}: {self.no_chat}")
         if self.chat_template is None:
-            return list(self._ask("mistral_chat", messages=messages))
+            return list(self._ask("mistral_chat", messages=[dict(m) for m in messages]))
         return self.encode(self.chat(messages), special=False)  # a template writes the special tokens itself
 
     @cached_property

@@ -1,0 +1,74 @@
+"""What people see on a terminal: nothing wider than it. Pipes get what they always got."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from verified import canonical
+
+from zoo import manifest
+from zoo.cli import cli
+from zoo.cli._common import run, shortened
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, columns: int, *args: str, out: io.StringIO | None = None) -> str:
+    """What a command writes to a terminal of so many columns."""
+    out = out or Terminal()
+    with monkeypatch.context() as m:
+        m.setenv("COLUMNS", str(columns))
+        m.setattr("sys.stdout", out)
+        run(cli, args)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_nothing_is_wider_than_the_window(
+    columns: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    canon = str(canonical("llama"))
+    several = ("qwen3-next-80b-a3b-instruct-fp8", "llama4", "gpt2", "deepseek-v3", "qwen3-8b")
+    for args in (
+        ("list",),
+        ("list", "qwen3", "fp8"),
+        ("show", "deepseek-v3"),
+        ("show", *several),
+        ("inspect", canon, "--tensors"),
+        ("plan", f"{canon}-source", "--tensors"),
+        ("verify", canon, "--level", "plan", "-o", str(tmp_path / "c.json")),
+    ):
+        lines = seen(monkeypatch, columns, *args).splitlines()
+        # What has no spaces, a path of this test's, is left whole, to be copied.
+        wide = [line for line in lines if len(line) > columns and " " in line.strip()]
+        assert lines and not wide, (args, wide[:3])
+
+
+def test_a_narrow_list_has_whole_names_and_says_what_it_left_out_and_what_words_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = seen(monkeypatch, 80, "list")
+    head, *rows = text.split("\n\n")[0].splitlines()
+    assert head.split() == "NAME RELEASED PARAMS ACTIVE WEIGHTS PROVEN".split()
+    assert [row.split()[0] for row in rows] == [m.name for m in manifest.load_all()]
+    assert "left out in 80 columns: FAMILY, FORMATS, LICENCE, GATED; --json has all" in text
+    assert "rules: its family's conversion" in text and "GATED:" not in text
+    wide = seen(monkeypatch, 200, "list")
+    assert "left out" not in wide and "?: not known" in wide
+
+
+def test_a_pipe_has_all_columns_whatever_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = [seen(monkeypatch, columns, "list", out=io.StringIO()) for columns in (40, 200)]
+    assert piped[0] == piped[1] and len(piped[0].splitlines()) == 1 + len(manifest.load_all())
+    assert max(map(len, piped[0].splitlines())) > 120 and "…" not in piped[0]
+
+
+def test_names_are_cut_in_the_middle_and_sentences_at_the_end() -> None:
+    assert shortened("qwen3-next-80b-a3b-instruct-fp8", 12) == "qwen3-…t-fp8"
+    assert shortened("Gemma Terms of Use", 12) == "Gemma Terms…"
+    assert [len(shortened("abcdefgh", n)) for n in range(1, 10)] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
