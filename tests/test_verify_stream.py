@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -181,7 +182,8 @@ def test_memory_grows_by_a_layer_not_by_the_checkpoint(kind: str, tmp_path: Path
     folder = large(name, settings, tmp_path)
     runs = [(folder, "stream"), (folder, "whole")]
     if kind == "moe":
-        runs.insert(1, (with_tensor(folder, "layers.7.moe.gate_up.weight", lambda t: t.flip(-2)), "stream"))
+        wrong = Path(shutil.copytree(folder, tmp_path / "wrong"))
+        runs.insert(1, (with_tensor(wrong, "layers.7.moe.gate_up.weight", lambda t: t.flip(-2)), "stream"))
     streamed, *failed, whole = growth(runs)
     assert streamed["verdict"] == whole["verdict"] == "passed"
     assert streamed["VmHWM"] <= 2.5 * layer + (32 << 20)
