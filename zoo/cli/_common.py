@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -80,6 +81,27 @@ def emit(data: Any) -> None:
 
 def say(text: str = "") -> None:
     click.echo(printable(text))
+
+
+VERDICTS = {
+    "PASSED": "green",
+    "the certificate holds": "green",
+    "whole and unaltered": "green",
+    "FAILED": "red",
+    "NOT CAUGHT": "red",
+    "NOT whole and unaltered": "red",
+    "the certificate does not hold any more": "red",
+}
+"""The words of a verdict, and their colours. They say it without these, too."""
+
+
+def say_verdict(text: str) -> None:
+    """As `say`; the verdicts in it are coloured on a terminal, unless NO_COLOR is set (no-color.org)."""
+    said = printable(text)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        words = "|".join(sorted(VERDICTS, key=len, reverse=True))
+        said = re.sub(rf"(?<!\S)({words})\b", lambda m: click.style(m[0], fg=VERDICTS[m[0]]), said)
+    click.echo(said)
 
 
 def note(text: str) -> None:

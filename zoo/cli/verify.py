@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Here, common, emit, failed, fold, note, on, say, table
+from zoo.cli._common import DTYPE, Here, common, emit, failed, fold, note, on, say, say_verdict, table
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
 
@@ -113,7 +113,7 @@ def _verify(
     if as_json:
         emit(cert.to_json())
     else:
-        say(describe(cert, canon))
+        say_verdict(describe(cert, canon))
     if not cert.passed:
         failed()
 
@@ -125,13 +125,15 @@ def _check(canon: Path, as_json: bool) -> None:
     if as_json:
         emit({"holds": not problems, "problems": problems, "not_checked": [why_not] if why_not else []})
     elif problems:
-        say(f"{canon}: the certificate does not hold any more")
+        say_verdict(f"{canon}: the certificate does not hold any more")
         for p in problems:
             say(f"  {p}")
     elif why_not:
-        say(f"{canon}: the certificate holds; every canonical file and rule is what it was, but {why_not}")
+        say_verdict(
+            f"{canon}: the certificate holds; every canonical file and rule is what it was, but {why_not}"
+        )
     else:
-        say(f"{canon}: the certificate holds; every file, source and rule is what it was")
+        say_verdict(f"{canon}: the certificate holds; every file, source and rule is what it was")
     if problems:
         failed()
 
