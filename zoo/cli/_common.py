@@ -238,13 +238,12 @@ class Anywhere(click.ParamType["Path | str"]):
     name = "path"
 
     def __init__(self, new: bool = False, file_okay: bool = True) -> None:
-        self.path = click.Path(exists=not new, file_okay=file_okay, path_type=Path)
+        self.path = Here(exists=not new, file_okay=file_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         if is_url(value):
             return str(value)
-        found: Path = self.path.convert(value, param, ctx)
-        return found
+        return Path(os.fsdecode(self.path.convert(value, param, ctx)))
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -255,14 +254,29 @@ class Anywhere(click.ParamType["Path | str"]):
 
 
 class Here(click.Path):
-    """A path on this disk; the URL of a store is refused, with what to do."""
+    """A path on this disk; the URL of a store, and the name of a release that is not here, are refused with what to do."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         if is_url(value):
             self.fail(not_here(value, f"zoo {ctx.info_name if ctx else ''} works"), param, ctx)
+        if self.exists and not os.path.lexists(value) and (why := _not_pulled(os.fspath(value))) is not None:
+            self.fail(why, param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _not_pulled(name: str) -> str | None:
+    """Where the folder of the release `name` is, or what brings it; None of what is no release."""
+    from zoo import manifest
+
+    try:
+        folder = manifest.find(name).name
+    except ZooError:
+        return None
+    if os.path.isdir(folder):
+        return f"there is no folder {name!r} here; this release is in {folder!r}"
+    return f"the release {folder} is not here: `zoo pull {folder}` brings it to ./{folder}"
 
 
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
