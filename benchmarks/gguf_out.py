@@ -60,7 +60,7 @@ WITHOUT: dict[tuple[str, int], tuple[dict[str, Any], str]] = {
         "llama.cpp has one eps for all norms, and 32 and 1 for the bounds of YaRN's ramp",
     ),
     **dict.fromkeys(
-        (("qwen3_5", 0), ("qwen3_5_moe", 0)),
+        (("qwen3_next", 0), ("qwen3_5", 0), ("qwen3_5_moe", 0)),
         ({"rms_norm_eps": 1e-6}, "llama.cpp gives DeltaNet's queries and keys the eps of the norms; it is 1e-6 in releases"),
     ),
 }  # fmt: skip

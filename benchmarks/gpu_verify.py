@@ -85,26 +85,40 @@ def check(name: str) -> dict[str, Any]:
     return out
 
 
-def written(stem: str, folder: Path) -> int:
-    """A bf16 checkpoint of random weights, of a release's names and shapes; its bytes."""
+def written(config: dict[str, Any], folder: Path) -> int:
+    """A checkpoint of random weights, of the names and shapes of a release with this config, in bf16, experts of mxfp4 as such;
+    its bytes."""
     import math
 
     import tiny
     import torch
     from safetensors.torch import save_file
 
-    config = json.loads((ROOT / "manifests" / "configs" / f"{stem}.config.json").read_text())
     shapes = {n: t.shape if hasattr(t, "shape") else t[1] for n, t in tiny.released_tensors(config).items()}
+    if (config.get("quantization_config") or {}).get("quant_method") == "mxfp4":
+        stacked = [n for n in shapes if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+        for name in stacked:
+            n, columns, rows = shapes.pop(name)
+            shapes |= {
+                f"{name}_blocks": (n, rows, columns // 32, 16),
+                f"{name}_scales": (n, rows, columns // 32),
+            }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     pool = torch.randn(1 << 26).to(torch.bfloat16)
+    codes = torch.randint(0, 256, (1 << 26,), dtype=torch.uint8)
 
     def values(n: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        numbers, scale = math.prod(shape), 0.7 / math.sqrt(shape[-1])
-        repeats = -(-(numbers + 4096) // len(pool))
+        numbers = math.prod(shape)
+        if name.endswith("_scales"):  # with codes of 2.9 on average, weights of about the size below
+            return torch.randint(118, 121, shape, dtype=torch.uint8)
+        of = codes if name.endswith("_blocks") else pool
+        repeats = -(-(numbers + 4096) // len(of))
         at = (n * 131) % 4096
-        x = (pool.repeat(repeats) if repeats > 1 else pool)[at : at + numbers].view(shape)
-        return (1 + 0.1 * x) if len(shape) == 1 else x * scale
+        x = (of.repeat(repeats) if repeats > 1 else of)[at : at + numbers].view(shape)
+        if of is codes:
+            return x.clone()
+        return (1 + 0.1 * x) if len(shape) == 1 else x * (0.7 / math.sqrt(shape[-1]))
 
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
@@ -127,6 +141,11 @@ def written(stem: str, folder: Path) -> int:
     return total
 
 
+def released_config(stem: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((ROOT / "manifests" / "configs" / f"{stem}.config.json").read_text())
+    return config
+
+
 def speed(stem: str, dtypes: list[str], tmp: Path | None) -> list[dict[str, Any]]:
     """Seconds of all levels of a model of a release's shape, by dtype."""
     import zoo
@@ -134,7 +153,7 @@ def speed(stem: str, dtypes: list[str], tmp: Path | None) -> list[dict[str, Any]
     rows = []
     with tempfile.TemporaryDirectory(dir=tmp) as holder:
         start = time.perf_counter()
-        size = written(stem, Path(holder) / "source")
+        size = written(released_config(stem), Path(holder) / "source")
         print(f"{stem}: {size / 1e9:.1f} GB written in {time.perf_counter() - start:.0f} s", flush=True)
         start = time.perf_counter()
         canon = zoo.convert(Path(holder) / "source", Path(holder) / "canon")

@@ -64,7 +64,12 @@ def steps(
     whole = site.nodes * processes
     one = min(site.store, site.disk)
     return [
-        ("pull, one process", size, size, size / min(site.network, rate["pull"], one) / 60),
+        (
+            "pull, in parts",
+            size,
+            size,
+            size / min(site.nodes * site.network, rate["pull"] * whole, site.store) / 60,
+        ),
         ("convert, in parts", size, size, 2 * size / min(site.store, 2 * rate["convert"] * whole) / 60),
         ("hashes of both sides", 2 * size, 0, 2 * size / min(one, rate["hash"]) / 60),
         ("plan, bytes, layers, logits: one pass", 2 * size, 0, 2 * size / min(one, rate["bytes"]) / 60),

@@ -72,17 +72,7 @@ BESIDE: tuple[RuleLine, ...] = (
     extra("mtp.*", hf.MTP),
     extra("model.visual.*", "the vision tower; text needs none of it"),
 )
-GGUF: tuple[RuleLine, ...] = (
-    *gguf.norms_plus_one(
-        *gguf.ENDS,
-        ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
-        ("layers.{i}.ffn_norm.weight", "blk.{i}.post_attention_norm.weight"),
-        *gguf.QK_NORM,
-    ),
-    *gguf.GATED_ATTENTION,
-    *gguf.DELTA,
-    gguf.MTP_LAYERS,
-)
+GGUF: tuple[RuleLine, ...] = (*qwen3_next.GGUF, *gguf.DELTA, gguf.MTP_LAYERS)
 RULES = {
     "hf": rules(*TEXT, *hf.MLP, *BESIDE, prefixes=hf.WRAPPERS),
     "gguf": rules(*GGUF, *gguf.MLP),
@@ -90,28 +80,17 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
-    """What a GGUF of `qwen35` says: the text model alone. Heads of keys and values are equally wide in llama.cpp's graph."""
-    head_dim, part = gguf.rotary(f, out)
-    n, state, values = out["num_hidden_layers"], f["ssm.state_size"], f["ssm.time_step_rank"]
-    f.expect("ssm.inner_size", state * values)
-    every = f.get("full_attention_interval", 4)
-    linear = f.raw("attention.recurrent_layers", [(i + 1) % every != 0 for i in range(n)])
-    rope = out["rope_scaling"] or {"rope_type": "default"}
-    return {
+    """What a GGUF of `qwen35` says: the text model alone."""
+    own = qwen3_next.gguf_mixers(f, out)
+    part = own.pop("partial_rotary_factor")
+    return own | {
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
-        "head_dim": head_dim,
-        "layer_types": [read.LINEAR if linear[i] else read.FULL for i in range(n)],
-        "linear_num_key_heads": f["ssm.group_count"],
-        "linear_num_value_heads": values,
-        "linear_key_head_dim": state,
-        "linear_value_head_dim": state,
-        "linear_conv_kernel_dim": f["ssm.conv_kernel"],
-        "rope_parameters": rope
-        | {
+        "rope_parameters": {
+            **(out["rope_scaling"] or {"rope_type": "default"}),
             "rope_theta": out["rope_theta"],
             "partial_rotary_factor": part,
-            "mrope_section": gguf.interleaved_positions(f, int(head_dim * part)),
+            "mrope_section": gguf.interleaved_positions(f, int(own["head_dim"] * part)),
             "mrope_interleaved": True,
         },
         "rope_scaling": None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.family import MLP, Config, Family, MoE, Router, RuleLine, Spec, gguf, hf, read, rules
 
-from . import qwen3_5
+from . import qwen3_5, qwen3_next
 
 
 def spec(config: Config) -> Spec:
@@ -37,14 +37,8 @@ RULES = {
 
 
 def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
-    return qwen3_5.gguf_config(f, out) | {
-        "architectures": ["Qwen3_5MoeForCausalLM"],
-        "model_type": "qwen3_5_moe_text",
-        "num_experts": f["expert_count"],
-        "num_experts_per_tok": f["expert_used_count"],
-        "moe_intermediate_size": f["expert_feed_forward_length"],
-        "shared_expert_intermediate_size": f["expert_shared_feed_forward_length"],
-    }
+    named = {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"}
+    return qwen3_5.gguf_config(f, out) | named | qwen3_next.gguf_experts(f)
 
 
 FAMILY = Family(

@@ -12,6 +12,8 @@ What is unusual:
 
 from __future__ import annotations
 
+from typing import Any
+
 from zoo.family import (
     MLP,
     Attention,
@@ -27,6 +29,7 @@ from zoo.family import (
     Spec,
     cat,
     extra,
+    gguf,
     hf,
     read,
     rules,
@@ -131,6 +134,64 @@ HF = (
     *hf.SHARED_EXPERT,
     extra("mtp.*", hf.MTP),
 )
-RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
+GGUF: tuple[RuleLine, ...] = (  # all but DeltaNet and the feed-forward
+    *gguf.norms_plus_one(
+        *gguf.ENDS,
+        ("layers.{i}.attn_norm.weight", "blk.{i}.attn_norm.weight"),
+        ("layers.{i}.ffn_norm.weight", "blk.{i}.post_attention_norm.weight"),
+        *gguf.QK_NORM,
+    ),
+    *gguf.GATED_ATTENTION,
+)
+RULES = {
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
+    "gguf": rules(*GGUF, *gguf.DELTA_BY_KEY_HEAD, *gguf.MOE, gguf.SHARED_EXPERT_GATE),
+}
 
-FAMILY = Family("qwen3_next", ("qwen3_next",), ("Qwen3NextForCausalLM",), spec, RULES)
+
+def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """What a GGUF of `qwen3next` says, and what llama.cpp's graph of it fixes: every layer has experts."""
+    return (
+        gguf_mixers(f, out)
+        | gguf_experts(f)
+        | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    )
+
+
+def gguf_mixers(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
+    """Heads of keys and values are equally wide in llama.cpp's graph of DeltaNet."""
+    head_dim, part = gguf.rotary(f, out)
+    n, state, values = out["num_hidden_layers"], f["ssm.state_size"], f["ssm.time_step_rank"]
+    f.expect("ssm.inner_size", state * values)
+    every = f.get("full_attention_interval", 4)
+    linear = f.raw("attention.recurrent_layers", [(i + 1) % every != 0 for i in range(n)])
+    return {
+        "head_dim": head_dim,
+        "partial_rotary_factor": part,
+        "layer_types": [read.LINEAR if linear[i] else read.FULL for i in range(n)],
+        "linear_num_key_heads": f["ssm.group_count"],
+        "linear_num_value_heads": values,
+        "linear_key_head_dim": state,
+        "linear_value_head_dim": state,
+        "linear_conv_kernel_dim": f["ssm.conv_kernel"],
+    }
+
+
+def gguf_experts(f: gguf.Fields) -> dict[str, Any]:
+    return {
+        "num_experts": f["expert_count"],
+        "num_experts_per_tok": f["expert_used_count"],
+        "moe_intermediate_size": f["expert_feed_forward_length"],
+        "shared_expert_intermediate_size": f["expert_shared_feed_forward_length"],
+    }
+
+
+FAMILY = Family(
+    "qwen3_next",
+    ("qwen3_next",),
+    ("Qwen3NextForCausalLM",),
+    spec,
+    RULES,
+    gguf={"qwen3next": gguf_config},
+)

@@ -8,20 +8,31 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import math
+import shutil
 import struct
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx2
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from zoo import bounded, families
+from zoo import bounded, check, convert, draw, families
 from zoo.errors import ZooError
-from zoo.formats import canonical, gguf, open_checkpoint, pickle, safetensors
+from zoo.formats import canonical, dcp, dcp_metadata, gguf, gguf_vocab, open_checkpoint, pickle, safetensors
+from zoo.formats.base import ITEMSIZE
 from zoo.hub import http, repo
 from zoo.hub.errors import About, Damaged, HubError, Transient
+from zoo.mapping import export_gguf, merge
 from zoo.mapping.plan import make_plan
+from zoo.model.load import Source
 from zoo.text import Text, sampling
 from zoo.verify import certificate
 from zoo.verify.golden import Golden, is_golden
@@ -155,16 +166,252 @@ def headers(data: bytes) -> None:
         http._skip(answer, 0, 10, 10)
 
 
+class _Metadata:
+    """The process that reads `.metadata`, for one input after the other; another where one has ended it. (zoo starts one for
+    each.)"""
+
+    LOOP = """
+import importlib.util, json, resource, signal, struct, sys
+spec = importlib.util.spec_from_file_location("reader", sys.argv[1])
+reader = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reader)
+resource.setrlimit(resource.RLIMIT_AS, (reader.MEMORY, reader.MEMORY))
+while head := sys.stdin.buffer.read(4):
+    data = sys.stdin.buffer.read(*struct.unpack("<I", head))
+    signal.setitimer(signal.ITIMER_PROF, 2)  # its signal ends the process
+    try:
+        said = reader.table(data)
+    except reader.Refused as e:
+        said = {"error": str(e)}
+    except (MemoryError, RecursionError):
+        said = {"error": "memory"}
+    out = json.dumps(said).encode()
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    sys.stdout.buffer.write(struct.pack("<I", len(out)) + out)
+    sys.stdout.buffer.flush()
+"""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, data: bytes) -> dict[str, object]:
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, "-I", "-c", self.LOOP, dcp_metadata.__file__]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        into, out = self.process.stdin, self.process.stdout
+        assert into is not None and out is not None
+        into.write(struct.pack("<I", len(data)) + data)
+        into.flush()
+        if len(head := out.read(4)) < 4:
+            self.process.wait()
+            return {"error": "the process has ended"}
+        told: dict[str, object] = json.loads(out.read(*struct.unpack("<I", head)))
+        return told
+
+
+_metadata = _Metadata()
+
+
+def metadata(data: bytes) -> None:
+    """`.metadata` of a torch.distributed.checkpoint folder, up to its tensors."""
+    root = FOLDER / "dcp"
+    if not root.exists():
+        dcp.write({"w": torch.ones(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, root)
+    told = _metadata(data)
+    if "error" in told:
+        assert len(str(told["error"])) < 4000
+        return
+    dcp._told = lambda _: told  # type: ignore[assignment]
+    saved = dcp.open_saved(root)
+    for name in saved.tensors:
+        saved.get(name)
+
+
+def piece(data: bytes) -> None:
+    """A tensor in a file of torch.distributed.checkpoint."""
+    pickle.read_tensor(io.BytesIO(data), "x")
+
+
+def _llama() -> Path:
+    """A canonical folder of LLAMA."""
+    if not (canon := FOLDER / "llama").exists():
+        d, ffn, kv = 64, 128, 32
+        each = {
+            "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d),
+            "mlp.gate_proj": (ffn, d), "mlp.up_proj": (ffn, d), "mlp.down_proj": (d, ffn),
+            "input_layernorm": (d,), "post_attention_layernorm": (d,),
+        }  # fmt: skip
+        shapes = {f"model.layers.{i}.{n}.weight": shape for i in range(2) for n, shape in each.items()}
+        shapes |= {
+            "model.embed_tokens.weight": (256, d),
+            "lm_head.weight": (256, d),
+            "model.norm.weight": (d,),
+        }
+        (root := FOLDER / "llama-source").mkdir()
+        (root / "config.json").write_text(json.dumps(LLAMA))
+        save_file({n: torch.ones(shape) for n, shape in shapes.items()}, root / "model.safetensors")
+        convert(root, canon)
+    return canon
+
+
+def _sized(header: bytes) -> bytes:
+    """A safetensors file with this header, whose data is as long as its last offset says; zeros."""
+    try:
+        ends = [t["data_offsets"][1] for t in json.loads(header).values()]
+        n = max(e for e in ends if type(e) is int and e < 1 << 22)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        n = 64
+    return struct.pack("<Q", len(header)) + header + bytes(max(n, 0))
+
+
+def adapter(data: bytes) -> None:
+    """A PEFT adapter: its config, and the header of its tensors, up to the merged values."""
+    root, (told, _, header) = FOLDER / "adapter", data.partition(b"\n")
+    root.mkdir(exist_ok=True)
+    (root / merge.CONFIG).write_bytes(told)
+    (root / merge.WEIGHTS).write_bytes(_sized(header))
+    like = canonical.read(_llama())
+    where = merge._find(like, merge.read_adapter(root))
+    source = Source(like)
+    for name in {o.name for changed in where.changed for o, _ in where.places.get(changed, ())}:
+        merge._merged(where, name, source)
+
+
+def quantised(data: bytes) -> None:
+    """A quantization_config, and the header of a checkpoint whose first weight may be quantised so; up to its values."""
+    root, (told, _, header) = FOLDER / "quantised", data.partition(b"\n")
+    root.mkdir(exist_ok=True)
+    try:
+        found = bounded.parse_json(told)
+    except ValueError:
+        return
+    (root / "config.json").write_text(
+        json.dumps(LLAMA | {"quantization_config": found, "num_hidden_layers": 1})
+    )
+    (root / "model.safetensors").write_bytes(_sized(header))
+    shutil.rmtree(to := FOLDER / "dequantised", ignore_errors=True)
+    convert(root, to, dtype="bf16")
+
+
+def vocabulary(data: bytes) -> None:
+    """tokenizer.json, tokenizer_config.json and generation_config.json, up to a GGUF's fields."""
+    import gguf as package
+
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    fields = gguf_vocab.fields(dict(zip(names, data.split(b"\n", 2))), 272, "x")
+    writer = package.GGUFWriter(FOLDER / "x.gguf", "llama")
+    for key, value in fields.items():
+        export_gguf._add(writer, key, value)
+    with contextlib.suppress(struct.error, OverflowError, UnicodeError):  # as export_gguf refuses them
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+    writer.close()
+
+
+def listed(data: bytes) -> None:
+    """A certificate's list of files, as `zoo check` takes it, and a note of huggingface-hub's."""
+    root, (told, _, note) = FOLDER / "listed", data.partition(b"\n")
+    (root / check.NOTES).mkdir(parents=True, exist_ok=True)
+    (root / "a.json").write_text("{}")
+    (root / check.NOTES / "a.json.metadata").write_bytes(note)
+    by = _file("by.json", told)
+    assert check.check(root).problems  # it holds no model
+    assert check.check(root, by=by).problems
+
+
+def drawing(data: bytes) -> None:
+    """config.json, up to its picture, which must be XML and run nothing."""
+    found = safetensors.read_json(_file("config.json", data), "a config")
+    spec = families.spec_of(found)
+    picture = draw.drawing(spec, draw.Facts("</text><script>", ["&\x1b"], draw.ahead(found, None)))
+    tags = {e.tag.rpartition("}")[2] for e in ElementTree.fromstring(picture).iter()}
+    assert "script" not in tags
+
+
 TARGETS: dict[str, Target] = {
     "header": header, "index": index, "config": config, "plan": plan, "gguf": gguf_header, "pickle": pickled,
     "zoo.json": zoo_json, "parity.json": parity, "golden": golden, "generation": generation, "text": text,
-    "files": files, "commit": commit, "headers": headers,
+    "files": files, "commit": commit, "headers": headers, "metadata": metadata, "piece": piece, "adapter": adapter,
+    "quantised": quantised, "vocabulary": vocabulary, "listed": listed, "drawing": drawing,
 }  # fmt: skip
+logging.disable()  # what inputs make zoo warn of
 LLAMA = {
     "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
     "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 512,
 }  # fmt: skip
+
+
+Shapes = dict[str, tuple[str, list[int]]]
+
+
+def _header(tensors: Shapes) -> bytes:
+    """The header of a safetensors file."""
+    out, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        n = math.prod(shape) * ITEMSIZE[dtype]
+        out[name], at = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + n]}, at + n
+    return json.dumps(out).encode()
+
+
+def _saved() -> bytes:
+    """`.metadata` of two small tensors."""
+    with contextlib.suppress(ZooError):  # nothing to do with the mutations
+        metadata(b"")
+    return (FOLDER / "dcp" / dcp.METADATA).read_bytes()
+
+
+def _quantised(stem: str) -> Iterator[tuple[dict[str, object], Shapes]]:
+    """Configs and tensors of a llama's, the weight `stem` [64, 64] quantised in each of the ways."""
+    with safe_open(_llama().with_name("llama-source") / "model.safetensors", "pt") as f:
+        plain = {n: ("F32", f.get_slice(n).get_shape()) for n in f.keys() if "layers.1" not in n}  # noqa: SIM118
+    plain.pop(f"{stem}.weight")
+    w = f"{stem}.weight"
+    words: Shapes = {
+        f"{stem}.qweight": ("I32", [8, 64]),
+        f"{stem}.qzeros": ("I32", [2, 8]),
+        f"{stem}.scales": ("F16", [2, 64]),
+    }
+    packed: Shapes = {
+        f"{w}_packed": ("I32", [64, 8]),
+        f"{w}_scale": ("BF16", [64, 2]),
+        f"{w}_shape": ("I64", [2]),
+    }
+    group = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    nf4: Shapes = {w: ("U8", [2048, 1]), f"{w}.absmax": ("F32", [64]), f"{w}.quant_map": ("F32", [16])}
+    nf4 |= {f"{w}.quant_state.bitsandbytes__nf4": ("U8", [90])}
+    yield (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        plain | words | {f"{stem}.g_idx": ("I32", [64])},
+    )
+    yield {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, plain | {
+        f"{stem}.qweight": ("I32", [64, 8]), f"{stem}.qzeros": ("I32", [2, 8]), f"{stem}.scales": ("F16", [2, 64])
+    }  # fmt: skip
+    tensors: dict[str, object] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": {"weights": group}},
+    }
+    yield tensors, plain | packed
+    yield {"quant_method": "compressed-tensors", "format": "int-quantized"}, plain | {
+        w: ("I8", [64, 64]), f"{w}_scale": ("F32", [64, 1]), f"{w}_zero_point": ("I8", [64, 1])
+    }  # fmt: skip
+    yield {"quant_method": "modelopt", "quant_algo": "NVFP4"}, plain | {
+        w: ("U8", [64, 32]), f"{w}_scale": ("F8_E4M3", [64, 4]), f"{w}_scale_2": ("F32", [])
+    }  # fmt: skip
+    yield {"quant_method": "bitsandbytes", "load_in_4bit": True}, plain | nf4
+    yield (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        plain | {w: ("I8", [64, 64]), f"{stem}.SCB": ("F32", [64])},
+    )
+    yield {"bits": 4, "group_size": 32}, plain | {
+        w: ("U32", [64, 8]), f"{stem}.scales": ("BF16", [64, 2]), f"{stem}.biases": ("BF16", [64, 2])
+    }  # fmt: skip
+    yield {"quant_method": "fp8", "weight_block_size": [32, 32]}, plain | {
+        w: ("F8_E4M3", [64, 64]), f"{w}_scale_inv": ("F32", [2, 2])
+    }  # fmt: skip
 
 
 def seeds(name: str) -> list[bytes]:
@@ -218,8 +465,33 @@ def seeds(name: str) -> list[bytes]:
     }
     sibling = {"rfilename": "a/b", "size": 1, "blobId": "0" * 40, "lfs": {"sha256": "0" * 64, "size": 5}}
     torch.save({"a.w": torch.zeros(2, 3), "n": 1}, saved := io.BytesIO())
+    torch.save(torch.zeros(2, 3), one := io.BytesIO())
+    weight = "model.layers.0.self_attn.o_proj"
+    low = _header(
+        {
+            f"base_model.model.{weight}.lora_A.weight": ("F32", [2, 64]),
+            f"base_model.model.{weight}.lora_B.weight": ("F32", [64, 2]),
+        }
+    )
+    peft = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "alpha_pattern": {"o_proj": 1.5},
+        "use_rslora": True,
+    }
+    generation = {"eos_token_id": [1, 2], "bos_token_id": 0}
+    bpe = words | {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 3}, "merges": [["a", "b"]]}}
+    bpe["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     configs = [f.read_bytes() for f in sorted(CONFIGS.glob("*.json"))[::12]] if name == "config" else []
     return {
+        "metadata": [_saved()] if name == "metadata" else [],
+        "piece": [one.getvalue()],
+        "adapter": [json.dumps(peft).encode() + b"\n" + low],
+        "quantised": [json.dumps(q).encode() + b"\n" + _header(parts) for q, parts in _quantised(weight)] if name == "quantised" else [],
+        "vocabulary": [b"\n".join(json.dumps(x).encode() for x in (bpe, told, generation))],
+        "listed": [json.dumps(proof).encode() + b"\n" + b"0" * 40 + b"\n" + b"1" * 40 + b"\n1.5"],
+        "drawing": [json.dumps(LLAMA).encode(), *(f.read_bytes() for f in sorted(CONFIGS.glob("*.json"))[::25])],
         "plan": [json.dumps(named).encode()],
         "golden": [json.dumps(rows).encode()],
         "generation": [json.dumps({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1, 2]}).encode()],

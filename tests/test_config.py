@@ -162,6 +162,22 @@ def test_a_config_that_no_family_claims_says_which_there_are() -> None:
             families.find(config)
 
 
+def test_a_config_that_is_a_llamas_but_for_its_name_is_refused_with_the_nearest_family() -> None:
+    for release, near in (
+        ("llama-3.1-8b", r"llama, \w+"),
+        ("internlm3-8b-instruct", "internlm3; .* --family internlm3"),
+    ):
+        config = {
+            **(manifest.find(release).config or {}),
+            "model_type": "nova",
+            "architectures": ["NovaForCausalLM"],
+        }
+        with pytest.raises(families.NoFamily, match=rf"model_type 'nova'\. Nearest by its fields: {near}"):
+            families.find(config)
+    with pytest.raises(families.NoFamily, match=r"model_type 'nova'\. Known"):
+        families.find({"model_type": "nova", "n_state": 3})
+
+
 # --------------------------------------------------------------------------------------------------- RoPE
 
 LLAMA3 = {

@@ -106,10 +106,12 @@ def test_a_wrapper_around_the_model_is_looked_through(llama: Path, tmp_path: Pat
     other = again(llama, tmp_path / "other", have)
     assert "looked through" in plan_of(other).summary()
     assert same(canonical(other, tmp_path / "a"), canonical(llama, tmp_path / "b"))
-    export(tmp_path / "a", tmp_path / "back")
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+    export(tmp_path / "a", tmp_path / "as_it_came", format="source")
+    assert (tmp_path / "as_it_came" / "model.safetensors").read_bytes() == (
         other / "model.safetensors"
     ).read_bytes()
+    export(tmp_path / "a", tmp_path / "back")
+    assert same(*(load_file(f / "model.safetensors") for f in (tmp_path / "back", llama)))
 
 
 def test_a_wrapper_around_each_layer_is_looked_through(llama: Path, tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ def test_upstream_is_not_told_settings_that_keep_it_from_running_and_the_proof_s
 ) -> None:
     odd = {
         "attn_implementation": "flash_attention_2", "return_dict": False, "dtype": "auto", "use_cache": "yes",
-        "num_labels": "two", "id2label": {"yes": "no"},
+        "num_labels": "two", "id2label": {"yes": "no"}, "initializer_range": "0.02", "attention_dropout": "0.0",
     }  # fmt: skip
     cert = certified(again(llama, tmp_path / "other", quantization_config=[], **odd), tmp_path)
     assert cert.headline == "PASSED"
@@ -357,11 +359,11 @@ def test_upstream_is_not_told_settings_that_keep_it_from_running_and_the_proof_s
 def test_what_upstreams_constructor_raises_is_its_own_word_and_no_bug_of_ours(
     llama: Path, tmp_path: Path
 ) -> None:
-    other = again(llama, tmp_path / "other", initializer_range="wide")
+    other = again(llama, tmp_path / "other", pretraining_tp="wide")
     with pytest.raises(CannotLoad, match=r"upstream cannot load this: \w+Error: "):
         config_and_class(other)
     cert = zoo.verify(zoo.convert(other, tmp_path / "canonical"), write=False)
-    assert cert.oracle["kind"] == "none" and "initializer_range" in cert.oracle["why"]
+    assert cert.oracle["kind"] == "none" and "pretraining_tp" in cert.oracle["why"]
     assert cert.headline == "PASSED (bytes only)"
 
 
@@ -446,6 +448,7 @@ def test_shards_that_are_not_all_there_are_a_download_that_did_not_end(llama: Pa
         ("tf_model.h5", "TensorFlow's"), ("flax_model.msgpack", "Flax's"), ("model.onnx", "ONNX's"),
         ("openvino_model.bin", "OpenVINO's"), ("weights.npz", "numpy's"), ("ggml-model-q4_0.bin", "before GGUF"),
         ("model.safetensors.crdownload", "a download that has not ended"), ("model.tar.gz", "an archive"),
+        ("optimizer.pt", "a trainer's state"), ("training_args.bin", "a trainer's state"),
     ],
 )  # fmt: skip
 def test_weights_that_no_reader_takes_are_called_what_they_are(

@@ -4,6 +4,7 @@ the family (`zoo.testing.suite`)."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from zoo.cli import cli
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer, gguf_vocab, open_checkpoint
 from zoo.formats.gguf import read_header
+from zoo.quant import ggml
 from zoo.testing import build
 from zoo.testing import gguf as testing_gguf
 
@@ -121,6 +123,33 @@ def test_each_type_holds_what_the_gguf_package_makes_of_the_values(canon: Path, 
             assert t.tensor_type.name == ("F32" if not matrix else "Q8_0" if ends else type.upper()), t.name
             want = gguf.quants.quantize(exact[t.name], t.tensor_type)
             assert np.array(t.data).tobytes() == want.tobytes(), t.name
+
+
+def test_blocks_of_eight_bits_are_those_of_the_gguf_package() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3000, 32)).astype(np.float32)  # more than are made at a time
+    x[:1500] *= rng.choice([0, 1e-45, 1e-40, 1e-7, 1e9, 3e37], (1500, 1)).astype(np.float32)
+    halves = np.arange(-254, 256, dtype=np.float32).reshape(-1, 30) / 2
+    ends = np.full((len(halves), 2), (127, -0.0), np.float32)  # a scale of one
+    near = [np.nextafter(halves, np.float32(to)) for to in (-1e3, 0, 1e3)]
+    x = np.concatenate([x, *(np.concatenate([h, ends], 1) for h in (halves, *near))])
+    x[5, 7] = np.inf
+    with np.errstate(all="ignore"):
+        want = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
+    assert ggml.q8_0(x).tobytes() == want.tobytes()
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(
+    canon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(ZooError, match=r"x\.gguf: cannot be written: No space left on device"):
+        written(canon, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_type_matrices_are_as_the_folder_has_them(canon: Path, tmp_path: Path) -> None:

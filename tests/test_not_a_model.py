@@ -94,6 +94,20 @@ def test_an_adapter_is_called_that_with_its_base(with_config: bool, root: Path) 
         open_checkpoint(root)
 
 
+def test_an_adapter_that_zoo_does_not_merge_is_left_to_peft(root: Path) -> None:
+    (root / "model.safetensors").rename(root / "adapter_model.safetensors")
+    (root / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ZooError, match="a model that it does not name.*with peft .*zoo merges LoRA$"):
+        open_checkpoint(root)
+
+
+def test_a_folder_in_a_files_place_is_called_that(root: Path) -> None:
+    (root / "model.safetensors").unlink()
+    (root / "model.safetensors").mkdir()
+    with pytest.raises(ZooError, match="model.safetensors is a folder, where a file is expected"):
+        open_checkpoint(root)
+
+
 def test_a_model_beside_an_adapter_is_read(root: Path) -> None:
     (root / "adapter_config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, root / "adapter_model.safetensors")
@@ -144,6 +158,14 @@ def test_a_declared_dtype_is_no_difference_and_another_field_is_named(root: Path
     (folder / "zoo.json").write_text(json.dumps(description))
     cert = zoo.verify(folder, level="bytes", write=False)
     assert cert.passed and any("not compared" in n for n in cert.level("plan").notes)
+    config = json.loads((root / "config.json").read_text())
+    (folder / "config.released.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "dtype"})
+    )
+    cert = zoo.verify(folder, level="bytes", write=False)
+    assert cert.passed and any("in the dtype that it declares" in n for n in cert.level("bytes").notes)
+    (folder / "config.released.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    assert not zoo.verify(folder, level="bytes", write=False).passed
     description["spec"]["vocab_size"] += 1
     a, b = Spec.from_dict(description["spec"]), zoo.spec(root)
     (said,) = spec_differences(a, b)

@@ -12,12 +12,15 @@ import pytest
 import tiny
 import torch
 import vendor
+from safetensors.torch import load_file, save_file
 
+import zoo
 from zoo.errors import ZooError
-from zoo.formats import open_checkpoint
+from zoo.formats import canonical, open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
+from zoo.quant.packed import octets
 from zoo.quant.schemes import named
 from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
 
@@ -167,6 +170,35 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
     export(tmp_path / "carried", tmp_path / "back")
     for file in path.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (3, 5)])
+def test_words_are_taken_apart_whatever_their_strides(shape: tuple[int, int]) -> None:
+    words = torch.empty_strided(shape, (8, 9), dtype=torch.int32).fill_(258)
+    assert octets(words).tolist() == [[[2, 1, 0, 0]] * shape[1]] * shape[0]
+
+
+STREAMED = [k for k in CARRIED if k.startswith(("gptq", "awq"))]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(k, marks=[] if k in ("gptq 4, act-order", "awq, experts") else pytest.mark.proof)
+        for k in STREAMED
+    ],
+)
+def test_codes_that_upstream_does_not_dequantise_a_layer_at_a_time_stream(kind: str, tmp_path: Path) -> None:
+    name, pack, config, _ = CARRIED[kind]
+    path, _ = release(name, pack, config, tmp_path)
+    folder = zoo.convert(path, tmp_path / "carried")
+    cert = zoo.verify(folder, level="logits", stream=True, write=False)
+    assert cert.passed and "under the source's names" in cert.oracle["note"]
+    norm = "layers.0.attn_norm.weight"
+    file = folder / canonical.read(folder).tensors[norm].file
+    tensors = load_file(file)
+    save_file(tensors | {norm: tensors[norm] * 1.01}, file, {"format": "pt"})
+    assert zoo.verify(folder, level="logits", stream=True, write=False).failed
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -149,6 +150,30 @@ def test_s3s_hash_of_a_file_that_came_in_parts_is_held_to_its_bytes(
             store.fetch(file, to.fileno())
 
 
+def test_googles_and_the_hubs_own_hashes_are_held_to_the_bytes_too(
+    told: type[Told], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told().pipe_file("/b/m/f", b"weights")
+    real, info = told.find, dict[str, Any]()
+
+    def find(self: Told, path: str, **how: Any) -> Any:
+        return {name: {**about, **info} for name, about in real(self, path, **how).items()}
+
+    monkeypatch.setattr(told, "find", find)
+    for data, right in ((b"weights", True), (b"others!", False)):
+        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
+        for says in ({"md5Hash": md5}, {"lfs": {"sha256": hashlib.sha256(data).hexdigest()}}):
+            info.clear()
+            info.update(says)
+            store = Store("told://b/m")
+            with open(tmp_path / "f", "w+b") as to:
+                if right:
+                    assert store.fetch(store.files()["f"], to.fileno()) is True
+                    continue
+                with pytest.raises(ZooError, match="told://b/m: f: the bytes that came are not those"):
+                    store.fetch(store.files()["f"], to.fileno())
+
+
 # --- into a store ----------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +313,10 @@ def test_what_a_client_says_of_keys_is_shown_to_nobody(
         zoo.plan("told://me:word@b/model?sig=abc")
     assert "told://b/model: cannot be listed: PermissionError: *** may not look" in str(error.value)
     assert not any(s in str(error.value) for s in ("s3cr3t", "word", "abc"))
+    for how in ({"revision": "main"}, {"layers": [0]}):
+        with pytest.raises(ZooError) as error:
+            pull("told://me:word@b/model?sig=abc", "c", **how)
+        assert not any(s in str(error.value) for s in ("s3cr3t", "word", "abc"))
 
 
 def test_what_needs_a_folder_on_this_disk_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 import vendor
 import verified
@@ -23,11 +25,15 @@ from test_manifests import CONFIGS
 import zoo
 from zoo import families
 from zoo.errors import ZooError
-from zoo.formats import open_checkpoint, params_out
+from zoo.formats import gguf_tokenizer, open_checkpoint, params_out
 from zoo.formats.pickle import read_pickle
 from zoo.formats.pickle_out import Archive
 from zoo.mapping.export import export
 from zoo.testing import rope
+from zoo.text.tiktoken_out import ranks_file
+from zoo.text.tokenizer import byte_spelling
+
+PLAIN = DENSE | {"rope_parameters": rope(613.0)}
 
 
 def exported(tmp_path: Path, format: str, like: str, **settings: Any) -> tuple[Path, Path]:
@@ -61,7 +67,7 @@ def test_a_llama_becomes_metas_file_and_the_same_canonical_tensors_again(tmp_pat
 
 
 def test_a_tied_head_has_a_name_of_its_own_and_no_bytes_in_metas_file(tmp_path: Path) -> None:
-    _, out = exported(tmp_path, "meta", "llama_tied", **(DENSE | {"rope_parameters": rope(613.0)}))
+    _, out = exported(tmp_path, "meta", "llama_tied", **PLAIN)
     (file,) = out.glob("*.pth")
     state = torch.load(file, mmap=True)
     assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
@@ -188,6 +194,75 @@ def test_a_scale_that_metas_code_does_not_have_is_said(
     with caplog.at_level(logging.WARNING):
         exported(tmp_path, "meta", "llama", **DENSE)
     assert "its RoPE is scaled by 32; Meta's own code scales by 8" in caplog.text
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------------------
+
+
+def tokenizer(reserved: int, merges: list[list[str]]) -> dict[str, Any]:
+    """A tokenizer.json as Llama 3's: bytes and what is merged of them, numbered by rank, then tokens that are added."""
+    tokens = [*map(chr, byte_spelling().values()), *("".join(m) for m in merges)]
+    added = [{"id": len(tokens) + n, "content": f"<|{n}|>", "special": True} for n in range(reserved)]
+    (steps,) = (s for name, s in gguf_tokenizer.splits() if name == "llama-bpe")
+    model = {
+        "type": "BPE",
+        "vocab": {t: n for n, t in enumerate(tokens)},
+        "merges": merges,
+        "ignore_merges": True,
+    }
+    return {
+        "added_tokens": [t | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) for t in added],
+        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "post_processor": None,
+        "decoder": None, "model": model,
+    }  # fmt: skip
+
+
+MERGES = [["t", "h"], ["th", "e"], ["Ġ", "the"], ["Ġ", "t"], ["Ġt", "h"], ["Ã", "©"]]
+# With every pair that a token can be merged of: "Ġthe" and "Ġth" have two.
+ALLOWED = [["t", "h"], ["th", "e"], ["Ġ", "the"], ["Ġth", "e"], ["Ġ", "t"], ["Ġ", "th"], ["Ġt", "h"], ["Ã", "©"]]  # fmt: skip
+
+
+def test_metas_tokenizer_is_made_of_a_tokenizer_json_and_gives_its_ids(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    made = tokenizer(4, MERGES)
+    made["model"]["merges"] = ALLOWED
+    vendor.canonical(vendor.make(tmp_path / "hf", "llama_tied", **PLAIN), tmp_path / "canon")
+    described = json.loads((tmp_path / "canon" / "zoo.json").read_text())
+    (tmp_path / "canon" / "tokenizer.json").write_text(json.dumps(made))
+    described["carried"] = [*described["carried"], "tokenizer.json"]
+    (tmp_path / "canon" / "zoo.json").write_text(json.dumps(described))
+    out = zoo.export(tmp_path / "canon", tmp_path / "out", format="meta")
+    lines = [line.split() for line in (out / "tokenizer.model").read_bytes().splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    pattern = made["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    metas = tiktoken.Encoding(
+        "metas", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|0|>": len(ranks)}
+    )
+    text = " the th é theth 12345\n  the"
+    ids = Tokenizer.from_str(json.dumps(made)).encode(text).ids
+    assert metas.encode(text) == ids and max(ids) >= 256
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"merges": MERGES[:-1]}, "its merges are not those that its tokens' numbers, as ranks, allow"),
+        ({"vocab": {"a": 1}}, "not numbered from 0"),
+        ({"ignore_merges": False}, "splits text as smaug-bpe does|splits text as dbrx does"),
+    ],
+)
+def test_another_tokenizer_than_metas_is_not_given_out_as_one(change: dict[str, Any], says: str) -> None:
+    made = tokenizer(4, MERGES)
+    made["model"] |= {"merges": ALLOWED} | change
+    with pytest.raises(ZooError, match=says):
+        ranks_file(json.dumps(made).encode())
+
+
+def test_a_tokenizer_that_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        zoo.export(verified.canonical("mistral"), tmp_path / "out", format="mistral")
+    assert "no tekken.json or tokenizer.model.v* is written, which Mistral's own code reads" in caplog.text
 
 
 # --- the archive ---------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ Unusual here: a hash that was found right before is computed again, since a disk
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from zoo import card
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import leads_out, read_json
+from zoo.formats.base import files_below, leads_out, read_json
 from zoo.formats.sets import Ambiguous
 from zoo.hub import cache, repo
 from zoo.hub.files import RemoteFile
@@ -32,6 +33,7 @@ from zoo.verify import certificate
 
 NOTES = Path(".cache/huggingface/download")
 """Where huggingface-hub notes beside a download (`local_dir`) what it fetched: commit, etag and time, a line each."""
+MAX_NOTE = 4096  # bytes
 NEEDED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Endings of what a model is not read right without, beside its weights."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
@@ -42,15 +44,21 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass
 class Report:
-    """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole."""
+    """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole. `vouched`:
+    files whose hash was computed; `read`: those that the model is read from."""
 
     folder: Path | str
     against: str | None = None
-    hashed: int = 0
+    vouched: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
     tensors: int = 0
     family: str | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def hashed(self) -> int:
+        return len(self.vouched)
 
     @property
     def whole(self) -> bool:
@@ -64,6 +72,8 @@ class Report:
             return "whole, as far as its headers tell; nothing here says what its bytes should be: name its repository, owner/name"
         if not self.hashed:
             return f"whole, as far as headers and sizes tell: {self.against} has no hashes"
+        if unseen := sorted(self.read - self.vouched):
+            return f"whole, as far as headers and sizes tell: {self.against} has no hash of {_some(unseen)}"
         return f"whole and unaltered: {self.hashed} files hashed against {self.against}"
 
     def to_json(self) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
     """
     source, chosen = stored.at(url)
     if chosen is not None:
-        raise ZooError(f"{url}: a single file is looked at by `zoo inspect`")
+        raise ZooError(f"{source}: a single file is looked at by `zoo inspect`")
     report, watch = Report(source.store.url), Watch(progress)
     with stored.mirror(source) as root:
         certified = by or (root / certificate.FILE if canonical.detect(root) else None)
@@ -127,19 +137,27 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
             if bad := next((n for n in listed if leads_out(n)), None):
                 raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
             report.problems += [f"{n}: missing" for n in listed if n not in source.files]
+            if added := sorted(source.files.keys() - listed.keys() - {certificate.FILE}):
+                report.notes.append(f"here, and not of it: {_some(added)}")
             for name, file in source.files.items():
                 if (said := listed.get(name)) is None:
                     continue
-                report.hashed += 1
+                report.vouched.add(name)
                 if source.store.sha256(file, watch.advance) != said.sha256:
                     report.problems.append(f"{name}: its hash is another: altered, or damaged")
         else:
+            unhashed = []
             for name, file in source.files.items():
                 agrees = source.store.agrees(file, source.store.chunks(name, watch.advance))
-                report.hashed += agrees is not None
+                if agrees is None:
+                    unhashed.append(name)
+                else:
+                    report.vouched.add(name)
                 if agrees is False:
                     report.problems.append(f"{name}: its bytes are not those of the store's hash: damaged")
             report.against = "the store's own hashes" if report.hashed else None
+            if report.hashed and unhashed:
+                report.notes.append(f"the store tells no hash of: {_some(unhashed)}")
         _tensors(root, report)
         report.problems = [p.replace(str(root), source.store.url) for p in report.problems]
         report.notes = [n.replace(str(root), source.store.url) for n in report.notes]
@@ -169,7 +187,7 @@ def _listed(
         return _certified(folder / certificate.FILE, folder)
     if noted:
         report.against = (
-            f"what huggingface-hub noted of its download, commit {', '.join(sorted(c[:12] for c in commits))}"
+            f"what huggingface-hub noted of its download, commit {_some(sorted(c[:12] for c in commits))}"
         )
         report.notes.append(
             "files that were never downloaded are not known here: name the repository, owner/name"
@@ -184,8 +202,15 @@ def _listed(
 def _noted(folder: Path) -> tuple[dict[str, RemoteFile], set[str]]:
     """What huggingface-hub wrote down beside a download, and of which commits."""
     root, found, commits = folder / NOTES, {}, set()
-    for note in sorted(root.rglob("*.metadata")) if root.is_dir() else ():
-        path = note.relative_to(root).as_posix().removesuffix(".metadata")
+    for name in sorted(files_below(root)) if root.is_dir() else ():
+        note, path = root / name, name.removesuffix(".metadata")
+        if note.suffix != ".metadata":
+            continue
+        about = note.lstat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_NOTE:
+            raise ZooError(
+                f"{note}: no file, or too large a one, for what huggingface-hub notes of a download: remove it"
+            )
         lines = note.read_text(errors="replace").splitlines()[:2]
         if len(lines) == 2 and _HASH.fullmatch(lines[1].strip('"')):
             found[path] = _of_hash(folder, path, lines[1].strip('"'))
@@ -196,9 +221,9 @@ def _noted(folder: Path) -> tuple[dict[str, RemoteFile], set[str]]:
 def _blobs(folder: Path) -> dict[str, RemoteFile]:
     """Of a snapshot of the Hub's cache: its links, whose targets are called by their hashes."""
     found = {}
-    for link in sorted(folder.rglob("*")):
+    for path in sorted(files_below(folder)):
+        link = folder / path
         if link.is_symlink() and _HASH.fullmatch(blob := Path(link.readlink()).name):
-            path = link.relative_to(folder).as_posix()
             found[path] = _of_hash(folder, path, blob)
     return found
 
@@ -242,9 +267,11 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
     missing = [n for n in listed if n not in here]
     if not here:
         report.problems.append(f"none of the {len(listed)} files of {report.against} is here")
-    needed = [n for n in missing if _is_needed(n, here, listed)]
+    weights = {_PART.sub("", n) for n in here if n.endswith(WEIGHTS)}
+    stems = {_PART.sub("", n) for n in here}
+    needed = [n for n in missing if _is_needed(n, weights, stems)]
     report.problems += [f"{n}: missing" for n in needed]
-    if left := [n for n in missing if n not in needed]:
+    if left := sorted(set(missing) - set(needed)):
         report.notes.append(f"not here, and not needed to read the model: {_some(left)}")
     sizes = {n: (folder / n).stat().st_size for n in here}
     for n, f in here.items():
@@ -253,15 +280,14 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
     same = [f for n, f in here.items() if sizes[n] == f.size and f.blob]
     with ThreadPoolExecutor(min(certificate.READERS, certificate.cores())) as pool:
         for f, found in zip(same, pool.map(lambda f: _hash(folder / f.path, f, watch), same)):
-            report.hashed += 1
+            report.vouched.add(f.path)
             if found != f.blob:
                 report.problems.append(
                     f"{f.path}: its hash is {found[:16]}..., expected {f.blob[:16]}...: altered, or damaged"
                 )
-    others = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     added = sorted(
         n
-        for n in others
+        for n in files_below(folder)
         if n not in listed
         and not n.startswith(NOT_THE_MODELS)
         and n not in (certificate.FILE, certificate.SIGNATURE)
@@ -270,18 +296,15 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
         report.notes.append(f"here, and not of it: {_some(added)}")
 
 
-def _is_needed(path: str, here: Mapping[str, RemoteFile], listed: Mapping[str, RemoteFile]) -> bool:
+def _is_needed(path: str, weights: Collection[str], stems: Collection[str]) -> bool:
     """Whether a file that is missing is one that the model is read from: a part of weights of which others are here, any
-    weights if none are, a config or a tokenizer's file."""
+    weights if none are, a config or a tokenizer's file. `weights`, `stems`: names of what is here, without their parts."""
     if path.endswith(WEIGHTS):
-        weights = [n for n in here if n.endswith(WEIGHTS)]
-        return not weights or (
-            _PART.search(path) is not None and any(_PART.sub("", path) == _PART.sub("", n) for n in weights)
-        )
+        return not weights or (_PART.search(path) is not None and _PART.sub("", path) in weights)
     if "/" in path or not path.endswith(NEEDED):
         return False
     index = path.removesuffix(".index.json")
-    return index == path or any(_PART.sub("", n) == index for n in here)
+    return index == path or index in stems
 
 
 def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
@@ -292,6 +315,7 @@ def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
 
 def _signature(folder: Path, key: Path, report: Report) -> None:
     from zoo.sign import check as held
+    from zoo.sign import listed
 
     try:
         n = held(folder, key)
@@ -300,7 +324,8 @@ def _signature(folder: Path, key: Path, report: Report) -> None:
         return
     told = f"the signature {certificate.SIGNATURE}, by the key {key}"
     if report.against is None:
-        report.against, report.hashed = told, n
+        signed = listed(folder / certificate.SIGNATURE)  # now that it holds
+        report.against, report.vouched = told, {str(f.get("name")) for f in signed}
     else:
         report.notes.append(f"{n} files are as they were signed: {told}")
 
@@ -314,9 +339,11 @@ def _tensors(folder: Path, report: Report) -> None:
         if canonical.detect(folder):
             found = canonical.read(folder)
             report.tensors, report.family = len(found.tensors), found.spec.family
+            report.read = {canonical.JSON, *found.files}
             return
         ckpt = open_checkpoint(folder)
         report.tensors = len(ckpt.tensors)
+        report.read = {*ckpt.files, *(n for n in ("config.json",) if n in ckpt.carried)}
         report.notes += ckpt.notes
         report.family = make_plan(ckpt).family.name
     except (Ambiguous, NoFamily) as e:

@@ -223,10 +223,11 @@ def _named(config: Mapping[str, Any]) -> list[str]:
 
 
 class NoFamily(ZooError):
-    """No family claims a config: `who` it says it is, and `known`, those that are claimed and what to do."""
+    """No family claims a config: `who` it says it is, and `known`, those that are claimed and what to do. `near`: which
+    could read it."""
 
-    def __init__(self, who: str, known: str) -> None:
-        super().__init__(f"{who}. {known}")
+    def __init__(self, who: str, known: str, near: str = "") -> None:
+        super().__init__(f"{who}. {near}{known}")
         self.who, self.known = who, known
 
 
@@ -256,7 +257,27 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     raise NoFamily(
         f"{where}: no family for architectures {named or 'absent'}, model_type {model_type!r}",
         f"Known architectures: {', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family.{_also_broken()}",
+        _near(config, where),
     )
+
+
+def _near(config: Mapping[str, Any], where: str) -> str:
+    """A sentence on the families that could read a config which none claims, those first that leave least of it unread, and
+    of those Llama, the plainest; none where no family could. By fields alone: whether the model computes so, they don't say."""
+    unread: dict[str, int] = {}
+    for family in families().values():
+        try:
+            fields = Config(config, where)
+            family.spec(fields)
+            read(config, family, where)
+        except (ZooError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            continue
+        unread[family.name] = len(fields.unread())
+    names = sorted(unread, key=lambda n: (unread[n], n != "llama", n))
+    if not names:
+        return ""
+    near = ", ".join(n for n in names[:4] if unread[n] == unread[names[0]])
+    return f"Nearest by its fields: {near}; if it computes so, say --family {names[0] if near == names[0] else 'NAME'}. "
 
 
 def spec_of(config: Mapping[str, Any], family: Family | None = None, where: str = "config.json") -> Spec:

@@ -30,6 +30,13 @@ def open_plain(path: str | os.PathLike[str], flags: int, *, dir_fd: int | None =
     return fd
 
 
+def by_descriptor(fd: int, folder: Path) -> Path:
+    """A path of the open folder `fd`, called `folder`, that stays its own when somebody puts another in its place: for libraries
+    that open files by path. Where the system has none (it is Linux's) the folder's own."""
+    held = Path(f"/proc/self/fd/{fd}")
+    return held if held.exists() else folder
+
+
 def write_plain(path: Path, data: bytes) -> None:
     """`data` at `path`, whole or not at all, in place of whatever has the name: a link there is replaced, not followed."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -63,7 +63,7 @@ def check(folder: Path, key: Path) -> int:
         raise ZooError(
             f"{path}: missing: the folder is not signed (`zoo sign {folder} --key PRIVATE.pem` signs one)"
         )
-    hashing, n = _library()[1], len(_listed(path))
+    hashing, n = _library()[1], len(listed(path))
     from model_signing import verifying
 
     with _said(folder, key):
@@ -74,7 +74,7 @@ def check(folder: Path, key: Path) -> int:
     return n
 
 
-def _listed(path: Path) -> list[Any]:
+def listed(path: Path) -> list[Any]:
     """The files that a signature lists."""
     try:
         payload = read_json(path, "it is the signature")["dsseEnvelope"]["payload"]

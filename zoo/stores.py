@@ -279,6 +279,8 @@ class Store:
 
     def _is_no_md5(self, name: str) -> bool:
         """Whether S3 keeps this file under its owner's key, or in a directory bucket: an ETag there is no MD5."""
+        if not hasattr(self.fs, "call_s3"):
+            return False
         head = self._head(name)
         return (
             head.get("ServerSideEncryption", "AES256") != "AES256"

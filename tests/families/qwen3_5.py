@@ -85,24 +85,15 @@ def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
 
 
 def gguf_fields(config: Settings) -> Settings:
-    turned = int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"])
-    return {
-        "attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"],
-        "rope.dimension_count": turned, "rope.dimension_sections": [*config["rope_parameters"]["mrope_section"], 0],
-        "full_attention_interval": 3, "ssm.conv_kernel": config["linear_conv_kernel_dim"],
-        "ssm.state_size": config["linear_key_head_dim"], "ssm.group_count": config["linear_num_key_heads"],
-        "ssm.time_step_rank": config["linear_num_value_heads"],
-        "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
-    }  # fmt: skip
+    sections = [*config["rope_parameters"]["mrope_section"], 0]
+    return qwen3_next.gguf_state(config) | {"rope.dimension_sections": sections}
 
 
 GGUF_SETTINGS = {
     "linear_value_head_dim": 26, "linear_num_value_heads": 6, "attention_bias": False, "num_hidden_layers": 5,
     "layer_types": TEXT["layer_types"],
 }  # fmt: skip
-GGUF_REFUSED: tuple[Settings, ...] = (
-    {"rope.dimension_sections": [3, 0, 0, 0]}, {"ssm.inner_size": 5}, {"attention.scale": 0.5},
-)  # fmt: skip
+GGUF_REFUSED: tuple[Settings, ...] = ({"rope.dimension_sections": [3, 0, 0, 0]}, *qwen3_next.GGUF_REFUSED)
 
 
 # fmt: off

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import qwen3_5
+from families import qwen3_5, qwen3_next
 from zoo import families
 from zoo.formats.opening import open_checkpoint
 from zoo.mapping.plan import make_plan
@@ -86,11 +86,7 @@ def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
 
 
 def gguf_fields(config: Settings) -> Settings:
-    return qwen3_5.gguf_fields(config) | {
-        "expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
-        "expert_feed_forward_length": config["moe_intermediate_size"],
-        "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
-    }  # fmt: skip
+    return qwen3_5.gguf_fields(config) | qwen3_next.gguf_experts(config)
 
 
 # fmt: off

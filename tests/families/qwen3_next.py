@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from zoo import families
-from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Listed, Variant, names, rope
+from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Gguf, Listed, Variant, names, rope
 from zoo.testing.full_size import mixers, read
 from zoo.testing.names import Config, Tensor
 from zoo.testing.released import drop, flat_rope
-from zoo.testing.variant import Settings
+from zoo.testing.variant import Settings, Tensors
 
 # fmt: off
 
@@ -43,6 +45,57 @@ def released(config: Settings) -> Settings:
     return flat_rope(drop(config, "layer_types"))
 
 
+def gguf_state(config: Settings) -> Settings:
+    """The fields of Qwen3NextModel of llama.cpp's converter, but for experts."""
+    return {
+        "attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"],
+        "rope.dimension_count": int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]),
+        "full_attention_interval": 3, "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "ssm.state_size": config["linear_key_head_dim"], "ssm.group_count": config["linear_num_key_heads"],
+        "ssm.time_step_rank": config["linear_num_value_heads"],
+        "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
+    }  # fmt: skip
+
+
+def gguf_experts(config: Settings) -> Settings:
+    return {
+        "expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
+    }  # fmt: skip
+
+
+def gguf_weights_of_2025(tensors: Tensors, config: Settings) -> Tensors:
+    """1 + w for norms, the decay for its logarithm."""
+    out: Tensors = {}
+    for name, x in tensors.items():
+        if name.endswith("A_log"):
+            x = -torch.exp(x.double()).float()
+        elif name.endswith("conv1d.weight"):
+            x = x.squeeze(1)
+        elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+            x = x.float() + 1
+        out[name.replace("dt_bias", "dt_proj.bias")] = x
+    return out
+
+
+def gguf_weights(tensors: Tensors, config: Settings) -> Tensors:
+    """And, of each key head's q, k, v and z, all q, k and v in one tensor and z in another."""
+    heads, k, v = (config[f"linear_{x}"] for x in ("num_key_heads", "key_head_dim", "value_head_dim"))
+    v *= config["linear_num_value_heads"] // heads
+    out: Tensors = {}
+    for name, x in gguf_weights_of_2025(tensors, config).items():
+        if name.endswith("in_proj_qkvz.weight"):
+            *qkv, z = (part.flatten(0, 1) for part in x.unflatten(0, (heads, -1)).split((k, k, v, v), 1))
+            out[name.replace("qkvz", "qkv")], out[name.replace("qkvz", "z")] = torch.cat(qkv), z
+        else:
+            out[name] = x
+    return out
+
+
+GGUF_REFUSED: tuple[Settings, ...] = ({"ssm.inner_size": 5}, {"attention.scale": 0.5})
+
+
 # fmt: off
 CASE = FamilyCase(
     "qwen3_next",
@@ -65,6 +118,12 @@ CASE = FamilyCase(
         "qwen3-next-80b-a3b": Listed("qwen3-next-80b-a3b", frozenset({"mtp"})),
         "qwen3-next-80b-a3b-fp8": Listed("qwen3-next-80b-a3b", frozenset({"mtp"})),
     },
+    gguf=tuple(
+        Gguf("qwen3next", lambda c: gguf_state(c) | gguf_experts(c), settings={"linear_value_head_dim": 26},
+             weights=weights, written=written, idle=("feed_forward_length",),
+             refused=(*GGUF_REFUSED, {"expert_weights_norm": False}, {"expert_gating_func": 2}))
+        for weights, written in ((gguf_weights, True), (gguf_weights_of_2025, False))
+    ),
     refused=(
         ("qwen3-next-80b-a3b", {"layer_types": ["mamba"] * 48}, "layer_types[0] is 'mamba'"),
         ("qwen3-next-80b-a3b", {"layer_types": ["full_attention"]}, "should list 48 layers"),

@@ -8,6 +8,8 @@ import click
 
 from zoo.cli._common import Anywhere, common, emit, failed, note, say, say_verdict
 
+SHOWN = 40  # problems, a line each
+
 
 @click.command(short_help="Is a folder whole, and unaltered?")
 @click.argument("folder", type=Anywhere(file_okay=False))
@@ -62,8 +64,10 @@ def command(
     else:
         for line in report.notes:
             note(line)
-        for line in report.problems:
+        for line in report.problems[:SHOWN]:
             say(line)
+        if (more := len(report.problems) - SHOWN) > 0:
+            say(f"and {more:,} more (--json has them all)")
         told = f"{report.tensors:,} tensors" + (
             f" of {report.family}, every one in place" if report.family and report.whole else ""
         )

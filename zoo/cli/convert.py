@@ -21,7 +21,7 @@ from zoo.cli._common import (
     what_it_is,
     which_set,
 )
-from zoo.url import is_url
+from zoo.url import is_url, without_secrets
 
 if TYPE_CHECKING:
     from zoo.mapping.parts import Part
@@ -97,7 +97,7 @@ def _sent(src: str, url: str, as_json: bool, part: Part | None, like: Path | Non
         part = found[0]
     if part is not None or like is not None:
         raise click.UsageError(
-            f"{'several processes share' if like is None else '--like is for'} a folder on disk: {url} is one process's"
+            f"{'several processes share' if like is None else '--like is for'} a folder on disk: {without_secrets(url)} is one process's"
         )
     with Bar() as bar:
         at = convert_to_store(src, url, progress=bar, **how)

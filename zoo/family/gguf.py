@@ -176,6 +176,18 @@ DELTA: tuple[RuleLine, ...] = (
 )
 """Gated DeltaNet whose projections lie apart."""
 
+DELTA_BY_KEY_HEAD: tuple[RuleLine, ...] = (
+    ("layers.{i}.delta.qkvz.weight", ungroup("blk.{i}.ssm_in.weight", "n_k_heads", 4)),  # files of 2025
+    ("layers.{i}.delta.qkvz.weight", cat(ungroup(_QKV, 1, 3), "blk.{i}.attn_gate.weight")),
+    ("layers.{i}.delta.ba.weight", ungroup("blk.{i}.ssm_ba.weight", "n_k_heads", 2)),
+    ("layers.{i}.delta.conv.weight", _CONV),
+    ("layers.{i}.delta.A_log", minus_exp("blk.{i}.ssm_a")),
+    ("layers.{i}.delta.dt_bias", "blk.{i}.ssm_dt.bias"),
+    ("layers.{i}.delta.norm.weight", "blk.{i}.ssm_norm.weight"),
+    ("layers.{i}.delta.out.weight", "blk.{i}.ssm_out.weight"),
+)
+"""Gated DeltaNet that is released key head by key head (Qwen3-Next): its value heads stay in that order."""
+
 
 def _norm_groups(layer: Layer | None, _: Spec) -> int:
     assert layer is not None

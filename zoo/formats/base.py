@@ -218,7 +218,8 @@ def inside(root: Path, name: str, who: str) -> Path:
             f"`cp -rL {shlex.quote(str(root))} COPY` (`cp -rlL` takes no space on the same disk)"
         )
     if not real.is_file():
-        raise ZooError(f"{path} is {leads_nowhere(path) or 'not a regular file'}")
+        kind = "a folder, where a file is expected" if real.is_dir() else "not a regular file"
+        raise ZooError(f"{path} is {leads_nowhere(path) or kind}")
     return path
 
 
@@ -238,10 +239,24 @@ TEMPLATES = "additional_chat_templates"
 _CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
 
 
+MAX_DEPTH = 64
+"""Folders in folders."""
+
+
 def files_below(folder: Path) -> set[str]:
-    """Names of all files in a folder and those in it, links included."""
-    found = (p for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
-    return {p.relative_to(folder).as_posix() for p in found}
+    """Names of all files in a folder and those in it, links included. Raises ZooError for folders without end."""
+    left, found = [(str(folder), "", 0)], set[str]()
+    while left:
+        path, name, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ZooError(f"{path:.200}...: more than {MAX_DEPTH} folders in one another: refused")
+        with os.scandir(path) as entries:
+            for e in entries:
+                if e.is_dir(follow_symlinks=False):
+                    left.append((e.path, f"{name}{e.name}/", depth + 1))
+                else:
+                    found.add(name + e.name)
+    return found
 
 
 def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path) -> None:

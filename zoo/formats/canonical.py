@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.errors import ZooError
-from zoo.formats.base import FLOATS, RELEASED, TensorRef, files_below, inside, leads_out, read_json
+from zoo.formats.base import FLOATS, RELEASED, TensorRef, files_below, inside, leads_out, place_of, read_json
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, Slot, layout
 from zoo.quant.schemes import grid, scheme
@@ -113,6 +113,9 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r:.300})") from None
     refuse_unsound(spec, str(root / JSON))
+    for name in j.get("carried", ()):
+        if os.path.lexists(place := place_of(root, name)):  # it is copied from here: no link may lead out
+            inside(root, place.relative_to(root).as_posix(), JSON)
     _refuse_more_than(root, spec, layers)
     index = read_json(root / INDEX, "a canonical checkpoint has one")
     tensors: dict[str, TensorRef] = {}

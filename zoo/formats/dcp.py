@@ -2,34 +2,44 @@
 
 They hold no config, so they are read beside a canonical folder that has one (`zoo convert DCP DST --like CANON`).
 
-Unusual: `.metadata` is a pickle, and torch's own reader runs whatever is in it. Here nothing of it is run: the few classes
-that such a file names become records of what the file says of them, and any other name is refused. A piece is a file of
-`torch.save` in a file, and is read with `weights_only`.
+Unusual: `.metadata` is a pickle, and torch's own reader runs whatever is in it. Here nothing of it is run, and it is read in
+a process of its own (zoo.formats.dcp_metadata). A piece is a file of `torch.save` in a file: a byte range of it, found as in
+any other pickle of weights. All that is claimed is held to the files before there is room made for a tensor.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
-import pickle
+import stat
+import subprocess
+import sys
 import uuid
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.formats import dcp_metadata, pickle
 from zoo.formats.base import TensorRef, files_below, inside
 from zoo.model.load import DTYPES
 
 METADATA = ".metadata"
 MAX_METADATA = 256 << 20
-"""Bytes; a checkpoint of 100,000 tensors in 64 pieces each has some 500 MB of it in memory and 100 here."""
-_CALLED = {dtype: name for name, dtype in DTYPES.items()}
+"""Bytes; a checkpoint of 350,000 pieces has some 50 MB of it."""
+SECONDS = 30
+"""Reading it may take so long by the clock; by its own CPU time less (zoo.formats.dcp_metadata)."""
+MAX_CELLS = 1 << 20
+"""Of the grid that the edges of a tensor's pieces make; each piece is one of them in what trainers write."""
+_CALLED = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -57,28 +67,25 @@ class Saved:
         ref = self.tensors[name]
         out = torch.empty(ref.shape, dtype=DTYPES[ref.dtype])
         for piece in self.pieces[name]:
-            part = self._read(name, piece)
-            if part.dtype != out.dtype or tuple(part.shape) != piece.sizes:
-                raise ZooError(
-                    f"{self.root / piece.file}: {name} at {list(piece.offsets)} is {part.dtype} {list(part.shape)}, expected "
-                    f"{out.dtype} {list(piece.sizes)}"
-                )
-            at = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes))
-            out[at] = part
+            part = self._read(name, ref.dtype, piece)
+            out[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes))] = part
         return out
 
-    def _read(self, name: str, piece: Piece) -> Tensor:
+    def _read(self, name: str, dtype: str, piece: Piece) -> Tensor:
         path = inside(self.root, piece.file, METADATA)
         with open(path, "rb") as f:
             f.seek(piece.at)
-            raw = f.read(piece.length)
-        try:
-            part = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
-        except Exception as e:  # torch raises several kinds for what is damaged or refused
-            raise ZooError(f"{path}: {name} at byte {piece.at} cannot be read ({e!r:.200})") from None
-        if not isinstance(part, Tensor):
-            raise ZooError(f"{path}: {name} at byte {piece.at} is a {type(part).__name__}, expected a tensor")
-        return part
+            raw = bytearray(f.read(piece.length))
+        who = f"{path}: {name} at byte {piece.at}"
+        part = pickle.read_tensor(io.BytesIO(raw), who)
+        if part.dtype != dtype or part.shape != piece.sizes:
+            raise ZooError(
+                f"{path}: {name} at {list(piece.offsets)} is {part.dtype} {list(part.shape)}, expected {dtype} {list(piece.sizes)}"
+            )
+        if not part.size:
+            return torch.empty(part.shape, dtype=DTYPES[dtype])
+        flat = torch.frombuffer(raw[part.offset : part.offset + part.nbytes], dtype=DTYPES[dtype])
+        return flat.view(part.shape) if part.strides is None else flat.as_strided(part.shape, part.strides)
 
 
 def detect(path: Path) -> bool:
@@ -89,49 +96,73 @@ def open_saved(path: Path) -> Saved:
     """Open the folder at `path` by its metadata. Raises ZooError if it is none, or not whole."""
     if not detect(path):
         raise ZooError(f"{path}: not a folder of torch.distributed.checkpoint (no {METADATA})")
-    told = _unpickled(path / METADATA)
-    try:
-        where = {
-            (index.fqn, getattr(index, "offset", None)): info for index, info in told.storage_data.items()
-        }
-        out = Saved(path, {}, {}, [])
-        for name, entry in told.state_dict_metadata.items():
-            if type(entry).__name__ == "BytesStorageMetadata":
-                out.other.append(name)
-                continue
-            _add(out, name, entry, where)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ZooError(
-            f"{path / METADATA}: not as torch.distributed.checkpoint writes it ({e!r:.200})"
-        ) from None
+    told = _told(path / METADATA)
+    out = Saved(path, {}, {}, told["other"])
+    for name, entry in told["tensors"].items():
+        _add(out, name, entry)
+    _refuse_what_files_do_not_hold(out)
     return out
 
 
-def _add(out: Saved, name: str, entry: Any, where: Mapping[Any, Any]) -> None:
-    who = f"{out.root / METADATA}: {name!r}"
-    torch_dtype = entry.properties.state[0]
-    if (dtype := _CALLED.get(torch_dtype)) is None:
-        raise ZooError(f"{who} is {torch_dtype}, which no checkpoint holds")
-    shape, pieces, n = tuple(entry.size), [], 0
-    for chunk in entry.chunks:
-        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-        info = where[name, offsets]
-        if getattr(info, "transform_descriptors", None):
+def _add(out: Saved, name: str, entry: Mapping[str, Any]) -> None:
+    who = f"{out.root / METADATA}: {name!r:.200}"
+    if (dtype := _CALLED.get(entry["dtype"])) is None:
+        raise ZooError(f"{who} is {entry['dtype']}, which no checkpoint holds")
+    shape = tuple(entry["shape"])
+    pieces = [Piece(tuple(o), tuple(s), file, at, length) for o, s, file, at, length in entry["pieces"]]
+    for p in pieces:
+        ranked = len(p.offsets) == len(p.sizes) == len(shape)
+        if not ranked or any(o + k > d for o, k, d in zip(p.offsets, p.sizes, shape)):
             raise ZooError(
-                f"{who} is stored in a form of its own ({info.transform_descriptors!r:.100}), which zoo does not read"
+                f"{who} has a piece of {list(p.sizes)} at {list(p.offsets)}, outside of its {list(shape)}"
             )
-        pieces.append(Piece(offsets, sizes, info.relative_path, int(info.offset), int(info.length)))
-        if any(o < 0 or o + k > d for o, k, d in zip(offsets, sizes, shape, strict=True)):
-            raise ZooError(
-                f"{who} has a piece of {list(sizes)} at {list(offsets)}, outside of its {list(shape)}"
-            )
-        n += torch.Size(sizes).numel()
-    if n != torch.Size(shape).numel():
+        if p.length < math.prod(p.sizes) * DTYPES[dtype].itemsize:
+            raise ZooError(f"{who} has a piece of {list(p.sizes)} {dtype} in {p.length} bytes")
+    n = sum(math.prod(p.sizes) for p in pieces)
+    if n != math.prod(shape) or not _apart(pieces, len(shape), who):
         raise ZooError(
-            f"{who} has {torch.Size(shape).numel()} elements, its pieces {n}: was a rank's file lost, or saved twice?"
+            f"{who} has {math.prod(shape)} elements, its pieces {n}: was a rank's file lost, or saved twice?"
         )
     ref = TensorRef(name, dtype, shape, pieces[0].file if pieces else METADATA, 0, n * DTYPES[dtype].itemsize)
     out.tensors[name], out.pieces[name] = ref, pieces
+
+
+def _apart(pieces: list[Piece], rank: int, who: str) -> bool:
+    """Whether no two pieces have an element in common: in the grid of all their edges each cell is in one of them."""
+    if len(pieces) < 2:
+        return True
+    edges = [
+        np.unique([e for p in pieces for e in (p.offsets[a], p.offsets[a] + p.sizes[a])]) for a in range(rank)
+    ]
+    if math.prod(map(len, edges)) > max(MAX_CELLS, 4 * len(pieces)):
+        raise ZooError(f"{who} is cut into {len(pieces)} pieces whose edges make no grid: not read")
+    taken = np.zeros([len(e) for e in edges], bool)
+    for p in pieces:
+        cells = tuple(slice(*np.searchsorted(e, (o, o + n))) for e, o, n in zip(edges, p.offsets, p.sizes))
+        if taken[cells].any():
+            return False
+        taken[cells] = True
+    return True
+
+
+def _refuse_what_files_do_not_hold(saved: Saved) -> None:
+    """Raises ZooError for a piece that lies outside of its file, and for bytes that two pieces are made of: a few of them
+    could stand for tensors without end."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for pieces in saved.pieces.values():
+        for p in pieces:
+            ranges.setdefault(p.file, []).append((p.at, p.at + p.length))
+    for file, found in ranges.items():
+        path = inside(saved.root, file, str(saved.root / METADATA))
+        end = 0
+        for start, stop in sorted(found):
+            if start < end:
+                raise ZooError(
+                    f"{saved.root / METADATA}: two pieces are made of the bytes at {start} of {file}"
+                )
+            end = stop
+        if end > (size := path.stat().st_size):
+            raise ZooError(f"{path}: {size} bytes, {METADATA} says {end}: truncated, fetch it again")
 
 
 def write(state: Mapping[str, Tensor], dst: str | os.PathLike[str], force: bool = False) -> Path:
@@ -143,7 +174,7 @@ def write(state: Mapping[str, Tensor], dst: str | os.PathLike[str], force: bool 
     with Folder(dst, {}, uuid.uuid4().hex, force=force, ours=_wrote) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of one process, which is meant
         try:
-            writer = checkpoint.FileSystemWriter(folder.partial, thread_count=1, sync_files=False)
+            writer = checkpoint.FileSystemWriter(folder.here, thread_count=1, sync_files=False)
             checkpoint.save(dict(state), storage_writer=writer, no_dist=True)
         except (OSError, checkpoint.CheckpointException) as e:
             folder.discard()
@@ -156,57 +187,25 @@ def _wrote(path: Path) -> bool:
     return METADATA in files and all(n == METADATA or n.endswith(".distcp") for n in files)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The pickle
-
-
-class _Record:
-    """What a file says of an object: its attributes by name, or whatever else stands for it (`state`)."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
-
-
-_HERE = "torch.distributed.checkpoint."
-_RECORDS = {
-    *((f"{_HERE}metadata", n) for n in (
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
-    (f"{_HERE}filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath"),
-}  # fmt: skip
-
-
-def _size(lengths: Collection[Any] = ()) -> tuple[int, ...]:
-    if not all(type(n) is int for n in lengths):
-        raise pickle.UnpicklingError("a size of what are no numbers")
-    return tuple(lengths)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _RECORDS:
-            return type(name, (_Record,), {})
-        if (module, name) == ("torch", "Size"):
-            return _size
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of such a file: not run")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to data elsewhere")
-
-
-def _unpickled(path: Path) -> Any:
-    if (size := path.stat().st_size) > MAX_METADATA:
-        raise ZooError(f"{path}: {size} bytes (limit {MAX_METADATA})")
-    try:
-        return _Unpickler(io.BytesIO(path.read_bytes())).load()
-    except Exception as e:  # a damaged pickle raises anything
-        raise ZooError(f"{path}: cannot be read ({e!r:.300})") from None
+def _told(path: Path) -> dict[str, Any]:
+    """What the metadata says, by the process that reads it."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_METADATA:
+        raise ZooError(f"{path}: {found.st_size} bytes (limit {MAX_METADATA})")
+    with open(path, "rb") as f:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", dcp_metadata.__file__], stdin=f, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, timeout=SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ZooError(f"{path}: takes too long to be read: refused") from None
+    if done.returncode:
+        why = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise ZooError(
+            f"{path}: ended the process that read it ({why}): no checkpoint's metadata does, refused"
+        )
+    told: dict[str, Any] = json.loads(done.stdout)
+    if "error" in told:
+        raise ZooError(f"{path}: {told['error']}")
+    return told

@@ -96,6 +96,9 @@ def _shared(f: Fields) -> dict[str, Any]:
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         if (number := f.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             out[name] = number
+    out.setdefault(
+        "pad_token_id", None
+    )  # left out, upstream's class has its release's, which may lie beyond this vocabulary
     out["rope_scaling"] = _rope_scaling(f)
     return out
 

@@ -9,11 +9,11 @@ Source: llama_vocab::impl::load of llama.cpp; TextModel.get_vocab_base and Speci
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer
 from zoo.formats.base import TEMPLATES
@@ -43,7 +43,15 @@ def fields(files: Mapping[str, bytes], vocab_size: int, who: str) -> dict[str, A
         out = _fields(whole, config, vocab_size, where)
         out |= _special(whole, config, files, out["tokens"], who)
         templates = _templates(config, files, who)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as e:
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:
         raise ZooError(
             f"{where} or a file beside it: not as the package tokenizers writes it ({e!r:.200})"
         ) from e
@@ -52,7 +60,7 @@ def fields(files: Mapping[str, bytes], vocab_size: int, who: str) -> dict[str, A
 
 def _json(files: Mapping[str, bytes], name: str, who: str) -> dict[str, Any]:
     try:
-        found = json.loads(files.get(name, b"{}"))
+        found = parse_json(files.get(name, b"{}"))
     except ValueError as e:
         raise ZooError(f"{who}: {name}: not JSON ({e})") from None
     if not isinstance(found, dict):
@@ -81,7 +89,7 @@ def _fields(
     _refuse_normaliser(whole.get("normalizer"), where)
     # Inside a merge a space would end the first piece: llama.cpp's converter spells it as the byte-level alphabet does.
     spelled = [" ".join(piece.replace(" ", "\u0120") for piece in m) for m in merges]
-    pre = _pre(whole, bool(model.get("ignore_merges")), where)
+    pre = split_name(whole, bool(model.get("ignore_merges")), where)
     return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": spelled}
 
 
@@ -99,6 +107,10 @@ def _tokens(
     for added in whole.get("added_tokens") or ():
         by_number[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    if odd := next(
+        ((n, t) for n, t in by_number.items() if type(n) is not int or n < 0 or not isinstance(t, str)), None
+    ):
+        raise ValueError(f"a token {odd[1]!r:.40} of number {odd[0]!r:.40}")
     if max(by_number, default=0) >= vocab_size:
         n = max(by_number)
         raise ZooError(
@@ -153,7 +165,7 @@ def _signature(steps: Sequence[Mapping[str, Any]], where: str) -> tuple[Any, ...
     return tuple(out)
 
 
-def _pre(whole: Mapping[str, Any], ignore_merges: bool, where: str) -> str:
+def split_name(whole: Mapping[str, Any], ignore_merges: bool, where: str) -> str:
     """llama.cpp's name for how this tokenizer splits text."""
     found = _signature(_steps(whole.get("pre_tokenizer"), "pretokenizers"), where)
     named = [name for name, steps in gguf_tokenizer.splits() if _signature(steps, where) == found]
@@ -234,6 +246,8 @@ def _special(
         out["eos_token_id"] = ends[0]
     if "bos_token_id" not in out and type(generation.get("bos_token_id")) is int:
         out["bos_token_id"] = generation["bos_token_id"]
+    if odd := [n for n in ends if type(n) is not int or not 0 <= n < 1 << 32]:
+        raise ValueError(f"a text ends at {odd[0]!r:.40}, which is no token's number")
     others = [n for n in ends if n != out.get("eos_token_id")]
     for role, n in zip(("eot", "eom"), others):  # llama.cpp stops at each of these
         out[f"{role}_token_id"] = n

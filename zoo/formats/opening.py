@@ -93,7 +93,8 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise sets.Ambiguous(
             f"{p}: no checkpoint in the folder itself; name one below it with --file: {shown}"
         )
-    if p.is_dir() and (theirs := sorted(x.name for x in (*p.glob("*.pt"), *p.glob("*.pth")))):
+    states = {x for pattern in OPTIMIZER for x in p.glob(pattern)} if p.is_dir() else set()
+    if p.is_dir() and (theirs := sorted(x.name for x in {*p.glob("*.pt"), *p.glob("*.pth")} - states)):
         raise ZooError(
             f"{p}: {theirs[0]} is called neither as Hugging Face's nor as Meta's files are (torchtune's hf_model_*.pt and "
             "litgpt's *.pth hold a trainer's names): save it with the trainer's own export to Hugging Face, or name a file of "
@@ -114,6 +115,7 @@ def _points(file: Path) -> bool:
     return False
 
 
+OPTIMIZER = ("optimizer*.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin")
 OTHERS = (
     (("*.distcp", "*/*.distcp"), "torch.distributed.checkpoint's shards",
      "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin, beside the model's config.json"),
@@ -135,6 +137,8 @@ OTHERS = (
     (("*.ggml", "ggml-*.bin", "*.ggmlv3*"), "GGML's, from before GGUF", "llama.cpp's convert_llama_ggml_to_gguf.py makes a GGUF of it"),
     (("*.engine", "*.plan"), "TensorRT's", "take the release that it was built from"),
     (("*.crdownload", "*.part", "*.incomplete", "*.aria2", "*.download"), "a download that has not ended", "fetch it again, or to its end"),
+    (OPTIMIZER, "a trainer's state, without the model's weights",
+     "give the folder that the model itself was saved to"),
     (("*.zip", "*.tar", "*.tar.gz", "*.tgz", "*.7z"), "an archive", "unpack it first"),
 )  # fmt: skip
 """Kinds of files that are weights and that no reader here takes: how they are called, whose they are, what to do."""
@@ -165,11 +169,14 @@ def refuse_adapter(path: Path) -> None:
     )
     if own and (root / "adapter_config.json").is_file():
         told = read_json(root / "adapter_config.json", "it describes an adapter")
-        base, kind = told.get("base_model_name_or_path"), told.get("peft_type", "LORA")
-        raise ZooError(
-            f"{path}: an adapter ({kind!s:.20}) to {base!s:.100}, not a model: convert that, and "
+        kind = str(told.get("peft_type", "LORA"))[:20]
+        base = str(told.get("base_model_name_or_path") or "a model that it does not name")[:100]
+        how = (
             f"merge this into it (`zoo merge CANON {root} DST`)"
+            if kind.upper() == "LORA"
+            else f"merge this into it first, with peft (merge_and_unload(), where {kind} has it): zoo merges LoRA"
         )
+        raise ZooError(f"{path}: an adapter ({kind}) to {base}, not a model: convert that, and {how}")
 
 
 def snapshot_of(path: Path) -> Path:

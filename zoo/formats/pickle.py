@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import reprlib
 import struct
@@ -109,6 +110,9 @@ class _Tensor(NamedTuple):  # it has no __dict__ that a pickle's BUILD could cha
 
 
 MAX_RANK = 64  # axes of a tensor
+MAX_EXPANDED = (
+    1 << 20
+)  # bytes of a tensor whose storage has fewer: one number could stand for a tensor of any size
 MAX_COUNT = 1 << 62  # of elements, in any direction
 
 
@@ -347,6 +351,17 @@ def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[T
     return list(_refs(_state_dict(state, who, notes), ranges, name, who))
 
 
+def read_tensor(f: BinaryIO, who: str) -> TensorRef:
+    """The one tensor that `torch.save` wrote to `f` as it is, as a byte range of `f`. Raises ZooError for anything else."""
+    if f.read(4) != b"PK\x03\x04":
+        raise ZooError(f"{who}: expected a file of torch.save (a zip archive): damaged, fetch it again")
+    state, ranges = _zipped(f, who)
+    if not isinstance(state, _Tensor):
+        raise ZooError(f"{who}: holds {short(state)}, expected a tensor")
+    (ref,) = _refs({"": state}, ranges, "", who)
+    return ref
+
+
 Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in the file
 
 
@@ -523,6 +538,11 @@ def _refs(state: dict[str, _Tensor], ranges: Ranges, file: str, who: str) -> Ite
             raise ZooError(
                 f"{who}: tensor {name!r} {t.dtype} {list(t.shape)} needs {(t.offset + span) * item} bytes, its storage "
                 f"has {available}: damaged, fetch it again"
+            )
+        if math.prod(t.shape) * item > max(available, MAX_EXPANDED):
+            raise ZooError(
+                f"{who}: tensor {name!r:.200} {t.dtype} {list(t.shape)} stands for {math.prod(t.shape) * item} bytes, its storage has "
+                f"{available}: an expanded view; save its values (.contiguous())"
             )
         strides = None if _contiguous(t.shape, t.strides) else t.strides
         yield TensorRef(name, t.dtype, t.shape, file, start + t.offset * item, span * item, strides)

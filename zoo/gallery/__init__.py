@@ -13,6 +13,7 @@ from pathlib import Path
 from zoo.errors import ZooError
 from zoo.gallery import pages
 from zoo.gallery.data import Release, collect, document
+from zoo.plain import write_plain
 
 __all__ = ["write"]
 
@@ -26,6 +27,8 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / DATA).is_file())):
         raise ZooError(f"{out}: holds something that is no gallery; name a folder that is new, empty, or one")
+    if link := next((f for f in (out / "r", out / "svg") if f.is_symlink()), None):
+        raise ZooError(f"{link}: is a link, and zoo did not make it: remove it, or name another folder")
     releases = collect(names)
     text = json.dumps(document(releases), ensure_ascii=False, separators=(",", ":"))
     files = {
@@ -49,5 +52,5 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
         if str(old.relative_to(out)) not in files:
             old.unlink()  # of an earlier gallery
     for name, content in files.items():
-        (out / name).write_text(content, encoding="utf-8", newline="\n")
+        write_plain(out / name, content.encode())
     return releases

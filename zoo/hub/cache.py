@@ -30,7 +30,7 @@ from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
-from zoo.plain import open_plain
+from zoo.plain import open_plain, write_plain
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
@@ -171,7 +171,8 @@ def mark_verified(path: Path, file: RemoteFile) -> None:
     with suppress(OSError):
         mark = _mark(path, file)
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text("" if time.time() - path.stat().st_mtime > SETTLED else boot())
+        settled = time.time() - path.stat().st_mtime > SETTLED
+        write_plain(mark, b"" if settled else boot().encode())
 
 
 # ---- links and names

@@ -88,7 +88,7 @@ def quantised(
         if k % 32 or columns % 32:
             return None
         if (shape := components.get("shape")) is not None:
-            check_shape(shape.tolist(), parts, k)
+            check_shape(shape, parts, k)
         return Weight(codes.view(torch.uint8), n, k, INT4, scale, None, columns, bias)
     k = codes.shape[-1]
     if columns % 128 and columns < k:

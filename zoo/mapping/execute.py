@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from zoo import families
 from zoo._version import __version__
@@ -55,7 +55,7 @@ from zoo.mapping.moves import (
     Loop,
     Move,
     Rearrange,
-    Woven,
+    Through,
     in_kernel,
     loops,
     merged,
@@ -171,10 +171,24 @@ def sheet_of(plan: Plan, shard_size: int | None = None) -> Sheet:
 # Moving
 
 
+class Sink(Protocol):
+    """Where a Mover writes: files of these sizes, by their names; `dst` is what they are called together in errors."""
+
+    @property
+    def dst(self) -> Path: ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+    def fd(self, name: str) -> int: ...
+
+
 class Mover:
     """Moves between open files; shared by conversion and export."""
 
-    def __init__(self, folder: Folder, total: int, progress: Progress | None, threads: int | None) -> None:
+    def __init__(
+        self, folder: Sink, total: int, progress: Progress | None = None, threads: int | None = None
+    ) -> None:
         self.folder, self.total, self.progress = folder, total, progress
         self.threads = threads or min(4, len(os.sched_getaffinity(0)))
         self.n_done = 0
@@ -228,7 +242,7 @@ class Mover:
             for a, b in offsets(outer)
         ]
 
-    def run(self, copies: list[Copy], rearrangements: Iterable[Rearrange | Woven]) -> None:
+    def run(self, copies: list[Copy], rearrangements: Iterable[Through]) -> None:
         """Do all of them, over the threads; the first error stops everything and is raised."""
         pieces = merged(copies)
         for alike in (True, False):
@@ -328,7 +342,7 @@ class Mover:
         if self.progress is not None:
             self.progress(self.n_done, self.total)
 
-    def _rearrange(self, r: Rearrange | Woven) -> None:
+    def _rearrange(self, r: Through) -> None:
         r.run(self.folder.fd(r.dst))
 
 

@@ -109,8 +109,8 @@ def export(
 ) -> Path:
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
-    `format`: "hf", a Hugging Face checkpoint; "source", the vendor's own names and files if it had other ones
-    (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
+    `format`: "hf", a Hugging Face checkpoint; "source", the files as they came: the vendor's own names if it had other ones, a
+    trainer's wrappers in them (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
     "meta" or "mistral", `params.json` and `consolidated.00.pth` or `consolidated.safetensors`, from any source. `dtype` ("bf16",
     "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
     of tensors per file at most, in new files; Meta's are one. New files get a model card (`zoo.card`), and with `card` those
@@ -236,7 +236,9 @@ def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = 
     kept = _kept(c)
     headers = _headers(kept)
     naming = format if format in VENDORS else "hf"
-    same_names = source["naming"] == naming or format == "source"
+    # As released, they could not be opened: names that a trainer wrapped are in no class.
+    wrapped = format == "hf" and source["naming"] == "hf" and bool(unwrapped(_names(headers, c)))
+    same_names = (source["naming"] == naming and not wrapped) or format == "source"
     if same_names and source.get("dtype") is None and source["format"] != VALUES and not (cast or shard_size):
         if headers:
             job = _as_released(c, family, headers, kept)
@@ -368,13 +370,19 @@ def released_names(c: Canonical) -> set[str]:
 
 
 def _released(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
+    names = _names(headers, c)
+    return set(plain.values()) if (plain := unwrapped(names)) else names
+
+
+def _names(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
+    """Of the released tensors, as the files have them."""
     names = set[str]()
     for file, raw in headers.items():
         header = parse_json(raw)
         if not isinstance(header, dict):
             raise ZooError(f"{c.root / SOURCE}: {file}: header is not a JSON object; convert again")
         names |= {full_name(file, n) for n in header if n != "__metadata__"}
-    return set(plain.values()) if (plain := unwrapped(names)) else names
+    return names
 
 
 def _as_new(
@@ -456,7 +464,29 @@ def _as_vendors(
         n for n in _carried(c) if n not in ("config.json", "params.json") and not n.endswith(".index.json")
     ]
     small["params.json"] = _params(c, params, ours)
+    small |= _vendors_tokenizer(c, naming, carried)
     return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
+
+
+def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> dict[str, bytes]:
+    """The tokenizer's file that the vendor's code reads, where none is carried and Meta's can be made; else a warning."""
+    if any(n.startswith(("tokenizer.model", "tekken")) for n in carried):
+        return {}
+    why = (
+        "none is made of a tokenizer.json"
+        if naming == "mistral"
+        else "there is no tokenizer.json to make it of"
+    )
+    if naming == "meta" and "tokenizer.json" in carried:
+        from zoo.text.tiktoken_out import ranks_file
+
+        try:
+            return {"tokenizer.model": ranks_file(place_of(c.root, "tokenizer.json").read_bytes())}
+        except ZooError as e:
+            why = str(e)
+    called = "tekken.json or tokenizer.model.v*" if naming == "mistral" else "tokenizer.model"
+    log.warning("%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
+    return {}
 
 
 def _config_is_ours(c: Canonical) -> bool:

@@ -4,35 +4,45 @@
   that the folder carries (`zoo/formats/gguf_vocab.py`).
 - Matrices become `type`; vectors, norms, biases and routers stay in fp32, as with llama.cpp's own converter. Weights that are
   carried in MXFP4 stay in it, their codes put into ggml's order.
-- Some rows of one tensor are in memory at a time, the whole of it where it is made of several. The files are written beside the destination and renamed when all are complete.
+- The package writes what comes before the data. Weights that are only renamed or put together are copied from file to file, as conversion
+  copies them; of others each thread has some rows in memory, the whole tensor where it is made of several. The files are written beside the
+  destination and renamed when all are complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zoo import families
+from zoo import families, libc
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf_out, gguf_vocab
-from zoo.formats.base import TEMPLATES, TensorRef, place_of
+from zoo.formats.base import ITEMSIZE, TEMPLATES, TensorRef, place_of
 from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
-from zoo.mapping import changes
-from zoo.mapping.execute import Progress
+from zoo.mapping import changes, decode
+from zoo.mapping.execute import Mover, Progress
+from zoo.mapping.folder import clear_held, own
+from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
+from zoo.mapping.ways import write
+from zoo.plain import by_descriptor
+from zoo.quant import ggml
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
 
@@ -53,7 +63,7 @@ _MXFP4_FILE = 38
 _PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
 _ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
 _ENDS = ("token_embd.weight", "output.weight")
-_CHUNK = 1 << 22  # elements converted at a time
+_CHUNK = 1 << 18  # elements converted at a time: they stay in a core's cache
 _GROUP = 32  # elements of a block of Q8_0, Q4_0 and MXFP4
 
 
@@ -142,34 +152,83 @@ def _write(
     if not force and (there := [f for f in files if f.exists()]):
         raise ZooError(f"{there[0]}: exists; --force replaces it")
     partial = target.with_name(target.name + ".partial")
-    total, done = sum(t.nbytes for t in tensors), 0
+    total = sum(t.nbytes for t in tensors)
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
         raise ZooError(
             f"{partial}: exists; another export is writing it, or one was killed: remove it then"
         ) from None
+    held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if shutil.disk_usage(partial).free < total:
+        own(partial, held)
+        here = by_descriptor(held, partial)
+        if shutil.disk_usage(here).free < total:
             raise ZooError(f"{target}: needs {total:,} bytes; its disk has less free")
-        writer.write_header_to_file(partial / target.name)
+        writer.write_header_to_file(here / target.name)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for table in described.tables.values():
-            writer.write_tensor_data(np.asarray(table, np.float32))
-        for t in tensors:
-            writer.write_tensor_data(_Data(c, t))
-            done += t.nbytes
-            if progress:
-                progress(done, total)
+        places, sink = _places(writer, target)
+        for name, table in described.tables.items():
+            file, at = places[name]
+            os.pwrite(sink.fd(file), np.asarray(table, np.float32).tobytes(), at)
+        mover = Mover(sink, total, progress)
+        try:
+            mover.run(*_moves(c, tensors, places, mover))
+        finally:
+            mover.close()
         writer.close()
         for f in reversed(files):  # the first file of a set, by which it is opened, comes last
-            os.replace(partial / f.name, f)
-    except OSError as e:
-        raise ZooError(f"{target}: cannot be written: {e.strerror or e}") from e
+            os.replace(f.name, f, src_dir_fd=held)
+    except (OSError, ZooError) as e:
+        cause = e.__cause__ if isinstance(e, ZooError) else e
+        if not isinstance(cause, OSError):
+            raise
+        raise ZooError(f"{target}: cannot be written: {cause.strerror or cause}") from cause
+    except (
+        struct.error,
+        OverflowError,
+        UnicodeError,
+    ) as e:  # what a stranger's folder says, and no field can hold
+        raise ZooError(f"{target}: a field of it cannot be written ({e!r:.200})") from e
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        writer.close()
+        clear_held(held, "")
+        os.close(held)
+        with contextlib.suppress(OSError):
+            partial.rmdir()
     return files
+
+
+@dataclass
+class _Files:
+    """The files in the making, which a Mover fills."""
+
+    dst: Path
+    sizes: dict[str, int]
+    fds: dict[str, int]
+
+    def fd(self, name: str) -> int:
+        return self.fds[name]
+
+
+def _places(writer: Any, target: Path) -> tuple[dict[str, tuple[str, int]], _Files]:
+    """(file, byte) of each tensor, as the headers that are written now say, and the files, with room for all of them. Their
+    descriptors are the writer's."""
+    places, there = {}, _Files(target, {}, {})
+    for file, infos in zip(writer.fout, writer.tensors, strict=True):
+        name, at = Path(file.name).name, _padded(writer, file.tell())
+        for tensor, info in infos.items():
+            places[tensor] = name, at
+            at += _padded(writer, info.nbytes)
+        there.sizes[name], there.fds[name] = at, file.fileno()
+        os.ftruncate(file.fileno(), at)
+        libc.reserve(file.fileno(), at)
+    return places, there
+
+
+def _padded(writer: Any, n: int) -> int:
+    return int(writer.ggml_pad(n, writer.data_alignment))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
@@ -286,48 +345,94 @@ def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
 # The data
 
 
+def _moves(
+    c: Canonical, tensors: list[_Tensor], places: dict[str, tuple[str, int]], mover: Mover
+) -> tuple[list[Copy], list[Rearrange | _Made]]:
+    """What is copied into the files, and what goes through memory."""
+    copies: list[Copy] = []
+    through: list[Rearrange | _Made] = []
+    for t in tensors:
+        dst, base = places[t.name]
+        if t.type != _dtype(c, t.pieces) or any(p.fit.change for p in t.pieces):
+            through.append(_Made(c, t, dst, base))
+            continue
+        size = ITEMSIZE[t.type]
+        for p in t.pieces:
+            ref, loop = c.tensors[p.name], mover.loop(p.fit, backwards=True)
+            mover.open(ref.file, c.path(ref))
+            from_, to = p.fit.canonical.offset, p.fit.source.offset
+            if in_kernel(loop, size):
+                copies += mover.copies(ref.file, ref.offset + from_ * size, dst, base + to * size, size, loop)
+            else:
+                loader = decode.Raw(ref, decode.Files(mover.source))
+                through.append(Rearrange(loader, dst, base, size, loop, from_, to))
+    return copies, through
+
+
 @dataclass(frozen=True)
-class _Data:
-    """What the writer takes for an array: bytes that are made while they are written."""
+class _Made:
+    """A tensor whose elements are converted on the way, from byte `at` of `dst`."""
 
     canon: Canonical
     tensor: _Tensor
+    dst: str
+    at: int
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def tofile(self, file: Any) -> None:
-        for part in _parts(self.canon, self.tensor):
-            part.tofile(file)
+    def chunks(self) -> Iterator[_Rows]:
+        c, t = self.canon, self.tensor
+        rows, dtype = _rows(c, t.pieces, t.shape[-1]), _dtype(c, t.pieces)
+        step, change = max(1, _CHUNK * len(rows) // max(1, rows.size)), t.pieces[0].fit.change
+        scales = None
+        if t.type == "MXFP4":
+            scales = _rows(c, t.scales, t.shape[-1] // _GROUP)
+            if len(scales) != len(rows):
+                rows, scales = rows.reshape(1, -1), scales.reshape(1, -1)
+        each = self.nbytes // max(1, len(rows))
+        for i in range(0, len(rows), step):
+            some = rows[i : i + step]
+            if scales is None:
+                make = functools.partial(_converted, some, dtype, t, change)
+            else:
+                make = functools.partial(_mxfp4, some, scales[i : i + step])
+            yield _Rows(self.dst, self.at + i * each, len(some) * each, make)
+
+    def run(self, fd: int) -> None:
+        for rows in self.chunks():
+            rows.run(fd)
 
 
-def _parts(c: Canonical, t: _Tensor) -> Iterator[Array]:
-    """The tensor's bytes in order, some rows at a time."""
-    rows, dtype = _rows(c, t.pieces, t.shape[-1])
-    step = max(1, _CHUNK * len(rows) // max(1, rows.size))
-    if t.type == "MXFP4":
-        scales, _ = _rows(c, t.scales, t.shape[-1] // _GROUP)
-        if len(scales) != len(rows):
-            rows, scales = rows.reshape(1, -1), scales.reshape(1, -1)
-        for at in range(0, len(rows), step):
-            yield _mxfp4(rows[at : at + step], scales[at : at + step])
-        return
-    change = t.pieces[0].fit.change
-    for at in range(0, len(rows), step):
-        raw = np.ascontiguousarray(rows[at : at + step])
-        yield raw if t.type == dtype and not change else _converted(raw, dtype, t, change)
+@dataclass(frozen=True)
+class _Rows:
+    """Some of its rows, made when they are written."""
+
+    dst: str
+    at: int
+    nbytes: int
+    make: Callable[[], Array]
+
+    def chunks(self) -> Iterator[_Rows]:
+        yield self
+
+    def run(self, fd: int) -> None:
+        write(fd, self.make(), self.at)
 
 
-def _rows(c: Canonical, pieces: list[_Piece], columns: int) -> tuple[Array, str]:
-    """The tensor in its own dtype's bits, [n, ...] of whole rows of `columns`, and the dtype: where it lies, if it is of one
-    canonical tensor and its parts are whole rows there; else put together in memory."""
+def _dtype(c: Canonical, pieces: list[_Piece]) -> str:
     dtypes = {c.tensors[p.name].dtype for p in pieces}
     if len(dtypes) > 1:
         raise ZooError(
             f"{c.root}: {pieces[0].fit.name} would be made of {' and '.join(sorted(dtypes))}; convert with --dtype"
         )
-    (dtype,) = dtypes
+    return dtypes.pop()
+
+
+def _rows(c: Canonical, pieces: list[_Piece], columns: int) -> Array:
+    """The tensor in its own dtype's bits, [n, ...] of whole rows of `columns`: where it lies, if it is of one canonical tensor and
+    its parts are whole rows there; else put together in memory."""
     shape = pieces[0].fit.shape
     views = [(p, _mapped(c, c.tensors[p.name])) for p in pieces]
     if len(views) == 1:
@@ -337,11 +442,11 @@ def _rows(c: Canonical, pieces: list[_Piece], columns: int) -> tuple[Array, str]
             if view.ndim == 1:
                 view = view.reshape(-1, columns)
             if math.prod(view.shape[1:]) % columns == 0:
-                return view, dtype
-    out = np.empty(math.prod(shape), bits(dtype))
+                return view
+    out = np.empty(math.prod(shape), bits(_dtype(c, pieces)))
     for p, flat in views:
         _box(out, p.fit.source)[...] = _box(flat, p.fit.canonical)
-    return out.reshape(-1, columns), dtype
+    return out.reshape(-1, columns)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -363,10 +468,12 @@ def _box(flat: Array, box: Box) -> Array:
 
 def _converted(raw: Array, dtype: str, t: _Tensor, change: Change) -> Array:
     """Rows in the bits of one of GGUF's types."""
-    x = to_fp32(raw, dtype).astype(np.float32, copy=False)
+    x = to_fp32(np.ascontiguousarray(raw), dtype).astype(np.float32, copy=False)
     x = changes.stored(x, change)
     if t.type in _PLAIN:
         return from_float(x, t.type, t.name)
+    if t.type == "Q8_0":
+        return ggml.q8_0(x)
     import gguf
 
     made: Array = gguf.quants.quantize(x.reshape(-1, t.shape[-1]), gguf.GGMLQuantizationType[t.type])

@@ -38,7 +38,7 @@ from zoo import libc
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import leads_out
-from zoo.plain import open_plain
+from zoo.plain import by_descriptor, open_plain
 
 STATE, JOURNAL = ".zoo-state.json", ".zoo-steps.jsonl"  # names that no file of a checkpoint has
 WHOLE = "whole"  # in a partial folder that several processes fill: the folder in the making (see parts.py)
@@ -173,6 +173,11 @@ class Folder:
         put(self.partial, self.dst, durable=self.durable)
         self.published = True
         return self.dst
+
+    @property
+    def here(self) -> Path:
+        """A path of the folder in the making, for libraries that open files by path."""
+        return by_descriptor(self._held, self.partial)
 
     @property
     def _held(self) -> int:

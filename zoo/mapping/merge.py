@@ -19,8 +19,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ from torch import Tensor
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.formats import canonical
-from zoo.formats.base import read_json
+from zoo.formats import canonical, pickle, safetensors
+from zoo.formats.base import TensorRef, inside, read_json
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
@@ -39,7 +41,7 @@ from zoo.mapping.plan import Output, fold, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
-from zoo.model.load import Source
+from zoo.model.load import DTYPES, Source
 
 StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -54,6 +56,12 @@ OTHERWISE = (
 """Fields of an adapter's config that stand for another formula, or another model, when they are set."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the weights which the adapter is added to."""
+LONGEST = 500
+"""Characters of a name or a pattern of an adapter."""
+MATCHING = 4.0
+"""Seconds for all matches of an adapter's patterns."""
+ENDLESS = re.compile(r"\)[*+{?]|\(\?|\\[1-9]|(?:[^\\][*+{?].*){4}|(?:\(.*){4}", re.DOTALL)
+"""Patterns whose matching may take for ever: of repeated groups, looks around and back, more than three repetitions or groups."""
 
 
 def merge(
@@ -123,15 +131,44 @@ class Adapter:
     config: dict[str, Any]
     low: dict[str, list[Low]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    _matching: float = 0.0
+
+    @cached_property
+    def alphas(self) -> list[tuple[re.Pattern[str], float]]:
+        """What modules have alphas of their own. Raises ZooError for what is no pattern, or no number."""
+        told = self.config.get("alpha_pattern") or {}
+        if not isinstance(told, dict):
+            raise ZooError(f"{self.root / CONFIG}: alpha_pattern is {told!r:.80}; expected an object")
+        out = []
+        for p, alpha in told.items():
+            if len(p) > LONGEST or ENDLESS.search(p):
+                raise ZooError(
+                    f"{self.root / CONFIG}: alpha_pattern has {p!r:.80}, which could be matched without end: not read"
+                )
+            try:
+                out.append((re.compile(rf"(.*\.)?({p})$"), self._alpha(alpha)))
+            except (re.error, OverflowError, RecursionError) as e:
+                raise ZooError(
+                    f"{self.root / CONFIG}: alpha_pattern has {p!r:.80}, which is no pattern ({e!s:.80})"
+                ) from None
+        return out
+
+    def _alpha(self, alpha: Any) -> float:
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise ZooError(f"{self.root / CONFIG}: an alpha is {alpha!r:.80}; expected a number")
+        return float(alpha)
 
     def scale(self, module: str, parameter: str | None, rank: int) -> float:
         """s of a module, whose patterns are matched as PEFT does: the end of its name."""
-        alpha, patterns = self.config.get("lora_alpha", 8), self.config.get("alpha_pattern") or {}
+        alpha, began = self._alpha(self.config.get("lora_alpha", 8)), time.monotonic()
         for key in (module, *([f"{module}.{parameter}"] if parameter else [])):
-            if (p := next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), None)) is not None:
-                alpha = patterns[p]
+            if (own := next((a for p, a in self.alphas if p.match(key)), None)) is not None:
+                alpha = own
                 break
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        self._matching += time.monotonic() - began
+        if self._matching > MATCHING:
+            raise ZooError(f"{self.root / CONFIG}: alpha_pattern takes too long to be matched: refused")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 def read_adapter(root: Path) -> Adapter:
@@ -155,7 +192,8 @@ def read_adapter(root: Path) -> Adapter:
     out = Adapter(root, config)
     parts: dict[tuple[str, int], Low] = {}
     for key, t in _tensors(root).items():
-        name = _plain(key)
+        if len(name := _plain(key)) > LONGEST:
+            raise ZooError(f"{root}: a name of {len(name)} characters: {name:.80}...")
         if (m := WITHIN.match(name)) is None:
             if "lora_" in name or "token_adapter" in name:
                 raise ZooError(f"{root}: {key!r} is none of LoRA's or DoRA's tensors: merge it with peft")
@@ -173,6 +211,11 @@ def read_adapter(root: Path) -> Adapter:
     for (module, _), low in sorted(parts.items(), key=lambda x: -x[0][1]):
         if low.a is None or low.b is None:
             raise ZooError(f"{root}: of {module} it has only one of lora_A and lora_B: is the file whole?")
+        if low.a.dim() != 2 or low.b.dim() != 2 or len(low.a) != low.b.shape[1] or not len(low.a):
+            raise ZooError(
+                f"{root}: {module}: lora_B {list(low.b.shape)} times lora_A {list(low.a.shape)} is no product of matrices: merge it with "
+                "peft"
+            )
         out.low.setdefault(module, []).append(low)
     if not out.low and not out.whole:
         raise ZooError(f"{root}: an adapter without tensors")
@@ -186,20 +229,26 @@ def _plain(key: str) -> str:
 
 
 def _tensors(root: Path) -> dict[str, Tensor]:
-    if (root / WEIGHTS).is_file():
-        from safetensors.torch import load_file
+    """By the readers of weights, which run nothing and believe no size: views of the mapped file."""
+    name = next((n for n in (WEIGHTS, PICKLED) if (root / n).is_file()), None)
+    if name is None:
+        raise ZooError(f"{root}: has neither {WEIGHTS} nor {PICKLED}: is the adapter whole?")
+    file = inside(root, name, str(root))
+    size = file.stat().st_size
+    if name == WEIGHTS:
+        refs = list(safetensors.parse_header(safetensors.read_header(file), name, size, str(file)))
+    else:
+        refs = pickle.read_pickle(file, name)
+    raw = torch.from_file(str(file), False, size, dtype=torch.uint8)
+    return {ref.name: _view(raw, ref, file) for ref in refs}
 
-        try:
-            return dict(load_file(root / WEIGHTS))
-        except Exception as e:  # safetensors has an exception of its own for each way to be damaged
-            raise ZooError(f"{root / WEIGHTS}: cannot be read ({e!s:.200})") from None
-    if (root / PICKLED).is_file():
-        try:
-            told = torch.load(root / PICKLED, weights_only=True, map_location="cpu")
-            return {k: t for k, t in told.items() if isinstance(t, Tensor)}
-        except Exception as e:  # torch raises several kinds for what is damaged or refused
-            raise ZooError(f"{root / PICKLED}: cannot be read ({e!r:.200})") from None
-    raise ZooError(f"{root}: has neither {WEIGHTS} nor {PICKLED}: is the adapter whole?")
+
+def _view(raw: Tensor, ref: TensorRef, file: Path) -> Tensor:
+    if (dtype := DTYPES.get(ref.dtype)) is None:
+        raise ZooError(f"{file}: {ref.name!r:.200} has dtype {ref.dtype}, which torch cannot hold")
+    flat = raw[ref.offset : ref.offset + ref.nbytes]
+    flat = (flat.clone() if ref.offset % dtype.itemsize else flat).view(dtype)
+    return flat.view(ref.shape) if ref.strides is None else flat.as_strided(ref.shape, ref.strides)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -222,6 +271,14 @@ class Places:
     tied: set[str] = field(default_factory=set)
     changed: dict[str, Change] = field(default_factory=dict)
     aside: set[str] = field(default_factory=set)
+
+    @cached_property
+    def within(self) -> dict[str, list[str]]:
+        """Names of released tensors by the module that they are in."""
+        out: dict[str, list[str]] = {}
+        for name in self.places:
+            out.setdefault(name.rpartition(".")[0], []).append(name)
+        return out
 
 
 def _find(like: Canonical, adapter: Adapter) -> Places:
@@ -311,9 +368,9 @@ def _changes(like: Canonical, adapter: Adapter, places: Places) -> list[str]:
             )
             if low.bias is None:
                 continue
-            if known(bias := f"{module}.bias") is None:
+            if known(bias := f"{module}.bias") != tuple(low.bias.shape):
                 raise ZooError(
-                    f"{adapter.root}: adds a bias to {module}, which has none in this model (lora_bias)"
+                    f"{adapter.root}: adds a bias {list(low.bias.shape)} to {module}, which has none of that shape in this model (lora_bias)"
                 )
             s = adapter.scale(module, parameter, len(low.a) if low.a is not None else 1)
             per_weight.setdefault(bias, []).append(lambda b, t=low.bias, s=s: b + s * t.float())  # type: ignore[misc]
@@ -341,10 +398,9 @@ def _weight_of(module: str, low: Low, known: Known, places: Places) -> tuple[str
     if known(f"{module}.weight") is not None:
         return f"{module}.weight", None, 0
     fitting = []
-    for name in places.places:
-        owner, _, parameter = name.rpartition(".")
-        shape = known(name)
-        if owner != module or shape is None:
+    for name in places.within.get(module, ()):
+        parameter, shape = name.rpartition(".")[2], known(name)
+        if shape is None:
             continue
         if len(shape) == 2 and shape == (len(low.b), low.a.shape[1]):
             fitting.append((name, parameter, 0))
@@ -367,29 +423,34 @@ def _change(
     rank = len(a) // max(experts, 1)
     s = adapter.scale(module, parameter, rank)
 
-    def change(w: Tensor) -> Any:
-        if experts:
-            return _added_to_experts(w, a.view(experts, rank, -1), b.view(len(b), rank, experts), s, swapped)
-        delta = s * (b @ a)  # [out, in]
+    def change(w: Tensor) -> Tensor:
         turned = low.embedding or bool(adapter.config.get("fan_in_fan_out"))  # the weight is [in, out]
-        v = w + (delta.T if turned else delta)
-        if low.magnitude is None:
-            return v
-        norm = torch.linalg.vector_norm(v, dim=0 if turned else 1, keepdim=True)
-        m = low.magnitude.float()
-        return (m[None] if turned else m[:, None]) / norm * v
-
-    def checked(w: Tensor) -> Tensor:
-        try:
-            made: Tensor = change(w)
-            return made
-        except RuntimeError as e:
+        made = (len(b), a.shape[1])
+        if tuple(w.shape[1:] if experts else w.shape) not in (
+            (made, made[::-1]) if experts else (made[:: -1 if turned else 1],)
+        ):
             raise ZooError(
                 f"{adapter.root}: {module}: lora_B {list(b.shape)} times lora_A {list(a.shape)} does not go with the weight "
                 f"{list(w.shape)}: is it for another model?"
-            ) from e
+            )
+        if experts:
+            if low.magnitude is not None:
+                raise ZooError(f"{adapter.root}: {module}: DoRA of packed experts: merge it with peft")
+            return _added_to_experts(w, a.view(experts, rank, -1), b.view(len(b), rank, experts), s, swapped)
+        delta = s * (b @ a)  # [out, in]
+        v = w + (delta.T if turned else delta)
+        if low.magnitude is None:
+            return v
+        if len(low.magnitude) != len(b):
+            raise ZooError(
+                f"{adapter.root}: {module}: a magnitude of {len(low.magnitude)} rows, expected {len(b)}: is it for another model?"
+            )
+        norm = torch.linalg.vector_norm(v, dim=0 if turned else 1, keepdim=True)
+        m = low.magnitude.float()
+        scaled: Tensor = (m[None] if turned else m[:, None]) / norm * v
+        return scaled
 
-    return checked
+    return change
 
 
 def _added_to_experts(w: Tensor, a: Tensor, b: Tensor, s: float, swapped: bool) -> Tensor:

@@ -280,7 +280,21 @@ class Woven:
         write(fd, np.stack(parts, 1, out=rows), self.at)
 
 
-Move = Copy | Rearrange | Woven
+class Through(Protocol):
+    """Bytes of `dst` that are made in memory, at once or in chunks."""
+
+    @property
+    def dst(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterable[Through]: ...
+
+    def run(self, fd: int) -> None: ...
+
+
+Move = Copy | Through
 
 
 def woven(moves: Iterable[Rearrange]) -> list[Rearrange | Woven]:

@@ -353,8 +353,8 @@ def found(ckpt: Checkpoint, where: str) -> Family:
                 f"{', ...' if len(odd) > 3 else ''}); --family {near[odd][0]} says more",
                 e.known,
             ) from e
-        if not fitting:
-            raise
+        if not fitting:  # its fields may be a family's, its tensors are none's
+            raise families.NoFamily(e.who, e.known) from e
         names = [name for _, name in sorted(fitting)]
         raise ZooError(
             f"{where}: no family claims architectures {ckpt.config.get('architectures')}, model_type "

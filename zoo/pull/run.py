@@ -174,7 +174,7 @@ def pull(
             return bring(found, to, force, progress)
     if is_url(name) and (layers is not None or verify is not None):
         raise ZooError(
-            f"{name} is in a store: it is converted whole, and nothing of it is kept that could be verified against: leave out "
+            f"{without_secrets(name)} is in a store: it is converted whole, and nothing of it is kept that could be verified against: leave out "
             f"{'--verify' if layers is None else '--layers'}"
         )
     if verify is not None:

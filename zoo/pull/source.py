@@ -17,7 +17,7 @@ from zoo.formats.base import Checkpoint, inside, leads_out
 from zoo.formats.opening import snapshot_of
 from zoo.mapping.plan import Plan, given, make_plan
 from zoo.pull.progress import Passed, Quiet
-from zoo.url import is_url
+from zoo.url import is_url, without_secrets
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
@@ -176,7 +176,7 @@ def opening(
         from zoo.pull import stored
 
         if revision is not None:
-            raise ZooError(f"{name} is in a store, which has no revision {revision!r}")
+            raise ZooError(f"{without_secrets(name)} is in a store, which has no revision {revision!r}")
         progress.phase("reading headers")
         with stored.opened(name, format, file) as (held, ckpt):
             yield Opened(_planned(ckpt, dtype, layers, family), None, held.provenance(), held)

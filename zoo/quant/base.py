@@ -7,11 +7,12 @@ is rearranged by the same rule as the weight, at its own grain. No arithmetic he
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zoo.errors import ZooError
+from zoo.formats.base import TensorRef
 
 
 class Unread(ZooError):
@@ -114,12 +115,16 @@ def quantization(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 
 
 def of_words(
-    leaf: str, tensors: Collection[str], config: Mapping[str, Any], method: str
+    leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], method: str
 ) -> Mapping[str, Any] | None:
     """The `quantization_config` by which the weight that a rule calls `leaf` is words of codes and of zero points, as `method`
     (GPTQ, AWQ) stores them; None if it is not."""
     stem = leaf.removesuffix(".weight")
-    if f"{stem}.qweight" not in tensors or f"{stem}.qzeros" not in tensors:
+    if (
+        f"{stem}.qweight" not in tensors
+        or f"{stem}.qzeros" not in tensors
+        or not tensors[f"{stem}.qweight"].shape
+    ):
         return None
     q = quantization(config)
     return q if q.get("quant_method") == method else None
@@ -128,15 +133,21 @@ def of_words(
 def count(q: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
     """A whole number of the config. Raises ZooError for anything else."""
     value = q.get(key, default)
-    if type(value) is not int or not least <= value < 1 << 20:
+    if type(value) is not int or not least <= value < 10**6:  # the name of a scheme has six digits
         raise Unread(f"config.json: quantization_config has {key} {value!r:.40}; expected a whole number")
     return value
 
 
+MAX_SHAPES = 1 << 16
+"""Numbers of a `weight_shape`: two for each expert of a stack."""
+
+
 def check_shape(shape: Any, parts: tuple[int, ...], columns: int, who: str = "") -> None:
-    """`shape` (nested lists) holds [rows, columns] of every part of every expert; the codes may be some rows of
+    """`shape` (an array) holds [rows, columns] of every part of every expert; the codes may be some rows of
     them. `who` begins the error."""
-    numbers = list(_flat(shape))
+    if len(shape.reshape(-1)) > MAX_SHAPES:
+        raise ZooError(f"{who}weight_shape has {len(shape.reshape(-1))} numbers (limit {MAX_SHAPES})")
+    numbers = list(_flat(shape.tolist()))
     for n, found in enumerate(zip(numbers[::2], numbers[1::2])):
         want = [parts[n % len(parts)], columns]
         if found[0] < want[0] or found[1] != want[1]:

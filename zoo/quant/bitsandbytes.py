@@ -20,11 +20,12 @@ from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.quant.base import CODES, Component, Scheme
-from zoo.quant.packed import Array, constants, fp32, indices, is_torch
+from zoo.quant.packed import Array, constants, counted, fp32, indices, is_torch
 
 NAME = re.compile(r"bnb4-block(32|64|128|256|512|1024|2048|4096)(-nested)?|bnb8", re.ASCII)
 NESTED = 256  # blocks that share what their absmax is scaled by
 KINDS = ("nf4", "fp4")
+MAX_STATE = 1 << 16  # bytes of its JSON, which has some 100
 WHY = (
     "whose blocks run over the whole of a matrix, through the ends of rows, so that codes of parts that are stored as one could not "
     "be told apart"
@@ -104,18 +105,20 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
     first, last = at // size, -(-(at + n) // size)
     absmax = c["absmax"][first:last]
     if "nested" in c:
-        outer = constants(range(first, last), codes, "int64") // NESTED
+        outer = counted(first, last, codes) // NESTED
         absmax = c["nested_table"][indices(absmax)] * c["nested"][outer] + constants(
             [state["nested_offset"]], codes
         )
     out = c["table"][indices(_halves(codes))]
     if at % size or n % size:
-        return out * absmax[constants(range(at, at + n), codes, "int64") // size - first]
+        return out * absmax[counted(at, at + n, codes) // size - first]
     return (out.reshape(-1, size) * absmax[:, None]).reshape(-1)
 
 
 def _state(raw: Array, size: int, nested: bool) -> dict[str, Any]:
     """What the JSON says, which must be what the headers said."""
+    if len(raw) > MAX_STATE:
+        raise ZooError(f"quant_state has {len(raw)} bytes (limit {MAX_STATE})")
     try:
         told = parse_json(bytes(raw.tolist()))
     except ValueError as e:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
+from zoo.scratch import scratch
 
 CHUNK = 1 << 18  # elements at a time: what is made of them stays in a core's cache
 TYPES = (
@@ -62,6 +63,42 @@ def dequantise(
             row = blocks[at : at + step].reshape(1, -1)
             out[at : at + step] = dequantize(row, kind).reshape(-1, block)
     return out.reshape(shape)
+
+
+def q8_0(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Blocks [n, 34] of the elements in their order, a multiple of 32: the largest magnitude of each 32 over 127, in fp16; then each
+    element over that (in fp32) as a whole number, halves away from zero. (llama.cpp's quantize_row_q8_0_ref.)
+
+    The bytes that `gguf.quants.quantize` makes of numbers, several times as fast: what it takes stays in a core's cache and is used again."""
+    x = x.reshape(-1)
+    out = np.empty((x.size // 32, 34), np.uint8)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for at in range(0, x.size, _Q8):
+            _q8_0(x[at : at + _Q8], out[at // 32 : (at + _Q8) // 32])
+    return out
+
+
+_Q8 = 1 << 15  # elements at a time
+
+
+def _q8_0(x: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
+    n = x.size
+    a, b = scratch("q8", (2, n), np.float32)
+    np.abs(x, out=a)
+    # The largest of each and its next, of the next two, four, ...: along short rows numpy's own takes three times as long.
+    for k in (1, 2, 4, 8, 16):
+        np.maximum(a[: n - k], a[k:n], out=b[: n - k])
+        n, (a, b) = n - k, (b, a)
+    scale = a[: len(x) : 32] / np.float32(127)
+    out[:, :2] = scale.astype(np.float16)[:, None].view(np.uint8)
+    a, b = scratch("q8", (2, x.size), np.float32)
+    np.multiply(x, np.repeat(np.where(scale == 0, np.float32(0), 1 / scale), 32), out=a)
+    # To be cut towards zero: with nearly a half of the same sign. A whole half would round up the number below a half.
+    half = b.view(np.uint32)
+    np.bitwise_and(a.view(np.uint32), np.uint32(0x80000000), out=half)
+    np.bitwise_or(half, np.nextafter(np.float32(0.5), np.float32(0)).view(np.uint32), out=half)
+    np.add(a, b, out=a)
+    out[:, 2:] = a.astype(np.int8).view(np.uint8).reshape(-1, 32)
 
 
 def _block(type_name: str, who: str) -> tuple[Any, int, int]:

@@ -44,7 +44,7 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
     if (q := of_words(leaf, tensors, config, "gptq")) is None:
         return None
     kind = q.get("checkpoint_format", q.get("format", "gptq"))
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise Unread(
             f"config.json: quantization_config has format {kind!r:.40}; of GPTQ zoo reads {', '.join(FORMATS)}"
         )

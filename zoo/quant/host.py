@@ -49,7 +49,7 @@ def dequantise(name: str, components: dict[str, Array], dtype: str, who: str) ->
             f"{who}: {rows} rows and {columns} columns of {name} need scales {list(want)}, found {list(scale.shape)}"
         )
     if (shape := components.get("shape")) is not None:
-        check_shape(shape.tolist(), (rows,), columns, f"{who}: ")
+        check_shape(shape, (rows,), columns, f"{who}: ")
     out = scratch("dequantised", (rows, columns), bits(dtype))
     if kind == "mxfp4":
         _mxfp4(codes, scale, dtype, out)

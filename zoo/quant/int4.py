@@ -31,7 +31,7 @@ def dequantise(
     if rows != sum(parts):
         raise ZooError(f"int4 codes have {rows} rows, expected {sum(parts)}")
     if (shape := components.get("shape")) is not None:
-        check_shape(shape.tolist(), parts, columns)
+        check_shape(shape, parts, columns)
     width = math.ceil(columns / block[1])
     if scale.shape != (*lead, rows, width):
         raise ZooError(

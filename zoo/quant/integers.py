@@ -56,7 +56,7 @@ def scheme(m: re.Match[str]) -> Scheme:
 
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the weight that a rule calls `leaf`, if it is quantised so. Raises Unread for a kind that is not read."""
-    if (packed := tensors.get(leaf + "_packed")) is not None and packed.dtype == "I32":
+    if (packed := tensors.get(leaf + "_packed")) is not None and packed.dtype == "I32" and packed.shape:
         return _packed(leaf, packed, tensors, config)
     codes, scale = tensors.get(leaf), tensors.get(leaf + "_scale")
     if codes is None or scale is None or codes.dtype != "I8":
@@ -66,7 +66,7 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
     zeros = "-zeros" if leaf + "_zero_point" in tensors else ""
     if math.prod(scale.shape) == 1:
         return _named(f"int8-tensor{zeros}")
-    if len(scale.shape) < 2 or not scale.shape[-1] or codes.shape[-1] % scale.shape[-1]:
+    if len(scale.shape) < 2 or not codes.shape or not scale.shape[-1] or codes.shape[-1] % scale.shape[-1]:
         raise ZooError(
             f"{leaf}_scale in {scale.file}: {list(scale.shape)} scales for codes {list(codes.shape)}"
         )
@@ -75,8 +75,8 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
 
 
 def _named(name: str) -> Scheme:
-    m = NAME.fullmatch(name)
-    assert m is not None, name
+    if (m := NAME.fullmatch(name)) is None:
+        raise Unread(f"the tensors are {name}; zoo reads {NAME.pattern}")
     return scheme(m)
 
 
@@ -85,7 +85,7 @@ def _packed(
 ) -> Scheme:
     made = [_of(leaf, packed, tensors, w) for w in compressed.weights(config, "int") or [{}]]
     scale = tensors.get(leaf + "_scale")
-    fits = (s for s, columns in made if scale is not None and scale.shape[-1] == _groups(s, columns))
+    fits = (s for s, columns in made if scale is not None and scale.shape[-1:] == (_groups(s, columns),))
     found, columns = next(((s, _columns(packed, s.bits)) for s in fits), made[0])
     if found.group and columns % found.group:
         raise ZooError(f"{leaf}_packed: rows of {columns} inputs do not divide into groups of {found.group}")
@@ -133,7 +133,7 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
         return affine(fp32(codes), 0 if zero is None else fp32(zero.reshape(scale.shape)), scale, s.group, i)
     codes = unpack(codes, s.bits, 1)
     if (shape := c.get("shape")) is not None:
-        check_shape(shape.tolist(), (codes.shape[0],), codes.shape[1])
+        check_shape(shape, (codes.shape[0],), codes.shape[1])
     low = 1 << s.bits - 1
     zero = low if zero is None else unpack(zero, s.bits, 0)[: codes.shape[0]]
     return affine(codes, zero, c["scale"], s.group, 1, 0, c.get("order"))

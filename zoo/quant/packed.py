@@ -31,15 +31,26 @@ def fp32(x: Array) -> Array:
     return x.astype("float32", copy=False)
 
 
-def constants(values: Sequence[float], like: Array, dtype: str = "float32") -> Array:
-    """These numbers in an array of the same library and device."""
+def constants(values: Sequence[float], like: Array) -> Array:
+    """These numbers in fp32, in an array of the same library and device."""
     if is_torch(like):
         import torch
 
-        return torch.tensor(values, dtype=getattr(torch, dtype), device=like.device)
+        return torch.tensor(values, dtype=torch.float32, device=like.device)
     import numpy as np
 
-    return np.array(values, dtype)
+    return np.array(values, np.float32)
+
+
+def counted(first: int, last: int, like: Array) -> Array:
+    """The whole numbers from `first` up to `last` in an array of the same library and device."""
+    if is_torch(like):
+        import torch
+
+        return torch.arange(first, last, device=like.device)
+    import numpy as np
+
+    return np.arange(first, last)
 
 
 def one(x: Array, what: str) -> Array:
@@ -82,7 +93,9 @@ def octets(words: Array) -> Array:
     if is_torch(words):
         import torch
 
-        return words.contiguous().view(torch.uint8).reshape(*words.shape, 4)
+        flat = words.reshape(-1).contiguous()
+        flat = flat.as_strided(flat.shape, (1,))  # of one element a contiguous axis may have any stride
+        return flat.view(torch.uint8).view(*words.shape, 4)
     import numpy as np
 
     return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
@@ -134,7 +147,7 @@ def affine(
     n, rows = codes.shape[i], codes.shape[1 - i]
     zero = zero if isinstance(zero, int) else fp32(zero)
     if order is None and group and (at or n % group):
-        order = constants(range(at, at + n), codes, "int64") // group
+        order = counted(at, at + n, codes) // group
     if order is not None and not _blocks(order := order.reshape(-1), group, n):
         if n and not 0 <= int(order.min()) <= int(order.max()) < scale.shape[i]:
             raise ZooError(
@@ -159,4 +172,4 @@ def _blocks(order: Array, group: int, n: int) -> bool:
     """Whether columns are in groups one after the other, as most are."""
     if not group or n % group:
         return False
-    return bool((order == constants(range(n), order, "int64") // group).all())
+    return bool((order == counted(0, n, order) // group).all())

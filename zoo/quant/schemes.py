@@ -108,7 +108,7 @@ def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[s
     """The schemes of the weights among these tensors, by name, one for each weight that has one that is read."""
     found = []
     for name, ref in tensors.items():
-        leaf = re.sub(r"\.qweight$", ".weight", name.removesuffix("_packed"))
+        leaf = leaf_of(name)
         if ref.dtype in FLOATS or (leaf == name and not name.endswith(("weight", "blocks", "_proj"))):
             continue
         try:
@@ -117,6 +117,11 @@ def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[s
             continue
         found += [how.name] if how is not None else []
     return found
+
+
+def leaf_of(codes: str) -> str:
+    """What rules call the weight whose codes are stored under this name."""
+    return re.sub(r"\.qweight$", ".weight", codes.removesuffix("_packed"))
 
 
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:

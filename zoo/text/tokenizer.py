@@ -339,7 +339,7 @@ def _tekken(root: Path, config: dict[str, Any], file: Path) -> Loaded:
         pattern = about["pattern"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ZooError(f"{file}: no tekken vocabulary ({type(error).__name__}: {error})") from None
-    vocab, merges = _byte_pairs({token: n for n, token in enumerate(raw)})
+    vocab, merges = byte_pairs({token: n for n, token in enumerate(raw)})
     vocab = {t: n + len(named) for t, n in vocab.items()} | {t: n for n, t in enumerate(named)}
     made = _byte_level(vocab, merges, pattern)
     made.add_special_tokens([AddedToken(t, special=True) for t in named])
@@ -360,7 +360,7 @@ def _tiktoken(root: Path, config: dict[str, Any], file: Path) -> Loaded:
     ranks = _ranks_or_none(_bytes(file))
     if not ranks:
         raise ZooError(f"{file}: expected a token in base64 and its rank in every line")
-    vocab, merges = _byte_pairs(ranks)
+    vocab, merges = byte_pairs(ranks)
     reference = str((config.get("auto_map") or {}) if isinstance(config.get("auto_map"), dict | list) else "")
     kimi = config.get("tokenizer_class") == "TikTokenTokenizer" or "tokenization_kimi" in reference
     made = _byte_level(vocab, merges, KIMI_SPLIT if kimi else TIKTOKEN_SPLIT)
@@ -681,9 +681,9 @@ def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     return [(a, b) for *_, a, b in found]
 
 
-def _byte_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def byte_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, in byte-level BPE's spelling, of tokens in bytes and their ranks."""
-    spell = _byte_spelling()
+    spell = byte_spelling()
     spelled = {token: token.decode("latin-1").translate(spell) for token in ranks}
     found = []
     for token, rank in ranks.items():
@@ -695,7 +695,7 @@ def _byte_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[
     return {spelled[t]: n for t, n in ranks.items()}, [(a, b) for *_, a, b in found]
 
 
-def _byte_spelling() -> dict[int, int]:
+def byte_spelling() -> dict[int, int]:
     """GPT-2's: bytes that print stand for themselves, the others are numbered from U+0100."""
     prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (b for b in range(256) if b not in prints)

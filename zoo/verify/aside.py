@@ -25,6 +25,10 @@ def _numbered(x: Any) -> bool:
     return isinstance(x, Mapping) and all(str(k).isdecimal() for k in x)
 
 
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
 def _ids(x: Any) -> bool:
     return type(x) is int or (isinstance(x, list) and all(type(i) is int for i in x))
 
@@ -37,6 +41,17 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id"), _ids),
     "use_cache": lambda x: isinstance(x, bool),
     "experts_implementation": lambda x: x == "eager",
+    **dict.fromkeys(
+        (
+            "initializer_range",
+            "attention_dropout",
+            "hidden_dropout",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+        ),
+        _number,
+    ),
     "num_labels": lambda x: type(x) is int,
     "id2label": _numbered,
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zoo import card
 from zoo.errors import ZooError
-from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of
+from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of, read_json
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping import changes
@@ -261,6 +261,13 @@ class Bytes:
         changed = [
             n for n in sorted(given) if not _same_file(place_of(folder.root, n), plan.checkpoint.path(n))
         ]
+        if "config.json" in changed and _alike_but_for_dtype(
+            place_of(folder.root, "config.json"), plan.checkpoint.path("config.json")
+        ):
+            changed.remove("config.json")
+            level.notes.append(
+                "config.json differs in the dtype that it declares, and in nothing else: not counted"
+            )
         changed += [
             n for n, data in plan.checkpoint.synthesised.items() if not _holds(place_of(folder.root, n), data)
         ]
@@ -273,6 +280,23 @@ class Bytes:
             ),
         ]
         level.notes += moved[:5] + changed[:5]
+
+
+def _alike_but_for_dtype(a: Path, b: Path) -> bool:
+    """Whether two configs say the same but for a declared dtype, which is no part of the model: an export of what came
+    from a GGUF declares one, and the GGUF does not."""
+
+    def plain(config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {k: plain(v) for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+
+    try:
+        return bool(
+            plain(read_json(a, "the config of the folder")) == plain(read_json(b, "the source's config"))
+        )
+    except ZooError:
+        return False
 
 
 def _parts(output: Output) -> list[str]:
@@ -333,7 +357,9 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
     ref = ckpt.tensors[name]
     path = ckpt.path(ref.file)
     if output.scheme is not None:
-        return _dequantised(read, plan, output, k), False
+        values = dequantised(read, plan, output, k)
+        turned = scheme(output.scheme).turned
+        return (values.transpose(-1, -2) if turned else values).numpy().reshape(-1), False
     if ref.dtype not in ITEMSIZE:  # a block type of GGUF
         from zoo.quant import ggml
 
@@ -359,7 +385,8 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
     return _floats(flat, ref.dtype), False
 
 
-def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
+def dequantised(read: Read, plan: Plan, output: Output, k: int) -> Tensor:
+    """The weight [..., out, in] that the k-th source of a quantised output stands for, in fp32."""
     from zoo.quant import as_canonical, dequantise
 
     ckpt = plan.checkpoint
@@ -374,8 +401,7 @@ def _dequantised(read: Read, plan: Plan, output: Output, k: int) -> Array:
     assert output.scheme is not None
     s = scheme(output.scheme)
     rows = output.fits[k].shape[-1 if s.turned else -2]
-    values = dequantise(output.scheme, as_canonical(s, components), (rows,), torch.float32)
-    return (values.transpose(-1, -2) if s.turned else values).numpy().reshape(-1)
+    return dequantise(output.scheme, as_canonical(s, components), (rows,), torch.float32)
 
 
 def _floats(flat: Array, dtype: str) -> Array:

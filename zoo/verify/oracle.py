@@ -532,6 +532,10 @@ class CannotLoad(NoUpstream):
     """There is one, and it does not load these files."""
 
 
+class DequantisedWhole(CannotLoad):
+    """Its dequantisation of these files needs the whole model, or a package that is not here."""
+
+
 def _plain(value: Any) -> Any:
     """JSON's stand-ins for infinity resolved."""
     if isinstance(value, dict):

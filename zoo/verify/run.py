@@ -42,6 +42,7 @@ from zoo.verify.need import Need, needed
 from zoo.verify.oracle import (
     DTYPES,
     CannotLoad,
+    DequantisedWhole,
     NoUpstream,
     Oracle,
     Transformers,
@@ -413,6 +414,17 @@ def _open_oracle(
                 path, out.cleanup = alone(ckpt)
             out.oracle = _upstream(folder.spec, path, dtype, note, window, device, ckpt.files)
             return
+    except DequantisedWhole as e:
+        note = (
+            f"{str(e).removesuffix('.')}, so it was given what zoo's formulas say that the codes stand for, under the source's "
+            "names: those formulas have tests of their own"
+        )
+        plan = _dequantising(folder, ckpt)
+        try:
+            out.oracle = _upstream(folder.spec, ckpt.root, dtype, note, window, device, ckpt.files, plan)
+        except NoUpstream as e:
+            out.why_no_oracle = str(e)
+        return
     except CannotLoad as e:
         # Of a plain folder of plain weights an export would be the same files again.
         quantised = folder.quant or foreign.said(ckpt.config)
@@ -473,12 +485,13 @@ def _upstream(
     window: Window | None,
     device: torch.device,
     files: Iterable[str] | None = None,
+    plan: Plan | None = None,
 ) -> Transformers:
     """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
     if window is not None:
         from zoo.verify.stream import StreamedTransformers
 
-        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device, window)
+        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device, window, plan)
     else:
         oracle = Transformers(path, dtype, note, device)
     for d in families.disagreements(spec):
@@ -642,6 +655,12 @@ def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
         ckpt, families.get(folder.spec.family, folder.source.get("package")), converted_to(folder)
     )
     return plan if folder.layers is None else plan.restrict(folder.layers)
+
+
+def _dequantising(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
+    from zoo.mapping.plan import make_plan
+
+    return make_plan(ckpt, families.get(folder.spec.family, folder.source.get("package")), "fp32")
 
 
 def converted_to(folder: canonical.Canonical) -> str | None:

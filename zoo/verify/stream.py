@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.formats import safetensors
 from zoo.formats.base import Checkpoint, read_json
+from zoo.mapping.plan import Plan
 from zoo.verify.compare import Clock, OnLayer, OnLogits, SpreadMeter
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import (
@@ -36,7 +37,6 @@ from zoo.verify.oracle import (
     config_and_class,
     decoder_layers,
     from_pretrained_files,
-    its_own_errors,
     placeholder_ids,
     quiet,
     read_otherwise,
@@ -45,7 +45,8 @@ from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.reading import Passing, Range, Window
 from zoo.verify.stream_gguf import GGUFWeights
 from zoo.verify.stream_gguf import config_and_class as of_gguf
-from zoo.verify.stream_weights import Weights, dequantizer, skeleton
+from zoo.verify.stream_given import GivenWeights
+from zoo.verify.stream_weights import Weights, as_plain, dequantizer, skeleton
 
 HEAD_ROWS = 8192
 """Rows of the head that are in memory at a time."""
@@ -62,9 +63,11 @@ class StreamedTransformers(Transformers):
         files: Iterable[str] | None = None,
         device: str | torch.device = "cpu",
         window: Window | None = None,
+        plan: Plan | None = None,
     ) -> None:
         """`files`: those that the user chose; None: those that `from_pretrained` would take. `window`: what they are read
-        through, beside whoever else takes part in a pass."""
+        through, beside whoever else takes part in a pass. `plan`: by which weights are dequantised that upstream does not
+        dequantise by itself."""
         self.path, self.dtype, self.device = path, dtype, torch.device(device)
         self.corrected = []
         self.window = window or Window()
@@ -78,11 +81,16 @@ class StreamedTransformers(Transformers):
             self.note = "; ".join(filter(None, (note, read_otherwise(path)))) or None
             quiet()
             config, cls = config_and_class(path)
-            with its_own_errors(path):
-                quantizer = dequantizer(config)
+            if plan is None:
+                quantizer = dequantizer(config, path)
+            else:
+                as_plain(config)
             self.model = skeleton(cls, config, DTYPES[dtype], self.device)
-            ckpt = _checkpoint(path, files)
-            self.weights = Weights(self.model, ckpt, DTYPES[dtype], quantizer, self.device, self.window)
+            how = DTYPES[dtype], self.device, self.window
+            if plan is None:
+                self.weights = Weights(self.model, _checkpoint(path, files), quantizer, *how)
+            else:
+                self.weights = GivenWeights(self.model, plan, *how)
         else:
             raise ZooError(
                 f"{path}: only a folder of safetensors files, or a GGUF file, can be streamed; verify this one without --stream"

@@ -1,8 +1,8 @@
 """Upstream's reading of a GGUF file, some tensors at a time: its own names, its own dequantisation, its own undoing of what
 llama.cpp's converter does to values; only that it is asked for a layer, where `from_pretrained` reads all.
 
-Of dense models, by the reader that transformers has for most architectures; what it reads otherwise (Qwen3.5, LFM2, experts) is
-not read here.
+By the reader that transformers has for most architectures; what it reads otherwise (Qwen3.5, LFM2) is not read here. Experts, which
+that reader puts together of several tensors of the file (gate and up), are put together of those alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.verify.gguf_parsed import metadata_once
-from zoo.verify.oracle import CannotLoad, decoder_layers, its_own_errors
+from zoo.verify.oracle import CannotLoad, its_own_errors
 from zoo.verify.reading import Range, Window
 from zoo.verify.stream_weights import Weights
 
@@ -55,6 +55,7 @@ class Stored:
     kind: Any  # GGMLQuantizationType
     dtype: Any
     shape: tuple[int, ...]
+    size: int  # numbers
 
 
 class GGUFWeights(Weights):
@@ -72,14 +73,14 @@ class GGUFWeights(Weights):
 
         self._begin(model, path, dtype, device, window)
         self.dequantize: Callable[..., Any] = gguf.dequantize
-        layers = decoder_layers(model)
-        if any(p.ndim > 2 and "experts" in n for n, p in layers.named_parameters()):
-            raise CannotLoad(f"{path}: experts of a GGUF file are not streamed")
-        self.layers = self.names[id(layers)] + "."
         with its_own_errors(path), metadata_once():
             self.stored = {
                 t.name: Stored(
-                    (path, int(t.data_offset), int(t.n_bytes)), t.tensor_type, t.data.dtype, t.data.shape
+                    (path, int(t.data_offset), int(t.n_bytes)),
+                    t.tensor_type,
+                    t.data.dtype,
+                    t.data.shape,
+                    int(t.n_elements),
                 )
                 for t in gguf.GGUFReader(path).tensors
             }
@@ -88,40 +89,52 @@ class GGUFWeights(Weights):
             self.theirs: dict[str, str] = get_gguf_hf_weights_map(
                 model, self.processor
             )  # GGUF's name -> upstream's
-        self.gguf = {name: g for g, name in self.theirs.items() if g in self.stored}
+        self.sources_of: dict[
+            str, list[str]
+        ] = {}  # upstream's name -> the file's, several of stacked experts
+        for stem, name in self.theirs.items():
+            if (source := stem if stem in self.stored else f"{stem}.weight") in self.stored:
+                self.sources_of.setdefault(name, []).append(source)
+        for name, like in self.meta.items():
+            if (n := sum(self.stored[source].size for source in self._sources(name))) != like.numel():
+                found = f"{n:,} numbers" if n else "nothing"
+                raise CannotLoad(
+                    f"{path}: upstream knows {found} of it for {name}, whose shape is {list(like.shape)}"
+                )
 
     def mapped_one(self, name: str) -> Tensor | None:
         return None
 
     def rows_of(self, name: str) -> Callable[[Any], Tensor]:
-        source = self._source(name)
-        return lambda at: self._made(source, at)
+        (source,) = self._found(name)
+        return lambda at: self._made(name, [source], at)
 
     def ranges(self, module: nn.Module) -> Iterator[Range]:
         for name in self._of(module, self.names[id(module)], True):
-            if (source := self._found(name)) is not None:
-                yield self.stored[source].range
+            yield from (self.stored[source].range for source in self._sources(name))
 
     def _convert(self, name: str) -> dict[str, Tensor]:
-        return {name: self._made(self._source(name))}
+        return {name: self._made(name, self._found(name))}
 
-    def _found(self, name: str) -> str | None:
-        return self.gguf.get(name) or self.gguf.get(self.tied.get(name, ""))
+    def _sources(self, name: str) -> list[str]:
+        return self.sources_of.get(name) or self.sources_of.get(self.tied.get(name, "")) or []
 
-    def _source(self, name: str) -> str:
-        if (found := self._found(name)) is None:
+    def _found(self, name: str) -> list[str]:
+        if not (found := self._sources(name)):
             raise ZooError(f"{self.root}: no tensor for upstream's {name}; verify without --stream")
         return found
 
-    def _made(self, source: str, at: Any = None) -> Tensor:
-        """What upstream makes of a tensor of the file, or of some rows of it."""
-        stored = self.stored[source]
-        raw = self.window.range(*stored.range).numpy().view(stored.dtype).reshape(stored.shape)
-        if at is not None:
-            raw = raw[at.numpy() if isinstance(at, Tensor) else at]
-        with its_own_errors(self.root):
-            values = self.processor.process(
-                weights=self.dequantize(raw, stored.kind), name=source,
-                tensor_key_mapping=self.theirs, parsed_parameters={"tensors": {}},
-            )  # fmt: skip
-        return torch.from_numpy(np.copy(values.weights))
+    def _made(self, name: str, sources: list[str], at: Any = None) -> Tensor:
+        """What upstream makes of tensors of the file, or of some rows of one."""
+        together: dict[str, Tensor] = {}  # what it makes of several it puts here
+        for source in sources:
+            stored = self.stored[source]
+            raw = self.window.range(*stored.range).numpy().view(stored.dtype).reshape(stored.shape)
+            if at is not None:
+                raw = raw[at.numpy() if isinstance(at, Tensor) else at]
+            with its_own_errors(self.root):
+                values = self.processor.process(
+                    weights=self.dequantize(raw, stored.kind), name=source,
+                    tensor_key_mapping=self.theirs, parsed_parameters={"tensors": together},
+                )  # fmt: skip
+        return together[name] if together else torch.from_numpy(np.copy(values.weights))

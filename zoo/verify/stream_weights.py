@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, TensorRef
 from zoo.verify.oracle import (
+    CannotLoad,
+    DequantisedWhole,
     exact_values,
     its_own_errors,
     kept_in_fp32,
@@ -21,8 +23,9 @@ from zoo.verify.oracle import (
 from zoo.verify.reading import Range, Window, mapped
 
 
-def dequantizer(config: Any) -> Any:
-    """Upstream's own dequantisation of a quantised checkpoint, or None; the config is then of plain weights."""
+def dequantizer(config: Any, path: Path) -> Any:
+    """Upstream's own dequantisation of the quantised checkpoint at `path`, or None; the config is then of plain weights.
+    Raises DequantisedWhole if it has none that works by layers."""
     if (
         getattr(config.get_text_config(), "quantization_config", None) is None
         and getattr(config, "quantization_config", None) is None
@@ -30,15 +33,22 @@ def dequantizer(config: Any) -> Any:
         return None
     from transformers.quantizers.auto import get_hf_quantizer
 
-    quantizer, _, _ = get_hf_quantizer(config, None, None, False, {})
+    try:
+        with its_own_errors(path):
+            quantizer, _, _ = get_hf_quantizer(config, None, None, False, {})
+    except CannotLoad as e:
+        raise DequantisedWhole(str(e)) from e
     asked = getattr(quantizer, "quantization_config", None)
     if not getattr(asked, "dequantize", False):
-        raise ZooError(
-            "upstream cannot dequantise this checkpoint a layer at a time; verify without --stream"
-        )
+        raise DequantisedWhole(f"{path}: upstream cannot dequantise this a layer at a time")
+    as_plain(config)
+    return quantizer
+
+
+def as_plain(config: Any) -> None:
+    """Have upstream's config say nothing of quantised weights."""
     for c in (config, config.get_text_config()):
         c.__dict__.pop("quantization_config", None)
-    return quantizer
 
 
 def skeleton(cls: Any, config: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -75,8 +85,8 @@ class Weights:
         self,
         model: Any,
         ckpt: Checkpoint,
+        quantizer: Any,
         dtype: torch.dtype,
-        quantizer: Any = None,
         device: str | torch.device = "cpu",
         window: Window | None = None,
     ) -> None:
@@ -156,11 +166,15 @@ class Weights:
 
     def ranges(self, module: nn.Module) -> Iterator[Range]:
         """What `load` will read."""
+        for ref in self._refs(module):
+            yield self.ckpt.path(ref.file), ref.offset, ref.nbytes
+
+    def _refs(self, module: nn.Module) -> Iterator[TensorRef]:
+        """The checkpoint's tensors that the module's are made of."""
         for name in self._of(module, self.names[id(module)], True):
             key = self.targets_of.get(name, name)
             for source, _ in self.sources.get(key) or self.sources.get(self.tied.get(key, "")) or []:
-                ref = self.ckpt.tensors[source]
-                yield self.ckpt.path(ref.file), ref.offset, ref.nbytes
+                yield self.ckpt.tensors[source]
 
     def cast(self, name: str, t: Tensor) -> Tensor:
         """A tensor as stored, or part of it, on the device in the dtype that upstream would have it in."""

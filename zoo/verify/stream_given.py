@@ -1,0 +1,57 @@
+"""The tensors of a quantised checkpoint for upstream where its own dequantisation needs the whole model (GPTQ, AWQ, ...): what
+our formulas say that the codes stand for, under the source's own names, a layer at a time.
+
+What our rules do with names and rows has no part in it: a mistake there shows, as it would not in an export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.formats.base import TensorRef
+from zoo.mapping.plan import Output, Plan
+from zoo.quant.schemes import leaf_of
+from zoo.verify.exact import dequantised
+from zoo.verify.reading import Range, Window
+from zoo.verify.stream_weights import Weights
+
+
+class GivenWeights(Weights):
+    """As `Weights`, of the checkpoint of a plan that dequantises it."""
+
+    def __init__(
+        self, model: Any, plan: Plan, dtype: torch.dtype, device: str | torch.device, window: Window
+    ) -> None:
+        self.plan = plan
+        self.coded: dict[str, tuple[Output, int]] = {}  # the weight's name -> whose k-th source it is
+        tensors = dict(plan.checkpoint.tensors)
+        for output in plan.outputs.values():
+            for k, codes in enumerate(output.sources if output.scheme else ()):
+                for part in _parts(output, k):
+                    del tensors[part]
+                self.coded[leaf_of(codes)] = output, k
+        for name, (output, k) in self.coded.items():
+            tensors[name] = replace(plan.checkpoint.tensors[output.sources[k]], name=name)
+        super().__init__(model, replace(plan.checkpoint, tensors=tensors), None, dtype, device, window)
+
+    def ranges(self, module: nn.Module) -> Iterator[Range]:
+        for ref in self._refs(module):
+            of = self.coded.get(ref.name)
+            for name in (ref.name,) if of is None else _parts(*of):
+                stored = self.plan.checkpoint.tensors[name]
+                yield self.plan.checkpoint.path(stored.file), stored.offset, stored.nbytes
+
+    def _mapped(self, ref: TensorRef) -> Tensor:
+        if (of := self.coded.get(ref.name)) is None:
+            return super()._mapped(ref)
+        return dequantised(self.window.range, self.plan, *of)
+
+
+def _parts(output: Output, k: int) -> list[str]:
+    """Names of the codes and of what is beside them."""
+    return [output.sources[k], *(names[k] for names in output.components.values())]
