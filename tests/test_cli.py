@@ -335,3 +335,40 @@ def test_what_a_terminal_would_obey_is_shown_instead(tmp_path: Path, monkeypatch
 def test_a_path_that_is_mistyped_is_said_not_to_be_here(tmp_path: Path) -> None:
     done = run("plan", "checkpoints/nosuch", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and "Nor is there a file or folder 'checkpoints/nosuch' here" in done.stderr
+
+
+def test_a_release_that_is_not_here_is_said_to_be_pulled_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for args in (
+        ["verify", "llama4"],
+        ["generate", "llama4", "Hi"],
+        ["chat", "llama4"],
+        ["inspect", "llama4"],
+    ):
+        said = CliRunner().invoke(cli, args)
+        assert said.exit_code == 2 and "`zoo pull llama-4-scout-instruct` brings it" in said.stderr, args
+    (tmp_path / "llama-4-scout-instruct").mkdir()
+    assert (
+        "this release is in 'llama-4-scout-instruct'" in CliRunner().invoke(cli, ["verify", "llama4"]).stderr
+    )
+    assert "does not exist" in CliRunner().invoke(cli, ["verify", "nosuch"]).stderr
+
+
+def test_verify_pulls_what_is_not_here_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hub_client import pointed_at
+    from hub_server import HubServer
+    from verified import canonical as canonical_folder
+
+    monkeypatch.chdir(tmp_path)
+    verify = ["verify", "org/little", "--level", "bytes"]
+    with HubServer() as server, pointed_at(server, tmp_path / "home", monkeypatch, timeout=2):
+        server.repo("org/little").commit(Path(f"{canonical_folder('llama')}-source"))
+        assert CliRunner().invoke(cli, verify).exit_code == 2
+        first = CliRunner().invoke(cli, [*verify, "--pull"])
+        assert first.exit_code == 0 and first.stdout.startswith("PASSED (bytes only)  little"), first.output
+    again = CliRunner().invoke(cli, ["verify", "--pull", *verify[1:]])  # without a Hub
+    assert again.exit_code == 0 and "org/little is in little" in again.stderr

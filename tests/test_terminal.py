@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import click
 import pytest
-from verified import canonical
+from verified import canonical, copy
 
 from zoo import manifest
 from zoo.cli import cli
@@ -43,7 +44,7 @@ def test_nothing_is_wider_than_the_window(
         ("plan", f"{canon}-source", "--tensors"),
         ("verify", canon, "--level", "plan", "-o", str(tmp_path / "c.json")),
     ):
-        lines = seen(monkeypatch, columns, *args).splitlines()
+        lines = click.unstyle(seen(monkeypatch, columns, *args)).splitlines()
         # What has no spaces, a path of this test's, is left whole, to be copied.
         wide = [line for line in lines if len(line) > columns and " " in line.strip()]
         assert lines and not wide, (args, wide[:3])
@@ -60,6 +61,23 @@ def test_a_narrow_list_has_whole_names_and_says_what_it_left_out_and_what_words_
     assert "rules: its family's conversion" in text and "GATED:" not in text
     wide = seen(monkeypatch, 200, "list")
     assert "left out" not in wide and "?: not known" in wide
+
+
+def test_verdicts_are_coloured_on_a_terminal_and_only_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    args = ("verify", str(canonical("llama")), "--level", "plan", "-o", str(tmp_path / "c.json"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert seen(monkeypatch, 90, *args).startswith("\x1b[32mPASSED\x1b[0m (plan only)")
+    damaged = copy(canonical("llama"), tmp_path / "damaged")
+    (shard,) = damaged.glob("*.safetensors")
+    shard.write_bytes((data := shard.read_bytes())[:-1] + bytes([data[-1] ^ 1]))
+    failed = seen(monkeypatch, 90, "verify", str(damaged), "--level", "bytes", *args[4:])
+    assert failed.startswith("\x1b[31mFAILED\x1b[0m") and failed.count("\x1b[31mFAILED") > 1
+    assert "\x1b" not in seen(monkeypatch, 90, *args, out=io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert seen(monkeypatch, 90, *args).startswith("PASSED (plan only)")
 
 
 def test_a_pipe_has_all_columns_whatever_the_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -80,6 +81,27 @@ def emit(data: Any) -> None:
 
 def say(text: str = "") -> None:
     click.echo(printable(text))
+
+
+VERDICTS = {
+    "PASSED": "green",
+    "the certificate holds": "green",
+    "whole and unaltered": "green",
+    "FAILED": "red",
+    "NOT CAUGHT": "red",
+    "NOT whole and unaltered": "red",
+    "the certificate does not hold any more": "red",
+}
+"""The words of a verdict, and their colours. They say it without these, too."""
+
+
+def say_verdict(text: str) -> None:
+    """As `say`; the verdicts in it are coloured on a terminal, unless NO_COLOR is set (no-color.org)."""
+    said = printable(text)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        words = "|".join(sorted(VERDICTS, key=len, reverse=True))
+        said = re.sub(rf"(?<!\S)({words})\b", lambda m: click.style(m[0], fg=VERDICTS[m[0]]), said)
+    click.echo(said)
 
 
 def note(text: str) -> None:
@@ -216,13 +238,12 @@ class Anywhere(click.ParamType["Path | str"]):
     name = "path"
 
     def __init__(self, new: bool = False, file_okay: bool = True) -> None:
-        self.path = click.Path(exists=not new, file_okay=file_okay, path_type=Path)
+        self.path = Here(exists=not new, file_okay=file_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         if is_url(value):
             return str(value)
-        found: Path = self.path.convert(value, param, ctx)
-        return found
+        return Path(os.fsdecode(self.path.convert(value, param, ctx)))
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -233,14 +254,29 @@ class Anywhere(click.ParamType["Path | str"]):
 
 
 class Here(click.Path):
-    """A path on this disk; the URL of a store is refused, with what to do."""
+    """A path on this disk; the URL of a store, and the name of a release that is not here, are refused with what to do."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         if is_url(value):
             self.fail(not_here(value, f"zoo {ctx.info_name if ctx else ''} works"), param, ctx)
+        if self.exists and not os.path.lexists(value) and (why := _not_pulled(os.fspath(value))) is not None:
+            self.fail(why, param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _not_pulled(name: str) -> str | None:
+    """Where the folder of the release `name` is, or what brings it; None of what is no release."""
+    from zoo import manifest
+
+    try:
+        folder = manifest.find(name).name
+    except ZooError:
+        return None
+    if os.path.isdir(folder):
+        return f"there is no folder {name!r} here; this release is in {folder!r}"
+    return f"the release {folder} is not here: `zoo pull {folder}` brings it to ./{folder}"
 
 
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])

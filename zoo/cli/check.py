@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import Anywhere, common, emit, failed, note, say
+from zoo.cli._common import Anywhere, common, emit, failed, note, say, say_verdict
 
 SHOWN = 40  # problems, a line each
 
@@ -71,6 +71,6 @@ def command(
         told = f"{report.tensors:,} tensors" + (
             f" of {report.family}, every one in place" if report.family and report.whole else ""
         )
-        say(f"{told}; {report.verdict}" if report.tensors else report.verdict)
+        say_verdict(f"{told}; {report.verdict}" if report.tensors else report.verdict)
     if not report.whole:
         failed()

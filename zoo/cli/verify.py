@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Here, common, emit, failed, fold, note, on, say, table
+from zoo.cli._common import DTYPE, Here, common, emit, failed, fold, note, on, say, say_verdict, table
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
+from zoo.url import is_url
 
 if TYPE_CHECKING:
     from zoo.verify.certificate import Certificate
+
+
+class _Canon(Here):
+    """What is verified. With --pull it may be a release that is not here yet."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if ctx is not None and ctx.params.get("pull") and not is_url(value) and not os.path.lexists(value):
+            return Path(value)
+        return super().convert(value, param, ctx)
+
 
 LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 
 
 @click.command(short_help="Compare a conversion with upstream")
-@click.argument("canon", type=Here(exists=True, path_type=Path))
+@click.argument("canon", type=_Canon(exists=True, path_type=Path))
+@click.option("--pull", "pull", is_flag=True, is_eager=True, help="Where CANON is a release that is not here, fetch it first, as `zoo pull` does.")  # fmt: skip
 @click.option("--against", type=click.Path(path_type=Path), metavar="SRC", help="A checkpoint, or a golden file. Default: the source it was converted from. Of a GGUF: the canonical folder it was written of.")  # fmt: skip
 @click.option("--oracle", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.py", help="Run this file's logits(ids) in place of upstream. It is run as it is: name only what you trust.")  # fmt: skip
 @click.option("--level", type=LEVELS, help="How far to go; each includes those before it. Default: as far as can be judged here.")  # fmt: skip
@@ -38,8 +53,8 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
-    canon: Path, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None, dtype: str,
-    stream: bool | None, device: str, max_length: int, self_test: bool, signed_by: Path | None, check_certificate: bool, as_json: bool,
+    canon: Path, pull: bool, against: Path | None, oracle: Path | None, level: str | None, require: str | None, output: Path | None,
+    dtype: str, stream: bool | None, device: str, max_length: int, self_test: bool, signed_by: Path | None, check_certificate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare the canonical folder CANON with upstream: tensors, bytes, hidden states, logits, generation.
 
@@ -50,6 +65,8 @@ def command(
 
     torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON: of GPUs, each has one of its own.
     """
+    if pull and not os.path.lexists(canon):
+        canon = _pulled(str(canon))
     with together(device) as ranks:
         if signed_by is not None:
             from zoo.sign import check as held
@@ -73,6 +90,23 @@ def command(
                 signed_by is not None,
                 as_json,
             )
+
+
+def _pulled(name: str) -> Path:
+    """The folder of the release `name`, fetched if it is not here."""
+    from zoo.cli._progress import Bar
+    from zoo.mapping.parts import of_process
+    from zoo.pull import default_folder, pull
+
+    folder = Path(default_folder(name))
+    if folder.exists():
+        note(f"{name} is in {folder}")
+        return folder
+    if (found := of_process(os.environ)) is not None and found[0].of > 1:
+        raise ZooError(f"--pull is for one process: `zoo pull {name}` first")
+    with Bar() as bar:
+        pull(name, folder, progress=bar)
+    return folder
 
 
 def _verify(
@@ -113,7 +147,7 @@ def _verify(
     if as_json:
         emit(cert.to_json())
     else:
-        say(describe(cert, canon))
+        say_verdict(describe(cert, canon))
     if not cert.passed:
         failed()
 
@@ -125,13 +159,15 @@ def _check(canon: Path, as_json: bool) -> None:
     if as_json:
         emit({"holds": not problems, "problems": problems, "not_checked": [why_not] if why_not else []})
     elif problems:
-        say(f"{canon}: the certificate does not hold any more")
+        say_verdict(f"{canon}: the certificate does not hold any more")
         for p in problems:
             say(f"  {p}")
     elif why_not:
-        say(f"{canon}: the certificate holds; every canonical file and rule is what it was, but {why_not}")
+        say_verdict(
+            f"{canon}: the certificate holds; every canonical file and rule is what it was, but {why_not}"
+        )
     else:
-        say(f"{canon}: the certificate holds; every file, source and rule is what it was")
+        say_verdict(f"{canon}: the certificate holds; every file, source and rule is what it was")
     if problems:
         failed()
 
