@@ -13,7 +13,7 @@ from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Rope
 
 
 def spec(c: Config) -> Spec:
-    c.refuse(use_qk_norm=True, use_cla=False, num_experts=1)
+    c.refuse(use_qk_norm=True, use_cla=False, num_experts=1, norm_type="rms")
     norm = Norm(c["rms_norm_eps"])
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
     return Spec(

@@ -8,7 +8,6 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ggml_blocks
@@ -352,19 +351,17 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[range]]:
     ranges: list[range] = []
 
     def fetch(file: Path, mirror: Path) -> list[range]:
-        def read_range(snapshot: Any, path: str, start: int, n: int, **_: Any) -> bytes:
-            ranges.append(range(start, start + n))
-            return file.read_bytes()[start : start + n]
+        def read(start: int, end: int) -> bytes:
+            ranges.append(range(start, end))
+            return file.read_bytes()[start:end]
 
-        monkeypatch.setattr(remote.hub, "read_range", read_range)
         monkeypatch.setattr(remote, "GGUF_GUESS", 256)
         mirror.mkdir()
         size = file.stat().st_size
         with (mirror / file.name).open("wb") as f:
             f.truncate(size)
-        release: Any = SimpleNamespace(snapshot=None)
         try:
-            remote.gguf_header(release, remote.RemoteFile(file.name, size, "", None), mirror, None)
+            remote.gguf_header("owner/name", file.name, size, mirror, read)
         except ZooError as error:
             raise ZooError(f"{error}; asked for {ranges}") from error
         return ranges
