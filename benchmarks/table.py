@@ -117,9 +117,14 @@ WHAT = {
 }
 
 
-def converting(found: Run) -> str:
-    """The section about benchmarks/convert.py."""
+def converting(found: Run, newest: Run) -> str:
+    """The section about benchmarks/convert.py: all cases, and the newest run of some."""
     m, rows = found["machine"], []
+    n = newest["machine"]
+    lately = "; ".join(
+        f"{r['case']} {r['ratio']:.2f} times `cp -r` and {r['cpu_ratio']:.2f} of its CPU seconds, {r['rss_mib']:.0f} MiB"
+        for r in newest["results"]
+    )
     for r in found["results"]:
         u = r.get("upstream")
         rows.append([
@@ -131,7 +136,10 @@ def converting(found: Run) -> str:
         "", "tensors", "GB written", "`cp -r`, s", "zoo, s", "times `cp`", "goal", "peak RSS, MiB", "transformers, load and save",
     ]  # fmt: skip
     return (
-        f"\n## Converting\n\n{m['cpu']}, {m['cores']} cores, {m['memory_mib'] / 1024:.0f} GiB, {m['date'][:10]}; "
+        "\n## Converting\n\nHow bytes are copied (in the kernel, through a buffer, from mapped memory; one thread or several) is found while it "
+        f"works, and `--debug` says what was found. With that, {n['cpu']}, {n['cores']} cores, {n['date'][:10]}, medians of "
+        f"{len(newest['results'][0]['runs'])} pairs (`benchmarks/results/convert-ways.json`): {lately}. The table is from before.\n\n"
+        f"{m['cpu']}, {m['cores']} cores, {m['memory_mib'] / 1024:.0f} GiB, {m['date'][:10]}; "
         f"`{m['command']}`. Medians of {len(found['results'][0]['runs'])} pairs, start-up included, source in the page cache. "
         "Where more is written than read, `cp` copies what is written.\n\n" + table(head, rows) + "\n"
     )
@@ -170,6 +178,7 @@ def main() -> None:
     newest, rows = merged(first)
     loads = [r["load"] for r in first if "load" in r]
     converted: Run = json.loads((RESULTS / "convert.json").read_text())
+    ways: Run = json.loads((RESULTS / "convert-ways.json").read_text())
     where = measured_on(newest)
     note = (
         "Random weights of released shapes, both sides in one run (`make bench-gpu`). Decode is a captured CUDA graph "
@@ -195,16 +204,17 @@ def main() -> None:
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`.\n\n## One GPU\n\n{where}\n{note}\n\n{right}\n\n"
         f"{speed(rows)}\n\n{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}"
-        f"{converting(converted)}"
+        f"{converting(converted, ways)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
     readme = ROOT / "README.md"
     text = readme.read_text()
     if BEGIN in text:
         moved = {r["case"]: r for r in converted["results"]}
+        dense = next(r for r in ways["results"] if r["case"] == "dense")
         said = (
-            f"Converting a checkpoint of {moved['dense']['output_bytes'] / 1e9:.0f} GB takes {moved['dense']['ratio']:.1f} times "
-            f"as long as `cp -r` of it and {moved['dense']['rss_mib']:.0f} MiB of memory; loading and saving it with "
+            f"Converting a checkpoint of {dense['output_bytes'] / 1e9:.0f} GB takes {dense['ratio']:.1f} times "
+            f"as long as `cp -r` of it and {dense['rss_mib']:.0f} MiB of memory; loading and saving it with "
             f"transformers takes {moved['dense']['upstream']['ratio']:.0f} times as long and {moved['dense']['upstream']['rss_mib']:,.0f} MiB."
         )
         made = f"{BEGIN}\n{said}\n\n{where}\n\n{speed(rows)}\n{END}"
