@@ -23,6 +23,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats.base import is_stray, leads_out
+from zoo.mapping.ways import write
 from zoo.url import without_secrets
 
 BLOCK, AT_ONCE = 8 << 20, 8
@@ -133,8 +134,9 @@ class Store:
                 starts = range(first, min(first + AT_ONCE * BLOCK, end), BLOCK)
                 yield from zip(starts, pool.map(block, starts))
 
-    def small(self, name: str, size: int) -> bytes:
-        return b"".join(data for _, data in self.blocks(name, 0, size))
+    def span(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file in memory, however many."""
+        return b"".join(data for _, data in self.blocks(name, start, end))
 
     def fetch(
         self,
@@ -149,11 +151,9 @@ class Store:
         def block(at: int) -> None:
             if stopped():
                 raise ZooError(f"{self.url}: stopped")
-            data = memoryview(self.read(file.name, at, min(at + BLOCK, file.size)))
+            data = self.read(file.name, at, min(at + BLOCK, file.size))
             advance(len(data))
-            while data:
-                n = os.pwrite(fd, data, at)
-                data, at = data[n:], at + n
+            write(fd, data, at)
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for _ in pool.map(block, range(0, file.size, BLOCK)):

@@ -171,7 +171,7 @@ def _write(
         places, sink = _places(writer, target)
         for name, table in described.tables.items():
             file, at = places[name]
-            os.pwrite(sink.fd(file), np.asarray(table, np.float32).tobytes(), at)
+            write(sink.fd(file), np.asarray(table, np.float32), at)
         mover = Mover(sink, total, progress)
         try:
             mover.run(*_moves(c, tensors, places, mover))

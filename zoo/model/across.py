@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from zoo.errors import ZooError
+from zoo.kernels.near import near_gather_reference
 from zoo.kernels.norm import factor
 from zoo.model.near import Near
 from zoo.spec import Norm
@@ -52,7 +53,7 @@ class Across:
             return found
         each = x.new_empty(self.size, *x.shape)
         dist.all_gather(list(each.unbind(0)), x, group=self.group)
-        return each.movedim(0, -2).flatten(-2)
+        return near_gather_reference(each)
 
     def agreed(self, x: Tensor) -> Tensor:
         """The first rank's x, on all."""

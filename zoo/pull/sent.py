@@ -102,7 +102,7 @@ def _left(store: Store, force: bool) -> dict[str, Stored]:
     there = store.files()
     if INCOMPLETE in there:
         try:
-            mine = set(parse_json(store.small(INCOMPLETE, there[INCOMPLETE].size))["files"])
+            mine = set(parse_json(store.span(INCOMPLETE, 0, there[INCOMPLETE].size))["files"])
         except (ValueError, LookupError, TypeError):
             mine = set()
     elif JSON in there and not force:

@@ -191,7 +191,7 @@ def _fill_headers(source: StoredSource, root: Path) -> None:
         if name.endswith(".gguf"):
 
             def read(start: int, end: int, name: str = name) -> bytes:
-                return b"".join(data for _, data in source.store.blocks(name, start, end))
+                return source.store.span(name, start, end)
 
             gguf_header(str(source), name, source.files[name].size, root, read)
 
@@ -202,6 +202,6 @@ def _header(source: StoredSource, name: str) -> bytes:
     have = source.store.read(name, 0, min(FIRST, size))
     end = 8 + header_length(have[:8], size, f"{source}: {name}")
     if end > len(have):
-        have += b"".join(data for _, data in source.store.blocks(name, len(have), end))
+        have += source.store.span(name, len(have), end)
     assert struct.unpack("<Q", have[:8])[0] == end - 8
     return have[:end]

@@ -207,7 +207,7 @@ class Bytes:
         if self.override is not None:
             mine = _in_memory(self.override[name], ref)
         else:
-            mine = _flat(self.read, self.folder.path(ref), ref)
+            mine = flat_of(self.read, self.folder.path(ref), ref)
         fits = range(len(output.fits))
         return sum(_fit_differs(self.read, self.plan, output, k, mine, ref.dtype) for k in fits)
 
@@ -318,7 +318,7 @@ def _in_memory(t: Tensor, ref: TensorRef) -> Array:
     return t.flatten().view(torch.uint8).numpy().view(_UNSIGNED[ITEMSIZE[ref.dtype]])
 
 
-def _flat(read: Read, path: Path, ref: TensorRef) -> Array:
+def flat_of(read: Read, path: Path, ref: TensorRef) -> Array:
     """The same of one in a file."""
     dtype = _UNSIGNED[ITEMSIZE[ref.dtype]]
     if ref.size == 0:
@@ -329,7 +329,7 @@ def _flat(read: Read, path: Path, ref: TensorRef) -> Array:
     return raw.view(dtype)
 
 
-def _view(flat: Array, box: Box) -> Array:
+def view_of(flat: Array, box: Box) -> Array:
     sizes, strides = box.flat()
     step = flat.itemsize
     return as_strided(flat[box.offset :], sizes, tuple(s * step for s in strides), writeable=False)
@@ -338,16 +338,16 @@ def _view(flat: Array, box: Box) -> Array:
 def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dtype: str) -> int:
     """How many elements of the k-th fit differ between canonical and source."""
     fit = output.fits[k]
-    dst = _view(mine, fit.canonical)
+    dst = view_of(mine, fit.canonical)
     src, bits = _source(read, plan, output, k, dtype)
     if fit.change:
         src, bits = changes.weights(_floats(src, dtype) if bits else src, fit.change), False
     wrong = 0
-    for a, b in _chunks(dst, _view(src, fit.source)):
+    for a, b in in_pieces(dst, view_of(src, fit.source)):
         if bits:
             wrong += int((a != b).sum())
         else:
-            wrong += int((a != _rounded(b, dtype).view(a.dtype)).sum())
+            wrong += int((a != rounded(b, dtype).view(a.dtype)).sum())
     return wrong
 
 
@@ -366,7 +366,7 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
         raw = read(path, ref.offset, ref.nbytes).numpy()
         return np.asarray(ggml.dequantise(raw, ref.dtype, ref.shape), np.float32).reshape(-1), False
     if ref.strides is not None:
-        flat = _flat(
+        flat = flat_of(
             read,
             path,
             TensorRef(
@@ -377,7 +377,7 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
         view = as_strided(flat, ref.shape, tuple(s * step for s in ref.strides), writeable=False)
         flat = np.ascontiguousarray(view).reshape(-1)
     else:
-        flat = _flat(read, path, ref)
+        flat = flat_of(read, path, ref)
     if ref.dtype == dtype:
         return flat, True
     if ref.dtype not in FLOATS or dtype not in FLOATS:
@@ -411,7 +411,7 @@ def _floats(flat: Array, dtype: str) -> Array:
     return flat.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
 
 
-def _rounded(x: Array, dtype: str) -> Array:
+def rounded(x: Array, dtype: str) -> Array:
     """Floats to a float dtype, to nearest with ties to even, as unsigned integers."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -431,16 +431,16 @@ def _rounded(x: Array, dtype: str) -> Array:
         return np.ascontiguousarray(x).astype(to).view(_UNSIGNED[np.dtype(to).itemsize])
 
 
-def _chunks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
+def in_pieces(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
     """Both arrays in pieces along their first axis, so that no temporary is large."""
     if a.ndim == 0 or a.size <= CHUNK:
         yield a, b
     elif len(a) == 1:
-        yield from _chunks(a[0], b[0])
+        yield from in_pieces(a[0], b[0])
     else:
         step = max(1, CHUNK * len(a) // a.size)
         for i in range(0, len(a), step):
-            yield from _chunks(a[i : i + step], b[i : i + step])
+            yield from in_pieces(a[i : i + step], b[i : i + step])
 
 
 def _same_bytes(folder: Canonical, ckpt: Checkpoint, name: str) -> bool:

@@ -35,7 +35,7 @@ from zoo.quant.floats import to_fp32
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify.certificate import Check, Level
-from zoo.verify.exact import Array, _chunks, _flat, _rounded, _view, plan_level, spec_differences
+from zoo.verify.exact import Array, flat_of, in_pieces, plan_level, rounded, spec_differences, view_of
 from zoo.verify.reading import mapped, mapped_range
 
 PLAIN = ("F32", "F16", "BF16")
@@ -219,7 +219,7 @@ def _values(folder: Canonical, name: str) -> tuple[Array, str]:
     """A canonical tensor flat, and its dtype: as it lies, or in fp32 if it is codes."""
     ref, how = folder.tensors[name], _quant(folder, name)
     if how is None:
-        return _flat(mapped_range, folder.path(ref), ref), ref.dtype
+        return flat_of(mapped_range, folder.path(ref), ref), ref.dtype
     from zoo.quant import dequantise
 
     stem = name.removesuffix(".weight")
@@ -232,16 +232,16 @@ def _values(folder: Canonical, name: str) -> tuple[Array, str]:
 def _plain_differs(folder: Canonical, ckpt: Checkpoint, ref: TensorRef, p: _Piece) -> int:
     values, dtype = _values(folder, p.name)
     mine, theirs = (
-        _view(values, p.fit.canonical),
-        _view(_flat(mapped_range, ckpt.path(ref.file), ref), p.fit.source),
+        view_of(values, p.fit.canonical),
+        view_of(flat_of(mapped_range, ckpt.path(ref.file), ref), p.fit.source),
     )
     if dtype == ref.dtype and not p.fit.change:
-        return sum(int((a.view(b.dtype) != b).sum()) for a, b in _chunks(mine, theirs))
+        return sum(int((a.view(b.dtype) != b).sum()) for a, b in in_pieces(mine, theirs))
     wrong = 0
-    for a, b in _chunks(mine, theirs):
+    for a, b in in_pieces(mine, theirs):
         x = to_fp32(np.ascontiguousarray(a), dtype).astype(np.float32, copy=False)
         x = changes.stored(x, p.fit.change)
-        wrong += int((_rounded(x, ref.dtype) != b).sum())
+        wrong += int((rounded(x, ref.dtype) != b).sum())
     return wrong
 
 
@@ -252,7 +252,7 @@ def _expected(folder: Canonical, made: list[_Piece]) -> Array:
         values, dtype = _values(folder, p.name)
         sizes, strides = p.fit.source.flat()
         at = np.lib.stride_tricks.as_strided(out[p.fit.source.offset :], sizes, tuple(4 * s for s in strides))
-        at[...] = to_fp32(np.ascontiguousarray(_view(values, p.fit.canonical)), dtype)
+        at[...] = to_fp32(np.ascontiguousarray(view_of(values, p.fit.canonical)), dtype)
     return out
 
 
