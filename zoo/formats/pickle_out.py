@@ -10,6 +10,7 @@ bytes), and PKWARE's APPNOTE for zip and zip64.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import struct
@@ -102,10 +103,7 @@ class Archive:
                 raise ZooError(
                     f"{name} is {dtype}, which {file} has no storage for; convert again with --dtype"
                 )
-            size = 1
-            for n in shape:
-                size *= n
-            held[name] = _Tensor(_Storage(dtype, str(k), size), shape)
+            held[name] = _Tensor(_Storage(dtype, str(k), math.prod(shape)), shape)
         pickled = io.BytesIO()
         _Pickler(pickled, protocol=2).dump(held | {new: held[name] for new, name in also.items()})
         self._small("data.pkl", pickled.getvalue())
