@@ -73,6 +73,7 @@ HF = (
     *hf.MLP,
     ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
     *hf.NUMBERED,
+    *hf.SWITCHED,
 )
 RULES = {
     "hf": rules(*HF),
