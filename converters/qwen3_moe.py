@@ -73,10 +73,9 @@ HF = (
     *hf.MLP,
     ("layers.{i}.moe.router.weight", "model.layers.{i}.mlp.gate.weight"),
     *hf.NUMBERED,
-    *hf.SWITCHED,
 )
 RULES = {
-    "hf": rules(*HF),
+    "hf": rules(*HF, *hf.SWITCHED),
     "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
     "gguf": rules(
         *gguf.ENDS,
