@@ -3,6 +3,7 @@ given back to the byte."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
+from zoo.quant.foreign import name_of
 from zoo.quant.packed import octets
 from zoo.quant.schemes import named
 from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
@@ -421,3 +423,41 @@ def test_stacked_experts_are_read_one_by_one(
     assert torch.equal(logits(tmp_path / "carried", "mistral4"), logits(tmp_path / "fp32", "mistral4"))
     export(tmp_path / "carried", tmp_path / "back")
     assert all((tmp_path / "back" / f.name).read_bytes() == f.read_bytes() for f in path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "said, ends, phrase",
+    [
+        (
+            {"quant_method": "awq", "bits": 4},
+            ["qweight", "scales"],
+            "AWQ without zero points, as engines lay it out for Marlin",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, ["B", "s"], "GPTQ in Marlin's layout"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"},
+            ["weight", "pre_quant_scale"],
+            "ModelOpt's AWQ, which scales act",
+        ),
+        ({"quant_method": "fp_quant"}, ["qweight", "scales"], "its config says .*'fp_quant'"),
+        (
+            {"quant_method": "auto-round", "bits": 4},
+            ["qweight", "qzeros", "scales"],
+            "its config says .*'auto-round'",
+        ),
+        ({"quant_method": "eetq"}, ["weight", "weight_scales"], "its config says .*'eetq'"),
+        ({"quant_method": "hqq"}, ["W_q", "scale", "zero"], "HQQ"),
+        ({"quant_method": "quanto"}, ["weight._data", "weight._scale"], "quanto"),
+        ({"quant_method": "aqlm"}, ["codes", "codebooks"], "AQLM"),
+        ({"quant_method": "torchao"}, ["weight_qdata", "weight_scale"], "torchao"),
+        ({"quant_method": "awq", "bits": 4}, ["qweight", "qzeros", "scales"], None),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            ["weight", "weight_scale", "weight_scale_2"],
+            None,
+        ),
+    ],
+)
+def test_what_is_not_read_has_a_name(said: dict[str, Any], ends: list[str], phrase: str | None) -> None:
+    found = name_of({"quantization_config": said}, [f"model.layers.0.mlp.up_proj.{end}" for end in ends])
+    assert found is None if phrase is None else re.match(phrase, found or "")
