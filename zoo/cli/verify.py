@@ -49,7 +49,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @on("Where both sides compute: cpu, cuda, cuda:1, or auto (a GPU if there is one).")
 @click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 @click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
-@click.option("--signature", "signed_by", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PUBLIC.pem", help="First hold CANON to its signature (model.sig) by this key. It covers parity.json, which is left as it is then. Needs zoo[sign].")  # fmt: skip
+@click.option("--signature", "signed_by", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PUBLIC.pem", help="First hold CANON to its signature (model.sig) by this key. It covers parity.json, which is left as it is then. Needs zoo-weights[sign].")  # fmt: skip
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
