@@ -92,7 +92,9 @@ def _library() -> tuple[Any, Any]:
     try:
         from model_signing import hashing, signing
     except ImportError as e:
-        raise ZooError(f"signatures need the package model-signing: pip install 'zoo-weights[sign]' ({e})") from None
+        raise ZooError(
+            f"signatures need the package model-signing: pip install 'zoo-weights[sign]' ({e})"
+        ) from None
     return signing, hashing
 
 
