@@ -48,7 +48,8 @@ from zoo.quant.schemes import Component, scheme
 
 log = logging.getLogger(__name__)
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4_moe", "tq2_0", "tq1_0")
+"""All that the package gguf makes, by the names that llama.cpp has for such files."""
 _FILE_TYPE = {
     "F32": 0,
     "F16": 1,
@@ -58,13 +59,15 @@ _FILE_TYPE = {
     "Q5_0": 8,
     "Q5_1": 9,
     "BF16": 32,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
+    "MXFP4_MOE": 38,
 }  # llama_ftype
-_MXFP4_FILE = 38
 _PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
 _ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
 _ENDS = ("token_embd.weight", "output.weight")
 _CHUNK = 1 << 18  # elements converted at a time: they stay in a core's cache
-_GROUP = 32  # elements of a block of Q8_0, Q4_0 and MXFP4
+_GROUP = 32  # elements of a block of MXFP4
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,8 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
-        import gguf
-
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
-        return math.prod(self.shape) // int(block) * int(size)
+        block, size = _block(self.type)
+        return math.prod(self.shape) // block * size
 
 
 def export_gguf(
@@ -242,7 +243,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 def _not_made_here(type: str, root: Path, target: Path) -> str:
     """Of a type that is not in TYPES. Source of the names: llama_ftype, as llama.cpp's quantiser spells it."""
-    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|mxfp4\w*", type):
+    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|nvfp4", type):
         return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
     plain = target.with_name(f"{target.stem}-bf16.gguf")
     return (
@@ -273,7 +274,7 @@ def _general(c: Canonical, tensors: list[_Tensor], wanted: str) -> dict[str, Any
     return {
         "general.type": "model",
         "general.name": str(name).rstrip("/").rpartition("/")[2],
-        "general.file_type": _MXFP4_FILE if "MXFP4" in kinds else _FILE_TYPE[wanted],
+        "general.file_type": _FILE_TYPE["MXFP4_MOE" if "MXFP4" in kinds else wanted],
         "general.quantization_version": 2,
     }
 
@@ -330,15 +331,31 @@ def _fits(c: Canonical, family: Family, slot: Slot, part: Component | None) -> t
 
 
 def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """As llama.cpp's converter chooses it; in 4 and 5 bits the two ends of the model keep 8."""
+    """As llama.cpp's converter and its quantiser choose it: the two ends of the model keep 8 bits where others have 4 or 5, and 16
+    where they have three values; of MXFP4 are experts alone."""
     if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", *_ALWAYS_FP32)):
         return "F32"
     if wanted in _PLAIN:
         return wanted
-    if shape[-1] % _GROUP:
-        log.warning("%s: rows of %d are no blocks of %d; kept in F16", name, shape[-1], _GROUP)
+    ends = name in _ENDS
+    if wanted.startswith("TQ"):
+        made = "F16" if ends else wanted
+    elif wanted == "MXFP4_MOE":
+        made = "MXFP4" if len(shape) > 2 else "Q8_0"
+    else:
+        made = "Q8_0" if ends else wanted
+    if shape[-1] % (block := _block(made)[0]):
+        log.warning("%s: rows of %d are no blocks of %d; kept in F16", name, shape[-1], block)
         return "F16"
-    return "Q8_0" if name in _ENDS else wanted
+    return made
+
+
+def _block(type: str) -> tuple[int, int]:
+    """Elements and bytes of a block."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
+    return int(block), int(size)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -387,7 +404,7 @@ class _Made:
         rows, dtype = _rows(c, t.pieces, t.shape[-1]), _dtype(c, t.pieces)
         step, change = max(1, _CHUNK * len(rows) // max(1, rows.size)), t.pieces[0].fit.change
         scales = None
-        if t.type == "MXFP4":
+        if t.scales:
             scales = _rows(c, t.scales, t.shape[-1] // _GROUP)
             if len(scales) != len(rows):
                 rows, scales = rows.reshape(1, -1), scales.reshape(1, -1)
@@ -476,7 +493,8 @@ def _converted(raw: Array, dtype: str, t: _Tensor, change: Change) -> Array:
         return ggml.q8_0(x)
     import gguf
 
-    made: Array = gguf.quants.quantize(x.reshape(-1, t.shape[-1]), gguf.GGMLQuantizationType[t.type])
+    # As one row: the package takes 16 rows per call of numpy.
+    made: Array = gguf.quants.quantize(x.reshape(1, -1), gguf.GGMLQuantizationType[t.type])
     return made
 
 
