@@ -113,7 +113,7 @@ def command(
     if as_json:
         emit({"path": str(path), "files": files})
         return
-    say(f"exported {len(files)} files to {path}")
+    say(f"exported {len(files)} file{'s' * (len(files) > 1)} to {path}")
     if edited := written_since(canon):
         note(
             f"{edited} was written after the conversion: what was exported holds its values, not the release's"

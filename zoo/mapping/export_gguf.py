@@ -118,13 +118,14 @@ def export_gguf(
         raise ZooError(f"{target}: expected the name of a file that ends in .gguf")
     type = type and type.lower()
     if type is not None and type not in TYPES:
-        raise ZooError(_not_made_here(type, c.root, target))
+        raise ZooError(_not_made_here(type, c, target))
     wanted = (type or _stored(c)).upper()
     family = gguf_out.form_of(families.get(c.source["family"], c.source.get("package")))
     tensors = list(_tensors(c, family, wanted))
     spec = dataclasses.replace(c.spec, family=family.name)
     described = gguf_out.describe(family, spec, {t.name: t.shape for t in tensors}, str(c.root))
     _say_what_is_left(c)
+    _say_what_is_kept(tensors, wanted)
     fields = _general(c, tensors, wanted) | described.fields
     fields |= gguf_vocab.fields(_small(c), c.spec.vocab_size, str(c.root))
 
@@ -241,13 +242,18 @@ def _add(writer: Any, key: str, value: Any) -> None:
 # What to write
 
 
-def _not_made_here(type: str, root: Path, target: Path) -> str:
-    """Of a type that is not in TYPES. Source of the names: llama_ftype, as llama.cpp's quantiser spells it."""
+def _not_made_here(type: str, c: Canonical, target: Path) -> str:
+    """Of a type that is not in TYPES: by way of a file that holds the folder's values. Source of the names: llama_ftype, as
+    llama.cpp's quantiser spells it."""
     if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|nvfp4", type):
         return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
-    plain = target.with_name(f"{target.stem}-bf16.gguf")
+    root, whole = (
+        c.root,
+        "f32" if any(t.dtype == "F32" and len(t.shape) > 1 for t in c.tensors.values()) else _stored(c),
+    )
+    plain = target.with_name(f"{target.stem}-{whole}.gguf")
     return (
-        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type bf16`, "
+        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type {whole}`, "
         f"then `llama-quantize {plain} {target} {type}`; zoo makes {', '.join(TYPES)}"
     )
 
@@ -265,6 +271,20 @@ def _say_what_is_left(c: Canonical) -> None:
         log.warning(
             "%s: %d tensors beside the text model are not written (%s, ...): %s",
             c.root, len(c.extra_tensors), first, c.extras.get(first, "no part of it"),
+        )  # fmt: skip
+
+
+def _say_what_is_kept(tensors: list[_Tensor], wanted: str) -> None:
+    """Of the matrices that are no blocks of the type: once for each length of their rows."""
+    kept: dict[int, list[str]] = {}
+    for t in tensors:
+        if t.type == "F16" != wanted and not (wanted.startswith("TQ") and t.name in _ENDS):
+            kept.setdefault(t.shape[-1], []).append(t.name)
+    block = 256 if wanted.startswith("TQ") else 32
+    for length, names in kept.items():
+        log.warning(
+            "%s%s: rows of %d are no blocks of %d; kept in F16",
+            names[0], f" and {len(names) - 1} more" if len(names) > 1 else "", length, block,
         )  # fmt: skip
 
 
@@ -337,17 +357,13 @@ def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
         return "F32"
     if wanted in _PLAIN:
         return wanted
-    ends = name in _ENDS
-    if wanted.startswith("TQ"):
-        made = "F16" if ends else wanted
+    if name in _ENDS:
+        made = "F16" if wanted.startswith("TQ") else "Q8_0"
     elif wanted == "MXFP4_MOE":
         made = "MXFP4" if len(shape) > 2 else "Q8_0"
     else:
-        made = "Q8_0" if ends else wanted
-    if shape[-1] % (block := _block(made)[0]):
-        log.warning("%s: rows of %d are no blocks of %d; kept in F16", name, shape[-1], block)
-        return "F16"
-    return made
+        made = wanted
+    return "F16" if shape[-1] % _block(made)[0] else made
 
 
 def _block(type: str) -> tuple[int, int]:
