@@ -201,6 +201,10 @@ def test_blocks_that_llama_cpp_alone_makes_are_left_to_it_with_the_commands(
     )
     with pytest.raises(ZooError, match=re.escape(commands)):
         written(canon, tmp_path, type)
+    with pytest.raises(
+        ZooError, match="x-f32.gguf --format gguf --type f32`, then"
+    ):  # bf16 would round them twice
+        written(verified.canonical("llama"), tmp_path, type)
     with pytest.raises(ZooError, match="unknown type 'fp8'; expected one of f32, f16, bf16, q8_0"):
         written(canon, tmp_path, "fp8")
     assert not list(tmp_path.iterdir())

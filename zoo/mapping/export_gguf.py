@@ -247,10 +247,7 @@ def _not_made_here(type: str, c: Canonical, target: Path) -> str:
     llama.cpp's quantiser spells it."""
     if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|nvfp4", type):
         return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
-    root, whole = (
-        c.root,
-        "f32" if any(t.dtype == "F32" and len(t.shape) > 1 for t in c.tensors.values()) else _stored(c),
-    )
+    root, whole = c.root, _stored(c)
     plain = target.with_name(f"{target.stem}-{whole}.gguf")
     return (
         f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type {whole}`, "
