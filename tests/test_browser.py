@@ -3,78 +3,30 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from importlib.resources import files
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gallery_site import NAMES, UNDRAWN, rows, site
+from in_browser import DESK, PHONE, needed, overflow, violations, windows
 
 from zoo import manifest, sizes
 from zoo.gallery.data import collect
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs zoo[browser]")
-axe_core = pytest.importorskip("axe_playwright_python", reason="needs zoo[browser]")
-
-CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
-# One browser, which only one of the test processes starts.
-pytestmark = [
-    pytest.mark.xdist_group("browser"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
-]
-PHONE, DESK = (390, 844), (1280, 800)
+# One process of the tests starts one browser.
+pytestmark = [pytest.mark.xdist_group("browser"), needed]
 PAGES = ("index.html", "compare.html", "timeline.html", "fit.html", "r/qwen3-next-80b-a3b-instruct.html", f"r/{UNDRAWN}.html")  # fmt: skip
 
 
-# Of this module, not of the session: Playwright keeps an event loop running in the thread, and others have their own.
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
+def window() -> Iterator[Any]:
+    with windows() as of:
+        yield of
 
 
-class Seen:
-    """A page that keeps what went wrong on it, and what it asked for."""
-
-    def __init__(self, page: Any) -> None:
-        self.page, self.wrong, self.asked = page, [], []  # type: ignore[var-annotated]
-        page.on("console", lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda e: self.wrong.append(str(e)))
-        page.on("requestfailed", self._failed)
-        page.on("request", lambda r: self.asked.append(r.url))
-
-    def _failed(self, request: Any) -> None:
-        if request.failure != "net::ERR_ABORTED":  # by leaving the page
-            self.wrong.append(f"not loaded: {request.url}")
-
-    def open(self, path: str) -> Any:
-        self.page.goto("about:blank")  # another part after # alone would not load the page again
-        self.page.goto(f"{site().as_uri()}/{path}")
-        return self.page
-
-
-@pytest.fixture(scope="module")
-def windows(chromium: Any) -> Iterator[Callable[..., Seen]]:
-    """A window of this size and theme: the same one each time."""
-    made: dict[tuple[tuple[int, int], str], Seen] = {}
-
-    def of(size: tuple[int, int] = DESK, theme: str = "light") -> Seen:
-        if (size, theme) not in made:
-            context = chromium.new_context(
-                viewport={"width": size[0], "height": size[1]}, color_scheme=theme, offline=True
-            )
-            context.set_default_timeout(10_000)
-            made[size, theme] = Seen(context.new_page())
-        return made[size, theme]
-
-    yield of
-    for seen in made.values():
-        assert not seen.wrong, seen.wrong
-        assert all(u.startswith((site().as_uri(), "about:", "data:")) for u in seen.asked)
+def at(path: str) -> str:
+    return f"{site().as_uri()}/{path}"
 
 
 def cards(page: Any) -> list[str]:
@@ -92,8 +44,8 @@ def each_option(page: Any, field: str) -> dict[str, list[str]]:
     ))  # fmt: skip
 
 
-def test_searching_and_every_filter_show_what_has_it_and_the_address_keeps_it(windows: Any) -> None:
-    page = windows().open("index.html")
+def test_searching_and_every_filter_show_what_has_it_and_the_address_keeps_it(window: Any) -> None:
+    page = window().open(at("index.html"))
     assert set(cards(page)) == set(NAMES) and len(cards(page)) == len(NAMES)
     page.fill("#search", "MLA 2024")
     assert cards(page) == ["deepseek-v3"]
@@ -113,14 +65,14 @@ def test_searching_and_every_filter_show_what_has_it_and_the_address_keeps_it(wi
     page.select_option("#attention", "MLA")
     page.select_option("#year", "2025")
     assert cards(page) == ["kimi-linear-48b-a3b", "deepseek-r1"]
-    again = windows().open("index.html" + page.evaluate("location.hash"))
+    again = window().open(at("index.html" + page.evaluate("location.hash")))
     assert cards(again) == ["kimi-linear-48b-a3b", "deepseek-r1"]
     again.get_by_role("button", name="Clear all").click()
     assert len(cards(again)) == len(NAMES) and again.evaluate("location.hash") in ("", "#")
 
 
-def test_sorting_goes_by_what_it_says(windows: Any) -> None:
-    found = each_option(windows().open("index.html"), "sort")
+def test_sorting_goes_by_what_it_says(window: Any) -> None:
+    found = each_option(window().open(at("index.html")), "sort")
     for by, key in {
         "largest": lambda r: -r["params"], "smallest": lambda r: r["params"], "most active": lambda r: -r["active"],
         "longest context": lambda r: -r["context"], "smallest cache a token": lambda r: r["kv_per_token"],
@@ -130,8 +82,8 @@ def test_sorting_goes_by_what_it_says(windows: Any) -> None:
         assert values == sorted(values, reverse=by == "newest") and len(values) == len(NAMES) - 1, by
 
 
-def test_two_to_four_are_compared_from_their_cards(windows: Any) -> None:
-    page = windows().open("index.html#sort=name")
+def test_two_to_four_are_compared_from_their_cards(window: Any) -> None:
+    page = window().open(at("index.html#sort=name"))
     picked = ["bloom-7b1", "deepseek-r1", "deepseek-v3", "gemma-3-27b", "gpt2-xl"]
     for name in picked:
         page.check(f"input[value='{name}']")
@@ -148,8 +100,8 @@ def test_two_to_four_are_compared_from_their_cards(windows: Any) -> None:
     assert same["layers"] == ["61", "61"] and same["≠\u00a0released"] == ["2025-01-20", "2024-12-26"]
 
 
-def test_the_calculator_says_what_zoo_counts(windows: Any) -> None:
-    page = windows().open("fit.html#deepseek-v3")
+def test_the_calculator_says_what_zoo_counts(window: Any) -> None:
+    page = window().open(at("fit.html#deepseek-v3"))
     specs = {r.manifest.name: r.spec for r in collect(NAMES) if r.spec is not None}
 
     def said(where: str) -> dict[str, str]:
@@ -196,15 +148,15 @@ FOCUS = """e => { const s = getComputedStyle(e), r = e.getBoundingClientRect(), 
     seen: s.outlineStyle !== "none" && parseFloat(s.outlineWidth) >= 2 && r.top >= 0 && r.bottom <= low + 1 && r.left >= 0 && r.right <= innerWidth + 1 } }"""
 
 
-def test_the_keyboard_alone_reaches_and_works_everything(windows: Any) -> None:
-    page = windows().open("index.html#sort=name")
+def test_the_keyboard_alone_reaches_and_works_everything(window: Any) -> None:
+    page = window().open(at("index.html#sort=name"))
 
     def press(key: str) -> dict[str, Any]:
         """What has the focus after it; it shows, and nothing lies over it."""
         page.keyboard.press(key)
-        at = page.evaluate(f"({FOCUS})(document.activeElement)")
-        assert at["seen"], at
-        return at
+        now = page.evaluate(f"({FOCUS})(document.activeElement)")
+        assert now["seen"], now
+        return now
 
     controls = page.locator("#ask").locator("input, select, button").evaluate_all("es => es.map(e => e.id || e.textContent)")  # fmt: skip
     way = ["Skip to the content", "Gallery", "Compare", "Timeline", "What fits", *controls, "bloom-7b1"]
@@ -215,20 +167,20 @@ def test_the_keyboard_alone_reaches_and_works_everything(windows: Any) -> None:
     press("Tab")
     press("Space")
     for _ in range(2 * len(NAMES)):  # over the cards that are left, to the bar behind them
-        if (at := press("Tab"))["inBar"]:
+        if (now := press("Tab"))["inBar"]:
             break
-    assert at["name"] == "Compare bloom-7b1, deepseek-r1"
+    assert now["name"] == "Compare bloom-7b1, deepseek-r1"
     page.keyboard.press("Enter")
     page.wait_for_selector("#table tbody tr")
     assert page.locator("#table thead th").all_inner_texts() == ["bloom-7b1", "deepseek-r1"]
     page.focus("#m0")
     page.keyboard.type("gpt2")
     assert page.locator("#table thead th").first.inner_text() == "gpt2-xl"
-    page = windows().open("index.html#search=kimi")
+    page = window().open(at("index.html#search=kimi"))
     page.focus("#search")
     press("Escape")
     assert len(cards(page)) == len(NAMES), "Escape empties the search"
-    page = windows().open("r/gpt-oss-20b.html")
+    page = window().open(at("r/gpt-oss-20b.html"))
     assert press("Tab")["name"] == "Skip to the content"
     page.keyboard.press("Enter")
     assert press("Tab")["inMain"]
@@ -247,21 +199,19 @@ def test_the_keyboard_alone_reaches_and_works_everything(windows: Any) -> None:
         for theme in ("light", "dark")
     ],
 )
-def test_axe_finds_nothing_wrong(path: str, theme: str, windows: Any) -> None:
-    page = windows(PHONE if theme == "dark" else DESK, theme).open(path)
-    page.evaluate(files(axe_core).joinpath("axe.min.js").read_text() + ";0")
-    found = page.evaluate("axe.run({ resultTypes: ['violations'], preload: false })")["violations"]
-    assert not found, [(v["id"], v["help"], [n["html"] for n in v["nodes"]]) for v in found]
+def test_axe_finds_nothing_wrong(path: str, theme: str, window: Any) -> None:
+    page = window(PHONE if theme == "dark" else DESK, theme).open(at(path))
+    assert not violations(page)
 
 
-def test_on_a_phone_nothing_is_wider_than_the_window(windows: Any) -> None:
+def test_on_a_phone_nothing_is_wider_than_the_window(window: Any) -> None:
     for path in PAGES:
-        page = windows(PHONE, "dark").open(path)
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0], path
+        page = window(PHONE, "dark").open(at(path))
+        assert overflow(page) == 0, path
 
 
-def test_on_paper_the_pages_are_light_and_without_controls(windows: Any) -> None:
-    page = windows(DESK, "dark").open("r/deepseek-v3.html")
+def test_on_paper_the_pages_are_light_and_without_controls(window: Any) -> None:
+    page = window(DESK, "dark").open(at("r/deepseek-v3.html"))
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)" != dark
@@ -269,11 +219,12 @@ def test_on_paper_the_pages_are_light_and_without_controls(windows: Any) -> None
     page.emulate_media(media="screen")
 
 
-def test_the_first_view_loads_four_files_and_the_pictures_that_are_seen(windows: Any) -> None:
-    seen = windows((800, 600))
+def test_the_first_view_loads_four_files_and_the_pictures_that_are_seen(window: Any) -> None:
+    seen = window((800, 600))
     seen.asked.clear()
-    seen.open("index.html")
+    seen.open(at("index.html"))
     names = [u.rsplit("/", 1)[-1] for u in seen.asked if u.startswith("file:")]
+    assert all(u.startswith(site().as_uri()) for u in seen.asked if u != "about:blank")
     assert sorted(n for n in names if not n.endswith(".svg")) == [
         "data.js",
         "gallery.css",
@@ -283,15 +234,14 @@ def test_the_first_view_loads_four_files_and_the_pictures_that_are_seen(windows:
 
 
 @pytest.mark.proof
-def test_every_page_of_the_whole_gallery_opens_without_an_error(windows: Any, tmp_path: Path) -> None:
+def test_every_page_of_the_whole_gallery_opens_without_an_error(window: Any, tmp_path: Path) -> None:
     from zoo import gallery
 
     releases = gallery.write(tmp_path / "site")
     assert {r.manifest.family for r in releases} == {m.family for m in manifest.load_all()}
-    seen = windows((1000, 700))
+    seen = window((1000, 700))
     for file in sorted((tmp_path / "site").rglob("*.html")):
         seen.page.goto(file.as_uri())
         assert not seen.wrong, (file, seen.wrong)
         assert seen.page.locator("h1").count() == 1
     assert all(u.startswith(((tmp_path / "site").as_uri(), "about:")) for u in seen.asked)
-    seen.asked.clear()
