@@ -19,7 +19,11 @@ from zoo.plain import write_plain
 )
 @common
 def command(canon: Path, output: Path | None, as_json: bool) -> None:
-    """Write the certificate of the canonical folder CANON as one self-contained HTML page."""
+    """Write the certificate of the canonical folder CANON as one self-contained HTML page.
+
+    The verdict comes first; then the model (drawing, sizes, release), every check with its bound, charts, the greedy
+    continuation as text, and where everything came from.
+    """
     from zoo.formats.base import read_json
     from zoo.verify import certificate, report
 
@@ -28,7 +32,7 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     try:
         with working(as_json) as stage:
             stage("drawing")
-            page = report.page(data)
+            page = report.page(data, report.of_folder(canon, data))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
     text = page.encode("utf-8", "backslashreplace")  # names may be in another encoding
