@@ -94,8 +94,8 @@ proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, 
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --upgrade --target build/plugin ./examples/plugin
 	$(ONE_THREAD) PYTHONPATH=build/plugin:. $(BIN)/python -m pytest -q -n $(JOBS) examples/plugin/tests
 
-docs: $(VENV)/.dev  ## the documentation, in site/
-	$(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/.dev  ## the documentation with the gallery, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 dist: $(VENV)/.dev  ## the wheel and the source archive, checked, in dist/; REPOSITORY=https://... is linked from their page
