@@ -118,7 +118,8 @@ if triton is not None:
         row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         after_previous(OVERLAP)
         at = tl.load(ids + row) - first
-        x = tl.load(w_ptr + at * D + d, mask=(at >= 0) & (at < n) & (d < D), other=0)
+        held = tl.where((at >= 0) & (at < n), D, 0)
+        x = tl.load(w_ptr + at * D + d, mask=d < held, other=0)
         tl.store(out_ptr + row * D + d, x, mask=d < D)
 
     @Kernel
