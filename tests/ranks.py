@@ -160,10 +160,10 @@ def by_rows(model: Decoder, work: Path) -> dict[str, Tensor]:
     """What `answers` says where passes go by rows, as if they were captured, and few tokens are enough for that."""
     assert model.across is not None
     model.across.lanes = Files(model.across.group, work)
-    least, rows.LEAST, across.LEAST = rows.LEAST, 2, 2
+    sizes, rows.LEAST, across.LEAST, rows.WIDE = (rows.LEAST, rows.WIDE), 2, 2, 8
     with model.across.to_be_captured():
         found = answers(model)
-    rows.LEAST = across.LEAST = least
+    (rows.LEAST, rows.WIDE), across.LEAST = sizes, sizes[0]
     assert model.across.lanes.files > 3  # places were made
     return found
 

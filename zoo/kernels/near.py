@@ -106,7 +106,7 @@ def add_up(parts: Tensor, onto: Tensor | None = None) -> Tensor:
     out, n = torch.empty_like(parts[0]), parts[0].numel()
     _add_up[(ceil_div(n, 2048),)](
         parts, None if onto is None else onto.contiguous(), out, n, parts.stride(0),
-        RANKS=len(parts), ONTO=onto is not None, BLOCK=2048, num_warps=8,
+        RANKS=len(parts), ONTO=onto is not None, BLOCK=2048, num_warps=8, **overlap(parts),
     )  # fmt: skip
     return out
 
@@ -133,10 +133,12 @@ if triton is not None:
 
     @Kernel
     def _add_up(
-        parts, onto_ptr, out_ptr, n, stride, RANKS: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr
-    ):
+        parts, onto_ptr, out_ptr, n, stride,
+        RANKS: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = at < n
+        after_previous(OVERLAP)
         total = tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
         for r in tl.static_range(1, RANKS):
             total += tl.load(parts + r * stride + at, mask=mask, other=0.0).to(tl.float32)

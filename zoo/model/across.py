@@ -34,11 +34,15 @@ class Across:
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self.capturable = dist.get_backend(self.group) == "nccl"
         """Whether a CUDA graph can hold what is said."""
-        self.near = Near.of(self.group) if self.capturable else None
+        self.near: Near | None = None
         self.lanes: Lanes | None = None  # as `near`, of prompts; made when the first is captured
         self.captured = False
         self.rows: Rows | None = None
         """Of a pass that is under way, in which each rank has its rows between matrices."""
+
+    def meet(self) -> None:
+        """Share memory with the other ranks, where they are GPUs of one host. All do this together, before they say more."""
+        self.near = Near.of(self.group) if self.capturable else None
 
     def sum(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """The ranks' x, added up, and to `onto`; x may be overwritten. The same bits on all of them."""

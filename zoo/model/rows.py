@@ -32,8 +32,8 @@ LEAST = 256
 """Rows of a rank from which it is worth sharing them out; and rows of which logits are made and sent at once."""
 MOST = 1 << 28
 """Bytes of a place, up to which GPUs write into each other's memory."""
-TILE = 128 * 256
-"""Results that a multiprocessor has at once in a matrix product of 16-bit numbers on Hopper."""
+HIGH, WIDE = 128, 256
+"""Rows and columns of results that a multiprocessor has at once in a matrix product of 16-bit numbers on Hopper."""
 RING = 4
 """Runs of logits that are under way: a rank that sends one knows by what came that the one four before was read."""
 SUM, SPREAD, WHOLE, DONE, LOGITS = range(5)
@@ -59,7 +59,7 @@ class Lanes:
         self.round = 0
         if device.type == "cuda":
             self.side = torch.cuda.Stream(device)
-            self.round = torch.cuda.get_device_properties(device).multi_processor_count * TILE
+            self.round = torch.cuda.get_device_properties(device).multi_processor_count * HIGH * WIDE
 
     def shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """A tensor on each rank, zero, as this one reaches it. All ranks ask together."""
@@ -163,6 +163,7 @@ class Rows:
         """The ranks' rows -> [B, T, d]."""
         x = self._deal(WHOLE, own.contiguous())
         self.lanes.arrived(WHOLE)
+        x[self.here] = own
         return x.clone().view(*self.lead, self.d)
 
     def sum(self, x: Tensor, weights: Weights, onto: Tensor | None) -> Tensor:
@@ -185,9 +186,13 @@ class Rows:
         own = own.contiguous()
         w, bias = weights.dense(own.dtype), weights.offset(own.dtype)
         x, out = self._deal(SPREAD, own), own.new_empty(self.n, len(w))
-        first = max(256, self.lanes.round // self.each // 256 * 256)
+        first = max(1, self.lanes.round // self.each // WIDE) * WIDE
         now = w[:first], None if bias is None else bias[:first]
         _times(own, *now, out[self.here, :first])
+        if first < len(
+            w
+        ):  # a copy within a GPU takes multiprocessors: it would wait beside a product, and all behind it
+            x[self.here].copy_(own)
         self.lanes.arrived(SPREAD)
         for there in (slice(0, self.here.start), slice(self.here.stop, self.n)):
             if there.start < there.stop:
@@ -201,13 +206,12 @@ class Rows:
         return self.lanes.place(kind, rank, (self.lanes.ranks, self.each, self.d), self.dtype)
 
     def _deal(self, kind: int, own: Tensor) -> Tensor:
-        """Own rows to all, beside what the GPU is asked: where all will be, [rows, d]."""
+        """Own rows to the others, beside what the GPU is asked: where theirs will be, [rows, d]."""
         lanes = self.lanes
         with lanes.beside():
-            for r in (lanes.rank, *lanes.others):
+            for r in lanes.others:
                 self._place(kind, r)[lanes.rank, : len(own)].copy_(own)
-                if r != lanes.rank:
-                    lanes.flag(kind, r)
+                lanes.flag(kind, r)
         return self._place(kind, lanes.rank).flatten(0, 1)[: self.n]
 
 
