@@ -27,6 +27,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef
 from zoo.mapping.plan import make_plan
+from zoo.model.upload import GAP, read_rows
 from zoo.quant import dequantise
 from zoo.quant.base import grid
 from zoo.quant.schemes import scheme
@@ -294,6 +295,18 @@ def test_what_ranks_cannot_share_is_refused_by_name() -> None:
     assert allowed(PATCHWORK) == [1, 2, 4]
     with pytest.raises(ZooError, match="numbers of ranks that would do: 1, 2, 4"):
         split(PATCHWORK, 3, 0)
+
+
+def test_columns_are_read_many_rows_to_a_call_and_to_the_last_byte_of_the_file(tmp_path: Path) -> None:
+    path, data = tmp_path / "file", bytes(i * i % 251 for i in range(1 << 18))
+    path.write_bytes(data)
+    with path.open("rb") as f:
+        for row, gap, n in ((64, 36, 1300), (100, GAP, 3), (100, GAP + 1, 3), (64, 0, 9)):
+            start, into = len(data) - n * row - (n - 1) * gap, bytearray(n * row)
+            read_rows(path, f.fileno(), start, memoryview(into), row, row + gap)
+            assert into == b"".join(data[start + i * (row + gap) :][:row] for i in range(n))
+            with pytest.raises(ZooError, match=f"file: ends at byte {len(data)}"):
+                read_rows(path, f.fileno(), start + 1, memoryview(into), row, row + gap)
 
 
 def narrowed(x: Tensor, cut: Cut | None) -> Tensor:

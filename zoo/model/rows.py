@@ -8,8 +8,8 @@ Unusual: GPUs of one host multiply in pieces, and their copy engines carry one p
 takes no multiprocessor from the products. First the rows that others wait for, last the own; of rows that come, the own are
 multiplied first, by as much of the matrix as keeps the GPU busy for one round of tiles.
 
-Margin: 2048 tokens of Llama 3.1 8B on two H200, captured, take 31.5 ms with NCCL's sums and 28.3 so; by NCCL's
-reduce-scatter and all-gather 33.5. Launched one by one it is the host that takes longer (79 ms, and 48 with sums), so only
+Margin: 2048 tokens of Llama 3.1 8B on two H200, captured, take 31 to 32 ms with NCCL's sums and 27.2 so (33.5 by NCCL's
+reduce-scatter and all-gather). Launched one by one it is the host that takes longer (79 ms, and 44 with sums), so only
 passes that are captured go by rows.
 """
 
