@@ -94,6 +94,11 @@ class Text:
     def width(self) -> float:
         return len(self.text) * self.pitch if self.pitch else text_width(self.text, self.size, self.bold)
 
+    @property
+    def left(self) -> float:
+        """Where it begins."""
+        return self.x - {"start": 0.0, "middle": self.width / 2, "end": self.width}[self.anchor]
+
 
 @dataclass
 class Canvas:
@@ -124,7 +129,8 @@ class Canvas:
     def cells(self, x: float, y: float, letters: str, size: float, pitch: float) -> None:
         """A letter in the middle of each cell, the first of which is at `x`."""
         self.texts.append(
-            Text(x + (pitch - 1) / 2, y, letters, size, "", "middle", len(letters) * pitch, pitch)
+            # the middle, in whole units: a strip is mostly these numbers
+            Text(x + pitch // 2 - 1, y, letters, size, "", "middle", len(letters) * pitch, pitch)
         )
 
     def lines(

@@ -8,6 +8,7 @@ strip at the top says which layer has which. The line at the left of a frame is 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -113,11 +114,11 @@ def draw(spec: Spec, facts: Facts) -> tuple[Canvas, float]:
         y += _put(c, node, _MARGIN, y, WIDTH - 2 * _MARGIN, 1)
         y = _arrow(c, WIDTH / 2, y)
     text = f"token ids, context {number(spec.context_length)}"
-    c.text(WIDTH / 2, y + 9, text, _SIZE, "m", "middle", WIDTH)
+    c.text(WIDTH / 2, y + 12, text, _SIZE, "m", "middle", WIDTH)
     if spec.tied:
         x = WIDTH - 6
         c.path(f"M{WIDTH - _MARGIN:g} {head + 12:.1f}H{x:g}V{low + 12:.1f}H{WIDTH - _MARGIN:g}", "t")
-    y += 22
+    y += 25
     if any(t.text.startswith("◆") for t in c.texts):
         y += c.lines(_MARGIN, y, "◆ unusual: few families have it", _SMALL, WIDTH - 2 * _MARGIN, "m")
     return c, y + 8
@@ -139,9 +140,7 @@ def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
         for letters in rows:
             part = letters[start : start + _PER_ROW]
             for letter in dict.fromkeys(part):
-                cells = [n for n, x in enumerate(part) if x == letter]
-                d = "".join(f"M{left + n * _CELL:g} {y:g}h{_CELL - 1:g}v12h-{_CELL - 1:g}z" for n in cells)
-                c.path(d, styles.get(letter, "n"))
+                c.path(_cells(part, letter, left, y), styles.get(letter, "n"))
             c.cells(left, y + 9.5, part, 9, _CELL)
             y += _CELL
         y += 3 if len(rows) > 1 else 0
@@ -154,6 +153,16 @@ def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
     if len(text := "Layers: " + "; ".join(parts)) <= 110:  # the strip says it better
         y += c.lines(_MARGIN, y + 2, text, _SMALL, WIDTH - 2 * _MARGIN, "m")
     return y + c.lines(_MARGIN, y + 2, key, _SMALL, WIDTH - 2 * _MARGIN, "m") + 2
+
+
+def _cells(row: str, letter: str, left: float, y: float) -> str:
+    """The cells of a row that hold `letter`: each run of them as one box with lines in it."""
+    d = ""
+    for run in re.finditer(f"{re.escape(letter)}+", row):
+        w = len(run[0]) * _CELL - 1
+        d += f"M{left + run.start() * _CELL:g} {y:g}h{w:g}v12h-{w:g}z"
+        d += f"m{_CELL - 0.5:g} 0v12" * (w > _CELL) + f"m{_CELL:g}-12v12" * (len(run[0]) - 2)
+    return d
 
 
 # ---- frames
