@@ -296,7 +296,7 @@ def _svg(width: float, height: float, draw: Callable[[Any], None], title: str) -
         from matplotlib.figure import Figure
     except ImportError:
         raise ZooError(
-            "the report draws with matplotlib: pip install matplotlib (or 'zoo[report]')"
+            "the report draws with matplotlib: pip install matplotlib (or 'zoo-weights[report]')"
         ) from None
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": "zoo", "font.family": "sans-serif", "font.size": 9,
