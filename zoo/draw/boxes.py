@@ -6,6 +6,7 @@ widest of the fonts that the pictures ask for, so that what fits here fits every
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 # Hundredths of an em, of the characters from 32 to 126 (DejaVu Sans 2.37).
@@ -136,8 +137,8 @@ class Canvas:
     def lines(
         self, x: float, y: float, text: str, size: float, room: float, style: str = "", leading: float = 1.3
     ) -> float:
-        """Wrapped text whose top is `y`; its height."""
-        rows = wrap(text, room, size, "b" in style.split())
+        """Wrapped text whose top is `y`; its height. In whole units: a picture is mostly coordinates."""
+        rows, step = wrap(text, room, size, "b" in style.split()), round(size * leading)
         for n, row in enumerate(rows):
-            self.text(x, y + size + n * size * leading, row, size, style, room=room)
-        return len(rows) * size * leading
+            self.text(x, y + math.ceil(size) + n * step, row, size, style, room=room)
+        return len(rows) * step

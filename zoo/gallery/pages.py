@@ -166,7 +166,7 @@ def release(r: Release, others: Iterable[Release] = ()) -> str:
     if r.drawing:
         picture = (
             f'<object type="image/svg+xml" tabindex="-1" data="../svg/{r.drawing}" aria-label="Block diagram of {e(m.name)}">'
-            f'<img src="../svg/{r.drawing}" alt="Block diagram of {e(m.name)}"></object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
+            f'</object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
             f'<a href="../compare.html#{e(m.name)}">Compare</a> · <a href="../fit.html#{e(m.name)}">What it fits on</a></p>'
         )
     proofs = {
@@ -245,10 +245,10 @@ def _tensors(spec: Spec) -> str:
     for slot in layout(spec).values():
         found[slot.key, slot.shape] = found.get((slot.key, slot.shape), 0) + 1
     rows = "".join(
-        f"<tr><td>{e(k)}<td>{' × '.join(map(str, shape)) or 'scalar'}<td class=n>{n}"
+        f"<tr><td>{e(k)}<td>{' × '.join(map(str, shape)) or 'scalar'}<td>{n}"
         for (k, shape), n in found.items()
     )
     return (
-        "<h2>Canonical tensors</h2><details><summary>Names and shapes of a converted checkpoint</summary><div class=scroll tabindex=0><table><tr>"
-        f"<th scope=col>Tensor<th scope=col>Shape<th scope=col class=n>Times{rows}</table></div></details>"
+        "<h2>Canonical tensors</h2><details><summary>Names and shapes of a converted checkpoint</summary><div class=scroll tabindex=0><table class=tensors><tr>"
+        f"<th scope=col>Tensor<th scope=col>Shape<th scope=col>Times{rows}</table></div></details>"
     )
