@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,12 +231,19 @@ def test_on_a_phone_filters_are_folded_away_and_open_by_touch(window: Any) -> No
     assert page.inner_text("summary") == "Filters and order" and len(cards(page)) == len(NAMES)
 
 
-def test_on_paper_the_pages_are_light_and_without_controls(window: Any) -> None:
-    page = window(DESK, "dark").open(at("r/deepseek-v3.html"))
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+def test_on_paper_pages_and_drawings_are_light_and_without_controls(window: Any) -> None:
+    from PIL import Image
+
+    def brightness(e: Any) -> float:
+        grey = Image.open(io.BytesIO(e.screenshot())).convert("L")
+        return sum(n * many for n, many in enumerate(grey.histogram())) / (grey.width * grey.height)
+
+    page = window(DESK, "dark").open(at("compare.html#deepseek-v3,gpt-oss-20b"))
+    assert brightness(page.locator("#pictures img").first) < 80 and page.locator("nav").is_visible()
     page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)" != dark
-    assert not page.locator("nav").is_visible() and page.locator("h1").is_visible()
+    assert brightness(page.locator("#pictures img").first) > 200
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator("nav").is_visible() and not page.locator("#ask").is_visible()
     page.emulate_media(media="screen")
 
 

@@ -151,7 +151,7 @@ function compare() {
     $("table").replaceChildren(make("caption", {}, "Rows that differ begin with ≠"), make("thead", {}, head), make("tbody", {}, ...body));
     const said = chosen.map(r => new Set(LINES.at[r.drawing].slice(1).filter((_, n) => n % 3 === 0).map(n => LINES.texts[n][0])));
     const common = said.reduce((all, one) => new Set([...all].filter(t => one.has(t))), said[0] ?? new Set());
-    $("pictures").replaceChildren(...chosen.map(r => make("figure", { style: "margin:0" }, make("figcaption", {}, r.name), marked(r, common))));
+    $("pictures").replaceChildren(...chosen.map(r => make("figure", {}, make("figcaption", {}, r.name), marked(r, common))));
     try { history.replaceState(null, "", "#" + chosen.map(r => r.name).join(",")); } catch { /* as above */ }
   }
   form.addEventListener("input", show);
