@@ -163,8 +163,9 @@ function fit() {
   $("release").append(...known.map(r => make("option", {}, r.name)).sort((a, b) => a.value.localeCompare(b.value)));
   $("dtype").append(...Object.keys(DATA.bits).map(d => make("option", { selected: d === "bf16" }, d)));
   $("kv").append(...Object.keys(DATA.kv_bytes).map(d => make("option", { selected: d === "bf16" }, d)));
-  const asked = decodeURIComponent(location.hash.slice(1));
-  if (byName.get(asked)?.params) $("release").value = asked;
+  const asked = location.hash.slice(1), fields = ["release", "dtype", "context", "batch", "kv"]; // #NAME, or all that was asked
+  for (const [k, v] of asked.includes("=") ? new URLSearchParams(asked) : [["release", decodeURIComponent(asked)]])
+    if (fields.includes(k) && ([...$(k).options ?? []].some(o => o.value === v) || $(k).type === "number")) $(k).value = v;
   function show() {
     const r = byName.get($("release").value), kv = DATA.kv_bytes[$("kv").value];
     const batch = Math.max(1, Math.floor(+$("batch").value) || 1), wanted = Math.max(1, Math.floor(+$("context").value) || 1);
@@ -179,7 +180,7 @@ function fit() {
       return make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "n" }, `${gb} GB`),
         make("td", { class: n === 1 ? "yes" : "" }, n === 1 ? "fits on one" : `${whole(n)} of them`));
     }));
-    try { history.replaceState(null, "", "#" + r.name); } catch { /* as above */ }
+    try { history.replaceState(null, "", "#" + new URLSearchParams(fields.map(k => [k, $(k).value]))); } catch { /* as above */ }
   }
   form.addEventListener("input", show);
   show();
