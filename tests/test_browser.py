@@ -222,6 +222,10 @@ def test_on_a_phone_nothing_is_wider_than_the_window(window: Any) -> None:
     for path in ("compare.html#deepseek-v3,gpt-oss-20b,gemma-4-e2b-it", *PAGES[2:5:2]):  # axe opens the rest
         page = window(PHONE, "dark").open(at(path))
         assert overflow(page) == 0, path
+    page = window(PHONE, "dark").open(at("compare.html#deepseek-v3,gpt-oss-20b"))
+    assert page.evaluate("document.querySelector('.scroll').scrollWidth") <= PHONE[0], (
+        "two are seen beside each other"
+    )
 
 
 def test_on_a_phone_filters_are_folded_away_and_open_by_touch(window: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.draw import picture, svg
+from zoo.draw.boxes import text_width
 from zoo.draw.picture import Ahead, Facts
 from zoo.spec import Spec
 
@@ -31,7 +32,12 @@ def drawing(spec: Spec, facts: Facts, about: str | None = None) -> str:
 def lines(spec: Spec, facts: Facts) -> tuple[float, list[tuple[str, float, float, float]]]:
     """The height of the picture, and the lines in it that are compared: text, left end, baseline, width."""
     canvas, height = picture.draw(spec, facts)
-    return height, [(t.text.strip(), t.left, t.y, t.width) for t in canvas.texts if t.compared]
+    found = []
+    for t in canvas.texts:
+        if t.compared:
+            indent = text_width(t.text[: len(t.text) - len(t.text.lstrip())], t.size)
+            found.append((t.text.strip(), t.left + indent, t.y, t.width - indent))
+    return height, found
 
 
 def side_by_side(several: list[tuple[Spec, Facts]]) -> str:

@@ -148,6 +148,7 @@ function compare() {
       const values = chosen.map(r => String(fact(r) || "–")), differs = new Set(values).size > 1;
       return make("tr", { class: differs && "differs" }, make("th", { scope: "row" }, (differs ? "≠\u00a0" : "") + name), ...values.map(v => make("td", {}, v)));
     });
+    $("table").style.setProperty("--models", chosen.length);
     $("table").replaceChildren(make("caption", {}, "Rows that differ begin with ≠"), make("thead", {}, head), make("tbody", {}, ...body));
     const said = chosen.map(r => new Set(LINES.at[r.drawing].slice(1).filter((_, n) => n % 3 === 0).map(n => LINES.texts[n][0])));
     const common = said.reduce((all, one) => new Set([...all].filter(t => one.has(t))), said[0] ?? new Set());
