@@ -15,11 +15,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from zoo import gallery
+from zoo import gallery, manifest
 from zoo.cli import cli
 
 _HOLDER = tempfile.TemporaryDirectory(prefix="zoo-docs-")  # until the site is written
-HELP, FAMILIES = "<!-- the help of every command -->", "| family | releases | checkpoint |"
+HELP, RELEASES = "<!-- the help of every command -->", "<!-- how many releases and families -->"
+FAMILIES = "| family | releases | checkpoint |"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -33,10 +34,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if HELP in markdown:
         markdown = markdown.replace(HELP, commands())
+    if RELEASES in markdown:
+        known = manifest.load_all()
+        markdown = markdown.replace(
+            RELEASES, f"{len(known)} releases, {len({m.family for m in known})} families"
+        )
     return by_family(markdown) if FAMILIES in markdown else markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:  # the name that MkDocs calls it by
+    html = re.sub(
+        r"(?<!</span>)<code>[^<\n]*</code>",
+        lambda m: re.sub(r"--[a-z-]+", r"<span class=option>\g<0></span>", m[0]),
+        html,
+    )
     return re.sub(r"<table>.*?</table>", labelled, html, flags=re.S)
 
 
@@ -63,6 +74,8 @@ def commands() -> str:
 def labelled(table: re.Match[str]) -> str:
     """The table, each cell of it with the heading of its column: on a phone a row is a list of them. Two columns explain themselves."""
     heads = [re.sub(r"<.*?>", "", h) for h in re.findall(r"<th[^>]*>(.*?)</th>", table[0], re.S)]
+    if not any(heads):
+        return re.sub(r"<thead>.*?</thead>", "", table[0], flags=re.S)
     if len(heads) < 3:
         return table[0]
 

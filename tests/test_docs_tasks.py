@@ -64,6 +64,11 @@ def test_gguf(here: Path) -> None:
 
 
 @pytest.mark.proof
+def test_quick_start(here: Path) -> None:
+    pages.run(pages.DOCS / "quickstart.md", {})
+
+
+@pytest.mark.proof
 def test_quantised(here: Path) -> None:
     from test_quant_models import fp8_blocks
 
