@@ -92,7 +92,7 @@ def test_cluster(here: Path) -> None:
 
 @pytest.mark.proof
 def test_publish(here: Path) -> None:
-    pytest.importorskip("model_signing", reason="zoo[sign] is not installed")
+    pytest.importorskip("model_signing", reason="zoo-weights[sign] is not installed")
     if shutil.which("openssl") is None:
         pytest.skip("no openssl")
     zoo.convert(verified.copy(pages.release(), here / "SRC"), here / "CANON")

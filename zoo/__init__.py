@@ -17,6 +17,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from zoo import shipped as _shipped  # noqa: F401 (zoo.converters and zoo.manifests can be imported from here on)
 from zoo._version import __version__
 from zoo.errors import ZooError, translated
 

@@ -192,6 +192,7 @@ class Decoder(nn.Module):
         self.held: tuple[int, ...] | None = None  # the layers that are here, where some are not
         self.local = spec  # of what this rank has
         self.across: Across | None = None  # the ranks that share the model, see `parallel`
+        self.by_rows = False  # whether they can share the tokens of a prompt, too
         self.trainable = False
         with torch.device("meta"):
             d = spec.d_model
@@ -260,12 +261,21 @@ class Decoder(nn.Module):
         try:
             x, ctx = self.start(ids, cache)
             with preferring_cudnn(x.device):
-                for layer in self.layers:
-                    x = layer(x, ctx)
+                through = partial(self._through, ctx=ctx)
+                x = (
+                    self.across.by_rows(through, x)
+                    if self.across is not None and self.by_rows
+                    else through(x)
+                )
         except BaseException:
             if cache is not None:  # what was to follow is not there
                 cache.advance(length - cache.length)
             raise
+        return x
+
+    def _through(self, x: Tensor, ctx: Context) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, ctx)
         return x
 
     def start(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]:
@@ -303,9 +313,9 @@ class Decoder(nn.Module):
         if spec.altup is not None:
             x = self.altup.join(x)
         x = self.norm(x)
-        logits: Tensor = self.embed.times(x) if spec.tied else self.head(x)
-        if self.embed.across is not None:  # the head's rows are where the embedding's are
-            logits = self.embed.across.gather(logits)
+        head: Callable[[Tensor], Tensor] = self.embed.times if spec.tied else self.head
+        across, n = self.embed.across, len(self.embed.weight)  # the head's rows are where the embedding's are
+        logits = head(x) if across is None else across.beside(head, x, n)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:

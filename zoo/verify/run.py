@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from zoo.verify.ours import Ours, Streamed, build, subject_of
 from zoo.verify.ranks import Following, Leading, Ranks
 from zoo.verify.reading import Window
 from zoo.verify.rounded import rounding_of
+from zoo.verify.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
 
 StrPath = str | os.PathLike[str]
-Progress = Callable[[str], None]
 NO_DECODE = "not done while streaming (it would read all weights once per token)"
 
 
@@ -129,7 +129,7 @@ def verify(
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     wanted = wanted_by(level)
-    say = progress or (lambda _text: None)
+    say = progress or silent
     started, clock = time.perf_counter(), Clock()
     on = chosen(device)
     file = None
@@ -288,7 +288,7 @@ def foreseen(
         return None, None
     need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length)
     if need.fits or stream is not None:
-        say(str(need))
+        say(Stage(str(need), seconds=need.seconds))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
     if not _can_stream(Path(path)):
@@ -297,7 +297,7 @@ def foreseen(
         )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
-    say(f"{need}: streaming, since {what}")
+    say(Stage(f"{need}: streaming, since {what}", seconds=need.seconds))
     return need, what
 
 
