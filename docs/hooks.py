@@ -26,6 +26,13 @@ FAMILIES = "| family | releases | checkpoint |"
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = Path(_HOLDER.name)
     gallery.write(made)
+    for path in made.rglob("*.html"):  # a way back
+        text, begins = path.read_text(encoding="utf-8"), '<nav aria-label="Pages">'
+        assert begins in text, f"{path}: where is its navigation?"
+        home = "../" * len(path.relative_to(made).parts) + "index.html"
+        path.write_text(
+            text.replace(begins, f'{begins}<a href="{home}">Documentation</a>', 1), encoding="utf-8"
+        )
     for path in sorted(p for p in made.rglob("*") if p.is_file()):
         files.append(File.generated(config, f"gallery/{path.relative_to(made)}", abs_src_path=str(path)))
     return files
