@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import manifests
 from zoo import plugins
 from zoo.errors import ZooError
+from zoo.shipped import RELEASES as OURS
 
-OURS: str = manifests.__path__[0]
 FORMATS = {
     "safetensors": "sharded or single safetensors with a config.json",
     "safetensors-tp8": "safetensors cut for 8 tensor-parallel ranks",
