@@ -37,8 +37,10 @@ from zoo.kernels.cpu.vectors import (
 )
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, SCALE_ROWS, Weight
 
-FEW = 8
+FEW = 16
 """Rows of x up to which this is faster than widening all of the weight and multiplying that."""
+LARGE = 1 << 18
+"""Codes of a matrix from which it is: of fewer, a call costs more than it saves."""
 BLOCK = 4  # rows of codes taken at a time
 CODES = ir.VectorType(BYTE, 16)
 # What e2m1 codes stand for.
@@ -52,21 +54,15 @@ _KINDS = {types.int8: FP8, types.int16: INT4, types.int32: MXFP4}
 
 def fits(w: Weight, rows: int) -> bool:
     """Whether `rows` rows of x and codes on a CPU are for `times`."""
-    if w.kind not in (FP8, FP8_ROWS, MXFP4, INT4) or w.scale is None or not 0 < rows <= FEW:
+    if (
+        w.kind not in (FP8, FP8_ROWS, MXFP4, INT4)
+        or w.scale is None
+        or not 0 < rows <= FEW
+        or w.n * w.k < LARGE
+    ):
         return False
     step = 32 if w.kind in _TABLES else 16
-    return w.k % step == 0 and (w.columns >= w.k or w.columns % step == 0) and not _has_nan(w)
-
-
-def _has_nan(w: Weight) -> bool:
-    """Whether an e4m3 code is no number, which only damaged weights have: moved to where fp16 has its parts, it would be one."""
-    if w.kind not in (FP8, FP8_ROWS):
-        return False
-    found = w.tiles.get(())
-    if found is None:
-        pieces = w.codes.view(torch.uint8).flatten().split(1 << 22)
-        found = w.tiles[()] = any(bool((piece & 127 == 127).any()) for piece in pieces)
-    return found  # type: ignore[no-any-return]
+    return w.k % step == 0 and (w.columns >= w.k or w.columns % step == 0) and w.words
 
 
 def times(
@@ -100,7 +96,8 @@ def times(
     if w.kind not in _TABLES:
         out *= 256  # see `_e4m3`
     if bias is not None:
-        out += bias.float() if experts is None else bias.float()[experts].repeat_interleave(counts, 0)
+        of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
+        out += of_rows.float()
     return out.to(x.dtype)
 
 
@@ -115,7 +112,7 @@ def _scales(w: Weight) -> tuple[Tensor, NDArray[np.int64]]:
         else:
             rows = np.arange(w.n) // (1 if w.kind in _TABLES else SCALE_ROWS)
         found = w.tiles[w.n,] = scale, rows * (scale.shape[-1] * scale.element_size())
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # ----------------------------------------------------------------------- from codes to numbers of fp32
@@ -262,10 +259,12 @@ def _block(
 
     # What codes mean is told by the type of `kind`, which is no number.
     result = types.void(kind, *[types.intp] * 11)
-    return result, lambda context, builder, signature, args: (
-        code(builder, *args[1:]),
-        context.get_dummy_value(),
-    )[1]
+
+    def write(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code(builder, *args[1:])
+        return context.get_dummy_value()
+
+    return result, write
 
 
 @compiled(parallel=True)
