@@ -17,16 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from zoo.kernels.near import add_up, arrive
-
-if TYPE_CHECKING:
-    from zoo.model.linear import Weights
 
 LEAST = 256
 """Rows of a rank from which it is worth sharing them out; and rows of which logits are made and sent at once."""
@@ -38,6 +35,13 @@ RING = 4
 """Runs of logits that are under way: a rank that sends one knows by what came that the one four before was read."""
 SUM, SPREAD, WHOLE, DONE, LOGITS = range(5)
 """What is sent; each has a place, and a flag for each rank; logits as many as are under way."""
+
+
+class Matrix(Protocol):
+    """A rank's part of a matrix: `zoo.model.linear.Linear`."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor: ...
+    def offset(self, dtype: torch.dtype) -> Tensor | None: ...
 
 
 class Lanes:
@@ -166,7 +170,7 @@ class Rows:
         x[self.here] = own
         return x.clone().view(*self.lead, self.d)
 
-    def sum(self, x: Tensor, weights: Weights, onto: Tensor | None) -> Tensor:
+    def sum(self, x: Tensor, weights: Matrix, onto: Tensor | None) -> Tensor:
         """x [B, T, in] times this rank's part of a matrix, added up over ranks, and to `onto`: its rows of that [rows, d]."""
         x, lanes, kept = x.flatten(0, -2), self.lanes, []
         w, bias = weights.dense(x.dtype), weights.offset(x.dtype)
@@ -181,7 +185,7 @@ class Rows:
         lanes.arrived(SUM)
         return add_up(parts, onto)
 
-    def spread(self, own: Tensor, weights: Weights) -> Tensor:
+    def spread(self, own: Tensor, weights: Matrix) -> Tensor:
         """The ranks' rows [rows, d] times this rank's part of a matrix: [B, T, out]."""
         own = own.contiguous()
         w, bias = weights.dense(own.dtype), weights.offset(own.dtype)
