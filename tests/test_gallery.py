@@ -66,6 +66,9 @@ def test_the_data_is_as_its_schema_says() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     judge = jsonschema.Draft202012Validator(schema)
     judge.validate(data)
+    told = (Path(__file__).parents[1] / "docs" / "gallery.md").read_text()
+    fields = {*schema["properties"], *schema["$defs"]["release"]["properties"]}
+    assert {f for f in fields if f"`{f}`" not in told} == set(), "docs/gallery.md says nothing of these"
     for break_it in (
         lambda d: d["releases"][1].pop("cache"),
         lambda d: d["releases"][1].update(not_drawn="why"),
