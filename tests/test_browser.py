@@ -172,7 +172,17 @@ def test_the_keyboard_alone_reaches_and_works_everything(window: Any) -> None:
         return now
 
     controls = page.locator("#ask").locator("input, select, button").evaluate_all("es => es.map(e => e.id || e.textContent)")  # fmt: skip
-    way = ["Skip to the content", "Gallery", "Compare", "Timeline", "What fits", *controls, "bloom-7b1"]
+    way = [
+        "Skip to the content",
+        "Gallery",
+        "Compare",
+        "Timeline",
+        "What fits",
+        "gallery.json",
+        "its schema",
+        *controls,
+        "bloom-7b1",
+    ]
     assert [press("Tab")["name"] for _ in way] == way
     assert press("Tab")["tag"] == "INPUTcompare"
     press("Space")
