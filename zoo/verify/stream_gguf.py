@@ -110,8 +110,12 @@ class GGUFWeights(Weights):
         return lambda at: self._made(name, [source], at)
 
     def ranges(self, module: nn.Module) -> Iterator[Range]:
-        for name in self._of(module, self.names[id(module)], True):
+        for name in self.names_of(module):
             yield from (self.stored[source].range for source in self._sources(name))
+
+    def used_there(self, module: nn.Module) -> Iterator[Range]:
+        """Nothing: numpy dequantises."""
+        return iter(())
 
     def _convert(self, name: str) -> dict[str, Tensor]:
         return {name: self._made(name, self._found(name))}
