@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 READERS, RUN, BUFFER = 8, 1 << 28, 1 << 24
-PASS = ("oracle", "oracle, second way", "ours", "metrics", "plan and bytes")
+PASS = ("waiting for files", "oracle", "oracle, second way", "ours", "metrics", "plan and bytes")
 TINY = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

@@ -7,7 +7,7 @@ the device alone, and the copies for what was computed before in memory that is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 
 import torch
@@ -30,23 +30,23 @@ class Carrier:
         self.coming: dict[Range, Tensor] = {}
         self.runs: list[Future[None]] = []
 
-    def ask(self, ranges: Collection[Range]) -> bool:
-        """Begin to copy these, if there is room for all of them."""
-        wanted = sorted(r for r in ranges if r[2])
-        total = sum(nbytes for _, _, nbytes in wanted)
-        free = available(self.device)
-        if free is not None and total > free - self.room:
-            return False
+    def ask(self, ranges: Iterable[Range]) -> Collection[Range]:
+        """Begin to copy those that there is room for, the first first: these."""
+        free, total, wanted = available(self.device), 0, []
+        for r in ranges:
+            if r[2] and (free is None or total + r[2] <= free - self.room):
+                wanted.append(r)
+                total += r[2]
         self.copying.wait_stream(self.computing)
         # Runs as long as they can be with all threads at work.
         step = max(BUFFER, min(RUN, total // READERS))
-        for path, offset, nbytes in wanted:
+        for path, offset, nbytes in sorted(wanted):
             into = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self.coming[path, offset, nbytes] = into
             for at in range(0, nbytes, step):
                 run = into[at : at + step]
                 self.runs.append(self.lanes.fill(path, offset + at, run, torch.uint8))
-        return True
+        return wanted
 
     def take(self) -> Mapping[Range, Tensor]:
         """What was asked for last, uint8 [nbytes] each. Raises what went wrong with it."""

@@ -184,8 +184,8 @@ class Bytes:
             yield from self._sources(name)
 
     def computes_with(self, layer: int | None) -> Iterator[Range]:
-        """What lies on both sides as it is compared; beside the layers nothing of its own."""
-        for name in self._of(layer) if layer is not None else ():
+        """What lies on both sides as it is compared."""
+        for name in self._of(layer):
             if self._bits_alone(name):
                 yield self._mine(name)
                 yield from self._sources(name)
@@ -403,9 +403,9 @@ def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dt
     wrong = 0
     for a, b in in_pieces(dst, view_of(src, fit.source)):
         if bits:
-            wrong += int((a != b).sum())
+            wrong += int(np.count_nonzero(a != b))
         else:
-            wrong += int((a != rounded(b, dtype).view(a.dtype)).sum())
+            wrong += int(np.count_nonzero(a != rounded(b, dtype).view(a.dtype)))
     return wrong
 
 

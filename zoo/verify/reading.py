@@ -59,8 +59,8 @@ class Rider(Protocol):
 class Ahead(Protocol):
     """How bytes get ahead of the pass to the device that computes."""
 
-    def ask(self, ranges: Collection[Range]) -> bool:
-        """Begin with these; False if there is no room for them."""
+    def ask(self, ranges: Iterable[Range]) -> Collection[Range]:
+        """Begin with those that there is room for, the first first: these."""
         ...
 
     def take(self) -> Mapping[Range, Tensor]:
@@ -161,12 +161,12 @@ class Passing:
             rider.leave(i)
 
     def _ask(self, i: int | None) -> None:
-        carried: set[Range] = set()
+        riders, carried = self.window.riders, frozenset[Range]()
+        read = [] if i is None else [r for rider in riders for r in rider.ranges(i)]
         if self.ahead is not None:
-            carried = {r for rider in self.window.riders for r in rider.computes_with(i)}
-            if not self.ahead.ask(carried):
-                carried = set()
-        read = [] if i is None else [r for rider in self.window.riders for r in rider.ranges(i)]
+            there = dict.fromkeys(r for rider in riders for r in rider.computes_with(i))
+            carried = frozenset(self.ahead.ask(there))
+            read += there
         wanted = [r for r in read if r not in carried]
         self._asked = self._thread.submit(read_ahead, wanted) if wanted else None
 
