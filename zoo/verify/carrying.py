@@ -7,6 +7,7 @@ the device alone, and the copies for what was computed before in memory that is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 
@@ -32,21 +33,20 @@ class Carrier:
 
     def ask(self, ranges: Iterable[Range]) -> Collection[Range]:
         """Begin to copy those that there is room for, the first first: these."""
-        free, total, wanted = available(self.device), 0, []
-        for r in ranges:
-            if r[2] and (free is None or total + r[2] <= free - self.room):
-                wanted.append(r)
-                total += r[2]
+        free, total = available(self.device), 0
+        with contextlib.suppress(torch.OutOfMemoryError):  # what is free may be in pieces
+            for r in ranges:
+                if r[2] and (free is None or total + r[2] <= free - self.room):
+                    self.coming[r] = torch.empty(r[2], dtype=torch.uint8, device=self.device)
+                    total += r[2]
         self.copying.wait_stream(self.computing)
         # Runs as long as they can be with all threads at work.
         step = max(BUFFER, min(RUN, total // READERS))
-        for path, offset, nbytes in sorted(wanted):
-            into = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self.coming[path, offset, nbytes] = into
+        for (path, offset, nbytes), into in sorted(self.coming.items(), key=lambda x: x[0]):
             for at in range(0, nbytes, step):
                 run = into[at : at + step]
                 self.runs.append(self.lanes.fill(path, offset + at, run, torch.uint8))
-        return wanted
+        return list(self.coming)
 
     def take(self) -> Mapping[Range, Tensor]:
         """What was asked for last, uint8 [nbytes] each. Raises what went wrong with it."""

@@ -160,7 +160,7 @@ class StreamedTransformers(Transformers):
         for way in ways:
             way.workers = [_Worker(self, batch) for batch in batches]
         try:
-            with Passing(self.window, len(self.layers), self._ahead(), waiting) as passing:
+            with Passing(self.window, len(self.layers), self._ahead(batches), waiting) as passing:
                 for i in range(len(self.layers)):
                     for way in ways:
                         way.step()  # to just before layer i
@@ -202,14 +202,19 @@ class StreamedTransformers(Transformers):
     def leave(self, layer: int | None) -> None:
         """It has gone already."""
 
-    def _ahead(self) -> Ahead | None:
-        """What copies layers to the device, beside what its passes take there: the largest layer, and that widened."""
-        if self.device.type != "cuda":
-            return None
-        largest = max(
-            sum(self.weights.meta[n].numel() for n in self.weights.names_of(x)) for x in self.layers
-        )
-        return Carrier(self.device, largest * (self.weights.dtype.itemsize + 4))
+    def _ahead(self, batches: Sequence[Batch]) -> Ahead | None:
+        """What copies layers to the device."""
+        return None if self.device.type != "cuda" else Carrier(self.device, self._takes(batches))
+
+    def _takes(self, batches: Sequence[Batch]) -> int:
+        """Bytes that a pass takes at most beside the files' own: the largest layer, and that widened, three times where it is
+        made of other tensors first; or a batch's logits both ways and ours, and what they are compared in."""
+        w = self.weights
+        largest = max(sum(w.meta[name].numel() for name in w.names_of(x)) for x in self.layers)
+        layer = largest * (w.dtype.itemsize + 4) * (3 if w.converts else 1)
+        vocab: int = self.model.get_output_embeddings().weight.shape[0]
+        tokens = max(b.ids.numel() for b in batches)
+        return max(layer, tokens * vocab * (3 * w.dtype.itemsize + 8))
 
     def _hook(self) -> None:
         for layer in self.layers:

@@ -102,6 +102,10 @@ class GGUFWeights(Weights):
                     f"{path}: upstream knows {found} of it for {name}, whose shape is {list(like.shape)}"
                 )
 
+    @property
+    def converts(self) -> bool:
+        return True
+
     def mapped_one(self, name: str) -> Tensor | None:
         return None
 

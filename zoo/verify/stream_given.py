@@ -46,6 +46,10 @@ class GivenWeights(Weights):
                 stored = self.plan.checkpoint.tensors[name]
                 yield self.plan.checkpoint.path(stored.file), stored.offset, stored.nbytes
 
+    @property
+    def converts(self) -> bool:
+        return True
+
     def used_there(self, module: nn.Module) -> Iterator[Range]:
         """What is not dequantised first."""
         for ref in self._refs(module):

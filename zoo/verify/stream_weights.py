@@ -173,6 +173,11 @@ class Weights:
         """What of that is used on the device, and not on the CPU first."""
         return self.ranges(module)
 
+    @property
+    def converts(self) -> bool:
+        """Whether upstream's tensors are made of the checkpoint's, and not just these renamed."""
+        return any(found[0][1] is not None for found in self.sources.values())
+
     def names_of(self, module: nn.Module) -> Iterator[str]:
         """Those of the module's weights."""
         return self._of(module, self.names[id(module)], True)
