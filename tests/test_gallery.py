@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from gallery_site import NAMES, UNDRAWN, rows, site
 
 from zoo import gallery, manifest, sizes
 from zoo.cli import cli
@@ -22,25 +18,6 @@ from zoo.gallery import pages
 from zoo.gallery.choices import CHOICES
 from zoo.gallery.data import Release, collect
 from zoo.layout import total_params
-
-NAMES = (
-    "gpt2-xl", "llama-3.1-8b", "olmo-2-7b", "gemma-3-27b", "deepseek-v3", "deepseek-r1", "gpt-oss-20b", "qwen3-next-80b-a3b-instruct",
-    "kimi-linear-48b-a3b", "nemotron-3-nano-30b-a3b", "bloom-7b1", "gemma-4-e2b-it", "kimi-k2.6",
-)  # fmt: skip
-UNDRAWN = "kimi-k2.6"
-_HOLDER = tempfile.TemporaryDirectory(prefix="zoo-gallery-")
-
-
-@functools.cache
-def site() -> Path:
-    out = Path(_HOLDER.name) / "site"
-    gallery.write(out, NAMES)
-    return out
-
-
-@functools.cache
-def rows() -> dict[str, dict[str, Any]]:
-    return {r["name"]: r for r in json.loads((site() / "gallery.json").read_text())["releases"]}
 
 
 class Page(HTMLParser):
@@ -195,28 +172,3 @@ def test_the_whole_gallery_is_small_and_every_choice_is_somebodys(tmp_path: Path
     )  # 3 MB for 240 of them
     made = {c for r in releases for group in r.row.get("choices", {}).values() for c in group}
     assert made == {c for of in CHOICES.values() for c in of}, "a choice that nobody makes"
-
-
-@pytest.mark.proof
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize(
-    ("page", "has", "has_not"),
-    [
-        ("index.html", "13 of 13 releases", "NaN"),
-        ("index.html#search=mla+kimi", "1 of 13 releases", 'gpt-oss-20b.html">gpt'),
-        ("index.html#attention=MLA&sort=oldest", "3 of 13 releases", "undefined"),
-        ("compare.html#gpt2-xl,deepseek-v3", "≠&nbsp;attention", "undefined"),
-        ("fit.html#llama-3.1-8b", "16.1 GB", "NaN"),
-    ],
-)
-def test_a_browser_fills_the_pages_without_an_error(
-    page: str, has: str, has_not: str, tmp_path: Path
-) -> None:
-    chromium = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=3000", "--dump-dom", f"file://{site()}/{page}",
-    ]  # fmt: skip
-    done = subprocess.run(chromium, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    shown = done.stdout.partition("<noscript>")[0]
-    assert has in shown and has_not not in shown

@@ -58,7 +58,7 @@ def index(releases: list[Release]) -> str:
         '<form class="ask" id="ask" role="search"><label class="wide">Search: name, vendor, licence, anything in its fact sheet'
         '<input type="search" name="search" id="search" placeholder="e.g. MLA 2026"></label>'
         f"{_select('vendor', 'Vendor')}{_select('year', 'Year')}{groups}{_select('proven', 'Proven')}{_select('sort', 'Sort by')}"
-        '<label>&nbsp;<button type="reset">Clear all</button></label></form>'
+        '<button type="reset">Clear all</button></form>'
         '<p id="count" role="status" aria-live="polite"></p>'
         f'<ul id="cards"></ul><div id="bar" role="status" hidden></div><noscript><ul>{links}</ul></noscript>',
         script="gallery",
@@ -151,7 +151,7 @@ def release(r: Release) -> str:
     picture = "<p class=muted>No public copy of its config is known: nothing to draw it from. <code>zoo plan</code> reads it.</p>"
     if r.drawing:
         picture = (
-            f'<object type="image/svg+xml" data="../svg/{r.drawing}" aria-label="Block diagram of {e(m.name)}">'
+            f'<object type="image/svg+xml" tabindex="-1" data="../svg/{r.drawing}" aria-label="Block diagram of {e(m.name)}">'
             f'<img src="../svg/{r.drawing}" alt="Block diagram of {e(m.name)}"></object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
             f'<a href="../compare.html#{e(m.name)}">Compare</a> · <a href="../fit.html#{e(m.name)}">What it fits on</a></p>'
         )
@@ -163,7 +163,7 @@ def release(r: Release) -> str:
     commands = f"zoo pull {m.name}        # fetch, check, convert\nzoo verify {m.name}      # compare with upstream; writes the certificate\nzoo show {m.name} --svg {m.name}.svg"
     body = (
         f"<h1>{e(m.name)}</h1><div class=two><div>{picture}</div><div><h2>Fact sheet</h2>{sheet}"
-        f"<h2>Commands</h2><pre>{e(commands)}</pre><h2>Proof</h2><p>{proofs[r.row.get('proven')]}</p>"
+        f"<h2>Commands</h2><pre tabindex=0>{e(commands)}</pre><h2>Proof</h2><p>{proofs[r.row.get('proven')]}</p>"
         + (f"<h2>Sources</h2><ul>{links}</ul>" if links else "")
         + "</div></div>"
     )
