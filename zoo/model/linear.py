@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.kernels.launch import has_triton
-from zoo.kernels.linear import linear, one_row
+from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.product import kernel, product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 from zoo.model.across import Across
@@ -58,7 +58,8 @@ class Weights(nn.Module):
 
     def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
-        if x.numel() == x.shape[-1] and has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
+        few = x.numel() <= MOST * x.shape[-1] and has_triton(x)
+        if few and (w := self.packed()) is not None and few_rows(x, w):
             return linear(x, w, onto)
         y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
