@@ -9,9 +9,10 @@ a power of two (`int4`); the parts of an fp8 or fp4 code are moved to where bf16
 the eight columns that tensor cores multiply at once are eight pieces of it (or the rows of a token's experts): a row of the
 weight is eight rows of a tile, of which each needs one column.
 
-Margin, one H200 (copy 4.26 TB/s), one row, by arithmetic of fp32 before and so: int4 in groups of 128, 28672 x 4096, 53 and
-23 us; 4096 x 14336, 32 and 22; fp8 with a scale to a row, 28672 x 4096, 57 and 37 (but 4096 x 4096 9 and 12). One token: 8 of
-128 experts of 768 x 2048 in int4 33 and 18 us, 4 of 32 experts of 2880 x 2880 in mxfp4 57 and 40.
+Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
+4096 53 and 21 us (67 % of copy), 4096 x 14336 32 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 36 (77 %), 25 and 25,
+10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 141 and
+29, 75 and 17, 31 and 10; fp8 155 and 35, 81 and 20, 34 and 10. Experts are in `zoo.kernels.experts`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def shares(w: Weight, rows: int) -> tuple[int, int, int, int, int, int]:
 def grouped_tile(average: float, w: Weight) -> tuple[int, int, int, int, int]:
     """Rows of x, rows and channels of the weight of a tile of the grouped products, warps and stages, when an expert has
     `average` rows of x. Measured on an H200."""
-    return 16 if average <= 16 else 32 if average <= 32 else 64, 128, 64, 4, 3
+    if average <= 32:
+        return 16 if average <= 16 else 32, 256, 64, 8, 4
+    return 64, 128, 64, 4, 3
 
 
 def even(w: Weight, step: int, ahead: int) -> bool:

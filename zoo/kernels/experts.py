@@ -6,8 +6,8 @@ matrix products run over the sorted rows, gathered as they are read, the activat
 inside the first.
 
 Unusual: nothing here waits for the host to learn how many tokens an expert has; the grid is the most there
-could be, and programs without a tile return. Weights are plain, fp8 or mxfp4; plain ones are fetched by the
-copy engine where there is one.
+could be, and programs without a tile return. Weights are plain, fp8, mxfp4 or int4; plain ones are fetched by the
+copy engine where there is one, codes are widened by `zoo.kernels.codes` where that is faster.
 
 Margin on an H100, 2048 tokens, bf16, sorting and summing included, against torch's `_grouped_mm` with the
 gathering around it: 128 experts of 768 x 2048, top 8: 576 and 1061 us; 32 of 2880 x 2880, top 4: 1024 and
@@ -17,6 +17,10 @@ memory once for each, and the last of these took 9230. Nor do tiles of one exper
 eight of them are multiplied by the same columns first, or an expert of more than 128 tokens is read again for the next (16
 of 8192 x 5120, top 1: its products take 1590 us, 1900 before). One token: all of its experts' down rows are read at once, which
 takes 24 layers of the first from 1.67 to 1.64 ms in bf16 and, with tiles of 8 x 512, to 1.42 in fp8.
+
+Of codes on an H200, widened in fp32 on their way through shared memory and in the registers of tensor cores, for 1, 16 and 2048
+tokens: the first in int4 33 and 15, 196 and 119, 957 and 576 us; the second in mxfp4 57 and 36, 336 and 244, 2023 and 1251
+(1628 with the weight first in the product, whose registers Triton 3.6 then wrote too early: see `codes.settled`).
 """
 
 from __future__ import annotations
@@ -332,9 +336,10 @@ def _many_codes(
 
 
 def _as_codes(x: Tensor, w: Weight) -> bool:
-    """Whether grouped products widen the codes of w in registers: rows of whole tiles."""
+    """Whether grouped products widen the codes of w in registers: rows of whole tiles. With scales of fp8 blocks, which are in
+    fp32, that takes as long as without (8 of 128 experts of 768 x 2048, 2048 tokens: 722 and 712 us)."""
     whole = w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
-    return codes.serves(x, w) and whole
+    return codes.serves(x, w) and whole and w.kind != FP8
 
 
 def _sum(
@@ -708,7 +713,7 @@ if triton is not None:
             else:
                 s = tl.load(s_at + start // columns)
             a = widened(w, s, BLOCK_N, BLOCK_K, 16 // CODES, KIND, dtype)
-            if KIND == 2 or KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
+            if KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
                 whole = s.to(dtype)
                 rest = (s.to(tl.float32) - whole.to(tl.float32)).to(dtype)
                 a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]

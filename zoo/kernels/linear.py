@@ -1,15 +1,16 @@
-"""Linear maps of one row (decode), where reading the weight is all the time there is.
+"""Linear maps of few rows (decode), where reading the weight is all the time there is.
 
 `y = x W^T + b`, with the residual added, or with the gate's activation between gate and up, in the same
-kernel. Weights are plain, fp8, mxfp4 or int4. Several rows go to cuBLAS.
+kernel. Weights are plain, fp8, mxfp4 or int4. Several rows go to cuBLAS or, of codes, to `zoo.kernels.codes`, as
+one row does where that is faster.
 
 Unusual: with programmatic launch the first tile of the weight is on its way before x exists.
 
 Margin, bf16 on an H100, of the copy's bandwidth (3.0 TB/s), here and by cuBLAS: 3072 x 2048 78 % and 56 %;
 2048 x 2048 72 and 43; 2 x 8192 x 2048 with the gate 93 and 84 (without it); 4096 x 4096 about 84 and 66;
-2 x 14336 x 4096 99 and 93; 128256 x 2048 103 and 92. Without programmatic launch the first is 61 %. fp8 and int4
-are bound by the arithmetic of their expansion rather than by reading: 6144 x 4096 in fp8 takes 11.6 us (72 %), in int4
-15.2 us (28 %), 2 x 14336 x 4096 51 and 52 us.
+2 x 14336 x 4096 99 and 93; 128256 x 2048 103 and 92. Without programmatic launch the first is 61 %. Codes
+are bound by the arithmetic of their expansion here rather than by reading: 6144 x 4096 in fp8 takes 11.6 us (72 %), in int4
+15.2 us (28 %).
 """
 
 from __future__ import annotations

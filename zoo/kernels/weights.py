@@ -2,7 +2,7 @@
 
 Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
 partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
-of x first, as a weight expanded beforehand would be.
+of x first, as a weight expanded beforehand would be. bf16 times codes is `zoo.kernels.codes`, mostly.
 """
 
 from __future__ import annotations
