@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.launch import has_triton
 from zoo.kernels.linear import MOST, few_rows, linear, one_row
+from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 from zoo.model.across import Across
@@ -97,14 +98,21 @@ def scaled(last: Callable[..., Tensor], scale: float, onto: Tensor | None) -> Te
 
 class Linear(Weights):
     """x [..., in] -> [..., out]. `parts`: the pieces fused along `out`. `across`: each rank has some of `in`, and what they
-    make of it is added up."""
+    make of it is added up. `reads`: each has some of `out`, and in a pass by rows is given its rows of x alone."""
 
     across: Across | None = None
+    reads: Across | None = None
 
     def __init__(self, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(sum(parts), d_in, parts=parts, bias=bias)
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        ranks = self.across or self.reads
+        if ranks is not None and ranks.rows is not None:
+            if self.across is not None:
+                return ranks.rows.sum(x, self, onto)
+            y = ranks.rows.spread(x, self)
+            return y if onto is None else onto + y
         if self.across is None:
             return self.times(x, onto)
         return self.across.sum(self.times(x), onto)
@@ -145,11 +153,8 @@ class Table(nn.Module):
         """ids [...] -> [..., d]."""
         if self.across is None:
             return F.embedding(ids, self.weight)
-        n = len(self.weight)
-        own = ids - self.across.rank * n
-        here = (own >= 0) & (own < n)
-        found = F.embedding(own.clamp(0, n - 1), self.weight)
-        return self.across.sum(torch.where(here[..., None], found, 0))  # the others add zeros
+        first = self.across.rank * len(self.weight)
+        return self.across.sum(some_rows(self.weight, ids, first))  # the others add zeros
 
     def times(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., rows]."""
