@@ -501,6 +501,36 @@ if INTERPRETED or COMPILED:
         close(linear.gated_linear(x, packed, MLP(32)), linear.gated_linear_reference(x, w, None, MLP(32)), 5)
         assert not linear.few_rows(rand(2, 160), packed)
 
+    @pytest.mark.parametrize(
+        ("scheme", "eights", "in_order"),
+        [
+            ("gptq4-group64", 0x77777777, True),
+            proven("gptq4-v2-group64", 0x88888888 - (1 << 32), True, now=False),
+            proven("packed4-group64-zeros", 0x88888888 - (1 << 32), None, now=False),
+            proven("packed4-channel", None, None, now=False),
+        ],
+    )
+    def test_four_bits_of_other_kinds_are_int4_where_zero_points_are_its_own(
+        scheme: str, eights: int | None, in_order: bool | None
+    ) -> None:
+        n, k = 24, 128
+        groups = 1 if scheme.endswith("channel") else 2
+        c = {
+            "weight": torch.randint(-(2**31), 2**31, (n, k // 8)).int(),
+            "scale": torch.rand(n, groups).half(),
+        }
+        if eights is not None:
+            c["zero"] = torch.full((n // 8, groups), eights).int()
+        if in_order:
+            c["order"] = (torch.arange(k) // 64).int()
+        packed, w = weights.quantised(scheme, c, (n,)), dequantise(scheme, c, (n,), torch.float32)
+        assert packed is not None
+        x = rand(1, k)
+        close(linear.linear(x, packed), linear.linear_reference(x, w), 5)
+        assert torch.equal(weights.expanded(packed, torch.float32), w)
+        for other in ("zero", "order") if in_order else ():
+            assert weights.quantised(scheme, c | {other: c[other].flip(-1) + 16}, (n,)) is None
+
     def test_a_code_of_fp8_that_is_no_number_gives_none() -> None:
         _, packed = stored("fp8-channel", (16,), 64)
         assert packed.words
