@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import has_triton, is_recorded
-from zoo.kernels.linear import linear, one_row
+from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product
 from zoo.kernels.weights import Weight, expanded, plain, quantised
@@ -61,7 +61,8 @@ class Weights(nn.Module):
 
     def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
-        if x.numel() == x.shape[-1] and has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
+        few = x.numel() <= MOST * x.shape[-1] and has_triton(x)
+        if few and (w := self.packed()) is not None and few_rows(x, w):
             return linear(x, w, onto)
         if times := self.coded(x, x.shape[:-1].numel()):
             y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype)).view(*x.shape[:-1], -1)
