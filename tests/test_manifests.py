@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-import manifests
-from zoo import families, manifest
+from zoo import families, manifest, shipped
 from zoo.errors import ZooError
 from zoo.testing.full_size import expand, rounds_to
 
-CONFIGS = Path(manifests.__path__[0]) / "configs"
+CONFIGS = Path(shipped.RELEASES) / "configs"
 TENSORS = Path(__file__).parent / "data" / "tensors"
 SOURCES: dict[str, Any] = tomllib.loads((CONFIGS / "sources.toml").read_text(encoding="utf-8"))
 COUNTS: dict[str, Any] = json.loads((TENSORS / "counts.json").read_text(encoding="utf-8"))

@@ -323,22 +323,24 @@ def test_what_bitsandbytes_writes_is_what_it_reads(kind: str, tmp_path: Path) ->
     assert torch.equal(dequantise(scheme.name, own, (96,), torch.float32), theirs.float())
 
 
-@pytest.mark.parametrize("tool", ["compressed", "mx"])
-def test_the_fp4_of_the_tests_is_that_of_compressed_tensors(tool: str) -> None:
+FLOATS = {  # id: (how, format, what it says of weights)
+    "nvfp4": (packs.fp4("compressed"), "nvfp4-pack-quantized", {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}),
+    "mxfp4": (packs.fp4("mx"), "mxfp4-pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+    "mxfp8": (packs.fp8("mx"), "mxfp8-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}),
+    "fp8": (packs.fp8("tensor", static=False), "float-quantized", {"num_bits": 8, "strategy": "tensor"}),
+    "fp8 rows": (packs.fp8("channel"), "float-quantized", {"num_bits": 8, "strategy": "channel"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_the_floats_of_the_tests_are_those_of_compressed_tensors(kind: str) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    made, values = packs.fp4(tool)(32, 64, torch.Generator().manual_seed(1))
-    group = (
-        {"strategy": "tensor_group", "group_size": 16}
-        if tool == "compressed"
-        else {"strategy": "group", "group_size": 32}
-    )
-    scheme = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(num_bits=4, type="float", **group)
-    )
-    form = "nvfp4-pack-quantized" if tool == "compressed" else "mxfp4-pack-quantized"
+    pack, form, weights = FLOATS[kind]
+    made, values = pack(32, 64, torch.Generator().manual_seed(1))
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(type="float", **weights))
     theirs = BaseCompressor.get_value_from_registry(form).decompress(made, scheme)["weight"]
     assert torch.equal(theirs.float(), values.to(theirs.dtype).float())
 

@@ -206,6 +206,11 @@ def _reached(link: str, carried: Sequence[str], base: _Base) -> str:
     return f"https://huggingface.co/{base.repo}/blob/main/{link}"
 
 
+def release_of(c: Canonical) -> Manifest | None:
+    """The release that a canonical folder was made of, where its source says so and zoo knows it."""
+    return _known(_base(c, {}))
+
+
 def _known(base: _Base) -> Manifest | None:
     try:
         return None if base.repo is None else manifest.find(base.repo)

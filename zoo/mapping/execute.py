@@ -91,12 +91,13 @@ def shard_size_of(total: int) -> int:
 
 @dataclass
 class Sheet:
-    """Files to be, safetensors or torch's archives: their sizes, what lies before the first tensor, and (file, byte offset) of each
-    tensor."""
+    """Files to be, safetensors or torch's archives: their sizes, what lies before the first tensor or `around` them (offset, bytes),
+    and (file, byte offset) of each tensor."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
     archives: dict[str, Archive] = field(default_factory=dict)
+    around: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
     place: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def add(self, tensors: Iterable[tuple[str, str, tuple[int, ...]]], stem: str, limit: int) -> None:
@@ -135,7 +136,8 @@ class Sheet:
     def nbytes(self) -> int:
         """Of tensors in all files."""
         archived = sum(a.nbytes for a in self.archives.values())
-        return archived + sum(self.sizes[f] - len(raw) for f, raw in self.headers.items())
+        around = sum(self.sizes[f] - sum(len(data) for _, data in some) for f, some in self.around.items())
+        return archived + around + sum(self.sizes[f] - len(raw) for f, raw in self.headers.items())
 
     def index(self) -> bytes:
         """The index of all files, as Hugging Face writes it."""
@@ -791,9 +793,10 @@ def refuse_overlap(root: Path, dst: Path) -> None:
 
 def _source_zip(plan: Plan) -> bytes | None:
     """What export needs to give the files back to the byte, and what could not lie beside the canonical files
-    under its own name: raw headers of the weight files, and their index."""
+    under its own name: raw headers of the weight files, or all that lies around their tensors, and their index."""
     ckpt = plan.checkpoint
     kept: dict[str, bytes] = {f"headers/{name}": raw for name, raw in ckpt.headers.items()}
+    kept |= {f"around/{name}": raw for name, raw in ckpt.around.items()}
     if INDEX in ckpt.carried:
         kept[INDEX] = ckpt.path(INDEX).read_bytes()
     if not kept:

@@ -183,6 +183,9 @@ def _norm(spec: NormSpec | None, d: int) -> nn.Module:
 
 
 class Decoder(nn.Module):
+    """The model of a Spec, as `zoo.load` gives it: token ids [B, T] (int64) -> logits [B, T, V]. Its parameters have the names of
+    the canonical layout. Made of a Spec alone its weights are on the meta device."""
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
@@ -328,7 +331,11 @@ class Decoder(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Tensor:
-        """Continue ids [B, T] by up to `max_new_tokens`: [B, T + n]. See `generate.stream`."""
+        """Continue ids [B, T] by up to `max_new_tokens`, with a KV cache: [B, T + n], n the steps until all rows have met `eos`.
+
+        Greedy where `temperature` is 0; else drawn at this temperature from all tokens, from the `top_k` likeliest, or from the
+        likeliest whose probabilities sum up to `top_p`. It ends where learned positions do. Raises ZooError as `forward`.
+        """
         new = list(self.stream(ids, max_new_tokens, eos, temperature, top_k, top_p))
         return torch.cat((ids, *(t[:, None] for t in new)), 1)
 

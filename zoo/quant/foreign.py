@@ -16,7 +16,7 @@ from zoo.quant.base import quantization
 READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "bitsandbytes", "modelopt")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
 FORMATS = (
-    "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "mxfp8-quantized", "naive-quantized", "nvfp4-pack-quantized",
     "pack-quantized",
 )  # fmt: skip
 

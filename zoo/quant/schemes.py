@@ -13,8 +13,8 @@ codes stand for is in a module each for models, and in `zoo.quant.host` for conv
 | mxfp4 | U8, two codes each | `scale` per 32 inputs, U8 exponents | `X_blocks`, `X_scales`; `X.blocks`, `X.scales` |
 | int4-group32 | I32, eight codes each | `scale` per 32 inputs; `shape` [out, in] | `X.weight_packed`, `weight_scale`, `weight_shape` |
 
-`fp8-block` means 128 x 128; another block is part of the name (`fp8-block-64x32`), as is another group
-(`int4-group128`).
+`fp8-block` means 128 x 128; another block is part of the name (`fp8-block-64x32`; MXFP8 is `fp8-block-1x32`), as is another
+group (`int4-group128`).
 """
 
 from __future__ import annotations
@@ -150,6 +150,8 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         )
     # A config may have several groups, of layers by names that are not those of the files: the scale says which.
     schemes = [_fp8(codes, scale, *said) for said in _fp8_strategies(config)]
+    if scale.dtype in ("U8", "F8_E8M0"):  # MXFP8, where the config does not say a group
+        schemes.append(_fp8_block(1, 32))
     return next((s for s in schemes if _fits(s, codes, scale)), schemes[0])
 
 
@@ -187,10 +189,15 @@ def _fp8_strategies(config: Mapping[str, Any]) -> list[tuple[str | None, tuple[i
     block = q.get("weight_block_size")
     strategy = "channel" if q.get("quant_method") == "fbgemm_fp8" else "block" if block else None
     groups = [
-        (w.get("strategy") or strategy, w.get("block_structure") or block)
+        (w.get("strategy") or strategy, w.get("block_structure") or _row_blocks(w) or block)
         for w in compressed.weights(config, "float")
     ]
     return [(s, _two_numbers(b)) for s, b in groups or [(strategy, block)]]
+
+
+def _row_blocks(weights: Mapping[str, Any]) -> list[Any] | None:
+    """The block of a group of inputs."""
+    return [1, weights.get("group_size")] if weights.get("strategy") == "group" else None
 
 
 def _two_numbers(block: Any) -> tuple[int, int]:

@@ -32,7 +32,7 @@ SIGNATURE = "model.sig"
 LEVELS = ("plan", "bytes", "layers", "logits", "decode")
 NUMERIC = LEVELS[2:]
 """The levels that run both sides."""
-NO_TRANSFORMERS = "transformers is not installed (pip install 'zoo[upstream]')"
+NO_TRANSFORMERS = "transformers is not installed (pip install 'zoo-weights[upstream]')"
 NOT_COMPARED = (
     "neither the source's bytes nor logits were compared, so nothing is known of the values: name the source, or a "
     "golden file, with --against SRC"

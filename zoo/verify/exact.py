@@ -73,7 +73,10 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     used: dict[str, int] = {}
     whole = {n: ref.size for n, ref in refs.items()}
     for o in plan.outputs.values():
+        constant = _is_constant(o.name, plan)
         for k, fit in enumerate(o.fits):
+            if constant and o.sources[k] in used:
+                continue  # each part that lies in a released tensor has the number of that
             used[o.sources[k]] = used.get(o.sources[k], 0) + _size(fit.source)
             if o.scheme is not None:  # the fits are of logical elements, several to a packed code
                 whole[o.sources[k]] = int(refs[o.sources[k]].size * _per_code(o.scheme))
@@ -115,6 +118,13 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
         for n in schemes[:5]
     ]
     return level
+
+
+def _is_constant(name: str, plan: Plan) -> bool:
+    """Whether it is a component that is one thing of each released tensor: a scale of all of it."""
+    stem, _, part = name.rpartition(".")
+    how = plan.quant.get(stem)
+    return how is not None and any(c.name == part and c.unit is None for c in scheme(how).components)
 
 
 def spec_differences(mine: Spec, source: Spec) -> list[str]:

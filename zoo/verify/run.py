@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from zoo.verify.ours import Ours, Streamed, build, subject_of
 from zoo.verify.ranks import Following, Leading, Ranks
 from zoo.verify.reading import Window
 from zoo.verify.rounded import rounding_of
+from zoo.verify.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
 
 StrPath = str | os.PathLike[str]
-Progress = Callable[[str], None]
 NO_DECODE = "not done while streaming (it would read all weights once per token)"
 
 
@@ -93,21 +93,32 @@ def verify(
     progress: Progress | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Certificate:
-    """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
-    the source it was converted from, where that still exists), up to and including `level`; by default as far as
-    can be judged here. Or compare the GGUF `canon` with the canonical folder `against`, of which it was written: then no
-    certificate is kept.
+    """Compare a canonical folder with upstream's implementation, or a GGUF with the canonical folder that it was written of.
 
-    `dtype`: what both sides compute in. `stream`: one layer in memory at a time; None: where both models do not fit into
-    memory whole. `device`: where both sides are run ("cpu",
-    "cuda", "cuda:1", "auto"). `self_test`: also inject every
-    applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
-    here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
-    `mesh`: ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
-    upstream, and writes; all get its certificate.
+    Args:
+        canon: A canonical folder; or a GGUF: then `against` is the canonical folder, and no certificate is kept.
+        against: A checkpoint's path, a golden file, or an oracle; None: the source that the folder was converted from, where
+            that still exists.
+        level: How far to go: "plan", "bytes", "layers", "logits", "decode", each with those before it; None: as far as can
+            be judged here.
+        dtype: What both sides compute in: "fp32", "bf16", "fp16".
+        stream: One layer in memory at a time; None: where both models do not fit into memory whole.
+        device: Where both sides compute: "cpu", "cuda", "cuda:1", "auto".
+        self_test: Also inject every seeded fault that applies, and require that it is caught.
+        max_length: Limits of the model (windows, ...) are crossed up to this many tokens.
+        n_greedy: Tokens that both sides generate.
+        require: The level without which the verdict is "failed", whatever else agrees.
+        write: Keep the certificate as `parity.json` in the folder.
+        progress: Called with what is being done, in words.
+        mesh: Ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
+            upstream, and writes; all get its certificate.
 
-    Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
-    that was asked for can't be done.
+    Returns:
+        What was compared, with values, bounds and their reasons.
+
+    Raises:
+        ZooError: The folder is not sound, there is nothing to compare it with, or the `level` or the `self_test` that was
+            asked for can't be done.
     """
     if level is not None and level not in LEVELS:
         raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
@@ -118,7 +129,7 @@ def verify(
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     wanted = wanted_by(level)
-    say = progress or (lambda _text: None)
+    say = progress or silent
     started, clock = time.perf_counter(), Clock()
     on = chosen(device)
     file = None
@@ -277,7 +288,7 @@ def foreseen(
         return None, None
     need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length)
     if need.fits or stream is not None:
-        say(str(need))
+        say(Stage(str(need), seconds=need.seconds))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
     if not _can_stream(Path(path)):
@@ -286,7 +297,7 @@ def foreseen(
         )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
-    say(f"{need}: streaming, since {what}")
+    say(Stage(f"{need}: streaming, since {what}", seconds=need.seconds))
     return need, what
 
 
