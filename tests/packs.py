@@ -202,11 +202,17 @@ def fp4(tool: str) -> Pack:
 
 
 def fp8(kind: str, dtype: torch.dtype = torch.float32, static: bool = True) -> Pack:
-    """e4m3 with one scale ("tensor"; with `static`, one for what it multiplies beside it), one for each row ("channel"), or "mx":
+    """e4m3 with a scale per block ("block", as DeepSeek, Qwen and Z.ai write it), one scale ("tensor"; with `static`, one for what it multiplies beside it), one for each row ("channel"), or "mx":
     an exponent for 32 inputs (ModelOpt's MXFP8QTensor, compressed-tensors' mxfp8-quantized)."""
 
     def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         codes = torch.randn(rows, columns, generator=g).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        if kind == "block":  # 128 x 128, the last ones shorter
+            scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=g) * 0.001 + 0.0002
+            if dtype == torch.float8_e8m0fnu:
+                scale = 2.0 ** scale.log2().round()
+            values = codes.float() * spread(scale, 128)[:, :columns].repeat_interleave(128, 0)[:rows]
+            return {"weight": codes, "weight_scale_inv": scale.to(dtype)}, values
         if kind == "mx":
             power = numbers(112, 121, (rows, columns // 32), g)
             scale = 2.0 ** (power - 127)
@@ -233,6 +239,31 @@ def mlx(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Pack:
         scale, offset = scales(shape, g, bits, dtype), (-torch.rand(shape, generator=g) / 8).to(dtype)
         made = {"weight": words(codes, bits).view(torch.uint32), "scales": scale, "biases": offset}
         return made, codes * scale.float()[:, of] + offset.float()[:, of]
+
+    return pack
+
+
+def mlx_float(mode: str) -> Pack:
+    """mlx.core.quantize, modes mxfp4, mxfp8 and nvfp4."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        bits, group = 8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32
+        codes = numbers(0, 1 << bits, (rows, columns), g)
+        if bits == 8:
+            codes[codes & 127 == 127] = 0  # no number
+            values = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        else:
+            values = E2M1[codes]
+        shape = (rows, columns // group)
+        if mode == "nvfp4":
+            scale = (torch.rand(shape, generator=g) / 8 + 1 / 64).to(torch.float8_e4m3fn)
+            stored, scale = scale.view(torch.uint8), scale.float()
+        else:
+            power = numbers(112, 121, shape, g)
+            stored, scale = power.to(torch.uint8), 2.0 ** (power - 127)
+        return {"weight": words(codes, bits).view(torch.uint32), "scales": stored}, values * spread(
+            scale, group
+        )
 
     return pack
 

@@ -45,16 +45,15 @@ QUANTIZATIONS = {
     "fp8-channel": "e4m3, one scale per output row",
     "fp8-tensor": "e4m3, one scale per tensor",
     "mxfp4": "4-bit floats, one power-of-two scale per 32",
-    "nvfp4": "4-bit floats, one e4m3 scale per 16 and one number for all; ModelOpt's names",
-    "nvfp4-packed": "the same; compressed-tensors' names",
+    "nvfp4": "4-bit floats, one e4m3 scale per 16 and one number for all",
+    "int4": "4-bit integers; the grouping of their scales is not confirmed",
     "int4-group32": "4-bit integers, one scale per 32",
-    "int4-group128": "4-bit integers, one scale per 128",
-    "int8-channel": "8-bit integers, one scale per output row",
-    "awq4-group128": "AWQ: 4-bit integers, a scale and a zero point per 128",
-    "gptq4-group128": "GPTQ: 4-bit integers, a scale and a zero point per 128",
-    "gptq8-group128": "GPTQ: 8-bit integers, a scale and a zero point per 128",
-    "bnb4-block64-nested": "bitsandbytes: nf4, one scale per 64, itself in 8 bits",
-    "mlx4-group64": "MLX: 4-bit integers, a scale and a bias per 64",
+    "int8": "8-bit integers; the grouping of their scales is not confirmed",
+    "awq4": "AWQ: 4-bit integers, a scale and a zero point per group",
+    "gptq4": "GPTQ: 4-bit integers, a scale and a zero point per group",
+    "gptq8": "GPTQ: 8-bit integers, a scale and a zero point per group",
+    "bnb4": "bitsandbytes: 4 bits by a table, a scale per block",
+    "mlx4": "MLX: 4-bit integers, a scale and a bias per group",
 }
 DTYPES = ("fp32", "bf16", "fp16")
 # What a Hub source downloads when it names no files: one copy of the weights, and the small files beside it.
@@ -268,6 +267,16 @@ def of_vendor(releases: Iterable[Manifest], vendor: str) -> tuple[Manifest, ...]
         known = sorted({m.vendor for m in _all() if m.vendor}, key=str.lower)
         raise ZooError(f"no release is of a vendor called {vendor!r}; there are {', '.join(known)}")
     return tuple(filter(of, releases))
+
+
+def of_scheme(releases: Iterable[Manifest], scheme: str) -> tuple[Manifest, ...]:
+    """Those with weights quantised so: `scheme` is the beginning of one of its names. Errors: no scheme is called that."""
+    wanted = scheme.strip().lower()
+    if not wanted or not any(name.startswith(wanted) for name in QUANTIZATIONS):
+        raise ZooError(f"no way of quantising is called {scheme!r}; there are {', '.join(QUANTIZATIONS)}")
+    return tuple(
+        m for m in releases if any(part.startswith(wanted) for part in (m.quantization or "").split(" + "))
+    )
 
 
 @cache

@@ -480,8 +480,9 @@ def _settle_tied(like: Canonical, adapter: Adapter, places: Places) -> None:
     """Of a head that is the embedding: peft's modules are two, and it trains either alone, unless the adapter holds the same tensor
     for both (`ensure_weight_tying`), which is then the change of one."""
     ends = [n for n in places.names.get("embed.weight", ()) if like.spec.tied and n in places.changed]
-    whole = [adapter.whole.get(n) for n in ends if n.rpartition(".")[0] not in adapter.low]
-    if len(ends) == 2 == len(whole) and all(t is not None and torch.equal(t, whole[0]) for t in whole):
+    found = (adapter.whole.get(n) for n in ends if n.rpartition(".")[0] not in adapter.low)
+    whole = [t for t in found if t is not None]
+    if len(ends) == 2 == len(whole) and torch.equal(*whole):
         places.changed.pop(next(n for n in ends if n in places.tied))
     elif ends:
         raise ZooError(
