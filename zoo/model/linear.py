@@ -18,7 +18,7 @@ from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.near import some_rows
-from zoo.kernels.product import kernel, product
+from zoo.kernels.product import kernel, product, unrounded
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 from zoo.model.across import Across
 
@@ -130,6 +130,13 @@ class Linear(Weights):
             return y if onto is None else onto + y
         if self.across is None:
             return self.times(x, onto)
+        if x.device.type == "cpu" and x.dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # a GPU would send twice as much
+            parts = unrounded(x, self.dense(x.dtype), self.offset(x.dtype))
+            total = self.across.sum(parts).to(x.dtype)
+            return total if onto is None else onto + total
         return self.across.sum(self.times(x), onto)
 
 
