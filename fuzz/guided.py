@@ -26,7 +26,7 @@ def one(name: str, arguments: list[str]) -> None:
     """Be the process of one target: ends by itself, with libFuzzer's exit code."""
     import atheris  # type: ignore[import-not-found,unused-ignore]
 
-    with atheris.instrument_imports(include=["zoo", "converters"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["zoo"], enable_loader_override=False):
         import targets
     from run import mutated
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +50,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in needs_gpu:
         if not cuda:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _json_is_what_its_schema_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a command prints as JSON in any test is held to the schema that `--json-schema` prints."""
+    if "zoo.cli" not in sys.modules:  # nothing here prints any
+        return
+    from zoo.cli import _common, _progress
+
+    plain, tell = _common.json_text, _progress.Events.tell
+
+    def held(data: object) -> str:
+        text = plain(data)
+        _hold(json.loads(text))
+        return text
+
+    def told(self: _progress.Events, event: str, **data: object) -> None:
+        _hold(json.loads(json.dumps({"event": event, **data})))
+        tell(self, event, **data)
+
+    monkeypatch.setattr(_common, "json_text", held)
+    monkeypatch.setattr(_progress.Events, "tell", told)
+
+
+def _hold(data: object) -> None:
+    import click
+
+    context = click.get_current_context(silent=True)
+    name = " ".join(context.command_path.split()[1:]) if context is not None else ""
+    if name and (validator := _validator(name)) is not None:
+        error = next(iter(validator.iter_errors(data)), None)
+        assert error is None, f"zoo {name} --json: {error.json_path}: {error.message[:500]}"
+
+
+@functools.cache
+def _validator(name: str) -> Any:
+    from zoo.cli._schemas import COMMANDS, schema
+
+    jsonschema = pytest.importorskip("jsonschema")
+    return jsonschema.Draft202012Validator(schema(name)) if name in COMMANDS else None
 
 
 def _nothing_to_ask(mark: pytest.Mark) -> bool:

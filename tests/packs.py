@@ -201,6 +201,35 @@ def fp4(tool: str) -> Pack:
     return pack
 
 
+def fp8(kind: str, dtype: torch.dtype = torch.float32, static: bool = True) -> Pack:
+    """e4m3 with a scale per block ("block", as DeepSeek, Qwen and Z.ai write it), one scale ("tensor"; with `static`, one for what it multiplies beside it), one for each row ("channel"), or "mx":
+    an exponent for 32 inputs (ModelOpt's MXFP8QTensor, compressed-tensors' mxfp8-quantized)."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        codes = torch.randn(rows, columns, generator=g).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        if kind == "block":  # 128 x 128, the last ones shorter
+            scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=g) * 0.001 + 0.0002
+            if dtype == torch.float8_e8m0fnu:
+                scale = 2.0 ** scale.log2().round()
+            values = codes.float() * spread(scale, 128)[:, :columns].repeat_interleave(128, 0)[:rows]
+            return {"weight": codes, "weight_scale_inv": scale.to(dtype)}, values
+        if kind == "mx":
+            power = numbers(112, 121, (rows, columns // 32), g)
+            scale = 2.0 ** (power - 127)
+            return {"weight": codes, "weight_scale": power.to(torch.uint8)}, codes.float() * spread(scale, 32)
+        shape = () if kind == "tensor" else (rows, 1)
+        scale = (torch.rand(shape, generator=g) * 0.001 + 0.0002).to(dtype)
+        act = {"input_scale": torch.ones((), dtype=dtype)} if kind == "tensor" and static else {}
+        return {"weight": codes, "weight_scale": scale} | act, codes.float() * scale.float()
+
+    return pack
+
+
+def spread(scale: torch.Tensor, group: int) -> torch.Tensor:
+    """[rows, groups] for each column."""
+    return scale.repeat_interleave(group, 1)
+
+
 def mlx(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Pack:
     """mlx.core.quantize, mode affine."""
 
@@ -214,15 +243,45 @@ def mlx(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Pack:
     return pack
 
 
+def mlx_float(mode: str) -> Pack:
+    """mlx.core.quantize, modes mxfp4, mxfp8 and nvfp4."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        bits, group = 8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32
+        codes = numbers(0, 1 << bits, (rows, columns), g)
+        if bits == 8:
+            codes[codes & 127 == 127] = 0  # no number
+            values = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        else:
+            values = E2M1[codes]
+        shape = (rows, columns // group)
+        if mode == "nvfp4":
+            scale = (torch.rand(shape, generator=g) / 8 + 1 / 64).to(torch.float8_e4m3fn)
+            stored, scale = scale.view(torch.uint8), scale.float()
+        else:
+            power = numbers(112, 121, shape, g)
+            stored, scale = power.to(torch.uint8), 2.0 ** (power - 127)
+        return {"weight": words(codes, bits).view(torch.uint32), "scales": stored}, values * spread(
+            scale, group
+        )
+
+    return pack
+
+
 def quantise(
     tensors: Tensors, pack: Pack, which: Callable[[str], bool], seed: int = 0
 ) -> tuple[Tensors, Tensors]:
     """(the release, the same with the values that the codes stand for): all weights `which` says, packed."""
+    return mixed(tensors, lambda name: pack if which(name) else None, seed)
+
+
+def mixed(tensors: Tensors, how: Callable[[str], Pack | None], seed: int = 0) -> tuple[Tensors, Tensors]:
+    """As `quantise`, each weight packed as `how` says of its name."""
     g = torch.Generator().manual_seed(seed)
     release: Tensors = {}
     plain: dict[str, Any] = {}
     for name, t in tensors.items():
-        if t.ndim == 2 and which(name):
+        if t.ndim == 2 and (pack := how(name)) is not None:
             made, plain[name] = pack(*t.shape, g)
             release |= {name.removesuffix("weight") + end: x for end, x in made.items()}
         else:

@@ -1,7 +1,7 @@
 """Several ranks on this machine, forked from one process that has imported torch: `python tests/ranks.py WORK JOB ...`.
 
 JOB `4` or `2`: so many ranks answer for the folders below WORK. Each writes WORK/answers-RANKS-RANK.pt, of each folder what
-`answers` says. Of 4 ranks the same is asked as two meshes of 2, side by side: answers-2-0 and -1 are of the one, answers-2-2
+`answers` says, and, where ranks can share the tokens, what it says then. Of 4 ranks the same is asked as two meshes of 2, side by side: answers-2-0 and -1 are of the one, answers-2-2
 and -3 of the other. In place of a folder there may be one for each rank in it, RANKS-RANK.
 
 JOB `commands`: 2 ranks run each of the command lines in WORK/commands.json, as torchrun would have them, rank R in
@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zoo
 from zoo.layout import VERSION, Slot, layout
-from zoo.model import Decoder
+from zoo.model import Decoder, across, rows
+from zoo.model.rows import Lanes
 from zoo.spec import MLP, Attention, DeltaNet, LatentAttention, Layer, Mamba, MoE, Spec
 
-LENGTH, GIVEN = 24, 22
+LENGTH, GIVEN = 23, 21
 """Tokens; of which a prompt, the others one by one."""
 
 
@@ -129,6 +131,43 @@ def answers(model: Decoder) -> dict[str, Tensor]:
     return {"logits": model(ids), "cached": torch.cat(cached, 1)}
 
 
+class Files(Lanes):
+    """Lanes by which ranks write into each other's files, in place of GPUs' memory."""
+
+    def __init__(self, group: dist.ProcessGroup, work: Path) -> None:
+        self.stem = f"{work}/lane-{dist.get_process_group_ranks(group)}"
+        super().__init__(group, torch.device("cpu"))
+
+    def shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        self.files = getattr(self, "files", 0) + 1
+        name, nbytes = f"{self.stem}-{self.files}", math.prod(shape) * dtype.itemsize
+        Path(f"{name}-{self.rank}").write_bytes(bytes(nbytes))
+        dist.barrier(self.group)
+        raw = (torch.from_file(f"{name}-{r}", True, nbytes, dtype=torch.uint8) for r in range(self.ranks))
+        return [x.view(dtype).view(shape) for x in raw]
+
+    def beside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def arrived(self, kind: int) -> None:
+        flags = self.flags[self.rank][kind]
+        while int(flags.sum()) < self.ranks - 1:
+            time.sleep(0)
+        flags.zero_()
+
+
+def by_rows(model: Decoder, work: Path) -> dict[str, Tensor]:
+    """What `answers` says where passes go by rows, as if they were captured, and few tokens are enough for that."""
+    assert model.across is not None
+    model.across.lanes = Files(model.across.group, work)
+    sizes, rows.LEAST, across.LEAST, rows.WIDE = (rows.LEAST, rows.WIDE), 2, 2, 8
+    with model.across.to_be_captured():
+        found = answers(model)
+    (rows.LEAST, rows.WIDE), across.LEAST = sizes, sizes[0]
+    assert model.across.lanes.files > 3  # places were made
+    return found
+
+
 def asked(mesh: DeviceMesh, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     own = f"{mesh.size()}-{mesh.get_local_rank()}"
@@ -137,6 +176,8 @@ def asked(mesh: DeviceMesh, work: Path) -> dict[str, Any]:
         model = zoo.load(zoo_json.parent, mesh=mesh)
         held = {n: p.nbytes for n, p in (*model.named_parameters(), *model.named_buffers())}
         found[folder.name] = {**answers(model), "held": held}
+        if model.by_rows:
+            found[f"{folder.name}, by rows"] = by_rows(model, work)
     return found
 
 

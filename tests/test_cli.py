@@ -194,6 +194,8 @@ def test_list_filters_by_words() -> None:
     assert {r["family"] for r in json.loads(stdout("list", "qwen3", "fp8", "--json"))} <= {
         "qwen3",
         "qwen3_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
         "qwen3_next",
     }
     nothing = run("list", "qwen3", "gguf", "zebra")
@@ -372,3 +374,15 @@ def test_verify_pulls_what_is_not_here_where_it_is_told_to(
         assert first.exit_code == 0 and first.stdout.startswith("PASSED (bytes only)  little"), first.output
     again = CliRunner().invoke(cli, ["verify", "--pull", *verify[1:]])  # without a Hub
     assert again.exit_code == 0 and "org/little is in little" in again.stderr
+
+
+def test_a_config_that_nobody_claims_is_shown_as_the_family_that_is_said(tmp_path: Path) -> None:
+    config = json.loads((ROOT / "manifests/configs/qwen3-0.6b.config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"architectures": ["MineForCausalLM"], "model_type": "mine"}))
+    alone = CliRunner().invoke(cli, ["show", str(file)])
+    assert alone.exit_code and "--family" in str(alone.exception)
+    said = CliRunner().invoke(cli, ["show", str(file), "--family", "qwen3", "--json"])
+    assert json.loads(said.output)["spec"]["family"] == "qwen3"
+    other = CliRunner().invoke(cli, ["show", "llama-3.1-8b", "--family", "qwen3"])
+    assert "a release of the family llama" in str(other.exception)

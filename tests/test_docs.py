@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import click
+import pages
 import pytest
 
 import zoo
@@ -16,53 +18,79 @@ from zoo.cli import cli
 from zoo.spec import Attention, Spec
 
 ROOT = Path(zoo.__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MADE = "gallery/"  # by `make docs`, which checks links into it
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="installed without its documentation")
-
-
-def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(command, its options) of every `zoo ...` in code."""
-    found = []
-    code = (
-        "\n".join(re.findall(r"```(?:sh|text)?\n(.*?)```", text, re.S))
-        + "\n"
-        + "\n".join(re.findall(r"`([^`\n]+)`", text))
-    )
-    for line in re.findall(r"^(?:\S*/)?zoo ([a-z]+.*)$", code, re.M):
-        words = line.split("#")[0].split()
-        found.append((words[0], [w.split("=")[0] for w in words[1:] if w.startswith("--")]))
-    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        if not target.startswith(("http://", "https://")):
+        if not target.startswith(("http://", "https://", MADE, f"../{MADE}")):
             assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_and_options_exist(page: Path) -> None:
-    for name, options in commands(page.read_text(encoding="utf-8")):
+def test_every_command_line_is_one_that_zoo_takes(page: Path) -> None:
+    for block in pages.blocks(page):
+        for line in pages.lines(block.code) if block.language in pages.SHELL else ():
+            args = pages.command(line)
+            if args is None:
+                assert not re.search(r"\bzoo \w", line), f"{line}: not seen as one of zoo"
+            else:
+                pages.parse(args)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_and_options_within_sentences_exist(page: Path) -> None:
+    for name, rest in re.findall(r"`zoo ([a-z]+)([^`\n]*)`", page.read_text(encoding="utf-8")):
         command = cli.get_command(click.Context(cli), name)
         assert command is not None, f"zoo {name}"
         inner = command.commands.values() if isinstance(command, click.Group) else [command]
         known = {o for c in inner for p in c.params for o in p.opts} | {"--help"}
-        assert set(options) <= known, f"zoo {name} {options}"
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known, f"zoo {name}{rest}"
+
+
+@pytest.mark.parametrize(
+    "line", ["zoo lists", "zoo list --has", "zoo list --yeer 1", "zoo list --year x", "zoo verify", "zoo gallery", "zoo sign a b --key k", "zoo export a b --format ggml"]
+)  # fmt: skip
+def test_a_command_line_that_zoo_does_not_take_is_seen(line: str) -> None:
+    args = pages.command(f"torchrun --nproc-per-node 2 -m {line}")
+    assert args is not None
+    with pytest.raises(click.UsageError):
+        pages.parse(args)
+
+
+def test_a_page_that_shows_what_is_not_printed_is_seen() -> None:
+    printed = "PASSED  x  (fp32)\n\nlogits  ok  4.1e-06  <= 5e-05\nparity.json written; 3.7 s\n"
+    assert not pages.said(printed, "PASSED x (fp32)\n...\nparity.json written; 12 s\n")
+    assert not pages.said(printed, "...\nlogits  ok  9e-7  <= 5e-05\n...\n")
+    assert pages.said(printed, "FAILED x (fp32)\n...\n")
+    assert pages.said(printed, "PASSED x (fp32)\nparity.json written; 12 s\n")
+    assert pages.said(printed, "PASSED x (fp32)\n...\nlogits ok\n...\n")
 
 
 def test_every_page_is_in_the_navigation_and_every_command_in_the_reference() -> None:
-    nav = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
-    assert nav == {p.name for p in (ROOT / "docs").glob("*.md")}
+    nav = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(nav) == sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md"))
     reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name in cli.list_commands(click.Context(cli)):
         assert f"`zoo {name}" in reference, name
 
 
-def test_the_python_page_lists_the_api() -> None:
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    for name in set(zoo.__all__) - {"__version__"}:
-        assert f"`zoo.{name}" in page, name
+def test_the_python_pages_have_all_that_is_public() -> None:
+    from zoo import family, testing
+
+    there: set[str] = set()
+    for page in (ROOT / "docs" / "api.md", *(ROOT / "docs" / "api").glob("*.md")):
+        there |= set(re.findall(r"^::: (\S+?)(?:\(\))?$", page.read_text(encoding="utf-8"), re.M))
+    for module in (zoo, family, testing):
+        for name in module.__all__:
+            it = getattr(module, name)
+            if (inspect.isclass(it) or inspect.isfunction(it)) and it is not zoo.ZooError:
+                assert f"{module.__name__}.{name}" in there, f"{module.__name__}.{name}"
+                assert it.__doc__ and not it.__doc__.startswith(f"{name}("), f"{name} has no docstring"
+    assert "zoo.ZooError" in there
 
 
 def test_every_family_is_in_the_table_and_its_proof_is_of_what_it_is_today() -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
 import torch
 import verified
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from test_merge import adapter, lora
 from test_save import held
 
 import zoo
-from zoo.cli import cli
 
-PAGE = Path(zoo.__file__).parents[1] / "docs" / "training.md"
+PAGE = pages.DOCS / "training.md"
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="installed without its documentation")
 
 
@@ -50,14 +48,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_all_of_the_page_runs_and_the_ways_out_agree(here: Path) -> None:
     torch.manual_seed(0)
-    names = {"batches": [torch.randint(131, (2, 24)) for _ in range(3)]}
-    for kind, code in re.findall(r"```(python|sh)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S):
-        if kind == "python":
-            exec(compile(code, str(PAGE), "exec"), names)
-            continue
-        for line in code.splitlines():
-            done = CliRunner().invoke(cli, shlex.split(line)[1:])
-            assert line.startswith("zoo ") and done.exit_code == 0, (line, done.output, done.exception)
+    names: dict[str, Any] = {"batches": [torch.randint(131, (2, 24)) for _ in range(3)]}
+    pages.run(PAGE, names)
     ids = names["batches"][0]
     ours = zoo.load("tuned")(ids)
     assert not torch.allclose(ours, zoo.load(here)(ids), atol=1e-2), "nothing was learnt"

@@ -11,11 +11,14 @@ import pytest
 import tiny
 import torch
 import vendor
+from test_export import hashes
 from test_manifests import CONFIGS
 
+import zoo
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
+from zoo.mapping.export import export
 from zoo.model.load import load
 from zoo.spec import Spec
 from zoo.testing import llama3
@@ -229,3 +232,14 @@ def test_two_files_of_one_rank_are_refused(ranks: Path) -> None:
     (ranks / "consolidated.0.pth").write_bytes((ranks / "consolidated.00.pth").read_bytes())
     with pytest.raises(ZooError, match=r"consolidated\.0\.pth and consolidated\.00\.pth are both of rank 0"):
         open_checkpoint(ranks)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_the_rank_files_come_back_to_the_byte(hf: Path, n_ranks: int, tmp_path: Path) -> None:
+    """Meta's names are of one rank, so they are the release's own files where it had one."""
+    meta = vendor.to_meta(hf, tmp_path / "meta", n_ranks, PARAMS)
+    (meta / "tokenizer.model").write_bytes(b"IQ== 0\n")
+    canon = zoo.convert(meta, tmp_path / "canon")
+    assert hashes(export(canon, tmp_path / "back", "source")) == hashes(meta)
+    assert (hashes(export(canon, tmp_path / "one", "meta")) == hashes(meta)) == (n_ranks == 1)
+    assert len(list((tmp_path / "one").glob("*.pth"))) == 1

@@ -18,10 +18,13 @@ import pytest
 import tiny
 import torch
 import vendor
+from test_export import hashes
 
+import zoo
 from zoo.errors import ZooError
-from zoo.formats import open_checkpoint
+from zoo.formats import around, open_checkpoint
 from zoo.formats.pickle import read_pickle
+from zoo.mapping.export import export
 
 
 def values(file: Path, name: str) -> torch.Tensor:
@@ -107,6 +110,59 @@ def test_a_head_that_shares_the_embeddings_storage_is_a_copy(tmp_path: Path) -> 
     state = vendor.read_tensors(src)
     torch.save(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, other / "pytorch_model.bin")
     vendor.same(vendor.canonical(other, tmp_path / "b"), vendor.canonical(src, tmp_path / "a"))
+
+
+@pytest.mark.parametrize(("shards", "zipped"), [(1, True), (3, True), (2, False)])
+def test_pickles_come_back_to_the_byte_where_the_source_is_asked_for(
+    shards: int, zipped: bool, tmp_path: Path
+) -> None:
+    source = vendor.to_pickle(tiny.make("llama_tied", tmp_path / "hf"), tmp_path / "bin", shards, zipped)
+    canon = zoo.convert(source, tmp_path / "canon")
+    assert hashes(export(canon, tmp_path / "back", "source")) == hashes(source)
+    new = export(canon, tmp_path / "new")
+    assert {p.name for p in new.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_what_a_trainer_put_beside_the_weights_and_two_names_of_the_same_bytes_come_back(
+    tmp_path: Path,
+) -> None:
+    source = vendor.to_pickle(tiny.make("llama_tied", tmp_path / "hf"), tmp_path / "bin")
+    state = torch.load(source / "pytorch_model.bin")
+    state = {f"module.{n}": t for n, t in state.items()} | {
+        "module.lm_head.weight": state["model.embed_tokens.weight"]
+    }
+    torch.save({"model": state, "epoch": 3, "moments": {"m": torch.ones(99)}}, source / "pytorch_model.bin")
+    canon = zoo.convert(source, tmp_path / "canon")
+    assert hashes(export(canon, tmp_path / "back", "source")) == hashes(source)
+
+
+def test_pickles_that_cannot_be_given_back_are_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = vendor.to_pickle(tiny.make("llama", tmp_path / "hf"), tmp_path / "bin")
+    whole = zoo.convert(source, tmp_path / "whole")
+    monkeypatch.setattr(around, "MAX_AROUND", 999)
+    for name, canon in (
+        ("around their tensors", zoo.convert(source, tmp_path / "canon")),
+        ("converted to", zoo.convert(source, tmp_path / "bf16", dtype="bf16")),
+    ):
+        with pytest.raises(ZooError, match=f"cannot be made again .*{name}"):
+            export(canon, tmp_path / "back", "source")
+    with zipfile.ZipFile(whole / "source.zip") as z:
+        (raw,) = (z.read(n) for n in z.namelist())
+    for what in (
+        raw[:16],
+        b"torch._utils",
+        b"PK\x05\x06",
+        b"PK\x03\x04",
+        b"q_proj",
+    ):  # of the table, the pickle, the archive
+        with zipfile.ZipFile(whole / "source.zip", "w") as z:
+            z.writestr("around/pytorch_model.bin", raw.replace(what, bytes(len(what))))
+        with pytest.raises(
+            ZooError, match=r"source\.zip: pytorch_model\.bin|not as it was converted|changed since"
+        ):
+            export(whole, tmp_path / "back", "source")
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -115,14 +115,47 @@ def written(canon: Path, at: Path, type: str | None = None) -> Path:
 
 def test_each_type_holds_what_the_gguf_package_makes_of_the_values(canon: Path, tmp_path: Path) -> None:
     exact = {t.name: np.array(t.data) for t in gguf.GGUFReader(written(canon, tmp_path, "f32")).tensors}
-    for type in ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
+    for type in ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4_moe"):
         file = zoo.export(canon, tmp_path / f"{type}.gguf", format="gguf", type=type)
         for t in gguf.GGUFReader(file).tensors:
             matrix = exact[t.name].ndim > 1
             ends = type.startswith(("q4", "q5")) and t.name in ("token_embd.weight", "output.weight")
+            ends |= type == "mxfp4_moe"  # of a model without experts
             assert t.tensor_type.name == ("F32" if not matrix else "Q8_0" if ends else type.upper()), t.name
             want = gguf.quants.quantize(exact[t.name], t.tensor_type)
             assert np.array(t.data).tobytes() == want.tobytes(), t.name
+
+
+@pytest.mark.parametrize("type", ["mxfp4_moe", "tq2_0", "tq1_0"])
+def test_types_of_some_tensors_are_those_of_the_gguf_package(type: str, tmp_path: Path) -> None:
+    """Ternary blocks have 256 elements, and leave fp16 to both ends; of MXFP4 are the experts alone."""
+    case = tiny.CASES["mixtral"]
+    hf = testing_gguf.make(
+        case, case.gguf[0], tmp_path, hidden_size=256, intermediate_size=32, head_dim=32, num_hidden_layers=1
+    )[0]  # fmt: skip
+    folder = zoo.convert(hf, tmp_path / "canon")
+    exact = {
+        t.name: np.array(t.data) for t in gguf.GGUFReader(written(folder, tmp_path / "f32", "f32")).tensors
+    }
+    file, kinds = written(folder, tmp_path, type), set()
+    for t in gguf.GGUFReader(file).tensors:
+        kinds.add((t.tensor_type.name, "exps" in t.name, t.name in ("token_embd.weight", "output.weight")))
+        want = gguf.quants.quantize(exact[t.name], t.tensor_type)
+        assert np.array(t.data).tobytes() == want.tobytes(), t.name
+    three = {
+        (type.upper(), True, False),
+        (type.upper(), False, False),
+        ("F16", True, False),
+        ("F16", False, True),
+        ("F16", False, False),
+    }
+    some = {("MXFP4", True, False), ("Q8_0", False, True), ("Q8_0", False, False)}
+    assert kinds == {("F32", False, False)} | (some if type == "mxfp4_moe" else three)
+    assert (
+        read_header(file, "x.gguf")[0]["general.file_type"]
+        == {"mxfp4_moe": 38, "tq2_0": 37, "tq1_0": 36}[type]
+    )
+    assert zoo.verify(file, folder, level="bytes").passed
 
 
 def test_blocks_of_eight_bits_are_those_of_the_gguf_package() -> None:
@@ -158,7 +191,7 @@ def test_without_a_type_matrices_are_as_the_folder_has_them(canon: Path, tmp_pat
     assert {r.dtype for r in refs if len(r.shape) == 1} == {"F32"}
 
 
-@pytest.mark.parametrize("type", ["q4_k_m", "iq2_xxs", "q6_k"])
+@pytest.mark.parametrize("type", ["q4_k_m", "iq2_xxs", "q6_k", "nvfp4"])
 def test_blocks_that_llama_cpp_alone_makes_are_left_to_it_with_the_commands(
     type: str, canon: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +201,10 @@ def test_blocks_that_llama_cpp_alone_makes_are_left_to_it_with_the_commands(
     )
     with pytest.raises(ZooError, match=re.escape(commands)):
         written(canon, tmp_path, type)
+    with pytest.raises(
+        ZooError, match="x-f32.gguf --format gguf --type f32`, then"
+    ):  # bf16 would round them twice
+        written(verified.canonical("llama"), tmp_path, type)
     with pytest.raises(ZooError, match="unknown type 'fp8'; expected one of f32, f16, bf16, q8_0"):
         written(canon, tmp_path, "fp8")
     assert not list(tmp_path.iterdir())

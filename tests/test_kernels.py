@@ -205,6 +205,30 @@ if INTERPRETED or COMPILED:
             assert all(torch.equal(m[there], words(parts[0]) | call << 32) for m in memory[1:])
         assert calls.tolist() == ([4, 2, 2] if dtype == torch.float32 else [4, 2, 0])
 
+    @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+    def test_what_came_from_ranks_is_waited_for_and_added_up(dtype: torch.dtype) -> None:
+        flags = torch.tensor(
+            [0, 1, 0], dtype=torch.int32
+        )  # of rank 0 itself, one that is up, one that will be
+        late = threading.Timer(0.02 if INTERPRETED else 0, flags[2:].fill_, (1,))
+        late.start()
+        if not INTERPRETED:
+            late.join()
+        near.arrive(flags, 0)
+        assert flags.tolist() == [0, 0, 0]
+        for ranks, n in ((2, 700), (3, 5)):
+            parts = rand(ranks, n + 1, 8).to(dtype)[:, :n]
+            onto = rand(n, 8).to(dtype)
+            assert torch.equal(near.add_up(parts), near.near_sum_reference(parts))
+            assert torch.equal(near.add_up(parts, onto), onto + near.near_sum_reference(parts))
+
+    def test_rows_of_a_table_of_which_others_have_the_rest() -> None:
+        weight, ids = rand(5, 1030), torch.tensor([[0, 4, 5, 9], [10, 3, 7, 14]])
+        whole = torch.zeros(15, 1030)
+        whole[5:10] = weight
+        assert torch.equal(near.some_rows(weight, ids, 5), whole[ids])
+        assert torch.equal(near.some_rows_reference(weight, ids, 5), whole[ids])
+
     def words(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous().view(torch.int32).flatten().to(torch.int64) & 0xFFFFFFFF
 

@@ -27,6 +27,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef
 from zoo.mapping.plan import make_plan
+from zoo.model.upload import GAP, read_rows
 from zoo.quant import dequantise
 from zoo.quant.base import grid
 from zoo.quant.schemes import scheme
@@ -131,7 +132,22 @@ PLAIN = dataclasses.replace(
     layers=PATCHWORK.layers[:1],
     per_layer_embedding=None,
 )
-SPECS = {"patchwork": PATCHWORK, "plain": PLAIN}
+# What passes by rows go through: a matrix that is cut, and the next; the head is of its own.
+BY_ROWS = dataclasses.replace(
+    PLAIN,
+    vocab_size=64,
+    tied=False,
+    head_bias=True,
+    layers=(
+        *PATCHWORK.layers[:2],
+        Layer(
+            attention(kv=2, qk_norm=QKNorm(RMS, "all_heads"), gate=True, v_head_dim=4, rope=HEAD),
+            MLP(16, out_scale=0.5),
+            attn_norm=RMS, ffn_norm=LAYER, attn_post_norm=RMS, ffn_post_norm=RMS, residual_scale=0.5, scalar=True,
+        ),
+    ),
+)  # fmt: skip
+SPECS = {"patchwork": PATCHWORK, "plain": PLAIN, "by rows": BY_ROWS}
 
 
 def run(work: Path, *jobs: str) -> None:
@@ -203,16 +219,19 @@ def departures(shared: Shared) -> dict[str, str]:
     """Where ranks are not what one process is: folder -> what differs. The bound is verification's: twice what one process
     differs from itself by, here a text read at once and token by token, or by rounding at the scale of the logits."""
     found = {}
-    for (n, by_rank), (name, one) in itertools.product(shared.of.items(), shared.one.items()):
-        said = [rank[name] for rank in by_rank]
+    ways = itertools.product(shared.of.items(), shared.one.items(), ("", ", by rows"))
+    for (n, by_rank), (name, one), way in ways:
+        said = [rank[name + way] for rank in by_rank if name + way in rank]
+        if not said:
+            continue
         largest = float(one["logits"].abs().max())
         by_scale = logit_bound("fp32", "max", rounding("fp32", largest, "logits of one process"), largest)
         bound = max(by_scale.value, FACTOR * float((one["cached"] - one["logits"]).abs().max()))
         errors = {k: float((said[0][k] - one[k]).abs().max()) for k in ("logits", "cached")}
         if not max(errors.values()) <= bound:
-            found[f"{name}, {n} ranks"] = f"{errors}, at most {bound:.1e}"
+            found[f"{name}{way}, {n} ranks"] = f"{errors}, at most {bound:.1e}"
         elif not all(torch.equal(said[0][k], s[k]) for s in said[1:] for k in one):
-            found[f"{name}, {n} ranks"] = "ranks, or runs, differ"
+            found[f"{name}{way}, {n} ranks"] = "ranks, or runs, differ"
     return found
 
 
@@ -221,6 +240,10 @@ def test_ranks_have_the_logits_of_one_process_at_once_and_cached_and_all_and_eve
 ) -> None:
     assert departures(shared) == {}
     assert float(shared.one["patchwork"]["logits"].std()) > 0.3
+    by_rows = {
+        name for said in shared.of.values() for rank in said for name in rank if name.endswith(", by rows")
+    }
+    assert by_rows == {"plain, by rows", "by rows, by rows"}
 
 
 def test_a_rank_reads_nothing_of_the_files_but_its_part(shared: Shared) -> None:
@@ -272,6 +295,18 @@ def test_what_ranks_cannot_share_is_refused_by_name() -> None:
     assert allowed(PATCHWORK) == [1, 2, 4]
     with pytest.raises(ZooError, match="numbers of ranks that would do: 1, 2, 4"):
         split(PATCHWORK, 3, 0)
+
+
+def test_columns_are_read_many_rows_to_a_call_and_to_the_last_byte_of_the_file(tmp_path: Path) -> None:
+    path, data = tmp_path / "file", bytes(i * i % 251 for i in range(1 << 18))
+    path.write_bytes(data)
+    with path.open("rb") as f:
+        for row, gap, n in ((64, 36, 1300), (100, GAP, 3), (100, GAP + 1, 3), (64, 0, 9)):
+            start, into = len(data) - n * row - (n - 1) * gap, bytearray(n * row)
+            read_rows(path, f.fileno(), start, memoryview(into), row, row + gap)
+            assert into == b"".join(data[start + i * (row + gap) :][:row] for i in range(n))
+            with pytest.raises(ZooError, match=f"file: ends at byte {len(data)}"):
+                read_rows(path, f.fileno(), start + 1, memoryview(into), row, row + gap)
 
 
 def narrowed(x: Tensor, cut: Cut | None) -> Tensor:

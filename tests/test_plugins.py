@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-import converters
 from zoo import families, manifest
 from zoo.errors import ZooError
+from zoo.shipped import converters
 
 MODULE = """
 import dataclasses
-from converters.qwen3 import FAMILY as QWEN
+from zoo.converters.qwen3 import FAMILY as QWEN
 FAMILY = dataclasses.replace(QWEN, name={name!r}, model_types=({model_type!r},), architectures=({architecture!r},))
 """
 RELEASE = """
@@ -94,7 +94,7 @@ def test_it_cannot_take_a_release_from_a_family_of_ours(install: Install) -> Non
     assert families.find({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}).name == "qwen3"
     install("qwen3", "qwen3", "Qwen3ForCausalLM")
     assert families.families()["qwen3"].model_types == ("qwen3",)
-    assert families.families()["qwen3"].spec.__module__ == "converters.qwen3"
+    assert families.families()["qwen3"].spec.__module__ == "zoo.converters.qwen3"
     assert families.package_of("qwen3") is None
 
 
@@ -201,7 +201,7 @@ def test_a_broken_family_file_of_ours_breaks_no_other(
     monkeypatch.setattr(converters, "__path__", [*converters.__path__, str(tmp_path)])
     families.refresh()
     try:
-        with pytest.warns(UserWarning, match=f"{says}the family in converters.bad_one can't be imported"):
+        with pytest.warns(UserWarning, match=f"{says}the family in zoo.converters.bad_one can't be imported"):
             assert families.find({"architectures": ["Qwen3ForCausalLM"]}).name == "qwen3"
         with pytest.raises(ZooError, match=says):
             families.get("bad_one")

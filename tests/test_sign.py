@@ -15,7 +15,7 @@ from hub_server import HubServer
 from huggingface_hub import snapshot_download
 from test_push import REPO, SOURCE
 
-signing = pytest.importorskip("model_signing.signing", reason="zoo[sign] is not installed")
+signing = pytest.importorskip("model_signing.signing", reason="zoo-weights[sign] is not installed")
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from verified import canonical, copy
 
 from zoo import manifest
-from zoo.cli import cli
+from zoo.cli import _progress, _schemas, cli
 from zoo.cli._common import run, shortened
+from zoo.verify.stage import Stage
 
 
 class Terminal(io.StringIO):
@@ -90,3 +95,66 @@ def test_names_are_cut_in_the_middle_and_sentences_at_the_end() -> None:
     assert shortened("qwen3-next-80b-a3b-instruct-fp8", 12) == "qwen3-…t-fp8"
     assert shortened("Gemma Terms of Use", 12) == "Gemma Terms…"
     assert [len(shortened("abcdefgh", n)) for n in range(1, 10)] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+def leaves(group: click.Group, above: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from leaves(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
+
+
+def test_every_command_that_prints_json_has_its_schema_and_prints_it() -> None:
+    # tests/conftest.py holds to them what commands print in all other tests.
+    jsonschema = pytest.importorskip("jsonschema")
+    prints = {name for name, command in leaves(cli) if any("--json" in p.opts for p in command.params)}
+    assert prints == set(_schemas.COMMANDS)
+    for name in sorted(prints):
+        done = CliRunner().invoke(cli, [*name.split(), "--json-schema"])
+        assert done.exit_code == 0, done.output
+        jsonschema.Draft202012Validator.check_schema(json.loads(done.output))
+
+
+def test_a_field_that_is_missing_or_of_another_type_is_no_match() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    release = {"name": "a", "family": "b", "sources": [], "formats": [], "vendor": None, "proven": None}
+    held = jsonschema.Draft202012Validator(_schemas.schema("list"))
+    assert held.is_valid([release]) and held.is_valid({"error": "no"})
+    assert not held.is_valid([release | {"params_total": "8B"}])
+    assert not held.is_valid([{k: v for k, v in release.items() if k != "vendor"}])
+
+
+# --- what takes long ----------------------------------------------------------------------------------------
+
+
+def test_stages_that_are_over_stay_with_their_seconds_and_the_one_at_work_has_a_bar_where_its_end_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_progress.Stages, "EVERY", 1000)  # drawn when something is said
+    out = Terminal()
+    stages = _progress.Stages(out)
+    stages("opening the source")
+    stages(Stage("needs little", seconds=100))
+    stages("bytes")
+    for n in range(4):
+        stages(Stage(f"fault {n + 1} of 4: \x1b]0;x", done=n, of=4))
+    stages.close()
+    lines = [line for line in out.getvalue().replace("\r\x1b[K", "\n").split("\n") if line]
+    over = [line for line in lines if re.fullmatch(r"  .*  \d+\.\d s", line)]
+    assert [line.split("  ")[1][:12] for line in over] == [
+        "opening the ",
+        "needs little",
+        "bytes",
+        "fault 4 of 4",
+    ]
+    drawn = [line for line in lines if line not in over]
+    assert any(re.match(r"  0:00  opening the source", line) for line in drawn)  # nothing is known of its end
+    assert any(re.match(r"  \[ {24}\] 0:00, about 1:(39|40) left  bytes", line) for line in drawn)
+    assert any(re.match(r"  \[#{18} {6}\] 0:00, .*fault 4 of 4", line) for line in drawn)
+    assert "\x1b]" not in out.getvalue()

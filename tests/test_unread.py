@@ -11,9 +11,8 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-import manifests
 import zoo
-from zoo import families, manifest, unread
+from zoo import families, manifest, shipped, unread
 from zoo.cli import cli
 from zoo.config import Config, rope_parameters
 from zoo.errors import ZooError
@@ -97,7 +96,7 @@ NOTED: dict[str, list[str]] = {}
 
 
 def test_what_the_configs_of_releases_leave_unread_is_listed_here() -> None:
-    configs = sorted((Path(manifests.__path__[0]) / "configs").glob("*.config.json"))
+    configs = sorted((Path(shipped.RELEASES) / "configs").glob("*.config.json"))
     noted = {path.name: families.read(json.loads(path.read_text(encoding="utf-8")))[1] for path in configs}
     assert len(noted) >= 100
     assert {name: notes for name, notes in noted.items() if notes} == NOTED

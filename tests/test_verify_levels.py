@@ -312,7 +312,7 @@ def test_a_level_that_is_asked_for_is_judged_or_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys.modules["zoo.verify.run"], "upstream_available", lambda: False)
     cert = zoo.verify(canonical("llama"), write=False)  # as far as can be judged here
     assert cert.passed and cert.not_checked == [
-        "layers, logits, decode: transformers is not installed (pip install 'zoo[upstream]')"
+        "layers, logits, decode: transformers is not installed (pip install 'zoo-weights[upstream]')"
     ]
     for how in ({"level": "layers"}, {"level": "logits"}, {"level": "decode"}, {"self_test": True}):
         with pytest.raises(ZooError, match="can't be judged: transformers is not installed"):

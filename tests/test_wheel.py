@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import re
 import shutil
 import subprocess
 import sys
@@ -27,20 +29,38 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         capture_output=True,
     )
-    return next(out.glob("zoo-*.whl"))
+    return next(out.glob("zoo_weights-*.whl"))
 
 
-def test_it_holds_the_packages_and_their_data_and_nothing_else(wheel: Path) -> None:
+def test_it_claims_one_import_name_and_holds_all_data_in_it(wheel: Path) -> None:
+    # `converters` and `manifests` are other people's distributions on PyPI: the last one installed would win.
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"zoo", "converters", "manifests"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zoo"}
     for file in (
         "zoo/cli/list.py",
         "zoo/py.typed",
-        "converters/llama.py",
-        "manifests/gpt2.toml",
-        "manifests/configs/gpt2.config.json",
+        "zoo/converters/llama.py",
+        "zoo/manifests/gpt2.toml",
+        "zoo/manifests/configs/gpt2.config.json",
     ):
         assert file in names, file
+    assert not [name for name in names if name.endswith(".pyc")]
+
+
+def test_what_it_says_of_itself_is_whole(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        said = email.message_from_bytes(archive.read(path))
+    assert said["Name"] == "zoo-weights" and said["Version"] == zoo.__version__
+    assert said["License-Expression"] == "Apache-2.0" and said["Requires-Python"] == ">=3.11"
+    assert "\n# zoo" in f"\n{said.get_payload()}"  # the README is the project's page
+    extras = set(said.get_all("Provides-Extra"))
+    named = {
+        extra
+        for file in (*ROOT.glob("zoo/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md")
+        for extra in re.findall(r"zoo-weights\[(\w+)\]", file.read_text(encoding="utf-8"))
+    }
+    assert named and named <= extras  # what messages and docs tell people to install
 
 
 def test_installed_elsewhere_it_lists_and_shows(wheel: Path, tmp_path: Path) -> None:
@@ -51,6 +71,9 @@ def test_installed_elsewhere_it_lists_and_shows(wheel: Path, tmp_path: Path) -> 
     python = str(tmp_path / "env" / "bin" / "python")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, str(wheel)], check=True)
+    for stranger in ("converters", "manifests"):  # somebody else's, installed after it
+        (site / stranger).mkdir()
+        (site / stranger / "__init__.py").write_text("raise ImportError('this is not zoo')")
     for args, expected in (
         (["list", "smollm2"], "smollm2-135m"),
         (["show", "gpt2"], "learned, 1,024 positions"),

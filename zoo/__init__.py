@@ -17,6 +17,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from zoo import shipped as _shipped  # noqa: F401 (zoo.converters and zoo.manifests can be imported from here on)
 from zoo._version import __version__
 from zoo.errors import ZooError, translated
 
@@ -61,15 +62,26 @@ def load(
     trainable: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> Decoder:
-    """The model in the canonical folder `path`, in eval mode: `model(token_ids)` maps int64 [B, T] to logits
-    [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV cache.
+    """The model in a canonical folder, in eval mode.
 
-    `device` as torch spells it; `dtype` "bf16", "fp16" or "fp32", or torch's own (None: as stored). `trainable`: in training
-    mode, its parameters requiring gradients, which plain torch computes; `zoo.save` makes a folder of it again. `mesh`: a
-    DeviceMesh of one axis, of ranks that share the model: each calls this, holds its part, and runs the same passes, on the
-    mesh's devices (docs/parallel.md). Raises ZooError
-    if `path` is no canonical checkpoint, or torch has no such device here, or what is to be trained is quantised or shared, or
-    so many ranks cannot share the model.
+    `model(token_ids)` maps int64 [B, T] to logits [B, T, V]; `model.generate(token_ids, max_new_tokens)` decodes with a KV
+    cache. Weights are mapped from the files.
+
+    Args:
+        path: A canonical folder.
+        device: As torch spells it.
+        dtype: "bf16", "fp16" or "fp32", or torch's own; None: as stored.
+        trainable: In training mode, its parameters requiring gradients, which plain torch computes. `zoo.save` makes a folder
+            of it again.
+        mesh: A DeviceMesh of one axis, of ranks that share the model. Each calls this, holds its part, and runs the same
+            passes, on the mesh's devices (docs/parallel.md).
+
+    Returns:
+        An nn.Module whose parameters are named as in the canonical layout, and whose `spec` is its Spec.
+
+    Raises:
+        ZooError: `path` is no canonical checkpoint; torch has no such device here; what is to be trained is quantised or
+            shared; so many ranks cannot share the model.
     """
     import torch
 
@@ -84,9 +96,19 @@ def load(
 
 @translated
 def plan(src: StrPath, dtype: str | None = None, *, family: str | None = None) -> Plan:
-    """What converting `src` would do: a checkpoint on disk, the name of a release, owner/repo on the Hub, or the URL of an
-    object store, of which only headers are read. `family`: what to take it for; by default what its config says. Raises ZooError, listing what does not fit, if the family's rules do not account for
-    every tensor; `zoo.hub.HubError` (a ZooError) for what the Hub refuses.
+    """What converting `src` would do, from headers alone.
+
+    Args:
+        src: A checkpoint on disk, the name of a release, owner/repo on the Hub, or the URL of an object store.
+        dtype: "bf16", "fp16", "fp32"; None: as released.
+        family: What to take it for; None: what its config says.
+
+    Returns:
+        `summary()` for people, `to_json()` for programs; `outputs` (a canonical tensor each), `extras`, and `nbytes` to write.
+
+    Raises:
+        ZooError: The family's rules do not account for every tensor; the text lists what does not fit.
+        zoo.hub.HubError: A ZooError: what the Hub refuses.
     """
     from zoo.pull import open_source
 
@@ -102,12 +124,21 @@ def convert(
     family: str | None = None,
     file: str | None = None,
 ) -> Path:
-    """Convert `src` (as in `plan`; fetched first if it is remote) to the canonical folder `dst`; `dst`.
+    """Convert a checkpoint to the canonical folder `dst`, which appears when it is complete.
 
-    `dst` must not exist, and does not until it is complete. `dtype` None keeps the released one. `family`: as in `plan`. `file`
-    says which weights of the folder or repository `src` (a file in it or below it, or an index of shards), where there are
-    several; by default those that transformers takes. Raises ZooError
-    as `plan`, and if `dst` exists, can't be written, or the disk is too small.
+    Args:
+        src: As in `plan`. What is remote is fetched first.
+        dst: A folder that does not exist.
+        dtype: "bf16", "fp16", "fp32"; None: as released, quantised weights too.
+        family: As in `plan`.
+        file: Which weights of a folder or repository, where there are several: a file in it or below it, or an index of
+            shards. None: those that transformers takes.
+
+    Returns:
+        `dst`.
+
+    Raises:
+        ZooError: As `plan`; `dst` exists or can't be written; the disk is too small.
     """
     from zoo.pull import convert
 
@@ -118,10 +149,22 @@ def convert(
 def export(
     canon: StrPath, dst: StrPath, format: str = "hf", type: str | None = None, *, dtype: str | None = None
 ) -> Path:
-    """Give back the release that the canonical folder `canon` was converted from, in `dst`: the same tensors and
-    files, and the same bytes where `canon` is as it was converted. `dtype`: convert weights to it (a new checkpoint then, under the
-    release's names). Or write the GGUF `dst` (`format="gguf"`), its matrices in `type` ("bf16", "q8_0", ...; None: as stored), Meta's or
-    Mistral's own files ("meta", "mistral"), or a folder of torch.distributed.checkpoint ("dcp"). Raises ZooError if `dst` exists or the conversion changed the dtype, which can't be undone.
+    """Give back the release that a canonical folder was converted from: the same tensors and files, and the same bytes where
+    the folder is as it was converted.
+
+    Args:
+        canon: A canonical folder.
+        dst: A folder, or of "gguf" a file, that does not exist.
+        format: "hf"; "gguf", a file for llama.cpp; "meta" or "mistral", the vendors' own files; "dcp", a folder of
+            torch.distributed.checkpoint.
+        type: Of a GGUF's matrices: "bf16", "q8_0", ...; None: as stored.
+        dtype: Convert weights to it: a new checkpoint then, under the release's names.
+
+    Returns:
+        `dst`.
+
+    Raises:
+        ZooError: `dst` exists; the format cannot say what the model is; the conversion changed the dtype, which can't be undone.
     """
     if format == "dcp":
         if type is not None or dtype is not None:
@@ -136,10 +179,18 @@ def export(
 
 @translated
 def merge(canon: StrPath, adapter: StrPath, to: StrPath) -> Path:
-    """Write the canonical folder `to`: `canon` with the PEFT adapter in the folder `adapter` merged into it; `to`.
+    """Merge a PEFT adapter into a canonical folder: LoRA, rsLoRA and DoRA, computed in fp32 and rounded once.
 
-    LoRA, rsLoRA and DoRA, computed in fp32 and rounded once. Raises ZooError for another kind of adapter, one for another model, or
-    one that changes quantised weights.
+    Args:
+        canon: The canonical folder that the adapter is for.
+        adapter: A folder with `adapter_config.json` and its weights.
+        to: The canonical folder to write, which does not exist.
+
+    Returns:
+        `to`.
+
+    Raises:
+        ZooError: Another kind of adapter, one for another model, or one that changes quantised weights.
     """
     from zoo.mapping.merge import merge
 
@@ -154,12 +205,23 @@ def save(
     *,
     dtype: str | None = None,
 ) -> Path:
-    """Write values that were trained to the canonical folder `to`, with the Spec of the canonical folder `like`; `to`.
+    """Write values that were trained as a canonical folder, which appears when it is complete and says that its values are no
+    release's.
 
-    `values`: a model, the path of a torch.distributed.checkpoint folder, or tensors by name: canonical names, Hugging Face's, or those that transformers has in memory, in a
-    trainer's wrappers or not. `dtype`: what to convert them to, None: as they are. Of DTensors (FSDP2, tensor parallel) every
-    rank calls this; they are gathered one at a time, and rank 0 writes. The folder appears when it is complete, and
-    says that its values are no release's. Raises ZooError, listing by pattern what is missing, over, or of another shape or dtype.
+    Of DTensors (FSDP2, tensor parallel) every rank calls this; they are gathered one at a time, and rank 0 writes.
+
+    Args:
+        values: A model; tensors by name: canonical names, Hugging Face's, or those that transformers has in memory, in a
+            trainer's wrappers or not; or the path of a torch.distributed.checkpoint folder.
+        like: The canonical folder that was trained, whose Spec, tokenizer and templates go along.
+        to: The folder to write, which does not exist.
+        dtype: What to convert values to; None: as they are.
+
+    Returns:
+        `to`.
+
+    Raises:
+        ZooError: What is missing, over, or of another shape or dtype, by pattern.
     """
     from zoo.mapping.save import save
 
@@ -168,8 +230,18 @@ def save(
 
 @translated
 def state_dict(canon: StrPath, names: str = "hf") -> dict[str, torch.Tensor]:
-    """The tensors of the canonical folder `canon`, by the names of the release's files; with `names` "transformers", by those that its
-    class has in memory (`model.load_state_dict`); "canonical", by their own. Views of mapped files where they can be.
+    """The tensors of a canonical folder, views of mapped files where they can be.
+
+    Args:
+        canon: A canonical folder.
+        names: "hf": those of the release's files; "transformers": those that its class has in memory
+            (`model.load_state_dict`); "canonical": zoo's own.
+
+    Returns:
+        Name -> tensor, in the shapes of these names.
+
+    Raises:
+        ZooError: `canon` is no canonical checkpoint, or cannot be named so.
     """
     from zoo.mapping.state import state_dict
 
@@ -178,9 +250,18 @@ def state_dict(canon: StrPath, names: str = "hf") -> dict[str, torch.Tensor]:
 
 @translated
 def verify(canon: StrPath, against: StrPath | None = None, **how: Any) -> Certificate:
-    """Compare the canonical folder `canon` with upstream's implementation of `against` (default: what it was
-    converted from, where that still exists). `how`: see `zoo.verify.verify`. The certificate has `.passed` and
-    `.to_json()`, and is kept as `parity.json` in the folder.
+    """Compare a canonical folder with upstream's implementation.
+
+    Args:
+        canon: A canonical folder; or a GGUF that was written of the folder `against`.
+        against: A checkpoint, a golden file, or an oracle; None: what the folder was converted from, where that still exists.
+        how: The options of `zoo.verify.run.verify`: `level`, `dtype`, `stream`, `device`, `self_test`, ...
+
+    Returns:
+        The certificate, with `passed` and `to_json()`; it is kept as `parity.json` in the folder.
+
+    Raises:
+        ZooError: The folder is not sound, there is nothing to compare it with, or what was asked for can't be done here.
     """
     from zoo.verify import verify
 
@@ -201,13 +282,26 @@ def pull(
     verify: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch, check, convert and verify a release: a name or alias from `zoo list`, or owner/repo on the Hub.
-    Returns the canonical folder (default `to`: the name, in the current folder).
+    """Fetch, check, convert and verify a release. Interrupted at any point, the same call continues.
 
-    Interrupted at any point, the same call continues. `family`: as in `plan`. `file` says which of a repository's sets of
-    weights (as in `convert`); `layers` converts only those (and the ends); `stream` keeps no copy of the source; `verify` is
-    the level of parity asked for, None for none. Raises `zoo.hub.HubError` (a
-    ZooError) for what the Hub refuses, ZooError for the rest.
+    Args:
+        name: A name or alias of `zoo list`, owner/repo on the Hub, or the URL of an object store.
+        to: The canonical folder; None: the name, in the current folder.
+        dtype: "bf16", "fp16", "fp32"; None: as released.
+        revision: A branch, tag or commit; None: the manifest's, or main.
+        file: Which of a repository's sets of weights, as in `convert`.
+        family: As in `plan`.
+        layers: Convert only these layers, and the ends; None: all.
+        stream: Convert as files arrive, and keep no copy of the source.
+        verify: The level of parity to reach before the folder appears; None: no verification.
+        progress: Told of bytes, phases and notes; see below.
+
+    Returns:
+        The canonical folder.
+
+    Raises:
+        zoo.hub.HubError: A ZooError: what the Hub refuses.
+        ZooError: The rest, as `convert`.
     """
     from zoo.pull import pull
 
@@ -227,7 +321,11 @@ def pull(
 
 @translated
 def spec(src: StrPath) -> Spec:
-    """The architecture of a checkpoint, a canonical folder, a release by name, or owner/repo on the Hub."""
+    """The architecture of a checkpoint, a canonical folder, a release by name, or owner/repo on the Hub.
+
+    Raises:
+        ZooError: No family claims it, or it says what zoo cannot compute.
+    """
     from zoo.pull import spec_of
 
     return spec_of(src)

@@ -105,9 +105,10 @@ def is_code(e: Exception) -> bool:
 
 
 def place(e: Exception) -> str | None:
-    """file:line of the last frame of `e` outside zoo itself and Python's library."""
+    """file:line of the last frame of `e` that is a family's, or outside zoo itself and Python's library."""
     for frame, line in reversed(list(traceback.walk_tb(e.__traceback__))):
-        top = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if top != "zoo" and top not in sys.stdlib_module_names:
+        module = str(frame.f_globals.get("__name__"))
+        top = module.partition(".")[0]
+        if module.startswith("zoo.converters.") or (top != "zoo" and top not in sys.stdlib_module_names):
             return f"{frame.f_code.co_filename}:{line}"
     return None

@@ -60,14 +60,14 @@ class Family:
 def _built_in() -> dict[str, Family]:
     import pkgutil  # slow to import, and `get` seldom needs it
 
-    import converters
+    from zoo.shipped import converters
 
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(converters.__path__):
         try:
-            family = _load(f"converters.{module.name}")
+            family = _load(f"zoo.converters.{module.name}")
         except ZooError as error:
-            _broken[f"converters.{module.name}"] = str(error)
+            _broken[f"zoo.converters.{module.name}"] = str(error)
             warnings.warn(str(error), stacklevel=2)
         else:
             found[family.name] = family
@@ -118,7 +118,7 @@ def _plugged_in() -> dict[str, Family]:
             _broken[whose] = f"{whose}: {entry.value} can't be imported ({type(e).__name__}: {e})"
             warnings.warn(_broken[whose], stacklevel=2)
             continue
-        if family.name not in _built_in() and f"converters.{family.name}" not in _broken:
+        if family.name not in _built_in() and f"zoo.converters.{family.name}" not in _broken:
             found.setdefault(family.name, family)
             _package.setdefault(family.name, entry.package)
     return found
@@ -152,7 +152,7 @@ def get(name: str, package: Any = None) -> Family:
     there is none, with the known ones, or with the package to install."""
     if name.isidentifier() and name[0] != "_":
         try:
-            return _load(f"converters.{name}")  # one file, not all of them
+            return _load(f"zoo.converters.{name}")  # one file, not all of them
         except ModuleNotFoundError:
             pass
     if name in families():

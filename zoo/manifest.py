@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import manifests
 from zoo import plugins
 from zoo.errors import ZooError
+from zoo.shipped import RELEASES as OURS
 
-OURS: str = manifests.__path__[0]
 FORMATS = {
     "safetensors": "sharded or single safetensors with a config.json",
     "safetensors-tp8": "safetensors cut for 8 tensor-parallel ranks",
@@ -46,7 +45,15 @@ QUANTIZATIONS = {
     "fp8-channel": "e4m3, one scale per output row",
     "fp8-tensor": "e4m3, one scale per tensor",
     "mxfp4": "4-bit floats, one power-of-two scale per 32",
+    "nvfp4": "4-bit floats, one e4m3 scale per 16 and one number for all",
+    "int4": "4-bit integers; the grouping of their scales is not confirmed",
     "int4-group32": "4-bit integers, one scale per 32",
+    "int8": "8-bit integers; the grouping of their scales is not confirmed",
+    "awq4": "AWQ: 4-bit integers, a scale and a zero point per group",
+    "gptq4": "GPTQ: 4-bit integers, a scale and a zero point per group",
+    "gptq8": "GPTQ: 8-bit integers, a scale and a zero point per group",
+    "bnb4": "bitsandbytes: 4 bits by a table, a scale per block",
+    "mlx4": "MLX: 4-bit integers, a scale and a bias per group",
 }
 DTYPES = ("fp32", "bf16", "fp16")
 # What a Hub source downloads when it names no files: one copy of the weights, and the small files beside it.
@@ -106,7 +113,7 @@ class Manifest:
     licence: str | None = None  # SPDX identifier where one exists, else the licence's name
     gated: bool | None = None  # needs an accepted licence and a token
     dtype: str | None = None  # of the tensors that are not quantised
-    quantization: str | None = None  # a key of QUANTIZATIONS
+    quantization: str | None = None  # a key of QUANTIZATIONS, or several joined by " + "
     context_length: int | None = None  # tokens
     params_total: int | None = None  # as published
     params_active: int | None = None  # as published, per token
@@ -260,6 +267,16 @@ def of_vendor(releases: Iterable[Manifest], vendor: str) -> tuple[Manifest, ...]
         known = sorted({m.vendor for m in _all() if m.vendor}, key=str.lower)
         raise ZooError(f"no release is of a vendor called {vendor!r}; there are {', '.join(known)}")
     return tuple(filter(of, releases))
+
+
+def of_scheme(releases: Iterable[Manifest], scheme: str) -> tuple[Manifest, ...]:
+    """Those with weights quantised so: `scheme` is the beginning of one of its names. Errors: no scheme is called that."""
+    wanted = scheme.strip().lower()
+    if not wanted or not any(name.startswith(wanted) for name in QUANTIZATIONS):
+        raise ZooError(f"no way of quantising is called {scheme!r}; there are {', '.join(QUANTIZATIONS)}")
+    return tuple(
+        m for m in releases if any(part.startswith(wanted) for part in (m.quantization or "").split(" + "))
+    )
 
 
 @cache
@@ -419,13 +436,17 @@ _LINKS = dict.fromkeys(("paper", "card", "code"), _URL)
 _TABLE = ("a table", lambda v: isinstance(v, dict))
 _TABLES = {"links": _TABLE, "facts": _TABLE}
 _FORMAT = _one_of(FORMATS)
+_SCHEMES = (
+    f"one or more, joined by ' + ', of {', '.join(QUANTIZATIONS)}",
+    lambda v: isinstance(v, str) and all(part in QUANTIZATIONS for part in v.split(" + ")),
+)
 _FIELDS: _Fields = {
     "name": _TEXT, "aliases": _TEXTS, "family": _NAME,
     "released": ("a day or a month like 2026-02-11, 2026-02", _matches(r"(19|20)\d\d-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?")),
     "sources": _SOURCES,
     "formats": (f"a list, each {_FORMAT[0]}", lambda v: _texts(v) and all(map(_FORMAT[1], v))),
     "licence": _TEXT, "gated": ("true or false", lambda v: isinstance(v, bool)), "dtype": _one_of(DTYPES),
-    "quantization": _one_of(QUANTIZATIONS), "context_length": _COUNT, "params_total": _COUNT,
+    "quantization": _SCHEMES, "context_length": _COUNT, "params_total": _COUNT,
     "params_active": _COUNT, "params_convention": _TEXT,
 }  # fmt: skip
 _SOURCE_FIELDS: dict[str, _Fields] = {

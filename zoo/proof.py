@@ -19,8 +19,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import converters
-import manifests
+from zoo.shipped import FAMILIES, RELEASES
 
 if TYPE_CHECKING:
     from zoo.families import Family
@@ -34,10 +33,10 @@ def sources_version() -> str:
     """Hash of the bytes of every family file, of the code beneath them and of the release configs."""
     import hashlib
 
-    own, configs = os.path.dirname(__file__), os.path.join(manifests.__path__[0], "configs")
+    own, configs = os.path.dirname(__file__), os.path.join(RELEASES, "configs")
     paths = [os.path.join(own, name) for name in _CODE]
     for folder, end in (
-        (converters.__path__[0], ".py"),
+        (FAMILIES, ".py"),
         (os.path.join(own, "family"), ".py"),
         (configs, ".json"),
     ):
@@ -95,7 +94,7 @@ def _specs() -> list[tuple[str, Spec]]:
     from zoo import families
     from zoo.errors import ZooError
 
-    folder, found = os.path.join(manifests.__path__[0], "configs"), []
+    folder, found = os.path.join(RELEASES, "configs"), []
     for name in sorted(os.listdir(folder)):
         if not name.endswith(".config.json"):
             continue

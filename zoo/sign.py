@@ -1,4 +1,4 @@
-"""A folder signed, and held to a signature, with OpenSSF's model-signing (`pip install 'zoo[sign]'`).
+"""A folder signed, and held to a signature, with OpenSSF's model-signing (`pip install 'zoo-weights[sign]'`).
 
 The signature `model.sig` in the folder is a Sigstore bundle over the SHA-256 of every file, made with an elliptic-curve key (P-256,
 P-384, P-521): `model_signing verify key` reads it as well as zoo does. Nothing is asked of any server.
@@ -92,7 +92,9 @@ def _library() -> tuple[Any, Any]:
     try:
         from model_signing import hashing, signing
     except ImportError as e:
-        raise ZooError(f"signatures need the package model-signing: pip install 'zoo[sign]' ({e})") from None
+        raise ZooError(
+            f"signatures need the package model-signing: pip install 'zoo-weights[sign]' ({e})"
+        ) from None
     return signing, hashing
 
 

@@ -69,7 +69,7 @@ class Store:
         try:
             self.fs, root = url_to_fs(url)
         except ImportError:
-            how = "install zoo[stores]" if protocol in ("s3", "s3a") else "install its fsspec client"
+            how = "install zoo-weights[stores]" if protocol in ("s3", "s3a") else "install its fsspec client"
             raise ZooError(f"{self.url}: the client of {protocol}:// is not installed: {how}") from None
         except Exception as e:
             raise self._error("cannot be reached", e) from None

@@ -57,13 +57,21 @@ def _tell_everything(ctx: click.Context) -> None:
 
 
 def common(function: F) -> F:
-    """Every command's decorator, under `@click.command()`: adds `--json` (passed as `as_json`) and `--debug`."""
+    """Every command's decorator, under `@click.command()`: adds `--json` (passed as `as_json`), `--json-schema` and `--debug`."""
     function = click.option(
         "--debug",
         is_flag=True,
         expose_value=False,
         callback=_set("debug"),
         help="Say more of what is done, and show a traceback on failure.",
+    )(function)
+    function = click.option(
+        "--json-schema",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_schema,
+        help="Print the JSON Schema of what --json prints.",
     )(function)
     return click.option(
         "--json",
@@ -74,9 +82,22 @@ def common(function: F) -> F:
     )(function)
 
 
+def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from zoo.cli._schemas import schema
+
+        click.echo(json.dumps(schema(" ".join(ctx.command_path.split()[1:])), indent=2))
+        ctx.exit()
+
+
 def emit(data: Any) -> None:
     """Print JSON to stdout."""
-    click.echo(printable_json(json.dumps(data, indent=2, ensure_ascii=False, default=str)))
+    click.echo(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """JSON as every command prints it."""
+    return printable_json(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
 def say(text: str = "") -> None:

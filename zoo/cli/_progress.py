@@ -1,11 +1,15 @@
-"""Progress of what takes long: a bar for people, events for programs. Both are a `zoo.hub.Progress`."""
+"""Progress of what takes long: a bar for people, events for programs. Both are a `zoo.hub.Progress`; of what has stages and
+no bytes to count, `working` shows the stages."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -77,7 +81,7 @@ class Bar:
                 text += f" [{'#' * int(24 * share):24}] {share:4.0%}  {decimal(self._done)} of {decimal(self._total)}"
                 if rate > 0:
                     left = (self._total - self._done) / rate
-                    text += f"  {decimal(rate)}/s  {int(left // 60)}:{int(left % 60):02} left"
+                    text += f"  {decimal(rate)}/s  {_clock(left)} left"
             self._out.write(f"\r\x1b[K{text}")
             self._out.flush()
 
@@ -138,3 +142,89 @@ class Steps:
             self._done = 0
         self._bar.advance(done - self._done)
         self._done = done
+
+
+class Stages:
+    """The stages of a run on a terminal: those that are over, a line each with their seconds; the one at work, with the
+    time so far and, where it was estimated or the pieces are counted, a bar and the time left."""
+
+    EVERY = 0.2
+    """Seconds between two looks at the clock."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._out = stream
+        self._stage = ""
+        self._began = self._since = time.monotonic()
+        self._end: float | None = None
+        self._share: tuple[int, int] = (0, 0)
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._drawing = threading.Thread(target=self._draw_on, daemon=True)
+        self._drawing.start()
+
+    def __call__(self, stage: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            counted = getattr(stage, "of", 0)
+            if not (counted and self._share[1] == counted):  # a hundred faults are one line
+                self._line(now)
+                self._since = now
+            self._stage, self._share = str(stage), (getattr(stage, "done", 0), counted)
+            if (seconds := getattr(stage, "seconds", None)) is not None:
+                self._end = now + seconds
+            self._draw(now)
+
+    def close(self) -> None:
+        self._over.set()
+        self._drawing.join()
+        with self._lock:
+            self._line(time.monotonic())
+
+    def _line(self, now: float) -> None:
+        """The stage is over: what it took stays in sight."""
+        text = f"  {printable(self._stage)}  {now - self._since:.1f} s\n" if self._stage else ""
+        self._out.write(f"\r\x1b[K{text}")
+        self._out.flush()
+
+    def _draw_on(self) -> None:
+        while not self._over.wait(self.EVERY):
+            with self._lock:
+                self._draw(time.monotonic())
+
+    def _draw(self, now: float) -> None:
+        done, of = self._share
+        so_far = now - self._began
+        text = _clock(so_far)
+        share = None
+        if of:
+            share = done / of
+            left = (now - self._since) * (of - done) / done if done else None
+        elif self._end is not None:
+            # An estimate is none any more once it is over: the bar stays short of its end then, and says no time.
+            share = min(0.99, so_far / max(self._end - self._began, 1e-9))
+            left = self._end - now if self._end > now else None
+        else:
+            left = None
+        if share is not None:
+            text = f"[{'#' * int(24 * share):24}] {text}" + (
+                f", about {_clock(left)} left" if left is not None else ""
+            )
+        width = shutil.get_terminal_size().columns - 1
+        self._out.write(f"\r\x1b[K{f'  {text}  {printable(self._stage)}'[:width]}")
+        self._out.flush()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02}"
+
+
+@contextmanager
+def working(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """What hears the stages of a run: on a terminal they are shown, elsewhere nobody looks."""
+    if as_json or not sys.stderr.isatty():
+        yield lambda _stage: None
+        return
+    stages = Stages(sys.stderr)
+    try:
+        yield stages
+    finally:
+        stages.close()

@@ -28,7 +28,7 @@ SHOWN = 40  # problems, a line each
     "signed_by",
     metavar="PUBLIC.pem",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The folder must be signed (model.sig) by this key. Needs zoo[sign].",
+    help="The folder must be signed (model.sig) by this key. Needs zoo-weights[sign].",
 )
 @common
 def command(

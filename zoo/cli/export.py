@@ -45,7 +45,7 @@ class Size(click.ParamType[int]):
     "--type",
     "type_",
     metavar="TYPE",
-    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. Default: as the embedding is stored.",
+    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4_moe, tq2_0, tq1_0. Default: as the embedding is stored.",
 )
 @click.option("--dtype", type=DTYPE, help="Convert an hf checkpoint's weights to this. Default: as they are.")
 @click.option(
@@ -113,7 +113,7 @@ def command(
     if as_json:
         emit({"path": str(path), "files": files})
         return
-    say(f"exported {len(files)} files to {path}")
+    say(f"exported {len(files)} file{'s' * (len(files) > 1)} to {path}")
     if edited := written_since(canon):
         note(
             f"{edited} was written after the conversion: what was exported holds its values, not the release's"

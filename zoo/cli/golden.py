@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from zoo.cli._common import DTYPE, Here, common, emit, on, say
+from zoo.cli._progress import working
 
 
 @click.group(short_help="Record upstream's logits, to verify without it")
@@ -36,7 +37,8 @@ def record(src: Path, output: Path, dtype: str, max_length: int, device: str, as
     """Run upstream on SRC (a checkpoint, or a canonical folder whose source is still there) and record it."""
     from zoo.verify.recording import record
 
-    about = record(src, output, dtype, max_length, device)
+    with working(as_json) as say_stage:
+        about = record(src, output, dtype, max_length, device, say_stage)
     if as_json:
         emit(about)
     else:

@@ -58,8 +58,8 @@ def command(
         plan = opened.plan.to_json()
         if found is not None:
             plan |= remote_json(found)
-        if not tensors:
-            plan["tensors"] = len(opened.plan.outputs)
+        listed, plan["tensors"] = plan["tensors"], len(opened.plan.outputs)
+        plan |= {"tensor_list": listed} if tensors else {}
         emit(plan)
         return
     if found is not None:

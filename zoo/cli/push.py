@@ -6,17 +6,17 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, note, say, table
+from zoo.cli._common import DTYPE, Here, common, emit, note, say, table
 
 
 @click.command(short_help="A canonical folder to the Hub, with card and certificate")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("canon", type=Here(exists=True, path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--public/--private", default=None, help="Of a repository that is made. Default: private.")
 @click.option("--revision", metavar="BRANCH", help="Upload to this branch; it is made if there is none. Default: main.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, help="Convert weights to this. Default: as they are.")
 @click.option("--unproven", is_flag=True, help="Upload although the certificate failed, or is of other weights; the card says so.")  # fmt: skip
-@click.option("--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PRIVATE.pem", help="Sign what is uploaded (model.sig), as `zoo sign` does. Needs zoo[sign].")  # fmt: skip
+@click.option("--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PRIVATE.pem", help="Sign what is uploaded (model.sig), as `zoo sign` does. Needs zoo-weights[sign].")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only list what would be uploaded, with sizes.")
 @common
 def command(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from zoo.cli._common import Here, common, emit, say
+from zoo.cli._progress import working
 from zoo.errors import ZooError
 from zoo.plain import write_plain
 
@@ -18,14 +19,20 @@ from zoo.plain import write_plain
 )
 @common
 def command(canon: Path, output: Path | None, as_json: bool) -> None:
-    """Write the certificate of the canonical folder CANON as one self-contained HTML page."""
+    """Write the certificate of the canonical folder CANON as one self-contained HTML page.
+
+    The verdict comes first; then the model (drawing, sizes, release), every check with its bound, charts, the greedy
+    continuation as text, and where everything came from.
+    """
     from zoo.formats.base import read_json
     from zoo.verify import certificate, report
 
     data = read_json(canon / certificate.FILE, f"there is no certificate; write one with: zoo verify {canon}")
     path = output or canon / "report.html"
     try:
-        page = report.page(data)
+        with working(as_json) as stage:
+            stage("drawing")
+            page = report.page(data, report.of_folder(canon, data))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
     text = page.encode("utf-8", "backslashreplace")  # names may be in another encoding

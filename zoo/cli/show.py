@@ -25,6 +25,7 @@ FACTS = (
     "from",
     "published size",
     "weights",
+    "quantisation",
     "formats",
     "licence",
     "paper",
@@ -53,6 +54,7 @@ FACTS = (
     type=click.Choice(["fp32", "bf16", "fp16", "fp8"]),
     help="What the cache holds. Default: bf16.",
 )
+@click.option("--family", help="Take it for this family. Default: what its config says.")
 @common
 def command(
     names: tuple[str, ...],
@@ -60,6 +62,7 @@ def command(
     context: int | None,
     batch: int | None,
     kv_dtype: str | None,
+    family: str | None,
     as_json: bool,
 ) -> None:
     """Show what is known of a release and how it is built; several are put side by side, differences marked.
@@ -67,7 +70,7 @@ def command(
     NAME is a release (`zoo list`), a folder or file on disk, a config.json, or an owner/repo on the Hub: of one that zoo has
     no manifest of, its sets of weights are listed, and what its config.json says.
     """
-    shown = [look(name) for name in names]
+    shown = [look(name, family) for name in names]
     if context or batch or kv_dtype:
         for s in shown:
             s.load = (context, batch or 1, kv_dtype or "bf16")
@@ -127,6 +130,8 @@ class Shown:
     def lines(self) -> dict[str, str]:
         m = self.manifest
         facts = _facts(m) if m is not None else {"name": self.name, "from": self.source}
+        if (quantised := self.quantisation()) is not None:
+            facts["quantisation"] = quantised
         if m is not None or self.spec is not None:
             facts |= _architecture(m, self.spec)
         if self.spec is not None and self.load is not None:
@@ -135,6 +140,16 @@ class Shown:
             context, batch, dtype = self.load
             facts["serving"] = serving(self.spec, context or self.spec.context_length, batch, dtype)
         return facts | ({"note": "\n".join(self.notes)} if self.notes else {})
+
+    def quantisation(self) -> str | None:
+        """What the config says of quantised weights."""
+        from zoo.errors import ZooError
+        from zoo.quant.told import told
+
+        try:
+            return told(self.config)
+        except ZooError as error:  # still worth showing
+            return f"not read: {error}"
 
     def to_json(self) -> dict[str, Any]:
         from zoo import describe, manifest, sizes
@@ -148,6 +163,7 @@ class Shown:
         )
         out |= {"sets": self.sets} if self.source.startswith("hf:") else {}
         out |= {"notes": self.notes} if self.notes else {}
+        out |= {"quantisation": quantised} if (quantised := self.quantisation()) is not None else {}
         if self.spec is not None:
             out |= {
                 "architecture": describe.describe(self.spec),
@@ -171,8 +187,9 @@ class Shown:
         return draw.Facts(self.name, lines, draw.ahead(self.config, family))
 
 
-def look(name: str) -> Shown:
-    """What is known of a release, what lies on disk, or a repository. Errors: it is none of them."""
+def look(name: str, said: str | None = None) -> Shown:
+    """What is known of a release, what lies on disk, or a repository. `said`: the family to take it for. Errors: it is none of them, or
+    already another family's."""
     from zoo import manifest
     from zoo.errors import ZooError
 
@@ -180,47 +197,58 @@ def look(name: str) -> Shown:
     if (
         os.sep in name or name.endswith(".json")
     ) and path.exists():  # ./qwen3-8b is the folder, qwen3-8b the release
-        return _on_disk(path)
+        return _on_disk(path, said)
     try:
         m = manifest.find(name)
     except ZooError:
         if path.exists():
-            return _on_disk(path)
+            return _on_disk(path, said)
         if name.count("/") == 1:
-            return _repository(name)
+            return _repository(name, said)
         raise
+    if said not in (None, m.family):
+        raise ZooError(
+            f"{m.name} is a release of the family {m.family}; --family is for what zoo does not know"
+        )
     config = m.config
     return Shown(m.name, m, _spec(m, config), config or {})
 
 
-def _on_disk(path: Path) -> Shown:
+def _on_disk(path: Path, said: str | None) -> Shown:
     """A canonical folder, a checkpoint in any format, or a config.json alone."""
     from zoo import families
+    from zoo.errors import ZooError
     from zoo.formats import canonical, open_checkpoint
     from zoo.formats.base import read_json
     from zoo.mapping.plan import found
 
+    wanted = families.get(said) if said else None
     if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
         config: Mapping[str, Any] = read_json(path, "a drawing needs a config")
         name = path.stem.removesuffix(".config")
         name = path.resolve().parent.name if name == "config" else name
-        return Shown(name, None, families.spec_of(config, where=str(path)), config, str(path))
+        return Shown(name, None, families.spec_of(config, wanted, str(path)), config, str(path))
     if canonical.detect(path):
         folder = canonical.read(path)
+        if said not in (None, folder.spec.family):
+            raise ZooError(
+                f"{path}: was converted as {folder.spec.family}; --family is for what is not converted"
+            )
         return Shown(path.resolve().name, None, folder.spec, {}, str(path))
     ckpt = open_checkpoint(path)
-    spec = families.spec_of(ckpt.config, found(ckpt, str(path)), str(path))
+    spec = families.spec_of(ckpt.config, wanted or found(ckpt, str(path)), str(path))
     return Shown(
         path.resolve().stem if path.is_file() else path.resolve().name, None, spec, ckpt.config, str(path)
     )
 
 
-def _repository(name: str) -> Shown:
+def _repository(name: str, said: str | None) -> Shown:
     """What a repository holds that is no release of zoo's."""
     from zoo import families, hub, remote
     from zoo.errors import ZooError
     from zoo.formats.base import read_json
 
+    wanted = families.get(said) if said else None
     snapshot = hub.resolve(name)
     sets = [s.to_json() for s in remote.sets_of(snapshot)]
     shown = Shown(name, source=f"hf:{name}, commit {snapshot.commit}", sets=sets)
@@ -230,7 +258,7 @@ def _repository(name: str) -> Shown:
     try:
         at = hub.download(snapshot, ["config.json"]) / "config.json"
         shown.config = read_json(at, "a checkpoint needs its config")
-        shown.spec = families.spec_of(shown.config, where=f"{name}: config.json")
+        shown.spec = families.spec_of(shown.config, wanted, f"{name}: config.json")
     except ZooError as error:  # still worth showing
         shown.notes.append(str(error))
     return shown

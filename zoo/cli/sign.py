@@ -29,7 +29,7 @@ def command(folder: Path, key: Path, as_json: bool) -> None:
     """Sign every file of FOLDER, canonical or exported, with OpenSSF's model-signing: FOLDER/model.sig.
 
     `zoo check FOLDER --signature PUBLIC.pem` holds the folder to it, as model-signing's own command does. Nothing is asked of any
-    server. Needs zoo[sign].
+    server. Needs zoo-weights[sign].
     """
     from zoo.sign import sign
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.cli._common import DTYPE, Here, common, emit, failed, fold, note, on, say, say_verdict, table
+from zoo.cli._progress import working
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
 from zoo.url import is_url
@@ -49,7 +49,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 @on("Where both sides compute: cpu, cuda, cuda:1, or auto (a GPU if there is one).")
 @click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 @click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
-@click.option("--signature", "signed_by", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PUBLIC.pem", help="First hold CANON to its signature (model.sig) by this key. It covers parity.json, which is left as it is then. Needs zoo[sign].")  # fmt: skip
+@click.option("--signature", "signed_by", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PUBLIC.pem", help="First hold CANON to its signature (model.sig) by this key. It covers parity.json, which is left as it is then. Needs zoo-weights[sign].")  # fmt: skip
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip
 @common
 def command(
@@ -116,29 +116,26 @@ def _verify(
     from zoo.verify import verify
     from zoo.verify.script import Script
 
-    def progress(text: str) -> None:
-        if not as_json and sys.stderr.isatty():
-            note(f"  {text} ...")
-
     other: Path | Script | None = against
     if oracle is not None:
         if against is not None:
             raise ZooError("--oracle and --against are two things to compare with: choose one")
         other = Script(oracle, dtype) if ranks.first else None
-    cert = verify(
-        canon,
-        other,
-        level=level,
-        dtype=dtype,
-        stream=stream,
-        device=ranks.device,
-        mesh=ranks.mesh,
-        max_length=max_length,
-        self_test=self_test,
-        require=require,
-        write=output is None and not signed,
-        progress=progress,
-    )
+    with working(as_json) as progress:
+        cert = verify(
+            canon,
+            other,
+            level=level,
+            dtype=dtype,
+            stream=stream,
+            device=ranks.device,
+            mesh=ranks.mesh,
+            max_length=max_length,
+            self_test=self_test,
+            require=require,
+            write=output is None and not signed,
+            progress=progress,
+        )
     if output is not None and ranks.first:
         cert.write(output.parent, output.name)
         cert.kept = f"{output} written"

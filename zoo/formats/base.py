@@ -59,7 +59,8 @@ class Checkpoint:
     `format` is what the files are ("safetensors", "gguf", "pickle", "meta", "mistral", ...); a
     family's rules are looked up by `naming`. `config` is in Hugging Face terms, whatever the format's own.
     `carried` are the files taken along verbatim (tokenizer, templates, generation settings, config).
-    `headers` holds the raw header of each safetensors file so that export can give it back to the byte.
+    `headers` holds the raw header of each safetensors file so that export can give it back to the byte; `around`, of files
+    with more than one, all that is no tensor's (`zoo.formats.around`).
     `synthesised` are small files the reader makes from what the format embeds (a GGUF's tokenizer).
     """
 
@@ -71,6 +72,7 @@ class Checkpoint:
     files: dict[str, int]  # weight files and their sizes in bytes
     carried: tuple[str, ...] = ()
     headers: dict[str, bytes] = field(default_factory=dict)
+    around: dict[str, bytes] = field(default_factory=dict)
     synthesised: dict[str, bytes] = field(default_factory=dict)
     n_ranks: int = 1
     notes: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from typing import Any
 
 from zoo import families
 from zoo.errors import ZooError
+from zoo.formats.around import taken
 from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
 from zoo.formats.pickle import read_pickle
 
@@ -39,32 +40,33 @@ def open(path: Path) -> Checkpoint:
     params = read_json(where, "Meta's and Mistral's files need it to be understood")
     files = _rank_files(root)
     notes: list[str] = []
-    ranks = [_own(read_pickle(inside(root, f, str(root)), f, notes)) for f in files]
+    ranks = [own(read_pickle(inside(root, f, str(root)), f, notes)) for f in files]
     sizes = {f: (root / f).stat().st_size for f in files}
-    own = params.get("model", params)
-    if not isinstance(own, dict):
-        raise ZooError(f"{where}: model should be an object, found {type(own).__name__}")
-    if "multiple_of" not in own:
+    said = params.get("model", params)
+    if not isinstance(said, dict):
+        raise ZooError(f"{where}: model should be an object, found {type(said).__name__}")
+    if "multiple_of" not in said:
         if len(files) > 1:
             raise ZooError(f"{where}: not Meta's (no multiple_of), but there are {len(files)} rank files")
         tensors = {t.name: t for t in ranks[0]}
         naming = "mistral"
     else:
-        tensors = _by_rank(ranks, root, files)
-        _check_count(tensors, own, root, files)
-        if own.get("vocab_size") in (None, -1):  # Llama 2's say -1
-            own["vocab_size"] = _vocab_size(tensors, own, len(ranks))
+        tensors = by_rank(ranks, root, files)
+        _check_count(tensors, said, root, files)
+        if said.get("vocab_size") in (None, -1):  # Llama 2's say -1
+            said["vocab_size"] = _vocab_size(tensors, said, len(ranks))
         naming = "meta"
-    config = families.own_config(naming, own, tensors, str(where))
+    config = families.own_config(naming, said, tensors, str(where))
     return Checkpoint(
         root, "meta", (naming,), config, tensors, sizes, carried_files(root),
         synthesised={"config.json": (json.dumps(config, indent=2) + "\n").encode()},
         n_ranks=len(files),
         notes=tuple(notes),
+        around=taken(((root / f, f) for f in files), tensors.values()),
     )  # fmt: skip
 
 
-def _own(tensors: list[TensorRef]) -> list[TensorRef]:
+def own(tensors: list[TensorRef]) -> list[TensorRef]:
     """Without a head that is the embedding's very bytes under another name: so Meta's files of a tied model have it, whose code
     asks for both."""
     at = {t.name: (t.offset, t.dtype, t.shape, t.strides) for t in tensors}
@@ -90,7 +92,7 @@ def _rank_files(root: Path) -> list[str]:
     return [found[r] for r in range(len(found))]
 
 
-def _by_rank(ranks: list[list[TensorRef]], root: Path, files: list[str]) -> dict[str, TensorRef]:
+def by_rank(ranks: list[list[TensorRef]], root: Path, files: list[str]) -> dict[str, TensorRef]:
     """All tensors as `rank{r}.<name>`. Ranks must hold the same tensors, of the same shapes and dtypes."""
     first = {t.name: t for t in ranks[0]}
     out: dict[str, TensorRef] = {}

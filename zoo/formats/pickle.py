@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from zoo.errors import ZooError
 from zoo.formats import sets
+from zoo.formats.around import taken
 from zoo.formats.base import (
     ITEMSIZE,
     Checkpoint,
@@ -87,7 +88,8 @@ def open(path: Path) -> Checkpoint:
     if entry not in files:
         check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
     return Checkpoint(
-        root, "pickle", ("hf", "transformers"), config, tensors, files, carried_files(root), notes=tuple(notes)
+        root, "pickle", ("hf", "transformers"), config, tensors, files, carried_files(root), notes=tuple(notes),
+        around=taken(((root / n, n) for n in files), tensors.values()),
     )  # fmt: skip
 
 
@@ -335,19 +337,23 @@ def _load(file: BinaryIO, who: str) -> Any:
 def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[TensorRef]:
     """Tensors of one pickled state dict as byte ranges of `file`. Raises ZooError for anything that is
     not weights, and for ranges that are not in the file."""
-    who = str(file)
     with file.open("rb") as f:
-        start = f.read(64)
-        refuse_pointer(start, who)
-        if start[:4] == b"PK\x03\x04":
-            state, ranges = _zipped(f, who)
-        elif start[:1] == b"\x80":
-            f.seek(0)
-            state, ranges = _legacy(f, who)
-        else:
-            raise ZooError(
-                f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start[:4]!r})"
-            )
+        return read_open(f, name, str(file), notes)
+
+
+def read_open(f: BinaryIO, name: str, who: str, notes: list[str] | None = None) -> list[TensorRef]:
+    """The same of an open file, which errors call `who`."""
+    start = f.read(64)
+    refuse_pointer(start, who)
+    if start[:4] == b"PK\x03\x04":
+        state, ranges = _zipped(f, who)
+    elif start[:1] == b"\x80":
+        f.seek(0)
+        state, ranges = _legacy(f, who)
+    else:
+        raise ZooError(
+            f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start[:4]!r})"
+        )
     return list(_refs(_state_dict(state, who, notes), ranges, name, who))
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from zoo.kernels.launch import Kernel, ceil_div, overlap, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, triton
 
 if triton is not None:
     import triton.language as tl
@@ -72,7 +73,79 @@ def near(
     return out
 
 
+def some_rows_reference(weight: Tensor, ids: Tensor, first: int) -> Tensor:
+    """The rows `ids` [...] of a table of which weight [n, d] has those from `first` on: [..., d], of others zeros."""
+    own = ids - first
+    here = own.clamp(0, len(weight) - 1)
+    return torch.where((here == own)[..., None], F.embedding(here, weight), 0)
+
+
+def some_rows(weight: Tensor, ids: Tensor, first: int) -> Tensor:
+    """`some_rows_reference`, as one kernel where Triton runs."""
+    if not has_triton(weight) or not weight.is_contiguous():
+        return some_rows_reference(weight, ids, first)
+    n, d = weight.shape
+    out = weight.new_empty(*ids.shape, d)
+    _some_rows[(ids.numel(), ceil_div(d, 1024))](
+        weight, ids.contiguous(), out, first, n, d, BLOCK=1024, num_warps=4, **overlap(weight)
+    )
+    return out
+
+
+def arrive(flags: Tensor, rank: int) -> None:
+    """Return once the flags of all ranks but this one's are up, and take them down. flags int32 [ranks], that others write."""
+    _arrive[(1,)](flags, RANK=rank, RANKS=len(flags), num_warps=1)
+
+
+def add_up(parts: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`near_sum_reference` of parts [ranks, n, d], whose rows lie one after the other, as one kernel where Triton runs. `onto`
+    [n, d]: what the sum, once rounded, is added to."""
+    if not has_triton(parts) or parts.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        total = near_sum_reference(parts)
+        return total if onto is None else onto + total
+    out, n = torch.empty_like(parts[0]), parts[0].numel()
+    _add_up[(ceil_div(n, 2048),)](
+        parts, None if onto is None else onto.contiguous(), out, n, parts.stride(0),
+        RANKS=len(parts), ONTO=onto is not None, BLOCK=2048, num_warps=8, **overlap(parts),
+    )  # fmt: skip
+    return out
+
+
 if triton is not None:
+
+    @Kernel
+    def _some_rows(w_ptr, ids, out_ptr, first, n, D, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+        row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        after_previous(OVERLAP)
+        at = tl.load(ids + row) - first
+        held = tl.where((at >= 0) & (at < n), D, 0)
+        x = tl.load(w_ptr + at * D + d, mask=d < held, other=0)
+        tl.store(out_ptr + row * D + d, x, mask=d < D)
+
+    @Kernel
+    def _arrive(flags, RANK: tl.constexpr, RANKS: tl.constexpr):
+        for r in tl.static_range(RANKS):
+            if r != RANK:
+                up = tl.load(flags + r, volatile=True)
+                while up == 0:
+                    up = tl.load(flags + r, volatile=True)
+                tl.store(flags + r, 0)
+
+    @Kernel
+    def _add_up(
+        parts, onto_ptr, out_ptr, n, stride,
+        RANKS: tl.constexpr, ONTO: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < n
+        after_previous(OVERLAP)
+        total = tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
+        for r in tl.static_range(1, RANKS):
+            total += tl.load(parts + r * stride + at, mask=mask, other=0.0).to(tl.float32)
+        if ONTO:
+            total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
+            total += tl.load(onto_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def lower(word):

@@ -91,12 +91,13 @@ def shard_size_of(total: int) -> int:
 
 @dataclass
 class Sheet:
-    """Files to be, safetensors or torch's archives: their sizes, what lies before the first tensor, and (file, byte offset) of each
-    tensor."""
+    """Files to be, safetensors or torch's archives: their sizes, what lies before the first tensor or `around` them (offset, bytes),
+    and (file, byte offset) of each tensor."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
     archives: dict[str, Archive] = field(default_factory=dict)
+    around: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
     place: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def add(self, tensors: Iterable[tuple[str, str, tuple[int, ...]]], stem: str, limit: int) -> None:
@@ -135,7 +136,8 @@ class Sheet:
     def nbytes(self) -> int:
         """Of tensors in all files."""
         archived = sum(a.nbytes for a in self.archives.values())
-        return archived + sum(self.sizes[f] - len(raw) for f, raw in self.headers.items())
+        around = sum(self.sizes[f] - sum(len(data) for _, data in some) for f, some in self.around.items())
+        return archived + around + sum(self.sizes[f] - len(raw) for f, raw in self.headers.items())
 
     def index(self) -> bytes:
         """The index of all files, as Hugging Face writes it."""
@@ -566,7 +568,7 @@ class Execution:
                 continue
             for k, (source, fit) in enumerate(zip(o.sources, o.fits)):
                 file = tensors[source].file
-                if o.components or fit.copy:
+                if o.scheme is not None or fit.copy:
                     names = self.plan.sources_of(o, k) + ([o.sources[_original(o, k)]] if fit.copy else [])
                     files = frozenset(tensors[s].file for s in names)
                     if len(files) > 1:
@@ -615,7 +617,7 @@ class Execution:
         else:
             src_box = restride(src_box, fit.shape, ref.strides)
             loop = loops(src_box, fit.canonical)
-        plain = o.scheme is None and ref.dtype == o.dtype and not fit.change
+        plain = o.way(k) is None and ref.dtype == o.dtype and not fit.change
         if plain and in_kernel(loop, size):
             src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
             copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
@@ -632,11 +634,11 @@ class Execution:
         from zoo.mapping import decode
 
         files = decode.Files(self.mover.source)
-        if o.scheme is not None:
-            others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
-            if (how := scheme(o.scheme)).module:
+        if (way := o.way(k)) is not None:
+            others = {c: self.plan.checkpoint.tensors[name] for c, name in o.beside(k).items()}
+            if (how := scheme(way)).module:
                 return decode.Formula(ref, others, how, o.fits[k].shape, files, o.dtype)
-            return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
+            return decode.Quantised(ref, others, way, o.fits[k].shape, files, o.dtype)
         change = o.fits[k].change
         dtype = "F32" if change else o.dtype
         blocks = ref.dtype not in ITEMSIZE
@@ -662,7 +664,7 @@ class Execution:
         from zoo.mapping import decode
 
         names = (
-            [o.sources[k]] if o.scheme is None else [n[k] for c, n in o.components.items() if c == "scale"]
+            [o.sources[k]] if o.scheme is None else [name for c, name in o.beside(k).items() if c == "scale"]
         )
         for name in names:
             ref = self.plan.checkpoint.tensors[name]
@@ -791,9 +793,10 @@ def refuse_overlap(root: Path, dst: Path) -> None:
 
 def _source_zip(plan: Plan) -> bytes | None:
     """What export needs to give the files back to the byte, and what could not lie beside the canonical files
-    under its own name: raw headers of the weight files, and their index."""
+    under its own name: raw headers of the weight files, or all that lies around their tensors, and their index."""
     ckpt = plan.checkpoint
     kept: dict[str, bytes] = {f"headers/{name}": raw for name, raw in ckpt.headers.items()}
+    kept |= {f"around/{name}": raw for name, raw in ckpt.around.items()}
     if INDEX in ckpt.carried:
         kept[INDEX] = ckpt.path(INDEX).read_bytes()
     if not kept:

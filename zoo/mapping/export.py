@@ -1,15 +1,16 @@
 """Export: a canonical folder -> the release it was made of, a Hugging Face checkpoint, or Meta's or Mistral's own files.
 
 The same rules, read from right to left. Where nothing was converted to another dtype, the release comes back
-to the byte: files, headers, index, every tensor (extras too), tokenizer and config. Otherwise (a dtype was
-asked for, or the source was a GGUF, a pickle, a vendor's own format) it is a new checkpoint in Hugging Face
-names, with new headers; its config says what changed. Or it is one in Meta's or Mistral's names, whose params.json is made of the
+to the byte: files, headers, index, every tensor (extras too), tokenizer and config; a pickle where the source's own files are
+asked for. Otherwise (a dtype was asked for, or the source was a GGUF, a pickle, a vendor's own format) it is a new checkpoint in
+Hugging Face names, with new headers; its config says what changed. Or it is one in Meta's or Mistral's names, whose params.json is made of the
 Spec.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import struct
@@ -26,7 +27,8 @@ from zoo._version import __version__
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats import params_out
+from zoo.formats import meta, params_out
+from zoo.formats.around import Hollow
 from zoo.formats.base import (
     ITEMSIZE,
     Checkpoint,
@@ -39,7 +41,7 @@ from zoo.formats.base import (
     read_json,
 )
 from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, read
-from zoo.formats.pickle import directory_size
+from zoo.formats.pickle import directory_size, read_open
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.formats.wrapped import unwrapped
@@ -66,6 +68,7 @@ MAX_DIRECTORY = 1 << 22
 
 
 HEADED = ("safetensors", "sharded", "mistral", "openai")  # formats whose headers are kept
+PICKLES = ("pickle", "meta")  # and those of which all around the tensors is, if that is little
 
 
 @dataclass
@@ -109,7 +112,7 @@ def export(
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the files as they came: the vendor's own names if it had other ones, a
-    trainer's wrappers in them (safetensors only); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
+    trainer's wrappers in them, pickles (no GGUF); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
     "meta" or "mistral", `params.json` and `consolidated.00.pth` or `consolidated.safetensors`, from any source. `dtype` ("bf16",
     "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
     of tensors per file at most, in new files; Meta's are one. New files get a model card (`zoo.card`), and with `card` those
@@ -147,8 +150,9 @@ def export(
         try:
             for name, header in job.sheet.headers.items():
                 folder.head(name, header)
-            for name, archive in job.sheet.archives.items():
-                for at, data in archive.pieces:
+            pieces = {name: archive.pieces for name, archive in job.sheet.archives.items()} | job.sheet.around
+            for name, some in pieces.items():
+                for at, data in some:
                     folder.head(name, data, at)
             for f in files:
                 mover.open(f, c.root / f)
@@ -239,9 +243,13 @@ def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = 
     wrapped = format == "hf" and source["naming"] == "hf" and bool(unwrapped(_names(headers, c)))
     same_names = (source["naming"] == naming and not wrapped) or format == "source"
     if same_names and source.get("dtype") is None and source["format"] != VALUES and not (cast or shard_size):
-        if headers:
+        # A pickle is given back where it is asked for; a Hugging Face checkpoint is of safetensors, Meta's file of one rank.
+        wanted = format == "source" or (naming == "meta" and source["n_ranks"] == 1)
+        if headers or (wanted and any(n.startswith("around/") for n in kept)):
             job = _as_released(c, family, headers, kept)
-            if naming in VENDORS and _config_is_ours(c):  # beside the vendor's own files there was none
+            if source["naming"] in VENDORS and _config_is_ours(
+                c
+            ):  # beside the vendor's own files there was none
                 job.carried = [n for n in job.carried if n != "config.json"]
             return job
         if source["format"] in HEADED:
@@ -250,19 +258,26 @@ def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = 
             )
     if format in VENDORS:
         return _as_vendors(c, family, format, shard_size, cast)
-    if format == "source" and source["naming"] != "hf":
+    if format == "source":
         raise ZooError(
-            f"{c.root}: the released files cannot be made again ("
-            + (
-                "it holds other values"
-                if source["format"] == VALUES
-                else f"converted to {source['dtype']}"
-                if source.get("dtype")
-                else f"they were {source['format']} files"
-            )
-            + '); export with format "hf"'
+            f'{c.root}: the released files cannot be made again ({_why_not(c)}); export with format "hf"'
         )
     return _as_new(c, family, shard_size or SHARD, _released(headers, c), cast)
+
+
+def _why_not(c: Canonical) -> str:
+    """Why the files that the folder was made of are not given back."""
+    source = c.source
+    if source["format"] == VALUES:
+        return "it holds other values"
+    if source.get("dtype"):
+        return f"converted to {source['dtype']}"
+    kept = (
+        " without what is around their tensors: too much, or an earlier zoo"
+        if source["format"] in PICKLES
+        else ""
+    )
+    return f"they were {source['format']} files{kept}"
 
 
 def _cast_to(c: Canonical, dtype: str | None) -> dict[str, str]:
@@ -315,7 +330,7 @@ def _kept(c: Canonical) -> dict[str, bytes]:
 
 
 def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: Mapping[str, bytes]) -> _Job:
-    """The same files with the same headers."""
+    """The same files with the same headers, or with the same bytes around their tensors."""
     source, sheet = c.source, Sheet()
     tensors: dict[str, TensorRef] = {}
     for file, raw in headers.items():
@@ -323,8 +338,10 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
         for ref in parse_header(raw, file, size, f"{c.root / SOURCE}: {file}"):
             name = full_name(file, ref.name)
             tensors[name] = replace(ref, name=name)
-            sheet.place[name] = file, ref.offset
         sheet.sizes[file], sheet.headers[file] = size, struct.pack("<Q", len(raw)) + raw
+    if not headers:
+        tensors = _around_again(c, kept, sheet)
+    sheet.place = {name: (ref.file, ref.offset) for name, ref in tensors.items()}
     if plain := unwrapped(tensors):  # as the plan had them; the kept headers hold the names as they were
         tensors = {plain[n]: replace(ref, name=plain[n]) for n, ref in tensors.items()}
         sheet.place = {plain[n]: at for n, at in sheet.place.items()}
@@ -339,7 +356,26 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
         raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
     small = {INDEX: kept[INDEX]} if INDEX in kept else {}
     dtypes = {name: ref.dtype for name, ref in tensors.items()}
-    return _Job(sheet, plan.outputs, dtypes, list(plan.extras), small, _carried(c), exact=True)
+    filled = {
+        sheet.place[name] for o in plan.outputs.values() for name in o.sources
+    }  # names of the same bytes
+    extras = [n for n in plan.extras if sheet.place[n] not in filled]
+    return _Job(sheet, plan.outputs, dtypes, extras, small, _carried(c), exact=True)
+
+
+def _around_again(c: Canonical, kept: Mapping[str, bytes], sheet: Sheet) -> dict[str, TensorRef]:
+    """The tensors of the pickles of which `kept` has all that is around them, which goes into `sheet`; as their reader read them."""
+    source, found = c.source, dict[str, list[TensorRef]]()
+    for file, size in source["files"].items():
+        who = f"{c.root / SOURCE}: {file}"
+        hollow = Hollow(kept[f"around/{file}"], size, who)
+        found[file] = read_open(io.BufferedReader(hollow), file, who)
+        sheet.sizes[file], sheet.around[file] = size, hollow.pieces
+    if source["format"] == "meta":
+        found = {file: meta.own(refs) for file, refs in found.items()}
+    if source["naming"] == "meta":
+        return meta.by_rank(list(found.values()), c.root, list(found))
+    return {ref.name: ref for refs in found.values() for ref in refs}
 
 
 def _plan_again(c: Canonical, family: Family, tensors: dict[str, TensorRef]) -> Plan:
@@ -403,7 +439,7 @@ def _as_new(
     small: dict[str, bytes] = {}
     if index := _lay_out(sheet, listed, "model", shard_size):
         small[INDEX] = index
-    carried = [n for n in _carried(c) if n != "config.json"]
+    carried = [n for n in _carried(c) if n != "config.json" and not n.endswith(".index.json")]
     small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
     return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
 

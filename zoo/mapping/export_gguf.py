@@ -48,7 +48,8 @@ from zoo.quant.schemes import Component, scheme
 
 log = logging.getLogger(__name__)
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4_moe", "tq2_0", "tq1_0")
+"""All that the package gguf makes, by the names that llama.cpp has for such files."""
 _FILE_TYPE = {
     "F32": 0,
     "F16": 1,
@@ -58,13 +59,15 @@ _FILE_TYPE = {
     "Q5_0": 8,
     "Q5_1": 9,
     "BF16": 32,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
+    "MXFP4_MOE": 38,
 }  # llama_ftype
-_MXFP4_FILE = 38
 _PLAIN = ("F32", "F16", "BF16")  # types that safetensors has too, by the same names
 _ALWAYS_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
 _ENDS = ("token_embd.weight", "output.weight")
 _CHUNK = 1 << 18  # elements converted at a time: they stay in a core's cache
-_GROUP = 32  # elements of a block of Q8_0, Q4_0 and MXFP4
+_GROUP = 32  # elements of a block of MXFP4
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,8 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
-        import gguf
-
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
-        return math.prod(self.shape) // int(block) * int(size)
+        block, size = _block(self.type)
+        return math.prod(self.shape) // block * size
 
 
 def export_gguf(
@@ -117,13 +118,14 @@ def export_gguf(
         raise ZooError(f"{target}: expected the name of a file that ends in .gguf")
     type = type and type.lower()
     if type is not None and type not in TYPES:
-        raise ZooError(_not_made_here(type, c.root, target))
+        raise ZooError(_not_made_here(type, c, target))
     wanted = (type or _stored(c)).upper()
     family = gguf_out.form_of(families.get(c.source["family"], c.source.get("package")))
     tensors = list(_tensors(c, family, wanted))
     spec = dataclasses.replace(c.spec, family=family.name)
     described = gguf_out.describe(family, spec, {t.name: t.shape for t in tensors}, str(c.root))
     _say_what_is_left(c)
+    _say_what_is_kept(tensors, wanted)
     fields = _general(c, tensors, wanted) | described.fields
     fields |= gguf_vocab.fields(_small(c), c.spec.vocab_size, str(c.root))
 
@@ -240,13 +242,15 @@ def _add(writer: Any, key: str, value: Any) -> None:
 # What to write
 
 
-def _not_made_here(type: str, root: Path, target: Path) -> str:
-    """Of a type that is not in TYPES. Source of the names: llama_ftype, as llama.cpp's quantiser spells it."""
-    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|mxfp4\w*", type):
+def _not_made_here(type: str, c: Canonical, target: Path) -> str:
+    """Of a type that is not in TYPES: by way of a file that holds the folder's values. Source of the names: llama_ftype, as
+    llama.cpp's quantiser spells it."""
+    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|nvfp4", type):
         return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
-    plain = target.with_name(f"{target.stem}-bf16.gguf")
+    root, whole = c.root, _stored(c)
+    plain = target.with_name(f"{target.stem}-{whole}.gguf")
     return (
-        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type bf16`, "
+        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type {whole}`, "
         f"then `llama-quantize {plain} {target} {type}`; zoo makes {', '.join(TYPES)}"
     )
 
@@ -267,13 +271,27 @@ def _say_what_is_left(c: Canonical) -> None:
         )  # fmt: skip
 
 
+def _say_what_is_kept(tensors: list[_Tensor], wanted: str) -> None:
+    """Of the matrices that are no blocks of the type: once for each length of their rows."""
+    kept: dict[int, list[str]] = {}
+    for t in tensors:
+        if t.type == "F16" != wanted and not (wanted.startswith("TQ") and t.name in _ENDS):
+            kept.setdefault(t.shape[-1], []).append(t.name)
+    block = 256 if wanted.startswith("TQ") else 32
+    for length, names in kept.items():
+        log.warning(
+            "%s%s: rows of %d are no blocks of %d; kept in F16",
+            names[0], f" and {len(names) - 1} more" if len(names) > 1 else "", length, block,
+        )  # fmt: skip
+
+
 def _general(c: Canonical, tensors: list[_Tensor], wanted: str) -> dict[str, Any]:
     kinds = {t.type for t in tensors}
     name = c.source.get("repo") or c.source["config"].get("_name_or_path") or c.root.resolve().name
     return {
         "general.type": "model",
         "general.name": str(name).rstrip("/").rpartition("/")[2],
-        "general.file_type": _MXFP4_FILE if "MXFP4" in kinds else _FILE_TYPE[wanted],
+        "general.file_type": _FILE_TYPE["MXFP4_MOE" if "MXFP4" in kinds else wanted],
         "general.quantization_version": 2,
     }
 
@@ -330,15 +348,27 @@ def _fits(c: Canonical, family: Family, slot: Slot, part: Component | None) -> t
 
 
 def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """As llama.cpp's converter chooses it; in 4 and 5 bits the two ends of the model keep 8."""
+    """As llama.cpp's converter and its quantiser choose it: the two ends of the model keep 8 bits where others have 4 or 5, and 16
+    where they have three values; of MXFP4 are experts alone."""
     if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", *_ALWAYS_FP32)):
         return "F32"
     if wanted in _PLAIN:
         return wanted
-    if shape[-1] % _GROUP:
-        log.warning("%s: rows of %d are no blocks of %d; kept in F16", name, shape[-1], _GROUP)
-        return "F16"
-    return "Q8_0" if name in _ENDS else wanted
+    if name in _ENDS:
+        made = "F16" if wanted.startswith("TQ") else "Q8_0"
+    elif wanted == "MXFP4_MOE":
+        made = "MXFP4" if len(shape) > 2 else "Q8_0"
+    else:
+        made = wanted
+    return "F16" if shape[-1] % _block(made)[0] else made
+
+
+def _block(type: str) -> tuple[int, int]:
+    """Elements and bytes of a block."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
+    return int(block), int(size)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -387,7 +417,7 @@ class _Made:
         rows, dtype = _rows(c, t.pieces, t.shape[-1]), _dtype(c, t.pieces)
         step, change = max(1, _CHUNK * len(rows) // max(1, rows.size)), t.pieces[0].fit.change
         scales = None
-        if t.type == "MXFP4":
+        if t.scales:
             scales = _rows(c, t.scales, t.shape[-1] // _GROUP)
             if len(scales) != len(rows):
                 rows, scales = rows.reshape(1, -1), scales.reshape(1, -1)
@@ -476,7 +506,8 @@ def _converted(raw: Array, dtype: str, t: _Tensor, change: Change) -> Array:
         return ggml.q8_0(x)
     import gguf
 
-    made: Array = gguf.quants.quantize(x.reshape(-1, t.shape[-1]), gguf.GGMLQuantizationType[t.type])
+    # As one row: the package takes 16 rows per call of numpy.
+    made: Array = gguf.quants.quantize(x.reshape(1, -1), gguf.GGMLQuantizationType[t.type])
     return made
 
 

@@ -217,9 +217,11 @@ class Cat(Expr):
             start += p.n_parts
         boxes = t.box.split(t.out_axis, tuple(sum(t.parts[s]) for s in spans))
         for p, s, box in zip(self.parts, spans, boxes, strict=True):
-            if t.per_leaf:
-                box = box.index(t.out_axis, 0)
-            yield from p.compile(t.with_(box=box, parts=t.parts[s], rows=t.rows[s]))
+            inner = t.with_(parts=t.parts[s], rows=t.rows[s])
+            # Each part has the constant of the tensor that its rows are from.
+            each = [box.index(t.out_axis, k) for k in range(p.n_parts)] if t.per_leaf else [box]
+            for whole in each:
+                yield from p.compile(inner.with_(box=whole))
 
     def leaves(self) -> Iterator[Leaf]:
         for p in self.parts:

@@ -5,6 +5,9 @@ Unusual: nothing here says in which layer. Every rank runs the same layers on th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +17,7 @@ from zoo.errors import ZooError
 from zoo.kernels.near import near_gather_reference
 from zoo.kernels.norm import factor
 from zoo.model.near import Near
+from zoo.model.rows import LEAST, Lanes, Rows
 from zoo.spec import Norm
 
 APIECE = 64
@@ -30,6 +34,14 @@ class Across:
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self.capturable = dist.get_backend(self.group) == "nccl"
         """Whether a CUDA graph can hold what is said."""
+        self.near: Near | None = None
+        self.lanes: Lanes | None = None  # as `near`, of prompts; made when the first is captured
+        self.captured = False
+        self.rows: Rows | None = None
+        """Of a pass that is under way, in which each rank has its rows between matrices."""
+
+    def meet(self) -> None:
+        """Share memory with the other ranks, where they are GPUs of one host. All do this together, before they say more."""
         self.near = Near.of(self.group) if self.capturable else None
 
     def sum(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -54,6 +66,36 @@ class Across:
         each = x.new_empty(self.size, *x.shape)
         dist.all_gather(list(each.unbind(0)), x, group=self.group)
         return near_gather_reference(each)
+
+    def beside(self, times: Callable[[Tensor], Tensor], x: Tensor, n: int) -> Tensor:
+        """`gather` of times(x) [..., T, n], x [..., T, d]."""
+        rows = x.flatten(0, -2)
+        if self.lanes is not None and self.captured and len(rows) > LEAST:
+            found = self.lanes.columns(times, rows, n)
+            if found is not None:
+                return found.view(*x.shape[:-1], -1)
+        return self.gather(times(x))
+
+    def by_rows(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """layers(x) of x [B, T, d]; in a pass that is captured each rank has its rows of what is between matrices."""
+        self.rows = Rows.fit(self.lanes, x) if self.lanes is not None and self.captured else None
+        if self.rows is None:
+            return layers(x)
+        try:
+            return self.rows.whole(layers(self.rows.own(x)))
+        finally:
+            self.rows = None
+
+    @contextmanager
+    def to_be_captured(self) -> Iterator[None]:
+        """Passes in here are captured, or make ready for that."""
+        if self.near is not None and self.lanes is None:
+            self.lanes = Lanes(self.group, torch.device("cuda", torch.cuda.current_device()))
+        self.captured = True
+        try:
+            yield
+        finally:
+            self.captured = False
 
     def agreed(self, x: Tensor) -> Tensor:
         """The first rank's x, on all."""

@@ -183,12 +183,16 @@ def _norm(spec: NormSpec | None, d: int) -> nn.Module:
 
 
 class Decoder(nn.Module):
+    """The model of a Spec, as `zoo.load` gives it: token ids [B, T] (int64) -> logits [B, T, V]. Its parameters have the names of
+    the canonical layout. Made of a Spec alone its weights are on the meta device."""
+
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
         self.held: tuple[int, ...] | None = None  # the layers that are here, where some are not
         self.local = spec  # of what this rank has
         self.across: Across | None = None  # the ranks that share the model, see `parallel`
+        self.by_rows = False  # whether they can share the tokens of a prompt, too
         self.trainable = False
         with torch.device("meta"):
             d = spec.d_model
@@ -257,12 +261,21 @@ class Decoder(nn.Module):
         try:
             x, ctx = self.start(ids, cache)
             with preferring_cudnn(x.device):
-                for layer in self.layers:
-                    x = layer(x, ctx)
+                through = partial(self._through, ctx=ctx)
+                x = (
+                    self.across.by_rows(through, x)
+                    if self.across is not None and self.by_rows
+                    else through(x)
+                )
         except BaseException:
             if cache is not None:  # what was to follow is not there
                 cache.advance(length - cache.length)
             raise
+        return x
+
+    def _through(self, x: Tensor, ctx: Context) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, ctx)
         return x
 
     def start(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]:
@@ -300,9 +313,9 @@ class Decoder(nn.Module):
         if spec.altup is not None:
             x = self.altup.join(x)
         x = self.norm(x)
-        logits: Tensor = self.embed.times(x) if spec.tied else self.head(x)
-        if self.embed.across is not None:  # the head's rows are where the embedding's are
-            logits = self.embed.across.gather(logits)
+        head: Callable[[Tensor], Tensor] = self.embed.times if spec.tied else self.head
+        across, n = self.embed.across, len(self.embed.weight)  # the head's rows are where the embedding's are
+        logits = head(x) if across is None else across.beside(head, x, n)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         if spec.logit_softcap is not None:
@@ -318,7 +331,11 @@ class Decoder(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Tensor:
-        """Continue ids [B, T] by up to `max_new_tokens`: [B, T + n]. See `generate.stream`."""
+        """Continue ids [B, T] by up to `max_new_tokens`, with a KV cache: [B, T + n], n the steps until all rows have met `eos`.
+
+        Greedy where `temperature` is 0; else drawn at this temperature from all tokens, from the `top_k` likeliest, or from the
+        likeliest whose probabilities sum up to `top_p`. It ends where learned positions do. Raises ZooError as `forward`.
+        """
         new = list(self.stream(ids, max_new_tokens, eos, temperature, top_k, top_p))
         return torch.cat((ids, *(t[:, None] for t in new)), 1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -95,14 +96,15 @@ class Pass:
 
     def __init__(self, model: Model, batch: int, tokens: int) -> None:
         self.ids = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
-        side = _side(model.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            model(self.ids)
-        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with _capture(self.graph):
-            self.logits = model(self.ids)
+        with nullcontext() if model.across is None else model.across.to_be_captured():
+            side = _side(model.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                model(self.ids)
+            torch.cuda.current_stream().wait_stream(side)
+            with _capture(self.graph):
+                self.logits = model(self.ids)
 
     def __call__(self, ids: Tensor) -> Tensor:
         if ids.shape != self.ids.shape:

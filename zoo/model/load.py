@@ -223,7 +223,7 @@ def load(
             "source again with --dtype bf16"
         )
     with Upload(device) if torch.device(device).type == "cuda" else nullcontext() as upload:
-        model, cuts = Decoder(folder.spec), None
+        model, across, cuts = Decoder(folder.spec), None, None
         if mesh is not None and mesh.size() > 1:
             across = Across(mesh)
             shares = split(folder.spec, across.size, across.rank)
@@ -239,6 +239,8 @@ def load(
             source.fill(module, name, device, dtype)
         for i in range(model.spec.n_layers) if wanted is None else wanted:
             source.fill(model.layers[i], f"layers.{i}", device, dtype)
+        if across is not None:
+            across.meet()  # while files are read
     if trainable:
         train(model)
     return model

@@ -18,15 +18,15 @@ from zoo.model.decoder import Layer as DecoderLayer
 from zoo.model.linear import Linear, Table
 from zoo.model.mamba import Mamba
 from zoo.model.moe import MoE
+from zoo.spec import MLP, Mixer, Spec
 from zoo.spec import Attention as AttentionSpec
 from zoo.spec import Mamba as MambaSpec
-from zoo.spec import Mixer
 from zoo.split import Split
 
 
 def share_out(model: Decoder, split: Split, across: Across) -> None:
     """Cut a decoder that has no storage yet down to what this rank has of it."""
-    model.local, model.across = split.local, across
+    model.local, model.across, model.by_rows = split.local, across, _by_rows(split.spec)
     slots = layout(split.spec)
     for name, cut in split.cuts.items():
         owner, _, leaf = name.rpartition(".")
@@ -39,6 +39,7 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
         if leaf == "weight" and isinstance(module, Linear):
             if cut.axis == 0:
                 module.parts = cut.sizes
+                module.reads = across if model.by_rows and name.startswith("layers.") else None
             else:
                 module.across = across
         if isinstance(module, Table):
@@ -54,6 +55,15 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
             _is(layer.ffn, own.ffn)
             if isinstance(layer.ffn, MoE):
                 _experts(layer.ffn, across)
+
+
+def _by_rows(spec: Spec) -> bool:
+    """Whether all that layers do with a token and the others happens between a matrix that is cut and the next."""
+    plain = spec.altup is None and spec.per_layer_embedding is None
+    return plain and all(
+        isinstance(x.mixer, AttentionSpec | None) and x.beside is None and isinstance(x.ffn, MLP | None)
+        for x in spec.layers
+    )
 
 
 def _is(module: nn.Module, spec: object) -> None:

@@ -20,6 +20,8 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "NVFP4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
     "NVFP4A16": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
     "MXFP4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    "MXFP8": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32},
+    "MXFP8A16": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32},
     "MXFP4A16": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
 }
 """Groups that a config may name instead of writing them out."""

@@ -16,11 +16,13 @@ from zoo.quant.base import quantization
 READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "bitsandbytes", "modelopt")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
 FORMATS = (
-    "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "mxfp8-quantized", "naive-quantized", "nvfp4-pack-quantized",
     "pack-quantized",
 )  # fmt: skip
 
 SIGNS = {  # endings of names that only such weights have; the first that any tensor has
+    ".pre_quant_scale": "ModelOpt's AWQ, which scales activations first",
+    ".B": "GPTQ in Marlin's layout",
     ".g_idx": "GPTQ",
     ".qzeros": "AWQ or GPTQ",
     ".wscales": "SVDQuant",
@@ -78,7 +80,12 @@ def name_of(config: Mapping[str, Any], tensors: Collection[str]) -> str | None:
     method = quantization(config).get("quant_method")
     signs = ((end, what) for end, what in SIGNS.items() if method not in CALLED.get(end, ()))
     sign = next((what for end, what in signs if any(n.endswith(end) for n in tensors)), None)
+    ends = {end for end in (".qweight", ".qzeros") if any(n.endswith(end) for n in tensors)}
+    if ends == {".qweight"} and method in CALLED[".qweight"]:
+        sign = f"{str(method).upper()} without zero points, as engines lay it out for Marlin's kernels"
     phrase = said(config)
+    if isinstance(method, str) and method not in READ and method.lower() not in (sign or "").lower():
+        sign = None  # a kin of it: the config knows better
     if sign is not None:
         return f"{sign} ({phrase or LOST})"
     text = config.get("text_config")

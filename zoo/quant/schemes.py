@@ -13,8 +13,8 @@ codes stand for is in a module each for models, and in `zoo.quant.host` for conv
 | mxfp4 | U8, two codes each | `scale` per 32 inputs, U8 exponents | `X_blocks`, `X_scales`; `X.blocks`, `X.scales` |
 | int4-group32 | I32, eight codes each | `scale` per 32 inputs; `shape` [out, in] | `X.weight_packed`, `weight_scale`, `weight_shape` |
 
-`fp8-block` means 128 x 128; another block is part of the name (`fp8-block-64x32`), as is another group
-(`int4-group128`).
+`fp8-block` means 128 x 128; another block is part of the name (`fp8-block-64x32`; MXFP8 is `fp8-block-1x32`), as is another
+group (`int4-group128`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
@@ -106,7 +106,20 @@ def block_size(name: str) -> tuple[int, int]:
 
 def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[str]:
     """The schemes of the weights among these tensors, by name, one for each weight that has one that is read."""
-    found = []
+    return [how for how, _ in _found(tensors, config)]
+
+
+def nbytes(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by scheme, with what stands beside the codes; "plain": those of all other tensors."""
+    out: dict[str, int] = {}
+    for how, names in _found(tensors, config):
+        out[how] = out.get(how, 0) + sum(tensors[n].nbytes for n in names)
+    plain = sum(t.nbytes for t in tensors.values()) - sum(out.values())
+    return out | ({"plain": plain} if plain else {})
+
+
+def _found(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The scheme of each quantised weight, and the names of its tensors."""
     for name, ref in tensors.items():
         leaf = leaf_of(name)
         if ref.dtype in FLOATS or (leaf == name and not name.endswith(("weight", "blocks", "_proj"))):
@@ -115,8 +128,11 @@ def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[s
             how = detect(leaf, tensors, config)
         except ZooError:  # inspecting goes on; a plan says what is wrong
             continue
-        found += [how.name] if how is not None else []
-    return found
+        if how is not None:
+            yield (
+                how.name,
+                list(dict.fromkeys(n for c in how.components for n in c.names(leaf) if n in tensors)),
+            )
 
 
 def leaf_of(codes: str) -> str:
@@ -150,6 +166,8 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         )
     # A config may have several groups, of layers by names that are not those of the files: the scale says which.
     schemes = [_fp8(codes, scale, *said) for said in _fp8_strategies(config)]
+    if scale.dtype in ("U8", "F8_E8M0"):  # MXFP8, where the config does not say a group
+        schemes.append(_fp8_block(1, 32))
     return next((s for s in schemes if _fits(s, codes, scale)), schemes[0])
 
 
@@ -187,10 +205,15 @@ def _fp8_strategies(config: Mapping[str, Any]) -> list[tuple[str | None, tuple[i
     block = q.get("weight_block_size")
     strategy = "channel" if q.get("quant_method") == "fbgemm_fp8" else "block" if block else None
     groups = [
-        (w.get("strategy") or strategy, w.get("block_structure") or block)
+        (w.get("strategy") or strategy, w.get("block_structure") or _row_blocks(w) or block)
         for w in compressed.weights(config, "float")
     ]
     return [(s, _two_numbers(b)) for s, b in groups or [(strategy, block)]]
+
+
+def _row_blocks(weights: Mapping[str, Any]) -> list[Any] | None:
+    """The block of a group of inputs."""
+    return [1, weights.get("group_size")] if weights.get("strategy") == "group" else None
 
 
 def _two_numbers(block: Any) -> tuple[int, int]:

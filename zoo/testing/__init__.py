@@ -11,7 +11,7 @@
 `FamilyCase` says what is unusual about the family's upstream and releases, `Variant` is one small checkpoint, made by
 upstream's own class with every parameter perturbed. `FamilySuite` is the tests that every family passes.
 
-The parts need torch, transformers (`pip install zoo[upstream]`) and pytest, which are imported where they are used:
+The parts need torch, transformers (`pip install zoo-weights[upstream]`) and pytest, which are imported where they are used:
 
     build       a variant's checkpoint, its tokens, upstream's model of it
     names       every tensor that a release of a config has, without any weight

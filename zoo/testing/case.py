@@ -32,19 +32,20 @@ def _as_they_are(tensors: Tensors, config: Config) -> Tensors:
 class Gguf:
     """What llama.cpp's converter makes of a family's release: one of the architectures in its `Family.gguf`.
 
-    arch: the architecture's name.
-    fields: config.json -> the metadata beside, or other than, what `zoo.testing.gguf.metadata` has for every architecture;
-      keys without the architecture's name, None for what is not written.
-    variant: whose weights; the first of the case where not given.
-    settings: changes to the variant, where the format cannot express what it has.
-    weights: (tensors of the release, experts stacked; config.json) -> tensors under names that gguf-py's map knows.
-    interleaved: rows of q and k of each head are put in pairs.
-    plus_one: norm weights w are stored as 1 + w.
-    tables: config.json -> tensors of constants that are no weights, by their names in the file.
-    silent: fields that some converter writes besides, and that change nothing.
-    refused: fields that no zoo reads: the last of each says what would be ignored, and is refused by its name.
-    idle: fields that the converter copies from config.json though no number depends on them; no Spec has them.
-    written: zoo exports to this form; of two that llama.cpp reads, to that which is made of Hugging Face's layout.
+    Attributes:
+        arch: the architecture's name.
+        fields: config.json -> the metadata beside, or other than, what `zoo.testing.gguf.metadata` has for every architecture;
+            keys without the architecture's name, None for what is not written.
+        variant: whose weights; the first of the case where not given.
+        settings: changes to the variant, where the format cannot express what it has.
+        weights: (tensors of the release, experts stacked; config.json) -> tensors under names that gguf-py's map knows.
+        interleaved: rows of q and k of each head are put in pairs.
+        plus_one: norm weights w are stored as 1 + w.
+        tables: config.json -> tensors of constants that are no weights, by their names in the file.
+        silent: fields that some converter writes besides, and that change nothing.
+        refused: fields that no zoo reads: the last of each says what would be ignored, and is refused by its name.
+        idle: fields that the converter copies from config.json though no number depends on them; no Spec has them.
+        written: zoo exports to this form; of two that llama.cpp reads, to that which is made of Hugging Face's layout.
     """
 
     arch: str
@@ -65,7 +66,9 @@ class Gguf:
 class Listed:
     """A list of the tensors in a release's own files, and what of them the rules set aside.
 
-    stem: whose config (`<stem>.config.json`). extras: first components of the names set aside; None: any.
+    Attributes:
+        stem: whose config (`<stem>.config.json`).
+        extras: first components of the names set aside; None: any.
     """
 
     stem: str
@@ -76,37 +79,42 @@ class Listed:
 class FamilyCase:
     """What the shared tests need to know of one family.
 
-    name: the family's, as its `Family` says it.
-    variants: its tiny checkpoints. The first is the plainest.
-    main: the variant that uses most of what the family can do; the first where not given.
-    without_upstream: why transformers has no class, and what the family is held to instead.
+    Attributes:
+        name: the family's, as its `Family` says it.
+        variants: its tiny checkpoints. The first is the plainest.
+        main: the variant that uses most of what the family can do; the first where not given.
+        without_upstream: why transformers has no class, and what the family is held to instead.
 
-    Upstream:
-    classes: model_type -> model class, where transformers' own tables have none or another.
-    alone: its wrapper cannot be built here; the language model is built alone, from the wrapper's text_config.
-    upstream_keys: changes a config's keys into those that mean the same to upstream's class.
-    grouped: several query heads share a key/value head. False for MHA and MLA.
-    layer_kinds: the kinds that `layer_types` must show over all variants, where layers alternate by it.
-    sums_rounded: upstream's loop over experts rounds each sum to the model's dtype.
-    kept_in_fp32: last names of tensors that releases and upstream keep in fp32 in a bf16 checkpoint.
+    Of its upstream:
 
-    Releases:
-    released_text, released_wrapper: what `save_pretrained` writes into config.json -> the keys of a release, for the
-      language model's part and for what is around it.
-    keeps: model_type -> keys of transformers 5 that its releases, being younger, have too.
-    released: (case, saved tensors, config) -> the tensors of a release, where `save_pretrained` writes others.
-    mtp: (case, config, count) -> multi-token-prediction layers under the names of the releases.
-    mtp_layers: config stem -> prediction layers in the files, where the config does not count them.
-    never_quantised: components of names of weights that quantised releases keep, though their config does not say so.
-    packed_otherwise: config stem -> why its tensors can't be listed from upstream's class; a test of the family's
-      module accounts for them.
-    listed: tensor list (`tests/data/tensors/<name>.tensors.json`) -> the release it is of.
-    without_effect: endings of names of tensors on which no logit depends, with the reason.
-    optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
-    refused: (config stem, changes, what the error says): configs that must be refused.
-    gguf: its GGUFs, by llama.cpp's names of the architecture.
-    disputes: what a `Disagreement` of the family is about -> a function that asserts that the installed upstream still does
-      as the entry says; what upstream mends is noticed so.
+    Attributes:
+        classes: model_type -> model class, where transformers' own tables have none or another.
+        alone: its wrapper cannot be built here; the language model is built alone, from the wrapper's text_config.
+        upstream_keys: changes a config's keys into those that mean the same to upstream's class.
+        grouped: several query heads share a key/value head. False for MHA and MLA.
+        layer_kinds: the kinds that `layer_types` must show over all variants, where layers alternate by it.
+        sums_rounded: upstream's loop over experts rounds each sum to the model's dtype.
+        kept_in_fp32: last names of tensors that releases and upstream keep in fp32 in a bf16 checkpoint.
+
+    Of its releases:
+
+    Attributes:
+        released_text: what `save_pretrained` writes into config.json -> the keys of a release, for the language model's part.
+        released_wrapper: the same for what is around it.
+        keeps: model_type -> keys of transformers 5 that its releases, being younger, have too.
+        released: (case, saved tensors, config) -> the tensors of a release, where `save_pretrained` writes others.
+        mtp: (case, config, count) -> multi-token-prediction layers under the names of the releases.
+        mtp_layers: config stem -> prediction layers in the files, where the config does not count them.
+        never_quantised: components of names of weights that quantised releases keep, though their config does not say so.
+        packed_otherwise: config stem -> why its tensors can't be listed from upstream's class; a test of the family's
+            module accounts for them.
+        listed: tensor list (`tests/data/tensors/<name>.tensors.json`) -> the release it is of.
+        without_effect: endings of names of tensors on which no logit depends, with the reason.
+        optional_rules: keys of rules that no layout of a variant or release asks for, with the reason.
+        refused: (config stem, changes, what the error says): configs that must be refused.
+        gguf: its GGUFs, by llama.cpp's names of the architecture.
+        disputes: what a `Disagreement` of the family is about -> a function that asserts that the installed upstream still does
+            as the entry says; what upstream mends is noticed so.
     """
 
     name: str

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import manifests
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.layout import layout
 from zoo.mapping.plan import Match, match
+from zoo.shipped import RELEASES
 from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, MoE, Spec
 
 from . import names
 from .case import FamilyCase
 
-CONFIGS = Path(manifests.__path__[0]) / "configs"
+CONFIGS = Path(RELEASES) / "configs"
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors says it, shape
 

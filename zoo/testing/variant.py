@@ -50,24 +50,26 @@ class Tensor:
 class Variant:
     """One tiny checkpoint of a family.
 
-    architecture: upstream's model class; its config class comes with it.
-    settings: keyword arguments of the config class, nested for wrappers.
-    notes: what is special about it.
-    seq_len: tokens needed to pass every window, chunk and selection.
-    mtp: multi-token-prediction layers in the files, which no forward pass of the language model reads.
-    release: changes what `save_pretrained` wrote into what a release holds (names, unused tensors).
-    listed: turns what a release of its config holds into what its files hold, where they are not a release's.
-    rewrite: keys of config.json to set after saving (a vendor's own model_type).
-    image_token: an id that `tokens` must not draw.
-    family: name of the family, set by the `FamilyCase` it is listed in.
+    Attributes:
+        architecture: upstream's model class; its config class comes with it.
+        settings: keyword arguments of the config class, nested for wrappers.
+        notes: what is special about it.
+        seq_len: tokens needed to pass every window, chunk and selection.
+        mtp: multi-token-prediction layers in the files, which no forward pass of the language model reads.
+        release: changes what `save_pretrained` wrote into what a release holds (names, unused tensors).
+        listed: turns what a release of its config holds into what its files hold, where they are not a release's.
+        rewrite: keys of config.json to set after saving (a vendor's own model_type).
+        image_token: an id that `tokens` must not draw.
+        family: name of the family, set by the `FamilyCase` it is listed in.
 
     What upstream can't do for it, with the reason. A test fails where `not_read_by_upstream` or `decodes_otherwise` no
     longer holds; `rounds_otherwise` is measured, and taken away by hand:
 
-    eager_only: upstream's class has no sdpa path.
-    rounds_otherwise: why its bf16 logits are not upstream's to the bit for most tokens, as everyone else's are.
-    not_read_by_upstream: which keys of its release upstream's config class does not read.
-    decodes_otherwise: why upstream's cached decoding does not give the logits of its own prefill.
+    Attributes:
+        eager_only: upstream's class has no sdpa path.
+        rounds_otherwise: why its bf16 logits are not upstream's to the bit for most tokens, as everyone else's are.
+        not_read_by_upstream: which keys of its release upstream's config class does not read.
+        decodes_otherwise: why upstream's cached decoding does not give the logits of its own prefill.
     """
 
     name: str
@@ -124,10 +126,12 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 
 
 def rope(theta: float, **more: Any) -> Settings:
+    """`rope_parameters` of plain RoPE, and `more` fields of it."""
     return {"rope_type": "default", "rope_theta": theta, **more}
 
 
 def llama3(theta: float, factor: float, original: int, low: float, high: float) -> Settings:
+    """`rope_parameters` of Llama 3's bands: by `factor` beyond `original` positions, blended between `low` and `high`."""
     return {
         "rope_type": "llama3",
         "rope_theta": theta,
@@ -139,6 +143,7 @@ def llama3(theta: float, factor: float, original: int, low: float, high: float) 
 
 
 def yarn(theta: float, factor: float, original: int, fast: float, slow: float, **more: Any) -> Settings:
+    """`rope_parameters` of YaRN: by `factor` beyond `original` positions, a ramp between `slow` and `fast` turns."""
     return {
         "rope_type": "yarn",
         "rope_theta": theta,

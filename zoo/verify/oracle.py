@@ -32,6 +32,7 @@ from zoo.verify.gguf_parsed import metadata_once
 
 OnLayer = Callable[[int, Tensor], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")
 LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "floor_scale")
 """Fields of upstream's configs that are numbers of positions at which a model starts to behave differently."""
 ACTIVATIONS = ("input_activations", "output_activations")  # of a scheme of compressed-tensors
@@ -85,7 +86,7 @@ class Transformers:
         self.corrected: list[str] = []  # points in which the model does as zoo does, not as the library
         self.note = "; ".join(filter(None, (note, read_otherwise(path), _index_note(path)))) or None
         quiet()
-        self.model = load(path, DTYPES[dtype]).to(self.device)
+        self.model = load(path, DTYPES[dtype], self.device).to(self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(self.model.config)
 
@@ -289,8 +290,9 @@ def _opened_as(path: Path) -> Iterator[Path]:
         yield Path(links)
 
 
-def load(path: Path, dtype: torch.dtype) -> Any:
-    """Upstream's model of the checkpoint at `path`, eager attention and experts, in eval mode."""
+def load(path: Path, dtype: torch.dtype, device: torch.device = CPU) -> Any:
+    """Upstream's model of the checkpoint at `path`, eager attention and experts, in eval mode: on the CPU, or where `device` is
+    another and upstream dequantises faster there, on that."""
     import transformers
 
     switches: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
@@ -311,13 +313,18 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     }
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"
+    there = device != CPU and (quantisation_of(config) or {}).get("quant_method") == "mxfp4"
+    if there:  # a table look-up for each of its codes
+        switches["device_map"] = {"": device}
     with its_own_errors(path), exact_values(), _opened_as(path) as at:
         try:
             model, said = cls.from_pretrained(at, **given, **switches)
         except ValueError as e:  # a class without the switch
             if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
                 raise
-            model, said = cls.from_pretrained(at, **given, dtype=dtype)
+            switches.pop("attn_implementation")
+            switches.pop("experts_implementation", None)
+            model, said = cls.from_pretrained(at, **given, **switches)
         if missing := sorted(said["missing_keys"]):  # it would go on with random numbers
             raise LookupError(f"no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
         held = model.state_dict()
@@ -328,7 +335,21 @@ def load(path: Path, dtype: torch.dtype) -> Any:
                 raise LookupError(f"{weight} is loaded without its scales ({scale})")
     if quantisation_of(config):
         _cast_plain(model, config, dtype)
+    if there:
+        _as_computed_here(model)
     return model.eval()
+
+
+def _as_computed_here(model: Any) -> None:
+    """The buffers that no checkpoint holds (rotary frequencies) as the CPU computes them, as in models that are loaded there."""
+    from zoo.verify.stream_weights import skeleton
+
+    kept = set(model.state_dict())
+    for name, b in skeleton(type(model), model.config, model.dtype).named_buffers():
+        if name not in kept:
+            owner, _, leaf = name.rpartition(".")
+            held = model.get_submodule(owner)._buffers
+            held[leaf] = b.to(held[leaf].device)
 
 
 def _cast_plain(model: Any, config: Any, dtype: torch.dtype) -> None:

@@ -16,9 +16,12 @@ from zoo.verify.certificate import NO_TRANSFORMERS
 from zoo.verify.device import chosen, described, exact
 from zoo.verify.oracle import Transformers, upstream_available
 from zoo.verify.run import readable, versions
+from zoo.verify.stage import Progress, silent
 
 
-def record(src: Path, output: Path, dtype: str, max_length: int, device: str = "cpu") -> dict[str, Any]:
+def record(
+    src: Path, output: Path, dtype: str, max_length: int, device: str = "cpu", say: Progress = silent
+) -> dict[str, Any]:
     """Run upstream on `src`, on `device`, and write `output`; a summary. Raises ZooError if upstream can't read it."""
     if not upstream_available():
         raise ZooError(NO_TRANSFORMERS)
@@ -35,8 +38,10 @@ def record(src: Path, output: Path, dtype: str, max_length: int, device: str = "
             f"{ckpt.root}: upstream cannot read {ckpt.format} files. Run the vendor's own code on `zoo golden inputs` "
             "instead; docs/verification.md shows how"
         )
+    say("opening upstream")
     oracle = Transformers(path, dtype, device=where)
     asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=oracle.limits, dtype=dtype)
+    say("hashing the source")
     about = {
         "source": {
             "path": ckpt.root.resolve().name,
@@ -46,6 +51,7 @@ def record(src: Path, output: Path, dtype: str, max_length: int, device: str = "
         "device": described(where),
         "family": spec.family,
     }
+    say(f"upstream's logits of {asked.n_tokens} tokens, both ways")
     with exact(where):
         golden.record(oracle, asked, spec.d_model, output, dtype, about)
     told = oracle.describe()

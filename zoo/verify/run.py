@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from zoo.verify.ours import Ours, Streamed, build, subject_of
 from zoo.verify.ranks import Following, Leading, Ranks
 from zoo.verify.reading import Window
 from zoo.verify.rounded import rounding_of
+from zoo.verify.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
 
 StrPath = str | os.PathLike[str]
-Progress = Callable[[str], None]
 NO_DECODE = "not done while streaming (it would read all weights once per token)"
 
 
@@ -93,21 +93,32 @@ def verify(
     progress: Progress | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Certificate:
-    """Compare the canonical folder `canon` with `against` (a checkpoint's path, a golden file, an oracle; default:
-    the source it was converted from, where that still exists), up to and including `level`; by default as far as
-    can be judged here. Or compare the GGUF `canon` with the canonical folder `against`, of which it was written: then no
-    certificate is kept.
+    """Compare a canonical folder with upstream's implementation, or a GGUF with the canonical folder that it was written of.
 
-    `dtype`: what both sides compute in. `stream`: one layer in memory at a time; None: where both models do not fit into
-    memory whole. `device`: where both sides are run ("cpu",
-    "cuda", "cuda:1", "auto"). `self_test`: also inject every
-    applicable seeded fault and require that it is caught. `max_length`: limits of the model (windows, ...) up to
-    here are crossed. `require`: the level without which the verdict is "failed", whatever else agrees. The certificate is written to `parity.json` in the folder if `write`.
-    `mesh`: ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
-    upstream, and writes; all get its certificate.
+    Args:
+        canon: A canonical folder; or a GGUF: then `against` is the canonical folder, and no certificate is kept.
+        against: A checkpoint's path, a golden file, or an oracle; None: the source that the folder was converted from, where
+            that still exists.
+        level: How far to go: "plan", "bytes", "layers", "logits", "decode", each with those before it; None: as far as can
+            be judged here.
+        dtype: What both sides compute in: "fp32", "bf16", "fp16".
+        stream: One layer in memory at a time; None: where both models do not fit into memory whole.
+        device: Where both sides compute: "cpu", "cuda", "cuda:1", "auto".
+        self_test: Also inject every seeded fault that applies, and require that it is caught.
+        max_length: Limits of the model (windows, ...) are crossed up to this many tokens.
+        n_greedy: Tokens that both sides generate.
+        require: The level without which the verdict is "failed", whatever else agrees.
+        write: Keep the certificate as `parity.json` in the folder.
+        progress: Called with what is being done, in words.
+        mesh: Ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
+            upstream, and writes; all get its certificate.
 
-    Raises ZooError if the folder is not sound, there is nothing to compare it with, or the `level` or the `self_test`
-    that was asked for can't be done.
+    Returns:
+        What was compared, with values, bounds and their reasons.
+
+    Raises:
+        ZooError: The folder is not sound, there is nothing to compare it with, or the `level` or the `self_test` that was
+            asked for can't be done.
     """
     if level is not None and level not in LEVELS:
         raise ZooError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
@@ -118,7 +129,7 @@ def verify(
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     wanted = wanted_by(level)
-    say = progress or (lambda _text: None)
+    say = progress or silent
     started, clock = time.perf_counter(), Clock()
     on = chosen(device)
     file = None
@@ -149,17 +160,19 @@ def verify(
             )
     stream = bool(stream) or why_streamed is not None
     # Of processes and processors of their own, while Python opens.
-    aside = ThreadPoolExecutor(2, "zoo-verify")
+    aside = ThreadPoolExecutor(3, "zoo-verify")
     hashing = aside.submit(_canonical, folder)
     texts = aside.submit(inputs.texts, folder.root, folder.spec.vocab_size) if numeric else None
-    aside.shutdown(wait=False)
     say("opening the source")
     with clock("opening"):
         window = Window() if stream else None
-        if file is None:
-            other = resolve(folder, against, dtype, window, bool(numeric), on)
-        else:
-            other = _of_file(folder, file, dtype, window, bool(numeric), on)
+        other = resolve(folder, against) if file is None else _file_of(folder, file)
+        hashing_source = aside.submit(_source, folder, other)
+        aside.shutdown(wait=False)
+        if file is not None:
+            _open_reading(other, folder, dtype, window, bool(numeric), on)
+        elif numeric and other.oracle is None and other.checkpoint is not None:
+            _open_oracle(other, folder, other.checkpoint, dtype, window, on)
         held = contextlib.ExitStack()
     try:
         held.enter_context(exact_on(on))
@@ -169,7 +182,7 @@ def verify(
         if self_test and not numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
         with clock("hashes"):
-            canonical_files, source_files = hashing.result(), _source(folder, other)
+            canonical_files, source_files = hashing.result(), hashing_source.result()
         cert = Certificate(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
@@ -277,7 +290,7 @@ def foreseen(
         return None, None
     need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length)
     if need.fits or stream is not None:
-        say(str(need))
+        say(Stage(str(need), seconds=need.seconds))
         return need, None
     what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
     if not _can_stream(Path(path)):
@@ -286,7 +299,7 @@ def foreseen(
         )
         return need, None
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
-    say(f"{need}: streaming, since {what}")
+    say(Stage(f"{need}: streaming, since {what}", seconds=need.seconds))
     return need, what
 
 
@@ -304,15 +317,8 @@ def _can_stream(path: Path) -> bool:
 # What to compare with
 
 
-def resolve(
-    folder: canonical.Canonical,
-    against: StrPath | Oracle | None,
-    dtype: str,
-    window: Window | None,
-    needs_oracle: bool,
-    device: torch.device,
-) -> Against:
-    """Open the source and the oracle that `against` stands for; with a `window`, one that streams through it."""
+def resolve(folder: canonical.Canonical, against: StrPath | Oracle | None) -> Against:
+    """Open the source that `against` stands for; and the oracle, if it is one or a recording."""
     if against is not None and not isinstance(against, str | os.PathLike):
         return Against(oracle=against, why_no_source="the oracle was given as an object")
     if against is not None and _is_golden(Path(against)):
@@ -335,26 +341,30 @@ def resolve(
         )
     if not path.exists():
         raise ZooError(f"{path}: no such file or folder to verify against")
-    ckpt = open_checkpoint(path)
-    out = Against(ckpt, path)
-    if needs_oracle:
-        _open_oracle(out, folder, ckpt, dtype, window, device)
-    return out
+    return Against(open_checkpoint(path), path)
 
 
-def _of_file(
+def _file_of(folder: canonical.Canonical, file: Path) -> Against:
+    """A GGUF written of the folder."""
+    from zoo.verify import written
+
+    plan = written.of(folder, file)
+    return Against(plan.checkpoint, file, written=plan)
+
+
+def _open_reading(
+    out: Against,
     folder: canonical.Canonical,
-    file: Path,
     dtype: str,
     window: Window | None,
     needs_oracle: bool,
     device: torch.device,
-) -> Against:
-    """A GGUF written of the folder, and upstream's reading of it where it holds the folder's values."""
+) -> None:
+    """Upstream's reading of a GGUF written of the folder, where it holds the folder's values."""
     from zoo.verify import written
 
-    plan = written.of(folder, file)
-    out = Against(plan.checkpoint, file, written=plan)
+    plan, file = out.written, out.path
+    assert plan is not None
     path, rounded = readable(plan.checkpoint), written.rounded_types(folder, plan)
     if rounded:
         out.why_no_oracle = (
@@ -374,7 +384,6 @@ def _of_file(
             # Its loader drops many a field: the experts of Mixtral, the caps of Gemma 2 where they are not 50 and 30.
             out.why_no_oracle = written.read_otherwise(folder, oracle.model.config.to_dict())
             out.oracle = None if out.why_no_oracle else oracle
-    return out
 
 
 def _recorded_source(folder: canonical.Canonical) -> Path | None:

@@ -10,7 +10,7 @@ caught by numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import references, relative_error
 from zoo.verify.oracle import DTYPES, OnLayer, Oracle
 from zoo.verify.ours import Ours, build, subject_of
+from zoo.verify.stage import Progress, Stage, silent
 from zoo.verify.tolerance import Spread
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def run(
     spread: Spread,
     dtype: str,
     plan: Plan | None,
-    say: Callable[[str], None] = lambda _text: None,
+    say: Progress = silent,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Inject every applicable fault; what was caught where, ready for the certificate. Those that change not a
@@ -99,7 +100,7 @@ def run(
     results = []
     faults = applicable(folder.spec, folder.quant)
     for n, fault in enumerate(faults):
-        say(f"fault {n + 1} of {len(faults)}: {fault.name}")
+        say(Stage(f"fault {n + 1} of {len(faults)}: {fault.name}", done=n, of=len(faults)))
         results.append(_try(fault, clean, folder, recorded, dtype, plan))
     silent = [f.name for f, r in zip(faults, results, strict=True) if r is None]
     made = [r for r in results if r is not None]

@@ -45,15 +45,16 @@ _TINY16 = 2.0**-25  # half of its smallest step
 
 @dataclass(frozen=True)
 class _Steps:
-    """How far a type's quantised value may be from the value, in steps; a block's range has `steps` of them.
+    """How far a type's quantised value may be from the value, in steps; a `block`'s range has `steps` of them.
     `signed`: the range is the largest magnitude; else from the least to the largest value, and the least is stored too."""
 
     steps: int
     off: float
     signed: bool
+    block: int = 32
 
     def bound(self, blocks: Array) -> Array:
-        """[..., 1] for blocks [..., 32]. The scale's own rounding moves a value by up to `steps` times it."""
+        """[..., 1] for blocks [..., block]. The scale's own rounding moves a value by up to `steps` times it."""
         low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
         least = np.zeros_like(low) if self.signed else np.abs(low)
         span = np.maximum(np.abs(low), np.abs(high)) if self.signed else high - low
@@ -70,6 +71,8 @@ STEPS = {
     "Q5_0": _Steps(16, 1.0, True),
     "Q4_1": _Steps(15, 0.5, False),
     "Q4_0": _Steps(8, 1.0, True),
+    "TQ1_0": _Steps(1, 0.5, True, 256),
+    "TQ2_0": _Steps(1, 0.5, True, 256),
 }
 COARSE = 0.5
 """Of types that llama.cpp alone makes, how large the difference may be, in the root mean square, against the tensor: 1.4 is a
@@ -180,8 +183,9 @@ def written_bytes_level(folder: Canonical, plan: Plan) -> Level:
             wrong[source] = int((want != found).sum())
             counted["rounded to nearest"] += ref.size
         elif ref.dtype in STEPS:
-            blocks = want.reshape(-1, 32)
-            far = np.abs(found.reshape(-1, 32) - blocks) / STEPS[ref.dtype].bound(blocks)
+            steps = STEPS[ref.dtype]
+            blocks = want.reshape(-1, steps.block)
+            far = np.abs(found.reshape(-1, steps.block) - blocks) / steps.bound(blocks)
             beyond[source] = float(far.max(initial=0.0))
             counted["in steps"] += ref.size
         else:
