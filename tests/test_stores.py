@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import sys
@@ -370,6 +371,47 @@ def test_a_strangers_names_lead_nowhere(
     monkeypatch.setattr(told, "find", below_a_file)
     with pytest.raises(ZooError, match="told://b/model: a file called .* can't be one here"):
         zoo.plan("told://b/model")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        {"/x/a": {"size": None}}, {"/x/a": {}}, {"/x/a": {"size": -1}}, {"/x/a": {"size": 1 << 70}}, {"/x/a": {"size": "9" * 5000}},
+        {"/x/a": {"size": math.inf}}, {"/x/a": {"size": 1, "md5Hash": "YQ"}}, {"/x/a": [1]}, {5: {"size": 1}}, [1], None,
+        {"/x/\ud800.json": {"size": 1}}, {"/x/" + "d/" * 1000: {"size": 1}, "/x/d/d/d": {"size": 1}},
+        {f"/x/{n}": {"size": 1} for n in range(10_001)},
+    ],
+)  # fmt: skip
+def test_a_listing_that_no_store_gives_is_refused(listing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.find", lambda *_, **__: listing)
+    with pytest.raises(ZooError, match="memory://x"), described("memory://x"):
+        pass
+
+
+@pytest.mark.parametrize("answer", [None, "{}", b"{} ", b""])
+def test_bytes_that_were_not_asked_for_are_refused(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = "fsspec.implementations.memory.MemoryFileSystem."
+    monkeypatch.setattr(memory + "find", lambda *_, **__: {"/x/config.json": {"size": 2}})
+    monkeypatch.setattr(memory + "cat_file", lambda *_, **__: answer)
+    with pytest.raises(ZooError, match=r"memory://x: config\.json"), described("memory://x"):
+        pass
+
+
+def test_headers_are_not_read_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400 shards whose headers are refused at the first one, few are asked for."""
+    asked: list[str] = []
+
+    def answer(_: Any, path: str, start: int, end: int) -> bytes:
+        asked.append(path)
+        return b"\0" * (end - start)
+
+    names = [f"/x/model-{n:05}-of-00400.safetensors" for n in range(1, 401)]
+    memory = "fsspec.implementations.memory.MemoryFileSystem."
+    monkeypatch.setattr(memory + "find", lambda *_, **__: {n: {"size": 1 << 30} for n in names})
+    monkeypatch.setattr(memory + "cat_file", answer)
+    with pytest.raises(ZooError, match="begins with zeros"), described("memory://x"):
+        pass
+    assert len(asked) <= AT_ONCE
 
 
 def test_what_a_client_says_of_keys_is_shown_to_nobody(

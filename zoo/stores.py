@@ -30,7 +30,7 @@ from zoo.url import without_secrets
 BLOCK, AT_ONCE = 8 << 20, 8
 PART, SENDING = 16 << 20, 3
 """S3 takes 10,000 parts of a file: 167 GB."""
-MOST_FILES = 100_000
+MOST_FILES = 10_000
 INCOMPLETE = "zoo-incomplete.json"
 """The object that says that a conversion into this place has not ended: written first, removed last."""
 
@@ -92,32 +92,37 @@ class Store:
                 found = self.fs.find(self.root, maxdepth=2, detail=True)
             except FileNotFoundError:
                 found = {}
-        if len(found) > MOST_FILES:
-            raise ZooError(f"{self.url}: holds {len(found):,} files, too many for a checkpoint: refused")
-        out = {}
-        above = self.root.lstrip("/")
-        for path, info in sorted(found.items()):
-            name = path.lstrip("/").removeprefix(above).lstrip("/")
-            if name and not name.endswith("/") and not is_stray(os.path.basename(name)):
-                self.path(name)
-                out[name] = Stored(name, int(info["size"]), _tag(info), self._hash(info))
+            if len(found) > MOST_FILES:
+                raise ZooError(f"{self.url}: holds {len(found):,} files, too many for a checkpoint: refused")
+            out = {}
+            above = self.root.lstrip("/")
+            for path, info in sorted(found.items()):
+                name = path.lstrip("/").removeprefix(above).lstrip("/")
+                if name and not name.endswith("/") and not is_stray(os.path.basename(name)):
+                    out[name] = self._stored(name, info)
         return out
+
+    def _stored(self, name: str, info: Mapping[str, Any]) -> Stored:
+        """What the store told of a file. Raises ZooError, or what its client's answer is not made for."""
+        self.path(name)
+        if name.count("/") > 1 or not 0 <= (size := int(info["size"])) < 1 << 63:
+            raise ZooError(f"{self.url}: tells of {name!r:.200} of {info['size']} bytes: refused")
+        return Stored(name, size, _tag(info), self._hash(info))
 
     def file(self, name: str) -> Stored:
         """A file that was written just now."""
         with self._told(f"{name} cannot be asked for"):
             self.fs.invalidate_cache()
-            info = self.fs.info(self.path(name))
-        return Stored(name, int(info["size"]), _tag(info), self._hash(info))
+            return self._stored(name, self.fs.info(self.path(name)))
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file, all of them; for more than `BLOCK` see `blocks`."""
         with _reading, self._told(f"{name} cannot be read"):
             data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
-        if len(data) != end - start:
-            raise ZooError(
-                f"{self.url}: {name} gave {len(data):,} bytes where {end - start:,} were asked for"
-            )
+            if not isinstance(data, bytes | bytearray | memoryview) or len(data) != end - start:
+                raise ZooError(
+                    f"{self.url}: {name} gave {len(data):,} bytes where {end - start:,} were asked for"
+                )
         return data
 
     def blocks(
@@ -273,8 +278,7 @@ class Store:
     def _head(self, name: str, **how: Any) -> Mapping[str, Any]:
         bucket, _, key = self.path(name).partition("/")
         with self._told(f"{name} cannot be asked for"):
-            head: Mapping[str, Any] = self.fs.call_s3("head_object", Bucket=bucket, Key=key, **how)
-        return head
+            return dict(self.fs.call_s3("head_object", Bucket=bucket, Key=key, **how))
 
     def _part_size(self, file: Stored) -> int | None:
         """Bytes of the parts that a file came in, but for the last; None where the store does not say, or they differ."""
@@ -282,7 +286,9 @@ class Store:
         n = int(file.hash[1].partition("-")[2])
         if n == 1:
             return max(file.size, 1)
-        size = int(self._head(file.name, PartNumber=1).get("ContentLength", 0))
+        size = self._head(file.name, PartNumber=1).get("ContentLength")
+        if not isinstance(size, int):
+            return None
         return size if 0 < size < file.size and -(-file.size // size) == n else None
 
     def _is_no_md5(self, name: str) -> bool:
