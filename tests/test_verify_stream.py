@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from verified import COVERING, ROOT, broken, canonical, figures, streams_alike, 
 
 import zoo
 from zoo.errors import ZooError
+from zoo.formats.base import TensorRef
 from zoo.formats.canonical import read as read_folder
 from zoo.formats.opening import open_checkpoint
 from zoo.testing import build, gguf
 from zoo.verify import diagnose, exact, reading
+from zoo.verify.certificate import Certificate
+from zoo.verify.stream import StreamedTransformers
 
 NAMES = [*(tiny.MAIN[family] for family in COVERING), "gemma4_shared", "qwen3_tied"]
 
@@ -107,6 +111,57 @@ def test_each_weight_is_read_once_and_one_layer_ahead(name: str, monkeypatch: py
             known = max(known, layer) if what == "ahead" else known
 
 
+class Copies:
+    """In place of what carries layers to a GPU: copies of what is asked for, one of them with a bit turned."""
+
+    def __init__(self, room: bool = True, wrong: TensorRef | None = None) -> None:
+        self.room, self.wrong, self.asked = room, wrong, Counter[reading.Range]()
+        self.coming: dict[reading.Range, torch.Tensor] = {}
+
+    def ask(self, ranges: Iterable[reading.Range]) -> Collection[reading.Range]:
+        assert not self.coming, "more than a layer ahead"
+        wanted = list(ranges)
+        self.asked.update(wanted)
+        self.coming = {r: reading.mapped_range(*r).clone() for r in wanted if self.room}
+        for (path, offset, _), t in self.coming.items():
+            if self.wrong is not None and (path.name, offset) == (self.wrong.file, self.wrong.offset):
+                t[-1] ^= 1
+        return list(self.coming)
+
+    def take(self) -> dict[reading.Range, torch.Tensor]:
+        taken, self.coming = self.coming, {}
+        return taken
+
+    def close(self) -> None:
+        self.coming = {}
+
+
+@pytest.mark.parametrize("name", ["qwen3_tied", "gpt_oss"])
+def test_layers_that_are_copied_ahead_are_what_is_compared(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU bytes, too, are compared in the one copy of a weight that all compute with."""
+    root = canonical(name, "bfloat16")
+    folder = read_folder(root)
+    norm = folder.tensors["layers.1.ffn_norm.weight"]
+
+    def ran(ahead: Copies | None) -> Certificate:
+        monkeypatch.setattr(
+            StreamedTransformers, "_ahead", lambda self, batches: ahead if self._takes(batches) > 0 else None
+        )
+        return zoo.verify(root, level="logits", dtype="bf16", stream=True, write=False)
+
+    plain, ahead, no_room = ran(None), Copies(), Copies(room=False)
+    for copied in (ahead, no_room):
+        cert = ran(copied)
+        assert cert.passed and figures(cert) == figures(plain)
+        assert cert.level("bytes").figures == plain.level("bytes").figures  # type: ignore[union-attr]
+    all_of_it = {(folder.path(t), t.offset, t.nbytes) for t in folder.tensors.values()}
+    assert all_of_it <= set(ahead.asked) and set(ahead.asked.values()) == {1}
+    differing = ran(Copies(wrong=norm)).level("bytes").figures["differing"]  # type: ignore[union-attr]
+    assert differing == {norm.name: 1}
+
+
 def test_streaming_does_not_decode_and_says_so() -> None:
     cert = zoo.verify(canonical("llama"), stream=True, write=False)
     assert cert.passed and cert.level("decode") is None
@@ -138,8 +193,6 @@ def test_a_gguf_that_upstream_cannot_read_is_streamed_through_an_export(tmp_path
 
 
 def test_a_file_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
-    from zoo.verify.stream import StreamedTransformers
-
     with pytest.raises(ZooError, match="verify this one without --stream"):
         StreamedTransformers(tmp_path / "model.bin")
 

@@ -33,19 +33,44 @@ which all readers queue, some 5 us; a gap costs its copy, 5 us for 64 KB, which 
 VECTOR = 1024  # buffers that one call fills, at most (IOV_MAX)
 
 
+class Lanes:
+    """Threads that fill tensors on a CUDA device from files, by copies on `stream`."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self.device, self.stream = device, stream
+        self.pool = ThreadPoolExecutor(READERS)
+        self.lanes: LifoQueue[_Lane] = (
+            LifoQueue()
+        )  # the one used last comes first: buffers are made for those in use
+        for _ in range(READERS):
+            self.lanes.put(_Lane(device, stream))
+
+    def fill(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> Future[None]:
+        """As `_Lane.run`. Once the future is done, all copies are in the stream."""
+        return self.pool.submit(self._run, path, offset, into, stored, *rows)
+
+    def _run(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
+        lane = self.lanes.get()
+        try:
+            lane.run(path, offset, into, stored, *rows)
+        finally:
+            self.lanes.put(lane)
+
+    def close(self, cancel: bool = False) -> None:
+        """Wait for what was begun (and, unless `cancel`, for what was not)."""
+        self.pool.shutdown(cancel_futures=cancel)
+        self.stream.synchronize()
+        while not self.lanes.empty():
+            self.lanes.get().close()
+
+
 class Upload:
     """Copies byte ranges of files into tensors on a CUDA device. As a context: at its end all tensors are whole, or it
     raises what went wrong."""
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
-        self.stream = torch.cuda.current_stream(self.device)
-        self.pool = ThreadPoolExecutor(READERS)
-        self.lanes: LifoQueue[_Lane] = (
-            LifoQueue()
-        )  # the one used last comes first: buffers are made for those in use
-        for _ in range(READERS):
-            self.lanes.put(_Lane(self.device, self.stream))
+        self.lanes = Lanes(self.device, torch.cuda.current_stream(self.device))
         self.runs: list[Future[None]] = []
 
     def __call__(
@@ -77,25 +102,18 @@ class Upload:
                 step = RUN // p.nbytes
                 for first in range(0, p.rows, step):
                     into = flat[at + first * row : at + min(first + step, p.rows) * row]
-                    self._submit(path, p.offset + first * p.stride, into, stored, row, p.stride)
+                    self._fill(path, p.offset + first * p.stride, into, stored, row, p.stride)
             else:
                 step = RUN // stored.itemsize
                 for r in range(p.rows):
                     for start in range(0, row, step):
                         into = flat[at + r * row :][start : min(start + step, row)]
-                        self._submit(path, p.offset + r * p.stride + start * stored.itemsize, into, stored)
+                        self._fill(path, p.offset + r * p.stride + start * stored.itemsize, into, stored)
             at += p.rows * row
         return out
 
-    def _submit(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
-        self.runs.append(self.pool.submit(self._run, path, offset, into, stored, *rows))
-
-    def _run(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
-        lane = self.lanes.get()
-        try:
-            lane.run(path, offset, into, stored, *rows)
-        finally:
-            self.lanes.put(lane)
+    def _fill(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
+        self.runs.append(self.lanes.fill(path, offset, into, stored, *rows))
 
     def __enter__(self) -> Upload:
         return self
@@ -103,10 +121,7 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.pool.shutdown(cancel_futures=error is not None)
-        torch.cuda.synchronize(self.device)
-        while not self.lanes.empty():
-            self.lanes.get().close()
+        self.lanes.close(cancel=error is not None)
         if error is None:
             for run in self.runs:
                 run.result()

@@ -73,8 +73,12 @@ def _triton() -> str | None:
 def available(device: torch.device) -> int | None:
     """Bytes of memory that can be had there, page cache included; None where the system does not say."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        allocated, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        may = int(
+            torch.cuda.get_per_process_memory_fraction(device) * total
+        )  # what the program limited itself to
+        return min(free + held, may) - allocated
     try:
         with open("/proc/meminfo", encoding="ascii") as f:
             found = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))

@@ -41,7 +41,9 @@ Array = NDArray[Any]
 Read = Callable[[Path, int, int], Tensor]
 """Bytes of a file, by offset and number."""
 CHUNK = 1 << 22  # elements compared at a time
+CHUNK_THERE = 1 << 26  # on another device
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) -> Level:
@@ -177,19 +179,41 @@ class Bytes:
         window: Window | None = None,
     ) -> None:
         self.folder, self.plan, self.override = folder, plan, override
+        self.window = window
         self.read: Read = mapped_range if window is None else window.range
         self.names = [n for n in plan.outputs if n in folder.tensors and (override is None or n in override)]
         self.seconds = 0.0
-        self._found: dict[str, int] = {}  # how many elements differ
+        self._found: dict[
+            str, int | Tensor
+        ] = {}  # how many elements differ; where that was counted on a device, there
 
     def ranges(self, layer: int) -> Iterator[Range]:
         """What `leave` will read of a layer, of the folder and of the source."""
         for name in self._of(layer):
-            ref = self.folder.tensors[name]
-            yield self.folder.path(ref), ref.offset, ref.nbytes
-            output = self.plan.outputs[name]
-            sources = [self.plan.checkpoint.tensors[s] for s in (*output.sources, *_parts(output))]
-            yield from ((self.plan.checkpoint.path(r.file), r.offset, r.nbytes) for r in sources)
+            yield self._mine(name)
+            yield from self._sources(name)
+
+    def computes_with(self, layer: int | None) -> Iterator[Range]:
+        """What lies on both sides as it is compared."""
+        for name in self._of(layer):
+            if self._bits_alone(name):
+                yield self._mine(name)
+                yield from self._sources(name)
+
+    def _mine(self, name: str) -> Range:
+        ref = self.folder.tensors[name]
+        return self.folder.path(ref), ref.offset, ref.nbytes
+
+    def _sources(self, name: str) -> list[Range]:
+        output, ckpt = self.plan.outputs[name], self.plan.checkpoint
+        refs = [ckpt.tensors[s] for s in (*output.sources, *_parts(output))]
+        return [(ckpt.path(r.file), r.offset, r.nbytes) for r in refs]
+
+    def _bits_alone(self, name: str) -> bool:
+        """Whether nothing is done to the source's elements but that they are put elsewhere."""
+        output, dtype = self.plan.outputs[name], self.folder.tensors[name].dtype
+        same = all(self.plan.checkpoint.tensors[s].dtype == dtype for s in output.sources)
+        return same and _as_it_lies(self.plan, output) and not any(fit.change for fit in output.fits)
 
     def leave(self, layer: int | None) -> None:
         self.look(self._of(layer))
@@ -202,6 +226,9 @@ class Bytes:
     def look(self, names: Sequence[str]) -> None:
         """Compare these."""
         began = time.perf_counter()
+        there = {n: self._differing_there(n) for n in names}
+        self._found |= {n: count for n, count in there.items() if count is not None}
+        names = [n for n in names if n not in self._found]
         # What is compared as it lies takes no memory, so several at once; what must be made first is made one by one.
         with ThreadPoolExecutor(min(certificate.READERS, certificate.cores())) as pool:
             lying = {
@@ -211,6 +238,22 @@ class Bytes:
             }
             self._found |= {n: lying[n].result() if n in lying else self._differing(n) for n in names}
         self.seconds += time.perf_counter() - began
+
+    def _differing_there(self, name: str) -> Tensor | None:
+        """As `_differing`, where the pass carried both sides to a device; nobody waits for it. None where it did not."""
+        if self.window is None or self.override is not None or not self._bits_alone(name):
+            return None
+        mine, *theirs = (self.window.carried(*at) for at in (self._mine(name), *self._sources(name)))
+        if mine is None:
+            return None
+        bits = _BITS[ITEMSIZE[self.folder.tensors[name].dtype]]
+        counts = []
+        for fit, source in zip(self.plan.outputs[name].fits, theirs, strict=True):
+            if source is None:
+                return None
+            a, b = box_of(mine.view(bits), fit.canonical), box_of(source.view(bits), fit.source)
+            counts += [torch.count_nonzero(x != y) for x, y in in_pieces_there(a, b)]
+        return torch.stack(counts).sum()
 
     def _differing(self, name: str) -> int:
         output, ref = self.plan.outputs[name], self.folder.tensors[name]
@@ -235,7 +278,8 @@ class Bytes:
             elif any(refs[s].dtype != ref.dtype for s in output.sources):
                 cast += 1
             compared += ref.size
-        bad = {n: self._found[n] for n in self.names if self._found[n]}
+        found = {n: int(self._found[n]) for n in self.names}
+        bad = {n: count for n, count in found.items() if count}
         level.checks = [
             Check(
                 "elements that differ from the source",
@@ -345,6 +389,20 @@ def view_of(flat: Array, box: Box) -> Array:
     return as_strided(flat[box.offset :], sizes, tuple(s * step for s in strides), writeable=False)
 
 
+def box_of(flat: Tensor, box: Box) -> Tensor:
+    sizes, strides = box.flat()
+    return flat.as_strided(sizes, strides, box.offset)
+
+
+def in_pieces_there(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors in pieces along their longest axis."""
+    if a.ndim == 0:
+        return iter(((a, b),))
+    axis = max(range(a.ndim), key=lambda i: a.shape[i])
+    step = max(1, CHUNK_THERE * a.shape[axis] // max(1, a.numel()))
+    return zip(a.split(step, axis), b.split(step, axis), strict=True)
+
+
 def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dtype: str) -> int:
     """How many elements of the k-th fit differ between canonical and source."""
     fit = output.fits[k]
@@ -355,9 +413,9 @@ def _fit_differs(read: Read, plan: Plan, output: Output, k: int, mine: Array, dt
     wrong = 0
     for a, b in in_pieces(dst, view_of(src, fit.source)):
         if bits:
-            wrong += int((a != b).sum())
+            wrong += int(np.count_nonzero(a != b))
         else:
-            wrong += int((a != rounded(b, dtype).view(a.dtype)).sum())
+            wrong += int(np.count_nonzero(a != rounded(b, dtype).view(a.dtype)))
     return wrong
 
 

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.formats.base import read_json
 from zoo.verify.aside import put_aside
 from zoo.verify.gguf_parsed import metadata_once
 
 OnLayer = Callable[[int, Tensor], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")
 LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "floor_scale")
 """Fields of upstream's configs that are numbers of positions at which a model starts to behave differently."""
 ACTIVATIONS = ("input_activations", "output_activations")  # of a scheme of compressed-tensors
@@ -84,7 +86,7 @@ class Transformers:
         self.corrected: list[str] = []  # points in which the model does as zoo does, not as the library
         self.note = "; ".join(filter(None, (note, read_otherwise(path), _index_note(path)))) or None
         quiet()
-        self.model = load(path, DTYPES[dtype]).to(self.device)
+        self.model = load(path, DTYPES[dtype], self.device).to(self.device)
         self.layers = decoder_layers(self.model)
         self.avoid_ids = placeholder_ids(self.model.config)
 
@@ -242,12 +244,12 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
     entry = _entry(root)
     if entry is None or not entry.endswith(".json"):
         return None if entry is None else (entry,)
-    return tuple(sorted(set(json.loads((root / entry).read_bytes())["weight_map"].values())))
+    return tuple(sorted(set(read_json(root / entry, "it lists the shards")["weight_map"].values())))
 
 
 def _entry(root: Path) -> str | None:
     """The file that `from_pretrained` opens first: the weights, or the index of their shards."""
-    config = json.loads((root / "config.json").read_bytes())
+    config = read_json(root / "config.json", "upstream reads it")
     if (said := config.get("transformers_weights")) is not None:
         return str(said)
     stems = ("model.safetensors", "pytorch_model.bin")
@@ -260,7 +262,7 @@ def _mended_index(root: Path) -> tuple[str, dict[str, Any]] | None:
     entry = _entry(root)
     if entry is None or not entry.endswith(".json"):
         return None
-    index = json.loads((root / entry).read_bytes())
+    index = read_json(root / entry, "it lists the shards")
     return None if isinstance(index.get("metadata"), dict) else (entry, {**index, "metadata": {}})
 
 
@@ -288,8 +290,9 @@ def _opened_as(path: Path) -> Iterator[Path]:
         yield Path(links)
 
 
-def load(path: Path, dtype: torch.dtype) -> Any:
-    """Upstream's model of the checkpoint at `path`, eager attention and experts, in eval mode."""
+def load(path: Path, dtype: torch.dtype, device: torch.device = CPU) -> Any:
+    """Upstream's model of the checkpoint at `path`, eager attention and experts, in eval mode: on the CPU, or where `device` is
+    another and upstream dequantises faster there, on that."""
     import transformers
 
     switches: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
@@ -310,13 +313,18 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     }
     if cls._can_set_experts_implementation():
         switches["experts_implementation"] = "eager"
+    there = device != CPU and (quantisation_of(config) or {}).get("quant_method") == "mxfp4"
+    if there:  # a table look-up for each of its codes
+        switches["device_map"] = {"": device}
     with its_own_errors(path), exact_values(), _opened_as(path) as at:
         try:
             model, said = cls.from_pretrained(at, **given, **switches)
         except ValueError as e:  # a class without the switch
             if "attn_implementation" not in str(e) and "attention" not in str(e).lower():
                 raise
-            model, said = cls.from_pretrained(at, **given, dtype=dtype)
+            switches.pop("attn_implementation")
+            switches.pop("experts_implementation", None)
+            model, said = cls.from_pretrained(at, **given, **switches)
         if missing := sorted(said["missing_keys"]):  # it would go on with random numbers
             raise LookupError(f"no tensor for {', '.join(missing[:3])} ({len(missing)} in all)")
         held = model.state_dict()
@@ -327,7 +335,21 @@ def load(path: Path, dtype: torch.dtype) -> Any:
                 raise LookupError(f"{weight} is loaded without its scales ({scale})")
     if quantisation_of(config):
         _cast_plain(model, config, dtype)
+    if there:
+        _as_computed_here(model)
     return model.eval()
+
+
+def _as_computed_here(model: Any) -> None:
+    """The buffers that no checkpoint holds (rotary frequencies) as the CPU computes them, as in models that are loaded there."""
+    from zoo.verify.stream_weights import skeleton
+
+    kept = set(model.state_dict())
+    for name, b in skeleton(type(model), model.config, model.dtype).named_buffers():
+        if name not in kept:
+            owner, _, leaf = name.rpartition(".")
+            held = model.get_submodule(owner)._buffers
+            held[leaf] = b.to(held[leaf].device)
 
 
 def _cast_plain(model: Any, config: Any, dtype: torch.dtype) -> None:
@@ -467,7 +489,7 @@ def _fp4_in_fp32() -> Iterator[None]:
 
 def _told(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The config that upstream is given of a folder, and what it was not told of it."""
-    raw = _plain(json.loads((path / "config.json").read_bytes()))
+    raw = _plain(read_json(path / "config.json", "upstream reads it"))
     return put_aside(raw, path, from_pretrained_files(path))
 
 

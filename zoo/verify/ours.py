@@ -263,6 +263,13 @@ class Streamed(Ours):
             if name.startswith(f"layers.{layer}.") and len(ref.shape) < 3:
                 yield self.source.folder.path(ref), ref.offset, ref.nbytes
 
+    def computes_with(self, layer: int | None) -> Iterator[Range]:
+        """All of a layer, or the head."""
+        starts = f"layers.{layer}." if layer is not None else "embed." if self.spec.tied else "head."
+        for name, ref in self.source.folder.tensors.items():
+            if name.startswith(starts):
+                yield self.source.folder.path(ref), ref.offset, ref.nbytes
+
     def leave(self, layer: int | None) -> None:
         self.release()
 

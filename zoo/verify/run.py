@@ -160,17 +160,19 @@ def verify(
             )
     stream = bool(stream) or why_streamed is not None
     # Of processes and processors of their own, while Python opens.
-    aside = ThreadPoolExecutor(2, "zoo-verify")
+    aside = ThreadPoolExecutor(3, "zoo-verify")
     hashing = aside.submit(_canonical, folder)
     texts = aside.submit(inputs.texts, folder.root, folder.spec.vocab_size) if numeric else None
-    aside.shutdown(wait=False)
     say("opening the source")
     with clock("opening"):
         window = Window() if stream else None
-        if file is None:
-            other = resolve(folder, against, dtype, window, bool(numeric), on)
-        else:
-            other = _of_file(folder, file, dtype, window, bool(numeric), on)
+        other = resolve(folder, against) if file is None else _file_of(folder, file)
+        hashing_source = aside.submit(_source, folder, other)
+        aside.shutdown(wait=False)
+        if file is not None:
+            _open_reading(other, folder, dtype, window, bool(numeric), on)
+        elif numeric and other.oracle is None and other.checkpoint is not None:
+            _open_oracle(other, folder, other.checkpoint, dtype, window, on)
         held = contextlib.ExitStack()
     try:
         held.enter_context(exact_on(on))
@@ -180,7 +182,7 @@ def verify(
         if self_test and not numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
         with clock("hashes"):
-            canonical_files, source_files = hashing.result(), _source(folder, other)
+            canonical_files, source_files = hashing.result(), hashing_source.result()
         cert = Certificate(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
@@ -315,15 +317,8 @@ def _can_stream(path: Path) -> bool:
 # What to compare with
 
 
-def resolve(
-    folder: canonical.Canonical,
-    against: StrPath | Oracle | None,
-    dtype: str,
-    window: Window | None,
-    needs_oracle: bool,
-    device: torch.device,
-) -> Against:
-    """Open the source and the oracle that `against` stands for; with a `window`, one that streams through it."""
+def resolve(folder: canonical.Canonical, against: StrPath | Oracle | None) -> Against:
+    """Open the source that `against` stands for; and the oracle, if it is one or a recording."""
     if against is not None and not isinstance(against, str | os.PathLike):
         return Against(oracle=against, why_no_source="the oracle was given as an object")
     if against is not None and _is_golden(Path(against)):
@@ -346,26 +341,30 @@ def resolve(
         )
     if not path.exists():
         raise ZooError(f"{path}: no such file or folder to verify against")
-    ckpt = open_checkpoint(path)
-    out = Against(ckpt, path)
-    if needs_oracle:
-        _open_oracle(out, folder, ckpt, dtype, window, device)
-    return out
+    return Against(open_checkpoint(path), path)
 
 
-def _of_file(
+def _file_of(folder: canonical.Canonical, file: Path) -> Against:
+    """A GGUF written of the folder."""
+    from zoo.verify import written
+
+    plan = written.of(folder, file)
+    return Against(plan.checkpoint, file, written=plan)
+
+
+def _open_reading(
+    out: Against,
     folder: canonical.Canonical,
-    file: Path,
     dtype: str,
     window: Window | None,
     needs_oracle: bool,
     device: torch.device,
-) -> Against:
-    """A GGUF written of the folder, and upstream's reading of it where it holds the folder's values."""
+) -> None:
+    """Upstream's reading of a GGUF written of the folder, where it holds the folder's values."""
     from zoo.verify import written
 
-    plan = written.of(folder, file)
-    out = Against(plan.checkpoint, file, written=plan)
+    plan, file = out.written, out.path
+    assert plan is not None
     path, rounded = readable(plan.checkpoint), written.rounded_types(folder, plan)
     if rounded:
         out.why_no_oracle = (
@@ -385,7 +384,6 @@ def _of_file(
             # Its loader drops many a field: the experts of Mixtral, the caps of Gemma 2 where they are not 50 and 30.
             out.why_no_oracle = written.read_otherwise(folder, oracle.model.config.to_dict())
             out.oracle = None if out.why_no_oracle else oracle
-    return out
 
 
 def _recorded_source(folder: canonical.Canonical) -> Path | None:

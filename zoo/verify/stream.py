@@ -28,6 +28,7 @@ from zoo.errors import ZooError
 from zoo.formats import safetensors
 from zoo.formats.base import Checkpoint, read_json
 from zoo.mapping.plan import Plan
+from zoo.verify.carrying import Carrier
 from zoo.verify.compare import Clock, OnLayer, OnLogits, SpreadMeter
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import (
@@ -42,7 +43,7 @@ from zoo.verify.oracle import (
     read_otherwise,
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
-from zoo.verify.reading import Passing, Range, Window
+from zoo.verify.reading import Ahead, Passing, Range, Window
 from zoo.verify.stream_gguf import GGUFWeights
 from zoo.verify.stream_gguf import config_and_class as of_gguf
 from zoo.verify.stream_given import GivenWeights
@@ -148,18 +149,24 @@ class StreamedTransformers(Transformers):
         ways = [_Way(contextlib.nullcontext, on_layer, on_logits)]
         if meter.ways is not None:
             ways.insert(0, _Way(second, meter.keep_layer, meter.keep_logits))
-        self._drive(batches, ways)
+        self._drive(batches, ways, lambda: clock("waiting for files"))
 
-    def _drive(self, batches: Sequence[Batch], ways: Sequence[_Way]) -> None:
+    def _drive(
+        self,
+        batches: Sequence[Batch],
+        ways: Sequence[_Way],
+        waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         for way in ways:
             way.workers = [_Worker(self, batch) for batch in batches]
         try:
-            with Passing(self.window, len(self.layers)) as passing:
+            with Passing(self.window, len(self.layers), self._ahead(batches), waiting) as passing:
                 for i in range(len(self.layers)):
                     for way in ways:
                         way.step()  # to just before layer i
                     with passing.layer(i):
                         self._through(i, ways)
+                passing.beside()
                 for b in range(len(batches)):
                     for way in ways:
                         way.on_logits(b, way.logits(b))
@@ -187,8 +194,27 @@ class StreamedTransformers(Transformers):
         """What a pass will read of a layer."""
         return self.weights.ranges(self.layers[layer])
 
+    def computes_with(self, layer: int | None) -> Iterator[Range]:
+        """Weights of a layer, or of the head."""
+        part = self.model.get_output_embeddings() if layer is None else self.layers[layer]
+        return self.weights.used_there(part)
+
     def leave(self, layer: int | None) -> None:
         """It has gone already."""
+
+    def _ahead(self, batches: Sequence[Batch]) -> Ahead | None:
+        """What copies layers to the device."""
+        return None if self.device.type != "cuda" else Carrier(self.device, self._takes(batches))
+
+    def _takes(self, batches: Sequence[Batch]) -> int:
+        """Bytes that a pass takes at most beside the files' own: the largest layer, and that widened, three times where it is
+        made of other tensors first; or a batch's logits both ways and ours, and what they are compared in."""
+        w = self.weights
+        largest = max(sum(w.meta[name].numel() for name in w.names_of(x)) for x in self.layers)
+        layer = largest * (w.dtype.itemsize + 4) * (3 if w.converts else 1)
+        vocab: int = self.model.get_output_embeddings().weight.shape[0]
+        tokens = max(b.ids.numel() for b in batches)
+        return max(layer, tokens * vocab * (3 * w.dtype.itemsize + 8))
 
     def _hook(self) -> None:
         for layer in self.layers:

@@ -102,6 +102,10 @@ class GGUFWeights(Weights):
                     f"{path}: upstream knows {found} of it for {name}, whose shape is {list(like.shape)}"
                 )
 
+    @property
+    def converts(self) -> bool:
+        return True
+
     def mapped_one(self, name: str) -> Tensor | None:
         return None
 
@@ -110,8 +114,12 @@ class GGUFWeights(Weights):
         return lambda at: self._made(name, [source], at)
 
     def ranges(self, module: nn.Module) -> Iterator[Range]:
-        for name in self._of(module, self.names[id(module)], True):
+        for name in self.names_of(module):
             yield from (self.stored[source].range for source in self._sources(name))
+
+    def used_there(self, module: nn.Module) -> Iterator[Range]:
+        """Nothing: numpy dequantises."""
+        return iter(())
 
     def _convert(self, name: str) -> dict[str, Tensor]:
         return {name: self._made(name, self._found(name))}

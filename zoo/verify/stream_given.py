@@ -48,6 +48,16 @@ class GivenWeights(Weights):
                 stored = self.plan.checkpoint.tensors[name]
                 yield self.plan.checkpoint.path(stored.file), stored.offset, stored.nbytes
 
+    @property
+    def converts(self) -> bool:
+        return True
+
+    def used_there(self, module: nn.Module) -> Iterator[Range]:
+        """What is not dequantised first."""
+        for ref in self._refs(module):
+            if ref.name not in self.coded:
+                yield self.plan.checkpoint.path(ref.file), ref.offset, ref.nbytes
+
     def _mapped(self, ref: TensorRef) -> Tensor:
         if (of := self.coded.get(ref.name)) is None:
             return super()._mapped(ref)

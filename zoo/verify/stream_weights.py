@@ -169,9 +169,22 @@ class Weights:
         for ref in self._refs(module):
             yield self.ckpt.path(ref.file), ref.offset, ref.nbytes
 
+    def used_there(self, module: nn.Module) -> Iterator[Range]:
+        """What of that is used on the device, and not on the CPU first."""
+        return self.ranges(module)
+
+    @property
+    def converts(self) -> bool:
+        """Whether upstream's tensors are made of the checkpoint's, and not just these renamed."""
+        return any(found[0][1] is not None for found in self.sources.values())
+
+    def names_of(self, module: nn.Module) -> Iterator[str]:
+        """Those of the module's weights."""
+        return self._of(module, self.names[id(module)], True)
+
     def _refs(self, module: nn.Module) -> Iterator[TensorRef]:
         """The checkpoint's tensors that the module's are made of."""
-        for name in self._of(module, self.names[id(module)], True):
+        for name in self.names_of(module):
             key = self.targets_of.get(name, name)
             for source, _ in self.sources.get(key) or self.sources.get(self.tied.get(key, "")) or []:
                 yield self.ckpt.tensors[source]
