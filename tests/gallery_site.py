@@ -28,5 +28,6 @@ def site() -> Path:
 
 @functools.cache
 def rows() -> dict[str, dict[str, Any]]:
-    """The releases in its gallery.json, by name."""
-    return {r["name"]: r for r in json.loads((site() / "gallery.json").read_text())["releases"]}
+    """The releases in its gallery.json, by name, each with what is counted of its architecture."""
+    data = json.loads((site() / "gallery.json").read_text())
+    return {r["name"]: r | data["architectures"].get(r.get("drawing"), {}) for r in data["releases"]}

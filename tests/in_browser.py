@@ -15,6 +15,8 @@ axe_core = pytest.importorskip("axe_playwright_python", reason="needs zoo[browse
 
 CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
 needed = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+# A page of the gallery that gallery.js fills says when it has; others are whole as they come.
+FILLED = "() => !document.body?.dataset.page || 'filled' in document.body.dataset"
 PHONE, DESK = (390, 844), (1280, 800)
 
 
@@ -35,6 +37,7 @@ class Window:
     def open(self, address: str) -> Any:
         self.page.goto("about:blank")  # another part after # alone would not load the page again
         self.page.goto(address)
+        self.page.wait_for_function(FILLED)
         return self.page
 
 

@@ -331,6 +331,7 @@ def test_every_page_of_the_whole_gallery_opens_without_an_error(window: Any, tmp
     assert {r.manifest.family for r in releases} == {m.family for m in manifest.load_all()}
     seen = window((1000, 700))
     seen.page.goto((tmp_path / "site" / "index.html").as_uri())
+    seen.page.wait_for_selector("#cards li")
     drawings = sum(u.endswith(".svg") for u in seen.asked)
     assert 1 <= drawings <= 60, "what is not seen yet is not loaded yet"
     for file in sorted((tmp_path / "site").rglob("*.html")):

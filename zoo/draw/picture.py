@@ -141,7 +141,11 @@ def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
         for letters in rows:
             part = letters[start : start + _PER_ROW]
             for letter in dict.fromkeys(part):
-                c.path(_cells(part, letter, left, y), styles.get(letter, "n"))
+                style = styles.get(letter, "n")
+                boxes, between = _cells(part, letter, left, y)
+                c.path(boxes, style)
+                if between:
+                    c.path(between, f"{style} j")
             c.cells(left, y + 9, part, 9, _CELL)
             y += _CELL
         y += 3 if len(rows) > 1 else 0
@@ -156,14 +160,16 @@ def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
     return y + c.lines(_MARGIN, y + 2, key, _SMALL, WIDTH - 2 * _MARGIN, "m") + 2
 
 
-def _cells(row: str, letter: str, left: float, y: float) -> str:
-    """The cells of a row that hold `letter`: each run of them as one box with lines in it."""
-    d = ""
+def _cells(row: str, letter: str, left: float, y: float) -> tuple[str, str]:
+    """The cells of a row that hold `letter`: each run of them as one box, and what is between its cells, a line of dashes."""
+    boxes = between = ""
     for run in re.finditer(f"{re.escape(letter)}+", row):
-        w = len(run[0]) * _CELL - 1
-        d += f"M{left + run.start() * _CELL:g} {y:g}h{w:g}v12h-{w:g}z"
-        d += f"m{_CELL - 0.5:g} 0v12" * (w > _CELL) + f"m{_CELL:g}-12v12" * (len(run[0]) - 2)
-    return d
+        n, x = len(run[0]), left + run.start() * _CELL
+        w = n * _CELL - 1
+        boxes += f"M{x:g} {y:g}h{w:g}v{_CELL - 2:g}h-{w:g}z"
+        if n > 1:
+            between += f"M{x + _CELL - 1:g} {y + _CELL / 2 - 1:g}h{(n - 2) * _CELL + 1:g}"
+    return boxes, between
 
 
 # ---- frames

@@ -33,6 +33,7 @@ _FORMS = {
     "b": "font-weight:600", "o": "text-decoration:underline", "g": "stroke-dasharray:4 3", "t": "fill:none;stroke-dasharray:4 3",
     "w": "fill:none", "q": "fill:none;stroke-opacity:.4", "s": "fill:none", "u": "fill:none;stroke-width:1.5", "c": "fill-opacity:.55",
     "y": "stroke-width:4;stroke-dasharray:4 2", "z": "stroke-width:2.5;stroke-dasharray:2.5 1.5",
+    "j": "stroke-width:12;stroke-dasharray:1 13",
 }  # fmt: skip
 
 
@@ -49,7 +50,11 @@ def _style(used: Collection[str]) -> str:
     """The style sheet, of the classes that a picture has. On paper the light colours hold."""
 
     def rules(of: dict[str, str]) -> str:
-        return "".join(f".{k}{{{v}}}" for k, v in of.items() if k in used)
+        alike: dict[str, list[str]] = {}
+        for k, v in of.items():
+            if k in used:
+                alike.setdefault(v, []).append(f".{k}")
+        return "".join(f"{','.join(names)}{{{v}}}" for v, names in alike.items())
 
     return (
         'text{font-family:system-ui,"Segoe UI",Roboto,Arial,sans-serif;white-space:pre;'
@@ -90,12 +95,14 @@ def document(
 
 
 def _canvas(c: Canvas, own: Collection[str]) -> str:
+    paths: dict[str, str] = {}  # one for each style: a picture is mostly short lines
+    for d, style in c.paths:
+        paths[style] = paths.get(style, "") + d
+    streams = paths.pop("u", "")
     out = [_rect(r) for r in c.rects if r.depth == 0]
-    out += [
-        f'<path class="u" d="{d}"/>' for d, style in c.paths if style == "u"
-    ]  # streams: below what they go through
+    out += [f'<path class="u" d="{streams}"/>'] if streams else []  # below what they go through
     out += [_rect(r) for r in sorted(c.rects, key=lambda r: r.depth) if r.depth]
-    out += [f'<path class="{style}" d="{d}"/>' for d, style in c.paths if style != "u"]
+    out += [f'<path class="{style}" d="{d}"/>' for style, d in paths.items()]
     for size in sorted({t.size for t in c.texts}):
         out.append(f'<g font-size="{number(size)}">')
         for t in c.texts:

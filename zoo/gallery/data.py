@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from zoo import draw, families, manifest, sizes
 from zoo.describe import describe
 from zoo.gallery.choices import CHOICES, choices
+from zoo.gallery.copies import base
 from zoo.layout import active_params, layout, total_params
 from zoo.manifest import Manifest
 from zoo.order import order, pattern
 from zoo.spec import Spec
 
-VERSION = 1
+VERSION = 2
 
 CARDS = {
     "RTX 4090": 24, "RTX 5090": 32, "L40S": 48, "A100 40 GB": 40, "A100 80 GB": 80, "H100": 80, "RTX PRO 6000": 96,
@@ -30,14 +32,19 @@ NOT_PUBLIC = "no public copy of its config is known"
 
 @dataclass(frozen=True)
 class Release:
-    """A release, its Spec where zoo has its config, and its picture by the name of its file: equal pictures are one."""
+    """A release, its Spec where zoo has its config, and its picture by the name of its file: equal pictures are one.
+
+    `base`: the release whose config and Spec these are, where `manifest` has none and is a quantised copy of it (copies.py).
+    """
 
     manifest: Manifest
     spec: Spec | None
     svg: str
     drawing: str | None
-    row: dict[str, Any]
+    row: dict[str, Any]  # in `releases` of gallery.json
+    counted: dict[str, Any] = field(default_factory=dict)  # in its `architectures`, by `drawing`
     facts: draw.Facts = field(default_factory=lambda: draw.Facts(""))
+    base: Manifest | None = None
 
 
 def collect(names: Iterable[str] = ()) -> list[Release]:
@@ -55,6 +62,7 @@ def document(releases: list[Release]) -> dict[str, Any]:
         "cards": CARDS,
         "bits": sizes.BITS,
         "kv_bytes": sizes.KV_BYTES,
+        "architectures": {r.drawing: r.counted for r in releases if r.drawing is not None},
         "releases": [r.row for r in releases],
     }
 
@@ -75,7 +83,9 @@ def lines(releases: list[Release]) -> dict[str, Any]:
 
 
 def _release(m: Manifest) -> Release:
-    config = m.config
+    config, original = m.config, None
+    if config is None and (original := base(m)) is not None:
+        config = original.config
     row: dict[str, Any] = {
         "name": m.name,
         "aliases": list(m.aliases),
@@ -94,12 +104,21 @@ def _release(m: Manifest) -> Release:
     if config is None:
         return Release(m, None, "", None, row | {"not_drawn": GATED if m.gated else NOT_PUBLIC})
     family = families.get(m.family)
-    spec = families.spec_of(config, family, f"{m.name}: config.json")
+    spec = families.spec_of(config, family, f"{(original or m).name}: config.json")
     facts = draw.Facts("", (), draw.ahead(config, family))
+    counted = _counted(spec)
     svg = draw.drawing(spec, facts, about=f"{m.family}: see the page")
-    drawing = hashlib.sha256(svg.encode()).hexdigest()[:12] + ".svg"
+    # Equal names: what is drawn and what is counted are equal.
+    drawing = hashlib.sha256((svg + json.dumps(counted)).encode()).hexdigest()[:12] + ".svg"
+    row["drawing"] = drawing
+    if original is not None:
+        row["drawn_as"] = original.name
+    return Release(m, spec, svg, drawing, row, counted, facts, original)
+
+
+def _counted(spec: Spec) -> dict[str, Any]:
     o = order(spec)
-    row |= {
+    return {
         "params": total_params(spec),
         "active": active_params(spec),
         "matrices": sum(s.size for s in layout(spec).values() if s.multiplies),
@@ -113,9 +132,7 @@ def _release(m: Manifest) -> Release:
         "state": [sizes.state_bytes(spec, 0), sizes.state_bytes(spec, 1) - sizes.state_bytes(spec, 0)],
         "choices": {group: made for group, made in choices(spec).items() if made},
         "about": {k: v for k, v in describe(spec).items() if k in ABOUT},
-        "drawing": drawing,
     }
-    return Release(m, spec, svg, drawing, row, facts)
 
 
 ABOUT = ("attention", "positions", "norm", "QK-norm", "feed-forward")

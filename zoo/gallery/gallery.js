@@ -1,6 +1,6 @@
 "use strict";
-// The gallery's pages from gallery.json (data.js holds it as DATA, since a page on disk may not fetch). No library.
-const rows = DATA.releases, byName = new Map(rows.map(r => [r.name, r]));
+// The gallery's pages from gallery.json (data.js holds it packed, since a page on disk may not fetch). No library.
+let data, lines, rows, byName;
 const $ = id => document.getElementById(id);
 const make = (tag, attributes = {}, ...children) => {
   const e = document.createElement(tag);
@@ -18,7 +18,7 @@ const whole = n => n.toLocaleString("en");
 const cacheBytes = (r, context, kv) => r.cache.reduce((sum, [n, kept]) => sum + n * Math.min(context, kept || context), 0) * kv;
 const stateBytes = (r, kv) => r.state[0] + r.state[1] * kv;
 const weightBytes = (r, dtype) => {
-  const bits = DATA.bits[dtype];
+  const bits = data.bits[dtype];
   return bits >= 16 ? r.params * bits / 8 : (r.matrices * bits + (r.params - r.matrices) * 16) / 8;
 };
 const size = r => r.params ?? r.published_params ?? 0;
@@ -31,6 +31,7 @@ function card(r) {
     ? make("a", { class: "picture", href: `r/${r.name}.html`, tabindex: -1, "aria-hidden": "true" },
       make("img", { src: `svg/${r.drawing}`, alt: "", loading: "lazy", decoding: "async" }))
     : make("p", { class: "none" }, `Not drawn: ${r.not_drawn}.`);
+  const copied = r.drawn_as ? `Drawn as ${r.drawn_as}, of which it is a quantised copy (${r.weights})` : "";
   const li = make("li", {}, picture);
   const text = make("div", { class: "text" });
   text.append(make("h2", {}, make("a", { href: `r/${r.name}.html` }, r.name)));
@@ -39,6 +40,7 @@ function card(r) {
   text.append(make("p", { class: "muted" }, [r.vendor, r.released, r.licence].filter(Boolean).join(" · ")));
   const cache = r.kv_per_token ? `KV cache ${GB(cacheBytes(r, r.context, 2))} at full context in bf16` : r.cache ? "no KV cache" : "";
   text.append(make("p", { class: "muted" }, [cache, proven[r.proven]].filter(Boolean).join(" · ")));
+  if (copied) text.append(make("p", { class: "muted" }, copied));
   const tags = [...made(r, "attention"), ...made(r, "positions"), ...made(r, "feed-forward").filter(t => !/^MoE,|GLU/.test(t))];
   text.append(make("div", { class: "tags" }, ...tags.map(t => make("span", {}, t))));
   li.append(text);
@@ -59,8 +61,8 @@ function gallery() {
   const each = f => [...new Set(rows.map(f).filter(Boolean))].sort((a, b) => a.localeCompare(b, "en", { sensitivity: "base" }));
   option("vendor", each(r => r.vendor), "all");
   option("year", each(r => r.released?.slice(0, 4)).reverse(), "all");
-  const groups = Object.keys(DATA.choices);
-  for (const g of groups) option(g, DATA.choices[g].filter(c => rows.some(r => made(r, g).includes(c))), "any");
+  const groups = Object.keys(data.choices);
+  for (const g of groups) option(g, data.choices[g].filter(c => rows.some(r => made(r, g).includes(c))), "any");
   option("proven", Object.values(proven), "any");
   $("sort").append(...Object.keys(SORTS).map(s => make("option", {}, s)));
   const haystack = new Map(rows.map(r => [r, [r.name, ...(r.aliases ?? []), r.vendor, r.family, r.repo, r.licence, r.released, r.weights,
@@ -111,6 +113,7 @@ function gallery() {
 
 const FACTS = [
   ["vendor", r => r.vendor], ["released", r => r.released], ["licence", r => r.licence], ["weights", r => r.weights],
+  ["drawn and counted as", r => r.drawn_as],
   ["parameters", r => size(r) && short(size(r))], ["active per token", r => size(r) && short(active(r))], ["layers", r => r.layers],
   ["d_model", r => r.d_model && whole(r.d_model)], ["vocabulary", r => r.vocabulary && whole(r.vocabulary)],
   ["context", r => r.context && whole(r.context)], ["order of layers", r => r.pattern],
@@ -121,10 +124,10 @@ const FACTS = [
 
 // A drawing, and over it a mark on each line whose text is not among those that all drawings have.
 function marked(r, common) {
-  const [height, ...at] = LINES.at[r.drawing], box = make("div", { class: "drawn" },
+  const [height, ...at] = lines.at[r.drawing], box = make("div", { class: "drawn" },
     make("img", { src: `svg/${r.drawing}`, alt: `Block diagram of ${r.name}; the table says the same in words` }));
   for (let n = 0; n < at.length; n += 3) {
-    const [text, width] = LINES.texts[at[n]];
+    const [text, width] = lines.texts[at[n]];
     if (common.has(text)) continue;
     const part = (x, of) => `${(100 * x / of).toFixed(2)}%`;
     box.append(make("i", { title: text, style: `left:${part(at[n + 1], 400)};width:${part(width, 400)};top:${part(at[n + 2] - 10, height)};height:${part(14, height)}` }));
@@ -150,7 +153,7 @@ function compare() {
     });
     $("table").style.setProperty("--models", chosen.length);
     $("table").replaceChildren(make("caption", {}, "Rows that differ begin with ≠"), make("thead", {}, head), make("tbody", {}, ...body));
-    const said = chosen.map(r => new Set(LINES.at[r.drawing].slice(1).filter((_, n) => n % 3 === 0).map(n => LINES.texts[n][0])));
+    const said = chosen.map(r => new Set(lines.at[r.drawing].slice(1).filter((_, n) => n % 3 === 0).map(n => lines.texts[n][0])));
     const common = said.reduce((all, one) => new Set([...all].filter(t => one.has(t))), said[0] ?? new Set());
     $("pictures").replaceChildren(...chosen.map(r => make("figure", {}, make("figcaption", {}, r.name), marked(r, common))));
     try { history.replaceState(null, "", "#" + chosen.map(r => r.name).join(",")); } catch { /* as above */ }
@@ -162,13 +165,13 @@ function compare() {
 function fit() {
   const form = $("ask"), known = rows.filter(r => r.params);
   $("release").append(...known.map(r => make("option", {}, r.name)).sort((a, b) => a.value.localeCompare(b.value)));
-  $("dtype").append(...Object.keys(DATA.bits).map(d => make("option", { selected: d === "bf16" }, d)));
-  $("kv").append(...Object.keys(DATA.kv_bytes).map(d => make("option", { selected: d === "bf16" }, d)));
+  $("dtype").append(...Object.keys(data.bits).map(d => make("option", { selected: d === "bf16" }, d)));
+  $("kv").append(...Object.keys(data.kv_bytes).map(d => make("option", { selected: d === "bf16" }, d)));
   const asked = location.hash.slice(1), fields = ["release", "dtype", "context", "batch", "kv"]; // #NAME, or all that was asked
   for (const [k, v] of asked.includes("=") ? new URLSearchParams(asked) : [["release", decodeURIComponent(asked)]])
     if (fields.includes(k) && ([...$(k).options ?? []].some(o => o.value === v) || $(k).type === "number")) $(k).value = v;
   function show() {
-    const r = byName.get($("release").value), kv = DATA.kv_bytes[$("kv").value];
+    const r = byName.get($("release").value), kv = data.kv_bytes[$("kv").value];
     const batch = Math.max(1, Math.floor(+$("batch").value) || 1), wanted = Math.max(1, Math.floor(+$("context").value) || 1);
     const context = Math.min(wanted, r.context);
     const weights = weightBytes(r, $("dtype").value), cache = cacheBytes(r, context, kv) * batch, state = stateBytes(r, kv) * batch;
@@ -176,7 +179,7 @@ function fit() {
     $("said").textContent = wanted > r.context ? `${r.name} sees at most ${whole(r.context)} tokens: counted for that many.` : "";
     const line = (name, n) => make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "n" }, GB(n)));
     $("needs").replaceChildren(line("Weights", weights), line("KV cache", cache), line("Recurrent state", state), line("Together", total));
-    $("hardware").replaceChildren(...Object.entries(DATA.cards).map(([name, gb]) => {
+    $("hardware").replaceChildren(...Object.entries(data.cards).map(([name, gb]) => {
       const n = Math.ceil(total / (gb * 9e8));
       return make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "n" }, `${gb} GB`),
         make("td", { class: n === 1 ? "yes" : "" }, n === 1 ? "fits on one" : `${whole(n)} of them`));
@@ -187,4 +190,23 @@ function fit() {
   show();
 }
 
-({ gallery, compare, fit })[document.body.dataset.page]?.();
+// zlib's stream in base64 -> JSON.
+const unpack = async packed => {
+  const bytes = Uint8Array.from(atob(packed), c => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).json();
+};
+
+async function start() {
+  data = await unpack(DATA);
+  if (typeof LINES !== "undefined") lines = await unpack(LINES);
+  rows = data.releases.map(r => ({ ...r, ...data.architectures[r.drawing] }));
+  byName = new Map(rows.map(r => [r.name, r]));
+  ({ gallery, compare, fit })[document.body.dataset.page]?.();
+  document.body.dataset.filled = "";
+}
+
+start().catch(e => {
+  $("main").prepend(make("p", { role: "alert" }, "This page can't show the releases: it needs a browser of 2023 or later. ",
+    make("a", { href: "gallery.json" }, "The data")));
+  throw e;
+});

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from zoo import sizes
-from zoo.describe import describe, flop, size
+from zoo.describe import describe
 from zoo.gallery.choices import CHOICES
 from zoo.gallery.data import Release
 from zoo.layout import layout
@@ -34,16 +34,17 @@ def e(x: Any) -> str:
 def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> str:
     """A whole page. `at`: its place in the navigation; `up`: from it to the gallery's folder; `script`: what gallery.js does."""
     nav = "".join(
-        f'<a href="{up}{file}"{" aria-current=page" if file == at else ""}>{name}</a>' for file, name in PAGES
+        f"<a href={up}{file}{' aria-current=page' if file == at else ''}>{name}</a>" for file, name in PAGES
     )
     needed = ["data.js", *["lines.js"] * (script == "compare"), "gallery.js"] if script else []
-    scripts = "".join(f'<script src="{up}{file}"></script>' for file in needed)
+    scripts = "".join(f"<script src={up}{file}></script>" for file in needed)
+    # There is a page a release: HTML lets out quotes of a word, <head>, and what ends with the page.
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title)}</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="stylesheet" href="{up}gallery.css"><body{f" data-page={script}" if script else ""}>'
-        f'<a class="skip" href="#main">Skip to the content</a><header><nav aria-label="Pages">{nav}</nav></header>'
-        f'<main id="main">{body}</main>{scripts}</html>\n'
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(title)}</title>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<link rel=stylesheet href={up}gallery.css><body{f' data-page={script}' if script else ''}>"
+        f"<a class=skip href=#main>Skip to the content</a><header><nav aria-label=Pages>{nav}</nav></header>"
+        f"<main id=main>{body}</main>{scripts}\n"
     )
 
 
@@ -54,10 +55,12 @@ def index(releases: list[Release]) -> str:
     groups = "".join(_select(group, group.capitalize()) for group in CHOICES)
     links = "".join(f'<li><a href="r/{e(r.manifest.name)}.html">{e(r.manifest.name)}</a>' for r in releases)
     drawn = sum(r.spec is not None for r in releases)
+    copies = sum(r.base is not None for r in releases)
+    as_base = f", {copies} as the release that they are a quantised copy of" if copies else ""
     return page(
         "LLM architectures, drawn from their configs",
         "index.html",
-        f"<h1>LLM architectures, drawn from their configs</h1><p class=muted>{len(releases)} releases, {drawn} of them drawn: "
+        f"<h1>LLM architectures, drawn from their configs</h1><p class=muted>{len(releases)} releases, {drawn} of them drawn{as_base}: "
         "what a picture says, the config says. The data: "
         '<a href="gallery.json">gallery.json</a>, <a href="gallery.schema.json">its schema</a>.</p>'
         '<form class="ask" id="ask" role="search"><label class="wide">Search names, vendors, licences, fact sheets'
@@ -106,12 +109,12 @@ def fit() -> str:
 
 def timeline(releases: list[Release]) -> str:
     """When each choice appeared, and what share of each year's releases made it."""
-    dated = [r for r in releases if r.spec is not None and r.manifest.released]
+    dated = [r for r in releases if r.spec is not None and r.base is None and r.manifest.released]
     years = sorted({(r.manifest.released or "")[:4] for r in dated})
     of_year = {y: [r for r in dated if (r.manifest.released or "").startswith(y)] for y in years}
     body = ""
     for group, names in CHOICES.items():
-        made = {c: [r for r in dated if c in r.row["choices"].get(group, [])] for c in names}
+        made = {c: [r for r in dated if c in r.counted["choices"].get(group, [])] for c in names}
         body += f"<tbody><tr><th colspan={len(years) + 1} scope=rowgroup class=group>{e(group.capitalize())}"
         for choice in sorted(
             (c for c in names if made[c]), key=lambda c: min(r.manifest.released or "" for r in made[c])
@@ -158,17 +161,29 @@ def release(r: Release, others: Iterable[Release] = ()) -> str:
     links = "".join(
         f'<li><a href="{e(url)}">{e(kind)}</a>' for kind, url in m.links.items() if url.startswith("https://")
     )
-    family = [o.manifest.name for o in others if o.drawing and o.manifest.family == m.family]
-    near = ", ".join(f'<a href="{e(name)}.html">{e(name)}</a>' for name in family[:NEAR])
+    others = list(others)
+    there = r.base is not None and any(o.manifest.name == r.base.name for o in others)
+    original = "" if r.base is None else e(r.base.name)
+    if there:
+        original = f"<a href={original}.html>{original}</a>"
+    family = [
+        o.manifest.name for o in others if o.drawing and o.base is None and o.manifest.family == m.family
+    ]
+    near = ", ".join(f"<a href={e(name)}.html>{e(name)}</a>" for name in family[:NEAR])
     picture = (
         f"<p class=muted>Not drawn: {e(r.row.get('not_drawn', ''))}. Who may read it: <code>zoo show {e(m.repo or m.name)} --svg FILE</code></p>"
         + (f"<p class=muted>Drawn of its family, {e(m.family)}: {near}</p>" if near else "")
     )
     if r.drawing:
         picture = (
-            f'<object type="image/svg+xml" tabindex="-1" data="../svg/{r.drawing}" aria-label="Block diagram of {e(m.name)}">'
-            f'</object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
-            f'<a href="../compare.html#{e(m.name)}">Compare</a> · <a href="../fit.html#{e(m.name)}">What it fits on</a></p>'
+            f"<object type=image/svg+xml tabindex=-1 data=../svg/{r.drawing} aria-label='Block diagram of {e((r.base or m).name)}'>"
+            f"</object><p><a href=../svg/{r.drawing}>The drawing alone</a> · "
+            f"<a href=../compare.html#{e(m.name)}>Compare</a> · <a href=../fit.html#{e(m.name)}>What it fits on</a></p>"
+        )
+    if r.base is not None:
+        picture += (
+            f"<p>Drawn as {original}, of which it is a quantised copy ({e(m.quantization)}): no public copy of its own config is known. "
+            "The drawing, and what is counted, are those of that release.</p>"
         )
     proofs = {
         "weights": "Conversions of this release are proven with its real weights, against upstream.",
@@ -185,7 +200,9 @@ def release(r: Release, others: Iterable[Release] = ()) -> str:
         + (f"<h2>Sources</h2><ul>{links}</ul>" if links else "")
         + "</div></div>"
     )
-    if r.spec is not None:
+    if there:
+        body += f"<p>Parameters by part, the order of layers and canonical tensors: see {original}.</p>"
+    elif r.spec is not None:
         body += _parts(r.spec) + _layers(r.spec) + _tensors(r.spec)
     return page(m.name, "", body, up="../")
 
@@ -205,7 +222,7 @@ def _parts(spec: Spec) -> str:
     total = sum(parts.values())
     colour = {part: f"c{n}" for n, part in enumerate(sizes.PARTS)}  # gallery.css has them
     bars = "".join(
-        f'<i class={colour[p]} style="width:{100 * n / total:.1f}%"></i>'
+        f"<i class={colour[p]} style=width:{100 * n / total:.1f}%></i>"
         for p, n in parts.items()
         if n > total / 500
     )
@@ -213,32 +230,26 @@ def _parts(spec: Spec) -> str:
         f"<tr><th><i class={colour[p]}></i>{p}<td>{n:,}<td>{100 * n / total:.1f}%<td>{active.get(p, 0):,}"
         for p, n in parts.items()
     )
-    context = spec.context_length
     return (
         f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table class=numbers><thead><tr><th scope=col>Part"
         f"<th scope=col>Parameters<th scope=col>Share<th scope=col>Active per token</thead>{rows}</table></div>"
-        f"<p>{size(sizes.weight_bytes(spec, 'bf16'))} in bf16. {flop(sizes.flops_per_token(spec, 1))} for the first token, "
-        f"{flop(sizes.flops_per_token(spec, context))} for the last of {context:,}.</p>"
     )
 
 
 def _layers(spec: Spec) -> str:
     o = order(spec)
-    runs = [
-        (key, [n for n, _ in group])
-        for key, group in itertools.groupby(enumerate(zip(o.mixing, o.feeding, strict=True)), lambda x: x[1])
-    ]
+    of: dict[tuple[str, str], list[str]] = {}  # a kind of layer -> which are of it
+    for kind, group in itertools.groupby(range(spec.n_layers), lambda n: (o.mixing[n], o.feeding[n])):
+        at = list(group)
+        of.setdefault(kind, []).append(f"{at[0]}–{at[-1]}" if len(at) > 1 else str(at[0]))
     used = [x for x in (*o.mixers, *o.ffns) if x != "-"]
     key = ", ".join(f"{x}: {'other ' if x.islower() else ''}{MEANINGS.get(x.upper(), '?')}" for x in used)
-    rows = "".join(
-        f"<tr><td class=n>{at[0]}{f'–{at[-1]}' if len(at) > 1 else ''}<td>{mixer}<td>{ffn}"
-        for (mixer, ffn), at in runs
-    )
+    rows = "".join(f"<tr><td>{mixer}<td>{ffn}<td>{', '.join(layers)}" for (mixer, ffn), layers in of.items())
     strip = f"<p class=letters>{o.letters}</p>" + (
         f"<p class=letters>{o.feeding}</p>" if o.feeding_varies else ""
     )
-    table = f"<details><summary>As a table</summary><table><tr><th scope=col class=n>Layers<th scope=col>Mixer<th scope=col>Feed-forward{rows}</table></details>"
-    return f"<h2>Layers</h2>{strip}<p class=muted>{e(key)}</p>{table if len(runs) > 1 else ''}"
+    table = f"<details><summary>As a table</summary><table><tr><th scope=col>Mixer<th scope=col>Feed-forward<th scope=col>Layers{rows}</table></details>"
+    return f"<h2>Layers</h2>{strip}<p class=muted>{e(key)}</p>{table if len(of) > 1 else ''}"
 
 
 def _tensors(spec: Spec) -> str:
