@@ -414,7 +414,8 @@ def test_names_from_elsewhere_are_text_and_nothing_else() -> None:
 def test_side_by_side_marks_the_lines_that_differ_and_no_others() -> None:
     a, b = release("llama-3.1-8b"), release("qwen3-8b")
     root = ET.fromstring(side_by_side([(a, Facts("a")), (b, Facts("b"))]))
-    marked = {e.text for e in root.findall(".//{*}text") if "o" in (e.get("class") or "").split()}
+    groups = [g for g in root.findall(".//{*}g") if "o" in (g.get("class") or "").split()]
+    marked = {e.text for g in groups for e in g.findall("{*}text")}
     assert "  RMSNorm, ε 1e-6" in marked and "36 layers" in marked and "32 layers" in marked
     assert not marked & {"Feed-forward", "a", "b", "Grouped-query attention", "Head"}
     same = side_by_side([(a, Facts("a")), (a, Facts("b"))])

@@ -57,9 +57,9 @@ def _style(used: Collection[str]) -> str:
         return "".join(f"{','.join(names)}{{{v}}}" for v, names in alike.items())
 
     return (
-        'text{font-family:system-ui,"Segoe UI",Roboto,Arial,sans-serif;white-space:pre;'
+        'text{white-space:pre}g{font-family:system-ui,"Segoe UI",Roboto,Arial,sans-serif;'
         f"fill:{_INK[0]}}}{rules(_colours(0))}{rules(_FORMS)}@media screen and (prefers-color-scheme:dark)"
-        f"{{text{{fill:{_INK[1]}}}{rules(_colours(1))}}}"
+        f"{{g{{fill:{_INK[1]}}}{rules(_colours(1))}}}"
     )
 
 
@@ -103,21 +103,21 @@ def _canvas(c: Canvas, own: Collection[str]) -> str:
     out += [f'<path class="u" d="{streams}"/>'] if streams else []  # below what they go through
     out += [_rect(r) for r in sorted(c.rects, key=lambda r: r.depth) if r.depth]
     out += [f'<path class="{style}" d="{d}"/>' for style, d in paths.items()]
-    for size in sorted({t.size for t in c.texts}):
-        out.append(f'<g font-size="{number(size)}">')
-        for t in c.texts:
-            if t.size == size:
-                out.append(_line(t, t.compared and t.text.strip() in own))
-        out.append("</g>")
+    # What texts have in common stands once: their size, class and anchor.
+    alike: dict[tuple[float, str, str], list[Text]] = {}
+    for t in c.texts:
+        marked = t.compared and t.text.strip() in own
+        alike.setdefault((t.size, f"{t.style} o".strip() if marked else t.style, t.anchor), []).append(t)
+    for (size, style, anchor), texts in sorted(alike.items(), key=lambda item: item[0]):
+        classes = f" class={quoteattr(style)}" if style else ""
+        anchored = "" if anchor == "start" else f' text-anchor="{anchor}"'
+        out.append(f'<g font-size="{number(size)}"{classes}{anchored}>{"".join(map(_line, texts))}</g>')
     return "".join(out)
 
 
-def _line(t: Text, own: bool) -> str:
-    style = f"{t.style} o".strip() if own else t.style
-    classes = f" class={quoteattr(style)}" if style else ""
-    anchor = "" if t.anchor == "start" else f' text-anchor="{t.anchor}"'
+def _line(t: Text) -> str:
     x = " ".join(number(t.x + n * t.pitch) for n in range(len(t.text))) if t.pitch else number(t.x)
-    return f'<text{classes}{anchor} x="{x}" y="{number(t.y)}">{_text(t.text)}</text>'
+    return f'<text x="{x}" y="{number(t.y)}">{_text(t.text)}</text>'
 
 
 def _rect(r: Rect) -> str:

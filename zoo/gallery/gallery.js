@@ -49,7 +49,7 @@ function card(r) {
 }
 
 const SORTS = {
-  "newest, drawn first": [r => (r.drawing ? 1 : 0) + (r.released ?? ""), -1], newest: [r => r.released ?? "", -1], oldest: [r => r.released ?? "9", 1], "largest": [size, -1], "smallest": [r => size(r) || Infinity, 1],
+  "newest, drawn first": [r => (r.drawn_as ? 1 : r.drawing ? 2 : 0) + (r.released ?? ""), -1], newest: [r => r.released ?? "", -1], oldest: [r => r.released ?? "9", 1], "largest": [size, -1], "smallest": [r => size(r) || Infinity, 1],
   "most active": [active, -1], "longest context": [r => r.context ?? 0, -1], "smallest cache a token": [r => r.kv_per_token ?? Infinity, 1],
   name: [r => r.name, 1],
 };

@@ -53,7 +53,7 @@ def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> s
 
 def index(releases: list[Release]) -> str:
     groups = "".join(_select(group, group.capitalize()) for group in CHOICES)
-    links = "".join(f'<li><a href="r/{e(r.manifest.name)}.html">{e(r.manifest.name)}</a>' for r in releases)
+    links = "".join(f"<li><a href=r/{e(r.manifest.name)}.html>{e(r.manifest.name)}</a>" for r in releases)
     drawn = sum(r.spec is not None for r in releases)
     copies = sum(r.base is not None for r in releases)
     as_base = f", {copies} as the release that they are a quantised copy of" if copies else ""
@@ -231,8 +231,8 @@ def _parts(spec: Spec) -> str:
         for p, n in parts.items()
     )
     return (
-        f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table class=numbers><thead><tr><th scope=col>Part"
-        f"<th scope=col>Parameters<th scope=col>Share<th scope=col>Active per token</thead>{rows}</table></div>"
+        f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table class=numbers><tr><th>Part"
+        f"<th>Parameters<th>Share<th>Active per token{rows}</table></div>"
     )
 
 
@@ -248,7 +248,7 @@ def _layers(spec: Spec) -> str:
     strip = f"<p class=letters>{o.letters}</p>" + (
         f"<p class=letters>{o.feeding}</p>" if o.feeding_varies else ""
     )
-    table = f"<details><summary>As a table</summary><table><tr><th scope=col>Mixer<th scope=col>Feed-forward<th scope=col>Layers{rows}</table></details>"
+    table = f"<details><summary>As a table</summary><table><tr><th>Mixer<th>Feed-forward<th>Layers{rows}</table></details>"
     return f"<h2>Layers</h2>{strip}<p class=muted>{e(key)}</p>{table if len(of) > 1 else ''}"
 
 
@@ -262,5 +262,5 @@ def _tensors(spec: Spec) -> str:
     )
     return (
         "<h2>Canonical tensors</h2><details><summary>Names and shapes of a converted checkpoint</summary><div class=scroll tabindex=0><table class=tensors><tr>"
-        f"<th scope=col>Tensor<th scope=col>Shape<th scope=col>Times{rows}</table></div></details>"
+        f"<th>Tensor<th>Shape<th>Times{rows}</table></div></details>"
     )
