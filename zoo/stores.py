@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from zoo.errors import ZooError
@@ -42,8 +43,8 @@ _reading = threading.BoundedSemaphore(AT_ONCE)
 @dataclass(frozen=True)
 class Stored:
     """A file: its name below the store's root, and bytes. `tag`: what changes when it is written again. `hash`: what the
-    store says of its bytes, a kind and hex digits: "md5", "sha256", or "parts", S3's MD5 of the MD5s of the parts that it
-    came in, with their number."""
+    store says of its bytes, a kind and hex digits: "md5", "sha256", "git", git's SHA-1 of a blob, or "parts", S3's MD5 of the
+    MD5s of the parts that it came in, with their number."""
 
     name: str
     size: int
@@ -185,11 +186,13 @@ class Store:
                 for at in range(0, file.size, step)
             ]
             found = f"{_digest('md5', md5s).hexdigest()}-{len(md5s)}"
+        elif kind == "git":
+            found = _digest("sha1", chain([b"blob %d\0" % file.size], chunks(0, file.size))).hexdigest()
         else:
             found = _digest(kind, chunks(0, file.size)).hexdigest()
         if found == want:
             return True
-        return None if kind != "sha256" and self._is_no_md5(file.name) else False
+        return None if kind in ("md5", "parts") and self._is_no_md5(file.name) else False
 
     def holds(self, file: Stored, fd: int) -> bool:
         """Whether `file` has the bytes of `fd`: by the store's own hash, else by reading it."""
@@ -258,8 +261,13 @@ class Store:
     def _hash(self, info: Mapping[str, Any]) -> tuple[str, str] | None:
         if isinstance(given := info.get("md5Hash"), str):  # Google's
             return "md5", base64.b64decode(given).hex()
-        if isinstance(lfs := info.get("lfs"), Mapping) and isinstance(lfs.get("sha256"), str):  # the Hub's
-            return "sha256", lfs["sha256"]
+        if (lfs := info.get("lfs")) is not None:  # the Hub's, of large files
+            sha256 = lfs.get("sha256") if isinstance(lfs, Mapping) else getattr(lfs, "sha256", None)
+            return ("sha256", sha256) if isinstance(sha256, str) else None
+        if isinstance(blob := info.get("blob_id"), str) and re.fullmatch(
+            "[0-9a-f]{40}", blob
+        ):  # and git's, of others
+            return "git", blob
         tag = str(info.get("ETag", "")).strip('"')
         if not hasattr(self.fs, "call_s3"):
             return None
