@@ -35,7 +35,7 @@ from zoo.model import Decoder, across, rows
 from zoo.model.rows import Lanes
 from zoo.spec import MLP, Attention, DeltaNet, LatentAttention, Layer, Mamba, MoE, Spec
 
-LENGTH, GIVEN = 23, 21
+LENGTH, GIVEN = 25, 22
 """Tokens; of which a prompt, the others one by one."""
 
 
