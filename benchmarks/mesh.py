@@ -76,11 +76,9 @@ class Bench:
         dist.barrier(group=self.side)
 
     def of_first(self, value: Any) -> Any:
-        import torch.distributed as dist
+        from zoo.together import of_first
 
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.side)
-        return box[0]
+        return of_first(value, self.side)
 
     def seconds(self, run: Callable[[], object], together: bool = True) -> float:
         """How long a run takes: of all ranks together, from when all are ready until all are done."""

@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CPU = {
     "startup": ["startup.py"],
+    "gallery": ["gallery.py"],
     "convert": ["convert.py", "--upstream"],
     "formats": ["formats.py"],
     "pull-speed": ["pull.py", "speed"],

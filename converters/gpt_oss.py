@@ -9,7 +9,7 @@ What is unusual:
   alternate on disk (gate is even).
 - Norm weights are applied in fp32, then cast.
 - Releases hold the experts in mxfp4, [out, in] in blocks of 32; transformers saves them unquantised as
-  [in, out]. OpenAI's own files (`original/`) fuse q, k, v and have names of their own.
+  [in, out]. OpenAI's own files (`original/`) fuse q, k, v and have names of their own. MLX's have gate and up apart.
 """
 
 from __future__ import annotations
@@ -94,6 +94,10 @@ RULES = {
         ("layers.{i}.moe.down.weight", transpose(_E + "down_proj")),
         ("layers.{i}.moe.down.weight", _E + "down_proj_blocks"),
         ("layers.{i}.moe.down.bias", _E + "down_proj_bias"),
+        ("layers.{i}.moe.gate_up.weight", cat(_E + "gate_proj.weight", _E + "up_proj.weight")),  # MLX's
+        ("layers.{i}.moe.gate_up.bias", cat(_E + "gate_proj.bias", _E + "up_proj.bias")),
+        ("layers.{i}.moe.down.weight", _E + "down_proj.weight"),
+        ("layers.{i}.moe.down.bias", _E + "down_proj.bias"),
     ),
     "openai": rules(
         ("embed.weight", "embedding.weight"),

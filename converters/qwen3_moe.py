@@ -75,7 +75,7 @@ HF = (
     *hf.NUMBERED,
 )
 RULES = {
-    "hf": rules(*HF),
+    "hf": rules(*HF, *hf.SWITCHED),
     "transformers": rules(*hf.in_memory(HF, *hf.STACKED)),
     "gguf": rules(
         *gguf.ENDS,

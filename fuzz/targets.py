@@ -69,7 +69,7 @@ def plan(data: bytes) -> None:
     root = FOLDER / "hf"
     root.mkdir(exist_ok=True)
     (root / "config.json").write_text(json.dumps(LLAMA))
-    (root / "model.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(1 << 12))
+    (root / "model.safetensors").write_bytes(_sized(data))
     make_plan(open_checkpoint(root))
 
 
@@ -107,15 +107,15 @@ def gguf_header(data: bytes) -> None:
 
 
 def pickled(data: bytes) -> None:
-    (FOLDER / "pickled").mkdir(exist_ok=True)
+    (root := FOLDER / "pickled").mkdir(exist_ok=True)
+    (root / "config.json").write_text(json.dumps(LLAMA))
     pickle.open(_file("pickled/pytorch_model.bin", data))
 
 
 def zoo_json(data: bytes) -> None:
-    root = FOLDER / "canon"
-    root.mkdir(exist_ok=True)
+    if not (root := FOLDER / "canon").exists():
+        shutil.copytree(_llama(), root)
     (root / "zoo.json").write_bytes(data)
-    (root / "model.safetensors").write_bytes(bytes(1 << 16))
     canonical.read(root)
 
 
@@ -415,16 +415,8 @@ def _quantised(stem: str) -> Iterator[tuple[dict[str, object], Shapes]]:
 
 
 def seeds(name: str) -> list[bytes]:
-    """Where the mutations begin: a valid input of each kind, or nearly."""
+    """Where the mutations begin: inputs of each kind, of which the first is valid."""
     tensor = {"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}
-    spec = families.spec_of(LLAMA).to_dict()
-    described = {
-        "layout_version": 1,
-        "spec": spec,
-        "quant": {},
-        "source": {"family": "llama", "files": {}},
-        "layers": None,
-    }
     check = {
         "name": "x",
         "value": 0.0,
@@ -444,18 +436,15 @@ def seeds(name: str) -> list[bytes]:
     field = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama"
     info = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, 4, 0, 0)
     ggufs = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + field + info
-    named = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [8, 64], "data_offsets": [0, 1024]}}
-    named |= {
-        "model.layers.0.mlp.up_proj.weight": {"dtype": "F32", "shape": [4, 64], "data_offsets": [1024, 2048]}
-    }
     about = {"schema": "zoo-golden-1", "dtype": "fp32", "text": [[True]], "family": "llama"}
     rows = {
         "__metadata__": {"zoo": json.dumps(about)},
         "ids.0": {"dtype": "I64", "shape": [1, 2], "data_offsets": [0, 16]},
         "logits.0": {"dtype": "F32", "shape": [2, 4], "data_offsets": [16, 48]},
     }
+    start = {"id": 2, "content": "<s>", "special": True}
     words = {
-        "version": "1.0", "added_tokens": [{"id": 2, "content": "<s>", "special": True}], "normalizer": None,
+        "version": "1.0", "added_tokens": [dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | start], "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
         "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
     }  # fmt: skip
@@ -464,7 +453,7 @@ def seeds(name: str) -> list[bytes]:
         "chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
     }
     sibling = {"rfilename": "a/b", "size": 1, "blobId": "0" * 40, "lfs": {"sha256": "0" * 64, "size": 5}}
-    torch.save({"a.w": torch.zeros(2, 3), "n": 1}, saved := io.BytesIO())
+    torch.save({"a.w": torch.zeros(2, 3)}, saved := io.BytesIO())
     torch.save(torch.zeros(2, 3), one := io.BytesIO())
     weight = "model.layers.0.self_attn.o_proj"
     low = _header(
@@ -492,7 +481,7 @@ def seeds(name: str) -> list[bytes]:
         "vocabulary": [b"\n".join(json.dumps(x).encode() for x in (bpe, told, generation))],
         "listed": [json.dumps(proof).encode() + b"\n" + b"0" * 40 + b"\n" + b"1" * 40 + b"\n1.5"],
         "drawing": [json.dumps(LLAMA).encode(), *(f.read_bytes() for f in sorted(CONFIGS.glob("*.json"))[::25])],
-        "plan": [json.dumps(named).encode()],
+        "plan": [safetensors.read_header(_llama().with_name("llama-source") / "model.safetensors")],
         "golden": [json.dumps(rows).encode()],
         "generation": [json.dumps({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1, 2]}).encode()],
         "text": [json.dumps(words).encode() + b"\n" + json.dumps(told).encode()],
@@ -502,7 +491,7 @@ def seeds(name: str) -> list[bytes]:
         "config": [json.dumps(LLAMA).encode(), *configs],
         "gguf": [ggufs + bytes(-len(ggufs) % 32 + 32)],
         "pickle": [saved.getvalue(), b"\x80\x02}q\x00.", b"\x80\x02ccollections\nOrderedDict\nq\x00)Rq\x01.", b"PK\x03\x04"],
-        "zoo.json": [json.dumps(described).encode()],
+        "zoo.json": [(_llama() / "zoo.json").read_bytes()],
         "parity.json": [json.dumps(proof).encode()],
         "files": [json.dumps([entry]).encode()],
         "headers": [b"bytes 0-9/10\n10\n30\nr=0;t=5\ngzip\n<https://x/y?cursor=1>; rel=\"next\""],

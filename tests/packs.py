@@ -237,6 +237,31 @@ def mlx(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Pack:
     return pack
 
 
+def mlx_float(mode: str) -> Pack:
+    """mlx.core.quantize, modes mxfp4, mxfp8 and nvfp4."""
+
+    def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        bits, group = 8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32
+        codes = numbers(0, 1 << bits, (rows, columns), g)
+        if bits == 8:
+            codes[codes & 127 == 127] = 0  # no number
+            values = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        else:
+            values = E2M1[codes]
+        shape = (rows, columns // group)
+        if mode == "nvfp4":
+            scale = (torch.rand(shape, generator=g) / 8 + 1 / 64).to(torch.float8_e4m3fn)
+            stored, scale = scale.view(torch.uint8), scale.float()
+        else:
+            power = numbers(112, 121, shape, g)
+            stored, scale = power.to(torch.uint8), 2.0 ** (power - 127)
+        return {"weight": words(codes, bits).view(torch.uint32), "scales": stored}, values * spread(
+            scale, group
+        )
+
+    return pack
+
+
 def quantise(
     tensors: Tensors, pack: Pack, which: Callable[[str], bool], seed: int = 0
 ) -> tuple[Tensors, Tensors]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,8 +96,17 @@ def test_two_to_four_are_compared_from_their_cards(window: Any) -> None:
     assert page.locator("#pictures figure").count() == 4
     page.select_option("#m2", "")
     page.select_option("#m3", "")
+    assert not page.locator("#pictures i").count(), "equal drawings have nothing that is marked"
     assert page.locator("#table thead th").all_inner_texts() == ["deepseek-r1", "deepseek-v3"]
     same = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("#table tbody tr").all_inner_texts()}
+    page.select_option("#m1", "gpt-oss-20b")
+    marked = page.locator("#pictures figure").nth(1).locator("i").evaluate_all("es => es.map(e => e.title)")
+    assert {"24 layers", "4 of 32 active"} <= set(marked) and not {"Head", "Router"} & set(marked)
+    box = "e => (r => [r.left, r.right, r.top, r.bottom])(e.getBoundingClientRect())"
+    left, right, top, bottom = page.locator("#pictures img").nth(1).evaluate(box)
+    for mark in page.locator("#pictures figure").nth(1).locator("i").all():
+        x0, x1, y0, y1 = mark.evaluate(box)
+        assert left <= x0 < x1 <= right and top <= y0 < y1 <= bottom
     assert same["layers"] == ["61", "61"] and same["≠\u00a0released"] == ["2025-01-20", "2024-12-26"]
 
 
@@ -140,6 +150,9 @@ def test_the_calculator_says_what_zoo_counts(window: Any) -> None:
             many = -(-(weights + cache + state) // int(memory * 9e8))
             assert text == ("fits on one" if many == 1 else f"{many:,} of them"), (name, card)
         assert ("sees at most" in page.inner_text("#said")) == (tokens > spec.context_length)
+    again = window().open(at("fit.html" + page.evaluate("location.hash")))
+    asked = again.locator("#ask").locator("input, select").evaluate_all("es => es.map(e => e.value)")
+    assert asked == ["gpt2-xl", "fp32", "1000000", "64", "fp32"], "the address keeps what was asked"
 
 
 FOCUS = """e => { const s = getComputedStyle(e), r = e.getBoundingClientRect(), bar = document.querySelector("#bar:not([hidden])"),
@@ -202,20 +215,43 @@ def test_the_keyboard_alone_reaches_and_works_everything(window: Any) -> None:
 def test_axe_finds_nothing_wrong(path: str, theme: str, window: Any) -> None:
     page = window(PHONE if theme == "dark" else DESK, theme).open(at(path))
     assert not violations(page)
+    assert overflow(page) == 0
 
 
 def test_on_a_phone_nothing_is_wider_than_the_window(window: Any) -> None:
-    for path in PAGES:
+    for path in ("compare.html#deepseek-v3,gpt-oss-20b,gemma-4-e2b-it", *PAGES[2:5:2]):  # axe opens the rest
         page = window(PHONE, "dark").open(at(path))
         assert overflow(page) == 0, path
+    page = window(PHONE, "dark").open(at("compare.html#deepseek-v3,gpt-oss-20b"))
+    assert page.evaluate("document.querySelector('.scroll').scrollWidth") <= PHONE[0], (
+        "two are seen beside each other"
+    )
 
 
-def test_on_paper_the_pages_are_light_and_without_controls(window: Any) -> None:
-    page = window(DESK, "dark").open(at("r/deepseek-v3.html"))
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+def test_on_a_phone_filters_are_folded_away_and_open_by_touch(window: Any) -> None:
+    page = window(PHONE, "dark").open(at("index.html#attention=MLA"))
+    assert (
+        not page.locator("#attention").is_visible() and page.inner_text("summary") == "Filters and order (1)"
+    )
+    assert page.evaluate("document.querySelector('#cards li').getBoundingClientRect().top") < PHONE[1] / 2
+    page.locator("summary").click()
+    page.select_option("#attention", "")
+    assert page.inner_text("summary") == "Filters and order" and len(cards(page)) == len(NAMES)
+
+
+def test_on_paper_pages_and_drawings_are_light_and_without_controls(window: Any) -> None:
+    from PIL import Image
+
+    def brightness(e: Any) -> float:
+        grey = Image.open(io.BytesIO(e.screenshot())).convert("L")
+        return sum(n * many for n, many in enumerate(grey.histogram())) / (grey.width * grey.height)
+
+    page = window(DESK, "dark").open(at("compare.html#deepseek-v3,gpt-oss-20b"))
+    assert brightness(page.locator("#pictures img").first) < 80 and page.locator("nav").is_visible()
     page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)" != dark
-    assert not page.locator("nav").is_visible() and page.locator("h1").is_visible()
+    assert brightness(page.locator("#pictures img").first) > 200
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator("nav").is_visible() and not page.locator("#ask").is_visible()
     page.emulate_media(media="screen")
 
 
@@ -231,6 +267,50 @@ def test_the_first_view_loads_four_files_and_the_pictures_that_are_seen(window: 
         "gallery.js",
         "index.html",
     ]
+
+
+MISPLACED = """() => { const svg = document.querySelector("svg"), [, , w, h] = svg.getAttribute("viewBox").split(" ").map(Number), wrong = [];
+  const box = e => { const b = e.getBBox(); return [b.x, b.y, b.x + b.width, b.y + b.height] };
+  const rects = [...svg.querySelectorAll("rect:not(.p)")].map(box).sort((a, b) => (a[2] - a[0]) * (a[3] - a[1]) - (b[2] - b[0]) * (b[3] - b[1]));
+  const texts = [...svg.querySelectorAll("text")].map(e => [e.textContent, box(e)]);
+  texts.forEach(([text, [l, t, r, b]], n) => {
+    if (l < 0 || t < 0 || r > w || b > h) wrong.push(text + ": beyond the picture");
+    const m = (t + b) / 2, round = rects.find(([x0, y0, x1, y1]) => x0 <= l && l <= x1 && y0 <= m && m <= y1);
+    if (round && (r > round[2] || b > round[3] + 2)) wrong.push(text + ": beyond its box");
+    for (const [other, [L, T, R, B]] of texts.slice(n + 1))
+      if (l < R - 1 && L < r - 1 && t + 3 < B - 3 && T + 3 < b - 3) wrong.push(`${text}: over ${other}`);
+  }); return wrong }"""
+
+
+def test_a_browser_puts_the_text_of_drawings_where_zoo_reckoned(window: Any) -> None:
+    page = window().open("about:blank")
+    for name in ("gemma-4-e2b-it", "qwen3-next-80b-a3b-instruct"):
+        svg = (site() / "svg" / rows()[name]["drawing"]).read_text()
+        page.set_content(svg)
+        assert not page.evaluate(MISPLACED), name
+    page.set_content(
+        svg.replace(">Router<", ">A title that is wider than the box in which it stands by far<")
+    )
+    assert "A title that is wider than the box in which it stands by far: beyond its box" in page.evaluate(
+        MISPLACED
+    )
+
+
+@pytest.mark.proof
+def test_every_drawing_is_read_in_a_browser_without_overlaps(window: Any) -> None:
+    from zoo import draw, families
+
+    page, seen = window().open("about:blank"), set()
+    for m in manifest.load_all():
+        if m.config is None:
+            continue
+        family = families.get(m.family)
+        spec = families.spec_of(m.config, family, m.name)
+        svg = draw.drawing(spec, draw.Facts(m.name, (), draw.ahead(m.config, family)))
+        page.set_content(svg)
+        assert not page.evaluate(MISPLACED), m.name
+        seen.add(m.family)
+    assert seen == {m.family for m in manifest.load_all()}, "a picture of every family"
 
 
 @pytest.mark.proof

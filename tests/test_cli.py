@@ -194,6 +194,8 @@ def test_list_filters_by_words() -> None:
     assert {r["family"] for r in json.loads(stdout("list", "qwen3", "fp8", "--json"))} <= {
         "qwen3",
         "qwen3_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
         "qwen3_next",
     }
     nothing = run("list", "qwen3", "gguf", "zebra")

@@ -54,8 +54,18 @@ def test_training(here: Path) -> None:
         torch.testing.assert_close(names["theirs"].eval()(ids).logits, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_the_answer_that_verification_explains(here: Path) -> None:
+    zoo.convert(pages.release(), here / "smollm2-135m")
+    pages.run(pages.DOCS / "verification.md", {}, first=2)
+
+
 def test_gguf(here: Path) -> None:
     pages.run(TASKS / "gguf.md", {})
+
+
+@pytest.mark.proof
+def test_quick_start(here: Path) -> None:
+    pages.run(pages.DOCS / "quickstart.md", {})
 
 
 @pytest.mark.proof

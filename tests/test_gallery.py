@@ -52,10 +52,29 @@ def test_the_site_loads_nothing_from_elsewhere_and_no_link_in_it_is_dead() -> No
         for link in p.links:
             assert link.startswith(("https://", "#")) or (path.parent / link.partition("#")[0]).is_file()
         assert len(set(p.ids)) == len(p.ids) and p.tags.count("h1") == 1 and "main" in p.ids
-    for name in ("gallery.css", "gallery.js", "data.js"):
+    for name in ("gallery.css", "gallery.js", "data.js", "lines.js"):
         assert not re.search(
             r"url\(|@import|fetch\(|XMLHttp|https?://(?!www\.w3)", (site() / name).read_text()
         ), name
+
+
+def test_the_data_is_as_its_schema_says() -> None:
+    import jsonschema
+
+    schema = json.loads((site() / "gallery.schema.json").read_text())
+    data = json.loads((site() / "gallery.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    judge = jsonschema.Draft202012Validator(schema)
+    judge.validate(data)
+    for break_it in (
+        lambda d: d["releases"][1].pop("cache"),
+        lambda d: d["releases"][1].update(not_drawn="why"),
+        lambda d: d["releases"][1].update(colour="red"),
+        lambda d: d["releases"][1].update(params="8B"),
+    ):
+        other = json.loads(json.dumps(data))
+        break_it(other)
+        assert not judge.is_valid(other)
 
 
 def test_the_data_is_what_the_specs_say() -> None:
@@ -110,7 +129,8 @@ def test_a_page_has_the_drawing_the_facts_the_tensors_and_the_commands() -> None
         assert said in p.text, said
     assert f"svg/{rows()['qwen3-next-80b-a3b-instruct']['drawing']}" in text
     undrawn = Page((site() / "r" / f"{UNDRAWN}.html").read_text())
-    assert "nothing to draw it from" in undrawn.text and "object" not in undrawn.tags
+    assert "Not drawn: no public copy of its config is known" in undrawn.text and "object" not in undrawn.tags
+    assert "Drawn of its family, deepseek_v3: deepseek-r1, deepseek-v3" in undrawn.text
 
 
 def test_releases_are_listed_by_what_they_have() -> None:
@@ -129,7 +149,7 @@ def test_releases_are_listed_by_what_they_have() -> None:
 
 def test_the_timeline_says_where_a_choice_first_appeared_and_how_many_of_a_year_made_it() -> None:
     text = " ".join(Page((site() / "timeline.html").read_text()).text.split())
-    assert "MLA" in text and "2024-12-26 deepseek-v3" in text and "2019-11-05 gpt2-xl" in text
+    assert "MLA 2024-12-26 deepseek-v3" in text and "2019-11-05 gpt2-xl" in text and "2024 of 3" in text
 
 
 def test_what_a_manifest_says_is_text_and_nothing_else() -> None:

@@ -136,7 +136,8 @@ def test_what_is_not_merged_here_is_refused_by_name(tmp_path: Path) -> None:
     assert "were tokens added?" in said(good | {"lm_head.weight": torch.ones(140, 36)})
     assert "is none of LoRA's or DoRA's tensors" in said(good | {f"{q}.lora_C.weight": b.clone()})
     tied = {"lm_head.lora_A.weight": torch.ones(3, 36), "lm_head.lora_B.weight": torch.ones(131, 3)}
-    assert "which is the embedding of this model (tied)" in said(tied, verified.canonical("llama_tied"))
+    for part in (tied, {"model.embed_tokens.weight": torch.ones(131, 36)}):
+        assert "embedding and head of" in said(part, verified.canonical("llama_tied"))
     folder = zoo.convert(quantised("qwen3", {}, fp8_blocks, tmp_path / "hf"), tmp_path / "fp8")
     w = zoo.load(folder).state_dict()["layers.0.attn.out.weight"]
     a, b = lora(w.float())
@@ -150,6 +151,16 @@ def test_what_is_not_merged_here_is_refused_by_name(tmp_path: Path) -> None:
         cli, ["merge", str(verified.canonical("llama")), str(tmp_path / "hf"), str(tmp_path / "new")]
     )
     assert isinstance(done.exception, ZooError) and "adapter_config.json: missing" in str(done.exception)
+
+
+def test_a_tied_table_is_changed_where_the_adapter_holds_it_for_both_ends(tmp_path: Path) -> None:
+    """As peft saves one that it trained with `ensure_weight_tying`."""
+    table = torch.randn(131, 36)
+    parts = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
+    new = merged("llama_tied", adapter(tmp_path / "adapter", parts), tmp_path)
+    assert torch.equal(new["model.embed_tokens.weight"], table) and "lm_head.weight" not in new
+    folder = adapter(tmp_path / "other", parts | {"lm_head.weight": table + 1})
+    assert "embedding and head of" in refused(folder, tmp_path, verified.canonical("llama_tied"))
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from machine import Machine
 
 from zoo.cli import cli
 from zoo.cli._common import run
@@ -207,78 +206,38 @@ def slowly(where, name):
 slowly(execute, "copy"), slowly(parts.Shared, "_append"), slowly(folder.Folder, "write")
 slowly(os, "rename"), slowly(os, "unlink")
 plan = make_plan(open_checkpoint(sys.argv[1]))
-for line in sys.stdin:
-    what, *rest = line.split()
-    if what == "wait":
-        print(os.waitstatus_to_exitcode(os.waitpid(int(rest[0]), 0)[1]), flush=True)
-        continue
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            part = parts.Part(int(rest[1]), 3, together=True)
-            execute.convert(plan, rest[0], shard_size=int(sys.argv[2]), part=part, threads=1)
-            code = 0
-        except BaseException as e:
-            print(e, file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    print(pid, flush=True)
+def run(dst, k):
+    part = parts.Part(int(k), 3, together=True)
+    execute.convert(plan, dst, shard_size=int(sys.argv[2]), part=part, threads=1)
 """
-
-
-class Machine:
-    """Starts processes of one part each, without waiting for an interpreter."""
-
-    def __init__(self, source: Path, errors: Path) -> None:
-        with open(errors, "wb") as err:
-            self.server = subprocess.Popen(
-                [sys.executable, "-c", SLOWLY, str(source), str(SHARD)],
-                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True,
-            )  # fmt: skip
-
-    def _ask(self, *words: object) -> int:
-        assert self.server.stdin is not None and self.server.stdout is not None
-        print(*words, file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def start(self, dst: Path, k: int) -> int:
-        return self._ask("start", dst, k)
-
-    def wait(self, pid: int) -> int:
-        return self._ask("wait", pid)
 
 
 def test_parts_killed_at_any_moment_and_started_again_end_with_the_same_bytes(
     source: Path, want: dict[str, str], tmp_path: Path
 ) -> None:
-    machine = Machine(source, tmp_path / "errors")
-    for name in ("the interpreter starts", "timed"):
-        began = time.monotonic()
-        pids = [machine.start(tmp_path / name.split()[0], k) for k in (1, 2, 3)]
-        assert [machine.wait(p) for p in pids] == [0, 0, 0]
-    length = time.monotonic() - began
-    draw = random.Random(28)
-    killed = 0
-    for n in range(8):
-        dst = tmp_path / f"c{n}"
-        running = {k: machine.start(dst, k) for k in (1, 2, 3)}
-        while running:
-            time.sleep(draw.uniform(0, length * 0.8))
-            for k in draw.sample(sorted(running), draw.randint(0, len(running))):
-                os.kill(running[k], signal.SIGKILL)
-            for k, pid in list(running.items()):
-                if machine.wait(pid) == 0:
-                    del running[k]
-                else:
-                    killed += 1
-                    running[k] = machine.start(dst, k)
-        assert hashes(dst) == want
-        assert not dst.with_name(f"c{n}.partial").exists()
+    draw, killed = random.Random(28), 0
+    with Machine(SLOWLY, source, SHARD, errors=tmp_path / "errors") as machine:
+        for name in ("the interpreter starts", "timed"):
+            began = time.monotonic()
+            pids = [machine.start(tmp_path / name.split()[0], k) for k in (1, 2, 3)]
+            assert [machine.wait(p) for p in pids] == [0, 0, 0]
+        length = time.monotonic() - began
+        for n in range(8):
+            dst = tmp_path / f"c{n}"
+            running = {k: machine.start(dst, k) for k in (1, 2, 3)}
+            while running:
+                time.sleep(draw.uniform(0, length * 0.8))
+                for k in draw.sample(sorted(running), draw.randint(0, len(running))):
+                    os.kill(running[k], signal.SIGKILL)
+                for k, pid in list(running.items()):
+                    if machine.wait(pid) == 0:
+                        del running[k]
+                    else:
+                        killed += 1
+                        running[k] = machine.start(dst, k)
+            assert hashes(dst) == want
+            assert not dst.with_name(f"c{n}.partial").exists()
     assert killed > 0, "the kills came too late to mean anything"
-    assert machine.server.stdin is not None
-    machine.server.stdin.close()
-    assert machine.server.wait() == 0
-    assert (tmp_path / "errors").read_text() == ""
 
 
 def test_a_part_goes_on_where_it_was_and_one_of_another_machine_believes_what_was_synced(

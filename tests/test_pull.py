@@ -30,6 +30,7 @@ import vendor
 from hub_client import Spy, environment, pointed_at
 from hub_server import HubServer
 from huggingface_hub import constants
+from machine import Machine
 from safetensors.torch import load_file, save_file
 
 import zoo
@@ -530,31 +531,17 @@ def test_each_part_fetches_what_its_own_files_are_made_of_and_the_last_publishes
 
 
 PARTS = """
-import os, sys
+import sys
 from huggingface_hub import constants
 from zoo import hub
 from zoo.mapping import execute
 from zoo.mapping.parts import Part
 from zoo.pull import pull
 execute.SHARD = int(sys.argv[1])
-for line in sys.stdin:
-    what, *rest = line.split()
-    if what == "wait":
-        print(os.waitstatus_to_exitcode(os.waitpid(int(rest[0]), 0)[1]), flush=True)
-        continue
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            repo, dst, k = rest
-            constants.HF_HOME = f"{dst}.machine{k}"
-            constants.HF_HUB_CACHE = constants.HF_HOME + "/hub"
-            pull(repo, dst, stream=k == "2", part=Part(int(k), 3, together=True))
-            code = 0
-        except BaseException as e:
-            print(repr(e), file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    print(pid, flush=True)
+def run(repo, dst, k):
+    constants.HF_HOME = f"{dst}.machine{k}"
+    constants.HF_HUB_CACHE = constants.HF_HOME + "/hub"
+    pull(repo, dst, stream=k == "2", part=Part(int(k), 3, together=True))
 """
 
 
@@ -563,45 +550,30 @@ def test_parts_killed_at_any_moment_and_started_again_end_with_the_same_bytes(
 ) -> None:
     """Killed some moments after the server has sent so much; each part has a cache of its own, as on a cluster, and one of
     them streams."""
-    errors = open(tmp_path / "errors", "wb")  # noqa: SIM115
-    machine = subprocess.Popen(
-        [sys.executable, "-c", PARTS, str(SMALL)],
-        env=environment(server, tmp_path / "home2"), cwd=Path(zoo.__file__).parents[1],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-    )  # fmt: skip
-
-    def ask(*words: object) -> int:
-        assert machine.stdin is not None and machine.stdout is not None
-        print(*words, file=machine.stdin, flush=True)
-        return int(machine.stdout.readline())
-
     total = sum(p.stat().st_size for p in release.glob("*.safetensors"))
     draw, killed = random.Random(28), 0
-    for n in range(max(1, KILLS // 4)):
-        dst = tmp_path / f"c{n}"
-        server.rate = total / 0.5
-        running = {k: ask("start", REPO, dst, k) for k in (1, 2, 3)}
-        for _ in range(3):  # times that some are killed
-            target = server.body_bytes("*.safetensors") + draw.randrange(total // 3)
-            until = time.monotonic() + 2
-            while server.body_bytes("*.safetensors") < target and time.monotonic() < until:
-                time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.05))
-            for k in draw.sample(sorted(running), draw.randint(1, 3)):
-                os.kill(running[k], signal.SIGKILL)
-                if ask("wait", running[k]) != 0:
-                    killed += 1
-                running[k] = ask("start", REPO, dst, k)
-        server.rate = None
-        assert [ask("wait", pid) for pid in running.values()] == [0, 0, 0], (tmp_path / "errors").read_text()
-        assert hashes(dst) == expected_small
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(f"c{n}.") and "machine" not in p.name]
+    env = environment(server, tmp_path / "home2")
+    with Machine(PARTS, SMALL, errors=tmp_path / "errors", env=env) as machine:
+        for n in range(max(1, KILLS // 4)):
+            dst = tmp_path / f"c{n}"
+            server.rate = total / 0.5
+            running = {k: machine.start(REPO, dst, k) for k in (1, 2, 3)}
+            for _ in range(3):  # times that some are killed
+                target = server.body_bytes("*.safetensors") + draw.randrange(total // 3)
+                until = time.monotonic() + 2
+                while server.body_bytes("*.safetensors") < target and time.monotonic() < until:
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0, 0.05))
+                for k in draw.sample(sorted(running), draw.randint(1, 3)):
+                    killed += machine.kill(running[k])
+                    running[k] = machine.start(REPO, dst, k)
+            server.rate = None
+            assert [machine.wait(pid) for pid in running.values()] == [0, 0, 0], machine.errors.read_text()
+            assert hashes(dst) == expected_small
+            assert not [
+                p for p in tmp_path.iterdir() if p.name.startswith(f"c{n}.") and "machine" not in p.name
+            ]
     assert killed > 0, "the kills came too late to mean anything"
-    assert machine.stdin is not None
-    machine.stdin.close()
-    assert machine.wait() == 0
-    errors.close()
-    assert (tmp_path / "errors").read_text() == ""
 
 
 # ------------------------------------------------------------------ interrupted

@@ -3,6 +3,7 @@ given back to the byte."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
 from zoo.model.load import load
+from zoo.quant.foreign import name_of
 from zoo.quant.packed import octets
 from zoo.quant.schemes import named
 from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
@@ -116,6 +118,9 @@ CARRIED: dict[str, tuple[str, packs.Pack, dict[str, Any], str]] = {
         {"group_size": 32, "bits": 4, "mode": "affine"} | {f"model.layers.0.{m}_proj": {"group_size": 32, "bits": 8} for m in MODULES},
         "mlx8-group32",
     ),
+    "mlx mxfp4": ("llama", packs.mlx_float("mxfp4"), {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mlx-mxfp4"),
+    "mlx mxfp8": ("phi3", packs.mlx_float("mxfp8"), {"group_size": 32, "bits": 8, "mode": "mxfp8"}, "mlx-mxfp8"),
+    "mlx nvfp4": ("llama", packs.mlx_float("nvfp4"), {"group_size": 16, "bits": 4, "mode": "nvfp4"}, "mlx-nvfp4"),
     "int8, zeros": ("llama", packs.int8(32, zeros=True), ints(8, 32, False, "int-quantized"), "int8-group32-zeros"),
 }  # fmt: skip
 
@@ -145,7 +150,7 @@ def logits(path: Path, name: str) -> torch.Tensor:
 
 ALWAYS = {
     "gptq 4", "gptq 4, act-order", "gptq 3", "awq, experts", "packed 4, zeros", "packed 8, act-order", "int8", "bitsandbytes 8",
-    "nvfp4", "nvfp4, packed", "mxfp4, packed", "mlx 8, of one module",
+    "nvfp4", "nvfp4, packed", "mxfp4, packed", "mlx 8, of one module", "mlx nvfp4",
 }  # fmt: skip
 
 
@@ -222,18 +227,6 @@ def test_four_bits_of_bitsandbytes_are_dequantised_when_asked_for(
     vendor.same(fp32, vendor.canonical(plain, tmp_path / "want", dtype="fp32"))
 
 
-def test_all_that_mlx_quantises_is_dequantised_when_asked_for(tmp_path: Path) -> None:
-    """The embedding too, which is looked up: its codes are not carried."""
-    config = {"group_size": 32, "bits": 4}
-    path, plain = release("llama", packs.mlx(4, 32), config, tmp_path, lambda name: "norm" not in name)
-    with pytest.raises(
-        ZooError, match="embed.weight: .* which only linear maps can be run as; convert with --dtype"
-    ):
-        make_plan(open_checkpoint(path))
-    fp32 = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
-    vendor.same(fp32, vendor.canonical(plain, tmp_path / "want", dtype="fp32"))
-
-
 @pytest.mark.parametrize(
     "kind, change, said",
     [
@@ -253,7 +246,13 @@ def test_all_that_mlx_quantises_is_dequantised_when_asked_for(tmp_path: Path) ->
         ),
         ("packed 4, zeros", ints(4, 16), "zero points, though the config calls the weights symmetric"),
         ("packed 4", ints(4, 32, False), "q_proj.weight_zero_point"),
-        ("mlx 4", {"mode": "mxfp4"}, "mode 'mxfp4'; of MLX zoo reads affine"),
+        (
+            "mlx 4",
+            {"mode": "mxfp4"},
+            "mode 'mxfp4', and .* has biases; of MLX zoo reads affine with biases, and mxfp4,",
+        ),
+        ("mlx mxfp4", {"mode": "fp2"}, "mode 'fp2', and .* has no biases; of MLX zoo reads affine"),
+        ("mlx mxfp4", {"group_size": 64}, "mode 'mxfp4' with bits 4 and group_size 64; MLX's has 4 and 32"),
         ("mlx 4", {"bits": 7}, "bits 7; of MLX zoo reads"),
     ],
 )
@@ -345,20 +344,6 @@ def test_the_floats_of_the_tests_are_those_of_compressed_tensors(kind: str) -> N
     assert torch.equal(theirs.float(), values.to(theirs.dtype).float())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_what_mlx_writes_is_what_it_reads(bits: int) -> None:
-    mx = pytest.importorskip("mlx.core")
-    from zoo.quant import dequantise
-
-    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(5))
-    codes, scale, offset = mx.quantize(mx.array(w.numpy()), group_size=32, bits=bits)
-    theirs = torch.tensor(mx.dequantize(codes, scale, offset, group_size=32, bits=bits).tolist())
-    made = {"weight": torch.tensor(codes.tolist(), dtype=torch.int64).to(torch.uint32)}
-    made |= {"scale": torch.tensor(scale.tolist()), "shift": torch.tensor(offset.tolist())}
-    ours = dequantise(f"mlx{bits}-group32", made, (64,), torch.float32)
-    assert torch.equal(ours, theirs)
-
-
 def spoilt(kind: str, at: Path, end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
     """The release, but for the tensors whose names end so."""
     name, pack, config, _ = CARRIED.get(kind) or ("llama", packs.bnb4(), BNB4, "")
@@ -438,3 +423,41 @@ def test_stacked_experts_are_read_one_by_one(
     assert torch.equal(logits(tmp_path / "carried", "mistral4"), logits(tmp_path / "fp32", "mistral4"))
     export(tmp_path / "carried", tmp_path / "back")
     assert all((tmp_path / "back" / f.name).read_bytes() == f.read_bytes() for f in path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "said, ends, phrase",
+    [
+        (
+            {"quant_method": "awq", "bits": 4},
+            ["qweight", "scales"],
+            "AWQ without zero points, as engines lay it out for Marlin",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, ["B", "s"], "GPTQ in Marlin's layout"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"},
+            ["weight", "pre_quant_scale"],
+            "ModelOpt's AWQ, which scales act",
+        ),
+        ({"quant_method": "fp_quant"}, ["qweight", "scales"], "its config says .*'fp_quant'"),
+        (
+            {"quant_method": "auto-round", "bits": 4},
+            ["qweight", "qzeros", "scales"],
+            "its config says .*'auto-round'",
+        ),
+        ({"quant_method": "eetq"}, ["weight", "weight_scales"], "its config says .*'eetq'"),
+        ({"quant_method": "hqq"}, ["W_q", "scale", "zero"], "HQQ"),
+        ({"quant_method": "quanto"}, ["weight._data", "weight._scale"], "quanto"),
+        ({"quant_method": "aqlm"}, ["codes", "codebooks"], "AQLM"),
+        ({"quant_method": "torchao"}, ["weight_qdata", "weight_scale"], "torchao"),
+        ({"quant_method": "awq", "bits": 4}, ["qweight", "qzeros", "scales"], None),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            ["weight", "weight_scale", "weight_scale_2"],
+            None,
+        ),
+    ],
+)
+def test_what_is_not_read_has_a_name(said: dict[str, Any], ends: list[str], phrase: str | None) -> None:
+    found = name_of({"quantization_config": said}, [f"model.layers.0.mlp.up_proj.{end}" for end in ends])
+    assert found is None if phrase is None else re.match(phrase, found or "")

@@ -18,6 +18,7 @@ import vendor
 
 import zoo
 from zoo import manifest
+from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
@@ -138,7 +139,8 @@ def write(r: Release, at: Path) -> tuple[Path, Path]:
     (at / "plain").mkdir()
     write_config(at / "plain", read_config(path))
     write_tensors(at / "plain", plain)
-    write_config(path, read_config(path) | {"quantization_config": r.config})
+    key = "quantization_config" if "quant_method" in r.config else "quantization"
+    write_config(path, read_config(path) | {key: r.config})
     write_tensors(path, coded | r.beside)
     return path, at / "plain"
 
@@ -169,3 +171,49 @@ def test_each_weight_is_what_its_own_codes_stand_for_and_comes_back_to_the_byte(
     export(tmp_path / "carried", tmp_path / "back")
     for file in path.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def several(
+    q: packs.Pack | None,
+    k: packs.Pack | None,
+    v: packs.Pack | None,
+    gate: packs.Pack | None,
+    up: packs.Pack | None,
+) -> How:
+    """Parts that are fused here, each stored in a way of its own."""
+    return by_name({"q_proj": q, "k_proj": k, "v_proj": v, "gate_proj": gate, "up_proj": up})
+
+
+NF4, ROWS = packs.bnb4(), packs.int8()
+BNB = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "llm_int8_skip_modules": ["lm_head"],
+}
+MLX_BITS = {"group_size": 32, "bits": 3} | {
+    f"model.layers.{i}.self_attn.v_proj": {"group_size": 32, "bits": 6} for i in range(2)
+}
+APART: dict[str, tuple[str, dict[str, Any], dict[str, Any], How]] = {
+    # id: (variant, settings, quantization_config, how)
+    "unsloth, some in bf16": ("llama", HEADS, BNB, several(None, NF4, NF4, NF4, None)),
+    "mlx, more bits for values": (
+        "qwen3", HEADS, MLX_BITS, several(packs.mlx(3, 32), packs.mlx(3, 32), packs.mlx(6, 32), packs.mlx(3, 32), packs.mlx(3, 32)),
+    ),
+    "nvfp4 beside int8 rows": ("llama", HEADS, groups(NVFP4, W8A8), several(packs.fp4("compressed"), ROWS, None, ROWS, packs.fp4("compressed"))),
+    "awq, some not": ("qwen3_moe", EXPERTS, {"quant_method": "awq", "bits": 4, "group_size": 32}, several(packs.awq(32), None, packs.awq(32), None, packs.awq(32))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if "mlx" in k else pytest.mark.proof) for k in APART]
+)
+def test_parts_stored_in_several_ways_are_dequantised_each_by_its_own(kind: str, tmp_path: Path) -> None:
+    variant, settings, said, how = APART[kind]
+    path, plain = write(Release(variant, settings, said, set(), how), tmp_path)
+    with pytest.raises(ZooError, match=r"stored in several ways \(.*\); convert with --dtype") as e:
+        make_plan(open_checkpoint(path))
+    assert "unexpected" not in str(e.value)
+    fp32 = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
+    vendor.same(fp32, vendor.canonical(plain, tmp_path / "want", dtype="fp32"))
+    assert zoo.verify(tmp_path / "fp32", level="bytes", write=False).passed

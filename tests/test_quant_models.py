@@ -440,7 +440,7 @@ GROUP = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure":
         ),
         ({"config_groups": {"a": {"weights": None}}, "weight_block_size": [4, 4]}, "fp8-block-4x4"),
         ({"config_groups": {"FP8_BLOCK": ["Linear"]}}, "expected"),  # of shapes that 128 x 128 would have
-        ({"config_groups": {"MXFP8": ["Linear"]}}, "the preset 'MXFP8'; known: FP8,"),
+        ({"config_groups": {"MXFP6": ["Linear"]}}, "the preset 'MXFP6'; known: FP8,"),
         ({"config_groups": [GROUP]}, "config_groups is .*expected an object"),
         ({"config_groups": {"a": None}}, "config_groups has 'a' as None; expected an object"),
         ({"config_groups": {"a": {"weights": ["Linear"]}}}, "config_groups has 'a' as .*expected an object"),

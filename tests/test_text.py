@@ -17,7 +17,7 @@ from built import built
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zoo.errors import ZooError
-from zoo.text import Text
+from zoo.text import Text, sampling
 from zoo.verify import inputs
 from zoo.verify.inputs import TEXTS
 
@@ -582,17 +582,45 @@ def test_a_template_that_fails_or_never_ends_is_one_sentence(name: str, tmp_path
         ("tokenizer_config.json", b'{"extra_special_tokens": 5}'),
         ("added_tokens.json", b'{"a": "b"}'),
         ("special_tokens_map.json", b"[1]"),
+        ("tokenizer.model", base64.b64encode(b"a" * 200_000) + b" 0"),
+        ("tekken.json", b'{"config": {"pattern": ".", "default_num_special_tokens": 5000000}, "vocab": []}'),
+        ("generation_config.json", b'{"eos_token_id": [' + b"-1," * 1000 + b"1]}"),
     ],
 )
 def test_files_that_are_not_what_they_should_be_are_one_sentence(
     name: str, data: bytes | int, tmp_path: Path
 ) -> None:
-    put(tmp_path, tokenizer=byte_level())
+    if name not in ("tokenizer.model", "tekken.json"):
+        put(tmp_path, tokenizer=byte_level())
     with open(tmp_path / name, "wb") as f:
         f.truncate(data) if isinstance(data, int) else f.write(data)
     with pytest.raises(ZooError) as error:
-        Text(tmp_path).prompt("x")
+        text = Text(tmp_path)
+        text.prompt("x")
+        text.ends()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
+def test_a_link_to_a_file_elsewhere_is_not_followed(name: str, tmp_path: Path) -> None:
+    (secret := tmp_path / "secret").write_text(byte_level() if name == "tokenizer.json" else "{}")
+    (root := tmp_path / "root").mkdir()
+    put(root, tokenizer=byte_level())
+    (root / name).unlink(missing_ok=True)
+    (root / name).symlink_to(secret)
+    with pytest.raises(ZooError, match="outside the checkpoint's folder"):
+        Text(root)
+    if name == sampling.FILE:
+        with pytest.raises(ZooError, match="outside the checkpoint's folder"):
+            sampling.read(root)
+
+
+def test_lists_of_many_tokens_are_put_together_in_a_moment(tmp_path: Path) -> None:
+    """Comparing each with each took the square of their number."""
+    lists = [[f"<{x}{n}>" for n in range(20_000)] for x in "ef"]
+    put(tmp_path, tokenizer=byte_level(), tokenizer_config={"extra_special_tokens": lists[0]})
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"extra_special_tokens": lists[1]}))
+    assert len(Text(tmp_path).encode("<f19999><e0>", special=False)) == 2
 
 
 def doubling(times: int) -> dict[str, Any]:

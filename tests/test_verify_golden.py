@@ -160,6 +160,28 @@ def edited(
     return had, path
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("lengths.0", torch.tensor(3)),
+        ("logits.0", torch.ones(2, 160, dtype=torch.uint16)),
+        ("logits.0", torch.ones(0, 160)),
+        ("directions", torch.ones(64, 2).to(torch.float8_e4m3fn)),
+        ("states.0.0", torch.ones(0, 2)),
+        ("greedy", torch.tensor(3)),
+    ],
+)
+def test_a_tensor_of_another_dtype_or_other_axes_is_refused(
+    golden: Path, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    had, path = edited(golden, tmp_path, {name: tensor})
+    with pytest.raises(ZooError, match=rf"{name} is .*; expected [12] axes, not empty, of "):
+        made = Golden(path)
+        made._largest()
+        made.drive(made.inputs.batches, lambda *_: None, lambda *_: None)
+        made.greedy(had["prompt"][None], 4)
+
+
 def test_directions_that_hide_everything_are_refused(golden: Path, tmp_path: Path) -> None:
     had, _ = edited(golden, tmp_path)
     zeros = {n: torch.zeros_like(t) for n, t in had.items() if n == "directions" or n.startswith("states.")}

@@ -270,6 +270,16 @@ def of_vendor(releases: Iterable[Manifest], vendor: str) -> tuple[Manifest, ...]
     return tuple(filter(of, releases))
 
 
+def of_scheme(releases: Iterable[Manifest], scheme: str) -> tuple[Manifest, ...]:
+    """Those with weights quantised so: `scheme` is the beginning of one of its names. Errors: no scheme is called that."""
+    wanted = scheme.strip().lower()
+    if not wanted or not any(name.startswith(wanted) for name in QUANTIZATIONS):
+        raise ZooError(f"no way of quantising is called {scheme!r}; there are {', '.join(QUANTIZATIONS)}")
+    return tuple(
+        m for m in releases if any(part.startswith(wanted) for part in (m.quantization or "").split(" + "))
+    )
+
+
 @cache
 def _all() -> list[Manifest]:
     read = [m for stem in stems() if (m := _sound(stem)) is not None]

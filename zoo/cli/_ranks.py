@@ -39,11 +39,9 @@ class Ranks:
         """What the first rank finds `value` to be, on all."""
         if self.mesh is None:
             return value()
-        import torch.distributed as dist
+        from zoo.together import of_first
 
-        box = [value() if self.first else None]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+        return of_first(value() if self.first else None)  # type: ignore[return-value]
 
 
 @contextmanager

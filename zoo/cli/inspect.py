@@ -11,6 +11,8 @@ from zoo.cli._common import Anywhere, common, emit, pairs, say, table
 from zoo.url import is_url, without_secrets
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from zoo.formats.base import TensorRef
     from zoo.spec import Spec
 
@@ -89,7 +91,8 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
     from zoo.errors import ZooError
     from zoo.formats import canonical, open_checkpoint, sets
     from zoo.mapping.plan import found, given
-    from zoo.quant.schemes import named
+    from zoo.quant.schemes import named, nbytes
+    from zoo.quant.told import told
     from zoo.sizes import numbers
 
     if canonical.detect(path):
@@ -107,6 +110,7 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
             "values": _values(folder.source),
             "layers_present": folder.layers,
             "quantised": _counts(folder.quant.values()),
+            "bytes_by_scheme": _carried(folder.quant, folder.tensors) if folder.quant else {},
             "extras": _counts(folder.extras.values()),
             "notes": [*(folder.json.get("notes") or []), *(folder.json.get("warnings") or [])],
             "verified": _verdict(path),
@@ -130,11 +134,14 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
             unread = [*(given(ckpt.config, family) if wanted else ()), *unread]
         except ZooError as error:  # still worth looking at
             about["family"] = f"unknown: {error}"
-        quantization = ckpt.config.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        try:
+            method = told(ckpt.config)
+        except ZooError as error:  # no object
+            method = f"not read: {error}"
+        about |= {"quantisation": method}
+        if schemes := named(ckpt.tensors, ckpt.config):
+            about |= {"quantised": _counts(schemes), "bytes_by_scheme": nbytes(ckpt.tensors, ckpt.config)}
         about |= {
-            "quantisation": method,
-            **({"quantised": _counts(schemes)} if (schemes := named(ckpt.tensors, ckpt.config)) else {}),
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
             **several,
             "notes": [*ckpt.notes, *unread],
@@ -171,6 +178,20 @@ def _verdict(path: Path) -> str:
     from zoo.verify.certificate import standing
 
     return standing(path) or f"no; `zoo verify {path}`"
+
+
+def _carried(quant: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> dict[str, int]:
+    """Bytes of a canonical folder's tensors by scheme; "plain": those of all others."""
+    from zoo.quant.schemes import scheme
+
+    out: dict[str, int] = {}
+    for name, ref in tensors.items():
+        stem, _, part = name.rpartition(".")
+        how = quant.get(stem)
+        if how is None or all(part != c.name for c in scheme(how).components):  # a bias
+            how = "plain"
+        out[how] = out.get(how, 0) + ref.nbytes
+    return out
 
 
 def _counts(things: Any) -> dict[str, int]:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     help="Only those that made this structural choice: MLA, 'sliding window', NoPE. Several: all of them.",
 )
 @click.option(
+    "--scheme",
+    metavar="NAME",
+    help="Only those whose weights are so quantised: nvfp4, fp8, awq, gptq4-group128; the beginning of a name is enough.",
+)
+@click.option(
     "--sort",
     type=click.Choice(["name", "released", "params"]),
     default="name",
@@ -37,6 +42,7 @@ def command(
     year: int | None,
     vendor: str | None,
     has: tuple[str, ...],
+    scheme: str | None,
     sort: str,
     as_json: bool,
 ) -> None:
@@ -55,6 +61,8 @@ def command(
     undated = [m for m in others if m.released is None and m not in found]
     if vendor is not None:
         found, undated = manifest.of_vendor(found, vendor), [*manifest.of_vendor(undated, vendor)]
+    if scheme is not None:
+        found, undated = manifest.of_scheme(found, scheme), [*manifest.of_scheme(undated, scheme)]
     for choice in has:
         found = _with(found, choice)
         undated = [*_with(undated, choice)]
@@ -70,6 +78,7 @@ def command(
             *(f"--has {choice}" for choice in has),
             *([f"--year {year}"] if year else []),
             *([f"--vendor {vendor}"] if vendor else []),
+            *([f"--scheme {scheme}"] if scheme else []),
         ]
         note(
             f"no release has all of: {' '.join(asked)}. `zoo list` without words shows all {len(manifest.stems())}."

@@ -25,6 +25,7 @@ FACTS = (
     "from",
     "published size",
     "weights",
+    "quantisation",
     "formats",
     "licence",
     "paper",
@@ -129,6 +130,8 @@ class Shown:
     def lines(self) -> dict[str, str]:
         m = self.manifest
         facts = _facts(m) if m is not None else {"name": self.name, "from": self.source}
+        if (quantised := self.quantisation()) is not None:
+            facts["quantisation"] = quantised
         if m is not None or self.spec is not None:
             facts |= _architecture(m, self.spec)
         if self.spec is not None and self.load is not None:
@@ -137,6 +140,16 @@ class Shown:
             context, batch, dtype = self.load
             facts["serving"] = serving(self.spec, context or self.spec.context_length, batch, dtype)
         return facts | ({"note": "\n".join(self.notes)} if self.notes else {})
+
+    def quantisation(self) -> str | None:
+        """What the config says of quantised weights."""
+        from zoo.errors import ZooError
+        from zoo.quant.told import told
+
+        try:
+            return told(self.config)
+        except ZooError as error:  # still worth showing
+            return f"not read: {error}"
 
     def to_json(self) -> dict[str, Any]:
         from zoo import describe, manifest, sizes
@@ -150,6 +163,7 @@ class Shown:
         )
         out |= {"sets": self.sets} if self.source.startswith("hf:") else {}
         out |= {"notes": self.notes} if self.notes else {}
+        out |= {"quantisation": quantised} if (quantised := self.quantisation()) is not None else {}
         if self.spec is not None:
             out |= {
                 "architecture": describe.describe(self.spec),

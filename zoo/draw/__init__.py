@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.draw import picture, svg
+from zoo.draw.boxes import text_width
 from zoo.draw.picture import Ahead, Facts
 from zoo.spec import Spec
 
-__all__ = ["Ahead", "Facts", "ahead", "drawing", "side_by_side"]
+__all__ = ["Ahead", "Facts", "ahead", "drawing", "lines", "side_by_side"]
 
 _AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_transformer_layers", "num_mtp_modules")
 
@@ -26,6 +27,17 @@ def drawing(spec: Spec, facts: Facts, about: str | None = None) -> str:
     canvas, height = picture.draw(spec, facts)
     said = _about(spec) if about is None else about
     return svg.document([(0.0, canvas, ())], picture.WIDTH, height, _title(facts), said)
+
+
+def lines(spec: Spec, facts: Facts) -> tuple[float, list[tuple[str, float, float, float]]]:
+    """The height of the picture, and the lines in it that are compared: text, left end, baseline, width."""
+    canvas, height = picture.draw(spec, facts)
+    found = []
+    for t in canvas.texts:
+        if t.compared:
+            indent = text_width(t.text[: len(t.text) - len(t.text.lstrip())], t.size)
+            found.append((t.text.strip(), t.left + indent, t.y, t.width - indent))
+    return height, found
 
 
 def side_by_side(several: list[tuple[Spec, Facts]]) -> str:

@@ -6,6 +6,7 @@ widest of the fonts that the pictures ask for, so that what fits here fits every
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 # Hundredths of an em, of the characters from 32 to 126 (DejaVu Sans 2.37).
@@ -94,6 +95,11 @@ class Text:
     def width(self) -> float:
         return len(self.text) * self.pitch if self.pitch else text_width(self.text, self.size, self.bold)
 
+    @property
+    def left(self) -> float:
+        """Where it begins."""
+        return self.x - {"start": 0.0, "middle": self.width / 2, "end": self.width}[self.anchor]
+
 
 @dataclass
 class Canvas:
@@ -124,14 +130,15 @@ class Canvas:
     def cells(self, x: float, y: float, letters: str, size: float, pitch: float) -> None:
         """A letter in the middle of each cell, the first of which is at `x`."""
         self.texts.append(
-            Text(x + (pitch - 1) / 2, y, letters, size, "", "middle", len(letters) * pitch, pitch)
+            # the middle, in whole units: a strip is mostly these numbers
+            Text(x + pitch // 2 - 1, y, letters, size, "", "middle", len(letters) * pitch, pitch)
         )
 
     def lines(
         self, x: float, y: float, text: str, size: float, room: float, style: str = "", leading: float = 1.3
     ) -> float:
-        """Wrapped text whose top is `y`; its height."""
-        rows = wrap(text, room, size, "b" in style.split())
+        """Wrapped text whose top is `y`; its height. In whole units: a picture is mostly coordinates."""
+        rows, step = wrap(text, room, size, "b" in style.split()), round(size * leading)
         for n, row in enumerate(rows):
-            self.text(x, y + size + n * size * leading, row, size, style, room=room)
-        return len(rows) * size * leading
+            self.text(x, y + math.ceil(size) + n * step, row, size, style, room=room)
+        return len(rows) * step

@@ -8,6 +8,8 @@ strip at the top says which layer has which. The line at the left of a frame is 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -113,11 +115,11 @@ def draw(spec: Spec, facts: Facts) -> tuple[Canvas, float]:
         y += _put(c, node, _MARGIN, y, WIDTH - 2 * _MARGIN, 1)
         y = _arrow(c, WIDTH / 2, y)
     text = f"token ids, context {number(spec.context_length)}"
-    c.text(WIDTH / 2, y + 9, text, _SIZE, "m", "middle", WIDTH)
+    c.text(WIDTH / 2, y + 12, text, _SIZE, "m", "middle", WIDTH)
     if spec.tied:
         x = WIDTH - 6
-        c.path(f"M{WIDTH - _MARGIN:g} {head + 12:.1f}H{x:g}V{low + 12:.1f}H{WIDTH - _MARGIN:g}", "t")
-    y += 22
+        c.path(f"M{WIDTH - _MARGIN:g} {head + 12:g}H{x:g}V{low + 12:g}H{WIDTH - _MARGIN:g}", "t")
+    y += 25
     if any(t.text.startswith("◆") for t in c.texts):
         y += c.lines(_MARGIN, y, "◆ unusual: few families have it", _SMALL, WIDTH - 2 * _MARGIN, "m")
     return c, y + 8
@@ -135,14 +137,12 @@ def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
     left = _MARGIN + 24
     shown = min(spec.n_layers, _PER_ROW * _MAX_ROWS)
     for start in range(0, shown, _PER_ROW):
-        c.text(left - 4, y + 10, str(start), 9, "m", "end", 24)
+        c.text(left - 4, y + 9, str(start), 9, "m", "end", 24)
         for letters in rows:
             part = letters[start : start + _PER_ROW]
             for letter in dict.fromkeys(part):
-                cells = [n for n, x in enumerate(part) if x == letter]
-                d = "".join(f"M{left + n * _CELL:g} {y:g}h{_CELL - 1:g}v12h-{_CELL - 1:g}z" for n in cells)
-                c.path(d, styles.get(letter, "n"))
-            c.cells(left, y + 9.5, part, 9, _CELL)
+                c.path(_cells(part, letter, left, y), styles.get(letter, "n"))
+            c.cells(left, y + 9, part, 9, _CELL)
             y += _CELL
         y += 3 if len(rows) > 1 else 0
     if shown < spec.n_layers:
@@ -154,6 +154,16 @@ def _strip(c: Canvas, spec: Spec, o: Order, y: float) -> float:
     if len(text := "Layers: " + "; ".join(parts)) <= 110:  # the strip says it better
         y += c.lines(_MARGIN, y + 2, text, _SMALL, WIDTH - 2 * _MARGIN, "m")
     return y + c.lines(_MARGIN, y + 2, key, _SMALL, WIDTH - 2 * _MARGIN, "m") + 2
+
+
+def _cells(row: str, letter: str, left: float, y: float) -> str:
+    """The cells of a row that hold `letter`: each run of them as one box with lines in it."""
+    d = ""
+    for run in re.finditer(f"{re.escape(letter)}+", row):
+        w = len(run[0]) * _CELL - 1
+        d += f"M{left + run.start() * _CELL:g} {y:g}h{w:g}v12h-{w:g}z"
+        d += f"m{_CELL - 0.5:g} 0v12" * (w > _CELL) + f"m{_CELL:g}-12v12" * (len(run[0]) - 2)
+    return d
 
 
 # ---- frames
@@ -216,7 +226,7 @@ def _frame(c: Canvas, spec: Spec, o: Order, f: Frame, top: float) -> float:
     y += 6
     c.rect(_MARGIN, top, WIDTH - 2 * _MARGIN, y - top, "f", 0)
     for n in range(min(streams, 4)):
-        c.path(f"M{_RAIL - 4 * n:g} {y:.1f}V{top:.1f}", "u")
+        c.path(f"M{_RAIL - 4 * n:g} {y:g}V{top:g}", "u")
     return y
 
 
@@ -225,9 +235,9 @@ def _branch(c: Canvas, nodes: Sequence[Node], y: float, scale: str) -> float:
     room = WIDTH - _INNER - _MARGIN - 8
     middle = _INNER + room / 2
     room_above = 24 if scale else 14
-    c.path(f"M{middle:g} {y + room_above:.1f}V{y + 6:.1f}H{_RAIL + 5:g}", "w")
-    c.path(f"M{_RAIL + 9:g} {y + 3:.1f}l-4 3 4 3", "w")
-    c.path(f"M{_RAIL - 5:g} {y + 6:.1f}a5 5 0 1 1 0 .1zm1 0h8m-4-4v8", "k")
+    c.path(f"M{middle:g} {y + room_above:g}V{y + 6:g}H{_RAIL + 5:g}", "w")
+    c.path(f"M{_RAIL + 9:g} {y + 3:g}l-4 3 4 3", "w")
+    c.path(f"M{_RAIL - 5:g} {y + 6:g}a5 5 0 1 1 0 .1zm1 0h8m-4-4v8", "k")
     if scale:
         c.text(_RAIL + 14, y + 18, scale, _SMALL, "r", room=100)
     y += room_above
@@ -235,12 +245,12 @@ def _branch(c: Canvas, nodes: Sequence[Node], y: float, scale: str) -> float:
         y += _put(c, node, _INNER, y, room, 1)
         if n < len(nodes) - 1:
             y = _arrow(c, middle, y)
-    c.path(f"M{_RAIL:g} {y + 8:.1f}H{middle:g}V{y:.1f}m-3 4l3-4 3 4", "w")
+    c.path(f"M{_RAIL:g} {y + 8:g}H{middle:g}V{y:g}m-3 4l3-4 3 4", "w")
     return y + 14
 
 
 def _arrow(c: Canvas, x: float, y: float) -> float:
-    c.path(f"M{x:g} {y + _GAP:.1f}V{y:.1f}m-3 4l3-4 3 4", "w")
+    c.path(f"M{x:g} {y + _GAP:g}V{y:g}m-3 4l3-4 3 4", "w")
     return y + _GAP
 
 
@@ -366,7 +376,7 @@ def _put_row(c: Canvas, row: Row, x: float, y: float, w: float, depth: int) -> f
         for i, h in enumerate(heights):
             middle = x + i * (each + 6) + each / 2
             c.path(
-                f"M{x + w / 2:g} {y:.1f}H{middle:g}v{bar:g}M{middle:g} {y + bar + h:.1f}V{low:.1f}H{x + w / 2:g}",
+                f"M{x + w / 2:g} {y:g}H{middle:g}v{bar:g}M{middle:g} {y + bar + h:g}V{low:g}H{x + w / 2:g}",
                 "w",
             )
     return max(heights) + 2 * bar
@@ -391,7 +401,7 @@ def _put_box(c: Canvas, b: Box, x: float, y: float, w: float, depth: int) -> flo
     y += 5
     room = w - 2 * pad
     if b.note:
-        c.text(x + w - pad, y + _TITLE, b.note, _SIZE, "m", "end", room)
+        c.text(x + w - pad, y + math.ceil(_TITLE), b.note, _SIZE, "m", "end", room)
     if b.title:
         left = room - (text_width(b.note, _SIZE) + 8 if b.note else 0)
         fits = text_width(b.title, _TITLE, bold=True) <= left
@@ -423,8 +433,7 @@ def _dots(c: Canvas, n: int, full: int, x: float, y: float, w: float) -> float:
     def lines(count: int) -> str:
         each = [min(per_row, count - r * per_row) for r in range(min(rows, -(-count // per_row)))]
         return "".join(
-            f"M{x:g} {y + r * pitch + size / 2:.1f}h{k * pitch - (pitch - size):g}"
-            for r, k in enumerate(each)
+            f"M{x:g} {y + r * pitch + size / 2:g}h{k * pitch - (pitch - size):g}" for r, k in enumerate(each)
         )
 
     c.path(lines(n), "q y" if size == 4 else "q z")
@@ -442,5 +451,5 @@ _ICONS = {
 
 
 def _icon(c: Canvas, kind: str, x: float, y: float) -> None:
-    c.path(f"M{x:g} {y:.1f}h24v24h-24z", "q")
-    c.path(f"M{x:g} {y:.1f}{_ICONS[kind]}", "c")
+    c.path(f"M{x:g} {y:g}h24v24h-24z", "q")
+    c.path(f"M{x:g} {y:g}{_ICONS[kind]}", "c")

@@ -19,12 +19,12 @@ _BOXES = {
     "l": ("#dcfce7", "#16a34a", "#12351f", "#46954a"),  # linear mixers
     "d": ("#fef3c7", "#d97706", "#3d2c0a", "#c69026"),  # dense feed-forward
     "e": ("#f3e8ff", "#9333ea", "#2f1f47", "#986ee2"),  # experts
-    "i": ("#ffffff", "#c084fc", "#21153a", "#8256d0"),  # inside experts
+    "i": ("#fff", "#c084fc", "#21153a", "#8256d0"),  # inside experts
     "v": ("#ffe4e6", "#e11d48", "#43131d", "#e5534b"),  # vocabulary: embedding, head
 }
 _INK, _MUTED, _LINE, _RARE, _OTHER, _PAPER = (
     ("#1b1f24", "#e6edf3"), ("#57606a", "#9da7b1"), ("#6e7781", "#8b949e"), ("#b42318", "#ff938a"),
-    ("#a21caf", "#f0abfc"), ("#ffffff", "#0d1117"),
+    ("#a21caf", "#f0abfc"), ("#fff", "#0d1117"),
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def _style(used: Collection[str]) -> str:
         return "".join(f".{k}{{{v}}}" for k, v in of.items() if k in used)
 
     return (
-        'text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;white-space:pre;'
+        'text{font-family:system-ui,"Segoe UI",Roboto,Arial,sans-serif;white-space:pre;'
         f"fill:{_INK[0]}}}{rules(_colours(0))}{rules(_FORMS)}@media screen and (prefers-color-scheme:dark)"
         f"{{text{{fill:{_INK[1]}}}{rules(_colours(1))}}}"
     )

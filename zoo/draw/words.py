@@ -165,7 +165,8 @@ def _query_scale(q: QueryScale) -> Iterator[Line]:
     r = _Read(q)
     text = f"scores grow with log(position / {number(r.period)})"
     if r.kind == "floor_log":
-        text = f"scores × 1 + {number(q.beta)} ln(1 + ⌊(position + {number(q.offset)}) / {number(q.period)}⌋)"
+        at = f"(position + {number(q.offset)})" if q.offset else "position"
+        text = f"scores × 1 + {number(q.beta)} ln(1 + ⌊{at} / {number(q.period)}⌋)"
     r.done("beta", "offset")  # said, or of the other kind
     yield Line(text, True)
     yield from r.rest()

@@ -181,6 +181,18 @@ STACKED: tuple[RuleLine, ...] = (
 )
 """Experts as transformers 5 has them in memory, whatever their release's names are."""
 
+SWITCHED: tuple[RuleLine, ...] = (
+    (
+        "layers.{i}.moe.gate_up.weight",
+        cat(
+            "model.layers.{i}.mlp.switch_mlp.gate_proj.weight",
+            "model.layers.{i}.mlp.switch_mlp.up_proj.weight",
+        ),
+    ),
+    ("layers.{i}.moe.down.weight", "model.layers.{i}.mlp.switch_mlp.down_proj.weight"),
+)
+"""Experts as MLX's releases have them: those of one kind in a stack."""
+
 SHARED_EXPERT: tuple[RuleLine, ...] = (
     *gated_mlp("layers.{i}.moe.shared", "model.layers.{i}.mlp.shared_expert"),
     ("layers.{i}.moe.shared_gate.weight", "model.layers.{i}.mlp.shared_expert_gate.weight"),

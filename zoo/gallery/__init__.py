@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 from zoo.gallery import pages
-from zoo.gallery.data import Release, collect, document
+from zoo.gallery.data import Release, collect, document, lines
 from zoo.plain import write_plain
 
 __all__ = ["write"]
@@ -35,15 +35,18 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
         DATA: text + "\n",
         # A script ends at "</": JSON may write it otherwise.
         "data.js": "const DATA = " + text.replace("</", "<\\/") + ";\n",
+        "lines.js": "const LINES = "
+        + json.dumps(lines(releases), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+        + ";\n",
         "index.html": pages.index(releases),
         "compare.html": pages.compare(),
         "timeline.html": pages.timeline(releases),
         "fit.html": pages.fit(),
     }
-    for name in ("gallery.css", "gallery.js"):
+    for name in ("gallery.css", "gallery.js", "gallery.schema.json"):
         files[name] = (Path(__file__).parent / name).read_text(encoding="utf-8")
     for r in releases:
-        files[f"r/{r.manifest.name}.html"] = pages.release(r)
+        files[f"r/{r.manifest.name}.html"] = pages.release(r, releases)
         if r.drawing is not None:
             files[f"svg/{r.drawing}"] = r.svg
     for folder in (out, out / "r", out / "svg"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zoo import draw, families, manifest, sizes
@@ -24,6 +24,10 @@ CARDS = {
 """Memory in GB (10^9 bytes), as the makers name it."""
 
 
+GATED = "its repository is gated, and no public copy of its config is known"
+NOT_PUBLIC = "no public copy of its config is known"
+
+
 @dataclass(frozen=True)
 class Release:
     """A release, its Spec where zoo has its config, and its picture by the name of its file: equal pictures are one."""
@@ -33,6 +37,7 @@ class Release:
     svg: str
     drawing: str | None
     row: dict[str, Any]
+    facts: draw.Facts = field(default_factory=lambda: draw.Facts(""))
 
 
 def collect(names: Iterable[str] = ()) -> list[Release]:
@@ -54,6 +59,21 @@ def document(releases: list[Release]) -> dict[str, Any]:
     }
 
 
+def lines(releases: list[Release]) -> dict[str, Any]:
+    """What compare.html marks: of each drawing its height, then for each line that is compared its place in `texts` (the text
+    and its width), its left end and its baseline."""
+    texts: dict[tuple[str, int], int] = {}
+    at: dict[str, list[int]] = {}
+    for r in releases:
+        if r.spec is None or r.drawing is None or r.drawing in at:
+            continue
+        height, found = draw.lines(r.spec, r.facts)
+        at[r.drawing] = [round(height)]
+        for text, x, y, width in found:
+            at[r.drawing] += [texts.setdefault((text, round(width)), len(texts)), round(x), round(y)]
+    return {"texts": [list(x) for x in texts], "at": at}
+
+
 def _release(m: Manifest) -> Release:
     config = m.config
     row: dict[str, Any] = {
@@ -72,12 +92,11 @@ def _release(m: Manifest) -> Release:
     }
     row = {k: v for k, v in row.items() if v not in (None, [])}
     if config is None:
-        return Release(m, None, "", None, row)
+        return Release(m, None, "", None, row | {"not_drawn": GATED if m.gated else NOT_PUBLIC})
     family = families.get(m.family)
     spec = families.spec_of(config, family, f"{m.name}: config.json")
-    svg = draw.drawing(
-        spec, draw.Facts("", (), draw.ahead(config, family)), about=f"{m.family}: see the page"
-    )
+    facts = draw.Facts("", (), draw.ahead(config, family))
+    svg = draw.drawing(spec, facts, about=f"{m.family}: see the page")
     drawing = hashlib.sha256(svg.encode()).hexdigest()[:12] + ".svg"
     o = order(spec)
     row |= {
@@ -96,7 +115,7 @@ def _release(m: Manifest) -> Release:
         "about": {k: v for k, v in describe(spec).items() if k in ABOUT},
         "drawing": drawing,
     }
-    return Release(m, spec, svg, drawing, row)
+    return Release(m, spec, svg, drawing, row, facts)
 
 
 ABOUT = ("attention", "positions", "norm", "QK-norm", "feed-forward")

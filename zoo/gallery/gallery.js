@@ -30,7 +30,7 @@ function card(r) {
   const picture = r.drawing
     ? make("a", { class: "picture", href: `r/${r.name}.html`, tabindex: -1, "aria-hidden": "true" },
       make("img", { src: `svg/${r.drawing}`, alt: "", loading: "lazy", decoding: "async" }))
-    : make("p", { class: "none" }, "Not drawn: no public copy of its config is known.");
+    : make("p", { class: "none" }, `Not drawn: ${r.not_drawn}.`);
   const li = make("li", {}, picture);
   const text = make("div", { class: "text" });
   text.append(make("h2", {}, make("a", { href: `r/${r.name}.html` }, r.name)));
@@ -78,21 +78,33 @@ function gallery() {
     $("cards").replaceChildren(...shown(found.slice(0, 24))); // what is seen first, first
     const asking = ++asks;
     setTimeout(() => { if (asking === asks) $("cards").append(...shown(found.slice(24))); });
+    const filters = Object.entries(asked).filter(([k, v]) => v && k !== "search" && k !== "sort").length;
+    $("filtered").textContent = filters ? ` (${filters})` : "";
     $("count").textContent = `${found.length} of ${rows.length} releases`;
     const kept = new URLSearchParams(Object.entries(asked).filter(([k, v]) => v && !(k === "sort" && v === Object.keys(SORTS)[0])));
     try { history.replaceState(null, "", "#" + kept); } catch { /* a frame on disk may not */ }
   }
   for (const [k, v] of new URLSearchParams(location.hash.slice(1))) if (form.elements[k]) form.elements[k].value = v;
+  const narrow = matchMedia("(max-width:600px)"); // where they would fill the window, filters are folded away
+  const fold = () => { $("filters").open = !narrow.matches; };
+  narrow.addEventListener("change", fold);
+  fold();
   form.addEventListener("input", show);
   form.addEventListener("submit", e => e.preventDefault());
   form.addEventListener("reset", () => setTimeout(show));
+  const untick = name => { cards.get(byName.get(name)).querySelector("input").checked = false; };
+  function bar() {
+    const none = make("button", { type: "button" }, "Choose none");
+    none.addEventListener("click", () => { picked.splice(0).forEach(untick); bar(); $("search").focus(); });
+    $("bar").hidden = !picked.length;
+    $("bar").replaceChildren(picked.length < 2 ? `${picked[0]}: choose another to compare` :
+      make("a", { href: "compare.html#" + picked.join(",") }, "Compare " + picked.join(", ")), none);
+  }
   $("cards").addEventListener("change", e => {
     if (e.target.name !== "compare") return;
     if (e.target.checked) picked.push(e.target.value); else picked.splice(picked.indexOf(e.target.value), 1);
-    if (picked.length > 4) { const first = picked.shift(); cards.get(byName.get(first)).querySelector("input").checked = false; }
-    $("bar").hidden = !picked.length;
-    $("bar").replaceChildren(picked.length < 2 ? `${picked[0]}: choose another to compare` :
-      make("a", { href: "compare.html#" + picked.join(",") }, "Compare " + picked.join(", ")));
+    if (picked.length > 4) untick(picked.shift());
+    bar();
   });
   show();
 }
@@ -106,6 +118,19 @@ const FACTS = [
   ["KV cache a token, bf16", r => r.cache && whole(r.kv_per_token) + " B"],
   ["KV cache, full context", r => r.cache && GB(cacheBytes(r, r.context, 2))], ["proven", r => proven[r.proven] ?? "no"],
 ];
+
+// A drawing, and over it a mark on each line whose text is not among those that all drawings have.
+function marked(r, common) {
+  const [height, ...at] = LINES.at[r.drawing], box = make("div", { class: "drawn" },
+    make("img", { src: `svg/${r.drawing}`, alt: `Block diagram of ${r.name}; the table says the same in words` }));
+  for (let n = 0; n < at.length; n += 3) {
+    const [text, width] = LINES.texts[at[n]];
+    if (common.has(text)) continue;
+    const part = (x, of) => `${(100 * x / of).toFixed(2)}%`;
+    box.append(make("i", { title: text, style: `left:${part(at[n + 1], 400)};width:${part(width, 400)};top:${part(at[n + 2] - 10, height)};height:${part(14, height)}` }));
+  }
+  return box;
+}
 
 function compare() {
   const form = $("ask"), drawn = rows.filter(r => r.drawing);
@@ -123,9 +148,11 @@ function compare() {
       const values = chosen.map(r => String(fact(r) || "–")), differs = new Set(values).size > 1;
       return make("tr", { class: differs && "differs" }, make("th", { scope: "row" }, (differs ? "≠\u00a0" : "") + name), ...values.map(v => make("td", {}, v)));
     });
+    $("table").style.setProperty("--models", chosen.length);
     $("table").replaceChildren(make("caption", {}, "Rows that differ begin with ≠"), make("thead", {}, head), make("tbody", {}, ...body));
-    $("pictures").replaceChildren(...chosen.map(r => make("figure", { style: "margin:0" }, make("figcaption", {}, r.name),
-      make("img", { src: `svg/${r.drawing}`, alt: `Block diagram of ${r.name}; the table says the same in words` }))));
+    const said = chosen.map(r => new Set(LINES.at[r.drawing].slice(1).filter((_, n) => n % 3 === 0).map(n => LINES.texts[n][0])));
+    const common = said.reduce((all, one) => new Set([...all].filter(t => one.has(t))), said[0] ?? new Set());
+    $("pictures").replaceChildren(...chosen.map(r => make("figure", {}, make("figcaption", {}, r.name), marked(r, common))));
     try { history.replaceState(null, "", "#" + chosen.map(r => r.name).join(",")); } catch { /* as above */ }
   }
   form.addEventListener("input", show);
@@ -137,8 +164,9 @@ function fit() {
   $("release").append(...known.map(r => make("option", {}, r.name)).sort((a, b) => a.value.localeCompare(b.value)));
   $("dtype").append(...Object.keys(DATA.bits).map(d => make("option", { selected: d === "bf16" }, d)));
   $("kv").append(...Object.keys(DATA.kv_bytes).map(d => make("option", { selected: d === "bf16" }, d)));
-  const asked = decodeURIComponent(location.hash.slice(1));
-  if (byName.get(asked)?.params) $("release").value = asked;
+  const asked = location.hash.slice(1), fields = ["release", "dtype", "context", "batch", "kv"]; // #NAME, or all that was asked
+  for (const [k, v] of asked.includes("=") ? new URLSearchParams(asked) : [["release", decodeURIComponent(asked)]])
+    if (fields.includes(k) && ([...$(k).options ?? []].some(o => o.value === v) || $(k).type === "number")) $(k).value = v;
   function show() {
     const r = byName.get($("release").value), kv = DATA.kv_bytes[$("kv").value];
     const batch = Math.max(1, Math.floor(+$("batch").value) || 1), wanted = Math.max(1, Math.floor(+$("context").value) || 1);
@@ -153,7 +181,7 @@ function fit() {
       return make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "n" }, `${gb} GB`),
         make("td", { class: n === 1 ? "yes" : "" }, n === 1 ? "fits on one" : `${whole(n)} of them`));
     }));
-    try { history.replaceState(null, "", "#" + r.name); } catch { /* as above */ }
+    try { history.replaceState(null, "", "#" + new URLSearchParams(fields.map(k => [k, $(k).value]))); } catch { /* as above */ }
   }
   form.addEventListener("input", show);
   show();

@@ -16,6 +16,9 @@ from zoo.order import MEANINGS, order
 from zoo.printable import count, printable
 from zoo.spec import Spec
 
+NEAR = 6
+"""Releases of its family that the page of one without a drawing names."""
+
 PAGES = (
     ("index.html", "Gallery"),
     ("compare.html", "Compare"),
@@ -33,7 +36,8 @@ def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> s
     nav = "".join(
         f'<a href="{up}{file}"{" aria-current=page" if file == at else ""}>{name}</a>' for file, name in PAGES
     )
-    scripts = f'<script src="{up}data.js"></script><script src="{up}gallery.js"></script>' if script else ""
+    needed = ["data.js", *["lines.js"] * (script == "compare"), "gallery.js"] if script else []
+    scripts = "".join(f'<script src="{up}{file}"></script>' for file in needed)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -57,8 +61,9 @@ def index(releases: list[Release]) -> str:
         "what a picture says, the config says.</p>"
         '<form class="ask" id="ask" role="search"><label class="wide">Search: name, vendor, licence, anything in its fact sheet'
         '<input type="search" name="search" id="search" placeholder="e.g. MLA 2026"></label>'
+        '<details class="wide" id="filters" open><summary>Filters and order<span id="filtered"></span></summary><div class="ask">'
         f"{_select('vendor', 'Vendor')}{_select('year', 'Year')}{groups}{_select('proven', 'Proven')}{_select('sort', 'Sort by')}"
-        '<button type="reset">Clear all</button></form>'
+        '<button type="reset">Clear all</button></div></details></form>'
         '<p id="count" role="status" aria-live="polite"></p>'
         f'<ul id="cards"></ul><div id="bar" role="status" hidden></div><noscript><ul>{links}</ul></noscript>',
         script="gallery",
@@ -73,7 +78,8 @@ def compare() -> str:
     return page(
         "Compare", "compare.html",
         '<h1>Compare two to four</h1><form class="ask" id="ask"></form><div class="scroll" tabindex="0"><table id="table"></table></div>'
-        '<h2>Drawings</h2><p class=muted>With the differences marked in the drawings: <code>zoo show A B --svg FILE</code></p>'
+        '<h2>Drawings</h2><p class=muted>Lines that not all of them have are <span class="mark">marked</span>. As one picture: '
+        "<code>zoo show A B --svg FILE</code></p>"
         '<div class="pictures" id="pictures"></div>',
         script="compare",
     )  # fmt: skip
@@ -102,9 +108,10 @@ def timeline(releases: list[Release]) -> str:
     dated = [r for r in releases if r.spec is not None and r.manifest.released]
     years = sorted({(r.manifest.released or "")[:4] for r in dated})
     of_year = {y: [r for r in dated if (r.manifest.released or "").startswith(y)] for y in years}
-    rows = []
+    body = ""
     for group, names in CHOICES.items():
         made = {c: [r for r in dated if c in r.row["choices"].get(group, [])] for c in names}
+        body += f"<tbody><tr><th colspan={len(years) + 1} scope=rowgroup class=group>{e(group.capitalize())}"
         for choice in sorted(
             (c for c in names if made[c]), key=lambda c: min(r.manifest.released or "" for r in made[c])
         ):
@@ -112,32 +119,34 @@ def timeline(releases: list[Release]) -> str:
             cells = "".join(
                 _share(sum(r in of_year[y] for r in made[choice]), len(of_year[y])) for y in years
             )
-            rows.append(
-                f"<tr><th scope=row>{e(choice)}<td class=muted>{e(group)}<td><span style=white-space:nowrap>{e(first.released)}</span> "
-                f'<a href="r/{e(first.name)}.html">{e(first.name)}</a>{cells}'
+            body += (
+                f"<tr><th scope=row><span>{e(choice)}</span> <small>{e(first.released)} "
+                f'<a href="r/{e(first.name)}.html">{e(first.name)}</a></small>{cells}'
             )
-    heads = "".join(f"<th scope=col class=n>{y}</th>" for y in years)
+        body += "</tbody>"
+    heads = "".join(f"<th scope=col class=share>{y} <small>of {len(of_year[y])}</small></th>" for y in years)
     return page(
         "Timeline", "timeline.html",
         "<h1>Which choice appeared when</h1><p>Open models differ in a few structural choices. This is when each first appears among the "
         f"{len(dated)} releases here whose date and config are public, and how many of a year's releases made it. It is computed from their "
         "Specs; a choice may be older than the first release that is here.</p>"
-        f"<div class=scroll tabindex=0><table><thead><tr><th scope=col>Choice<th scope=col>Of<th scope=col>First here{heads}</thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>",
+        f'<div class=scroll tabindex=0><table class="timeline"><thead><tr><th scope=col>Choice, and where it is first here{heads}</thead>'
+        f"{body}</table></div>",
     )  # fmt: skip
 
 
 def _share(n: int, of: int) -> str:
     shade = round(100 * n / of) if of else 0
     style = f' style="background:color-mix(in srgb,var(--link) {shade // 2}%,transparent)"' if n else ""
-    return f"<td class=share{style}>{n or '·'}/{of}</td>"
+    return f"<td class=share{style}>{n or '·'}</td>"
 
 
-def release(r: Release) -> str:
+def release(r: Release, others: Iterable[Release] = ()) -> str:
+    """A release's own page. `others`: those that the site has, of which one that is not drawn names its family's."""
     m = r.manifest
     facts = {
         "Vendor": m.vendor, "Released": m.released, "Family": m.family, "Licence": m.licence, "Weights": m.quantization or m.dtype,
-        "Also called": ", ".join(m.aliases), "From": " ".join(map(str, m.sources)), "Published size": _published(r),
+        "Also called": ", ".join(m.aliases), "From": " ".join(dict.fromkeys(map(str, m.sources))), "Published size": _published(r),
     }  # fmt: skip
     said = describe(r.spec) if r.spec is not None else {}
     for shown_elsewhere in ("family", "parts", "layers"):
@@ -148,11 +157,16 @@ def release(r: Release) -> str:
     links = "".join(
         f'<li><a href="{e(url)}">{e(kind)}</a>' for kind, url in m.links.items() if url.startswith("https://")
     )
-    picture = "<p class=muted>No public copy of its config is known: nothing to draw it from. <code>zoo plan</code> reads it.</p>"
+    family = [o.manifest.name for o in others if o.drawing and o.manifest.family == m.family]
+    near = ", ".join(f'<a href="{e(name)}.html">{e(name)}</a>' for name in family[:NEAR])
+    picture = (
+        f"<p class=muted>Not drawn: {e(r.row.get('not_drawn', ''))}. Who may read it: <code>zoo show {e(m.repo or m.name)} --svg FILE</code></p>"
+        + (f"<p class=muted>Drawn of its family, {e(m.family)}: {near}</p>" if near else "")
+    )
     if r.drawing:
         picture = (
             f'<object type="image/svg+xml" tabindex="-1" data="../svg/{r.drawing}" aria-label="Block diagram of {e(m.name)}">'
-            f'<img src="../svg/{r.drawing}" alt="Block diagram of {e(m.name)}"></object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
+            f'</object><p><a href="../svg/{r.drawing}">The drawing alone</a> · '
             f'<a href="../compare.html#{e(m.name)}">Compare</a> · <a href="../fit.html#{e(m.name)}">What it fits on</a></p>'
         )
     proofs = {
@@ -160,7 +174,10 @@ def release(r: Release) -> str:
         "rules": "Its family's rules and decoder are proven against upstream, on small random checkpoints.",
         None: "Not proven: the family's rules are not what they were when they were proven, or never were.",
     }
-    commands = f"zoo pull {m.name}        # fetch, check, convert\nzoo verify {m.name}      # compare with upstream; writes the certificate\nzoo show {m.name} --svg {m.name}.svg"
+    commands = (
+        f"# fetch, check, convert\nzoo pull {m.name}\n# compare with upstream; the certificate and its page\nzoo verify {m.name}\n"
+        f"zoo report {m.name}\nzoo show {m.name} --svg FILE"
+    )
     body = (
         f"<h1>{e(m.name)}</h1><div class=two><div>{picture}</div><div><h2>Fact sheet</h2>{sheet}"
         f"<h2>Commands</h2><pre tabindex=0>{e(commands)}</pre><h2>Proof</h2><p>{proofs[r.row.get('proven')]}</p>"
@@ -228,10 +245,10 @@ def _tensors(spec: Spec) -> str:
     for slot in layout(spec).values():
         found[slot.key, slot.shape] = found.get((slot.key, slot.shape), 0) + 1
     rows = "".join(
-        f"<tr><td>{e(k)}<td>{' × '.join(map(str, shape)) or 'scalar'}<td class=n>{n}"
+        f"<tr><td>{e(k)}<td>{' × '.join(map(str, shape)) or 'scalar'}<td>{n}"
         for (k, shape), n in found.items()
     )
     return (
-        "<h2>Canonical tensors</h2><details><summary>Names and shapes of a converted checkpoint</summary><div class=scroll tabindex=0><table><tr>"
-        f"<th scope=col>Tensor<th scope=col>Shape<th scope=col class=n>Times{rows}</table></div></details>"
+        "<h2>Canonical tensors</h2><details><summary>Names and shapes of a converted checkpoint</summary><div class=scroll tabindex=0><table class=tensors><tr>"
+        f"<th scope=col>Tensor<th scope=col>Shape<th scope=col>Times{rows}</table></div></details>"
     )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels import codes
 from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
@@ -39,9 +40,10 @@ GROUP = 8
 if triton is not None:
     import triton.language as tl
 
+    from zoo.kernels.codes import codes_times, own_columns
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import after_previous
-    from zoo.kernels.linear import gate_and_up_rows
+    from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
     from zoo.kernels.weights import WHOLE, rows_times, scale_row, weight_tile
 
 
@@ -115,6 +117,9 @@ def _few(
     read, sharing = x, k  # so many pairs read one row
     if weight_input:
         read, sharing = x[:, None] * weights.to(x.dtype)[..., None], 1
+    if codes.pays(x, up) and codes.pays(x, down):
+        _few_codes(read, sharing, h, out, chosen, weights, up, down, spec, weight_input, shared, residual)
+        return out
     rows, block, warps = up_tile(k, up, spec.gated)
     _few_up[(ceil_div(up.n, rows), n * k)](
         read, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns,
@@ -130,6 +135,42 @@ def _few(
         ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
     return out
+
+
+def _few_codes(
+    x: Tensor,
+    sharing: int,
+    h: Tensor,
+    out: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Weight,
+    down: Weight,
+    spec: MLP,
+    weight_input: bool,
+    shared: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    """`_few` by `zoo.kernels.codes`, into h and out."""
+    (n, k), f = chosen.shape, down.k
+    rows, block, warps, stages = codes.tile(up)
+    pieces = codes.COLUMNS
+    _few_up_codes[(ceil_div(up.n * pieces, rows), n * k)](
+        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
+        KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
+        R=rows, M=pieces, BLOCK=block, EVEN=codes.even(up, pieces * block), num_warps=warps, num_stages=stages,
+        **overlap(x),
+    )  # fmt: skip
+    together = power_of_2(k)
+    rows, block, warps, stages = codes.tile(down)
+    columns = max(together, codes.COLUMNS)
+    pieces, rows = columns // together, max(rows, columns)
+    _few_down_codes[(ceil_div(down.n * columns, rows), n)](
+        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
+        KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
+        R=rows, M=columns, BLOCK=block, EVEN=codes.even(down, pieces * block), num_warps=warps, num_stages=stages,
+        **overlap(x),
+    )  # fmt: skip
 
 
 def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
@@ -279,21 +320,24 @@ if triton is not None:
         pair = tl.program_id(1).to(tl.int64)
         after_previous(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
-        if GATED:
-            n, mask = gate_and_up_rows(tl.program_id(0), F, ROWS)
-        else:
-            n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-            mask = n < F
+        n, mask = rows_of(tl.arange(0, ROWS), F, GATED, ROWS)
         bytes_: tl.constexpr = 2 if KIND >= 3 else 1
         w_ptr += e * N * (K // bytes_)
         if KIND != 0:
             s_ptr += e * s_rows * s_columns
         x_ptr += pair // sharing * K
-        dtype = h_ptr.dtype.element_ty
         y = rows_times(
             x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
             KIND, ROWS, BLOCK, False, OVERLAP, False,
         )  # fmt: skip
+        finish_up(y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha, ACT, GATED, HAS_BIAS, ROWS)
+
+    @triton.jit
+    def finish_up(
+        y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha,
+        ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        dtype = h_ptr.dtype.element_ty
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + n, mask=mask, other=0.0).to(tl.float32)
         y = y.to(dtype).to(tl.float32)
@@ -307,6 +351,36 @@ if triton is not None:
             tl.store(h_ptr + pair * F + n, y.to(dtype), mask=mask)
 
     @Kernel
+    def _few_up_codes(
+        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns, columns,
+        limit, alpha,
+        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        pair = tl.program_id(1).to(tl.int64)
+        after_previous(OVERLAP)
+        e = tl.load(chosen_ptr + pair).to(tl.int64)
+        w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
+        s_ptr += e * s_rows * s_columns
+        n, mask = rows_of(tl.arange(0, R) // M, F, GATED, R // M)
+        y = one_row_of_codes(
+            x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
+            KIND, R, M, BLOCK, EVEN, OVERLAP, False,
+        )  # fmt: skip
+        n, mask = rows_of(tl.arange(0, R // M), F, GATED, R // M)
+        finish_up(y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha, ACT, GATED, HAS_BIAS, R // M)
+
+    @triton.jit
+    def rows_of(r, F, GATED: tl.constexpr, ROWS: tl.constexpr):
+        """Rows r of a program's tile of ROWS of the up weight. (rows, mask)."""
+        if GATED:
+            n, mask = gate_and_up_rows(tl.program_id(0), r, F, ROWS)
+        else:
+            n = tl.program_id(0) * ROWS + r
+            mask = n < F
+        return n, mask
+
+    @Kernel
     def _few_down(
         h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
         top_k, F, N, s_rows, s_columns, columns,
@@ -315,21 +389,27 @@ if triton is not None:
     ):  # fmt: skip
         # A tile holds the rows of all of a token's experts, so that none waits for another's.
         token = tl.program_id(1).to(tl.int64)
-        r = tl.arange(0, ROWS)
-        j, row = r % EXPERTS, tl.program_id(0) * (ROWS // EXPERTS) + r // EXPERTS
-        mask = (j < top_k) & (row < N)
-        pair = token * top_k + j
-        dtype = out_ptr.dtype.element_ty
         after_previous(OVERLAP)
-        e = tl.load(chosen_ptr + pair, mask=mask, other=0).to(tl.int64)
+        row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
         n = e * N + row
         s_row = e * s_rows + scale_row(rows_ptr, row, mask, KIND)
         y = rows_times(
             h_ptr, pair * F, w_ptr, s_ptr, s_row, n, mask, F, s_columns, columns,
             KIND, ROWS, BLOCK, True, OVERLAP, False,
         )  # fmt: skip
+        finish_down(
+            y, token, row, mask, e, pair, b_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
+            HAS_BIAS, WEIGHTED, EXPERTS, ROWS,
+        )  # fmt: skip
+
+    @triton.jit
+    def finish_down(
+        y, token, row, mask, e, pair, b_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
+        HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        dtype = out_ptr.dtype.element_ty
         if HAS_BIAS:
-            y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
+            y += tl.load(b_ptr + e * N + row, mask=mask, other=0.0).to(tl.float32)
         y = y.to(dtype).to(tl.float32)
         if WEIGHTED:
             a = tl.load(weights_ptr + pair, mask=mask, other=0.0)
@@ -341,6 +421,43 @@ if triton is not None:
         at = token * N + row
         total = with_others(total, shared_ptr, residual_ptr, at, row < N, dtype)
         tl.store(out_ptr + at, total.to(dtype), mask=row < N)
+
+    @triton.jit
+    def pairs_of(token, r, chosen_ptr, top_k, N, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+        """Rows r of a program's tile of ROWS, of all experts of a token in turn. (row of the weight, whether there is one, pair,
+        expert)."""
+        j, row = r % EXPERTS, tl.program_id(0) * (ROWS // EXPERTS) + r // EXPERTS
+        mask = (j < top_k) & (row < N)
+        pair = token * top_k + j
+        return row, mask, pair, tl.load(chosen_ptr + pair, mask=mask, other=0).to(tl.int64)
+
+    @Kernel
+    def _few_down_codes(
+        h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
+        top_k, F, N, s_rows, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        # Columns of x are pieces of h of a token's experts.
+        token = tl.program_id(1).to(tl.int64)
+        S: tl.constexpr = M // EXPERTS
+        ROWS: tl.constexpr = R // S
+        r, m = tl.arange(0, R), tl.arange(0, M)
+        after_previous(OVERLAP)
+        row, mask, pair, e = pairs_of(token, r // S, chosen_ptr, top_k, N, EXPERTS, ROWS)
+        n = tl.where(mask, e * N + row, 0)
+        s_row = tl.where(mask, e * s_rows + scale_row(rows_ptr, row, mask, KIND), 0)
+        x_row = (token * top_k + tl.minimum(m // S, top_k - 1)) * F
+        acc = codes_times(
+            h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns, columns,
+            KIND, R, M, BLOCK, S * BLOCK, EVEN, OVERLAP, False,
+        )  # fmt: skip
+        y = own_columns(acc, R, M, S)
+        row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
+        finish_down(
+            y, token, row, mask, e, pair, b_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
+            HAS_BIAS, WEIGHTED, EXPERTS, ROWS,
+        )  # fmt: skip
 
     @triton.jit
     def with_others(y, shared_ptr, residual_ptr, at, mask, DTYPE: tl.constexpr):

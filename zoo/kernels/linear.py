@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.kernels import codes
 from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, PLAIN, Weight
@@ -26,6 +27,7 @@ from zoo.spec import MLP
 if triton is not None:
     import triton.language as tl
 
+    from zoo.kernels.codes import codes_times, own_columns
     from zoo.kernels.gated import activate
     from zoo.kernels.weights import rows_times, scale_row
 
@@ -56,6 +58,15 @@ def one_row(x: Tensor, w: Weight) -> bool:
 def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """`linear_reference` of one row (see `one_row`), as one kernel. `dtype`: of the result."""
     out = torch.empty(*x.shape[:-1], w.n, dtype=dtype or x.dtype, device=x.device)
+    if codes.pays(x, w):
+        rows, block, warps, stages = codes.tile(w)
+        pieces = codes.COLUMNS
+        _linear_codes[(ceil_div(w.n * pieces, rows),)](
+            x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1], w.columns,
+            KIND=w.kind, HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None,
+            R=rows, M=pieces, BLOCK=block, EVEN=codes.even(w, pieces * block), num_warps=warps, num_stages=stages, **overlap(x),
+        )  # fmt: skip
+        return out
     rows, block, warps = tile(w.n, w)
     _linear[(ceil_div(w.n, rows),)](
         x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1], w.columns,
@@ -69,6 +80,15 @@ def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
     """`gated_linear_reference` of one row (see `one_row`), as one kernel."""
     f = w.n // 2
     out = x.new_empty(*x.shape[:-1], f)
+    if codes.pays(x, w):
+        rows, block, warps, stages = codes.tile(w)
+        pieces = codes.COLUMNS
+        _gated_linear_codes[(ceil_div(w.n * pieces, rows),)](
+            x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
+            KIND=w.kind, ACT=code(spec), HAS_BIAS=w.bias is not None,
+            R=rows, M=pieces, BLOCK=block, EVEN=codes.even(w, pieces * block), num_warps=warps, num_stages=stages, **overlap(x),
+        )  # fmt: skip
+        return out
     rows, block, warps = tile(w.n, w, gated=True)
     _gated_linear[(ceil_div(f, rows // 2),)](
         x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
@@ -109,6 +129,12 @@ if triton is not None:
             x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
             KIND, ROWS, BLOCK, False, OVERLAP, True,
         )  # fmt: skip
+        finish_row(y, n, mask, b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
+
+    @triton.jit
+    def finish_row(
+        y, n, mask, b_ptr, residual_ptr, out_ptr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+    ):
         if HAS_BIAS:
             y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
         y = y.to(out_ptr.dtype.element_ty)
@@ -119,23 +145,56 @@ if triton is not None:
         tl.store(out_ptr + n, y, mask=mask)
 
     @triton.jit
-    def gate_and_up_rows(pid, F, ROWS: tl.constexpr):
-        """Rows of a [2 F, K] weight for ROWS / 2 outputs: gate and up rows in turn. (rows, mask)."""
-        r = tl.arange(0, ROWS)
+    def one_row_of_codes(
+        x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
+        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        WAIT: tl.constexpr,
+    ):  # fmt: skip
+        """W[n, :] . x for rows n [R] of codes, each M times in turn: fp32 [R / M]."""
+        n = tl.where(mask, n, 0)  # some row, of which the sum is not stored
+        part, m = tl.arange(0, R) % M * BLOCK, tl.arange(0, M)
+        acc = codes_times(
+            x_ptr, m * 0, m * BLOCK, w_ptr, n, part, s_ptr, scale_row(rows_ptr, n, mask, KIND), K, s_columns, columns,
+            KIND, R, M, BLOCK, M * BLOCK, EVEN, OVERLAP, WAIT,
+        )  # fmt: skip
+        return own_columns(acc, R, M, M)
+
+    @Kernel
+    def _linear_codes(
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0) * (R // M) + tl.arange(0, R) // M
+        y = one_row_of_codes(
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, n < N, K, s_columns, columns, KIND, R, M, BLOCK, EVEN, OVERLAP, True
+        )  # fmt: skip
+        n = tl.program_id(0) * (R // M) + tl.arange(0, R // M)
+        finish_row(y, n, n < N, b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
+
+    @triton.jit
+    def gate_and_up_rows(pid, r, F, ROWS: tl.constexpr):
+        """Rows of a [2 F, K] weight for ROWS / 2 outputs: gate and up rows in turn, of which r. (rows, mask)."""
         f = pid * (ROWS // 2) + r // 2
         return f + (r % 2) * F, f < F
 
     @Kernel
-    def _gated_linear(
+    def _gated_linear_codes(
         x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        n, mask = gate_and_up_rows(tl.program_id(0), F, ROWS)
-        y = rows_times(
-            x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
-            KIND, ROWS, BLOCK, False, OVERLAP, True,
+        n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, R) // M, F, R // M)
+        y = one_row_of_codes(
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, R, M, BLOCK, EVEN, OVERLAP, True
         )  # fmt: skip
+        n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, R // M), F, R // M)
+        finish_gated(y, n, mask, b_ptr, out_ptr, F, limit, alpha, ACT, HAS_BIAS, R // M)
+
+    @triton.jit
+    def finish_gated(
+        y, n, mask, b_ptr, out_ptr, F, limit, alpha, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr
+    ):  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)
         dtype = out_ptr.dtype.element_ty
@@ -143,3 +202,16 @@ if triton is not None:
         f = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
         h = activate(gate, up, limit, alpha, ACT, True, dtype)
         tl.store(out_ptr + f, h.to(dtype), mask=f < F)
+
+    @Kernel
+    def _gated_linear(
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, columns, limit, alpha,
+        KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, ROWS), F, ROWS)
+        y = rows_times(
+            x_ptr, 0, w_ptr, s_ptr, scale_row(rows_ptr, n, mask, KIND), n, mask, K, s_columns, columns,
+            KIND, ROWS, BLOCK, False, OVERLAP, True,
+        )  # fmt: skip
+        finish_gated(y, n, mask, b_ptr, out_ptr, F, limit, alpha, ACT, HAS_BIAS, ROWS)

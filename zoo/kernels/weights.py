@@ -42,6 +42,7 @@ class Weight:
     rows: Tensor | None = None
     columns: int = 0  # how many columns share a scale
     bias: Tensor | None = None
+    words: bool = False  # whether rows of codes are whole words of 32 bits, 16 bytes at a time, none of a NaN
     # Descriptions of its tiles for the copy engine, by their shape and by where the codes lie.
     tiles: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
@@ -82,28 +83,50 @@ def quantised(
     n = sum(parts)
     rows, columns = block_size(scheme)
     if scheme == "mxfp4":
-        return Weight(codes, n, codes.shape[-2] * 32, MXFP4, scale.view(torch.uint8), None, columns, bias)
+        return Weight(
+            codes,
+            n,
+            codes.shape[-2] * 32,
+            MXFP4,
+            scale.view(torch.uint8),
+            None,
+            columns,
+            bias,
+            aligned(codes),
+        )
     if scheme.startswith("int4"):
         k = codes.shape[-1] * 8
         if k % 32 or columns % 32:
             return None
         if (shape := components.get("shape")) is not None:
             check_shape(shape, parts, k)
-        return Weight(codes.view(torch.uint8), n, k, INT4, scale, None, columns, bias)
+        return Weight(codes.view(torch.uint8), n, k, INT4, scale, None, columns, bias, aligned(codes))
     k = codes.shape[-1]
     if columns % 128 and columns < k:
         return None
     if scheme == "fp8-tensor" or scale.dtype not in (torch.float32, torch.bfloat16):
         scale = scale_grid(scale, tuple(codes.shape[:-2]), parts, k, (rows, columns)).contiguous()
     kind, columns = FP8 if 0 < columns < k else FP8_ROWS, columns or k
+    words = k % 32 == 0 and aligned(codes) and not has_nan(codes)
     if rows == SCALE_ROWS and not any(part % rows for part in parts[:-1]):
-        return Weight(codes, n, k, kind, scale, None, columns, bias)
+        return Weight(codes, n, k, kind, scale, None, columns, bias, words)
     index, first = [], 0
     for part in parts:
         index.append(first + torch.arange(part) // (rows or part))
         first += ceil_div(part, rows or part)
     table = torch.cat(index).to(torch.int32).to(codes.device)
-    return Weight(codes, n, k, kind, scale, table, columns, bias)
+    return Weight(codes, n, k, kind, scale, table, columns, bias, words)
+
+
+def aligned(codes: Tensor) -> bool:
+    return codes.data_ptr() % 16 == 0
+
+
+def has_nan(codes: Tensor) -> bool:
+    """Whether e4m3 codes have one that is no number: only damaged weights do."""
+    flat = codes.view(torch.uint8).flatten()
+    pieces = flat.split(1 << 26) if len(flat) else ()
+    return any(bool((piece & 127 == 127).any()) for piece in pieces)
 
 
 def expanded(w: Weight, dtype: torch.dtype) -> Tensor:

@@ -568,7 +568,7 @@ class Execution:
                 continue
             for k, (source, fit) in enumerate(zip(o.sources, o.fits)):
                 file = tensors[source].file
-                if o.components or fit.copy:
+                if o.scheme is not None or fit.copy:
                     names = self.plan.sources_of(o, k) + ([o.sources[_original(o, k)]] if fit.copy else [])
                     files = frozenset(tensors[s].file for s in names)
                     if len(files) > 1:
@@ -617,7 +617,7 @@ class Execution:
         else:
             src_box = restride(src_box, fit.shape, ref.strides)
             loop = loops(src_box, fit.canonical)
-        plain = o.scheme is None and ref.dtype == o.dtype and not fit.change
+        plain = o.way(k) is None and ref.dtype == o.dtype and not fit.change
         if plain and in_kernel(loop, size):
             src_at, dst_at = ref.offset + src_box.offset * size, base + fit.canonical.offset * size
             copies += self.mover.copies(ref.file, src_at, dst, dst_at, size, loop)
@@ -634,11 +634,11 @@ class Execution:
         from zoo.mapping import decode
 
         files = decode.Files(self.mover.source)
-        if o.scheme is not None:
-            others = {c: self.plan.checkpoint.tensors[names[k]] for c, names in o.components.items()}
-            if (how := scheme(o.scheme)).module:
+        if (way := o.way(k)) is not None:
+            others = {c: self.plan.checkpoint.tensors[name] for c, name in o.beside(k).items()}
+            if (how := scheme(way)).module:
                 return decode.Formula(ref, others, how, o.fits[k].shape, files, o.dtype)
-            return decode.Quantised(ref, others, o.scheme, o.fits[k].shape, files, o.dtype)
+            return decode.Quantised(ref, others, way, o.fits[k].shape, files, o.dtype)
         change = o.fits[k].change
         dtype = "F32" if change else o.dtype
         blocks = ref.dtype not in ITEMSIZE
@@ -664,7 +664,7 @@ class Execution:
         from zoo.mapping import decode
 
         names = (
-            [o.sources[k]] if o.scheme is None else [n[k] for c, n in o.components.items() if c == "scale"]
+            [o.sources[k]] if o.scheme is None else [name for c, name in o.beside(k).items() if c == "scale"]
         )
         for name in names:
             ref = self.plan.checkpoint.tensors[name]

@@ -464,12 +464,8 @@ def _added_to_experts(w: Tensor, a: Tensor, b: Tensor, s: float, swapped: bool) 
 
 
 def _refuse_changes(like: Canonical, adapter: Adapter, places: Places) -> None:
-    """Raises ZooError for changes that the folder can't hold: of a quantised weight, and of a head that is the embedding."""
-    if head := next((n for n in places.changed if n in places.tied), None):
-        raise ZooError(
-            f"{adapter.root}: changes {head}, which is the embedding of this model (tied): merged, it would change the embedding too, which "
-            "is not what was trained. Untie the model first, or merge it with peft (ensure_weight_tying)"
-        )
+    """Raises ZooError for changes that the folder can't hold: of a quantised weight, and of a tied embedding, or head, alone."""
+    _settle_tied(like, adapter, places)
     for name in places.changed:
         for o, _ in places.places.get(name, ()):
             slot = o.name.rpartition(".")[0]
@@ -478,6 +474,22 @@ def _refuse_changes(like: Canonical, adapter: Adapter, places: Places) -> None:
                     f"{like.root}: {slot} is quantised ({like.quant[slot]}), and {adapter.root} changes it ({name}): convert the source "
                     "again with --dtype bf16, and merge into that"
                 )
+
+
+def _settle_tied(like: Canonical, adapter: Adapter, places: Places) -> None:
+    """Of a head that is the embedding: peft's modules are two, and it trains either alone, unless the adapter holds the same tensor
+    for both (`ensure_weight_tying`), which is then the change of one."""
+    ends = [n for n in places.names.get("embed.weight", ()) if like.spec.tied and n in places.changed]
+    found = (adapter.whole.get(n) for n in ends if n.rpartition(".")[0] not in adapter.low)
+    whole = [t for t in found if t is not None]
+    if len(ends) == 2 == len(whole) and torch.equal(*whole):
+        places.changed.pop(next(n for n in ends if n in places.tied))
+    elif ends:
+        raise ZooError(
+            f"{adapter.root}: changes {ends[-1]}, and embedding and head of {like.root} are one (tied): merged, it would change both alike, which "
+            "is not what peft trained. Untie the model: in transformers `model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())`, "
+            "`model.config.tie_word_embeddings = False`, save_pretrained; `zoo convert` that, and merge into it"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class Output:
     """A canonical tensor and its making: source tensor `sources[k]` gives the elements `fits[k]`.
 
     `scheme`: the source is quantised, and dequantised on the way; `components` are then the names of what
-    stands beside each source (`components["scale"][k]`), and the fits are of logical elements.
+    stands beside each source (`components["scale"][k]`), and the fits are of logical elements. `mixed`: of each source its own
+    scheme (None: it is plain) and what stands beside it, where they differ; ask `way` and `beside`.
     """
 
     name: str
@@ -70,6 +71,15 @@ class Output:
     fits: tuple[Fit, ...]
     scheme: str | None = None
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mixed: tuple[tuple[str | None, Mapping[str, str]], ...] = ()
+
+    def way(self, k: int) -> str | None:
+        """The scheme of the k-th source."""
+        return self.mixed[k][0] if self.mixed else self.scheme
+
+    def beside(self, k: int) -> Mapping[str, str]:
+        """What stands beside the k-th source, by component."""
+        return self.mixed[k][1] if self.mixed else {c: names[k] for c, names in self.components.items()}
 
     @property
     def nbytes(self) -> int:
@@ -126,12 +136,13 @@ class Plan:
                     [(f.shape, f.source, f.canonical, *((f.change,) if f.change else ())) for f in o.fits]
                 )
                 h.update(seen[id(o.fits)].encode())
-            h.update(repr((o.name, o.dtype, o.shape, o.scheme, o.sources, seen[id(o.fits)][:64])).encode())
+            way = o.mixed or o.scheme
+            h.update(repr((o.name, o.dtype, o.shape, way, o.sources, seen[id(o.fits)][:64])).encode())
         return h.hexdigest()[:32]
 
     def sources_of(self, o: Output, k: int) -> list[str]:
         """All source tensors that the k-th fit of an output needs: the weight and what stands beside it."""
-        return [o.sources[k], *(names[k] for names in o.components.values())]
+        return [o.sources[k], *o.beside(k).values()]
 
     def files_needed(self) -> dict[str, int]:
         """Source file -> bytes of it that this plan reads; files that it does not need are left out."""
@@ -451,7 +462,7 @@ class _Matcher:
 
     def run(self) -> Match:
         for slot in layout(self.spec).values():
-            if (chosen := self.choose(slot)) is not None:
+            if not self.in_several_ways(slot) and (chosen := self.choose(slot)) is not None:
                 self.fill(slot, *chosen)
             if self.lacking > len(self.tensors) + MAX_LACKING:  # a few bytes of config can ask for any number
                 self.out.problems.append(
@@ -596,6 +607,87 @@ class _Matcher:
         self.out.outputs[slot.name] = Output(
             slot.name, self.dtype, slot.shape, slot.layer, codes, logical.fits, scheme.name, components
         )
+
+    def in_several_ways(self, slot: Slot) -> bool:
+        """Whether the parts of a fused weight are stored in several ways, as in releases that give some modules more bits. Then it
+        is planned here, to be dequantised part by part; as codes they cannot be one, which is a problem."""
+        if not slot.name.endswith(".weight") or len(slot.shape) < 2:
+            return False
+        layer = None if slot.layer is None else self.spec.layers[slot.layer]
+        for n, rule in enumerate(self.rules_for(slot)):
+            if rule.when is not None and not rule.when(layer, self.spec) or not _fuses(rule.expr):
+                continue
+            leaves = [self.spell(x.name({"i": str(slot.layer), "e": 0, "r": 0})) for x in rule.expr.leaves()]
+            try:
+                ways = {x: detect(x, self.tensors, self.config) for x in leaves}
+            except ZooError:  # said where the rule is chosen
+                return False
+            there = all(w is not None or x in self.tensors for x, w in ways.items())
+            if not there or len({w and w.name for w in ways.values()}) < 2:
+                continue
+            plain = self.recipe(rule, n, slot, None, None)
+            if isinstance(plain, str):
+                return False
+            if self.dtype is None:
+                told = ", ".join(f"{x} {w.name if w else 'plain'}" for x, w in ways.items())
+                self.out.problems.append(
+                    f"{slot.name}: its parts are stored in several ways ({told}); convert with --dtype"
+                )
+                for leaf in plain.sources(slot.layer, ()):
+                    way = ways.get(leaf) or detect(leaf, self.tensors, self.config)
+                    self.used.update(
+                        x for part in way.components for x in part.names(leaf)
+                    ) if way else self.used.add(leaf)
+                return True
+            self.fill_by_part(slot, plain)
+            return True
+        return False
+
+    def fill_by_part(self, slot: Slot, plain: Recipe) -> None:
+        """An output whose sources are dequantised each by its own scheme, or plain."""
+        assert self.dtype is not None
+        made: list[tuple[str, Fit, str | None, Mapping[str, str]]] = []
+        for leaf, fit in zip(plain.sources(slot.layer, ()), plain.fits, strict=True):
+            alone = Recipe((leaf,), plain.shape, (fit,))
+            try:
+                how = detect(leaf, self.tensors, self.config)
+            except ZooError as e:
+                self.out.problems.append(str(e))
+                return
+            if how is None:
+                if not self.add(slot.name, slot, alone, [leaf], None, keep=False):
+                    return
+                made.append((leaf, fit, None, {}))
+                continue
+            names: dict[str, str] = {}
+            for part in how.components:
+                source = next((x for x in part.names(leaf) if x in self.tensors), None)
+                if source is None and part.optional:
+                    continue
+                source = source or part.names(leaf)[0]
+                own = self.tensors[source].shape if source in self.tensors else ()
+                try:
+                    recipe = beside(alone, part, own)
+                except ZooError as e:
+                    self.out.problems.append(f"{slot.name}: {e}")
+                    return
+                if not self.add(
+                    f"{slot.name.removesuffix('.weight')}.{part.name}",
+                    slot,
+                    recipe,
+                    [source],
+                    part,
+                    keep=False,
+                ):
+                    return
+                names[part.name] = source
+            codes = names.pop("weight")
+            made.append((codes, _stored(fit, "io") if how.turned else fit, how.name, names))
+        ways = " + ".join(sorted({way for _, _, way, _ in made if way}))
+        self.out.outputs[slot.name] = Output(
+            slot.name, self.dtype, slot.shape, slot.layer, tuple(m[0] for m in made), tuple(m[1] for m in made), ways,
+            mixed=tuple((way, names) for _, _, way, names in made),
+        )  # fmt: skip
 
     def use(self, slot: Slot, rule: Rule, n: int, scheme: Scheme) -> None:
         """None of the components of a weight is unexpected, though one of them has another shape."""

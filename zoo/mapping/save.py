@@ -37,6 +37,7 @@ from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
+from zoo.together import of_first
 
 StrPath = str | os.PathLike[str]
 CALLED = {dtype: name for name, dtype in TORCH.items()}
@@ -389,9 +390,8 @@ class _Together(_Alone):
             yield
         except (ZooError, OSError) as e:
             raised = e
-        said = [None if raised is None else str(raised)]
-        torch.distributed.broadcast_object_list(said, src=0)
+        said = of_first(None if raised is None else str(raised))
         if raised is not None:
             raise raised
-        if said[0] is not None:
-            raise ZooError(said[0])
+        if said is not None:
+            raise ZooError(said)

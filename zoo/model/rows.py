@@ -38,7 +38,7 @@ SUM, SPREAD, WHOLE, DONE, LOGITS = range(5)
 
 
 class Matrix(Protocol):
-    """A rank's part of a matrix: `zoo.model.linear.Linear`."""
+    """A linear map, as `zoo.model.linear.Weights` is one."""
 
     def dense(self, dtype: torch.dtype) -> Tensor: ...
     def offset(self, dtype: torch.dtype) -> Tensor | None: ...

@@ -42,7 +42,11 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
     if (q := of_words(leaf, tensors, config, "awq")) is None:
         return None
     version = str(q.get("version") or q.get("format") or "gemm").lower()
-    if version != "gemm" or q.get("backend") == "llm-awq":
+    if q.get("backend") == "llm-awq":
+        raise Unread(
+            "config.json: quantization_config has backend 'llm-awq'; of AWQ zoo reads what AutoAWQ writes"
+        )
+    if version != "gemm":
         raise Unread(f"config.json: quantization_config has version {version!r:.40}; of AWQ zoo reads gemm")
     if (bits := count(q, "bits", 4)) != 4:
         raise Unread(f"config.json: quantization_config has bits {bits}; of AWQ zoo reads 4")

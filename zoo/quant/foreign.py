@@ -21,6 +21,8 @@ FORMATS = (
 )  # fmt: skip
 
 SIGNS = {  # endings of names that only such weights have; the first that any tensor has
+    ".pre_quant_scale": "ModelOpt's AWQ, which scales activations first",
+    ".B": "GPTQ in Marlin's layout",
     ".g_idx": "GPTQ",
     ".qzeros": "AWQ or GPTQ",
     ".wscales": "SVDQuant",
@@ -78,7 +80,12 @@ def name_of(config: Mapping[str, Any], tensors: Collection[str]) -> str | None:
     method = quantization(config).get("quant_method")
     signs = ((end, what) for end, what in SIGNS.items() if method not in CALLED.get(end, ()))
     sign = next((what for end, what in signs if any(n.endswith(end) for n in tensors)), None)
+    ends = {end for end in (".qweight", ".qzeros") if any(n.endswith(end) for n in tensors)}
+    if ends == {".qweight"} and method in CALLED[".qweight"]:
+        sign = f"{str(method).upper()} without zero points, as engines lay it out for Marlin's kernels"
     phrase = said(config)
+    if isinstance(method, str) and method not in READ and method.lower() not in (sign or "").lower():
+        sign = None  # a kin of it: the config knows better
     if sign is not None:
         return f"{sign} ({phrase or LOST})"
     text = config.get("text_config")

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
@@ -106,7 +106,20 @@ def block_size(name: str) -> tuple[int, int]:
 
 def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[str]:
     """The schemes of the weights among these tensors, by name, one for each weight that has one that is read."""
-    found = []
+    return [how for how, _ in _found(tensors, config)]
+
+
+def nbytes(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by scheme, with what stands beside the codes; "plain": those of all other tensors."""
+    out: dict[str, int] = {}
+    for how, names in _found(tensors, config):
+        out[how] = out.get(how, 0) + sum(tensors[n].nbytes for n in names)
+    plain = sum(t.nbytes for t in tensors.values()) - sum(out.values())
+    return out | ({"plain": plain} if plain else {})
+
+
+def _found(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The scheme of each quantised weight, and the names of its tensors."""
     for name, ref in tensors.items():
         leaf = leaf_of(name)
         if ref.dtype in FLOATS or (leaf == name and not name.endswith(("weight", "blocks", "_proj"))):
@@ -115,8 +128,11 @@ def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[s
             how = detect(leaf, tensors, config)
         except ZooError:  # inspecting goes on; a plan says what is wrong
             continue
-        found += [how.name] if how is not None else []
-    return found
+        if how is not None:
+            yield (
+                how.name,
+                list(dict.fromkeys(n for c in how.components for n in c.names(leaf) if n in tensors)),
+            )
 
 
 def leaf_of(codes: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from zoo.errors import ZooError
-from zoo.formats.base import TEMPLATES, place_of, read_json
+from zoo.formats.base import TEMPLATES, carried_files, place_of, read_json
 from zoo.text import mistral, tokenizer
 
 SECONDS = 30
@@ -30,6 +30,8 @@ SECONDS = 30
 LONGEST_ANSWER = 64 << 20
 """Bytes."""
 MAX_ID = 1 << 31
+MAX_ENDS = 100
+"""Tokens that end an answer."""
 PLACES = (
     "chat_template.jinja",
     f"{TEMPLATES}/",
@@ -46,6 +48,7 @@ class Text:
     def __init__(self, path: Path) -> None:
         self.root = Path(path)
         self._process: subprocess.Popen[bytes] | None = None
+        carried_files(self.root)  # refuses those that are links to what lies elsewhere
         tokenizer.file_of(self.root)
         self._about: dict[str, Any] = self._ask("about")
         self.files: tuple[str, ...] = tuple(self._about["files"])
@@ -114,6 +117,8 @@ class Text:
                     ids.append(e)
                 else:
                     notes.append(f"{name}: eos_token_id {str(e)[:40]!r} is no token's number; ignored")
+                if len(ids) + len(notes) > MAX_ENDS:
+                    raise ZooError(f"{self.root / name}: eos_token_id lists over {MAX_ENDS} tokens: refused")
         own = self._about["ends"].get("eos_token")
         return tuple(dict.fromkeys([*ids, *([own] if own is not None else [])])), tuple(notes)
 
@@ -205,7 +210,7 @@ def _line(stream: int) -> bytes:
 
 
 def _ended(code: int) -> str:
-    if code == -getattr(signal, "SIGXCPU", 0):
+    if code == -getattr(signal, "SIGPROF", 0):
         return "takes too long: it was stopped"
     return f"ended the process that it ran in ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 

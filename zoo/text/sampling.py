@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import read_json
+from zoo.formats.base import inside, read_json
 
 FILE = "generation_config.json"
 # Other fields that move what is drawn, with the values that do not. None is followed.
@@ -43,7 +43,7 @@ def read(root: Path) -> tuple[Sampling, list[str]]:
     """How the release in the folder `root` is sampled, and notes on what is not followed. Raises ZooError for a value
     that can't be drawn with."""
     file = root / FILE
-    said = read_json(file, "it says how to sample") if file.is_file() else {}
+    said = read_json(inside(root, FILE, str(root)), "it says how to sample") if file.is_file() else {}
     notes = [] if said else [f"{FILE} is not there: sampled as transformers does without it"]
 
     def number(name: str, allowed: Callable[[Any], bool], expected: str) -> Any:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 TRANSFORMERS = "5.23.0"
 """The version whose ids these are, whichever is installed."""
 _JSON = "tokenizer.json"
+MAX_TOKEN = 1024
+"""Characters of a token of SentencePiece or tiktoken; the longest known are 256 of a kind."""
+MAX_RESERVED = 100_000
+"""Tokens that are counted and not named."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TIKTOKEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -331,6 +335,8 @@ def _tekken(root: Path, config: dict[str, Any], file: Path) -> Loaded:
         listed = data.get("special_tokens")
         named = _TEKKEN_2024 if listed is None else [str(t["token_str"]) for t in sorted(listed, key=_rank)]
         count = about.get("default_num_special_tokens") or len(named)
+        if not 0 <= count <= MAX_RESERVED:
+            raise ValueError(f"{count} special tokens")
         named = [*named, *(f"<SPECIAL_{n}>" for n in range(len(named), count))]
         size = about.get("default_vocab_size")
         raw = [
@@ -368,7 +374,7 @@ def _tiktoken(root: Path, config: dict[str, Any], file: Path) -> Loaded:
     listed = config.get("added_tokens_decoder")
     by_id = {int(n): _content(t) for n, t in listed.items()} if isinstance(listed, dict) else {}
     top, base = max(by_id, default=0), len(ranks)
-    if top > base + 100_000:
+    if top > base + MAX_RESERVED:
         raise ZooError(f"tokenizer_config.json of {root}: an added token has the number {top}")
     names = [by_id.get(n, f"<|reserved_token_{n}|>") for n in range(base, top + 1)] if top >= base else []
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -564,7 +570,8 @@ def _finish(
                 fields.setdefault("extra_special_tokens", value)
             elif key == "extra_special_tokens" and isinstance(value, list):
                 before = list(fields.get(key) or [])
-                fields[key] = before + [t for t in value if t not in before]
+                listed_before = set(map(repr, before))
+                fields[key] = before + [t for t in value if repr(t) not in listed_before]
             elif isinstance(value, dict) and "content" in value:
                 fields[key] = {**value, "special": True}
             else:
@@ -674,6 +681,7 @@ def _content(token: Any) -> str:
 def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """SentencePiece keeps none: every pair of pieces that makes a piece, in the order of the pieces."""
     found = []
+    _refuse_long(vocab)
     for piece, number in vocab.items():
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         found += [(number, len(a), len(b), a, b) for a, b in pairs if a in vocab and b in vocab]
@@ -683,6 +691,7 @@ def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def byte_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, in byte-level BPE's spelling, of tokens in bytes and their ranks."""
+    _refuse_long(ranks)
     spell = byte_spelling()
     spelled = {token: token.decode("latin-1").translate(spell) for token in ranks}
     found = []
@@ -693,6 +702,12 @@ def byte_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[s
                 found.append((rank, ranks[a], ranks[b], spelled[a], spelled[b]))
     found.sort()
     return {spelled[t]: n for t, n in ranks.items()}, [(a, b) for *_, a, b in found]
+
+
+def _refuse_long(tokens: Iterable[str | bytes]) -> None:
+    """Every cut of every token is looked up, which takes the square of its length."""
+    if (n := max(map(len, tokens), default=0)) > MAX_TOKEN:
+        raise ZooError(f"the tokenizer's files have a token of {n} characters; at most {MAX_TOKEN} are read")
 
 
 def byte_spelling() -> dict[int, int]:

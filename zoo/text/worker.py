@@ -8,8 +8,8 @@ is raised is an answer.
 from __future__ import annotations
 
 import json
-import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,10 +18,16 @@ from typing import Any
 
 from zoo.errors import ZooError
 
-CPU_SECONDS = {"about": 8, "mistral_chat": 8}
-"""Of a request; reading a tokenizer of 260,000 tokens takes some 2."""
-CPU_SECONDS_ELSE = 2
-MEMORY = 1 << 30
+CPU_SECONDS = 2.0
+"""Of a request."""
+CPU_MIB, CPU_MOST = 1 / 16, 4.5
+"""Of reading a tokenizer: more for each MiB of its file, up to so much. The largest, of 260,000 tokens in 44 MB, takes 2.2."""
+CPU_LIBRARY = 8.0
+"""Of a chat by mistral-common, which imports much."""
+MEMORY = 768 << 20
+"""Of addresses; that tokenizer takes 610 MiB."""
+RENDERING = 256 << 20
+"""More than there was before, to find and render a template."""
 LONGEST = 300
 """Characters of somebody else's message that are passed on."""
 
@@ -107,22 +113,29 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:LONGEST]}" if text else type(error).__name__
 
 
-def _limit_memory() -> None:
+def _limit_memory(do: str) -> None:
     with suppress(ImportError, OSError, ValueError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        most = MEMORY
+        if do in ("chat", "template"):
+            with open("/proc/self/statm") as f:
+                most = min(most, int(f.read().split()[0]) * resource.getpagesize() + RENDERING)
+        resource.setrlimit(resource.RLIMIT_AS, (most, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _limit_time(seconds: int) -> None:
+def _limit_time(do: str, root: Path) -> None:
     """So much CPU time from now on; the process is ended by a signal where it is spent."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
+    seconds = CPU_LIBRARY if do == "mistral_chat" else CPU_SECONDS
+    with suppress(AttributeError, OSError, ZooError):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        if do == "about":
+            from zoo.text import tokenizer
 
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        soft = math.ceil(used.ru_utime + used.ru_stime) + seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+            size = tokenizer.file_of(root).stat().st_size
+            signal.setitimer(signal.ITIMER_PROF, min(seconds + CPU_MIB * (size >> 20), CPU_MOST))
 
 
 def main() -> None:
@@ -130,11 +143,11 @@ def main() -> None:
     with open(os.devnull, "wb") as nothing:  # what libraries print is no answer
         os.dup2(nothing.fileno(), 1)
     worker = _Worker(Path(sys.argv[1]))
-    _limit_memory()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         do = request.pop("do")
-        _limit_time(CPU_SECONDS.get(do, CPU_SECONDS_ELSE))
+        _limit_memory(do)
+        _limit_time(do, worker.root)
         try:
             answer = {"is": getattr(worker, do)(**request)}
         except ZooError as error:

@@ -80,10 +80,10 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
             if constant and o.sources[k] in used:
                 continue  # each part that lies in a released tensor has the number of that
             used[o.sources[k]] = used.get(o.sources[k], 0) + _size(fit.source)
-            if o.scheme is not None:  # the fits are of logical elements, several to a packed code
-                whole[o.sources[k]] = int(refs[o.sources[k]].size * _per_code(o.scheme))
-            for names in o.components.values():
-                used[names[k]] = refs[names[k]].size
+            if (way := o.way(k)) is not None:  # the fits are of logical elements, several to a packed code
+                whole[o.sources[k]] = int(refs[o.sources[k]].size * _per_code(way))
+            for name in o.beside(k).values():
+                used[name] = refs[name].size
     partial = [n for n, size in used.items() if size != whole[n]] if folder.layers is None else []
     schemes = [n for n in {**folder.quant, **plan.quant} if folder.quant.get(n) != plan.quant.get(n)]
     lost = [n for n in refs if n not in used and n not in plan.extras] if folder.layers is None else []
@@ -355,7 +355,7 @@ def _alike_but_for_dtype(a: Path, b: Path) -> bool:
 
 def _parts(output: Output) -> list[str]:
     """The source tensors beside the codes of a quantised one."""
-    return [n for names in output.components.values() for n in names]
+    return [n for k in range(len(output.sources)) for n in output.beside(k).values()]
 
 
 def _as_it_lies(plan: Plan, output: Output) -> bool:
@@ -424,9 +424,9 @@ def _source(read: Read, plan: Plan, output: Output, k: int, dtype: str) -> tuple
     ckpt, name = plan.checkpoint, output.sources[k]
     ref = ckpt.tensors[name]
     path = ckpt.path(ref.file)
-    if output.scheme is not None:
+    if (way := output.way(k)) is not None:
         values = dequantised(read, plan, output, k)
-        turned = scheme(output.scheme).turned
+        turned = scheme(way).turned
         return (values.transpose(-1, -2) if turned else values).numpy().reshape(-1), False
     if ref.dtype not in ITEMSIZE:  # a block type of GGUF
         from zoo.quant import ggml
@@ -459,17 +459,15 @@ def dequantised(read: Read, plan: Plan, output: Output, k: int) -> Tensor:
 
     ckpt = plan.checkpoint
     components = {}
-    for part, name in {
-        "weight": output.sources[k],
-        **{c: n[k] for c, n in output.components.items()},
-    }.items():
+    for part, name in {"weight": output.sources[k], **output.beside(k)}.items():
         ref = ckpt.tensors[name]
         raw = read(ckpt.path(ref.file), ref.offset, ref.nbytes).clone()  # aligned
         components[part] = raw.view(TORCH[ref.dtype]).view(ref.shape)
-    assert output.scheme is not None
-    s = scheme(output.scheme)
+    way = output.way(k)
+    assert way is not None
+    s = scheme(way)
     rows = output.fits[k].shape[-1 if s.turned else -2]
-    return dequantise(output.scheme, as_canonical(s, components), (rows,), torch.float32)
+    return dequantise(way, as_canonical(s, components), (rows,), torch.float32)
 
 
 def _floats(flat: Array, dtype: str) -> Array:

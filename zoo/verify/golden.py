@@ -32,6 +32,7 @@ from torch import Tensor
 
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
+from zoo.formats.base import FLOATS
 from zoo.verify.certificate import machine
 from zoo.verify.compare import (
     Claimed,
@@ -69,6 +70,12 @@ LAYERS = {"fp32": _FP32, "bf16": 2.0**-3, "fp16": 2.0**-6}
 PERPLEXITY = {"fp32": _FP32, "bf16": 2.0**-4, "fp16": 2.0**-7}
 TOP1 = 0.8
 """The smallest share of equal best ids that is believed: measured at least 0.87."""
+_WHOLE = ("I64", "I32", "I16", "I8", "U8")
+_HELD = {
+    "ids": (_WHOLE, 2), "lengths": (_WHOLE, 1), "prompt": (_WHOLE, 1), "greedy": (_WHOLE, 1),
+    "logits": (FLOATS, 2), "states": (FLOATS, 2), "directions": (FLOATS, 2),
+}  # fmt: skip
+"""The dtypes that the tensors may have, and their axes."""
 _open: Any = safe_open  # the library does not type it
 
 
@@ -142,10 +149,18 @@ class Golden:
         return about
 
     def _get(self, name: str) -> Tensor | None:
-        return self.file.get_tensor(name) if name in self.names else None
+        return self._need(name) if name in self.names else None
 
     def _need(self, name: str) -> Tensor:
+        """The tensor, of the dtype and the axes that one of its name has."""
         self._require(name)
+        held = self.file.get_slice(name)
+        dtypes, axes = _HELD[name.partition(".")[0]]
+        shape = held.get_shape()
+        if held.get_dtype() not in dtypes or len(shape) != axes or 0 in shape:
+            raise ZooError(
+                f"{self.path}: {name} is {held.get_dtype()} {shape}; expected {axes} axes, not empty, of {'/'.join(dtypes)}; {SEE}"
+            )
         t: Tensor = self.file.get_tensor(name)
         return t
 
@@ -160,10 +175,6 @@ class Golden:
         name, logits = f"ids.{b}", f"logits.{b}"
         self._require(logits)
         raw, shape = self._need(name), self.file.get_slice(logits).get_shape()
-        if raw.ndim != 2 or not raw.numel() or raw.is_floating_point():
-            raise ZooError(
-                f"{self.path}: {name} is {raw.dtype} {list(raw.shape)}; expected integers [B, T], not none of them"
-            )
         if len(shape) != 2 or not shape[-1]:
             raise ZooError(
                 f"{self.path}: {logits} has shape {list(shape)}; expected [N, V]: real positions, row by row"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from zoo.together import of_first
 from zoo.verify.compare import Batch, Measured, OnLayer, OnLogits, Sketched, drive, is_upstream
 from zoo.verify.inputs import Inputs
 from zoo.verify.oracle import OnLayer as OfOneBatch
@@ -47,9 +48,7 @@ class Ranks:
 
     def said(self, value: Any = None) -> Any:
         """What the first rank says, on all."""
-        box = [value if self.first else None]
-        dist.broadcast_object_list(box, src=self._source, group=self.group)
-        return box[0]
+        return of_first(value if self.first else None, self.group)
 
     def tensor(self, x: Tensor | None = None) -> Tensor:
         """The first rank's tensor, on all and on their device."""

@@ -31,7 +31,9 @@ class GivenWeights(Weights):
         self.coded: dict[str, tuple[Output, int]] = {}  # the weight's name -> whose k-th source it is
         tensors = dict(plan.checkpoint.tensors)
         for output in plan.outputs.values():
-            for k, codes in enumerate(output.sources if output.scheme else ()):
+            for k, codes in enumerate(output.sources):
+                if output.way(k) is None:
+                    continue
                 for part in _parts(output, k):
                     del tensors[part]
                 self.coded[leaf_of(codes)] = output, k
@@ -64,4 +66,4 @@ class GivenWeights(Weights):
 
 def _parts(output: Output, k: int) -> list[str]:
     """Names of the codes and of what is beside them."""
-    return [output.sources[k], *(names[k] for names in output.components.values())]
+    return [output.sources[k], *output.beside(k).values()]
