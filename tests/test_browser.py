@@ -172,7 +172,17 @@ def test_the_keyboard_alone_reaches_and_works_everything(window: Any) -> None:
         return now
 
     controls = page.locator("#ask").locator("input, select, button").evaluate_all("es => es.map(e => e.id || e.textContent)")  # fmt: skip
-    way = ["Skip to the content", "Gallery", "Compare", "Timeline", "What fits", *controls, "bloom-7b1"]
+    way = [
+        "Skip to the content",
+        "Gallery",
+        "Compare",
+        "Timeline",
+        "What fits",
+        "gallery.json",
+        "its schema",
+        *controls,
+        "bloom-7b1",
+    ]
     assert [press("Tab")["name"] for _ in way] == way
     assert press("Tab")["tag"] == "INPUTcompare"
     press("Space")
@@ -320,6 +330,9 @@ def test_every_page_of_the_whole_gallery_opens_without_an_error(window: Any, tmp
     releases = gallery.write(tmp_path / "site")
     assert {r.manifest.family for r in releases} == {m.family for m in manifest.load_all()}
     seen = window((1000, 700))
+    seen.page.goto((tmp_path / "site" / "index.html").as_uri())
+    drawings = sum(u.endswith(".svg") for u in seen.asked)
+    assert 1 <= drawings <= 60, "what is not seen yet is not loaded yet"
     for file in sorted((tmp_path / "site").rglob("*.html")):
         seen.page.goto(file.as_uri())
         assert not seen.wrong, (file, seen.wrong)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import verified
+from click.testing import CliRunner
 from hub_client import pointed_at
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
@@ -17,6 +18,7 @@ import zoo
 from zoo import card
 from zoo.check import check
 from zoo.cli import _common, cli
+from zoo.errors import ZooError
 from zoo.formats.canonical import read
 from zoo.hub import HubError
 from zoo.push import push
@@ -137,6 +139,14 @@ def test_a_card_that_somebody_edited_there_is_kept_and_weights_of_an_earlier_pus
     assert b"a\\_model" in files(hub)["README.md"], "an unedited card of zoo's gives way"
     with pytest.raises(zoo.ZooError, match="is public, and --private was asked for"):
         push(canon, REPO, private=True)
+
+
+def test_a_gguf_is_not_exported_and_the_command_that_uploads_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    result = CliRunner().invoke(cli, ["push", str(tmp_path / "x.gguf"), REPO, "--dry-run"])
+    assert isinstance(result.exception, ZooError) and f"`hf upload {REPO} {tmp_path}/x.gguf`" in str(
+        result.exception
+    )
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence_and_leaves_nothing(

@@ -61,6 +61,17 @@ def by_modelopt(said: Mapping[str, Any]) -> How:
     return how
 
 
+def by_blocks(said: Mapping[str, Any], scales: torch.dtype = torch.float32) -> How:
+    """How a `quant_method` of fp8 writes each weight: in blocks, but for the modules that it leaves out."""
+    pack, left_out = packs.fp8("block", scales), said.get("modules_to_not_convert") or ()
+
+    def how(name: str) -> packs.Pack | None:
+        linear = "layers." in name and not re.search(r"norm|mlp\.gate\.|weights_proj|mtp", name)
+        return pack if linear and not any(name.removesuffix(".weight") == x for x in left_out) else None
+
+    return how
+
+
 def by_name(patterns: dict[str, packs.Pack | None]) -> How:
     """The pack of the first pattern that is in the name."""
     return lambda name: next((p for part, p in patterns.items() if re.search(part, name)), None)
@@ -101,8 +112,24 @@ class Release:
         found: dict[str, Any] = released["quantization_config"]
         return found
 
+    @property
+    def written(self) -> How:
+        return self.how or (by_modelopt if self.config["quant_method"] == "modelopt" else by_blocks)(
+            self.config
+        )
+
 
 RELEASES: dict[str, Release] = {
+    "qwen3-32b-fp8": Release("qwen3", HEADS, "qwen3-32b-fp8", {"fp8-block"}),
+    "glm-5-fp8": Release("glm_moe_dsa", {"index_head_dim": 16, "index_n_heads": 4}, "glm-5-fp8", {"fp8-block"}),
+    "fp8, scales that are exponents": Release(
+        "deepseek_v3", {}, {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, {"fp8-block"},
+        by_blocks({}, torch.float8_e8m0fnu),
+    ),
+    "hy3-fp8": Release(
+        "hy_v3", {}, {"quant_method": "fp8", "activation_scheme": "static"}, {"fp8-tensor"},
+        by_name({r"shared_m|norm|gate\.|router": None, r"layers.*(_proj|experts)": packs.fp8("tensor", torch.bfloat16)}),
+    ),
     "nvfp4, fp8": Release("qwen3_5", DELTA | {"intermediate_size": 48}, "qwen3.6-27b-nvfp4", {"nvfp4", "fp8-tensor"}),
     "nvfp4 experts, fp8": Release(
         "qwen3_5_moe", DELTA | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}, "qwen3.6-35b-a3b-nvfp4",
@@ -135,7 +162,7 @@ RELEASES: dict[str, Release] = {
 def write(r: Release, at: Path) -> tuple[Path, Path]:
     """(the release, the same with the values that its codes stand for)."""
     path = vendor.make(at / "hf", r.variant, **r.settings)
-    coded, plain = packs.mixed(read_tensors(path), r.how or by_modelopt(r.config))
+    coded, plain = packs.mixed(read_tensors(path), r.written)
     (at / "plain").mkdir()
     write_config(at / "plain", read_config(path))
     write_tensors(at / "plain", plain)

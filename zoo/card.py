@@ -206,9 +206,11 @@ def _reached(link: str, carried: Sequence[str], base: _Base) -> str:
     return f"https://huggingface.co/{base.repo}/blob/main/{link}"
 
 
-def release_of(c: Canonical) -> Manifest | None:
-    """The release that a canonical folder was made of, where its source says so and zoo knows it."""
-    return _known(_base(c, {}))
+def release_of(c: Canonical) -> tuple[Manifest | None, str | None]:
+    """The release that a canonical folder was made of, where its source says so and zoo knows it; the block type of GGUF to
+    which its weights had been rounded before, if they had been."""
+    base = _base(c, {})
+    return _known(base), base.rounded
 
 
 def _known(base: _Base) -> Manifest | None:

@@ -81,6 +81,11 @@ def push(
     _refuse_name(repo)
     if not dry_run:
         _refuse_no_token()
+    if root.exists() and not canonical.detect(root):
+        raise ZooError(
+            f"{root}: no canonical folder, which is what `zoo push` exports and proves. A GGUF, or a folder that is exported already, goes as it "
+            f"is: `hf upload {repo} {root}`"
+        )
     canonical.read(root)
     problems = _problems(root)
     if problems and not unproven:

@@ -82,3 +82,9 @@ def test_glm_5_2_says_which_layers_share_an_indexer_in_three_ways(said: Settings
     mixers = [layer.mixer for layer in lists.layers]
     assert all(isinstance(m, LatentAttention) for m in mixers)
     assert [m.indexer_from for m in mixers[:8]] == [None, None, None, 2, 2, 2, None, 6]
+
+
+def test_layer_types_may_be_called_as_when_nvidias_copy_was_made() -> None:
+    config = read("glm-5.2")
+    older = {"layer_types": ["deepseek_sparse_attention"] * config["num_hidden_layers"]}
+    assert families.spec_of(config | older) == families.spec_of(config)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import DTYPE, common, emit, note, say, table
+from zoo.cli._common import DTYPE, Here, common, emit, note, say, table
 
 
 @click.command(short_help="A canonical folder to the Hub, with card and certificate")
-@click.argument("canon", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("canon", type=Here(exists=True, path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--public/--private", default=None, help="Of a repository that is made. Default: private.")
 @click.option("--revision", metavar="BRANCH", help="Upload to this branch; it is made if there is none. Default: main.")  # fmt: skip

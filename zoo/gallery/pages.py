@@ -58,8 +58,9 @@ def index(releases: list[Release]) -> str:
         "LLM architectures, drawn from their configs",
         "index.html",
         f"<h1>LLM architectures, drawn from their configs</h1><p class=muted>{len(releases)} releases, {drawn} of them drawn: "
-        "what a picture says, the config says.</p>"
-        '<form class="ask" id="ask" role="search"><label class="wide">Search: name, vendor, licence, anything in its fact sheet'
+        "what a picture says, the config says. The data: "
+        '<a href="gallery.json">gallery.json</a>, <a href="gallery.schema.json">its schema</a>.</p>'
+        '<form class="ask" id="ask" role="search"><label class="wide">Search names, vendors, licences, fact sheets'
         '<input type="search" name="search" id="search" placeholder="e.g. MLA 2026"></label>'
         '<details class="wide" id="filters" open><summary>Filters and order<span id="filtered"></span></summary><div class="ask">'
         f"{_select('vendor', 'Vendor')}{_select('year', 'Year')}{groups}{_select('proven', 'Proven')}{_select('sort', 'Sort by')}"

@@ -7,13 +7,15 @@ at a time, to the dtype of its input. The logits are those of a model expanded b
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.kernels.launch import has_triton
+from zoo.kernels.cpu import kernels
+from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.linear import linear, one_row
 from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product
@@ -61,8 +63,21 @@ class Weights(nn.Module):
         """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
         if x.numel() == x.shape[-1] and has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
             return linear(x, w, onto)
-        y = product(x, self.dense(x.dtype), self.offset(x.dtype))
+        if times := self.coded(x, x.shape[:-1].numel()):
+            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype)).view(*x.shape[:-1], -1)
+        else:
+            y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
+
+    def coded(self, x: Tensor, rows: int) -> Callable[..., Tensor] | None:
+        """Our kernel of a CPU for codes and `rows` rows of x (to an expert, where stacked), where it serves them: as
+        `zoo.kernels.cpu.quantised.times`."""
+        if self.scheme is None or x.device.type != "cpu" or is_recorded(x):
+            return None
+        made = kernels("quantised")
+        if made is None or (w := self.packed()) is None or not made.fits(w, rows):
+            return None
+        return partial(made.times, w=w)
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The logical weight in `dtype` (of one expert, where stacked). A view when nothing is to be done."""
@@ -125,14 +140,20 @@ class Stacked(Weights):
 
     def fits(self, x: Tensor, most: int) -> bool:
         """Whether several experts can be asked at once about rows like those of x, at most `most` to an expert."""
-        return self.scheme is None and kernel(x, self.weight, most) is not None
+        return self._kernel(x, most) is not None
+
+    def _kernel(self, x: Tensor, most: int) -> Callable[..., Tensor] | None:
+        if self.scheme is not None:
+            return self.coded(x, most)
+        times = kernel(x, self.weight, most)
+        return times and partial(times, weight=self.weight)
 
     def forward(self, x: Tensor, experts: Tensor, counts: Tensor, tokens: Tensor | None = None) -> Tensor:
         """x [M, in], `counts[0]` rows by the map of `experts[0]`, and so on (int64 [G]): [M, out]. The rows x[tokens]
         (int64) in place of x, where given. One expert, if not `fits`."""
-        times = kernel(x, self.weight, int(counts.max())) if self.scheme is None else None
+        times = self._kernel(x, int(counts.max()))
         if times is not None:
-            return times(x, self.weight, self.offset(x.dtype), experts, counts, tokens)
+            return times(x, bias=self.offset(x.dtype), experts=experts, counts=counts, tokens=tokens)
         (expert,) = experts.tolist()
         x = x if tokens is None else x.index_select(0, tokens)
         return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))

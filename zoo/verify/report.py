@@ -72,8 +72,7 @@ def of_folder(root: Path, cert: Json) -> Model:
     from zoo import draw
     from zoo.card import release_of
 
-    m = release_of(c)
-    return Model(_about(c, m), draw.drawing(c.spec, draw.Facts(_name(cert))), texts, [], untold)
+    return Model(_about(c, *release_of(c)), draw.drawing(c.spec, draw.Facts("")), texts, [], untold)
 
 
 def _changed(root: Path, cert: Json, names: list[str]) -> str | None:
@@ -89,7 +88,7 @@ def _changed(root: Path, cert: Json, names: list[str]) -> str | None:
     return None
 
 
-def _about(c: Canonical, m: Manifest | None) -> list[tuple[str, str]]:
+def _about(c: Canonical, m: Manifest | None, rounded: str | None) -> list[tuple[str, str]]:
     from zoo.describe import describe
 
     said = describe(c.spec)
@@ -97,8 +96,9 @@ def _about(c: Canonical, m: Manifest | None) -> list[tuple[str, str]]:
         said.pop(elsewhere, None)
     release: dict[str, str | None] = {}
     if m is not None:
+        name = m.name + (f", its weights rounded to {rounded}" if rounded else "")
         release = {
-            "release": m.name,
+            "release": name,
             "vendor": m.vendor,
             "released": m.released,
             "licence": m.licence,
