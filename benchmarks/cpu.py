@@ -27,6 +27,7 @@ from typing import Any
 
 from about import command, cpu, machine
 from gpu import active_bytes
+from random_codes import components
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,13 +50,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def our_model(config: dict[str, Any]) -> Any:
+def our_model(config: dict[str, Any], scheme: str | None = None) -> Any:
+    """A decoder with random weights, quantised where a release would be."""
     import torch
 
     from zoo.families import spec_of
     from zoo.model import Decoder
 
     model = Decoder(spec_of(config))
+    for name, m in model.matrices() if scheme else ():
+        if "router" not in name and name != "head":
+            *lead, _, k = m.weight.shape
+            m.quantise(scheme, components(scheme, m.parts, k, *lead))
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         t = torch.empty(p.shape, dtype=torch.bfloat16)

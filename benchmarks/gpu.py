@@ -7,7 +7,7 @@ shape: prefill of 2048 tokens (all logits; after a rest each; both sides in turn
 that launches kernels may be twice as fast a second later), decode at batch 1 after it, memory. "of copy" is the bytes of
 weights that a token visits, over the time it takes, over what a device-to-device copy moves (measured
 first, bytes read plus bytes written). `compiled` adds transformers compiled with a static cache; `batch`
-decode at batch 1 to 64; `long` a prompt of 32768 tokens; `load` a canonical checkpoint from disk.
+decode at batch 1 to 64 (of codes: 1 and 16); `long` a prompt of 32768 tokens; `load` a canonical checkpoint from disk.
 Results are appended to benchmarks/results/gpu.json with device, versions, command and date.
 Exit code 2 if there is no GPU.
 """
@@ -41,6 +41,7 @@ SHAPES: dict[str, tuple[str, int | None, str | None]] = {
     "Llama 3.2 1B": ("llama-3.2-1b-instruct", None, None),
     "Llama 3.1 8B": ("llama-3.1-8b", None, None),
     "Llama 3.1 8B fp8": ("llama-3.1-8b", None, "fp8-tensor"),
+    "Llama 3.1 8B int4": ("llama-3.1-8b", None, "int4-group128"),
     "gpt-oss-20b": ("gpt-oss-20b", None, None),
     "gpt-oss-20b mxfp4": ("gpt-oss-20b", None, "mxfp4"),
     "Qwen3-30B-A3B, 24 layers": ("qwen3-30b-a3b", 24, None),
@@ -50,7 +51,11 @@ SHAPES: dict[str, tuple[str, int | None, str | None]] = {
     "Llama 4 Scout, 8 layers": ("llama4-scout-17b-16e-instruct", 8, None),
     "DeepSeek-V3, 1 dense + 2 MoE layers": ("deepseek-v3", 3, None),
 }
-BATCHES = ("Llama 3.1 8B", "Qwen3-30B-A3B, 24 layers")
+BATCHES = (
+    "Llama 3.1 8B",
+    "Qwen3-30B-A3B, 24 layers",
+    *(name for name, (_, _, scheme) in SHAPES.items() if scheme),
+)
 LONG = ("Llama 3.1 8B", "gpt-oss-20b")
 PROMPT, NEW, LOADS, PAIRS = 2048, 64, 7, 15
 REST = 0.3
@@ -220,7 +225,7 @@ def ours(model: Any, name: str, parts: list[str], row: dict[str, Any], copy: flo
         free()
     if "batch" in parts and name in BATCHES:
         row["decode ms by batch"] = {}
-        for batch in (1, 2, 4, 8, 16, 32, 64):
+        for batch in (1, 2, 4, 8, 16, 32, 64) if SHAPES[name][2] is None else (1, 16):
             step, cache = our_step(model, batch, 128)
             row["decode ms by batch"][batch] = our_decode_ms(step)
             del step, cache

@@ -211,7 +211,7 @@ def stored(
         return w.double(), weights.plain(w)
     made = components(scheme, parts, k, *lead)
     if made["scale"].is_floating_point() and r.random() < 0.3:
-        made["scale"] = made["scale"].bfloat16()
+        made["scale"] = made["scale"].to(r.choice([torch.bfloat16, torch.float32]))
     exact = dequantise(scheme, made, parts, torch.float32).double()
     return exact, weights.quantised(scheme, made, parts)
 
@@ -252,6 +252,11 @@ def weighted(r: random.Random, dtype: torch.dtype) -> Iterator[Pair]:
     assert linear.one_row(x, w)
     found = linear.linear(x, w, onto)
     yield f"linear {what}", found, linear.linear_reference(x.double(), exact, wide(b), onto.double())
+    rows = r.choice([2, 5, 8, 16, 33, 64])
+    xs, onto = torch.randn(rows, k).to(dtype), torch.randn(rows, sum(parts)).to(dtype)
+    if linear.few_rows(xs, w):
+        several = linear.linear_reference(xs.double(), exact, wide(b), onto.double())
+        yield f"linear of {rows} rows {what}", linear.linear(xs, w, onto), several
     if gated:
         found = linear.gated_linear(x, w, spec)
         yield f"gated linear {what}", found, linear.gated_linear_reference(x.double(), exact, wide(b), spec)

@@ -84,17 +84,21 @@ def short(rows: dict[str, Run]) -> str:
     return table(["a token decoded, bf16", "transformers", "compiled", "zoo", "of copy bandwidth"], lines)
 
 
-def other(load: Run | None, rows: dict[str, Run]) -> str:
-    parts = []
+def by_batch(rows: dict[str, Run]) -> str:
     batches = {n: r for n, r in rows.items() if "decode ms by batch" in r}
-    if batches:
-        sizes = list(next(iter(batches.values()))["decode ms by batch"])
-        lines = []
-        for n, r in batches.items():
-            lines.append([n, *(ms(r["decode ms by batch"][b]) for b in sizes)])
-            theirs = r.get("transformers decode ms by batch", {})
+    if not batches:
+        return ""
+    sizes = max((list(r["decode ms by batch"]) for r in batches.values()), key=len)
+    lines = []
+    for n, r in batches.items():
+        lines.append([n, *(ms(r["decode ms by batch"].get(b)) for b in sizes)])
+        if theirs := r.get("transformers decode ms by batch"):
             lines.append(["transformers", *(ms(theirs.get(b)) for b in sizes)])
-        parts.append("### Decode by batch, ms per step\n\n" + table(["batch", *map(str, sizes)], lines))
+    return "### Decode by batch, ms per step\n\n" + table(["batch", *map(str, sizes)], lines)
+
+
+def other(load: Run | None, rows: dict[str, Run]) -> str:
+    parts = [found] if (found := by_batch(rows)) else []
     long = [
         [n, ms(r["prefill 32768 ms"]) + " ms", ms(r.get("transformers prefill 32768 ms")), f"{ms(r['decode ms at 32768'])} ms", f"{r['cache GB at 32768']:.2f} GB"]
         for n, r in rows.items() if "prefill 32768 ms" in r
@@ -217,6 +221,8 @@ def main() -> None:
     for runs in others:
         latest, found = merged(runs)
         beside += f"## {latest['device']}\n\n{speed(found)}\n\n{measured_on(latest)}\n\n"
+        if batches := by_batch(found):
+            beside += f"{batches}\n\n"
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`. Models are in bf16 unless said.\n\n## {newest['device']}\n\n"
         f"{speed(rows)}\n\n{where}\n\n### How it was measured\n\n{note}\n\n{right}\n\n"

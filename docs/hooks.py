@@ -58,6 +58,10 @@ def on_page_content(html: str, **_: Any) -> str:  # the name that MkDocs calls i
     return re.sub(r"<table>.*?</table>", labelled, html, flags=re.S)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')  # the theme's has no name
+
+
 def commands() -> str:
     """What `zoo COMMAND --help` prints, command by command."""
     said = []
@@ -80,11 +84,12 @@ def commands() -> str:
 
 def labelled(table: re.Match[str]) -> str:
     """The table, each cell of it with the heading of its column: on a phone a row is a list of them. Two columns explain themselves."""
-    heads = [re.sub(r"<.*?>", "", h) for h in re.findall(r"<th[^>]*>(.*?)</th>", table[0], re.S)]
+    heads = [re.sub(r"<.*?>", "", h) for h in re.findall(r"<th(?: [^>]*)?>(.*?)</th>", table[0], re.S)]
     if not any(heads):
         return re.sub(r"<thead>.*?</thead>", "", table[0], flags=re.S)
+    named = re.sub(r"<th( [^>]*)?></th>", r"<td\1></td>", table[0])  # what has no text is no heading
     if len(heads) < 3:
-        return table[0]
+        return named
 
     def row(found: re.Match[str]) -> str:
         cells = iter(heads)
@@ -92,7 +97,7 @@ def labelled(table: re.Match[str]) -> str:
             r"<td", lambda _: f'<td data-label="{html.escape(next(cells, ""), quote=True)}"', found[0]
         )
 
-    return re.sub(r"<tr>.*?</tr>", row, table[0], flags=re.S)
+    return re.sub(r"<tr>.*?</tr>", row, named, flags=re.S)
 
 
 def by_family(markdown: str) -> str:

@@ -5,7 +5,10 @@ A target may raise ZooError (`zoo.hub`'s own refusals included) and nothing else
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import logging
@@ -21,22 +24,29 @@ from xml.etree import ElementTree
 
 import httpx2
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zoo import bounded, check, convert, draw, families
+from zoo import bounded, card, check, convert, draw, families, sign, url
 from zoo.errors import ZooError
 from zoo.formats import canonical, dcp, dcp_metadata, gguf, gguf_vocab, open_checkpoint, pickle, safetensors
 from zoo.formats.base import ITEMSIZE
 from zoo.hub import http, repo
 from zoo.hub.errors import About, Damaged, HubError, Transient
 from zoo.mapping import export_gguf, merge
-from zoo.mapping.plan import make_plan
+from zoo.mapping.plan import PlanError, make_plan
 from zoo.model.load import Source
+from zoo.pull import stored
+from zoo.stores import Store
 from zoo.text import Text, sampling
 from zoo.verify import certificate
 from zoo.verify.golden import Golden, is_golden
 
+CARD = {
+    "base_model", "base_model_relation", "language", "library_name", "license", "license_link", "license_name", "pipeline_tag", "tags",
+}  # fmt: skip
+"""The fields of a card's metadata."""
 CONFIGS = Path(__file__).parents[1] / "manifests" / "configs"
 FOLDER = Path(tempfile.mkdtemp(prefix="zoo-fuzz-"))
 Target = Callable[[bytes], object]
@@ -330,11 +340,107 @@ def drawing(data: bytes) -> None:
     assert "script" not in tags
 
 
+def listing(data: bytes) -> None:
+    """What an object store tells of its files, up to the plan of what lies there, and its hashes."""
+    try:
+        found = bounded.parse_json(data)
+    except ValueError:
+        return
+    fs = Store("memory://zoo-fuzz").fs
+    fs.find = lambda *_, **__: found
+    fs.cat_file = lambda path, start, end: _released(path)[start:end]
+    fs.call_s3 = lambda *_, **__: found  # so that its hashes are taken for S3's
+    try:
+        source = stored.at("memory://zoo-fuzz")[0]
+        source.provenance()
+        for file in source.files.values():
+            with contextlib.suppress(ZooError):  # of another size
+                source.store.agrees(file, source.store.chunks(file.name))
+        with stored.described("memory://zoo-fuzz") as root:
+            open_checkpoint(root)
+    finally:
+        for name in ("find", "cat_file", "call_s3"):
+            delattr(fs, name)
+
+
+def _released(path: str) -> bytes:
+    """A file of a checkpoint; others are of zeros."""
+    root = _llama().with_name("llama-source")
+    return next(
+        (f.read_bytes() for f in root.iterdir() if path.endswith(f"/{f.name}") or path == f.name), bytes(100)
+    )
+
+
+def store_url(data: bytes) -> None:
+    """The address of a store, up to its client, and what of it is shown."""
+    text = data.decode("utf-8", "replace")
+    if "hidden" not in text:
+        assert "hidden" not in url.without_secrets(f"s3://me:hidden@{text}")
+    if url.is_url(text):
+        name = text.partition("://")[0]
+        made = Store(text if name in ("memory", "s3", "http", "file") else f"unknown{text}")
+        made.path("a")
+
+
+def signature(data: bytes) -> None:
+    """model.sig, of a folder that is not as it says."""
+    root = _signed()
+    (root / sign.SIGNATURE).write_bytes(data)
+    sign.check(root, root.with_name("public.pem"))
+
+
+@functools.cache
+def _signed() -> Path:
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    (root := FOLDER / "signed").mkdir()
+    (root / "a.json").write_text("{}")
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
+    public = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    _file("private.pem", private)
+    _file("public.pem", public)
+    sign.sign(root, FOLDER / "private.pem")
+    return root
+
+
+def params(data: bytes) -> None:
+    """params.json of Meta's or Mistral's files, up to the plan."""
+    if not (root := FOLDER / "meta").exists():
+        root.mkdir()
+        torch.save({"tok_embeddings.weight": torch.ones(16, 8)}, root / "consolidated.00.pth")
+    (root / "params.json").write_bytes(data)
+    ckpt = open_checkpoint(root)
+    with contextlib.suppress(PlanError):  # most of its tensors are missing
+        make_plan(ckpt)
+
+
+def ranks(data: bytes) -> None:
+    """tokenizer.model with a token and its rank in every line, in the process that reads it."""
+    (root := FOLDER / "ranks").mkdir(exist_ok=True)
+    (root / "tokenizer.model").write_bytes(data)
+    read = Text(root)
+    try:
+        read.prompt("a b")
+    finally:
+        read.close()
+
+
+def readme(data: bytes) -> None:
+    """A source's README, whose metadata stand in a card; which must be one that says nothing else."""
+    c = canonical.read(_llama())
+    made = card._card(c, data, card._Export(), ()).decode()
+    head, _, body = made.removeprefix("---\n").partition("\n---\n")
+    assert set(yaml.safe_load(head)) <= CARD and "<script" not in body
+
+
 TARGETS: dict[str, Target] = {
     "header": header, "index": index, "config": config, "plan": plan, "gguf": gguf_header, "pickle": pickled,
     "zoo.json": zoo_json, "parity.json": parity, "golden": golden, "generation": generation, "text": text,
     "files": files, "commit": commit, "headers": headers, "metadata": metadata, "piece": piece, "adapter": adapter,
-    "quantised": quantised, "vocabulary": vocabulary, "listed": listed, "drawing": drawing,
+    "quantised": quantised, "vocabulary": vocabulary, "listed": listed, "drawing": drawing, "listing": listing,
+    "store_url": store_url, "signature": signature, "params": params, "ranks": ranks, "readme": readme,
 }  # fmt: skip
 logging.disable()  # what inputs make zoo warn of
 LLAMA = {
@@ -436,9 +542,9 @@ def seeds(name: str) -> list[bytes]:
     field = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama"
     info = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, 4, 0, 0)
     ggufs = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + field + info
-    about = {"schema": "zoo-golden-1", "dtype": "fp32", "text": [[True]], "family": "llama"}
+    recorded = {"schema": "zoo-golden-1", "dtype": "fp32", "text": [[True]], "family": "llama"}
     rows = {
-        "__metadata__": {"zoo": json.dumps(about)},
+        "__metadata__": {"zoo": json.dumps(recorded)},
         "ids.0": {"dtype": "I64", "shape": [1, 2], "data_offsets": [0, 16]},
         "logits.0": {"dtype": "F32", "shape": [2, 4], "data_offsets": [16, 48]},
     }
@@ -472,6 +578,19 @@ def seeds(name: str) -> list[bytes]:
     generation = {"eos_token_id": [1, 2], "bos_token_id": 0}
     bpe = words | {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 3}, "merges": [["a", "b"]]}}
     bpe["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    meta = {"dim": 8, "n_layers": 1, "n_heads": 2, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": 16}
+    held: dict[str, dict[str, object]] = {
+        f"/zoo-fuzz/{n}": {"size": len(raw), "ETag": f'"{hashlib.md5(raw).hexdigest()}"', "type": "file"}
+        for n in ("config.json", "model.safetensors")
+        if (raw := _released(n))
+    }
+    held["/zoo-fuzz/x.bin"] = {
+        "size": 9,
+        "md5Hash": "AAAA",
+        "lfs": {"sha256": "0" * 64},
+        "ETag": "0" * 32 + "-2",
+    }
+    about = b"---\nlicense: mit\nlicense_name: a-b\nlicense_link: LICENSE\nlanguage: [en, de]\nbase_model: a/b\n---\n# x\n"
     configs = [f.read_bytes() for f in sorted(CONFIGS.glob("*.json"))[::12]] if name == "config" else []
     return {
         "metadata": [_saved()] if name == "metadata" else [],
@@ -480,6 +599,12 @@ def seeds(name: str) -> list[bytes]:
         "quantised": [json.dumps(q).encode() + b"\n" + _header(parts) for q, parts in _quantised(weight)] if name == "quantised" else [],
         "vocabulary": [b"\n".join(json.dumps(x).encode() for x in (bpe, told, generation))],
         "listed": [json.dumps(proof).encode() + b"\n" + b"0" * 40 + b"\n" + b"1" * 40 + b"\n1.5"],
+        "listing": [json.dumps(held).encode()],
+        "store_url": [b"memory://x/y?z=1", b"s3://user:key@bucket/a", b"http://a:1@b/c"],
+        "signature": [(_signed() / sign.SIGNATURE).read_bytes()] if name == "signature" else [],
+        "params": [json.dumps(meta).encode(), json.dumps({"model": meta | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3}}).encode()],
+        "ranks": [b"".join(base64.b64encode(bytes([n])) + b" %d\n" % n for n in range(256)) + b"aGU= 256\n"],
+        "readme": [about],
         "drawing": [json.dumps(LLAMA).encode(), *(f.read_bytes() for f in sorted(CONFIGS.glob("*.json"))[::25])],
         "plan": [safetensors.read_header(_llama().with_name("llama-source") / "model.safetensors")],
         "golden": [json.dumps(rows).encode()],

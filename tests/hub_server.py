@@ -6,7 +6,7 @@
         ...                                                          # run a client with HF_ENDPOINT=hub.url
         assert hub.body_bytes("model.safetensors") == ...
 
-What it speaks: `/api/models/{id}[/revision/{rev}]`, `/tree/{rev}` (paged by Link), `/resolve/{rev}/{file}` with
+What it speaks: `/api/models/{id}[/revision/{rev}]`, `/tree/{rev}[/{folder}]` (paged by Link), `/resolve/{rev}/{file}` with
 X-Repo-Commit, ETag / X-Linked-Etag / X-Linked-Size and Range, `/api/whoami-v2`, `/auth-check`, tokens, gated and
 private repos with X-Error-Code; making repositories and committing to them (`hub_uploads`). LFS files answer 302 to a second origin, which refuses a token as storage hosts do.
 Bodies go out by sendfile, so unthrottled it is as fast as loopback.
@@ -318,10 +318,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.error(401, None, "Invalid username or password.")
             return self.json({"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}})
         if match := re.fullmatch(
-            r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", url.path
+            r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree|auth-check)(?:/([^/]+)(/.+)?)?)?", url.path
         ):
             repo_id, what, revision = match[1], match[2] or "revision", unquote(match[3] or "main")
-            return self.answer_api(repo_id, what, revision)
+            return self.answer_api(repo_id, what, revision, unquote(match[4] or "").strip("/"))
         self.error(404, None, "Not found")
 
     def call_before(self) -> None:
@@ -330,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- the API
 
-    def answer_api(self, repo_id: str, what: str, revision: str) -> None:
+    def answer_api(self, repo_id: str, what: str, revision: str, below: str = "") -> None:
         if self.misbehave("api", f"{repo_id}/{what}"):
             return
         repo = self.admit(repo_id, metadata=what != "auth-check")
@@ -363,6 +363,9 @@ class _Handler(BaseHTTPRequestHandler):
                 entry["lfs"] = {"oid": f.sha256, "size": f.size, "pointerSize": 134}
             entries.append(entry)
         entries += repo.extra_tree
+        if below and not any(e["path"] == below for e in entries):
+            return self.error(404, "EntryNotFound", f"{below} does not exist")
+        entries = [e for e in entries if e["path"].startswith(f"{below}/" if below else "")]
         start = int(self.query.get("cursor", 0))
         stop = start + self.hub.page_size
         headers = {}

@@ -102,6 +102,10 @@ def test_a_code_that_is_no_number_is_left_to_torch(codes: ModuleType) -> None:
     c["weight"].view(torch.uint8)[3, 5] = 0x7F
     bad = quantised("fp8-channel", dict(c), (1024,))
     assert bad is not None and not codes.fits(bad, 1)
+    c = components("mxfp4", (1024,), 512)
+    assert (w := quantised("mxfp4", c, (1024,))) is not None and codes.fits(w, 1)
+    c["scale"][3, 5] = 255
+    assert (w := quantised("mxfp4", c, (1024,))) is not None and not codes.fits(w, 1)
 
 
 def test_a_model_s_matrix_asks_it_where_it_is_large_enough(

@@ -92,3 +92,32 @@ def test_the_gallery_the_search_and_the_help_of_every_command_are_in_it(site: Pa
     assert "zoo golden record" in cli and "--max-shard-size" in cli
     python = (site / "api.html").read_text(encoding="utf-8")
     assert 'id="zoo.pull"' in python and "Interrupted at any point" in python
+
+
+@pytest.mark.xdist_group("browser")
+def test_in_a_browser_from_disk_every_page_fits_and_the_search_finds(site: Path) -> None:
+    import in_browser
+
+    if in_browser.CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with in_browser.windows() as window:
+        for source in sorted(pages.DOCS.rglob("*.md")):
+            address = (site / source.relative_to(pages.DOCS)).with_suffix(".html").as_uri()
+            for size, theme in ((in_browser.DESK, "light"), (in_browser.PHONE, "dark")):
+                page = window(size, theme).open(address)
+                assert in_browser.overflow(page) <= 0, (source, size)
+                wide = "[...document.querySelectorAll('.md-typeset table')].filter(t => t.getBoundingClientRect().width > innerWidth).length"
+                assert size != in_browser.PHONE or not page.evaluate(wide), f"{source}: a table is cut off"
+        for name in ("index", "cli", "tasks/compare", "verification", "api"):
+            for theme in ("light", "dark"):
+                page = window(in_browser.DESK, theme).open((site / f"{name}.html").as_uri())
+                # The theme wraps each button that copies in a landmark of its own.
+                wrong = [v for v in in_browser.violations(page) if not v.startswith("landmark-unique")]
+                assert not wrong, (name, theme, wrong)
+        page.fill("[data-md-component=search-query]", "golden record")
+        page.wait_for_selector(".md-search-result__item")
+        assert "Verification" in page.inner_text(".md-search-result__list")
+        page = window().open((site / "index.html").as_uri())
+        page.click(".md-tabs >> text=Gallery")
+        page.click("text=Documentation")
+        assert page.url.endswith("/index.html") and "/gallery/" not in page.url

@@ -59,6 +59,7 @@ def test_the_answer_that_verification_explains(here: Path) -> None:
     pages.run(pages.DOCS / "verification.md", {}, first=2)
 
 
+@pytest.mark.proof
 def test_gguf(here: Path) -> None:
     pages.run(TASKS / "gguf.md", {})
 

@@ -982,6 +982,27 @@ def test_an_answer_is_unpacked_under_a_limit(server: HubServer, monkeypatch: pyt
     assert peak < 16 * MIB
 
 
+@pytest.mark.parametrize("status", [206, 416])
+def test_an_answer_for_a_range_that_was_not_asked_for_is_refused(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    with raw_answers(f"HTTP/1.1 {status} X\r\nContent-Length: 2\r\n\r\n{{}}".encode(), monkeypatch):
+        with pytest.raises(HubError, match=str(status)):
+            hub.resolve("org/toy")
+
+
+def test_a_ref_of_the_cache_that_is_no_small_file_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    (refs := cache.folder("org/toy") / "refs").mkdir(parents=True)
+    os.mkfifo(refs / "main")
+    assert cache.read_ref("org/toy", "main") is None
+    with open(refs / "large", "wb") as f:
+        f.truncate(1 << 40)
+    assert len(cache.read_ref("org/toy", "large") or "") <= 4096
+
+
 def test_an_answer_that_is_packed_twice_is_refused(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ if INTERPRETED or COMPILED:
 
     from zoo.kernels import (
         attention,
+        codes,
         conv,
         delta,
         experts,
@@ -468,6 +469,98 @@ if INTERPRETED or COMPILED:
         if scheme != "plain":
             close(weights.expanded(packed, torch.float32), w)
 
+    def served(*shape: int) -> torch.Tensor:
+        """Numbers of the dtype that `codes` multiplies: the interpreter multiplies no bf16."""
+        return rand(*shape).to(torch.bfloat16 if COMPILED else torch.float32)
+
+    def near_to(y: torch.Tensor, expected: torch.Tensor) -> None:
+        if COMPILED:
+            assert (y.float() - expected).norm() <= 0.015 * expected.norm()
+        else:
+            close(y, expected, 5)
+
+    @pytest.mark.parametrize("scheme", [proven(s, now=s == "int4-group64") for s in SCHEMES if s != "plain"])
+    @pytest.mark.parametrize("columns", [proven(256, now=False), 1024])  # the last shared by programs
+    def test_several_rows_times_codes(columns: int, scheme: str) -> None:
+        w, packed = stored(scheme, (40, 30), columns)
+        x, onto, bias = served(5, columns), served(5, 70), served(70)
+        packed = replace(packed, bias=bias)
+        assert linear.few_rows(x, packed) and not linear.one_row(x, packed)
+        near_to(
+            linear.linear(x, packed, onto), linear.linear_reference(x.float(), w, bias.float(), onto.float())
+        )
+
+    @pytest.mark.parametrize("scheme", [proven(s, now=s == "mxfp4") for s in SCHEMES if s != "plain"])
+    def test_codes_times_what_tensor_cores_do_not_multiply(
+        scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(codes, "serves", lambda x, w: False)
+        w, packed = stored(scheme, (32, 32), 160)
+        x, onto = rand(1, 160), rand(1, 64)
+        close(linear.linear(x, packed, onto), linear.linear_reference(x, w, None, onto))
+        close(linear.gated_linear(x, packed, MLP(32)), linear.gated_linear_reference(x, w, None, MLP(32)), 5)
+        assert not linear.few_rows(rand(2, 160), packed)
+
+    @pytest.mark.parametrize(
+        ("scheme", "eights", "in_order"),
+        [
+            ("gptq4-group64", 0x77777777, True),
+            proven("gptq4-v2-group64", 0x88888888 - (1 << 32), True, now=False),
+            proven("packed4-group64-zeros", 0x88888888 - (1 << 32), None, now=False),
+            proven("packed4-channel", None, None, now=False),
+        ],
+    )
+    def test_four_bits_of_other_kinds_are_int4_where_zero_points_are_its_own(
+        scheme: str, eights: int | None, in_order: bool | None
+    ) -> None:
+        n, k = 24, 128
+        groups = 1 if scheme.endswith("channel") else 2
+        c = {
+            "weight": torch.randint(-(2**31), 2**31, (n, k // 8)).int(),
+            "scale": torch.rand(n, groups).half(),
+        }
+        if eights is not None:
+            c["zero"] = torch.full((n // 8, groups), eights).int()
+        if in_order:
+            c["order"] = (torch.arange(k) // 64).int()
+        packed, w = weights.quantised(scheme, c, (n,)), dequantise(scheme, c, (n,), torch.float32)
+        assert packed is not None
+        x = rand(1, k)
+        close(linear.linear(x, packed), linear.linear_reference(x, w), 5)
+        assert torch.equal(weights.expanded(packed, torch.float32), w)
+        for other in ("zero", "order") if in_order else ():
+            assert weights.quantised(scheme, c | {other: c[other].flip(-1) + 16}, (n,)) is None
+
+    def test_a_code_of_fp8_that_is_no_number_gives_none() -> None:
+        _, packed = stored("fp8-channel", (16,), 64)
+        assert packed.words
+        damaged = packed.codes.clone()
+        damaged.view(torch.uint8)[3, 5] = 0xFF
+        assert packed.scale is not None
+        packed = weights.quantised("fp8-channel", {"weight": damaged, "scale": packed.scale}, (16,))
+        assert packed is not None and not packed.words
+        if COMPILED:  # the interpreter takes it for 480
+            assert linear.linear(rand(1, 64), packed).isnan().nonzero().tolist() == [[0, 3]]
+
+    @pytest.mark.parametrize("scheme", [proven(s, now=s == "int4-group64") for s in SCHEMES if s != "plain"])
+    @pytest.mark.parametrize("gated", [True, proven(False, now=False)])
+    def test_experts_whose_rows_are_whole_tiles_of_codes(
+        gated: bool, scheme: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(codes, "grouped_tile", lambda *_: (16, 128, 64, 4, 3))
+        spec = MLP(128, act="silu" if gated else "relu2", gated=gated)
+        (up, a), (down, b) = (
+            stored(scheme, (128, 128) if gated else (128,), 64, 2),
+            stored(scheme, (64,), 128, 2),
+        )
+        biased = [served(2, up.shape[1]), served(2, 64)]
+        a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
+        x, shares = served(17, 64), torch.rand(17, 1)
+        chosen = torch.tensor([[0]] * 3 + [[1]] * 14)[torch.randperm(17)].int()
+        wide = [t.float() for t in biased]
+        expected = experts.experts_reference(x.float(), chosen, shares, (up, wide[0]), (down, wide[1]), spec)
+        near_to(experts.experts(x, chosen, shares, a, b, spec), expected)
+
     @pytest.mark.parametrize("scales", [(1,), (3, 1, 1), (3, 2, 1)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_one_scale_for_all_experts_for_each_or_for_each_part(
@@ -509,7 +602,6 @@ if INTERPRETED or COMPILED:
         y = experts.experts(x, chosen, shares, a, b, spec, shared=shared, residual=residual)
         close(y, residual + (shared + expected), 5)
 
-    # From 128 rows on, weights in mxfp4 come first in the product.
     @pytest.mark.parametrize("rows", [64, 128])
     @pytest.mark.parametrize("scheme", [proven(s, now=s in ("plain", "mxfp4")) for s in SCHEMES])
     def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:

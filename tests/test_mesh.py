@@ -19,6 +19,7 @@ import tiny
 import torch
 import verified
 from torch import Tensor
+from torch.nn import functional as F
 
 import zoo
 from zoo.cli import cli
@@ -26,6 +27,7 @@ from zoo.cli._common import run as run_here
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef
+from zoo.kernels.product import unrounded
 from zoo.mapping.plan import make_plan
 from zoo.model.upload import GAP, read_rows
 from zoo.quant import dequantise
@@ -307,6 +309,16 @@ def test_columns_are_read_many_rows_to_a_call_and_to_the_last_byte_of_the_file(t
             assert into == b"".join(data[start + i * (row + gap) :][:row] for i in range(n))
             with pytest.raises(ZooError, match=f"file: ends at byte {len(data)}"):
                 read_rows(path, f.fileno(), start + 1, memoryview(into), row, row + gap)
+
+
+def test_what_ranks_add_up_of_bf16_on_cpus_is_rounded_once() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(shape, generator=g).to(torch.bfloat16) for shape in ((70, 64), (90, 64), (90,)))
+    exact = (x.double() @ w.double().T + b.double()).to(torch.bfloat16)
+    parts = unrounded(x[:, :32], w[:, :32], b) + unrounded(x[:, 32:], w[:, 32:])
+    rounded = parts.new_zeros(()) + F.linear(x[:, :32], w[:, :32], b) + F.linear(x[:, 32:], w[:, 32:])
+    assert float((parts.to(torch.bfloat16) == exact).float().mean()) > 0.99
+    assert float((rounded.to(torch.bfloat16) == exact).float().mean()) < 0.9
 
 
 def narrowed(x: Tensor, cut: Cut | None) -> Tensor:

@@ -106,7 +106,12 @@ def quantised(tensors: Tensors, ways: dict[str, Way]) -> tuple[Tensors, Tensors,
     return release, plain, said
 
 
-@pytest.mark.parametrize("kind", RELEASES)
+ALWAYS = {"mixed bits", "experts", "experts in mxfp4, the rest in 8 bits"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in ALWAYS else pytest.mark.proof) for k in RELEASES]
+)
 def test_a_release_is_what_mlx_would_run(kind: str, tmp_path: Path) -> None:
     """Its values under MLX's names; those of Hugging Face's are the same weights."""
     variant, settings, ways = RELEASES[kind]

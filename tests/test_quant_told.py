@@ -80,6 +80,10 @@ def test_inspect_counts_weights_and_bytes_by_scheme(tmp_path: Path) -> None:
     assert seen["quantisation"] == "awq: 4 bits, a scale per 32"
     assert seen["bytes_by_scheme"] == {"awq4-group32": codes, "plain": whole - codes}
     vendor.canonical(path, tmp_path / "canon")
+    (path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    write_config(path, {k: v for k, v in read_config(path).items() if k != "quantization_config"})
+    alone = json.loads(ran("inspect", "--json", str(path)))["quantisation"]
+    assert alone == "hf_quant_config.json has quant_algo 'NVFP4'"  # as NVIDIA's older releases have it
     assert (
         json.loads(ran("inspect", "--json", str(tmp_path / "canon")))["bytes_by_scheme"]
         == seen["bytes_by_scheme"]

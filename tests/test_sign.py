@@ -113,6 +113,23 @@ def test_another_key_an_edited_list_and_what_is_no_signature_are_refused(signed:
     assert not (signed / "model.sig").exists()
 
 
+@pytest.mark.parametrize(
+    "payload", [b"[" * 200_000, b'{"predicate": {"resources": []}, "a": [' + b"[]," * 3_000_000 + b"[]]}"]
+)
+def test_a_list_that_grows_when_it_is_read_is_refused(signed: Path, tmp_path: Path, payload: bytes) -> None:
+    told = json.loads((signed / sign.SIGNATURE).read_text())
+    told["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
+    (path := tmp_path / sign.SIGNATURE).write_text(json.dumps(told))
+    with pytest.raises(ZooError, match="nested too deeply|lists and objects"):
+        sign.listed(path)
+
+
+def test_a_key_that_is_no_file_is_one_sentence(signed: Path, tmp_path: Path) -> None:
+    for call in (sign.check, sign.sign):
+        with pytest.raises(ZooError, match="directory"):
+            call(signed, tmp_path)
+
+
 def test_the_commands_sign_with_a_password_check_and_verify_without_ending_the_signature(
     signed: Path, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

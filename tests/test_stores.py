@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ import pytest
 pytest.importorskip("transformers")
 import stores
 import tiny
+from hub_client import pointed_at
+from hub_server import HubServer
+from machine import Machine
 from stores import Told
 
 import zoo
@@ -162,7 +167,9 @@ def test_googles_and_the_hubs_own_hashes_are_held_to_the_bytes_too(
     monkeypatch.setattr(told, "find", find)
     for data, right in ((b"weights", True), (b"others!", False)):
         md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
-        for says in ({"md5Hash": md5}, {"lfs": {"sha256": hashlib.sha256(data).hexdigest()}}):
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        sha256 = {"blob_id": "0" * 40, "lfs": {"sha256": hashlib.sha256(data).hexdigest()}}
+        for says in ({"md5Hash": md5}, sha256, {"blob_id": git, "lfs": None}):
             info.clear()
             info.update(says)
             store = Store("told://b/m")
@@ -172,6 +179,23 @@ def test_googles_and_the_hubs_own_hashes_are_held_to_the_bytes_too(
                     continue
                 with pytest.raises(ZooError, match="told://b/m: f: the bytes that came are not those"):
                     store.fetch(store.files()["f"], to.fileno())
+
+
+def test_a_folder_below_a_repository_of_the_hub_is_read_by_the_hubs_own_client(
+    release: Path, want: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = pytest.importorskip("huggingface_hub").HfFileSystem
+    with HubServer() as server, pointed_at(server, tmp_path / "home", monkeypatch, timeout=5):
+        server.repo("org/several").commit({f"llama/{p.name}": p for p in release.iterdir()})
+        fs.clear_instance_cache()
+        for url in ("hf://org/several/llama", "hf://org/several@main/llama"):
+            dst = tmp_path / url.partition("@")[1]
+            zoo.convert(url, dst / "c")
+            assert of_folder(dst / "c") == of_folder(want)
+            origin = canonical.read(dst / "c").source["origin"]
+            assert origin["files"].keys() == {p.name for p in release.iterdir()}
+            assert not any("compared" in f for f in origin["files"].values())
+        fs.clear_instance_cache()
 
 
 # --- into a store ----------------------------------------------------------------------------------------------------
@@ -205,6 +229,55 @@ def test_killed_at_any_write_it_is_refused_by_readers_and_goes_on_with_what_is_n
         assert there & set(told.written) <= {f"canon/{INCOMPLETE}"}, "nothing is sent twice"
         assert of_store(told(), "/b/canon") == of_folder(want)
         assert not list(home.rglob("*.safetensors")), "nothing is left on this disk"
+
+
+SENDING_TO_S3 = """
+import time
+import s3fs
+from zoo.pull.sent import convert_to_store
+from zoo.stores import Store
+def slowly(name):
+    real = getattr(Store, name)
+    def call(*a):
+        time.sleep(0.02); out = real(*a); time.sleep(0.02)
+        return out
+    setattr(Store, name, call)
+slowly("send"), slowly("put"), slowly("remove")
+def run(src, url):
+    convert_to_store(src, url)
+"""
+
+
+@pytest.mark.proof
+def test_killed_at_any_moment_a_place_in_s3_is_complete_or_refused_and_the_same_command_goes_on(
+    release: Path, want: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    draw, killed, found = random.Random(28), 0, set[str]()
+    with Machine(SENDING_TO_S3, errors=tmp_path / "errors") as machine:
+        for name in ("warm", "timed"):
+            began = time.monotonic()
+            assert machine.wait(machine.start(release, f"s3://bucket/{name}")) == 0
+        length = time.monotonic() - began
+        for n in range(4):
+            url, done = f"s3://bucket/killed-{n}", False
+            while not done:
+                pid = machine.start(release, url)
+                time.sleep(draw.uniform(0, length))
+                done = not machine.kill(pid)
+                killed += not done
+                try:
+                    with described(url):
+                        found.add("complete")
+                    assert of_store(s3, url.removeprefix("s3://")) == of_folder(want)
+                    done = True
+                except ZooError as e:
+                    assert not done, e
+                    sent = s3.find(url, withdirs=False)
+                    assert not sent or f"not complete ({INCOMPLETE} is there)" in str(e)
+                    found.add("not complete" if sent else "nothing")
+    assert killed > 4 and found == {"complete", "not complete", "nothing"}
+    assert not list((tmp_path / "home").rglob("*.safetensors")), "nothing is left on this disk"
 
 
 def test_a_folder_is_replaced_with_force_alone_and_only_one_that_zoo_wrote(
@@ -298,6 +371,47 @@ def test_a_strangers_names_lead_nowhere(
     monkeypatch.setattr(told, "find", below_a_file)
     with pytest.raises(ZooError, match="told://b/model: a file called .* can't be one here"):
         zoo.plan("told://b/model")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        {"/x/a": {"size": None}}, {"/x/a": {}}, {"/x/a": {"size": -1}}, {"/x/a": {"size": 1 << 70}}, {"/x/a": {"size": "9" * 5000}},
+        {"/x/a": {"size": math.inf}}, {"/x/a": {"size": 1, "md5Hash": "YQ"}}, {"/x/a": [1]}, {5: {"size": 1}}, [1], None,
+        {"/x/\ud800.json": {"size": 1}}, {"/x/" + "d/" * 1000: {"size": 1}, "/x/d/d/d": {"size": 1}},
+        {f"/x/{n}": {"size": 1} for n in range(10_001)},
+    ],
+)  # fmt: skip
+def test_a_listing_that_no_store_gives_is_refused(listing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.find", lambda *_, **__: listing)
+    with pytest.raises(ZooError, match="memory://x"), described("memory://x"):
+        pass
+
+
+@pytest.mark.parametrize("answer", [None, "{}", b"{} ", b""])
+def test_bytes_that_were_not_asked_for_are_refused(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = "fsspec.implementations.memory.MemoryFileSystem."
+    monkeypatch.setattr(memory + "find", lambda *_, **__: {"/x/config.json": {"size": 2}})
+    monkeypatch.setattr(memory + "cat_file", lambda *_, **__: answer)
+    with pytest.raises(ZooError, match=r"memory://x: config\.json"), described("memory://x"):
+        pass
+
+
+def test_headers_are_not_read_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400 shards whose headers are refused at the first one, few are asked for."""
+    asked: list[str] = []
+
+    def answer(_: Any, path: str, start: int, end: int) -> bytes:
+        asked.append(path)
+        return b"\0" * (end - start)
+
+    names = [f"/x/model-{n:05}-of-00400.safetensors" for n in range(1, 401)]
+    memory = "fsspec.implementations.memory.MemoryFileSystem."
+    monkeypatch.setattr(memory + "find", lambda *_, **__: {n: {"size": 1 << 30} for n in names})
+    monkeypatch.setattr(memory + "cat_file", answer)
+    with pytest.raises(ZooError, match="begins with zeros"), described("memory://x"):
+        pass
+    assert len(asked) <= AT_ONCE
 
 
 def test_what_a_client_says_of_keys_is_shown_to_nobody(

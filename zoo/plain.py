@@ -30,6 +30,17 @@ def open_plain(path: str | os.PathLike[str], flags: int, *, dir_fd: int | None =
     return fd
 
 
+def first_text(path: str | os.PathLike[str]) -> str:
+    """The first 4 KiB of a plain file, of which no more is expected. Raises OSError where it is none, UnicodeDecodeError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is no file", os.fspath(path))
+        return os.read(fd, 4096).decode()
+    finally:
+        os.close(fd)
+
+
 def by_descriptor(fd: int, folder: Path) -> Path:
     """A path of the open folder `fd`, called `folder`, that stays its own when somebody puts another in its place: for libraries
     that open files by path. Where the system has none (it is Linux's) the folder's own."""

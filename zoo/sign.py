@@ -12,7 +12,6 @@ Not covered: the signature itself, and what git and huggingface-hub keep beside 
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import re
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import read_json
 from zoo.plain import write_plain
@@ -78,7 +78,7 @@ def listed(path: Path) -> list[Any]:
     """The files that a signature lists."""
     try:
         payload = read_json(path, "it is the signature")["dsseEnvelope"]["payload"]
-        return list(json.loads(base64.b64decode(payload))["predicate"]["resources"])
+        return list(parse_json(base64.b64decode(payload))["predicate"]["resources"])
     except (ZooError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise ZooError(f"{path}: no signature as model-signing writes it ({e!s:.200})") from None
 
@@ -115,6 +115,8 @@ def _said(folder: Path, key: Path) -> Iterator[None]:
                 f"{folder}: not as it was signed: {listed.partition(': ')[2].strip('[]'):.600}"
             ) from None
         raise ZooError(f"{folder}: {told:.300} (key {key}: PEM of P-256, P-384 or P-521 is taken)") from None
+    except OSError as e:
+        raise ZooError(f"{e.filename or folder}: {e.strerror or e}") from None
     except AttributeError:  # the library asks any key for its curve
         raise ZooError(f"{key}: a key of another kind; PEM of P-256, P-384 or P-521 is taken") from None
     except LookupError as e:

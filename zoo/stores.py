@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from zoo.errors import ZooError
@@ -29,7 +30,7 @@ from zoo.url import without_secrets
 BLOCK, AT_ONCE = 8 << 20, 8
 PART, SENDING = 16 << 20, 3
 """S3 takes 10,000 parts of a file: 167 GB."""
-MOST_FILES = 100_000
+MOST_FILES = 10_000
 INCOMPLETE = "zoo-incomplete.json"
 """The object that says that a conversion into this place has not ended: written first, removed last."""
 
@@ -42,8 +43,8 @@ _reading = threading.BoundedSemaphore(AT_ONCE)
 @dataclass(frozen=True)
 class Stored:
     """A file: its name below the store's root, and bytes. `tag`: what changes when it is written again. `hash`: what the
-    store says of its bytes, a kind and hex digits: "md5", "sha256", or "parts", S3's MD5 of the MD5s of the parts that it
-    came in, with their number."""
+    store says of its bytes, a kind and hex digits: "md5", "sha256", "git", git's SHA-1 of a blob, or "parts", S3's MD5 of the
+    MD5s of the parts that it came in, with their number."""
 
     name: str
     size: int
@@ -91,32 +92,37 @@ class Store:
                 found = self.fs.find(self.root, maxdepth=2, detail=True)
             except FileNotFoundError:
                 found = {}
-        if len(found) > MOST_FILES:
-            raise ZooError(f"{self.url}: holds {len(found):,} files, too many for a checkpoint: refused")
-        out = {}
-        above = self.root.lstrip("/")
-        for path, info in sorted(found.items()):
-            name = path.lstrip("/").removeprefix(above).lstrip("/")
-            if name and not name.endswith("/") and not is_stray(os.path.basename(name)):
-                self.path(name)
-                out[name] = Stored(name, int(info["size"]), _tag(info), self._hash(info))
+            if len(found) > MOST_FILES:
+                raise ZooError(f"{self.url}: holds {len(found):,} files, too many for a checkpoint: refused")
+            out = {}
+            above = self.root.lstrip("/")
+            for path, info in sorted(found.items()):
+                name = path.lstrip("/").removeprefix(above).lstrip("/")
+                if name and not name.endswith("/") and not is_stray(os.path.basename(name)):
+                    out[name] = self._stored(name, info)
         return out
+
+    def _stored(self, name: str, info: Mapping[str, Any]) -> Stored:
+        """What the store told of a file. Raises ZooError, or what its client's answer is not made for."""
+        self.path(name)
+        if name.count("/") > 1 or not 0 <= (size := int(info["size"])) < 1 << 63:
+            raise ZooError(f"{self.url}: tells of {name!r:.200} of {info['size']} bytes: refused")
+        return Stored(name, size, _tag(info), self._hash(info))
 
     def file(self, name: str) -> Stored:
         """A file that was written just now."""
         with self._told(f"{name} cannot be asked for"):
             self.fs.invalidate_cache()
-            info = self.fs.info(self.path(name))
-        return Stored(name, int(info["size"]), _tag(info), self._hash(info))
+            return self._stored(name, self.fs.info(self.path(name)))
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file, all of them; for more than `BLOCK` see `blocks`."""
         with _reading, self._told(f"{name} cannot be read"):
             data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
-        if len(data) != end - start:
-            raise ZooError(
-                f"{self.url}: {name} gave {len(data):,} bytes where {end - start:,} were asked for"
-            )
+            if not isinstance(data, bytes | bytearray | memoryview) or len(data) != end - start:
+                raise ZooError(
+                    f"{self.url}: {name} gave {len(data):,} bytes where {end - start:,} were asked for"
+                )
         return data
 
     def blocks(
@@ -180,11 +186,13 @@ class Store:
                 for at in range(0, file.size, step)
             ]
             found = f"{_digest('md5', md5s).hexdigest()}-{len(md5s)}"
+        elif kind == "git":
+            found = _digest("sha1", chain([b"blob %d\0" % file.size], chunks(0, file.size))).hexdigest()
         else:
             found = _digest(kind, chunks(0, file.size)).hexdigest()
         if found == want:
             return True
-        return None if kind != "sha256" and self._is_no_md5(file.name) else False
+        return None if kind in ("md5", "parts") and self._is_no_md5(file.name) else False
 
     def holds(self, file: Stored, fd: int) -> bool:
         """Whether `file` has the bytes of `fd`: by the store's own hash, else by reading it."""
@@ -253,8 +261,13 @@ class Store:
     def _hash(self, info: Mapping[str, Any]) -> tuple[str, str] | None:
         if isinstance(given := info.get("md5Hash"), str):  # Google's
             return "md5", base64.b64decode(given).hex()
-        if isinstance(lfs := info.get("lfs"), Mapping) and isinstance(lfs.get("sha256"), str):  # the Hub's
-            return "sha256", lfs["sha256"]
+        if (lfs := info.get("lfs")) is not None:  # the Hub's, of large files
+            sha256 = lfs.get("sha256") if isinstance(lfs, Mapping) else getattr(lfs, "sha256", None)
+            return ("sha256", sha256) if isinstance(sha256, str) else None
+        if isinstance(blob := info.get("blob_id"), str) and re.fullmatch(
+            "[0-9a-f]{40}", blob
+        ):  # and git's, of others
+            return "git", blob
         tag = str(info.get("ETag", "")).strip('"')
         if not hasattr(self.fs, "call_s3"):
             return None
@@ -265,8 +278,7 @@ class Store:
     def _head(self, name: str, **how: Any) -> Mapping[str, Any]:
         bucket, _, key = self.path(name).partition("/")
         with self._told(f"{name} cannot be asked for"):
-            head: Mapping[str, Any] = self.fs.call_s3("head_object", Bucket=bucket, Key=key, **how)
-        return head
+            return dict(self.fs.call_s3("head_object", Bucket=bucket, Key=key, **how))
 
     def _part_size(self, file: Stored) -> int | None:
         """Bytes of the parts that a file came in, but for the last; None where the store does not say, or they differ."""
@@ -274,7 +286,9 @@ class Store:
         n = int(file.hash[1].partition("-")[2])
         if n == 1:
             return max(file.size, 1)
-        size = int(self._head(file.name, PartNumber=1).get("ContentLength", 0))
+        size = self._head(file.name, PartNumber=1).get("ContentLength")
+        if not isinstance(size, int):
+            return None
         return size if 0 < size < file.size and -(-file.size // size) == n else None
 
     def _is_no_md5(self, name: str) -> bool:

@@ -91,6 +91,7 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
     from zoo.errors import ZooError
     from zoo.formats import canonical, open_checkpoint, sets
     from zoo.mapping.plan import found, given
+    from zoo.quant.foreign import beside
     from zoo.quant.schemes import named, nbytes
     from zoo.quant.told import told
     from zoo.sizes import numbers
@@ -135,7 +136,7 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
         except ZooError as error:  # still worth looking at
             about["family"] = f"unknown: {error}"
         try:
-            method = told(ckpt.config)
+            method = told(ckpt.config) or beside(ckpt.root)
         except ZooError as error:  # no object
             method = f"not read: {error}"
         about |= {"quantisation": method}

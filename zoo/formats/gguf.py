@@ -51,7 +51,7 @@ _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
 # Types of metadata values, as struct formats; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-MAX_VALUES = 1 << 23
+MAX_VALUES = 1 << 22
 """Of all arrays of a header: the largest vocabularies have a million, tokens, types and merges together."""
 
 MAX_TENSORS, MAX_FIELDS = 1 << 18, 1 << 12

@@ -12,6 +12,7 @@ from pathlib import Path
 from zoo.errors import ZooError
 from zoo.formats import sets, wrapped
 from zoo.formats.base import LFS, WEIGHT_SUFFIXES, Checkpoint, read_json
+from zoo.plain import first_text
 
 READERS: dict[str, str] = {
     "canonical": "zoo.formats.canonical",
@@ -205,5 +206,5 @@ def snapshot_of(path: Path) -> Path:
 def _main(cached: Path) -> str | None:
     """What `refs/main` of a folder of the Hub's cache says, if anything."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (cached / "refs" / "main").read_text().strip() or None
+        return first_text(cached / "refs" / "main").strip() or None
     return None

@@ -30,7 +30,7 @@ from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
-from zoo.plain import open_plain, write_plain
+from zoo.plain import first_text, open_plain, write_plain
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
@@ -161,8 +161,8 @@ def is_verified(path: Path, file: RemoteFile) -> bool:
     A file that was verified while still fresh may have been in memory only, so that mark ends with a reboot.
     """
     try:
-        return _mark(path, file).read_text() in ("", boot())
-    except OSError:
+        return first_text(_mark(path, file)) in ("", boot())
+    except (OSError, UnicodeDecodeError):
         return False
 
 
@@ -219,7 +219,7 @@ def is_linked(snapshot: Snapshot, file: RemoteFile) -> bool:
 def read_ref(repo: str, revision: str) -> str | None:
     """The commit at which a branch or tag was last seen, or None."""
     with suppress(OSError, UnicodeDecodeError):
-        return (folder(repo) / "refs" / revision).read_text().strip() or None
+        return first_text(folder(repo) / "refs" / revision).strip() or None
     return None
 
 

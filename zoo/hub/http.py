@@ -369,7 +369,7 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
                 raise Transient(f"the server answered {response.status_code}", wait=_retry_after(response))
             if response.status_code == 403 and not trusted:
                 raise Transient("the storage host answered 403 (an address that ran out?)")
-            if response.status_code not in (200, 206, 416):
+            if response.status_code not in ((200,) if span is None else (200, 206, 416)):
                 raise refusal(response.status_code, response.headers, about, sent_token=sent_token)
             yield response
             return

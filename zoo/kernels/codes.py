@@ -9,9 +9,10 @@ a power of two (`int4`); the parts of an fp8 or fp4 code are moved to where bf16
 the eight columns that tensor cores multiply at once are eight pieces of it (or the rows of a token's experts): a row of the
 weight is eight rows of a tile, of which each needs one column.
 
-Margin, one H200 (copy 4.26 TB/s), one row, by arithmetic of fp32 before and so: int4 in groups of 128, 28672 x 4096, 53 and
-23 us; 4096 x 14336, 32 and 22; fp8 with a scale to a row, 28672 x 4096, 57 and 37 (but 4096 x 4096 9 and 12). One token: 8 of
-128 experts of 768 x 2048 in int4 33 and 18 us, 4 of 32 experts of 2880 x 2880 in mxfp4 57 and 40.
+Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
+4096 53 and 21 us (67 % of copy), 4096 x 14336 32 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 36 (77 %), 25 and 25,
+10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 141 and
+29, 75 and 17, 31 and 10; fp8 155 and 35, 81 and 20, 34 and 10. Experts are in `zoo.kernels.experts`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import INTERPRET, has_triton, triton
-from zoo.kernels.weights import INT4, MXFP4, Weight
+from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, triton
+from zoo.kernels.weights import FP8, INT4, MXFP4, Weight
 
 COLUMNS = 8
 """Columns of x that tensor cores multiply at once, at the least."""
+PROGRAMS = 640
+"""Programs of four warps that keep a GPU busy."""
 LARGE = 16384
 """Rows of a weight in fp8 from which this is faster."""
 
@@ -39,27 +42,50 @@ def serves(x: Tensor, w: Weight) -> bool:
 
 
 def pays(x: Tensor, w: Weight) -> bool:
-    """Whether that is the fastest way for one row of x. Codes of fp8 are bytes already, and fewer to a tile: of less than all
-    that is in flight at once, arithmetic of fp32 is as fast."""
-    large = w.kind in (MXFP4, INT4) or (not w.lead and w.n >= LARGE)
-    return serves(x, w) and (large or INTERPRET)
+    """Whether that is the fastest way for one row of x: for codes of four bits, and for many of eight, of which fewer are in
+    flight. For those of a token's experts arithmetic of fp32 is as fast."""
+    many = w.n >= LARGE if w.kind == FP8 else w.n * w.k >= 1 << 24
+    return serves(x, w) and (w.kind in (MXFP4, INT4) or (not w.lead and many) or INTERPRET)
 
 
-def tile(w: Weight) -> tuple[int, int, int, int]:
-    """Rows and channels of a tile, warps and stages. Measured on an H200."""
+def tile(w: Weight) -> tuple[int, int, int, int, int]:
+    """Rows and channels of a tile, tiles fetched ahead, warps and stages. Measured on an H200."""
     if w.kind == MXFP4:
-        return 64, 128, 4, 3
-    block = (
-        64
-        if w.kind != INT4
-        else min(128 if not w.lead and w.k <= 4096 and w.n < LARGE else 64, w.columns & -w.columns)
-    )
-    return 64 if w.lead else 128, block, 4, 3
+        return 128, 128, 2, 4, 3
+    block = _block(w) if not w.lead and w.n <= 4096 else min(64, _block(w))
+    return 128, block, 2 if w.lead else 1 if w.n >= LARGE else 4, 4, 3
 
 
-def even(w: Weight, step: int) -> bool:
-    """Whether tiles that reach over `step` channels end where a row does."""
-    return w.k % step == 0
+def _block(w: Weight) -> int:
+    """Channels of a tile, at most: of int4 they share a scale."""
+    return min(128, w.columns & -w.columns) if w.kind == INT4 else 128
+
+
+def shares(w: Weight, rows: int) -> tuple[int, int, int, int, int, int]:
+    """`tile` for several rows of x, and by how many programs the columns are shared. Measured on an H200."""
+    high, block = 64, _block(w)
+    split = max(1, min(8, PROGRAMS // ceil_div(w.n, high), w.k // (block * 2)))
+    return high, block, 2 if w.kind == INT4 else 1, 4, 4, 1 << (split.bit_length() - 1)
+
+
+def grouped_tile(average: float, w: Weight) -> tuple[int, int, int, int, int]:
+    """Rows of x, rows and channels of the weight of a tile of the grouped products, warps and stages, when an expert has
+    `average` rows of x. Measured on an H200."""
+    if average <= 32:
+        return 16 if average <= 16 else 32, 256, 64, 8, 4
+    return 64, 128, 64, 4, 3
+
+
+def even(w: Weight, step: int, ahead: int) -> bool:
+    """Whether tiles that reach over `step` channels, the first `ahead` of which are always there, end where a row does."""
+    return w.k % step == 0 and w.k >= step * ahead
+
+
+def in_order(x: Tensor, w: Weight) -> Tensor:
+    """x [.., K], of whole 64 channels, in the order of `channel`."""
+    p = 4 if w.kind in (MXFP4, INT4) else 2
+    parts = x.reshape(-1, w.k // 64, 4, 8 // p, 2, p)
+    return parts.permute(0, 1, 5, 3, 2, 4).reshape(x.shape)
 
 
 if triton is not None:
@@ -147,7 +173,6 @@ if triton is not None:
             a = tl.permute(tl.join(fp8(w, 0, DTYPE), fp8(w, 1, DTYPE)), (0, 1, 5, 3, 2, 4))
         else:
             if KIND == 3:
-                tl.static_assert(RUN == 4)  # the words of a thread have one exponent
                 f = factors(exponents)
                 f = tl.reshape(tl.broadcast_to(f[:, :, None], (R, K // 32, 4)), (R, J, 4, RUN))
                 even = tl.join(mxfp4(w, f, 0, DTYPE), mxfp4(w, f, 2, DTYPE))
@@ -159,54 +184,70 @@ if triton is not None:
         return tl.reshape(a, (R, K))
 
     @triton.jit
-    def words_at(at, word, first, words, EVEN: tl.constexpr):
-        if EVEN:
-            return tl.load(at + first)
-        else:
-            return tl.load(at + first, mask=first + word < words, other=0)
+    def channel(i, KIND: tl.constexpr):
+        """Which channel of 64 is the i-th of those that `widened` gives for a tile of 64."""
+        P: tl.constexpr = 4 if KIND >= 3 else 2
+        RUN: tl.constexpr = 8 // P
+        half, c, run, p = i % 2, i // 2 % 4, i // 8 % RUN, i // (8 * RUN)
+        return i // 64 * 64 + ((c * RUN + run) * 2 + half) * P + p % P
 
     @triton.jit
-    def plus_tile(
-        acc, w, start, x_at, x_k, s_at, chunk, K, columns,
-        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr,
+    def fetched(
+        at, word, words, s_at, chunk, start, K, columns,
+        KIND: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
     ):  # fmt: skip
-        """acc plus the words w, from channel start + chunk on, times what they are multiplied by."""
-        if EVEN:
-            x = tl.load(x_at + start)
-        else:
-            x = tl.load(x_at + start, mask=start + x_k < K, other=0.0)
-        dtype: tl.constexpr = x_at.dtype.element_ty
-        x = arranged(x, M, BLOCK, 4 if KIND >= 3 else 2, RUN)
+        """Words [R, W] of a tile from channel start + chunk [R] on, and their scales or exponents."""
         first = start + chunk
-        if KIND == 3:
+        if EVEN:
+            w = tl.load(at + start // CODES)
+        else:
+            w = tl.load(at + start // CODES, mask=start // CODES + word < words, other=0)
+        if KIND == 1:
+            s = 0
+        elif KIND == 3:
             group = (first // 32)[:, None] + tl.arange(0, BLOCK // 32)[None, :]
             if EVEN:
                 s = tl.load(s_at[:, None] + group)
             else:
                 s = tl.load(s_at[:, None] + group, mask=group * 32 < K, other=0)
+        elif EVEN:
+            s = tl.load(s_at + first // columns)
         else:
-            s = 0
+            s = tl.load(s_at + first // columns, mask=first < K, other=0.0)
+        return w, s
+
+    @triton.jit
+    def x_tile(x_at, x_k, start, K, EVEN: tl.constexpr):
+        if EVEN:
+            return tl.load(x_at + start)
+        else:
+            return tl.load(x_at + start, mask=start + x_k < K, other=0.0)
+
+    @triton.jit
+    def plus_tile(
+        acc, w, s, x, never, KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr
+    ):  # fmt: skip
+        """acc plus a tile of words w with scales s times x [M, BLOCK]."""
+        dtype: tl.constexpr = x.dtype
+        x = arranged(x, M, BLOCK, 4 if KIND >= 3 else 2, RUN)
         a = widened(w, s, R, BLOCK, RUN, KIND, dtype)
         if KIND == 1 or KIND == 3:
-            return tl.dot(a, x, acc, input_precision="ieee")
+            acc = tl.dot(a, x, acc, input_precision="ieee")
+            return settled(acc, never) if M > 8 else acc  # of eight columns nobody goes ahead
         else:
-            if EVEN:
-                s = tl.load(s_at + first // columns)
-            else:
-                s = tl.load(s_at + first // columns, mask=first < K, other=0.0)
             return acc + tl.dot(a, x, input_precision="ieee") * s.to(tl.float32)[:, None]
 
     @triton.jit
     def codes_times(
         x_ptr, x_row, x_chunk, w_ptr, n, chunk, s_ptr, s_row, K, s_columns, columns,
-        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
-        OVERLAP: tl.constexpr, WAIT: tl.constexpr,
+        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
+        EVEN: tl.constexpr, OVERLAP: tl.constexpr, WAIT: tl.constexpr,
     ):  # fmt: skip
         """Rows n [R] of codes with K columns times the rows that begin at x_row [M] behind x_ptr: fp32 [R, M].
 
         `chunk` [R], `x_chunk` [M]: where, of every STEP channels, the BLOCK begin that a row is multiplied in; it counts
-        where both are the same. `s_row` [R]: rows of scales. `WAIT`: x is not there yet; the first tile of codes is fetched
-        before waiting for it, and counted last."""
+        where both are the same. `s_row` [R]: rows of scales. The first AHEAD tiles are all fetched at once, `WAIT`: before
+        waiting for x, which is not there yet."""
         CODES: tl.constexpr = 8 if KIND >= 3 else 4
         # Of a row of a tile four threads fetch 16 bytes each, or what there is.
         RUN: tl.constexpr = 4 if BLOCK >= 16 * CODES else BLOCK // (4 * CODES)
@@ -216,22 +257,34 @@ if triton is not None:
         word = (chunk // CODES)[:, None] + tl.arange(0, BLOCK // CODES)[None, :]
         at = w_ptr.to(tl.pointer_type(tl.uint32)) + n.to(tl.int64)[:, None] * words + word
         s_at = s_ptr + s_row.to(tl.int64) * s_columns
-        acc = tl.zeros([R, M], dtype=tl.float32)
-        w = words_at(at, word, 0, words, EVEN)
+        acc, never = tl.zeros([R, M], dtype=tl.float32), s_columns < 0
+        tiles, xs = (), ()
+        for i in tl.static_range(AHEAD):
+            tiles += (fetched(at, word, words, s_at, chunk, i * STEP, K, columns, KIND, CODES, BLOCK, EVEN),)  # type: ignore[assignment]
         if WAIT:
             after_previous(OVERLAP)
-        for start in range(STEP, K, STEP):
-            later = words_at(at, word, start // CODES, words, EVEN)
-            acc = plus_tile(
-                acc, later, start, x_at, x_k, s_at, chunk, K, columns, KIND, R, M, BLOCK, RUN, EVEN
-            )
-        acc = plus_tile(acc, w, 0, x_at, x_k, s_at, chunk, K, columns, KIND, R, M, BLOCK, RUN, EVEN)
+        for i in tl.static_range(AHEAD):
+            xs += (x_tile(x_at, x_k, i * STEP, K, EVEN),)  # type: ignore[assignment]
+        for start in range(AHEAD * STEP, K, STEP):
+            w, s = fetched(at, word, words, s_at, chunk, start, K, columns, KIND, CODES, BLOCK, EVEN)
+            acc = plus_tile(acc, w, s, x_tile(x_at, x_k, start, K, EVEN), never, KIND, R, M, BLOCK, RUN)
+        for i in tl.static_range(AHEAD):
+            acc = plus_tile(acc, tiles[i][0], tiles[i][1], xs[i], never, KIND, R, M, BLOCK, RUN)
         if KIND == 1:
             acc *= tl.load(s_at).to(tl.float32)[:, None]
         elif KIND == 3:
             acc *= 1152921504606846976.0  # 2^60
         elif KIND == 4:
             acc *= 64.0
+        return acc
+
+    @triton.jit
+    def settled(acc, never):
+        """acc, after a product that is still being made of it. Tensor cores read the registers of `widened` numbers while they
+        work, and Triton (3.6) lets the next ones be written there meanwhile: it waits only where something reads acc. (On an
+        H200 two groups of warps gave wrong sums and NaN; who waits has other programs beside him that multiply.)"""
+        if never:
+            acc += 1.0
         return acc
 
     @triton.jit

@@ -6,8 +6,8 @@ matrix products run over the sorted rows, gathered as they are read, the activat
 inside the first.
 
 Unusual: nothing here waits for the host to learn how many tokens an expert has; the grid is the most there
-could be, and programs without a tile return. Weights are plain, fp8 or mxfp4; plain ones are fetched by the
-copy engine where there is one.
+could be, and programs without a tile return. Weights are plain, fp8, mxfp4 or int4; plain ones are fetched by the
+copy engine where there is one, codes are widened by `zoo.kernels.codes` where that is faster.
 
 Margin on an H100, 2048 tokens, bf16, sorting and summing included, against torch's `_grouped_mm` with the
 gathering around it: 128 experts of 768 x 2048, top 8: 576 and 1061 us; 32 of 2880 x 2880, top 4: 1024 and
@@ -17,6 +17,10 @@ memory once for each, and the last of these took 9230. Nor do tiles of one exper
 eight of them are multiplied by the same columns first, or an expert of more than 128 tokens is read again for the next (16
 of 8192 x 5120, top 1: its products take 1590 us, 1900 before). One token: all of its experts' down rows are read at once, which
 takes 24 layers of the first from 1.67 to 1.64 ms in bf16 and, with tiles of 8 x 512, to 1.42 in fp8.
+
+Of codes on an H200, widened in fp32 on their way through shared memory and in the registers of tensor cores, for 1, 16 and 2048
+tokens: the first in int4 33 and 15, 196 and 119, 957 and 576 us; the second in mxfp4 57 and 36, 336 and 244, 2023 and 1251
+(1628 with the weight first in the product, whose registers Triton 3.6 then wrote too early: see `codes.settled`).
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ GROUP = 8
 if triton is not None:
     import triton.language as tl
 
-    from zoo.kernels.codes import codes_times, own_columns
+    from zoo.kernels.codes import channel, codes_times, own_columns, settled, widened
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import after_previous
     from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
@@ -153,22 +157,22 @@ def _few_codes(
 ) -> None:
     """`_few` by `zoo.kernels.codes`, into h and out."""
     (n, k), f = chosen.shape, down.k
-    rows, block, warps, stages = codes.tile(up)
+    rows, block, ahead, warps, stages = codes.tile(up)
     pieces = codes.COLUMNS
     _few_up_codes[(ceil_div(up.n * pieces, rows), n * k)](
         x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        R=rows, M=pieces, BLOCK=block, EVEN=codes.even(up, pieces * block), num_warps=warps, num_stages=stages,
+        R=rows, M=pieces, BLOCK=block, AHEAD=ahead, EVEN=codes.even(up, pieces * block, ahead), num_warps=warps, num_stages=stages,
         **overlap(x),
     )  # fmt: skip
     together = power_of_2(k)
-    rows, block, warps, stages = codes.tile(down)
+    rows, block, ahead, warps, stages = codes.tile(down)
     columns = max(together, codes.COLUMNS)
     pieces, rows = columns // together, max(rows, columns)
     _few_down_codes[(ceil_div(down.n * columns, rows), n)](
         h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
         KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
-        R=rows, M=columns, BLOCK=block, EVEN=codes.even(down, pieces * block), num_warps=warps, num_stages=stages,
+        R=rows, M=columns, BLOCK=block, AHEAD=ahead, EVEN=codes.even(down, pieces * block, ahead), num_warps=warps, num_stages=stages,
         **overlap(x),
     )  # fmt: skip
 
@@ -223,9 +227,7 @@ def sort_by_expert_reference(chosen: Tensor, n_experts: int, rows: int) -> tuple
     return flat.argsort(stable=True).to(torch.int32), torch.tensor(tiles, dtype=torch.int32).T
 
 
-def grouped_tile(
-    average: float, kind: int, exact: bool, down: bool = False
-) -> tuple[int, int, int, int, int]:
+def grouped_tile(average: float, kind: int, exact: bool) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile of the grouped products, warps and stages, when an expert has `average`
     rows; rows are the same for both products. Measured on an H100."""
     if exact:
@@ -233,7 +235,7 @@ def grouped_tile(
     if average <= 32:
         return 16 if average <= 16 else 32, 128, 64, 4, 3
     if kind != PLAIN:
-        return (128, 128, 64, 8, 4) if kind == MXFP4 and down else (128, 128, 64, 4, 3)
+        return 128, 128, 64, 4, 3
     return (128, 256, 64, 8, 4) if average > 96 else (128, 128, 128, 8, 3)
 
 
@@ -241,11 +243,6 @@ def _bulk(x: Tensor, w: Weight) -> bool:
     """Whether tiles of the weight can be fetched by the copy engine (Hopper)."""
     aligned = w.codes.data_ptr() % 16 == 0 and w.k * w.codes.element_size() % 16 == 0
     return w.kind == PLAIN and x.dtype != torch.float32 and aligned and hopper(x)
-
-
-def _swap(w: Weight, rows: int) -> bool:
-    """Whether the weight comes first in the products (see `times_tile`)."""
-    return w.kind == MXFP4 and rows >= 128
 
 
 def _tiny(x: Tensor, w: Weight) -> bool:
@@ -275,6 +272,8 @@ def _many(
     shared: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    if not weight_input and _as_codes(x, up) and _as_codes(x, down):
+        return _many_codes(x, chosen, weights, up, down, spec, shared, residual)
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
     pairs = n * k
     h, y = x.new_empty(pairs, f), x.new_empty(pairs, down.n)
@@ -289,23 +288,76 @@ def _many(
     _many_up[(n_tiles * ceil_div(f, half),)](
         _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, n_tiles, k, f, up.n, up.k,
         *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, TINY=_tiny(x, up), SWAP=_swap(up, block_m), ACT=code(spec), GATED=spec.gated,
+        KIND=up.kind, TINY=_tiny(x, up), ACT=code(spec), GATED=spec.gated,
         HAS_BIAS=up.bias is not None, WEIGHT_INPUT=weight_input, BLOCK_N=half, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         **common,
     )  # fmt: skip
-    _, block_n, block_k, warps, stages = grouped_tile(pairs / n_experts, down.kind, exact, down=True)
     _many_down[(n_tiles * ceil_div(down.n, block_n),)](
         _tiles(down, block_n, block_k) if bulk else h, h, order, tiles, *down.pointers, y, n_tiles, f, down.n,
         *down.n_scales, down.columns,
-        KIND=down.kind, TINY=_tiny(x, down), SWAP=_swap(down, block_m), HAS_BIAS=down.bias is not None, BLOCK_N=block_n,
+        KIND=down.kind, TINY=_tiny(x, down), HAS_BIAS=down.bias is not None, BLOCK_N=block_n,
         BLOCK_K=block_k, num_warps=warps, num_stages=stages, **common,
     )  # fmt: skip
-    block = min(1024, power_of_2(down.n))
-    _sum_experts[(n, ceil_div(down.n, block))](
-        y, weights, shared, residual, out, down.n,
-        WEIGHTED=not weight_input, TOP_K=k, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    _sum(y, weights, shared, residual, out, k, weighted=not weight_input)
     return out
+
+
+def _many_codes(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Weight,
+    down: Weight,
+    spec: MLP,
+    shared: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`_many` by `zoo.kernels.codes`."""
+    (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
+    h, y = x.new_empty(n * k, f), x.new_empty(n * k, down.n)
+    out = torch.empty_like(x)
+    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts, up)
+    order, tiles = sort_by_expert(chosen, n_experts, block_m)
+    n_tiles = tiles.shape[1]
+    common: dict[str, Any] = dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=GROUP, num_warps=warps, num_stages=stages
+    )
+    _many_up_codes[(n_tiles * ceil_div(f, block_n // 2 if spec.gated else block_n),)](
+        codes.in_order(x, up), order, tiles, *up.pointers, h, n_tiles, k, f, up.n, up.k, *up.n_scales, up.columns,
+        spec.limit or 0.0, spec.alpha,
+        KIND=up.kind, NEXT=down.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **common,
+    )  # fmt: skip
+    _many_down_codes[(n_tiles * ceil_div(down.n, block_n),)](
+        h, order, tiles, *down.pointers, y, n_tiles, f, down.n, *down.n_scales, down.columns,
+        KIND=down.kind, HAS_BIAS=down.bias is not None, **common,
+    )  # fmt: skip
+    _sum(y, weights, shared, residual, out, k, weighted=True)
+    return out
+
+
+def _as_codes(x: Tensor, w: Weight) -> bool:
+    """Whether grouped products widen the codes of w in registers: rows of whole tiles. With scales of fp8 blocks, which are in
+    fp32, that takes as long as without (8 of 128 experts of 768 x 2048, 2048 tokens: 722 and 712 us)."""
+    whole = w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
+    return codes.serves(x, w) and whole and w.kind != FP8
+
+
+def _sum(
+    y: Tensor,
+    weights: Tensor,
+    shared: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    k: int,
+    weighted: bool,
+) -> None:
+    """Adds up what a token's experts gave, y [N k, D], and the others, into out [N, D]."""
+    n, d = out.shape
+    block = min(1024, power_of_2(d))
+    _sum_experts[(n, ceil_div(d, block))](
+        y, weights, shared, residual, out, d,
+        WEIGHTED=weighted, TOP_K=k, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 if triton is not None:
@@ -355,7 +407,7 @@ if triton is not None:
         x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns, columns,
         limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
         after_previous(OVERLAP)
@@ -365,7 +417,7 @@ if triton is not None:
         n, mask = rows_of(tl.arange(0, R) // M, F, GATED, R // M)
         y = one_row_of_codes(
             x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
-            KIND, R, M, BLOCK, EVEN, OVERLAP, False,
+            KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, False,
         )  # fmt: skip
         n, mask = rows_of(tl.arange(0, R // M), F, GATED, R // M)
         finish_up(y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha, ACT, GATED, HAS_BIAS, R // M)
@@ -436,7 +488,7 @@ if triton is not None:
         h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
         top_k, F, N, s_rows, s_columns, columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         # Columns of x are pieces of h of a token's experts.
         token = tl.program_id(1).to(tl.int64)
@@ -450,7 +502,7 @@ if triton is not None:
         x_row = (token * top_k + tl.minimum(m // S, top_k - 1)) * F
         acc = codes_times(
             h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns, columns,
-            KIND, R, M, BLOCK, S * BLOCK, EVEN, OVERLAP, False,
+            KIND, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, False,
         )  # fmt: skip
         y = own_columns(acc, R, M, S)
         row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
@@ -543,22 +595,13 @@ if triton is not None:
             )  # fmt: skip
         return w
 
-    @triton.jit
-    def times_tile(x, w, y, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-        """y plus the tile x [M, K] times w [N, K], transposed; or `SWAP` the other way round, [N, M]: w is then multiplied
-        from registers, where mxfp4 is expanded (32 experts of 2880, top 4: 2.00 ms, 2.37 by way of shared memory)."""
-        if SWAP:
-            return tl.dot(w, tl.trans(x), y, input_precision=PRECISION)
-        else:
-            return tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
-
     @Kernel
     def _many_up(
         w_tiles, x_ptr, order_ptr, tiles_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
         n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-        SWAP: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+        TINY: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, F, BLOCK_M, BLOCK_N, GROUP)
         if left <= 0:
@@ -577,7 +620,7 @@ if triton is not None:
             s_ptr += e * s_rows * s_columns
         k = tl.arange(0, BLOCK_K)
         at = x_ptr + (pair // top_k)[:, None] * K + k[None, :]
-        gate = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], dtype=tl.float32)
+        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         up = gate
         if WEIGHT_INPUT:
             a = tl.load(weights_ptr + pair, mask=m_mask, other=0.0).to(dtype).to(tl.float32)
@@ -589,15 +632,13 @@ if triton is not None:
                 w_tiles, row, w_ptr, s_ptr, rows_ptr, f, f_mask, start, K, s_columns, columns,
                 BULK, KIND, BLOCK_N, BLOCK_K, dtype, TINY,
             )  # fmt: skip
-            gate = times_tile(x, w, gate, SWAP, PRECISION)
+            gate = tl.dot(x, tl.trans(w), gate, input_precision=PRECISION)
             if GATED:
                 w = expert_weights(
                     w_tiles, row + F, w_ptr, s_ptr, rows_ptr, f + F, f_mask, start, K, s_columns, columns,
                     BULK, KIND, BLOCK_N, BLOCK_K, dtype, TINY,
                 )  # fmt: skip
-                up = times_tile(x, w, up, SWAP, PRECISION)
-        if SWAP:
-            gate, up = tl.trans(gate), tl.trans(up)
+                up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
         if TINY:
             gate, up = gate * WHOLE, up * WHOLE
         if HAS_BIAS:
@@ -614,7 +655,7 @@ if triton is not None:
         w_tiles, h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
         n_tiles, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-        SWAP: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+        TINY: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_M, BLOCK_N, GROUP)
         if left <= 0:
@@ -632,16 +673,14 @@ if triton is not None:
             s_ptr += e * s_rows * s_columns
         k = tl.arange(0, BLOCK_K)
         at = h_ptr + (first + m).to(tl.int64)[:, None] * F + k[None, :]
-        y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], dtype=tl.float32)
+        y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, F, BLOCK_K):
             h = tl.load(at + start, mask=m_mask[:, None] & (start + k < F)[None, :], other=0.0)
             w = expert_weights(
                 w_tiles, row, w_ptr, s_ptr, rows_ptr, n, n_mask, start, F, s_columns, columns,
                 BULK, KIND, BLOCK_N, BLOCK_K, dtype, TINY,
             )  # fmt: skip
-            y = times_tile(h, w, y, SWAP, PRECISION)
-        if SWAP:
-            y = tl.trans(y)
+            y = tl.dot(h, tl.trans(w), y, input_precision=PRECISION)
         if TINY:
             y *= WHOLE
         if HAS_BIAS:
@@ -649,6 +688,109 @@ if triton is not None:
         pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
         at = y_ptr + pair[:, None] * N + n[None, :]
         tl.store(at, y.to(dtype), mask=m_mask[:, None] & n_mask[None, :])
+
+    @triton.jit
+    def grouped_times(
+        x_at, w_ptr, n, s_ptr, s_row, K, s_columns, columns,
+        KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """Rows n [BLOCK_N] of codes times the rows of x that begin at x_at [BLOCK_M], channels `codes.in_order`: fp32."""
+        CODES: tl.constexpr = 8 if KIND >= 3 else 4
+        words = K // 64 * (64 // CODES)
+        k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // CODES)
+        at = w_ptr.to(tl.pointer_type(tl.uint32)) + n.to(tl.int64)[:, None] * words + word[None, :]
+        s_at = s_ptr + s_row.to(tl.int64) * s_columns
+        x_at = x_at[:, None] + k[None, :]
+        dtype: tl.constexpr = x_at.dtype.element_ty
+        REST: tl.constexpr = s_ptr.dtype.element_ty != dtype
+        acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            w, x = tl.load(at + start // CODES), tl.load(x_at + start)
+            if KIND == 3:
+                s = tl.load(s_at[:, None] + (start // 32 + tl.arange(0, BLOCK_K // 32))[None, :])
+            elif KIND == 1:
+                s = 0
+            else:
+                s = tl.load(s_at + start // columns)
+            a = widened(w, s, BLOCK_N, BLOCK_K, 16 // CODES, KIND, dtype)
+            if KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
+                whole = s.to(dtype)
+                rest = (s.to(tl.float32) - whole.to(tl.float32)).to(dtype)
+                a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]
+            acc = settled(tl.dot(a, tl.trans(x), acc, input_precision="ieee"), s_columns < 0)
+        if KIND == 1:
+            acc *= tl.load(s_at).to(tl.float32)[:, None]
+        elif KIND == 3:
+            acc *= WHOLE
+        elif KIND == 4:
+            acc *= 64.0
+        return acc
+
+    @Kernel
+    def _many_up_codes(
+        x_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+        n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+        KIND: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+        tl.static_assert(WIDTH % 64 == 0)
+        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, F, BLOCK_M, WIDTH, GROUP)
+        if left <= 0:
+            return
+        e = e.to(tl.int64)
+        m = tl.arange(0, BLOCK_M)
+        m_mask = m < left
+        pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
+        # Rows of gate, then of up, as codes of the next product are widened.
+        r = tl.arange(0, BLOCK_N)
+        f = column + channel(r % WIDTH, NEXT)
+        n = tl.where(f < F, f + r // WIDTH * F, 0)
+        w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
+        s_ptr += e * s_rows * s_columns
+        y = grouped_times(
+            x_ptr + pair // top_k * K, w_ptr, n, s_ptr, scale_row(rows_ptr, n, n < N, KIND), K, s_columns, columns,
+            KIND, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        dtype = h_ptr.dtype.element_ty
+        if HAS_BIAS:
+            y += tl.load(b_ptr + e * N + n).to(tl.float32)[:, None]
+        y = y.to(dtype).to(tl.float32)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, (2, WIDTH, BLOCK_M)), (1, 2, 0)))
+            y = activate(gate, up, limit, alpha, ACT, True, dtype)
+        else:
+            y = activate(y, y, limit, alpha, ACT, False, dtype)
+        f = column + tl.arange(0, WIDTH)
+        at = h_ptr + (first + m).to(tl.int64)[None, :] * F + f[:, None]
+        tl.store(at, y.to(dtype), mask=m_mask[None, :] & (f < F)[:, None])
+
+    @Kernel
+    def _many_down_codes(
+        h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr, n_tiles, F, N, s_rows, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_M, BLOCK_N, GROUP)
+        if left <= 0:
+            return
+        e = e.to(tl.int64)
+        m = tl.arange(0, BLOCK_M)
+        m_mask = m < left
+        n = column + tl.arange(0, BLOCK_N)
+        n_mask = n < N
+        row = tl.where(n_mask, n, 0)
+        w_ptr += e * N * (F // (2 if KIND >= 3 else 1))
+        s_ptr += e * s_rows * s_columns
+        y = grouped_times(
+            h_ptr + (first + tl.minimum(m, left - 1)).to(tl.int64) * F, w_ptr, row, s_ptr, scale_row(rows_ptr, row, n_mask, KIND),
+            F, s_columns, columns, KIND, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if HAS_BIAS:
+            y += tl.load(b_ptr + e * N + row).to(tl.float32)[:, None]
+        pair = tl.load(order_ptr + first + m, mask=m_mask, other=0).to(tl.int64)
+        at = y_ptr + pair[None, :] * N + n[:, None]
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=m_mask[None, :] & n_mask[:, None])
 
     @Kernel
     def _sum_experts(

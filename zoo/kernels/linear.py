@@ -1,15 +1,16 @@
-"""Linear maps of one row (decode), where reading the weight is all the time there is.
+"""Linear maps of few rows (decode), where reading the weight is all the time there is.
 
 `y = x W^T + b`, with the residual added, or with the gate's activation between gate and up, in the same
-kernel. Weights are plain, fp8, mxfp4 or int4. Several rows go to cuBLAS.
+kernel. Weights are plain, fp8, mxfp4 or int4. Several rows go to cuBLAS or, of codes, to `zoo.kernels.codes`, as
+one row does where that is faster.
 
 Unusual: with programmatic launch the first tile of the weight is on its way before x exists.
 
 Margin, bf16 on an H100, of the copy's bandwidth (3.0 TB/s), here and by cuBLAS: 3072 x 2048 78 % and 56 %;
 2048 x 2048 72 and 43; 2 x 8192 x 2048 with the gate 93 and 84 (without it); 4096 x 4096 about 84 and 66;
-2 x 14336 x 4096 99 and 93; 128256 x 2048 103 and 92. Without programmatic launch the first is 61 %. fp8 and int4
-are bound by the arithmetic of their expansion rather than by reading: 6144 x 4096 in fp8 takes 11.6 us (72 %), in int4
-15.2 us (28 %), 2 x 14336 x 4096 51 and 52 us.
+2 x 14336 x 4096 99 and 93; 128256 x 2048 103 and 92. Without programmatic launch the first is 61 %. Codes
+are bound by the arithmetic of their expansion here rather than by reading: 6144 x 4096 in fp8 takes 11.6 us (72 %), in int4
+15.2 us (28 %).
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, PLAIN, Weight
 from zoo.spec import MLP
 
+MOST = 64
+"""Rows of x up to which the time that codes take is that of reading them."""
+
 if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.codes import codes_times, own_columns
     from zoo.kernels.gated import activate
+    from zoo.kernels.launch import after_previous
     from zoo.kernels.weights import rows_times, scale_row
 
 
@@ -55,16 +60,25 @@ def one_row(x: Tensor, w: Weight) -> bool:
     return rows == 1 and has_triton(x) and fits and x.dtype != torch.float64 and x.is_contiguous()
 
 
+def few_rows(x: Tensor, w: Weight) -> bool:
+    """Whether `linear` serves x [.., K] and the weight: one row, or several of which each reads the same codes."""
+    several = x.numel() <= MOST * x.shape[-1] and x.is_contiguous() and codes.serves(x, w)
+    return several or one_row(x, w)
+
+
 def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """`linear_reference` of one row (see `one_row`), as one kernel. `dtype`: of the result."""
+    """`linear_reference` of few rows (see `few_rows`). `dtype`: of the result."""
     out = torch.empty(*x.shape[:-1], w.n, dtype=dtype or x.dtype, device=x.device)
+    if x.numel() > x.shape[-1]:
+        _several(x, w, residual, out)
+        return out
     if codes.pays(x, w):
-        rows, block, warps, stages = codes.tile(w)
+        rows, block, ahead, warps, stages = codes.tile(w)
         pieces = codes.COLUMNS
         _linear_codes[(ceil_div(w.n * pieces, rows),)](
             x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1], w.columns,
             KIND=w.kind, HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None,
-            R=rows, M=pieces, BLOCK=block, EVEN=codes.even(w, pieces * block), num_warps=warps, num_stages=stages, **overlap(x),
+            R=rows, M=pieces, BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, pieces * block, ahead), num_warps=warps, num_stages=stages, **overlap(x),
         )  # fmt: skip
         return out
     rows, block, warps = tile(w.n, w)
@@ -76,17 +90,39 @@ def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dt
     return out
 
 
+def _several(x: Tensor, w: Weight, residual: Tensor | None, out: Tensor) -> None:
+    """Several rows of x times codes, each fetched once, into out. Where a weight has few rows, programs share its columns, and
+    their sums are added up afterwards."""
+    t = x.numel() // w.k
+    rows, block, ahead, warps, stages, split = codes.shares(w, t)
+    n_blocks = ceil_div(w.n, rows)
+    parts = out if split == 1 else torch.empty(split, t, w.n, dtype=torch.float32, device=x.device)
+    last = split == 1
+    _linear_several[(n_blocks, split)](
+        x, *w.pointers[:3], w.bias if last else None, residual if last else None, parts, t, w.n, w.k, w.n_scales[1], w.columns,
+        KIND=w.kind, HAS_BIAS=last and w.bias is not None, HAS_RESIDUAL=last and residual is not None,
+        R=rows, M=power_of_2(t, codes.COLUMNS), BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, split * block, ahead), SPLIT=split,
+        num_warps=warps, num_stages=stages, **overlap(x),
+    )  # fmt: skip
+    if not last:
+        block = 256
+        _sum_parts[(ceil_div(w.n, block), t)](
+            parts, w.bias, residual, out, t, w.n,
+            HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None, SPLIT=split, BLOCK=block, num_warps=4, **overlap(x),
+        )  # fmt: skip
+
+
 def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
     """`gated_linear_reference` of one row (see `one_row`), as one kernel."""
     f = w.n // 2
     out = x.new_empty(*x.shape[:-1], f)
     if codes.pays(x, w):
-        rows, block, warps, stages = codes.tile(w)
+        rows, block, ahead, warps, stages = codes.tile(w)
         pieces = codes.COLUMNS
         _gated_linear_codes[(ceil_div(w.n * pieces, rows),)](
             x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
             KIND=w.kind, ACT=code(spec), HAS_BIAS=w.bias is not None,
-            R=rows, M=pieces, BLOCK=block, EVEN=codes.even(w, pieces * block), num_warps=warps, num_stages=stages, **overlap(x),
+            R=rows, M=pieces, BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, pieces * block, ahead), num_warps=warps, num_stages=stages, **overlap(x),
         )  # fmt: skip
         return out
     rows, block, warps = tile(w.n, w, gated=True)
@@ -147,7 +183,7 @@ if triton is not None:
     @triton.jit
     def one_row_of_codes(
         x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
-        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
         WAIT: tl.constexpr,
     ):  # fmt: skip
         """W[n, :] . x for rows n [R] of codes, each M times in turn: fp32 [R / M]."""
@@ -155,7 +191,7 @@ if triton is not None:
         part, m = tl.arange(0, R) % M * BLOCK, tl.arange(0, M)
         acc = codes_times(
             x_ptr, m * 0, m * BLOCK, w_ptr, n, part, s_ptr, scale_row(rows_ptr, n, mask, KIND), K, s_columns, columns,
-            KIND, R, M, BLOCK, M * BLOCK, EVEN, OVERLAP, WAIT,
+            KIND, R, M, BLOCK, M * BLOCK, AHEAD, EVEN, OVERLAP, WAIT,
         )  # fmt: skip
         return own_columns(acc, R, M, M)
 
@@ -163,14 +199,61 @@ if triton is not None:
     def _linear_codes(
         x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns, columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * (R // M) + tl.arange(0, R) // M
         y = one_row_of_codes(
-            x_ptr, w_ptr, s_ptr, rows_ptr, n, n < N, K, s_columns, columns, KIND, R, M, BLOCK, EVEN, OVERLAP, True
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, n < N, K, s_columns, columns, KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, True
         )  # fmt: skip
         n = tl.program_id(0) * (R // M) + tl.arange(0, R // M)
         finish_row(y, n, n < N, b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
+
+    @Kernel
+    def _linear_several(
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, T, N, K, s_columns, columns,
+        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        n, t, part = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, M), tl.program_id(1)
+        mask = n < N
+        row = tl.where(mask, n, 0)  # some row, of which the sum is not stored
+        acc = codes_times(
+            x_ptr, tl.minimum(t, T - 1) * K, t * 0 + part * BLOCK, w_ptr, row, row * 0 + part * BLOCK,
+            s_ptr, scale_row(rows_ptr, row, mask, KIND), K, s_columns, columns,
+            KIND, R, M, BLOCK, SPLIT * BLOCK, AHEAD, EVEN, OVERLAP, True,
+        )  # fmt: skip
+        if HAS_BIAS:
+            acc += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)[:, None]
+        at, there = (part * T + t)[None, :] * N + n[:, None], mask[:, None] & (t < T)[None, :]
+        y = acc.to(out_ptr.dtype.element_ty)
+        if HAS_RESIDUAL:
+            y = (y.to(tl.float32) + tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)).to(
+                y.dtype
+            )
+        tl.store(out_ptr + at, y, mask=there)
+
+    @Kernel
+    def _sum_parts(
+        parts_ptr, b_ptr, residual_ptr, out_ptr, T, N,
+        HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        n, t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+        mask = n < N
+        y = tl.zeros([BLOCK], dtype=tl.float32)
+        after_previous(OVERLAP)
+        for part in tl.static_range(SPLIT):
+            y += tl.load(parts_ptr + (part * T + t) * N + n, mask=mask, other=0.0)
+        finish_row(
+            y,
+            n,
+            mask,
+            b_ptr,
+            residual_ptr + t * N if HAS_RESIDUAL else residual_ptr,
+            out_ptr + t * N,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+        )
 
     @triton.jit
     def gate_and_up_rows(pid, r, F, ROWS: tl.constexpr):
@@ -182,11 +265,11 @@ if triton is not None:
     def _gated_linear_codes(
         x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, R) // M, F, R // M)
         y = one_row_of_codes(
-            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, R, M, BLOCK, EVEN, OVERLAP, True
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, True
         )  # fmt: skip
         n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, R // M), F, R // M)
         finish_gated(y, n, mask, b_ptr, out_ptr, F, limit, alpha, ACT, HAS_BIAS, R // M)

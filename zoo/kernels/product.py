@@ -48,15 +48,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return times(x.reshape(rows, k), weight, bias).view(*lead, n)
     if rows <= FEWER or _native(x.dtype):
         return F.linear(x, weight, bias)
+    return _widened(x, weight, bias, x.dtype)
+
+
+def unrounded(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` on a CPU, in fp32: of narrower numbers as it is summed, for sums that go on."""
+    return _widened(x, weight, bias, torch.float32)
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Some rows of the weight after the other, in fp32; rounded to `dtype`."""
+    (n, k), lead = weight.shape, x.shape[:-1]
     columns = x.reshape(-1, k).float().T
-    out = torch.empty(rows, n, dtype=x.dtype)
+    out = torch.empty(lead.numel(), n, dtype=dtype)
     step = max(1, min(n, WIDE // k))
     wide = torch.from_numpy(scratch("wide", (step, k), np.float32))
     for at in range(0, n, step):
         part = wide[: min(step, n - at)]
         part.copy_(weight[at : at + step])
         out[:, at : at + step] = _rounded(
-            (part @ columns).T, None if bias is None else bias[at : at + step], x.dtype
+            (part @ columns).T, None if bias is None else bias[at : at + step], dtype
         )
     return out.view(*lead, n)
 

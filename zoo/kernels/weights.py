@@ -2,7 +2,7 @@
 
 Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
 partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
-of x first, as a weight expanded beforehand would be.
+of x first, as a weight expanded beforehand would be. bf16 times codes is `zoo.kernels.codes`, mostly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.launch import Kernel, ceil_div, triton
-from zoo.quant.base import check_shape
+from zoo.quant.base import Scheme, check_shape
 from zoo.quant.fp8 import scale_grid
 from zoo.quant.schemes import block_size
 from zoo.quant.schemes import scheme as named
@@ -74,9 +74,13 @@ def plain(weight: Tensor, bias: Tensor | None = None) -> Weight:
 def quantised(
     scheme: str, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None = None
 ) -> Weight | None:
-    """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`)."""
+    """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`). GPTQ and packed integers of
+    four bits lie as int4 does: with zero points of 8, and inputs in order, they are int4."""
+    as_int4 = scheme.startswith("int4")
     if named(scheme).module:
-        return None
+        as_int4 = symmetric(named(scheme), components)
+        if not as_int4:
+            return None
     codes, scale = components["weight"], components["scale"]
     if not codes.is_contiguous() or not scale.is_contiguous():
         return None
@@ -94,8 +98,9 @@ def quantised(
             bias,
             aligned(codes),
         )
-    if scheme.startswith("int4"):
+    if as_int4:
         k = codes.shape[-1] * 8
+        columns = columns or k
         if k % 32 or columns % 32:
             return None
         if (shape := components.get("shape")) is not None:
@@ -116,6 +121,23 @@ def quantised(
         first += ceil_div(part, rows or part)
     table = torch.cat(index).to(torch.int32).to(codes.device)
     return Weight(codes, n, k, kind, scale, table, columns, bias, words)
+
+
+def symmetric(s: Scheme, components: dict[str, Tensor]) -> bool:
+    """Whether codes of such a scheme are four bits each, less 8, in words along the inputs, whose groups are in order."""
+    if s.bits != 4 or s.module not in ("gptq", "integers"):
+        return False
+    zero, order = components.get("zero"), components.get("order")
+    if zero is not None:
+        eights = (
+            0x77777777 if s.module == "gptq" and not s.name.startswith("gptq4-v2") else 0x88888888 - (1 << 32)
+        )
+        if bool((zero != eights).any()):  # the first format of GPTQ has them less one
+            return False
+    if order is None:
+        return True
+    k = components["weight"].shape[-1] * 8
+    return bool((order.reshape(-1, k) == torch.arange(k, device=order.device) // (s.group or k)).all())
 
 
 def aligned(codes: Tensor) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import os
 import struct
@@ -611,7 +610,7 @@ def _config(c: Canonical, embed: str, cast: bool) -> bytes:
     has_own = source["naming"] == "hf" and "config.json" in _carried(c)
     if has_own and source.get("dtype") is None and not cast:
         return given.read_bytes()
-    config: dict[str, Any] = json.loads(given.read_bytes()) if has_own else {}
+    config = read_json(given, "it is the release's config") if has_own else {}
     config = config or dict(source["config"])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     dtype = names.get(embed)

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import has_triton, is_recorded
-from zoo.kernels.linear import linear, one_row
+from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.near import some_rows
-from zoo.kernels.product import kernel, product
+from zoo.kernels.product import kernel, product, unrounded
 from zoo.kernels.weights import Weight, expanded, plain, quantised
 from zoo.model.across import Across
 
@@ -61,7 +61,8 @@ class Weights(nn.Module):
 
     def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., in] times the weight of a lone matrix, plus bias: [..., out], added to `onto`."""
-        if x.numel() == x.shape[-1] and has_triton(x) and (w := self.packed()) is not None and one_row(x, w):
+        few = x.numel() <= MOST * x.shape[-1] and has_triton(x)
+        if few and (w := self.packed()) is not None and few_rows(x, w):
             return linear(x, w, onto)
         if times := self.coded(x, x.shape[:-1].numel()):
             y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype)).view(*x.shape[:-1], -1)
@@ -129,6 +130,13 @@ class Linear(Weights):
             return y if onto is None else onto + y
         if self.across is None:
             return self.times(x, onto)
+        if x.device.type == "cpu" and x.dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # a GPU would send twice as much
+            parts = unrounded(x, self.dense(x.dtype), self.offset(x.dtype))
+            total = self.across.sum(parts).to(x.dtype)
+            return total if onto is None else onto + total
         return self.across.sum(self.times(x), onto)
 
 

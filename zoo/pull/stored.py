@@ -176,17 +176,21 @@ def _lay_out(source: StoredSource, root: Path) -> None:
                     f.truncate(file.size)
     except OSError as e:
         raise ZooError(f"{source}: a file called {name!r:.200} can't be one here: {e.strerror}") from None
+    except UnicodeEncodeError:
+        raise ZooError(f"{source}: a file called {name!r:.200} can't be one here: no text") from None
 
 
 def _fill_headers(source: StoredSource, root: Path) -> None:
     shards = [n for n in source.weights if n.endswith(".safetensors")]
     kept = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for name, start in zip(shards, pool.map(lambda n: _header(source, n), shards)):
-            if (kept := kept + len(start)) > MAX_HEADERS:
-                raise ZooError(f"{source}: over {MAX_HEADERS >> 20} MiB of headers: refused")
-            with open(root / name, "r+b") as filled:
-                filled.write(start)
+        for first in range(0, len(shards), AT_ONCE):  # no more ahead of what is written
+            some = shards[first : first + AT_ONCE]
+            for name, start in zip(some, pool.map(lambda n: _header(source, n), some)):
+                if (kept := kept + len(start)) > MAX_HEADERS:
+                    raise ZooError(f"{source}: over {MAX_HEADERS >> 20} MiB of headers: refused")
+                with open(root / name, "r+b") as filled:
+                    filled.write(start)
     for name in source.weights:
         if name.endswith(".gguf"):
 

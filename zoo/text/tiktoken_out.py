@@ -8,8 +8,8 @@ order. Source: llama_models/llama3/tokenizer.py, llama4/tokenizer.py, tokenizer_
 from __future__ import annotations
 
 import base64
-import json
 
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.gguf_vocab import split_name
 from zoo.text.tokenizer import byte_pairs, byte_spelling
@@ -20,7 +20,7 @@ _SPLITS = ("llama-bpe", "llama3", "llama-v3", "gpt-4o", "llama4")  # llama.cpp's
 def ranks_file(tokenizer_json: bytes) -> bytes:
     """The file. Raises ZooError where it would be another tokenizer, by what differs."""
     try:
-        whole = json.loads(tokenizer_json)
+        whole = parse_json(tokenizer_json)
         model = whole["model"]
         split = split_name(whole, bool(model.get("ignore_merges")), "tokenizer.json")
         added = {t["id"] for t in whole.get("added_tokens") or ()}

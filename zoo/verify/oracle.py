@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.formats.base import read_json
 from zoo.verify.aside import put_aside
 from zoo.verify.gguf_parsed import metadata_once
 
@@ -243,12 +244,12 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
     entry = _entry(root)
     if entry is None or not entry.endswith(".json"):
         return None if entry is None else (entry,)
-    return tuple(sorted(set(json.loads((root / entry).read_bytes())["weight_map"].values())))
+    return tuple(sorted(set(read_json(root / entry, "it lists the shards")["weight_map"].values())))
 
 
 def _entry(root: Path) -> str | None:
     """The file that `from_pretrained` opens first: the weights, or the index of their shards."""
-    config = json.loads((root / "config.json").read_bytes())
+    config = read_json(root / "config.json", "upstream reads it")
     if (said := config.get("transformers_weights")) is not None:
         return str(said)
     stems = ("model.safetensors", "pytorch_model.bin")
@@ -261,7 +262,7 @@ def _mended_index(root: Path) -> tuple[str, dict[str, Any]] | None:
     entry = _entry(root)
     if entry is None or not entry.endswith(".json"):
         return None
-    index = json.loads((root / entry).read_bytes())
+    index = read_json(root / entry, "it lists the shards")
     return None if isinstance(index.get("metadata"), dict) else (entry, {**index, "metadata": {}})
 
 
@@ -488,7 +489,7 @@ def _fp4_in_fp32() -> Iterator[None]:
 
 def _told(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The config that upstream is given of a folder, and what it was not told of it."""
-    raw = _plain(json.loads((path / "config.json").read_bytes()))
+    raw = _plain(read_json(path / "config.json", "upstream reads it"))
     return put_aside(raw, path, from_pretrained_files(path))
 
 

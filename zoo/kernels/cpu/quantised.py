@@ -62,7 +62,15 @@ def fits(w: Weight, rows: int) -> bool:
     ):
         return False
     step = 32 if w.kind in _TABLES else 16
-    return w.k % step == 0 and (w.columns >= w.k or w.columns % step == 0) and w.words
+    whole = w.k % step == 0 and (w.columns >= w.k or w.columns % step == 0)
+    return whole and w.words and not (w.kind == MXFP4 and _has_nan(w, w.scale))
+
+
+def _has_nan(w: Weight, exponents: Tensor) -> bool:
+    """Whether an e8m0 exponent is no number, which only damaged weights have."""
+    if () not in w.tiles:
+        w.tiles[()] = bool((exponents == 255).any())
+    return bool(w.tiles[()])
 
 
 def times(
@@ -167,14 +175,9 @@ def _fp32(b: Any, where: Any, index: Any) -> Any:
 
 
 def _e8m0(b: Any, where: Any, index: Any) -> Any:
-    """The same of a byte that is its exponent in fp32; 0 is 2^-127, and 255 is no number."""
+    """The same of a byte that is its exponent in fp32. 2^-127, which fp32 has no exponent for, is 0."""
     word = b.zext(b.load(at(b, where, index, BYTE)), WORD)
-    bits = b.shl(word, ir.Constant(WORD, 23))
-    for code, instead in ((0, 1 << 22), (255, 0x7FC00000)):
-        bits = b.select(
-            b.icmp_unsigned("==", word, ir.Constant(WORD, code)), ir.Constant(WORD, instead), bits
-        )
-    return b.bitcast(bits, FLOAT)
+    return b.bitcast(b.shl(word, ir.Constant(WORD, 23)), FLOAT)
 
 
 # ------------------------------------------------------------------------------------------- products
@@ -211,8 +214,10 @@ def _block(
         b.branch(inner)
 
         b.position_at_end(inner)
-        i = b.phi(ADDRESS)
-        sums = [b.phi(FLOATS) for _ in which]
+        zeros = ir.Constant(FLOATS, None)
+        lone = of == MXFP4  # a group is one vector: nothing to count
+        i = done if lone else b.phi(ADDRESS)
+        sums = [zeros if lone else b.phi(FLOATS) for _ in which]
         of_x = b.mul(i, number(64 * vectors))
         ys = [load(b, at(b, x, b.add(of_x, number(64 * v)), FLOATS)) for v in range(vectors)]
         added = []
@@ -222,15 +227,17 @@ def _block(
             for value, y in zip(values(b, read, looked_up), ys, strict=True):
                 sum = b.fadd(sum, b.fmul(value, y, flags=("contract",)), flags=("contract",))
             added.append(sum)
-        following = b.add(i, number(1))
-        zeros = ir.Constant(FLOATS, None)
-        for phi, first, then in (
-            (i, done, following),
-            *((s, zeros, a) for s, a in zip(sums, added, strict=True)),
-        ):
-            phi.add_incoming(first, next_group)
-            phi.add_incoming(then, inner)
-        b.cbranch(b.icmp_signed("<", following, end), inner, end_of_group)
+        if lone:
+            b.branch(end_of_group)
+        else:
+            following = b.add(i, number(1))
+            for phi, first, then in (
+                (i, done, following),
+                *((s, zeros, a) for s, a in zip(sums, added, strict=True)),
+            ):
+                phi.add_incoming(first, next_group)
+                phi.add_incoming(then, inner)
+            b.cbranch(b.icmp_signed("<", following, end), inner, end_of_group)
 
         b.position_at_end(end_of_group)
         grown = []
