@@ -24,7 +24,7 @@ from typing import Any, cast
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, carried_files, place_of, read_json
 from zoo.text import mistral, tokenizer
-from zoo.text.worker import PATIENCE, patience
+from zoo.text.patience import PATIENCE, patience
 
 SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
+from zoo.text.patience import patience
 
 CPU_SECONDS = 2.0
 """Of a request."""
@@ -24,8 +25,6 @@ CPU_MIB, CPU_MOST = 1 / 16, 4.5
 """Of reading a tokenizer: more for each MiB of its file, up to so much. The largest, of 260,000 tokens in 44 MB, takes 2.2."""
 CPU_LIBRARY = 8.0
 """Of a chat by mistral-common, which imports much."""
-PATIENCE = "ZOO_PATIENCE"
-"""Environment variable: so many times as long, on a slow machine."""
 MEMORY = 768 << 20
 """Of addresses; that tokenizer takes 610 MiB."""
 RENDERING = 256 << 20
@@ -125,14 +124,6 @@ def _limit_memory(do: str) -> None:
                 most = min(most, int(f.read().split()[0]) * resource.getpagesize() + RENDERING)
         resource.setrlimit(resource.RLIMIT_AS, (most, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def patience() -> float:
-    """By how much people multiplied the limits of time; 1 where they said nothing that counts."""
-    try:
-        return min(max(float(os.environ.get(PATIENCE, "1")), 1.0), 1000.0)
-    except ValueError:
-        return 1.0
 
 
 def _limit_time(do: str, root: Path) -> None:
