@@ -681,3 +681,17 @@ def test_the_process_has_no_torch_and_ends_with_its_text(tmp_path: Path) -> None
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"no tokenizer \(tokenizer.json, tekken.json, tokenizer.model"):
         Text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "times"), [(None, 1.0), ("4", 4.0), ("0", 1.0), ("soon", 1.0), ("nan", 1.0)]
+)
+def test_a_slow_machine_s_patience_lengthens_the_limits_and_never_shortens_them(
+    said: str | None, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.text.patience import PATIENCE, patience
+
+    monkeypatch.delenv(PATIENCE, raising=False)
+    if said is not None:
+        monkeypatch.setenv(PATIENCE, said)
+    assert patience() == times

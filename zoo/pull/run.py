@@ -291,7 +291,7 @@ def _can_verify(level: str, device: str, layers: Collection[int] | None = None) 
 def _verify(target: Path, dst: Path, level: str, device: str, force: bool, progress: Progress) -> None:
     """Verify the folder `target`, in the precision that it was rounded to, and let it appear as `dst` if it passes."""
     from zoo.verify import verify
-    from zoo.verify.run import converted_to
+    from zoo.verify.exact import converted_to
 
     progress.phase(f"verifying ({level})")
     dtype = converted_to(canonical.read(target)) or "fp32"

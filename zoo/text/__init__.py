@@ -24,6 +24,7 @@ from typing import Any, cast
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, carried_files, place_of, read_json
 from zoo.text import mistral, tokenizer
+from zoo.text.patience import PATIENCE, patience
 
 SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""
@@ -195,7 +196,7 @@ _LONG = b"gives an answer without end"
 def _line(stream: int) -> bytes:
     """One line from the process; less where it has ended, `_LATE` or `_LONG` where it is to be ended."""
     parts: list[bytes] = []
-    size, until = 0, time.monotonic() + SECONDS
+    size, until = 0, time.monotonic() + SECONDS * patience()
     while True:
         ready, _, _ = select.select([stream], [], [], max(0.0, until - time.monotonic()))
         if not ready:
@@ -211,7 +212,7 @@ def _line(stream: int) -> bytes:
 
 def _ended(code: int) -> str:
     if code == -getattr(signal, "SIGPROF", 0):
-        return "takes too long: it was stopped"
+        return f"takes too long: it was stopped (on a slow machine {PATIENCE}=4 gives it four times as long)"
     return f"ended the process that it ran in ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 

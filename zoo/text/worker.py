@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
+from zoo.text.patience import patience
 
 CPU_SECONDS = 2.0
 """Of a request."""
@@ -127,15 +128,16 @@ def _limit_memory(do: str) -> None:
 
 def _limit_time(do: str, root: Path) -> None:
     """So much CPU time from now on; the process is ended by a signal where it is spent."""
+    more = patience()
     seconds = CPU_LIBRARY if do == "mistral_chat" else CPU_SECONDS
     with suppress(AttributeError, OSError, ZooError):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, more * seconds)
         if do == "about":
             from zoo.text import tokenizer
 
             size = tokenizer.file_of(root).stat().st_size
-            signal.setitimer(signal.ITIMER_PROF, min(seconds + CPU_MIB * (size >> 20), CPU_MOST))
+            signal.setitimer(signal.ITIMER_PROF, more * min(seconds + CPU_MIB * (size >> 20), CPU_MOST))
 
 
 def main() -> None:

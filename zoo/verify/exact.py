@@ -22,7 +22,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo import card
+from zoo import card, families
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of, read_json
 from zoo.formats.canonical import Canonical
@@ -44,6 +44,22 @@ CHUNK = 1 << 22  # elements compared at a time
 CHUNK_THERE = 1 << 26  # on another device
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def plan_of(folder: Canonical, ckpt: Checkpoint) -> Plan:
+    """The plan by which `folder` should have been made of `ckpt`."""
+    from zoo.mapping.plan import make_plan
+
+    plan = make_plan(
+        ckpt, families.get(folder.spec.family, folder.source.get("package")), converted_to(folder)
+    )
+    return plan if folder.layers is None else plan.restrict(folder.layers)
+
+
+def converted_to(folder: Canonical) -> str | None:
+    """The dtype that was asked for when `folder` was made; None: as released."""
+    asked = folder.source.get("dtype") or folder.json.get("dtype")
+    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(asked, asked) if asked else None
 
 
 def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) -> Level:

@@ -342,7 +342,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device = CPU) -> Any:
 
 def _as_computed_here(model: Any) -> None:
     """The buffers that no checkpoint holds (rotary frequencies) as the CPU computes them, as in models that are loaded there."""
-    from zoo.verify.stream_weights import skeleton
+    from zoo.verify.skeleton import skeleton
 
     kept = set(model.state_dict())
     for name, b in skeleton(type(model), model.config, model.dtype).named_buffers():

@@ -14,7 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +27,18 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
 from zoo.formats.opening import open_checkpoint
-from zoo.model.load import load
 from zoo.printable import decimal
 from zoo.quant import foreign
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
-from zoo.verify import certificate, exact, inputs, judge
+from zoo.verify import certificate, exact, inputs
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
-from zoo.verify.compare import Clock, Measured, measure
+from zoo.verify.compare import Clock
 from zoo.verify.device import chosen, described
 from zoo.verify.device import exact as exact_on
-from zoo.verify.inputs import Inputs
+from zoo.verify.exact import plan_of
 from zoo.verify.need import Need, needed
+from zoo.verify.numeric import NO_DECODE, Comparison, follow
 from zoo.verify.oracle import (
     DTYPES,
     CannotLoad,
@@ -49,10 +49,8 @@ from zoo.verify.oracle import (
     from_pretrained_files,
     upstream_available,
 )
-from zoo.verify.ours import Ours, Streamed, build, subject_of
-from zoo.verify.ranks import Following, Leading, Ranks
+from zoo.verify.ranks import Ranks
 from zoo.verify.reading import Window
-from zoo.verify.rounded import rounding_of
 from zoo.verify.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -61,7 +59,6 @@ if TYPE_CHECKING:
     from zoo.mapping.plan import Plan
 
 StrPath = str | os.PathLike[str]
-NO_DECODE = "not done while streaming (it would read all weights once per token)"
 
 
 @dataclass
@@ -148,7 +145,7 @@ def verify(
             )
         ranks, stream = Ranks(mesh, on), False
         if not ranks.first:
-            return _follow(folder, dtype, ranks)
+            return follow(folder, dtype, ranks)
     numeric = [n for n in NUMERIC if n in wanted]
     need = why_streamed = None
     if level == "decode" or self_test:
@@ -200,23 +197,10 @@ def verify(
         elif numeric:
             assert other.oracle is not None
             try:
-                asked, measured = _numeric_levels(
-                    cert,
-                    folder,
-                    other,
-                    wanted,
-                    dtype,
-                    stream,
-                    in_pass,
-                    of_bytes,
-                    on,
-                    max_length,
-                    n_greedy,
-                    say,
-                    clock,
-                    texts,
-                    ranks,
-                )
+                asked, measured = Comparison(
+                    folder, other.oracle, other.checkpoint, wanted, dtype, stream, in_pass, on, max_length, n_greedy,
+                    say, clock, ranks,
+                ).into(cert, of_bytes, texts)  # fmt: skip
                 if why_streamed is not None:
                     cert.not_checked = [
                         f"{x}; streamed, since {why_streamed}" if x.endswith(NO_DECODE) else x
@@ -655,216 +639,10 @@ def _unknown_fields(folder: canonical.Canonical, ckpt: Checkpoint | None) -> lis
         return [f"which fields of the config zoo does not know was not looked at: {e}"]
 
 
-def plan_of(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
-    """The plan by which `folder` should have been made of `ckpt`."""
-    from zoo import families
-    from zoo.mapping.plan import make_plan
-
-    plan = make_plan(
-        ckpt, families.get(folder.spec.family, folder.source.get("package")), converted_to(folder)
-    )
-    return plan if folder.layers is None else plan.restrict(folder.layers)
-
-
 def _dequantising(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
     from zoo.mapping.plan import make_plan
 
     return make_plan(ckpt, families.get(folder.spec.family, folder.source.get("package")), "fp32")
-
-
-def converted_to(folder: canonical.Canonical) -> str | None:
-    """The dtype that was asked for when `folder` was made; None: as released."""
-    asked = folder.source.get("dtype") or folder.json.get("dtype")
-    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(asked, asked) if asked else None
-
-
-def _numeric_levels(
-    cert: Certificate,
-    folder: canonical.Canonical,
-    other: Against,
-    wanted: tuple[str, ...],
-    dtype: str,
-    stream: bool,
-    window: Window | None,
-    of_bytes: exact.Bytes | None,
-    device: torch.device,
-    max_length: int,
-    n_greedy: int,
-    say: Progress,
-    clock: Clock,
-    texts: Future[inputs.Texts] | None,
-    ranks: Ranks | None = None,
-) -> tuple[Inputs, Measured]:
-    oracle = other.oracle
-    assert oracle is not None
-    asked: Inputs = getattr(oracle, "inputs", None) or inputs.make(
-        folder.spec,
-        folder.root,
-        getattr(oracle, "avoid_ids", frozenset()),
-        max_length,
-        theirs=getattr(oracle, "limits", None),
-        dtype=dtype,
-        made=None if texts is None else texts.result(),
-    )
-    if (highest := max(int(b.ids.max()) for b in asked.batches)) >= folder.spec.vocab_size:
-        raise ZooError(
-            f"{cert.oracle.get('path', 'the inputs')}: has the id {highest}; the folder's vocabulary has "
-            f"{folder.spec.vocab_size}: it was recorded of another model, or with another tokenizer"
-        )
-    from zoo.verify.golden import Golden
-
-    recorded = oracle.about["dtype"] if isinstance(oracle, Golden) else None
-    if recorded not in (None, dtype, "fp32"):
-        raise ZooError(f"the recording was made in {recorded}; verify with --dtype {recorded}")
-    cert.inputs = asked.to_json()
-    cert.not_checked += [
-        f"behaviour beyond {what} positions: longer than --max-length" for what in asked.not_crossed
-    ]
-    spread = getattr(oracle, "spread", None)
-    led = None
-    if ranks is not None:
-        if recorded not in (None, dtype):
-            raise ZooError(
-                f"the recording was made in {recorded}: on several ranks, verify with --dtype {recorded}"
-            )
-        led = Leading(oracle, ranks)
-        led.task(asked, spread)
-    with clock("reading ours"):
-        ours = _ours(folder, DTYPES[dtype], stream, window, device, ranks)
-    say(f"layers and logits of {asked.n_tokens} tokens")
-    t = time.perf_counter()
-    if isinstance(oracle, Golden) and recorded != dtype:  # made in fp32, and ours in less
-        wide = _ours(folder, torch.float32, stream, None, device)
-        spread = oracle.held_to(rounding_of(wide, ours, asked, dtype), dtype)
-        del wide
-    measured = measure(led or oracle, ours, asked, dtype, spread=spread, on_disk=stream, clock=clock)
-    spent = time.perf_counter() - t
-    if of_bytes is not None:
-        with clock("plan and bytes"):
-            cert.levels.append(of_bytes.level())
-    levels = _judged(measured, dtype)
-    if dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
-        with clock("float64"):
-            again = _against_float64(oracle, ours, asked, say, ranks)
-        if again is not None:
-            measured, levels = again
-    idle, experts = ours.idle_experts()
-    if idle:
-        levels["logits"].notes.append(
-            f"{idle} of {experts} experts were not run: no test token is routed to them"
-        )
-    for name, made in levels.items():
-        if name in wanted:
-            made.seconds = spent if name == "logits" else 0.0
-            if made.checks:
-                if cert.oracle.get("note") and not any(x.name in levels for x in cert.levels):
-                    made.notes.append(cert.oracle["note"])
-                cert.levels.append(made)
-            else:
-                cert.not_checked.append(
-                    f"{name}: the oracle gives no hidden states that ours can be compared with"
-                )
-    if "decode" in wanted:
-        if stream:
-            cert.not_checked.append(f"decode: {NO_DECODE}")
-        else:
-            say(f"{n_greedy} greedy tokens")
-            t = time.perf_counter()
-            if led is not None:
-                led.task(asked, spread, measured=measured, n_greedy=n_greedy)
-            with clock("decode"):
-                decode = judge.decode_level(led or oracle, ours, asked, measured, dtype, n_greedy)
-            decode.seconds = time.perf_counter() - t
-            cert.levels.append(decode)
-    if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
-        say("looking for the cause")
-        from zoo.verify import diagnose
-
-        expected = None if other.checkpoint is None else plan_of(folder, other.checkpoint).spec
-        with clock("diagnosis"):
-            cert.diagnosis = diagnose.diagnose(
-                folder, oracle, asked, measured, dtype, expected, stream, device
-            )
-        if (copied := converted_to(folder)) in ("bf16", "fp16") and dtype == "fp32":
-            cert.diagnosis["suggestions"].insert(
-                0,
-                f"the copy was rounded to {copied}, upstream has the source's own values: verify with --dtype {copied}",
-            )
-    return asked, measured
-
-
-def _ours(
-    folder: canonical.Canonical,
-    dtype: torch.dtype,
-    stream: bool,
-    window: Window | None,
-    device: torch.device,
-    ranks: Ranks | None = None,
-) -> Ours:
-    if ranks is not None:
-        return Ours(load(folder.root, device, dtype, mesh=ranks.mesh))
-    if not stream:
-        return Ours(build(subject_of(folder, dtype, device=device)))
-    ours = Streamed(folder, dtype, device, window)
-    if window is not None:
-        window.riders.append(ours)
-    return ours
-
-
-def _follow(folder: canonical.Canonical, dtype: str, ranks: Ranks) -> Certificate:
-    """What a rank does that is not the first: ours, as far as it has it, whenever that goes through it."""
-    ours = None
-    with exact_on(ranks.device):
-        while (task := ranks.said()) is not None:
-            oracle = Following(task, ranks)
-            ours = ours or _ours(folder, DTYPES[dtype], False, None, ranks.device, ranks)
-            if task.measured is None:
-                measure(oracle, ours, task.asked, dtype, spread=task.spread)
-            else:
-                judge.decode_level(oracle, ours, task.asked, task.measured, dtype, task.n_greedy)
-    cert: Certificate = ranks.said()
-    return cert
-
-
-def _judged(measured: Measured, dtype: str) -> dict[str, Level]:
-    return {"layers": judge.layers_level(measured, dtype), "logits": judge.logits_level(measured, dtype)}
-
-
-def _against_float64(
-    oracle: Oracle, ours: Ours, asked: Inputs, say: Progress, ranks: Ranks | None = None
-) -> tuple[Measured, dict[str, Level]] | None:
-    """The levels that failed in fp32, held against upstream in float64; None if they fail there too, or can't be."""
-    from zoo.verify.float64 import InFloat64, StreamedInFloat64
-    from zoo.verify.stream import StreamedTransformers
-
-    wide: InFloat64 | StreamedInFloat64
-    if type(oracle) is Transformers:
-        wide = InFloat64(oracle)
-    elif isinstance(oracle, StreamedTransformers):
-        wide = StreamedInFloat64(oracle)
-    else:
-        return None
-    if not wide.fits:
-        return None
-    say("upstream in float64, for how far its fp32 is from that")
-    try:
-        with wide:
-            led = None if ranks is None else Leading(wide, ranks)
-            if led is not None:
-                led.task(asked, None)
-            measured = measure(led or wide, ours, asked, "fp32", on_disk=isinstance(wide, StreamedInFloat64))
-    except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
-        if ranks is not None:  # the others are waiting in the middle of it
-            raise
-        return None
-    levels = _judged(measured, "fp32")
-    if any(x.verdict == "failed" for x in levels.values()):
-        return None
-    for level in levels.values():
-        level.notes.append(
-            "held against upstream in float64: upstream's own fp32 is further from that than its two ways in fp32 are apart"
-        )
-    return measured, levels
 
 
 # ---------------------------------------------------------------------------------------------------

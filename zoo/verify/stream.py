@@ -44,10 +44,11 @@ from zoo.verify.oracle import (
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.reading import Ahead, Passing, Range, Window
+from zoo.verify.skeleton import skeleton
 from zoo.verify.stream_gguf import GGUFWeights
 from zoo.verify.stream_gguf import config_and_class as of_gguf
 from zoo.verify.stream_given import GivenWeights
-from zoo.verify.stream_weights import Weights, as_plain, dequantizer, skeleton
+from zoo.verify.stream_weights import Weights, as_plain, dequantizer
 
 HEAD_ROWS = 8192
 """Rows of the head that are in memory at a time."""
