@@ -69,6 +69,9 @@ def test_searching_and_every_filter_show_what_has_it_and_the_address_keeps_it(wi
     again = window().open(at("index.html" + page.evaluate("location.hash")))
     assert cards(again) == ["kimi-linear-48b-a3b", "deepseek-r1"]
     again.get_by_role("button", name="Clear all").click()
+    again.wait_for_function(
+        f"document.querySelectorAll('#cards h2').length === {len(NAMES)}"
+    )  # the form, then the cards
     assert len(cards(again)) == len(NAMES) and again.evaluate("location.hash") in ("", "#")
 
 

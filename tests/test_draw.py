@@ -419,7 +419,7 @@ def test_side_by_side_marks_the_lines_that_differ_and_no_others() -> None:
     assert "  RMSNorm, ε 1e-6" in marked and "36 layers" in marked and "32 layers" in marked
     assert not marked & {"Feed-forward", "a", "b", "Grouped-query attention", "Head"}
     same = side_by_side([(a, Facts("a")), (a, Facts("b"))])
-    assert not [e for e in ET.fromstring(same).findall(".//{*}text") if "o" in (e.get("class") or "").split()]
+    assert not [e for e in ET.fromstring(same).findall(".//{*}g") if "o" in (e.get("class") or "").split()]
 
 
 def show(*args: str) -> Any:

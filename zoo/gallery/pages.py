@@ -41,7 +41,7 @@ def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> s
     # There is a page a release: HTML lets out quotes of a word, <head>, and what ends with the page.
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(title)}</title>"
-        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        "<meta name=viewport content=width=device-width>"
         f"<link rel=stylesheet href={up}gallery.css><body{f' data-page={script}' if script else ''}>"
         f"<a class=skip href=#main>Skip to the content</a><header><nav aria-label=Pages>{nav}</nav></header>"
         f"<main id=main>{body}</main>{scripts}\n"
@@ -141,8 +141,7 @@ def timeline(releases: list[Release]) -> str:
 
 def _share(n: int, of: int) -> str:
     shade = round(100 * n / of) if of else 0
-    style = f' style="background:color-mix(in srgb,var(--link) {shade // 2}%,transparent)"' if n else ""
-    return f"<td class=share{style}>{n or '·'}</td>"
+    return f"<td{f' style=--share:{shade // 2}%' if n else ''}>{n or '·'}"
 
 
 def release(r: Release, others: Iterable[Release] = ()) -> str:
@@ -226,13 +225,16 @@ def _parts(spec: Spec) -> str:
         for p, n in parts.items()
         if n > total / 500
     )
+    some = active != parts  # of a dense model a token visits all
     rows = "".join(
-        f"<tr><th><i class={colour[p]}></i>{p}<td>{n:,}<td>{100 * n / total:.1f}%<td>{active.get(p, 0):,}"
+        f"<tr><th><i class={colour[p]}></i>{p}<td>{n:,}<td>{100 * n / total:.1f}%"
+        + (f"<td>{active.get(p, 0):,}" if some else "")
         for p, n in parts.items()
     )
+    heads = "Parameters<th>Share<th>Active per token" if some else "Parameters, all active per token<th>Share"
     return (
         f"<h2>Parameters by part</h2><div class=bars aria-hidden=true>{bars}</div><div class=scroll tabindex=0><table class=numbers><tr><th>Part"
-        f"<th>Parameters<th>Share<th>Active per token{rows}</table></div>"
+        f"<th>{heads}{rows}</table></div>"
     )
 
 
