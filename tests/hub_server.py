@@ -365,7 +365,8 @@ class _Handler(BaseHTTPRequestHandler):
         entries += repo.extra_tree
         if below and not any(e["path"] == below for e in entries):
             return self.error(404, "EntryNotFound", f"{below} does not exist")
-        entries = [e for e in entries if e["path"].startswith(f"{below}/" if below else "")]
+        if below:
+            entries = [e for e in entries if e["path"].startswith(f"{below}/")]
         start = int(self.query.get("cursor", 0))
         stop = start + self.hub.page_size
         headers = {}

@@ -155,7 +155,7 @@ def test_a_model_says_the_same_by_either(
     calls = []
     times = of.times
     monkeypatch.setattr(product, "_made_for_bf16", lambda: of)
-    monkeypatch.setattr(of, "times", lambda *a: calls.append(a[0].shape) or times(*a))
+    monkeypatch.setattr(of, "times", lambda x, *a, **how: calls.append(x.shape) or times(x, *a, **how))
     monkeypatch.setattr(product, "LARGE", {BF16: 0})
     after = model(ids).double()
     assert len(calls) >= 2 * 4 + 1  # each layer: attention's two, the experts' two; the head

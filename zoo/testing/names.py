@@ -172,6 +172,8 @@ def _quantise(case: FamilyCase, tensors: Mapping[str, Tensor], config: Config) -
     if scheme is None:
         raise KeyError("this config has no quantization_config")
     method = scheme["quant_method"]
+    if method == "modelopt":
+        return _modelopt(tensors, scheme["quantized_layers"])
     skip = [
         m for key in ("modules_to_not_convert", "ignore", "ignored_layers") for m in scheme.get(key) or ()
     ]
@@ -199,6 +201,44 @@ def _quantise(case: FamilyCase, tensors: Mapping[str, Tensor], config: Config) -
         else:
             raise KeyError(f"unknown quantisation {method!r} ({scheme.get('format')})")
     return out
+
+
+def _modelopt(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """ModelOpt's MIXED_PRECISION: each module as `layers` says; it quantises experts that were one tensor as matrices of their own."""
+    out: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        module = name.removesuffix(".weight")
+        stack, experts, part = module.rpartition(".experts.")
+        if experts and f"{stack}.experts" in layers and len(t.shape) == 3:
+            algo = layers[f"{stack}.experts"]["quant_algo"]
+            for e in range(t.shape[0]):
+                for matrix, shape in _matrices(part, (t.shape[1], t.shape[2])):
+                    out |= _by_modelopt(f"{stack}.experts.{e}.{matrix}", shape, algo)
+        elif module in layers:
+            out |= _by_modelopt(module, (t.shape[0], t.shape[1]), layers[module]["quant_algo"])
+        else:
+            out[name] = t
+    return out
+
+
+def _matrices(part: str, shape: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
+    if part != "gate_up_proj":
+        return [(part, shape)]
+    half = (shape[0] // 2, shape[1])
+    return [("gate_proj", half), ("up_proj", half)]
+
+
+def _by_modelopt(module: str, shape: tuple[int, int], algo: str) -> dict[str, Tensor]:
+    rows, columns = shape
+    one = {f"{module}.weight_scale_2": Tensor("F32", ())} if algo.endswith("NVFP4") else {}
+    one |= {f"{module}.input_scale": Tensor("F32", ())} if not algo.startswith("W4A16") else {}
+    if algo == "FP8":
+        codes, scale = Tensor("F8_E4M3", shape), Tensor("F32", ())
+    elif algo in ("NVFP4", "W4A16_NVFP4"):
+        codes, scale = Tensor("U8", (rows, columns // 2)), Tensor("F8_E4M3", (rows, columns // 16))
+    else:
+        raise KeyError(f"unknown quantisation {algo!r} of {module}")
+    return {f"{module}.weight": codes, f"{module}.weight_scale": scale, **one}
 
 
 def _listed(patterns: Iterable[str]) -> Callable[[str], bool]:
