@@ -190,6 +190,23 @@ def on_cpu(runs: list[Run]) -> str:
     return out
 
 
+def carried(run: Run) -> str:
+    """The section about benchmarks/cpu_codes.py."""
+    lines = [
+        [
+            r["what"], ms(r["ms per token"]), ms(r["bf16, ms"]), f"{r['faster']:.2f}x", f"{r['bytes of bf16']:.2f}x",
+            f"{r['widened, ms']:.0f}",
+        ]
+        for r in run["rows"]
+    ]  # fmt: skip
+    return (
+        "\n### Quantised weights as they are stored\n\nA token decoded, beside the same model in bf16 (medians of pairs), and how many times "
+        "fewer bytes it reads; *widened*: each matrix is made bf16 first.\n\n"
+        + table(["", "zoo, ms", "bf16, ms", "faster", "bytes", "widened, ms"], lines)
+        + f"\n\n{run['device']}: {run['threads']} threads, torch {run['torch']}, {run['date'][:10]}; `{run['command']}`.\n\n"
+    )
+
+
 def main() -> None:
     on_gpu: dict[str, list[Run]] = {}
     for run in json.loads((RESULTS / "gpu.json").read_text()):
@@ -210,6 +227,7 @@ def main() -> None:
         "are not installed there."
     )
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
+    codes: Run = json.loads((RESULTS / "cpu-codes.json").read_text())
     parity, shapes = (json.loads((RESULTS / f"gpu-{name}.json").read_text()) for name in ("parity", "shapes"))
     agree = sum(not f["failed"] for f in parity["families"])
     right = (
@@ -226,7 +244,7 @@ def main() -> None:
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`. Models are in bf16 unless said.\n\n## {newest['device']}\n\n"
         f"{speed(rows)}\n\n{where}\n\n### How it was measured\n\n{note}\n\n{right}\n\n"
-        f"{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}{converting(converted, ways)}"
+        f"{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}{carried(codes)}{converting(converted, ways)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
     readme = ROOT / "README.md"
