@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_codes.py [--threads 2] [--pairs 7]
 
-Random weights of the 1.7B shape, 6 layers, with a vocabulary of 4,096, so that nearly all that a token reads is quantised. Of each scheme
+Random weights of the 1.7B shape and of experts, 6 layers, and of the 8B shape, 2 layers, with a vocabulary of 4,096, so that nearly all
+that a token reads is quantised. What is not read from memory (launching, norms, attention) weighs more where layers are small. Of each scheme
 the median of the pairs' ratios, beside the ratio of the bytes that a token reads. `widened`: each matrix is made bf16 first, as
 it is without numba. Results go to benchmarks/results/cpu-codes.json.
 """
@@ -21,7 +22,9 @@ from gpu import active_bytes
 NEW, PROMPT = 24, 1
 SCHEMES = ("fp8-block", "fp8-channel", "int4-group128", "int4-group32", "mxfp4")
 DENSE, EXPERTS = SHAPES
+LARGE = "dense, 8B shape, 2 layers"
 MORE = {"vocab_size": 4096, "num_hidden_layers": 6}
+OF_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 2}
 
 
 def main() -> None:
@@ -35,8 +38,11 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     rows = []
-    for shape, schemes in ((DENSE, SCHEMES), (EXPERTS, ("fp8-block", "int4-group128"))):
-        config = SHAPES[shape] | MORE
+    for shape, config, schemes in (
+        (DENSE, SHAPES[DENSE] | MORE, SCHEMES),
+        (LARGE, SHAPES[DENSE] | MORE | OF_8B, SCHEMES),
+        (EXPERTS, SHAPES[EXPERTS] | MORE, ("fp8-block", "int4-group128")),
+    ):
         plain = our_model(config)
         ids = torch.randint(0, config["vocab_size"], (1, PROMPT))
 

@@ -60,9 +60,9 @@ def test_a_narrow_list_has_whole_names_and_says_what_it_left_out_and_what_words_
 ) -> None:
     text = seen(monkeypatch, 80, "list")
     head, *rows = text.split("\n\n")[0].splitlines()
-    assert head.split() == "NAME RELEASED PARAMS ACTIVE WEIGHTS PROVEN".split()
+    assert head.split() == "NAME RELEASED PARAMS WEIGHTS PROVEN".split()
     assert [row.split()[0] for row in rows] == [m.name for m in manifest.load_all()]
-    assert "left out in 80 columns: FAMILY, FORMATS, LICENCE, GATED; --json has all" in text
+    assert "left out in 80 columns: FAMILY, ACTIVE, FORMATS, LICENCE, GATED; --json has all" in text
     assert "rules: its family's conversion" in text and "GATED:" not in text
     wide = seen(monkeypatch, 200, "list")
     assert "left out" not in wide and "?: not known" in wide
