@@ -82,6 +82,7 @@ _FROM_SPEC = {
     "numbers": NUMBERS,
     "spec": _object(),
     "notes": _list(TEXT),
+    "quantisation": TEXT,
     "sets": _SETS,
 }
 _SHOWN = _one_of(
@@ -91,7 +92,7 @@ _SHOWN = _one_of(
 _INSPECTED = _object(
     {
         "format": TEXT, "model_type": _or_null(TEXT), "family": TEXT, "source": _map(ANY), "values": _or_null(TEXT),
-        "layers_present": _or_null(_list(COUNT)), "quantisation": _or_null(TEXT), "quantised": _map(COUNT), "extras": _map(COUNT),
+        "layers_present": _or_null(_list(COUNT)), "quantisation": _or_null(TEXT), "quantised": _map(COUNT), "bytes_by_scheme": _map(COUNT), "extras": _map(COUNT),
         "carried": _list(TEXT), "verified": TEXT, "files": COUNT, "tensors": COUNT, "bytes": COUNT, "dtypes": _map(COUNT),
         "numbers": NUMBERS, "architecture": _map(TEXT), "sets": _SETS,
         "tensor_list": _list(_object(name=TEXT, dtype=TEXT, shape=_list(COUNT), file=TEXT, bytes=COUNT)),

@@ -23,6 +23,7 @@ from zoo.quant.base import CODES, Component, Scheme, Unread
 from zoo.quant.packed import Array, constants, indices, one, pairs, scaled
 
 NAME = re.compile(r"nvfp4(-packed)?|mxfp4-packed", re.ASCII)
+# By code, for all that read E2M1.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
+from zoo.quant import fp4
 from zoo.quant.base import Scheme, check_shape
 from zoo.quant.floats import bits, exponents, from_float, round_to_bf16
 from zoo.quant.schemes import block_size, scheme
@@ -24,7 +25,6 @@ from zoo.scratch import scratch
 Array = NDArray[Any]
 CHUNK = 1 << 19  # elements at a time: measured on two threads, between waiting for each other and for memory
 GROUP = 32  # of mxfp4
-MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E4M3_MASK = np.int32(-0x78100000)  # sign, and seven bits below the fourth: 0x87F00000
 _E4M3_FACTOR = np.float32(2.0**120)  # e4m3's exponent bias is 7, fp32's 127
 
@@ -170,7 +170,7 @@ def _mxfp4_pairs(dtype: str) -> Array:
     """[65536]: both values, as bits, of byte n % 256 with exponent n // 256."""
     power = exponents(np.arange(256, dtype=np.uint8))[:, None]
     with np.errstate(over="ignore", invalid="ignore"):
-        values = np.array(MXFP4, np.float32) * power  # [exponent, code]
+        values = np.array(fp4.VALUES, np.float32) * power  # [exponent, code]
         one = values.astype(np.float16).view(np.uint16) if dtype == "F16" else from_float(values, dtype, "")
     byte = np.arange(256)
     both = np.ascontiguousarray(np.stack([one[:, byte & 15], one[:, byte >> 4]], axis=-1))

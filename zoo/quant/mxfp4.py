@@ -10,9 +10,9 @@ import torch
 
 from zoo.errors import ZooError
 from zoo.quant import nibbles
+from zoo.quant.fp4 import VALUES
 from zoo.quant.fp8 import CHUNK, exponents
 from zoo.quant.host import GROUP
-from zoo.quant.host import MXFP4 as VALUES
 
 _PAIRS = nibbles.table(VALUES)
 

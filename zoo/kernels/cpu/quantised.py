@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, compiles_for, grouped, threads
+from zoo.kernels.cpu import compiled, compiles_for, dots, grouped, threads
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     BYTE,
@@ -44,6 +44,7 @@ from zoo.kernels.cpu.vectors import (
     shuffled,
 )
 from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, SCALE_ROWS, Weight
+from zoo.quant.fp4 import VALUES
 
 FEW = 16
 """Rows of x up to which this is faster than widening all of the weight and multiplying that."""
@@ -51,9 +52,7 @@ LARGE = 1 << 18
 """Codes of a matrix from which it is: of fewer, a call costs more than it saves."""
 BLOCK = 4  # rows of codes taken at a time
 BYTES, SHORTS = ir.VectorType(BYTE, 64), ir.VectorType(HALF, 32)
-# What e2m1 codes stand for.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_TABLES = {MXFP4: np.array(E2M1, np.float32), INT4: np.arange(-8, 8, dtype=np.float32)}
+_TABLES = {MXFP4: np.array(VALUES, np.float32), INT4: np.arange(-8, 8, dtype=np.float32)}
 _NO_TABLE = np.zeros(16, np.float32)
 _MARKS = {FP8: np.int8(0), FP8_ROWS: np.int8(0), INT4: np.int16(0), MXFP4: np.int32(0)}
 _PAIRED = {FP8: np.uint8(0), FP8_ROWS: np.uint8(0), INT4: np.uint16(0), MXFP4: np.uint32(0)}
@@ -110,7 +109,7 @@ def times(
     ordered = (ordered if paired else ordered.float()).contiguous()
     scale, begins = _scales(w)
     out = torch.empty(m, w.n)
-    table = _paired_table(two, w.kind) if paired else _TABLES.get(w.kind, _NO_TABLE)
+    table = _paired_table(w.kind) if paired else _TABLES.get(w.kind, _NO_TABLE)
     with threads() as t:
         _grouped(
             (_PAIRED if paired else _MARKS)[w.kind], w.codes.data_ptr(), ordered.data_ptr(), scale.data_ptr(), begins, out.data_ptr(),
@@ -127,24 +126,17 @@ def times(
 
 def _pairs(x: Tensor, w: Weight) -> bool:
     """Whether x and codes can be multiplied as pairs of bf16, 64 columns at a time."""
-    if x.dtype != torch.bfloat16 or w.k % 64 or not (has := _multiplies_pairs())[0]:
+    if x.dtype != torch.bfloat16 or w.k % 64 or not dots.available():
         return False
     whole = w.columns >= w.k or w.columns % 64 == 0
-    return (whole or w.kind == MXFP4) and (has[1] or w.kind in _TABLES)
+    # Words are looked up of four bits, bytes of e4m3.
+    return (whole or w.kind == MXFP4) and compiles_for("avx512bw" if w.kind in _TABLES else "avx512vbmi")
 
 
 @functools.cache
-def _multiplies_pairs() -> tuple[bool, bool]:
-    """Whether this CPU multiplies pairs of bf16, and looks up bytes."""
-    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    pairs = ask is not None and bool(ask()) and compiles_for("avx512bf16", "avx512bw")
-    return pairs, pairs and compiles_for("avx512vbmi")
-
-
-@functools.cache
-def _paired_table(four_bits: bool, kind: int) -> NDArray[np.uint8]:
+def _paired_table(kind: int) -> NDArray[np.uint8]:
     """What codes are as bf16: of four bits the sixteen, twice; of e4m3 the upper bytes of the magnitudes, then the lower."""
-    if four_bits:
+    if kind in _TABLES:
         values = torch.from_numpy(_TABLES[kind]).bfloat16().view(torch.uint8)
         return torch.cat([values, values]).numpy()
     magnitudes = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
