@@ -17,6 +17,8 @@ Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,19 +63,29 @@ def _block(w: Weight) -> int:
     return min(128, w.columns & -w.columns) if w.kind == INT4 else 128
 
 
-def shares(w: Weight, rows: int) -> tuple[int, int, int, int, int, int]:
+def shares(w: Weight) -> tuple[int, int, int, int, int, int]:
     """`tile` for several rows of x, and by how many programs the columns are shared. Measured on an H200."""
     high, block = 64, _block(w)
     split = max(1, min(8, PROGRAMS // ceil_div(w.n, high), w.k // (block * 2)))
     return high, block, 2 if w.kind == INT4 else 1, 4, 4, 1 << (split.bit_length() - 1)
 
 
-def grouped_tile(average: float, w: Weight) -> tuple[int, int, int, int, int]:
+def grouped_tile(average: float) -> tuple[int, int, int, int, int]:
     """Rows of x, rows and channels of the weight of a tile of the grouped products, warps and stages, when an expert has
     `average` rows of x. Measured on an H200."""
     if average <= 32:
         return 16 if average <= 16 else 32, 256, 64, 8, 4
     return 64, 128, 64, 4, 3
+
+
+def constants(w: Weight, together: int = 1) -> dict[str, Any]:
+    """What `codes_times` is compiled with and launched by, for one row of x, or one for each of `together` experts (a power of two)."""
+    rows, block, ahead, warps, stages = tile(w)
+    columns = max(together, COLUMNS)
+    return {
+        "R": max(rows, columns), "M": columns, "BLOCK": block, "AHEAD": ahead, "EVEN": even(w, columns // together * block, ahead),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def even(w: Weight, step: int, ahead: int) -> bool:

@@ -157,23 +157,18 @@ def _few_codes(
 ) -> None:
     """`_few` by `zoo.kernels.codes`, into h and out."""
     (n, k), f = chosen.shape, down.k
-    rows, block, ahead, warps, stages = codes.tile(up)
-    pieces = codes.COLUMNS
-    _few_up_codes[(ceil_div(up.n * pieces, rows), n * k)](
+    how = codes.constants(up)
+    _few_up_codes[(ceil_div(up.n * how["M"], how["R"]), n * k)](
         x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        R=rows, M=pieces, BLOCK=block, AHEAD=ahead, EVEN=codes.even(up, pieces * block, ahead), num_warps=warps, num_stages=stages,
-        **overlap(x),
+        **how, **overlap(x),
     )  # fmt: skip
     together = power_of_2(k)
-    rows, block, ahead, warps, stages = codes.tile(down)
-    columns = max(together, codes.COLUMNS)
-    pieces, rows = columns // together, max(rows, columns)
-    _few_down_codes[(ceil_div(down.n * columns, rows), n)](
+    how = codes.constants(down, together)
+    _few_down_codes[(ceil_div(down.n * how["M"], how["R"]), n)](
         h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
         KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
-        R=rows, M=columns, BLOCK=block, AHEAD=ahead, EVEN=codes.even(down, pieces * block, ahead), num_warps=warps, num_stages=stages,
-        **overlap(x),
+        **how, **overlap(x),
     )  # fmt: skip
 
 
@@ -316,7 +311,7 @@ def _many_codes(
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
     h, y = x.new_empty(n * k, f), x.new_empty(n * k, down.n)
     out = torch.empty_like(x)
-    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts, up)
+    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts)
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
     n_tiles = tiles.shape[1]
     common: dict[str, Any] = dict(

@@ -73,12 +73,11 @@ def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dt
         _several(x, w, residual, out)
         return out
     if codes.pays(x, w):
-        rows, block, ahead, warps, stages = codes.tile(w)
-        pieces = codes.COLUMNS
-        _linear_codes[(ceil_div(w.n * pieces, rows),)](
+        how = codes.constants(w)
+        _linear_codes[(ceil_div(w.n * how["M"], how["R"]),)](
             x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1], w.columns,
             KIND=w.kind, HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None,
-            R=rows, M=pieces, BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, pieces * block, ahead), num_warps=warps, num_stages=stages, **overlap(x),
+            **how, **overlap(x),
         )  # fmt: skip
         return out
     rows, block, warps = tile(w.n, w)
@@ -94,7 +93,7 @@ def _several(x: Tensor, w: Weight, residual: Tensor | None, out: Tensor) -> None
     """Several rows of x times codes, each fetched once, into out. Where a weight has few rows, programs share its columns, and
     their sums are added up afterwards."""
     t = x.numel() // w.k
-    rows, block, ahead, warps, stages, split = codes.shares(w, t)
+    rows, block, ahead, warps, stages, split = codes.shares(w)
     n_blocks = ceil_div(w.n, rows)
     parts = out if split == 1 else torch.empty(split, t, w.n, dtype=torch.float32, device=x.device)
     last = split == 1
@@ -117,12 +116,11 @@ def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
     f = w.n // 2
     out = x.new_empty(*x.shape[:-1], f)
     if codes.pays(x, w):
-        rows, block, ahead, warps, stages = codes.tile(w)
-        pieces = codes.COLUMNS
-        _gated_linear_codes[(ceil_div(w.n * pieces, rows),)](
+        how = codes.constants(w)
+        _gated_linear_codes[(ceil_div(w.n * how["M"], how["R"]),)](
             x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
             KIND=w.kind, ACT=code(spec), HAS_BIAS=w.bias is not None,
-            R=rows, M=pieces, BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, pieces * block, ahead), num_warps=warps, num_stages=stages, **overlap(x),
+            **how, **overlap(x),
         )  # fmt: skip
         return out
     rows, block, warps = tile(w.n, w, gated=True)

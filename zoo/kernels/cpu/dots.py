@@ -18,6 +18,7 @@ Prompts of 256 tokens for 64 experts take 0.91 of the time, decoding them 0.84. 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ ROWS, NUMBERS = 128, 1 << 18
 BLOCK = 4  # rows of the weight, and rows of x at most, taken at a time
 
 
+@functools.cache
 def available() -> bool:
     """Whether this CPU has the instruction."""
     ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

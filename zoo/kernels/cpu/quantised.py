@@ -35,8 +35,10 @@ from zoo.kernels.cpu.vectors import (
     PAIRS,
     WORD,
     WORDS,
+    addresses,
     at,
     call,
+    everywhere,
     fetch,
     load,
     number,
@@ -242,11 +244,6 @@ def _two_e8m0(b: Any, where: Any, index: Any) -> Any:
     return shuffled(b, two, two, [0] * 8 + [1] * 8)
 
 
-def _everywhere(b: Any, scale: Any) -> Any:
-    s = b.insert_element(ir.Constant(FLOATS, ir.Undefined), scale, ir.Constant(WORD, 0))
-    return b.shuffle_vector(s, s, ir.Constant(WORDS, None))
-
-
 def _e8m0(b: Any, where: Any, index: Any) -> Any:
     """The same of a byte that is its exponent in fp32. 2^-127, which fp32 has no exponent for, is 0."""
     word = b.zext(b.load(at(b, where, index, BYTE)), WORD)
@@ -328,9 +325,9 @@ def _block(
         grown = []
         for where, total, sum in zip(of_scales, totals, added, strict=True):
             if of != MXFP4:
-                s = _everywhere(b, _fp32(b, where, g))
+                s = everywhere(b, _fp32(b, where, g))
             else:  # of 32 columns: one vector has two
-                s = _two_e8m0(b, where, g) if paired else _everywhere(b, _e8m0(b, where, g))
+                s = _two_e8m0(b, where, g) if paired else everywhere(b, _e8m0(b, where, g))
             grown.append(b.fadd(total, b.fmul(sum, s, flags=("contract",)), flags=("contract",)))
         for phi, first, then in (
             (g, number(0), b.add(g, number(1))),
@@ -349,14 +346,7 @@ def _block(
             y = b.call(add_up, [ir.Constant(FLOAT, 0.0), total], fastmath=("reassoc",))
             b.store(y, at(b, out, b.mul(r, number(4)), FLOAT))
 
-    # What codes mean is told by the type of `kind`, which is no number.
-    result = types.void(kind, *[types.intp] * 11)
-
-    def write(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code(builder, *args[1:])
-        return context.get_dummy_value()
-
-    return result, write
+    return addresses(11, code, kind)  # what codes mean is told by the type of `kind`, which is no number
 
 
 @compiled(parallel=True)

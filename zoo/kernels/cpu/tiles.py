@@ -32,11 +32,11 @@ from zoo.kernels.cpu.vectors import (
     BYTE,
     FLOAT,
     FLOATS,
-    WORD,
     WORDS,
     addresses,
     at,
     call,
+    everywhere,
     fetch,
     load,
     number,
@@ -199,8 +199,7 @@ def _turn(context: Any, sums: Any, bias: Any, out: Any, stride: Any, row: Any, l
         def of_row(i: int) -> Any:
             y = load(b, at(b, sums, 64 * i + (1024 if i >= 16 else 0), FLOATS))
             offset = load(b, at(b, bias, 4 * i, FLOAT))
-            offset = b.insert_element(ir.Constant(FLOATS, ir.Undefined), offset, ir.Constant(WORD, 0))
-            return rounded(b, b.fadd(y, shuffled(b, offset, offset, [0] * 16)))
+            return rounded(b, b.fadd(y, everywhere(b, offset)))
 
         in_turn = [i // 2 + i % 2 * 16 for i in range(32)]
         two = [shuffled(b, of_row(i), of_row(i + 1), in_turn) for i in range(0, 32, 2)]

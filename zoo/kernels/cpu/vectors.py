@@ -22,14 +22,15 @@ WORDS, FLOATS, BFLOATS, HALVES = (ir.VectorType(t, 16) for t in (WORD, FLOAT, BF
 PAIRS = ir.VectorType(BFLOAT, 32)
 
 
-def addresses(n: int, code: Callable[..., None]) -> tuple[Any, Callable[..., Any]]:
-    """What a numba intrinsic of `n` addresses or integers returns, which is nothing, when `code(builder, *args)` writes it."""
+def addresses(n: int, code: Callable[..., None], *marks: Any) -> tuple[Any, Callable[..., Any]]:
+    """What a numba intrinsic of `n` addresses or integers returns, which is nothing, when `code(builder, *args)` writes it. Before
+    them are arguments of the types `marks`, which tell kinds apart by type alone."""
 
     def write(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code(builder, *args)
+        code(builder, *args[len(marks) :])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * n), write
+    return types.void(*marks, *[types.intp] * n), write
 
 
 def number(i: int) -> Any:
@@ -68,6 +69,12 @@ def shuffled(builder: Any, a: Any, b: Any, lanes: Sequence[int]) -> Any:
     """The numbers of a and b side by side at `lanes`."""
     mask = ir.Constant(ir.VectorType(WORD, len(lanes)), [ir.Constant(WORD, i) for i in lanes])
     return builder.shuffle_vector(a, b, mask)
+
+
+def everywhere(builder: Any, value: Any) -> Any:
+    """16 times a number of fp32."""
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(WORD, 0))
+    return shuffled(builder, one, one, [0] * 16)
 
 
 def rounded(builder: Any, y: Any) -> Any:
