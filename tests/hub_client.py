@@ -29,6 +29,7 @@ def pointed_at(
         monkeypatch.delenv(name, raising=False)
     for name, value in {
         "ENDPOINT": server.url,
+        # which the library makes once, of the endpoint
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs zoo[browser]")
-axe_core = pytest.importorskip("axe_playwright_python", reason="needs zoo[browser]")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs zoo-weights[browser]")
+axe_core = pytest.importorskip("axe_playwright_python", reason="needs zoo-weights[browser]")
 
 CHROMIUM = next((c for c in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if c), None)
-needed = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 # A page of the gallery that gallery.js fills says when it has; others are whole as they come.
 FILLED = "() => !document.body?.dataset.page || 'filled' in document.body.dataset"
 PHONE, DESK = (390, 844), (1280, 800)
@@ -64,6 +63,8 @@ def windows() -> Iterator[Windows]:
 
     Nothing may have gone wrong in any window in the end, and nothing been asked for beyond files on disk.
     """
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: apt-get install chromium")
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM)
         opened = Windows(browser)

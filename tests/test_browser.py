@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from gallery_site import NAMES, UNDRAWN, rows, site
-from in_browser import DESK, PHONE, needed, overflow, violations, windows
+from in_browser import DESK, PHONE, overflow, violations, windows
 
 from zoo import manifest, sizes
 from zoo.gallery.data import collect
 
 # One process of the tests starts one browser.
-pytestmark = [pytest.mark.xdist_group("browser"), needed]
+pytestmark = pytest.mark.xdist_group("browser")
 PAGES = ("index.html", "compare.html", "timeline.html", "fit.html", "r/qwen3-next-80b-a3b-instruct.html", f"r/{UNDRAWN}.html")  # fmt: skip
 
 

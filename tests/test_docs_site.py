@@ -98,8 +98,6 @@ def test_the_gallery_the_search_and_the_help_of_every_command_are_in_it(site: Pa
 def test_in_a_browser_from_disk_every_page_fits_and_the_search_finds(site: Path) -> None:
     import in_browser
 
-    if in_browser.CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
     with in_browser.windows() as window:
         for source in sorted(pages.DOCS.rglob("*.md")):
             address = (site / source.relative_to(pages.DOCS)).with_suffix(".html").as_uri()

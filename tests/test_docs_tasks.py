@@ -28,8 +28,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder, and a Hub that has the pages' release under its name and takes what is pushed."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with HubServer() as hub, pointed_at(hub, tmp_path / "home", monkeypatch, 10):
-        resolve = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve)
         hub.repo("HuggingFaceTB/SmolLM2-135M-Instruct").commit(pages.release())
         hub.tokens["hf_me"] = set()
         monkeypatch.setenv("HF_TOKEN", "hf_me")

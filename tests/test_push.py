@@ -32,10 +32,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with an account that may write, whose token this process has."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with HubServer() as server, pointed_at(server, tmp_path / "home", monkeypatch, 10):
-        resolve = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", resolve
-        )  # the library makes it once, of the endpoint
         server.tokens[TOKEN] = set()
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server

@@ -368,12 +368,13 @@ def on(help: str) -> Callable[[F], F]:
 # ---- tables
 
 
-def terminal_width() -> int:
-    """Columns of the terminal that stdout is, else 110. (shutil has this, and takes longer to import.)"""
+def terminal_width(otherwise: int = 110) -> int:
+    """Columns of the terminal that stdout is, else `otherwise`. (shutil has this, and takes longer to import.)"""
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.__stdout__.fileno()).columns)  # type: ignore[union-attr]
+        found = int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.__stdout__.fileno()).columns)  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
-        return 110
+        return otherwise
+    return found or otherwise  # a terminal without a size says 0
 
 
 def window() -> int | None:

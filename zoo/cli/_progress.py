@@ -4,7 +4,6 @@ no bytes to count, `working` shows the stages."""
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any, Self, TextIO
 
 import click
 
+from zoo.cli._common import terminal_width
 from zoo.cli._state import State
 from zoo.printable import decimal, printable, printable_json
 
@@ -208,7 +208,7 @@ class Stages:
             text = f"[{'#' * int(24 * share):24}] {text}" + (
                 f", about {_clock(left)} left" if left is not None else ""
             )
-        width = shutil.get_terminal_size().columns - 1
+        width = terminal_width(80) - 1
         self._out.write(f"\r\x1b[K{f'  {text}  {printable(self._stage)}'[:width]}")
         self._out.flush()
 

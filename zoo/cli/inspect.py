@@ -92,7 +92,7 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
     from zoo.formats import canonical, open_checkpoint, sets
     from zoo.mapping.plan import found, given
     from zoo.quant.foreign import beside
-    from zoo.quant.schemes import named, nbytes
+    from zoo.quant.schemes import coded, nbytes
     from zoo.quant.told import told
     from zoo.sizes import numbers
 
@@ -140,8 +140,11 @@ def _look(path: Path, said: str | None) -> tuple[dict[str, Any], list[TensorRef]
         except ZooError as error:  # no object
             method = f"not read: {error}"
         about |= {"quantisation": method}
-        if schemes := named(ckpt.tensors, ckpt.config):
-            about |= {"quantised": _counts(schemes), "bytes_by_scheme": nbytes(ckpt.tensors, ckpt.config)}
+        if weights := list(coded(ckpt.tensors, ckpt.config)):
+            about |= {
+                "quantised": _counts(how for how, _ in weights),
+                "bytes_by_scheme": nbytes(ckpt.tensors, weights),
+            }
         about |= {
             "carried": list(ckpt.carried) or list(ckpt.synthesised),
             **several,

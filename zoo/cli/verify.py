@@ -102,7 +102,7 @@ def _pulled(name: str) -> Path:
     if folder.exists():
         note(f"{name} is in {folder}")
         return folder
-    if (found := of_process(os.environ)) is not None and found[0].of > 1:
+    if of_process(os.environ) is not None:
         raise ZooError(f"--pull is for one process: `zoo pull {name}` first")
     with Bar() as bar:
         pull(name, folder, progress=bar)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoo import draw, families, manifest, sizes
@@ -50,7 +50,20 @@ class Release:
 def collect(names: Iterable[str] = ()) -> list[Release]:
     """The releases of these names, or all, newest first. Errors: no release is called that."""
     chosen = [manifest.find(name) for name in names] or list(manifest.load_all())
-    found = [_release(m) for m in {m.name: m for m in chosen}.values()]
+    made: dict[str, Release] = {}
+
+    def of(m: Manifest) -> Release:
+        if m.name not in made:
+            original = base(m) if m.config is None else None
+            if original is None or original.config is None:
+                made[m.name] = _release(m)
+            else:
+                drawn = of(original)
+                row = _row(m) | {"drawing": drawn.drawing, "drawn_as": original.name}
+                made[m.name] = replace(drawn, manifest=m, row=row, base=original)
+        return made[m.name]
+
+    found = [of(m) for m in {m.name: m for m in chosen}.values()]
     return sorted(found, key=lambda r: r.manifest.released or "", reverse=True)
 
 
@@ -82,10 +95,8 @@ def lines(releases: list[Release]) -> dict[str, Any]:
     return {"texts": [list(x) for x in texts], "at": at}
 
 
-def _release(m: Manifest) -> Release:
-    config, original = m.config, None
-    if config is None and (original := base(m)) is not None:
-        config = original.config
+def _row(m: Manifest) -> dict[str, Any]:
+    """What its manifest says."""
     row: dict[str, Any] = {
         "name": m.name,
         "aliases": list(m.aliases),
@@ -100,20 +111,21 @@ def _release(m: Manifest) -> Release:
         "published_params": m.params_total,
         "published_active": m.params_active,
     }
-    row = {k: v for k, v in row.items() if v not in (None, [])}
+    return {k: v for k, v in row.items() if v not in (None, [])}
+
+
+def _release(m: Manifest) -> Release:
+    config, row = m.config, _row(m)
     if config is None:
         return Release(m, None, "", None, row | {"not_drawn": GATED if m.gated else NOT_PUBLIC})
     family = families.get(m.family)
-    spec = families.spec_of(config, family, f"{(original or m).name}: config.json")
+    spec = families.spec_of(config, family, f"{m.name}: config.json")
     facts = draw.Facts("", (), draw.ahead(config, family))
     counted = _counted(spec)
     svg = draw.drawing(spec, facts, about=f"{m.family}: see the page")
     # Equal names: what is drawn and what is counted are equal.
     drawing = hashlib.sha256((svg + json.dumps(counted)).encode()).hexdigest()[:12] + ".svg"
-    row["drawing"] = drawing
-    if original is not None:
-        row["drawn_as"] = original.name
-    return Release(m, spec, svg, drawing, row, counted, facts, original)
+    return Release(m, spec, svg, drawing, row | {"drawing": drawing}, counted, facts)
 
 
 def _counted(spec: Spec) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zoo import sizes
@@ -144,7 +144,7 @@ def _share(n: int, of: int) -> str:
     return f"<td{f' style=--share:{shade // 2}%' if n else ''}>{n or '·'}"
 
 
-def release(r: Release, others: Iterable[Release] = ()) -> str:
+def release(r: Release, others: Sequence[Release] = ()) -> str:
     """A release's own page. `others`: those that the site has, of which one that is not drawn names its family's."""
     m = r.manifest
     facts = {
@@ -160,24 +160,24 @@ def release(r: Release, others: Iterable[Release] = ()) -> str:
     links = "".join(
         f'<li><a href="{e(url)}">{e(kind)}</a>' for kind, url in m.links.items() if url.startswith("https://")
     )
-    others = list(others)
     there = r.base is not None and any(o.manifest.name == r.base.name for o in others)
     original = "" if r.base is None else e(r.base.name)
     if there:
         original = f"<a href={original}.html>{original}</a>"
-    family = [
-        o.manifest.name for o in others if o.drawing and o.base is None and o.manifest.family == m.family
-    ]
-    near = ", ".join(f"<a href={e(name)}.html>{e(name)}</a>" for name in family[:NEAR])
-    picture = (
-        f"<p class=muted>Not drawn: {e(r.row.get('not_drawn', ''))}. Who may read it: <code>zoo show {e(m.repo or m.name)} --svg FILE</code></p>"
-        + (f"<p class=muted>Drawn of its family, {e(m.family)}: {near}</p>" if near else "")
-    )
     if r.drawing:
         picture = (
             f"<object type=image/svg+xml tabindex=-1 data=../svg/{r.drawing} aria-label='Block diagram of {e((r.base or m).name)}'>"
             f"</object><p><a href=../svg/{r.drawing}>The drawing alone</a> · "
             f"<a href=../compare.html#{e(m.name)}>Compare</a> · <a href=../fit.html#{e(m.name)}>What it fits on</a></p>"
+        )
+    else:
+        family = [
+            o.manifest.name for o in others if o.drawing and o.base is None and o.manifest.family == m.family
+        ]
+        near = ", ".join(f"<a href={e(name)}.html>{e(name)}</a>" for name in family[:NEAR])
+        picture = (
+            f"<p class=muted>Not drawn: {e(r.row.get('not_drawn', ''))}. Who may read it: <code>zoo show {e(m.repo or m.name)} --svg FILE</code></p>"
+            + (f"<p class=muted>Drawn of its family, {e(m.family)}: {near}</p>" if near else "")
         )
     if r.base is not None:
         picture += (

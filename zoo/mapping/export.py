@@ -239,8 +239,10 @@ def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = 
     kept = _kept(c)
     headers = _headers(kept)
     naming = format if format in VENDORS else "hf"
+    names = _names(headers, c) if format == "hf" else set[str]()
+    plain = unwrapped(names)
     # As released, they could not be opened: names that a trainer wrapped are in no class.
-    wrapped = format == "hf" and source["naming"] == "hf" and bool(unwrapped(_names(headers, c)))
+    wrapped = source["naming"] == "hf" and bool(plain)
     same_names = (source["naming"] == naming and not wrapped) or format == "source"
     if same_names and source.get("dtype") is None and source["format"] != VALUES and not (cast or shard_size):
         # A pickle is given back where it is asked for; a Hugging Face checkpoint is of safetensors, Meta's file of one rank.
@@ -262,7 +264,7 @@ def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = 
         raise ZooError(
             f'{c.root}: the released files cannot be made again ({_why_not(c)}); export with format "hf"'
         )
-    return _as_new(c, family, shard_size or SHARD, _released(headers, c), cast)
+    return _as_new(c, family, shard_size or SHARD, set(plain.values()) or names, cast)
 
 
 def _why_not(c: Canonical) -> str:
@@ -401,12 +403,8 @@ def _headers(kept: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def released_names(c: Canonical) -> set[str]:
     """The names of the tensors that were released, as far as they are known."""
-    return _released(_headers(_kept(c)), c)
-
-
-def _released(headers: Mapping[str, bytes], c: Canonical) -> set[str]:
-    names = _names(headers, c)
-    return set(plain.values()) if (plain := unwrapped(names)) else names
+    names = _names(_headers(_kept(c)), c)
+    return set(unwrapped(names).values()) or names
 
 
 def _names(headers: Mapping[str, bytes], c: Canonical) -> set[str]:

@@ -26,6 +26,9 @@ NAME = re.compile(r"nvfp4(-packed)?|mxfp4-packed", re.ASCII)
 # By code, for all that read E2M1.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+# And what e8m0 exponents do.
+POWERS = (*(2.0 ** (k - 127) for k in range(255)), float("nan"))
+
 
 def scheme(m: re.Match[str]) -> Scheme:
     """Of a name that matches NAME."""
@@ -71,8 +74,7 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
     """fp32 [out, in]."""
     codes, scale = c["weight"], c["scale"]
     if s.name == "mxfp4-packed":
-        powers = [2.0 ** (k - 127) for k in range(255)] + [float("nan")]
-        scale = constants(powers, codes)[indices(scale)]
+        scale = constants(POWERS, codes)[indices(scale)]
     elif s.name == "nvfp4":
         scale = scale * one(c["global_scale"], "its global scale")
     else:

@@ -22,7 +22,7 @@ from typing import Any
 
 from zoo.formats.base import TensorRef
 from zoo.quant.base import CODES, SCALES, Component, Scheme, Unread, count, packing, quantization
-from zoo.quant.fp4 import VALUES
+from zoo.quant.fp4 import POWERS, VALUES
 from zoo.quant.packed import Array, constants, fp32, indices, octets, pairs, scaled, unpack
 
 NAME = re.compile(r"mlx(?:([1-8])-group([1-9]\d{0,5})|-(mxfp4|mxfp8|nvfp4))", re.ASCII)
@@ -34,7 +34,6 @@ _E4M3 = tuple(
     else float("nan")
     for b in range(256)
 )  # fmt: skip
-_POWERS = (*(2.0 ** (k - 127) for k in range(255)), float("nan"))
 
 
 def scheme(m: re.Match[str]) -> Scheme:
@@ -98,7 +97,7 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
         each = octets(words).reshape(words.shape[0], -1)
         codes = pairs(VALUES, each) if s.bits == 4 else constants(_E4M3, words)[indices(each)]
         return scaled(
-            codes, constants(_E4M3 if s.name == "mlx-nvfp4" else _POWERS, words)[indices(scale)], s.group
+            codes, constants(_E4M3 if s.name == "mlx-nvfp4" else POWERS, words)[indices(scale)], s.group
         )
     codes = fp32(unpack(words, s.bits, 1))
     grouped = codes.reshape(codes.shape[0], -1, s.group)

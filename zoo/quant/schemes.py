@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from zoo.errors import ZooError
@@ -106,19 +106,19 @@ def block_size(name: str) -> tuple[int, int]:
 
 def named(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> list[str]:
     """The schemes of the weights among these tensors, by name, one for each weight that has one that is read."""
-    return [how for how, _ in _found(tensors, config)]
+    return [how for how, _ in coded(tensors, config)]
 
 
-def nbytes(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes by scheme, with what stands beside the codes; "plain": those of all other tensors."""
+def nbytes(tensors: Mapping[str, TensorRef], weights: Iterable[tuple[str, list[str]]]) -> dict[str, int]:
+    """Bytes by scheme of these `coded` weights, with what stands beside the codes; "plain": those of all other tensors."""
     out: dict[str, int] = {}
-    for how, names in _found(tensors, config):
+    for how, names in weights:
         out[how] = out.get(how, 0) + sum(tensors[n].nbytes for n in names)
     plain = sum(t.nbytes for t in tensors.values()) - sum(out.values())
     return out | ({"plain": plain} if plain else {})
 
 
-def _found(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def coded(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """The scheme of each quantised weight, and the names of its tensors."""
     for name, ref in tensors.items():
         leaf = leaf_of(name)

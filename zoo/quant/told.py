@@ -51,9 +51,7 @@ def _ways(q: Mapping[str, Any]) -> list[str]:
         nested = ", scales in 8 bits" if q.get("bnb_4bit_use_double_quant") else ""
         return [f"bitsandbytes: {q.get('bnb_4bit_quant_type', 'fp4')}, a scale per 64{nested}"]
     if block := q.get("weight_block_size"):
-        return [
-            f"{method}: e4m3, a scale per {'x'.join(map(str, block)) if isinstance(block, list) else block}"
-        ]
+        return [f"{method}: e4m3, {_blocked(block)}"]
     facts = [f"{q['bits']} bits" if "bits" in q else "", _grouped(q.get("group_size"))]
     facts += ["act-order"] if q.get("desc_act") is True else []
     facts += [f"version {q['version']}"] if "version" in q else []
@@ -71,10 +69,14 @@ def _group(name: str, group: Any) -> str:
         str(weights.get("strategy")), ""
     )  # fmt: skip
     if block := weights.get("block_structure"):
-        scale = f"a scale per {'x'.join(map(str, block)) if isinstance(block, list) else block}"
+        scale = _blocked(block)
     zeros = "" if weights.get("symmetric", True) is not False else " with zero points"
     facts = [f"{kind} of {weights.get('num_bits', '?')} bits{zeros}", *([scale] if scale else [])]
     return f"{', '.join(facts)} in {_targets(group.get('targets'))}"
+
+
+def _blocked(block: Any) -> str:
+    return f"a scale per {'x'.join(map(str, block)) if isinstance(block, list) else block}"
 
 
 def _targets(targets: Any) -> str:

@@ -34,7 +34,7 @@ class GivenWeights(Weights):
             for k, codes in enumerate(output.sources):
                 if output.way(k) is None:
                     continue
-                for part in _parts(output, k):
+                for part in plan.sources_of(output, k):
                     del tensors[part]
                 self.coded[leaf_of(codes)] = output, k
         for name, (output, k) in self.coded.items():
@@ -44,7 +44,7 @@ class GivenWeights(Weights):
     def ranges(self, module: nn.Module) -> Iterator[Range]:
         for ref in self._refs(module):
             of = self.coded.get(ref.name)
-            for name in (ref.name,) if of is None else _parts(*of):
+            for name in (ref.name,) if of is None else self.plan.sources_of(*of):
                 stored = self.plan.checkpoint.tensors[name]
                 yield self.plan.checkpoint.path(stored.file), stored.offset, stored.nbytes
 
@@ -62,8 +62,3 @@ class GivenWeights(Weights):
         if (of := self.coded.get(ref.name)) is None:
             return super()._mapped(ref)
         return dequantised(self.window.range, self.plan, *of)
-
-
-def _parts(output: Output, k: int) -> list[str]:
-    """Names of the codes and of what is beside them."""
-    return [output.sources[k], *output.beside(k).values()]
