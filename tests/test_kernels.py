@@ -45,6 +45,7 @@ if INTERPRETED or COMPILED:
 
     from zoo.kernels import (
         attention,
+        best,
         codes,
         conv,
         delta,
@@ -389,6 +390,17 @@ if INTERPRETED or COMPILED:
             latent.keys_and_values(*x), latent.keys_and_values_reference(*x), strict=True
         ):
             close(found, expected)
+
+    @pytest.mark.parametrize("shape", [(3, best.PIECE + 7), (1, 40)])
+    def test_the_likeliest_is_the_first_of_the_greatest(shape: tuple[int, int]) -> None:
+        logits = rand(*shape)
+        assert torch.equal(best.likeliest(logits), logits.argmax(-1))
+        assert torch.equal(best.likeliest_reference(logits), logits.argmax(-1))
+        logits[:, [5, shape[1] - 1]] = 100.0
+        assert best.likeliest(logits).tolist() == [5] * shape[0]
+        assert (
+            best.likeliest(logits[:, 6:]).tolist() == [shape[1] - 7] * shape[0]
+        )  # a slice, of rows that lie apart
 
     def test_projection_out_of_the_latent() -> None:
         up, y = rand(5 * 20, 40).view(5, 20, 40), rand(2, 5, 40)

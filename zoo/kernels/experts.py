@@ -44,9 +44,9 @@ GROUP = 8
 if triton is not None:
     import triton.language as tl
 
-    from zoo.kernels.codes import channel, codes_times, own_columns, settled, widened
+    from zoo.kernels.codes import channel, codes_times, own_columns, scales_tile, settled, widened
     from zoo.kernels.gated import activate
-    from zoo.kernels.launch import after_previous
+    from zoo.kernels.launch import after_previous_next
     from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
     from zoo.kernels.weights import WHOLE, rows_times, scale_row, weight_tile
 
@@ -311,7 +311,7 @@ def _many_codes(
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
     h, y = x.new_empty(n * k, f), x.new_empty(n * k, down.n)
     out = torch.empty_like(x)
-    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts)
+    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts, up, down)
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
     n_tiles = tiles.shape[1]
     common: dict[str, Any] = dict(
@@ -331,10 +331,8 @@ def _many_codes(
 
 
 def _as_codes(x: Tensor, w: Weight) -> bool:
-    """Whether grouped products widen the codes of w in registers: rows of whole tiles. With scales of fp8 blocks, which are in
-    fp32, that takes as long as without (8 of 128 experts of 768 x 2048, 2048 tokens: 722 and 712 us)."""
-    whole = w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
-    return codes.serves(x, w) and whole and w.kind != FP8
+    """Whether grouped products widen the codes of w in registers: rows of whole tiles."""
+    return codes.serves(x, w) and w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
 
 
 def _sum(
@@ -365,7 +363,7 @@ if triton is not None:
         ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
-        after_previous(OVERLAP)
+        after_previous_next(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
         n, mask = rows_of(tl.arange(0, ROWS), F, GATED, ROWS)
         bytes_: tl.constexpr = 2 if KIND >= 3 else 1
@@ -405,7 +403,7 @@ if triton is not None:
         R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
-        after_previous(OVERLAP)
+        after_previous_next(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
         w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
         s_ptr += e * s_rows * s_columns
@@ -436,13 +434,12 @@ if triton is not None:
     ):  # fmt: skip
         # A tile holds the rows of all of a token's experts, so that none waits for another's.
         token = tl.program_id(1).to(tl.int64)
-        after_previous(OVERLAP)
         row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
         n = e * N + row
         s_row = e * s_rows + scale_row(rows_ptr, row, mask, KIND)
         y = rows_times(
             h_ptr, pair * F, w_ptr, s_ptr, s_row, n, mask, F, s_columns, columns,
-            KIND, ROWS, BLOCK, True, OVERLAP, False,
+            KIND, ROWS, BLOCK, True, OVERLAP, True,
         )  # fmt: skip
         finish_down(
             y, token, row, mask, e, pair, b_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
@@ -476,7 +473,12 @@ if triton is not None:
         j, row = r % EXPERTS, tl.program_id(0) * (ROWS // EXPERTS) + r // EXPERTS
         mask = (j < top_k) & (row < N)
         pair = token * top_k + j
-        return row, mask, pair, tl.load(chosen_ptr + pair, mask=mask, other=0).to(tl.int64)
+        return (
+            row,
+            mask,
+            pair,
+            tl.load(chosen_ptr + pair, mask=mask, other=0, cache_modifier=".cg").to(tl.int64),
+        )
 
     @Kernel
     def _few_down_codes(
@@ -490,14 +492,13 @@ if triton is not None:
         S: tl.constexpr = M // EXPERTS
         ROWS: tl.constexpr = R // S
         r, m = tl.arange(0, R), tl.arange(0, M)
-        after_previous(OVERLAP)
         row, mask, pair, e = pairs_of(token, r // S, chosen_ptr, top_k, N, EXPERTS, ROWS)
         n = tl.where(mask, e * N + row, 0)
         s_row = tl.where(mask, e * s_rows + scale_row(rows_ptr, row, mask, KIND), 0)
         x_row = (token * top_k + tl.minimum(m // S, top_k - 1)) * F
         acc = codes_times(
             h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns, columns,
-            KIND, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, False,
+            KIND, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, True,
         )  # fmt: skip
         y = own_columns(acc, R, M, S)
         row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
@@ -695,24 +696,26 @@ if triton is not None:
         k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // CODES)
         at = w_ptr.to(tl.pointer_type(tl.uint32)) + n.to(tl.int64)[:, None] * words + word[None, :]
         s_at = s_ptr + s_row.to(tl.int64) * s_columns
-        x_at = x_at[:, None] + k[None, :]
+        x_at, first = x_at[:, None] + k[None, :], s_row * 0
         dtype: tl.constexpr = x_at.dtype.element_ty
         REST: tl.constexpr = s_ptr.dtype.element_ty != dtype
         acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        s = scales_tile(s_at, first, K, columns, KIND, BLOCK_K)
         for start in range(0, K, BLOCK_K):
             w, x = tl.load(at + start // CODES), tl.load(x_at + start)
+            s_next = scales_tile(s_at, first + start + BLOCK_K, K, columns, KIND, BLOCK_K) if KIND != 3 else s
             if KIND == 3:
-                s = tl.load(s_at[:, None] + (start // 32 + tl.arange(0, BLOCK_K // 32))[None, :])
-            elif KIND == 1:
-                s = 0
-            else:
-                s = tl.load(s_at + start // columns)
+                s = scales_tile(s_at, first + start, K, columns, KIND, BLOCK_K)
             a = widened(w, s, BLOCK_N, BLOCK_K, 16 // CODES, KIND, dtype)
-            if KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
-                whole = s.to(dtype)
-                rest = (s.to(tl.float32) - whole.to(tl.float32)).to(dtype)
-                a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]
-            acc = settled(tl.dot(a, tl.trans(x), acc, input_precision="ieee"), s_columns < 0)
+            if KIND == 2:
+                acc += tl.dot(a, tl.trans(x), input_precision="ieee") * s.to(tl.float32)[:, None]
+            else:
+                if KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
+                    whole = s.to(dtype)
+                    rest = (s.to(tl.float32) - whole.to(tl.float32)).to(dtype)
+                    a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]
+                acc = settled(tl.dot(a, tl.trans(x), acc, input_precision="ieee"), dtype)
+            s = s_next
         if KIND == 1:
             acc *= tl.load(s_at).to(tl.float32)[:, None]
         elif KIND == 3:

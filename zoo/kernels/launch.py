@@ -123,3 +123,10 @@ if triton is not None:
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def after_previous_next(OVERLAP: tl.constexpr) -> None:
+        """`after_previous`, but the next kernel starts only now: what earlier ones wrote is there for it before it waits."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
