@@ -358,7 +358,9 @@ if INTERPRETED or COMPILED:
         q, k, v = rand(2, H, D), rand(2, slots, K, D), rand(2, slots, K, V)
         kw = {"scale": 0.3, **extras(extra, H)}
         at = torch.tensor([position])
-        close(attention.decode(q, k, v, at, **kw), attention.decode_reference(q, k, v, at, **kw))  # type: ignore[arg-type]
+        expected = attention.decode_reference(q, k, v, at, **kw)  # type: ignore[arg-type]
+        for placed in (False, True):
+            close(attention.decode(q, k, v, at, placed=placed, **kw), expected)  # type: ignore[arg-type]
 
     def test_latent_attention_with_a_rotary_key_of_its_own() -> None:
         q, q2, k, k2, v = (

@@ -25,7 +25,8 @@ def likeliest_reference(logits: Tensor) -> Tensor:
     best, where = logits.unflatten(-1, (parts, -1)).max(-1)  # [B, parts]
     part = best.argmax(-1, keepdim=True)
     inside = logits.shape[-1] // parts
-    return (where.gather(-1, part) + part * inside).squeeze(-1)
+    best_of_all: Tensor = (where.gather(-1, part) + part * inside).squeeze(-1)
+    return best_of_all
 
 
 def likeliest(logits: Tensor) -> Tensor:

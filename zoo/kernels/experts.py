@@ -46,7 +46,7 @@ if triton is not None:
 
     from zoo.kernels.codes import channel, codes_times, own_columns, scales_tile, settled, widened
     from zoo.kernels.gated import activate
-    from zoo.kernels.launch import after_previous_next
+    from zoo.kernels.launch import in_turn
     from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
     from zoo.kernels.weights import WHOLE, rows_times, scale_row, weight_tile
 
@@ -363,7 +363,7 @@ if triton is not None:
         ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
-        after_previous_next(OVERLAP)
+        in_turn(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
         n, mask = rows_of(tl.arange(0, ROWS), F, GATED, ROWS)
         bytes_: tl.constexpr = 2 if KIND >= 3 else 1
@@ -403,7 +403,7 @@ if triton is not None:
         R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
-        after_previous_next(OVERLAP)
+        in_turn(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
         w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
         s_ptr += e * s_rows * s_columns

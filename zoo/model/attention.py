@@ -228,7 +228,7 @@ class Attention(nn.Module):
         if T == 1 and isinstance(entry, Slots):
             return decode(
                 q[:, 0], keys, values, ctx.positions, scale=s.scale, window=s.window, chunk=s.chunk,
-                sinks=self.sinks, softcap=s.softcap,
+                sinks=self.sinks, softcap=s.softcap, placed=True,
             )[:, None]  # fmt: skip
         if (seen := ctx.start + T) < keys.shape[1]:
             keys, values = keys[:, :seen], values[:, :seen]
