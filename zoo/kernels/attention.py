@@ -208,8 +208,9 @@ def decode(
 ) -> Tensor:
     """`decode_reference`, splitting the keys over programs. Scores are q k + q2 k2 where given (see `flash`).
 
-    `v` may be `k` itself (MLA in absorbed form: the latent is both). `placed`: the kernel before this one is `rope.place`, and
-    all that it writes of k and v is the newest key; the others are read while it runs."""
+    `v` may be `k` itself (MLA in absorbed form: the latent is both). `placed`: since the pass
+    began only the newest key and value were written, by the kernel before this one. The others, and the position, are then read
+    before that is done: a pass begins with kernels of torch's, and nothing after them starts before they have ended."""
     b, h, d = q.shape
     c, kv = k.shape[1], k.shape[2]
     dv, d2 = v.shape[2 + 1], 0 if q2 is None else q2.shape[2]
@@ -350,7 +351,7 @@ if triton is not None:
         end = tl.minimum(begin + share, pos + 1)
         k_ptr += b * k_b + kv * k_h
         v_ptr += b * v_b + kv * v_h
-        if PLACED:  # of the first keys only the newest is not there yet
+        if PLACED:  # around the multiprocessor's own cache, which may know the newest as it was
             s = begin + tl.arange(0, BLOCK_K)
             slot = (s % C).to(tl.int64)
             k_at, v_at = k_ptr + slot[:, None] * k_s + d[None, :], v_ptr + slot[:, None] * v_s + dv[None, :]
@@ -423,6 +424,8 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         s, dv = tl.arange(0, SPLITS), tl.arange(0, V)
         after_previous(OVERLAP)
+        at = part_ptr + (row * n_splits + s)[:, None] * d_v + dv[None, :]
+        part = tl.load(at, mask=(s < n_splits)[:, None] & (dv < d_v)[None, :], other=0.0)
         top = tl.load(stats_ptr + row * n_splits + s, mask=s < n_splits, other=-1e30)
         total = tl.load(stats_ptr + n_stats + row * n_splits + s, mask=s < n_splits, other=0.0)
         highest = tl.max(top, 0)
@@ -433,7 +436,5 @@ if triton is not None:
         whole = tl.sum(total * weight, 0)
         if SINKS:
             whole += tl.exp2(sink - highest)
-        at = part_ptr + (row * n_splits + s)[:, None] * d_v + dv[None, :]
-        part = tl.load(at, mask=(s < n_splits)[:, None] & (dv < d_v)[None, :], other=0.0)
         out = tl.sum(part * weight[:, None], 0) / whole
         tl.store(out_ptr + row * d_v + dv, out.to(out_ptr.dtype.element_ty), mask=dv < d_v)

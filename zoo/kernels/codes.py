@@ -36,6 +36,7 @@ if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.launch import after_previous
+    from zoo.kernels.weights import WHOLE
 
 
 def serves(x: Tensor, w: Weight) -> bool:
@@ -93,9 +94,15 @@ def constants(w: Weight, together: int = 1) -> dict[str, Any]:
     step = columns // together * block
     ahead = min(ahead, ceil_div(w.k, step))
     return {
-        "R": max(rows, columns), "M": columns, "BLOCK": block, "AHEAD": ahead, "EVEN": even(w, step, ahead),
+        "COLUMNS": sharing(w), "R": max(rows, columns), "M": columns, "BLOCK": block, "AHEAD": ahead, "EVEN": even(w, step, ahead),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def sharing(w: Weight) -> int:
+    """How many columns share a scale, 0: all. Kernels are compiled for it: a tile is multiplied in few instructions, of which
+    dividing by it would be a tenth."""
+    return w.columns if w.columns < w.k else 0
 
 
 def even(w: Weight, step: int, ahead: int) -> bool:
@@ -222,7 +229,7 @@ if triton is not None:
             return tl.load(at + start // CODES, mask=start // CODES + word < words, other=0)
 
     @triton.jit
-    def scales_tile(s_at, first, K, columns, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    def scales_tile(s_at, first, K, COLUMNS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
         """Scales [R], or exponents [R, BLOCK / 32], of BLOCK channels from `first` [R] on, where there are such."""
         if KIND == 1:
             return first
@@ -230,7 +237,8 @@ if triton is not None:
             group = (first // 32)[:, None] + tl.arange(0, BLOCK // 32)[None, :]
             return tl.load(s_at[:, None] + group, mask=group * 32 < K, other=0)
         else:
-            return tl.load(s_at + first // columns, mask=first < K, other=0.0)
+            group = first // COLUMNS if COLUMNS > 0 else first * 0
+            return tl.load(s_at + group, mask=first < K, other=0.0)
 
     @triton.jit
     def x_tile(x_at, x_k, start, K, EVEN: tl.constexpr):
@@ -255,8 +263,8 @@ if triton is not None:
 
     @triton.jit
     def codes_times(
-        x_ptr, x_row, x_chunk, w_ptr, n, chunk, s_ptr, s_row, K, s_columns, columns,
-        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
+        x_ptr, x_row, x_chunk, w_ptr, n, chunk, s_ptr, s_row, K, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
         EVEN: tl.constexpr, OVERLAP: tl.constexpr, WAIT: tl.constexpr,
     ):  # fmt: skip
         """Rows n [R] of codes with K columns times the rows that begin at x_row [M] behind x_ptr: fp32 [R, M].
@@ -277,9 +285,9 @@ if triton is not None:
         tiles, scales, xs = (), (), ()
         for i in tl.static_range(AHEAD):
             tiles += (words_tile(at, word, words, i * STEP, CODES, EVEN),)  # type: ignore[assignment]
-            scales += (scales_tile(s_at, chunk + i * STEP, K, columns, KIND, BLOCK),)  # type: ignore[assignment]
+            scales += (scales_tile(s_at, chunk + i * STEP, K, COLUMNS, KIND, BLOCK),)  # type: ignore[assignment]
         # A row's scale is too small to be copied asynchronously: it is on its way while the tile before is multiplied.
-        s = scales_tile(s_at, chunk + AHEAD * STEP, K, columns, KIND, BLOCK)
+        s = scales_tile(s_at, chunk + AHEAD * STEP, K, COLUMNS, KIND, BLOCK)
         if WAIT:
             after_previous(OVERLAP)
         for i in tl.static_range(AHEAD):
@@ -290,21 +298,27 @@ if triton is not None:
             if (
                 KIND == 3
             ):  # carried around the loop they have the compiler move what is widened through shared memory
-                s = scales_tile(s_at, chunk + start, K, columns, KIND, BLOCK)
+                s = scales_tile(s_at, chunk + start, K, COLUMNS, KIND, BLOCK)
                 acc = plus_tile(acc, w, s, x, KIND, R, M, BLOCK, RUN)
             else:
-                s_next = scales_tile(s_at, chunk + start + STEP, K, columns, KIND, BLOCK)
+                s_next = scales_tile(s_at, chunk + start + STEP, K, COLUMNS, KIND, BLOCK)
                 acc = plus_tile(acc, w, s, x, KIND, R, M, BLOCK, RUN)
                 s = s_next
         for i in tl.static_range(AHEAD):
             acc = plus_tile(acc, tiles[i], scales[i], xs[i], KIND, R, M, BLOCK, RUN)
+        return finished(acc, s_at, KIND)
+
+    @triton.jit
+    def finished(acc, s_at, KIND: tl.constexpr):
+        """Sums of products with `widened` numbers, made whole: times a row's scale, where there is one, or a power of two."""
         if KIND == 1:
-            acc *= tl.load(s_at).to(tl.float32)[:, None]
+            return acc * tl.load(s_at).to(tl.float32)[:, None]
         elif KIND == 3:
-            acc *= 1152921504606846976.0  # 2^60
+            return acc * WHOLE
         elif KIND == 4:
-            acc *= 64.0
-        return acc
+            return acc * 64.0
+        else:
+            return acc
 
     @triton.jit
     def settled(acc, DTYPE: tl.constexpr):

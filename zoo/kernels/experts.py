@@ -44,7 +44,7 @@ GROUP = 8
 if triton is not None:
     import triton.language as tl
 
-    from zoo.kernels.codes import channel, codes_times, own_columns, scales_tile, settled, widened
+    from zoo.kernels.codes import channel, codes_times, finished, own_columns, scales_tile, settled, widened
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import in_turn
     from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
@@ -159,14 +159,14 @@ def _few_codes(
     (n, k), f = chosen.shape, down.k
     how = codes.constants(up)
     _few_up_codes[(ceil_div(up.n * how["M"], how["R"]), n * k)](
-        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
+        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
         **how, **overlap(x),
     )  # fmt: skip
     together = power_of_2(k)
     how = codes.constants(down, together)
     _few_down_codes[(ceil_div(down.n * how["M"], how["R"]), n)](
-        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
+        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales,
         KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
         **how, **overlap(x),
     )  # fmt: skip
@@ -318,13 +318,13 @@ def _many_codes(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=GROUP, num_warps=warps, num_stages=stages
     )
     _many_up_codes[(n_tiles * ceil_div(f, block_n // 2 if spec.gated else block_n),)](
-        codes.in_order(x, up), order, tiles, *up.pointers, h, n_tiles, k, f, up.n, up.k, *up.n_scales, up.columns,
+        codes.in_order(x, up), order, tiles, *up.pointers, h, n_tiles, k, f, up.n, up.k, *up.n_scales,
         spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, NEXT=down.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **common,
+        KIND=up.kind, COLUMNS=codes.sharing(up), NEXT=down.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **common,
     )  # fmt: skip
     _many_down_codes[(n_tiles * ceil_div(down.n, block_n),)](
-        h, order, tiles, *down.pointers, y, n_tiles, f, down.n, *down.n_scales, down.columns,
-        KIND=down.kind, HAS_BIAS=down.bias is not None, **common,
+        h, order, tiles, *down.pointers, y, n_tiles, f, down.n, *down.n_scales,
+        KIND=down.kind, COLUMNS=codes.sharing(down), HAS_BIAS=down.bias is not None, **common,
     )  # fmt: skip
     _sum(y, weights, shared, residual, out, k, weighted=True)
     return out
@@ -397,10 +397,10 @@ if triton is not None:
 
     @Kernel
     def _few_up_codes(
-        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns, columns,
+        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns,
         limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
         in_turn(OVERLAP)
@@ -409,8 +409,8 @@ if triton is not None:
         s_ptr += e * s_rows * s_columns
         n, mask = rows_of(tl.arange(0, R) // M, F, GATED, R // M)
         y = one_row_of_codes(
-            x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
-            KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, False,
+            x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns,
+            KIND, COLUMNS, R, M, BLOCK, AHEAD, EVEN, OVERLAP, False,
         )  # fmt: skip
         n, mask = rows_of(tl.arange(0, R // M), F, GATED, R // M)
         finish_up(y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha, ACT, GATED, HAS_BIAS, R // M)
@@ -483,9 +483,9 @@ if triton is not None:
     @Kernel
     def _few_down_codes(
         h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
-        top_k, F, N, s_rows, s_columns, columns,
+        top_k, F, N, s_rows, s_columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         # Columns of x are pieces of h of a token's experts.
         token = tl.program_id(1).to(tl.int64)
@@ -497,8 +497,8 @@ if triton is not None:
         s_row = tl.where(mask, e * s_rows + scale_row(rows_ptr, row, mask, KIND), 0)
         x_row = (token * top_k + tl.minimum(m // S, top_k - 1)) * F
         acc = codes_times(
-            h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns, columns,
-            KIND, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, True,
+            h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns,
+            KIND, COLUMNS, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, True,
         )  # fmt: skip
         y = own_columns(acc, R, M, S)
         row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
@@ -687,8 +687,8 @@ if triton is not None:
 
     @triton.jit
     def grouped_times(
-        x_at, w_ptr, n, s_ptr, s_row, K, s_columns, columns,
-        KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        x_at, w_ptr, n, s_ptr, s_row, K, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """Rows n [BLOCK_N] of codes times the rows of x that begin at x_at [BLOCK_M], channels `codes.in_order`: fp32."""
         CODES: tl.constexpr = 8 if KIND >= 3 else 4
@@ -700,12 +700,14 @@ if triton is not None:
         dtype: tl.constexpr = x_at.dtype.element_ty
         REST: tl.constexpr = s_ptr.dtype.element_ty != dtype
         acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        s = scales_tile(s_at, first, K, columns, KIND, BLOCK_K)
+        s = scales_tile(s_at, first, K, COLUMNS, KIND, BLOCK_K)
         for start in range(0, K, BLOCK_K):
             w, x = tl.load(at + start // CODES), tl.load(x_at + start)
-            s_next = scales_tile(s_at, first + start + BLOCK_K, K, columns, KIND, BLOCK_K) if KIND != 3 else s
-            if KIND == 3:
-                s = scales_tile(s_at, first + start, K, columns, KIND, BLOCK_K)
+            if KIND == 3:  # see `codes_times`
+                s = scales_tile(s_at, first + start, K, COLUMNS, KIND, BLOCK_K)
+                s_next = s
+            else:
+                s_next = scales_tile(s_at, first + start + BLOCK_K, K, COLUMNS, KIND, BLOCK_K)
             a = widened(w, s, BLOCK_N, BLOCK_K, 16 // CODES, KIND, dtype)
             if KIND == 2:
                 acc += tl.dot(a, tl.trans(x), input_precision="ieee") * s.to(tl.float32)[:, None]
@@ -716,19 +718,13 @@ if triton is not None:
                     a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]
                 acc = settled(tl.dot(a, tl.trans(x), acc, input_precision="ieee"), dtype)
             s = s_next
-        if KIND == 1:
-            acc *= tl.load(s_at).to(tl.float32)[:, None]
-        elif KIND == 3:
-            acc *= WHOLE
-        elif KIND == 4:
-            acc *= 64.0
-        return acc
+        return finished(acc, s_at, KIND)
 
     @Kernel
     def _many_up_codes(
         x_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
-        n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
-        KIND: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+        n_tiles, top_k, F, N, K, s_rows, s_columns, limit, alpha,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -747,8 +743,8 @@ if triton is not None:
         w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
         s_ptr += e * s_rows * s_columns
         y = grouped_times(
-            x_ptr + pair // top_k * K, w_ptr, n, s_ptr, scale_row(rows_ptr, n, n < N, KIND), K, s_columns, columns,
-            KIND, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr + pair // top_k * K, w_ptr, n, s_ptr, scale_row(rows_ptr, n, n < N, KIND), K, s_columns,
+            KIND, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         dtype = h_ptr.dtype.element_ty
         if HAS_BIAS:
@@ -765,8 +761,8 @@ if triton is not None:
 
     @Kernel
     def _many_down_codes(
-        h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr, n_tiles, F, N, s_rows, s_columns, columns,
-        KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+        h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr, n_tiles, F, N, s_rows, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_M, BLOCK_N, GROUP)
@@ -782,7 +778,7 @@ if triton is not None:
         s_ptr += e * s_rows * s_columns
         y = grouped_times(
             h_ptr + (first + tl.minimum(m, left - 1)).to(tl.int64) * F, w_ptr, row, s_ptr, scale_row(rows_ptr, row, n_mask, KIND),
-            F, s_columns, columns, KIND, BLOCK_M, BLOCK_N, BLOCK_K,
+            F, s_columns, KIND, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + row).to(tl.float32)[:, None]

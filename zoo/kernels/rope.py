@@ -20,7 +20,7 @@ from zoo.spec import Norm
 if triton is not None:
     import triton.language as tl
 
-    from zoo.kernels.launch import after_previous, in_turn
+    from zoo.kernels.launch import after_previous
     from zoo.kernels.norm import normalise
 
 
@@ -160,7 +160,7 @@ if triton is not None:
         is_q, is_k, is_v = h < H, (h >= H) & (h < H + KV), (h >= H + KV) & (h < H + 2 * KV)
         d = tl.arange(0, D)
         dtype = out_ptr.dtype.element_ty
-        in_turn(OVERLAP)  # attention reads older keys meanwhile
+        after_previous(OVERLAP)
         slot = (tl.load(position_ptr).to(tl.int64) + t) % C
         kept = t + 0 * h >= T - C
         k_at = k_from + k_b * b + k_t * t + k_h * (h - H)
