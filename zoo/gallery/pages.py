@@ -25,6 +25,8 @@ PAGES = (
     ("timeline.html", "Timeline"),
     ("fit.html", "What fits"),
 )
+NAVIGATION = "<nav aria-label=Pages>"
+"""What the links of every page begin with: a site around the gallery puts its own before them."""
 
 
 def e(x: Any) -> str:
@@ -43,7 +45,7 @@ def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> s
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(title)}</title>"
         "<meta name=viewport content=width=device-width>"
         f"<link rel=stylesheet href={up}gallery.css><body{f' data-page={script}' if script else ''}>"
-        f"<a class=skip href=#main>Skip to the content</a><header><nav aria-label=Pages>{nav}</nav></header>"
+        f"<a class=skip href=#main>Skip to the content</a><header>{NAVIGATION}{nav}</nav></header>"
         f"<main id=main>{body}</main>{scripts}\n"
     )
 
