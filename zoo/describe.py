@@ -102,7 +102,7 @@ def published(m: Manifest, spec: Spec | None) -> str:
 
 def _why(figure: int, what: str, counted: int, spec: Spec) -> str:
     """Which parts a published figure leaves out, if the count without them, as exactly as it was published, is the figure."""
-    if abs(counted / figure - 1) < 0.02:
+    if abs(counted / figure - 1) < 0.01:
         return ""
     parts = params_by_part(spec)
     ends = parts.get("embedding", 0), parts.get("head", 0)
