@@ -11,7 +11,8 @@ Margin on an H100, bf16: where the mask is plainly causal torch's SDPA is used (
 2048 tokens, D = 128; this flash kernel 293, torch's own 208). With a window of 128 and sinks, which SDPA does
 not have, 2048 tokens of 32 heads of 64 take 28 us where the whole causal triangle takes 77. MLA: 475 us here, 327
 by cuDNN and 62 to assemble its keys (100 MB per layer), and 767 by torch's flash on padded ones. Decode reads a
-cache of 32768 keys at 2.4 TB/s.
+cache of 32768 keys at 2.4 TB/s. Reading older keys while the newest is being
+placed takes a step of an 8B model in fp8 from 2.96 to 2.87 ms on an H200 after 128 tokens.
 """
 
 from __future__ import annotations

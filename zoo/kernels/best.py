@@ -1,7 +1,7 @@
 """The likeliest token: argmax over a vocabulary, which is too long for one program and too short for a pass over memory.
 
-Margin: 2 x 128256 in bf16 take torch 19 us on an H200 (max over pieces, argmax over those), of the 2 ms that a step of an 8B
-model in four bits takes.
+Margin: of one row of 128256 in bf16 torch's (max over pieces, argmax over those) take 22 us on an H200, and these two kernels 3 after
+the head's: a step of an 8B model in four bits takes 2 ms.
 """
 
 from __future__ import annotations

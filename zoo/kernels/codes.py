@@ -10,9 +10,10 @@ the eight columns that tensor cores multiply at once are eight pieces of it (or 
 weight is eight rows of a tile, of which each needs one column.
 
 Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
-4096 53 and 21 us (67 % of copy), 4096 x 14336 32 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 36 (77 %), 25 and 25,
-10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 141 and
-29, 75 and 17, 31 and 10; fp8 155 and 35, 81 and 20, 34 and 10. Experts are in `zoo.kernels.experts`.
+4096 54 and 23 us (62 % of copy), 4096 x 14336 33 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 37 (75 %), 25 and 25,
+10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 143 and
+30, 74 and 18, 31 and 10; fp8 154 and 37, 82 and 21, 34 and 10. Experts are in `zoo.kernels.experts`. What is left: with four bits a
+program issues 2.6 instructions for a weight, of which 1.2 widen and multiply it, and the GPU has room for 3 x 10^13 in a second.
 """
 
 from __future__ import annotations
