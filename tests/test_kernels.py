@@ -359,7 +359,7 @@ if INTERPRETED or COMPILED:
         kw = {"scale": 0.3, **extras(extra, H)}
         at = torch.tensor([position])
         expected = attention.decode_reference(q, k, v, at, **kw)  # type: ignore[arg-type]
-        for placed in (False, True):
+        for placed in (True, False) if position == 40 else (True,):
             close(attention.decode(q, k, v, at, placed=placed, **kw), expected)  # type: ignore[arg-type]
 
     def test_latent_attention_with_a_rotary_key_of_its_own() -> None:
