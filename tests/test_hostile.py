@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -295,6 +296,23 @@ def test_an_archive_of_headers_with_too_many_entries_is_refused(converted: Path,
             z.writestr(f"headers/{n:030}", b"")
     with pytest.raises(ZooError, match="directory"):
         zoo.export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_entry_of_an_archive_of_headers_is_unpacked_to_what_it_says(
+    converted: Path, tmp_path: Path, packing: int
+) -> None:
+    folder = described(converted, tmp_path, lambda d: None)
+    with zipfile.ZipFile(folder / "source.zip", "w") as z:
+        z.writestr("headers/model.safetensors", bytes(64 << 20), packing)
+    said = (folder / "source.zip").read_bytes().replace(struct.pack("<I", 64 << 20), struct.pack("<I", 100))
+    (folder / "source.zip").write_bytes(said)
+    tracemalloc.start()
+    with pytest.raises(ZooError, match=r"source\.zip: "):
+        zoo.export(folder, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 @pytest.mark.parametrize(("tensors", "fields"), [(3_000_000, 0), (0, 3_000_000)])

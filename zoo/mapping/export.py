@@ -41,7 +41,7 @@ from zoo.formats.base import (
     read_json,
 )
 from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, read
-from zoo.formats.pickle import directory_size, read_open
+from zoo.formats.pickle import Archive, Budget, read_open
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.formats.wrapped import unwrapped
@@ -312,13 +312,12 @@ def _kept(c: Canonical) -> dict[str, bytes]:
     if not path.exists():
         return {}
     try:
-        with open(path, "rb") as f:
-            if (listed := directory_size(f)) > MAX_DIRECTORY:  # before Python lists all of it
-                raise ZooError(f"{path}: its directory has {listed} bytes (limit {MAX_DIRECTORY}): not zoo's")
-        with zipfile.ZipFile(path) as z:
+        with open(path, "rb") as f, Archive(f, MAX_DIRECTORY) as z:
             if (total := sum(e.file_size for e in z.infolist())) > MAX_KEPT:
-                raise ZooError(f"{path}: its entries come to {total} bytes (limit {MAX_KEPT})")
-            return {n: z.read(n) for n in z.namelist()}
+                raise ZooError(f"its entries come to {total} bytes (limit {MAX_KEPT})")
+            return {e.filename: _entry(z, e) for e in z.infolist()}
+    except ZooError as e:
+        raise ZooError(f"{path}: {e}: not zoo's") from None
     except (
         OSError,
         zipfile.BadZipFile,
@@ -329,6 +328,14 @@ def _kept(c: Canonical) -> dict[str, bytes]:
         RuntimeError,
     ) as e:
         raise ZooError(f"{path}: cannot be read ({e}); convert again") from None
+
+
+def _entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """An entry, unpacked to no more than it says: `ZipFile.read` unpacks all of it before it is cut to that."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no limit
+        raise ZooError(f"{entry.filename:.200} is packed in another way than zoo's")
+    with z.open(entry) as f:
+        return f.read(entry.file_size)
 
 
 def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: Mapping[str, bytes]) -> _Job:
@@ -367,11 +374,11 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
 
 def _around_again(c: Canonical, kept: Mapping[str, bytes], sheet: Sheet) -> dict[str, TensorRef]:
     """The tensors of the pickles of which `kept` has all that is around them, which goes into `sheet`; as their reader read them."""
-    source, found = c.source, dict[str, list[TensorRef]]()
+    source, found, budget = c.source, dict[str, list[TensorRef]](), Budget()
     for file, size in source["files"].items():
         who = f"{c.root / SOURCE}: {file}"
         hollow = Hollow(kept[f"around/{file}"], size, who)
-        found[file] = read_open(io.BufferedReader(hollow), file, who)
+        found[file] = read_open(io.BufferedReader(hollow), file, who, budget=budget)
         sheet.sizes[file], sheet.around[file] = size, hollow.pieces
     if source["format"] == "meta":
         found = {file: meta.own(refs) for file, refs in found.items()}
