@@ -51,6 +51,7 @@ GGUF_GUESS = (
     16 << 20
 )  # bytes of a GGUF's start that are fetched to read its header; doubled until it is whole
 MAX_INDEX = 256 << 20
+MOST_FILES = 10_000  # of weights: each costs requests; the largest releases have some hundreds
 READERS = {"safetensors-tp8": "sharded"}  # a manifest's format -> its reader, where it is called otherwise
 
 
@@ -165,6 +166,10 @@ def resolve(
                 files = [*weights, *_matching(snapshot.files, BESIDE)]
                 break
     weights = [f for f in files if f.path.endswith(WEIGHT_SUFFIXES)]
+    if len(weights) > MOST_FILES:
+        raise ZooError(
+            f"{snapshot.repo} at {snapshot.commit[:12]} has {len(weights):,} files of weights (limit {MOST_FILES:,}): refused"
+        )
     if not weights:
         listed = ", ".join(f.path for f in snapshot.files[:8]) or "nothing"
         raise ZooError(

@@ -26,6 +26,7 @@ from zoo.plain import open_plain
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
+MAX_HEADERS = 256 << 20  # bytes, of all files together: they are kept
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -345,7 +346,13 @@ def read_safetensors_header(
     return _safetensors_header(snapshot, path, max_header, Watch(cancel=cancel))
 
 
-def _safetensors_header(snapshot: Snapshot, path: str, max_header: int, watch: Watch) -> tuple[bytes, int]:
+def _safetensors_header(
+    snapshot: Snapshot,
+    path: str,
+    max_header: int,
+    watch: Watch,
+    claim: Callable[[str, int], None] = lambda path, length: None,
+) -> tuple[bytes, int]:
     file, about = snapshot.file(path), snapshot.about(path)
     start = _read_range(snapshot, path, 0, min(file.size, HEADER_GUESS), watch)
     if len(start) < 8:
@@ -357,6 +364,7 @@ def _safetensors_header(snapshot: Snapshot, path: str, max_header: int, watch: W
             f"{file.size} (limit {max_header}). Refused.",
             "content",
         )
+    claim(path, length)  # before it is asked for
     header = start[8 : 8 + length]
     if len(header) < length:
         header += _read_range(snapshot, path, 8 + len(header), length - len(header), watch)
@@ -372,9 +380,18 @@ def read_headers(
 ) -> dict[str, tuple[bytes, int]]:
     """`read_safetensors_header` of many files at once: path -> (header, data start). Tells `progress` of waits only."""
     watch, paths = Watch(progress), list(dict.fromkeys(paths))
+    claimed = dict[str, int]()
+
+    def claim(path: str, length: int) -> None:
+        claimed[path] = length
+        if (total := sum(list(claimed.values()))) > MAX_HEADERS:
+            raise HubError(
+                f"{snapshot.about(path)}: with its header the files have {total} bytes of headers (limit {MAX_HEADERS}). Refused.",
+                "content",
+            )
 
     def one(path: str) -> tuple[bytes, int]:
-        return _safetensors_header(snapshot, path, max_header, watch)
+        return _safetensors_header(snapshot, path, max_header, watch, claim)
 
     return dict(zip(paths, _parallel(paths, one, workers, watch), strict=True))
 
