@@ -335,7 +335,11 @@ def snapshots(repo: str) -> list[str]:
 @contextmanager
 def locked(path: Path, what: str, watch: Watch) -> Iterator[None]:
     """Hold a lock among processes, saying so when it must be waited for. It ends with its process, however that ends."""
+    if path.is_relative_to(locks := _root(constants.HF_HUB_CACHE)):
+        plain_folders(path.parent, locks)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():  # some versions of filelock would empty what it leads to
+        raise OSError(f"{path} is a link; a lock was expected")
     lock: filelock.BaseFileLock = filelock.FileLock(path, mode=0o664)
     waiting = False
     while True:

@@ -546,6 +546,9 @@ def _translated() -> Iterator[None]:
         raise Transient(f"no connection ({error or 'timed out'})", unreachable=True) from None
     except (httpx2.TimeoutException, TimeoutError):
         raise Transient(f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s") from None
+    except httpx2.RemoteProtocolError as error:
+        cut = "disconnected" in str(error) or "closed" in str(error)  # else it is no HTTP, and will not be
+        raise Transient(f"the connection broke ({error})", slow=not cut) from None
     except (httpx2.TransportError, httpx2.DecodingError) as error:
         raise Transient(f"the connection broke ({error or type(error).__name__})") from None
     except OSError as error:

@@ -51,6 +51,7 @@ from zoo.mapping.folder import Folder
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
+from zoo.printable import warn
 from zoo.quant.schemes import scheme
 
 if TYPE_CHECKING:
@@ -489,8 +490,8 @@ def _as_vendors(
     aside = ((n[rank0:], c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)
     listed = [*unique.values(), *aside]
     if left := [n for n in c.extra_tensors if n not in extras]:
-        log.warning(
-            "%s: %d tensors beside the text model are not written (%s, ...): %s",
+        warn(
+            log, "%s: %d tensors beside the text model are not written (%s, ...): %s",
             c.root, len(left), left[0], c.extras.get(left[0], "no part of it"),
         )  # fmt: skip
     sheet, small = Sheet(), dict[str, bytes]()
@@ -525,7 +526,7 @@ def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> d
         except ZooError as e:
             why = str(e)
     called = "tekken.json or tokenizer.model.v*" if naming == "mistral" else "tokenizer.model"
-    log.warning("%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
+    warn(log, "%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
     return {}
 
 
