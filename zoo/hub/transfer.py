@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import queue
+import re
 import shutil
 import struct
 import threading
@@ -26,6 +27,7 @@ from zoo.plain import open_plain
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
+MAX_NOTES = 16 << 20  # characters of the notes beside a sparse file
 MAX_HEADERS = 256 << 20  # bytes, of all files together: they are kept
 
 T = TypeVar("T")
@@ -470,14 +472,16 @@ def download_sparse(
             new = not dest.exists()
             with (
                 open(open_plain(dest, os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as f,
-                open(open_plain(notes, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8") as text,
+                open(
+                    open_plain(notes, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace"
+                ) as text,
             ):
-                noted = [] if new else text.read().splitlines(keepends=True)
+                noted = [] if new else text.read(MAX_NOTES).splitlines(keepends=True)
                 if noted[:1] != [head]:
                     noted = [head]
                     f.truncate(0)
                 f.truncate(file.size)
-                noted = [line for line in noted if line.endswith("\n")]
+                noted = [head, *(line for line in noted[1:] if _is_noted(line, file.size))]
                 text.seek(0)
                 text.truncate()
                 text.write("".join(noted))
@@ -523,6 +527,12 @@ def download_sparse(
                 relay = _Relay(watch)
                 _parallel(spans, fetch, workers, watch)
     return dest
+
+
+def _is_noted(line: str, size: int) -> bool:
+    """Whether a line says what has arrived of a file of `size` bytes: one cut off by a kill does not."""
+    match = re.fullmatch(r"([0-9]{1,19}) ([0-9]{1,19})\n", line)
+    return match is not None and int(match[1]) + int(match[2]) <= size
 
 
 class _Relay:
