@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo.kernels.route import SCORES
 from zoo.kernels.route import route_reference as route
 from zoo.layout import layout
 from zoo.model import Decoder
@@ -347,10 +348,10 @@ def _bias_in_weights(s: Subject, _site: str) -> Subject:
     return replace(s, patch=patch)
 
 
-def _biased(m: RouterModule, x: Tensor) -> tuple[Tensor, Tensor]:
+def _biased(m: RouterModule, x: Tensor, _ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     logits = m.logits(x)
     chosen, _ = route(logits, m.selection_bias, m.spec)
-    scores = logits.float().softmax(-1) if m.spec.score == "softmax" else logits.float().sigmoid()
+    scores = SCORES[m.spec.score](logits.float())
     assert m.selection_bias is not None
     weights = (scores + m.selection_bias).gather(-1, chosen)
     if m.spec.normalize:
