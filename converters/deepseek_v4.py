@@ -22,7 +22,6 @@ fp8; the indexer's, after a Hadamard rotation, to fp4) as its engine stores them
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from zoo.family import (
     MLP,
@@ -63,7 +62,10 @@ def spec(c: Config) -> Spec:
     n, norm = c["num_hidden_layers"], Norm(c["rms_norm_eps"], rounding="last")
     weightless = Norm(c["rms_norm_eps"], weight="none")
     kinds = layer_kinds(c)
-    mixers = {kind: attention(c, kind, norm, weightless) for kind in set(kinds)}
+    main, compress = (rotary(c, of) for of in ("main", "compress"))  # a model may have layers of one of them only
+    mixers = {
+        kind: attention(c, kind, main if kind == read.SLIDING else compress, norm, weightless) for kind in set(kinds)
+    }
     expert = MLP(c["moe_intermediate_size"], limit=float(c["swiglu_limit"]))
 
     def moe(by_token: bool) -> MoE:
@@ -108,9 +110,9 @@ def layer_kinds(c: Config) -> list[str]:
     return [KINDS[ratio] for ratio in c.each_layer("compress_ratios", n, KINDS)]
 
 
-def attention(c: Config, kind: str, norm: Norm, weightless: Norm) -> CompressedAttention:
+def attention(c: Config, kind: str, rope: Rope, norm: Norm, weightless: Norm) -> CompressedAttention:
     """The mixer of a kind of layers."""
-    rope, head_dim = rotary(c, "main" if kind == read.SLIDING else "compress"), c["head_dim"]
+    head_dim = c["head_dim"]
     ratios = {CSA: 4, HCA: 128} | dict(c.get("compress_rates") or {})
     compressor = indexer = None
     if kind != read.SLIDING:
@@ -139,12 +141,12 @@ def rotary(c: Config, of: str) -> Rope:
     theta = "rope_theta" if of == "main" else "compress_rope_theta"
     said = c.get("rope_parameters")
     if isinstance(said, Mapping) and of in said:
-        p: Mapping[str, Any] = read.rope_parameters(c, of, theta=theta)
+        p = read.rope_parameters(c, of, theta=theta)
     elif of == "main":
         p = {"rope_type": "default", "rope_theta": c[theta]}
     else:
         p = read.rope_parameters(c, theta=theta)
-        p = p | {"rope_theta": c[theta], "attention_factor": p.get("attention_factor", 1.0)}
+        p.setdefault("attention_factor", 1.0)
     share = float(c["qk_rope_head_dim"] / c["head_dim"])
     for beside, value in (
         (c.get(theta, p["rope_theta"]), p["rope_theta"]),
