@@ -113,7 +113,8 @@ def layer_kinds(c: Config) -> list[str]:
 def attention(c: Config, kind: str, rope: Rope, norm: Norm, weightless: Norm) -> CompressedAttention:
     """The mixer of a kind of layers."""
     head_dim = c["head_dim"]
-    ratios = {CSA: 4, HCA: 128} | dict(c.get("compress_rates") or {})
+    rates = c.sub("compress_rates") if "compress_rates" in c else {}
+    ratios = {CSA: rates.get(CSA, 4), HCA: rates.get(HCA, 128)}
     compressor = indexer = None
     if kind != read.SLIDING:
         compressor = Compressor(ratios[kind], overlap=kind == CSA, norm=norm)

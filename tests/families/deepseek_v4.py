@@ -117,7 +117,9 @@ CASE = FamilyCase(
     released=renamed,
     stored=stored,
     mtp=mtp,
-    kept_in_fp32=frozenset(),
+    kept_in_fp32=frozenset({
+        "weight", "ape", "attn_sink", *(f"hc_{of}_{part}" for of in ("attn", "ffn", "head") for part in ("fn", "base", "scale")),
+    }),  # the norms' weights
     refused=(
         ("deepseek-v4-flash", {"compress_ratios": [4, 8] * 22}, "compress_ratios[1] is 8"),
         ("deepseek-v4-flash", {"compress_ratios": None}, "compress_ratios"),
