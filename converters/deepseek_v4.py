@@ -62,9 +62,12 @@ def spec(c: Config) -> Spec:
     n, norm = c["num_hidden_layers"], Norm(c["rms_norm_eps"], rounding="last")
     weightless = Norm(c["rms_norm_eps"], weight="none")
     kinds = layer_kinds(c)
-    main, compress = (rotary(c, of) for of in ("main", "compress"))  # a model may have layers of one of them only
+    main, compress = (
+        rotary(c, of) for of in ("main", "compress")
+    )  # a model may have layers of one of them only
     mixers = {
-        kind: attention(c, kind, main if kind == read.SLIDING else compress, norm, weightless) for kind in set(kinds)
+        kind: attention(c, kind, main if kind == read.SLIDING else compress, norm, weightless)
+        for kind in set(kinds)
     }
     expert = MLP(c["moe_intermediate_size"], limit=float(c["swiglu_limit"]))
 

@@ -354,8 +354,11 @@ def _cache(spec: Spec) -> str:
         full = kv_bytes(spec, spec.context_length)
         parts.append(f"{size(full)} at {spec.context_length:,} tokens")
         if full < per_token * spec.context_length:
-            bounded = sum(1 for m in _mixers(spec) if horizon(m) is not None and kv_numbers(m))
-            parts.append(f"{bounded} layers keep only their window")
+            mixers = _mixers(spec)
+            bounded = sum(1 for m in mixers if horizon(m) is not None and kv_numbers(m))
+            pooled = sum(1 for m in mixers if isinstance(m, CompressedAttention) and m.compressor)
+            parts += [f"{bounded} layers keep only their window"] if bounded else []
+            parts += [f"{pooled} layers keep a window and entries"] if pooled else []
     if state := state_bytes(spec):
         parts.append(f"{size(state)} of recurrent state")
     return ", ".join(parts)

@@ -181,13 +181,19 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield "an indexer picks entries, and there are none"
         case CompressedAttention(indexer=Indexer(head_dim=d, rope=Rope(dim=dim))) if dim > d:
             yield f"RoPE would rotate {dim} of {d} channels of an indexer"
-        case CompressedAttention(query_norm=a, latent_norm=b) if (a.weight, a.kind, b.kind) != ("none", "rms", "rms"):
+        case CompressedAttention(query_norm=a, latent_norm=b) if (a.weight, a.kind, b.kind) != (
+            "none",
+            "rms",
+            "rms",
+        ):
             yield "norms of compressed attention are RMS norms, that of queries without a weight"
         case HyperConnections(n_streams=n, rounds=r) if n < 1 or r < 1:
             yield f"{n} streams and {r} rounds of Sinkhorn make no hyper-connections"
         case HyperConnections(norm=Norm(kind=kind, weight=w)) if (kind, w) != ("rms", "none"):
             yield "the norm of hyper-connections is an RMS norm without a weight"
-        case Spec(hyper=h, altup=a, per_layer_embedding=p) if h is not None and (a is not None or p is not None):
+        case Spec(hyper=h, altup=a, per_layer_embedding=p) if h is not None and (
+            a is not None or p is not None
+        ):
             yield "hyper-connections go with no other streams and no per-layer inputs"
         case Spec(hyper=h, layers=layers) if h is not None and any(
             x.parallel or x.scalar or x.beside is not None for x in layers
@@ -197,7 +203,9 @@ def _unsound_part(x: Any) -> Iterator[str]:
             isinstance(x.ffn, MoE) and x.ffn.router.by_token not in (None, v) for x in layers
         ):
             yield f"experts are given by token for other than the {v} ids that there are"
-        case Router(by_token=int(), over=over, selection_bias=bias, n_groups=g) if over != "all" or bias or g > 1:
+        case Router(by_token=int(), over=over, selection_bias=bias, n_groups=g) if (
+            over != "all" or bias or g > 1
+        ):
             yield "experts that a token's id says are not chosen: no bias, no groups"
         case Router(score="sqrt_softplus", over=over) if over != "all":
             yield f"roots of a softplus are scores over all experts, not over {over}"

@@ -57,7 +57,14 @@ def released(config: Settings) -> Settings:
     )
     scaled = {k: v for k, v in rope["compress"].items() if k in _yarn()}
     config["rope_scaling"] = scaled if rope["compress"]["rope_type"] == "yarn" else None
-    drop(config, "mlp_bias", "output_router_logits", "partial_rotary_factor", "router_aux_loss_coef", "router_jitter_noise")
+    drop(
+        config,
+        "mlp_bias",
+        "output_router_logits",
+        "partial_rotary_factor",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    )
     return config | {"topk_method": "noaux_tc", "expert_dtype": "fp4"}
 
 
@@ -79,7 +86,12 @@ def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
     """A layer without entries that chooses its experts, two input norms, a projection of each input, an output norm and streams'
     end of its own (DeepSeek's inference/model.py, MTPBlock)."""
     d, n, dtype = config["hidden_size"], config["hc_mult"], names.DTYPES[names.dtype_of(config)]
-    alone = {"layer_types": [SLIDING], "mlp_layer_types": ["moe"], "compress_ratios": None, "num_hash_layers": None}
+    alone = {
+        "layer_types": [SLIDING],
+        "mlp_layer_types": ["moe"],
+        "compress_ratios": None,
+        "num_hash_layers": None,
+    }
     block = names.first_layer(case, names.one_layer(config, alone))
     out: dict[str, Tensor] = {}
     for i in range(count):

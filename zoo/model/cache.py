@@ -145,7 +145,11 @@ class Cache:
         """All tensors, for counting bytes."""
         slots = [s for s in (*self.slots, *self.index_keys) if s is not None]
         made = [e for e in (*self.entries, *self.index_entries) if e is not None]
-        return [t for s in slots for t in s.tensors] + self.carried() + [t for e in made for t in (e.tail, e.made)]
+        return (
+            [t for s in slots for t in s.tensors]
+            + self.carried()
+            + [t for e in made for t in (e.tail, e.made)]
+        )
 
     def carried(self) -> list[Tensor]:
         """The tensors of the states, which each pass overwrites."""
