@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-from zoo.testing import BASE, SLIDING, FamilyCase, Variant, names
-from zoo.testing.build import rename
+import pytest
+import torch
+import vendor
+
+import zoo
+from zoo.formats import open_checkpoint
+from zoo.mapping.export import export
+from zoo.mapping.plan import make_plan
+from zoo.testing import BASE, SLIDING, FamilyCase, Variant, build, names
+from zoo.testing.build import read_config, read_tensors, rename, write_config, write_tensors
 from zoo.testing.released import drop
 from zoo.testing.variant import Config, Draw, Settings, Tensor, Tensors
 
@@ -143,3 +152,68 @@ CASE = FamilyCase(
     ),
 )
 # fmt: on
+
+
+def quantised(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """As a release holds them (see `stored`), and the values that its codes stand for."""
+    out: Tensors = {}
+    values = dict(tensors)
+    for name, t in tensors.items():
+        kinds = stored(name, Tensor("F32", tuple(t.shape)))
+        scale = name.removesuffix("weight") + "scale"
+        if scale not in kinds:
+            out[name] = t
+            continue
+        if kinds[name].dtype == "I8":
+            blocks, exponents = vendor.mxfp4(t)
+            out[name] = blocks.flatten(-2).view(torch.int8)
+            table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+            pairs = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).long()  # the low half first
+            values[name] = (table[pairs] * 2.0 ** (exponents.float()[..., None] - 127)).flatten(-2)
+        else:
+            codes, scales = vendor.fp8_block(t, (128, 128))
+            exponents = (scales.log2().ceil() + 127).to(torch.uint8)
+            power = 2.0 ** (exponents.float() - 127)
+            spread = power.repeat_interleave(128, 0)[: len(t)].repeat_interleave(128, 1)[:, : t.shape[1]]
+            out[name] = (t / spread).to(torch.float8_e4m3fn)
+            values[name] = out[name].float() * spread
+        assert (tuple(out[name].shape), tuple(exponents.shape)) == (kinds[name].shape, kinds[scale].shape)
+        out[scale] = exponents.view(torch.float8_e8m0fnu)
+    return out, values
+
+
+@pytest.mark.proof
+def test_a_quantised_release_is_carried_as_bytes_verified_streamed_and_exported_to_the_byte(
+    tmp_path: Path,
+) -> None:
+    """Widths of 32 for fp4, and of more than one block of 128 for e4m3."""
+    variant = CASE.variants[0]
+    settings = variant.text | {"hidden_size": 160, "moe_intermediate_size": 96, "num_hidden_layers": 2}
+    settings |= {"layer_types": [SLIDING, CSA], "mlp_layer_types": ["hash_moe", "moe"]}
+    path = build.make(CASE, variant.with_text(settings), tmp_path / "release", released_config=True)
+    coded, values = quantised(read_tensors(path))
+    write_config(tmp_path / "release", read_config(path) | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}})  # fmt: skip
+    write_tensors(path, coded)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_config(plain, {k: v for k, v in read_config(path).items() if k != "quantization_config"})
+    write_tensors(plain, values)
+    vendor.same(
+        vendor.canonical(path, tmp_path / "fp32", dtype="fp32"),
+        vendor.canonical(plain, tmp_path / "want", dtype="fp32"),
+    )
+    plan = make_plan(open_checkpoint(path))
+    assert {how for name, how in plan.quant.items() if ".moe.gate_up" in name or ".moe.down" in name} == {
+        "mxfp4-bytes"
+    }
+    assert {how for name, how in plan.quant.items() if ".attn." in name} == {"fp8-block"}
+    carried = zoo.convert(path, tmp_path / "carried")
+    ids = build.tokens(variant)
+    exact = zoo.load(tmp_path / "fp32")(ids)
+    assert (zoo.load(carried, dtype=torch.float32)(ids) - exact).abs().max() < 2e-5
+    assert (build.logits(build.upstream(CASE, plain), ids) - exact).abs().max() < 5e-5
+    for stream in (False, True):  # against upstream's own reading of the codes
+        assert zoo.verify(carried, level="logits", stream=stream, write=False).passed
+    export(carried, tmp_path / "back")
+    for file in path.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name

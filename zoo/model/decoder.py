@@ -116,9 +116,9 @@ class Layer(nn.Module):
         y: Tensor = self.mixer(normed, ctx, self.mamba(normed, ctx))
         return y if onto is None else onto + y
 
-    def feed(self, normed: Tensor, x: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
-        """`onto` + the feed-forward branch of normed x."""
-        ffn = partial(self.moe, raw=x, ids=ctx.ids) if isinstance(self.spec.ffn, MoESpec) else self.mlp
+    def feed(self, normed: Tensor, x: Tensor, onto: Tensor | None, ids: Tensor | None = None) -> Tensor:
+        """`onto` + the feed-forward branch of normed x, of tokens `ids`."""
+        ffn = partial(self.moe, raw=x, ids=ids) if isinstance(self.spec.ffn, MoESpec) else self.mlp
         return self._add(partial(ffn, normed), self.ffn_post_norm, onto)
 
     def _add(self, branch: Callable[..., Tensor], post: nn.Module, onto: Tensor | None) -> Tensor:
@@ -140,7 +140,7 @@ class Layer(nn.Module):
         normed = self.attn_norm(x)
         in_turn = self.spec.adds == "in_turn"
         mixed = self.mix(normed, ctx, x if in_turn else None)
-        out = self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, ctx, mixed)
+        out = self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, mixed, ctx.ids)
         return out if in_turn else x + out
 
     def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
@@ -153,7 +153,7 @@ class Layer(nn.Module):
         elif s.mixer is not None:
             x = self.mix(self.attn_norm(x), ctx, x)
         if s.ffn is not None:
-            x = self.feed(self.ffn_norm(x) if normed is None else normed, x, ctx, x)
+            x = self.feed(self.ffn_norm(x) if normed is None else normed, x, x, ctx.ids)
         return x
 
 
@@ -171,7 +171,7 @@ class StreamLayer(Layer):
         active = predicted[self.altup.spec.active]
         normed = self.attn_norm(active)
         y = (self.mix(normed, ctx, active) + self.laurel(normed)) / math.sqrt(2)
-        y = self.feed(self.ffn_norm(y), y, ctx, y)
+        y = self.feed(self.ffn_norm(y), y, y, ctx.ids)
         x = self.altup.corrected(predicted, y)
         if ctx.per_layer is None:
             return x
@@ -199,7 +199,7 @@ class HyperLayer(Layer):
             x = hyper.HyperConnection.put(self.mix(self.attn_norm(read), ctx, None), *streams)
         if self.spec.ffn is not None:
             read, *streams = self.ffn_hyper(x)
-            x = hyper.HyperConnection.put(self.feed(self.ffn_norm(read), read, ctx, None), *streams)
+            x = hyper.HyperConnection.put(self.feed(self.ffn_norm(read), read, None, ctx.ids), *streams)
         return x
 
 
