@@ -200,7 +200,7 @@ def test_with_a_cache_the_part_computes_the_same(name: str) -> None:
 def test_every_tensor_of_the_part_matters(name: str) -> None:
     spec = PARTS[name][0]
     tensors = tensors_of(spec)
-    text = ids(15 if "compressed" in name else 7)  # entries to choose from
+    text = ids(33 if "compressed" in name else 7)  # entries to choose from
     plain = filled(spec)(text)
     for n in tensors:
         m = Decoder(spec)
