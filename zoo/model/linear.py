@@ -34,6 +34,7 @@ class Weights(nn.Module):
         self.parts = parts
         self.scheme: str | None = None
         self._packed: tuple[int, int, Weight | None] | None = None
+        self._carried: tuple[int, Any] | None = None
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[:-1])) if bias else None)
 
@@ -46,7 +47,7 @@ class Weights(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch's; what is packed would keep the memory of a model that is moved."""
-        self._packed = None
+        self._packed = self._carried = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def packed(self) -> Weight | None:
@@ -70,15 +71,26 @@ class Weights(nn.Module):
             y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """`times` on a CPU, in fp32: for sums that go on."""
+        if times := self.coded(x, x.shape[:-1].numel()):
+            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype), dtype=torch.float32)
+            return y.view(*x.shape[:-1], -1)
+        return unrounded(x, self.dense(x.dtype), self.offset(x.dtype))
+
     def coded(self, x: Tensor, rows: int) -> Callable[..., Tensor] | None:
         """Our kernel of a CPU for codes and `rows` rows of x (to an expert, where stacked), where it serves them: as
         `zoo.kernels.cpu.quantised.times`."""
         if self.scheme is None or x.device.type != "cpu" or is_recorded(x):
             return None
         made = kernels("quantised")
-        if made is None or (w := self.packed()) is None or not made.fits(w, rows):
+        if made is None:
             return None
-        return partial(made.times, w=w)
+        if self._carried is None or self._carried[0] != id(self.weight):
+            w = made.carried(self.scheme, dict(self.named_buffers(recurse=False)), self.parts)
+            self._carried = id(self.weight), w
+        w = self._carried[1]
+        return partial(made.times, w=w) if w is not None and made.fits(w, rows) else None
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The logical weight in `dtype` (of one expert, where stacked). A view when nothing is to be done."""
@@ -134,8 +146,7 @@ class Linear(Weights):
             torch.bfloat16,
             torch.float16,
         ):  # a GPU would send twice as much
-            parts = unrounded(x, self.dense(x.dtype), self.offset(x.dtype))
-            total = self.across.sum(parts).to(x.dtype)
+            total = self.across.sum(self.unrounded(x)).to(x.dtype)
             return total if onto is None else onto + total
         return self.across.sum(self.times(x), onto)
 
