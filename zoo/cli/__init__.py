@@ -72,9 +72,9 @@ def cli() -> None:
     """Open LLM checkpoints in one canonical layout: found, pulled, converted and proven.
 
     \b
-    zoo pull smollm2-135m       fetch a release, convert it, check it
-    zoo show qwen3-8b llama4    two architectures side by side
-    zoo verify DIR              compare a conversion with upstream
+    zoo pull smollm2-135m     fetch a release, check and convert it
+    zoo show qwen3-8b llama4  architectures, side by side
+    zoo verify DIR            compare it with upstream
 
     zoo COMMAND --help has examples. Each command takes --json, and --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.
     """
