@@ -157,7 +157,8 @@ def serving(spec: Spec, context: int, batch: int, kv_dtype: str) -> str:
     cache, state = kv_bytes(spec, context, itemsize) * batch, state_bytes(spec, itemsize) * batch
     needs = [f"KV cache {size(cache)} in {kv_dtype}"] if cache else []
     needs += [f"recurrent state {size(state)}"] if state else []
-    text = f"{batch:,} x {context:,} tokens: " + (", ".join(needs) or "nothing")
+    beyond = f" (beyond its {spec.context_length:,})" if context > spec.context_length else ""
+    text = f"{batch:,} x {context:,} tokens{beyond}: " + (", ".join(needs) or "nothing")
     return text + f"; {flop(batch * flops_per_token(spec, context))} for one token more of each"
 
 
@@ -165,12 +166,12 @@ def _layers(spec: Spec) -> str:
     """The order of kinds: in words, and as a strip. Nothing where all layers are alike."""
     o = order(spec)
     rows = [o.letters] + ([o.feeding] if o.feeding_varies else [])
-    if all(len(set(row)) == 1 for row in rows):
+    rows = [row for row in rows if len(set(row)) > 1]
+    if not rows:
         return ""
     used = [x for x in dict.fromkeys((*o.mixers, *o.ffns)) if any(x in row for row in rows)]
     meanings = [f"{x} {'other ' if x.islower() else ''}{MEANINGS.get(x.upper(), '?')}" for x in used]
-    told = [_strip(row) for row in rows if len(set(row)) > 1]
-    return "; feed-forwards ".join(told) + f" ({', '.join(meanings)})"
+    return "; feed-forwards ".join(map(_strip, rows)) + f" ({', '.join(meanings)})"
 
 
 def _strip(row: str) -> str:

@@ -35,7 +35,7 @@ MEANINGS = {
     "F": "full attention", "S": "sliding window", "C": "attention in chunks", "N": "attention without positions",
     "L": "latent attention", "X": "sparse latent attention", "G": "Gated DeltaNet", "K": "Kimi Delta Attention",
     "Q": "compressed sparse attention", "P": "heavily compressed attention",
-    "M": "Mamba-2", "V": "short convolution", "H": "attention and Mamba-2", "D": "dense feed-forward",
+    "M": "Mamba-2", "B": "Mamba", "V": "short convolution", "H": "attention and Mamba-2", "D": "dense feed-forward",
     "E": "experts", "-": "nothing",
 }  # fmt: skip
 """What a letter stands for; a second kind of the same has the next letter that is free, in lower case."""
@@ -156,8 +156,10 @@ def _mixer_letter(mixers: tuple[Mixer, ...], spec: Spec) -> str:
             return "S" if m.compressor is None else "P" if m.indexer is None else "Q"
         case DeltaNet() as m:
             return "G" if m.decay == "head" else "K"
-        case Mamba() | Mamba1():
+        case Mamba():
             return "M"
+        case Mamba1():
+            return "B"
         case ShortConv():
             return "V"
         case Attention():
