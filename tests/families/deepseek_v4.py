@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,17 @@ def test_a_table_that_names_experts_beyond_those_there_are_is_refused(tmp_path: 
     write_tensors(path, tensors)
     with pytest.raises(ZooError, match=r"router\.table names experts 0 to 5; expected 0 to 4"):
         zoo.load(zoo.convert(path, tmp_path / "canonical"))
+
+
+def test_what_transformers_saves_and_holds_in_memory_is_the_same_model(tmp_path: Path) -> None:
+    variant = CASE.variants[0]
+    released = build.make(CASE, variant, tmp_path / "released")
+    saved = build.make(CASE, replace(variant, release=None), tmp_path / "saved")
+    assert "model.layers.1.attn.norm.weight" in read_tensors(saved)
+    held = tmp_path / "held"
+    held.mkdir()
+    write_config(held, read_config(saved))
+    torch.save(build.perturbed(variant).state_dict(), held / "pytorch_model.bin")
+    want = vendor.canonical(released, tmp_path / "a")
+    vendor.same(vendor.canonical(saved, tmp_path / "b"), want)
+    vendor.same(vendor.canonical(held, tmp_path / "c"), want)
