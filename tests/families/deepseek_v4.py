@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
-from zoo.testing import BASE, SLIDING, FamilyCase, Variant, build, names
+from zoo.testing import BASE, SLIDING, FamilyCase, Variant, build, full_size, names
 from zoo.testing.build import read_config, read_tensors, rename, write_config, write_tensors
 from zoo.testing.released import drop
 from zoo.testing.variant import Config, Draw, Settings, Tensor, Tensors
@@ -49,7 +50,13 @@ def released_name(name: str) -> str:
 
 
 def renamed(case: FamilyCase, tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    return {released_name(name): t for name, t in tensors.items()}
+    """Releases keep other tensors in fp32 than transformers: not the norms, but all of the streams, sinks and positions."""
+    return {name: _of_release(name, t) for old, t in tensors.items() for name in [released_name(old)]}
+
+
+def _of_release(name: str, t: Tensor) -> Tensor:
+    wide = re.search(r"hc_|attn_sink$|\.ape$|gate\.bias$", name)
+    return t if t.dtype == "I64" else Tensor("F32" if wide else "BF16", t.shape)
 
 
 def release(tensors: Tensors, config: Settings, draw: Draw) -> None:
@@ -95,7 +102,7 @@ def stored(name: str, t: Tensor) -> dict[str, Tensor]:
 def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
     """A layer without entries that chooses its experts, two input norms, a projection of each input, an output norm and streams'
     end of its own (DeepSeek's inference/model.py, MTPBlock)."""
-    d, n, dtype = config["hidden_size"], config["hc_mult"], names.DTYPES[names.dtype_of(config)]
+    d, n = config["hidden_size"], config["hc_mult"]
     alone = {
         "layer_types": [SLIDING],
         "mlp_layer_types": ["moe"],
@@ -109,11 +116,11 @@ def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
         out |= {
             released_name(f"model.layers.0.{name}").replace("layers.0.", base): t for name, t in block.items()
         }
-        out |= {f"{base}{name}.weight": Tensor("F32", (d,)) for name in ("enorm", "hnorm", "norm")}
-        out |= {f"{base}{name}.weight": Tensor(dtype, (d, d)) for name in ("e_proj", "h_proj")}
+        out |= {f"{base}{name}.weight": Tensor("BF16", (d,)) for name in ("enorm", "hnorm", "norm")}
+        out |= {f"{base}{name}.weight": Tensor("BF16", (d, d)) for name in ("e_proj", "h_proj")}
         for name, shape in (("fn", (n, n * d)), ("base", (n,)), ("scale", (1,))):
             out[f"{base}hc_head_{name}"] = Tensor("F32", shape)
-    return out
+    return {name: _of_release(name, t) for name, t in out.items()}
 
 
 def upstream_rounds_router_logits_and_what_is_pooled() -> None:
@@ -194,6 +201,14 @@ def quantised(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 @pytest.mark.proof
+def test_the_listed_tensors_of_flash_are_as_many_and_as_large_as_its_index_says() -> None:
+    """https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash/resolve/main/model.safetensors.index.json: its `weight_map` has 69,187
+    names, and `total_size` is 159,609,485,896."""
+    tensors = names.released_tensors(CASE, full_size.read("deepseek-v4-flash"), mtp=1, quantised=True)
+    assert (len(tensors), sum(t.nbytes for t in tensors.values())) == (69_187, 159_609_485_896)
+
+
+@pytest.mark.proof
 def test_a_quantised_release_is_carried_as_bytes_verified_streamed_and_exported_to_the_byte(
     tmp_path: Path,
 ) -> None:
@@ -237,3 +252,17 @@ def test_a_table_that_names_experts_beyond_those_there_are_is_refused(tmp_path: 
     write_tensors(path, tensors)
     with pytest.raises(ZooError, match=r"router\.table names experts 0 to 5; expected 0 to 4"):
         zoo.load(zoo.convert(path, tmp_path / "canonical"))
+
+
+def test_what_transformers_saves_and_holds_in_memory_is_the_same_model(tmp_path: Path) -> None:
+    variant = CASE.variants[0]
+    released = build.make(CASE, variant, tmp_path / "released")
+    saved = build.make(CASE, replace(variant, release=None), tmp_path / "saved")
+    assert "model.layers.1.attn.norm.weight" in read_tensors(saved)
+    held = tmp_path / "held"
+    held.mkdir()
+    write_config(held, read_config(saved))
+    torch.save(build.perturbed(variant).state_dict(), held / "pytorch_model.bin")
+    want = vendor.canonical(released, tmp_path / "a")
+    vendor.same(vendor.canonical(saved, tmp_path / "b"), want)
+    vendor.same(vendor.canonical(held, tmp_path / "c"), want)
