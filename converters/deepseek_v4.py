@@ -28,6 +28,7 @@ from zoo.family import (
     CompressedAttention,
     Compressor,
     Config,
+    Disagreement,
     Family,
     HyperConnections,
     Indexer,
@@ -257,4 +258,22 @@ IN_MEMORY: tuple[RuleLine, ...] = (
 )
 RULES = {"hf": rules(*HF, prefixes=({}, _SAVED)), "transformers": rules(*IN_MEMORY)}
 
-FAMILY = Family("deepseek_v4", ("deepseek_v4",), ("DeepseekV4ForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="where bf16 rounds in routers, compressors and streams",
+        upstream="computes router logits and pooled entries in the model's dtype, and mixes streams by rounded weights",
+        vendor="computes all of these in fp32",
+        follows="vendor",
+        why="the weights were made by the vendor's code; in fp32 both compute the same",
+        source="https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash/blob/main/inference/model.py",
+        since="2026-05",
+    ),
+)
+FAMILY = Family(
+    "deepseek_v4",
+    ("deepseek_v4",),
+    ("DeepseekV4ForCausalLM",),
+    spec,
+    RULES,
+    disagreements=DISAGREEMENTS,
+)

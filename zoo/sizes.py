@@ -176,6 +176,13 @@ def kv_numbers(m: Mixer) -> int:
     return 0
 
 
+def caches(m: Mixer) -> list[tuple[int, int]]:
+    """(numbers that a token adds, how many tokens are kept; 0: all) of each cache of this mixer."""
+    if isinstance(m, CompressedAttention):
+        return [(m.head_dim, m.window), (kv_numbers(m) - m.head_dim, 0)]
+    return [(kv_numbers(m), horizon(m) or 0)]
+
+
 def horizon(m: Mixer) -> int | None:
     """How many tokens back this mixer's cache reaches; None: to the first."""
     if isinstance(m, CompressedAttention):

@@ -35,6 +35,7 @@ from zoo.spec import (
 
 MAX_EXPERTS = 1 << 16
 MAX_SIZE = 1 << 40
+MAX_ROUNDS = 1 << 10
 """Beyond these a config is broken: the deepest release has 126 layers, the most experts of one 512, the widest axis
 262,400 entries."""
 
@@ -187,7 +188,7 @@ def _unsound_part(x: Any) -> Iterator[str]:
             "rms",
         ):
             yield "norms of compressed attention are RMS norms, that of queries without a weight"
-        case HyperConnections(n_streams=n, rounds=r) if n < 1 or r < 1:
+        case HyperConnections(n_streams=n, rounds=r) if n < 1 or not 0 < r <= MAX_ROUNDS:
             yield f"{n} streams and {r} rounds of Sinkhorn make no hyper-connections"
         case HyperConnections(norm=Norm(kind=kind, weight=w)) if (kind, w) != ("rms", "none"):
             yield "the norm of hyper-connections is an RMS norm without a weight"

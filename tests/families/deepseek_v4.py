@@ -11,6 +11,7 @@ import torch
 import vendor
 
 import zoo
+from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
@@ -115,6 +116,14 @@ def mtp(case: FamilyCase, config: Config, count: int) -> dict[str, Tensor]:
     return out
 
 
+def upstream_rounds_router_logits_and_what_is_pooled() -> None:
+    model = build.fresh(CASE.variants[0]).bfloat16()
+    layer = model.model.layers[1]
+    x = torch.ones(1, 3, CASE.variants[0].text["hidden_size"], dtype=torch.bfloat16)
+    assert layer.mlp.gate(x)[0].dtype == torch.bfloat16
+    assert layer.self_attn.compressor.kv_proj(x).dtype == torch.bfloat16
+
+
 _ROUNDS = "follows DeepSeek's own code, which keeps streams, pooled entries, router logits and RoPE in fp32"
 
 # fmt: off
@@ -141,7 +150,9 @@ CASE = FamilyCase(
     kept_in_fp32=frozenset({
         "weight", "ape", "attn_sink", *(f"hc_{of}_{part}" for of in ("attn", "ffn", "head") for part in ("fn", "base", "scale")),
     }),  # the norms' weights
+    disputes={"where bf16 rounds in routers, compressors and streams": upstream_rounds_router_logits_and_what_is_pooled},
     refused=(
+        ("deepseek-v4-flash", {"hc_sinkhorn_iters": 10**9}, "1000000000 rounds of Sinkhorn"),
         ("deepseek-v4-flash", {"compress_ratios": [4, 8] * 22}, "compress_ratios[1] is 8"),
         ("deepseek-v4-flash", {"compress_ratios": None}, "compress_ratios"),
         ("deepseek-v4-flash", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
@@ -217,3 +228,12 @@ def test_a_quantised_release_is_carried_as_bytes_verified_streamed_and_exported_
     export(carried, tmp_path / "back")
     for file in path.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_table_that_names_experts_beyond_those_there_are_is_refused(tmp_path: Path) -> None:
+    path = build.make(CASE, CASE.variants[0], tmp_path / "release")
+    tensors = read_tensors(path)
+    tensors["layers.0.ffn.gate.tid2eid"][7, 1] = 5
+    write_tensors(path, tensors)
+    with pytest.raises(ZooError, match=r"router\.table names experts 0 to 5; expected 0 to 4"):
+        zoo.load(zoo.convert(path, tmp_path / "canonical"))
