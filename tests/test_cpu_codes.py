@@ -145,6 +145,47 @@ def test_every_code_has_its_value(codes: ModuleType) -> None:
         torch.testing.assert_close(y.T.double(), full, rtol=1e-6, atol=atol)
 
 
+@pytest.mark.parametrize("scheme", ["awq4-group32", "mlx4-group64"])
+def test_codes_are_widened_to_what_the_formula_gives_to_the_bit(scheme: str, codes: ModuleType) -> None:
+    hold_widened(scheme, codes, torch.bfloat16)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "scheme", sorted({*SCHEMES, *OTHERS} - {"fp8-block", "fp8-channel", "fp8-block-1x32"})
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_and_so_they_are_of_every_scheme_and_to_every_dtype(
+    scheme: str, dtype: torch.dtype, codes: ModuleType
+) -> None:
+    hold_widened(scheme, codes, dtype)
+
+
+def hold_widened(scheme: str, codes: ModuleType, dtype: torch.dtype) -> None:
+    expand = cpu.kernels("expand")
+    c = components(scheme, (512, 96), 512)
+    w = codes.carried(scheme, c, (512, 96))
+    assert w is not None
+    if scheme == "nvfp4-packed":  # which divides by its global scale
+        assert not expand.fits(w, dtype)
+        return
+    assert expand.fits(w, dtype) and not expand.fits(w, torch.float64)
+    want = dequantise(scheme, c, (512, 96), dtype)
+    assert torch.equal(expand.expanded(w, dtype), want)
+    stack = {
+        n: torch.stack([x, x.flip(0) if x.ndim > 1 and n != "global_scale" else x])
+        for n, x in c.items()
+        if x.dtype.itemsize > 1
+    }
+    if len(stack) == len(c):
+        both = codes.carried(scheme, stack, (512, 96))
+        assert torch.equal(expand.expanded(both, dtype, 0), want)
+        assert torch.equal(
+            expand.expanded(both, dtype)[1],
+            dequantise(scheme, {n: x[1] for n, x in stack.items()}, (512, 96), dtype),
+        )
+
+
 def test_a_code_that_is_no_number_is_left_to_torch(codes: ModuleType) -> None:
     c = components("fp8-channel", (1024,), 512)
     good = codes.carried("fp8-channel", c, (1024,))

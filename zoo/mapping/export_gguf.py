@@ -258,9 +258,17 @@ def _not_made_here(type: str, c: Canonical, target: Path) -> str:
 
 def _stored(c: Canonical) -> str:
     dtype = c.tensors["embed.weight"].dtype
+    if "embed" in c.quant:
+        raise ZooError(_no_type(c, "embed.weight", c.quant["embed"]))
     if dtype not in _PLAIN:
         raise ZooError(f"{c.root}: its embedding is {dtype}; give --type, one of {', '.join(TYPES)}")
     return dtype.lower()
+
+
+def _no_type(c: Canonical, name: str, how: str) -> str:
+    return (
+        f"{c.root}: {name} is {how}, which GGUF has no type for; `zoo convert --dtype bf16` and export that"
+    )
 
 
 def _say_what_is_left(c: Canonical) -> None:
@@ -319,9 +327,7 @@ def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
         stem = slot.name.removesuffix(".weight")
         how = c.quant.get(stem) if slot.name.endswith(".weight") else None
         if how not in (None, "mxfp4"):
-            raise ZooError(
-                f"{c.root}: {slot.name} is {how}, which GGUF has no type for; `zoo convert --dtype bf16` and export that"
-            )
+            raise ZooError(_no_type(c, slot.name, how))
         for part, into in zip(scheme(how).components if how else (None,), (pieces, scales)):
             for fit in _fits(c, family, slot, part):
                 name = slot.name if part is None else f"{stem}.{part.name}"

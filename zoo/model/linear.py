@@ -41,6 +41,7 @@ class Weights(nn.Module):
     def quantise(self, scheme: str, components: dict[str, Tensor]) -> None:
         """Replace the weight by the codes (component "weight"), scales, ... of `scheme`."""
         self.scheme = scheme
+        self._packed = self._carried = None
         del self.weight
         for name, value in components.items():
             self.register_buffer(name, value)
@@ -84,13 +85,16 @@ class Weights(nn.Module):
         if self.scheme is None or x.device.type != "cpu" or is_recorded(x):
             return None
         made = kernels("quantised")
-        if made is None:
+        if made is None or (w := self._codes(made)) is None or not made.fits(w, rows):
             return None
+        return partial(made.times, w=w)
+
+    def _codes(self, made: Any) -> Any:
+        """Codes as the kernels of a CPU read them; None for those that they do not know."""
         if self._carried is None or self._carried[0] != id(self.weight):
             w = made.carried(self.scheme, dict(self.named_buffers(recurse=False)), self.parts)
             self._carried = id(self.weight), w
-        w = self._carried[1]
-        return partial(made.times, w=w) if w is not None and made.fits(w, rows) else None
+        return self._carried[1]
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The logical weight in `dtype` (of one expert, where stacked). A view when nothing is to be done."""
@@ -99,6 +103,14 @@ class Weights(nn.Module):
             return w if w.dtype == dtype else w.to(dtype)
         if expert is None and has_triton(self.weight) and (packed := self.packed()) is not None:
             return expanded(packed, dtype)
+        if (
+            self.weight.device.type == "cpu"
+            and (made := kernels("expand")) is not None
+            and not is_recorded(self.weight)
+        ):
+            w = self._codes(kernels("quantised"))
+            if w is not None and made.fits(w, dtype):
+                return made.expanded(w, dtype, expert)
         from zoo.quant import dequantise
 
         components = dict(self.named_buffers(recurse=False))

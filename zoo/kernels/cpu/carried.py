@@ -5,7 +5,7 @@ With X[g] the sum of x over the columns of group g, and t what a `Form` makes of
     y[n] = factor[n] * sum_g (scale[n, g] * sum_k t(code[n, k]) x[k]  +  moved[n, g] * X[g])
 
 Zero points and biases are in `moved`, so codes are widened the same way with and without them: moved = scale * zero, or
-scale * move + shift. Codes stay where a release has them; zero points, a thousandth of them, are unpacked once.
+scale * move + shift. Codes stay where a release has them; zero points, a few hundredths of them, are unpacked once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MIDDLE = {Form.INT8: 0.5, Form.UINT8: 0.5 - 128, Form.INT4: -8.0, Form.ROWS4: -8
 class Codes:
     """Weights [N, K] or [E, N, K]. `codes` as `Form` says; `scale` [.., R, G] as stored, of which row n uses that which `begins[n]`
     bytes behind the first begins, each for `group` columns. `zero` [.., N, G] fp16 or `shift` [.., N, G] in the dtype of scales;
-    `move`: see above. `factor` fp32 [N] or [E, N]."""
+    `move`: see above. `factor` fp32 [N] or [E, N]. `exact`: whether factor times scale is what the scheme's formula has, to the bit."""
 
     form: Form
     codes: Tensor
@@ -58,6 +58,7 @@ class Codes:
     zero: Tensor | None = None
     shift: Tensor | None = None
     move: float = 0.0
+    exact: bool = True
     ready: dict[bool, Any] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )  # what is made of it once
@@ -96,7 +97,7 @@ def _fp8(w: Weight) -> Codes | None:
 
 def _by_rows(
     form: Form, codes: Tensor, parts: tuple[int, ...], k: int, group: int, scale: Tensor, zero: Tensor | None = None,
-    shift: Tensor | None = None, move: float = 0.0, factor: Tensor | None = None,
+    shift: Tensor | None = None, move: float = 0.0, factor: Tensor | None = None, exact: bool = True,
 ) -> Codes | None:  # fmt: skip
     """Where each row of the weight has a row of scales."""
     n, group = sum(parts), group or k
@@ -110,10 +111,13 @@ def _by_rows(
         no_number = byte == 255 if scale.dtype != torch.float8_e4m3fn else byte & 127 == 127
         if bool(no_number.any()):  # which only damaged weights have
             return None
+        exact = exact and (
+            scale.dtype == torch.float8_e4m3fn or not bool((byte == 0).any())
+        )  # 2^-127 is taken for 0
     begins = np.arange(n) * (groups * scale.element_size())
     scale = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
     ones = torch.ones(n) if factor is None else factor
-    return Codes(form, codes, n, k, group, scale, begins, ones, zero, shift, move)
+    return Codes(form, codes, n, k, group, scale, begins, ones, zero, shift, move, exact)
 
 
 def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
@@ -182,11 +186,14 @@ def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | Non
 
 
 def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
-    codes, factor = c["weight"], None
+    codes, factor, exact = c["weight"], None, True
     if s.group == 16:
         of_all = _each_row(c["global_scale"].float(), codes, parts)
-        factor = of_all if s.name == "nvfp4" else 1 / of_all
-    return _by_rows(Form.E2M1, codes, parts, codes.shape[-1] * 2, s.group, c["scale"], factor=factor)
+        exact = s.name == "nvfp4"
+        factor = of_all if exact else 1 / of_all
+    return _by_rows(
+        Form.E2M1, codes, parts, codes.shape[-1] * 2, s.group, c["scale"], factor=factor, exact=exact
+    )
 
 
 def _each_row(x: Tensor, codes: Tensor, parts: tuple[int, ...]) -> Tensor:
