@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import Columns, LogitMetrics, Reference, best_ids, references, relative_error
 from zoo.verify.oracle import Oracle, Transformers
 from zoo.verify.ours import Ours
+from zoo.verify.sharing import Sharing
 from zoo.verify.tolerance import QUANTILES, Spread, representative
 
 SKETCH = 64
@@ -238,6 +239,15 @@ class SpreadMeter:
             apart = relative_error(self._sketches.pop((b, i)), self.sketched(x)).tolist()
             self.layers.setdefault(i, {})[b] = apart
 
+    def told(self, i: int, states: Mapping[int, Tensor], sharing: Sharing) -> None:
+        """The states after layer i of the first way's batches that this rank has: all ranks know of all batches then."""
+        for b, x in states.items():
+            if (r := rows(x, self.batches[b], self.d)) is not None:
+                self.on_layer(b, i, r)
+        for of in sharing.all(self.layers.get(i, {})):
+            if of:
+                self.layers.setdefault(i, {}).update(of)
+
     def second_logits(self, b: int) -> Tensor | None:
         return self._second.pop(b) if self.ways is not None else None
 
@@ -357,9 +367,11 @@ def measure(
     spread: Spread | None = None,
     on_disk: bool = False,
     clock: Clock | None = None,
+    sharing: Sharing | None = None,
 ) -> Measured:
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
-    `clock`: what counts the seconds."""
+    `clock`: what counts the seconds. `sharing`: ranks that have some of the batches each, if the oracle goes by it; all
+    get the same."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
 
@@ -446,6 +458,12 @@ def measure(
             judge_batch(b, kept_ours.pop(b), kept_theirs.pop(b), waiting[b])
         kept_ours.close()
         kept_theirs.close()
+    if sharing is not None and meter is not None:
+        own = {b: (of[b], meter.of[b]) for b in sharing.mine([x.ids.numel() for x in batches])}
+        for seen, visited in sharing.all((own, {i: v.cpu() for i, v in ours.visited.items()})):
+            of |= {b: measured for b, (measured, _) in seen.items()}
+            meter.of |= {b: apart for b, (_, apart) in seen.items()}
+            ours.has_visited(visited)
     out = nothing()
     for b in sorted(of):
         out += of[b]

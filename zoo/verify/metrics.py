@@ -276,9 +276,13 @@ class Columns:
     def __iadd__(self, other: Columns) -> Columns:
         """The tokens of both."""
         if other.n:
-            self.sum = self.sum.to(other.sum.device) + other.sum if self.n else other.sum
+            self.sum = self.sum.cpu() + other.sum.cpu() if self.n else other.sum.cpu()
             self.n += other.n
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process may not have the device."""
+        return {**vars(self), "sum": self.sum.cpu()}
 
     @property
     def mean(self) -> Tensor:
