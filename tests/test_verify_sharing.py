@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from verified import broken, canonical
 
 import zoo
+from zoo.errors import ZooError
 from zoo.verify import reading, sharing
 from zoo.verify.certificate import Certificate
 from zoo.verify.sharing import Sharing
@@ -70,6 +71,8 @@ def shared_by(n: int, work: Path, runs: list[tuple[Path, str, str | None]], monk
             zoo.verify(folder, source, level="logits", dtype=dtype, stream=True, mesh=mesh, write=False)
             for folder, dtype, source in runs
         ]
+        with pytest.raises(ZooError, match="ranks stream where upstream reads the weights"):
+            zoo.verify(runs[0][0], object(), stream=True, mesh=mesh)
         (work / f"{rank}.json").write_text(json.dumps([[told(c) for c in said], dict(log)]))
         dist.destroy_process_group()
         return 0

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from zoo.model.upload import BUFFER, READERS, RUN, Lanes
+from zoo.model.upload import BUFFER, READERS, Lanes
 from zoo.verify.device import available
 from zoo.verify.reading import Range
 from zoo.verify.sharing import Sharing
@@ -38,15 +38,15 @@ class Carrier:
         """Begin to copy those that there is room for, the first first: these."""
         self._take_memory([r for r in ranges if r[2]])
         self.copying.wait_stream(self.computing)
-        own = {r: slice(0, r[2]) if self.sharing is None else self.sharing.own(r[2]) for r in self.coming}
-        # Runs as long as they can be with all threads at work.
-        step = max(BUFFER, min(RUN, sum(at.stop - at.start for at in own.values()) // READERS))
-        runs: dict[Range, list[Future[None]]] = {r: [] for r in self.coming}
-        for r in sorted(self.coming):
-            path, offset, _ = r
-            for at in range(own[r].start, own[r].stop, step):
-                run = self.coming[r][at : min(at + step, own[r].stop)]
-                runs[r].append(self.lanes.fill(path, offset + at, run, torch.uint8))
+        runs: dict[Range, list[Future[None]]] = {}
+        for (path, offset, nbytes), into in self.coming.items():
+            own = slice(0, nbytes) if self.sharing is None else self.sharing.own(nbytes)
+            # All threads at a weight: it is there before the next, and none is left with a long run in the end.
+            step = max(BUFFER, -(-(own.stop - own.start) // (READERS * BUFFER)) * BUFFER)
+            runs[path, offset, nbytes] = [
+                self.lanes.fill(path, offset + at, into[at : min(at + step, own.stop)], torch.uint8)
+                for at in range(own.start, own.stop, step)
+            ]
         self.joined = self.joiner.submit(self._join, dict(self.coming), runs)
         return list(self.coming)
 
