@@ -8,7 +8,7 @@ MoE shape, positional scheme, KV cache per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from zoo.layout import active_params, total_params
 from zoo.order import MEANINGS, order, pattern
@@ -41,6 +41,9 @@ from zoo.spec import (
     ShortConv,
     Spec,
 )
+
+if TYPE_CHECKING:
+    from zoo.manifest import Manifest
 
 T = TypeVar("T")
 
@@ -83,6 +86,41 @@ def describe(spec: Spec) -> dict[str, str]:
         "ends": _ends(spec),
     }
     return {k: v for k, v in lines.items() if v}
+
+
+def published(m: Manifest, spec: Spec | None) -> str:
+    """The publisher's figures; where what is counted from the Spec differs, why: the manifest's words, or which of the
+    counts rounds to the figure."""
+    figures = [(m.params_total, "total"), (m.params_active, "active")]
+    said = ", ".join(f"{count(n)} {what}" for n, what in figures if n)
+    if not said or m.params_convention or spec is None:
+        return said + (f" ({m.params_convention})" if said and m.params_convention else "")
+    counts = (total_params(spec), active_params(spec))
+    why = [_why(n, what, counted, spec) for (n, what), counted in zip(figures, counts, strict=True) if n]
+    return said + (f" ({'; '.join(filter(None, why))})" if any(why) else "")
+
+
+def _why(figure: int, what: str, counted: int, spec: Spec) -> str:
+    """Which parts a published figure leaves out, if the count without them, as exactly as it was published, is the figure."""
+    if abs(counted / figure - 1) < 0.01:
+        return ""
+    parts = params_by_part(spec)
+    ends = parts.get("embedding", 0), parts.get("head", 0)
+    without = {"": 0, "the embedding": ends[0], "embedding and head": sum(ends) if ends[1] else 0}
+    for which, n in without.items():
+        if (n or not which) and abs(counted - n - figure) <= _unit(figure) / 2:
+            return (
+                f"{what}: {count(counted - n)} without {which}, rounded"
+                if n
+                else f"{what}: {count(counted)}, rounded"
+            )
+    return f"{what}: {count(counted)} counted, and no part known that the figure leaves out"
+
+
+def _unit(figure: int) -> int:
+    """What a publisher rounded to: 30.5B is a number of 0.1B, 3B one of 1B, and so is 400B."""
+    whole = next(n for n in (10**12, 10**9, 10**6, 1) if figure >= n)
+    return next(n for n in (whole, whole // 10, whole // 100, 1) if n and figure % n == 0)
 
 
 def size(n: float) -> str:

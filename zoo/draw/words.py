@@ -286,7 +286,8 @@ def _scores(scale: float, dim: int) -> Line:
 
 def _latent(m: LatentAttention) -> Iterator[Line]:
     r = _Read(m)
-    yield Line(f"{r.n_heads} heads of {r.nope_dim} + {r.rope_dim} rotary, values {r.v_head_dim}")
+    shared = "rotary" if m.rope is not None else "shared by all"
+    yield Line(f"{r.n_heads} heads of {r.nope_dim} + {r.rope_dim} {shared}, values {r.v_head_dim}")
     yield Line(f"keys, values through a latent of {number(r.kv_rank)}")
     yield Line(f"queries through {number(r.q_rank)}" if r.q_rank is not None else "queries not compressed")
     yield Line(f"  latents: {norm(r.latent_norm)}")

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from zoo.model.upload import BUFFER, READERS, Lanes
+from zoo.verify.certificate import cores
 from zoo.verify.device import available
 from zoo.verify.reading import Range
 from zoo.verify.sharing import Sharing
+
+MOST_READERS = 16
+"""Measured on 32 cores, files in memory, to one H200 and to two at once: 16 threads 32 and 59 GB/s, 8 threads 18 and 35."""
 
 
 class Carrier:
@@ -29,7 +33,9 @@ class Carrier:
         self.device, self.room, self.sharing = device, room, sharing
         self.computing = torch.cuda.current_stream(device)
         self.copying, self.joining = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self.lanes = Lanes(device, self.copying)
+        ranks = 1 if sharing is None else sharing.n
+        self.readers = min(MOST_READERS, max(READERS, cores() // ranks))
+        self.lanes = Lanes(device, self.copying, self.readers)
         self.coming: dict[Range, Tensor] = {}
         self.joiner = ThreadPoolExecutor(1)
         self.joined: Future[None] | None = None
@@ -42,7 +48,7 @@ class Carrier:
         for (path, offset, nbytes), into in self.coming.items():
             own = slice(0, nbytes) if self.sharing is None else self.sharing.own(nbytes)
             # All threads at a weight: it is there before the next, and none is left with a long run in the end.
-            step = max(BUFFER, -(-(own.stop - own.start) // (READERS * BUFFER)) * BUFFER)
+            step = max(BUFFER, -(-(own.stop - own.start) // (self.readers * BUFFER)) * BUFFER)
             runs[path, offset, nbytes] = [
                 self.lanes.fill(path, offset + at, into[at : min(at + step, own.stop)], torch.uint8)
                 for at in range(own.start, own.stop, step)

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,7 @@ class Certificate:
             "versions": self.versions,
             "machine": machine(),
             "device": self.device,
-        }, sorted(self.places.items(), key=lambda p: -len(p[0])))  # fmt: skip
+        }, _said_instead(self.places))  # fmt: skip
         return out
 
     def write(self, folder: Path, name: str = FILE) -> Path:
@@ -319,16 +320,24 @@ def _number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)  # JSON has no infinity
 
 
-def _clean(x: Any, places: Sequence[tuple[str, str]] = ()) -> Any:
+def _said_instead(places: Mapping[str, str]) -> Callable[[str], str]:
+    """Writes for each path what `places` says, once: a way up to / has the absolute path within it (../../root/model), and
+    what was written is not looked at again. The longest path first; no part of a longer name is one."""
+    if not places:
+        return str
+    names = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+    path = re.compile(rf"(?<![\w.-])(?:{names})(?![\w-]|\.\w)")
+    return lambda text: path.sub(lambda found: places[found[0]], text)
+
+
+def _clean(x: Any, said: Callable[[str], str] = str) -> Any:
     """JSON-safe: no NaN or infinity, floats of six digits, which is what they are good for; no path of this machine."""
     if isinstance(x, Mapping):
-        return {str(k): _clean(v, places) for k, v in x.items()}
+        return {str(k): _clean(v, said) for k, v in x.items()}
     if isinstance(x, list | tuple):
-        return [_clean(v, places) for v in x]
+        return [_clean(v, said) for v in x]
     if isinstance(x, str):
-        for place, said in places:
-            x = x.replace(place, said)
-        return x
+        return said(x)
     if isinstance(x, float):
         return float(f"{x:.6g}") if math.isfinite(x) else str(x)
     return x

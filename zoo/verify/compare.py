@@ -215,7 +215,8 @@ class SpreadMeter:
         """`d`: the model's width. `kept`: where the second way's logits wait for the first's."""
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
         self.ways: tuple[str, str] | None = None
-        self.layers: dict[int, dict[int, list[float]]] = {}  # layer -> batch -> of each token
+        self.layers: dict[int, dict[int, list[float]]] = {}  # layer -> batch -> of each token: what is judged
+        self.states: dict[int, dict[int, list[float]]] = {}  # against the state as it is: what a router sees
         self.of = {b: Apart(LogitMetrics(five=False), columns_of(dtype)) for b in range(len(self.batches))}
         self._sketches: dict[tuple[int, int], Tensor] = {}
         self._second = kept
@@ -233,20 +234,22 @@ class SpreadMeter:
             self._sketch[x.shape[-1]] = Sketch(x.shape[-1])
         return self._sketch[x.shape[-1]](x)
 
-    def on_layer(self, b: int, i: int, x: Tensor) -> None:
-        """`x` [N, D]: the first way's state."""
+    def on_layer(self, b: int, i: int, x: Tensor, share: Tensor | None = None) -> None:
+        """`x` [N, D]: the first way's state. `share` [N]: see `Longest`."""
         if (b, i) in self._sketches:
-            apart = relative_error(self._sketches.pop((b, i)), self.sketched(x)).tolist()
-            self.layers.setdefault(i, {})[b] = apart
+            error = relative_error(self._sketches.pop((b, i)), self.sketched(x))
+            self.states.setdefault(i, {})[b] = error.tolist()
+            self.layers.setdefault(i, {})[b] = (error if share is None else error * share).tolist()
 
     def told(self, i: int, states: Mapping[int, Tensor], sharing: Sharing) -> None:
         """The states after layer i of the first way's batches that this rank has: all ranks know of all batches then."""
         for b, x in states.items():
             if (r := rows(x, self.batches[b], self.d)) is not None:
                 self.on_layer(b, i, r)
-        for of in sharing.all(self.layers.get(i, {})):
+        for of, judged in sharing.all((self.states.get(i, {}), self.layers.get(i, {}))):
             if of:
-                self.layers.setdefault(i, {}).update(of)
+                self.states.setdefault(i, {}).update(of)
+                self.layers.setdefault(i, {}).update(judged)
 
     def second_logits(self, b: int) -> Tensor | None:
         return self._second.pop(b) if self.ways is not None else None
@@ -257,22 +260,25 @@ class SpreadMeter:
 
     def noise(self) -> list[float]:
         """Per layer, the spread of a representative token, as far as has been seen."""
-        return [self.noise_after(i) for i in range(max(self.layers, default=-1) + 1)]
+        return [self.noise_after(i) for i in range(max(self.states, default=-1) + 1)]
 
     def noise_after(self, i: int, b: int | None = None) -> float:
         """The spread of a representative token after layer i, as far as has been seen, and in batches up to `b`."""
-        of = self.layers.get(i, {})
-        seen = [x for k in sorted(of) if b is None or k <= b for x in of[k]]
-        return representative(self.dtype, seen)
+        of = self.states.get(i, {})
+        return representative(self.dtype, [x for k in sorted(of) if b is None or k <= b for x in of[k]])
 
     def result(self) -> Spread:
         self._second.close()
         if self.ways is None:
             return Spread()
+        judged = [
+            representative(self.dtype, [x for b in sorted(of) for x in of[b]])
+            for of in (self.layers.get(i, {}) for i in range(max(self.layers, default=-1) + 1))
+        ]
         all_of_it = Apart(LogitMetrics(five=False), columns_of(self.dtype))
         for b in sorted(self.of):
             all_of_it += self.of[b]
-        return Spread.of(self.ways, all_of_it.logits, self.noise(), all_of_it.columns)
+        return Spread.of(self.ways, all_of_it.logits, judged, all_of_it.columns)
 
 
 @dataclass
@@ -292,6 +298,24 @@ class Apart:
         if self.columns is not None and later.columns is not None:
             self.columns += later.columns
         return self
+
+
+class Longest:
+    """How long upstream's states are, beside the longest that each has been.
+
+    In many models the first token of a text is thousands long from an early layer on, nearly all of it in one channel, until a late
+    layer takes that away. What is left carries the rounding of what there was: one number's, so that of two right runs one may
+    easily be off by several times as much as the other. Against the longest that the state has been it is rounding like any other."""
+
+    def __init__(self) -> None:
+        self._longest: dict[int, Tensor] = {}
+
+    def share(self, b: int, theirs: Tensor) -> Tensor:
+        """Of batch `b` after its next layer, [N, D] -> [N], at most 1."""
+        now = theirs.double().norm(dim=-1)
+        longest = self._longest[b] = torch.maximum(now, self._longest.get(b, now))
+        share: Tensor = (now / longest).nan_to_num(nan=1.0).clamp(min=1e-30)
+        return share
 
 
 def drive_both(
@@ -367,11 +391,12 @@ def measure(
     spread: Spread | None = None,
     on_disk: bool = False,
     clock: Clock | None = None,
+    longest: Longest | None = None,
     sharing: Sharing | None = None,
 ) -> Measured:
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
-    `clock`: what counts the seconds. `sharing`: ranks that have some of the batches each, if the oracle goes by it; all
-    get the same."""
+    `clock`: what counts the seconds. `longest`: states are held against the longest that they have been. `sharing`: ranks
+    that have some of the batches each, if the oracle goes by it; all get the same."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
 
@@ -401,13 +426,14 @@ def measure(
             theirs = None if theirs is None else theirs.to(ours.device)
             if own is not None and isinstance(x, Sketched):
                 own = x.of(own)
+            share = longest.share(b, theirs) if longest is not None and theirs is not None else None
             if meter is not None and theirs is not None:
-                meter.on_layer(b, i, theirs)
+                meter.on_layer(b, i, theirs, share)
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 error = relative_error(own, theirs)
                 if meter is not None and dtype == "fp32" and isinstance(x, Tensor) and ours.has_experts(i):
                     error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i, b), out)
-                out.layers[i] += error.tolist()
+                out.layers[i] += (error if share is None else error * share).tolist()
 
     kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
     waiting: dict[int, Tensor | None] = {}
