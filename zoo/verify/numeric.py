@@ -85,6 +85,7 @@ class Comparison:
             if of_bytes is not None:
                 of_bytes.told()
             self.window.sharing = None
+            sharing.close()
             if not sharing.first:
                 return asked, measured
         if of_bytes is not None:

@@ -71,5 +71,11 @@ class Sharing:
             own = whole[self.rank * part : (self.rank + 1) * part]
             dist.all_gather_into_tensor(whole, own, group=self.weights)
 
+    def close(self) -> None:
+        """Nothing more is said. All ranks do this."""
+        self.all(None)
+        for group in (self.weights, self.words):
+            dist.destroy_process_group(group)
+
     def _part(self, nbytes: int) -> int:
         return -(-nbytes // (self.n * ALIGNED)) * ALIGNED
