@@ -96,7 +96,9 @@ def told(cert: Certificate) -> dict[str, Any]:
 def check(runs: list[tuple[Path, str, str | None]], work: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The certificates of ranks are those of one process, and each has read its part; these."""
     (first, read), (second, other) = shared_by(N, work / "several", runs, monkeypatch)
-    ((alone, _),) = shared_by(1, work / "one", runs, monkeypatch)  # with the settings that the ranks have
+    ((alone, _),) = shared_by(
+        1, work / "one", runs, monkeypatch
+    )  # in a fork, too: there torch computes, not numba
     assert first == second
     for one, of_ranks in zip(alone, first, strict=True):
         assert (one.pop("of ranks"), of_ranks.pop("of ranks")) == (1, N)
