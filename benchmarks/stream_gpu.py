@@ -1,11 +1,13 @@
 """Streaming on a GPU: the rate at which a pass gets through the weights, beside the rate at which the same files are read.
 
-    python benchmarks/stream_gpu.py [STEM ...] --json FILE [--tmp DIR] [--gigabytes N]
+    python benchmarks/stream_gpu.py [STEM ...] --json FILE [--tmp DIR] [--gigabytes N] [--streamed]
         random weights of released shapes (default: llama-3.1-8b; gpt-oss-20b with its experts in mxfp4) are written to disk and
-        converted. `zoo verify --dtype bf16`: all levels unstreamed with all of the GPU; up to logits streamed with as many
-        gigabytes of it (6; 20 for experts that upstream dequantises a layer of), files in the page cache, and again with the files
-        put out of it just before the pass
-    python benchmarks/stream_gpu.py --tiny --device cpu --json FILE
+        converted. `zoo verify --dtype bf16`: all levels unstreamed with all of the GPU (not with --streamed); up to logits streamed
+        with as many gigabytes of it (6; 12 for experts that upstream dequantises a layer of), files in the page cache, and again
+        with the files put out of it just before the pass
+    python benchmarks/stream_gpu.py --ranks 2 --json FILE [--layers 12] [--tmp /dev/shm]
+        so many layers of the shape of Llama 3.1 70B, streamed by one GPU and by so many, in turn
+    python benchmarks/stream_gpu.py --tiny --device cpu --json FILE [--ranks 2]
         the same steps with small shapes, to see that they work
 
 A pass reads the source and the canonical folder, both once: its rate is the bytes of both over the seconds of the phases waiting for
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import subprocess
@@ -32,7 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 READERS, RUN, BUFFER = 8, 1 << 28, 1 << 24
 PASS = ("waiting for files", "oracle", "oracle, second way", "ours", "metrics", "plan and bytes")
-LIMITS = {"llama-3.1-8b": 6.0, "gpt-oss-20b": 20.0}
+LIMITS = {"llama-3.1-8b": 6.0, "gpt-oss-20b": 12.0}
+OF_70B = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+}  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -44,27 +50,41 @@ def child(canon: str, device: str, stream: str, gigabytes: float, cold: str) -> 
     import torch
 
     import zoo
+    from zoo.cli._ranks import together
+    from zoo.verify.reading import Window
 
     files = weights(Path(canon).parent)
     if gigabytes and device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+    left: list[float] = []
+    let_go = Window.let_go
+
+    def noted(self: Window) -> None:
+        left.append(time.perf_counter())
+        let_go(self)
+
+    Window.let_go = noted  # type: ignore[method-assign]
 
     def progress(text: str) -> None:
         if cold and text.startswith("layers and logits"):  # what was hashed is in the cache again
             put_out(files)
 
-    began = time.perf_counter()
-    cert = zoo.verify(
-        canon,
-        level="logits" if stream else None,
-        dtype="bf16",
-        device=device,
-        stream=bool(stream),
-        write=False,
-        progress=progress,
-    )
-    seconds = time.perf_counter() - began
+    with together(device) as ranks:
+        began = time.perf_counter()
+        cert = zoo.verify(
+            canon,
+            level="logits" if stream else None,
+            dtype="bf16",
+            device=ranks.device,
+            mesh=ranks.mesh,
+            stream=bool(stream),
+            write=False,
+            progress=progress,
+        )
+        seconds = time.perf_counter() - began
+    if not ranks.first:
+        return
     passing = sum(cert.timing.get(phase, 0.0) for phase in PASS)
     size = sum(f.stat().st_size for f in files)
     failed = [
@@ -73,9 +93,13 @@ def child(canon: str, device: str, stream: str, gigabytes: float, cold: str) -> 
         for c in x.checks
         if not c.passed
     ]
+    steps = sorted(
+        b - a for a, b in itertools.pairwise(left[1:-1])
+    )  # not the first layer, nor what comes after the last
     print(json.dumps({
         "verdict": cert.verdict, "failed": failed, "not checked": cert.not_checked, "seconds": seconds, "timing": cert.timing,
-        "pass": passing, "bytes_per_second": size / passing, "tokens": (cert.inputs or {}).get("tokens"),
+        "pass": passing, "bytes_per_second": size / passing, "seconds a layer": steps[len(steps) // 2] if steps else None,
+        "tokens": (cert.inputs or {}).get("tokens"), "ranks": cert.device.get("ranks", 1),
         "gpu_memory": torch.cuda.max_memory_reserved() if device == "cuda" else None,
     }))  # fmt: skip
 
@@ -149,12 +173,11 @@ def measure(stem: str, args: argparse.Namespace, out: dict[str, Any], keep: Call
         out["raw bytes per second"] = rates
         print("  read at " + ", ".join(f"{r / 1e9:.2f} GB/s ({k})" for k, r in rates.items()), flush=True)
         for name, stream, limit, cold in (
-            ("unstreamed, page cache", "", 0.0, ""),
+            *([] if args.streamed else [("unstreamed, page cache", "", 0.0, "")]),
             ("streamed, page cache", "1", gigabytes, ""),
             ("streamed, disk", "1", gigabytes, "1"),
         ):
-            command = [sys.executable, __file__, "--child", str(canon), args.device, stream, str(limit), cold]
-            ran = subprocess.run(command, capture_output=True, text=True)
+            ran = verified(canon, args.device, stream, limit, cold)
             if ran.returncode:
                 out[name] = {"verdict": "error", "error": ran.stderr[-2000:]}
                 keep()
@@ -171,6 +194,42 @@ def measure(stem: str, args: argparse.Namespace, out: dict[str, Any], keep: Call
             )
 
 
+def verified(
+    canon: Path, device: str, stream: str, limit: float, cold: str, ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """`child`, in a process of its own, or in so many."""
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *how, __file__, "--child", str(canon), device, stream, str(limit), cold]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def measure_ranks(args: argparse.Namespace, out: dict[str, Any], keep: Callable[[], None]) -> None:
+    """One GPU beside several, twice each, in turn."""
+    from gpu_verify import released_config, written
+
+    import zoo
+
+    config = released_config("llama-3.1-8b") | {"num_hidden_layers": args.layers}
+    config |= TINY if args.tiny else OF_70B
+    with tempfile.TemporaryDirectory(prefix="zoo-bench-", dir=args.tmp) as holder:
+        folder, began = Path(holder), time.perf_counter()
+        size = written(config, folder / "source")
+        canon = zoo.convert(folder / "source", folder / "canonical")
+        out |= {"model": "Llama 3.1 70B's shape", "layers": args.layers, "bytes": size}
+        print(f"{size / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s", flush=True)
+        out["raw bytes per second"] = raw_rate(weights(folder))
+        for k, ranks in enumerate((1, args.ranks, 1, args.ranks)):
+            ran = verified(canon, args.device, "1", 0.0, "", ranks)
+            lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+            if ran.returncode or not lines:
+                row = {"verdict": "error", "error": ran.stderr[-3000:]}
+            else:
+                row = json.loads(lines[-1])
+            out[f"{ranks} ranks, run {k // 2 + 1}"] = row
+            keep()
+            print(f"  {ranks}: {json.dumps(row)}", flush=True)
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         canon, device, stream, gigabytes, cold = sys.argv[2:]
@@ -179,6 +238,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("stem", nargs="*", default=["llama-3.1-8b", "gpt-oss-20b"])
     parser.add_argument("--gigabytes", type=float)
+    parser.add_argument("--streamed", action="store_true")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tmp", type=Path)
@@ -203,7 +265,10 @@ def main() -> int:
     def keep() -> None:
         args.json.write_text(json.dumps({**about, "models": rows}, indent=1) + "\n")
 
-    for stem in args.stem:
+    if args.ranks:
+        rows.append({})
+        measure_ranks(args, rows[-1], keep)
+    for stem in [] if args.ranks else args.stem:
         rows.append({})
         measure(stem, args, rows[-1], keep)
     ran = [row for model in rows for row in model.values() if isinstance(row, dict) and "verdict" in row]

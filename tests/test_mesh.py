@@ -459,6 +459,9 @@ def test_torchrun_verifies_as_one_process_does_and_generates_the_same(name: str,
         cert = json.loads(text)
         assert cert["verdict"] == "passed" and cert["device"]["ranks"] == 2
         assert list(cert["levels"]) == ["plan", "bytes", "layers", "logits", "decode"]
+    text = torchrun("verify", str(canon), "--stream", "--json", "-o", str(tmp_path / "parity.json"))
+    cert = json.loads(text)
+    assert cert["verdict"] == "passed" and cert["device"]["ranks"] == 2 and cert["oracle"]["streamed"]
     ids = ["1 2 3", "--ids", "-n", "12", "--json"]
     one = zoo.load(canon).generate(torch.tensor([[1, 2, 3]]), 12)[0, 3:].tolist()
     assert json.loads(torchrun("generate", str(canon), *ids))["tokens"] == one

@@ -75,7 +75,7 @@ def test_a_pass_holds_no_more_than_the_room_it_is_left_and_not_a_small_part_of_i
     folder = zoo.convert(tmp_path / "source", tmp_path / "canonical")
     left, held = [], Held()
 
-    def ahead(self: StreamedTransformers, batches: Any) -> Copies:
+    def ahead(self: StreamedTransformers, batches: Any, _sharing: Any) -> Copies:
         left.append(self._takes(batches))
         self.around_pass = lambda: held
         return Copies(uncounted=True)

@@ -153,7 +153,9 @@ def test_layers_that_are_copied_ahead_are_what_is_compared(
 
     def ran(ahead: Copies | None) -> Certificate:
         monkeypatch.setattr(
-            StreamedTransformers, "_ahead", lambda self, batches: ahead if self._takes(batches) > 0 else None
+            StreamedTransformers,
+            "_ahead",
+            lambda self, batches, _sharing: ahead if self._takes(batches) > 0 else None,
         )
         return zoo.verify(root, level="logits", dtype="bf16", stream=True, write=False)
 

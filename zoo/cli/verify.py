@@ -65,9 +65,10 @@ def command(
     CANON may be a GGUF that zoo or llama.cpp wrote of the canonical folder --against: then its tensors, fields and tokenizer are held
     against the folder's, and nothing is kept but what -o names.
 
-    torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON: of GPUs, each has one of its own.
+    torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON (with --stream: texts, and the reading of each
+    layer): of GPUs, each has one of its own.
 
-    \b
+    
     Examples:
       zoo verify smollm2-135m --pull
       zoo verify canonical --level logits --self-test

@@ -36,13 +36,13 @@ VECTOR = 1024  # buffers that one call fills, at most (IOV_MAX)
 class Lanes:
     """Threads that fill tensors on a CUDA device from files, by copies on `stream`."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream, readers: int = READERS) -> None:
         self.device, self.stream = device, stream
-        self.pool = ThreadPoolExecutor(READERS)
+        self.pool = ThreadPoolExecutor(readers)
         self.lanes: LifoQueue[_Lane] = (
             LifoQueue()
         )  # the one used last comes first: buffers are made for those in use
-        for _ in range(READERS):
+        for _ in range(readers):
             self.lanes.put(_Lane(device, stream))
 
     def fill(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> Future[None]:

@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, inside, leads_out, read_json
 from zoo.plain import write_plain
+
+if TYPE_CHECKING:
+    from zoo.verify.sharing import Sharing
 
 SCHEMA = "zoo-parity-1"
 READERS = 8
@@ -376,9 +379,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Files at once by as many threads as there are cores: hashing one takes a core, and a disk gives more than that."""
+def hash_files(root: Path, names: Iterable[str], sharing: Sharing | None = None) -> dict[str, dict[str, Any]]:
+    """Files at once by as many threads as there are cores: hashing one takes a core, and a disk gives more than that.
+    `sharing`: ranks that hash some of them each."""
     ordered = sorted(set(names))
+    if sharing is not None:
+        ordered = [ordered[k] for k in sharing.mine([(root / n).stat().st_size for n in ordered])]
     with ThreadPoolExecutor(min(READERS, cores())) as pool:
         digests = pool.map(lambda n: sha256(root / n), ordered)
         return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import Columns, LogitMetrics, Reference, best_ids, references, relative_error
 from zoo.verify.oracle import Oracle, Transformers
 from zoo.verify.ours import Ours
+from zoo.verify.sharing import Sharing
 from zoo.verify.tolerance import QUANTILES, Spread, representative
 
 SKETCH = 64
@@ -110,23 +111,28 @@ class Measured:
     spread: Spread = field(default_factory=Spread)
     theirs_are: str | None = None  # what the oracle gives in place of logits, or of logits in the dtype
 
+    def __iadd__(self, later: Measured) -> Measured:
+        """With what the tokens after these give; `spread` is of all, and stays."""
+        for mine, others in zip(self.layers, later.layers, strict=True):
+            mine += others
+        self.settled += later.settled
+        self.ties += later.ties
+        self.oracle_layers = max(self.oracle_layers, later.oracle_layers)
+        self.turned += later.turned
+        self.leads += later.leads
+        if self.columns is not None and later.columns is not None:
+            self.columns += later.columns
+        self.theirs_are = self.theirs_are or later.theirs_are
+        return self
+
     @property
     def everything(self) -> LogitMetrics:
-        return self.settled if not self.ties.n else _joined(self.settled, self.ties)
-
-
-def _joined(a: LogitMetrics, b: LogitMetrics) -> LogitMetrics:
-    out = LogitMetrics()
-    for m in (a, b):
-        for q, r in ((out.error, m.error), (out.kl, m.kl)):
-            q.counts += r.counts
-            q.max = max(q.max, r.max)
-            q.sum += r.sum
-        for name in ("n", "top1", "top5", "nll_ours", "nll_theirs", "n_next"):
-            setattr(out, name, getattr(out, name) + getattr(m, name))
-        out.scatter = out.scatter + m.scatter
-        out.largest = max(out.largest, m.largest)
-    return out
+        if not self.ties.n:
+            return self.settled
+        out = LogitMetrics()
+        out += self.settled
+        out += self.ties
+        return out
 
 
 OnLayer = Callable[[int, int, Tensor | Sketched], None]  # batch, layer, state
@@ -209,10 +215,9 @@ class SpreadMeter:
         """`d`: the model's width. `kept`: where the second way's logits wait for the first's."""
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
         self.ways: tuple[str, str] | None = None
-        self.layers: dict[int, list[float]] = {}  # what is judged
-        self.states: dict[int, list[float]] = {}  # against the state as it is: what a router sees
-        self.logits = LogitMetrics(five=False)
-        self.columns = columns_of(dtype)
+        self.layers: dict[int, dict[int, list[float]]] = {}  # layer -> batch -> of each token: what is judged
+        self.states: dict[int, dict[int, list[float]]] = {}  # against the state as it is: what a router sees
+        self.of = {b: Apart(LogitMetrics(five=False), columns_of(dtype)) for b in range(len(self.batches))}
         self._sketches: dict[tuple[int, int], Tensor] = {}
         self._second = kept
         self._sketch: dict[int, Sketch] = {}
@@ -233,27 +238,66 @@ class SpreadMeter:
         """`x` [N, D]: the first way's state. `share` [N]: see `Longest`."""
         if (b, i) in self._sketches:
             error = relative_error(self._sketches.pop((b, i)), self.sketched(x))
-            self.states.setdefault(i, []).extend(error.tolist())
-            self.layers.setdefault(i, []).extend((error if share is None else error * share).tolist())
+            self.states.setdefault(i, {})[b] = error.tolist()
+            self.layers.setdefault(i, {})[b] = (error if share is None else error * share).tolist()
+
+    def told(self, i: int, states: Mapping[int, Tensor], sharing: Sharing) -> None:
+        """The states after layer i of the first way's batches that this rank has: all ranks know of all batches then."""
+        for b, x in states.items():
+            if (r := rows(x, self.batches[b], self.d)) is not None:
+                self.on_layer(b, i, r)
+        for of, judged in sharing.all((self.states.get(i, {}), self.layers.get(i, {}))):
+            if of:
+                self.states.setdefault(i, {}).update(of)
+                self.layers.setdefault(i, {}).update(judged)
 
     def second_logits(self, b: int) -> Tensor | None:
         return self._second.pop(b) if self.ways is not None else None
+
+    def on_logits(self, b: int, other: Tensor, reference: Reference) -> None:
+        """Some rows of the second way's, against the first's."""
+        self.of[b].add(other, reference)
 
     def noise(self) -> list[float]:
         """Per layer, the spread of a representative token, as far as has been seen."""
         return [self.noise_after(i) for i in range(max(self.states, default=-1) + 1)]
 
-    def noise_after(self, i: int) -> float:
-        """The spread of a representative token after layer i, as far as has been seen."""
-        return representative(self.dtype, self.states.get(i, []))
+    def noise_after(self, i: int, b: int | None = None) -> float:
+        """The spread of a representative token after layer i, as far as has been seen, and in batches up to `b`."""
+        of = self.states.get(i, {})
+        return representative(self.dtype, [x for k in sorted(of) if b is None or k <= b for x in of[k]])
 
     def result(self) -> Spread:
         self._second.close()
+        if self.ways is None:
+            return Spread()
         judged = [
-            representative(self.dtype, self.layers.get(i, []))
-            for i in range(max(self.layers, default=-1) + 1)
+            representative(self.dtype, [x for b in sorted(of) for x in of[b]])
+            for of in (self.layers.get(i, {}) for i in range(max(self.layers, default=-1) + 1))
         ]
-        return Spread() if self.ways is None else Spread.of(self.ways, self.logits, judged, self.columns)
+        all_of_it = Apart(LogitMetrics(five=False), columns_of(self.dtype))
+        for b in sorted(self.of):
+            all_of_it += self.of[b]
+        return Spread.of(self.ways, all_of_it.logits, judged, all_of_it.columns)
+
+
+@dataclass
+class Apart:
+    """How far logits are from others: by token and, in lower precision, by id."""
+
+    logits: LogitMetrics
+    columns: Columns | None
+
+    def add(self, other: Tensor, reference: Reference) -> None:
+        self.logits.add(other, reference)
+        if self.columns is not None:
+            self.columns.add(other, reference)
+
+    def __iadd__(self, later: Apart) -> Apart:
+        self.logits += later.logits
+        if self.columns is not None and later.columns is not None:
+            self.columns += later.columns
+        return self
 
 
 class Longest:
@@ -348,12 +392,19 @@ def measure(
     on_disk: bool = False,
     clock: Clock | None = None,
     longest: Longest | None = None,
+    sharing: Sharing | None = None,
 ) -> Measured:
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
-    `clock`: what counts the seconds. `longest`: states are held against the longest that they have been."""
+    `clock`: what counts the seconds. `longest`: states are held against the longest that they have been. `sharing`: ranks
+    that have some of the batches each, if the oracle goes by it; all get the same."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
-    out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
+
+    def nothing() -> Measured:
+        return Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
+
+    # Each batch by itself, and in the end their sum: which were together in a pass leaves no trace in how floats were rounded.
+    of = {b: nothing() for b in range(len(batches))}
     clock = clock or Clock()
     # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known: before any logits if
     # all batches go through the layers together.
@@ -363,6 +414,7 @@ def measure(
     meter = SpreadMeter(inputs, d, dtype, Kept(on_disk)) if spread is None else None
 
     def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
+        out = of[b]
         out.oracle_layers = max(out.oracle_layers, i + 1)
         with clock("ours"):
             if b not in ours.state:
@@ -380,7 +432,7 @@ def measure(
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 error = relative_error(own, theirs)
                 if meter is not None and dtype == "fp32" and isinstance(x, Tensor) and ours.has_experts(i):
-                    error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i), out)
+                    error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i, b), out)
                 out.layers[i] += (error if share is None else error * share).tolist()
 
     kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
@@ -398,7 +450,7 @@ def measure(
             )
         theirs = theirs.to(ours.device)
         with clock("metrics"):
-            out.theirs_are = out.theirs_are or form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
+            of[b].theirs_are = form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
             margins = ours.margins(b)
             if not waits:
                 judge_batch(b, mine, theirs, margins)
@@ -408,7 +460,7 @@ def measure(
                 kept_theirs.put(b, theirs)
 
     def judge_batch(b: int, mine: Tensor, theirs: Tensor, margins: Tensor | None) -> None:
-        batch = batches[b]
+        batch, out = batches[b], of[b]
         other = meter.second_logits(b) if meter is not None else None
         other = None if other is None else other.to(ours.device)
         noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
@@ -417,9 +469,7 @@ def measure(
         for r, n in enumerate(batch.lengths):  # a row at a time: views, no copies of what is large
             for at, reference in references(theirs[r, :n], batch.following[r, :n]):
                 if meter is not None and other is not None:
-                    meter.logits.add(other[r, :n][at], reference)
-                    if meter.columns is not None:
-                        meter.columns.add(other[r, :n][at], reference)
+                    meter.on_logits(b, other[r, :n][at], reference)
                 judge_rows(out, mine[r, :n][at], reference, tied[first : first + n][at])
             out.settled.sample(mine[r, :n], theirs[r, :n])
             first += n
@@ -434,6 +484,15 @@ def measure(
             judge_batch(b, kept_ours.pop(b), kept_theirs.pop(b), waiting[b])
         kept_ours.close()
         kept_theirs.close()
+    if sharing is not None and meter is not None:
+        own = {b: (of[b], meter.of[b]) for b in sharing.mine([x.ids.numel() for x in batches])}
+        for seen, visited in sharing.all((own, {i: v.cpu() for i, v in ours.visited.items()})):
+            of |= {b: measured for b, (measured, _) in seen.items()}
+            meter.of |= {b: apart for b, (_, apart) in seen.items()}
+            ours.has_visited(visited)
+    out = nothing()
+    for b in sorted(of):
+        out += of[b]
     out.spread = meter.result() if meter is not None else (spread or Spread())
     if meter is not None and meter.ways is None and not is_upstream(oracle):
         out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")

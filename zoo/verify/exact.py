@@ -198,6 +198,11 @@ class Bytes:
         self.window = window
         self.read: Read = mapped_range if window is None else window.range
         self.names = [n for n in plan.outputs if n in folder.tensors and (override is None or n in override)]
+        self.sharing = None if window is None else window.sharing
+        self.own = frozenset(self.names)  # what this rank looks at beside the pass
+        if self.sharing is not None:
+            sizes = [folder.tensors[n].nbytes for n in self.names]
+            self.own = frozenset(self.names[k] for k in self.sharing.mine(sizes))
         self.seconds = 0.0
         self._found: dict[
             str, int | Tensor
@@ -210,9 +215,10 @@ class Bytes:
             yield from self._sources(name)
 
     def computes_with(self, layer: int | None) -> Iterator[Range]:
-        """What lies on both sides as it is compared."""
-        for name in self._of(layer):
-            if self._bits_alone(name):
+        """What lies on both sides as it is compared, whichever rank does that: all ask for the same."""
+        starts = _prefix(layer)
+        for name in self.names:
+            if name.startswith(starts) == (layer is not None) and self._bits_alone(name):
                 yield self._mine(name)
                 yield from self._sources(name)
 
@@ -236,8 +242,15 @@ class Bytes:
 
     def _of(self, layer: int | None) -> list[str]:
         """What has not been looked at yet, of a layer or beside the layers."""
-        starts = "layers." if layer is None else f"layers.{layer}."
-        return [n for n in self.names if n.startswith(starts) == (layer is not None) and n not in self._found]
+        starts = _prefix(layer)
+        own = [n for n in self.names if n.startswith(starts) == (layer is not None) and n in self.own]
+        return [n for n in own if n not in self._found]
+
+    def told(self) -> None:
+        """What the others have found, of several ranks, each of which has looked at its own."""
+        if self.sharing is not None:
+            for found in self.sharing.all({n: int(count) for n, count in self._found.items()}):
+                self._found |= found
 
     def look(self, names: Sequence[str]) -> None:
         """Compare these."""
@@ -350,6 +363,11 @@ class Bytes:
             ),
         ]
         level.notes += moved[:5] + changed[:5]
+
+
+def _prefix(layer: int | None) -> str:
+    """What a layer's names begin with; None: those of all layers."""
+    return "layers." if layer is None else f"layers.{layer}."
 
 
 def _alike_but_for_dtype(a: Path, b: Path) -> bool:

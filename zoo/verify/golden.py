@@ -360,7 +360,7 @@ def record(
         )
         for at, reference in references(theirs, batch.following[batch.mask]):
             if other is not None:
-                meter.logits.add(other[at], reference)
+                meter.on_logits(b, other[at], reference)
 
     drive_both(oracle, inputs.batches, meter, on_layer, on_logits)
     if width:

@@ -39,6 +39,13 @@ class Quantiles:
         self.sum += float(x.sum())
         self.counts += _counted(x)
 
+    def __iadd__(self, other: Quantiles) -> Quantiles:
+        """The numbers of both."""
+        self.counts += other.counts
+        self.max = max(self.max, other.max)
+        self.sum += other.sum
+        return self
+
     @property
     def n(self) -> int:
         return int(self.counts.sum())
@@ -96,15 +103,23 @@ CHUNK = {
     "cpu": 1 << 21,
     "cuda": 1 << 24,
 }  # logits worked on at a time: what stays in a cache; what fills a GPU
+SCATTER = 4000  # points of the plot, about
 COLUMNS = 8192  # at most so many logits of a token (and its largest error) count towards the quantiles
 
 
 class Reference:
     """What several comparisons need of the oracle's logits [N, V]: computed once."""
 
-    def __init__(self, logits: Tensor, following: Tensor, scratch: Tensor | None = None) -> None:
-        """`scratch`: memory of the logits' size and dtype to use."""
+    def __init__(
+        self,
+        logits: Tensor,
+        following: Tensor,
+        scratch: Tensor | None = None,
+        apart: Tensor | None = None,
+    ) -> None:
+        """`scratch`, `apart`: memory of the logits' size and dtype to use, here and by whoever compares."""
         self.logits, self.following = logits, following
+        self.apart = torch.empty_like(logits) if apart is None else apart
         peak = logits.amax(-1, keepdim=True)
         self.weights = torch.sub(logits, peak, out=scratch).exp_()  # softmax, not yet divided by its sum
         self.sums = self.weights.sum(-1)  # [N]
@@ -119,6 +134,7 @@ class Reference:
         part = object.__new__(Reference)
         for name in ("logits", "following", "weights", "sums", "lse", "best"):
             setattr(part, name, getattr(self, name)[rows])
+        part.apart = self.apart[: len(part.logits)]
         part.largest = self.largest
         return part
 
@@ -128,11 +144,12 @@ def references(logits: Tensor, following: Tensor) -> Iterator[tuple[slice, Refer
     step = max(1, CHUNK[logits.device.type] // max(1, logits.shape[-1]))
     following = following.to(logits.device)
     # One piece of memory for all: fresh pages cost more than what is written to them.
-    scratch = logits.new_empty(min(step, len(logits)), logits.shape[-1], dtype=torch.float32)
+    scratch, apart = logits.new_empty(2, min(step, len(logits)), logits.shape[-1], dtype=torch.float32)
     for i in range(0, len(logits), step):
         at = slice(i, i + step)
         piece = logits[at].float()
-        yield at, Reference(piece, following[at], scratch[: len(piece)])
+        n = len(piece)
+        yield at, Reference(piece, following[at], scratch[:n], apart[:n])
 
 
 @dataclass
@@ -151,16 +168,13 @@ class LogitMetrics:
     nll_theirs: float = 0.0
     n_next: int = 0
     scatter: list[tuple[float, float]] = field(default_factory=list)
-    _scratch: Tensor | None = field(default=None, repr=False, compare=False)
 
     def add(self, ours: Tensor, theirs: Reference) -> None:
         """ours [N, V] against the same rows of the oracle's."""
         if not len(ours):
             return
         ours = ours.float()
-        if self._scratch is None or self._scratch.shape != ours.shape or self._scratch.device != ours.device:
-            self._scratch = torch.empty_like(ours)
-        d = torch.sub(ours, theirs.logits, out=self._scratch)  # [N, V]
+        d = torch.sub(ours, theirs.logits, out=theirs.apart)  # [N, V]
         worst = torch.maximum(d.amax(-1), -d.amin(-1)).abs()  # of equal rows it is 0, not -0
         if not bool(worst.isfinite().all()):  # what is no number is infinitely wrong
             d = torch.nan_to_num(d, nan=math.inf, posinf=math.inf, neginf=-math.inf)
@@ -190,9 +204,20 @@ class LogitMetrics:
         self.nll_ours += float(nll_theirs + apart[real].double().sum())
         self.n_next += int(real.sum())
 
+    def __iadd__(self, other: LogitMetrics) -> LogitMetrics:
+        """The positions of both."""
+        self.error += other.error
+        self.kl += other.kl
+        for name in ("n", "top1", "top5", "nll_ours", "nll_theirs", "n_next"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest = max(self.largest, other.largest)
+        if len(self.scatter) <= SCATTER:
+            self.scatter += other.scatter
+        return self
+
     def sample(self, ours: Tensor, theirs: Tensor) -> None:
         """A few hundred (theirs, ours) pairs for the scatter plot: the top of each token, and a stride."""
-        if len(self.scatter) > 4000:
+        if len(self.scatter) > SCATTER:
             return
         flat = torch.arange(0, theirs.numel(), max(1, theirs.numel() // 60), device=theirs.device)
         top = (
@@ -247,6 +272,17 @@ class Columns:
             found = error.T @ torch.maximum(size, self.ulp * least).reciprocal()
             self.sum = self.sum + found if self.n else found
             self.n += len(error)
+
+    def __iadd__(self, other: Columns) -> Columns:
+        """The tokens of both."""
+        if other.n:
+            self.sum = self.sum.cpu() + other.sum.cpu() if self.n else other.sum.cpu()
+            self.n += other.n
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process may not have the device."""
+        return {**vars(self), "sum": self.sum.cpu()}
 
     @property
     def mean(self) -> Tensor:

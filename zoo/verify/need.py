@@ -65,9 +65,10 @@ def needed(
     streamed: bool,
     decodes: bool,
     max_length: int = inputs.MAX_CROSSED,
+    ranks: int = 1,
 ) -> Need:
     """Of both sides of a comparison of logits, `streamed` or with both models whole. `source`: what upstream reads, if
-    it is here. `decodes`: whether tokens are generated too."""
+    it is here. `decodes`: whether tokens are generated too. `ranks`: how many share ours, whole."""
     spec, size = folder.spec, DTYPES[dtype].itemsize
     crossed = [n for n in inputs.limits(spec, dtype).values() if n < max_length]
     rows = [max(crossed) + 64, min(crossed) + 2] if crossed else []
@@ -78,7 +79,7 @@ def needed(
     ours = folder_size(folder.root) if folder.quant else theirs  # quantised weights stay so
     # Hashed; and read once in a pass, or compared and then loaded.
     return Need(
-        memory=logits + (largest_part(spec) * size if streamed else theirs + ours),
+        memory=logits + (largest_part(spec) * size if streamed else theirs + ours // ranks),
         available=available(device),
         reads=files * (2 if streamed else 3),
         seconds=_seconds(folder, files, dtype, device, tokens, decodes and not streamed),

@@ -50,10 +50,14 @@ class Comparison:
     def into(
         self, cert: Certificate, of_bytes: Bytes | None, texts: Future[inputs.Texts] | None
     ) -> tuple[Inputs, Measured]:
-        """Judge the levels wanted; `of_bytes`: the bytes level, as far as it rides along in the pass.
+        """Judge the levels wanted; `of_bytes`: the bytes level, as far as it rides along in the pass. Of ranks that stream
+        together the first judges, and goes on alone.
 
         Raises ZooError if a recording is of another model or dtype."""
+        sharing = None if self.window is None else self.window.sharing
         asked = self._asked(cert, texts)
+        if sharing is not None:
+            asked = sharing.all(asked)[0]
         spread = getattr(self.oracle, "spread", None)
         led = self._led(self.oracle)
         if led is not None:
@@ -67,9 +71,23 @@ class Comparison:
             spread = self.oracle.held_to(rounding_of(wide, ours, asked, self.dtype), self.dtype)  # type: ignore[attr-defined]
             del wide
         measured = measure(
-            led or self.oracle, ours, asked, self.dtype, spread=spread, on_disk=self.stream, clock=self.clock
+            led or self.oracle,
+            ours,
+            asked,
+            self.dtype,
+            spread=spread,
+            on_disk=self.stream,
+            clock=self.clock,
+            sharing=sharing,
         )
         spent = time.perf_counter() - began
+        if self.window is not None and sharing is not None:
+            if of_bytes is not None:
+                of_bytes.told()
+            self.window.sharing = None
+            sharing.close()
+            if not sharing.first:
+                return asked, measured
         if of_bytes is not None:
             with self.clock("plan and bytes"):
                 cert.levels.append(of_bytes.level())

@@ -136,11 +136,17 @@ class Ours:
     def _watch(self, b: int, i: int) -> Callable[..., None]:
         def hook(router: Router, args: tuple[Tensor, Any], out: tuple[Tensor, Tensor]) -> None:
             self.gaps[b].append(margin(router, args[0]))
-            none = torch.zeros(len(router.weight), dtype=torch.bool, device=out[0].device)
-            seen = self.visited.setdefault(i, none)
+            seen = torch.zeros(len(router.weight), dtype=torch.bool, device=out[0].device)
             seen[out[0].flatten().long()] = True
+            self.has_visited({i: seen})
 
         return hook
+
+    def has_visited(self, seen: Mapping[int, Tensor]) -> None:
+        """Of layers, which experts some token was routed to [E]."""
+        for i, which in seen.items():
+            here = which.to(self.device)
+            self.visited[i] = self.visited[i] | here if i in self.visited else here
 
 
 def margin(router: Router, x: Tensor) -> Tensor:

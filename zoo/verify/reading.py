@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zoo.formats.base import TensorRef
 from zoo.model.load import DTYPES
+from zoo.verify.sharing import Sharing
 
 Range = tuple[Path, int, int]
 """Of a file: the first byte, and how many."""
@@ -74,7 +75,9 @@ class Window:
     """What is held of the files now: of a layer, or, before and after all of them, what lies beside them (embeddings, norms,
     the head)."""
 
-    def __init__(self) -> None:
+    def __init__(self, sharing: Sharing | None = None) -> None:
+        """`sharing`: the ranks that go through one pass together; None: this process alone."""
+        self.sharing = sharing
         self.riders: list[Rider] = []
         self._held: dict[Range, Tensor] = {}
         self._carried: Mapping[Range, Tensor] = {}

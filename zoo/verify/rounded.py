@@ -61,9 +61,7 @@ def rounding_of(wide: Ours, low: Ours, inputs: Inputs, dtype: str) -> Spread:
         batch, other = inputs.batches[b], meter.second_logits(b)
         assert other is not None
         for at, reference in references(logits[batch.mask], batch.following[batch.mask]):
-            meter.logits.add(other[batch.mask][at], reference)
-            if meter.columns is not None:
-                meter.columns.add(other[batch.mask][at], reference)
+            meter.on_logits(b, other[batch.mask][at], reference)
 
     drive_both(oracle, inputs.batches, meter, on_layer, on_logits)
     return meter.result()

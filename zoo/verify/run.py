@@ -51,6 +51,7 @@ from zoo.verify.oracle import (
 )
 from zoo.verify.ranks import Ranks
 from zoo.verify.reading import Window
+from zoo.verify.sharing import Sharing
 from zoo.verify.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -107,8 +108,9 @@ def verify(
         require: The level without which the verdict is "failed", whatever else agrees.
         write: Keep the certificate as `parity.json` in the folder.
         progress: Called with what is being done, in words.
-        mesh: Ranks that share ours, as in `zoo.load`; each calls this, on a device of its own. The first does the rest, has
-            upstream, and writes; all get its certificate.
+        mesh: Ranks; each calls this, on a device of its own. They share ours, as in `zoo.load`, and the first does the rest and
+            has upstream; streamed, each has some of the texts and reads a part of each weight, and the first judges. It writes;
+            all get its certificate.
 
     Returns:
         What was compared, with values, bounds and their reasons.
@@ -139,32 +141,47 @@ def verify(
     folder = canonical.read(canon)
     ranks = None
     if mesh is not None and mesh.size() > 1:
-        if stream or self_test:
-            raise ZooError(
-                f"{'streaming' if stream else 'the self-test'} is for one process: ranks share a whole model"
-            )
-        ranks, stream = Ranks(mesh, on), False
-        if not ranks.first:
-            return follow(folder, dtype, ranks)
+        if self_test:
+            raise ZooError("the self-test is for one process: ranks share a whole model")
+        ranks = Ranks(mesh, on)
     numeric = [n for n in NUMERIC if n in wanted]
     need = why_streamed = None
     if level == "decode" or self_test:
         stream = bool(stream)
-    if numeric:
+    if numeric and (ranks is None or ranks.first):
         with clock("what it needs"):
             need, why_streamed = foreseen(
-                folder, against, dtype, on, stream, "decode" in numeric, max_length, say
+                folder,
+                against,
+                dtype,
+                on,
+                stream,
+                "decode" in numeric,
+                max_length,
+                say,
+                1 if ranks is None else ranks.mesh.size(),
             )
     stream = bool(stream) or why_streamed is not None
+    sharing = None
+    if ranks is not None:
+        stream = ranks.said(stream and bool(numeric))
+        if ranks.said(stream and _recorded(against)):
+            raise ZooError(
+                "ranks stream where upstream reads the weights; a recording, or another oracle, is for one process"
+            )
+        if stream:
+            sharing = Sharing(ranks.mesh)
+        elif not ranks.first:
+            return follow(folder, dtype, ranks)
     # Of processes and processors of their own, while Python opens.
     aside = ThreadPoolExecutor(3, "zoo-verify")
-    hashing = aside.submit(_canonical, folder)
+    hashing = aside.submit(_canonical, folder, sharing)
     texts = aside.submit(inputs.texts, folder.root, folder.spec.vocab_size) if numeric else None
     say("opening the source")
     with clock("opening"):
-        window = Window() if stream else None
+        window = Window(sharing) if stream else None
         other = resolve(folder, against) if file is None else _file_of(folder, file)
-        hashing_source = aside.submit(_source, folder, other)
+        hashing_source = aside.submit(_source, folder, other, sharing)
         aside.shutdown(wait=False)
         if file is not None:
             _open_reading(other, folder, dtype, window, bool(numeric), on)
@@ -180,6 +197,8 @@ def verify(
             raise ZooError("the self-test compares logits: ask for a level that does")
         with clock("hashes"):
             canonical_files, source_files = hashing.result(), hashing_source.result()
+            if sharing is not None:
+                _merge(sharing, canonical_files, source_files)
         cert = Certificate(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
@@ -199,8 +218,11 @@ def verify(
             try:
                 asked, measured = Comparison(
                     folder, other.oracle, other.checkpoint, wanted, dtype, stream, in_pass, on, max_length, n_greedy,
-                    say, clock, ranks,
+                    say, clock, None if stream else ranks,
                 ).into(cert, of_bytes, texts)  # fmt: skip
+                if sharing is not None and not sharing.first:
+                    told: Certificate = ranks.said()  # type: ignore[union-attr]
+                    return told
                 if why_streamed is not None:
                     cert.not_checked = [
                         f"{x}; streamed, since {why_streamed}" if x.endswith(NO_DECODE) else x
@@ -229,11 +251,12 @@ def verify(
         if not judged or (level is not None and level not in judged and not cert.failed):
             what = f"{level} can't" if judged else "nothing can"
             raise ZooError(f"{folder.root}: {what} be compared: {'; '.join(cert.not_checked)}")
-        if write:
+        if write and (sharing is None or sharing.first):
             certificate.keep(cert, folder.root)
         if ranks is not None:
-            ranks.said(None)
-            ranks.said(cert)
+            if sharing is None:
+                ranks.said(None)
+            cert = ranks.said(cert)
         return cert
     finally:
         held.close()
@@ -264,15 +287,16 @@ def foreseen(
     decodes: bool,
     max_length: int,
     say: Progress,
+    ranks: int = 1,
 ) -> tuple[Need | None, str | None]:
     """What the run will need, and said; and why the two models are streamed, where `stream` leaves that open. None where
-    upstream is not run here."""
+    upstream is not run here. `ranks`: how many have a part of ours each."""
     path = _recorded_source(folder) if against is None else against
     if not isinstance(path, str | os.PathLike) or not Path(path).exists() or _is_golden(Path(path)):
         return None, None
     if not upstream_available():
         return None, None
-    need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length)
+    need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length, ranks)
     if need.fits or stream is not None:
         say(Stage(str(need), seconds=need.seconds))
         return need, None
@@ -285,6 +309,13 @@ def foreseen(
     need = needed(folder, Path(path), dtype, on, True, False, max_length)
     say(Stage(f"{need}: streaming, since {what}", seconds=need.seconds))
     return need, what
+
+
+def _recorded(against: StrPath | Oracle | None) -> bool:
+    """Whether it is a recording, or an oracle that is no path."""
+    if against is None:
+        return False
+    return not isinstance(against, str | os.PathLike) or _is_golden(Path(against))
 
 
 def _can_stream(path: Path) -> bool:
@@ -661,12 +692,20 @@ def versions() -> dict[str, str]:
     return out
 
 
-def _canonical(folder: canonical.Canonical) -> dict[str, Any]:
+def _merge(sharing: Sharing, *sides: dict[str, Any] | None) -> None:
+    """Have the hashes of all ranks in each of them."""
+    for of in sharing.all([None if side is None else side["files"] for side in sides]):
+        for side, files in zip(sides, of, strict=True):
+            if side is not None and files is not None:
+                side["files"] = dict(sorted((side["files"] | files).items()))
+
+
+def _canonical(folder: canonical.Canonical, sharing: Sharing | None = None) -> dict[str, Any]:
     return {
         "path": folder.root.resolve().name,
         "family": folder.spec.family,
         "layout_version": folder.json.get("layout_version"),
-        "files": certificate.hash_files(folder.root, certificate.canonical_files(folder.root)),
+        "files": certificate.hash_files(folder.root, certificate.canonical_files(folder.root), sharing),
     }
 
 
@@ -685,7 +724,9 @@ def _places(folder: canonical.Canonical, other: Against) -> dict[str, str]:
     return out | ({} if other.cleanup is None else {other.cleanup.name: "(made for this)"})
 
 
-def _source(folder: canonical.Canonical, other: Against) -> dict[str, Any] | None:
+def _source(
+    folder: canonical.Canonical, other: Against, sharing: Sharing | None = None
+) -> dict[str, Any] | None:
     ckpt = other.checkpoint
     if ckpt is None or other.path is None:
         return None
@@ -693,7 +734,7 @@ def _source(folder: canonical.Canonical, other: Against) -> dict[str, Any] | Non
         "path": os.path.relpath(other.path.resolve(), folder.root.resolve()),
         "format": ckpt.format,
         "naming": list(ckpt.naming),
-        "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried]),
+        "files": certificate.hash_files(ckpt.root, [*ckpt.files, *ckpt.carried], sharing),
     }
 
 

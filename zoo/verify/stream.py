@@ -16,8 +16,8 @@ import contextlib
 import ctypes
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from zoo.verify.oracle import (
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.reading import Ahead, Passing, Range, Window
+from zoo.verify.sharing import Sharing
 from zoo.verify.skeleton import skeleton
 from zoo.verify.stream_gguf import GGUFWeights
 from zoo.verify.stream_gguf import config_and_class as of_gguf
@@ -130,7 +131,7 @@ class StreamedTransformers(Transformers):
 
     def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
         """All batches through one layer, then the next."""
-        self._drive(batches, [_Way(contextlib.nullcontext, on_layer, on_logits)])
+        self._drive(dict(enumerate(batches)), [_Way(contextlib.nullcontext, on_layer, on_logits)])
 
     def drive_both(
         self,
@@ -140,7 +141,8 @@ class StreamedTransformers(Transformers):
         on_logits: OnLogits,
         clock: Clock,
     ) -> None:
-        """The same both ways, on the weights that are read once; `meter` hears the second, which goes first."""
+        """The same both ways, on the weights that are read once; `meter` hears the second, which goes first. Of several ranks
+        each has some of the batches."""
 
         @contextlib.contextmanager
         def second() -> Iterator[None]:
@@ -152,30 +154,36 @@ class StreamedTransformers(Transformers):
         ways = [_Way(contextlib.nullcontext, on_layer, on_logits)]
         if meter.ways is not None:
             ways.insert(0, _Way(second, meter.keep_layer, meter.keep_logits))
-        self._drive(batches, ways, lambda: clock("waiting for files"))
+        own = dict(enumerate(batches))
+        if (sharing := self.window.sharing) is not None:
+            own = {b: batches[b] for b in sharing.mine([x.ids.numel() for x in batches])}
+            ways[-1].through = lambda i, states: meter.told(i, states, sharing)
+        self._drive(own, ways, lambda: clock("waiting for files"), sharing)
 
     def _drive(
         self,
-        batches: Sequence[Batch],
+        batches: Mapping[int, Batch],
         ways: Sequence[_Way],
         waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        sharing: Sharing | None = None,
     ) -> None:
         for way in ways:
-            way.workers = [_Worker(self, batch) for batch in batches]
+            way.workers = {b: _Worker(self, batch) for b, batch in batches.items()}
+        ahead = self._ahead(list(batches.values()), sharing)
         try:
-            with Passing(self.window, len(self.layers), self._ahead(batches), waiting) as passing:
+            with Passing(self.window, len(self.layers), ahead, waiting) as passing:
                 for i in range(len(self.layers)):
                     for way in ways:
                         way.step()  # to just before layer i
                     with passing.layer(i):
                         self._through(i, ways)
                 passing.beside()
-                for b in range(len(batches)):
+                for b in batches:
                     for way in ways:
                         way.on_logits(b, way.logits(b))
         finally:
             for way in ways:
-                for w in way.workers:
+                for w in way.workers.values():
                     w.stop()
 
     def _through(self, i: int, ways: Sequence[_Way]) -> None:
@@ -186,12 +194,14 @@ class StreamedTransformers(Transformers):
                 if widened != self.weights.widened:
                     self.weights.load(layer, f"layer {i}")
                     widened = self.weights.widened
-                for w in way.workers:
+                for w in way.workers.values():
                     w.step()
         self.weights.unload(layer)
         for way in ways:
-            for b, w in enumerate(way.workers):
-                way.on_layer(b, i, w.taken())
+            states = {b: w.taken() for b, w in way.workers.items()}
+            way.through(i, states)
+            for b in list(states):
+                way.on_layer(b, i, states.pop(b))
 
     def ranges(self, layer: int) -> Iterator[Range]:
         """What a pass will read of a layer."""
@@ -205,9 +215,9 @@ class StreamedTransformers(Transformers):
     def leave(self, layer: int | None) -> None:
         """It has gone already."""
 
-    def _ahead(self, batches: Sequence[Batch]) -> Ahead | None:
+    def _ahead(self, batches: Sequence[Batch], sharing: Sharing | None) -> Ahead | None:
         """What copies layers to the device."""
-        return None if self.device.type != "cuda" else Carrier(self.device, self._takes(batches))
+        return None if self.device.type != "cuda" else Carrier(self.device, self._takes(batches), sharing)
 
     def _takes(self, batches: Sequence[Batch]) -> int:
         """Bytes that a pass takes at most beside the files' own."""
@@ -327,11 +337,13 @@ class _Way:
     open: Callable[[], contextlib.AbstractContextManager[Any]]
     on_layer: OnLayer
     on_logits: OnLogits
-    workers: Sequence[_Worker] = ()
+    workers: Mapping[int, _Worker] = field(default_factory=dict)
+    through: Callable[[int, Mapping[int, Tensor]], None] = lambda _i, _states: None
+    """Hears all the states after a layer, before each goes to `on_layer`."""
 
     def step(self) -> None:
         with self.open():
-            for w in self.workers:
+            for w in self.workers.values():
                 w.step()
 
     def logits(self, b: int) -> Tensor:
