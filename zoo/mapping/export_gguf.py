@@ -316,7 +316,7 @@ def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
     if "gguf" not in family.rules or not family.gguf:
         raise ZooError(
             f"{c.root}: zoo knows no GGUF form of family {family.name}; "
-            f"it has one of {', '.join(sorted(n for n, f in families.families().items() if f.gguf))}"
+            f"it has one of {', '.join(sorted({n for n, f in families.families().items() if f.gguf} | {*gguf_out.AS}))}"
         )
     pieces: dict[str, list[_Piece]] = {}
     scales: dict[str, list[_Piece]] = {}
