@@ -205,8 +205,11 @@ def test_blocks_that_llama_cpp_alone_makes_are_left_to_it_with_the_commands(
         ZooError, match="x-f32.gguf --format gguf --type f32`, then"
     ):  # bf16 would round them twice
         written(verified.canonical("llama"), tmp_path, type)
-    with pytest.raises(ZooError, match="unknown type 'fp8'; expected one of f32, f16, bf16, q8_0"):
-        written(canon, tmp_path, "fp8")
+    for unknown in ("fp8", "q9_9", "iq9_m"):
+        with pytest.raises(ZooError, match=f"unknown type '{unknown}'; expected one of f32, f16, bf16, q8_0"):
+            written(canon, tmp_path, unknown)
+    with pytest.raises(ZooError, match=f"`llama-quantize '.*' '{tmp_path}/a b/x.gguf' {type}`"):
+        written(canon, tmp_path / "a b", type)
     assert not list(tmp_path.iterdir())
 
 

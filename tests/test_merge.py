@@ -191,8 +191,29 @@ OFTEN = ["dora, embedding", "whole, biases"]  # the rest is asked by `make proof
     ids=str,
 )
 def test_it_is_what_peft_merges(name: str, way: Any, tmp_path: Path) -> None:
+    is_what_peft_merges(name, WAYS[way] if isinstance(way, str) else way, tmp_path)
+
+
+# Of Mamba's modules peft itself refuses `out_proj`; Step 3.5's release has other names for its vision tower than transformers, and
+# fuses what that has apart.
+OTHERWISE = {
+    "falcon_h1": r".*\.(in_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)",
+    "nemotron_h": r".*\.(in_proj|[qkvo]_proj|up_proj|down_proj)",
+    "step3p5": r".*language_model.*\.([qkvog]_proj|gate_proj|up_proj|down_proj)",
+}
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("family", [n for n, case in tiny.CASES.items() if case.variants])
+def test_an_adapter_of_all_linear_modules_is_what_peft_merges_in_every_family(
+    family: str, tmp_path: Path
+) -> None:
+    targets = OTHERWISE.get(family, "all-linear")
+    is_what_peft_merges(tiny.CASES[family].variants[0].name, {"target_modules": targets}, tmp_path)
+
+
+def is_what_peft_merges(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    settings = WAYS[way] if isinstance(way, str) else way
     canon = verified.canonical(name)
     model = tiny.upstream(verified.ROOT / f"{name}-float32-source")
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, task_type="CAUSAL_LM", **settings))
@@ -202,7 +223,10 @@ def test_it_is_what_peft_merges(name: str, way: Any, tmp_path: Path) -> None:
             p.data += torch.randn_like(p) / 8
     tuned.save_pretrained(tmp_path / "adapter")
     new = held(zoo.merge(canon, tmp_path / "adapter", tmp_path / "canon"))
-    theirs = held(zoo.save(tuned.merge_and_unload(), canon, tmp_path / "theirs"))
+    state = tuned.merge_and_unload().state_dict()
+    if name in OTHERWISE:  # what no adapter changes goes along from the folder
+        state = {k: t for k, t in state.items() if "vision_model" not in k and "multi_modal" not in k}
+    theirs = held(zoo.save(state, canon, tmp_path / "theirs"))
     assert new.keys() == theirs.keys()
     for key, t in theirs.items():
         torch.testing.assert_close(new[key], t, rtol=1e-5, atol=2e-6, msg=key)

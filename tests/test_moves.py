@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_bytes_are_copied_from_any_place_to_any_place(
             assert os.pread(dst, n + 9, dst_at) == data[src_at : src_at + n]
 
 
+def test_while_one_thread_writes_into_a_file_another_reads(
+    pair: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst, data = pair
+    lock, held, read, write = threading.Lock(), [], os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda *a: (held.append(("read", lock.locked())), read(*a))[1])
+    monkeypatch.setattr(os, "pwrite", lambda *a: (held.append(("write", lock.locked())), write(*a))[1])
+    ways.copy(ways.WAYS[ways.BUFFERED](), src, 3, dst, 7, 2 * ways.BUFFER, "f", lock)
+    assert set(held) == {("read", False), ("write", True)} and not lock.locked()
+    assert os.pread(dst, 2 * ways.BUFFER, 7) == data[3 : 3 + 2 * ways.BUFFER]
+
+
 @pytest.mark.parametrize("way", ways.WAYS)
 def test_a_source_that_is_cut_short_is_an_error_whichever_way_is_taken(
     way: str, pair: tuple[int, int, bytes]
@@ -104,7 +117,7 @@ def test_a_source_that_is_cut_short_is_an_error_whichever_way_is_taken(
     with pytest.raises(ZooError, match=f"f: ends at byte {len(data)}, 1 more were expected"):
         ways.copy(step, src, 5, dst, 9, len(data) - 4, "f")
     step = ways.WAYS[way]()
-    assert step(src, 5, dst, 0, 10) == 10  # the source may be mapped now
+    assert step(src, 5, dst, 0, 10, ways.ALONE) == 10  # the source may be mapped now
     os.ftruncate(src, 100)
     with pytest.raises(ways.Unfit if way == ways.MAPPED else ZooError):
         ways.copy(step, src, 8192, dst, 9, 8192, "f")
@@ -128,6 +141,8 @@ def test_the_fastest_way_is_found_and_several_threads_only_where_they_pay() -> N
     assert set(chosen[8:]) == {("b", 1)}
     assert rates(ways.Chooser(["a", "b"], 4), gb | {("b", 4): 2.5}, 9)[-1] == ("b", 4)
     assert rates(ways.Chooser(["a", "b"], 1), gb, 5)[-1] == ("b", 1)
+    buffered = {(ways.BUFFERED, n): gb for n, gb in ((1, 0.9), (2, 3.0), (4, 1.0))}  # one reads, one writes
+    assert rates(ways.Chooser(["b", ways.BUFFERED], 4), gb | buffered, 13)[-1] == (ways.BUFFERED, 2)
 
 
 def test_what_is_cut_short_says_nothing_and_a_rate_that_falls_is_looked_into() -> None:

@@ -265,15 +265,14 @@ class Mover:
 
         def work(c: Copy) -> None:
             nonlocal step
-            with self._writing[c.dst]:
-                places = self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src
-                try:
-                    copy(step, *places)
-                except Unfit:
-                    with self._lock:
-                        self._without(way)
-                    step = WAYS[BUFFERED]()
-                    copy(step, *places)
+            places = self.source(c.src), c.src_at, self.folder.fd(c.dst), c.dst_at, c.nbytes, c.src
+            try:
+                copy(step, *places, self._writing[c.dst])
+            except Unfit:
+                with self._lock:
+                    self._without(way)
+                step = WAYS[BUFFERED]()
+                copy(step, *places, self._writing[c.dst])
 
         return work
 

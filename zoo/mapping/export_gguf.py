@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -244,15 +245,20 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _not_made_here(type: str, c: Canonical, target: Path) -> str:
-    """Of a type that is not in TYPES: by way of a file that holds the folder's values. Source of the names: llama_ftype, as
-    llama.cpp's quantiser spells it."""
-    if not re.fullmatch(r"t?q\d_\w+|iq\d_\w+|nvfp4", type):
-        return f"unknown type {type!r}; expected one of {', '.join(TYPES)}"
-    root, whole = c.root, _stored(c)
+    """Of a type that is not in TYPES: by way of a file that holds the folder's values. Source of the names: llama_ftype, and the
+    quantiser's own for what is mostly meant by three of them."""
+    import gguf
+
+    known = {t.name.removeprefix("MOSTLY_").lower() for t in gguf.LlamaFileType} | {"q3_k", "q4_k", "q5_k"}
+    if type not in known or not re.match(r"i?q\d|nvfp4", type):
+        others = ", ".join(sorted(t for t in known - {*TYPES} if re.match(r"i?q\d|nvfp4", t)))
+        return f"unknown type {type!r}; expected one of {', '.join(TYPES)} (of llama.cpp's own quantiser: {others})"
+    whole = _stored(c)
     plain = target.with_name(f"{target.stem}-{whole}.gguf")
+    root, through, to = (shlex.quote(str(p)) for p in (c.root, plain, target))
     return (
-        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {plain} --format gguf --type {whole}`, "
-        f"then `llama-quantize {plain} {target} {type}`; zoo makes {', '.join(TYPES)}"
+        f"blocks of type {type} are made by llama.cpp's own quantiser: `zoo export {root} {through} --format gguf --type {whole}`, "
+        f"then `llama-quantize {through} {to} {type}`; zoo makes {', '.join(TYPES)}"
     )
 
 
@@ -319,7 +325,7 @@ def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
     if "gguf" not in family.rules or not family.gguf:
         raise ZooError(
             f"{c.root}: zoo knows no GGUF form of family {family.name}; "
-            f"it has one of {', '.join(sorted(n for n, f in families.families().items() if f.gguf))}"
+            f"it has one of {', '.join(sorted({n for n, f in families.families().items() if f.gguf} | {*gguf_out.AS}))}"
         )
     pieces: dict[str, list[_Piece]] = {}
     scales: dict[str, list[_Piece]] = {}

@@ -2,7 +2,8 @@
 
 - in the kernel (`copy_file_range`): the only way by which a file system may share blocks. Where the two sides lie otherwise in
   their pages, it copies piece by piece of both; that takes an EPYC 1.4 times as long as through memory;
-- through a buffer that stays in a core's cache: two copies in memory, of which the second is quick;
+- through a buffer that stays in a core's cache: two copies in memory, of which the second is quick. While one thread writes into a
+  file, where there is room for one, another reads;
 - from memory that the source is mapped to: one copy, and pages to be mapped.
 
 Which is the fastest, and whether several threads are faster than one (two may be halves of one core), depends on the processor, the
@@ -18,7 +19,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 from zoo.errors import ZooError
@@ -35,9 +36,12 @@ ROUNDS = 2  # trials of each; the better one counts, since other processes distu
 GAIN = 1.2  # as many times faster must several threads be: they cost more of the processor
 STRETCH = 2 << 30  # bytes copied before the rate is looked at again
 
-Step = Callable[[int, int, int, int, int], int]
-"""(source's descriptor, byte there, destination's descriptor, byte there, bytes) -> bytes copied, at least one and perhaps not
-all; 0: the source ends here. Raises Unfit where this cannot be done between the two files."""
+Step = Callable[[int, int, int, int, int, AbstractContextManager[Any]], int]
+"""(source's descriptor, byte there, destination's descriptor, byte there, bytes, what is held while it writes) -> bytes copied, at
+least one and perhaps not all; 0: the source ends here. Raises Unfit where this cannot be done between the two files."""
+
+ALONE = nullcontext()
+"""Where no other thread writes."""
 
 
 class Unfit(Exception):
@@ -45,9 +49,12 @@ class Unfit(Exception):
 
 
 def in_kernel() -> Step:
-    def step(src: int, src_at: int, dst: int, dst_at: int, n: int) -> int:
+    def step(
+        src: int, src_at: int, dst: int, dst_at: int, n: int, writing: AbstractContextManager[Any]
+    ) -> int:
         try:
-            done = os.copy_file_range(src, dst, n, src_at, dst_at)
+            with writing:
+                done = os.copy_file_range(src, dst, n, src_at, dst_at)
         except OSError as e:
             if e.errno not in _UNSUPPORTED:
                 raise
@@ -64,11 +71,14 @@ def through_buffer() -> Step:
     # few bytes behind the source (an EPYC 7003: up to 31); so it begins where in its own page the source does.
     memory = memoryview(mmap.mmap(-1, BUFFER + PAGE))
 
-    def step(src: int, src_at: int, dst: int, dst_at: int, n: int) -> int:
+    def step(
+        src: int, src_at: int, dst: int, dst_at: int, n: int, writing: AbstractContextManager[Any]
+    ) -> int:
         begin = src_at % PAGE // LINE * LINE
         piece = memory[begin : begin + min(n, _to_page_end(dst_at))]
         piece = piece[: os.preadv(src, [piece], src_at)]
-        write(dst, piece, dst_at)
+        with writing:
+            write(dst, piece, dst_at)
         return len(piece)
 
     return step
@@ -78,7 +88,9 @@ def from_mapped() -> Step:
     """Valid while the descriptors of its sources stay open: it knows them by number."""
     held: tuple[int, int, memoryview] | None = None  # source, first byte, bytes
 
-    def step(src: int, src_at: int, dst: int, dst_at: int, n: int) -> int:
+    def step(
+        src: int, src_at: int, dst: int, dst_at: int, n: int, writing: AbstractContextManager[Any]
+    ) -> int:
         nonlocal held
         if held is None or held[0] != src or not held[1] <= src_at < held[1] + len(held[2]):
             held = None
@@ -95,7 +107,8 @@ def from_mapped() -> Step:
         at = src_at - held[1]
         try:
             # The kernel reads the pages, not this process: one that cannot be read any more is an error here, not a signal.
-            return os.pwrite(dst, held[2][at : at + min(n, _to_page_end(dst_at))], dst_at)
+            with writing:
+                return os.pwrite(dst, held[2][at : at + min(n, _to_page_end(dst_at))], dst_at)
         except OSError as e:
             if e.errno != errno.EFAULT:
                 raise
@@ -121,12 +134,22 @@ def _to_page_end(at: int) -> int:
     return BUFFER - at % PAGE
 
 
-def copy(step: Step, src: int, src_at: int, dst: int, dst_at: int, n: int, name: str) -> None:
-    """Copy `n` bytes. Raises ZooError if the source, called `name`, ends early, and Unfit as the step does."""
+def copy(
+    step: Step,
+    src: int,
+    src_at: int,
+    dst: int,
+    dst_at: int,
+    n: int,
+    name: str,
+    writing: AbstractContextManager[Any] = ALONE,
+) -> None:
+    """Copy `n` bytes; `writing` is held while some of them are written, not while they are read. Raises ZooError if the source,
+    called `name`, ends early, and Unfit as the step does."""
     if hasattr(os, "posix_fadvise"):  # all of it is read ahead, whichever way it goes
         os.posix_fadvise(src, src_at, n, os.POSIX_FADV_WILLNEED)
     while n:
-        done = step(src, src_at, dst, dst_at, n)
+        done = step(src, src_at, dst, dst_at, n, writing)
         if done == 0:
             raise ZooError(
                 f"{name}: ends at byte {src_at}, {n} more were expected: it changed or is truncated"
@@ -194,8 +217,10 @@ class Chooser:
 
     def next(self) -> tuple[Choice, int]:
         if not self._trials and self._spread:
-            way, threads = self.best.way, self._spread
-            self._trials, self._spread = [Choice(way, n) for n in threads] * ROUNDS, []
+            # Of a buffer they may be faster where only one can write at a time, however the ways compare by one thread.
+            some = dict.fromkeys((self.best.way, *({BUFFERED} & {*self.ways})))
+            self._trials = [Choice(way, n) for way in some for n in self._spread] * ROUNDS
+            self._spread = []
         if self._trials:
             return self._trials[0], TRIAL * self._trials[0].threads
         return self.best, STRETCH
