@@ -68,6 +68,11 @@ class Slot:
         )
         return matrix and not looked_up
 
+    @property
+    def codes(self) -> bool:
+        """Whether it can be run as it was quantised: what multiplies, and tables of tokens."""
+        return self.multiplies or self.key in ("embed.weight", "per_layer.embed.weight")
+
 
 _Entry = tuple[str, tuple[int, ...], tuple[int, ...], bool]  # name in the layer, shape, parts, stacked
 

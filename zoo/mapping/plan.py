@@ -565,10 +565,10 @@ class _Matcher:
             self.add(slot.name, slot, recipe, sources, None)
             return
         if self.dtype is None:
-            if not slot.multiplies:
+            if not slot.codes or not (slot.multiplies or scheme.by_rows):
                 self.out.problems.append(
-                    f"{slot.name}: {sources[0]} is quantised ({scheme.name}), which only linear maps can be run as; convert "
-                    "with --dtype"
+                    f"{slot.name}: {sources[0]} is quantised ({scheme.name}), which only linear maps can be run as, and tables of tokens "
+                    "whose rows stand alone; convert with --dtype"
                 )
             self.out.quant[slot.name.removesuffix(".weight")] = scheme.name
         components: dict[str, tuple[str, ...]] = {}

@@ -243,7 +243,7 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in: the embedding's dtype."""
-        return self.embed.weight.dtype
+        return self.embed.dtype
 
     @property
     def device(self) -> torch.device:
@@ -386,5 +386,7 @@ class Decoder(nn.Module):
         return generate.stream(self, ids, max_new_tokens, eos, temperature, top_k, top_p, cache)
 
     def matrices(self) -> Iterator[tuple[str, Weights]]:
-        """All linear maps by name: what can be quantised."""
-        return ((n, m) for n, m in self.named_modules() if isinstance(m, Weights))
+        """All linear maps by name."""
+        return (
+            (n, m) for n, m in self.named_modules() if isinstance(m, Weights) and not isinstance(m, Table)
+        )
