@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-_HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+_TURNS = {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+"""Controls of Unicode that have the text around them written the other way round: a name would be read as another."""
+_HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"} | _TURNS
+_HIDDEN_JSON = {c: f"\\u{c:04x}" for c in range(127, 160)} | _TURNS
 
 
 def printable(text: str) -> str:
-    """Without control characters (C0, DEL, C1), but for newline and tab: names in a file, and what a model says, may hold
-    what a terminal obeys."""
+    """Without control characters (C0, DEL, C1, those of direction), but for newline and tab: names in a file, and what a model
+    says, may hold what a terminal obeys."""
     return text.translate(_HIDDEN)
 
 
 def printable_json(text: str) -> str:
-    """The same for JSON, whose own rules leave DEL and C1 as they are."""
-    return text.translate({c: f"\\u{c:04x}" for c in range(127, 160)})
+    """The same for JSON, whose own rules leave DEL, C1 and directions as they are."""
+    return text.translate(_HIDDEN_JSON)
 
 
 def decimal(n: float) -> str:
