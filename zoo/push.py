@@ -225,6 +225,17 @@ def _refusals(repo: str) -> Iterator[None]:
             else again
         )
         raise HubError(f"{repo}: {said(e)}. {todo}.", "server") from e
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as e:  # of what it made of an answer
+        raise HubError(
+            f"{repo}: {constants.ENDPOINT} answered what no Hub does ({type(e).__name__}: {e!s:.200}). Is HF_ENDPOINT one? {again}.",
+            "server",
+        ) from e
     except (httpx2.HTTPError, RuntimeError, ValueError) as e:
         raise HubError(
             f"{repo}: the upload failed ({said(e.__cause__ or e):.300}). {again}.", "network"

@@ -152,6 +152,7 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
                 )
 
 
+MAX_CARRIED = 10_000
 NEEDED = ("format", "family", "naming", "prefix", "config", "n_ranks")
 """Of `source`, what merging, exporting and saving ask for."""
 
@@ -199,6 +200,8 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     carried = j.get("carried", [])
     if not isinstance(carried, list) or not all(isinstance(n, str) and not leads_out(n) for n in carried):
         raise ValueError("of carried, expected names of files in the folder")
+    if len(set(carried)) != len(carried) or len(carried) > MAX_CARRIED:
+        raise ValueError(f"carried has {len(carried)} names; expected each once, and at most {MAX_CARRIED}")
     names = {*carried, JSON, INDEX}
     if above := next((n for n in carried for p in Path(n).parents if str(p) in names), None):
         raise ValueError(f"carried names {above!r:.100}, which is below a file")

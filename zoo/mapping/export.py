@@ -51,6 +51,7 @@ from zoo.mapping.folder import Folder
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
+from zoo.printable import printable
 from zoo.quant.schemes import scheme
 
 if TYPE_CHECKING:
@@ -484,7 +485,7 @@ def _as_vendors(
     if left := [n for n in c.extra_tensors if n not in extras]:
         log.warning(
             "%s: %d tensors beside the text model are not written (%s, ...): %s",
-            c.root, len(left), left[0], c.extras.get(left[0], "no part of it"),
+            c.root, len(left), *(printable(str(x)) for x in (left[0], c.extras.get(left[0], "no part of it"))),
         )  # fmt: skip
     sheet, small = Sheet(), dict[str, bytes]()
     if naming == "meta":

@@ -42,6 +42,7 @@ from zoo.mapping.plan import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
 from zoo.plain import by_descriptor
+from zoo.printable import printable
 from zoo.quant import ggml
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
@@ -267,7 +268,7 @@ def _say_what_is_left(c: Canonical) -> None:
         first = next(iter(c.extra_tensors))
         log.warning(
             "%s: %d tensors beside the text model are not written (%s, ...): %s",
-            c.root, len(c.extra_tensors), first, c.extras.get(first, "no part of it"),
+            c.root, len(c.extra_tensors), *(printable(str(x)) for x in (first, c.extras.get(first, "no part of it"))),
         )  # fmt: skip
 
 
