@@ -40,7 +40,7 @@ def _pem(key: Path) -> bytes:
     """What a key's file holds. Raises ZooError where it is none, before a library reads it to its end."""
     try:
         found = key.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_KEY:
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)) or found.st_size > MAX_KEY:
             raise ZooError(f"{key}: no file, or of {found.st_size} bytes (limit {MAX_KEY}): not a key in PEM")
         return key.read_bytes()
     except OSError as e:
