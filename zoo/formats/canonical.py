@@ -112,9 +112,12 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r:.300})") from None
     refuse_unsound(spec, str(root / JSON))
-    for name in (*j.get("carried", ()), *BESIDE):
-        if os.path.lexists(place := place_of(root, name)):  # it is copied from here: no link may lead out
-            inside(root, place.relative_to(root).as_posix(), JSON)
+    try:
+        for name in (*j.get("carried", ()), *BESIDE):
+            if os.path.lexists(place := place_of(root, name)):  # it is copied from here: no link may lead out
+                inside(root, place.relative_to(root).as_posix(), JSON)
+    except OSError as e:  # a name longer than names can be
+        raise ZooError(f"{root / JSON}: carried names {name!r:.200}, which can't be opened: {e.strerror}") from None
     _refuse_more_than(root, spec, layers)
     index = read_json(root / INDEX, "a canonical checkpoint has one")
     tensors: dict[str, TensorRef] = {}
