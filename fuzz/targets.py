@@ -125,7 +125,7 @@ class _Worker:
     half a second. It has the worker's limits, and `Text` knows it by what it asks of a Popen."""
 
     LOOP = """
-import os, socket, struct, sys
+import os, socket, struct, sys, tokenizers
 from zoo.text import template, tokenizer, worker
 here = socket.socket(fileno=int(sys.argv[1]))
 while True:
@@ -166,7 +166,8 @@ while True:
         socket.send_fds(_Worker.parent, [str(text.root).encode()], [asked, said])
         os.close(asked)
         os.close(said)
-        self.stdin, self.stdout, self.returncode = open(into, "wb"), open(out, "rb"), None  # noqa: SIM115
+        self.stdin, self.stdout = open(into, "wb"), open(out, "rb")  # noqa: SIM115
+        self.returncode: int | None = None
         self.pid = self._number()
 
     def _number(self) -> int:
@@ -180,6 +181,7 @@ while True:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
+            assert _Worker.parent is not None
             if not select.select([_Worker.parent], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("worker", timeout or 0)
             self.returncode = self._number()
