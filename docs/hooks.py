@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 
 from zoo import gallery, manifest
 from zoo.cli import cli
+from zoo.gallery.pages import NAVIGATION
 
 _HOLDER = tempfile.TemporaryDirectory(prefix="zoo-docs-")  # until the site is written
 HELP, RELEASES = "<!-- the help of every command -->", "<!-- how many releases and families -->"
@@ -27,7 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = Path(_HOLDER.name)
     gallery.write(made)
     for path in made.rglob("*.html"):  # a way back
-        text, begins = path.read_text(encoding="utf-8"), '<nav aria-label="Pages">'
+        text, begins = path.read_text(encoding="utf-8"), NAVIGATION
         assert begins in text, f"{path}: where is its navigation?"
         home = "../" * len(path.relative_to(made).parts) + "index.html"
         path.write_text(

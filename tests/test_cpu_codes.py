@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from zoo.kernels import cpu
-from zoo.kernels.weights import Weight, quantised
 from zoo.model.linear import Linear
 from zoo.quant import dequantise
+from zoo.quant.base import grid
+from zoo.quant.schemes import scheme as named
 
-SCHEMES = ("fp8-block", "fp8-channel", "mxfp4", "int4-group32", "int4-group128")
+SCHEMES = (
+    "fp8-block", "fp8-channel", "mxfp4", "int4-group32", "int4-group128",
+    "awq4-group32", "mlx4-group32", "int8-channel",  # zero points and eight rows to a word, biases, whole bytes
+)  # fmt: skip
+OTHERS = (
+    "packed4-group32-zeros", "packed8-group64-zeros", "nvfp4",
+    "fp8-block-1x32", "mxfp4-packed", "nvfp4-packed", "mlx-mxfp4", "mlx-nvfp4", "mlx4-group64", "mlx4-group128", "mlx8-group32",
+    "mlx8-group64", "awq4-group64", "awq4-group128", "awq4-channel", "gptq4-group32", "gptq4-group128", "gptq4-v2-group64",
+    "gptq4-channel", "gptq8-group128", "packed4-group128-zeros", "packed4-channel", "packed8-group128", "int8-group32-zeros",
+    "int8-channel-zeros", "int8-tensor", "int8-tensor-zeros",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,32 +37,66 @@ def codes() -> ModuleType:
 
 
 def components(scheme: str, parts: tuple[int, ...], k: int, *lead: int) -> dict[str, Tensor]:
-    """Every code, and scales of several sizes."""
-    n = sum(parts)
-    if scheme == "mxfp4":
-        return {
-            "weight": torch.randint(0, 256, (*lead, n, k // 32, 16), dtype=torch.uint8),
-            "scale": torch.randint(118, 131, (*lead, n, k // 32), dtype=torch.uint8),
-        }
-    if scheme.startswith("int4"):
-        group = int(scheme.removeprefix("int4-group"))
-        return {
-            "weight": torch.randint(-(2**31), 2**31, (*lead, n, k // 8)).int(),
-            "scale": torch.rand(*lead, n, k // group).bfloat16(),
-        }
-    byte = torch.randint(0, 256, (*lead, n, k), dtype=torch.uint8)
-    byte[byte & 127 == 127] = 0  # NaN
-    grid = (sum(-(-p // 128) for p in parts), -(-k // 128)) if scheme == "fp8-block" else (n, 1)
-    return {"weight": byte.view(torch.float8_e4m3fn), "scale": torch.rand(*lead, *grid)}
+    """Every code, and scales of several sizes, as the scheme's file describes them."""
+    s, out = named(scheme), dict[str, Tensor]()
+    for c in s.components:
+        if c.optional or c.name == "shape":
+            continue
+        if c.unit is None:
+            shape: tuple[int, ...] = (*lead, len(parts))
+        else:
+            rows, rest = grid(c, parts, k)
+            shape = (*lead, sum(rows), *rest)
+        if c.name == "scale" and scheme == "fp8-block-1x32":
+            out[c.name] = torch.randint(118, 131, shape, dtype=torch.uint8)
+        elif "BF16" in c.dtypes or c.dtypes == ("F32",):
+            dtype = torch.float16 if s.module in ("gptq", "awq") else torch.bfloat16
+            dtype = torch.float32 if scheme in ("fp8-block", "fp8-channel") or c.unit is None else dtype
+            out[c.name] = (torch.rand(shape) - (0.5 if c.name == "shift" else 0)).to(dtype)
+        elif c.dtypes[0] == "F8_E4M3":
+            byte = torch.randint(0, 256, shape, dtype=torch.uint8)
+            byte[byte & 127 == 127] = 0  # NaN
+            out[c.name] = byte.view(torch.float8_e4m3fn)
+        elif c.dtypes[0] == "U8":
+            exponents = c.name == "scale" and scheme != "mlx-nvfp4"
+            low, high = (118, 131) if exponents else (30, 120) if c.name == "scale" else (0, 256)
+            out[c.name] = torch.randint(low, high, shape, dtype=torch.uint8)
+        elif c.dtypes[0] == "I8":
+            out[c.name] = torch.randint(-128, 128, shape, dtype=torch.int8)
+        else:
+            words = torch.randint(-(2**31), 2**31, shape).int()
+            out[c.name] = words.view(torch.uint32) if c.dtypes[0] == "U32" else words
+    return out
 
 
-def made(scheme: str, parts: tuple[int, ...], k: int, *lead: int) -> tuple[Weight, Tensor]:
+def made(scheme: str, parts: tuple[int, ...], k: int, *lead: int) -> tuple[Any, Tensor]:
     """The weight as kernels read it, and in float64."""
+    from zoo.kernels.cpu.carried import carried
+
     torch.manual_seed(k)
     c = components(scheme, parts, k, *lead)
-    w = quantised(scheme, c, parts)
+    w = carried(scheme, c, parts)
     assert w is not None
     return w, dequantise(scheme, c, parts, torch.float64)
+
+
+def close(y: Tensor, exact: Tensor, x: Tensor, full: Tensor, rtol: float = 0.0) -> None:
+    """As sums in fp32 of terms up to the largest weight are: their halves of a last place, over some 16 steps of rounding."""
+    size = float(full.abs().max() * x.double().abs().sum(-1).max())
+    torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=2**-20 * size)
+
+
+def hold(scheme: str, parts: tuple[int, ...], codes: ModuleType) -> None:
+    parts = tuple(-(-p // 8) * 8 for p in parts) if scheme.startswith("awq") else parts
+    w, full = made(scheme, parts, 384)
+    for rows in (1, 3):
+        x, bias = torch.randn(rows, 384), torch.randn(sum(parts))
+        close(codes.times(x, w, bias), x.double() @ full.T + bias, x, full)
+        narrow, x = codes.times(x.bfloat16(), w), x.bfloat16()
+        assert narrow.dtype == torch.bfloat16
+        exact = x.double() @ full.T  # rounded once, at the end
+        close(narrow, exact, x, full, rtol=2**-8)
+        close(codes.times(x, w, dtype=torch.float32), exact, x, full)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -62,29 +108,31 @@ def test_a_few_rows_are_what_the_dequantised_weight_makes_of_them(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        w, full = made(scheme, parts, 384)
-        for rows in (1, 3):
-            x, bias = torch.randn(rows, 384), torch.randn(sum(parts))
-            torch.testing.assert_close(
-                codes.times(x, w, bias).double(), x.double() @ full.T + bias, rtol=1e-5, atol=2e-4
-            )
-            narrow = codes.times(x.bfloat16(), w)
-            assert narrow.dtype == torch.bfloat16
-            exact = x.bfloat16().double() @ full.T  # rounded once, at the end
-            torch.testing.assert_close(narrow.double(), exact, rtol=2**-8, atol=2e-4)
+        hold(scheme, parts, codes)
     finally:
         torch.set_num_threads(before)
 
 
+@pytest.mark.proof  # a second to compile each
+@pytest.mark.parametrize("scheme", OTHERS)
+def test_and_so_they_are_in_every_other_scheme(scheme: str, codes: ModuleType) -> None:
+    hold(scheme, (100, 30), codes)
+    hold_experts(scheme, codes)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_experts_multiply_their_own_rows_and_no_others(scheme: str, codes: ModuleType) -> None:
+    hold_experts(scheme, codes)
+
+
+def hold_experts(scheme: str, codes: ModuleType) -> None:
     w, full = made(scheme, (32, 16), 256, 4)
     x, bias = torch.randn(5, 256), torch.randn(4, 48)
     experts, counts, tokens = torch.tensor([3, 0]), torch.tensor([1, 3]), torch.tensor([4, 0, 4, 2])
     y = codes.times(x, w, bias, experts, counts, tokens)
     of = torch.tensor([3, 0, 0, 0])
     exact = torch.einsum("mk,mnk->mn", x[tokens].double(), full[of]) + bias[of]
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=2e-4)
+    close(y, exact, x, full)
 
 
 def test_every_code_has_its_value(codes: ModuleType) -> None:
@@ -92,20 +140,30 @@ def test_every_code_has_its_value(codes: ModuleType) -> None:
     for scheme in SCHEMES:
         w, full = made(scheme, (256,), 128)
         y = codes.times(torch.eye(128), w)
-        torch.testing.assert_close(y.T.double(), full, rtol=1e-6, atol=0)
+        moved = w.zero is not None or w.shift is not None or w.move  # which is added, in fp32
+        atol = 2**-21 * float(full.abs().max()) if moved else 0
+        torch.testing.assert_close(y.T.double(), full, rtol=1e-6, atol=atol)
 
 
 def test_a_code_that_is_no_number_is_left_to_torch(codes: ModuleType) -> None:
     c = components("fp8-channel", (1024,), 512)
-    good = quantised("fp8-channel", c, (1024,))
+    good = codes.carried("fp8-channel", c, (1024,))
     assert good is not None and codes.fits(good, 1) and not codes.fits(good, codes.FEW + 1)
     c["weight"].view(torch.uint8)[3, 5] = 0x7F
-    bad = quantised("fp8-channel", dict(c), (1024,))
-    assert bad is not None and not codes.fits(bad, 1)
-    c = components("mxfp4", (1024,), 512)
-    assert (w := quantised("mxfp4", c, (1024,))) is not None and codes.fits(w, 1)
-    c["scale"][3, 5] = 255
-    assert (w := quantised("mxfp4", c, (1024,))) is not None and not codes.fits(w, 1)
+    assert codes.carried("fp8-channel", dict(c), (1024,)) is None
+    for scheme, none in (("mxfp4", 255), ("nvfp4", 0x7F)):
+        c = components(scheme, (1024,), 512)
+        assert (w := codes.carried(scheme, c, (1024,))) is not None and codes.fits(w, 1)
+        c["scale"].view(torch.uint8)[3, 5] = none
+        assert codes.carried(scheme, c, (1024,)) is None
+
+
+def test_inputs_in_an_order_of_their_own_are_left_to_torch(codes: ModuleType) -> None:
+    c = components("gptq4-group128", (64,), 512)
+    c["order"] = torch.arange(512, dtype=torch.int32) // 128
+    assert codes.carried("gptq4-group128", c, (64,)) is not None
+    c["order"] = c["order"].flip(0)
+    assert codes.carried("gptq4-group128", c, (64,)) is None
 
 
 def test_a_model_s_matrix_asks_it_where_it_is_large_enough(
@@ -125,3 +183,11 @@ def test_a_model_s_matrix_asks_it_where_it_is_large_enough(
             y, full = linear(x), linear.dense(torch.float32)
         torch.testing.assert_close(y, x @ full.T + linear.bias, rtol=1e-4, atol=1e-3)
         assert bool(asked) == used, (n, rows)
+        if rows <= codes.FEW:  # what ranks add up is not rounded before
+            exact = x.bfloat16().double() @ full.T.double() + linear.bias.bfloat16().double()
+            with torch.inference_mode():
+                parts = linear.unrounded(x.bfloat16())
+            assert parts.dtype == torch.float32 and len(asked) == 2 * used
+            torch.testing.assert_close(
+                parts.double(), exact, rtol=1e-4 if used else 2**-7, atol=1e-3 if used else 0.3
+            )

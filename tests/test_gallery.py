@@ -181,6 +181,10 @@ def test_releases_are_listed_by_what_they_have() -> None:
     assert {"deepseek-v3", "deepseek-r1"} <= names("deepseek", "--has", "mla")
     assert names("gpt-oss", "--has", "sinks", "--has", "sliding window") == {"gpt-oss-20b", "gpt-oss-120b"}
     assert not names("gpt-oss", "--has", "MLA")
+    assert manifest.find("deepseek-r1-0528-nvfp4").config is None, "its original says what it has"
+    assert "deepseek-r1-0528-nvfp4" in names("deepseek", "nvfp4", "--has", "MLA")
+    shown = CliRunner().invoke(cli, ["show", "deepseek-r1-0528-nvfp4"]).output
+    assert "128 heads of 128+64" in shown and "counted as deepseek-r1-0528" in " ".join(shown.split())
     undrawn = CliRunner().invoke(cli, ["list", UNDRAWN, "--has", "MLA"])
     n = len(manifest.search(UNDRAWN))  # it and its quantised copies
     assert f"not listed: {n} whose config has no public copy, and may have MLA" in undrawn.stderr

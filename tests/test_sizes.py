@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import families, manifest, sizes
 from zoo.cli import cli
-from zoo.describe import describe, flop, serving
+from zoo.describe import describe, flop, published, serving
 from zoo.layout import active_params, layout, total_params
 from zoo.model.cache import Cache
 from zoo.spec import MLP, Attention, LatentAttention, Layer, MoE, Norm, Rope, Router, Spec
@@ -95,6 +95,24 @@ def test_a_token_costs_its_experts_and_what_its_mixers_see() -> None:
     assert cost(ATTENTION, moe, 1) == dense + 2 * (3 * 16 * 24 + 8 * 16)  # another expert, and the router
     assert cost(ATTENTION, mlp, 50) - dense == 2 * 4 * (8 + 6) * 49
     assert cost(seen, mlp, 50) == cost(seen, mlp, 10) == cost(ATTENTION, mlp, 10)
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("qwen3-next-80b-a3b-instruct", "A3B leaves out the embeddings and the head"),  # its manifest's words
+        ("glm-4.5-air", "active: 12.2B without embedding and head, rounded"),
+        ("deepseek-v3-base", "active: 36.6B without the embedding, rounded"),
+        ("kimi-linear-48b-a3b", "active: 3.48B, rounded"),
+        ("lfm2-8b-a1b", "active: 1.56B counted, and no part known that the figure leaves out"),
+    ],
+)
+def test_a_published_size_that_is_not_the_count_says_why(name: str, why: str) -> None:
+    assert why in published(manifest.find(name), spec_of(name))
+
+
+def test_a_published_size_that_is_the_count_says_no_more() -> None:
+    assert published(manifest.find("llama-3.1-8b"), spec_of("llama-3.1-8b")) == "8.00B total"
 
 
 def test_show_and_inspect_say_the_numbers_in_words_and_to_programs() -> None:

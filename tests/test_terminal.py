@@ -133,6 +133,27 @@ def test_a_field_that_is_missing_or_of_another_type_is_no_match() -> None:
 # --- what takes long ----------------------------------------------------------------------------------------
 
 
+def test_errors_and_notes_are_folded_too_and_a_command_in_them_stays_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    for args, whole in (
+        (("list", "--has", "nonsense"), "short convolution"),
+        (("list", "--has", "MLA"), "not listed:"),
+        (("verify", "qwen3-0.6b"), "`zoo verify` does that first"),
+        (("plan", str(canonical("llama"))), "`zoo export` gives"),
+    ):
+        out = Terminal()
+        with monkeypatch.context() as m:
+            m.setattr("sys.stderr", out)
+            m.setattr("sys.stdout", Terminal())
+            run(cli, args)
+        lines = click.unstyle(out.getvalue()).splitlines()
+        assert lines and not [x for x in lines if len(x) > 50 and " " in x.strip() and "`" not in x], lines
+        assert " ".join(" ".join(lines).split()).count(whole) == 1, lines
+        assert all(x.count("`") % 2 == 0 for x in lines), lines
+
+
 def test_stages_that_are_over_stay_with_their_seconds_and_the_one_at_work_has_a_bar_where_its_end_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -146,7 +167,8 @@ def test_stages_that_are_over_stay_with_their_seconds_and_the_one_at_work_has_a_
         stages(Stage(f"fault {n + 1} of 4: \x1b]0;x", done=n, of=4))
     stages.close()
     lines = [line for line in out.getvalue().replace("\r\x1b[K", "\n").split("\n") if line]
-    over = [line for line in lines if re.fullmatch(r"  .*  \d+\.\d s", line)]
+    # What says how long it will take took no time itself.
+    over = [line for line in lines if re.fullmatch(r"  .*  \d+\.\d s|  needs little", line)]
     assert [line.split("  ")[1][:12] for line in over] == [
         "opening the ",
         "needs little",

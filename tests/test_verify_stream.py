@@ -114,19 +114,25 @@ def test_each_weight_is_read_once_and_one_layer_ahead(name: str, monkeypatch: py
 class Copies:
     """In place of what carries layers to a GPU: copies of what is asked for, one of them with a bit turned."""
 
-    def __init__(self, room: bool = True, wrong: TensorRef | None = None) -> None:
+    def __init__(self, room: bool = True, wrong: TensorRef | None = None, uncounted: bool = False) -> None:
+        """`uncounted`: by numpy, of which torch knows nothing."""
         self.room, self.wrong, self.asked = room, wrong, Counter[reading.Range]()
+        self.uncounted = uncounted
         self.coming: dict[reading.Range, torch.Tensor] = {}
 
     def ask(self, ranges: Iterable[reading.Range]) -> Collection[reading.Range]:
         assert not self.coming, "more than a layer ahead"
         wanted = list(ranges)
         self.asked.update(wanted)
-        self.coming = {r: reading.mapped_range(*r).clone() for r in wanted if self.room}
+        self.coming = {r: self._copied(r) for r in wanted if self.room}
         for (path, offset, _), t in self.coming.items():
             if self.wrong is not None and (path.name, offset) == (self.wrong.file, self.wrong.offset):
                 t[-1] ^= 1
         return list(self.coming)
+
+    def _copied(self, r: reading.Range) -> torch.Tensor:
+        there = reading.mapped_range(*r)
+        return torch.from_numpy(there.numpy().copy()) if self.uncounted else there.clone()
 
     def take(self) -> dict[reading.Range, torch.Tensor]:
         taken, self.coming = self.coming, {}

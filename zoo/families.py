@@ -346,8 +346,10 @@ def _torn(config: Mapping[str, Any], family: Family) -> list[str]:
     transformers' Auto classes go by the latter."""
     kind = config.get("model_type")
     named = next((a for a in _named(config) if a in family.architectures), None)
+    if named is None or kind in family.model_types:  # and the other families are not even imported
+        return []
     others = [f for f in families().values() if kind in f.model_types]
-    if named is None or not others or any(named in f.architectures for f in others):
+    if not others or any(named in f.architectures for f in others):
         return []
     return [
         f"the config's architectures say {named}, which is {family.name}, and its model_type {kind!r}, which is "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -46,7 +46,12 @@ def _tell_everything(ctx: click.Context) -> None:
     """What zoo logs for those who look into it goes to stderr, too, until the command ends."""
     import logging
 
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
     logger, handler, level = logging.getLogger("zoo"), logging.StreamHandler(), logging.getLogger("zoo").level
+    handler.setFormatter(Printable())
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
 
@@ -102,7 +107,8 @@ def json_text(data: Any) -> str:
 
 
 def say(text: str = "") -> None:
-    click.echo(printable(text))
+    """A result, on stdout. Sentences that are longer than the window are folded."""
+    click.echo(folded(printable(text)))
 
 
 VERDICTS = {
@@ -119,7 +125,7 @@ VERDICTS = {
 
 def say_verdict(text: str) -> None:
     """As `say`; the verdicts in it are coloured on a terminal, unless NO_COLOR is set (no-color.org)."""
-    said = printable(text)
+    said = folded(printable(text))
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         words = "|".join(sorted(VERDICTS, key=len, reverse=True))
         said = re.sub(rf"(?<!\S)({words})\b", lambda m: click.style(m[0], fg=VERDICTS[m[0]]), said)
@@ -128,7 +134,7 @@ def say_verdict(text: str) -> None:
 
 def note(text: str) -> None:
     """A sentence for people, on stderr."""
-    click.echo(printable(text), err=True)
+    click.echo(folded(printable(text), sys.stderr), err=True)
 
 
 def failed() -> NoReturn:
@@ -147,7 +153,8 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show()
+        error.show(shown := io.StringIO())  # with names that a shell found for a pattern
+        note(shown.getvalue().rstrip("\n"))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped", 128 + State.stopped)
@@ -163,12 +170,11 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         return _fail(str(error), 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 1)
+        return _fail(str(ZooError(f"{where}{error.strerror or error}")), 1)
     except Exception as error:
         hint = "" if State.debug else " (run again with --debug for the traceback)"
-        return _fail(
-            f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1
-        )
+        said = f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}"
+        return _fail(str(ZooError(said)), 1)
 
 
 _plain_warning = warnings.formatwarning
@@ -204,7 +210,7 @@ def _fail(message: str, code: int) -> int:
     if State.debug:
         import traceback
 
-        traceback.print_exc()
+        note(traceback.format_exc())
     with suppress(OSError):
         note(f"zoo: {message}")
     try:
@@ -289,13 +295,16 @@ class Anywhere(click.ParamType["Path | str"]):
 class Here(click.Path):
     """A path on this disk; the URL of a store, and the name of a release that is not here, are refused with what to do."""
 
+    also = ""
+    """What else the command offers where a release is not here."""
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         if is_url(value):
             self.fail(not_here(value, f"zoo {ctx.info_name if ctx else ''} works"), param, ctx)
         if self.exists and not os.path.lexists(value) and (why := _not_pulled(os.fspath(value))) is not None:
-            self.fail(why, param, ctx)
+            self.fail(why + self.also, param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -380,18 +389,19 @@ def on(help: str) -> Callable[[F], F]:
 # ---- tables
 
 
-def terminal_width(otherwise: int = 110) -> int:
-    """Columns of the terminal that stdout is, else `otherwise`. (shutil has this, and takes longer to import.)"""
+def terminal_width(otherwise: int = 110, stream: TextIO | None = None) -> int:
+    """Columns of the terminal that the stream (stdout) is, else `otherwise`. (shutil has this, and takes longer to import.)"""
     try:
-        found = int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.__stdout__.fileno()).columns)  # type: ignore[union-attr]
+        of = stream or sys.__stdout__
+        found = int(os.environ.get("COLUMNS") or os.get_terminal_size(of.fileno()).columns)  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
         return otherwise
     return found or otherwise  # a terminal without a size says 0
 
 
-def window() -> int | None:
-    """Columns that a line may have; None where stdout is no terminal: programs read whole lines."""
-    return terminal_width() if sys.stdout.isatty() else None
+def window(stream: TextIO | None = None) -> int | None:
+    """Columns that a line may have; None where the stream (stdout) is no terminal: programs read whole lines."""
+    return terminal_width(stream=stream) if (stream or sys.stdout).isatty() else None
 
 
 def table(
@@ -460,16 +470,23 @@ def shortened(text: str, width: int) -> str:
     return text[: max(0, width - 1 - end)] + "…" + text[len(text) - end :]
 
 
-def fold(line: str) -> list[str]:
-    """A line of prose, in as many lines as the window needs. What has no spaces, a path, is left whole, to be copied."""
-    if (room := window()) is None or len(line) <= room:
+def folded(text: str, stream: TextIO | None = None) -> str:
+    """Each of its lines folded."""
+    return "\n".join(part for line in text.split("\n") for part in fold(line, stream))
+
+
+def fold(line: str, stream: TextIO | None = None) -> list[str]:
+    """A line of prose, in as many lines as the window needs. What is copied is left whole: a path, a `command`."""
+    if (room := window(stream)) is None or len(line) <= room:
         return [line]
     import textwrap
 
     indent = " " * (len(line) - len(line.lstrip()))
-    return textwrap.wrap(
-        line, room, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False
-    ) or [""]
+    whole = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\x00"), line)
+    parts = textwrap.wrap(
+        whole, room, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False
+    )
+    return [part.replace("\x00", " ") for part in parts] or [""]
 
 
 def pairs(items: Sequence[tuple[str, str]]) -> str:
@@ -480,6 +497,10 @@ def pairs(items: Sequence[tuple[str, str]]) -> str:
     width = max(40 - left if window() is None else 16, min(110, terminal_width()) - left)
     lines = []
     for k, v in items:
-        wrapped = [part for line in (v.split("\n") or [""]) for part in textwrap.wrap(line, width) or [""]]
+        wrapped = [
+            part
+            for line in (v.split("\n") or [""])
+            for part in textwrap.wrap(line, width, break_on_hyphens=False) or [""]
+        ]
         lines += [(k if n == 0 else "").ljust(left) + part for n, part in enumerate(wrapped)]
     return "\n".join(line.rstrip() for line in lines)

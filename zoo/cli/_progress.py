@@ -14,7 +14,8 @@ from typing import Any, Self, TextIO
 
 import click
 
-from zoo.cli._common import terminal_width
+from zoo.cli._common import folded, terminal_width
+from zoo.cli._common import note as say_aside
 from zoo.cli._state import State
 from zoo.printable import decimal, printable, printable_json
 
@@ -45,7 +46,7 @@ class Bar:
     def note(self, message: str) -> None:
         with self._lock:
             self._clear()
-            click.echo(printable(message), err=True)
+            say_aside(message)
 
     def close(self) -> None:
         with self._lock:
@@ -75,14 +76,16 @@ class Bar:
                 del self._marks[0]
             (t0, d0), (t1, d1) = self._marks[0], self._marks[-1]
             rate = (d1 - d0) / (t1 - t0) if t1 > t0 else 0.0
-            text = self._phase
+            room, text = terminal_width(80, self._out) - 1, self._phase
             if self._total:
                 share = min(1.0, self._done / self._total)
-                text += f" [{'#' * int(24 * share):24}] {share:4.0%}  {decimal(self._done)} of {decimal(self._total)}"
+                told = f"{share:4.0%}  {decimal(self._done)} of {decimal(self._total)}"
                 if rate > 0:
                     left = (self._total - self._done) / rate
-                    text += f"  {decimal(rate)}/s  {_clock(left)} left"
-            self._out.write(f"\r\x1b[K{text}")
+                    told += f"  {decimal(rate)}/s  {_clock(left)} left"
+                cells = max(4, min(24, room - len(text) - len(told) - len(" [] ")))
+                text += f" [{'#' * int(cells * share):{cells}}] {told}"
+            self._out.write(f"\r\x1b[K{text[:room]}")
             self._out.flush()
 
 
@@ -153,7 +156,7 @@ class Stages:
 
     def __init__(self, stream: TextIO) -> None:
         self._out = stream
-        self._stage = ""
+        self._stage, self._said = "", False
         self._began = self._since = time.monotonic()
         self._end: float | None = None
         self._share: tuple[int, int] = (0, 0)
@@ -169,8 +172,10 @@ class Stages:
                 self._line(now)
                 self._since = now
             self._stage, self._share = str(stage), (getattr(stage, "done", 0), counted)
-            if (seconds := getattr(stage, "seconds", None)) is not None:
+            seconds = getattr(stage, "seconds", None)
+            if seconds is not None:
                 self._end = now + seconds
+            self._said = seconds is not None
             self._draw(now)
 
     def close(self) -> None:
@@ -181,7 +186,11 @@ class Stages:
 
     def _line(self, now: float) -> None:
         """The stage is over: what it took stays in sight."""
-        text = f"  {printable(self._stage)}  {now - self._since:.1f} s\n" if self._stage else ""
+        text = ""
+        if self._stage:
+            # What says how long all will take took no time itself.
+            took = "" if self._said else f"  {now - self._since:.1f} s"
+            text = folded(f"  {printable(self._stage)}{took}", self._out) + "\n"
         self._out.write(f"\r\x1b[K{text}")
         self._out.flush()
 
@@ -208,7 +217,7 @@ class Stages:
             text = f"[{'#' * int(24 * share):24}] {text}" + (
                 f", about {_clock(left)} left" if left is not None else ""
             )
-        width = terminal_width(80) - 1
+        width = terminal_width(80, self._out) - 1
         self._out.write(f"\r\x1b[K{f'  {text}  {printable(self._stage)}'[:width]}")
         self._out.flush()
 

@@ -92,6 +92,7 @@ def _with(found: Iterable[Manifest], choice: str) -> tuple[Manifest, ...]:
     from zoo import families
     from zoo.errors import ZooError
     from zoo.gallery.choices import CHOICES
+    from zoo.gallery.copies import base
 
     tests = {name.lower(): test for of in CHOICES.values() for name, test in of.items()}
     if choice.lower() not in tests:
@@ -99,11 +100,13 @@ def _with(found: Iterable[Manifest], choice: str) -> tuple[Manifest, ...]:
         raise ZooError(f"--has: no choice is called {choice!r}; there are: {known}")
     made, unknown = [], 0
     for m in found:
-        config = m.config
-        if config is None:
+        # A quantised copy is built like its original.
+        drawn = m if m.config is not None else base(m)
+        config = None if drawn is None else drawn.config
+        if drawn is None or config is None:
             unknown += 1
         elif tests[choice.lower()](
-            families.spec_of(config, families.get(m.family), f"{m.name}: config.json")
+            families.spec_of(config, families.get(m.family), f"{drawn.name}: config.json")
         ):
             made.append(m)
     if unknown:

@@ -130,7 +130,7 @@ class Shown:
 
     def lines(self) -> dict[str, str]:
         m = self.manifest
-        facts = _facts(m) if m is not None else {"name": self.name, "from": self.source}
+        facts = _facts(m, self.spec) if m is not None else {"name": self.name, "from": self.source}
         if (quantised := self.quantisation()) is not None:
             facts["quantisation"] = quantised
         if m is not None or self.spec is not None:
@@ -211,6 +211,8 @@ def look(name: str, said: str | None = None) -> Shown:
         raise ZooError(
             f"{m.name} is a release of the family {m.family}; --family is for what zoo does not know"
         )
+    if m.config is None and (shown := _copy(m)) is not None:
+        return shown
     config = m.config
     return Shown(m.name, m, _spec(m, config), config or {})
 
@@ -265,6 +267,18 @@ def _repository(name: str, said: str | None) -> Shown:
     return shown
 
 
+def _copy(m: Manifest) -> Shown | None:
+    """A quantised copy as the release that it is certain to be a copy of, whose config is public."""
+    from zoo.gallery.copies import base
+
+    original = base(m)
+    if original is None or (config := original.config) is None:
+        return None
+    # Not the config itself: what it says of quantised weights is that release's.
+    note = f"drawn and counted as {original.name}, of which it is a quantised copy: its own config has no public copy"
+    return Shown(m.name, m, _spec(original, config), notes=[note])
+
+
 def _spec(m: Manifest, config: dict[str, Any] | None) -> Spec | None:
     """From the release's config, which zoo has a copy of for most."""
     from zoo import families
@@ -274,19 +288,16 @@ def _spec(m: Manifest, config: dict[str, Any] | None) -> Spec | None:
     )
 
 
-def _facts(m: Manifest) -> dict[str, str]:
-    from zoo.printable import count
+def _facts(m: Manifest, spec: Spec | None) -> dict[str, str]:
+    from zoo.describe import published
 
-    published = f"{count(m.params_total)} total" if m.params_total else ""
-    published += f", {count(m.params_active)} active" if m.params_active else ""
-    published += f" ({m.params_convention})" if published and m.params_convention else ""
     facts = {
         "name": m.name,
         "also called": ", ".join(m.aliases),
         "vendor": m.vendor or "",
         "released": m.released or "",
         "from": "\n".join(str(s) for s in m.sources),
-        "published size": published,
+        "published size": published(m, spec),
         "weights": m.quantization or m.dtype or "",
         "formats": ", ".join(m.formats),
         "licence": (m.licence or "") + (", gated: accept it on the Hub first" if m.gated else ""),

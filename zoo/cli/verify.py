@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class _Canon(Here):
     """What is verified. With --pull it may be a release that is not here yet."""
 
+    also = "; with --pull, `zoo verify` does that first"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:

@@ -117,7 +117,9 @@ def read(path: str | os.PathLike[str]) -> Canonical:
             if os.path.lexists(place := place_of(root, name)):  # it is copied from here: no link may lead out
                 inside(root, place.relative_to(root).as_posix(), JSON)
     except OSError as e:  # a name longer than names can be
-        raise ZooError(f"{root / JSON}: carried names {name!r:.200}, which can't be opened: {e.strerror}") from None
+        raise ZooError(
+            f"{root / JSON}: carried names {name!r:.200}, which can't be opened: {e.strerror}"
+        ) from None
     _refuse_more_than(root, spec, layers)
     index = read_json(root / INDEX, "a canonical checkpoint has one")
     tensors: dict[str, TensorRef] = {}
@@ -236,7 +238,9 @@ def _check(c: Canonical) -> None:
         how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
         if how is not None:
             _check_quantised(c, slot, how)
-        elif ref.dtype not in FLOATS:
+        elif slot.counts and ref.dtype not in ("I64", "I32"):
+            raise ZooError(f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected I64 or I32")
+        elif ref.dtype not in FLOATS and not slot.counts:
             raise ZooError(
                 f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected one of {', '.join(FLOATS)}"
             )

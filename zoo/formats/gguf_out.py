@@ -387,15 +387,15 @@ def _described(
     _, asked = read(offered)
     fields = {k: v for k, v in offered.items() if k in asked or k == "vocab_size"}
     wrong = judged(fields)
-    for key in UNSAID:  # what the architecture implies to more digits than a field has
+    for key in UNSAID if wrong else ():  # what the architecture implies to more digits than a field has
         without = {k: v for k, v in fields.items() if k != key}
-        if len(better := judged(without)) < len(wrong):
+        if key in fields and len(better := judged(without)) < len(wrong):
             fields, wrong = without, better
     if wrong:
         raise ZooError(f"{who}: a GGUF of architecture {arch} cannot say it: {wrong[0]}")
     for key in UNSAID:
         without = {k: v for k, v in fields.items() if k != key}
-        if key not in NEEDED.get(arch, ()) and not judged(without):
+        if key in fields and key not in NEEDED.get(arch, ()) and not judged(without):
             fields = without
     return Described(arch, {f"{arch}.{k}": v for k, v in fields.items()}, constants)
 

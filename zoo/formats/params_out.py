@@ -21,6 +21,7 @@ from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.family.consolidated import meta_ffn
+from zoo.printable import warn
 from zoo.spec import MLP, Attention, LatentAttention, MoE, Rope, Spec, differences
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def _say_other_scale(spec: Spec, who: str) -> None:
     rope = next((x.mixer.rope for x in spec.layers if isinstance(x.mixer, Attention) and x.mixer.rope), None)
     scaling = rope.scaling if rope and not any(isinstance(x.ffn, MoE) for x in spec.layers) else None
     if scaling is not None and scaling.factor != 8:
-        log.warning(
-            "%s: its RoPE is scaled by %g; Meta's own code scales by 8 whatever params.json says, and needs that changed "
+        warn(
+            log, "%s: its RoPE is scaled by %g; Meta's own code scales by 8 whatever params.json says, and needs that changed "
             "(scale_factor in llama3/model.py)", who, scaling.factor,
         )  # fmt: skip
 

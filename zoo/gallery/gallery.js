@@ -147,7 +147,7 @@ function compare() {
   function show() {
     const chosen = selects.map(s => byName.get(s.value)).filter(Boolean);
     const head = make("tr", {}, make("td"), ...chosen.map(r => make("th", { scope: "col" }, make("a", { href: `r/${r.name}.html` }, r.name))));
-    const body = FACTS.map(([name, fact]) => {
+    const body = FACTS.filter(([, fact]) => chosen.some(fact)).map(([name, fact]) => {
       const values = chosen.map(r => String(fact(r) || "–")), differs = new Set(values).size > 1;
       return make("tr", { class: differs && "differs" }, make("th", { scope: "row" }, (differs ? "≠\u00a0" : "") + name), ...values.map(v => make("td", {}, v)));
     });
@@ -178,7 +178,8 @@ function fit() {
     const total = weights + cache + state;
     $("said").textContent = wanted > r.context ? `${r.name} sees at most ${whole(r.context)} tokens: counted for that many.` : "";
     const line = (name, n) => make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "n" }, GB(n)));
-    $("needs").replaceChildren(line("Weights", weights), line("KV cache", cache), line("Recurrent state", state), line("Together", total));
+    const needs = [["Weights", weights], ["KV cache", cache], ["Recurrent state", state], ["Together", total]];
+    $("needs").replaceChildren(...needs.filter(([, n]) => n).map(([name, n]) => line(name, n)));
     $("hardware").replaceChildren(...Object.entries(data.cards).map(([name, gb]) => {
       const n = Math.ceil(total / (gb * 9e8));
       return make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "n" }, `${gb} GB`),

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zoo import sizes
-from zoo.describe import describe
+from zoo.describe import describe, published
 from zoo.gallery.choices import CHOICES
 from zoo.gallery.data import Release
 from zoo.layout import layout
 from zoo.order import MEANINGS, order
-from zoo.printable import count, printable
+from zoo.printable import printable
 from zoo.spec import Spec
 
 NEAR = 6
@@ -25,6 +25,8 @@ PAGES = (
     ("timeline.html", "Timeline"),
     ("fit.html", "What fits"),
 )
+NAVIGATION = "<nav aria-label=Pages>"
+"""What the links of every page begin with: a site around the gallery puts its own before them."""
 
 
 def e(x: Any) -> str:
@@ -43,7 +45,7 @@ def page(title: str, at: str, body: str, *, script: str = "", up: str = "") -> s
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(title)}</title>"
         "<meta name=viewport content=width=device-width>"
         f"<link rel=stylesheet href={up}gallery.css><body{f' data-page={script}' if script else ''}>"
-        f"<a class=skip href=#main>Skip to the content</a><header><nav aria-label=Pages>{nav}</nav></header>"
+        f"<a class=skip href=#main>Skip to the content</a><header>{NAVIGATION}{nav}</nav></header>"
         f"<main id=main>{body}</main>{scripts}\n"
     )
 
@@ -98,8 +100,8 @@ def fit() -> str:
         '<form class="ask" id="ask"><label class="wide">Release<select id="release"></select></label><label>Weights in'
         '<select id="dtype"></select></label><label>Tokens of context<input id="context" type="number" min="1" value="32768"></label>'
         '<label>Sequences at once<input id="batch" type="number" min="1" value="1"></label><label>KV cache in<select id="kv"></select>'
-        '</label></form><p id="said" role="status"></p><table><caption>Needed, in GB of 10<sup>9</sup> bytes</caption><tbody id="needs">'
-        "</tbody></table><h2>Cards</h2><table><tbody id=hardware></tbody></table>",
+        '</label></form><p id="said" role="status"></p><div class=two><div><h2>Needed</h2><table><caption>In GB of 10<sup>9</sup> bytes</caption><tbody id="needs">'
+        "</tbody></table></div><div><h2>Cards</h2><table><tbody id=hardware></tbody></table></div></div>",
         script="fit",
     )  # fmt: skip
 
@@ -149,7 +151,7 @@ def release(r: Release, others: Sequence[Release] = ()) -> str:
     m = r.manifest
     facts = {
         "Vendor": m.vendor, "Released": m.released, "Family": m.family, "Licence": m.licence, "Weights": m.quantization or m.dtype,
-        "Also called": ", ".join(m.aliases), "From": " ".join(dict.fromkeys(map(str, m.sources))), "Published size": _published(r),
+        "Also called": ", ".join(m.aliases), "From": " ".join(dict.fromkeys(map(str, m.sources))), "Published size": published(m, r.spec),
     }  # fmt: skip
     said = describe(r.spec) if r.spec is not None else {}
     for shown_elsewhere in ("family", "parts", "layers"):
@@ -204,12 +206,6 @@ def release(r: Release, others: Sequence[Release] = ()) -> str:
     elif r.spec is not None:
         body += _parts(r.spec) + _layers(r.spec) + _tensors(r.spec)
     return page(m.name, "", body, up="../")
-
-
-def _published(r: Release) -> str:
-    m = r.manifest
-    said = [f"{count(n)} {what}" for n, what in ((m.params_total, "total"), (m.params_active, "active")) if n]
-    return ", ".join(said) + (f" ({m.params_convention})" if said and m.params_convention else "")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

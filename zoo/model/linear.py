@@ -34,6 +34,7 @@ class Weights(nn.Module):
         self.parts = parts
         self.scheme: str | None = None
         self._packed: tuple[int, int, Weight | None] | None = None
+        self._carried: tuple[int, Any] | None = None
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[:-1])) if bias else None)
 
@@ -46,7 +47,7 @@ class Weights(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch's; what is packed would keep the memory of a model that is moved."""
-        self._packed = None
+        self._packed = self._carried = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def packed(self) -> Weight | None:
@@ -70,15 +71,26 @@ class Weights(nn.Module):
             y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
 
+    def unrounded(self, x: Tensor) -> Tensor:
+        """`times` on a CPU, in fp32: for sums that go on."""
+        if times := self.coded(x, x.shape[:-1].numel()):
+            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype), dtype=torch.float32)
+            return y.view(*x.shape[:-1], -1)
+        return unrounded(x, self.dense(x.dtype), self.offset(x.dtype))
+
     def coded(self, x: Tensor, rows: int) -> Callable[..., Tensor] | None:
         """Our kernel of a CPU for codes and `rows` rows of x (to an expert, where stacked), where it serves them: as
         `zoo.kernels.cpu.quantised.times`."""
         if self.scheme is None or x.device.type != "cpu" or is_recorded(x):
             return None
         made = kernels("quantised")
-        if made is None or (w := self.packed()) is None or not made.fits(w, rows):
+        if made is None:
             return None
-        return partial(made.times, w=w)
+        if self._carried is None or self._carried[0] != id(self.weight):
+            w = made.carried(self.scheme, dict(self.named_buffers(recurse=False)), self.parts)
+            self._carried = id(self.weight), w
+        w = self._carried[1]
+        return partial(made.times, w=w) if w is not None and made.fits(w, rows) else None
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The logical weight in `dtype` (of one expert, where stacked). A view when nothing is to be done."""
@@ -134,8 +146,7 @@ class Linear(Weights):
             torch.bfloat16,
             torch.float16,
         ):  # a GPU would send twice as much
-            parts = unrounded(x, self.dense(x.dtype), self.offset(x.dtype))
-            total = self.across.sum(parts).to(x.dtype)
+            total = self.across.sum(self.unrounded(x)).to(x.dtype)
             return total if onto is None else onto + total
         return self.across.sum(self.times(x), onto)
 
@@ -167,25 +178,46 @@ class Stacked(Weights):
         return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
 
 
-class Table(nn.Module):
-    """An embedding: `weight` [rows, d], and, where tied, the head. `across`: each rank has as many rows."""
+class Table(Weights):
+    """An embedding: `weight` [rows, d], and, where tied, the head. `across`: each rank has as many rows. Of codes only the rows that are
+    asked for are expanded, to `asked` (None: the dtype of their scales, of those that are bytes bf16)."""
 
-    weight: Tensor
     across: Across | None = None
+    asked: torch.dtype | None = None
 
     def __init__(self, rows: int, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, d))
+        super().__init__(rows, d, parts=(rows,), bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its rows."""
+        if self.scheme is None:
+            return self.weight.dtype
+        scale: Tensor = self.get_buffer("scale")
+        stored = scale.dtype if scale.dtype.is_floating_point and scale.element_size() > 1 else torch.bfloat16
+        return self.asked or stored
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d]."""
         if self.across is None:
-            return F.embedding(ids, self.weight)
-        first = self.across.rank * len(self.weight)
-        return self.across.sum(some_rows(self.weight, ids, first))  # the others add zeros
+            return F.embedding(ids, self.weight) if self.scheme is None else self._looked_up(ids)
+        first, n = self.across.rank * len(self.weight), len(self.weight)
+        if self.scheme is None:
+            return self.across.sum(some_rows(self.weight, ids, first))  # the others add zeros
+        own = ids - first
+        here = (own >= 0) & (own < n)
+        return self.across.sum(self._looked_up(own.clamp(0, n - 1)) * here[..., None])
 
-    def times(self, x: Tensor) -> Tensor:
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        from zoo.quant import looked_up
+
+        assert self.scheme is not None
+        return looked_up(self.scheme, dict(self.named_buffers(recurse=False)), ids, self.dtype)
+
+    def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., rows]."""
+        if self.scheme is not None:
+            return super().times(x, onto)
         if one_row(x, w := plain(self.weight)):
             return linear(x, w)
         return product(x, self.weight)

@@ -63,7 +63,12 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
 
 def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
     """fp32 [out, in], or [in, out] where `i`, the axis of inputs, is 0. `at` as in `affine`."""
-    return affine(_unpack(c["weight"], i), _unpack(c["zero"], i), c["scale"], s.group, i, at)
+    return affine(_unpack(c["weight"], i), zeros(c["zero"], s, i), c["scale"], s.group, i, at)
+
+
+def zeros(words: Array, s: Scheme, i: int = 1) -> Array:
+    """Zero points of the words that are stored, [out, groups] where `i` is 1."""
+    return _unpack(words, i)
 
 
 def _unpack(words: Array, i: int) -> Array:

@@ -67,16 +67,19 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
 
 def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
     """fp32 [out, in], or [in, out] where `i`, the axis of inputs, is 0. `at` as in `affine`."""
-    zero = c["zero"]
-    if s.name[5:8] == "-v2":
-        zero = unpack(zero, s.bits, 1 - i)
-    elif s.bits == 3:
-        zero = (unpack(zero, 3, 1 - i) + 1) & 7
-    else:
-        zero = unpack(_plus_one(zero, s.bits), s.bits, 1 - i)
+    zero = zeros(c["zero"], s, i)
     scale = c["scale"]
     zero = zero[: scale.shape[0]] if i else zero[:, : scale.shape[1]]
     return affine(unpack(c["weight"], s.bits, i), zero, scale, s.group, i, at, c.get("order"))
+
+
+def zeros(words: Array, s: Scheme, i: int = 1) -> Array:
+    """Zero points of the words that are stored, [out, groups] where `i` is 1; of rows that make up a word there may be more."""
+    if s.name[5:8] == "-v2":
+        return unpack(words, s.bits, 1 - i)
+    if s.bits == 3:
+        return (unpack(words, 3, 1 - i) + 1) & 7
+    return unpack(_plus_one(words, s.bits), s.bits, 1 - i)
 
 
 def _plus_one(words: Array, bits: int) -> Array:

@@ -136,5 +136,10 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
     if (shape := c.get("shape")) is not None:
         check_shape(shape, (codes.shape[0],), codes.shape[1])
     low = 1 << s.bits - 1
-    zero = low if zero is None else unpack(zero, s.bits, 0)[: codes.shape[0]]
+    zero = low if zero is None else zeros(zero, s)[: codes.shape[0]]
     return affine(codes, zero, c["scale"], s.group, 1, 0, c.get("order"))
+
+
+def zeros(words: Array, s: Scheme, i: int = 1) -> Array:
+    """Zero points of the words that are stored, [out, groups] where `i` is 1; of rows that make up a word there may be more."""
+    return unpack(words, s.bits, 1 - i)

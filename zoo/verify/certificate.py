@@ -7,20 +7,22 @@ was not done: that is listed under `not_checked`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import ZooError
-from zoo.formats.base import TEMPLATES, leads_out, read_json
+from zoo.formats.base import TEMPLATES, inside, leads_out, read_json
 from zoo.plain import write_plain
 
 SCHEMA = "zoo-parity-1"
@@ -42,7 +44,7 @@ Verdict = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`, which must be finite: what
+    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`. Both must be finite: what
     upstream itself gives as infinite or no number can't be judged by.
 
     `why` says where the bound comes from. `value` and `bound` of an exact check count differences: 0 and 0.
@@ -57,7 +59,7 @@ class Check:
     @property
     def passed(self) -> bool:
         within = self.value >= self.bound if self.at_least else self.value <= self.bound
-        return within and math.isfinite(self.bound)
+        return within and math.isfinite(self.bound) and math.isfinite(self.value)
 
     @property
     def margin(self) -> float | None:
@@ -214,7 +216,7 @@ class Certificate:
             "versions": self.versions,
             "machine": machine(),
             "device": self.device,
-        }, sorted(self.places.items(), key=lambda p: -len(p[0])))  # fmt: skip
+        }, _said_instead(self.places))  # fmt: skip
         return out
 
     def write(self, folder: Path, name: str = FILE) -> Path:
@@ -316,16 +318,24 @@ def _number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)  # JSON has no infinity
 
 
-def _clean(x: Any, places: Sequence[tuple[str, str]] = ()) -> Any:
+def _said_instead(places: Mapping[str, str]) -> Callable[[str], str]:
+    """Writes for each path what `places` says, once: a way up to / has the absolute path within it (../../root/model), and
+    what was written is not looked at again. The longest path first; no part of a longer name is one."""
+    if not places:
+        return str
+    names = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+    path = re.compile(rf"(?<![\w.-])(?:{names})(?![\w-]|\.\w)")
+    return lambda text: path.sub(lambda found: places[found[0]], text)
+
+
+def _clean(x: Any, said: Callable[[str], str] = str) -> Any:
     """JSON-safe: no NaN or infinity, floats of six digits, which is what they are good for; no path of this machine."""
     if isinstance(x, Mapping):
-        return {str(k): _clean(v, places) for k, v in x.items()}
+        return {str(k): _clean(v, said) for k, v in x.items()}
     if isinstance(x, list | tuple):
-        return [_clean(v, places) for v in x]
+        return [_clean(v, said) for v in x]
     if isinstance(x, str):
-        for place, said in places:
-            x = x.replace(place, said)
-        return x
+        return said(x)
     if isinstance(x, float):
         return float(f"{x:.6g}") if math.isfinite(x) else str(x)
     return x
@@ -414,6 +424,8 @@ def _problems(folder: Path, data: Mapping[str, Any], with_source: bool) -> list[
         problems.append(f"its verdict was {data.get('verdict')!r}")
     problems += _contradictions(data)
     recorded = data["canonical"]["files"]
+    if unvouched := sorted(_needed(folder) - recorded.keys()):
+        problems.append(f"it vouches for none of {', '.join(unvouched[:4])}, which the model is read from")
     problems += _changed(folder, recorded)
     problems += [
         f"{n}: was not there when it was issued" for n in canonical_files(folder) if n not in recorded
@@ -426,15 +438,39 @@ def _problems(folder: Path, data: Mapping[str, Any], with_source: bool) -> list[
         and source.get("files")
         and (root := folder.resolve() / source["path"]).exists()
     ):
-        problems += [f"source {p}" for p in _changed(root if root.is_dir() else root.parent, source["files"])]
+        problems += [f"source {p}" for p in _source_changed(root, source)]
     if rules := data.get("rules"):
         problems += _rules_changed(rules)
     return problems
 
 
+def _needed(folder: Path) -> set[str]:
+    """The files of a canonical folder without which it is none."""
+    from zoo.formats import canonical
+
+    with contextlib.suppress(ZooError):  # a damaged one: what has changed is said anyway
+        return {canonical.JSON, *canonical.read(folder).files}
+    return {canonical.JSON}
+
+
+def _source_changed(path: Path, source: Mapping[str, Any]) -> list[str]:
+    """What is not so any more of the source's files. Where they lie and what they are called is the word of whoever wrote the
+    certificate: only what zoo reads of a checkpoint there is opened."""
+    from zoo.formats import open_checkpoint
+
+    try:
+        ckpt = open_checkpoint(path, source.get("format"))
+    except ZooError as e:
+        return [f"cannot be opened any more: {e!s:.300}"]
+    belong = {*ckpt.files, *ckpt.carried}
+    strange = [f"{n:.200}: is no file of the checkpoint there" for n in source["files"] if n not in belong]
+    return strange + _changed(ckpt.root, {n: was for n, was in source["files"].items() if n in belong})
+
+
 def _contradictions(data: Mapping[str, Any]) -> list[str]:
     """Verdicts that do not follow from the numbers beside them: zoo writes none, so somebody edited the file."""
     out, levels = [], []
+    out += [f"{n:.100}: is no level of a comparison" for n in data["levels"] if n not in LEVELS]
     for name, was in data["levels"].items():
         level = Level(name, [Check.from_json(c) for c in was["checks"]])
         levels.append(level)
@@ -471,7 +507,9 @@ def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
         path = root / name
         if not is_there(root, name):
             out.append(f"{name}: gone")
-        elif path.stat().st_size != was["bytes"]:
+            continue
+        inside(root, name, f"{root}: its certificate")
+        if path.stat().st_size != was["bytes"]:
             out.append(f"{name}: {path.stat().st_size:,} bytes, was {was['bytes']:,}")
         elif sha256(path) != was["sha256"]:
             out.append(f"{name}: content changed")

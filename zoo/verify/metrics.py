@@ -94,7 +94,7 @@ def _worst(x: Tensor) -> float:
 
 CHUNK = {
     "cpu": 1 << 21,
-    "cuda": 1 << 26,
+    "cuda": 1 << 24,
 }  # logits worked on at a time: what stays in a cache; what fills a GPU
 COLUMNS = 8192  # at most so many logits of a token (and its largest error) count towards the quantiles
 

@@ -12,29 +12,24 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from zoo.errors import ZooError
 from zoo.printable import printable
-from zoo.verify import certificate
+from zoo.verify import certificate, charts
 
 if TYPE_CHECKING:
     from zoo.formats.canonical import Canonical
     from zoo.manifest import Manifest
 
 Json = Mapping[str, Any]
-# What charts are drawn in, and the variables of the style sheet that take its place, so that they follow light and dark.
-INK, OURS, SPREAD, BOUND, GRID = "#1d2733", "#1f5fa8", "#8a94a0", "#b3382c", "#d9dee4"
-_VARIABLES = {INK: "--ink", OURS: "--link", SPREAD: "--muted", BOUND: "--no", GRID: "--line"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,7 @@ class Model:
 
 
 def page(cert: Json, model: Model | None = None) -> str:
-    """The report of a certificate (as its JSON). Raises ZooError if matplotlib is not installed, ValueError and the like for
-    JSON that is no certificate."""
+    """The report of a certificate (as its JSON). Raises ValueError and the like for JSON that is no certificate."""
     try:
         return _environment().get_template("report.html").render(_said(cert, model))
     except jinja2.TemplateError as e:
@@ -289,90 +283,32 @@ def _provenance(cert: Json) -> list[tuple[str, Any]]:
 # Charts
 
 
-def _svg(width: float, height: float, draw: Callable[[Any], None], title: str) -> Markup:
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ZooError(
-            "the report draws with matplotlib: pip install matplotlib (or 'zoo-weights[report]')"
-        ) from None
-    settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "zoo", "font.family": "sans-serif", "font.size": 9,
-        "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
-        "axes.axisbelow": True, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    # Every picture has its own ids, or the clip paths of one would apply to another.
-    tag = re.sub(r"\W+", "-", title.lower())
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{tag}-\1"', svg)
-    svg = re.sub(r'(url\(#|xlink:href="#|href="#)', rf"\1{tag}-", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))
-
-
 def _layers(cert: Json) -> Markup | None:
     level = cert["levels"].get("layers")
     if not level or not level["figures"].get("layers"):
         return None
     figures = level["figures"]
     rows = figures["layers"]
-    x = [r["layer"] for r in rows]
-    tiny = 1e-9
 
-    def draw(ax: Any) -> None:
-        ax.plot(x, [r["bound"] for r in rows], color=BOUND, ls="--", lw=1.2, label="bound")
-        if any(r["spread"] for r in rows):
-            ax.plot(
-                x,
-                [max(r["spread"] or 0, tiny) for r in rows],
-                color=SPREAD,
-                lw=1.2,
-                label="upstream against itself",
-            )
-        ax.plot(
-            x,
-            [_finite(r["value"]) for r in rows],
-            color=OURS,
-            lw=1.6,
-            marker="o",
-            ms=3,
-            label=f"ours, {figures['which']}",
-        )
-        ax.plot(
-            x,
-            [max(_finite(r["p50"]), tiny) for r in rows],
-            color=OURS,
-            lw=0.9,
-            ls=":",
-            label="ours, median token",
-        )
-        first = figures["first_departing"]
-        if first is not None:
-            ax.axvline(first, color=BOUND, lw=0.8)
-            ax.annotate(
-                f"layer {first} departs", (first, ax.get_ylim()[1]), color=BOUND, va="bottom", ha="center"
-            )
-        ax.set_yscale("log")
-        ax.set_xlabel("after layer")
-        ax.set_ylabel("relative error of the hidden state")
-        ax.set_xlim(min(x) - 0.5, max(x) + 0.5)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+    def series(label: str, kind: str, key: str, dots: bool = False) -> charts.Series:
+        return charts.Series(label, kind, [(r["layer"], max(_finite(r[key] or 0), TINY)) for r in rows], dots)
 
-    return _svg(4.7, 3.9, draw, "error over layers")
+    shown = [series("bound", "bound", "bound")]
+    if any(r["spread"] for r in rows):
+        shown.append(series("upstream against itself", "spread", "spread"))
+    shown += [
+        series(f"ours, {figures['which']}", "ours", "value", dots=True),
+        series("ours, median token", "median", "p50"),
+    ]
+    x = charts.Axis("after layer", min(r["layer"] for r in rows) - 0.5, max(r["layer"] for r in rows) + 0.5)
+    y = charts.over("relative error of the hidden state", [v for s in shown for _, v in s.points], log=True)
+    first = figures["first_departing"]
+    mark = None if first is None else (first, f"layer {first} departs")
+    return charts.lines("error over layers", x, y, shown, mark)
+
+
+TINY = 1e-9
+"""What a logarithmic chart shows in place of 0."""
 
 
 def _finite(x: Any) -> float:
@@ -384,26 +320,18 @@ def _logits(cert: Json) -> dict[str, Any] | None:
     if not level:
         return None
     f = level["figures"]
-    charts = []
+    drawn = []
     if f.get("scatter"):
-        theirs, ours = [p[0] for p in f["scatter"]], [p[1] for p in f["scatter"]]
-
-        def scatter(ax: Any) -> None:
-            low, high = min(theirs + ours), max(theirs + ours)
-            ax.plot([low, high], [low, high], color=SPREAD, lw=0.8)
-            ax.scatter(theirs, ours, s=5, color=OURS, alpha=0.5, lw=0)
-            ax.set_xlabel("upstream's logit")
-            ax.set_ylabel("our logit")
-            ax.set_aspect("equal")
-
-        caption = f"{len(theirs):,} logits: the best of each token, and a sample of the rest."
-        charts.append((_svg(3.5, 3.3, scatter, "logit scatter"), caption))
+        points = [(float(theirs), float(ours)) for theirs, ours in (p[:2] for p in f["scatter"])]
+        caption = f"{len(points):,} logits: the best of each token, and a sample of the rest."
+        drawn.append((charts.scatter("logit scatter", points, "upstream's logit", "our logit"), caption))
     for key, what, label in (
         ("kl_histogram", "KL divergence", "Tokens by the KL divergence of their next-token distributions."),
         ("error_histogram", "|logit error|", "All logits by their absolute error."),
     ):
         if f.get(key) and f[key]["counts"]:
-            charts.append((_svg(3.5, 3.3, _histogram(f[key], what), key.replace("_", " ")), label))
+            chart = charts.histogram(key.replace("_", " "), f[key]["edges"], f[key]["counts"], what)
+            drawn.append((chart, label))
     p = f.get("perplexity")
     facts = [
         ("top-1 agreement", f"{f['top1_agreement']:.2%}"), ("top-5 agreement", f"{f['top5_agreement']:.2%}"),
@@ -414,16 +342,4 @@ def _logits(cert: Json) -> dict[str, Any] | None:
         facts.append(("perplexity, ours and upstream's", f"{p['ours']:.6g} and {p['oracle']:.6g}"))
     if f["near_ties"]["tokens"]:
         facts.append(("tokens at a near tie between experts", _num(f["near_ties"]["tokens"])))
-    return {"facts": facts, "charts": charts}
-
-
-def _histogram(h: Json, what: str) -> Callable[[Any], None]:
-    def draw(ax: Any) -> None:
-        edges = [10**e for e in h["edges"]]
-        ax.stairs(h["counts"], edges, fill=True, color=OURS, alpha=0.75)
-        ax.set_xscale("log")
-        ax.set_xlabel(what)
-        ax.set_ylabel("count")
-        ax.grid(axis="x", visible=False)
-
-    return draw
+    return {"facts": facts, "charts": drawn}

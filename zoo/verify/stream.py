@@ -28,6 +28,7 @@ from zoo.errors import ZooError
 from zoo.formats import safetensors
 from zoo.formats.base import Checkpoint, read_json
 from zoo.mapping.plan import Plan
+from zoo.verify import room
 from zoo.verify.carrying import Carrier
 from zoo.verify.compare import Clock, OnLayer, OnLogits, SpreadMeter
 from zoo.verify.inputs import Batch
@@ -41,6 +42,7 @@ from zoo.verify.oracle import (
     placeholder_ids,
     quiet,
     read_otherwise,
+    streams_first,
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.reading import Ahead, Passing, Range, Window
@@ -208,14 +210,14 @@ class StreamedTransformers(Transformers):
         return None if self.device.type != "cuda" else Carrier(self.device, self._takes(batches))
 
     def _takes(self, batches: Sequence[Batch]) -> int:
-        """Bytes that a pass takes at most beside the files' own: the largest layer, and that widened, three times where it is
-        made of other tensors first; or a batch's logits both ways and ours, and what they are compared in."""
+        """Bytes that a pass takes at most beside the files' own."""
         w = self.weights
-        largest = max(sum(w.meta[name].numel() for name in w.names_of(x)) for x in self.layers)
-        layer = largest * (w.dtype.itemsize + 4) * (3 if w.converts else 1)
-        vocab: int = self.model.get_output_embeddings().weight.shape[0]
-        tokens = max(b.ids.numel() for b in batches)
-        return max(layer, tokens * vocab * (3 * w.dtype.itemsize + 8))
+        with self.second_way():
+            widened = w.widened
+        layers = [[w.meta[name] for name in w.names_of(x)] for x in self.layers]
+        head = w.meta[f"{w.names[id(self.model.get_output_embeddings())]}.weight"]
+        config = self.model.config.get_text_config()
+        return room.of_pass(layers, head, batches, config, w.dtype, self.device, w.converts, widened)
 
     def _hook(self) -> None:
         for layer in self.layers:
@@ -374,7 +376,7 @@ class _Worker:
         """The state after the layer that it has just been through."""
         state, self.state = self.state, None
         assert state is not None
-        return state
+        return streams_first(state, self.batch.ids)
 
     def stop(self) -> None:
         self._stopping = True

@@ -1,384 +1,313 @@
 """Codes of four and eight bits times a few rows of x on a CPU: a weight is read as it is stored, and widened in registers.
 
-Four rows of codes meet one row of x, sixteen of their numbers at a time; what a group of columns comes to is multiplied by its
-scale once. An e4m3 code is moved to where fp16 has its parts, which every CPU here widens; a code of four bits is the place of
-its value in a table of sixteen, which one instruction of AVX-512 looks up (elsewhere it is computed). Of four bits each byte
-holds two neighbours: x is put into the order of their halves.
+Four rows of codes (of AWQ, whose words have eight, eight) meet one row of x, some of their columns at a time; what a group of columns
+comes to is multiplied by its scale once. An e4m3 code is moved to where fp16 has its parts, which every CPU here widens; a code of four
+bits is the place of its value in a table of sixteen, which one instruction of AVX-512 looks up (elsewhere it is computed). Of four bits
+each byte holds two neighbours: x is put into the order of their halves.
 
-Where the CPU multiplies pairs of bf16 and x is bf16, codes become bf16 instead, exactly, by looking them up: sixteen values of four bits in one
-table; of an e4m3 code the upper and the lower byte in two tables of its 128 magnitudes. Half as many instructions do it.
+Where the CPU multiplies pairs of bf16 and x is bf16, codes become bf16 instead, exactly, by looking them up: sixteen values of four bits
+in one table; of a code of eight the upper and the lower byte in two tables of its 128 magnitudes. Half as many instructions do it.
+
+Groups of 32 and 16 are less than the 64 columns read at a time: then the scales of a chunk are spread over the lanes that have their
+columns by one shuffle of the bytes that are stored. Zero points and biases cost nothing where codes are read: they are multiplied by
+sums of x, sixteen groups at a time (`zoo.kernels.cpu.carried` has the formula).
 
 Unusual: vectors have 512 bits in what is compiled, whatever the CPU has: LLVM cuts them.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange, types
+from numba import prange
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, compiles_for, dots, grouped, threads
+from zoo.kernels.cpu import compiled, compiles_for, dots, grouped, threads, widen
+from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
+from zoo.kernels.cpu.carried import carried as carried
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
-    BYTE,
     FLOAT,
     FLOATS,
-    HALF,
-    HALVES,
     PAIRS,
     WORD,
-    WORDS,
     addresses,
     at,
     call,
     everywhere,
     fetch,
     load,
+    loop,
     number,
     or_last,
-    shuffled,
 )
-from zoo.kernels.weights import FP8, FP8_ROWS, INT4, MXFP4, SCALE_ROWS, Weight
-from zoo.quant.fp4 import VALUES
 
 FEW = 16
 """Rows of x up to which this is faster than widening all of the weight and multiplying that."""
 LARGE = 1 << 18
 """Codes of a matrix from which it is: of fewer, a call costs more than it saves."""
-BLOCK = 4  # rows of codes taken at a time
-BYTES, SHORTS = ir.VectorType(BYTE, 64), ir.VectorType(HALF, 32)
-_TABLES = {MXFP4: np.array(VALUES, np.float32), INT4: np.arange(-8, 8, dtype=np.float32)}
-_NO_TABLE = np.zeros(16, np.float32)
-_MARKS = {FP8: np.int8(0), FP8_ROWS: np.int8(0), INT4: np.int16(0), MXFP4: np.int32(0)}
-_PAIRED = {FP8: np.uint8(0), FP8_ROWS: np.uint8(0), INT4: np.uint16(0), MXFP4: np.uint32(0)}
-"""Kinds as numba tells them apart: by type; `_PAIRED`: in pairs of bf16."""
-_KINDS = {
-    types.int8: (FP8, False), types.int16: (INT4, False), types.int32: (MXFP4, False),
-    types.uint8: (FP8, True), types.uint16: (INT4, True), types.uint32: (MXFP4, True),
-}  # fmt: skip
+BLOCK = 8  # rows of codes that a thread's share is a multiple of
+NOT_MOVED, BY_SCALE, BY_ZERO, BY_SHIFT = range(4)
 
 
-def fits(w: Weight, rows: int) -> bool:
+class Kind(NamedTuple):
+    """What `_block` is compiled for: codes of a `form`, as pairs of bf16 or not; scales of dtype widen.SCALES[scale], `each` to a chunk
+    (0: groups are of several); and whether groups are moved, and by what."""
+
+    form: int
+    paired: int
+    scale: int
+    each: int
+    moved: int
+
+
+_DIGITS = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16)
+_OF_TYPE = {np.dtype(d).name: i for i, d in enumerate(_DIGITS)}
+
+
+def _mark(kind: Kind) -> tuple[Any, ...]:
+    """The kind as numba tells it from others, which is by type: each of its numbers is one."""
+    return tuple(_DIGITS[i](0) for i in kind)
+
+
+def _each(w: Codes, paired: bool) -> int | None:
+    """Groups of a chunk; 0: they are of several. None: chunks do not go with groups, or with rows."""
+    step = widen.columns(w.form, paired)
+    if w.k % step:
+        return None
+    if w.group > step or w.group == w.k:
+        return 0 if w.group == w.k or w.group % step == 0 else None
+    each = step // w.group if step % w.group == 0 else 0
+    return each if each == 1 or (each in (2, 4) and w.form != Form.ROWS4) else None
+
+
+def fits(w: Codes, rows: int) -> bool:
     """Whether `rows` rows of x and codes on a CPU are for `times`."""
-    if (
-        w.kind not in (FP8, FP8_ROWS, MXFP4, INT4)
-        or w.scale is None
-        or not 0 < rows <= FEW
-        or w.n * w.k < LARGE
-    ):
+    return 0 < rows <= FEW and w.n * w.k >= LARGE and _each(w, False) is not None
+
+
+def _pairs(x: Tensor, w: Codes) -> bool:
+    """Whether x and codes can be multiplied as pairs of bf16."""
+    if x.dtype != torch.bfloat16 or not dots.available() or _each(w, True) is None:
         return False
-    step = 32 if w.kind in _TABLES else 16
-    whole = w.k % step == 0 and (w.columns >= w.k or w.columns % step == 0)
-    return whole and w.words and not (w.kind == MXFP4 and _has_nan(w, w.scale))
-
-
-def _has_nan(w: Weight, exponents: Tensor) -> bool:
-    """Whether an e8m0 exponent is no number, which only damaged weights have."""
-    if () not in w.tiles:
-        w.tiles[()] = bool((exponents == 255).any())
-    return bool(w.tiles[()])
+    # Words are looked up of four bits, bytes of eight.
+    return compiles_for("avx512bw" if w.form in (*FOUR_BITS, Form.ROWS4) else "avx512vbmi")
 
 
 def times(
     x: Tensor,
-    w: Weight,
+    w: Codes,
     bias: Tensor | None = None,
     experts: Tensor | None = None,
     counts: Tensor | None = None,
     tokens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in the dtype of x. Or, of a stack [E, N, K] with
-    bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens]
+    """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x). Or, of a stack [E,
+    N, K] with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens]
     (int64) in place of x, where given."""
     x = x if tokens is None else x[tokens]
     m = len(x)
     which, sizes = grouped(experts, counts, m)
-    paired, two = _pairs(x, w), w.kind in _TABLES
-    step = 64 if paired else 32 if two else 16
-    if two:  # the low halves of bytes, then the high ones
-        ordered = x.reshape(m, w.k // step, step // 2, 2).transpose(2, 3)
-    elif paired:  # as `_looked_up_bytes` gives them
-        ordered = x.reshape(m, w.k // step, 4, 2, 8).transpose(2, 3)
-    else:
-        ordered = x
-    ordered = (ordered if paired else ordered.float()).contiguous()
-    scale, begins = _scales(w)
+    paired = _pairs(x, w)
+    if (r := w.ready.get(paired)) is None:
+        r = w.ready[paired] = _ready(w, paired)
+    ordered = widen.order(x, w.form, paired)
+    sums = x.reshape(m, -1, w.group).sum(-1, dtype=torch.float32) if r.kind.moved else ordered
     out = torch.empty(m, w.n)
-    table = _paired_table(w.kind) if paired else _TABLES.get(w.kind, _NO_TABLE)
     with threads() as t:
         _grouped(
-            (_PAIRED if paired else _MARKS)[w.kind], w.codes.data_ptr(), ordered.data_ptr(), scale.data_ptr(), begins, out.data_ptr(),
-            w.n, w.k * ordered.element_size(), w.k // step, step // (1 + two), max(1, min(w.columns, w.k) // step),
-            scale.shape[-2] * scale.shape[-1] * scale.element_size(), table.ctypes.data, which, sizes, t,
+            r.mark, w.codes.data_ptr(), ordered.data_ptr(), sums.data_ptr(), w.scale.data_ptr(), w.begins, r.moved, r.factor.data_ptr(),
+            out.data_ptr(), w.n, w.k * ordered.element_size(), r.sizes, r.table, which, sizes, t,
         )  # fmt: skip
-    if not two and not paired:
-        out *= 256  # see `_e4m3`
     if bias is not None:
         of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
         out += of_rows.float()
-    return out.to(x.dtype)
+    return out.to(dtype or x.dtype)
 
 
-def _pairs(x: Tensor, w: Weight) -> bool:
-    """Whether x and codes can be multiplied as pairs of bf16, 64 columns at a time."""
-    if x.dtype != torch.bfloat16 or w.k % 64 or not dots.available():
-        return False
-    whole = w.columns >= w.k or w.columns % 64 == 0
-    # Words are looked up of four bits, bytes of e4m3.
-    return (whole or w.kind == MXFP4) and compiles_for("avx512bw" if w.kind in _TABLES else "avx512vbmi")
+@dataclass(frozen=True)
+class _Ready:
+    """What `_grouped` is told of codes, the same at every call. `sizes`: rows of codes that are read at once, and bytes of such a row;
+    chunks of a row, and of a group; groups of a row; the bits of `Codes.move`; bytes of scales, of `moved` and of factors from one
+    expert to the next. `moved`, `table`: where they lie."""
+
+    kind: Kind
+    mark: tuple[Any, ...]
+    sizes: Any
+    moved: int
+    factor: Tensor
+    table: int
 
 
-@functools.cache
-def _paired_table(kind: int) -> NDArray[np.uint8]:
-    """What codes are as bf16: of four bits the sixteen, twice; of e4m3 the upper bytes of the magnitudes, then the lower."""
-    if kind in _TABLES:
-        values = torch.from_numpy(_TABLES[kind]).bfloat16().view(torch.uint8)
-        return torch.cat([values, values]).numpy()
-    magnitudes = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
-    return magnitudes.view(torch.uint8).view(128, 2).flip(1).T.contiguous().numpy()
-
-
-def _scales(w: Weight) -> tuple[Tensor, NDArray[np.int64]]:
-    """The scales as they are read, in fp32 or of mxfp4 as stored, and where those of each row of the weight begin, in bytes."""
-    found = w.tiles.get((w.n,))
-    if found is None:
-        assert w.scale is not None
-        scale = w.scale if w.kind == MXFP4 else w.scale.float()
-        if w.rows is not None:
-            rows = w.rows.numpy().astype(np.int64)
-        else:
-            rows = np.arange(w.n) // (1 if w.kind in _TABLES else SCALE_ROWS)
-        found = w.tiles[w.n,] = scale, rows * (scale.shape[-1] * scale.element_size())
-    return found
-
-
-# ----------------------------------------------------------------------- from codes to numbers of fp32
-
-
-def _all(type: Any, value: int | float) -> Any:
-    return ir.Constant(type, [ir.Constant(type.element, value)] * type.count)
-
-
-def _e4m3(b: Any, codes: Any, table: Any) -> list[Any]:
-    """1/256 of the values: sign, exponent and fraction where fp16 has them, whose bias is 15 and not 7."""
-    bits = b.and_(b.shl(b.sext(codes, HALVES), _all(HALVES, 7)), _all(HALVES, 0xBFFF))
-    return [b.fpext(b.bitcast(bits, ir.VectorType(ir.HalfType(), 16)), FLOATS)]
-
-
-def _looked_up(b: Any, codes: Any, table: Any) -> list[Any]:
-    """The values of the low and of the high halves; of the place only the low four bits count."""
-    low = b.zext(codes, WORDS)
-    high = b.lshr(low, _all(WORDS, 4))
-    return [call(b, "llvm.x86.avx512.permvar.sf.512", FLOATS, [table, i]) for i in (low, high)]
-
-
-def _looked_up_pairs(b: Any, codes: Any, table: Any) -> list[Any]:
-    """64 codes of four bits as bf16, the low halves of bytes and the high ones. Of the place the low five bits count, and the table has its values
-    twice."""
-    low = b.zext(codes, SHORTS)
-    high = b.lshr(low, _all(SHORTS, 4))
-    of = b.bitcast(table, SHORTS)
-    return [b.bitcast(call(b, "llvm.x86.avx512.permvar.hi.512", SHORTS, [of, i]), PAIRS) for i in (low, high)]
-
-
-def _looked_up_bytes(b: Any, codes: Any, table: Any) -> list[Any]:
-    """64 e4m3 codes as bf16: of each sixteen the first eight, and the last eight. Of the place the low seven bits count; the eighth is the
-    sign."""
-    upper, lower = (
-        call(b, "llvm.x86.avx512.vpermi2var.qi.512", BYTES, [table[i], codes, table[i + 1]]) for i in (0, 2)
+def _ready(w: Codes, paired: bool) -> _Ready:
+    each = _each(w, paired)
+    assert each is not None
+    moved = w.zero if w.shift is None else w.shift
+    how = (
+        BY_ZERO
+        if w.zero is not None
+        else BY_SHIFT
+        if w.shift is not None
+        else BY_SCALE
+        if w.move
+        else NOT_MOVED
     )
-    upper = b.or_(upper, b.and_(codes, _all(BYTES, 0x80)))
-    halves = []
-    for first in (0, 8):
-        places = [lane * 16 + first + j + 64 * side for lane in range(4) for j in range(8) for side in (0, 1)]
-        halves.append(b.bitcast(shuffled(b, lower, upper, places), PAIRS))
-    return halves
-
-
-def _int4(b: Any, codes: Any, table: Any) -> list[Any]:
-    low = b.zext(codes, WORDS)
-    halves = b.and_(low, _all(WORDS, 15)), b.lshr(low, _all(WORDS, 4))
-    return [b.sitofp(b.sub(i, _all(WORDS, 8)), FLOATS) for i in halves]
-
-
-def _e2m1(b: Any, codes: Any, table: Any) -> list[Any]:
-    """Sign, exponent and fraction where fp16 has them, whose bias is 15 and not 1."""
-    low = b.zext(codes, HALVES)
-    out = []
-    for i in (low, b.lshr(low, _all(HALVES, 4))):
-        rest = b.shl(b.and_(i, _all(HALVES, 7)), _all(HALVES, 9))
-        bits = b.or_(rest, b.shl(b.and_(i, _all(HALVES, 8)), _all(HALVES, 12)))
-        y = b.fpext(b.bitcast(bits, ir.VectorType(ir.HalfType(), 16)), FLOATS)
-        out.append(b.fmul(y, _all(FLOATS, 2.0**14)))
-    return out
-
-
-def _values(kind: int, paired: bool) -> Any:
-    if paired:
-        return _looked_up_pairs if kind in _TABLES else _looked_up_bytes
-    if kind in (FP8, FP8_ROWS):
-        return _e4m3
-    if compiles_for("avx512f"):
-        return _looked_up
-    return _int4 if kind == INT4 else _e2m1
-
-
-def _fp32(b: Any, where: Any, index: Any) -> Any:
-    """The scale at `index` of a row."""
-    return b.load(at(b, where, b.mul(index, number(4)), FLOAT))
-
-
-def _two_e8m0(b: Any, where: Any, index: Any) -> Any:
-    """The scales of two groups, each eight times."""
-    two = b.load(at(b, where, b.mul(index, number(2)), ir.VectorType(BYTE, 2)))
-    two.align = 1
-    words = ir.VectorType(WORD, 2)
-    two = b.bitcast(b.shl(b.zext(two, words), _all(words, 23)), ir.VectorType(FLOAT, 2))
-    return shuffled(b, two, two, [0] * 8 + [1] * 8)
-
-
-def _e8m0(b: Any, where: Any, index: Any) -> Any:
-    """The same of a byte that is its exponent in fp32. 2^-127, which fp32 has no exponent for, is 0."""
-    word = b.zext(b.load(at(b, where, index, BYTE)), WORD)
-    return b.bitcast(b.shl(word, ir.Constant(WORD, 23)), FLOAT)
-
-
-# ------------------------------------------------------------------------------------------- products
+    kind = Kind(w.form, paired, widen.SCALES.index(w.scale.dtype), each, how)
+    factor = w.factor * (256.0 if kind.scale == widen.E4M3 else 1.0)
+    if w.form == Form.E4M3 and not paired:
+        factor = factor * 256.0
+    step, groups = widen.columns(w.form, paired), -(-w.k // w.group)
+    chunks, together = w.k // step, 8 if w.form == Form.ROWS4 else 1
+    sizes = [
+        together, chunks * widen.chunk_bytes(w.form, paired), chunks, chunks if each else min(w.group, w.k) // step, groups,
+        int(np.float32(w.move).view(np.int32)), w.scale.shape[-2] * w.scale.shape[-1] * w.scale.element_size(),
+        0 if moved is None else w.n * groups * moved.element_size(), w.n * 4 if factor.ndim > 1 else 0,
+    ]  # fmt: skip
+    return _Ready(
+        kind, _mark(kind), np.array(sizes), 0 if moved is None else moved.data_ptr(), factor.contiguous(),
+        widen.table(w.form, paired).ctypes.data,
+    )  # fmt: skip
 
 
 @intrinsic
 def _block(
-    context: Any, kind: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, scale: Any, begins: Any, chunks: Any, group: Any,
-    table: Any, out: Any,
+    context: Any, mark: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, sums: Any, scale: Any, begins: Any, moved: Any,
+    factor: Any, chunks: Any, group: Any, groups: Any, move: Any, table: Any, out: Any,
 ) -> Any:  # fmt: skip
-    """The rows row .. row + 3, `last` at most, of codes, each `stride` bytes and as many as `chunks` vectors, times
-    one row of x; `group` vectors share a scale, of which each row's begin `begins[row]` bytes behind `scale`."""
-
-    of, paired = _KINDS[kind]
-    four_bits = of in _TABLES
-    values, vectors = _values(of, paired), 2 if four_bits or paired else 1
-    read_as = ir.VectorType(BYTE, (32 if four_bits else 64) if paired else 16)
-    x_as = PAIRS if paired else FLOATS
+    """The rows row .. row + 3 (of `Form.ROWS4` + 7), `last` at most, of codes, each `stride` bytes and `chunks` chunks, times one row of
+    x, whose groups have these `sums`; `group` chunks share a scale, of which each row's begin `begins[row]` bytes behind `scale`."""
+    kind = Kind(*(_OF_TYPE[t.name] for t in mark))
+    form, paired = Form(kind.form), bool(kind.paired)
+    rows, lines = (8, 1 + paired) if form == Form.ROWS4 else (4, 1)
+    size, x_as = widen.chunk_bytes(form, paired), PAIRS if paired else FLOATS
+    vectors = widen.columns(form, paired) * (2 if paired else 4) // 64
 
     def code(
-        b: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, scale: Any, begins: Any, chunks: Any, group: Any,
-        table: Any, out: Any,
+        b: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, sums: Any, scale: Any, begins: Any, moved: Any, factor: Any,
+        chunks: Any, group: Any, groups: Any, move: Any, table: Any, out: Any,
     ) -> None:  # fmt: skip
-        which = [or_last(b, row, r, last) for r in range(BLOCK)]
-        of_codes = [b.add(codes, b.mul(stride, r)) for r in which]
-        of_scales = [b.add(scale, b.load(at(b, begins, b.mul(r, number(8)), ADDRESS))) for r in which]
-        looked_up = load(b, at(b, table, 0, FLOATS))
-        if paired and not four_bits:
-            looked_up = [load(b, at(b, table, 64 * i, BYTES)) for i in range(4)]
-        ahead = b.mul(stride, number(BLOCK))
-        before = b.block
-        next_group, inner, end_of_group, after = (b.append_basic_block() for _ in range(4))
-        b.branch(next_group)
-
-        b.position_at_end(next_group)
-        g, done = b.phi(ADDRESS), b.phi(ADDRESS)
-        totals = [b.phi(FLOATS) for _ in which]
-        end = b.add(done, group)
-        end = b.select(b.icmp_signed("<", end, chunks), end, chunks)
-        b.branch(inner)
-
-        b.position_at_end(inner)
-        zeros = ir.Constant(FLOATS, None)
-        lone = of == MXFP4  # a group is one vector: nothing to count
-        i = done if lone else b.phi(ADDRESS)
-        sums = [zeros if lone else b.phi(FLOATS) for _ in which]
-        of_x = b.mul(i, number(64 * vectors))
-        ys = [load(b, at(b, x, b.add(of_x, number(64 * v)), x_as)) for v in range(vectors)]
-        added = []
-        of_chunk = b.mul(i, number(read_as.count))
-        for address, sum in zip(of_codes, sums, strict=True):
-            # Rows are too short for a CPU to find out by itself what comes: the same of the rows after these.
-            fetch(b, b.add(address, b.add(ahead, of_chunk)), 1)
-            read = b.load(at(b, address, of_chunk, read_as))
-            read.align = 1
-            for value, y in zip(values(b, read, looked_up), ys, strict=True):
-                if paired:
-                    sum = call(b, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [sum, value, y])
-                else:
-                    sum = b.fadd(sum, b.fmul(value, y, flags=("contract",)), flags=("contract",))
-            added.append(sum)
-        if lone:
-            b.branch(end_of_group)
+        which = [or_last(b, row, r, last) for r in range(rows)]
+        if rows == 8:
+            of_codes, ahead = [b.add(codes, b.mul(stride, b.lshr(row, number(3))))], stride
         else:
-            following = b.add(i, number(1))
-            for phi, first, then in (
-                (i, done, following),
-                *((s, zeros, a) for s, a in zip(sums, added, strict=True)),
+            of_codes, ahead = [b.add(codes, b.mul(stride, r)) for r in which], b.mul(stride, number(rows))
+        of_scales = [b.add(scale, b.load(at(b, begins, b.mul(r, number(8)), ADDRESS))) for r in which]
+        looked_up = widen.looked_up(b, form, paired, table)
+        zeros = [ir.Constant(FLOATS, None)] * rows
+
+        def plus_chunk(i: Any, sums: list[Any]) -> list[Any]:
+            """Of each row its sum plus the i-th chunk times that of x."""
+            ys = [
+                load(b, at(b, x, b.add(b.mul(i, number(64 * vectors)), number(64 * v)), x_as))
+                for v in range(vectors)
+            ]
+            offset = b.mul(i, number(size))
+            for address in of_codes:
+                # Rows are too short for a CPU to find out by itself what comes: the same of the rows after these.
+                fetch(b, b.add(address, b.add(ahead, offset)), lines)
+            out = []
+            for sum, values in zip(
+                sums, widen.chunk(b, form, paired, of_codes, offset, looked_up), strict=True
             ):
-                phi.add_incoming(first, next_group)
-                phi.add_incoming(then, inner)
-            b.cbranch(b.icmp_signed("<", following, end), inner, end_of_group)
+                for value, y in zip(values, ys, strict=True):
+                    if paired:
+                        sum = call(b, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [sum, value, y])
+                    else:
+                        sum = _plus(b, sum, value, y)
+                out.append(sum)
+            return out
 
-        b.position_at_end(end_of_group)
-        grown = []
-        for where, total, sum in zip(of_scales, totals, added, strict=True):
-            if of != MXFP4:
-                s = everywhere(b, _fp32(b, where, g))
-            else:  # of 32 columns: one vector has two
-                s = _two_e8m0(b, where, g) if paired else everywhere(b, _e8m0(b, where, g))
-            grown.append(b.fadd(total, b.fmul(sum, s, flags=("contract",)), flags=("contract",)))
-        for phi, first, then in (
-            (g, number(0), b.add(g, number(1))),
-            (done, number(0), end),
-            *((t, zeros, n) for t, n in zip(totals, grown, strict=True)),
-        ):
-            phi.add_incoming(first, before)
-            phi.add_incoming(then, end_of_group)
-        b.cbranch(b.icmp_signed("<", end, chunks), next_group, after)
+        def plus_spread(i: Any, totals: list[Any]) -> list[Any]:
+            """The same where a chunk has several groups."""
+            found = plus_chunk(i, zeros)
+            factors = [widen.spread(b, kind.scale, kind.each, where, i) for where in of_scales]
+            return [_plus(b, *of_row) for of_row in zip(totals, found, factors, strict=True)]
 
-        b.position_at_end(after)
+        def plus_group(first: Any, values: list[Any]) -> list[Any]:
+            g, *totals = values
+            end = b.add(first, group)
+            end = b.select(b.icmp_signed("<", end, chunks), end, chunks)
+            found = loop(b, first, end, number(1), zeros, plus_chunk)
+            factors = [everywhere(b, widen.scale(b, kind.scale, where, g)) for where in of_scales]
+            return [
+                b.add(g, number(1)),
+                *(_plus(b, *of_row) for of_row in zip(totals, found, factors, strict=True)),
+            ]
+
+        if kind.each:
+            totals = loop(b, number(0), chunks, number(1), zeros, plus_spread)
+        else:
+            _, *totals = loop(b, number(0), chunks, group, [number(0), *zeros], plus_group)
+        alone = [ir.Constant(FLOAT, 0.0)] * rows
+        if kind.moved:
+            of_moved = [b.add(moved, b.mul(b.mul(r, groups), number(_moved_size(kind)))) for r in which]
+            constant = b.bitcast(b.trunc(move, WORD), FLOAT)
+
+            def plus_moved(n: int) -> Any:
+                def body(g: Any, totals: list[Any]) -> list[Any]:
+                    """Totals plus what n groups from g on are moved by."""
+                    of_x = load(b, at(b, sums, b.mul(g, number(4)), FLOAT if n == 1 else FLOATS))
+                    out = []
+                    for total, s_at, m_at in zip(totals, of_scales, of_moved, strict=True):
+                        s = (widen.scale if n == 1 else widen.scales)(b, kind.scale, s_at, g)
+                        of_scale = constant if n == 1 else everywhere(b, constant)
+                        if kind.moved == BY_ZERO:
+                            of_scale = widen.halves(b, m_at, g, n)
+                        by = b.fmul(s, of_scale)
+                        if kind.moved == BY_SHIFT:
+                            by = b.fadd(by, (widen.scale if n == 1 else widen.scales)(b, kind.scale, m_at, g))
+                        out.append(_plus(b, total, by, of_x))
+                    return out
+
+                return body
+
+            whole = b.and_(groups, number(-16))
+            totals = loop(b, number(0), whole, number(16), totals, plus_moved(16))
+            alone = loop(b, whole, groups, number(1), alone, plus_moved(1))
+
         add_up = b.module.declare_intrinsic(
             "llvm.vector.reduce.fadd.v16f32", (), ir.FunctionType(FLOAT, [FLOAT, FLOATS])
         )
-        for r, total in zip(which, grown, strict=True):
-            y = b.call(add_up, [ir.Constant(FLOAT, 0.0), total], fastmath=("reassoc",))
-            b.store(y, at(b, out, b.mul(r, number(4)), FLOAT))
+        for r, total, first in zip(which, totals, alone, strict=True):
+            y = b.call(add_up, [first, total], fastmath=("reassoc",))
+            of_row = b.mul(r, number(4))
+            b.store(b.fmul(y, b.load(at(b, factor, of_row, FLOAT))), at(b, out, of_row, FLOAT))
 
-    return addresses(11, code, kind)  # what codes mean is told by the type of `kind`, which is no number
+    return addresses(16, code, mark)  # what codes mean is told by the types of `mark`, which is no numbers
+
+
+def _plus(b: Any, total: Any, x: Any, y: Any) -> Any:
+    return b.fadd(total, b.fmul(x, y, flags=("contract",)), flags=("contract",))
+
+
+def _moved_size(kind: Kind) -> int:
+    """Bytes of what moves a group."""
+    return {BY_SCALE: 0, BY_ZERO: 2, BY_SHIFT: widen.SIZES[kind.scale]}[kind.moved]
 
 
 @compiled(parallel=True)
 def _grouped(
-    kind,
-    codes,
-    x,
-    scale,
-    begins,
-    out,
-    n,
-    x_row,
-    chunks,
-    chunk,
-    group,
-    scales_of_one,
-    table,
-    experts,
-    counts,
-    threads,
-):
-    """Each thread computes its share of the results of every group. codes, x, scale, table and out: where they lie; a row of x is
-    `x_row` bytes, one of codes `chunks` vectors of `chunk` bytes."""
-    stride, step = chunks * chunk, -(-n // (BLOCK * threads)) * BLOCK
+    mark, codes, x, sums, scale, begins, moved, factor, out, n, x_row, sizes, table, experts, counts, threads
+):  # fmt: skip
+    """Each thread computes its share of the results of every group. codes, x, sums, scale, moved, factor, table and out: where they lie;
+    a row of x is `x_row` bytes; `sizes` as in `_Ready`."""
+    together, stride, chunks, group, groups, move = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
+    step, block = -(-n // (BLOCK * threads)) * BLOCK, max(4, together)
     for t in prange(threads):
         first, last, start = t * step, min(n, (t + 1) * step), 0
         for g in range(len(experts)):
-            of_codes, of_scales = codes + experts[g] * n * stride, scale + experts[g] * scales_of_one
-            for i in range(first, last, BLOCK):
+            e = experts[g]
+            of_codes, of_scales = codes + e * n // together * stride, scale + e * sizes[6]
+            for i in range(first, last, block):
                 for row in range(start, start + counts[g]):
                     _block(
-                        kind, of_codes, stride, i, last - 1, x + row * x_row, of_scales, begins.ctypes.data, chunks, group, table,
-                        out + row * n * 4,
+                        mark, of_codes, stride, i, last - 1, x + row * x_row, sums + row * groups * 4, of_scales, begins.ctypes.data,
+                        moved + e * sizes[7], factor + e * sizes[8], chunks, group, groups, move, table, out + row * n * 4,
                     )  # fmt: skip
             start += counts[g]

@@ -99,3 +99,26 @@ def fetch(builder: Any, address: Any, lines: int) -> None:
     read, second_cache, data = (ir.Constant(WORD, i) for i in (0, 2, 1))
     for line in range(lines):
         builder.call(prefetch, (at(builder, address, 64 * line), read, second_cache, data))
+
+
+def loop(
+    builder: Any, first: Any, end: Any, step: Any, initial: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:  # fmt: skip
+    """body(i, values) for i = first, first + step, ... below `end`: what it returns are the values of the next, those of the first are
+    `initial`. The last values."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    phis = [builder.phi(v.type) for v in (first, *initial)]
+    i, *values = phis
+    builder.cbranch(builder.icmp_signed("<", i, end), inside, after)
+    builder.position_at_end(inside)
+    following = [None, *body(i, values)]
+    following[0] = builder.add(i, step)
+    for phi, start, then in zip(phis, (first, *initial), following, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(then, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return values
