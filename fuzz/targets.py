@@ -13,11 +13,17 @@ import io
 import json
 import logging
 import math
+import os
+import re
+import select
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,27 +34,29 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zoo import bounded, card, check, convert, draw, families, sign, url
+from zoo import bounded, card, check, convert, draw, export, families, manifest, sign, url
 from zoo.errors import ZooError
 from zoo.formats import canonical, dcp, dcp_metadata, gguf, gguf_vocab, open_checkpoint, pickle, safetensors
 from zoo.formats.base import ITEMSIZE
 from zoo.hub import http, repo
 from zoo.hub.errors import About, Damaged, HubError, Transient
-from zoo.mapping import export_gguf, merge
+from zoo.mapping import export_gguf, merge, parts
 from zoo.mapping.plan import PlanError, make_plan
 from zoo.model.load import Source
 from zoo.pull import stored
 from zoo.stores import Store
 from zoo.text import Text, sampling
-from zoo.verify import certificate
+from zoo.verify import certificate, report
 from zoo.verify.golden import Golden, is_golden
 
 CARD = {
     "base_model", "base_model_relation", "language", "library_name", "license", "license_link", "license_name", "pipeline_tag", "tags",
 }  # fmt: skip
 """The fields of a card's metadata."""
-CONFIGS = Path(__file__).parents[1] / "manifests" / "configs"
-FOLDER = Path(tempfile.mkdtemp(prefix="zoo-fuzz-"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "manifests" / "configs"
+MEMORY = Path("/dev/shm")  # where there is one: folders are written for each input, and a disk may be busy
+FOLDER = Path(tempfile.mkdtemp(prefix="zoo-fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
 Target = Callable[[bytes], object]
 
 
@@ -110,6 +118,81 @@ def text(data: bytes) -> None:
         read.prompt("a b")
     finally:
         read.close()
+
+
+class _Worker:
+    """The process that reads a tokenizer, forked of one that has imported all it needs: `Text` starts one for each folder, which takes
+    half a second. It has the worker's limits, and `Text` knows it by what it asks of a Popen."""
+
+    LOOP = """
+import os, socket, struct, sys, tokenizers
+from zoo.text import template, tokenizer, worker
+here = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    root, pipes, *_ = socket.recv_fds(here, 1 << 16, 2)
+    if not root:
+        break
+    if not (pid := os.fork()):
+        here.close()
+        for n, pipe in enumerate(pipes):
+            os.dup2(pipe, n)
+            os.close(pipe)
+        sys.stdin, sys.argv[1] = open(0), root.decode()
+        try:
+            worker.main()
+        finally:
+            os._exit(0)
+    for pipe in pipes:
+        os.close(pipe)
+    here.sendall(struct.pack("<i", pid))
+    here.sendall(struct.pack("<i", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+"""
+    parent: socket.socket | None = None
+
+    def __init__(self, text: Text) -> None:
+        if _Worker.parent is None:
+            _Worker.parent, theirs = socket.socketpair()
+            quiet = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
+            command = [sys.executable, "-c", self.LOOP, str(theirs.fileno())]
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            subprocess.Popen(
+                command,
+                env={**os.environ, **quiet, "PYTHONPATH": path},
+                pass_fds=[theirs.fileno()],
+                stderr=subprocess.DEVNULL,
+            )
+            theirs.close()
+        (asked, into), (out, said) = os.pipe(), os.pipe()
+        socket.send_fds(_Worker.parent, [str(text.root).encode()], [asked, said])
+        os.close(asked)
+        os.close(said)
+        self.stdin, self.stdout = open(into, "wb"), open(out, "rb")  # noqa: SIM115
+        self.returncode: int | None = None
+        self.pid = self._number()
+
+    def _number(self) -> int:
+        assert _Worker.parent is not None
+        return int(struct.unpack("<i", _Worker.parent.recv(4, socket.MSG_WAITALL))[0])
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            assert _Worker.parent is not None
+            if not select.select([_Worker.parent], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("worker", timeout or 0)
+            self.returncode = self._number()
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+Text._start = lambda self: _Worker(self)  # type: ignore[method-assign,return-value,assignment]
 
 
 def gguf_header(data: bytes) -> None:
@@ -266,6 +349,11 @@ def _llama() -> Path:
     return canon
 
 
+@functools.cache
+def _folder() -> canonical.Canonical:
+    return canonical.read(_llama())
+
+
 def _sized(header: bytes) -> bytes:
     """A safetensors file with this header, whose data is as long as its last offset says; zeros."""
     try:
@@ -282,7 +370,7 @@ def adapter(data: bytes) -> None:
     root.mkdir(exist_ok=True)
     (root / merge.CONFIG).write_bytes(told)
     (root / merge.WEIGHTS).write_bytes(_sized(header))
-    like = canonical.read(_llama())
+    like = _folder()
     where = merge._find(like, merge.read_adapter(root))
     source = Source(like)
     for name in {o.name for changed in where.changed for o, _ in where.places.get(changed, ())}:
@@ -363,6 +451,14 @@ def listing(data: bytes) -> None:
             delattr(fs, name)
 
 
+def _released_file() -> Path:
+    return _llama().with_name("llama-source") / "model.safetensors"
+
+
+def _released_size() -> int:
+    return _released_file().stat().st_size
+
+
 def _released(path: str) -> bytes:
     """A file of a checkpoint; others are of zeros."""
     root = _llama().with_name("llama-source")
@@ -429,10 +525,63 @@ def ranks(data: bytes) -> None:
 
 def readme(data: bytes) -> None:
     """A source's README, whose metadata stand in a card; which must be one that says nothing else."""
-    c = canonical.read(_llama())
+    c = _folder()
     made = card._card(c, data, card._Export(), ()).decode()
     head, _, body = made.removeprefix("---\n").partition("\n---\n")
     assert set(yaml.safe_load(head)) <= CARD and "<script" not in body
+
+
+def kept(data: bytes) -> None:
+    """source.zip of a canonical folder: its entries come from lines of a name and a text, or it is no archive at all."""
+    if not (root := FOLDER / "kept").exists():
+        shutil.copytree(_llama(), root)
+        _file("kept.json", (root / "zoo.json").read_bytes())
+    told, _, rest = data.partition(b"\n")
+    with contextlib.suppress(ValueError):
+        source = json.loads((FOLDER / "kept.json").read_text())
+        source["source"]["files"] = json.loads(told)
+        (root / "zoo.json").write_text(json.dumps(source))
+    (root / "source.zip").write_bytes(rest)
+    if rest.startswith(b"{"):
+        with zipfile.ZipFile(root / "source.zip", "w") as z:
+            z.writestr("headers/model.safetensors", rest)
+    shutil.rmtree(to := FOLDER / "exported", ignore_errors=True)
+    export(root, to)
+
+
+def page(data: bytes) -> None:
+    """parity.json, up to its page, which must run nothing."""
+    try:
+        found = bounded.parse_json(data)
+    except ValueError:
+        return
+    if isinstance(found, dict):
+        with contextlib.suppress(
+            LookupError, TypeError, ValueError, AttributeError
+        ):  # as `zoo report` says in a sentence
+            assert "<script" not in report.page(found).lower()
+
+
+def release(data: bytes) -> None:
+    """A manifest of another package, and what a listing says of it."""
+    found = manifest.build("x-1b", manifest._parse("x-1b", data.decode("utf-8", "replace")))
+    said = json.dumps(manifest.summary(found)) + manifest._text(found)
+    assert found.name == "x-1b" and said
+    assert re.fullmatch(r"[\w.+-]+", found.name)
+
+
+def journal(data: bytes) -> None:
+    """What is written of another process' part of a conversion."""
+    root, (state, _, steps) = FOLDER / "out.partial", data.partition(b"\n")
+    (root / "whole").mkdir(parents=True, exist_ok=True)
+    (root / ".zoo-state.json").write_bytes(state)
+    for k in (1, 2):
+        (root / f".zoo-part-{k}-of-2.jsonl").write_bytes(steps)
+    job = {"source": "x"}
+    with parts.Shared(FOLDER / "out", {"a": 4}, [], job, parts.Part(1, 2), made=lambda _: False) as shared:
+        assert not shared.done or all(isinstance(s, str) for s in shared.done)
+        shared._all_finished()
+        assert all(isinstance(text, str) for text in shared.said)
 
 
 TARGETS: dict[str, Target] = {
@@ -441,6 +590,7 @@ TARGETS: dict[str, Target] = {
     "files": files, "commit": commit, "headers": headers, "metadata": metadata, "piece": piece, "adapter": adapter,
     "quantised": quantised, "vocabulary": vocabulary, "listed": listed, "drawing": drawing, "listing": listing,
     "store_url": store_url, "signature": signature, "params": params, "ranks": ranks, "readme": readme,
+    "kept": kept, "page": page, "release": release, "journal": journal,
 }  # fmt: skip
 logging.disable()  # what inputs make zoo warn of
 LLAMA = {
@@ -605,6 +755,16 @@ def seeds(name: str) -> list[bytes]:
         "params": [json.dumps(meta).encode(), json.dumps({"model": meta | {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3}}).encode()],
         "ranks": [b"".join(base64.b64encode(bytes([n])) + b" %d\n" % n for n in range(256)) + b"aGU= 256\n"],
         "readme": [about],
+        "kept": [b'{"model.safetensors": %d}\n' % (_released_size()) + safetensors.read_header(_released_file())] if name == "kept" else [],
+        "page": [json.dumps(proof | {"versions": {}, "machine": {}, "timing": {}}).encode()],
+        "release": [
+            b'name = "x-1b"\nfamily = "llama"\nformats = ["safetensors"]\nlicence = "MIT"\nparams_total = 7\nreleased = "2026-01"\n'
+            b'[[sources]]\nkind = "hub"\nrepo = "x/y"\nrevision = "main"\n'
+        ],
+        "journal": [
+            json.dumps({"parts": {"source": "x", "parts": "2"}}).encode() + b'\n{"step": "a", "said": ["b"], "synced": true}\n'
+            b'{"finished": true, "synced": true, "boot": "x"}\n'
+        ],
         "drawing": [json.dumps(LLAMA).encode(), *(f.read_bytes() for f in sorted(CONFIGS.glob("*.json"))[::25])],
         "plan": [safetensors.read_header(_llama().with_name("llama-source") / "model.safetensors")],
         "golden": [json.dumps(rows).encode()],

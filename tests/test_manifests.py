@@ -240,7 +240,7 @@ GOOD = {
         ({"context_length": True}, "context_length: expected a whole number"),
         ({"formats": ["zip"]}, "formats: expected"),
         ({"dtype": "float32"}, "dtype: expected one of fp32, bf16, fp16"),
-        ({"licence": ""}, "licence: expected text"),
+        ({"licence": ""}, "licence: expected a line of text"),
         ({"sources": []}, "sources: expected"),
         ({"sources": [{"kind": "ftp"}]}, "sources[0].kind: expected one of hub, pypi"),
         ({"sources": [{"kind": "hub"}]}, "sources[0].repo: missing"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hub_uploads
 import pytest
 import verified
 from click.testing import CliRunner
@@ -166,3 +168,20 @@ def test_what_the_hub_refuses_is_said_in_one_sentence_and_leaves_nothing(
     assert not hub.requests(method="PUT") and files(hub), "what had arrived is not sent again"
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in refused()
+
+
+def test_the_token_goes_to_no_host_that_an_answer_names(
+    hub: HubServer, canon: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture holds the storage host to it, as which another host is seen here."""
+    answer = hub_uploads._batch
+
+    def elsewhere(self: Any, told: dict[str, Any]) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(self.hub, "url", self.hub.cdn_url)  # where `verify` is
+            answer(self, told)
+
+    monkeypatch.setattr(hub_uploads, "_batch", elsewhere)
+    with pytest.raises(HubError, match="Nothing of it is to be seen there"):
+        push(canon, REPO)
+    assert any(r.method == "POST" for r in hub.requests(origin="cdn"))

@@ -6,9 +6,11 @@ used as a float. So: brackets and commas are counted in the text, numbers are lo
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 MAX_CONTAINERS = 2 << 20
@@ -38,9 +40,23 @@ def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
         raise ValueError(f"it has {n} values; at most {MAX_VALUES} are read")
     numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real} if _long_number(raw) else {}
     try:
-        return json.loads(raw, object_pairs_hook=pairs, **numbers)
+        with _uncollected():
+            return json.loads(raw, object_pairs_hook=pairs, **numbers)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is given up while a text is parsed, and looking for it takes longer than the parsing."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _long_number(raw: bytes) -> bool:

@@ -236,7 +236,7 @@ def _of_hash(folder: Path, path: str, blob: str) -> RemoteFile:
 
 def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
     """The files that a certificate lists, of its canonical folder or of its source: whichever has more of what is here."""
-    said = read_json(file, "it is the certificate")
+    said = read_json(file, "it is the certificate", given=True)
     sides = [s.get("files") for s in (said.get("canonical"), said.get("source")) if isinstance(s, dict)]
     lists = [s for s in sides if isinstance(s, dict) and s]
     try:

@@ -222,6 +222,10 @@ def _named(config: Mapping[str, Any]) -> list[str]:
     return [a.removeprefix("FSDP") for a in named if not a.startswith(("PeftModel", "AutoModel"))]
 
 
+MAX_FIELDS = 10_000
+"""Of a config, or of its text_config: some 50 are usual, and each family looks at all of them."""
+
+
 class NoFamily(ZooError):
     """No family claims a config: `who` it says it is, and `known`, those that are claimed and what to do. `near`: which
     could read it."""
@@ -233,6 +237,7 @@ class NoFamily(ZooError):
 
 def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a config. Raises NoFamily for one that no family claims."""
+    _refuse_many(config, where)
     named = _named(config)
     model_type, text = config.get("model_type"), config.get("text_config")
     kind = text.get("model_type") if named and isinstance(text, Mapping) else model_type
@@ -259,6 +264,13 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
         f"Known architectures: {', '.join(known)}. See CONTRIBUTING.md to add a family, or name one with --family.{_also_broken()}",
         _near(config, where),
     )
+
+
+def _refuse_many(config: Mapping[str, Any], where: str) -> None:
+    """Raises ZooError for a config of more fields than any release has."""
+    text = config.get("text_config")
+    if (n := max(len(config), len(text) if isinstance(text, Mapping) else 0)) > MAX_FIELDS:
+        raise ZooError(f"{where}: {n} fields; at most {MAX_FIELDS} are read")
 
 
 def _near(config: Mapping[str, Any], where: str) -> str:
@@ -294,6 +306,7 @@ def read(
     config: Mapping[str, Any], family: Family | None = None, where: str = "config.json"
 ) -> tuple[Spec, list[str]]:
     """`spec_of`, and notes on the fields that nobody read and zoo does not know."""
+    _refuse_many(config, where)
     family = family or find(config, where)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):

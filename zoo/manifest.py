@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import re
+import stat
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ from functools import cache
 from typing import Any
 
 from zoo import plugins
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.shipped import RELEASES as OURS
 
@@ -73,6 +75,8 @@ VENDORS = {
     "rednote-hilab": "rednote", "stabilityai": "Stability AI", "tencent": "Tencent", "swiss-ai": "Swiss AI", "tiiuae": "TII", "upstage": "Upstage", "xai-org": "xAI",
     "XiaomiMiMo": "Xiaomi", "zai-org": "Z.ai", "01-ai": "01.AI",
 }  # fmt: skip
+MAX_FILE = 64 << 20
+"""Bytes of a manifest or a config."""
 UNSOURCED = ("name", "aliases", "family", "sources", "formats")  # ours, or seen when the files are listed
 
 
@@ -150,8 +154,12 @@ class Manifest:
             if stem is None:
                 return None
             path = os.path.join(configs, f"{stem}.config.json")
-        with open(path, encoding="utf-8") as file:
-            config: dict[str, Any] = json.load(file)
+        try:
+            config = parse_json(_held(path))
+        except ValueError as error:
+            raise ZooError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ZooError(f"{path}: expected a JSON object, found {type(config).__name__}")
         return config
 
 
@@ -371,16 +379,27 @@ def _path(stem: str) -> str:
 
 def _parts(stem: str) -> tuple[str, str]:
     """The text that every listing needs, and the tables [links] and [facts] that follow it."""
-    with open(_path(stem), encoding="utf-8") as file:
-        text = file.read()
+    text = _held(_path(stem)).decode("utf-8", "replace")
     at = min((i for i in (text.find("\n[links]\n"), text.find("\n[facts]\n")) if i >= 0), default=len(text))
     return text[:at], text[at:]
+
+
+def _held(path: str) -> bytes:
+    """What a file of a package holds. Raises ZooError where it is none, or far beyond what one has."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
+            raise ZooError(f"{path}: no file, or of {found.st_size} bytes (limit {MAX_FILE})")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ZooError(f"{path}: {error.strerror}") from None
 
 
 def _parse(stem: str, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOML that is none, a number of 5,000 digits
         raise ZooError(f"{stem}.toml: not TOML: {error}") from None
 
 
@@ -405,7 +424,7 @@ _Fields = Mapping[str, _Rule]
 
 
 def _text_value(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
 def _texts(value: Any) -> bool:
@@ -424,8 +443,9 @@ def _one_of(allowed: Iterable[str]) -> _Rule:
     return "one of " + ", ".join(allowed), lambda value: isinstance(value, str) and value in allowed
 
 
-_TEXT = ("text", _text_value)
-_TEXTS = ("a list of texts", _texts)
+_TEXT = ("a line of text", _text_value)
+_TEXTS = ("a list of texts, a line each", _texts)
+_CALLED = ("letters, digits and ._-+, as files and links have them", _matches(r"[\w][\w.+-]*"))
 _COUNT = ("a whole number above 0", _count)
 _NAME = ("lower-case letters, digits and _", _matches("[a-z0-9_]+"))
 _SOURCES = ("tables", lambda v: isinstance(v, list) and v != [] and all(isinstance(s, dict) for s in v))
@@ -441,7 +461,7 @@ _SCHEMES = (
     lambda v: isinstance(v, str) and all(part in QUANTIZATIONS for part in v.split(" + ")),
 )
 _FIELDS: _Fields = {
-    "name": _TEXT, "aliases": _TEXTS, "family": _NAME,
+    "name": _CALLED, "aliases": _TEXTS, "family": _NAME,
     "released": ("a day or a month like 2026-02-11, 2026-02", _matches(r"(19|20)\d\d-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?")),
     "sources": _SOURCES,
     "formats": (f"a list, each {_FORMAT[0]}", lambda v: _texts(v) and all(map(_FORMAT[1], v))),

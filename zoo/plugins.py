@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,16 @@ def entries(group: str) -> tuple[Entry, ...]:
         return ()
     from importlib.metadata import entry_points
 
+    try:
+        points = entry_points(group=group)
+    except (ValueError, OSError) as error:  # one package's are no text, and importlib reads all or none
+        warnings.warn(
+            f"no other package's {group} are known: an installed one has broken entry points ({error})",
+            stacklevel=2,
+        )
+        return ()
     found = []
-    for point in entry_points(group=group):
+    for point in points:
         if point.dist is not None:
             package = Package(point.dist.metadata["Name"], point.dist.version)
             found.append(Entry(point.name, point.value, package, point))
@@ -67,8 +76,8 @@ def _anywhere(header: str) -> bool:
             continue
         for name in names:
             try:
-                with open(os.path.join(folder, name, "entry_points.txt"), encoding="utf-8") as file:
-                    if header in file.read():
+                with open(os.path.join(folder, name, "entry_points.txt"), "rb") as file:
+                    if header.encode() in file.read():
                         return True
             except OSError:
                 continue

@@ -25,7 +25,7 @@ from zoo import card
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
-from zoo.hub import HubError
+from zoo.hub import HubError, http
 from zoo.mapping.execute import Progress
 from zoo.mapping.export import export, sizes
 from zoo.sign import sign
@@ -110,7 +110,7 @@ def push(
             shutil.copyfile(root / certificate.FILE, folder / certificate.FILE)
         if key is not None:
             out.files[certificate.SIGNATURE] = sign(folder, key, password).stat().st_size
-        with _refusals(repo), _bars():
+        with _refusals(repo), _bars(), _token_for_the_hub_alone():
             _upload(folder, out, private, revision)
     return out
 
@@ -225,10 +225,46 @@ def _refusals(repo: str) -> Iterator[None]:
             else again
         )
         raise HubError(f"{repo}: {said(e)}. {todo}.", "server") from e
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as e:  # of what it made of an answer
+        raise HubError(
+            f"{repo}: {constants.ENDPOINT} answered what no Hub does ({type(e).__name__}: {e!s:.200}). Is HF_ENDPOINT one? {again}.",
+            "server",
+        ) from e
     except (httpx2.HTTPError, RuntimeError, ValueError) as e:
         raise HubError(
             f"{repo}: the upload failed ({said(e.__cause__ or e):.300}). {again}.", "network"
         ) from e
+
+
+@contextmanager
+def _token_for_the_hub_alone() -> Iterator[None]:
+    """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it."""
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    hubs, made = http.trusted_origins(), _http._GLOBAL_CLIENT_FACTORY
+
+    def without(request: httpx2.Request) -> None:
+        if http.origin(str(request.url)) not in hubs:
+            request.headers.pop("authorization", None)
+
+    def guarded() -> httpx2.Client:
+        client = made()
+        client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], without]}
+        return client
+
+    set_client_factory(guarded)
+    try:
+        yield
+    finally:
+        set_client_factory(made)
 
 
 @contextmanager

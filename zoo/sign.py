@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,23 @@ from zoo.plain import write_plain
 from zoo.verify.certificate import SIGNATURE
 
 BESIDE = (SIGNATURE, ".cache")
+MAX_KEY = 1 << 16
 
 
 def is_encrypted(key: Path) -> bool:
     """Whether a private key needs a password."""
-    return b"ENCRYPTED" in key.read_bytes()[: 1 << 16]
+    return b"ENCRYPTED" in _pem(key)
+
+
+def _pem(key: Path) -> bytes:
+    """What a key's file holds. Raises ZooError where it is none, before a library reads it to its end."""
+    try:
+        found = key.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)) or found.st_size > MAX_KEY:
+            raise ZooError(f"{key}: no file, or of {found.st_size} bytes (limit {MAX_KEY}): not a key in PEM")
+        return key.read_bytes()
+    except OSError as e:
+        raise ZooError(f"{key}: {e.strerror or e}") from None
 
 
 def sign(folder: Path, key: Path, password: str | None = None) -> Path:
@@ -41,6 +54,7 @@ def sign(folder: Path, key: Path, password: str | None = None) -> Path:
     """
     _refuse_no_folder(folder)
     signing, hashing = _library()
+    _pem(key)
     with _said(folder, key), tempfile.TemporaryDirectory() as made:
         config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=BESIDE))
         # Its annotation says str; what reads the key wants bytes.
@@ -64,6 +78,7 @@ def check(folder: Path, key: Path) -> int:
             f"{path}: missing: the folder is not signed (`zoo sign {folder} --key PRIVATE.pem` signs one)"
         )
     hashing, n = _library()[1], len(listed(path))
+    _pem(key)
     from model_signing import verifying
 
     with _said(folder, key):

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,6 +145,7 @@ def failed() -> NoReturn:
 def run(cli: click.Command, args: Sequence[str] | None) -> int:
     """Run the command line; its exit code."""
     State.reset()
+    warnings.formatwarning = _warned
     try:
         _open_outputs()
         with _stoppable():
@@ -173,6 +175,16 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         hint = "" if State.debug else " (run again with --debug for the traceback)"
         said = f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}"
         return _fail(str(ZooError(said)), 1)
+
+
+_plain_warning = warnings.formatwarning
+
+
+def _warned(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning's text: what other packages call themselves and their files may hold what a terminal obeys."""
+    return printable(_plain_warning(message, category, filename, lineno, line))
 
 
 @contextmanager

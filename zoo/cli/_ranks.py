@@ -59,6 +59,14 @@ def together(device: str) -> Iterator[Ranks]:
     from torch.distributed.device_mesh import init_device_mesh
 
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port, local = (
+        os.environ.get(k, d) for k, d in (("MASTER_ADDR", ""), ("MASTER_PORT", ""), ("LOCAL_RANK", "0"))
+    )
+    if not (address.isprintable() and _is_number(port, 1 << 16) and _is_number(local, n)):
+        raise ZooError(
+            f"MASTER_ADDR={address}, MASTER_PORT={port}, LOCAL_RANK={local}: expected a host, a port, and a rank below {n}: start the ranks by "
+            "torchrun"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     outputs = sys.stdout, sys.stderr
@@ -86,6 +94,10 @@ def together(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
     finally:
         sys.stdout, sys.stderr = outputs
+
+
+def _is_number(text: str, below: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < below
 
 
 def _own(device: str) -> str:

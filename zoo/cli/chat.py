@@ -124,7 +124,7 @@ class Conversation:
         ends it early."""
         asked = {"role": "user", "content": question}
         tokens = self.text.conversation([*self.messages, asked])
-        within(tokens, self.model.spec.vocab_size)
+        within(tokens, self.model.spec.vocab_size, self.text)
         import torch
 
         how, ends, new = self.how, self.text.ends(), list[int]()

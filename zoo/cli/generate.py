@@ -137,10 +137,11 @@ def drawn(canon: Path, sample: bool, temperature: float, seed: int) -> Sampling:
     return found
 
 
-def within(tokens: list[int], vocabulary: int) -> None:
-    """Raises UsageError where a token is none of the model's."""
+def within(tokens: list[int], vocabulary: int, text: Text | None) -> None:
+    """Raises an error where a token is none of the model's: the user's, or that of the tokenizer of `text`."""
     if (largest := max(tokens)) >= vocabulary or min(tokens) < 0:
-        raise click.UsageError(f"token id {largest} is outside the vocabulary of {vocabulary}")
+        why = f"token id {largest} is outside the vocabulary of {vocabulary}"
+        raise click.UsageError(why) if text is None else ZooError(f"{text.root}: its tokenizer's {why}")
 
 
 def follow(
@@ -171,7 +172,7 @@ def _generate(
 
     torch.manual_seed(seed)
     model = zoo.load(canon, device=ranks.device, dtype=dtype, mesh=ranks.mesh)
-    within(tokens, model.spec.vocab_size)
+    within(tokens, model.spec.vocab_size, text)
     began, new = time.perf_counter(), list[int]()
     stream = model.stream(
         torch.tensor([tokens], device=ranks.device),

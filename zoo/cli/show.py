@@ -106,6 +106,7 @@ MAX_DRAWN = 4
 def _draw(shown: list[Shown], path: Path) -> None:
     from zoo import draw
     from zoo.errors import ZooError
+    from zoo.plain import write_plain
 
     if len(shown) > MAX_DRAWN:
         raise ZooError(f"--svg: {len(shown)} names; side by side there is room for {MAX_DRAWN}")
@@ -115,7 +116,7 @@ def _draw(shown: list[Shown], path: Path) -> None:
             raise ZooError(f"{s.name}: nothing to draw: {why}")
     several = [(s.spec, s.drawn()) for s in shown if s.spec is not None]
     text = draw.drawing(*several[0]) if len(several) == 1 else draw.side_by_side(several)
-    path.write_text(text, encoding="utf-8")
+    write_plain(path, text.encode())
 
 
 @dataclass
@@ -232,7 +233,7 @@ def _on_disk(path: Path, said: str | None) -> Shown:
 
     wanted = families.get(said) if said else None
     if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
-        config: Mapping[str, Any] = read_json(path, "a drawing needs a config")
+        config: Mapping[str, Any] = read_json(path, "a drawing needs a config", given=True)
         name = path.stem.removesuffix(".config")
         name = path.resolve().parent.name if name == "config" else name
         return Shown(name, None, families.spec_of(config, wanted, str(path)), config, str(path))

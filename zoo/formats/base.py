@@ -129,10 +129,13 @@ MAX_JSON = 256 << 20
 """Bytes of a config or an index; the largest releases have some 10 MB."""
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Parse a JSON object from `path`, or say what is wrong with it."""
+def read_json(path: Path, what: str, *, given: bool = False) -> dict[str, Any]:
+    """Parse a JSON object from `path`, or say what is wrong with it. A link that leads out of its folder is refused, unless the file
+    itself was `given` by the user."""
     raw = b""
     try:
+        if not given and path.is_symlink() and path.exists():
+            inside(path.parent, path.name, str(path.parent))
         found = os.stat(path)
         if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) or found.st_size > MAX_JSON:
             raise ZooError(f"{path}: no file of JSON, or one of over {MAX_JSON >> 20} MiB; {what}")

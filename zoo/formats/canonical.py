@@ -23,6 +23,7 @@ from zoo.url import is_url, not_here
 
 JSON = "zoo.json"
 SOURCE = "source.zip"  # headers of the released files, for export
+BESIDE = (SOURCE, "parity.json", "model.sig")
 VALUES = "values"  # the source's format, of a folder whose values are not those of a release: `source.values` says whose
 
 
@@ -66,9 +67,7 @@ def wrote(path: Path) -> bool:
         names = {
             JSON,
             INDEX,
-            SOURCE,
-            "parity.json",
-            "model.sig",
+            *BESIDE,
             "report.html",
             *shards,
             *described["carried"],
@@ -113,9 +112,14 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{root / JSON}: not as zoo writes it ({e!r:.300})") from None
     refuse_unsound(spec, str(root / JSON))
-    for name in j.get("carried", ()):
-        if os.path.lexists(place := place_of(root, name)):  # it is copied from here: no link may lead out
-            inside(root, place.relative_to(root).as_posix(), JSON)
+    try:
+        for name in (*j.get("carried", ()), *BESIDE):
+            if os.path.lexists(place := place_of(root, name)):  # it is copied from here: no link may lead out
+                inside(root, place.relative_to(root).as_posix(), JSON)
+    except OSError as e:  # a name longer than names can be
+        raise ZooError(
+            f"{root / JSON}: carried names {name!r:.200}, which can't be opened: {e.strerror}"
+        ) from None
     _refuse_more_than(root, spec, layers)
     index = read_json(root / INDEX, "a canonical checkpoint has one")
     tensors: dict[str, TensorRef] = {}
@@ -153,6 +157,15 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
                 )
 
 
+MAX_CARRIED = 10_000
+NEEDED = ("format", "family", "naming", "prefix", "config", "n_ranks")
+"""Of `source`, what merging, exporting and saving ask for."""
+
+
+def _is_pair(x: object) -> bool:
+    return isinstance(x, list) and len(x) == 2 and all(isinstance(t, str) and _short_text(t) for t in x)
+
+
 def _short_text(x: object) -> bool:
     return x is None or (isinstance(x, str) and len(x) < 4096)
 
@@ -165,6 +178,13 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     texts = ("path", "format", "family", "naming", "dtype", "plan")
     if not all(_short_text(source.get(k)) for k in texts):
         raise ValueError(f"of source, {', '.join(texts)} should be texts")
+    if missing := [k for k in NEEDED if source.get(k) is None]:
+        raise ValueError(f"source has no {missing[0]}")
+    config, n, prefix = source["config"], source["n_ranks"], source["prefix"]
+    if not isinstance(config, dict) or type(n) is not int or n < 1:
+        raise ValueError("of source, config should be an object, and n_ranks a number of ranks")
+    if not isinstance(prefix, list) or not all(_is_pair(x) for x in prefix):
+        raise ValueError("source.prefix should be pairs of short texts")
     if source.get("family_given", True) is not True:
         raise ValueError("source.family_given should be true, or absent")
     package = source.get("package") or {}
@@ -185,6 +205,8 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     carried = j.get("carried", [])
     if not isinstance(carried, list) or not all(isinstance(n, str) and not leads_out(n) for n in carried):
         raise ValueError("of carried, expected names of files in the folder")
+    if len(set(carried)) != len(carried) or len(carried) > MAX_CARRIED:
+        raise ValueError(f"carried has {len(carried)} names; expected each once, and at most {MAX_CARRIED}")
     names = {*carried, JSON, INDEX}
     if above := next((n for n in carried for p in Path(n).parents if str(p) in names), None):
         raise ValueError(f"carried names {above!r:.100}, which is below a file")

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import stat
 import subprocess
 import sys
 import uuid
@@ -189,9 +188,8 @@ def _wrote(path: Path) -> bool:
 
 def _told(path: Path) -> dict[str, Any]:
     """What the metadata says, by the process that reads it."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_METADATA:
-        raise ZooError(f"{path}: {found.st_size} bytes (limit {MAX_METADATA})")
+    if (size := inside(path.parent, path.name, str(path.parent)).stat().st_size) > MAX_METADATA:
+        raise ZooError(f"{path}: {size} bytes (limit {MAX_METADATA})")
     with open(path, "rb") as f:
         try:
             done = subprocess.run(

@@ -384,7 +384,7 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
     with _translated():
         session = get_session()
     try:
-        hubs = {_origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
+        hubs = trusted_origins()
     except ValueError as error:
         raise _no_address(error) from None
     plain = build_hf_headers(token=False, library_name="zoo")
@@ -398,7 +398,7 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
     for _ in range(MAX_REDIRECTS):
         if time.monotonic() - began > REDIRECTS * patience():
             raise Transient(f"redirects, and no answer in {REDIRECTS:.0f} s", slow=True)
-        trusted = _origin(url) in hubs  # a mirror may send us on to the Hub
+        trusted = origin(url) in hubs  # a mirror may send us on to the Hub
         headers = dict(private if trusted else plain) | {"Accept-Encoding": "gzip"}
         if span is not None:
             headers |= {"Accept-Encoding": "identity", "Range": f"bytes={span[0]}-{span[1] - 1}"}
@@ -492,7 +492,7 @@ def _drain(response: httpx2.Response) -> None:
 def _redirect(url: str, location: str, about: About) -> str:
     try:
         target = urljoin(url, location)
-        scheme, was = _origin(target)[0], urlsplit(url).scheme
+        scheme, was = origin(target)[0], urlsplit(url).scheme
     except ValueError as error:
         raise HubError(f"{about}: the server redirects to {location!r:.200}: {error}", "server") from None
     if scheme not in ("http", "https") or (was == "https" and scheme == "http"):
@@ -500,7 +500,12 @@ def _redirect(url: str, location: str, about: About) -> str:
     return target
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
+def trusted_origins() -> set[tuple[str, str | None, int | None]]:
+    """The origins that a token is sent to."""
+    return {origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 

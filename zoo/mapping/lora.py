@@ -184,6 +184,10 @@ class _Adapter:
 
     def add(self, name: str, w: Tensor, v: Tensor) -> None:
         """A tensor that differs."""
+        if not bool((v - w).isfinite().all()):
+            raise ZooError(
+                f"{name} differs by NaN or infinity from that of {self.old.root}, of which nothing can be extracted: was the training sound?"
+            )
         slot, (module, _, leaf) = self.slots[name], name.rpartition(".")
         if slot.key == "embed.weight" and self.old.spec.tied:
             self.refused.append(f"{name} (it is the head, too: tied)")

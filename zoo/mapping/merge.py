@@ -20,6 +20,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,8 +59,10 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the weights which the adapter is added to."""
 LONGEST = 500
 """Characters of a name or a pattern of an adapter."""
-MATCHING = 4.0
-"""Seconds for all matches of an adapter's patterns."""
+MAX_TENSORS = 1 << 18
+"""Of an adapter; one of every expert of the largest mixtures has 100,000."""
+MATCHING = 3.0
+"""Seconds for all of an adapter's patterns, compiled and matched."""
 ENDLESS = re.compile(r"\)[*+{?]|\(\?|\\[1-9]|(?:[^\\][*+{?].*){4}|(?:\(.*){4}", re.DOTALL)
 """Patterns whose matching may take for ever: of repeated groups, looks around and back, more than three repetitions or groups."""
 
@@ -139,19 +142,27 @@ class Adapter:
         told = self.config.get("alpha_pattern") or {}
         if not isinstance(told, dict):
             raise ZooError(f"{self.root / CONFIG}: alpha_pattern is {told!r:.80}; expected an object")
-        out = []
+        out, began = list[tuple[re.Pattern[str], float]](), time.process_time()
         for p, alpha in told.items():
+            self._refuse_endless(began)
             if len(p) > LONGEST or ENDLESS.search(p):
                 raise ZooError(
                     f"{self.root / CONFIG}: alpha_pattern has {p!r:.80}, which could be matched without end: not read"
                 )
             try:
-                out.append((re.compile(rf"(.*\.)?({p})$"), self._alpha(alpha)))
+                with warnings.catch_warnings(action="ignore"):
+                    out.append((re.compile(rf"(.*\.)?({p})$"), self._alpha(alpha)))
             except (re.error, OverflowError, RecursionError) as e:
                 raise ZooError(
                     f"{self.root / CONFIG}: alpha_pattern has {p!r:.80}, which is no pattern ({e!s:.80})"
                 ) from None
+        self._matching += time.process_time() - began
         return out
+
+    def _refuse_endless(self, began: float) -> None:
+        """Raises ZooError where the patterns take too long, with what was begun at `began`."""
+        if self._matching + time.process_time() - began > MATCHING:
+            raise ZooError(f"{self.root / CONFIG}: alpha_pattern takes too long to be matched: refused")
 
     def _alpha(self, alpha: Any) -> float:
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
@@ -160,14 +171,14 @@ class Adapter:
 
     def scale(self, module: str, parameter: str | None, rank: int) -> float:
         """s of a module, whose patterns are matched as PEFT does: the end of its name."""
-        alpha, began = self._alpha(self.config.get("lora_alpha", 8)), time.monotonic()
+        alpha, patterns = self._alpha(self.config.get("lora_alpha", 8)), self.alphas
+        began = time.process_time()
         for key in (module, *([f"{module}.{parameter}"] if parameter else [])):
-            if (own := next((a for p, a in self.alphas if p.match(key)), None)) is not None:
+            if (own := next((a for p, a in patterns if p.match(key)), None)) is not None:
                 alpha = own
                 break
-        self._matching += time.monotonic() - began
-        if self._matching > MATCHING:
-            raise ZooError(f"{self.root / CONFIG}: alpha_pattern takes too long to be matched: refused")
+        self._refuse_endless(began)
+        self._matching += time.process_time() - began
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
@@ -239,6 +250,10 @@ def _tensors(root: Path) -> dict[str, Tensor]:
         refs = list(safetensors.parse_header(safetensors.read_header(file), name, size, str(file)))
     else:
         refs = pickle.read_pickle(file, name)
+    if len(refs) > MAX_TENSORS:
+        raise ZooError(
+            f"{file}: {len(refs)} tensors (limit {MAX_TENSORS}), more than any adapter has: refused"
+        )
     raw = torch.from_file(str(file), False, size, dtype=torch.uint8)
     return {ref.name: _view(raw, ref, file) for ref in refs}
 

@@ -40,6 +40,7 @@ from zoo.plain import open_plain
 
 TURN = ".zoo-turn"
 _NEW = STATE + ".new"
+MAX_STEPS = 256 << 20  # bytes of what other parts have written down
 MOST = 65_536  # parts; more than files that any release has
 
 
@@ -82,12 +83,30 @@ def of_process(environment: Mapping[str, str]) -> tuple[Part, str] | None:
         if rank not in environment or world not in environment:
             continue
         r, n = environment[rank], environment[world]
-        if not (r.isdecimal() and n.isdecimal() and int(r) < int(n)):
+        if not (_is_count(r) and _is_count(n) and int(r) < int(n)):
             raise ZooError(f"{rank}={r}, {world}={n}: expected a rank from 0, below the number of processes")
         if int(n) > 1:
             together = environment.get(local) == (n if here is None else here)
             return Part(int(r) + 1, int(n), together), f"{rank}={r}, {world}={n}"
     return None
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _is_step(x: Any) -> bool:
+    """Whether it is a line that `_append` writes."""
+    said = x.get("said", []) if isinstance(x, dict) else None
+    return (
+        isinstance(said, list)
+        and all(isinstance(t, str) for t in [*said, x.get("step", "")])
+        and ("step" not in x or "said" in x)
+    )
+
+
+def _too_long(path: Path, size: int) -> str:
+    return f"{path}: {size} bytes (limit {MAX_STEPS}), which no conversion writes: remove the folder that it is in"
 
 
 def shares(sizes: Mapping[str, int], n: int) -> list[list[str]]:
@@ -278,7 +297,8 @@ class Shared(Folder):
             os.rename(_NEW, STATE, src_dir_fd=self._meeting, dst_dir_fd=self._meeting)
             return
         try:
-            theirs = parse_json(self._read_outer(STATE)).get("parts")
+            theirs = parse_json(self._read_outer(STATE))
+            theirs = theirs.get("parts") if isinstance(theirs, dict) else None
         except ValueError:
             theirs = None
         if not isinstance(theirs, dict):
@@ -341,6 +361,8 @@ class Shared(Folder):
 
     def _read_steps(self) -> None:
         assert self._journal is not None
+        if (size := os.fstat(self._journal).st_size) > MAX_STEPS:
+            raise ZooError(_too_long(self.partial / self._steps(self.part.number), size))
         data = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
         os.ftruncate(self._journal, data.rfind(b"\n") + 1)  # a line that a kill left unfinished
         if not all(self._has(n) and self._stat(n).st_size == size for n, size in self.sizes.items()):
@@ -354,7 +376,7 @@ class Shared(Folder):
         try:
             lines = self._read_outer(self._steps(k)).split(b"\n")[:-1]
             steps = [parse_json(line) for line in lines]
-            return [s for s in steps if s["synced"] or s["boot"] == boot()]
+            return [s for s in steps if _is_step(s) and (s["synced"] or s["boot"] == boot())]
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
@@ -367,6 +389,8 @@ class Shared(Folder):
 
     def _read_outer(self, name: str) -> bytes:
         with open(open_plain(name, os.O_RDONLY, dir_fd=self._meeting), "rb") as f:
+            if (size := os.fstat(f.fileno()).st_size) > MAX_STEPS:
+                raise ZooError(_too_long(self.partial / name, size))
             return f.read()
 
     def _stat_outer(self, name: str) -> os.stat_result:

@@ -250,9 +250,15 @@ class Decoder(nn.Module):
         return self.embed.weight.device
 
     def cache(self, batch: int, max_len: int) -> Cache:
-        """An empty cache for this model, on its device and in its dtype."""
+        """An empty cache for this model, on its device and in its dtype. Raises ZooError where there is no memory for it."""
         ranks = 1 if self.across is None else self.across.size
-        return Cache(self.local, batch, max_len, self.dtype, self.device, ranks)
+        try:
+            return Cache(self.local, batch, max_len, self.dtype, self.device, ranks)
+        except (RuntimeError, OverflowError) as e:  # no memory, or more bytes than torch can count
+            raise ZooError(
+                f"there is no memory on {self.device} for a cache of {batch} x {max_len:,} tokens ({e!s:.200}): allow fewer new ones (-n), or "
+                "give a shorter prompt"
+            ) from e
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids [B, T] (int64) -> logits [B, T, V] in the model's dtype.

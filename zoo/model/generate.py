@@ -13,6 +13,8 @@ from zoo.model.graph import Model, Step, capturable
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
+COLDEST = 1e-30
+"""Below this temperature quotients of logits leave fp32, and only the likeliest tokens are drawn anyway."""
 
 
 def stream(
@@ -80,19 +82,30 @@ def pick(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0)
     """One token [B] from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1).squeeze(-1)
+    try:
+        return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1).squeeze(-1)
+    except RuntimeError as e:
+        if logits.isfinite().all():
+            raise
+        raise ZooError(
+            "the model's logits hold NaN or infinity, from which no token can be drawn: so do its weights, or it leaves the range of "
+            "its dtype (--dtype fp32)"
+        ) from e
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """What tokens are drawn with [B, V]: softmax(logits / temperature) of the `top_k` likeliest (0: all, and what ties
     with the last of them), and of these the likeliest that together reach `top_p`, at least one."""
-    p = (logits.float() / temperature).softmax(-1)
+    x = logits.float()
+    if temperature < COLDEST:
+        x, temperature = x - x.amax(-1, keepdim=True), COLDEST
+    p = (x / temperature).softmax(-1)
     if 0 < top_k < p.shape[-1]:
         p = p.masked_fill(p < p.topk(top_k)[0][:, -1:], 0.0)
         p = p / p.sum(-1, keepdim=True)
     if top_p < 1:
         falling, order = p.sort(-1, descending=True)
         before = falling.cumsum(-1) - falling  # of those that are likelier
-        p = torch.zeros_like(p).scatter(-1, order, falling.masked_fill(before >= top_p, 0.0))
+        p = torch.zeros_like(p).scatter(-1, order, falling.masked_fill((before >= top_p) & (before > 0), 0.0))
         p = p / p.sum(-1, keepdim=True)
     return p

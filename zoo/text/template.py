@@ -26,6 +26,9 @@ from zoo.text import PLACES
 
 MAX_TEMPLATE = 4 << 20
 """Bytes of a template; the longest released ones have some 100 kB."""
+MAX_ADDED, TIMES = 1 << 16, 8
+"""Characters that a template may write beside the messages, and how often each of these: a prompt costs the model more than it
+costs the template."""
 
 
 def find(root: Path) -> str | None:
@@ -54,10 +57,16 @@ def find(root: Path) -> str | None:
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str]) -> str:
-    """The messages as the template spells them, ready for the model's answer. Raises whatever the template does."""
-    return _environment().from_string(template).render(
+    """The messages as the template spells them, ready for the model's answer. Raises whatever the template does, and ZooError where
+    it makes far more of them than they are."""
+    said = _environment().from_string(template).render(
         messages=[dict(m) for m in messages], tools=None, documents=None, add_generation_prompt=True, **special
     )  # fmt: skip
+    if len(said) > (most := MAX_ADDED + TIMES * sum(len(str(m.get("content"))) for m in messages)):
+        raise ZooError(
+            f"the chat template makes {len(said)} characters of the messages (limit {most}): refused; give the prompt as it is (--raw)"
+        )
+    return said
 
 
 def _one(root: Path, named: Mapping[str, Any]) -> Any:
