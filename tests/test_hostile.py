@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -28,16 +30,19 @@ from zoo.errors import MAX_TEXT, ZooError
 from zoo.formats import canonical
 from zoo.hub import cache
 from zoo.mapping.folder import STATE, Folder
+from zoo.printable import warn
 
 # ---- what is said
 
 
-@pytest.mark.parametrize("text", ["x" * 10_000_000, "\x1b" * 1900, "\x9b" * 5000, "é" * 2001])
+@pytest.mark.parametrize(
+    "text", ["x" * 10_000_000, "\x1b" * 1900, "\x9b" * 5000, "é" * 2001, "\u202e\u2028" * 500]
+)
 def test_a_message_is_short_and_printable_whatever_it_was_made_of(text: str) -> None:
     said = str(ZooError(f"model.safetensors: {text}: convert again"))
     assert len(said) <= MAX_TEXT
     assert said.startswith("model.safetensors: ")
-    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in said)
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0x2028 <= ord(c) < 0x202F for c in said)
 
 
 def test_a_message_of_ordinary_length_is_as_it_was_written() -> None:
@@ -47,11 +52,21 @@ def test_a_message_of_ordinary_length_is_as_it_was_written() -> None:
 def test_events_and_notes_hold_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
     from zoo.cli._progress import Bar, Events
 
-    Bar().note("file \x1b]0;mine\x07 \x9b2J")
-    Events().note("file \x1b]0;mine\x07 \x9b2J")
+    name = "file \x1b]0;mine\x07 \x9b2J \u202egpj \u2066 \u2028"
+    Bar().note(name)
+    Events().note(name)
+    warn(logging.getLogger("zoo"), "%s of %d", name, 2)
+    assert _common.run(cli, ["plan", "x", name]) == 2  # as a shell does for a pattern
     out, err = capsys.readouterr()
-    assert not set(out + err) & {"\x1b", "\x07", "\x9b"}
-    assert json.loads(out)["message"] == "file \x1b]0;mine\x07 \x9b2J"
+    assert not set(out + err) & {"\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\u2028"}
+    assert json.loads(out)["message"] == name
+    assert err.count("gpj") >= 2
+
+
+def test_a_refusal_of_the_system_is_a_short_message_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert _common.run(cli, ["inspect", "\x1b" * 100_000]) in (1, 2)
+    assert "\x1b" not in capsys.readouterr().err
 
 
 # ---- reports
@@ -207,6 +222,35 @@ def test_a_partial_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch
     assert not list(partial.iterdir())
 
 
+@pytest.mark.parametrize("how", ["link", "another user's"])
+def test_an_old_folder_that_was_put_aside_is_ones_own(tmp_path: Path, elsewhere: Path, how: str) -> None:
+    aside = tmp_path / ".c.zoo-replaced"
+    if how == "link":
+        aside.symlink_to(elsewhere)
+    elif os.geteuid() == 0:
+        aside.mkdir()
+        os.chown(aside, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    with pytest.raises(ZooError), Folder(tmp_path / "c", {}, "job"):
+        pass
+    assert untouched(elsewhere) and not os.path.lexists(tmp_path / "c")
+
+
+@pytest.mark.parametrize("link", ["hub/.locks", "hub/.locks/models--org--toy", "hub/models--org--toy", "zoo"])
+def test_no_folder_of_the_cache_that_is_a_link_is_written_through(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    with HubServer() as server:
+        server.repo("org/toy").commit({"model.safetensors": b"x" * 5000})
+        with pointed_at(server, tmp_path / "home", monkeypatch, timeout=1):
+            (at := tmp_path / "home" / link).parent.mkdir(parents=True, exist_ok=True)
+            at.symlink_to(elsewhere)
+            with contextlib.suppress(hub.HubError):
+                hub.download(hub.resolve("org/toy"), ["model.safetensors"])
+    assert untouched(elsewhere)
+
+
 def test_a_part_in_the_cache_that_is_a_link_is_not_written_through(
     tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +339,23 @@ def test_an_archive_of_headers_with_too_many_entries_is_refused(converted: Path,
             z.writestr(f"headers/{n:030}", b"")
     with pytest.raises(ZooError, match="directory"):
         zoo.export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_entry_of_an_archive_of_headers_is_unpacked_to_what_it_says(
+    converted: Path, tmp_path: Path, packing: int
+) -> None:
+    folder = described(converted, tmp_path, lambda d: None)
+    with zipfile.ZipFile(folder / "source.zip", "w") as z:
+        z.writestr("headers/model.safetensors", bytes(64 << 20), packing)
+    said = (folder / "source.zip").read_bytes().replace(struct.pack("<I", 64 << 20), struct.pack("<I", 100))
+    (folder / "source.zip").write_bytes(said)
+    tracemalloc.start()
+    with pytest.raises(ZooError, match=r"source\.zip: "):
+        zoo.export(folder, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 @pytest.mark.parametrize(("tensors", "fields"), [(3_000_000, 0), (0, 3_000_000)])

@@ -1025,8 +1025,10 @@ def test_a_packed_answer_is_read(server: HubServer, monkeypatch: pytest.MonkeyPa
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
         (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10;", b"a"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"A: b\r\n"),
     ],
-    ids=["1xx without end", "a header", "a body"],
+    ids=["1xx without end", "a header", "a body", "the head of a chunk", "what follows the last chunk"],
 )
 def test_an_answer_that_trickles_ends(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, start: bytes, drip: bytes
@@ -1038,9 +1040,82 @@ def test_an_answer_that_trickles_ends(
         hub.resolve("org/toy")
     assert time.monotonic() - before < 10
     deadline = time.monotonic() + 5
-    while any(t.name == "zoo-request" for t in threading.enumerate()) and time.monotonic() < deadline:
+    while (
+        any(t.name in ("zoo-request", "zoo-pace") for t in threading.enumerate())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
-    assert not any(t.name == "zoo-request" for t in threading.enumerate())
+    assert not any(t.name in ("zoo-request", "zoo-pace") for t in threading.enumerate())
+
+
+def test_a_body_that_comes_fast_enough_has_a_deadline_too(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "API_BODY", 0.5)
+    start = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"
+    with raw_answers(start, monkeypatch, b" " * 10_000), pytest.raises(HubError, match="came in"):
+        hub.resolve("org/toy")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (gzip.compress(b"{}") + bytes(1 << 20), "goes on behind its end"),
+        (gzip.compress(b"")[:10] + b"\0\0\0\xff\xff" * 300_000, "longer than"),
+        (b"1\r\n \r\n" * 11_000, "pieces"),
+    ],
+    ids=["more behind the end", "blocks of nothing", "chunks of a byte"],
+)
+def test_an_answer_that_stands_for_less_than_it_takes_is_refused(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, body: bytes, says: str
+) -> None:
+    monkeypatch.setattr(http, "MAX_JSON", MIB)
+    how = "Content-Encoding: gzip" if says != "pieces" else "Transfer-Encoding: chunked"
+    head = f"HTTP/1.1 200 OK\r\n{how}\r\n\r\n".encode()
+    with raw_answers(head + body, monkeypatch), pytest.raises(HubError, match=says):
+        hub.resolve("org/toy")
+
+
+def test_what_is_no_http_is_not_asked_for_again_and_again(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}"
+    with raw_answers(head, monkeypatch), pytest.raises(HubError, match="failed 2 times"):
+        hub.resolve("org/toy")
+
+
+def test_headers_of_many_files_have_one_limit_before_they_are_asked_for(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.hub.transfer.MAX_HEADERS", 3 * MIB)
+    shard = struct.pack("<Q", 2 * MIB) + b"{" + b" " * (2 * MIB - 2) + b"}"
+    server.repo("org/toy").commit({"a.safetensors": shard, "b.safetensors": shard + b" "})
+    snapshot = hub.resolve("org/toy")
+    with pytest.raises(HubError, match=rf"have {4 * MIB} bytes of headers"):
+        hub.read_headers(snapshot, ["a.safetensors", "b.safetensors"])
+    assert server.body_bytes() < 4 * MIB
+
+
+def test_a_listing_that_takes_too_long_ends(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.hub.repo.LISTING", 0.0)
+    entry = {"type": "file", "path": "f", "size": 1, "oid": "0" * 40}
+    monkeypatch.setattr("zoo.hub.repo.get_json", lambda *_: (time.sleep(0.1), ([entry], "next"))[1])
+    with pytest.raises(HubError, match="too slow"):
+        hub.resolve("org/toy", "0" * 40)
+
+
+@pytest.mark.parametrize("notes", ["1 2 3\n", "x y\n", "0 99999999\n", "9" * 5000 + " 1\n", "\udcff\n"])
+def test_notes_of_a_sparse_copy_that_are_none_are_not_believed(
+    server: HubServer, tmp_path: Path, notes: str
+) -> None:
+    snapshot, dest = hub.resolve("org/toy"), tmp_path / "partial.safetensors"
+    hub.download_sparse(snapshot, "model-2.safetensors", [(0, 100)], dest)
+    with open(tmp_path / "partial.safetensors.ranges", "a", errors="surrogateescape") as f:
+        f.write(notes)
+    server.forget()
+    hub.download_sparse(snapshot, "model-2.safetensors", [(0, 200)], dest)
+    assert server.body_bytes() == 100
+    assert dest.read_bytes()[:200] == SMALL[:200]
 
 
 def test_pages_of_one_file_each_are_not_read_for_ever(

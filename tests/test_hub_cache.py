@@ -138,6 +138,27 @@ def spoil(folder: Path, how: str) -> None:
     at.write_text(json.dumps({"format_version": 1, "files": files}))
 
 
+@pytest.mark.parametrize("what", ["a pipe", "nested", "lists", "no object", "a size that is text"])
+def test_a_file_list_that_is_none_is_fetched_again(
+    what: str, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MAX_JSON", 1 << 20)
+    commit = hub.resolve(REPO).commit
+    at = cache.folder(REPO) / "trees" / f"{commit}.json"
+    at.parent.mkdir(parents=True)
+    text = {
+        "nested": "[" * 200_000,
+        "lists": '{"format_version": 1, "x": [' + "[]," * 400_000 + '[]], "files": {}}',
+        "no object": "[]",
+        "a size that is text": '{"format_version": 1, "files": {"a": {"blob_id": 5}}}',
+    }
+    if what == "a pipe":
+        os.mkfifo(at)
+    else:
+        at.write_text(text[what])
+    assert {f.path for f in hub.resolve(REPO).files} >= {"config.json"}
+
+
 @pytest.mark.parametrize("how", ["no ids", "too few files"])
 def test_a_file_list_that_the_hub_never_sent_is_not_trusted(
     how: str,

@@ -606,10 +606,11 @@ if INTERPRETED or COMPILED:
     @pytest.mark.parametrize("scheme", [proven(s, now=s in ("plain", "mxfp4")) for s in SCHEMES])
     def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experts, "grouped_tile", lambda *_, **__: (rows, 32, 32, 4, 3))
-        (up, a), (down, b) = stored(scheme, (32, 32), 64, 2), stored(scheme, (64,), 32, 2)
-        biased = [rand(2, 64), rand(2, 64)]
+        (up, a), (down, b) = stored(scheme, (32, 32), 64, 3), stored(scheme, (64,), 32, 3)
+        biased = [rand(3, 64), rand(3, 64)]
         a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
-        x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 70).int()
+        # Of experts that fill more than half of a large tile, and less.
+        x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 40 + [[0, 2]] * 30).int()
         expected = experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(32))
         close(experts.experts(x, chosen, shares, a, b, MLP(32)), expected, 5)
         # In bf16 its tiles are 2^-60 of it; the interpreter multiplies no bf16.

@@ -55,8 +55,9 @@ def test_a_config_of_more_tensors_than_the_files_have_is_not_spelled_out(
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"rms_norm_eps": 1' + b"0" * 400 + b"}", "number of 401 digits"),
         (b'{"rms_norm_eps": 1e999}', "beyond all floats"),
+        ('{"rms_norm_eps": 1e999}'.encode("utf-16"), "beyond all floats"),
     ],
-    ids=["lists", "values", "depth", "digits", "exponent"],
+    ids=["lists", "values", "depth", "digits", "exponent", "exponent in UTF-16"],
 )
 def test_json_that_grows_is_refused_before_it_is_parsed(text: bytes, says: str, source: Path) -> None:
     (source / "config.json").write_bytes(text)

@@ -14,13 +14,17 @@ import tiny
 import torch
 import vendor
 
-from zoo.errors import ZooError
-from zoo.formats import open_checkpoint
+from zoo.formats import canonical, open_checkpoint
+from zoo.mapping.execute import convert
+from zoo.mapping.export import export
 from zoo.mapping.plan import make_plan
+from zoo.model.linear import Table
 from zoo.model.load import load
 from zoo.quant import dequantise
 from zoo.quant.schemes import named
 from zoo.testing.build import read_config, read_tensors, write_config, write_tensors
+from zoo.testing.rounding import agree
+from zoo.verify.ours import Streamed, build, subject_of
 
 Tensors = dict[str, torch.Tensor]
 Way = dict[str, Any]
@@ -123,13 +127,48 @@ def test_a_release_is_what_mlx_would_run(kind: str, tmp_path: Path) -> None:
     write_tensors(tmp_path / "plain", plain)
     write_config(path, config | {"quantization": said, "quantization_config": said})
     write_tensors(path, release)
-    with pytest.raises(ZooError, match="which only linear maps can be run as; convert with --dtype"):
-        make_plan(open_checkpoint(path))
+    as_it_is = convert(make_plan(open_checkpoint(path)), tmp_path / "codes")
+    model, whole = load(as_it_is, dtype=torch.float32), load(as_it_is)
+    assert model.embed.scheme is not None and (model.dtype, whole.dtype) == (torch.float32, torch.bfloat16)
     fp32 = vendor.canonical(path, tmp_path / "fp32", dtype="fp32")
     vendor.same(fp32, vendor.canonical(tmp_path / "plain", tmp_path / "want", dtype="fp32"))
+    ids = torch.randint(0, model.spec.vocab_size, (2, 7))
+    plain_model = load(tmp_path / "fp32")
+    assert torch.equal(model.embed.rows(ids), plain_model.embed.rows(ids))  # looked up, to the bit
+    logits = plain_model(ids)
+    assert agree(model(ids), logits, plain_model, ids)
+    streamed = Streamed(folder := canonical.read(as_it_is), torch.float32)  # and as a verification reads it
+    streamed.begin(0, ids)
+    for i in range(model.spec.n_layers):
+        streamed.layer(0, i)
+    assert agree(streamed.finish(0), logits, plain_model, ids)
+    assert agree(build(subject_of(folder, torch.float32))(ids), logits, plain_model, ids)
+    vendor.same(read_tensors(export(as_it_is, tmp_path / "back")), release)
     assert len(named((ckpt := open_checkpoint(path)).tensors, ckpt.config)) == sum(
         n.endswith(".scales") for n in release
     )
+
+
+def test_each_rank_looks_up_the_rows_of_codes_that_it_has() -> None:
+    class Alone:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def sum(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    made, values = packs.mlx(4, 32)(12, 64, torch.Generator().manual_seed(0))
+    ids, total = torch.tensor([[0, 11], [5, 6]]), torch.zeros(())
+    for rank in (0, 1):
+        table = Table(6, 64)
+        own = {
+            c: made[end][6 * rank :][:6]
+            for c, end in (("weight", "weight"), ("scale", "scales"), ("shift", "biases"))
+        }
+        table.quantise("mlx4-group32", own)
+        table.across, table.asked = Alone(rank), torch.float32  # type: ignore[assignment]
+        total = total + table.rows(ids)
+    assert torch.equal(total, values[ids])
 
 
 KINDS = [("affine", bits, 32) for bits in (1, 2, 3, 4, 5, 6, 8)] + [

@@ -20,12 +20,13 @@ from zoo.spec import Router as RouterSpec
 from zoo.spec import Spec
 from zoo.verify import inputs, judge, tolerance
 from zoo.verify.choices import Choices, as_another, watched
-from zoo.verify.compare import Measured, settle
+from zoo.verify.compare import Longest, Measured, measure, settle
 from zoo.verify.faults import CATALOGUE
 from zoo.verify.inputs import Batch
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import Transformers
 from zoo.verify.ours import Ours, margin, nearest_tie, other_choice
+from zoo.verify.rounded import TwoPrecisions
 from zoo.verify.stream import StreamedTransformers
 from zoo.verify.tolerance import Spread
 
@@ -165,6 +166,42 @@ def test_where_upstream_has_one_way_streamed_float64_is_the_bound(
     wrong = rewrite(canon, CATALOGUE["norm_eps"].inject)
     source = StreamedTransformers(tmp_path / "source")
     assert not zoo.verify(wrong, against=source, level="logits", stream=True, write=False).passed
+
+
+def cancelling(token: int, nudges: dict[int, float]) -> Ours:
+    """A tiny model in which `token` has a state 10,000 long, of which the last layer leaves a thousandth. `nudges`: factors of
+    the first channel of some ids."""
+    decoder = zoo.load(canonical("llama"), dtype=torch.float32).requires_grad_(False)
+    decoder.embed.weight[token, 0] = 1e4
+    last = decoder.layers[-1]
+    last.ffn_norm.weight[0] = 1
+    gate, up = last.mlp.gate_up.weight.chunk(2)
+    gate[0], up[0] = 0, 0
+    gate[0, 0] = up[0, 0] = 1
+    width = len(last.ffn_norm.weight)  # what a state of one channel is normalised to, squared
+    last.mlp.down.weight[:, 0] = 0
+    last.mlp.down.weight[0, 0] = -0.999e4 / width
+    for row, factor in nudges.items():
+        decoder.embed.weight[row, 0] *= factor
+    return Ours(decoder)
+
+
+def test_what_is_left_of_a_long_state_is_held_against_the_longest_that_it_was() -> None:
+    """One rounding of the whole is a thousand of the rest, in which another run has it or not."""
+    asked = inputs.make(zoo.spec(canonical("llama")))
+    first, second = asked.batches[0].ids[0, :2].tolist()
+
+    def passes(longest: Longest | None, nudges: dict[int, float]) -> bool:
+        theirs = cancelling(first, nudges)
+        oracle = TwoPrecisions(theirs, theirs, "fp32")
+        measured = measure(oracle, cancelling(first, {}), asked, "fp32", longest=longest)
+        return judge.layers_level(measured, "fp32").verdict == "passed"
+
+    rounded = {first: 1 + 2.0**-23}
+    assert passes(None, {}) and not passes(None, rounded)
+    assert passes(Longest(), rounded)
+    assert not passes(Longest(), {second: 1.01})
+    assert not passes(Longest(), {first: 1 + 2.0**-12})
 
 
 def test_float64_excuses_no_fault(tmp_path: Path) -> None:

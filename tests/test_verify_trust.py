@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from zoo.cli.inspect import look
 from zoo.cli.verify import command
 from zoo.errors import ZooError
 from zoo.verify import certificate, recording
+from zoo.verify.golden import Golden
 
 
 def run(*args: object) -> Any:
@@ -149,6 +152,56 @@ def test_a_certificate_that_names_files_outside_opens_none(
     assert not any(p.name in ("secret", "hostname") for p in opened)
 
 
+def edited_certificate(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    zoo.verify(folder, level="bytes")
+    data = json.loads((folder / "parity.json").read_text())
+    change(data)
+    (folder / "parity.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("where", ["a folder", "a link in the folder", "a link in the source"])
+def test_a_certificate_opens_no_file_of_the_users_own(
+    where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine := folder.parent / "mine").mkdir()
+    (mine / "notes.txt").write_text("x")
+    names = {"notes.txt": {"sha256": "0", "bytes": 1}}
+
+    def change(data: dict[str, Any]) -> None:
+        if where == "a link in the folder":
+            (folder / "notes.txt").symlink_to(mine / "notes.txt")
+            data["canonical"]["files"] |= names
+        elif where == "a link in the source":
+            (folder.parent / "source" / "notes.txt").symlink_to(mine / "notes.txt")
+            data["source"]["files"] |= names
+        else:
+            data["source"] |= {"path": str(mine), "files": names}
+
+    edited_certificate(folder, change)
+    opened: list[str] = []
+    hashed = certificate.sha256
+    monkeypatch.setattr(certificate, "sha256", lambda p: opened.append(p.name) or hashed(p))
+    with contextlib.suppress(ZooError):
+        assert any("cannot be opened any more" in p for p in certificate.check(folder))
+    assert "notes.txt" not in opened
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d["canonical"]["files"].clear(), "vouches for none of model-00001-of-00001.safetensors"),
+        (lambda d: d["levels"].update(all=d["levels"].pop("bytes")), "all: is no level"),
+        (lambda d: d["levels"]["bytes"]["checks"][0].update(value="-inf"), "marked passed, but -inf"),
+    ],
+    ids=["no files", "another level", "less than any number"],
+)
+def test_a_certificate_that_compared_nothing_does_not_hold(
+    change: Callable[[dict[str, Any]], object], says: str, folder: Path
+) -> None:
+    assert any(says in p for p in certificate.check(edited_certificate(folder, change)))
+
+
 # ---- recordings
 
 
@@ -169,6 +222,25 @@ def test_a_recording_of_no_rows_is_refused(golden: Path, tmp_path: Path) -> None
     }
     with pytest.raises(ZooError, match=r"ids\.0 is I64 \[0, "):
         zoo.verify(canonical("llama"), edited(golden, tmp_path / "g.safetensors", none), write=False)
+
+
+def test_one_outlier_makes_no_spread_believable(golden: Path, tmp_path: Path) -> None:
+    """The largest logit sets how large rounding may be, and whoever writes a recording writes it."""
+    logits = load_file(golden)["logits.0"]
+    logits[:, 0] = 1e30
+    wide = {"p50": 1e9, "max": 1e30}
+    with safe_open(golden, "pt") as f:
+        spread = json.loads(f.metadata()["zoo"])["spread"] | {"logits": wide}
+    path = edited(golden, tmp_path / "g.safetensors", {"logits.0": logits}, dtype="bf16", spread=spread)
+    assert Golden(path).spread.logits["p50"] < 100
+
+
+def test_rows_and_flags_are_as_many_and_directions_may_be_doubles(golden: Path, tmp_path: Path) -> None:
+    doubles = {"directions": load_file(golden)["directions"].double()}
+    directions = Golden(edited(golden, tmp_path / "d.safetensors", doubles)).directions
+    assert directions is not None and directions.dtype == torch.float32
+    with pytest.raises(ZooError, match=r"'text' has 1 values for the \d+ rows of ids\.0"):
+        Golden(edited(golden, tmp_path / "g.safetensors", text=[[True]]))
 
 
 def test_random_logits_do_not_pass_whatever_spread_they_claim(golden: Path, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
     here: released configs have them.
     """
     raw = text.encode() if isinstance(text, str) else text
+    if not (encoding := json.detect_encoding(raw)).startswith("utf-8"):  # in which no digit is a byte
+        raw = raw.decode(encoding).encode()
     if (n := raw.count(b"[") + raw.count(b"{")) > MAX_CONTAINERS:
         raise ValueError(f"it has {n} lists and objects; at most {MAX_CONTAINERS} are read")
     if (n := raw.count(b",")) > MAX_VALUES:

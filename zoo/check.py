@@ -23,7 +23,7 @@ from typing import Any
 from zoo import card
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import files_below, leads_out, read_json
+from zoo.formats.base import files_below, inside, leads_out, read_json
 from zoo.formats.sets import Ambiguous
 from zoo.hub import cache, repo
 from zoo.hub.files import RemoteFile
@@ -264,6 +264,8 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
     if bad := next((n for n in listed if leads_out(n)), None):
         raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
     here = {n: f for n, f in listed.items() if certificate.is_there(folder, n)}
+    for n in here:
+        inside(folder, n, str(report.against))
     missing = [n for n in listed if n not in here]
     if not here:
         report.problems.append(f"none of the {len(listed)} files of {report.against} is here")

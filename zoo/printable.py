@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from logging import Logger
+
+_TURNS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""What turns the direction of the text after it, so that a name is shown as another one. (The marks that a right-to-left
+language needs turn nothing else.)"""
+_LINES = (0x2028, 0x2029)
 _HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+_HIDDEN |= {c: f"\\u{c:04x}" for c in (*_TURNS, *_LINES)}
+_HIDDEN_JSON = {c: f"\\u{c:04x}" for c in (*range(127, 160), *_TURNS, *_LINES)}
 
 
 def printable(text: str) -> str:
-    """Without control characters (C0, DEL, C1), but for newline and tab: names in a file, and what a model says, may hold
-    what a terminal obeys."""
+    """Without control characters (C0, DEL, C1; those that turn or end a line), but for newline and tab: names in a file, and
+    what a model says, may hold what a terminal obeys."""
     return text.translate(_HIDDEN)
 
 
+def warn(log: Logger, text: str, *about: object) -> None:
+    """A warning about what is in files of somebody else's, for whoever looks at the log: a terminal, if nobody else."""
+    log.warning("%s", printable(text % about))
+
+
 def printable_json(text: str) -> str:
-    """The same for JSON, whose own rules leave DEL and C1 as they are."""
-    return text.translate({c: f"\\u{c:04x}" for c in range(127, 160)})
+    """The same for JSON, whose own rules leave all but C0 as they are."""
+    return text.translate(_HIDDEN_JSON)
 
 
 def decimal(n: float) -> str:

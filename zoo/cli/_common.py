@@ -45,7 +45,12 @@ def _tell_everything(ctx: click.Context) -> None:
     """What zoo logs for those who look into it goes to stderr, too, until the command ends."""
     import logging
 
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
     logger, handler, level = logging.getLogger("zoo"), logging.StreamHandler(), logging.getLogger("zoo").level
+    handler.setFormatter(Printable())
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
 
@@ -146,7 +151,7 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show(shown := io.StringIO())
+        error.show(shown := io.StringIO())  # with names that a shell found for a pattern
         note(shown.getvalue().rstrip("\n"))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -163,12 +168,11 @@ def run(cli: click.Command, args: Sequence[str] | None) -> int:
         return _fail(str(error), 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 1)
+        return _fail(str(ZooError(f"{where}{error.strerror or error}")), 1)
     except Exception as error:
         hint = "" if State.debug else " (run again with --debug for the traceback)"
-        return _fail(
-            f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}", 1
-        )
+        said = f"a bug in zoo, or something it did not foresee: {type(error).__name__}: {error}{hint}"
+        return _fail(str(ZooError(said)), 1)
 
 
 @contextmanager
@@ -194,7 +198,7 @@ def _fail(message: str, code: int) -> int:
     if State.debug:
         import traceback
 
-        traceback.print_exc()
+        note(traceback.format_exc())
     with suppress(OSError):
         note(f"zoo: {message}")
     try:

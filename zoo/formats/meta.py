@@ -20,7 +20,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.around import taken
 from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
-from zoo.formats.pickle import read_pickle
+from zoo.formats.pickle import Budget, read_pickle
 
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
 # Cut along its input axis everywhere, and whole along it in sum: n_heads * head_dim.
@@ -40,7 +40,8 @@ def open(path: Path) -> Checkpoint:
     params = read_json(where, "Meta's and Mistral's files need it to be understood")
     files = _rank_files(root)
     notes: list[str] = []
-    ranks = [own(read_pickle(inside(root, f, str(root)), f, notes)) for f in files]
+    budget = Budget()
+    ranks = [own(read_pickle(inside(root, f, str(root)), f, notes, budget)) for f in files]
     sizes = {f: (root / f).stat().st_size for f in files}
     said = params.get("model", params)
     if not isinstance(said, dict):

@@ -21,6 +21,7 @@ from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.family.consolidated import meta_ffn
+from zoo.printable import warn
 from zoo.spec import MLP, Attention, LatentAttention, MoE, Rope, Spec, differences
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def _say_other_scale(spec: Spec, who: str) -> None:
     rope = next((x.mixer.rope for x in spec.layers if isinstance(x.mixer, Attention) and x.mixer.rope), None)
     scaling = rope.scaling if rope and not any(isinstance(x.ffn, MoE) for x in spec.layers) else None
     if scaling is not None and scaling.factor != 8:
-        log.warning(
-            "%s: its RoPE is scaled by %g; Meta's own code scales by 8 whatever params.json says, and needs that changed "
+        warn(
+            log, "%s: its RoPE is scaled by %g; Meta's own code scales by 8 whatever params.json says, and needs that changed "
             "(scale_factor in llama3/model.py)", who, scaling.factor,
         )  # fmt: skip
 
@@ -106,7 +107,7 @@ def _parts(spec: Spec, who: str) -> tuple[Attention | LatentAttention, MLP | Non
     """An attention of the model (one that turns, if any does), a dense feed-forward, and experts."""
     mixers = [x.mixer for x in spec.layers]
     if not all(isinstance(m, Attention | LatentAttention) for m in mixers):
-        raise ZooError(f"{who}: has layers without attention, which no params.json has")
+        raise ZooError(f"{who}: has layers without plain or latent attention, which no params.json has")
     mixer = next((m for m in mixers if isinstance(m, Attention | LatentAttention) and m.rope), mixers[0])
     assert isinstance(mixer, Attention | LatentAttention)
     dense = next((x.ffn for x in spec.layers if isinstance(x.ffn, MLP)), None)

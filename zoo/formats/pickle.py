@@ -20,7 +20,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from zoo.errors import ZooError
 from zoo.formats import sets
@@ -40,8 +40,10 @@ from zoo.formats.safetensors import check_index
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
 UNDER = ("state_dict", "model", "module")  # keys that trainers put weights under
-MAX_STEPS = 1 << 22  # of a pickle: one byte may make an object of 72; a tensor takes some 30 steps
-MAX_DIRECTORY = 16 << 20  # bytes of an archive's directory; an entry takes 60 or so
+MAX_STEPS = (
+    1 << 22
+)  # of a checkpoint: one byte of a pickle may make an object of 72; a tensor takes some 30 steps
+MAX_DIRECTORY = 16 << 20  # bytes of its archives' directories; an entry takes 60 or so
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -81,10 +83,11 @@ def open(path: Path) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
     notes: list[str] = []
+    budget = Budget()
     for name in names:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
-        add_tensors(tensors, read_pickle(file, name, notes), file)
+        add_tensors(tensors, read_pickle(file, name, notes, budget), file)
     if entry not in files:
         check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
     return Checkpoint(
@@ -95,6 +98,25 @@ def open(path: Path) -> Checkpoint:
 
 # ---------------------------------------------------------------------------------------------------
 # What a pickle may build
+
+
+class Budget:
+    """What the files of one checkpoint may cost together: a limit for each would be one for none.
+
+    A step costs 1, and what goes over something made before costs its length: a memo hands out a list of a million
+    entries as often as it is asked."""
+
+    def __init__(self) -> None:
+        self.steps, self.directory = MAX_STEPS, MAX_DIRECTORY
+
+    def spend(self, n: int) -> None:
+        self.steps -= n
+        if self.steps < 0:
+            raise ZooError(f"it takes more than {MAX_STEPS} steps to read: refused")
+
+    def spend_length(self, x: Any) -> None:
+        if isinstance(x, tuple | list | dict | str | bytes | set | frozenset):
+            self.spend(len(x))
 
 
 class _Storage(NamedTuple):
@@ -185,13 +207,20 @@ class _Opaque:
     def __setstate__(self, _: Any) -> None: ...
 
 
+def _size(x: Any = ()) -> tuple[Any, ...]:
+    """torch.Size."""
+    if not isinstance(x, tuple | list):
+        raise ZooError(f"a shape in it is {short(x)}")
+    return tuple(x)
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_tensor"): _Rebuild(),
     ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
     ("torch._utils", "_rebuild_tensor_v3"): _Rebuild(),
     ("torch._utils", "_rebuild_parameter"): _Parameter(),
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _size,
     ("_io", "BytesIO"): _Opaque,
     **{
         (m, name): dtype
@@ -208,9 +237,9 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, file: _Bounded, who: str) -> None:
+    def __init__(self, file: _Bounded, who: str, budget: Budget) -> None:
         super().__init__(file, encoding="utf-8")
-        self.who, self.steps = who, 0
+        self.who, self.budget = who, budget
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -222,22 +251,20 @@ class _Unpickler(pickle._Unpickler):
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        try:
-            tag, dtype, key, _, count, *view = pid
-            ok = tag == "storage" and isinstance(dtype, str) and dtype in ITEMSIZE and isinstance(key, str)
-            ok = ok and type(count) is int and 0 <= count < MAX_COUNT and not any(view)
-        except (TypeError, ValueError):
-            ok = False
-        if not ok:
-            raise ZooError(f"{self.who}: expected a storage, found {short(pid)}")
-        return _Storage(dtype, key, count)
+        # Files from before torch 1.6 have a sixth: None, or which part of another storage this one is.
+        if isinstance(pid, tuple) and (len(pid) == 5 or (len(pid) == 6 and pid[5] is None)):
+            tag, dtype, key, _, count = pid[:5]
+            if all(isinstance(x, str) for x in (tag, dtype, key)) and tag == "storage" and dtype in ITEMSIZE:
+                if type(count) is int and 0 <= count < MAX_COUNT:
+                    return _Storage(dtype, key, count)
+        raise ZooError(f"{self.who}: expected a storage, found {short(pid)}")
 
 
 def _counted(step: Callable[[Any], None]) -> Callable[[Any], None]:
     def counted(self: Any) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise ZooError(f"{self.who}: its pickle has more than {MAX_STEPS} steps: refused")
+        self.budget.steps -= 1
+        if self.budget.steps < 0:
+            self.budget.spend(0)
         step(self)
 
     return counted
@@ -271,6 +298,29 @@ def _add_items(self: Any) -> None:
     self.stack[-1].update(map(_key, items))
 
 
+def _reduce(self: Any) -> None:
+    """A call of one of those few, each of which may go over all that it is given."""
+    args = self.stack.pop()
+    if not isinstance(args, tuple):
+        raise ZooError(f"it calls something with {short(args)}")
+    self.budget.spend(2 + len(args))
+    for arg in args:
+        self.budget.spend_length(arg)
+    self.stack[-1] = self.stack[-1](*args)
+
+
+def _new_object(self: Any) -> None:
+    self.stack.pop()  # arguments, of which neither takes any
+    if self.stack[-1] is not _Dict and self.stack[-1] is not _Opaque:
+        raise ZooError(f"it makes an object of {short(self.stack[-1])}")
+    self.stack[-1] = self.stack[-1]()
+
+
+def _empty_set(self: Any) -> None:
+    self.budget.spend(3)  # of 216 bytes
+    self.append(set())
+
+
 def _build(self: Any) -> None:
     """The state of an object. None of those that may exist needs one: an OrderedDict's `_metadata` is of no use here."""
     self.stack.pop()
@@ -288,6 +338,11 @@ def _refuse(self: Any) -> None:
     raise ZooError("it makes objects in a way that weights do not need")
 
 
+_REFUSED = (
+    pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX,
+    pickle.BYTEARRAY8,  # makes room for as many bytes as it says before it looks for one
+)  # fmt: skip
+
 _Unpickler.dispatch |= {
     pickle.SETITEM[0]: _set_item,
     pickle.SETITEMS[0]: _set_items,
@@ -295,10 +350,10 @@ _Unpickler.dispatch |= {
     pickle.FROZENSET[0]: _new_set,
     pickle.ADDITEMS[0]: _add_items,
     pickle.BUILD[0]: _build,
-} | {
-    op[0]: _refuse
-    for op in (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEWOBJ_EX)
-}
+    pickle.REDUCE[0]: _reduce,
+    pickle.NEWOBJ[0]: _new_object,
+    pickle.EMPTY_SET[0]: _empty_set,
+} | {op[0]: _refuse for op in _REFUSED}
 _Unpickler.dispatch = {op: _counted(step) for op, step in _Unpickler.dispatch.items()}
 
 
@@ -317,9 +372,9 @@ class _Bounded:
         return self.file.readline(MAX_PICKLE)
 
 
-def _load(file: BinaryIO, who: str) -> Any:
+def _load(file: BinaryIO, who: str, budget: Budget) -> Any:
     try:
-        return _Unpickler(_Bounded(file), who).load()
+        return _Unpickler(_Bounded(file), who, budget).load()
     except ZooError as e:
         raise e if str(e).startswith(who) else ZooError(f"{who}: {e}") from None
     except RecursionError:
@@ -334,51 +389,62 @@ def _load(file: BinaryIO, who: str) -> Any:
 # The two containers
 
 
-def read_pickle(file: Path, name: str, notes: list[str] | None = None) -> list[TensorRef]:
+Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in the file
+
+
+def read_pickle(
+    file: Path, name: str, notes: list[str] | None = None, budget: Budget | None = None
+) -> list[TensorRef]:
     """Tensors of one pickled state dict as byte ranges of `file`. Raises ZooError for anything that is
-    not weights, and for ranges that are not in the file."""
+    not weights, for ranges that are not in the file, and where the `budget` of its checkpoint is spent."""
     with file.open("rb") as f:
-        return read_open(f, name, str(file), notes)
+        return read_open(f, name, str(file), notes, budget)
 
 
-def read_open(f: BinaryIO, name: str, who: str, notes: list[str] | None = None) -> list[TensorRef]:
+def read_open(
+    f: BinaryIO, name: str, who: str, notes: list[str] | None = None, budget: Budget | None = None
+) -> list[TensorRef]:
     """The same of an open file, which errors call `who`."""
+    budget = budget or Budget()
     start = f.read(64)
     refuse_pointer(start, who)
+    try:
+        state, ranges = _read(f, start, who, budget)
+        return list(_refs(_state_dict(state, who, notes, budget), ranges, name, who))
+    except ZooError as e:
+        raise e if str(e).startswith(who) else ZooError(f"{who}: {e}") from None
+
+
+def _read(f: BinaryIO, start: bytes, who: str, budget: Budget) -> tuple[Any, Ranges]:
+    """What is in the file that begins with `start`, and where the storages of its tensors lie."""
     if start[:4] == b"PK\x03\x04":
-        state, ranges = _zipped(f, who)
-    elif start[:1] == b"\x80":
+        return _zipped(f, who, budget)
+    if start[:1] == b"\x80":
         f.seek(0)
-        state, ranges = _legacy(f, who)
-    else:
-        raise ZooError(
-            f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start[:4]!r})"
-        )
-    return list(_refs(_state_dict(state, who, notes), ranges, name, who))
+        return _legacy(f, who, budget)
+    raise ZooError(
+        f"{who}: neither a zip archive nor a pickle: not a PyTorch file? (starts with {start[:4]!r})"
+    )
 
 
 def read_tensor(f: BinaryIO, who: str) -> TensorRef:
     """The one tensor that `torch.save` wrote to `f` as it is, as a byte range of `f`. Raises ZooError for anything else."""
     if f.read(4) != b"PK\x03\x04":
         raise ZooError(f"{who}: expected a file of torch.save (a zip archive): damaged, fetch it again")
-    state, ranges = _zipped(f, who)
+    state, ranges = _zipped(f, who, Budget())
     if not isinstance(state, _Tensor):
         raise ZooError(f"{who}: holds {short(state)}, expected a tensor")
     (ref,) = _refs({"": state}, ranges, "", who)
     return ref
 
 
-Ranges = Callable[[_Storage], tuple[int, int]]  # storage -> (offset, nbytes) in the file
-
-
-def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
-    if (listed := directory_size(f)) > MAX_DIRECTORY:
-        raise ZooError(
-            f"{who}: the archive's directory has {listed} bytes (limit {MAX_DIRECTORY}): not of weights"
-        )
+def _zipped(f: BinaryIO, who: str, budget: Budget) -> tuple[Any, Ranges]:
     try:
-        archive = zipfile.ZipFile(f)
+        archive = Archive(f, budget.directory)
+        budget.directory -= archive.directory
         entries = {e.filename: e for e in archive.infolist()}
+    except ZooError as e:
+        raise ZooError(f"{who}: {e}") from None
     except Exception as e:  # a damaged archive can raise nearly anything
         raise ZooError(
             f"{who}: the archive's directory is unreadable ({e}): truncated, fetch it again"
@@ -432,38 +498,46 @@ def _zipped(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
         return found[storage.key]
 
     # The ranges are looked up while the file is open.
-    state = _load(io.BytesIO(raw), who)
-    for tensor in _tensors(state):
+    state = _load(io.BytesIO(raw), who, budget)
+    for tensor in _tensors(state, budget):
         at(tensor.storage)
     return state, at
 
 
-def directory_size(f: BinaryIO) -> int:
-    """Bytes of a zip archive's directory as its end says, which Python would parse whole. 0 where there is no such end."""
-    size = f.seek(0, io.SEEK_END)
-    f.seek(max(size - 65_557, 0))  # 22 bytes, and a comment of 64 KiB at most
-    tail = f.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) < at + 22:
-        return 0
-    listed: int = struct.unpack_from("<I", tail, at + 12)[0]
-    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":  # a larger one has numbers of 8 bytes before it
-        f.seek(min(struct.unpack_from("<Q", tail, at - 12)[0], size))
-        wide = f.read(56)
-        if len(wide) == 56 and wide[:4] == b"PK\x06\x06":
-            listed = max(listed if listed < 0xFFFFFFFF else 0, struct.unpack_from("<Q", wide, 40)[0])
-    return listed
+class Archive(zipfile.ZipFile):
+    """A zip archive whose directory has at most `most` bytes: Python would parse any of it. Raises ZooError for a larger one,
+    zipfile's own errors for what is no archive."""
+
+    def __init__(self, f: BinaryIO, most: int) -> None:
+        held = _Held(f, most)
+        super().__init__(cast(Any, held))
+        self.directory, self.fp = held.given, f
 
 
-def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
+class _Held:
+    """A file that gives no more than `most` bytes at once. Python reads a directory in one piece, from where it takes it to
+    be: who looks for its size in another way can be shown another one."""
+
+    def __init__(self, f: BinaryIO, most: int) -> None:
+        self.most, self.given = most, 0
+        self.file, self.seek, self.tell = f, f.seek, f.tell
+
+    def read(self, n: int = -1) -> bytes:
+        if n > self.most:
+            raise ZooError(f"the archive's directory has {n} bytes (limit {self.most}): refused")
+        self.given = max(self.given, n)
+        return self.file.read(n)
+
+
+def _legacy(f: BinaryIO, who: str, budget: Budget) -> tuple[Any, Ranges]:
     """Before torch 1.6: pickles of a magic number, a version, machine facts, the state dict, the storages'
     keys; then each storage as its length in elements (8 bytes) and its bytes."""
     size = f.seek(0, io.SEEK_END)
     f.seek(0)
-    magic = _load(f, who)
+    magic = _load(f, who, budget)
     if type(magic) is not int or magic != 0x1950A86A20F9469CFC6C:
         raise ZooError(f"{who}: a pickle, but not of PyTorch: refused")
-    version, facts = _load(f, who), _load(f, who)
+    version, facts = _load(f, who, budget), _load(f, who, budget)
     if (
         type(version) is not int
         or version != 1001
@@ -471,9 +545,9 @@ def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
         or facts.get("little_endian") is not True
     ):
         raise ZooError(f"{who}: PyTorch file of version {short(version)}, {short(facts)}: not supported")
-    state = _load(f, who)
-    keys = _load(f, who)
-    dtypes = {t.storage.key: t.storage.dtype for t in _tensors(state)}
+    state = _load(f, who, budget)
+    keys = _load(f, who, budget)
+    dtypes = {t.storage.key: t.storage.dtype for t in _tensors(state, budget)}
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys) or set(dtypes) - set(keys):
         raise ZooError(f"{who}: the list of storages lacks some that tensors use: damaged, fetch it again")
     found: dict[str, tuple[int, int]] = {}
@@ -491,7 +565,7 @@ def _legacy(f: BinaryIO, who: str) -> tuple[Any, Ranges]:
     return state, lambda storage: found[storage.key]
 
 
-def _tensors(state: Any) -> Iterator[_Tensor]:
+def _tensors(state: Any, budget: Budget) -> Iterator[_Tensor]:
     """The tensors in dicts of dicts, each dict once: one may be in several, and in itself."""
     left, seen = [state], set()
     while left:
@@ -500,20 +574,21 @@ def _tensors(state: Any) -> Iterator[_Tensor]:
             yield value
         elif isinstance(value, dict) and id(value) not in seen:
             seen.add(id(value))
+            budget.spend(len(value))
             left += value.values()
 
 
-def _state_dict(state: Any, who: str, notes: list[str] | None) -> dict[str, _Tensor]:
+def _state_dict(state: Any, who: str, notes: list[str] | None, budget: Budget) -> dict[str, _Tensor]:
     """The dict of tensors, which trainers put under a key of its own beside an optimiser."""
     for _ in UNDER:  # a dict may be in itself
         inner = {k: state.get(k) for k in UNDER} if isinstance(state, dict) else {}
-        under = [k for k, value in inner.items() if isinstance(value, dict) and any(_tensors(value))]
+        under = [k for k, value in inner.items() if isinstance(value, dict) and any(_tensors(value, budget))]
         if len(under) > 1:
             raise ZooError(
                 f"{who}: holds several sets of tensors ({', '.join(under)}); save the one that is meant alone"
             )
         if under and notes is not None:
-            beside = [k for k, v in state.items() if k != under[0] and any(_tensors(v))]
+            beside = [k for k, v in state.items() if k != under[0] and any(_tensors(v, budget))]
             notes += (
                 [
                     f"{Path(who).name}: the tensors under {under[0]!r} are taken, those under {', '.join(map(short, beside[:5]))} left out"

@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,11 @@ from typing import Any, Protocol
 import filelock
 from huggingface_hub import constants
 
+from zoo.bounded import parse_json
 from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
 from zoo.hub.files import RemoteFile, Snapshot
-from zoo.hub.http import Watch
+from zoo.hub.http import MAX_JSON, Watch
 from zoo.plain import first_text, open_plain, write_plain
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
@@ -44,6 +46,11 @@ class Hasher(Protocol):
 def folder(repo: str) -> Path:
     """The cache folder of a repository."""
     return _root(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def home() -> Path:
+    """HF_HOME, below which zoo keeps what is its own."""
+    return _root(constants.HF_HOME)
 
 
 @functools.cache
@@ -145,7 +152,7 @@ def identity(path: Path, file: RemoteFile) -> str:
 
 
 def _mark(path: Path, file: RemoteFile) -> Path:
-    return Path(constants.HF_HOME) / "zoo" / "verified" / identity(path, file)
+    return home() / "zoo" / "verified" / identity(path, file)
 
 
 def boot() -> str:
@@ -170,7 +177,7 @@ def mark_verified(path: Path, file: RemoteFile) -> None:
     """Remember that `path` holds `file`. Does nothing where the cache can't be written."""
     with suppress(OSError):
         mark = _mark(path, file)
-        mark.parent.mkdir(parents=True, exist_ok=True)
+        plain_folders(mark.parent, home())
         settled = time.time() - path.stat().st_mtime > SETTLED
         write_plain(mark, b"" if settled else boot().encode())
 
@@ -199,8 +206,11 @@ def link(snapshot: Snapshot, file: RemoteFile) -> None:
 
 
 def plain_folders(path: Path, root: Path) -> None:
-    """Create `path` below `root` out of real folders: one that is a link would lead writes elsewhere."""
+    """Create `path` below `root` out of real folders: one that is a link would lead writes elsewhere. `root` may be a link to a
+    folder of its own name, as of a model that was moved to a larger disk."""
     root.mkdir(parents=True, exist_ok=True)
+    if root.is_symlink() and root.name != root.resolve().name:
+        raise OSError(f"{root} is a link to a folder of another name; a folder was expected")
     at = root
     for part in path.relative_to(root).parts:
         at /= part
@@ -247,27 +257,31 @@ def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
     Not trusted, as if it were not there: a list with a file that has no git blob id, which the Hub never sends, or
     without a file that the snapshot links to, or weights in it. Tools (zoo among them, once) have made such lists of what was cached.
     """
-    with suppress(ImportError, AttributeError, TypeError):
-        # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Without it the list is fetched again.
-        from huggingface_hub._tree_cache import read_tree_cache
-
-        entries = read_tree_cache(str(folder(repo)), commit)
-        if entries is not None and _is_whole(repo, commit, entries):
-            return [
-                {
-                    "path": path,
-                    "size": e.lfs_size if e.lfs_sha256 is not None else e.size,
-                    "sha256": e.lfs_sha256,
-                    "git_sha1": e.blob_id,
-                    "xet_hash": e.xet_hash,
-                }
-                for path, e in entries.items()
-            ]
-    return None
+    # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Its own reader takes whatever lies there, however large.
+    try:
+        fd = os.open(folder(repo) / "trees" / f"{commit}.json", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as f:
+            if not stat.S_ISREG((found := os.fstat(fd)).st_mode) or found.st_size > MAX_JSON:
+                return None
+            told = parse_json(f.read(MAX_JSON))
+        if told["format_version"] != 1 or not _is_whole(repo, commit, told["files"]):
+            return None
+        return [
+            {
+                "path": path,
+                "size": e["lfs_size"] if e.get("lfs_sha256") is not None else e["size"],
+                "sha256": e.get("lfs_sha256"),
+                "git_sha1": e["blob_id"],
+                "xet_hash": e.get("xet_hash"),
+            }
+            for path, e in told["files"].items()
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # it is fetched again
+        return None
 
 
 def _is_whole(repo: str, commit: str, entries: Mapping[str, Any]) -> bool:
-    ids = all(isinstance(e.blob_id, str) and _GIT.fullmatch(e.blob_id) for e in entries.values())
+    ids = all(isinstance(e["blob_id"], str) and _GIT.fullmatch(e["blob_id"]) for e in entries.values())
     belong = (
         e["path"] for e in read_snapshot(repo, commit) if _is_hashed(e) or e["path"].endswith(WEIGHT_SUFFIXES)
     )
@@ -335,7 +349,12 @@ def snapshots(repo: str) -> list[str]:
 @contextmanager
 def locked(path: Path, what: str, watch: Watch) -> Iterator[None]:
     """Hold a lock among processes, saying so when it must be waited for. It ends with its process, however that ends."""
+    for root in (_root(constants.HF_HUB_CACHE), home()):
+        if path.is_relative_to(root):
+            plain_folders(path.parent, root)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():  # some versions of filelock would empty what it leads to
+        raise OSError(f"{path} is a link; a lock was expected")
     lock: filelock.BaseFileLock = filelock.FileLock(path, mode=0o664)
     waiting = False
     while True:

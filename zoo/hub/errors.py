@@ -51,7 +51,7 @@ class Transient(Exception):
     ) -> None:
         super().__init__(reason)
         self.wait = wait
-        self.slow = slow  # it was there, and gave next to nothing
+        self.slow = slow  # it was there, and gave next to nothing, or no HTTP
         self.unreachable = unreachable  # no connection could be made at all
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import email.utils
+import math
 import queue
 import random
 import re
@@ -30,15 +31,21 @@ from huggingface_hub.utils import build_hf_headers
 
 from zoo.bounded import parse_json
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
+from zoo.patience import patience
 
 SEGMENT = 16 << 30  # bytes asked for at once: content delivery networks refuse bodies over 50 GB
 MAX_JSON = 64 << 20  # bytes of one page of an API answer
 MAX_DRAINED = 1 << 20  # bytes, as sent, of a body nobody wants that are read for the sake of the connection
+DRAINED = 5.0  # seconds for it
 MAX_REDIRECTS = 8
 SLOWEST = 1 << 10  # bytes per second, over `STALL_WINDOW`: slower is a stall that no timeout sees
 STALL_WINDOW = 60.0  # seconds
-API_WINDOW = 10.0  # seconds: the same for answers of the API
+API_WINDOW = 10.0  # seconds: the same for answers of the API, and for files and parts of up to `SMALL` bytes
+SMALL = 1 << 20
+API_BODY = 20.0  # seconds for the body of an answer of the API: a page of the Hub's is some 100 kB
+SHORTEST = 64  # bytes: a body whose chunks are shorter than this, on the whole, costs more time than any that is sent
 HEADERS = 12.0  # seconds from the request to the last of the headers; the timeout of a read is 10
+REDIRECTS = 20.0  # seconds for all redirects of a request together; one more may begin
 ANSWER = 90.0  # seconds for all of it, addresses that don't answer and proxies included
 DIRECT = 8 << 20  # bodies at least this long are read from the socket (see `_chunks`)
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})  # the last are Cloudflare's
@@ -154,7 +161,7 @@ def gave_up(about: About, error: Transient, failures: int) -> HubError:
 
 def get_json(url: str, about: About, watch: Watch) -> tuple[Any, str | None]:
     """The answer of an API call, and the address of the next page if there is one."""
-    patience = Patience(about, watch)
+    failures = Patience(about, watch)
     while True:
         try:
             with _opened(url, about, None) as response:
@@ -168,7 +175,7 @@ def get_json(url: str, about: About, watch: Watch) -> tuple[Any, str | None]:
                         "server",
                     ) from None
         except Transient as error:
-            patience.failed(error)
+            failures.failed(error)
 
 
 def _body(response: httpx2.Response, about: About, watch: Watch) -> bytes:
@@ -178,28 +185,70 @@ def _body(response: httpx2.Response, about: About, watch: Watch) -> bytes:
     if encoding not in ("identity", "gzip", "x-gzip"):  # all that was asked for
         raise HubError(f"{about}: the server's answer is in the encoding {encoding!r:.80}: refused", "server")
     unpack = zlib.decompressobj(47) if encoding != "identity" else None
-    data, received, began = bytearray(), 0, time.monotonic()
-    with _translated():
+    data, received, chunks = bytearray(), 0, 0
+    with _paced(response, API_WINDOW, API_BODY * patience(), slow=True) as came, _translated():
         for chunk in response.iter_raw():
             watch.check()
-            received += len(chunk)
+            came(len(chunk))
+            received, chunks = received + len(chunk), chunks + 1
+            if unpack and unpack.eof:  # zlib would keep all of it
+                raise HubError(f"{about}: the server's answer goes on behind its end: refused", "server")
             try:
                 data += unpack.decompress(chunk, MAX_JSON + 1 - len(data)) if unpack else chunk
             except zlib.error as error:
                 raise Transient(f"the answer is damaged ({error})") from None
-            if len(data) > MAX_JSON:
+            if max(received, len(data)) > MAX_JSON:  # what is packed may stand for nothing, without end
                 raise HubError(f"{about}: the file list is longer than {MAX_JSON} bytes", "server")
-            _keep_pace(received, began, API_WINDOW)
+            if chunks > 10_000 and received < SHORTEST * chunks:
+                raise HubError(f"{about}: the server's answer comes in {chunks} pieces: refused", "server")
     if unpack and not unpack.eof:
         raise Transient("the answer ends early")
     return bytes(data)
 
 
-def _keep_pace(received: int, began: float, window: float) -> None:
-    """Raise Transient where less than `SLOWEST` came, over at least `window` seconds since `began`."""
-    elapsed = time.monotonic() - began
-    if elapsed > window and received < SLOWEST * elapsed:
-        raise Transient(f"only {received} bytes came in {elapsed:.0f} s", slow=True)
+@contextmanager
+def _paced(
+    response: httpx2.Response, window: float, most: float, *, slow: bool
+) -> Iterator[Callable[[int], None]]:
+    """While a body is read: Transient, said to be `slow`, where less than `SLOWEST` came in a `window` of seconds, or more
+    than `most` seconds went by. What is yielded is to be told how many bytes came.
+
+    A thread looks, and breaks the connection: the head of a chunk or what follows the last may come a byte at a time, which
+    no timeout of a read sees, nor a loop over chunks."""
+    stream = response.extensions.get("network_stream")
+    sock = None if stream is None else stream.get_extra_info("socket")
+    over, ends, late, received = threading.Event(), threading.Lock(), list[str](), 0
+
+    def came(n: int) -> None:
+        nonlocal received
+        received += n
+
+    def look() -> None:
+        began, before = time.monotonic(), 0
+        while not over.wait(min(window, max(0.0, began + most - time.monotonic()))):
+            elapsed = time.monotonic() - began
+            if elapsed >= most or received - before < SLOWEST * window:
+                with ends, suppress(OSError):
+                    if not over.is_set():  # else the connection may be another answer's by now
+                        late.append(f"only {received} bytes came in {elapsed:.0f} s")
+                        if sock is not None:
+                            sock.shutdown(socket.SHUT_RDWR)
+                return
+            before = received
+
+    thread = threading.Thread(target=look, daemon=True, name="zoo-pace")
+    thread.start()
+    try:
+        yield came
+    except Transient:
+        if late:
+            raise Transient(late[0], slow=slow) from None
+        raise
+    finally:
+        with ends:
+            over.set()
+    if late:
+        raise Transient(late[0], slow=slow)
 
 
 def _next_page(response: httpx2.Response) -> str | None:
@@ -229,31 +278,28 @@ def stream(
 
     Raises HubError when patience ends or the Hub refuses, Damaged when the file has another size than listed.
     """
-    patience, at = Patience(about, watch), start
+    failures, at = Patience(about, watch), start
     while at < stop:
         end = min(stop, at + SEGMENT)
         try:
             with _opened(url, about, (at, end)) as response:
                 skip = _skip(response, at, end, size)
-                window, began = 0, time.monotonic()
-                for chunk in _chunks(response, skip + end - at, direct):
-                    watch.check()
-                    if skip:  # the server ignored Range
-                        dropped = min(skip, len(chunk))
-                        skip -= dropped
-                        chunk = memoryview(chunk)[dropped:]
-                    sink(chunk)
-                    at += len(chunk)
-                    patience.progressed(len(chunk))
-                    window += len(chunk)
-                    if (elapsed := time.monotonic() - began) > STALL_WINDOW:
-                        if window < SLOWEST * elapsed:
-                            raise Transient(f"only {window} bytes came in {elapsed:.0f} s")
-                        window, began = 0, time.monotonic()
+                small = stop - start <= SMALL
+                with _paced(response, API_WINDOW if small else STALL_WINDOW, math.inf, slow=small) as came:
+                    for chunk in _chunks(response, skip + end - at, direct):
+                        watch.check()
+                        came(len(chunk))
+                        if skip:  # the server ignored Range
+                            dropped = min(skip, len(chunk))
+                            skip -= dropped
+                            chunk = memoryview(chunk)[dropped:]
+                        sink(chunk)
+                        at += len(chunk)
+                        failures.progressed(len(chunk))
             if at < end:
                 raise Transient(f"the connection closed at byte {at} of {size}")
         except Transient as error:
-            patience.failed(error)
+            failures.failed(error)
 
 
 def _skip(response: httpx2.Response, start: int, end: int, size: int) -> int:
@@ -348,7 +394,10 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
         raise HubError(
             "your token has characters that no token has: set it again (HF_TOKEN, `hf auth login`)", "token"
         )
+    began = time.monotonic()
     for _ in range(MAX_REDIRECTS):
+        if time.monotonic() - began > REDIRECTS * patience():
+            raise Transient(f"redirects, and no answer in {REDIRECTS:.0f} s", slow=True)
         trusted = _origin(url) in hubs  # a mirror may send us on to the Hub
         headers = dict(private if trusted else plain) | {"Accept-Encoding": "gzip"}
         if span is not None:
@@ -432,11 +481,11 @@ def _drain(response: httpx2.Response) -> None:
     """Read a short body that nobody wants, as it was sent (never unpacked), so that the connection can be used again."""
     if (_digits(response.headers.get("Content-Length", "")) or MAX_DRAINED) >= MAX_DRAINED:
         return
-    began, received = time.monotonic(), 0
-    with _translated():
+    received = 0
+    with suppress(Transient), _paced(response, DRAINED, DRAINED, slow=True), _translated():
         for chunk in response.iter_raw():
             received += len(chunk)
-            if received > MAX_DRAINED or time.monotonic() - began > 5:
+            if received > MAX_DRAINED:
                 return
 
 
@@ -497,6 +546,9 @@ def _translated() -> Iterator[None]:
         raise Transient(f"no connection ({error or 'timed out'})", unreachable=True) from None
     except (httpx2.TimeoutException, TimeoutError):
         raise Transient(f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s") from None
+    except httpx2.RemoteProtocolError as error:
+        cut = "disconnected" in str(error) or "closed" in str(error)  # else it is no HTTP, and will not be
+        raise Transient(f"the connection broke ({error})", slow=not cut) from None
     except (httpx2.TransportError, httpx2.DecodingError) as error:
         raise Transient(f"the connection broke ({error or type(error).__name__})") from None
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -16,9 +17,11 @@ from zoo.hub import cache
 from zoo.hub.errors import About, HubError
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, get_json
+from zoo.patience import patience
 
 MAX_FILES = 100_000
 MAX_PAGES = 200  # of a file list; the Hub's have 1,000 files each
+LISTING = 45.0  # seconds for all pages of a file list, and 4 more for each 1,000 files on them
 MAX_PATH = 1024  # characters
 NO_ROUTE = (400, 404, 405, 501)  # how servers say that they don't know what was asked for
 
@@ -121,7 +124,7 @@ def _held_instead(about: About, commit: str | None) -> str:
 def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
     """The entries of all pages of a file list. Folders are left out; anything not a file is refused."""
     following: str | None = url
-    seen, count = set[str](), 0
+    seen, count, began = set[str](), 0, time.monotonic()
     while following is not None and following not in seen:
         seen.add(following)
         if len(seen) > MAX_PAGES:
@@ -134,6 +137,12 @@ def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
         count += len(page)
         if count > MAX_FILES:
             raise HubError(f"{about.repo} lists more than {MAX_FILES} files: refused.", "path")
+        if (took := time.monotonic() - began) > (LISTING + 0.004 * count) * patience():
+            raise HubError(
+                f"{about.repo}: after {took:.0f} s its file list has {count} files and goes on: too slow. Run this again "
+                "later, or with ZOO_PATIENCE=4.",
+                "network",
+            )
         for entry in page:
             kind = entry.get("type") if isinstance(entry, dict) else None
             if kind == "directory":

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import queue
+import re
 import shutil
 import struct
 import threading
@@ -26,6 +27,8 @@ from zoo.plain import open_plain
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
+MAX_NOTES = 16 << 20  # characters of the notes beside a sparse file
+MAX_HEADERS = 256 << 20  # bytes, of all files together: they are kept
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -345,7 +348,13 @@ def read_safetensors_header(
     return _safetensors_header(snapshot, path, max_header, Watch(cancel=cancel))
 
 
-def _safetensors_header(snapshot: Snapshot, path: str, max_header: int, watch: Watch) -> tuple[bytes, int]:
+def _safetensors_header(
+    snapshot: Snapshot,
+    path: str,
+    max_header: int,
+    watch: Watch,
+    claim: Callable[[str, int], None] = lambda path, length: None,
+) -> tuple[bytes, int]:
     file, about = snapshot.file(path), snapshot.about(path)
     start = _read_range(snapshot, path, 0, min(file.size, HEADER_GUESS), watch)
     if len(start) < 8:
@@ -357,6 +366,7 @@ def _safetensors_header(snapshot: Snapshot, path: str, max_header: int, watch: W
             f"{file.size} (limit {max_header}). Refused.",
             "content",
         )
+    claim(path, length)  # before it is asked for
     header = start[8 : 8 + length]
     if len(header) < length:
         header += _read_range(snapshot, path, 8 + len(header), length - len(header), watch)
@@ -372,9 +382,18 @@ def read_headers(
 ) -> dict[str, tuple[bytes, int]]:
     """`read_safetensors_header` of many files at once: path -> (header, data start). Tells `progress` of waits only."""
     watch, paths = Watch(progress), list(dict.fromkeys(paths))
+    claimed = dict[str, int]()
+
+    def claim(path: str, length: int) -> None:
+        claimed[path] = length
+        if (total := sum(list(claimed.values()))) > MAX_HEADERS:
+            raise HubError(
+                f"{snapshot.about(path)}: with its header the files have {total} bytes of headers (limit {MAX_HEADERS}). Refused.",
+                "content",
+            )
 
     def one(path: str) -> tuple[bytes, int]:
-        return _safetensors_header(snapshot, path, max_header, watch)
+        return _safetensors_header(snapshot, path, max_header, watch, claim)
 
     return dict(zip(paths, _parallel(paths, one, workers, watch), strict=True))
 
@@ -453,14 +472,16 @@ def download_sparse(
             new = not dest.exists()
             with (
                 open(open_plain(dest, os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as f,
-                open(open_plain(notes, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8") as text,
+                open(
+                    open_plain(notes, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace"
+                ) as text,
             ):
-                noted = [] if new else text.read().splitlines(keepends=True)
+                noted = [] if new else text.read(MAX_NOTES).splitlines(keepends=True)
                 if noted[:1] != [head]:
                     noted = [head]
                     f.truncate(0)
                 f.truncate(file.size)
-                noted = [line for line in noted if line.endswith("\n")]
+                noted = [head, *(line for line in noted[1:] if _is_noted(line, file.size))]
                 text.seek(0)
                 text.truncate()
                 text.write("".join(noted))
@@ -506,6 +527,12 @@ def download_sparse(
                 relay = _Relay(watch)
                 _parallel(spans, fetch, workers, watch)
     return dest
+
+
+def _is_noted(line: str, size: int) -> bool:
+    """Whether a line says what has arrived of a file of `size` bytes: one cut off by a kill does not."""
+    match = re.fullmatch(r"([0-9]{1,19}) ([0-9]{1,19})\n", line)
+    return match is not None and int(match[1]) + int(match[2]) <= size
 
 
 class _Relay:

@@ -68,7 +68,7 @@ from zoo.mapping.parts import Part, Shared, shares
 from zoo.mapping.plan import Output, Plan
 from zoo.mapping.rules import Box, Fit
 from zoo.mapping.ways import BUFFERED, KERNEL, WAYS, Chooser, Clock, Unfit, copy
-from zoo.printable import printable
+from zoo.printable import warn
 from zoo.quant.schemes import scheme
 
 log = logging.getLogger("zoo")
@@ -677,7 +677,7 @@ class Execution:
         with self._warning:  # threads find the same of one tensor
             if text not in self.warnings:
                 self.warnings.append(text)
-                log.warning(printable(text))
+                warn(log, "%s", text)
 
     # --- what describes it ----------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from zoo.formats.base import (
     read_json,
 )
 from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, read
-from zoo.formats.pickle import directory_size, read_open
+from zoo.formats.pickle import Archive, Budget, read_open
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.formats.wrapped import unwrapped
@@ -51,6 +51,7 @@ from zoo.mapping.folder import Folder
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
+from zoo.printable import warn
 from zoo.quant.schemes import scheme
 
 if TYPE_CHECKING:
@@ -312,13 +313,12 @@ def _kept(c: Canonical) -> dict[str, bytes]:
     if not path.exists():
         return {}
     try:
-        with open(path, "rb") as f:
-            if (listed := directory_size(f)) > MAX_DIRECTORY:  # before Python lists all of it
-                raise ZooError(f"{path}: its directory has {listed} bytes (limit {MAX_DIRECTORY}): not zoo's")
-        with zipfile.ZipFile(path) as z:
+        with open(path, "rb") as f, Archive(f, MAX_DIRECTORY) as z:
             if (total := sum(e.file_size for e in z.infolist())) > MAX_KEPT:
-                raise ZooError(f"{path}: its entries come to {total} bytes (limit {MAX_KEPT})")
-            return {n: z.read(n) for n in z.namelist()}
+                raise ZooError(f"its entries come to {total} bytes (limit {MAX_KEPT})")
+            return {e.filename: _entry(z, e) for e in z.infolist()}
+    except ZooError as e:
+        raise ZooError(f"{path}: {e}: not zoo's") from None
     except (
         OSError,
         zipfile.BadZipFile,
@@ -329,6 +329,14 @@ def _kept(c: Canonical) -> dict[str, bytes]:
         RuntimeError,
     ) as e:
         raise ZooError(f"{path}: cannot be read ({e}); convert again") from None
+
+
+def _entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """An entry, unpacked to no more than it says: `ZipFile.read` unpacks all of it before it is cut to that."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others know no limit
+        raise ZooError(f"{entry.filename:.200} is packed in another way than zoo's")
+    with z.open(entry) as f:
+        return f.read(entry.file_size)
 
 
 def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: Mapping[str, bytes]) -> _Job:
@@ -367,11 +375,11 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
 
 def _around_again(c: Canonical, kept: Mapping[str, bytes], sheet: Sheet) -> dict[str, TensorRef]:
     """The tensors of the pickles of which `kept` has all that is around them, which goes into `sheet`; as their reader read them."""
-    source, found = c.source, dict[str, list[TensorRef]]()
+    source, found, budget = c.source, dict[str, list[TensorRef]](), Budget()
     for file, size in source["files"].items():
         who = f"{c.root / SOURCE}: {file}"
         hollow = Hollow(kept[f"around/{file}"], size, who)
-        found[file] = read_open(io.BufferedReader(hollow), file, who)
+        found[file] = read_open(io.BufferedReader(hollow), file, who, budget=budget)
         sheet.sizes[file], sheet.around[file] = size, hollow.pieces
     if source["format"] == "meta":
         found = {file: meta.own(refs) for file, refs in found.items()}
@@ -482,8 +490,8 @@ def _as_vendors(
     aside = ((n[rank0:], c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)
     listed = [*unique.values(), *aside]
     if left := [n for n in c.extra_tensors if n not in extras]:
-        log.warning(
-            "%s: %d tensors beside the text model are not written (%s, ...): %s",
+        warn(
+            log, "%s: %d tensors beside the text model are not written (%s, ...): %s",
             c.root, len(left), left[0], c.extras.get(left[0], "no part of it"),
         )  # fmt: skip
     sheet, small = Sheet(), dict[str, bytes]()
@@ -518,7 +526,7 @@ def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> d
         except ZooError as e:
             why = str(e)
     called = "tekken.json or tokenizer.model.v*" if naming == "mistral" else "tokenizer.model"
-    log.warning("%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
+    warn(log, "%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
     return {}
 
 

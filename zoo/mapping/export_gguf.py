@@ -42,6 +42,7 @@ from zoo.mapping.plan import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
 from zoo.plain import by_descriptor
+from zoo.printable import warn
 from zoo.quant import ggml
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
@@ -265,8 +266,8 @@ def _stored(c: Canonical) -> str:
 def _say_what_is_left(c: Canonical) -> None:
     if c.extra_tensors:
         first = next(iter(c.extra_tensors))
-        log.warning(
-            "%s: %d tensors beside the text model are not written (%s, ...): %s",
+        warn(
+            log, "%s: %d tensors beside the text model are not written (%s, ...): %s",
             c.root, len(c.extra_tensors), first, c.extras.get(first, "no part of it"),
         )  # fmt: skip
 
@@ -279,8 +280,8 @@ def _say_what_is_kept(tensors: list[_Tensor], wanted: str) -> None:
             kept.setdefault(t.shape[-1], []).append(t.name)
     block = 256 if wanted.startswith("TQ") else 32
     for length, names in kept.items():
-        log.warning(
-            "%s%s: rows of %d are no blocks of %d; kept in F16",
+        warn(
+            log, "%s%s: rows of %d are no blocks of %d; kept in F16",
             names[0], f" and {len(names) - 1} more" if len(names) > 1 else "", length, block,
         )  # fmt: skip
 

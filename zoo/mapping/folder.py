@@ -341,7 +341,8 @@ def put(new: Path, dst: Path, durable: bool = False, new_in: int | None = None) 
 def recover(dst: Path) -> None:
     """A run that was killed between the two renames of `put` leaves the old folder aside: put it back."""
     old = _aside(dst)
-    if old.exists():
+    if os.path.lexists(old):
+        own(old)
         if dst.exists():
             shutil.rmtree(old)
         else:

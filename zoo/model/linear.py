@@ -178,25 +178,46 @@ class Stacked(Weights):
         return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
 
 
-class Table(nn.Module):
-    """An embedding: `weight` [rows, d], and, where tied, the head. `across`: each rank has as many rows."""
+class Table(Weights):
+    """An embedding: `weight` [rows, d], and, where tied, the head. `across`: each rank has as many rows. Of codes only the rows that are
+    asked for are expanded, to `asked` (None: the dtype of their scales, of those that are bytes bf16)."""
 
-    weight: Tensor
     across: Across | None = None
+    asked: torch.dtype | None = None
 
     def __init__(self, rows: int, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, d))
+        super().__init__(rows, d, parts=(rows,), bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its rows."""
+        if self.scheme is None:
+            return self.weight.dtype
+        scale: Tensor = self.get_buffer("scale")
+        stored = scale.dtype if scale.dtype.is_floating_point and scale.element_size() > 1 else torch.bfloat16
+        return self.asked or stored
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d]."""
         if self.across is None:
-            return F.embedding(ids, self.weight)
-        first = self.across.rank * len(self.weight)
-        return self.across.sum(some_rows(self.weight, ids, first))  # the others add zeros
+            return F.embedding(ids, self.weight) if self.scheme is None else self._looked_up(ids)
+        first, n = self.across.rank * len(self.weight), len(self.weight)
+        if self.scheme is None:
+            return self.across.sum(some_rows(self.weight, ids, first))  # the others add zeros
+        own = ids - first
+        here = (own >= 0) & (own < n)
+        return self.across.sum(self._looked_up(own.clamp(0, n - 1)) * here[..., None])
 
-    def times(self, x: Tensor) -> Tensor:
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        from zoo.quant import looked_up
+
+        assert self.scheme is not None
+        return looked_up(self.scheme, dict(self.named_buffers(recurse=False)), ids, self.dtype)
+
+    def times(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., rows]."""
+        if self.scheme is not None:
+            return super().times(x, onto)
         if one_row(x, w := plain(self.weight)):
             return linear(x, w)
         return product(x, self.weight)

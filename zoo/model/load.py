@@ -20,7 +20,8 @@ from zoo.formats.base import TensorRef
 from zoo.layout import layout
 from zoo.model.across import Across
 from zoo.model.decoder import Decoder
-from zoo.model.linear import Weights
+from zoo.model.linear import Table, Weights
+from zoo.model.moe import Router
 from zoo.model.parallel import share_out
 from zoo.model.upload import Upload
 from zoo.quant.schemes import scheme
@@ -117,6 +118,8 @@ class Source:
             slot = f"{dot}{name}".rstrip(".")
             if isinstance(m, Weights) and slot in self.folder.quant:
                 m.quantise(self.folder.quant[slot], self._components(slot, device))
+                if isinstance(m, Table):
+                    m.asked = dtype
         for name, p in list(module.named_parameters()):
             ref = self.folder.tensors.get(dot + name)
             if ref is None:
@@ -131,7 +134,19 @@ class Source:
             cast = dtype if floating and not name.endswith(KEPT) else None
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(self.on(device, ref, cast, cut), requires_grad=False)
+            if isinstance(router := module.get_submodule(owner), Router) and leaf == "table":
+                self._refuse_other_experts(ref, parameter, sum(router.parts))
             setattr(module.get_submodule(owner), leaf, parameter)
+
+    def _refuse_other_experts(self, ref: TensorRef, table: Tensor, n: int) -> None:
+        """Raise ZooError if a table says experts that are not among the `n` there are: a GPU would read beyond them."""
+        values = self.tensor(ref) if self.upload is not None else table  # an upload may not have come yet
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most >= n:
+            raise ZooError(
+                f"{self.folder.path(ref)}: {ref.name} names experts {least} to {most}; expected 0 to {n - 1}: convert the "
+                "release again, or download it anew"
+            )
 
     def _components(self, slot: str, device: str | torch.device) -> dict[str, Tensor]:
         how, found = self.folder.quant[slot], dict[str, Tensor]()
@@ -162,14 +177,16 @@ class Source:
 def refuse_quantised(
     quant: Mapping[str, str], module: nn.Module, prefix: str = "", where: object = "the model"
 ) -> None:
-    """Raise ZooError if something in `module` (the submodule called `prefix`) is quantised that is no linear map: it would
-    be run as if its codes were the values."""
-    maps = {f"{prefix}.{name}".strip(".") for name, m in module.named_modules() if isinstance(m, Weights)}
+    """Raise ZooError if something in `module` (the submodule called `prefix`) is quantised that is no linear map, nor a table of tokens
+    whose rows are looked up one by one: it would be run as if its codes were the values."""
+    maps = {f"{prefix}.{name}".strip("."): m for name, m in module.named_modules() if isinstance(m, Weights)}
     for slot, how in quant.items():
-        if f"{slot}.".startswith(f"{prefix}." if prefix else "") and slot not in maps:
+        m = maps.get(slot)
+        fits = m is not None and (not isinstance(m, Table) or (slot != "positions" and scheme(how).by_rows))
+        if f"{slot}.".startswith(f"{prefix}." if prefix else "") and not fits:
             raise ZooError(
-                f"{where}: {slot} is quantised ({how}), and only linear maps can be run quantised; convert the source again "
-                "with --dtype bf16"
+                f"{where}: {slot} is quantised ({how}), and only linear maps and tables of tokens can be run quantised; "
+                "convert the source again with --dtype bf16"
             )
 
 

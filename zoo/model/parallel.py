@@ -43,7 +43,7 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
             else:
                 module.across = across
         if isinstance(module, Table):
-            module.across = across
+            module.across, module.parts = across, tuple(shape[:1])
     for layer, whole, own in zip(model.layers, split.spec.layers, split.local.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
         layer.shared = True

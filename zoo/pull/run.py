@@ -333,12 +333,15 @@ def _is_done(dst: Path, opened: Opened) -> bool:
 def alone(dst: str, progress: Progress) -> Iterator[None]:
     """Only one pull into a place at a time: others wait, and say so."""
     import filelock
-    from huggingface_hub import constants
+
+    from zoo.hub import cache
 
     name = hashlib.sha256(dst.encode()).hexdigest()[:32]
-    path = Path(constants.HF_HOME) / "zoo" / "pulls" / f"{name}.lock"
+    path = cache.home() / "zoo" / "pulls" / f"{name}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.plain_folders(path.parent, cache.home())
+        if path.is_symlink():
+            raise OSError(f"{path} is a link; a lock was expected")
         lock = filelock.FileLock(path)
         try:
             lock.acquire(timeout=0)

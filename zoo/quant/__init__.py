@@ -41,6 +41,25 @@ def dequantise(
     return out
 
 
+def looked_up(
+    name: str, components: dict[str, torch.Tensor], rows: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The rows [...] (int64) of the logical weight [out, in] in `dtype`: [..., in]. The scheme has each row apart (`Scheme.by_rows`)."""
+    flat = rows.reshape(-1)
+    own = {
+        n: c if scheme(name).component(n).unit is None else _picked(c, flat) for n, c in components.items()
+    }
+    return dequantise(name, own, (len(flat),), dtype).view(*rows.shape, -1)
+
+
+def _picked(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows, of any dtype: torch looks up few but the old ones."""
+    import torch
+
+    plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
+    return x.view(plain)[rows].view(x.dtype)
+
+
 def formula(s: Scheme) -> Any:
     """`values` of the scheme's module."""
     return importlib.import_module(f"zoo.quant.{s.module}").values

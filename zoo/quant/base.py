@@ -79,6 +79,11 @@ class Scheme:
         return next(c for c in self.components if c.name == name)
 
     @property
+    def by_rows(self) -> bool:
+        """Whether each row has codes and scales of its own, so that one can be looked up alone."""
+        return all(c.unit is None or (c.unit[0] == c.per[0] == 1 and c.axes == "oi") for c in self.components)
+
+    @property
     def turned(self) -> bool:
         """Whether a released tensor of codes has the input axis first."""
         return self.components[0].axes == "io"

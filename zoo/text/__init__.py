@@ -23,8 +23,8 @@ from typing import Any, cast
 
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, carried_files, place_of, read_json
+from zoo.patience import PATIENCE, patience
 from zoo.text import mistral, tokenizer
-from zoo.text.patience import PATIENCE, patience
 
 SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""

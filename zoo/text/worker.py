@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.text.patience import patience
+from zoo.patience import patience
 
 CPU_SECONDS = 2.0
 """Of a request."""

@@ -7,6 +7,7 @@ was not done: that is listed under `not_checked`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import ZooError
-from zoo.formats.base import TEMPLATES, leads_out, read_json
+from zoo.formats.base import TEMPLATES, inside, leads_out, read_json
 from zoo.plain import write_plain
 
 SCHEMA = "zoo-parity-1"
@@ -45,7 +46,7 @@ Verdict = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`, which must be finite: what
+    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`. Both must be finite: what
     upstream itself gives as infinite or no number can't be judged by.
 
     `why` says where the bound comes from. `value` and `bound` of an exact check count differences: 0 and 0.
@@ -60,7 +61,7 @@ class Check:
     @property
     def passed(self) -> bool:
         within = self.value >= self.bound if self.at_least else self.value <= self.bound
-        return within and math.isfinite(self.bound)
+        return within and math.isfinite(self.bound) and math.isfinite(self.value)
 
     @property
     def margin(self) -> float | None:
@@ -424,6 +425,8 @@ def _problems(folder: Path, data: Mapping[str, Any], with_source: bool) -> list[
         problems.append(f"its verdict was {data.get('verdict')!r}")
     problems += _contradictions(data)
     recorded = data["canonical"]["files"]
+    if unvouched := sorted(_needed(folder) - recorded.keys()):
+        problems.append(f"it vouches for none of {', '.join(unvouched[:4])}, which the model is read from")
     problems += _changed(folder, recorded)
     problems += [
         f"{n}: was not there when it was issued" for n in canonical_files(folder) if n not in recorded
@@ -436,15 +439,39 @@ def _problems(folder: Path, data: Mapping[str, Any], with_source: bool) -> list[
         and source.get("files")
         and (root := folder.resolve() / source["path"]).exists()
     ):
-        problems += [f"source {p}" for p in _changed(root if root.is_dir() else root.parent, source["files"])]
+        problems += [f"source {p}" for p in _source_changed(root, source)]
     if rules := data.get("rules"):
         problems += _rules_changed(rules)
     return problems
 
 
+def _needed(folder: Path) -> set[str]:
+    """The files of a canonical folder without which it is none."""
+    from zoo.formats import canonical
+
+    with contextlib.suppress(ZooError):  # a damaged one: what has changed is said anyway
+        return {canonical.JSON, *canonical.read(folder).files}
+    return {canonical.JSON}
+
+
+def _source_changed(path: Path, source: Mapping[str, Any]) -> list[str]:
+    """What is not so any more of the source's files. Where they lie and what they are called is the word of whoever wrote the
+    certificate: only what zoo reads of a checkpoint there is opened."""
+    from zoo.formats import open_checkpoint
+
+    try:
+        ckpt = open_checkpoint(path, source.get("format"))
+    except ZooError as e:
+        return [f"cannot be opened any more: {e!s:.300}"]
+    belong = {*ckpt.files, *ckpt.carried}
+    strange = [f"{n:.200}: is no file of the checkpoint there" for n in source["files"] if n not in belong]
+    return strange + _changed(ckpt.root, {n: was for n, was in source["files"].items() if n in belong})
+
+
 def _contradictions(data: Mapping[str, Any]) -> list[str]:
     """Verdicts that do not follow from the numbers beside them: zoo writes none, so somebody edited the file."""
     out, levels = [], []
+    out += [f"{n:.100}: is no level of a comparison" for n in data["levels"] if n not in LEVELS]
     for name, was in data["levels"].items():
         level = Level(name, [Check.from_json(c) for c in was["checks"]])
         levels.append(level)
@@ -481,7 +508,9 @@ def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
         path = root / name
         if not is_there(root, name):
             out.append(f"{name}: gone")
-        elif path.stat().st_size != was["bytes"]:
+            continue
+        inside(root, name, f"{root}: its certificate")
+        if path.stat().st_size != was["bytes"]:
             out.append(f"{name}: {path.stat().st_size:,} bytes, was {was['bytes']:,}")
         elif sha256(path) != was["sha256"]:
             out.append(f"{name}: content changed")

@@ -209,7 +209,8 @@ class SpreadMeter:
         """`d`: the model's width. `kept`: where the second way's logits wait for the first's."""
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
         self.ways: tuple[str, str] | None = None
-        self.layers: dict[int, list[float]] = {}
+        self.layers: dict[int, list[float]] = {}  # what is judged
+        self.states: dict[int, list[float]] = {}  # against the state as it is: what a router sees
         self.logits = LogitMetrics(five=False)
         self.columns = columns_of(dtype)
         self._sketches: dict[tuple[int, int], Tensor] = {}
@@ -228,29 +229,49 @@ class SpreadMeter:
             self._sketch[x.shape[-1]] = Sketch(x.shape[-1])
         return self._sketch[x.shape[-1]](x)
 
-    def on_layer(self, b: int, i: int, x: Tensor) -> None:
-        """`x` [N, D]: the first way's state."""
+    def on_layer(self, b: int, i: int, x: Tensor, share: Tensor | None = None) -> None:
+        """`x` [N, D]: the first way's state. `share` [N]: see `Longest`."""
         if (b, i) in self._sketches:
-            self.layers.setdefault(i, []).extend(
-                relative_error(self._sketches.pop((b, i)), self.sketched(x)).tolist()
-            )
+            error = relative_error(self._sketches.pop((b, i)), self.sketched(x))
+            self.states.setdefault(i, []).extend(error.tolist())
+            self.layers.setdefault(i, []).extend((error if share is None else error * share).tolist())
 
     def second_logits(self, b: int) -> Tensor | None:
         return self._second.pop(b) if self.ways is not None else None
 
     def noise(self) -> list[float]:
         """Per layer, the spread of a representative token, as far as has been seen."""
-        return [self.noise_after(i) for i in range(max(self.layers, default=-1) + 1)]
+        return [self.noise_after(i) for i in range(max(self.states, default=-1) + 1)]
 
     def noise_after(self, i: int) -> float:
         """The spread of a representative token after layer i, as far as has been seen."""
-        return representative(self.dtype, self.layers.get(i, []))
+        return representative(self.dtype, self.states.get(i, []))
 
     def result(self) -> Spread:
         self._second.close()
-        return (
-            Spread() if self.ways is None else Spread.of(self.ways, self.logits, self.noise(), self.columns)
-        )
+        judged = [
+            representative(self.dtype, self.layers.get(i, []))
+            for i in range(max(self.layers, default=-1) + 1)
+        ]
+        return Spread() if self.ways is None else Spread.of(self.ways, self.logits, judged, self.columns)
+
+
+class Longest:
+    """How long upstream's states are, beside the longest that each has been.
+
+    In many models the first token of a text is thousands long from an early layer on, nearly all of it in one channel, until a late
+    layer takes that away. What is left carries the rounding of what there was: one number's, so that of two right runs one may
+    easily be off by several times as much as the other. Against the longest that the state has been it is rounding like any other."""
+
+    def __init__(self) -> None:
+        self._longest: dict[int, Tensor] = {}
+
+    def share(self, b: int, theirs: Tensor) -> Tensor:
+        """Of batch `b` after its next layer, [N, D] -> [N], at most 1."""
+        now = theirs.double().norm(dim=-1)
+        longest = self._longest[b] = torch.maximum(now, self._longest.get(b, now))
+        share: Tensor = (now / longest).nan_to_num(nan=1.0).clamp(min=1e-30)
+        return share
 
 
 def drive_both(
@@ -326,9 +347,10 @@ def measure(
     spread: Spread | None = None,
     on_disk: bool = False,
     clock: Clock | None = None,
+    longest: Longest | None = None,
 ) -> Measured:
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
-    `clock`: what counts the seconds."""
+    `clock`: what counts the seconds. `longest`: states are held against the longest that they have been."""
     batches = inputs.batches
     n_layers, d = ours.spec.n_layers, ours.spec.d_model
     out = Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
@@ -352,13 +374,14 @@ def measure(
             theirs = None if theirs is None else theirs.to(ours.device)
             if own is not None and isinstance(x, Sketched):
                 own = x.of(own)
+            share = longest.share(b, theirs) if longest is not None and theirs is not None else None
             if meter is not None and theirs is not None:
-                meter.on_layer(b, i, theirs)
+                meter.on_layer(b, i, theirs, share)
             if theirs is not None and own is not None and theirs.shape == own.shape:
                 error = relative_error(own, theirs)
                 if meter is not None and dtype == "fp32" and isinstance(x, Tensor) and ours.has_experts(i):
                     error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i), out)
-                out.layers[i] += error.tolist()
+                out.layers[i] += (error if share is None else error * share).tolist()
 
     kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
     waiting: dict[int, Tensor | None] = {}

@@ -32,7 +32,7 @@ from zoo.verify.faults import CATALOGUE, Fault, Subject
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
-from zoo.verify.ours import build, subject_of, used_rows
+from zoo.verify.ours import build, subject_of, table_of, used_rows, whole_table, with_embedding
 from zoo.verify.remedies import (
     PLACES,
     Remedy,
@@ -418,10 +418,12 @@ def one_layer(
         return first is None or not name.startswith("head.")
 
     subject = subject_of(folder, dtype, wanted, device)
-    embedding = subject.tensors["embed.weight"]  # mapped
+    table, how = table_of(subject)  # mapped
     if first is not None or not spec.tied:
-        embedding, ids = used_rows(spec, embedding, ids)
-    return ids, subject.put({"embed.weight": embedding.to(device, dtype)})
+        embedding, ids = used_rows(spec, table, how, ids, dtype)
+    else:
+        embedding = whole_table(table, how, dtype)
+    return ids, with_embedding(subject, embedding.to(device, dtype))
 
 
 @dataclass

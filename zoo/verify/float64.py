@@ -3,6 +3,7 @@
 Two ways to run upstream in fp32 differ in attention and experts only, and share the rounding of all the rest. Where weights
 are large, the error that they have in common is many times what they differ by, and a right conversion would fail. So what
 departs in fp32 is held against float64 before it is called wrong: ours may be twice as far from it as upstream's fp32 is.
+A token's state is held against the longest that it has been (`compare.Longest`): it carries the rounding of that.
 Likewise decoding with a cache: twice as far from ours in float64 as ours in one pass.
 """
 

@@ -70,6 +70,8 @@ LAYERS = {"fp32": _FP32, "bf16": 2.0**-3, "fp16": 2.0**-6}
 PERPLEXITY = {"fp32": _FP32, "bf16": 2.0**-4, "fp16": 2.0**-7}
 TOP1 = 0.8
 """The smallest share of equal best ids that is believed: measured at least 0.87."""
+OUTLIER = 64
+"""How many times as large as most logits the largest is believed to be."""
 _WHOLE = ("I64", "I32", "I16", "I8", "U8")
 _HELD = {
     "ids": (_WHOLE, 2), "lengths": (_WHOLE, 1), "prompt": (_WHOLE, 1), "greedy": (_WHOLE, 1),
@@ -208,8 +210,8 @@ class Golden:
 
     def _largest(self) -> float:
         """The largest |logit| of the recording, which is what rounding goes by."""
-        found = [self._need(f"logits.{b}") for b in range(len(self.inputs.batches))]
-        return max(float(x.float().abs().nan_to_num(0.0, 0.0, 0.0).max()) for x in found)
+        found = [self._need(f"logits.{b}").float() for b in range(len(self.inputs.batches))]
+        return max(_size(x.abs().nan_to_num(0.0, 0.0, 0.0)) for x in found)
 
     def _rounding(self) -> Spread:
         """In place of a spread that the recording does not tell: rounding, by the scale of its logits."""
@@ -235,7 +237,7 @@ class Golden:
                 f"{self.path}: 'directions' has columns that are zero or not finite; expected [D, k] of random numbers: "
                 "record it again, or leave out directions and states"
             )
-        return d
+        return None if d is None else d.float()
 
     def _inputs(self) -> Inputs:
         batches: list[Batch] = []
@@ -251,6 +253,10 @@ class Golden:
                     "rows of no token prove nothing"
                 )
             flags = tuple(text[b]) if b < len(text) else (False,) * len(ids)
+            if len(flags) != len(ids):
+                raise ZooError(
+                    f"{self.path}: its metadata's 'text' has {len(flags)} values for the {len(ids)} rows of ids.{b}; {SEE}"
+                )
             batches.append(Batch(ids, sizes, ("recorded",) * len(ids), flags))
         if not batches:
             raise ZooError(f"{self.path}: no tensor 'ids.0': it records nothing, and proves nothing; {SEE}")
@@ -305,6 +311,11 @@ class Golden:
         if prompt is None or tokens is None or not torch.equal(prompt, ids[0]):
             return None
         return tokens[:n]
+
+
+def _size(logits: Tensor) -> float:
+    """The largest of |logits| as far as most bear it out: by one outlier a recording could have any spread believed."""
+    return min(float(logits.max()), OUTLIER * float(logits.median()))
 
 
 def believed(told: Spread, dtype: str, largest: float, said: str) -> Claimed:

@@ -7,8 +7,9 @@ to is never read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 
 from zoo.formats import canonical
 from zoo.formats.base import TensorRef
-from zoo.kernels.route import route, route_reference
+from zoo.kernels.route import SCORES, route, route_reference
 from zoo.model import Decoder
 from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
 from zoo.model.load import KEPT, Source, refuse_quantised
 from zoo.model.moe import Router
 from zoo.model.upload import Upload
+from zoo.quant import dequantise, looked_up
 from zoo.quant.schemes import scheme
-from zoo.spec import LatentAttention, Spec
+from zoo.spec import CompressedAttention, LatentAttention, Spec
 from zoo.spec import Router as RouterSpec
 from zoo.verify.faults import Subject
 from zoo.verify.reading import Range, Window, mapped
@@ -66,8 +68,8 @@ class Ours:
     def layer_otherwise(self, b: int, i: int) -> Tensor:
         """The state after layer `i`, just run, had every token's nearest tie between experts gone the other way."""
 
-        def hook(router: Router, args: tuple[Tensor], _out: Any) -> Any:
-            return other_choice(router, args[0])
+        def hook(router: Router, args: tuple[Tensor, Tensor | None], out: Any) -> Any:
+            return other_choice(router, args[0]) if router.spec.by_token is None else out
 
         return self._through(i, self.entered[b], self.state[b][1], hook)
 
@@ -79,7 +81,9 @@ class Ours:
     def chooses(self) -> bool:
         """Whether tokens choose experts or keys: where two are alike, rounding decides."""
         mixers = (layer.mixer for layer in self.spec.layers)
-        sparse = any(isinstance(m, LatentAttention) and m.indexer is not None for m in mixers)
+        sparse = any(
+            isinstance(m, LatentAttention | CompressedAttention) and m.indexer is not None for m in mixers
+        )
         return sparse or any(self.has_experts(i) for i in range(self.spec.n_layers))
 
     def choose(self, b: int, y: Tensor) -> None:
@@ -130,7 +134,7 @@ class Ours:
         return sum(int((~v).sum()) for v in self.visited.values()), sum(len(v) for v in self.visited.values())
 
     def _watch(self, b: int, i: int) -> Callable[..., None]:
-        def hook(router: Router, args: tuple[Tensor], out: tuple[Tensor, Tensor]) -> None:
+        def hook(router: Router, args: tuple[Tensor, Any], out: tuple[Tensor, Tensor]) -> None:
             self.gaps[b].append(margin(router, args[0]))
             none = torch.zeros(len(router.weight), dtype=torch.bool, device=out[0].device)
             seen = self.visited.setdefault(i, none)
@@ -152,7 +156,9 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         router.read(x).float(), router.dense(torch.float32), router.offset(torch.float32)
     )
     if r.over == "all":
-        scores = scores.softmax(-1) if r.score == "softmax" else scores.sigmoid()
+        scores = SCORES[r.score](scores)
+    if r.by_token is not None:  # nothing is chosen
+        return scores.new_full((len(x),), torch.inf), torch.zeros_like(scores)
     if router.selection_bias is not None:
         scores = scores + router.selection_bias
     unit = scores.std(-1).clamp(min=1e-12)
@@ -235,18 +241,19 @@ class Streamed(Ours):
         return self._device
 
     def begin(self, b: int, ids: Tensor) -> None:
-        table = self.source.tensor(self.source.folder.tensors["embed.weight"])  # [V, D], mapped
-        rows, ids = used_rows(self.spec, table, ids)
+        rows, ids = used_rows(
+            self.spec, self._table(), self.source.folder.quant.get("embed"), ids, self.dtype
+        )
         self._set_embedding(rows.to(self.device, self.dtype))
         super().begin(b, ids)
-        self._set_embedding(torch.empty(0, table.shape[1], dtype=self.dtype))
+        self._set_embedding(torch.empty(0, self.spec.d_model, dtype=self.dtype))
         self.waiting.add(b)
 
     def finish(self, b: int) -> Tensor:
         self.release()
         if self.spec.tied and not len(self.decoder.embed.weight):
-            table = self.source.tensor(self.source.folder.tensors["embed.weight"])
-            self._set_embedding(table.to(self.device, self.dtype))
+            whole = whole_table(self._table(), self.source.folder.quant.get("embed"), self.dtype)
+            self._set_embedding(whole.to(self.device, self.dtype))
         elif not self.spec.tied and self.decoder.head.weight.is_meta:
             self.source.fill(self.decoder.head, "head", self.device, self.dtype)
         logits = super().finish(b)
@@ -272,6 +279,15 @@ class Streamed(Ours):
 
     def leave(self, layer: int | None) -> None:
         self.release()
+
+    def _table(self) -> dict[str, Tensor]:
+        """The embedding [V, D], or what it is quantised as, mapped."""
+        parts = (
+            (n.removeprefix("embed."), ref)
+            for n, ref in self.source.folder.tensors.items()
+            if n.startswith("embed.")
+        )
+        return {n: self.source.tensor(ref) for n, ref in parts}
 
     def _set_embedding(self, rows: Tensor) -> None:
         self.decoder.embed.weight = nn.Parameter(rows, requires_grad=False)
@@ -316,12 +332,21 @@ class MappedOneByOne(Source):
         return mapped(self.folder.path(ref), ref, self.window)
 
 
-def used_rows(spec: Spec, embedding: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The embedding's rows of these ids, and the ids renumbered to fit; all of it where another table has the same ids."""
-    if spec.per_layer_embedding is not None:
-        return embedding, ids
+def whole_table(table: Mapping[str, Tensor], how: str | None, dtype: torch.dtype) -> Tensor:
+    """All rows, as `used_rows`."""
+    weight = table["weight"]
+    return weight if how is None else dequantise(how, dict(table), (len(weight),), dtype)
+
+
+def used_rows(
+    spec: Spec, table: Mapping[str, Tensor], how: str | None, ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The embedding's rows of these ids, and the ids renumbered to fit; all of it where another table has the same ids. `table`: its
+    tensors, of the scheme `how`; from codes rows become `dtype`."""
+    if spec.per_layer_embedding is not None or spec.reads_ids:
+        return whole_table(table, how, dtype), ids
     used, ids = ids.unique(return_inverse=True)
-    return embedding[used], ids
+    return table["weight"][used] if how is None else looked_up(how, dict(table), used, dtype), ids
 
 
 def subject_of(
@@ -330,8 +355,8 @@ def subject_of(
     wanted: Callable[[str], bool] | None = None,
     device: str | torch.device = "cpu",
 ) -> Subject:
-    """The canonical tensors in memory, on `device` and in the dtype they are computed in: what faults are injected into. Or
-    those `wanted` only, by name: then the embedding, and (on the CPU) what is stacked, stay as stored and mapped."""
+    """The canonical tensors in memory, on `device` and in the dtype they are computed in, the embedding dequantised: what faults are
+    injected into. Or those `wanted` only, by name: then the embedding, and (on the CPU) what is stacked, stay as stored and mapped."""
     partial, on_gpu = wanted is not None, torch.device(device).type == "cuda"
     tensors = {}
     with Upload(device) if on_gpu and not partial else nullcontext() as upload:
@@ -341,19 +366,36 @@ def subject_of(
                 continue
             quantised = name.rsplit(".", 1)[0] in folder.quant and not name.endswith(".bias")
             cast = TORCH[ref.dtype].is_floating_point and not quantised and not name.endswith(KEPT)
-            if partial and (name == "embed.weight" or (len(ref.shape) > 2 and not on_gpu)):
+            if partial and (name.startswith("embed.") or (len(ref.shape) > 2 and not on_gpu)):
                 tensors[name] = source.tensor(ref)
             else:
                 tensors[name] = source.on(device, ref, dtype if cast else None)
-    return Subject(folder.spec, tensors, dict(folder.quant), partial=partial)
+    made = Subject(folder.spec, tensors, dict(folder.quant), partial=partial)
+    if not partial and "embed" in folder.quant:
+        table, how = table_of(made)
+        made = with_embedding(made, whole_table(table, how, dtype))
+    return made
+
+
+def table_of(subject: Subject) -> tuple[dict[str, Tensor], str | None]:
+    """The embedding's tensors, and what they are quantised as."""
+    own = {n.removeprefix("embed."): t for n, t in subject.tensors.items() if n.startswith("embed.")}
+    return own, subject.quant.get("embed")
+
+
+def with_embedding(subject: Subject, rows: Tensor) -> Subject:
+    """With these numbers for an embedding."""
+    others = {n: t for n, t in subject.tensors.items() if not n.startswith("embed.")}
+    quant = {n: how for n, how in subject.quant.items() if n != "embed"}
+    return replace(subject, tensors={**others, "embed.weight": rows}, quant=quant)
 
 
 def build(subject: Subject) -> Decoder:
     """A decoder of tensors in memory."""
     model = Decoder(subject.spec)
     refuse_quantised(subject.quant, model)
-    for name, m in model.matrices():
-        if name in subject.quant:
+    for name, m in model.named_modules():
+        if isinstance(m, Weights) and name in subject.quant:
             names = {c.name: f"{name}.{c.name}" for c in scheme(subject.quant[name]).components}
             own = {part: subject.tensors[n] for part, n in names.items() if n in subject.tensors}
             if own or not subject.partial:

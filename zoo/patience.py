@@ -1,4 +1,4 @@
-"""How long a repository's tokenizer and template may take: more where people say so, on a slow machine."""
+"""How long what strangers wrote may take, a tokenizer, a template or an answer: more where people say so."""
 
 from __future__ import annotations
 
