@@ -16,6 +16,7 @@ from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.base import (
     ITEMSIZE,
+    MAX_NAME,
     Checkpoint,
     TensorRef,
     add_tensors,
@@ -154,6 +155,10 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
     for name, t in header.items():
         if name == "__metadata__":
             continue
+        if len(name) > MAX_NAME:
+            raise ZooError(
+                f"{who}: a tensor's name has {len(name)} characters (limit {MAX_NAME}): {name:.100}"
+            )
         try:
             dtype, shape, (begin, end) = t["dtype"], tuple(t["shape"]), t["data_offsets"]
             numbers = (*shape, begin, end)
