@@ -82,6 +82,14 @@ def test_a_name_of_megabytes_is_refused_before_it_is_looked_at(source: Path) -> 
     assert "name has 20000000 characters" in at_most(5, 300, lambda: zoo.plan(source))
 
 
+def test_a_header_of_more_tensors_than_any_release_has_is_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.formats.safetensors.MAX_TENSORS", 10)
+    with pytest.raises(ZooError, match=r"header names \d+ tensors \(limit 10\)"):
+        zoo.plan(source)
+
+
 def test_headers_of_many_files_count_together(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.formats.safetensors.MAX_HEADERS", 100)
     with pytest.raises(ZooError, match=r"bytes of headers \(limit 100\)"):

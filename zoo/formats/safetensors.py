@@ -30,6 +30,7 @@ from zoo.formats.base import (
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 MAX_HEADERS = 256 << 20  # bytes, of all files of a checkpoint together: they are kept for the round trip
+MAX_TENSORS = 1 << 18  # of a file, as of a GGUF; the largest releases have some 210,000 in all theirs
 MAX_RANK = 64  # axes of a tensor
 INDEX = "model.safetensors.index.json"
 
@@ -150,6 +151,10 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
         raise ZooError(f"{who}: header is not valid JSON ({e})") from None
     if not isinstance(header, dict):
         raise ZooError(f"{who}: header is not a JSON object")
+    if len(header) > MAX_TENSORS + 1:
+        raise ZooError(
+            f"{who}: header names {len(header)} tensors (limit {MAX_TENSORS}): no release's file has as many"
+        )
     data = 8 + len(raw)
     out = []
     for name, t in header.items():
