@@ -158,8 +158,9 @@ def our_model(config: dict[str, Any], scheme: str | None) -> Any:
     return model
 
 
-def active_bytes(model: Any) -> int:
-    """Bytes of weights that one token visits: all but the embedding (unless it is the head) and idle experts."""
+def active_bytes(model: Any, tokens: int = 1) -> int:
+    """Bytes of weights that so many tokens visit: all but the embedding (unless it is the head) and idle experts, of which
+    there are as many as if each token chose evenly and by itself."""
     from zoo.spec import MoE
 
     total = 0
@@ -171,7 +172,7 @@ def active_bytes(model: Any) -> int:
         if len(part) > 3 and part[2] == "moe" and part[3] in ("gate_up", "up", "down"):
             ffn = model.spec.layers[int(part[1])].ffn
             assert isinstance(ffn, MoE)
-            share = ffn.router.top_k / ffn.n_experts
+            share = 1 - (1 - ffn.router.top_k / ffn.n_experts) ** tokens
         total += int(t.nbytes * share)
     return total
 
@@ -224,10 +225,11 @@ def ours(model: Any, name: str, parts: list[str], row: dict[str, Any], copy: flo
         del step, cache
         free()
     if "batch" in parts and name in BATCHES:
-        row["decode ms by batch"] = {}
+        row["decode ms by batch"], row["GB by batch"] = {}, {}
         for batch in (1, 2, 4, 8, 16, 32, 64) if SHAPES[name][2] is None else (1, 16):
             step, cache = our_step(model, batch, 128)
             row["decode ms by batch"][batch] = our_decode_ms(step)
+            row["GB by batch"][batch] = active_bytes(model, batch) / 1e9
             del step, cache
             free()
     if "long" in parts and name in LONG:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu import copy_bandwidth, free, versions
+from gpu import copy_bandwidth, free, median_ms, versions
 from random_codes import components
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,16 +54,7 @@ def replayed_ms(runs: list[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    graph.replay()
-    taken = []
-    for _ in range(5):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        graph.replay()
-        b.record()
-        b.synchronize()
-        taken.append(a.elapsed_time(b) / len(runs))
-    return statistics.median(taken)
+    return median_ms(graph.replay, 5) / len(runs)
 
 
 def product(scheme: str, n: int, k: int, t: int) -> tuple[list[Callable[[], Any]], float]:

@@ -91,10 +91,24 @@ def by_batch(rows: dict[str, Run]) -> str:
     sizes = max((list(r["decode ms by batch"]) for r in batches.values()), key=len)
     lines = []
     for n, r in batches.items():
-        lines.append([n, *(ms(r["decode ms by batch"].get(b)) for b in sizes)])
+        read = r.get("GB by batch", {})
+        lines.append(
+            [
+                n,
+                *(
+                    ms(r["decode ms by batch"].get(b)) + (f" ({read[b]:.3g} GB)" if b in read else "")
+                    for b in sizes
+                ),
+            ]
+        )
         if theirs := r.get("transformers decode ms by batch"):
             lines.append(["transformers", *(ms(theirs.get(b)) for b in sizes)])
-    return "### Decode by batch, ms per step\n\n" + table(["batch", *map(str, sizes)], lines)
+    read = (
+        "In brackets: weights that a step reads, where each token chooses its experts evenly and by itself. A mixture's step of 16 tokens cannot "
+        "be as fast as one of a single token: it reads so many times as much.\n\n"
+    )
+    said = read if any("GB by batch" in r for r in batches.values()) else ""
+    return f"### Decode by batch, ms per step\n\n{said}" + table(["batch", *map(str, sizes)], lines)
 
 
 def other(load: Run | None, rows: dict[str, Run]) -> str:

@@ -6,19 +6,22 @@ import io
 import json
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import pages
 import pytest
 import tiny
 from click.testing import CliRunner
 
 import zoo
 from zoo import manifest
-from zoo.cli import _common, cli
+from zoo.cli import SECTIONS, _common, cli
 from zoo.errors import ZooError
 from zoo.formats import canonical
 
@@ -95,6 +98,19 @@ def test_every_command_has_help_json_and_debug() -> None:
             assert command is not None and {"--json", "--debug"} <= {
                 o for p in command.params for o in p.opts
             }, name
+
+
+def test_the_help_of_every_command_has_examples_that_it_takes_and_zoos_own_names_them_all() -> None:
+    names = cli.list_commands(click.Context(cli))
+    for name in names:
+        help = CliRunner().invoke(cli, [name, "--help"]).output
+        lines = [line.strip() for line in help.split("Examples:\n")[1].split("\n\n")[0].splitlines()]
+        assert lines and any(line.startswith(f"zoo {name} ") for line in lines), name
+        for line in lines:
+            pages.parse(shlex.split(line.split(" < ")[0])[1:])
+    help = CliRunner().invoke(cli, ["--help"]).output
+    assert sorted(re.findall(r"^  ([a-z]+)  ", help, re.M)) == sorted(names)
+    assert {c for of in SECTIONS.values() for c in of} == set(names)
 
 
 # ------------------------------------------------------------------ failing

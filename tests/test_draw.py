@@ -246,13 +246,14 @@ def test_each_activation_has_a_name() -> None:
         "width 2,880",
         "qwen3-next-80b-a3b-instruct": "12 × (3 G, F); Gated DeltaNet; 16 key heads, 32 value heads; output gate: sigmoid; 64 of 256 "
         "channels; 10 of 512 active; behind a sigmoid gate; RMSNorm (1 + w); Multi-token prediction",
-        "kimi-linear-48b-a3b": "6 × (3 K, L), 2 K, L; Kimi Delta Attention; decay per channel; no positions in attention; 8 of 256 active",
+        "kimi-linear-48b-a3b": "6 × (3 K, L), 2 K, L; Kimi Delta Attention; decay per channel; 128 + 64 shared by all; no positions in attention; 8 of 256 active",
         "nemotron-3-nano-30b-a3b": "23 of 52 layers; 29 of 52 layers; Mamba-2; state 128; M · 23; N · 6; 6 of 128 active; squared ReLU; "
         "Shared expert",
         "gemma-4-26b-a4b-it": "5 × (5 S, F); values are the keys before their norm; 128 of 512 turn; sliding window 1,024; 8 of 128 active",
         "gemma-3n-e2b": "4 streams predicted; Per-layer embeddings; 262,144 × 30 layers × 256; low rank 64; keys and values of an earlier",
         "olmo-3-7b": "8 × (3 S, F); Multi-head attention; QK-norm over all heads; YaRN",
         "falcon-h1-0.5b": "GQA; Mamba-2; 36 H; gate × 0.883883; logits × 0.0390625",
+        "jamba-v0.1": "4 × (4 B, N, 3 B); B Mamba, N attention without positions; dt from 256; 2 of 16 active",
         "minimax-m2": "on 64 of 128 channels; QK-norm over all heads; 8 of 256 active",
         "bloom-7b1": "ALiBi; then LayerNorm; biases; tied",
         "glm-5": "sparse: indexer picks 2,048 keys; indexer: 32 heads of 128",

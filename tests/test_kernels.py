@@ -45,6 +45,7 @@ if INTERPRETED or COMPILED:
 
     from zoo.kernels import (
         attention,
+        best,
         codes,
         conv,
         delta,
@@ -357,7 +358,9 @@ if INTERPRETED or COMPILED:
         q, k, v = rand(2, H, D), rand(2, slots, K, D), rand(2, slots, K, V)
         kw = {"scale": 0.3, **extras(extra, H)}
         at = torch.tensor([position])
-        close(attention.decode(q, k, v, at, **kw), attention.decode_reference(q, k, v, at, **kw))  # type: ignore[arg-type]
+        expected = attention.decode_reference(q, k, v, at, **kw)  # type: ignore[arg-type]
+        for placed in (True, False) if position == 40 else (True,):
+            close(attention.decode(q, k, v, at, placed=placed, **kw), expected)  # type: ignore[arg-type]
 
     def test_latent_attention_with_a_rotary_key_of_its_own() -> None:
         q, q2, k, k2, v = (
@@ -389,6 +392,17 @@ if INTERPRETED or COMPILED:
             latent.keys_and_values(*x), latent.keys_and_values_reference(*x), strict=True
         ):
             close(found, expected)
+
+    @pytest.mark.parametrize("shape", [(3, best.PIECE + 7), (1, 40)])
+    def test_the_likeliest_is_the_first_of_the_greatest(shape: tuple[int, int]) -> None:
+        logits = rand(*shape)
+        assert torch.equal(best.likeliest(logits), logits.argmax(-1))
+        assert torch.equal(best.likeliest_reference(logits), logits.argmax(-1))
+        logits[:, [5, shape[1] - 1]] = 100.0
+        assert best.likeliest(logits).tolist() == [5] * shape[0]
+        assert (
+            best.likeliest(logits[:, 6:]).tolist() == [shape[1] - 7] * shape[0]
+        )  # a slice, of rows that lie apart
 
     def test_projection_out_of_the_latent() -> None:
         up, y = rand(5 * 20, 40).view(5, 20, 40), rand(2, 5, 40)
@@ -606,10 +620,11 @@ if INTERPRETED or COMPILED:
     @pytest.mark.parametrize("scheme", [proven(s, now=s in ("plain", "mxfp4")) for s in SCHEMES])
     def test_experts_in_large_tiles(rows: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experts, "grouped_tile", lambda *_, **__: (rows, 32, 32, 4, 3))
-        (up, a), (down, b) = stored(scheme, (32, 32), 64, 2), stored(scheme, (64,), 32, 2)
-        biased = [rand(2, 64), rand(2, 64)]
+        (up, a), (down, b) = stored(scheme, (32, 32), 64, 3), stored(scheme, (64,), 32, 3)
+        biased = [rand(3, 64), rand(3, 64)]
         a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
-        x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 70).int()
+        # Of experts that fill more than half of a large tile, and less.
+        x, shares, chosen = rand(70, 64), torch.rand(70, 2), torch.tensor([[0, 1]] * 40 + [[0, 2]] * 30).int()
         expected = experts.experts_reference(x, chosen, shares, (up, biased[0]), (down, biased[1]), MLP(32))
         close(experts.experts(x, chosen, shares, a, b, MLP(32)), expected, 5)
         # In bf16 its tiles are 2^-60 of it; the interpreter multiplies no bf16.

@@ -118,7 +118,10 @@ def test_context_and_quantization_are_those_of_the_config(m: manifest.Manifest, 
     if block is None:
         return  # derived configs leave it out
     if SOURCES[stem]["releases"] == [m.name]:
-        method = {"fp8": "fp8-block", "mxfp4": "mxfp4"}.get(block["quant_method"])
+        most = {"fp4": "mxfp4"}.get(
+            c.get("expert_dtype"), "fp8-block"
+        )  # of the weights: DeepSeek-V4's experts
+        method = {"fp8": most, "mxfp4": "mxfp4"}.get(block["quant_method"])
         assert method is None or block.get("weight_block_size", [128, 128]) == [128, 128]
         assert method is None or m.quantization == method
 

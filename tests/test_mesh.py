@@ -51,7 +51,7 @@ from zoo.spec import (
     ShortConv,
     Spec,
 )
-from zoo.split import Cut, allowed, component_cut, pieces, split
+from zoo.split import Cut, allowed, component_cut, pieces, split, uneven
 from zoo.testing.built import checkpoint
 from zoo.verify.compare import rounding
 from zoo.verify.tolerance import FACTOR, logit_bound
@@ -384,6 +384,11 @@ def test_every_variant_of_every_family_with_even_counts_is_shared_to_the_same_lo
     for name, variant in tiny.VARIANTS.items():
         released = checkpoint(tiny.CASES[variant.family], variant)
         specs[name] = ranks.evened(make_plan(open_checkpoint(released)).spec)
+    alone = {
+        name for name, spec in specs.items() if any("do not share yet" in why for why in uneven(spec, 2))
+    }
+    assert {tiny.VARIANTS[name].family for name in alone} == {"deepseek_v4"}
+    specs = {name: spec for name, spec in specs.items() if name not in alone}
     assert departures(shared_by(tmp_path, specs)) == {}
 
 

@@ -24,7 +24,10 @@ from zoo.spec import (
     MLP,
     Alibi,
     Attention,
+    CompressedAttention,
+    Compressor,
     DeltaNet,
+    HyperConnections,
     Indexer,
     LatentAttention,
     Layer,
@@ -72,6 +75,13 @@ MAMBA = Mamba(
 SCALED = MoE(5, MLP(6), Router(2, "sigmoid", selection_bias=True, normalize=True), MLP(F), routed_scale=1.7)
 
 
+WEIGHTLESS = replace(N, weight="none")
+LAST = Rope(100.0, 4, interleaved=True, rounding="last")
+COMPRESSED = CompressedAttention(
+    4, 8, 10, 3, 8**-0.5, LAST, N, WEIGHTLESS, 2, 5, Compressor(2, True, N), Indexer(3, 6, 1, LAST, N)
+)
+
+
 def model(*layers: Layer, **ends: object) -> Spec:
     return Spec("t", D, V, layers, N, ends.pop("tied", False), 64, **ends)  # type: ignore[arg-type]
 
@@ -110,6 +120,12 @@ PARTS: dict[str, tuple[Spec, str]] = {
     "the first Mamba, bare": (
         model(block(Mamba1(10, 5, 2, 3, conv_bias=False))), "Mamba, 10 channels, state 5, dt from 3"),
     "scaled MLP": (model(block(ffn=MLP(F, gate_scale=0.6, out_scale=1.7))), "gate x 0.6, output x 1.7"),
+    "compressed attention in streams": (
+        model(block(COMPRESSED), block(replace(COMPRESSED, compressor=Compressor(5, False, N), indexer=None)),
+              block(replace(COMPRESSED, compressor=None, indexer=None)), hyper=HyperConnections(3, WEIGHTLESS, 0.02, 4)),
+        "CSA, 4 heads of 8 on one latent, queries through 10, sliding window 3 and entries, one for each 2 tokens, made of 4 tokens"),
+    "experts by token": (
+        model(block(ffn=MoE(5, MLP(6), Router(2, "sqrt_softplus", normalize=True, by_token=V)))), "experts by the token's id"),
     "shared index": (
         model(block(replace(LATENT, indexer=INDEXER)), block(replace(LATENT, indexer_from=0))), "an earlier layer's indexer"),
     "ALiBi": (model(block(replace(ATTENTION, rope=None, alibi=Alibi())), embed_norm=LN), "ALiBi: a bias by distance"),
@@ -148,7 +164,9 @@ def filled(spec: Spec, dtype: torch.dtype = torch.float32) -> Decoder:
 
 def tensors_of(spec: Spec, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {
-        n: ((rand(*s.shape, seed=i) * (0.5 if len(s.shape) > 1 else 0.3)) + (len(s.shape) == 1)).to(dtype)
+        n: rand(V, 5, seed=i).argsort(-1)[:, :2]
+        if s.counts
+        else ((rand(*s.shape, seed=i) * (0.5 if len(s.shape) > 1 else 0.3)) + (len(s.shape) == 1)).to(dtype)
         for i, (n, s) in enumerate(layout(spec).items())
     }
 
@@ -182,21 +200,31 @@ def test_with_a_cache_the_part_computes_the_same(name: str) -> None:
 def test_every_tensor_of_the_part_matters(name: str) -> None:
     spec = PARTS[name][0]
     tensors = tensors_of(spec)
-    plain = filled(spec)(ids())
+    text = ids(33 if "compressed" in name else 7)  # entries to choose from
+    plain = filled(spec)(text)
     for n in tensors:
         m = Decoder(spec)
-        m.load_state_dict({**tensors, n: tensors[n] * 0.5 + 0.1 * rand(*tensors[n].shape)}, assign=True)
-        assert (m(ids()) - plain).abs().max() > 1e-5, n
+        t = tensors[n]
+        other = t * 0.5 + 0.1 * rand(*t.shape) if t.is_floating_point() else t.roll(1, 0)
+        m.load_state_dict({**tensors, n: other}, assign=True)
+        assert (m(text) - plain).abs().max() > 1e-5, n
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PARTS if n not in ("dense beside experts", "scaled experts", "shared index")]
+    "name",
+    [
+        n
+        for n in PARTS
+        if n
+        not in ("dense beside experts", "scaled experts", "shared index", "compressed attention in streams")
+    ],
 )  # no choices flip
 def test_in_bf16_the_part_is_near_what_it_is_in_fp32(name: str) -> None:
     spec = PARTS[name][0]
     half = filled(spec, torch.bfloat16)
     wide = Decoder(spec)
-    wide.load_state_dict({n: t.float() for n, t in half.state_dict().items()}, assign=True)
+    floats = {n: t.float() if t.is_floating_point() else t for n, t in half.state_dict().items()}
+    wide.load_state_dict(floats, assign=True)
     a, b = half(ids()).float(), wide(ids())
     assert half(ids()).dtype == torch.bfloat16
     assert (a - b).norm() < 0.03 * b.norm()
@@ -704,6 +732,50 @@ def test_a_layer_without_an_indexer_sees_what_an_earlier_one_chose() -> None:
         close(shared, plain(x, ctx))
 
 
+def test_an_entry_pools_its_own_tokens_and_those_of_the_window_before_each_channel_by_a_softmax_of_its_own() -> (
+    None
+):
+    spec = PARTS["compressed attention in streams"][0]
+    m, n, d = filled(spec), 2, COMPRESSED.head_dim
+    part, x = m.layers[0].attn.compressor, rand(1, 7, D)
+    _, ctx = m.start(torch.zeros(1, 7, dtype=torch.int64))
+    with torch.no_grad():
+        made = part(x, ctx, None)
+        c, z = (x @ part.kv_gate.weight.T)[0].chunk(2, -1)
+    assert made.shape == (1, 3, d)  # the seventh token's window is not full
+    for w in range(3):
+        of = [(t, slice(0, d)) for t in range(n * (w - 1), n * w) if w] + [
+            (t, slice(d, None)) for t in range(n * w, n * (w + 1))
+        ]
+        values = torch.stack([c[t, s] for t, s in of]).double()
+        scores = torch.stack([z[t, s] + part.positions[t % n, s] for t, s in of]).double()
+        pooled = (scores.exp() / scores.exp().sum(0) * values).sum(0)
+        y = pooled * (pooled.square().mean() + part.norm.spec.eps).rsqrt() * part.norm.weight
+        angle = n * w * 100.0 ** -torch.tensor([0.0, 0.5], dtype=torch.float64)
+        a, b = y[-4::2].clone(), y[-3::2].clone()
+        y[-4::2], y[-3::2] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        close(made[0, w], y, atol=3e-5)
+
+
+def test_hyper_connections_mix_streams_by_a_matrix_whose_columns_sum_to_one_and_rows_nearly() -> None:
+    h = HyperConnections(3, WEIGHTLESS, 1e-6, 40)
+    m = filled(model(block(), hyper=h))
+    part, x = m.layers[0].attn_hyper, rand(3, 2, 5, D)
+    with torch.no_grad():
+        read, streams, b, mix = part(x)
+        new = part.put(read, streams, b, mix)
+    close(mix.sum(-2), torch.ones(2, 5, 3), atol=1e-5)
+    close(mix.sum(-1), torch.ones(2, 5, 3), atol=0.02)
+    flat = x[:, 1, 4].double().flatten()
+    z = (part.weight.double() @ flat) * (flat.square().mean() + WEIGHTLESS.eps).rsqrt()
+    z = z * part.factors.double().repeat_interleave(torch.tensor([3, 3, 9])) + part.bias.double()
+    a = z[:3].sigmoid() + 1e-6
+    close(read[1, 4], (a[:, None] * x[:, 1, 4]).sum(0), atol=1e-5)
+    for k in range(3):
+        kept = sum(mix[1, 4, j, k] * x[j, 1, 4] for j in range(3))
+        close(new[k, 1, 4], kept + 2 * z[3 + k].sigmoid() * read[1, 4], atol=1e-5)
+
+
 # --- what makes no model ------------------------------------------------------------------------------------
 
 UNSOUND = {
@@ -718,6 +790,14 @@ UNSOUND = {
     "cannot be keys of 8": block(replace(ATTENTION, value_from_key=True, v_head_dim=4)),
     "a limit belongs to gated SiLU": block(ffn=MLP(F, "gelu", limit=1.0)),
     "without a gate only": block(ffn=MLP(F, "xielu")),
+    "of 0 positions shows nothing": block(replace(COMPRESSED, window=0)),
+    "4 heads do not make 3 groups": block(replace(COMPRESSED, out_groups=3)),
+    "would rotate 10 of 8 channels": block(replace(COMPRESSED, rope=replace(LAST, dim=10))),
+    "an indexer picks entries": block(replace(COMPRESSED, compressor=None)),
+    "that of queries without a weight": block(replace(COMPRESSED, query_norm=N)),
+    "no bias, no groups": block(ffn=MoE(4, MLP(6), Router(2, "sigmoid", selection_bias=True, by_token=V))),
+    "other than the": block(ffn=MoE(4, MLP(6), Router(2, "sigmoid", by_token=V + 1))),
+    "scores over all experts": block(ffn=MoE(4, MLP(6), Router(2, "sqrt_softplus", over="chosen"))),
     "experts have no learned activation": block(ffn=MoE(2, MLP(F, "xielu", gated=False), Router(1, "softmax"))),
     "near is more than 0, not 0.0": block(ffn=MoE(4, MLP(6), Router(2, "softmax", over="near"))),
     "a convolution of 1 tokens": block(ShortConv(1)),

@@ -167,7 +167,7 @@ def said(release: str) -> None:
         ("meta", "mistral", r"no form of family mistral: .*head_dim is 10, and it would be read as 6.* llama, llama4"),
         ("mistral", "mistral4", r"mistral's params.json cannot say it: spec.layers\[0\].mixer.scale is"),
         ("mistral", "qwen3", r"no form of family qwen3: .*qk_norm is QKNorm.*one of mistral, mistral_large3, mixtral"),
-        ("meta", "nemotron_h", "has layers without attention, which no params.json has"),
+        ("meta", "nemotron_h", "has layers without plain or latent attention, which no params.json has"),
     ],
 )  # fmt: skip
 def test_what_a_vendors_format_cannot_say_is_refused_by_name(

@@ -137,7 +137,7 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
             if bad := next((n for n in listed if leads_out(n)), None):
                 raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
             report.problems += [f"{n}: missing" for n in listed if n not in source.files]
-            if added := sorted(source.files.keys() - listed.keys() - {certificate.FILE}):
+            if added := sorted(source.files.keys() - listed.keys() - {*certificate.BESIDE}):
                 report.notes.append(f"here, and not of it: {_some(added)}")
             for name, file in source.files.items():
                 if (said := listed.get(name)) is None:
@@ -290,9 +290,7 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
     added = sorted(
         n
         for n in files_below(folder)
-        if n not in listed
-        and not n.startswith(NOT_THE_MODELS)
-        and n not in (certificate.FILE, certificate.SIGNATURE)
+        if n not in listed and not n.startswith(NOT_THE_MODELS) and n not in certificate.BESIDE
     )
     if added:
         report.notes.append(f"here, and not of it: {_some(added)}")

@@ -28,6 +28,7 @@ from zoo.sizes import (
 from zoo.spec import (
     MLP,
     Attention,
+    CompressedAttention,
     DeltaNet,
     LatentAttention,
     Layer,
@@ -156,7 +157,8 @@ def serving(spec: Spec, context: int, batch: int, kv_dtype: str) -> str:
     cache, state = kv_bytes(spec, context, itemsize) * batch, state_bytes(spec, itemsize) * batch
     needs = [f"KV cache {size(cache)} in {kv_dtype}"] if cache else []
     needs += [f"recurrent state {size(state)}"] if state else []
-    text = f"{batch:,} x {context:,} tokens: " + (", ".join(needs) or "nothing")
+    beyond = f" (beyond its {spec.context_length:,})" if context > spec.context_length else ""
+    text = f"{batch:,} x {context:,} tokens{beyond}: " + (", ".join(needs) or "nothing")
     return text + f"; {flop(batch * flops_per_token(spec, context))} for one token more of each"
 
 
@@ -164,12 +166,12 @@ def _layers(spec: Spec) -> str:
     """The order of kinds: in words, and as a strip. Nothing where all layers are alike."""
     o = order(spec)
     rows = [o.letters] + ([o.feeding] if o.feeding_varies else [])
-    if all(len(set(row)) == 1 for row in rows):
+    rows = [row for row in rows if len(set(row)) > 1]
+    if not rows:
         return ""
     used = [x for x in dict.fromkeys((*o.mixers, *o.ffns)) if any(x in row for row in rows)]
     meanings = [f"{x} {'other ' if x.islower() else ''}{MEANINGS.get(x.upper(), '?')}" for x in used]
-    told = [_strip(row) for row in rows if len(set(row)) > 1]
-    return "; feed-forwards ".join(told) + f" ({', '.join(meanings)})"
+    return "; feed-forwards ".join(map(_strip, rows)) + f" ({', '.join(meanings)})"
 
 
 def _strip(row: str) -> str:
@@ -220,6 +222,15 @@ def _mixer(m: Mixer) -> str:
                 sparse = ", sparse: keys chosen by an earlier layer's indexer"
             head = f"{m.nope_dim}+{m.rope_dim}, values {m.v_head_dim}"
             return f"MLA, {m.n_heads} heads of {head}, latent {m.kv_rank}{q}{sparse}"
+        case CompressedAttention():
+            text = f"{m.n_heads} heads of {m.head_dim} on one latent, queries through {m.q_rank:,}, sliding window {m.window:,}"
+            if (c := m.compressor) is not None:
+                of = f"{2 * c.ratio} tokens" if c.overlap else "these"
+                text += f" and entries, one for each {c.ratio} tokens, made of {of}"
+            if m.indexer is not None:
+                text += f", sparse: {m.indexer.top_k:,} entries chosen by an indexer"
+            kind = "shared-latent attention" if c is None else "CSA" if m.indexer else "HCA"
+            return f"{kind}, {text}, output by {m.out_groups} groups through {m.out_rank:,}"
         case DeltaNet():
             kind = "Gated DeltaNet" if m.decay == "head" else "Kimi Delta Attention"
             heads = f"{m.n_k_heads} key and {m.n_v_heads} value heads of {m.k_head_dim}"
@@ -248,6 +259,8 @@ def _extras(m: Mixer) -> str:
         out += ["values normalised"] if m.value_norm else []
         out += [f"values x {m.value_scale:g}"] if m.value_scale != 1 else []
         out += [f"scale {m.scale:.4g}"] if abs(m.scale * m.head_dim**0.5 - 1) > 1e-6 else []
+    if isinstance(m, CompressedAttention):
+        out += ["sinks (a learned logit per head)", "values turned with keys, and back"]
     if isinstance(m, LatentAttention):
         out += ["biases"] if m.qkv_bias or m.out_bias else []
     if isinstance(m, Attention | LatentAttention) and m.query_scale is not None:
@@ -269,6 +282,8 @@ def _temperature(q: QueryScale) -> str:
 
 
 def _qk_norm(m: Mixer) -> str:
+    if isinstance(m, CompressedAttention):
+        return f"{_norm(m.query_norm)} of queries per head, no weight"
     if not isinstance(m, Attention) or m.qk_norm is None:
         return ""
     over = {"head": "per head", "each_head": "per head, a weight each", "all_heads": "over all heads"}[
@@ -281,7 +296,7 @@ def _qk_norm(m: Mixer) -> str:
 def _positions(spec: Spec, mixers: list[Mixer]) -> str:
     if spec.positions is not None:
         return f"learned, {spec.positions:,} positions"
-    attending = [m for m in mixers if isinstance(m, Attention | LatentAttention)]
+    attending = [m for m in mixers if isinstance(m, Attention | LatentAttention | CompressedAttention)]
     if not attending:
         return "none"
     if all(_position(m) == "NoPE" for m in attending):
@@ -289,17 +304,18 @@ def _positions(spec: Spec, mixers: list[Mixer]) -> str:
     return _each(attending, _position, len(attending)).replace("layers:", "attention layers:")
 
 
-def _position(m: Attention | LatentAttention) -> str:
+def _position(m: Attention | LatentAttention | CompressedAttention) -> str:
     if m.rope is not None:
         return _rope(m.rope, m)
     return "ALiBi: a bias by distance" if isinstance(m, Attention) and m.alibi is not None else "NoPE"
 
 
-def _rope(r: Rope, m: Attention | LatentAttention) -> str:
-    of = m.head_dim if isinstance(m, Attention) else m.rope_dim
+def _rope(r: Rope, m: Attention | LatentAttention | CompressedAttention) -> str:
+    of = m.rope_dim if isinstance(m, LatentAttention) else m.head_dim
     text = f"RoPE, theta {r.theta:,.0f}"
     if r.dim != of:
-        text += f", on {r.dim} of {of} channels"
+        last = "the last " if isinstance(m, CompressedAttention) else ""
+        text += f", on {last}{r.dim} of {of} channels"
     if r.turning is not None:
         text += f", {2 * r.turning} of {r.dim} channels turn"
     if r.backwards:
@@ -359,7 +375,8 @@ def _ffn(f: MLP | MoE) -> str:
         text += ", each between norms of its own" if f.norm and f.post_norm and f.shared_post_norm else ""
     if f.latent is not None:
         text += f", experts in a latent of {f.latent:,}"
-    how: list[str] = [r.score]
+    how: list[str] = [r.score.replace("sqrt_", "root of ")]
+    how += ["experts by the token's id"] if r.by_token is not None else []
     how += [f"best {r.top_groups} of {r.n_groups} groups"] if r.n_groups > 1 else []
     how += ["selection bias"] if r.selection_bias else []
     how += ["of its own norm of x"] if r.norm else []
@@ -376,8 +393,11 @@ def _cache(spec: Spec) -> str:
         full = kv_bytes(spec, spec.context_length)
         parts.append(f"{size(full)} at {spec.context_length:,} tokens")
         if full < per_token * spec.context_length:
-            bounded = sum(1 for m in _mixers(spec) if horizon(m) is not None and kv_numbers(m))
-            parts.append(f"{bounded} layers keep only their window")
+            mixers = _mixers(spec)
+            bounded = sum(1 for m in mixers if horizon(m) is not None and kv_numbers(m))
+            pooled = sum(1 for m in mixers if isinstance(m, CompressedAttention) and m.compressor)
+            parts += [f"{bounded} layers keep only their window"] if bounded else []
+            parts += [f"{pooled} layers keep a window and entries"] if pooled else []
     if state := state_bytes(spec):
         parts.append(f"{size(state)} of recurrent state")
     return ", ".join(parts)
@@ -392,6 +412,10 @@ def _ends(spec: Spec) -> str:
     out += [f"logits capped at {spec.logit_softcap:g}"] if spec.logit_softcap else []
     if spec.altup is not None:
         out.append(f"AltUp: {spec.altup.n_streams} residual streams; LAuReL of rank {spec.altup.laurel_rank}")
+    if (h := spec.hyper) is not None:
+        out.append(
+            f"hyper-connections (mHC): {h.n_streams} residual streams, mixed by matrices of {h.rounds} Sinkhorn rounds"
+        )
     if spec.per_layer_embedding is not None:
         out.append(f"per-layer embeddings of {spec.per_layer_embedding.dim}")
     return ", ".join(out)

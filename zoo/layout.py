@@ -7,6 +7,7 @@ no torch is needed to know any of it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from zoo.spec import (
     MLP,
     Attention,
+    CompressedAttention,
+    Compressor,
     DeltaNet,
     Indexer,
     LatentAttention,
@@ -50,6 +53,11 @@ class Slot:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it holds whole numbers: the experts of each token."""
+        return self.key.endswith(".router.table")
 
     @property
     def multiplies(self) -> bool:
@@ -141,6 +149,38 @@ def _latent_attention(a: LatentAttention, d: int) -> Iterator[_Entry]:
         yield from _indexer(a.indexer, d, a.q_rank or d)
 
 
+def _compressor(name: str, c: Compressor, channels: int, d: int) -> Iterator[_Entry]:
+    wide = channels * (1 + c.overlap)
+    yield _fused(f"{name}.kv_gate.weight", (wide, wide), d)
+    yield _one(f"{name}.positions", c.ratio, wide)
+    yield from _norm(f"{name}.norm", c.norm, channels)
+
+
+def _compressed_attention(a: CompressedAttention, d: int) -> Iterator[_Entry]:
+    yield _one("attn.q_down.weight", a.q_rank, d)
+    yield from _norm("attn.q_latent_norm", a.latent_norm, a.q_rank)
+    yield _one("attn.q_up.weight", a.n_heads * a.head_dim, a.q_rank)
+    yield from _norm("attn.q_norm", a.query_norm, a.head_dim)
+    yield _one("attn.kv.weight", a.head_dim, d)
+    yield from _norm("attn.kv_norm", a.latent_norm, a.head_dim)
+    yield _one("attn.sinks", a.n_heads)
+    yield _one("attn.out_down.weight", a.out_groups * a.out_rank, a.n_heads * a.head_dim // a.out_groups)
+    yield _one("attn.out.weight", d, a.out_groups * a.out_rank)
+    if (c := a.compressor) is not None:
+        yield from _compressor("attn.compressor", c, a.head_dim, d)
+        if (x := a.indexer) is not None:
+            yield _one("attn.indexer.q.weight", x.n_heads * x.head_dim, a.q_rank)
+            yield _one("attn.indexer.head_weights.weight", x.n_heads, d)
+            made_as = dataclasses.replace(c, norm=x.key_norm)
+            yield from _compressor("attn.indexer.compressor", made_as, x.head_dim, d)
+
+
+def _hyper(name: str, parts: tuple[int, ...], streams: int, d: int) -> Iterator[_Entry]:
+    yield _one(f"{name}.weight", sum(parts), streams * d)
+    yield _one(f"{name}.bias", sum(parts))
+    yield _one(f"{name}.factors", len(parts))
+
+
 def _delta(m: DeltaNet, d: int) -> Iterator[_Entry]:
     k, v = m.n_k_heads * m.k_head_dim, m.n_v_heads * m.v_head_dim
     if m.decay == "head":
@@ -220,6 +260,8 @@ def _moe(m: MoE, d: int) -> Iterator[_Entry]:
         yield _one("moe.router.bias", m.n_experts)
     if m.router.selection_bias:
         yield _one("moe.router.selection_bias", m.n_experts)
+    if m.router.by_token is not None:
+        yield _one("moe.router.table", m.router.by_token, m.router.top_k)
     if m.router.expert_scale:
         yield _one("moe.router.expert_scale", m.n_experts)
     yield from _norm("moe.router.norm", m.router.norm, d)
@@ -245,6 +287,8 @@ def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
                 yield from _attention(mixer, d)
             case LatentAttention():
                 yield from _latent_attention(mixer, d)
+            case CompressedAttention():
+                yield from _compressed_attention(mixer, d)
             case DeltaNet():
                 yield from _delta(mixer, d)
             case Mamba():
@@ -273,6 +317,11 @@ def _layer(spec: Spec, layer: Layer) -> Iterator[_Entry]:
         yield _one("laurel.down.weight", a.laurel_rank, d)
         yield _one("laurel.up.weight", d, a.laurel_rank)
         yield _one("laurel.norm.weight", d)
+    if (h := spec.hyper) is not None:
+        for branch, there in (("attn", layer.mixer), ("ffn", layer.ffn)):
+            if there is not None:
+                n = h.n_streams
+                yield from _hyper(f"{branch}_hyper", (n, n, n * n), n, d)
     if (p := spec.per_layer_embedding) is not None:
         yield _one("per_layer.gate.weight", p.dim, d)
         yield _one("per_layer.out.weight", d, p.dim)
@@ -292,6 +341,8 @@ def _ends(spec: Spec) -> Iterator[_Entry]:
     if (a := spec.altup) is not None:
         yield "altup.expand.weight", (a.n_streams - 1, d, d), (d,), True
         yield "altup.merge.weight", (a.n_streams - 1, d, d), (d,), True
+    if (h := spec.hyper) is not None:
+        yield from _hyper("hyper", (h.n_streams,), h.n_streams, d)
     yield from _norm("norm", spec.norm, d)
     if not spec.tied:
         yield _one("head.weight", spec.vocab_size, d)
@@ -305,6 +356,7 @@ def layout(spec: Spec) -> dict[str, Slot]:
     embedding, layers from first to last, final norm, head."""
     ends = [Slot(n, n, None, shape, parts, stacked) for n, shape, parts, stacked in _ends(spec)]
     last = {"norm.weight", "norm.bias", "head.weight", "head.bias", "altup.merge.weight"}
+    last |= {"hyper.weight", "hyper.bias", "hyper.factors"}
     slots = {s.name: s for s in ends if s.name not in last}
     kinds: dict[Layer, list[_Entry]] = {}
     for i, layer in enumerate(spec.layers):

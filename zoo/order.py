@@ -12,7 +12,19 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from zoo.spec import FFN, Attention, DeltaNet, LatentAttention, Mamba, Mamba1, Mixer, MoE, ShortConv, Spec
+from zoo.spec import (
+    FFN,
+    Attention,
+    CompressedAttention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    Mamba1,
+    Mixer,
+    MoE,
+    ShortConv,
+    Spec,
+)
 
 T = TypeVar("T", bound=Hashable)
 
@@ -22,7 +34,8 @@ EARLIER = -1
 MEANINGS = {
     "F": "full attention", "S": "sliding window", "C": "attention in chunks", "N": "attention without positions",
     "L": "latent attention", "X": "sparse latent attention", "G": "Gated DeltaNet", "K": "Kimi Delta Attention",
-    "M": "Mamba-2", "V": "short convolution", "H": "attention and Mamba-2", "D": "dense feed-forward",
+    "Q": "compressed sparse attention", "P": "heavily compressed attention",
+    "M": "Mamba-2", "B": "Mamba", "V": "short convolution", "H": "attention and Mamba-2", "D": "dense feed-forward",
     "E": "experts", "-": "nothing",
 }  # fmt: skip
 """What a letter stands for; a second kind of the same has the next letter that is free, in lower case."""
@@ -139,10 +152,14 @@ def _mixer_letter(mixers: tuple[Mixer, ...], spec: Spec) -> str:
             return "N"
         case LatentAttention() as m:
             return "L" if m.indexer is None and m.indexer_from is None else "X"
+        case CompressedAttention() as m:
+            return "S" if m.compressor is None else "P" if m.indexer is None else "Q"
         case DeltaNet() as m:
             return "G" if m.decay == "head" else "K"
-        case Mamba() | Mamba1():
+        case Mamba():
             return "M"
+        case Mamba1():
+            return "B"
         case ShortConv():
             return "V"
         case Attention():

@@ -9,11 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.layout import Slot, layout
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, Mixer, MoE, ShortConv, Spec
+from zoo.spec import (
+    Attention,
+    CompressedAttention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    Mamba1,
+    Mixer,
+    MoE,
+    ShortConv,
+    Spec,
+)
 
 PARTS = (
     "embedding", "positions", "per-layer embeddings", "attention", "linear mixers", "dense feed-forward", "router",
-    "routed experts", "shared experts", "AltUp", "norms", "head",
+    "routed experts", "shared experts", "AltUp", "hyper-connections", "norms", "head",
 )  # fmt: skip
 """Every tensor is in one of these."""
 
@@ -40,6 +51,8 @@ def part_of(slot: Slot) -> str:
         return "per-layer embeddings"
     if first in ("altup", "laurel"):
         return "AltUp"
+    if first in ("attn_hyper", "ffn_hyper", "hyper"):
+        return "hyper-connections"
     if first == "attn":
         return "attention"
     if first == "mlp":
@@ -90,14 +103,30 @@ def flops_per_token(spec: Spec, context: int) -> int:
 def kv_bytes_per_token(spec: Spec, itemsize: int = 2) -> int:
     """Bytes that one more token adds to the KV cache while no window is full, at `itemsize` bytes per number.
 
-    Counts keys, values, latents and indexer keys; layers that reuse another's cache and recurrent states add none.
+    Counts keys, values, latents, indexer keys, and a token's share of compressed entries; layers that reuse another's cache and
+    recurrent states add none.
     """
     return sum(kv_numbers(m) for m in _mixers(spec)) * itemsize
 
 
 def kv_bytes(spec: Spec, tokens: int, itemsize: int = 2) -> int:
     """Bytes of the KV cache after `tokens` tokens; windowed layers keep no more than their window."""
-    return sum(kv_numbers(m) * min(tokens, horizon(m) or tokens) for m in _mixers(spec)) * itemsize
+    return sum(_kept(m, tokens) for m in _mixers(spec)) * itemsize
+
+
+def _kept(m: Mixer, tokens: int) -> int:
+    if isinstance(m, CompressedAttention):
+        return m.head_dim * min(tokens, m.window) + _entry(m) * _entries(m, tokens)
+    return kv_numbers(m) * min(tokens, horizon(m) or tokens)
+
+
+def _entry(m: CompressedAttention) -> int:
+    """Numbers of a compressed entry."""
+    return m.head_dim + (m.indexer.head_dim if m.indexer else 0)
+
+
+def _entries(m: CompressedAttention, tokens: int) -> int:
+    return tokens // m.compressor.ratio if m.compressor else 0
 
 
 def state_bytes(spec: Spec, itemsize: int = 2) -> int:
@@ -114,6 +143,9 @@ def state_bytes(spec: Spec, itemsize: int = 2) -> int:
             size += 4 * m.inner * m.state + itemsize * m.inner * (m.conv - 1)
         elif isinstance(m, ShortConv):
             size += itemsize * spec.d_model * (m.conv - 1)
+        elif isinstance(m, CompressedAttention) and (c := m.compressor) is not None:
+            # In fp32, of the tokens that the next entry may be made of.
+            size += 4 * c.ratio * (1 + c.overlap) * 2 * (1 + c.overlap) * _entry(m)
     return size
 
 
@@ -139,11 +171,22 @@ def kv_numbers(m: Mixer) -> int:
         return m.n_kv_heads * (m.head_dim + m.v_head_dim)
     if isinstance(m, LatentAttention):
         return m.kv_rank + m.rope_dim + (m.indexer.head_dim if m.indexer else 0)
+    if isinstance(m, CompressedAttention):
+        return m.head_dim + (_entry(m) // m.compressor.ratio if m.compressor else 0)
     return 0
+
+
+def caches(m: Mixer) -> list[tuple[int, int]]:
+    """(numbers that a token adds, how many tokens are kept; 0: all) of each cache of this mixer."""
+    if isinstance(m, CompressedAttention):
+        return [(m.head_dim, m.window), (kv_numbers(m) - m.head_dim, 0)]
+    return [(kv_numbers(m), horizon(m) or 0)]
 
 
 def horizon(m: Mixer) -> int | None:
     """How many tokens back this mixer's cache reaches; None: to the first."""
+    if isinstance(m, CompressedAttention):
+        return m.window if m.compressor is None else None
     return (m.window or m.chunk) if isinstance(m, Attention) else None
 
 
@@ -170,6 +213,12 @@ def _seen(m: Mixer, context: int) -> int:
                 chosen = 2 * m.indexer.n_heads * m.indexer.head_dim * context
                 keys = min(context, m.indexer.top_k)
             return 2 * m.n_heads * (m.nope_dim + m.rope_dim + m.v_head_dim) * keys + chosen
+        case CompressedAttention():
+            entries, chosen = _entries(m, context), 0
+            if m.indexer is not None:
+                chosen = 2 * m.indexer.n_heads * m.indexer.head_dim * entries
+                entries = min(entries, m.indexer.top_k)
+            return 4 * m.n_heads * m.head_dim * (min(context, m.window) + entries) + chosen
         case DeltaNet():
             return 7 * m.n_v_heads * m.k_head_dim * m.v_head_dim
         case Mamba():

@@ -14,7 +14,10 @@ from zoo.spec import (
     MAX_LAYERS,
     MLP,
     Attention,
+    CompressedAttention,
+    Compressor,
     DeltaNet,
+    HyperConnections,
     Indexer,
     LatentAttention,
     Layer,
@@ -32,6 +35,7 @@ from zoo.spec import (
 
 MAX_EXPERTS = 1 << 16
 MAX_SIZE = 1 << 40
+MAX_ROUNDS = 1 << 10
 """Beyond these a config is broken: the deepest release has 126 layers, the most experts of one 512, the widest axis
 262,400 entries."""
 
@@ -168,6 +172,44 @@ def _unsound_part(x: Any) -> Iterator[str]:
             yield f"a convolution of {n} tokens sees nothing before"
         case LatentAttention(indexer=i, indexer_from=int(n)) if i is not None:
             yield f"a layer has an indexer of its own and that of layer {n}"
+        case CompressedAttention(window=n) | Compressor(ratio=n) if n < 1:
+            yield f"a window, or an entry, of {n} positions shows nothing"
+        case CompressedAttention(n_heads=h, out_groups=g) if g < 1 or h % g:
+            yield f"{h} heads do not make {g} groups"
+        case CompressedAttention(head_dim=d, rope=Rope(dim=dim)) if dim > d:
+            yield f"RoPE would rotate {dim} of {d} channels"
+        case CompressedAttention(compressor=None, indexer=i) if i is not None:
+            yield "an indexer picks entries, and there are none"
+        case CompressedAttention(indexer=Indexer(head_dim=d, rope=Rope(dim=dim))) if dim > d:
+            yield f"RoPE would rotate {dim} of {d} channels of an indexer"
+        case CompressedAttention(query_norm=a, latent_norm=b) if (a.weight, a.kind, b.kind) != (
+            "none",
+            "rms",
+            "rms",
+        ):
+            yield "norms of compressed attention are RMS norms, that of queries without a weight"
+        case HyperConnections(n_streams=n, rounds=r) if n < 1 or not 0 < r <= MAX_ROUNDS:
+            yield f"{n} streams and {r} rounds of Sinkhorn make no hyper-connections"
+        case HyperConnections(norm=Norm(kind=kind, weight=w)) if (kind, w) != ("rms", "none"):
+            yield "the norm of hyper-connections is an RMS norm without a weight"
+        case Spec(hyper=h, altup=a, per_layer_embedding=p) if h is not None and (
+            a is not None or p is not None
+        ):
+            yield "hyper-connections go with no other streams and no per-layer inputs"
+        case Spec(hyper=h, layers=layers) if h is not None and any(
+            x.parallel or x.scalar or x.beside is not None for x in layers
+        ):
+            yield "hyper-connections are of layers whose branches follow one another, without a scale of the whole"
+        case Spec(vocab_size=v, layers=layers) if any(
+            isinstance(x.ffn, MoE) and x.ffn.router.by_token not in (None, v) for x in layers
+        ):
+            yield f"experts are given by token for other than the {v} ids that there are"
+        case Router(by_token=int(), over=over, selection_bias=bias, n_groups=g) if (
+            over != "all" or bias or g > 1
+        ):
+            yield "experts that a token's id says are not chosen: no bias, no groups"
+        case Router(score="sqrt_softplus", over=over) if over != "all":
+            yield f"roots of a softplus are scores over all experts, not over {over}"
         case Spec(tied=True, head_bias=True):
             yield "a head that is the embedding has no bias"
         case Spec(positions=None, positions_offset=int(n)) if n:

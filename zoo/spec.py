@@ -234,6 +234,48 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class Compressor:
+    """What stands for tokens that a window has gone past: an entry for each `ratio` of them (DeepSeek-V4, CSA and HCA).
+
+    entry = norm(sum_j softmax_j(z_j + position_j) * c_j), a softmax for each channel, c and z two projections of x, all in
+    fp32. `overlap`: c and z have as many channels again, and entry w is of 2 * ratio candidates: the first channels of the
+    tokens of window w - 1, and the last of those of window w. Tokens of a window that is not full have no entry yet.
+    """
+
+    ratio: int
+    overlap: bool
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedAttention:
+    """Attention to a `window` of tokens and to entries that stand for all tokens before (DeepSeek-V4).
+
+    A token, and an entry, is ONE latent of head_dim channels: key and value of all heads. `rope` turns the LAST channels of
+    queries and latents; an entry's position is that of its first token. So values are turned too, and the last channels of
+    what a head gives are turned back by the query's angle. Queries come from a latent of `q_rank`; `latent_norm`: of it and
+    of the tokens' latents; `query_norm`: of each head. One learned logit per head joins the softmax (sinks).
+    `out_groups`: the heads, in so many groups, give `out_rank` channels each, by a matrix for each group; `out` reads these.
+    `compressor` None: the window alone. `indexer`: picks the entries that a query sees, by keys that a compressor like this
+    one makes (in place of a matrix; `key_norm` is its norm); its `rope` turns the last channels, too.
+    """
+
+    n_heads: int
+    head_dim: int
+    q_rank: int
+    window: int
+    scale: float
+    rope: Rope
+    latent_norm: Norm
+    query_norm: Norm
+    out_groups: int
+    out_rank: int
+    compressor: Compressor | None = None
+    indexer: Indexer | None = None
+    kind: Literal["compressed_attention"] = "compressed_attention"
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaNet:
     """Gated delta rule (arXiv 2412.06464; KDA: arXiv 2510.26692): a linear-attention state per head.
 
@@ -320,7 +362,7 @@ class MLP:
 class Router:
     """Chooses `top_k` of the experts for a token and their weights.
 
-    `score`: softmax or sigmoid of the logits; `over`: scores are taken over "all" experts before the
+    `score`: softmax, sigmoid or the root of the softplus of the logits; `over`: scores are taken over "all" experts before the
     choice, or over the "chosen" ones after it; or an expert's over those "near" it (SparseMixer, arXiv 2409.12136): of the
     experts not chosen before it, those whose logit z is less than its own, m, by at most `near` * max(|z|, m).
     `selection_bias`: a per-expert bias that takes part in
@@ -333,10 +375,11 @@ class Router:
     result is not rounded at all ("last"). `weights_rounding`: of the weighted sum over experts: the weights are rounded
     "first", or stay in fp32 and the sum is rounded "last". `score_rounding`: scores, their sum and their quotients are
     rounded as they are made ("first", LFM2), or computed in fp32.
+    `by_token`: the experts of a token are those that a table of so many ids has for it (hash routing); scores only weigh them.
     """
 
     top_k: int
-    score: Literal["softmax", "sigmoid"]
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"]
     over: Literal["all", "chosen", "near"] = "all"
     bias: bool = False
     selection_bias: bool = False
@@ -356,6 +399,7 @@ class Router:
     input_scale: float = 1.0
     score_rounding: Rounding = "last"
     near: float = 0.0
+    by_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +441,7 @@ class ShortConv:
     kind: Literal["short_conv"] = "short_conv"
 
 
-Mixer = Attention | LatentAttention | DeltaNet | Mamba | Mamba1 | ShortConv
+Mixer = Attention | LatentAttention | CompressedAttention | DeltaNet | Mamba | Mamba1 | ShortConv
 FFN = MLP | MoE
 
 
@@ -442,6 +486,22 @@ class AltUp:
     norm: Norm
     coef_clip: float | None = None
     correct_scale: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HyperConnections:
+    """Manifold-constrained hyper-connections (mHC, arXiv 2512.24880): `n_streams` residuals X_i, at first all the embedding.
+
+    Each branch has z = W norm(X_1 .. X_n), `norm` weightless and over all streams together, and of its parts with a factor
+    and a bias of their own: a = sigmoid(z_a) + eps, b = 2 sigmoid(z_b), M = softmax(z_M) + eps, whose columns and rows are in
+    turn divided by their sums + eps, `rounds` times columns, rows in between. The branch reads sum_i a_i X_i; then
+    X_k = b_k * branch + sum_j M_jk X_j. What the final norm reads is sum_i a_i X_i of a W of its own. All in fp32.
+    """
+
+    n_streams: int
+    norm: Norm
+    eps: float
+    rounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,10 +550,17 @@ class Spec:
     positions_offset: int = 0
     embed_norm: Norm | None = None
     head_bias: bool = False
+    hyper: HyperConnections | None = None
 
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether layers look at the tokens' ids: experts that are a token's."""
+        ffns = (layer.ffn for layer in dict.fromkeys(self.layers))
+        return any(isinstance(f, MoE) and f.router.by_token is not None for f in ffns)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict. Equal layers are written once: `layer_kinds` and a list of indices."""

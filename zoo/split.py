@@ -33,6 +33,7 @@ from zoo.quant.base import Component
 from zoo.spec import (
     MLP,
     Attention,
+    CompressedAttention,
     DeltaNet,
     LatentAttention,
     Layer,
@@ -121,8 +122,12 @@ def allowed(spec: Spec) -> list[int]:
 
 def uneven(spec: Spec, ranks: int) -> Iterator[str]:
     """What so many ranks cannot share, one sentence each."""
+    if ranks > 1 and spec.hyper is not None:
+        yield "its residual streams are mixed by hyper-connections, which ranks do not share yet"
     for layer in dict.fromkeys(spec.layers):
         where = f"layer {spec.layers.index(layer)} has"
+        if ranks > 1 and isinstance(layer.mixer, CompressedAttention):
+            yield f"{where} compressed attention, which ranks do not share yet"
         for even, count, what in _counts(layer, spec.d_model):
             if count % ranks and (even or ranks % count):
                 yield f"{where} {count} {what}"

@@ -21,20 +21,14 @@ import click
 from zoo._version import __version__
 from zoo.cli import _common
 
-ORDER = (
-    "list",
-    "show",
-    "pull",
-    "plan",
-    "convert",
-    "merge",
-    "export",
-    "push",
-    "verify",
-    "inspect",
-    "generate",
-    "chat",
-)
+SECTIONS = {
+    "Find": ("list", "show", "gallery"),
+    "Bring here": ("pull", "plan", "convert", "inspect"),
+    "Prove": ("verify", "report", "golden", "check"),
+    "Run": ("generate", "chat"),
+    "Change and give away": ("export", "merge", "lora", "push", "sign"),
+}
+"""As in docs/cli.md."""
 
 
 class _Commands(click.Group):
@@ -42,7 +36,15 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         files = {f[:-3] for f in os.listdir(__path__[0]) if f.endswith(".py") and not f.startswith("_")}
-        return [*(c for c in ORDER if c in files), *sorted(files.difference(ORDER))]
+        order = [c for of in SECTIONS.values() for c in of]
+        return [*(c for c in order if c in files), *sorted(files.difference(order))]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        for title, of in SECTIONS.items():
+            with formatter.section(title):
+                found = [(name, self.get_command(ctx, name)) for name in of if name in names]
+                formatter.write_dl([(f"{n:8}", c.get_short_help_str(limit=90)) for n, c in found if c])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(ctx):
@@ -70,11 +72,11 @@ def cli() -> None:
     """Open LLM checkpoints in one canonical layout: found, pulled, converted and proven.
 
     \b
-    zoo pull smollm2-135m       fetch a release, convert it, check it
-    zoo show qwen3-8b llama4    two architectures side by side
-    zoo verify DIR              compare a conversion with upstream
+    zoo pull smollm2-135m     fetch a release, check and convert it
+    zoo show qwen3-8b llama4  architectures, side by side
+    zoo verify DIR            compare it with upstream
 
-    Each command takes --json, and --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.
+    zoo COMMAND --help has examples. Each command takes --json, and --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.
     """
 
 

@@ -46,6 +46,10 @@ def command(
 
     /exit or the end of stdin (Ctrl-D) ends the conversation. Ctrl-C stops an answer, and what was said of it stays said;
     where a question is awaited it ends zoo. --json prints the messages at the end, and nothing before.
+
+    \b
+    Examples:
+      zoo chat smollm2-135m --system 'Answer in one sentence.'
     """
     import zoo
     from zoo.mapping.parts import of_process

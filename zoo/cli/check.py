@@ -45,6 +45,11 @@ def command(
     it; headers to the files and the index; tensors to the architecture. Without any list, headers and tensors alone.
     FOLDER may be the URL of a store (s3://bucket/canon): every byte there is read, and held to the certificate or to the
     store's own hashes. Exit code 1 if something is missing or altered.
+
+    \b
+    Examples:
+      zoo check canonical
+      zoo check DOWNLOAD Qwen/Qwen3-0.6B
     """
     from zoo.check import check, check_store
     from zoo.cli._progress import Bar

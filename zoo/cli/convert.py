@@ -60,6 +60,12 @@ def command(
 
     Several processes share the work where torchrun or srun started them (RANK of WORLD_SIZE), or each is given its
     --part. DST must be on a file system that they share; the last to finish lets it appear.
+
+    \b
+    Examples:
+      zoo convert CHECKPOINT canonical
+      zoo convert model-fp8 plain --dtype bf16
+      zoo convert dcp back --like canonical
     """
     from zoo.cli._progress import Bar
     from zoo.pull import convert

@@ -84,6 +84,12 @@ def command(
     --max-shard-size, and where CANON was trained or merged. Its names are the release's.
 
     With --format gguf DST is a file, x.gguf, or the first of a set of files.
+
+    \b
+    Examples:
+      zoo export canonical release
+      zoo export canonical model.gguf --format gguf --type q8_0
+      zoo export tuned tuned-hf --dtype bf16 --max-shard-size 2GB
     """
     from zoo.card import About
     from zoo.cli._progress import Bar, Steps

@@ -25,6 +25,11 @@ def command(names: tuple[str, ...], output: Path, as_json: bool) -> None:
 
     A card and a page for each release, with its drawing; search, filters, comparison, a timeline of choices, and what fits on
     which card. It needs no network and no server.
+
+    \b
+    Examples:
+      zoo gallery -o site
+      zoo gallery gpt-oss-20b qwen3-8b -o two
     """
     from zoo import gallery
 

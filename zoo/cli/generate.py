@@ -72,6 +72,11 @@ def command(
     stdin has, without the newline at its end.
 
     torchrun --nproc-per-node N -m zoo generate ... has N ranks share the model: of GPUs, each has one of its own.
+
+    \b
+    Examples:
+      zoo generate smollm2-135m 'What is the capital of France?'
+      zoo generate smollm2-135m - -n 512 < prompt.txt
     """
     with together(device) as ranks:
         _generate(ranks, canon, prompt, max_new_tokens, sample, temperature, seed, raw, ids, dtype, as_json)

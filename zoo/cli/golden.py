@@ -15,6 +15,11 @@ def command() -> None:
     """Record upstream's logits to a file, or write the inputs that somebody else's code is to be run on.
 
     `zoo verify CANON --against FILE` then needs no upstream. docs/verification.md describes the file.
+
+    \b
+    Examples:
+      zoo golden record canonical -o golden.safetensors
+      zoo verify canonical --against golden.safetensors
     """
 
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 @common
 def command(path: Path | str, family: str | None, tensors: bool, as_json: bool) -> None:
     """Say what the checkpoint at PATH, a path or the URL of a store (s3://bucket/model), is, canonical or in any format zoo
-    reads, from its headers alone."""
+    reads, from its headers alone.
+
+    \b
+    Examples:
+      zoo inspect CHECKPOINT
+      zoo inspect model.gguf --tensors
+    """
     about, refs = look(path, family)
     listed = sorted(refs, key=lambda r: (r.file, r.offset))
     if as_json:

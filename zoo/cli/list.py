@@ -50,6 +50,12 @@ def command(
 
     Words are looked for in name, family, vendor, repository, licence, format and quantisation, years and months in the
     release's date: `zoo list qwen fp8`, `zoo list 2026`, `zoo list 2026-02 moe`.
+
+    \b
+    Examples:
+      zoo list qwen fp8
+      zoo list --vendor meta --year 2025 --sort released
+      zoo list --has MLA --has 'shared expert'
     """
     from zoo import manifest
 
@@ -154,7 +160,7 @@ def _table(found: Iterable[Manifest]) -> str:
         "GATED",
         "PROVEN",
     )
-    short = {1: 10, 5: 16, 6: 8, 7: 12}
+    short = {1: 12, 5: 16, 6: 9, 7: 12}
     shown = table(head, rows, right=(3, 4), short=short, drop=(5, 7, 8, 1, 4, 6, 9, 2, 3))
     if window() is None:
         return shown

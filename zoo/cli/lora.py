@@ -23,6 +23,10 @@ def command(base: Path, tuned: Path, dst: Path, rank: int, force: bool, as_json:
 
     Each matrix' difference is decomposed (SVD); the share of it that the adapter has is told. Norms, embeddings and biases
     that differ are in it whole. `zoo merge BASE DST OUT` gives TUNED back, as far as the adapter has it.
+
+    \b
+    Examples:
+      zoo lora canonical tuned adapter --rank 8
     """
     from zoo.cli._progress import Bar, Steps
     from zoo.mapping.lora import extract

@@ -20,6 +20,10 @@ def command(canon: Path, adapter: Path, dst: Path, force: bool, as_json: bool) -
 
     LoRA, rsLoRA and DoRA, whole modules and biases, fused weights and experts; computed in fp32, rounded once. DST holds no
     release's values, and says so.
+
+    \b
+    Examples:
+      zoo merge canonical ADAPTER merged
     """
     from zoo.cli._progress import Bar, Steps
     from zoo.mapping.merge import merge

@@ -34,6 +34,11 @@ def command(
 
     SRC is a checkpoint on disk, the name of a release, or owner/repo on the Hub. Fails, listing all that does not
     fit, if the family's rules do not account for every tensor.
+
+    \b
+    Examples:
+      zoo plan qwen3-0.6b
+      zoo plan model.gguf --tensors
     """
     from zoo.cli._progress import Bar
     from zoo.pull import is_local, not_here, open_source, preview
@@ -85,7 +90,7 @@ def remote_lines(found: Preview) -> list[tuple[str, str]]:
         lines.append(("fetch", f"{decimal(found.fetch)} in {len(found.opened.remote.files)} files{here}"))
     if found.opened.stored is not None:
         lines.append(("fetch", f"{decimal(found.fetch)} in {len(found.opened.stored.files)} files"))
-    lines.append(("write", f"{decimal(found.write)}; this disk has {decimal(found.free)} free"))
+    lines.append(("write", f"up to {decimal(found.write)}; this disk has {decimal(found.free)} free"))
     return lines
 
 

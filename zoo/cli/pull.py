@@ -84,6 +84,11 @@ def command(
     output files are made of; the last to finish lets the folder appear.
 
     With --json, events are printed as they happen, an object a line; the last is `done` or `error`.
+
+    \b
+    Examples:
+      zoo pull smollm2-135m
+      zoo pull deepseek-v3 --to /big/deepseek-v3 --stream
     """
     if stream and layers is not None:
         raise click.UsageError("--stream and --layers are two ways to fetch: choose one")

@@ -29,6 +29,10 @@ def command(
     Every file is hashed against the certificate first: one that failed, or is of weights that were edited since, stops it. The
     token is that of `hf auth login` or HF_TOKEN. Interrupted, the same command sends only what the Hub has not got. It needs room
     for the export beside CANON.
+
+    \b
+    Examples:
+      zoo push canonical me/my-model --dry-run
     """
     from zoo.cli._progress import Bar, Steps
     from zoo.cli.sign import password_of

@@ -23,6 +23,10 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
 
     The verdict comes first; then the model (drawing, sizes, release), every check with its bound, charts, the greedy
     continuation as text, and where everything came from.
+
+    \b
+    Examples:
+      zoo report canonical -o report.html
     """
     from zoo.formats.base import read_json
     from zoo.verify import certificate, report

@@ -69,6 +69,12 @@ def command(
 
     NAME is a release (`zoo list`), a folder or file on disk, a config.json, or an owner/repo on the Hub: of one that zoo has
     no manifest of, its sets of weights are listed, and what its config.json says.
+
+    \b
+    Examples:
+      zoo show gpt-oss-20b --context 32768 --batch 8 --kv-dtype fp8
+      zoo show llama-3.1-8b olmo-3-7b --svg both.svg
+      zoo show path/to/config.json
     """
     shown = [look(name, family) for name in names]
     if context or batch or kv_dtype:

@@ -30,6 +30,10 @@ def command(folder: Path, key: Path, as_json: bool) -> None:
 
     `zoo check FOLDER --signature PUBLIC.pem` holds the folder to it, as model-signing's own command does. Nothing is asked of any
     server. Needs zoo-weights[sign].
+
+    \b
+    Examples:
+      zoo sign canonical --key private.pem
     """
     from zoo.sign import sign
 

@@ -66,6 +66,12 @@ def command(
     against the folder's, and nothing is kept but what -o names.
 
     torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON: of GPUs, each has one of its own.
+
+    \b
+    Examples:
+      zoo verify smollm2-135m --pull
+      zoo verify canonical --level logits --self-test
+      zoo verify canonical --against golden.safetensors
     """
     if pull and not os.path.lexists(canon):
         canon = _pulled(str(canon))
@@ -190,7 +196,7 @@ def describe(cert: Certificate, canon: Path) -> str:
             ["level", "", "check", "value", "bound", "margin", "bound from"],
             rows,
             right=[3, 4, 5],
-            short={2: 16},
+            short={2: 32},
             drop=[6, 5],
             wrap=6,
         )

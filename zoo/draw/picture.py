@@ -17,7 +17,7 @@ from zoo.draw import words
 from zoo.draw.boxes import Canvas, text_width
 from zoo.draw.words import Line, number
 from zoo.order import MEANINGS, Order, order, pattern, sees_all
-from zoo.spec import FFN, Attention, LatentAttention, Layer, Mixer, MoE, Norm, Spec
+from zoo.spec import FFN, Attention, CompressedAttention, LatentAttention, Layer, Mixer, MoE, Norm, Spec
 
 WIDTH = 400.0
 _MARGIN, _RAIL, _INNER = 12.0, 32.0, 54.0
@@ -31,7 +31,7 @@ _LAYER = (
 )  # fmt: skip
 _SPEC = (
     "d_model", "vocab_size", "layers", "norm", "tied", "context_length", "positions", "positions_offset", "embed_scale", "embed_norm",
-    "logit_scale", "logit_softcap", "altup", "per_layer_embedding", "head_bias", "dtype",
+    "logit_scale", "logit_softcap", "altup", "per_layer_embedding", "head_bias", "dtype", "hyper",
 )  # fmt: skip
 
 
@@ -196,11 +196,14 @@ def _frame(c: Canvas, spec: Spec, o: Order, f: Frame, top: float) -> float:
     y = top + 8
     title = f"{spec.n_layers} layers" if f.n == spec.n_layers else f"{f.n} of {spec.n_layers} layers"
     y += c.lines(_INNER, y, title, _TITLE, WIDTH - _INNER - 2 * _MARGIN, "b") + 4
-    streams = spec.altup.n_streams if spec.altup else 1
+    streams = spec.altup.n_streams if spec.altup else spec.hyper.n_streams if spec.hyper else 1
     if others := words.others(x, _LAYER):
         y += _put(c, Box("n", "Also", others), _RAIL - 8, y, WIDTH - _RAIL - 14, 1) + 6
     if spec.altup is not None:
         predict, correct, laurel = words.altup(spec.altup)
+    if spec.hyper is not None:
+        box = Box("n", "Hyper-connections", words.hyper(spec.hyper)[0])
+        y += _put(c, box, _RAIL - 8, y, WIDTH - _RAIL - 14, 1) + 6
     if x.scalar:
         y += (
             _put(c, Box("n", lines=[Line("x × a learned number", True)]), _RAIL - 8, y, WIDTH - _RAIL - 14, 1)
@@ -286,6 +289,8 @@ def _mixer_box(m: Mixer, note: str, context: int) -> Box:
         icon = "full" if sees_all(m, context) else "window" if m.window else "chunk"
     elif isinstance(m, LatentAttention):
         icon = "full" if m.indexer is None and m.indexer_from is None else "sparse"
+    elif isinstance(m, CompressedAttention):
+        icon = "window" if m.compressor is None else "entries"
     return Box(_mixer_style((m,), context), words.mixer_title(m), words.mixer(m), note, icon=icon)
 
 
@@ -313,6 +318,8 @@ def _ffn_box(x: FFN, note: str) -> Box:
 def _mixer_style(m: tuple[Mixer, ...], context: int) -> str:
     if isinstance(m[0], Attention) and not sees_all(m[0], context):
         return "h"
+    if isinstance(m[0], CompressedAttention):
+        return "h" if m[0].compressor is None else "a"
     return "a" if isinstance(m[0], Attention | LatentAttention) else "l"
 
 
@@ -343,7 +350,8 @@ def _top(spec: Spec, ahead: Ahead | None) -> list[Node]:
     if ahead is not None:
         many = "" if ahead.layers is None else f"{ahead.layers} more layer{'s' * (ahead.layers != 1)}, "
         out.append(Box("g", "Multi-token prediction", [Line(f"{many}kept aside: no part in these logits")]))
-    return [*out, Box("v", "Head", head), *_norm(spec.norm)]
+    last: list[Node] = [Box("n", "Hyper-connections", words.hyper(spec.hyper)[1])] if spec.hyper else []
+    return [*out, Box("v", "Head", head), *_norm(spec.norm), *last]
 
 
 def _bottom(spec: Spec) -> list[Node]:
@@ -451,6 +459,7 @@ _ICONS = {
     "full": "v24h24z",
     "window": "v9l15 15h9z",
     "chunk": "v8h8zm8 8v8h8zm8 8v8h8z",
+    "entries": "v9l15 15h9zm0 13h3v3h-3zm0 5h3v3h-3zm5 0h3v3h-3z",
     "sparse": "v4h4zm0 10h4v4h-4zm10 4h4v4h-4zm-4 4h4v4h-4zm16 2h4v4h-4zm-20 0h4v4h-4z",
 }
 """Which keys (across) a query (down) may see."""

@@ -18,7 +18,10 @@ from zoo.spec import (
     MLP,
     AltUp,
     Attention,
+    CompressedAttention,
+    Compressor,
     DeltaNet,
+    HyperConnections,
     Indexer,
     LatentAttention,
     Mamba,
@@ -195,6 +198,10 @@ def mixer_title(m: Mixer) -> str:
             return "Multi-head attention" if m.n_kv_heads == m.n_heads else "Grouped-query attention"
         case LatentAttention():
             return "Multi-head latent attention"
+        case CompressedAttention():
+            if m.compressor is None:
+                return "Windowed attention on one latent"
+            return "Compressed sparse attention" if m.indexer else "Heavily compressed attention"
         case DeltaNet():
             return "Gated DeltaNet" if m.decay == "head" else "Kimi Delta Attention"
         case Mamba():
@@ -209,6 +216,8 @@ def mixer_title(m: Mixer) -> str:
 SHORT = {
     "Multi-query attention": "MQA", "Multi-head attention": "MHA", "Grouped-query attention": "GQA",
     "Multi-head latent attention": "MLA", "Gated short convolution": "Short convolution",
+    "Windowed attention on one latent": "Windowed latent", "Compressed sparse attention": "CSA",
+    "Heavily compressed attention": "HCA",
 }  # fmt: skip
 """Titles for a narrow box."""
 
@@ -220,6 +229,8 @@ def mixer(m: Mixer) -> list[Line]:
             return list(_attention(m))
         case LatentAttention():
             return list(_latent(m))
+        case CompressedAttention():
+            return list(_compressed(m))
         case DeltaNet():
             return list(_delta(m))
         case Mamba():
@@ -305,9 +316,35 @@ def _latent(m: LatentAttention) -> Iterator[Line]:
     yield from r.rest()
 
 
-def _indexer(x: Indexer) -> Iterator[Line]:
+def _compressed(m: CompressedAttention) -> Iterator[Line]:
+    r = _Read(m)
+    yield Line(f"{r.n_heads} heads of {r.head_dim}; one latent is key and value", True)
+    yield Line(f"queries through {number(r.q_rank)}; sliding window {number(r.window)}")
+    yield Line(f"  latents: {norm(r.latent_norm)}")
+    yield Line(f"  queries, per head: {norm(r.query_norm)}")
+    if r.compressor is not None:
+        yield from _compressor(r.compressor)
+    if r.indexer is not None:
+        yield from _indexer(r.indexer, "entries")
+    yield from rope(r.rope, m.head_dim)
+    yield Line("  of the last channels; values are turned back", True)
+    yield Line("sinks: a learned logit per head", True)
+    yield _scores(r.scale, m.head_dim)
+    yield Line(f"output: {r.out_groups} groups of heads, {number(r.out_rank)} channels each", True)
+    yield from r.rest()
+
+
+def _compressor(c: Compressor) -> Iterator[Line]:
+    r = _Read(c)
+    of = f"{2 * c.ratio} tokens" if r.overlap else "these"
+    yield Line(f"an entry for each {r.ratio} tokens, pooled of {of}", True)
+    yield Line(f"  entries: {norm(r.norm)}")
+    yield from r.rest()
+
+
+def _indexer(x: Indexer, of: str = "keys") -> Iterator[Line]:
     r = _Read(x)
-    yield Line(f"sparse: indexer picks {number(r.top_k)} keys", True)
+    yield Line(f"sparse: indexer picks {number(r.top_k)} {of}", True)
     yield Line(f"  indexer: {r.n_heads} heads of {r.head_dim}, keys {norm(r.key_norm)}")
     yield from (Line(f"  indexer: {line.text}") for line in rope(r.rope, x.head_dim))
     yield from r.rest()
@@ -424,7 +461,10 @@ def _router(x: Router) -> Iterator[Line]:
     over = {"all": "over all", "chosen": "over the chosen", "near": "over those near the best"}.get(
         r.over, x.over
     )
-    yield Line(f"{r.score} {over}" + (f" (within {number(x.near)})" if r.near else ""), x.over == "near")
+    score = r.score.replace("sqrt_softplus", "root of softplus")
+    yield Line(f"{score} {over}" + (f" (within {number(x.near)})" if r.near else ""), x.over == "near")
+    if r.by_token is not None:
+        yield Line(f"experts by the token's id: a table of {number(r.by_token)}", True)
     if r.n_groups > 1:
         yield Line(f"best {r.top_groups} of {x.n_groups} groups, by their best {r.group_top}")
         if r.masked_groups == "zero":
@@ -464,6 +504,18 @@ def altup(a: AltUp) -> tuple[list[Line], list[Line], list[Line]]:
     correct += [Line("times a learned scale")] if r.correct_scale else []
     laurel = [Line(f"low rank {r.laurel_rank}, beside attention", True), Line(norm(r.norm))]
     return predict + r.rest(), correct, laurel
+
+
+def hyper(h: HyperConnections) -> tuple[list[Line], list[Line]]:
+    """Lines of the box in each layer, and of that at the end."""
+    r = _Read(h)
+    layer = [
+        Line(f"{r.n_streams} streams; each branch reads a weighted sum", True),
+        Line("and is added to each with a weight of its own", True),
+        Line(f"streams mixed: {r.rounds} rounds of Sinkhorn, ε {number(r.eps)}", True),
+        Line(f"weights made of all streams: {norm(r.norm)}"),
+    ]
+    return layer + r.rest(), [Line(f"a weighted sum of the {h.n_streams} streams", True)]
 
 
 def per_layer(p: PerLayerEmbedding, n_layers: int) -> tuple[list[Line], list[Line]]:

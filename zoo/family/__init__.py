@@ -36,7 +36,10 @@ from zoo.spec import (
     Alibi,
     AltUp,
     Attention,
+    CompressedAttention,
+    Compressor,
     DeltaNet,
+    HyperConnections,
     Indexer,
     LatentAttention,
     Layer,
@@ -57,8 +60,9 @@ from zoo.spec import (
 )
 
 __all__ = [
-    "FFN", "MLP", "Alibi", "AltUp", "Attention", "Config", "DeltaNet", "Disagreement", "Expr", "Family", "Indexer",
-    "LatentAttention", "Layer", "Mamba", "Mamba1", "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope",
-    "RopeScaling", "Rounding", "Router", "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra",
-    "flatten", "per_head", "ranks", "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
+    "FFN", "MLP", "Alibi", "AltUp", "Attention", "CompressedAttention", "Compressor", "Config", "DeltaNet",
+    "Disagreement", "Expr", "Family", "HyperConnections", "Indexer", "LatentAttention", "Layer", "Mamba", "Mamba1",
+    "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope", "RopeScaling", "Rounding", "Router",
+    "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra", "flatten", "per_head", "ranks",
+    "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
 ]  # fmt: skip

@@ -216,7 +216,9 @@ def _check(c: Canonical) -> None:
         how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
         if how is not None:
             _check_quantised(c, slot, how)
-        elif ref.dtype not in FLOATS:
+        elif slot.counts and ref.dtype not in ("I64", "I32"):
+            raise ZooError(f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected I64 or I32")
+        elif ref.dtype not in FLOATS and not slot.counts:
             raise ZooError(
                 f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected one of {', '.join(FLOATS)}"
             )

@@ -107,7 +107,7 @@ def _parts(spec: Spec, who: str) -> tuple[Attention | LatentAttention, MLP | Non
     """An attention of the model (one that turns, if any does), a dense feed-forward, and experts."""
     mixers = [x.mixer for x in spec.layers]
     if not all(isinstance(m, Attention | LatentAttention) for m in mixers):
-        raise ZooError(f"{who}: has layers without attention, which no params.json has")
+        raise ZooError(f"{who}: has layers without plain or latent attention, which no params.json has")
     mixer = next((m for m in mixers if isinstance(m, Attention | LatentAttention) and m.rope), mixers[0])
     assert isinstance(mixer, Attention | LatentAttention)
     dense = next((x.ffn for x in spec.layers if isinstance(x.ffn, MLP)), None)

@@ -12,6 +12,7 @@ from zoo.order import sees_all
 from zoo.spec import (
     MLP,
     Attention,
+    CompressedAttention,
     DeltaNet,
     LatentAttention,
     Layer,
@@ -52,7 +53,7 @@ def _norm(test: Callable[[Norm], bool]) -> Callable[[Spec], bool]:
 
 def _rotary_part(m: Mixer) -> bool:
     return (
-        isinstance(m, Attention)
+        isinstance(m, Attention | CompressedAttention)
         and m.rope is not None
         and (m.rope.dim != m.head_dim or m.rope.turning is not None)
     )
@@ -80,16 +81,21 @@ CHOICES: dict[str, dict[str, Callable[[Spec], bool]]] = {
         "GQA": _attention(lambda m: 1 < m.n_kv_heads < m.n_heads),
         "MQA": _attention(lambda m: m.n_kv_heads == 1 < m.n_heads),
         "MLA": _mixer(lambda m: isinstance(m, LatentAttention)),
-        "sliding window": lambda s: _attention(lambda m: bool(m.window) and not sees_all(m, s.context_length))(s),
+        "CSA / HCA (compressed)": _mixer(lambda m: isinstance(m, CompressedAttention) and m.compressor is not None),
+        "sliding window": lambda s: _mixer(
+            lambda m: isinstance(m, Attention | CompressedAttention) and bool(m.window) and not sees_all(m, s.context_length)
+        )(s),
         "chunks": lambda s: _attention(lambda m: bool(m.chunk) and not sees_all(m, s.context_length))(s),
-        "sparse (indexer)": _mixer(lambda m: isinstance(m, LatentAttention) and m.indexer is not None),
+        "sparse (indexer)": _mixer(
+            lambda m: isinstance(m, LatentAttention | CompressedAttention) and m.indexer is not None
+        ),
         "Gated DeltaNet": _mixer(lambda m: isinstance(m, DeltaNet) and m.decay == "head"),
         "Kimi Delta Attention": _mixer(lambda m: isinstance(m, DeltaNet) and m.decay == "channel"),
         "Mamba-2": _mixer(lambda m: isinstance(m, Mamba)),
         "Mamba": _mixer(lambda m: isinstance(m, Mamba1)),
         "short convolution": _mixer(lambda m: isinstance(m, ShortConv)),
         "QK-norm": _attention(lambda m: m.qk_norm is not None),
-        "sinks": _attention(lambda m: m.sinks),
+        "sinks": _mixer(lambda m: isinstance(m, CompressedAttention) or (isinstance(m, Attention) and m.sinks)),
         "output gate": _attention(lambda m: m.gate),
         "biases": _attention(lambda m: m.qkv_bias or m.out_bias),
         "capped scores": _attention(lambda m: m.softcap is not None),
@@ -97,7 +103,9 @@ CHOICES: dict[str, dict[str, Callable[[Spec], bool]]] = {
     },
     "positions": {
         "learned": lambda s: s.positions is not None,
-        "RoPE": _mixer(lambda m: isinstance(m, Attention | LatentAttention) and m.rope is not None),
+        "RoPE": _mixer(
+            lambda m: isinstance(m, Attention | LatentAttention | CompressedAttention) and m.rope is not None
+        ),
         "partial RoPE": _mixer(_rotary_part),
         "ALiBi": _attention(lambda m: m.alibi is not None),
         "NoPE": lambda s: s.positions is None and _mixer(_without_positions)(s),
@@ -123,7 +131,7 @@ CHOICES: dict[str, dict[str, Callable[[Spec], bool]]] = {
     "other": {
         "tied head": lambda s: s.tied,
         "per-layer embeddings": lambda s: s.per_layer_embedding is not None,
-        "several residual streams": lambda s: s.altup is not None,
+        "several residual streams": lambda s: s.altup is not None or s.hyper is not None,
         "scaled branches": _layer(lambda x: x.residual_scale != 1),
     },
 }  # fmt: skip

@@ -156,6 +156,7 @@ def _cache(spec: Spec) -> list[list[int]]:
     found: dict[int, int] = {}
     for layer in spec.layers:
         for m in layer.mixers:
-            if n := sizes.kv_numbers(m):
-                found[sizes.horizon(m) or 0] = found.get(sizes.horizon(m) or 0, 0) + n
+            for n, kept in sizes.caches(m):
+                if n:
+                    found[kept] = found.get(kept, 0) + n
     return [[n, kept] for kept, n in found.items()]

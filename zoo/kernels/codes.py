@@ -10,9 +10,10 @@ the eight columns that tensor cores multiply at once are eight pieces of it (or 
 weight is eight rows of a tile, of which each needs one column.
 
 Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
-4096 53 and 21 us (67 % of copy), 4096 x 14336 32 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 36 (77 %), 25 and 25,
-10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 141 and
-29, 75 and 17, 31 and 10; fp8 155 and 35, 81 and 20, 34 and 10. Experts are in `zoo.kernels.experts`.
+4096 54 and 23 us (62 % of copy), 4096 x 14336 33 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 37 (75 %), 25 and 25,
+10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 143 and
+30, 74 and 18, 31 and 10; fp8 154 and 37, 82 and 21, 34 and 10. Experts are in `zoo.kernels.experts`. What is left: with four bits a
+program issues 2.6 instructions for a weight, of which 1.2 widen and multiply it, and the GPU has room for 3 x 10^13 in a second.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.launch import after_previous
+    from zoo.kernels.weights import WHOLE
 
 
 def serves(x: Tensor, w: Weight) -> bool:
@@ -44,10 +46,11 @@ def serves(x: Tensor, w: Weight) -> bool:
 
 
 def pays(x: Tensor, w: Weight) -> bool:
-    """Whether that is the fastest way for one row of x: for codes of four bits, and for many of eight, of which fewer are in
-    flight. For those of a token's experts arithmetic of fp32 is as fast."""
+    """Whether that is the fastest way for one row of x: for experts, for codes of four bits, and for many of eight, of which
+    fewer are in flight."""
     many = w.n >= LARGE if w.kind == FP8 else w.n * w.k >= 1 << 24
-    return serves(x, w) and (w.kind in (MXFP4, INT4) or (not w.lead and many) or INTERPRET)
+    known = w.kind in (MXFP4, INT4) or (w.kind == FP8 if w.lead else many)
+    return serves(x, w) and (known or INTERPRET)
 
 
 def tile(w: Weight) -> tuple[int, int, int, int, int]:
@@ -55,7 +58,13 @@ def tile(w: Weight) -> tuple[int, int, int, int, int]:
     if w.kind == MXFP4:
         return 128, 128, 2, 4, 3
     block = _block(w) if not w.lead and w.n <= 4096 else min(64, _block(w))
-    return 128, block, 2 if w.lead else 1 if w.n >= LARGE else 4, 4, 3
+    ahead = (4 if w.kind == FP8 else 2) if w.lead else 1 if w.n >= LARGE else 4
+    return 128, block, ahead, 4, 3
+
+
+def joined_tile(w: Weight) -> tuple[int, int, int, int, int]:
+    """`tile` for the experts of a token, joined: low ones, of which each program holds most of its rows before h is there."""
+    return 32, _block(w), 4 if w.kind == MXFP4 else 6, 2, 3
 
 
 def _block(w: Weight) -> int:
@@ -70,22 +79,31 @@ def shares(w: Weight) -> tuple[int, int, int, int, int, int]:
     return high, block, 2 if w.kind == INT4 else 1, 4, 4, 1 << (split.bit_length() - 1)
 
 
-def grouped_tile(average: float) -> tuple[int, int, int, int, int]:
-    """Rows of x, rows and channels of the weight of a tile of the grouped products, warps and stages, when an expert has
-    `average` rows of x. Measured on an H200."""
+def grouped_tile(average: float, *weights: Weight) -> tuple[int, int, int, int, int]:
+    """Rows of x, rows and channels of the weights of a tile of the grouped products, warps and stages, when an expert has
+    `average` rows of x. Measured on an H200: where few rows wait for what is read, as much as can be is read at a time."""
     if average <= 32:
-        return 16 if average <= 16 else 32, 256, 64, 8, 4
-    return 64, 128, 64, 4, 3
+        long = all(w.k % 128 == 0 and w.columns % 128 == 0 for w in weights)
+        return 16 if average <= 16 else 32, 128, 128 if long else 64, 4, 3 if long else 4
+    return 64, 128, 64, 4, 4 if weights[0].kind == FP8 else 3
 
 
 def constants(w: Weight, together: int = 1) -> dict[str, Any]:
     """What `codes_times` is compiled with and launched by, for one row of x, or one for each of `together` experts (a power of two)."""
-    rows, block, ahead, warps, stages = tile(w)
+    rows, block, ahead, warps, stages = tile(w) if together == 1 else joined_tile(w)
     columns = max(together, COLUMNS)
+    step = columns // together * block
+    ahead = min(ahead, ceil_div(w.k, step))
     return {
-        "R": max(rows, columns), "M": columns, "BLOCK": block, "AHEAD": ahead, "EVEN": even(w, columns // together * block, ahead),
+        "COLUMNS": sharing(w), "R": max(rows, columns), "M": columns, "BLOCK": block, "AHEAD": ahead, "EVEN": even(w, step, ahead),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def sharing(w: Weight) -> int:
+    """How many columns share a scale, 0: all. Kernels are compiled for it: a tile is multiplied in few instructions, of which
+    dividing by it would be a tenth."""
+    return w.columns if w.columns < w.k else 0
 
 
 def even(w: Weight, step: int, ahead: int) -> bool:
@@ -204,29 +222,24 @@ if triton is not None:
         return i // 64 * 64 + ((c * RUN + run) * 2 + half) * P + p % P
 
     @triton.jit
-    def fetched(
-        at, word, words, s_at, chunk, start, K, columns,
-        KIND: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
-    ):  # fmt: skip
-        """Words [R, W] of a tile from channel start + chunk [R] on, and their scales or exponents."""
-        first = start + chunk
+    def words_tile(at, word, words, start, CODES: tl.constexpr, EVEN: tl.constexpr):
+        """Words [R, W] of a tile from channel start on."""
         if EVEN:
-            w = tl.load(at + start // CODES)
+            return tl.load(at + start // CODES)
         else:
-            w = tl.load(at + start // CODES, mask=start // CODES + word < words, other=0)
+            return tl.load(at + start // CODES, mask=start // CODES + word < words, other=0)
+
+    @triton.jit
+    def scales_tile(s_at, first, K, COLUMNS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+        """Scales [R], or exponents [R, BLOCK / 32], of BLOCK channels from `first` [R] on, where there are such."""
         if KIND == 1:
-            s = 0
+            return first
         elif KIND == 3:
             group = (first // 32)[:, None] + tl.arange(0, BLOCK // 32)[None, :]
-            if EVEN:
-                s = tl.load(s_at[:, None] + group)
-            else:
-                s = tl.load(s_at[:, None] + group, mask=group * 32 < K, other=0)
-        elif EVEN:
-            s = tl.load(s_at + first // columns)
+            return tl.load(s_at[:, None] + group, mask=group * 32 < K, other=0)
         else:
-            s = tl.load(s_at + first // columns, mask=first < K, other=0.0)
-        return w, s
+            group = first // COLUMNS if COLUMNS > 0 else first * 0
+            return tl.load(s_at + group, mask=first < K, other=0.0)
 
     @triton.jit
     def x_tile(x_at, x_k, start, K, EVEN: tl.constexpr):
@@ -237,7 +250,7 @@ if triton is not None:
 
     @triton.jit
     def plus_tile(
-        acc, w, s, x, never, KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr
+        acc, w, s, x, KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr
     ):  # fmt: skip
         """acc plus a tile of words w with scales s times x [M, BLOCK]."""
         dtype: tl.constexpr = x.dtype
@@ -245,14 +258,14 @@ if triton is not None:
         a = widened(w, s, R, BLOCK, RUN, KIND, dtype)
         if KIND == 1 or KIND == 3:
             acc = tl.dot(a, x, acc, input_precision="ieee")
-            return settled(acc, never) if M > 8 else acc  # of eight columns nobody goes ahead
+            return settled(acc, dtype) if M > 8 else acc  # of eight columns nobody goes ahead
         else:
             return acc + tl.dot(a, x, input_precision="ieee") * s.to(tl.float32)[:, None]
 
     @triton.jit
     def codes_times(
-        x_ptr, x_row, x_chunk, w_ptr, n, chunk, s_ptr, s_row, K, s_columns, columns,
-        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
+        x_ptr, x_row, x_chunk, w_ptr, n, chunk, s_ptr, s_row, K, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
         EVEN: tl.constexpr, OVERLAP: tl.constexpr, WAIT: tl.constexpr,
     ):  # fmt: skip
         """Rows n [R] of codes with K columns times the rows that begin at x_row [M] behind x_ptr: fp32 [R, M].
@@ -269,35 +282,56 @@ if triton is not None:
         word = (chunk // CODES)[:, None] + tl.arange(0, BLOCK // CODES)[None, :]
         at = w_ptr.to(tl.pointer_type(tl.uint32)) + n.to(tl.int64)[:, None] * words + word
         s_at = s_ptr + s_row.to(tl.int64) * s_columns
-        acc, never = tl.zeros([R, M], dtype=tl.float32), s_columns < 0
-        tiles, xs = (), ()
+        acc = tl.zeros([R, M], dtype=tl.float32)
+        tiles, scales, xs = (), (), ()
         for i in tl.static_range(AHEAD):
-            tiles += (fetched(at, word, words, s_at, chunk, i * STEP, K, columns, KIND, CODES, BLOCK, EVEN),)  # type: ignore[assignment]
+            tiles += (words_tile(at, word, words, i * STEP, CODES, EVEN),)  # type: ignore[assignment]
+            scales += (scales_tile(s_at, chunk + i * STEP, K, COLUMNS, KIND, BLOCK),)  # type: ignore[assignment]
+        # A row's scale is too small to be copied asynchronously: it is on its way while the tile before is multiplied.
+        s = scales_tile(s_at, chunk + AHEAD * STEP, K, COLUMNS, KIND, BLOCK)
         if WAIT:
             after_previous(OVERLAP)
         for i in tl.static_range(AHEAD):
             xs += (x_tile(x_at, x_k, i * STEP, K, EVEN),)  # type: ignore[assignment]
         for start in range(AHEAD * STEP, K, STEP):
-            w, s = fetched(at, word, words, s_at, chunk, start, K, columns, KIND, CODES, BLOCK, EVEN)
-            acc = plus_tile(acc, w, s, x_tile(x_at, x_k, start, K, EVEN), never, KIND, R, M, BLOCK, RUN)
+            w = words_tile(at, word, words, start, CODES, EVEN)
+            x = x_tile(x_at, x_k, start, K, EVEN)
+            if (
+                KIND == 3
+            ):  # carried around the loop they have the compiler move what is widened through shared memory
+                s = scales_tile(s_at, chunk + start, K, COLUMNS, KIND, BLOCK)
+                acc = plus_tile(acc, w, s, x, KIND, R, M, BLOCK, RUN)
+            else:
+                s_next = scales_tile(s_at, chunk + start + STEP, K, COLUMNS, KIND, BLOCK)
+                acc = plus_tile(acc, w, s, x, KIND, R, M, BLOCK, RUN)
+                s = s_next
         for i in tl.static_range(AHEAD):
-            acc = plus_tile(acc, tiles[i][0], tiles[i][1], xs[i], never, KIND, R, M, BLOCK, RUN)
-        if KIND == 1:
-            acc *= tl.load(s_at).to(tl.float32)[:, None]
-        elif KIND == 3:
-            acc *= 1152921504606846976.0  # 2^60
-        elif KIND == 4:
-            acc *= 64.0
-        return acc
+            acc = plus_tile(acc, tiles[i], scales[i], xs[i], KIND, R, M, BLOCK, RUN)
+        return finished(acc, s_at, KIND)
 
     @triton.jit
-    def settled(acc, never):
+    def finished(acc, s_at, KIND: tl.constexpr):
+        """Sums of products with `widened` numbers, made whole: times a row's scale, where there is one, or a power of two."""
+        if KIND == 1:
+            return acc * tl.load(s_at).to(tl.float32)[:, None]
+        elif KIND == 3:
+            return acc * WHOLE
+        elif KIND == 4:
+            return acc * 64.0
+        else:
+            return acc
+
+    @triton.jit
+    def settled(acc, DTYPE: tl.constexpr):
         """acc, after a product that is still being made of it. Tensor cores read the registers of `widened` numbers while they
         work, and Triton (3.6) lets the next ones be written there meanwhile: it waits only where something reads acc. (On an
         H200 two groups of warps gave wrong sums and NaN; who waits has other programs beside him that multiply.)"""
-        if never:
-            acc += 1.0
-        return acc
+        if DTYPE == tl.bfloat16:  # the interpreter knows no assembler; nothing is left of this move
+            return tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=False, pack=1
+            )
+        else:
+            return acc
 
     @triton.jit
     def own_columns(acc, R: tl.constexpr, M: tl.constexpr, S: tl.constexpr):

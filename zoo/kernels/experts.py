@@ -13,14 +13,19 @@ Margin on an H100, 2048 tokens, bf16, sorting and summing included, against torc
 gathering around it: 128 experts of 768 x 2048, top 8: 576 and 1061 us; 32 of 2880 x 2880, top 4: 1024 and
 1264; 16 of 8192 x 5120, top 1: 1740 and 2259; 256 of 2048 x 7168, top 8: 8020 and 9690 (reading the weights
 once takes 7490). Programs that read the same rows of x run one after the other: the other way round, x came from
-memory once for each, and the last of these took 9230. Nor do tiles of one expert follow each other column by column: up to
+memory once for each, and the last of these took 9230. An expert's last tile is half as high where that holds what
+is left: on an H200 the products of the first take 408 us instead of 432, of the second 765 instead of 816. Nor do tiles of one expert follow each other column by column: up to
 eight of them are multiplied by the same columns first, or an expert of more than 128 tokens is read again for the next (16
 of 8192 x 5120, top 1: its products take 1590 us, 1900 before). One token: all of its experts' down rows are read at once, which
 takes 24 layers of the first from 1.67 to 1.64 ms in bf16 and, with tiles of 8 x 512, to 1.42 in fp8.
 
 Of codes on an H200, widened in fp32 on their way through shared memory and in the registers of tensor cores, for 1, 16 and 2048
-tokens: the first in int4 33 and 15, 196 and 119, 957 and 576 us; the second in mxfp4 57 and 36, 336 and 244, 2023 and 1251
-(1628 with the weight first in the product, whose registers Triton 3.6 then wrote too early: see `codes.settled`).
+tokens (`benchmarks/gpu_codes.py`): the first in int4 32 and 12, 200 and 111, 966 and 527 us, in fp8 with blocks 23 and 18, 189 and 136,
+720 and 622; the second in mxfp4 57 and 33, 349 and 240, 1982 and 1265. Of fp8 the sums are multiplied by the scales, not the codes:
+nearer to exact ones than weights rounded to bf16 are (errors of 0.34 and 0.44 % of an expert's output).
+
+Tried and not faster there: asking for a row's bytes in L2 before x exists (by bulk copies; all of a step took 13 to 35 % longer), tiles
+of 128 rows of x in prompts (mxfp4 1462 us), more scales in flight than one tile's (Triton copies nothing asynchronously then).
 """
 
 from __future__ import annotations
@@ -44,9 +49,9 @@ GROUP = 8
 if triton is not None:
     import triton.language as tl
 
-    from zoo.kernels.codes import channel, codes_times, own_columns, settled, widened
+    from zoo.kernels.codes import channel, codes_times, finished, own_columns, scales_tile, settled, widened
     from zoo.kernels.gated import activate
-    from zoo.kernels.launch import after_previous
+    from zoo.kernels.launch import in_turn
     from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
     from zoo.kernels.weights import WHOLE, rows_times, scale_row, weight_tile
 
@@ -159,14 +164,14 @@ def _few_codes(
     (n, k), f = chosen.shape, down.k
     how = codes.constants(up)
     _few_up_codes[(ceil_div(up.n * how["M"], how["R"]), n * k)](
-        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, up.columns, spec.limit or 0.0, spec.alpha,
+        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, spec.limit or 0.0, spec.alpha,
         KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
         **how, **overlap(x),
     )  # fmt: skip
     together = power_of_2(k)
     how = codes.constants(down, together)
     _few_down_codes[(ceil_div(down.n * how["M"], how["R"]), n)](
-        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
+        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales,
         KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
         **how, **overlap(x),
     )  # fmt: skip
@@ -278,7 +283,8 @@ def _many(
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
     n_tiles = tiles.shape[1]
     bulk = _bulk(x, up) and _bulk(x, down)
-    common = dict(BULK=bulk, BLOCK_M=block_m, GROUP=GROUP, PRECISION="ieee" if exact else "tf32")
+    least = block_m // 2 if bulk and block_m > 64 else block_m
+    common = dict(BULK=bulk, BLOCK_M=block_m, LEAST=least, GROUP=GROUP, PRECISION="ieee" if exact else "tf32")
     half = block_n // 2 if spec.gated else block_n
     _many_up[(n_tiles * ceil_div(f, half),)](
         _tiles(up, half, block_k) if bulk else x, x, order, tiles, weights, *up.pointers, h, n_tiles, k, f, up.n, up.k,
@@ -311,30 +317,28 @@ def _many_codes(
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
     h, y = x.new_empty(n * k, f), x.new_empty(n * k, down.n)
     out = torch.empty_like(x)
-    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts)
+    block_m, block_n, block_k, warps, stages = codes.grouped_tile(n * k / n_experts, up, down)
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
     n_tiles = tiles.shape[1]
     common: dict[str, Any] = dict(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=GROUP, num_warps=warps, num_stages=stages
     )
     _many_up_codes[(n_tiles * ceil_div(f, block_n // 2 if spec.gated else block_n),)](
-        codes.in_order(x, up), order, tiles, *up.pointers, h, n_tiles, k, f, up.n, up.k, *up.n_scales, up.columns,
+        codes.in_order(x, up), order, tiles, *up.pointers, h, n_tiles, k, f, up.n, up.k, *up.n_scales,
         spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, NEXT=down.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **common,
+        KIND=up.kind, COLUMNS=codes.sharing(up), NEXT=down.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **common,
     )  # fmt: skip
     _many_down_codes[(n_tiles * ceil_div(down.n, block_n),)](
-        h, order, tiles, *down.pointers, y, n_tiles, f, down.n, *down.n_scales, down.columns,
-        KIND=down.kind, HAS_BIAS=down.bias is not None, **common,
+        h, order, tiles, *down.pointers, y, n_tiles, f, down.n, *down.n_scales,
+        KIND=down.kind, COLUMNS=codes.sharing(down), HAS_BIAS=down.bias is not None, **common,
     )  # fmt: skip
     _sum(y, weights, shared, residual, out, k, weighted=True)
     return out
 
 
 def _as_codes(x: Tensor, w: Weight) -> bool:
-    """Whether grouped products widen the codes of w in registers: rows of whole tiles. With scales of fp8 blocks, which are in
-    fp32, that takes as long as without (8 of 128 experts of 768 x 2048, 2048 tokens: 722 and 712 us)."""
-    whole = w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
-    return codes.serves(x, w) and whole and w.kind != FP8
+    """Whether grouped products widen the codes of w in registers: rows of whole tiles."""
+    return codes.serves(x, w) and w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
 
 
 def _sum(
@@ -365,7 +369,7 @@ if triton is not None:
         ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
-        after_previous(OVERLAP)
+        in_turn(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
         n, mask = rows_of(tl.arange(0, ROWS), F, GATED, ROWS)
         bytes_: tl.constexpr = 2 if KIND >= 3 else 1
@@ -399,20 +403,20 @@ if triton is not None:
 
     @Kernel
     def _few_up_codes(
-        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns, columns,
+        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns,
         limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         pair = tl.program_id(1).to(tl.int64)
-        after_previous(OVERLAP)
+        in_turn(OVERLAP)
         e = tl.load(chosen_ptr + pair).to(tl.int64)
         w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
         s_ptr += e * s_rows * s_columns
         n, mask = rows_of(tl.arange(0, R) // M, F, GATED, R // M)
         y = one_row_of_codes(
-            x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
-            KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, False,
+            x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns,
+            KIND, COLUMNS, R, M, BLOCK, AHEAD, EVEN, OVERLAP, False,
         )  # fmt: skip
         n, mask = rows_of(tl.arange(0, R // M), F, GATED, R // M)
         finish_up(y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha, ACT, GATED, HAS_BIAS, R // M)
@@ -436,13 +440,12 @@ if triton is not None:
     ):  # fmt: skip
         # A tile holds the rows of all of a token's experts, so that none waits for another's.
         token = tl.program_id(1).to(tl.int64)
-        after_previous(OVERLAP)
         row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
         n = e * N + row
         s_row = e * s_rows + scale_row(rows_ptr, row, mask, KIND)
         y = rows_times(
             h_ptr, pair * F, w_ptr, s_ptr, s_row, n, mask, F, s_columns, columns,
-            KIND, ROWS, BLOCK, True, OVERLAP, False,
+            KIND, ROWS, BLOCK, True, OVERLAP, True,
         )  # fmt: skip
         finish_down(
             y, token, row, mask, e, pair, b_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
@@ -476,28 +479,32 @@ if triton is not None:
         j, row = r % EXPERTS, tl.program_id(0) * (ROWS // EXPERTS) + r // EXPERTS
         mask = (j < top_k) & (row < N)
         pair = token * top_k + j
-        return row, mask, pair, tl.load(chosen_ptr + pair, mask=mask, other=0).to(tl.int64)
+        return (
+            row,
+            mask,
+            pair,
+            tl.load(chosen_ptr + pair, mask=mask, other=0, cache_modifier=".cg").to(tl.int64),
+        )
 
     @Kernel
     def _few_down_codes(
         h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
-        top_k, F, N, s_rows, s_columns, columns,
+        top_k, F, N, s_rows, s_columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         # Columns of x are pieces of h of a token's experts.
         token = tl.program_id(1).to(tl.int64)
         S: tl.constexpr = M // EXPERTS
         ROWS: tl.constexpr = R // S
         r, m = tl.arange(0, R), tl.arange(0, M)
-        after_previous(OVERLAP)
         row, mask, pair, e = pairs_of(token, r // S, chosen_ptr, top_k, N, EXPERTS, ROWS)
         n = tl.where(mask, e * N + row, 0)
         s_row = tl.where(mask, e * s_rows + scale_row(rows_ptr, row, mask, KIND), 0)
         x_row = (token * top_k + tl.minimum(m // S, top_k - 1)) * F
         acc = codes_times(
-            h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns, columns,
-            KIND, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, False,
+            h_ptr, x_row, m % S * BLOCK, w_ptr, n, r % S * BLOCK, s_ptr, s_row, F, s_columns,
+            KIND, COLUMNS, R, M, BLOCK, S * BLOCK, AHEAD, EVEN, OVERLAP, True,
         )  # fmt: skip
         y = own_columns(acc, R, M, S)
         row, mask, pair, e = pairs_of(token, tl.arange(0, ROWS), chosen_ptr, top_k, N, EXPERTS, ROWS)
@@ -590,17 +597,14 @@ if triton is not None:
             )  # fmt: skip
         return w
 
-    @Kernel
-    def _many_up(
-        w_tiles, x_ptr, order_ptr, tiles_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
-        n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+    @triton.jit
+    def up_rows(
+        w_tiles, x_ptr, order_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+        e, first, left, column, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-        TINY: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, F, BLOCK_M, BLOCK_N, GROUP)
-        if left <= 0:
-            return
+        """BLOCK_N columns of h for the (at most BLOCK_M) rows left of expert e from its pair `first` on."""
         row = e * N + column  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
@@ -646,15 +650,36 @@ if triton is not None:
         tl.store(at, y.to(dtype), mask=m_mask[:, None] & f_mask[None, :])
 
     @Kernel
-    def _many_down(
-        w_tiles, h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
-        n_tiles, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    def _many_up(
+        w_tiles, x_ptr, order_ptr, tiles_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+        n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, BULK: tl.constexpr,
+        BLOCK_M: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
         TINY: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_M, BLOCK_N, GROUP)
+        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, F, BLOCK_M, BLOCK_N, GROUP)
         if left <= 0:
             return
+        if left > BLOCK_M - LEAST:
+            up_rows(
+                w_tiles, x_ptr, order_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+                e, first, left, column, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+                KIND, ACT, GATED, HAS_BIAS, WEIGHT_INPUT, BULK, BLOCK_M, BLOCK_N, BLOCK_K, TINY, PRECISION,
+            )  # fmt: skip
+        elif LEAST < BLOCK_M:
+            up_rows(
+                w_tiles, x_ptr, order_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
+                e, first, left, column, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
+                KIND, ACT, GATED, HAS_BIAS, WEIGHT_INPUT, BULK, LEAST, BLOCK_N, BLOCK_K, TINY, PRECISION,
+            )  # fmt: skip
+
+    @triton.jit
+    def down_rows(
+        w_tiles, h_ptr, order_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+        e, first, left, column, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TINY: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """As `up_rows`, of y."""
         row = e * N + column  # of the weights of all experts, one below the other
         e = e.to(tl.int64)
         m = tl.arange(0, BLOCK_M)
@@ -684,10 +709,33 @@ if triton is not None:
         at = y_ptr + pair[:, None] * N + n[None, :]
         tl.store(at, y.to(dtype), mask=m_mask[:, None] & n_mask[None, :])
 
+    @Kernel
+    def _many_down(
+        w_tiles, h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+        n_tiles, F, N, s_rows, s_columns, columns, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, BULK: tl.constexpr,
+        BLOCK_M: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+        TINY: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_M, BLOCK_N, GROUP)
+        if left <= 0:
+            return
+        if left > BLOCK_M - LEAST:
+            down_rows(
+                w_tiles, h_ptr, order_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+                e, first, left, column, F, N, s_rows, s_columns, columns,
+                KIND, HAS_BIAS, BULK, BLOCK_M, BLOCK_N, BLOCK_K, TINY, PRECISION,
+            )  # fmt: skip
+        elif LEAST < BLOCK_M:
+            down_rows(
+                w_tiles, h_ptr, order_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr,
+                e, first, left, column, F, N, s_rows, s_columns, columns,
+                KIND, HAS_BIAS, BULK, LEAST, BLOCK_N, BLOCK_K, TINY, PRECISION,
+            )  # fmt: skip
+
     @triton.jit
     def grouped_times(
-        x_at, w_ptr, n, s_ptr, s_row, K, s_columns, columns,
-        KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        x_at, w_ptr, n, s_ptr, s_row, K, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """Rows n [BLOCK_N] of codes times the rows of x that begin at x_at [BLOCK_M], channels `codes.in_order`: fp32."""
         CODES: tl.constexpr = 8 if KIND >= 3 else 4
@@ -695,37 +743,35 @@ if triton is not None:
         k, word = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // CODES)
         at = w_ptr.to(tl.pointer_type(tl.uint32)) + n.to(tl.int64)[:, None] * words + word[None, :]
         s_at = s_ptr + s_row.to(tl.int64) * s_columns
-        x_at = x_at[:, None] + k[None, :]
+        x_at, first = x_at[:, None] + k[None, :], s_row * 0
         dtype: tl.constexpr = x_at.dtype.element_ty
         REST: tl.constexpr = s_ptr.dtype.element_ty != dtype
         acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        s = scales_tile(s_at, first, K, COLUMNS, KIND, BLOCK_K)
         for start in range(0, K, BLOCK_K):
             w, x = tl.load(at + start // CODES), tl.load(x_at + start)
-            if KIND == 3:
-                s = tl.load(s_at[:, None] + (start // 32 + tl.arange(0, BLOCK_K // 32))[None, :])
-            elif KIND == 1:
-                s = 0
+            if KIND == 3:  # see `codes_times`
+                s = scales_tile(s_at, first + start, K, COLUMNS, KIND, BLOCK_K)
+                s_next = s
             else:
-                s = tl.load(s_at + start // columns)
+                s_next = scales_tile(s_at, first + start + BLOCK_K, K, COLUMNS, KIND, BLOCK_K)
             a = widened(w, s, BLOCK_N, BLOCK_K, 16 // CODES, KIND, dtype)
-            if KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
-                whole = s.to(dtype)
-                rest = (s.to(tl.float32) - whole.to(tl.float32)).to(dtype)
-                a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]
-            acc = settled(tl.dot(a, tl.trans(x), acc, input_precision="ieee"), s_columns < 0)
-        if KIND == 1:
-            acc *= tl.load(s_at).to(tl.float32)[:, None]
-        elif KIND == 3:
-            acc *= WHOLE
-        elif KIND == 4:
-            acc *= 64.0
-        return acc
+            if KIND == 2:
+                acc += tl.dot(a, tl.trans(x), input_precision="ieee") * s.to(tl.float32)[:, None]
+            else:
+                if KIND == 4:  # rounded once, as if s were whole: what is left of it counts before
+                    whole = s.to(dtype)
+                    rest = (s.to(tl.float32) - whole.to(tl.float32)).to(dtype)
+                    a = a * whole[:, None] + a * rest[:, None] if REST else a * whole[:, None]
+                acc = settled(tl.dot(a, tl.trans(x), acc, input_precision="ieee"), dtype)
+            s = s_next
+        return finished(acc, s_at, KIND)
 
     @Kernel
     def _many_up_codes(
         x_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr,
-        n_tiles, top_k, F, N, K, s_rows, s_columns, columns, limit, alpha,
-        KIND: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+        n_tiles, top_k, F, N, K, s_rows, s_columns, limit, alpha,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, NEXT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -744,8 +790,8 @@ if triton is not None:
         w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
         s_ptr += e * s_rows * s_columns
         y = grouped_times(
-            x_ptr + pair // top_k * K, w_ptr, n, s_ptr, scale_row(rows_ptr, n, n < N, KIND), K, s_columns, columns,
-            KIND, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr + pair // top_k * K, w_ptr, n, s_ptr, scale_row(rows_ptr, n, n < N, KIND), K, s_columns,
+            KIND, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         dtype = h_ptr.dtype.element_ty
         if HAS_BIAS:
@@ -762,8 +808,8 @@ if triton is not None:
 
     @Kernel
     def _many_down_codes(
-        h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr, n_tiles, F, N, s_rows, s_columns, columns,
-        KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+        h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, y_ptr, n_tiles, F, N, s_rows, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         e, first, left, column = tile_of(tl.program_id(0), tiles_ptr, n_tiles, N, BLOCK_M, BLOCK_N, GROUP)
@@ -779,7 +825,7 @@ if triton is not None:
         s_ptr += e * s_rows * s_columns
         y = grouped_times(
             h_ptr + (first + tl.minimum(m, left - 1)).to(tl.int64) * F, w_ptr, row, s_ptr, scale_row(rows_ptr, row, n_mask, KIND),
-            F, s_columns, columns, KIND, BLOCK_M, BLOCK_N, BLOCK_K,
+            F, s_columns, KIND, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(b_ptr + e * N + row).to(tl.float32)[:, None]

@@ -123,3 +123,11 @@ if triton is not None:
         if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def in_turn(OVERLAP: tl.constexpr) -> None:
+        """`after_previous`, but the next kernel starts only now. What the kernels before this one wrote is there when it
+        starts: it may read that before it waits, around the cache of its multiprocessor (".cg")."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()

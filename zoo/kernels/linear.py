@@ -75,7 +75,7 @@ def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dt
     if codes.pays(x, w):
         how = codes.constants(w)
         _linear_codes[(ceil_div(w.n * how["M"], how["R"]),)](
-            x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1], w.columns,
+            x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1],
             KIND=w.kind, HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None,
             **how, **overlap(x),
         )  # fmt: skip
@@ -98,9 +98,9 @@ def _several(x: Tensor, w: Weight, residual: Tensor | None, out: Tensor) -> None
     parts = out if split == 1 else torch.empty(split, t, w.n, dtype=torch.float32, device=x.device)
     last = split == 1
     _linear_several[(n_blocks, split)](
-        x, *w.pointers[:3], w.bias if last else None, residual if last else None, parts, t, w.n, w.k, w.n_scales[1], w.columns,
+        x, *w.pointers[:3], w.bias if last else None, residual if last else None, parts, t, w.n, w.k, w.n_scales[1],
         KIND=w.kind, HAS_BIAS=last and w.bias is not None, HAS_RESIDUAL=last and residual is not None,
-        R=rows, M=power_of_2(t, codes.COLUMNS), BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, split * block, ahead), SPLIT=split,
+        COLUMNS=codes.sharing(w), R=rows, M=power_of_2(t, codes.COLUMNS), BLOCK=block, AHEAD=ahead, EVEN=codes.even(w, split * block, ahead), SPLIT=split,
         num_warps=warps, num_stages=stages, **overlap(x),
     )  # fmt: skip
     if not last:
@@ -118,7 +118,7 @@ def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
     if codes.pays(x, w):
         how = codes.constants(w)
         _gated_linear_codes[(ceil_div(w.n * how["M"], how["R"]),)](
-            x, *w.pointers, out, f, w.k, w.n_scales[1], w.columns, spec.limit or 0.0, spec.alpha,
+            x, *w.pointers, out, f, w.k, w.n_scales[1], spec.limit or 0.0, spec.alpha,
             KIND=w.kind, ACT=code(spec), HAS_BIAS=w.bias is not None,
             **how, **overlap(x),
         )  # fmt: skip
@@ -180,37 +180,37 @@ if triton is not None:
 
     @triton.jit
     def one_row_of_codes(
-        x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns,
-        KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns,
+        KIND: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
         WAIT: tl.constexpr,
     ):  # fmt: skip
         """W[n, :] . x for rows n [R] of codes, each M times in turn: fp32 [R / M]."""
         n = tl.where(mask, n, 0)  # some row, of which the sum is not stored
         part, m = tl.arange(0, R) % M * BLOCK, tl.arange(0, M)
         acc = codes_times(
-            x_ptr, m * 0, m * BLOCK, w_ptr, n, part, s_ptr, scale_row(rows_ptr, n, mask, KIND), K, s_columns, columns,
-            KIND, R, M, BLOCK, M * BLOCK, AHEAD, EVEN, OVERLAP, WAIT,
+            x_ptr, m * 0, m * BLOCK, w_ptr, n, part, s_ptr, scale_row(rows_ptr, n, mask, KIND), K, s_columns,
+            KIND, COLUMNS, R, M, BLOCK, M * BLOCK, AHEAD, EVEN, OVERLAP, WAIT,
         )  # fmt: skip
         return own_columns(acc, R, M, M)
 
     @Kernel
     def _linear_codes(
-        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns, columns,
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * (R // M) + tl.arange(0, R) // M
         y = one_row_of_codes(
-            x_ptr, w_ptr, s_ptr, rows_ptr, n, n < N, K, s_columns, columns, KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, True
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, n < N, K, s_columns, KIND, COLUMNS, R, M, BLOCK, AHEAD, EVEN, OVERLAP, True
         )  # fmt: skip
         n = tl.program_id(0) * (R // M) + tl.arange(0, R // M)
         finish_row(y, n, n < N, b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
 
     @Kernel
     def _linear_several(
-        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, T, N, K, s_columns, columns,
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, T, N, K, s_columns,
         KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):  # fmt: skip
         n, t, part = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, M), tl.program_id(1)
@@ -218,8 +218,8 @@ if triton is not None:
         row = tl.where(mask, n, 0)  # some row, of which the sum is not stored
         acc = codes_times(
             x_ptr, tl.minimum(t, T - 1) * K, t * 0 + part * BLOCK, w_ptr, row, row * 0 + part * BLOCK,
-            s_ptr, scale_row(rows_ptr, row, mask, KIND), K, s_columns, columns,
-            KIND, R, M, BLOCK, SPLIT * BLOCK, AHEAD, EVEN, OVERLAP, True,
+            s_ptr, scale_row(rows_ptr, row, mask, KIND), K, s_columns,
+            KIND, COLUMNS, R, M, BLOCK, SPLIT * BLOCK, AHEAD, EVEN, OVERLAP, True,
         )  # fmt: skip
         if HAS_BIAS:
             acc += tl.load(b_ptr + n, mask=mask, other=0.0).to(tl.float32)[:, None]
@@ -261,13 +261,13 @@ if triton is not None:
 
     @Kernel
     def _gated_linear_codes(
-        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, columns, limit, alpha,
+        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, limit, alpha,
         KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-        R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        COLUMNS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, R) // M, F, R // M)
         y = one_row_of_codes(
-            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, columns, KIND, R, M, BLOCK, AHEAD, EVEN, OVERLAP, True
+            x_ptr, w_ptr, s_ptr, rows_ptr, n, mask, K, s_columns, KIND, COLUMNS, R, M, BLOCK, AHEAD, EVEN, OVERLAP, True
         )  # fmt: skip
         n, mask = gate_and_up_rows(tl.program_id(0), tl.arange(0, R // M), F, R // M)
         finish_gated(y, n, mask, b_ptr, out_ptr, F, limit, alpha, ACT, HAS_BIAS, R // M)

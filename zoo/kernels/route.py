@@ -8,8 +8,11 @@ Margin: one kernel where the plain version is eight to twenty, none of them long
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from zoo.kernels.launch import Kernel, has_triton, overlap, power_of_2, triton
 from zoo.spec import Router
@@ -21,8 +24,10 @@ if triton is not None:
     from zoo.kernels.launch import after_previous
 
 
-def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) -> tuple[Tensor, Tensor]:
-    """Router logits [N, E] -> chosen experts [N, top_k] and their weights [N, top_k]."""
+def route_reference(
+    logits: Tensor, selection_bias: Tensor | None, r: Router, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Router logits [N, E] -> chosen experts [N, top_k] (those `given`, where they are) and their weights [N, top_k]."""
     if r.softcap is not None:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = r.softcap * torch.tanh(wide / r.softcap)
@@ -35,7 +40,9 @@ def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) ->
         return chosen, _normalized(weights, r) * r.scale
     if r.score_rounding == "last":
         logits = logits.float()
-    scores = logits.softmax(-1) if r.score == "softmax" else logits.sigmoid()
+    scores = SCORES[r.score](logits)
+    if given is not None:
+        return given, _normalized(scores.gather(-1, given), r) * r.scale
     choice = scores if selection_bias is None else scores + selection_bias
     if r.n_groups > 1:
         groups = choice.unflatten(-1, (r.n_groups, -1))  # [N, G, E/G]
@@ -45,6 +52,13 @@ def route_reference(logits: Tensor, selection_bias: Tensor | None, r: Router) ->
         choice = groups.masked_fill(~eligible.unsqueeze(-1), out).flatten(1)
     chosen = choice.topk(r.top_k, -1).indices
     return chosen, _normalized(scores.gather(-1, chosen), r) * r.scale
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {  # logits [N, E] -> scores
+    "softmax": lambda z: z.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda z: softplus(z).sqrt(),
+}
 
 
 def _near(logits: Tensor, r: Router) -> tuple[Tensor, Tensor]:
@@ -66,13 +80,18 @@ def _normalized(weights: Tensor, r: Router) -> Tensor:
 
 
 def route(
-    logits: Tensor, bias: Tensor | None, spec: Router, dtype: torch.dtype = torch.float32
+    logits: Tensor,
+    bias: Tensor | None,
+    spec: Router,
+    dtype: torch.dtype = torch.float32,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`route_reference`, as one kernel where Triton runs (experts are then int32). Weights in `dtype`."""
-    # Scores in less than fp32, and those over the near, are one family's each; the kernel has neither.
-    special = spec.score_rounding == "first" or spec.over == "near"
+    # Scores in less than fp32, those over the near, and roots of a softplus are one family's each; the kernel has none.
+    special = spec.score_rounding == "first" or spec.over == "near" or spec.score == "sqrt_softplus"
+    special = special or given is not None
     if not has_triton(logits) or logits.dtype == torch.float64 or special:
-        chosen, weights = route_reference(logits, bias, spec)
+        chosen, weights = route_reference(logits, bias, spec, given)
         return chosen, weights.to(dtype)
     n, e = logits.shape
     logits = logits.contiguous()

@@ -77,8 +77,8 @@ def quantised(
 ) -> Weight | None:
     """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`). GPTQ and packed integers of
     four bits lie as int4 does: with zero points of 8, and inputs in order, they are int4."""
-    as_int4 = scheme.startswith("int4")
-    if named(scheme).module:
+    as_int4, as_mxfp4 = scheme.startswith("int4"), scheme in ("mxfp4", "mxfp4-packed", "mxfp4-bytes")
+    if named(scheme).module and not as_mxfp4:
         as_int4 = symmetric(named(scheme), components)
         if not as_int4:
             return None
@@ -87,7 +87,9 @@ def quantised(
         return None
     n = sum(parts)
     rows, columns = block_size(scheme)
-    if scheme == "mxfp4":
+    if as_mxfp4:
+        if scheme != "mxfp4":  # the same bytes, not told apart by groups
+            codes = codes.view(torch.uint8).unflatten(-1, (-1, 16))
         return Weight(
             codes,
             n,

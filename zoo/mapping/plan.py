@@ -725,7 +725,12 @@ class _Matcher:
         for source, fit in zip(sources, recipe.fits, strict=True):
             ref = tensors[source]
             dtypes.add(ref.dtype)
-            if part is None and ref.dtype in ITEMSIZE and ref.dtype not in FLOATS:
+            if part is None and slot.counts:
+                if ref.dtype not in ("I64", "I32"):
+                    self.out.problems.append(
+                        f"{source} in {ref.file}: {ref.dtype}; expected whole numbers, I64 or I32"
+                    )
+            elif part is None and ref.dtype in ITEMSIZE and ref.dtype not in FLOATS:
                 scaled = any(source + s in tensors for s in ("_scale", "_scale_inv"))
                 what = "codes with scales are not supported" if scaled else "without scales is no weight"
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)

@@ -34,10 +34,11 @@ def attend(
     softcap: float | None = None,
     score_scale: Tensor | None = None,  # [T], after the cap
     bias: Tensor | None = None,  # [H, S]
+    beside: tuple[Tensor, Tensor] | None = None,  # [B, K, E, D], [T, E] or [B, 1, 1, T, E]
 ) -> Tensor:  # [B, T, H, V]
-    """softmax(cap(q k^T scale) + bias) v over the visible keys."""
+    """softmax(cap(q k^T scale) + bias) v over the visible keys; `beside`: more keys, which are values too, and who sees them."""
     T, S, reach = q.shape[2], k.shape[2], visible.reach
-    written_out = sinks is not None or softcap is not None or bias is not None
+    written_out = sinks is not None or softcap is not None or bias is not None or beside is not None
     allowed = visible.allowed
     if written_out and visible.causal:
         allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
@@ -52,6 +53,11 @@ def attend(
         last = S if reach is None and not visible.causal else end
         block, keys, values = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
         mask = None if allowed is None else allowed[..., start:end, first:last]
+        if beside is not None:
+            more, seen = beside[0], beside[1][..., start:end, :]
+            keys, values = torch.cat((keys, more), 2), torch.cat((values, more), 2)
+            own = seen.new_ones(()) if mask is None else mask
+            mask = torch.cat((own.expand(*seen.shape[:-1], last - first), seen), -1)
         if written_out:
             factor = None if score_scale is None else score_scale[start:end]
             added = None if bias is None else bias[:, first:last]
@@ -228,7 +234,7 @@ class Attention(nn.Module):
         if T == 1 and isinstance(entry, Slots):
             return decode(
                 q[:, 0], keys, values, ctx.positions, scale=s.scale, window=s.window, chunk=s.chunk,
-                sinks=self.sinks, softcap=s.softcap,
+                sinks=self.sinks, softcap=s.softcap, placed=True,
             )[:, None]  # fmt: skip
         if (seen := ctx.start + T) < keys.shape[1]:
             keys, values = keys[:, :seen], values[:, :seen]

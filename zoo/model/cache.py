@@ -21,6 +21,7 @@ from zoo.model import rope as rotary
 from zoo.spec import (
     Alibi,
     Attention,
+    CompressedAttention,
     DeltaNet,
     LatentAttention,
     Mamba,
@@ -81,6 +82,15 @@ class State:
         self.state = state
 
 
+class Entries:
+    """What a compressor carries: of the last `span` tokens, a ring, what it makes of each, in fp32 [B, span, 2 wide]; and the
+    entries, window after window [B, n, channels]."""
+
+    def __init__(self, tail: Tensor, made: Tensor) -> None:
+        self.tail, self.made = tail, made
+        self.span = tail.shape[1]
+
+
 Entry = Slots | State | None
 
 
@@ -117,10 +127,29 @@ class Cache:
             for m in (layer.mixer for layer in spec.layers)
         ]
 
+        def entries(m: Mixer | None, index: bool) -> Entries | None:
+            if not isinstance(m, CompressedAttention) or (c := m.compressor) is None:
+                return None
+            if index and m.indexer is None:
+                return None
+            channels = m.indexer.head_dim if index and m.indexer is not None else m.head_dim
+            span, n = c.ratio * (1 + c.overlap), -(-max_len // c.ratio)
+            wide = torch.promote_types(dtype, torch.float32)
+            tail = torch.zeros(batch, span, 2 * channels * (1 + c.overlap), dtype=wide, device=device)
+            return Entries(tail, torch.zeros(batch, n, channels, dtype=dtype, device=device))
+
+        self.entries = [entries(layer.mixer, False) for layer in spec.layers]
+        self.index_entries = [entries(layer.mixer, True) for layer in spec.layers]
+
     def tensors(self) -> list[Tensor]:
         """All tensors, for counting bytes."""
         slots = [s for s in (*self.slots, *self.index_keys) if s is not None]
-        return [t for s in slots for t in s.tensors] + self.carried()
+        made = [e for e in (*self.entries, *self.index_entries) if e is not None]
+        return (
+            [t for s in slots for t in s.tensors]
+            + self.carried()
+            + [t for e in made for t in (e.tail, e.made)]
+        )
 
     def carried(self) -> list[Tensor]:
         """The tensors of the states, which each pass overwrites."""
@@ -136,7 +165,7 @@ class Cache:
     def keep(self, n: int) -> None:
         """Forget all but the first `n` positions; or all, where the first alone are not there any more: a state or a window
         has gone past them, or LongRoPE has rotated them by the angles of a longer text."""
-        gone = any(s is not None for s in self.states)
+        gone = any(s is not None for s in (*self.states, *self.entries))
         gone = gone or any(s is not None and s.ring and self.length > s.size for s in self.slots)
         if n < self.length and (gone or any(n <= border < self.length for border in self.borders)):
             self.reset()
@@ -166,6 +195,8 @@ def _entry(
             )
         case LatentAttention():
             return Slots((zeros(max_len, m.kv_rank + m.rope_dim),), ring=False)
+        case CompressedAttention():
+            return Slots((zeros(min(max_len, m.window), m.head_dim),), ring=True)
         case DeltaNet():
             channels = 2 * m.n_k_heads * m.k_head_dim + m.n_v_heads * m.v_head_dim
             state = zeros(m.n_v_heads, m.k_head_dim, m.v_head_dim, dtype=torch.float32)
@@ -191,6 +222,7 @@ class Context:
     dtype: torch.dtype
     cache: Cache | None = None
     per_layer: Tensor | None = None  # [B, T, n_layers, p], see per_layer.PerLayer
+    ids: Tensor | None = None  # [B, T], for experts chosen by them
     kv: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict
     )  # keys and values that later layers reuse
@@ -250,6 +282,30 @@ class Context:
                 )
             self._made[rope] = rotary.tables(rope, self.positions, self.dtype, far)
         return self._made[rope]  # type: ignore[return-value]
+
+    def windows(self, ratio: int) -> Tensor:
+        """Which windows of `ratio` tokens this pass fills, [n]; where it looks at every slot, the one that its token is in."""
+        if ("windows", ratio) not in self._made:
+            if self.fixed:
+                made = self.positions // ratio
+            else:
+                ends = self.start // ratio, (self.start + self.T) // ratio
+                made = torch.arange(*ends, device=self.positions.device)
+            self._made["windows", ratio] = made
+        return self._made["windows", ratio]  # type: ignore[return-value]
+
+    def window_rope(self, rope: Rope, ratio: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at the first positions of `windows`, [n, dim / 2] each."""
+        if (rope, ratio) not in self._made:
+            self._made[rope, ratio] = rotary.tables(rope, self.windows(ratio) * ratio, self.dtype)
+        return self._made[rope, ratio]  # type: ignore[return-value]
+
+    def entries_seen(self, ratio: int, n: int) -> Tensor:
+        """Which of n windows of `ratio` tokens are full at each new position, [T, n]."""
+        if ("entries", ratio, n) not in self._made:
+            full = (self.positions + 1) // ratio
+            self._made["entries", ratio, n] = torch.arange(n, device=full.device) < full[:, None]
+        return self._made["entries", ratio, n]  # type: ignore[return-value]
 
     def alibi(self, a: Alibi, n_heads: int) -> Tensor:
         """What is added to each head's scores of each key that `visible` counts, [H, S]."""

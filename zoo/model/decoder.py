@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from zoo.errors import ZooError
 from zoo.kernels.attention import preferring_cudnn
-from zoo.model import altup, generate, per_layer
+from zoo.model import altup, generate, hyper, per_layer
 from zoo.model.across import Across
 from zoo.model.attention import Attention
 from zoo.model.cache import Cache, Context, checked
+from zoo.model.compressed import CompressedAttention
 from zoo.model.delta import DeltaNet
 from zoo.model.ffn import FeedForward
 from zoo.model.graph import Pass, capturable
@@ -33,6 +34,7 @@ from zoo.model.norm import Norm
 from zoo.model.short_conv import ShortConv
 from zoo.spec import MLP, Spec
 from zoo.spec import Attention as AttentionSpec
+from zoo.spec import CompressedAttention as CompressedSpec
 from zoo.spec import DeltaNet as DeltaSpec
 from zoo.spec import LatentAttention as LatentSpec
 from zoo.spec import Mamba as MambaSpec
@@ -65,6 +67,8 @@ class Layer(nn.Module):
                         isinstance(x.mixer, LatentSpec) and x.mixer.indexer_from == i for x in spec.layers
                     )
                     self.attn = LatentAttention(mixer, d, i, shares)
+                case CompressedSpec():
+                    self.attn = CompressedAttention(mixer, d, i)
                 case DeltaSpec():
                     self.delta = DeltaNet(mixer, d, i)
                 case MambaSpec():
@@ -112,9 +116,9 @@ class Layer(nn.Module):
         y: Tensor = self.mixer(normed, ctx, self.mamba(normed, ctx))
         return y if onto is None else onto + y
 
-    def feed(self, normed: Tensor, x: Tensor, onto: Tensor) -> Tensor:
-        """`onto` + the feed-forward branch of normed x."""
-        ffn = partial(self.moe, raw=x) if isinstance(self.spec.ffn, MoESpec) else self.mlp
+    def feed(self, normed: Tensor, x: Tensor, onto: Tensor | None, ids: Tensor | None = None) -> Tensor:
+        """`onto` + the feed-forward branch of normed x, of tokens `ids`."""
+        ffn = partial(self.moe, raw=x, ids=ids) if isinstance(self.spec.ffn, MoESpec) else self.mlp
         return self._add(partial(ffn, normed), self.ffn_post_norm, onto)
 
     def _add(self, branch: Callable[..., Tensor], post: nn.Module, onto: Tensor | None) -> Tensor:
@@ -136,7 +140,7 @@ class Layer(nn.Module):
         normed = self.attn_norm(x)
         in_turn = self.spec.adds == "in_turn"
         mixed = self.mix(normed, ctx, x if in_turn else None)
-        out = self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, mixed)
+        out = self.feed(self.ffn_norm(x) if isinstance(self.ffn_norm, Norm) else normed, x, mixed, ctx.ids)
         return out if in_turn else x + out
 
     def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
@@ -149,7 +153,7 @@ class Layer(nn.Module):
         elif s.mixer is not None:
             x = self.mix(self.attn_norm(x), ctx, x)
         if s.ffn is not None:
-            x = self.feed(self.ffn_norm(x) if normed is None else normed, x, x)
+            x = self.feed(self.ffn_norm(x) if normed is None else normed, x, x, ctx.ids)
         return x
 
 
@@ -167,7 +171,7 @@ class StreamLayer(Layer):
         active = predicted[self.altup.spec.active]
         normed = self.attn_norm(active)
         y = (self.mix(normed, ctx, active) + self.laurel(normed)) / math.sqrt(2)
-        y = self.feed(self.ffn_norm(y), y, y)
+        y = self.feed(self.ffn_norm(y), y, y, ctx.ids)
         x = self.altup.corrected(predicted, y)
         if ctx.per_layer is None:
             return x
@@ -176,6 +180,27 @@ class StreamLayer(Layer):
             first = first * self.altup.correct_scale.to(first.dtype)
         added = self.per_layer(first, ctx.per_layer[:, :, self.index])
         return torch.cat((x[:1], x[1:] + added))
+
+
+class HyperLayer(Layer):
+    """A layer on streams that hyper-connections mix (see `hyper`)."""
+
+    def __init__(self, spec: Spec, i: int) -> None:
+        super().__init__(spec, i)
+        assert spec.hyper is not None
+        if self.spec.mixer is not None:
+            self.attn_hyper = hyper.HyperConnection(spec.hyper, spec.d_model)
+        if self.spec.ffn is not None:
+            self.ffn_hyper = hyper.HyperConnection(spec.hyper, spec.d_model)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:  # [S, B, T, D] -> [S, B, T, D]
+        if self.spec.mixer is not None:
+            read, *streams = self.attn_hyper(x)
+            x = hyper.HyperConnection.put(self.mix(self.attn_norm(read), ctx, None), *streams)
+        if self.spec.ffn is not None:
+            read, *streams = self.ffn_hyper(x)
+            x = hyper.HyperConnection.put(self.feed(self.ffn_norm(read), read, None, ctx.ids), *streams)
+        return x
 
 
 def _norm(spec: NormSpec | None, d: int) -> nn.Module:
@@ -205,7 +230,9 @@ class Decoder(nn.Module):
                 self.per_layer = per_layer.PerLayerEnds(spec.per_layer_embedding, d, spec.n_layers)
             if spec.altup is not None:
                 self.altup = altup.Streams(spec.altup, d)
-            kind = Layer if spec.altup is None else StreamLayer
+            if spec.hyper is not None:
+                self.hyper = hyper.HyperHead(spec.hyper, d)
+            kind = HyperLayer if spec.hyper is not None else Layer if spec.altup is None else StreamLayer
             self.layers = nn.ModuleList(kind(spec, i) for i in range(spec.n_layers))
             self.norm = Norm(spec.norm, d)
             if not spec.tied:
@@ -303,8 +330,12 @@ class Decoder(nn.Module):
             x = x + F.embedding(ctx.positions + spec.positions_offset, self.positions.weight)
         if spec.per_layer_embedding is not None:
             ctx.per_layer = self.per_layer(ids, x)
+        if spec.reads_ids:
+            ctx.ids = ids
         if spec.altup is not None:
             x = self.altup.split(x)
+        if spec.hyper is not None:
+            x = x.expand(spec.hyper.n_streams, *x.shape)
         return x, ctx
 
     def finish(self, x: Tensor, ctx: Context | None = None) -> Tensor:
@@ -312,6 +343,8 @@ class Decoder(nn.Module):
         spec = self.spec
         if spec.altup is not None:
             x = self.altup.join(x)
+        if spec.hyper is not None:
+            x = self.hyper(x)
         x = self.norm(x)
         head: Callable[[Tensor], Tensor] = self.embed.times if spec.tied else self.head
         across, n = self.embed.across, len(self.embed.weight)  # the head's rows are where the embedding's are

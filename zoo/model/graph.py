@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.kernels.best import likeliest
 from zoo.kernels.launch import has_triton
 from zoo.model.across import APIECE, Across
 from zoo.model.cache import Cache
@@ -126,12 +127,3 @@ def _capture(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
 def _side(device: torch.device) -> torch.cuda.Stream:
     """What passes are warmed up on before they are captured. One for all: cuBLAS keeps 32 MB per stream."""
     return torch.cuda.Stream(device)
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """argmax of [B, V] over V, in two stages: one block per row is slow for a large vocabulary."""
-    parts = next((n for n in (64, 32, 16, 8) if logits.shape[-1] % n == 0), 1)
-    best, where = logits.unflatten(-1, (parts, -1)).max(-1)  # [B, parts]
-    part = best.argmax(-1, keepdim=True)
-    inside = logits.shape[-1] // parts
-    return (where.gather(-1, part) + part * inside).squeeze(-1)

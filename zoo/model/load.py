@@ -21,6 +21,7 @@ from zoo.layout import layout
 from zoo.model.across import Across
 from zoo.model.decoder import Decoder
 from zoo.model.linear import Table, Weights
+from zoo.model.moe import Router
 from zoo.model.parallel import share_out
 from zoo.model.upload import Upload
 from zoo.quant.schemes import scheme
@@ -133,7 +134,19 @@ class Source:
             cast = dtype if floating and not name.endswith(KEPT) else None
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(self.on(device, ref, cast, cut), requires_grad=False)
+            if isinstance(router := module.get_submodule(owner), Router) and leaf == "table":
+                self._refuse_other_experts(ref, parameter, sum(router.parts))
             setattr(module.get_submodule(owner), leaf, parameter)
+
+    def _refuse_other_experts(self, ref: TensorRef, table: Tensor, n: int) -> None:
+        """Raise ZooError if a table says experts that are not among the `n` there are: a GPU would read beyond them."""
+        values = self.tensor(ref) if self.upload is not None else table  # an upload may not have come yet
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most >= n:
+            raise ZooError(
+                f"{self.folder.path(ref)}: {ref.name} names experts {least} to {most}; expected 0 to {n - 1}: convert the "
+                "release again, or download it anew"
+            )
 
     def _components(self, slot: str, device: str | torch.device) -> dict[str, Tensor]:
         how, found = self.folder.quant[slot], dict[str, Tensor]()

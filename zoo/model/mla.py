@@ -127,16 +127,36 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthr,hvr->bthv", y, up_v)
 
 
-class Indexer(nn.Module):
+class Scorer(nn.Module):
     """Scores every key for every query with a few small heads and keeps the best `top_k`."""
 
     def __init__(self, spec: IndexerSpec, d: int, q_rank: int, layer: int) -> None:
         super().__init__()
         self.spec, self.layer = spec, layer
         self.q = Linear(q_rank, spec.n_heads * spec.head_dim)
+        self.head_weights = Linear(d, spec.n_heads)
+
+    def picked(self, q: Tensor, k: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        """Queries q [B, T, Hi, di] of x [B, T, d], keys k [B, S, di] -> which of those `seen` [T, S] are looked at, [B, T, S]."""
+        s = self.spec
+        weights = self.head_weights(x).float() * s.n_heads**-0.5  # [B, T, Hi]
+        scores = torch.relu(torch.einsum("bthd,bsd->bths", q.float(), k.float()) * s.head_dim**-0.5)
+        scores = torch.einsum("bth,bths->bts", weights, scores)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, self.best(scores), True) & seen
+
+    def best(self, scores: Tensor) -> Tensor:
+        """scores [B, T, S] -> the keys to look at [B, T, top_k]; which of those that score alike is not said."""
+        return scores.topk(self.spec.top_k, -1).indices
+
+
+class Indexer(Scorer):
+    """A scorer of the tokens' own keys."""
+
+    def __init__(self, spec: IndexerSpec, d: int, q_rank: int, layer: int) -> None:
+        super().__init__(spec, d, q_rank, layer)
         self.k = Linear(d, spec.head_dim)
         self.k_norm = Norm(spec.key_norm, spec.head_dim)
-        self.head_weights = Linear(d, spec.n_heads)
 
     def forward(self, x: Tensor, q_latent: Tensor, ctx: Context, visible: Visible) -> Visible:
         s = self.spec
@@ -150,13 +170,4 @@ class Indexer(nn.Module):
         if k.shape[1] <= s.top_k:
             return visible
         q = rotate(self.q(q_latent).unflatten(-1, (s.n_heads, s.head_dim)), *table, s.rope.interleaved)
-        weights = self.head_weights(x).float() * s.n_heads**-0.5  # [B, T, Hi]
-        scores = torch.relu(torch.einsum("bthd,bsd->bths", q.float(), k.float()) * s.head_dim**-0.5)
-        scores = torch.einsum("bth,bths->bts", weights, scores)
-        scores = scores.masked_fill(~ctx.causal, -torch.inf)
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, self.best(scores), True)
-        return Visible((chosen & ctx.causal).unsqueeze(1))  # [B, 1, T, S]
-
-    def best(self, scores: Tensor) -> Tensor:
-        """scores [B, T, S] -> the keys to look at [B, T, top_k]; which of those that score alike is not said."""
-        return scores.topk(self.spec.top_k, -1).indices
+        return Visible(self.picked(q, k, x, ctx.causal).unsqueeze(1))  # [B, 1, T, S]

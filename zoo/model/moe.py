@@ -31,9 +31,11 @@ TOGETHER = 768  # rows of several experts' tokens
 
 
 class Router(Weights):
-    """`weight` [E, d], `bias`, `selection_bias` and `expert_scale` [E], `norm`."""
+    """`weight` [E, d], `bias`, `selection_bias` and `expert_scale` [E], `norm`, and `table` [ids, top_k], the experts of each
+    token where it is they that say."""
 
     selection_bias: Tensor | None
+    table: Tensor | None
     expert_scale: Tensor | None
 
     def __init__(self, spec: RouterSpec, n_experts: int, d: int) -> None:
@@ -45,12 +47,21 @@ class Router(Weights):
         self.register_parameter("expert_scale", nn.Parameter(torch.empty(n_experts)) if scales else None)
         if spec.norm is not None:
             self.norm = Norm(spec.norm, d)
+        table = None
+        if spec.by_token is not None:
+            empty = torch.empty(spec.by_token, spec.top_k, dtype=torch.int64)
+            table = nn.Parameter(empty, requires_grad=False)
+        self.register_parameter("table", table)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, d] -> the chosen experts [N, top_k] (int64 or int32) and their weights [N, top_k]."""
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [N, d], of tokens `ids` [N] -> the chosen experts [N, top_k] (int64 or int32) and their weights [N, top_k]."""
         dtype = self.weights_dtype(x)
         first = dtype if self.expert_scale is None else _rounded("last", x)
-        chosen, weights = route(self.logits(x), self.selection_bias, self.spec, first)
+        given = None
+        if self.table is not None:
+            assert ids is not None
+            given = self.table[ids]
+        chosen, weights = route(self.logits(x), self.selection_bias, self.spec, first, given)
         return chosen, self.scaled(weights, chosen).to(dtype)
 
     def scaled(self, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -193,12 +204,17 @@ class MoE(nn.Module):
         if spec.post_norm is not None:
             self.post_norm = Norm(spec.post_norm, d)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None, raw: Tensor | None = None) -> Tensor:
-        """x [..., d] -> [..., d], added to `onto`. `raw`: what the layer's norm made x of, for norms of their own."""
+    def forward(
+        self, x: Tensor, onto: Tensor | None = None, raw: Tensor | None = None, ids: Tensor | None = None
+    ) -> Tensor:
+        """x [..., d] -> [..., d], added to `onto`. `raw`: what the layer's norm made x of, for norms of their own. `ids` [...]: the
+        tokens, where experts are theirs."""
         s = self.spec
         flat = x.flatten(0, -2)  # [N, d]
         before = flat if raw is None else raw.flatten(0, -2)
-        chosen, weights = self.router(flat if s.router.norm is None else before)
+        chosen, weights = self.router(
+            flat if s.router.norm is None else before, None if ids is None else ids.flatten()
+        )
         own = flat if s.norm is None else self.norm(before)
         inner = own if s.latent is None else self.latent_down(own)
         up = self.gate_up if s.expert.gated else self.up

@@ -78,7 +78,7 @@ def pairs(values: Sequence[float], codes: Array) -> Array:
         return both.reshape(256, 2)[indices(codes)].reshape(codes.shape[0], -1)
     import numpy as np
 
-    return np.take(both.view(np.complex64), codes, mode="clip").view(np.float32)
+    return np.take(both.view(np.complex64), codes.view(np.uint8), mode="clip").view(np.float32)
 
 
 def scaled(values: Array, scale: Array, group: int) -> Array:

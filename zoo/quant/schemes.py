@@ -7,7 +7,7 @@ codes stand for is in a module each for models, and in `zoo.quant.host` for conv
 
 | scheme | codes | beside them | released as |
 |---|---|---|---|
-| fp8-block | F8_E4M3 | `scale` per block, F32 mostly | `X.weight`, `X.weight_scale_inv` (or `weight_scale`) |
+| fp8-block | F8_E4M3 | `scale` per block, F32 mostly | `X.weight`, `X.weight_scale_inv` (or `weight_scale`, `X.scale`) |
 | fp8-channel | F8_E4M3 | `scale` [out, 1] | `X.weight`, `X.weight_scale` |
 | fp8-tensor | F8_E4M3 | `scale`, `act_scale`: one number per released tensor | `qscale_weight` and `qscale_act`, ... |
 | mxfp4 | U8, two codes each | `scale` per 32 inputs, U8 exponents | `X_blocks`, `X_scales`; `X.blocks`, `X.scales` |
@@ -42,7 +42,7 @@ _ACT_SCALE = Component(  # of what a weight multiplies, for engines that round t
 )  # fmt: skip
 CACHE_SCALE = re.compile(r"\.(?:[kv]_proj\.)?[kv]_scale$")
 """Names of scales for keys and values that an engine keeps in fp8."""
-_SCALE = Component("scale", SCALES, (1, 1), (("", "_scale_inv"), ("", "_scale")))
+_SCALE = Component("scale", SCALES, (1, 1), (("", "_scale_inv"), ("", "_scale"), (".weight", ".scale")))
 
 
 def _fp8_block(rows: int, columns: int) -> Scheme:
@@ -158,7 +158,8 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         return _MXFP4
     if not codes.dtype.startswith("F8_E4M3"):
         return None
-    names = dict.fromkeys(n for s in (_FP8_TENSOR, _FP8_CHANNEL) for n in s.component("scale").names(leaf))
+    spelled = (_SCALE, *(s.component("scale") for s in (_FP8_TENSOR, _FP8_CHANNEL)))
+    names = dict.fromkeys(n for part in spelled for n in part.names(leaf))
     scale = next((tensors[n] for n in names if n in tensors), None)
     if scale is None:
         raise ZooError(

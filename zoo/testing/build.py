@@ -135,6 +135,8 @@ def perturbed(variant: Variant, seed: int = 0) -> Any:
             if value.is_floating_point() and id(value) not in seen:
                 seen.add(id(value))
                 value.copy_(_perturb(name, value, seed))
+            elif name.endswith("tid2eid"):
+                value.copy_(_experts_by_token(name, value.shape, model.config.n_routed_experts, seed))
     return model
 
 
@@ -152,6 +154,14 @@ def _perturb(name: str, value: torch.Tensor, seed: int) -> torch.Tensor:
         return value + 0.3 * noise  # norms, biases, skips: about what they start from
     fan_in = math.prod(value.shape[1:]) if "conv" in name else value.shape[-1]
     return noise * (1.2 / math.sqrt(fan_in))
+
+
+def _experts_by_token(name: str, shape: tuple[int, ...], n_experts: int, seed: int) -> torch.Tensor:
+    """So many experts for each token id, no two of them the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(_seed(seed, name))
+    return torch.rand(shape[0], n_experts, generator=generator).argsort(-1)[:, : shape[1]]
 
 
 # Embeddings and heads.

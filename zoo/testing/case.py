@@ -106,6 +106,7 @@ class FamilyCase:
         mtp: (case, config, count) -> multi-token-prediction layers under the names of the releases.
         mtp_layers: config stem -> prediction layers in the files, where the config does not count them.
         never_quantised: components of names of weights that quantised releases keep, though their config does not say so.
+        stored: (name, tensor) -> what quantised releases hold of it, where that is not as their config says it.
         packed_otherwise: config stem -> why its tensors can't be listed from upstream's class; a test of the family's
             module accounts for them.
         listed: tensor list (`tests/data/tensors/<name>.tensors.json`) -> the release it is of.
@@ -137,6 +138,7 @@ class FamilyCase:
     mtp: Callable[[FamilyCase, Config, int], dict[str, Tensor]] | None = None
     mtp_layers: Mapping[str, int] = field(default_factory=dict)
     never_quantised: tuple[str, ...] = ()
+    stored: Callable[[str, Tensor], dict[str, Tensor]] | None = None
     packed_otherwise: Mapping[str, str] = field(default_factory=dict)
     listed: Mapping[str, Listed] = field(default_factory=dict)
     without_effect: Mapping[str, str] = field(default_factory=dict)

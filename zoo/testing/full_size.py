@@ -15,7 +15,7 @@ from zoo.formats.base import TensorRef
 from zoo.layout import layout
 from zoo.mapping.plan import Match, match
 from zoo.shipped import RELEASES
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, MoE, Spec
+from zoo.spec import Attention, CompressedAttention, DeltaNet, LatentAttention, Mamba, Mamba1, MoE, Spec
 
 from . import names
 from .case import FamilyCase
@@ -104,14 +104,16 @@ def attention(spec: Spec, layer: int) -> Attention:
 
 def mixers(spec: Spec) -> str:
     """A letter per layer: attention, latent attention, delta net, Mamba, none."""
-    letters = {Attention: "a", LatentAttention: "l", DeltaNet: "d", Mamba: "m", Mamba1: "m", type(None): "-"}
+    letters = {
+        Attention: "a", LatentAttention: "l", CompressedAttention: "c", DeltaNet: "d", Mamba: "m", Mamba1: "m", type(None): "-",
+    }  # fmt: skip
     return "".join(letters[type(layer.mixer)] for layer in spec.layers)
 
 
 def buffers(spec: Spec) -> int:
-    """Elements that are buffers upstream and are stored like parameters: selection biases, the scalars of layers, xIELU's
-    constants."""
-    kinds = (".selection_bias", ".scalar", ".act.beta", ".act.near")
+    """Elements that are buffers upstream and are stored like parameters: selection biases, tables of experts, the scalars of
+    layers, xIELU's constants."""
+    kinds = (".selection_bias", ".router.table", ".scalar", ".act.beta", ".act.near")
     return sum(slot.size for name, slot in layout(spec).items() if name.endswith(kinds))
 
 

@@ -57,10 +57,12 @@ def saved_tensors(case: FamilyCase, config: Config) -> dict[str, Tensor]:
     model = meta_model(case, config)
     state = remove_tied_weights_from_state_dict(model.state_dict(), model)
     saved = revert_weight_conversion(model, state)
-    dtypes = {f"torch.{name}": code for name, code in DTYPES.items()}
+    dtypes = {f"torch.{name}": code for name, code in (DTYPES | {"int64": "I64"}).items()}
     kept = re.compile("|".join(model._keep_in_fp32_modules_strict or ["(?!)"]))
     return {
-        name: Tensor("F32" if kept.search(name) else dtypes[str(t.dtype)], tuple(t.shape))
+        name: Tensor(
+            "F32" if t.is_floating_point() and kept.search(name) else dtypes[str(t.dtype)], tuple(t.shape)
+        )
         for name, t in saved.items()
     }
 
@@ -182,7 +184,9 @@ def _quantise(case: FamilyCase, tensors: Mapping[str, Tensor], config: Config) -
     out: dict[str, Tensor] = {}
     for name, t in tensors.items():
         module = name.removesuffix(".weight")
-        if method == "mxfp4":
+        if case.stored is not None:
+            out |= case.stored(name, t)
+        elif method == "mxfp4":
             out |= _mxfp4(name, t)
         elif not name.endswith(".weight") or len(t.shape) != 2 or _PLAIN.search(module) or listed(module):
             out[name] = t

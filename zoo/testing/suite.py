@@ -265,7 +265,9 @@ class FamilySuite:
     ) -> None:
         initial, moved = build.fresh(variant).state_dict(), build.perturbed(variant).state_dict()
         assert initial.keys() == moved.keys()
-        still = [k for k in moved if (initial[k] == moved[k]).float().mean() > 0.01]
+        # Of whole numbers some are the same again: one expert in so many is the first.
+        most = {k: 0.01 if t.is_floating_point() else 0.5 for k, t in moved.items()}
+        still = [k for k in moved if (initial[k] == moved[k]).float().mean() > most[k]]
         assert not still
 
     @of_the_models
@@ -312,6 +314,8 @@ class FamilySuite:
         silent = []
         for label, changed in wrong_constants(variant):
             wrong = build.fresh(variant.with_text(changed))
+            if any(t.shape != state[k].shape for k, t in wrong.state_dict().items()):
+                continue  # as the number of experts does in a table of them
             wrong.load_state_dict(state)
             difference = (build.logits(wrong, ids) - right).abs().max().item()
             if difference < 1e-3:
@@ -790,6 +794,9 @@ def difference(
     kept = [part.clone() for part in parts]
     generator = torch.Generator().manual_seed(5)
     for part in parts:
+        if not part.is_floating_point():  # which expert: another token's
+            part.copy_(part.roll(1, 0))
+            continue
         noise = torch.randn(part.shape, generator=generator) * (0.1 + part.float().abs().mean())
         part += noise.to(part.dtype)
     logits = model(ids)

@@ -42,7 +42,17 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        size = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}[self.dtype]
+        size = {
+            "F32": 4,
+            "I32": 4,
+            "I64": 8,
+            "BF16": 2,
+            "F16": 2,
+            "F8_E4M3": 1,
+            "F8_E8M0": 1,
+            "U8": 1,
+            "I8": 1,
+        }[self.dtype]
         return size * math.prod(self.shape)
 
 

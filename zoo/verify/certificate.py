@@ -31,6 +31,8 @@ READERS = 8
 FILE = "parity.json"
 SIGNATURE = "model.sig"
 """Of all files of a folder, the certificate too: see `zoo.sign`."""
+BESIDE = (FILE, SIGNATURE, "report.html")
+"""What zoo writes of a folder, into it, and no certificate is about."""
 LEVELS = ("plan", "bytes", "layers", "logits", "decode")
 NUMERIC = LEVELS[2:]
 """The levels that run both sides."""
@@ -387,8 +389,7 @@ def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def canonical_files(root: Path) -> list[str]:
     """Everything in a canonical folder that the certificate vouches for: all of it but itself."""
-    skip = {FILE, SIGNATURE, "report.html"}
-    found = [p for p in root.iterdir() if p.name not in skip]
+    found = [p for p in root.iterdir() if p.name not in BESIDE]
     found += (root / TEMPLATES).glob("*.jinja")
     return [p.relative_to(root).as_posix() for p in found if p.is_file() and not p.name.startswith(".")]
 

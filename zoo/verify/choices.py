@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo.model import Decoder
-from zoo.model.mla import Indexer
+from zoo.model.mla import Scorer
 from zoo.model.moe import Router
 
 HAIR = 1e-6
@@ -56,7 +56,7 @@ def watched(model: Decoder, like: Choices | None = None) -> Iterator[Choices]:
             for m in layer.modules():
                 if isinstance(m, Router):
                     undo.callback(m.register_forward_hook(_experts(out, i, layer, undo)).remove)
-                elif isinstance(m, Indexer):
+                elif isinstance(m, Scorer):
                     _watch_keys(m, i, out, like, undo)
         yield out
 
@@ -75,7 +75,7 @@ def _experts(out: Choices, i: int, layer: Any, undo: contextlib.ExitStack) -> Ca
     return hook
 
 
-def _watch_keys(m: Indexer, i: int, out: Choices, like: Choices | None, undo: contextlib.ExitStack) -> None:
+def _watch_keys(m: Scorer, i: int, out: Choices, like: Choices | None, undo: contextlib.ExitStack) -> None:
     best, start = m.best, [0]
 
     def begin(_m: Any, args: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.spec import Attention, DeltaNet, LatentAttention, Mamba, Mamba1, Spec
+from zoo.spec import Attention, CompressedAttention, DeltaNet, LatentAttention, Mamba, Mamba1, Spec
 from zoo.text import Text
 
 TEXTS: tuple[tuple[str, str], ...] = (
@@ -122,6 +122,12 @@ def limits(spec: Spec, dtype: str = "fp32") -> dict[str, int]:
         m = layer.mixer
         if any(isinstance(x, DeltaNet | Mamba | Mamba1) for x in layer.mixers):
             note("piece of a recurrence", PIECE)
+        if isinstance(m, CompressedAttention):
+            note("window", m.window)
+            if m.compressor is not None:
+                note("entry", m.compressor.ratio)
+                if m.indexer is not None:
+                    note("index top-k", m.indexer.top_k * m.compressor.ratio)
         if not isinstance(m, Attention | LatentAttention):
             continue
         if dtype != "fp32" and m.rope and m.rope.scaling and m.rope.scaling.kind != "dynamic":

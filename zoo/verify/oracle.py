@@ -117,7 +117,7 @@ class Transformers:
         }
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
-        with torch.inference_mode(), hooks(self.layers, on_layer):
+        with torch.inference_mode(), hooks(self.layers, on_layer, ids):
             logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 
@@ -581,8 +581,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 @contextlib.contextmanager
-def hooks(layers: nn.ModuleList, on_layer: OnLayer | None) -> Iterator[None]:
-    """Call `on_layer(i, state)` with what each layer returns."""
+def hooks(layers: nn.ModuleList, on_layer: OnLayer | None, ids: Tensor) -> Iterator[None]:
+    """Call `on_layer(i, state)` with what each layer makes of `ids` [B, T]."""
     if on_layer is None:
         yield
         return
@@ -590,7 +590,7 @@ def hooks(layers: nn.ModuleList, on_layer: OnLayer | None) -> Iterator[None]:
     def hook(i: int) -> Callable[..., None]:
         def call(_module: nn.Module, _args: Any, out: Any) -> None:
             assert on_layer is not None
-            on_layer(i, out[0] if isinstance(out, tuple) else out)
+            on_layer(i, streams_first(out[0] if isinstance(out, tuple) else out, ids))
 
         return call
 
@@ -612,3 +612,10 @@ def placeholder_ids(config: Any) -> frozenset[int]:
             if key.endswith(("token_id", "token_index")):
                 found.add(value)
     return frozenset(found)
+
+
+def streams_first(state: Tensor, ids: Tensor) -> Tensor:
+    """Of several streams, [B, T, S, D] as some classes have them, [S, B, T, D]; any other state of `ids` [B, T] as it is."""
+    if state.ndim == 4 and state.shape[:2] == ids.shape and state.shape[1:3] != ids.shape:
+        return state.permute(2, 0, 1, 3)
+    return state

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.formats import canonical
 from zoo.formats.base import TensorRef
-from zoo.kernels.route import route, route_reference
+from zoo.kernels.route import SCORES, route, route_reference
 from zoo.model import Decoder
 from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
@@ -26,7 +26,7 @@ from zoo.model.moe import Router
 from zoo.model.upload import Upload
 from zoo.quant import dequantise, looked_up
 from zoo.quant.schemes import scheme
-from zoo.spec import LatentAttention, Spec
+from zoo.spec import CompressedAttention, LatentAttention, Spec
 from zoo.spec import Router as RouterSpec
 from zoo.verify.faults import Subject
 from zoo.verify.reading import Range, Window, mapped
@@ -68,8 +68,8 @@ class Ours:
     def layer_otherwise(self, b: int, i: int) -> Tensor:
         """The state after layer `i`, just run, had every token's nearest tie between experts gone the other way."""
 
-        def hook(router: Router, args: tuple[Tensor], _out: Any) -> Any:
-            return other_choice(router, args[0])
+        def hook(router: Router, args: tuple[Tensor, Tensor | None], out: Any) -> Any:
+            return other_choice(router, args[0]) if router.spec.by_token is None else out
 
         return self._through(i, self.entered[b], self.state[b][1], hook)
 
@@ -81,7 +81,9 @@ class Ours:
     def chooses(self) -> bool:
         """Whether tokens choose experts or keys: where two are alike, rounding decides."""
         mixers = (layer.mixer for layer in self.spec.layers)
-        sparse = any(isinstance(m, LatentAttention) and m.indexer is not None for m in mixers)
+        sparse = any(
+            isinstance(m, LatentAttention | CompressedAttention) and m.indexer is not None for m in mixers
+        )
         return sparse or any(self.has_experts(i) for i in range(self.spec.n_layers))
 
     def choose(self, b: int, y: Tensor) -> None:
@@ -132,7 +134,7 @@ class Ours:
         return sum(int((~v).sum()) for v in self.visited.values()), sum(len(v) for v in self.visited.values())
 
     def _watch(self, b: int, i: int) -> Callable[..., None]:
-        def hook(router: Router, args: tuple[Tensor], out: tuple[Tensor, Tensor]) -> None:
+        def hook(router: Router, args: tuple[Tensor, Any], out: tuple[Tensor, Tensor]) -> None:
             self.gaps[b].append(margin(router, args[0]))
             none = torch.zeros(len(router.weight), dtype=torch.bool, device=out[0].device)
             seen = self.visited.setdefault(i, none)
@@ -154,7 +156,9 @@ def nearest_tie(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         router.read(x).float(), router.dense(torch.float32), router.offset(torch.float32)
     )
     if r.over == "all":
-        scores = scores.softmax(-1) if r.score == "softmax" else scores.sigmoid()
+        scores = SCORES[r.score](scores)
+    if r.by_token is not None:  # nothing is chosen
+        return scores.new_full((len(x),), torch.inf), torch.zeros_like(scores)
     if router.selection_bias is not None:
         scores = scores + router.selection_bias
     unit = scores.std(-1).clamp(min=1e-12)
@@ -339,7 +343,7 @@ def used_rows(
 ) -> tuple[Tensor, Tensor]:
     """The embedding's rows of these ids, and the ids renumbered to fit; all of it where another table has the same ids. `table`: its
     tensors, of the scheme `how`; from codes rows become `dtype`."""
-    if spec.per_layer_embedding is not None:
+    if spec.per_layer_embedding is not None or spec.reads_ids:
         return whole_table(table, how, dtype), ids
     used, ids = ids.unique(return_inverse=True)
     return table["weight"][used] if how is None else looked_up(how, dict(table), used, dtype), ids

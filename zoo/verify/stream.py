@@ -42,6 +42,7 @@ from zoo.verify.oracle import (
     placeholder_ids,
     quiet,
     read_otherwise,
+    streams_first,
 )
 from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.reading import Ahead, Passing, Range, Window
@@ -375,7 +376,7 @@ class _Worker:
         """The state after the layer that it has just been through."""
         state, self.state = self.state, None
         assert state is not None
-        return state
+        return streams_first(state, self.batch.ids)
 
     def stop(self) -> None:
         self._stopping = True

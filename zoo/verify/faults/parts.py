@@ -8,7 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from zoo.layout import Slot
-from zoo.spec import MLP, Attention, LatentAttention, Layer, Mamba, MoE, Norm, Rope, Router, Spec
+from zoo.spec import (
+    MLP,
+    Attention,
+    CompressedAttention,
+    HyperConnections,
+    LatentAttention,
+    Layer,
+    Mamba,
+    MoE,
+    Norm,
+    Rope,
+    Router,
+    Spec,
+)
 from zoo.verify.faults.base import CATALOGUE, add
 from zoo.verify.faults.spec import _spec, _whole
 from zoo.verify.faults.weights import _edit, _roll, _roll_back, _slots, _swap_parts, _zeros
@@ -83,6 +96,15 @@ _spec("values_from_rotated_keys_norm", "values that are keys not normalised", At
       lambda a: replace(a, value_norm=None) if a.value_from_key else a)  # fmt: skip
 _spec("shared_index_ignored", "all keys seen where an earlier layer's indexer chose", LatentAttention,
       lambda a: replace(a, indexer_from=None))  # fmt: skip
+
+_spec("entries_ignored", "no compressed entries seen", CompressedAttention,
+      lambda a: replace(a, compressor=None, indexer=None))  # fmt: skip
+_spec("entry_window_shifted", "a window one token longer beside compressed entries", CompressedAttention,
+      lambda a: replace(a, window=a.window + 1), lambda a: replace(a, window=a.window - 1))  # fmt: skip
+_spec("streams_mixed_once", "one round of Sinkhorn's iterations", HyperConnections,
+      lambda h: replace(h, rounds=1))  # fmt: skip
+add("experts_of_another_token", "the table of experts shifted by one id", "weights", _slots("moe.router.table"),
+    _edit(_roll), _edit(_roll_back))  # fmt: skip
 
 # State space
 

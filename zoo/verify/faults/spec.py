@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo.kernels.route import SCORES
 from zoo.kernels.route import route_reference as route
 from zoo.layout import layout
 from zoo.model import Decoder
@@ -17,6 +18,7 @@ from zoo.model.moe import Router as RouterModule
 from zoo.spec import (
     MLP,
     Attention,
+    CompressedAttention,
     DeltaNet,
     Indexer,
     LatentAttention,
@@ -139,7 +141,7 @@ _spec("yarn_betas", "YaRN's ramp between other frequencies", Rope,
 _spec("rope_partial", "another share of channels rotated", Attention,
       lambda a: replace(a, rope=_rotating(a.rope, a.head_dim if a.rope.dim < a.head_dim else a.rope.dim // 4 * 2))
       if a.rope and (a.rope.dim < a.head_dim or a.rope.dim >= 4) else a)  # fmt: skip
-_spec("rope_order", "RoPE rotates the other pairs of channels", (Attention, LatentAttention),
+_spec("rope_order", "RoPE rotates the other pairs of channels", (Attention, LatentAttention, CompressedAttention),
       lambda a: replace(a, rope=replace(a.rope, interleaved=not a.rope.interleaved)) if a.rope and a.rope.dim > 2 else a)  # fmt: skip
 _spec("rope_skipped", "no RoPE", (Attention, LatentAttention), lambda a: replace(a, rope=None))
 
@@ -215,16 +217,16 @@ _spec("chunk_plus_one", "chunks one key longer", Attention, lambda a: replace(a,
       lambda a: replace(a, chunk=a.chunk - 1) if a.chunk else a)  # fmt: skip
 _spec("chunk_as_window", "chunks taken for a sliding window", Attention,
       lambda a: replace(a, chunk=None, window=a.chunk) if a.chunk else a)  # fmt: skip
-_spec("indexer_top_k", "one key fewer chosen by the indexer", LatentAttention,
+_spec("indexer_top_k", "one key fewer chosen by the indexer", (LatentAttention, CompressedAttention),
       lambda a: replace(a, indexer=replace(a.indexer, top_k=a.indexer.top_k - 1)) if a.indexer else a)  # fmt: skip
 _spec("indexer_rope_order", "the indexer's RoPE rotates the other pairs of channels", Indexer,
       lambda i: replace(i, rope=replace(i.rope, interleaved=not i.rope.interleaved)) if i.rope.dim > 2 else i, _unknown)  # fmt: skip
-_spec("indexer_ignored", "all keys seen instead of the indexer's choice", LatentAttention,
+_spec("indexer_ignored", "all keys seen instead of the indexer's choice", (LatentAttention, CompressedAttention),
       lambda a: replace(a, indexer=None))  # fmt: skip
 
 # Attention scores
 
-_spec("attention_scale", "another scale of attention scores", (Attention, LatentAttention),
+_spec("attention_scale", "another scale of attention scores", (Attention, LatentAttention, CompressedAttention),
       lambda a: replace(a, scale=a.scale * 1.05), lambda a: replace(a, scale=a.scale / 1.05))  # fmt: skip
 _spec("sinks_dropped", "attention sinks left out", Attention, lambda a: replace(a, sinks=False))
 _spec(
@@ -347,10 +349,10 @@ def _bias_in_weights(s: Subject, _site: str) -> Subject:
     return replace(s, patch=patch)
 
 
-def _biased(m: RouterModule, x: Tensor) -> tuple[Tensor, Tensor]:
+def _biased(m: RouterModule, x: Tensor, _ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     logits = m.logits(x)
     chosen, _ = route(logits, m.selection_bias, m.spec)
-    scores = logits.float().softmax(-1) if m.spec.score == "softmax" else logits.float().sigmoid()
+    scores = SCORES[m.spec.score](logits.float())
     assert m.selection_bias is not None
     weights = (scores + m.selection_bias).gather(-1, chosen)
     if m.spec.normalize:
