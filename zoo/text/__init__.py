@@ -30,6 +30,8 @@ SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""
 LONGEST_ANSWER = 64 << 20
 """Bytes."""
+LONGEST_FRAME = 64 << 10
+"""Characters that a template may put around the messages, beside eight for each of theirs; released ones put some 10,000."""
 MAX_ID = 1 << 31
 MAX_ENDS = 100
 """Tokens that end an answer."""
@@ -69,7 +71,14 @@ class Text:
         """The messages ({"role", "content"}) as the model was trained to see them, ready for its answer."""
         if self.chat_template is None:
             raise ZooError(f"{self.root} has no chat template: give the prompt as it is (--raw)")
-        return str(self._ask("chat", messages=[dict(m) for m in messages], source=self.chat_template))
+        said = str(self._ask("chat", messages=[dict(m) for m in messages], source=self.chat_template))
+        given = sum(len(str(m)) for m in messages)
+        if len(said) > LONGEST_FRAME + 8 * given:  # which the model would have to read
+            raise ZooError(
+                f"{self.root}: its chat template makes {len(said)} characters of a conversation of {given}: refused; give the "
+                "prompt as it is (--raw)"
+            )
+        return said
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids. `special`: let the tokenizer put its own tokens around (a beginning-of-text token, say)."""
