@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,20 @@ def test_a_shape_of_hundreds_of_thousands_of_axes_is_not_multiplied(source: Path
     assert "expected dtype, shape" in at_most(
         5, 300, lambda: list(parse_header(header, "f", 12 + len(header), "f"))
     )
+
+
+def test_a_name_of_megabytes_is_refused_before_it_is_looked_at(source: Path) -> None:
+    raw = b'{"' + b"1." * 10_000_000 + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    assert "name has 20000000 characters" in at_most(5, 300, lambda: zoo.plan(source))
+
+
+def test_a_header_of_more_tensors_than_any_release_has_is_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.formats.safetensors.MAX_TENSORS", 10)
+    with pytest.raises(ZooError, match=r"header names \d+ tensors \(limit 10\)"):
+        zoo.plan(source)
 
 
 def test_headers_of_many_files_count_together(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -556,6 +556,7 @@ HOSTILE = {
     "include": "{% include 'a' %}",
     "import": "{% import 'a' as b %}",
     "raise_exception": "{{ raise_exception('no system\nmessages') }}",
+    "a prompt of a million letters": "{{ 'a ' * 500000 }}",
     "the way out": "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}",
 }
 

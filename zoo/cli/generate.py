@@ -107,6 +107,10 @@ def _asked(
         tokens = text.prompt(prompt, raw)
         for line in text.notes:
             note(line)
+    if not tokens and text is not None and prompt.strip():
+        raise ZooError(
+            f"{canon}: its chat template or tokenizer makes no token of the prompt; give token ids (--ids)"
+        )
     if not tokens:
         raise click.UsageError("PROMPT is empty")
     return Asked(tokens, text.ends() if text else None, drawn(canon, sample, temperature, seed))

@@ -125,6 +125,8 @@ def refuse_pointer(start: bytes, who: str, text: bool = False) -> None:
         )
 
 
+MAX_NAME = 4096
+"""Characters of a tensor's name; released ones have some 100."""
 MAX_JSON = 256 << 20
 """Bytes of a config or an index; the largest releases have some 10 MB."""
 

@@ -27,6 +27,7 @@ from zoo.formats import sets
 from zoo.formats.around import taken
 from zoo.formats.base import (
     ITEMSIZE,
+    MAX_NAME,
     Checkpoint,
     TensorRef,
     add_tensors,
@@ -612,6 +613,10 @@ def _state_dict(state: Any, who: str, notes: list[str] | None, budget: Budget) -
 
 def _refs(state: dict[str, _Tensor], ranges: Ranges, file: str, who: str) -> Iterable[TensorRef]:
     for name, t in state.items():
+        if len(name) > MAX_NAME:
+            raise ZooError(
+                f"{who}: a tensor's name has {len(name)} characters (limit {MAX_NAME}): {name:.100}"
+            )
         start, available = ranges(t.storage)
         item = ITEMSIZE[t.dtype]
         span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.strides, strict=True)) if all(t.shape) else 0

@@ -16,6 +16,7 @@ from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.base import (
     ITEMSIZE,
+    MAX_NAME,
     Checkpoint,
     TensorRef,
     add_tensors,
@@ -29,6 +30,7 @@ from zoo.formats.base import (
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 MAX_HEADERS = 256 << 20  # bytes, of all files of a checkpoint together: they are kept for the round trip
+MAX_TENSORS = 1 << 18  # of a file, as of a GGUF; the largest releases have some 210,000 in all theirs
 MAX_RANK = 64  # axes of a tensor
 INDEX = "model.safetensors.index.json"
 
@@ -149,11 +151,19 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
         raise ZooError(f"{who}: header is not valid JSON ({e})") from None
     if not isinstance(header, dict):
         raise ZooError(f"{who}: header is not a JSON object")
+    if len(header) > MAX_TENSORS + 1:
+        raise ZooError(
+            f"{who}: header names {len(header)} tensors (limit {MAX_TENSORS}): no release's file has as many"
+        )
     data = 8 + len(raw)
     out = []
     for name, t in header.items():
         if name == "__metadata__":
             continue
+        if len(name) > MAX_NAME:
+            raise ZooError(
+                f"{who}: a tensor's name has {len(name)} characters (limit {MAX_NAME}): {name:.100}"
+            )
         try:
             dtype, shape, (begin, end) = t["dtype"], tuple(t["shape"]), t["data_offsets"]
             numbers = (*shape, begin, end)

@@ -310,8 +310,9 @@ def _carried(c: Canonical) -> list[str]:
 
 def _kept(c: Canonical) -> dict[str, bytes]:
     path = c.root / SOURCE
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
+    inside(c.root, SOURCE, str(c.root))
     try:
         with open(path, "rb") as f, Archive(f, MAX_DIRECTORY) as z:
             if (total := sum(e.file_size for e in z.infolist())) > MAX_KEPT:
