@@ -25,7 +25,7 @@ ROOT = Path(_HOLDER.name)
 # Families that between them have every part and switch in which the verifier can seed a fault (test_verify_faults holds them
 # to that). What depends on the parts is tested with these; `make proofs` does the same with every variant of every family.
 COVERING = (
-    "apertus", "bloom", "ernie4_5_moe", "falcon_h1", "gemma2", "gemma3n", "gemma4", "glm_moe_dsa", "gpt_oss", "gptj", "jamba", "lfm2",
+    "apertus", "bloom", "deepseek_v4", "ernie4_5_moe", "falcon_h1", "gemma2", "gemma3n", "gemma4", "glm_moe_dsa", "gpt_oss", "gptj", "jamba", "lfm2",
     "llama4", "minicpm3", "nanochat", "olmo", "opt", "phimoe", "qwen3_5_moe", "step3p5",
 )  # fmt: skip
 
