@@ -260,7 +260,9 @@ def test_killed_at_any_moment_a_place_in_s3_is_complete_or_refused_and_the_same_
             assert machine.wait(machine.start(release, f"s3://bucket/{name}")) == 0
         length = time.monotonic() - began
         for n in range(40):
-            if n >= 4 and len(found) == 3:  # a busy machine's moments lie elsewhere than the one that was timed
+            if (
+                n >= 4 and len(found) == 3
+            ):  # a busy machine's moments lie elsewhere than the one that was timed
                 break
             url, done = f"s3://bucket/killed-{n}", False
             while not done:
