@@ -113,8 +113,16 @@ def written(spec: Spec, folder: Path) -> Path:
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     about = {"layout_version": VERSION, "zoo_version": "0", "spec": spec.to_dict()}
+    source = {
+        "format": "safetensors",
+        "family": "none",
+        "naming": "hf",
+        "prefix": [],
+        "config": {},
+        "n_ranks": 1,
+    }
     (folder / "zoo.json").write_text(
-        json.dumps(about | {"quant": {}, "source": {}, "extras": {}, "carried": []})
+        json.dumps(about | {"quant": {}, "source": source, "extras": {}, "carried": []})
     )
     return folder
 

@@ -94,7 +94,7 @@ def test_its_family_converts_has_upstreams_logits_and_is_recorded(
 
 def test_where_the_package_is_missing_it_is_named(site: Path, release: Path, tmp_path: Path) -> None:
     assert run("convert", str(release), str(tmp_path / "zoo"), site=site).returncode == 0
-    assert "zoo-vaultgemma 0.1.0" in run("inspect", str(tmp_path / "zoo")).stdout
+    assert "zoo-vaultgemma 0.1.0" in " ".join(run("inspect", str(tmp_path / "zoo")).stdout.split())
     exported = run("export", str(tmp_path / "zoo"), str(tmp_path / "back"))
     assert exported.returncode == 1
     assert "pip install 'zoo-vaultgemma==0.1.0'" in exported.stderr

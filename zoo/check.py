@@ -263,11 +263,16 @@ def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
 def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch: Watch) -> None:
     if bad := next((n for n in listed if leads_out(n)), None):
         raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
-    here = {n: f for n, f in listed.items() if certificate.is_there(folder, n)}
-    for n in here:
-        inside(folder, n, str(report.against))
-    missing = [n for n in listed if n not in here]
-    if not here:
+    there = {n: f for n, f in listed.items() if certificate.is_there(folder, n)}
+    missing = [n for n in listed if n not in there]
+    here = {}
+    for n, f in there.items():  # what leads out is not opened, and the others are held to the list
+        try:
+            inside(folder, n, str(report.against))
+            here[n] = f
+        except ZooError as e:
+            report.problems.append(str(e))
+    if not there:
         report.problems.append(f"none of the {len(listed)} files of {report.against} is here")
     weights = {_PART.sub("", n) for n in here if n.endswith(WEIGHTS)}
     stems = {_PART.sub("", n) for n in here}

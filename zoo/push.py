@@ -247,9 +247,15 @@ def _token_for_the_hub_alone() -> Iterator[None]:
     """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it."""
     import httpx2
     from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import _http
 
-    hubs, made = http.trusted_origins(), _http._GLOBAL_CLIENT_FACTORY
+    try:  # there is no public way to ask for it; seen in huggingface-hub 2.4
+        from huggingface_hub.utils._http import _GLOBAL_CLIENT_FACTORY as made
+    except ImportError:
+        raise ZooError(
+            "this huggingface-hub makes its connections in a way that zoo does not know, so that the token can't be kept to the "
+            "Hub: pip install 'huggingface-hub==2.4.*'"
+        ) from None
+    hubs = http.trusted_origins()
 
     def without(request: httpx2.Request) -> None:
         if http.origin(str(request.url)) not in hubs:
@@ -257,7 +263,10 @@ def _token_for_the_hub_alone() -> Iterator[None]:
 
     def guarded() -> httpx2.Client:
         client = made()
-        client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], without]}
+        client.event_hooks = {
+            **client.event_hooks,
+            "request": [*client.event_hooks.get("request", ()), without],
+        }
         return client
 
     set_client_factory(guarded)

@@ -68,7 +68,7 @@ def command(
     torchrun --nproc-per-node N -m zoo verify ... has N ranks share the model in CANON (with --stream: texts, and the reading of each
     layer): of GPUs, each has one of its own.
 
-    
+    \b
     Examples:
       zoo verify smollm2-135m --pull
       zoo verify canonical --level logits --self-test

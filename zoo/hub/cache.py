@@ -349,8 +349,11 @@ def snapshots(repo: str) -> list[str]:
 @contextmanager
 def locked(path: Path, what: str, watch: Watch) -> Iterator[None]:
     """Hold a lock among processes, saying so when it must be waited for. It ends with its process, however that ends."""
-    for root in (_root(constants.HF_HUB_CACHE), home()):
-        if path.is_relative_to(root):
+    for root, own in (
+        (_root(constants.HF_HUB_CACHE), ".locks"),
+        (home(), "zoo"),
+    ):  # not what people keep beside these
+        if path.is_relative_to(root / own):
             plain_folders(path.parent, root)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():  # some versions of filelock would empty what it leads to

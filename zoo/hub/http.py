@@ -90,16 +90,20 @@ class Watch:
         self.stop = threading.Event()
         self.damaged: set[str] = set()  # files found wrong, so that they aren't hashed twice
         self._progress, self._cancel, self._lock = progress, cancel, threading.Lock()
+        self.waited = 0.0
+        """Seconds between tries, for which no answer is to blame."""
 
     def check(self) -> None:
         if self.stop.is_set() or (self._cancel is not None and self._cancel.is_set()):
             raise Cancelled
 
     def sleep(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
+        began = time.monotonic()
+        until = began + seconds
         while (left := until - time.monotonic()) > 0:
             self.check()
             self.stop.wait(min(left, 0.2))
+        self.waited += time.monotonic() - began
         self.check()
 
     def tell(self, call: Callable[[Progress], None]) -> None:
@@ -186,10 +190,10 @@ def _body(response: httpx2.Response, about: About, watch: Watch) -> bytes:
         raise HubError(f"{about}: the server's answer is in the encoding {encoding!r:.80}: refused", "server")
     unpack = zlib.decompressobj(47) if encoding != "identity" else None
     data, received, chunks = bytearray(), 0, 0
-    with _paced(response, API_WINDOW, API_BODY * patience(), slow=True) as came, _translated():
+    with _paced(response, _window(API_WINDOW), API_BODY * patience(), slow=True) as pace, _translated():
         for chunk in response.iter_raw():
             watch.check()
-            came(len(chunk))
+            pace.received += len(chunk)
             received, chunks = received + len(chunk), chunks + 1
             if unpack and unpack.eof:  # zlib would keep all of it
                 raise HubError(f"{about}: the server's answer goes on behind its end: refused", "server")
@@ -206,40 +210,50 @@ def _body(response: httpx2.Response, about: About, watch: Watch) -> bytes:
     return bytes(data)
 
 
+class _Pace:
+    """How far a body has come."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.busy = False
+        """What came is being put away: a slow disk is no slow server."""
+
+
+def _window(seconds: float) -> float:
+    """No shorter than what people said that a read may take."""
+    said = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    return max(seconds * patience(), said if said > constants.DEFAULT_DOWNLOAD_TIMEOUT else 0.0)
+
+
 @contextmanager
-def _paced(
-    response: httpx2.Response, window: float, most: float, *, slow: bool
-) -> Iterator[Callable[[int], None]]:
+def _paced(response: httpx2.Response, window: float, most: float, *, slow: bool) -> Iterator[_Pace]:
     """While a body is read: Transient, said to be `slow`, where less than `SLOWEST` came in a `window` of seconds, or more
-    than `most` seconds went by. What is yielded is to be told how many bytes came.
+    than `most` seconds went by. What is yielded is to be told how many bytes came, and while they are put away.
 
     A thread looks, and breaks the connection: the head of a chunk or what follows the last may come a byte at a time, which
     no timeout of a read sees, nor a loop over chunks."""
     stream = response.extensions.get("network_stream")
     sock = None if stream is None else stream.get_extra_info("socket")
-    over, ends, late, received = threading.Event(), threading.Lock(), list[str](), 0
-
-    def came(n: int) -> None:
-        nonlocal received
-        received += n
+    over, ends, late, pace = threading.Event(), threading.Lock(), list[str](), _Pace()
 
     def look() -> None:
         began, before = time.monotonic(), 0
         while not over.wait(min(window, max(0.0, began + most - time.monotonic()))):
             elapsed = time.monotonic() - began
-            if elapsed >= most or received - before < SLOWEST * window:
+            if elapsed >= most or (pace.received - before < SLOWEST * window and not pace.busy):
                 with ends, suppress(OSError):
                     if not over.is_set():  # else the connection may be another answer's by now
-                        late.append(f"only {received} bytes came in {elapsed:.0f} s")
-                        if sock is not None:
-                            sock.shutdown(socket.SHUT_RDWR)
+                        late.append(f"only {pace.received} bytes came in {elapsed:.0f} s")
+                        if isinstance(sock, socket.socket):
+                            # Not SSLSocket's own: that forgets TLS first, and what is queued would be read as it was sent, encrypted.
+                            socket.socket.shutdown(sock, socket.SHUT_RDWR)
                 return
-            before = received
+            before = pace.received
 
     thread = threading.Thread(target=look, daemon=True, name="zoo-pace")
     thread.start()
     try:
-        yield came
+        yield pace
     except Transient:
         if late:
             raise Transient(late[0], slow=slow) from None
@@ -285,10 +299,12 @@ def stream(
             with _opened(url, about, (at, end)) as response:
                 skip = _skip(response, at, end, size)
                 small = stop - start <= SMALL
-                with _paced(response, API_WINDOW if small else STALL_WINDOW, math.inf, slow=small) as came:
+                with _paced(
+                    response, _window(API_WINDOW if small else STALL_WINDOW), math.inf, slow=small
+                ) as pace:
                     for chunk in _chunks(response, skip + end - at, direct):
+                        pace.received, pace.busy = pace.received + len(chunk), True
                         watch.check()
-                        came(len(chunk))
                         if skip:  # the server ignored Range
                             dropped = min(skip, len(chunk))
                             skip -= dropped
@@ -296,6 +312,7 @@ def stream(
                         sink(chunk)
                         at += len(chunk)
                         failures.progressed(len(chunk))
+                        pace.busy = False
             if at < end:
                 raise Transient(f"the connection closed at byte {at} of {size}")
         except Transient as error:

@@ -124,7 +124,7 @@ def _held_instead(about: About, commit: str | None) -> str:
 def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
     """The entries of all pages of a file list. Folders are left out; anything not a file is refused."""
     following: str | None = url
-    seen, count, began = set[str](), 0, time.monotonic()
+    seen, count, began = set[str](), 0, time.monotonic() - watch.waited
     while following is not None and following not in seen:
         seen.add(following)
         if len(seen) > MAX_PAGES:
@@ -137,7 +137,8 @@ def _tree(url: str, about: About, watch: Watch) -> Iterator[dict[str, Any]]:
         count += len(page)
         if count > MAX_FILES:
             raise HubError(f"{about.repo} lists more than {MAX_FILES} files: refused.", "path")
-        if (took := time.monotonic() - began) > (LISTING + 0.004 * count) * patience():
+        took = time.monotonic() - watch.waited - began
+        if following is not None and took > (LISTING + 0.004 * count) * patience():
             raise HubError(
                 f"{about.repo}: after {took:.0f} s its file list has {count} files and goes on: too slow. Run this again "
                 "later, or with ZOO_PATIENCE=4.",

@@ -211,7 +211,8 @@ def decode(
 
     `v` may be `k` itself (MLA in absorbed form: the latent is both). `placed`: since the pass
     began only the newest key and value were written, by the kernel before this one. The others, and the position, are then read
-    before that is done: a pass begins with kernels of torch's, and nothing after them starts before they have ended."""
+    before that is done: `Context.begin` makes the positions by kernels of torch's, and nothing after those starts before they,
+    and all before them, have ended."""
     b, h, d = q.shape
     c, kv = k.shape[1], k.shape[2]
     dv, d2 = v.shape[2 + 1], 0 if q2 is None else q2.shape[2]

@@ -56,12 +56,12 @@ if triton is not None:
         best, i = tl.max(x, 0, return_indices=True)
         at = row * tl.num_programs(0) + piece
         tl.store(best_ptr + at, best)
-        tl.store(where_ptr + at, piece * BLOCK + i)
+        tl.store(where_ptr + at, tl.minimum(piece * BLOCK + i, V - 1))  # of NaN a lane beyond may be the best
 
     @Kernel
     def _best_piece(best_ptr, where_ptr, out_ptr, n_pieces, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         after_previous(OVERLAP)
         best = tl.load(best_ptr + row * n_pieces + i, mask=i < n_pieces, other=float("-inf"))
-        piece = tl.argmax(best, 0)
+        piece = tl.minimum(tl.argmax(best, 0), n_pieces - 1)
         tl.store(out_ptr + row, tl.load(where_ptr + row * n_pieces + piece).to(tl.int64))

@@ -43,8 +43,7 @@ class Weight:
     columns: int = 0  # how many columns share a scale
     bias: Tensor | None = None
     words: bool = False  # whether rows of codes are whole words of 32 bits, 16 bytes at a time, none of a NaN
-    # What is made of it once: descriptions of its tiles for the copy engine, by their shape and by where the codes lie;
-    # on a CPU its scales as they are read.
+    # What is made of it once: descriptions of its tiles for the copy engine, by their shape and by where the codes lie.
     tiles: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property

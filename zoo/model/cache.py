@@ -156,10 +156,12 @@ class Cache:
         return [t for s in self.states if s is not None for t in (s.tail, s.state)]
 
     def reset(self) -> None:
-        """Forget everything. Slots need no clearing: nothing reads one before it is written again."""
+        """Forget everything. Slots need no clearing: nothing reads one before it is written again. Entries do: what nobody sees is
+        multiplied by 0."""
         self.length = 0
         self.position.zero_()
-        for t in self.carried():
+        made = (e for e in (*self.entries, *self.index_entries) if e is not None)
+        for t in (*self.carried(), *(t for e in made for t in (e.tail, e.made))):
             t.zero_()
 
     def keep(self, n: int) -> None:

@@ -82,7 +82,7 @@ class Weights(nn.Module):
     def coded(self, x: Tensor, rows: int) -> Callable[..., Tensor] | None:
         """Our kernel of a CPU for codes and `rows` rows of x (to an expert, where stacked), where it serves them: as
         `zoo.kernels.cpu.quantised.times`."""
-        if self.scheme is None or x.device.type != "cpu" or is_recorded(x):
+        if self.scheme is None or x.device.type != "cpu" or x.dtype == torch.float64 or is_recorded(x):
             return None
         made = kernels("quantised")
         if made is None or (w := self._codes(made)) is None or not made.fits(w, rows):
@@ -218,7 +218,7 @@ class Table(Weights):
             return self.across.sum(some_rows(self.weight, ids, first))  # the others add zeros
         own = ids - first
         here = (own >= 0) & (own < n)
-        return self.across.sum(self._looked_up(own.clamp(0, n - 1)) * here[..., None])
+        return self.across.sum(torch.where(here[..., None], self._looked_up(own.clamp(0, n - 1)), 0))
 
     def _looked_up(self, ids: Tensor) -> Tensor:
         from zoo.quant import looked_up

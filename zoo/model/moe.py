@@ -60,7 +60,7 @@ class Router(Weights):
         given = None
         if self.table is not None:
             assert ids is not None
-            given = self.table[ids]
+            given = self.table[ids].long()
         chosen, weights = route(self.logits(x), self.selection_bias, self.spec, first, given)
         return chosen, self.scaled(weights, chosen).to(dtype)
 

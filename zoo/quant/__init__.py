@@ -57,7 +57,7 @@ def _picked(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     import torch
 
     plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
-    return x.view(plain)[rows].view(x.dtype)
+    return x.view(plain).index_select(0, rows).view(x.dtype)  # not by [rows]: no id is below 0
 
 
 def formula(s: Scheme) -> Any:

@@ -62,9 +62,12 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
     said = _environment().from_string(template).render(
         messages=[dict(m) for m in messages], tools=None, documents=None, add_generation_prompt=True, **special
     )  # fmt: skip
-    if len(said) > (most := MAX_ADDED + TIMES * sum(len(str(m.get("content"))) for m in messages)):
+    # Each message has marks of its own around it.
+    if len(said) > (
+        most := MAX_ADDED + sum(256 + TIMES * len(str(m.get("content") or "")) for m in messages)
+    ):
         raise ZooError(
-            f"the chat template makes {len(said)} characters of the messages (limit {most}): refused; give the prompt as it is (--raw)"
+            f"its chat template makes {len(said)} characters of the messages (limit {most}): refused; give the prompt as it is (--raw)"
         )
     return said
 

@@ -314,8 +314,10 @@ class Longest:
         """Of batch `b` after its next layer, [N, D] -> [N], at most 1."""
         now = theirs.double().norm(dim=-1)
         longest = self._longest[b] = torch.maximum(now, self._longest.get(b, now))
-        share: Tensor = (now / longest).nan_to_num(nan=1.0).clamp(min=1e-30)
-        return share
+        share: Tensor = (now / longest).nan_to_num(nan=1.0)
+        if len(share):  # what all of a text shrink by, as a layer's scalar makes them, is no excuse
+            share = share / share.median().clamp(min=1e-30)
+        return share.clamp(min=1e-30, max=1.0)
 
 
 def drive_both(

@@ -221,8 +221,7 @@ def verify(
                     say, clock, None if stream else ranks,
                 ).into(cert, of_bytes, texts)  # fmt: skip
                 if sharing is not None and not sharing.first:
-                    told: Certificate = ranks.said()  # type: ignore[union-attr]
-                    return told
+                    return sharing.of_first(cert)
                 if why_streamed is not None:
                     cert.not_checked = [
                         f"{x}; streamed, since {why_streamed}" if x.endswith(NO_DECODE) else x
@@ -256,7 +255,7 @@ def verify(
         if ranks is not None:
             if sharing is None:
                 ranks.said(None)
-            cert = ranks.said(cert)
+            cert = ranks.said(cert) if sharing is None else sharing.of_first(cert)
         return cert
     finally:
         held.close()

@@ -1,7 +1,7 @@
 """Ranks that stream one model together.
 
-Each has a share of the texts, which it takes through whole layers; it reads an equal part of each weight, and the parts are put
-together where the layers are computed. So a weight crosses from the files to the devices once, however many ranks there are, and
+Each has a share of the texts, which it takes through whole layers; on GPUs it reads an equal part of each weight, and the parts
+are put together where the layers are computed (on a CPU each reads all, from one page cache). So a weight crosses from the files to the devices once, however many ranks there are, and
 nothing is added up in another order than by one process: the numbers are its own, to the bit. (Layers dealt out would wait for one
 another, as each needs the states that the one before leaves; tensor-parallel layers round otherwise, and upstream's classes
 are not cut.)
@@ -12,11 +12,14 @@ What ranks say to each other is said in turn by their main threads, over gloo; w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from zoo.together import of_first
 
 T = TypeVar("T")
 WHOLE = 1 << 20
@@ -31,7 +34,10 @@ class Sharing:
     def __init__(self, mesh: DeviceMesh) -> None:
         members = dist.get_process_group_ranks(mesh.get_group())
         self.rank, self.n = mesh.get_local_rank(), mesh.size()
-        self.words = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        # The others wait here while the first judges alone: NCCL would end them after ten minutes, gloo after thirty.
+        self.words = dist.new_group(
+            members, backend="gloo", timeout=timedelta(days=7), use_local_synchronization=True
+        )
         self.weights = dist.new_group(members, use_local_synchronization=True)
 
     @property
@@ -71,11 +77,14 @@ class Sharing:
             own = whole[self.rank * part : (self.rank + 1) * part]
             dist.all_gather_into_tensor(whole, own, group=self.weights)
 
+    def of_first(self, value: T) -> T:
+        """What the first rank says, on all."""
+        return of_first(value, self.words)
+
     def close(self) -> None:
-        """Nothing more is said. All ranks do this."""
+        """No more weights are read together. All ranks do this."""
         self.all(None)
-        for group in (self.weights, self.words):
-            dist.destroy_process_group(group)
+        dist.destroy_process_group(self.weights)
 
     def _part(self, nbytes: int) -> int:
         return -(-nbytes // (self.n * ALIGNED)) * ALIGNED
