@@ -13,6 +13,8 @@ import os
 import random
 import shutil
 import signal
+import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -21,7 +23,9 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -614,10 +618,9 @@ def test_a_trickle_counts_as_a_stall(server: HubServer, monkeypatch: pytest.Monk
     )
 
 
-@pytest.mark.parametrize("direct", [0, 1 << 60])
-def test_it_all_works_over_tls_and_a_certificate_that_no_one_signed_is_named(
-    tmp_path: Path, direct: int
-) -> None:
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A key and its certificate in one file; the certificate alone is cert.pem beside it."""
     pem = tmp_path / "both.pem"
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=127.0.0.1 -days 2"
@@ -628,8 +631,46 @@ def test_it_all_works_over_tls_and_a_certificate_that_no_one_signed_is_named(
     subprocess.run([*command.split(), *name], check=True, capture_output=True)
     with open(pem, "a") as f:
         f.write((tmp_path / "cert.pem").read_text())
+    return pem
+
+
+def test_what_is_read_of_a_connection_that_was_broken_for_its_slowness_is_what_was_sent(
+    certificate: Path,
+) -> None:
+    """Over TLS: what lies in this machine's buffers by then is encrypted."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(certificate)
+
+    def serve() -> None:
+        with suppress(OSError), theirs.wrap_socket(listener.accept()[0], server_side=True) as peer:
+            peer.sendall(b"A" * (4 << 20))
+
+    threading.Thread(target=serve, daemon=True).start()
+    ours = ssl.create_default_context(cafile=str(certificate.with_name("cert.pem")))
+    with (
+        listener,
+        ours.wrap_socket(
+            socket.create_connection(listener.getsockname()), server_hostname="127.0.0.1"
+        ) as sock,
+    ):
+        stream = SimpleNamespace(get_extra_info=lambda _: sock)
+        response: Any = SimpleNamespace(extensions={"network_stream": stream})
+        came = sock.recv(1 << 10)
+        with pytest.raises(Transient), http._paced(response, 0.1, 60.0, slow=False):
+            time.sleep(0.5)
+            with suppress(OSError):
+                while data := sock.recv(1 << 16):
+                    came += data
+    assert len(came) > 1 << 10 and set(came) == {ord("A")}
+
+
+@pytest.mark.parametrize("direct", [0, 1 << 60])
+def test_it_all_works_over_tls_and_a_certificate_that_no_one_signed_is_named(
+    tmp_path: Path, direct: int, certificate: Path
+) -> None:
     code = f"from zoo.hub import http; http.DIRECT = {direct}\n{PULL}"
-    with HubServer(certificate=pem) as server:
+    with HubServer(certificate=certificate) as server:
         server.repo("org/toy").commit(FILES)
         server.fail("cut", "model-1.safetensors", after=5 * MIB)
         server.fail("corrupt", "model-2.safetensors", after=MIB)
