@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import vendor
 
 import zoo
 from zoo.errors import ZooError
@@ -174,6 +173,8 @@ CASE = FamilyCase(
 
 def quantised(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """As a release holds them (see `stored`), and the values that its codes stand for."""
+    import vendor  # which imports the families
+
     out: Tensors = {}
     values = dict(tensors)
     for name, t in tensors.items():
@@ -213,6 +214,8 @@ def test_a_quantised_release_is_carried_as_bytes_verified_streamed_and_exported_
     tmp_path: Path,
 ) -> None:
     """Widths of 32 for fp4, and of more than one block of 128 for e4m3."""
+    import vendor  # which imports the families
+
     variant = CASE.variants[0]
     settings = variant.text | {"hidden_size": 160, "moe_intermediate_size": 96, "num_hidden_layers": 2}
     settings |= {"layer_types": [SLIDING, CSA], "mlp_layer_types": ["hash_moe", "moe"]}
@@ -255,6 +258,8 @@ def test_a_table_that_names_experts_beyond_those_there_are_is_refused(tmp_path: 
 
 
 def test_what_transformers_saves_and_holds_in_memory_is_the_same_model(tmp_path: Path) -> None:
+    import vendor  # which imports the families
+
     variant = CASE.variants[0]
     released = build.make(CASE, variant, tmp_path / "released")
     saved = build.make(CASE, replace(variant, release=None), tmp_path / "saved")
