@@ -281,13 +281,13 @@ def test_it_has_no_path_of_the_machine_and_finds_its_source_where_both_were_move
 
 def test_a_way_to_the_source_that_leads_over_the_root_is_left_as_it_is() -> None:
     way = "../../../root/model/x.gguf"
-    places = {"/root/model/x.gguf": way, "/root/model": "../../../root/model", "/work/canon": "canon"}
-    level = Level("plan", notes=["no /root/model/x.gguf; /root/model-b is another, as is /work/canon.gguf"])
+    places = {"/root/model/x.gguf": way, "/root/model": "../../../root/model", "/data/canon": "canon"}
+    level = Level("plan", notes=["no /root/model/x.gguf; /root/model-b is another, as is /data/canon.gguf"])
     made = Certificate(
         canonical={}, source={"path": way}, rules=None, oracle={}, dtype="fp32", levels=[level], places=places
     ).to_json()
     assert made["source"]["path"] == way
-    assert made["levels"]["plan"]["notes"] == [f"no {way}; /root/model-b is another, as is /work/canon.gguf"]
+    assert made["levels"]["plan"]["notes"] == [f"no {way}; /root/model-b is another, as is /data/canon.gguf"]
 
 
 def test_it_has_no_path_of_the_machine_where_it_says_what_is_not_there(tmp_path: Path) -> None:
