@@ -148,8 +148,13 @@ while True:
     here.sendall(struct.pack("<i", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 """
     parent: socket.socket | None = None
+    last: _Worker | None = None
 
     def __init__(self, text: Text) -> None:
+        if _Worker.last is not None:  # what it returned is read before the next one's number
+            _Worker.last.kill()
+            _Worker.last.wait()
+        _Worker.last = self
         if _Worker.parent is None:
             _Worker.parent, theirs = socket.socketpair()
             quiet = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
