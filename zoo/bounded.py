@@ -25,6 +25,11 @@ _DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
+def whole(text: str, digits: int = MAX_DIGITS) -> int | None:
+    """The whole number that `text` spells with the digits 0 to 9, and no others; None where it is none, or has more of them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= digits else None
+
+
 def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
     """The value that `text` spells. Raises ValueError, with what is wrong: no JSON, or more of it than any release has.
 

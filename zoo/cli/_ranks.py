@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from zoo.bounded import whole
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def together(device: str) -> Iterator[Ranks]:
     address, port, local = (
         os.environ.get(k, d) for k, d in (("MASTER_ADDR", ""), ("MASTER_PORT", ""), ("LOCAL_RANK", "0"))
     )
-    if not (address.isprintable() and _is_number(port, 1 << 16) and _is_number(local, n)):
+    at, on = whole(port), whole(local)
+    if not address.isprintable() or at is None or at >= 1 << 16 or on is None or on >= n:
         raise ZooError(
             f"MASTER_ADDR={address}, MASTER_PORT={port}, LOCAL_RANK={local}: expected a host, a port, and a rank below {n}: start the ranks by "
             "torchrun"
@@ -94,10 +96,6 @@ def together(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
     finally:
         sys.stdout, sys.stderr = outputs
-
-
-def _is_number(text: str, below: int) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < below
 
 
 def _own(device: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Source, common, emit, fold, note, pairs, say, table, what_it_is, which_set
+from zoo.cli._common import DTYPE, Source, common, emit, note, pairs, say, table, what_it_is, which_set
 
 if TYPE_CHECKING:
     from zoo.pull import Preview
@@ -69,7 +69,7 @@ def command(
         return
     if found is not None:
         say(pairs(remote_lines(found)))
-    say("\n".join(part for line in opened.plan.summary().splitlines() for part in fold(line)))
+    say(opened.plan.summary())
     if tensors:
         rows = [
             (o.name, o.dtype, "x".join(map(str, o.shape)) or "scalar", ", ".join(o.sources[:4]) + (", ..." if len(o.sources) > 4 else ""))

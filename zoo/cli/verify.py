@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Here, common, emit, failed, fold, note, on, say, say_verdict, table
+from zoo.cli._common import DTYPE, Here, common, emit, failed, note, on, say, say_verdict, table
 from zoo.cli._progress import working
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
@@ -202,7 +202,6 @@ def describe(cert: Certificate, canon: Path) -> str:
             wrap=6,
         )
     )
-    laid = len(lines)
     for level in cert.levels:
         lines += [f"  {level.name}: {text}" for text in level.notes]
     lines += [f"  not checked: {text}" for text in cert.not_checked]
@@ -219,9 +218,7 @@ def describe(cert: Certificate, canon: Path) -> str:
         lines += [f"  NOT CAUGHT: {x['what']} ({x['fault']})" for x in f["results"] if not x["caught"]]
     total = cert.timing.get("total")
     lines += ["", "; ".join(filter(None, (cert.kept, f"{total:.1f} s" if total else "")))]
-    return "\n".join(
-        [*fold(lines[0]), *lines[1:laid], *(part for line in lines[laid:] for part in fold(line))]
-    )
+    return "\n".join(lines)
 
 
 def _where(cert: Certificate) -> str:

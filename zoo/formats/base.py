@@ -28,6 +28,8 @@ ITEMSIZE = {
 """Bytes per element by safetensors dtype name. Sub-byte types travel packed, as U8 or I32."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+COUNTS = ("I64", "I32")
+"""Of a table of whole numbers (`Slot.counts`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zoo.errors import ZooError
-from zoo.formats.base import FLOATS, RELEASED, TensorRef, files_below, inside, leads_out, place_of, read_json
+from zoo.formats.base import (
+    COUNTS,
+    FLOATS,
+    RELEASED,
+    TensorRef,
+    files_below,
+    inside,
+    leads_out,
+    place_of,
+    read_json,
+)
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, Slot, layout
 from zoo.quant.schemes import grid, scheme
@@ -238,8 +248,8 @@ def _check(c: Canonical) -> None:
         how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
         if how is not None:
             _check_quantised(c, slot, how)
-        elif slot.counts and ref.dtype not in ("I64", "I32"):
-            raise ZooError(f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected I64 or I32")
+        elif slot.counts and ref.dtype not in COUNTS:
+            raise ZooError(f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected {' or '.join(COUNTS)}")
         elif ref.dtype not in FLOATS and not slot.counts:
             raise ZooError(
                 f"{c.root / ref.file}: {slot.name} is {ref.dtype}; expected one of {', '.join(FLOATS)}"

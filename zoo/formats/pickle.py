@@ -43,7 +43,7 @@ MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest rel
 UNDER = ("state_dict", "model", "module")  # keys that trainers put weights under
 MAX_STEPS = (
     1 << 22
-)  # of a checkpoint: one byte of a pickle may make an object of 72; a tensor takes some 30 steps
+)  # of a checkpoint: a byte of a pickle may make an object of 72; a tensor takes some 30 steps
 MAX_DIRECTORY = 16 << 20  # bytes of its archives' directories; an entry takes 60 or so
 
 _STORAGES = {

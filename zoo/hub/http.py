@@ -29,7 +29,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers
 
-from zoo.bounded import parse_json
+from zoo.bounded import parse_json, whole
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
 from zoo.patience import patience
 
@@ -330,7 +330,7 @@ def _skip(response: httpx2.Response, start: int, end: int, size: int) -> int:
         raise Transient("the server compressed the file")
     if response.status_code == 200:
         length = headers.get("Content-Length")
-        if length is not None and _digits(length) != size:
+        if length is not None and whole(length) != size:
             raise Damaged(f"{size} bytes", f"{length} bytes")
         return start
     match = re.fullmatch(
@@ -341,11 +341,6 @@ def _skip(response: httpx2.Response, start: int, end: int, size: int) -> int:
     if match[3] != "*" and int(match[3]) != size:
         raise Damaged(f"{size} bytes", f"{match[3]} bytes")
     return 0
-
-
-def _digits(text: str) -> int | None:
-    """A header's whole number; None where it is none, or longer than any length."""
-    return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
 
 
 def _chunks(response: httpx2.Response, length: int, direct: bool) -> Iterator[bytes | memoryview]:
@@ -496,7 +491,7 @@ def _sent(session: httpx2.Client, request: httpx2.Request) -> httpx2.Response:
 
 def _drain(response: httpx2.Response) -> None:
     """Read a short body that nobody wants, as it was sent (never unpacked), so that the connection can be used again."""
-    if (_digits(response.headers.get("Content-Length", "")) or MAX_DRAINED) >= MAX_DRAINED:
+    if (whole(response.headers.get("Content-Length", "")) or MAX_DRAINED) >= MAX_DRAINED:
         return
     received = 0
     with suppress(Transient), _paced(response, DRAINED, DRAINED, slow=True), _translated():

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from zoo.bounded import parse_json
+from zoo.bounded import parse_json, whole
 from zoo.errors import ZooError
 from zoo.mapping.folder import STATE, WHOLE, Folder, boot, clear_held, in_the_way, own, put, recover
 from zoo.plain import open_plain
@@ -82,17 +82,14 @@ def of_process(environment: Mapping[str, str]) -> tuple[Part, str] | None:
     for rank, world, local, here in _LAUNCHERS:
         if rank not in environment or world not in environment:
             continue
-        r, n = environment[rank], environment[world]
-        if not (_is_count(r) and _is_count(n) and int(r) < int(n)):
-            raise ZooError(f"{rank}={r}, {world}={n}: expected a rank from 0, below the number of processes")
-        if int(n) > 1:
-            together = environment.get(local) == (n if here is None else here)
-            return Part(int(r) + 1, int(n), together), f"{rank}={r}, {world}={n}"
+        said = f"{rank}={environment[rank]}, {world}={environment[world]}"
+        r, n = whole(environment[rank], 9), whole(environment[world], 9)
+        if r is None or n is None or r >= n:
+            raise ZooError(f"{said}: expected a rank from 0, below the number of processes")
+        if n > 1:
+            together = environment.get(local) == (environment[world] if here is None else here)
+            return Part(r + 1, n, together), said
     return None
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _is_step(x: Any) -> bool:

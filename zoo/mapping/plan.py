@@ -25,7 +25,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import sets
-from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef
+from zoo.formats.base import COUNTS, FLOATS, ITEMSIZE, Checkpoint, TensorRef
 from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
 from zoo.mapping.moves import restride
@@ -726,7 +726,7 @@ class _Matcher:
             ref = tensors[source]
             dtypes.add(ref.dtype)
             if part is None and slot.counts:
-                if ref.dtype not in ("I64", "I32"):
+                if ref.dtype not in COUNTS:
                     self.out.problems.append(
                         f"{source} in {ref.file}: {ref.dtype}; expected whole numbers, I64 or I32"
                     )

@@ -121,7 +121,7 @@ def _left(store: Store, force: bool) -> dict[str, Stored]:
 
 def _scratch(store: Store) -> Path:
     """Where the folder is made that will be sent; the same for the same place."""
-    from huggingface_hub import constants
+    from zoo.hub import cache
 
     place = hashlib.sha256(store.url.encode()).hexdigest()[:32]
-    return Path(constants.HF_HOME) / "zoo" / "stores" / place / "canonical"
+    return cache.home() / "zoo" / "stores" / place / "canonical"
