@@ -14,7 +14,8 @@ Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tes
 - splits: every way to split text that zoo knows (`tokenizer.ggml.pre`), with SmolLM2's vocabulary: texts of which llama.cpp, and
   transformers, make other ids than zoo.
 - speed: exporting 2 and 6 GB where tensors only get another name or order, and 2 GB to Q8_0, each time followed by `cp` of the result; peak memory, and
-  start-up beside them. Takes 24 GB of disk; sources are in the page cache where 18 GB of memory are free.
+  start-up beside them. Before each, as much memory as it will write is written to and given back: where a host lends it, that costs
+  what is measured. Takes 24 GB of disk; sources are in the page cache where 18 GB of memory are free.
 
 ggml's GELU is a table in fp16 of the tanh form: zoo's logits are taken with that in its place, so that what is left is the rest.
 """
@@ -481,14 +482,16 @@ def speed(work: Path) -> dict[str, Any]:
         bench.write(source, *maker(gb))
         zoo.convert(source, canon)
         shutil.rmtree(source)
-        runs, starts = [], []
+        runs, starts, room = [], [], int(1.2e9 * gb)
         small = tiny_canonical(work)
         for _ in range(ROUNDS):
             starts.append(bench.timed([sys.executable, "-c", EXPORT, str(small), str(file), type]))
             file.unlink()
             bench.warm(canon)
+            bench.touch_memory(room)  # each of the two finds as much that the machine has at hand
             made = bench.timed([sys.executable, "-c", EXPORT, str(canon), str(file), type])
             bench.warm(file.parent)
+            bench.touch_memory(room)
             runs.append((made, bench.timed(["cp", str(file), str(copied)])))
             nbytes = file.stat().st_size
             file.unlink()
@@ -501,6 +504,7 @@ def speed(work: Path) -> dict[str, Any]:
             "seconds": {
                 "zoo": round(middle(a["wall"] for a, _ in runs), 2),
                 "cp": round(middle(b["wall"] for _, b in runs), 2),
+                "fastest cp": round(min(b["wall"] for _, b in runs), 2),
             },
             "cpu seconds": {
                 "zoo": round(middle(a["cpu"] for a, _ in runs), 2),

@@ -151,14 +151,19 @@ WHAT = {
 }
 
 
-def converting(found: Run, newest: Run) -> str:
-    """The section about benchmarks/convert.py: all cases, and the newest run of some."""
+def converting(found: Run, newest: list[Run], parts: Run) -> str:
+    """The section about benchmarks/convert.py: all cases, the newest run of some on each machine, and ranks beside one process."""
     m, rows = found["machine"], []
-    n = newest["machine"]
-    lately = "; ".join(
-        f"{r['case']} {r['ratio']:.2f} times `cp -r` and {r['cpu_ratio']:.2f} of its CPU seconds, {r['rss_mib']:.0f} MiB"
-        for r in newest["results"]
+    lately = " ".join(
+        f"{n['machine']['cpu']}, {n['machine']['cores']} cores, {n['machine']['date'][:10]}: "
+        + "; ".join(
+            f"{r['case']} {r['ratio']:.2f} times `cp -r` and {r['cpu_ratio']:.2f} of its CPU seconds, {r['rss_mib']:.0f} MiB"
+            for r in n["results"]
+        )
+        + "."
+        for n in newest
     )
+    ranks = ", ".join(f"{r['case']} {r['ratio']:.2f}" for r in parts["results"])
     for r in found["results"]:
         u = r.get("upstream")
         rows.append([
@@ -171,8 +176,9 @@ def converting(found: Run, newest: Run) -> str:
     ]  # fmt: skip
     return (
         "\n## Converting\n\nHow bytes are copied (in the kernel, through a buffer, from mapped memory; one thread or several) is found while it "
-        f"works, and `--debug` says what was found. With that, {n['cpu']}, {n['cores']} cores, {n['date'][:10]}, medians of "
-        f"{len(newest['results'][0]['runs'])} pairs (`benchmarks/results/convert-ways.json`): {lately}. The table is from before.\n\n"
+        f"works, and `--debug` says what was found. With that, medians of "
+        f"{len(newest[0]['results'][0]['runs'])} pairs (`benchmarks/results/convert-ways.json`): {lately} Two ranks on the 2 cores of the last, "
+        f"in times of one process with two threads (`benchmarks/parts.py`): {ranks}. The table is from before.\n\n"
         f"{m['cpu']}, {m['cores']} cores, {m['memory_mib'] / 1024:.0f} GiB, {m['date'][:10]}; "
         f"`{m['command']}`. Medians of {len(found['results'][0]['runs'])} pairs, start-up included, source in the page cache. "
         "Where more is written than read, `cp` copies what is written.\n\n" + table(head, rows) + "\n"
@@ -229,7 +235,8 @@ def main() -> None:
     newest, rows = merged(first)
     loads = [r["load"] for r in first if "load" in r]
     converted: Run = json.loads((RESULTS / "convert.json").read_text())
-    ways: Run = json.loads((RESULTS / "convert-ways.json").read_text())
+    ways: list[Run] = json.loads((RESULTS / "convert-ways.json").read_text())
+    parts: Run = json.loads((RESULTS / "parts.json").read_text())
     where = measured_on(newest)
     note = (
         "Random weights of released shapes, both sides in one run (`make bench-gpu`). Decode is a captured CUDA graph "
@@ -258,14 +265,16 @@ def main() -> None:
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`. Models are in bf16 unless said.\n\n## {newest['device']}\n\n"
         f"{speed(rows)}\n\n{where}\n\n### How it was measured\n\n{note}\n\n{right}\n\n"
-        f"{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}{carried(codes)}{converting(converted, ways)}"
+        f"{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}{carried(codes)}{converting(converted, ways, parts)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
     readme = ROOT / "README.md"
     text = readme.read_text()
     if BEGIN in text:
         moved = {r["case"]: r for r in converted["results"]}
-        dense = next(r for r in ways["results"] if r["case"] == "dense")
+        dense = max(
+            (r for run in ways for r in run["results"] if r["case"] == "dense"), key=lambda r: r["ratio"]
+        )
         said = (
             f"Converting a checkpoint of {dense['output_bytes'] / 1e9:.0f} GB takes {dense['ratio']:.1f} times "
             f"as long as `cp -r` of it and {dense['rss_mib']:.0f} MiB of memory; loading and saving it with "
