@@ -5,10 +5,10 @@
         converted. `zoo verify --dtype bf16`: all levels unstreamed with all of the GPU (not with --streamed); up to logits streamed
         with as many gigabytes of it (6; 12 for experts that upstream dequantises a layer of), files in the page cache, and again
         with the files put out of it just before the pass
-    python benchmarks/stream_gpu.py --ranks 2 --json FILE [--layers 12] [--tmp /dev/shm]
-        so many layers of the shape of Llama 3.1 70B, streamed by one GPU and by so many, in turn
-    python benchmarks/stream_gpu.py --tiny --device cpu --json FILE [--ranks 2]
+    python benchmarks/stream_gpu.py --tiny --device cpu --json FILE
         the same steps with small shapes, to see that they work
+
+By several GPUs: benchmarks/stream_ranks.py.
 
 A pass reads the source and the canonical folder, both once: its rate is the bytes of both over the seconds of the phases waiting for
 files, oracle (both ways), ours, metrics, and plan and bytes. The raw rate: 8 threads that read runs of 256 MiB of these files (from
@@ -36,9 +36,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 READERS, RUN, BUFFER = 8, 1 << 28, 1 << 24
 PASS = ("waiting for files", "oracle", "oracle, second way", "ours", "metrics", "plan and bytes")
 LIMITS = {"llama-3.1-8b": 6.0, "gpt-oss-20b": 12.0}
-OF_70B = {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-}  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -50,7 +47,6 @@ def child(canon: str, device: str, stream: str, gigabytes: float, cold: str) -> 
     import torch
 
     import zoo
-    from zoo.cli._ranks import together
     from zoo.verify.reading import Window
 
     files = weights(Path(canon).parent)
@@ -70,21 +66,17 @@ def child(canon: str, device: str, stream: str, gigabytes: float, cold: str) -> 
         if cold and text.startswith("layers and logits"):  # what was hashed is in the cache again
             put_out(files)
 
-    with together(device) as ranks:
-        began = time.perf_counter()
-        cert = zoo.verify(
-            canon,
-            level="logits" if stream else None,
-            dtype="bf16",
-            device=ranks.device,
-            mesh=ranks.mesh,
-            stream=bool(stream),
-            write=False,
-            progress=progress,
-        )
-        seconds = time.perf_counter() - began
-    if not ranks.first:
-        return
+    began = time.perf_counter()
+    cert = zoo.verify(
+        canon,
+        level="logits" if stream else None,
+        dtype="bf16",
+        device=device,
+        stream=bool(stream),
+        write=False,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - began
     passing = sum(cert.timing.get(phase, 0.0) for phase in PASS)
     size = sum(f.stat().st_size for f in files)
     failed = [
@@ -99,7 +91,7 @@ def child(canon: str, device: str, stream: str, gigabytes: float, cold: str) -> 
     print(json.dumps({
         "verdict": cert.verdict, "failed": failed, "not checked": cert.not_checked, "seconds": seconds, "timing": cert.timing,
         "pass": passing, "bytes_per_second": size / passing, "seconds a layer": steps[len(steps) // 2] if steps else None,
-        "tokens": (cert.inputs or {}).get("tokens"), "ranks": cert.device.get("ranks", 1),
+        "tokens": (cert.inputs or {}).get("tokens"),
         "gpu_memory": torch.cuda.max_memory_reserved() if device == "cuda" else None,
     }))  # fmt: skip
 
@@ -195,39 +187,11 @@ def measure(stem: str, args: argparse.Namespace, out: dict[str, Any], keep: Call
 
 
 def verified(
-    canon: Path, device: str, stream: str, limit: float, cold: str, ranks: int = 1
+    canon: Path, device: str, stream: str, limit: float, cold: str
 ) -> subprocess.CompletedProcess[str]:
-    """`child`, in a process of its own, or in so many."""
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *how, __file__, "--child", str(canon), device, stream, str(limit), cold]
+    """`child`, in a process of its own."""
+    command = [sys.executable, __file__, "--child", str(canon), device, stream, str(limit), cold]
     return subprocess.run(command, capture_output=True, text=True)
-
-
-def measure_ranks(args: argparse.Namespace, out: dict[str, Any], keep: Callable[[], None]) -> None:
-    """One GPU beside several, twice each, in turn."""
-    from gpu_verify import released_config, written
-
-    import zoo
-
-    config = released_config("llama-3.1-8b") | {"num_hidden_layers": args.layers}
-    config |= TINY if args.tiny else OF_70B
-    with tempfile.TemporaryDirectory(prefix="zoo-bench-", dir=args.tmp) as holder:
-        folder, began = Path(holder), time.perf_counter()
-        size = written(config, folder / "source")
-        canon = zoo.convert(folder / "source", folder / "canonical")
-        out |= {"model": "Llama 3.1 70B's shape", "layers": args.layers, "bytes": size}
-        print(f"{size / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s", flush=True)
-        out["raw bytes per second"] = raw_rate(weights(folder))
-        for k, ranks in enumerate((1, args.ranks, 1, args.ranks)):
-            ran = verified(canon, args.device, "1", 0.0, "", ranks)
-            lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-            if ran.returncode or not lines:
-                row = {"verdict": "error", "error": ran.stderr[-3000:]}
-            else:
-                row = json.loads(lines[-1])
-            out[f"{ranks} ranks, run {k // 2 + 1}"] = row
-            keep()
-            print(f"  {ranks}: {json.dumps(row)}", flush=True)
 
 
 def main() -> int:
@@ -239,8 +203,6 @@ def main() -> int:
     parser.add_argument("stem", nargs="*", default=["llama-3.1-8b", "gpt-oss-20b"])
     parser.add_argument("--gigabytes", type=float)
     parser.add_argument("--streamed", action="store_true")
-    parser.add_argument("--ranks", type=int)
-    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tmp", type=Path)
@@ -265,10 +227,7 @@ def main() -> int:
     def keep() -> None:
         args.json.write_text(json.dumps({**about, "models": rows}, indent=1) + "\n")
 
-    if args.ranks:
-        rows.append({})
-        measure_ranks(args, rows[-1], keep)
-    for stem in [] if args.ranks else args.stem:
+    for stem in args.stem:
         rows.append({})
         measure(stem, args, rows[-1], keep)
     ran = [row for model in rows for row in model.values() if isinstance(row, dict) and "verdict" in row]

@@ -69,7 +69,9 @@ def latent(**how: Any) -> LatentAttention:
     return LatentAttention(4, 16, 8, 8, 8, 0.25, RMS, rope=HEAD, **how)
 
 
-# One layer for every way to cut a part, and one norm for every way to take its mean over ranks.
+# One layer for every way to cut a part, and one norm for every way to take its mean over ranks. Of an indexer with few heads
+# many keys score 0 in all of them, and which of the tied ones are taken depends on how many there are: read token by token the text
+# would be another (with 2 heads by up to 6 in a logit).
 PATCHWORK = Spec(
     family="llama",
     d_model=32,
@@ -105,7 +107,7 @@ PATCHWORK = Spec(
                 {},
             ),
             (
-                latent(q_rank=16, qkv_bias=True, out_bias=True, indexer=Indexer(2, 8, 12, HEAD, LAYER)),
+                latent(q_rank=16, qkv_bias=True, out_bias=True, indexer=Indexer(8, 8, 12, HEAD, LAYER)),
                 MoE(
                     4, MLP(8), Router(1, "softmax"), MLP(8), norm=RMS, post_norm=RMS, shared_post_norm=RMS
                 ),
@@ -162,11 +164,13 @@ def run(work: Path, *jobs: str) -> None:
 
 @dataclasses.dataclass
 class Shared:
-    """What ranks said of folders: `of[ranks][rank][folder]`, and what one process does: `one[folder]`."""
+    """What ranks said of folders: `of[ranks][rank][folder]`, what one process does: `one[folder]`, and `ranks.nudged` of
+    the patchwork."""
 
     work: Path
     of: dict[int, list[dict[str, Any]]]
     one: dict[str, dict[str, Tensor]]
+    nudged: dict[str, float]
 
 
 def shared_by(work: Path, specs: dict[str, Spec], *jobs: str) -> Shared:
@@ -174,11 +178,13 @@ def shared_by(work: Path, specs: dict[str, Spec], *jobs: str) -> Shared:
     one = {}
     for name, spec in specs.items():
         one[name] = ranks.answers(zoo.load(ranks.written(spec, work / name)))
+    nudged = {}
     if "patchwork" in specs:
+        nudged["patchwork"] = ranks.nudged(zoo.load(work / "patchwork"))
         torn(work / "patchwork", work / "torn", 4)
     run(work, "4", *jobs)
     of = {n: [torch.load(work / f"answers-{n}-{r}.pt") for r in range(4)] for n in (2, 4)}
-    return Shared(work, of, one)
+    return Shared(work, of, one, nudged)
 
 
 def torn(folder: Path, copy: Path, n: int) -> None:
@@ -219,7 +225,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 def departures(shared: Shared) -> dict[str, str]:
     """Where ranks are not what one process is: folder -> what differs. The bound is verification's: twice what one process
-    differs from itself by, here a text read at once and token by token, or by rounding at the scale of the logits."""
+    differs from itself by, here a text read at once and token by token, or by rounding at the scale of the logits. Of the patchwork
+    also with each layer's output off by two units in the last place: norms over few channels that nearly vanish (a delta rule's head of
+    8, a Mamba group, at the first tokens) make 1e-4 of one unit. Over 60 texts four ranks were off by more than the other two in 15."""
     found = {}
     ways = itertools.product(shared.of.items(), shared.one.items(), ("", ", by rows"))
     for (n, by_rank), (name, one), way in ways:
@@ -228,7 +236,8 @@ def departures(shared: Shared) -> dict[str, str]:
             continue
         largest = float(one["logits"].abs().max())
         by_scale = logit_bound("fp32", "max", rounding("fp32", largest, "logits of one process"), largest)
-        bound = max(by_scale.value, FACTOR * float((one["cached"] - one["logits"]).abs().max()))
+        itself = max(float((one["cached"] - one["logits"]).abs().max()), shared.nudged.get(name, 0.0))
+        bound = max(by_scale.value, FACTOR * itself)
         errors = {k: float((said[0][k] - one[k]).abs().max()) for k in ("logits", "cached")}
         if not max(errors.values()) <= bound:
             found[f"{name}{way}, {n} ranks"] = f"{errors}, at most {bound:.1e}"
@@ -242,6 +251,10 @@ def test_ranks_have_the_logits_of_one_process_at_once_and_cached_and_all_and_eve
 ) -> None:
     assert departures(shared) == {}
     assert float(shared.one["patchwork"]["logits"].std()) > 0.3
+    for name, one in shared.one.items():  # no choice hangs by a hair: the bound says something
+        assert max(float((one["cached"] - one["logits"]).abs().max()), shared.nudged.get(name, 0.0)) < 2e-4, (
+            name
+        )
     by_rows = {
         name for said in shared.of.values() for rank in said for name in rank if name.endswith(", by rows")
     }

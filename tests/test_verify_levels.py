@@ -321,6 +321,19 @@ def test_a_level_that_is_asked_for_is_judged_or_refused(monkeypatch: pytest.Monk
         zoo.verify(canonical("llama"), level="bytes", self_test=True, write=False)
 
 
+def test_a_module_that_transformers_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = canonical("llama")
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("import no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(
+        ZooError, match="transformers is installed, and cannot be imported: No module named 'no_such_module'"
+    ):
+        zoo.verify(folder, write=False)
+    assert zoo.verify(folder, level="bytes", write=False).passed
+
+
 def test_decoding_cannot_be_asked_for_while_streaming() -> None:
     with pytest.raises(ZooError, match="decode can't be judged: not done while streaming"):
         zoo.verify(canonical("llama"), level="decode", stream=True, write=False)

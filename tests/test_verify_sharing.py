@@ -115,6 +115,24 @@ def test_ranks_that_stream_have_the_certificate_of_one_process_and_each_reads_a_
     assert found["verdict"] == "passed"
 
 
+def test_ranks_of_a_program_may_stream_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "WHOLE", 1 << 10)
+
+    def one(rank: int) -> int:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=N)
+        mesh = init_device_mesh("cpu", (N,))
+        for k in range(3):
+            among, whole = Sharing(mesh), torch.zeros(1 << 12, dtype=torch.uint8)
+            whole[among.own(len(whole))] = k + rank
+            among.complete(whole, len(whole))
+            assert among.all(k) == [k] * N and sorted(set(whole.tolist())) == [k, k + 1]
+            among.close()
+        dist.destroy_process_group()
+        return 0
+
+    assert together(N, one)
+
+
 @pytest.mark.proof
 def test_so_they_have_where_something_departs_and_in_lower_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

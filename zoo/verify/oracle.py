@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import io
 import json
 import re
@@ -62,10 +63,16 @@ class Oracle(Protocol):
 
 
 def upstream_available() -> bool:
+    """Whether transformers is installed. Raises ZooError, naming it, where a module that transformers needs is not."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
     try:
         import transformers  # noqa: F401
-    except ImportError:
-        return False
+    except ImportError as e:
+        raise ZooError(
+            f"transformers is installed, and cannot be imported: {e}; install what is missing, or verify up to `bytes`, which "
+            "needs nothing but the source's files"
+        ) from e
     return True
 
 

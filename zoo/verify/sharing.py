@@ -84,7 +84,10 @@ class Sharing:
     def close(self) -> None:
         """No more weights are read together. All ranks do this."""
         self.all(None)
-        dist.destroy_process_group(self.weights)
+        # NCCL's group holds memory. torch gives its name to the next group of these ranks: to `words`, which does not see what NCCL
+        # left in the store under it. Of gloo's group that would be old addresses, at which ranks wait for good: it stays.
+        if dist.get_backend(self.weights) == "nccl":
+            dist.destroy_process_group(self.weights)
 
     def _part(self, nbytes: int) -> int:
         return -(-nbytes // (self.n * ALIGNED)) * ALIGNED
