@@ -42,6 +42,7 @@ SHAPES: dict[str, tuple[str, int | None, str | None]] = {
     "Llama 3.1 8B": ("llama-3.1-8b", None, None),
     "Llama 3.1 8B fp8": ("llama-3.1-8b", None, "fp8-tensor"),
     "Llama 3.1 8B int4": ("llama-3.1-8b", None, "int4-group128"),
+    "Llama 3.1 8B AWQ": ("llama-3.1-8b", None, "awq4-group128"),
     "gpt-oss-20b": ("gpt-oss-20b", None, None),
     "gpt-oss-20b mxfp4": ("gpt-oss-20b", None, "mxfp4"),
     "Qwen3-30B-A3B, 24 layers": ("qwen3-30b-a3b", 24, None),

@@ -1,4 +1,4 @@
-"""One product with codes at a time, at released shapes, as `zoo.kernels.codes` makes it and without it.
+"""One product with codes at a time, at released shapes, as `zoo.kernels.codes` or `quads` makes it and without them.
 
     python benchmarks/gpu_codes.py [--out FILE]
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 # (what, scheme, rows, columns, rows of x); gated where there is one row of gate and up.
 PRODUCTS = [
     (what, scheme, n, k, t)
-    for scheme in ("fp8-channel", "int4-group128")
+    for scheme in ("fp8-channel", "int4-group128", "awq4-group128")
     for what, n, k in (("8B gate_up", 28672, 4096), ("8B down", 4096, 14336), ("8B qkv", 6144, 4096), ("8B o", 4096, 4096))
     for t in (1, 16)
 ]  # fmt: skip
@@ -103,17 +103,17 @@ def experts(scheme: str, n: int, d: int, f: int, top_k: int, t: int) -> tuple[li
 
 
 def row(what: str, made: tuple[list[Callable[[], Any]], float], t: int, copy: float) -> dict[str, Any]:
-    from zoo.kernels import codes
+    from zoo.kernels import codes, quads
 
     runs, size = made
     out: dict[str, Any] = {"what": what, "rows": t}
-    serves, pays = codes.serves, codes.pays
+    own = codes.serves, codes.pays, quads.serves
     try:
-        codes.serves = codes.pays = lambda x, w: False
+        codes.serves = codes.pays = quads.serves = lambda x, w: False
         before = runs[0]().float()
         out["without ms"] = replayed_ms(runs)
     finally:
-        codes.serves, codes.pays = serves, pays
+        codes.serves, codes.pays, quads.serves = own
     after = runs[0]().float()
     out["ms"] = replayed_ms(runs)
     out["differ by"] = float((after - before).norm() / before.norm())

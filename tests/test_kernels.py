@@ -56,6 +56,7 @@ if INTERPRETED or COMPILED:
         linear,
         near,
         norm,
+        quads,
         rope,
         route,
         weights,
@@ -456,17 +457,31 @@ if INTERPRETED or COMPILED:
         elif scheme.startswith("int4"):
             codes = torch.randint(-(2**31), 2**31, (*lead, n, columns // 8)).int()
             scale = (torch.rand(*lead, *grid) + 0.5).bfloat16() / 16
+        elif scheme.startswith("mlx4"):
+            codes = torch.randint(-(2**31), 2**31, (*lead, n, columns // 8)).int().view(torch.uint32)
+            scale = (torch.rand(*lead, *grid) + 0.5).bfloat16() / 16
         else:
             codes = (rand(*lead, n, columns) * 0.3).to(torch.float8_e4m3fn)
             scale = torch.rand(*lead, *grid) + 0.5
         components = {"weight": codes, "scale": scale}
+        if scheme.startswith("mlx4"):
+            components["shift"] = (rand(*scale.shape) - 6).bfloat16() / 16
         packed = weights.quantised(scheme, components, parts)
         assert packed is not None
         return dequantise(scheme, components, parts, torch.float32), packed
 
     # Interpreted, a product takes seconds: one scheme of each kind of codes, the others in `make proofs`.
-    SCHEMES = ("plain", "fp8-block", "fp8-channel", "fp8-tensor", "mxfp4", "int4-group32", "int4-group64")
-    OF_EACH_KIND = ("plain", "fp8-block", "mxfp4", "int4-group32")
+    SCHEMES = (
+        "plain",
+        "fp8-block",
+        "fp8-channel",
+        "fp8-tensor",
+        "mxfp4",
+        "int4-group32",
+        "int4-group64",
+        "mlx4-group32",
+    )
+    OF_EACH_KIND = ("plain", "fp8-block", "mxfp4", "int4-group32", "mlx4-group32")
 
     def proven(*values: object, now: bool) -> Any:
         return pytest.param(*values, marks=[] if now else pytest.mark.proof)
@@ -482,6 +497,8 @@ if INTERPRETED or COMPILED:
         close(linear.gated_linear(x, packed, MLP(f)), linear.gated_linear_reference(x, w, None, MLP(f)), 5)
         if scheme != "plain":
             close(weights.expanded(packed, torch.float32), w)
+            ids = torch.randint(0, 2 * f, (3, 7))
+            close(weights.looked_up(packed, ids, torch.float32), w[ids])
 
     def served(*shape: int) -> torch.Tensor:
         """Numbers of the dtype that `codes` multiplies: the interpreter multiplies no bf16."""
@@ -493,7 +510,46 @@ if INTERPRETED or COMPILED:
         else:
             close(y, expected, 5)
 
-    @pytest.mark.parametrize("scheme", [proven(s, now=s == "int4-group64") for s in SCHEMES if s != "plain"])
+    if COMPILED:  # the interpreter knows no assembler
+
+        @pytest.mark.parametrize(
+            ("scheme", "f", "k"),
+            [("fp8-channel", 2053, 4096), ("fp8-block", 2176, 4224), ("fp8-block", 2100, 6112)],
+        )
+        def test_a_row_times_a_large_weight_in_fp8(scheme: str, f: int, k: int) -> None:
+            w, packed = stored(scheme, (f, f), k)
+            x, onto = served(1, k), served(1, 2 * f)
+            assert quads.serves(x, packed)
+            y = linear.linear(x, packed, onto)
+            near_to(y, linear.linear_reference(x.float(), w, None, onto.float()))
+            assert torch.equal(y, linear.linear(x, packed, onto))
+            near_to(
+                linear.gated_linear(x, packed, MLP(f)),
+                linear.gated_linear_reference(x.float(), w, None, MLP(f)),
+            )
+
+        @pytest.mark.parametrize("gated", [True, False])
+        @pytest.mark.parametrize(("d", "f", "top_k"), [(96, 352, 3), (2880, 1024, 4), (64, 32, 9)])
+        def test_a_token_and_its_experts_in_mxfp4(d: int, f: int, top_k: int, gated: bool) -> None:
+            spec = MLP(f, act="silu" if gated else "relu2", gated=gated)
+            up, a = stored("mxfp4", (f, f) if gated else (f,), d, 12)
+            down, b = stored("mxfp4", (d,), f, 12)
+            biased = [served(12, up.shape[1]), served(12, d)]
+            a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
+            x, shares = served(2, d), torch.rand(2, top_k)
+            chosen = torch.stack([torch.randperm(12)[:top_k] for _ in range(2)]).int()
+            assert quads.serves(x, a) and quads.serves(x, b)
+            wide = [t.float() for t in biased]
+            expected = experts.experts_reference(
+                x.float(), chosen, shares, (up, wide[0]), (down, wide[1]), spec
+            )
+            y = experts.experts(x, chosen, shares, a, b, spec)
+            near_to(y, expected)
+            assert torch.equal(y, experts.experts(x, chosen, shares, a, b, spec))
+
+    @pytest.mark.parametrize(
+        "scheme", [proven(s, now=s in ("int4-group64", "mlx4-group32")) for s in SCHEMES[1:]]
+    )
     @pytest.mark.parametrize("columns", [proven(256, now=False), 1024])  # the last shared by programs
     def test_several_rows_times_codes(columns: int, scheme: str) -> None:
         w, packed = stored(scheme, (40, 30), columns)
@@ -504,7 +560,7 @@ if INTERPRETED or COMPILED:
             linear.linear(x, packed, onto), linear.linear_reference(x.float(), w, bias.float(), onto.float())
         )
 
-    @pytest.mark.parametrize("scheme", [proven(s, now=s == "mxfp4") for s in SCHEMES if s != "plain"])
+    @pytest.mark.parametrize("scheme", [proven(s, now=s in ("mxfp4", "mlx4-group32")) for s in SCHEMES[1:]])
     def test_codes_times_what_tensor_cores_do_not_multiply(
         scheme: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -542,8 +598,41 @@ if INTERPRETED or COMPILED:
         x = rand(1, k)
         close(linear.linear(x, packed), linear.linear_reference(x, w), 5)
         assert torch.equal(weights.expanded(packed, torch.float32), w)
-        for other in ("zero", "order") if in_order else ():
-            assert weights.quantised(scheme, c | {other: c[other].flip(-1) + 16}, (n,)) is None
+        if in_order:
+            assert weights.quantised(scheme, c | {"order": c["order"].flip(-1)}, (n,)) is None
+
+    @pytest.mark.parametrize("lead", [(), (3,)])
+    @pytest.mark.parametrize(
+        "scheme",
+        ["gptq4-group64", "gptq4-v2-channel", "awq4-group64", "packed4-group64-zeros", "mlx4-group64"],
+    )
+    def test_integers_with_zero_points_or_biases_have_offsets(scheme: str, lead: tuple[int, ...]) -> None:
+        parts, k = (16, 9) if scheme.startswith(("packed", "mlx")) else (16, 8), 128
+        n, groups = sum(parts), 1 if scheme.endswith("channel") else 2
+        words = [-(-p // 8) for p in parts]
+
+        def codes_of(*shape: int) -> torch.Tensor:
+            return torch.randint(-(2**31), 2**31, (*lead, *shape)).int()
+
+        c = {"weight": codes_of(n, k // 8), "scale": (torch.rand(*lead, n, groups) + 0.5).half()}
+        if scheme.startswith("mlx"):
+            c = {
+                "weight": c["weight"].view(torch.uint32),
+                "scale": c["scale"],
+                "shift": rand(*lead, n, groups).half(),
+            }
+        else:
+            c["zero"] = codes_of(sum(words), groups)
+        if scheme.startswith("awq"):
+            c["weight"] = codes_of(n // 8, k)
+        packed = weights.quantised(scheme, c, parts)
+        assert packed is not None and packed.kind == weights.AFFINE4 and packed.lead == lead
+        each = [{name: t[i] for name, t in c.items()} for i in range(*lead)] if lead else [c]
+        w = torch.stack([dequantise(scheme, one, parts, torch.float32) for one in each])
+        assert torch.equal(weights.expanded(packed, torch.float32), w.view(*lead, n, k))
+        if not lead:
+            x = rand(1, k)
+            close(linear.linear(x, packed), linear.linear_reference(x, w[0]), 5)
 
     def test_a_code_of_fp8_that_is_no_number_gives_none() -> None:
         _, packed = stored("fp8-channel", (16,), 64)
@@ -556,7 +645,9 @@ if INTERPRETED or COMPILED:
         if COMPILED:  # the interpreter takes it for 480
             assert linear.linear(rand(1, 64), packed).isnan().nonzero().tolist() == [[0, 3]]
 
-    @pytest.mark.parametrize("scheme", [proven(s, now=s == "int4-group64") for s in SCHEMES if s != "plain"])
+    @pytest.mark.parametrize(
+        "scheme", [proven(s, now=s.endswith("-group64")) for s in (*SCHEMES[1:], "mlx4-group64")]
+    )
     @pytest.mark.parametrize("gated", [True, proven(False, now=False)])
     def test_experts_whose_rows_are_whole_tiles_of_codes(
         gated: bool, scheme: str, monkeypatch: pytest.MonkeyPatch

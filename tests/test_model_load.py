@@ -71,6 +71,29 @@ def test_a_dtype_casts_all_but_the_selection_biases(tmp_path: Path) -> None:
     assert {p.dtype for p in load(path).parameters()} == {torch.float32}
 
 
+def test_what_deepseek_v4_keeps_in_fp32_stays_so(tmp_path: Path) -> None:
+    """As its vendor's code and transformers do: hyper-connections, positions of compressors, sinks."""
+    path = folder("deepseek_v4", tmp_path)
+    stored, model = load(path), load(path, dtype=torch.bfloat16)
+    wide = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    ends = ("hyper.weight", "hyper.bias", "hyper.factors", ".positions", ".sinks", ".selection_bias")
+    assert wide == {n for n, _ in stored.named_parameters() if n.endswith(ends)}
+    assert all(torch.equal(p, stored.get_parameter(n)) for n, p in model.named_parameters() if n in wide)
+    streamed = Streamed(canonical.read(path), torch.bfloat16)
+    for i in range(stored.spec.n_layers):
+        here = model.layers[i].named_parameters()
+        of_layer = {n: p.dtype for n, p in streamed.resident(i).named_parameters()}
+        assert all(of_layer[n] == p.dtype for n, p in here if p.dim() < 3)  # experts are cast one by one
+    held = subject_of(canonical.read(path), torch.bfloat16)
+    assert all(held.tensors[n].dtype == p.dtype for n, p in model.named_parameters())
+    ids = tiny.tokens("deepseek_v4")
+    logits = model(ids)
+    assert torch.equal(logits, build(held)(ids))
+    apart = (logits.float() - stored(ids)).abs().amax(-1)
+    # Of tokens whose experts are nearly tied others may be chosen.
+    assert apart.median() < 0.05 * stored(ids).abs().max()
+
+
 def test_bf16_folders_load_as_stored_and_run(tmp_path: Path) -> None:
     model = load(folder("kimi_linear", tmp_path, dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -5,13 +5,13 @@ from. A word gives pairs of numbers half a word apart, so channels come in anoth
 into the same one (`arranged`), which costs nothing per weight, as a tile of x is shared by all rows.
 
 Unusual: no number is converted. bf16 whose exponent is 0 or 1 are evenly spaced, so a code under a mask is one already, times
-a power of two (`int4`); the parts of an fp8 or fp4 code are moved to where bf16 has them. And where there is one row of x,
-the eight columns that tensor cores multiply at once are eight pieces of it (or the rows of a token's experts): a row of the
+a power of two (`int4`); the parts of an fp8 or fp4 code are moved to where bf16 has them. Offsets of groups are added with the sum
+of their x (`affine`). And where there is one row of x, the eight columns that tensor cores multiply at once are eight pieces of it (or the rows of a token's experts): a row of the
 weight is eight rows of a tile, of which each needs one column.
 
 Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
 4096 54 and 23 us (62 % of copy), 4096 x 14336 33 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 37 (75 %), 25 and 25,
-10 and 10: codes of eight bits are read no faster where few are in flight. 16 rows, where the weight was expanded: int4 143 and
+10 and 10, so `zoo.kernels.quads` and `weights.rows_times` take those. 16 rows, where the weight was expanded: int4 143 and
 30, 74 and 18, 31 and 10; fp8 154 and 37, 82 and 21, 34 and 10. Experts are in `zoo.kernels.experts`. What is left: with four bits a
 program issues 2.6 instructions for a weight, of which 1.2 widen and multiply it, and the GPU has room for 3 x 10^13 in a second.
 """
@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, triton
-from zoo.kernels.weights import FP8, INT4, MXFP4, Weight
+from zoo.kernels.weights import FOUR_BITS, FP8, INTEGERS, MXFP4, Weight
 
 COLUMNS = 8
 """Columns of x that tensor cores multiply at once, at the least."""
 PROGRAMS = 640
 """Programs of four warps that keep a GPU busy."""
 LARGE = 16384
-"""Rows of a weight in fp8 from which this is faster."""
+"""Rows of a weight from which there are so many programs that one tile fetched ahead is enough."""
 
 if triton is not None:
     import triton.language as tl
@@ -46,11 +46,9 @@ def serves(x: Tensor, w: Weight) -> bool:
 
 
 def pays(x: Tensor, w: Weight) -> bool:
-    """Whether that is the fastest way for one row of x: for experts, for codes of four bits, and for many of eight, of which
-    fewer are in flight."""
-    many = w.n >= LARGE if w.kind == FP8 else w.n * w.k >= 1 << 24
-    known = w.kind in (MXFP4, INT4) or (w.kind == FP8 if w.lead else many)
-    return serves(x, w) and (known or INTERPRET)
+    """Whether that is the fastest way for one row of x: for codes of four bits, and experts in fp8 with blocks. Where
+    `zoo.kernels.quads` serves it is faster still."""
+    return serves(x, w) and (w.kind in FOUR_BITS or (w.kind == FP8 and bool(w.lead)) or INTERPRET)
 
 
 def tile(w: Weight) -> tuple[int, int, int, int, int]:
@@ -68,15 +66,15 @@ def joined_tile(w: Weight) -> tuple[int, int, int, int, int]:
 
 
 def _block(w: Weight) -> int:
-    """Channels of a tile, at most: of int4 they share a scale."""
-    return min(128, w.columns & -w.columns) if w.kind == INT4 else 128
+    """Channels of a tile, at most: of integers they share a scale."""
+    return min(128, w.columns & -w.columns) if w.kind in INTEGERS else 128
 
 
 def shares(w: Weight) -> tuple[int, int, int, int, int, int]:
     """`tile` for several rows of x, and by how many programs the columns are shared. Measured on an H200."""
     high, block = 64, _block(w)
     split = max(1, min(8, PROGRAMS // ceil_div(w.n, high), w.k // (block * 2)))
-    return high, block, 2 if w.kind == INT4 else 1, 4, 4, 1 << (split.bit_length() - 1)
+    return high, block, 2 if w.kind in INTEGERS else 1, 4, 4, 1 << (split.bit_length() - 1)
 
 
 def grouped_tile(average: float, *weights: Weight) -> tuple[int, int, int, int, int]:
@@ -113,7 +111,7 @@ def even(w: Weight, step: int, ahead: int) -> bool:
 
 def in_order(x: Tensor, w: Weight) -> Tensor:
     """x [.., K], of whole 64 channels, in the order of `channel`."""
-    p = 4 if w.kind in (MXFP4, INT4) else 2
+    p = 4 if w.kind in FOUR_BITS else 2
     parts = x.reshape(-1, w.k // 64, 4, 8 // p, 2, p)
     return parts.permute(0, 1, 5, 3, 2, 4).reshape(x.shape)
 
@@ -132,16 +130,17 @@ if triton is not None:
         return low, high
 
     @triton.jit
-    def int4(w, p: tl.constexpr, DTYPE: tl.constexpr):
-        """Words of eight codes -> codes p and p + 4, each less 8, over 64."""
+    def int4(w, p: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        """Words of eight codes -> codes p and p + 4, each less 8 (where offsets say of what: as they are), over 64."""
+        ZERO: tl.constexpr = 0.125 if KIND == 4 else 0.0
         if p >= 2:
             w = w >> 8
         if p % 2 == 0:
             low, high = halves(w & 0x000F000F, DTYPE)
-            return tl.join(low * 2.0**127 - 0.125, high * 2.0**127 - 0.125)
+            return tl.join(low * 2.0**127 - ZERO, high * 2.0**127 - ZERO)
         else:
             low, high = halves(w & 0x00F000F0, DTYPE)
-            return tl.join(low * 2.0**123 - 0.125, high * 2.0**123 - 0.125)
+            return tl.join(low * 2.0**123 - ZERO, high * 2.0**123 - ZERO)
 
     @triton.jit
     def mxfp4(w, factor, p: tl.constexpr, DTYPE: tl.constexpr):
@@ -195,7 +194,7 @@ if triton is not None:
         KIND: tl.constexpr,
         DTYPE: tl.constexpr,
     ):
-        """Words [R, W] of codes -> numbers [R, K] (mxfp4: times 2^-60 and the `exponents` [R, K / 32]; int4: over 64)."""
+        """Words [R, W] of codes -> numbers [R, K] (mxfp4: times 2^-60 and the `exponents` [R, K / 32]; integers: over 64)."""
         P: tl.constexpr = 4 if KIND >= 3 else 2
         J: tl.constexpr = K // (8 * P * RUN)
         w = tl.reshape(w, (R, J, 4, RUN))
@@ -208,8 +207,8 @@ if triton is not None:
                 even = tl.join(mxfp4(w, f, 0, DTYPE), mxfp4(w, f, 2, DTYPE))
                 odd = tl.join(mxfp4(w, f, 1, DTYPE), mxfp4(w, f, 3, DTYPE))
             else:
-                even = tl.join(int4(w, 0, DTYPE), int4(w, 2, DTYPE))
-                odd = tl.join(int4(w, 1, DTYPE), int4(w, 3, DTYPE))
+                even = tl.join(int4(w, 0, KIND, DTYPE), int4(w, 2, KIND, DTYPE))
+                odd = tl.join(int4(w, 1, KIND, DTYPE), int4(w, 3, KIND, DTYPE))
             a = tl.permute(tl.join(even, odd), (0, 1, 5, 6, 3, 2, 4))
         return tl.reshape(a, (R, K))
 
@@ -231,9 +230,13 @@ if triton is not None:
 
     @triton.jit
     def scales_tile(s_at, first, K, COLUMNS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-        """Scales [R], or exponents [R, BLOCK / 32], of BLOCK channels from `first` [R] on, where there are such."""
+        """Scales [R], exponents [R, BLOCK / 32], or scales with their offsets in the upper half [R], of BLOCK channels from
+        `first` [R] on, where there are such."""
         if KIND == 1:
             return first
+        elif KIND == 5:
+            pair = s_at.to(tl.pointer_type(tl.uint64)) + (first // COLUMNS if COLUMNS > 0 else first * 0)
+            return tl.load(pair, mask=first < K, other=0)
         elif KIND == 3:
             group = (first // 32)[:, None] + tl.arange(0, BLOCK // 32)[None, :]
             return tl.load(s_at[:, None] + group, mask=group * 32 < K, other=0)
@@ -249,16 +252,27 @@ if triton is not None:
             return tl.load(x_at + start, mask=start + x_k < K, other=0.0)
 
     @triton.jit
+    def affine(acc, y, pair, x_sum):
+        """acc [R, M] plus sums y of codes over 64 times x, of which x_sum [M] is the sum, scales and offsets being `pair` [R]."""
+        scale = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+        offset = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True) / 64
+        return acc + y * scale[:, None] + offset[:, None] * x_sum[None, :]
+
+    @triton.jit
     def plus_tile(
         acc, w, s, x, KIND: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr
     ):  # fmt: skip
         """acc plus a tile of words w with scales s times x [M, BLOCK]."""
         dtype: tl.constexpr = x.dtype
+        if KIND == 5:
+            x_sum = tl.sum(x.to(tl.float32), 1)
         x = arranged(x, M, BLOCK, 4 if KIND >= 3 else 2, RUN)
         a = widened(w, s, R, BLOCK, RUN, KIND, dtype)
         if KIND == 1 or KIND == 3:
             acc = tl.dot(a, x, acc, input_precision="ieee")
             return settled(acc, dtype) if M > 8 else acc  # of eight columns nobody goes ahead
+        elif KIND == 5:
+            return affine(acc, tl.dot(a, x, input_precision="ieee"), s, x_sum)
         else:
             return acc + tl.dot(a, x, input_precision="ieee") * s.to(tl.float32)[:, None]
 
@@ -316,7 +330,7 @@ if triton is not None:
             return acc * tl.load(s_at).to(tl.float32)[:, None]
         elif KIND == 3:
             return acc * WHOLE
-        elif KIND == 4:
+        elif KIND >= 4:
             return acc * 64.0
         else:
             return acc

@@ -22,6 +22,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MOST = 4096  # kinds of arguments that a kernel remembers
 OVERLAPPED, APART = {"OVERLAP": True, "launch_pdl": True}, {"OVERLAP": False}
 
+NVIDIA = not INTERPRET and torch.version.hip is None
+"""Whether kernels may have instructions of its GPUs in them."""
+
 triton: Any = None
 if INTERPRET or torch.cuda.is_available():
     try:
@@ -116,6 +119,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 if triton is not None:
+    ASM = tl.constexpr(NVIDIA)
 
     @triton.jit
     def after_previous(OVERLAP: tl.constexpr) -> None:

@@ -1,8 +1,11 @@
-"""A weight as kernels read it: plain, fp8 with scales, mxfp4 or int4, one matrix or one per expert.
+"""A weight as kernels read it: plain, fp8 with scales, mxfp4, int4 or integers with offsets, one matrix or one per expert.
 
 Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
 partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
-of x first, as a weight expanded beforehand would be. bf16 times codes is `zoo.kernels.codes`, mostly.
+of x first, as a weight expanded beforehand would be. bf16 times codes is `zoo.kernels.codes` or `quads`, mostly.
+
+Margin: what a thread multiplies of x it fetches as the codes of fp8 lie. Fetched as x lies, x went through shared memory for each tile,
+with four barriers: a layer of an 8B model takes 81 us in a step on an H200, 85 before.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.affine import in_order, paired
 from zoo.kernels.launch import Kernel, ceil_div, triton
 from zoo.quant.base import Scheme, check_shape
 from zoo.quant.fp8 import scale_grid
@@ -22,16 +26,18 @@ from zoo.quant.schemes import scheme as named
 if triton is not None:
     import triton.language as tl
 
-    from zoo.kernels.launch import after_previous
+    from zoo.kernels.launch import ASM, after_previous
 
-PLAIN, FP8_ROWS, FP8, MXFP4, INT4 = range(5)  # FP8_ROWS: a row of the weight has one scale
+PLAIN, FP8_ROWS, FP8, MXFP4, INT4, AFFINE4 = range(6)  # FP8_ROWS: a row of the weight has one scale
+INTEGERS, FOUR_BITS = (INT4, AFFINE4), (MXFP4, INT4, AFFINE4)
 SCALE_ROWS = 128  # of a weight in fp8 that share a scale, as a rule: then no table is read to find it
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes, int4: [E, N, K / 2]) and for quantised ones `scale` [E, R, C] and
+    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes, integers: [E, N, K / 2]) and for quantised ones `scale` [E, R, C] and
     `rows` [N] int32, the row of `scale` that a row of the weight uses (None: row n // 128, where codes are of four bits n).
+    AFFINE4: each scale has its offset behind it (see `zoo.kernels.affine`).
     `bias` [E, N]. A lone matrix has E = 1."""
 
     codes: Tensor
@@ -58,7 +64,12 @@ class Weight:
     @property
     def group(self) -> int:
         """What the columns of a tile are a multiple of: each has one scale."""
-        return 32 if self.kind in (MXFP4, INT4) else 128
+        return 32 if self.kind in FOUR_BITS else 128
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows of codes are whole runs of 16 bytes, where one row of x is multiplied by such."""
+        return self.kind not in (FP8, FP8_ROWS) or (self.k % 16 == 0 and aligned(self.codes))
 
     @property
     def lead(self) -> torch.Size:
@@ -75,12 +86,13 @@ def quantised(
     scheme: str, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None = None
 ) -> Weight | None:
     """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`). GPTQ and packed integers of
-    four bits lie as int4 does: with zero points of 8, and inputs in order, they are int4."""
+    four bits lie as int4 does: with zero points of 8, and inputs in order, they are int4. With others they have offsets, as AWQ
+    and MLX's integers of four bits do."""
     as_int4, as_mxfp4 = scheme.startswith("int4"), scheme in ("mxfp4", "mxfp4-packed", "mxfp4-bytes")
     if named(scheme).module and not as_mxfp4:
         as_int4 = symmetric(named(scheme), components)
         if not as_int4:
-            return None
+            return _affine(named(scheme), components, parts, bias)
     codes, scale = components["weight"], components["scale"]
     if not codes.is_contiguous() or not scale.is_contiguous():
         return None
@@ -136,10 +148,24 @@ def symmetric(s: Scheme, components: dict[str, Tensor]) -> bool:
         )
         if bool((zero != eights).any()):  # the first format of GPTQ has them less one
             return False
-    if order is None:
-        return True
     k = components["weight"].shape[-1] * 8
-    return bool((order.reshape(-1, k) == torch.arange(k, device=order.device) // (s.group or k)).all())
+    return in_order(order, k, s.group or k)
+
+
+def _affine(
+    s: Scheme, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None
+) -> Weight | None:
+    if (
+        not all(c.is_contiguous() for c in components.values())
+        or (made := paired(s, components, parts)) is None
+    ):
+        return None
+    codes, scale = made
+    n, k = codes.shape[-2], codes.shape[-1] * 2
+    columns = s.group or k
+    if k % 32 or columns % 32:
+        return None
+    return Weight(codes, n, k, AFFINE4, scale, None, columns, bias, aligned(codes))
 
 
 def aligned(codes: Tensor) -> bool:
@@ -170,6 +196,17 @@ def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
         BLOCK_K=block_k,
         num_warps=4,
     )
+    return out
+
+
+def looked_up(w: Weight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of a lone matrix that `ids` [...] (int64, 0 to N - 1) say, in `dtype`: [..., K]. On a GPU; see `zoo.quant.looked_up`."""
+    out = torch.empty(*ids.shape, w.k, dtype=dtype, device=w.codes.device)
+    block_n, block_k = 16, 128
+    _looked_up[(ceil_div(w.k, block_k), ceil_div(ids.numel(), block_n))](
+        *w.pointers[:3], ids.contiguous(), out, ids.numel(), w.n, w.k, w.n_scales[1], w.columns,
+        KIND=w.kind, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -221,6 +258,8 @@ if triton is not None:
         high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         if KIND == 4:
             low, high = low - 1032.0, high - 1032.0
+        elif KIND == 5:
+            low, high = low - 1024.0, high - 1024.0
         return low, high
 
     @triton.jit
@@ -233,9 +272,11 @@ if triton is not None:
 
     @triton.jit
     def scale_column(group, columns, KIND: tl.constexpr):
-        """Where the scale of 32 columns of four-bit codes is in its row."""
+        """Where the scale of 32 columns of four-bit codes is in its row. (Of pairs the offset is behind it.)"""
         if KIND == 3:
             return group
+        elif KIND == 5:
+            return group * 32 // columns * 2
         else:
             return group * 32 // columns
 
@@ -250,6 +291,49 @@ if triton is not None:
             return tl.load(rows_ptr + n, mask=n_mask, other=0).to(n.dtype)
 
     @triton.jit
+    def of_fp8(w):
+        """Words of four e4m3 codes -> the values of the first, second, third and fourth, in fp32."""
+        if ASM:  # codes that are converted one by one are taken out of their word and put into another first
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b16 a, b, c, d, e, f;
+                .reg .b32 low, high;
+                mov.b32 {a, b}, $4;
+                cvt.rn.f16x2.e4m3x2 low, a;
+                cvt.rn.f16x2.e4m3x2 high, b;
+                mov.b32 {c, d}, low;
+                mov.b32 {e, f}, high;
+                cvt.f32.f16 $0, c;
+                cvt.f32.f16 $1, d;
+                cvt.f32.f16 $2, e;
+                cvt.f32.f16 $3, f;
+                }""",
+                "=f,=f,=f,=f,r",
+                [w],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            return one_fp8(w), one_fp8(w >> 8), one_fp8(w >> 16), one_fp8(w >> 24)
+
+    @triton.jit
+    def one_fp8(w):
+        """Words whose last byte is an e4m3 code -> its value in fp32."""
+        return w.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def fourths(low, high):
+        """The first and the last 8 of 16 channels, [R, J, 8] each -> of every four of the 16 the first, second, ..: [R, J, 4] each."""
+        R: tl.constexpr = low.shape[0]
+        J: tl.constexpr = low.shape[1]
+        x = tl.permute(tl.join(low, high), (0, 1, 3, 2))  # [R, J, 2, 8]
+        even, odd = tl.split(tl.reshape(x, (R, J, 4, 2, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return a, b, c, d
+
+    @triton.jit
     def rows_times(
         x_ptr, x_row, w_ptr, s_ptr, s_row, n, n_mask, K, s_columns, columns,
         KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OWN_X: tl.constexpr,
@@ -260,10 +344,8 @@ if triton is not None:
         `WAIT`: x is not there yet; the first tile of W is fetched before waiting for it."""
         n = n.to(tl.int64)
         s_row = s_row.to(tl.int64)
-        if KIND <= 1:
+        if KIND == 0:
             k = tl.arange(0, BLOCK)
-            if KIND == 1:
-                s = tl.load(s_ptr + s_row * s_columns, mask=n_mask, other=0.0).to(tl.float32)
             at = w_ptr + n[:, None] * K + k[None, :]
             w = tl.load(at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
             if WAIT:
@@ -277,32 +359,51 @@ if triton is not None:
                 w_next = tl.load(at + ahead, mask=n_mask[:, None] & (ahead + k < K)[None, :], other=0.0)
                 total += w.to(tl.float32) * x.to(tl.float32)
                 w = w_next
-            if KIND == 1:
-                return tl.sum(total, 1) * s
             return tl.sum(total, 1)
-        elif KIND == 2:
-            G: tl.constexpr = BLOCK // 128
-            g, i = tl.arange(0, G), tl.arange(0, 128)
-            k = g[:, None] * 128 + i[None, :]
-            at = w_ptr + n[:, None, None] * K + k[None, :, :]
-            w = tl.load(at, mask=n_mask[:, None, None] & (k < K)[None, :, :], other=0.0)
+        elif KIND <= 2:
+            # A thread fetches four words of four codes at once, and what they multiply of x in two halves: then nothing moves
+            # between threads.
+            J: tl.constexpr = BLOCK // 16
+            j, i = tl.arange(0, J), tl.arange(0, 4)
+            word, groups = j[:, None] * 4 + i[None, :], K // 16  # and plainly a multiple of 16 bytes
+            at = w_ptr.to(tl.pointer_type(tl.uint32)) + n[:, None, None] * (groups * 4) + word[None, :, :]
+            s_ptr += s_row[:, None] * s_columns
+            w = tl.load(at, mask=n_mask[:, None, None] & (j < groups)[None, :, None], other=0)
+            if KIND == 1:
+                s = tl.load(s_ptr, mask=n_mask[:, None], other=0.0)
+            else:
+                s_at = s_ptr + (j * 16 // columns)[None, :]
+                s = tl.load(s_at, mask=n_mask[:, None] & (j < groups)[None, :], other=0.0)
             if WAIT:
                 after_previous(OVERLAP)
+            x_at = x_ptr + (j[:, None] * 16 + tl.arange(0, 8)[None, :])[None, :, :]
             if OWN_X:
-                x_ptr += x_row[:, None, None]
-            total = tl.zeros([ROWS, G, 128], dtype=tl.float32)
-            for start in range(0, K, BLOCK):
-                x = tl.load(x_ptr + (start + k)[None, :, :], mask=(start + k < K)[None, :, :], other=0.0)
-                first = start + g * 128
-                s_at = s_ptr + s_row[:, None] * s_columns + (first // columns)[None, :]
-                s = tl.load(s_at, mask=n_mask[:, None] & (first < K)[None, :], other=0.0).to(tl.float32)
-                ahead = start + BLOCK
-                w_next = tl.load(
-                    at + ahead, mask=n_mask[:, None, None] & (ahead + k < K)[None, :, :], other=0.0
-                )
-                total += w.to(tl.float32) * s[:, :, None] * x.to(tl.float32)
-                w = w_next
-            return tl.sum(tl.sum(total, 2), 1)
+                x_at += x_row[:, None, None]
+            total = tl.zeros([ROWS, J, 4], dtype=tl.float32)
+            for start in range(0, groups, J):
+                inside = (start + j < groups)[None, :, None]
+                low = tl.load(x_at + start * 16, mask=inside, other=0.0)
+                high = tl.load(x_at + start * 16 + 8, mask=inside, other=0.0)
+                ahead = start + J
+                there = n_mask[:, None] & (ahead + j < groups)[None, :]
+                w_next = tl.load(at + ahead * 4, mask=there[:, :, None], other=0)
+                s_next = s
+                if KIND == 2:
+                    s_next = tl.load(s_ptr + ((ahead + j) * 16 // columns)[None, :], mask=there, other=0.0)
+                a, b, c, d = of_fp8(w)
+                xa, xb, xc, xd = fourths(low.to(tl.float32), high.to(tl.float32))
+                if KIND == 2:
+                    total += (a * xa + b * xb + c * xc + d * xd) * s.to(tl.float32)[:, :, None]
+                else:
+                    total += a * xa
+                    total += b * xb
+                    total += c * xc
+                    total += d * xd
+                w, s = w_next, s_next
+            y = tl.sum(tl.sum(total, 2), 1)
+            if KIND == 1:
+                y *= tl.sum(s.to(tl.float32), 1)  # of one column
+            return y
         else:
             # Words of eight codes; two of them at a time, four apart, become a pair of halves.
             G: tl.constexpr = BLOCK // 32
@@ -315,6 +416,9 @@ if triton is not None:
             s_ptr += s_row[:, None] * s_columns
             s_at = s_ptr + scale_column(g, columns, KIND)[None, :]
             s = tl.load(s_at, mask=n_mask[:, None] & (g < groups)[None, :], other=0)
+            o = s
+            if KIND == 5:
+                o = tl.load(s_at + 1, mask=n_mask[:, None] & (g < groups)[None, :], other=0)
             if WAIT:
                 after_previous(OVERLAP)
             if OWN_X:
@@ -328,15 +432,27 @@ if triton is not None:
                 g_next = ahead // 4 + g
                 s_at = s_ptr + scale_column(g_next, columns, KIND)[None, :]
                 s_next = tl.load(s_at, mask=n_mask[:, None] & (g_next < groups)[None, :], other=0)
-                part = tl.zeros([ROWS, G, 4], dtype=tl.float32)
+                o_next = o
+                if KIND == 5:
+                    o_next = tl.load(s_at + 1, mask=n_mask[:, None] & (g_next < groups)[None, :], other=0)
+                part, x_sum = (
+                    tl.zeros([ROWS, G, 4], dtype=tl.float32),
+                    tl.zeros([ROWS, G, 4], dtype=tl.float32),
+                )
                 for c in tl.static_range(4):
                     low, high = two_values(w, c, KIND)
                     x_at = x_ptr + (8 * (start + word) + c)[None, :, :]
                     inside = (start + word < words)[None, :, :]
-                    part += low * tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-                    part += high * tl.load(x_at + 4, mask=inside, other=0.0).to(tl.float32)
+                    x_low = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+                    x_high = tl.load(x_at + 4, mask=inside, other=0.0).to(tl.float32)
+                    part += low * x_low
+                    part += high * x_high
+                    if KIND == 5:
+                        x_sum += x_low + x_high
                 total += tl.sum(part, 2) * scale_of(s, KIND)
-                w, s = w_next, s_next
+                if KIND == 5:
+                    total += tl.sum(x_sum, 2) * o
+                w, s, o = w_next, s_next, o_next
             return tl.sum(total, 1)
 
     @triton.jit
@@ -360,6 +476,12 @@ if triton is not None:
                 s = s.to(tl.float32)
                 low = (((w & 15).to(tl.float32) - 8.0) * s).to(DTYPE)
                 high = (((w >> 4).to(tl.float32) - 8.0) * s).to(DTYPE)
+            elif KIND == 5:
+                o = tl.load(s_at + 1, mask=n_mask[:, None] & (group < K // 32)[None, :], other=0)[:, :, None]
+                low, high = (
+                    ((w & 15).to(tl.float32) * s + o).to(DTYPE),
+                    ((w >> 4).to(tl.float32) * s + o).to(DTYPE),
+                )
             else:
                 low, high = (fp4(w) * fp4_scale(s)).to(DTYPE), (fp4(w >> 4) * fp4_scale(s)).to(DTYPE)
             pair = tl.join(low, high)
@@ -393,3 +515,19 @@ if triton is not None:
         k = start + tl.arange(0, BLOCK_K)
         at = out_ptr + (e * N + n.to(tl.int64))[:, None] * K + k[None, :]
         tl.store(at, w, mask=(n < N)[:, None] & (k < K)[None, :])
+
+    @Kernel
+    def _looked_up(
+        w_ptr, s_ptr, rows_ptr, ids_ptr, out_ptr, T, N, K, s_columns, columns,
+        KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        start = tl.program_id(0) * BLOCK_K
+        t = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = tl.load(ids_ptr + t, mask=t < T, other=0)
+        there = (t < T) & (n >= 0) & (n < N)
+        w = weight_tile(
+            w_ptr, s_ptr, rows_ptr, n, there, start, K, s_columns, columns, KIND, BLOCK_N, BLOCK_K, out_ptr.dtype.element_ty
+        )  # fmt: skip
+        k = start + tl.arange(0, BLOCK_K)
+        at = out_ptr + t.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(at, w, mask=(t < T)[:, None] & (k < K)[None, :])

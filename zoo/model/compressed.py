@@ -47,6 +47,8 @@ class GroupedLinear(Weights):
 
 
 class CompressedAttention(nn.Module):
+    KEPT = ("sinks",)
+
     def __init__(self, spec: CompressedSpec, d: int, layer: int) -> None:
         super().__init__()
         self.spec, self.layer = spec, layer
@@ -96,6 +98,8 @@ class CompressedAttention(nn.Module):
 
 class Compressor(nn.Module):
     """An entry for each `ratio` tokens."""
+
+    KEPT = ("positions",)
 
     def __init__(self, spec: CompressorSpec, rope: Rope, channels: int, d: int) -> None:
         super().__init__()

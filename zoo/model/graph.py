@@ -43,13 +43,14 @@ class Model(Protocol):
 def capturable(model: Model, tokens: int) -> bool:
     """Whether a pass of so many tokens can be captured: on a GPU, and nothing in it waits for the host."""
     weight = model.embed.weight
-    kernels = (
-        weight.is_cuda and has_triton(weight) and model.embed.scheme is None and weight.dtype != torch.float64
-    )
+    there = model.embed.scheme is None or model.embed.packed() is not None
+    kernels = weight.is_cuda and has_triton(weight) and there and model.embed.dtype != torch.float64
     if model.across is not None:  # of many tokens each rank counts those that chose its experts
         counted = tokens > APIECE and any(isinstance(x.ffn, MoE) for x in model.spec.layers)
         kernels = kernels and model.across.capturable and not counted
-    return kernels and all(m.packed() is not None for _, m in model.matrices())
+    return kernels and all(
+        (w := m.packed()) is not None and (w.whole or not w.lead) for _, m in model.matrices()
+    )
 
 
 class Step:

@@ -20,6 +20,8 @@ from zoo.spec import HyperConnections
 class _Mixer(Weights):
     """`weight` [out, n D], `bias` [out], and `factors`, one for each of the `parts` of `out`."""
 
+    KEPT = ("weight", "bias", "factors")
+
     def __init__(self, spec: HyperConnections, d: int, *parts: int) -> None:
         super().__init__(sum(parts), spec.n_streams * d, parts=(sum(parts),), bias=True)
         self.spec, self.of = spec, parts

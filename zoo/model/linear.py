@@ -20,6 +20,7 @@ from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product, unrounded
 from zoo.kernels.weights import Weight, expanded, plain, quantised
+from zoo.kernels.weights import looked_up as rows_of
 from zoo.model.across import Across
 
 
@@ -221,6 +222,12 @@ class Table(Weights):
         return self.across.sum(torch.where(here[..., None], self._looked_up(own.clamp(0, n - 1)), 0))
 
     def _looked_up(self, ids: Tensor) -> Tensor:
+        if (
+            has_triton(self.weight)
+            and ids.is_cuda == self.weight.is_cuda
+            and (w := self.packed()) is not None
+        ):
+            return rows_of(w, ids, self.dtype)
         from zoo.quant import looked_up
 
         assert self.scheme is not None

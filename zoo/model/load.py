@@ -34,8 +34,6 @@ DTYPES = {
     "U32": torch.uint32, "BOOL": torch.bool,
 }  # fmt: skip
 
-KEPT = ("selection_bias",)
-"""Parameters that keep their dtype whatever is asked for: near-ties between experts hang on them."""
 UNTRAINED = (".selection_bias", ".scalar", ".act.beta", ".act.near")
 """Ends of names of what upstream holds as buffers: given, not learnt by gradients. Through a bias that only chooses experts
 none leads."""
@@ -131,8 +129,8 @@ class Source:
                     f"{self.folder.path(ref)}: {ref.name} has shape {list(shape)}, the model needs {list(p.shape)}"
                 )
             floating = ref.dtype not in DTYPES or DTYPES[ref.dtype].is_floating_point
-            cast = dtype if floating and not name.endswith(KEPT) else None
             owner, _, leaf = name.rpartition(".")
+            cast = dtype if floating and leaf not in kept_by(module.get_submodule(owner)) else None
             parameter = nn.Parameter(self.on(device, ref, cast, cut), requires_grad=False)
             if isinstance(router := module.get_submodule(owner), Router) and leaf == "table":
                 self._refuse_other_experts(ref, parameter, sum(router.parts))
@@ -172,6 +170,16 @@ class Source:
                 "that ranks cannot each have some; convert the source again with --dtype bf16"
             )
         return Cut(0, (), ())
+
+
+def kept_by(module: nn.Module) -> tuple[str, ...]:
+    """Parameters of the module itself that keep their dtype whatever is asked for, as upstream keeps them: its class says `KEPT`."""
+    return getattr(module, "KEPT", ())
+
+
+def kept(model: nn.Module) -> frozenset[str]:
+    """The names of all that keep their dtype."""
+    return frozenset(f"{name}.{leaf}".lstrip(".") for name, m in model.named_modules() for leaf in kept_by(m))
 
 
 def refuse_quantised(

@@ -37,6 +37,7 @@ class Router(Weights):
     selection_bias: Tensor | None
     table: Tensor | None
     expert_scale: Tensor | None
+    KEPT = ("selection_bias",)  # near-ties between experts hang on it
 
     def __init__(self, spec: RouterSpec, n_experts: int, d: int) -> None:
         super().__init__(n_experts, d, parts=(n_experts,), bias=spec.bias)

@@ -21,7 +21,7 @@ from zoo.kernels.route import SCORES, route, route_reference
 from zoo.model import Decoder
 from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
-from zoo.model.load import KEPT, Source, refuse_quantised
+from zoo.model.load import Source, kept, kept_by, refuse_quantised
 from zoo.model.moe import Router
 from zoo.model.upload import Upload
 from zoo.quant import dequantise, looked_up
@@ -322,7 +322,7 @@ def _cast(m: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(m, Weights) and m.scheme is not None:
         return
     for name, p in list(m.named_parameters(recurse=False)):
-        if p.is_floating_point() and not name.endswith(KEPT):
+        if p.is_floating_point() and name not in kept_by(m):
             setattr(m, name, nn.Parameter(p.to(dtype), requires_grad=False))
 
 
@@ -363,6 +363,7 @@ def subject_of(
 ) -> Subject:
     """The canonical tensors in memory, on `device` and in the dtype they are computed in, the embedding dequantised: what faults are
     injected into. Or those `wanted` only, by name: then the embedding, and (on the CPU) what is stacked, stay as stored and mapped."""
+    stay = kept(Decoder(folder.spec))
     partial, on_gpu = wanted is not None, torch.device(device).type == "cuda"
     tensors = {}
     with Upload(device) if on_gpu and not partial else nullcontext() as upload:
@@ -371,7 +372,7 @@ def subject_of(
             if wanted is not None and not wanted(name):
                 continue
             quantised = name.rsplit(".", 1)[0] in folder.quant and not name.endswith(".bias")
-            cast = TORCH[ref.dtype].is_floating_point and not quantised and not name.endswith(KEPT)
+            cast = TORCH[ref.dtype].is_floating_point and not quantised and name not in stay
             if partial and (name.startswith("embed.") or (len(ref.shape) > 2 and not on_gpu)):
                 tensors[name] = source.tensor(ref)
             else:
