@@ -358,11 +358,11 @@ def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
         stem = slot.name.removesuffix(".weight")
         how = c.quant.get(stem) if slot.name.endswith(".weight") else None
         if how is not None and blocks.is_one(s := scheme(how)):
-            for part in s.components:
-                for fit in _fits(c, family, slot, part):
+            for own in s.components:
+                for fit in _fits(c, family, slot, own):
                     name = fit.name.replace("{i}", str(slot.layer))
-                    kinds[name] = blocks.type_of(s, part.name)
-                    pieces.setdefault(name, []).append(_Piece(f"{stem}.{part.name}", fit))
+                    kinds[name] = blocks.type_of(s, own.name)
+                    pieces.setdefault(name, []).append(_Piece(f"{stem}.{own.name}", fit))
             continue
         if how not in (None, "mxfp4"):
             raise ZooError(_no_type(c, slot.name, how))

@@ -70,7 +70,7 @@ def of_types(types: Sequence[str]) -> Scheme:
 def scheme(m: re.Match[str]) -> Scheme:
     """Of a name that matches NAME."""
     types = m[1].split("+")
-    parts = []
+    parts: list[Component] = []
     for t in dict.fromkeys(types):
         block = TYPES[t]
         holds = None if len(types) == 1 else tuple(k for k, of in enumerate(types) if of == t)

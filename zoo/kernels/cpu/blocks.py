@@ -304,7 +304,7 @@ def _side_by_side(b: Any, vectors: list[Any], order: Sequence[int]) -> list[tupl
     out = []
     for q in range(0, 16, 4):
         pairs = [lane for j in range(q, q + 4) for lane in (j, 16 + j)] * 2
-        low, high = shuffled(b, *vectors[:2], pairs), shuffled(b, *vectors[2:], pairs)
+        low, high = (shuffled(b, vectors[i], vectors[i + 1], pairs) for i in (0, 2))
         by_turns = [lane for j in range(4) for lane in (2 * j, 2 * j + 1, 16 + 2 * j, 17 + 2 * j)]
         out.append((order[q], shuffled(b, low, high, by_turns)))
     return out
