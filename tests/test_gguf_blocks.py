@@ -17,6 +17,7 @@ from test_formats_gguf import IDS, OF, SAMPLE
 import zoo
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
+from zoo.formats.base import TensorRef
 from zoo.formats.gguf import read_header
 from zoo.kernels import cpu
 from zoo.mapping.plan import make_plan
@@ -24,6 +25,7 @@ from zoo.model.linear import Linear
 from zoo.model.load import load
 from zoo.quant import blocks, dequantise, ggml, looked_up
 from zoo.quant.schemes import scheme
+from zoo.split import Cut, component_cut
 from zoo.testing import build
 from zoo.testing import gguf as testing_gguf
 
@@ -173,6 +175,20 @@ def head(name: str, number: int) -> bytes:
     return b"".join((*fields, *[(256).to_bytes(8, "little")] * 2, number.to_bytes(4, "little")))
 
 
+def test_ranks_have_their_rows_of_each_type() -> None:
+    how, whole = scheme("gguf-q4_k+q4_k+q6_k"), (512, 256)
+    cut = Cut(0, (256, 128, 128), ((128, 256), (320, 384), (448, 512)))  # the second half of each part
+    stored = {
+        c.name: TensorRef(c.name, "U8", (384 if c.name == "weight" else 128, c.per[1]), "x", 0, 0)
+        for c in how.components
+    }
+    cuts = {c.name: component_cut(cut, whole, c, stored[c.name], how.name) for c in how.components}
+    assert {n: c.ranges for n, c in cuts.items() if c} == {
+        "weight": ((128, 256), (320, 384)),
+        "q6_k": ((64, 128),),
+    }
+
+
 def test_a_type_is_not_given_to_what_is_blocks_already(tmp_path: Path) -> None:
     made = zoo.convert(released(tmp_path, lambda _: "Q4_0"), tmp_path / "canon")
     with pytest.raises(
@@ -182,6 +198,11 @@ def test_a_type_is_not_given_to_what_is_blocks_already(tmp_path: Path) -> None:
 
 
 # --- the kernel of a CPU ------------------------------------------------------------------------------------
+
+
+def some(*kinds: str) -> list[Any]:
+    """Those that are compiled for proofs only."""
+    return [pytest.param(k, marks=pytest.mark.proof) for k in kinds]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,9 @@ class Group(NamedTuple):
 class Kind(NamedTuple):
     """A type. `begin(b, row)`: what all groups of the block at the address `row` need. `groups(b, row, begun, least)`: these; `least`:
     whether they are to have theirs. `moved(b, row, begun, sums, total)`: total plus all that groups are moved by, times the sums of x at
-    the address `sums`; None where they are not. `order`: which column of a block is the i-th of x. `sums`: numbers of sums for a block."""
+    the address `sums`; None where they are not. `order`: which column of a block is the i-th of x. `sums`: numbers of sums for a block.
+    `middle`: what codes that are moved are taken less, unless they are to have theirs: then what a group is moved by is small, too, and
+    nothing is lost where the two meet."""
 
     type: str
     begin: Callable[..., Any]
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     moved: Callable[..., Any] | None
     order: tuple[int, ...]
     sums: int
+    middle: float = 0.0
 
 
 def fma(b: Any, x: Any, y: Any, total: Any) -> Any:
@@ -97,10 +100,11 @@ def _q8_0(b: Any, row: Any, begun: Any, least: bool) -> Iterator[Group]:
 def _small(type: str, first: float, offset: int, fifth: int = 0, moved: int = 0) -> Kind:
     """A type of 32 codes, the least of value `first`, whose bytes are from `offset` on, fifth bits from `fifth` on, and what is added, in
     fp16, from `moved` on (0: no such)."""
+    middle = (16.0 if fifth else 8.0) if moved else 0.0
 
     def groups(b: Any, row: Any, begun: Any, least: bool) -> Iterator[Group]:
         words = b.zext(_read(b, row, offset, _SIXTEEN), WORDS)
-        codes = [_looked_up(b, _shifted(b, words, 4 * i), first) for i in (0, 1)]
+        codes = [_looked_up(b, _shifted(b, words, 4 * i), first - (0 if least else middle)) for i in (0, 1)]
         if fifth:
             bits = _read(b, row, fifth, WORD)
             of_each = [b.trunc(x, ir.IntType(16)) for x in (bits, b.lshr(bits, ir.Constant(WORD, 16)))]
@@ -108,9 +112,12 @@ def _small(type: str, first: float, offset: int, fifth: int = 0, moved: int = 0)
         yield Group(0, codes, _half(b, row, 0), _half(b, row, moved) if moved and least else None)
 
     def plus_moved(b: Any, row: Any, begun: Any, sums: Any, total: Any) -> Any:
-        return fma(b, _half(b, row, moved), everywhere(b, b.load(at(b, sums, 0, FLOAT))), total)
+        by = fma(b, _half(b, row, 0), _all(FLOATS, middle), _half(b, row, moved))
+        return fma(b, by, everywhere(b, b.load(at(b, sums, 0, FLOAT))), total)
 
-    return Kind(type, _nothing, groups, plus_moved if moved else None, tuple(range(32)), int(bool(moved)))
+    return Kind(
+        type, _nothing, groups, plus_moved if moved else None, tuple(range(32)), int(bool(moved)), middle
+    )
 
 
 def _six_bits(b: Any, row: Any) -> Any:
@@ -135,6 +142,7 @@ def _twice(b: Any, row: Any, offset: int) -> Any:
 
 def _large(type: str, offset: int, fifth: int = 0) -> Kind:
     """Q4_K and Q5_K: codes from `offset` on, fifth bits from `fifth` on (0: none)."""
+    middle = 16.0 if fifth else 8.0
 
     def groups(b: Any, row: Any, begun: Any, least: bool) -> Iterator[Group]:
         bits = _twice(b, row, fifth) if fifth else None
@@ -142,7 +150,8 @@ def _large(type: str, offset: int, fifth: int = 0) -> Kind:
             words = _read(b, row, offset + 64 * piece, WORDS)
             for side in (0, 1):
                 group = [4 * piece + 2 * (j // 8) + side for j in range(16)]
-                codes = [_looked_up(b, _shifted(b, words, 8 * r + 4 * side), 0.0) for r in range(4)]
+                first = 0.0 if least else -middle
+                codes = [_looked_up(b, _shifted(b, words, 8 * r + 4 * side), first) for r in range(4)]
                 if fifth:
                     masks = [_constant(WORDS, [1 << (8 * r + g) for g in group]) for r in range(4)]
                     there = [b.icmp_unsigned("!=", b.and_(bits, m), _all(WORDS, 0)) for m in masks]
@@ -157,7 +166,7 @@ def _large(type: str, offset: int, fifth: int = 0) -> Kind:
         64 * (2 * piece + j // 8) + 32 * side + 4 * (j % 8) + r
         for piece in (0, 1) for side in (0, 1) for r in range(4) for j in range(16)
     )  # fmt: skip
-    return Kind(type, _six_bits, groups, plus_moved, tuple(order), 16)
+    return Kind(type, _six_bits, groups, plus_moved, tuple(order), 16, middle)
 
 
 def _sixteen_scales(b: Any, row: Any) -> Any:

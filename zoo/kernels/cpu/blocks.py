@@ -127,7 +127,7 @@ def times(
             stack = run.codes.stride(0) if run.codes.ndim > 2 else 0
             _grouped(
                 mark_of(*divmod(run.kind, 6)), run.codes.data_ptr(), run.codes.shape[-1], stack, wide.numpy(), _order(run.kind), sums,
-                ordered, of_groups, out.data_ptr() + 4 * run.first, w.n * 4, run.rows, w.k // columns, which, sizes, t,
+                np.float32(kind.middle), ordered, of_groups, out.data_ptr() + 4 * run.first, w.n * 4, run.rows, w.k // columns, which, sizes, t,
             )  # fmt: skip
     if bias is not None:
         of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
@@ -205,8 +205,9 @@ def _block(
 
 
 @compiled()
-def _ordered(x, order, sums, ordered, of_groups):
-    """Rows of x in the order of a type's columns, and their sums: 16 to a block of 256 (see `_large`), one to a block of 32."""
+def _ordered(x, order, sums, middle, ordered, of_groups):
+    """Rows of x in the order of a type's columns, and their sums: one to a block of 32; 16 to one of 256, those of its groups times what
+    codes are taken less, and once more."""
     m, k = x.shape
     columns = len(order)
     for row in range(m):
@@ -224,16 +225,16 @@ def _ordered(x, order, sums, ordered, of_groups):
                     total = np.float32(0)
                     for i in range(32):
                         total += x[row, first + 32 * g + i]
-                    of_groups[row, to + g], of_groups[row, to + 8 + g] = 0, total
+                    of_groups[row, to + g], of_groups[row, to + 8 + g] = middle * total, total
 
 
 @compiled(parallel=True)
 def _grouped(
-    mark, codes, stride, stack, x, order, sums, ordered, of_groups, out, across, n, n_blocks, experts, counts, threads
+    mark, codes, stride, stack, x, order, sums, middle, ordered, of_groups, out, across, n, n_blocks, experts, counts, threads
 ):  # fmt: skip
     """Each thread computes its share of the results of every group. codes and out: where they lie; a matrix of a stack is `stack` bytes, a
     row of blocks `stride`, a row of out `across`."""
-    _ordered(x, order, sums, ordered, of_groups)
+    _ordered(x, order, sums, middle, ordered, of_groups)
     step = -(-n // (BLOCK * threads)) * BLOCK
     of_x, of_sums = ordered.ctypes.data, of_groups.ctypes.data
     x_row, sums_row = x.shape[1] * 4, n_blocks * sums * 4
