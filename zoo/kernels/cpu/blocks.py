@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,18 +39,34 @@ ROWS = 4  # of blocks, taken at a time
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of one type: `codes` [.., rows, bytes], whose rows are those from `first` on of the weight."""
+    """Rows of one type: `codes` [.., rows, bytes], whose rows are those from `first` on of the weight. `told`: what `_grouped` is told of
+    them, the same at every call."""
 
     kind: int
     codes: Tensor
     first: int
     rows: int
+    told: tuple[Any, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kind, codes = KINDS[self.kind], self.codes
+        stack = codes.stride(0) if codes.ndim > 2 else 0
+        n_blocks = codes.shape[-1] // blocks.TYPES[kind.type].nbytes
+        told = (
+            mark_of(*divmod(self.kind, 6)), codes.data_ptr(), codes.shape[-1], stack, _order(self.kind), kind.sums, np.float32(kind.middle),
+            self.rows, n_blocks,
+        )  # fmt: skip
+        object.__setattr__(self, "told", told)
+
+
+@functools.cache
+def _order(kind: int) -> NDArray[np.int64]:
+    return np.array(KINDS[kind].order)
 
 
 @dataclass(frozen=True)
 class Carried:
-    """A weight [N, K] or [E, N, K] in blocks: of each matrix `runs` of rows; `source`: the codes' tensor of each, and where in a matrix
-    of it the run begins."""
+    """A weight [N, K] or [E, N, K] in blocks: of each matrix these `runs` of rows, in order."""
 
     runs: tuple[Run, ...]
     n: int
@@ -113,31 +129,29 @@ def times(
     with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens] (int64) in
     place of x, where given."""
     dtype = dtype or x.dtype
-    x = x if tokens is None else x[tokens]
-    wide = x.float().contiguous()
+    x = (x if tokens is None else x[tokens]).float().contiguous()
     m = len(x)
     which, sizes = grouped(experts, counts, m)
     out = torch.empty(m, w.n)
+    ordered = scratch("ordered x", (m, w.k), np.float32)
+    of_groups = scratch("sums of x", (m, max(1, w.k // 16)), np.float32)
     with threads() as t:
         for run in w.runs:
-            kind = KINDS[run.kind]
-            columns, sums = len(kind.order), kind.sums
-            ordered = scratch("ordered x", (m, w.k), np.float32)
-            of_groups = scratch("sums of x", (m, max(1, w.k // columns * sums)), np.float32)
-            stack = run.codes.stride(0) if run.codes.ndim > 2 else 0
             _grouped(
-                mark_of(*divmod(run.kind, 6)), run.codes.data_ptr(), run.codes.shape[-1], stack, wide.numpy(), _order(run.kind), sums,
-                np.float32(kind.middle), ordered, of_groups, out.data_ptr() + 4 * run.first, w.n * 4, run.rows, w.k // columns, which, sizes, t,
-            )  # fmt: skip
+                *run.told,
+                x.numpy(),
+                ordered,
+                of_groups,
+                out.data_ptr() + 4 * run.first,
+                w.n * 4,
+                which,
+                sizes,
+                t,
+            )
     if bias is not None:
         of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
         out += of_rows.float()
     return out.to(dtype)
-
-
-@functools.cache
-def _order(kind: int) -> NDArray[np.int64]:
-    return np.array(KINDS[kind].order)
 
 
 def _plus(b: Any, group: Group, vector: Callable[[int], Any], total: Any) -> Any:
@@ -230,14 +244,14 @@ def _ordered(x, order, sums, middle, ordered, of_groups):
 
 @compiled(parallel=True)
 def _grouped(
-    mark, codes, stride, stack, x, order, sums, middle, ordered, of_groups, out, across, n, n_blocks, experts, counts, threads
+    mark, codes, stride, stack, order, sums, middle, n, n_blocks, x, ordered, of_groups, out, across, experts, counts, threads
 ):  # fmt: skip
     """Each thread computes its share of the results of every group. codes and out: where they lie; a matrix of a stack is `stack` bytes, a
     row of blocks `stride`, a row of out `across`."""
     _ordered(x, order, sums, middle, ordered, of_groups)
     step = -(-n // (BLOCK * threads)) * BLOCK
     of_x, of_sums = ordered.ctypes.data, of_groups.ctypes.data
-    x_row, sums_row = x.shape[1] * 4, n_blocks * sums * 4
+    x_row, sums_row = x.shape[1] * 4, of_groups.shape[1] * 4
     for t in prange(threads):
         first, last, start = t * step, min(n, (t + 1) * step), 0
         for g in range(len(experts)):
