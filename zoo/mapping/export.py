@@ -389,7 +389,7 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
         elif lost := [n for n in o.sources if dtypes[n] not in ITEMSIZE]:
             raise ZooError(
                 f"{c.root}: the released files cannot be made again (blocks of {lost[0]}, {dtypes[lost[0]]}, were dequantised to "
-                f'{o.dtype}); export with format "hf", or "gguf" with a type'
+                f'{o.dtype}); export with format "hf" or "gguf"'
             )
     filled = {
         sheet.place[name] for o in plan.outputs.values() for name in o.sources
