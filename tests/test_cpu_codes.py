@@ -167,9 +167,9 @@ def hold_widened(scheme: str, codes: ModuleType, dtype: torch.dtype) -> None:
     w = codes.carried(scheme, c, (512, 96))
     assert w is not None
     if scheme == "nvfp4-packed":  # which divides by its global scale
-        assert not expand.fits(w, dtype)
+        assert not expand.widens(w, dtype)
         return
-    assert expand.fits(w, dtype) and not expand.fits(w, torch.float64)
+    assert expand.widens(w, dtype) and not expand.widens(w, torch.float64)
     want = dequantise(scheme, c, (512, 96), dtype)
     assert torch.equal(expand.expanded(w, dtype), want)
     stack = {

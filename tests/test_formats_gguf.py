@@ -101,12 +101,16 @@ def test_a_block_whose_scale_is_none_is_a_warning_and_with_strict_an_error(
     with caplog.at_level("WARNING", logger="zoo"):
         made = vendor.canonical(file, tmp_path / "warned")
     assert [r.getMessage() for r in caplog.records if r.name.startswith("zoo")] == [message]
-    assert sum(int(t.isnan().sum()) for t in made.values()) == 32
+    assert made["layers.1.mlp.down.weight"].dtype == torch.uint8
+    with caplog.at_level("WARNING", logger="zoo"):
+        plain = vendor.canonical(file, tmp_path / "plain", dtype="fp32")
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("zoo")] == [message] * 2
+    assert sum(int(t.isnan().sum()) for t in plain.values()) == 32
 
 
-def test_a_gguf_becomes_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
+def test_what_is_dequantised_is_of_one_dtype(tmp_path: Path) -> None:
     file = sample(tmp_path, "Q8_0", hidden_size=96)
-    fp32 = vendor.canonical(file, tmp_path / "a")
+    fp32 = vendor.canonical(file, tmp_path / "a", dtype="fp32")
     bf16 = vendor.canonical(file, tmp_path / "b", dtype="bf16")
     assert {t.dtype for t in fp32.values()} == {torch.float32}
     name = "layers.1.mlp.gate_up.weight"
@@ -114,6 +118,8 @@ def test_a_gguf_becomes_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
     assert {t.dtype for t in bf16.values()} == {torch.bfloat16}, (
         "norms too: a GGUF holds them in fp32 whatever they were"
     )
+    halves = sample(tmp_path / "f16", "F16", hidden_size=96)
+    assert {t.dtype for t in vendor.canonical(halves, tmp_path / "c").values()} == {torch.float32}
 
 
 # --- fields: nothing is ignored -----------------------------------------------------------------------------
@@ -478,15 +484,19 @@ def test_a_released_gguf_has_the_logits_of_transformers_own_loader(tmp_path: Pat
 
     file = smollm2()
     assert file is not None
-    vendor.canonical(file, tmp_path / "zoo")
+    vendor.canonical(file, tmp_path / "zoo", dtype="fp32")
+    vendor.canonical(file, tmp_path / "carried")
     upstream = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     ids = torch.arange(1, 40)[None] * 917 % 49152
     theirs = tiny.logits(upstream, ids)
     with torch.inference_mode():
-        ours = load(tmp_path / "zoo")(ids)
+        ours, carried = (load(tmp_path / name)(ids) for name in ("zoo", "carried"))
+        exact = load(tmp_path / "zoo", dtype=torch.float64)(ids)
     assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()  # 30 layers; logits reach 40
+    # from the blocks (Q4_1) another order of sums: 1.5e-6 of the largest from exact ones, where both others are 1.4e-5
+    assert (carried - exact).abs().max() <= 5e-6 * theirs.abs().max()
 
 
 BYTE_LEVEL = {

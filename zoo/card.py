@@ -298,11 +298,17 @@ def _facts(c: Canonical, base: _Base, licence: str, what: _Export) -> Iterable[t
     yield "source's format", _code("trained" if source["format"] == VALUES else source["format"])
     yield "family", f"{_code(source['family'])}, rules {_code(source.get('rules', ''))}"
     yield "written by", f"zoo {__version__}; converted by {_code(c.json.get('zoo_version', ''))}"
-    dtypes = sorted({t.dtype for t in c.tensors.values()} if what.dtype is None else {what.dtype})
-    changed = source.get("dtype") is not None or what.dtype is not None
+    quant = c.quant if what.exact else c.codes  # blocks of a GGUF are numbers in new files
+    expanded = {*c.quant} - {*quant}
+    stored = {
+        "F32" if n.rpartition(".")[0] in expanded and t.dtype == "U8" else t.dtype
+        for n, t in c.tensors.items()
+    }
+    dtypes = sorted(stored if what.dtype is None else {what.dtype})
+    changed = source.get("dtype") is not None or what.dtype is not None or bool(expanded)
     yield "weights", ", ".join(map(_code, dtypes)) + (" (converted)" if changed else "")
-    if c.quant:
-        yield "quantised", ", ".join(map(_code, sorted(set(c.quant.values()))))
+    if quant:
+        yield "quantised", ", ".join(map(_code, sorted(set(quant.values()))))
     yield "licence", licence
 
 

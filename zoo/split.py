@@ -318,7 +318,8 @@ def component_cut(
     if not unit:
         return None
     ranges, at, grid_at = [], 0, 0
-    for part, (start, end) in zip(cut.parts, cut.ranges, strict=True):
+    held = component.holds if cut.axis == len(whole) - 2 else None
+    for k, (part, (start, end)) in enumerate(zip(cut.parts, cut.ranges, strict=True)):
         start, end = start - at, end - at
         if start % unit or (end % unit and end != part):
             along = "columns" if cut.axis == len(whole) - 1 else "rows"
@@ -326,6 +327,9 @@ def component_cut(
                 f"{ref.file}: {ref.name} is of {how}, where {unit} {along} go together, and this rank would have {along} "
                 f"{start} to {end} of {part}; take fewer ranks, or convert the source again with --dtype bf16"
             )
+        if held is not None and k not in held:  # another component has its rows
+            at += part
+            continue
         ranges.append((grid_at + start // unit * per, grid_at + -(-end // unit) * per))
         at, grid_at = at + part, grid_at + -(-part // unit) * per
     return Cut(cut.axis, (), tuple(ranges))

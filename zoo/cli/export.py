@@ -45,7 +45,7 @@ class Size(click.ParamType[int]):
     "--type",
     "type_",
     metavar="TYPE",
-    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4_moe, tq2_0, tq1_0. Default: as the embedding is stored.",
+    help="Of a GGUF's matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4_moe, tq2_0, tq1_0. Default: as the embedding is stored; blocks of a GGUF as they are.",
 )
 @click.option("--dtype", type=DTYPE, help="Convert an hf checkpoint's weights to this. Default: as they are.")
 @click.option(

@@ -78,7 +78,6 @@ class Checkpoint:
     synthesised: dict[str, bytes] = field(default_factory=dict)
     n_ranks: int = 1
     notes: tuple[str, ...] = ()
-    default_dtype: str | None = None  # what to convert to when the user asks for nothing (block types)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     chosen: str | None = None  # the file or index that was named, where not the folder was
 

@@ -26,6 +26,7 @@ from zoo.formats.base import (
 )
 from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
 from zoo.layout import VERSION, Slot, layout
+from zoo.quant.blocks import is_one
 from zoo.quant.schemes import grid, scheme
 from zoo.soundness import refuse_unsound
 from zoo.spec import Spec
@@ -58,6 +59,11 @@ class Canonical:
 
     def path(self, ref: TensorRef) -> Path:
         return self.root / ref.file
+
+    @property
+    def codes(self) -> dict[str, str]:
+        """Of `quant`, what can be written as it is or not at all: but ggml's blocks, which are expanded for formats that have none."""
+        return {slot: how for slot, how in self.quant.items() if not is_one(scheme(how))}
 
     @property
     def files(self) -> list[str]:

@@ -3,8 +3,8 @@
 - Names and hyperparameters are llama.cpp's own; the config is rebuilt from them in Hugging Face terms
   (`gguf_config.py`, and the family that names the architecture), and the tokenizer's files are synthesised (`gguf_tokenizer.py`).
 - Shapes are stored innermost first; here they are [out, in] as everywhere.
-- Most tensors are of block types (`zoo/quant/ggml.py`), which have no safetensors dtype: a conversion
-  dequantises them to fp32, which is exact, unless another dtype is asked for.
+- Most tensors are of block types, which have no safetensors dtype: a conversion carries those of `zoo/quant/blocks.py` as bytes;
+  others (`zoo/quant/ggml.py`) are dequantised to fp32, which is exact, and so are all where a dtype is asked for.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats import gguf_config, gguf_tokenizer, sets
+from zoo.formats.around import taken
 from zoo.formats.base import (
     ITEMSIZE,
     Checkpoint,
@@ -104,7 +105,7 @@ def open(path: Path) -> Checkpoint:
         root, "gguf", ("gguf",), config, tensors, files,
         synthesised=synthesised | tokenizer,
         notes=notes,
-        default_dtype="fp32",
+        around=taken(((root / n, n) for n in files), tensors.values()),
         metadata={k: v for k, v in metadata.items() if not isinstance(v, list) or len(v) < 64},
     )  # fmt: skip
 
@@ -167,7 +168,7 @@ class HeaderGoesOn(ZooError):
 class _Cursor:
     """Reads values one after the other from the first `have` bytes of a mapped file, and says where it ends too early."""
 
-    def __init__(self, data: mmap.mmap, who: str, have: int) -> None:
+    def __init__(self, data: mmap.mmap | bytes, who: str, have: int) -> None:
         self.data, self.at, self.who, self.have, self.values = data, 0, who, have, 0
 
     def take(self, n: int) -> bytes:
@@ -234,37 +235,44 @@ def read_header(file: Path, name: str, have: int | None = None) -> tuple[dict[st
     if size < 24:
         raise ZooError(f"{file}: {size} bytes is too short for a GGUF file: truncated, fetch it again")
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        c = _Cursor(data, str(file), size if have is None else have)
-        if c.take(4) != MAGIC:
-            refuse_pointer(data[:64], str(file))
-            raise ZooError(
-                f"{file}: does not start with GGUF: not a GGUF file (older GGML files are not supported)"
-            )
-        version = c.scalar("I")
-        if version not in (2, 3):
-            big = " (big-endian file)" if version in (2 << 24, 3 << 24) else ""
-            raise ZooError(f"{file}: GGUF version {version}{big}; supported: 2 and 3, little-endian")
-        n_tensors, n_fields = c.scalar("Q"), c.scalar("Q")
-        if n_tensors > MAX_TENSORS or n_fields > MAX_FIELDS:
-            raise ZooError(
-                f"{file}: claims {n_tensors} tensors and {n_fields} fields; the limits are {MAX_TENSORS} and {MAX_FIELDS}"
-            )
-        if 24 * n_tensors + 13 * n_fields > size:
-            raise ZooError(
-                f"{file}: claims {n_tensors} tensors and {n_fields} fields, more than it holds: damaged"
-            )
-        metadata: dict[str, Any] = {}
-        for _ in range(n_fields):
-            key = c.string()
-            if key in metadata:
-                raise ZooError(f"{file}: header has the field {key!r} twice; which one is meant?")
-            metadata[key] = c.value(c.scalar("I"), key)
-        infos = [_tensor_info(c) for _ in range(n_tensors)]
-        align = metadata.get("general.alignment", 32)
-        if type(align) is not int or align < 1 or align & (align - 1):
-            raise ZooError(f"{file}: general.alignment is {align!r}; expected a power of two")
-        data_start = -(-c.at // align) * align
-    return metadata, _place(infos, data_start, align, size, name, str(file))
+        return parse_header(data, size, name, str(file), have)
+
+
+def parse_header(
+    data: mmap.mmap | bytes, size: int, name: str, who: str, have: int | None = None
+) -> tuple[dict[str, Any], list[TensorRef]]:
+    """As `read_header`, of the first bytes of a file of `size` bytes that is called `name`."""
+    c = _Cursor(data, who, len(data) if have is None else have)
+    if c.take(4) != MAGIC:
+        refuse_pointer(data[:64], who)
+        raise ZooError(
+            f"{who}: does not start with GGUF: not a GGUF file (older GGML files are not supported)"
+        )
+    version = c.scalar("I")
+    if version not in (2, 3):
+        big = " (big-endian file)" if version in (2 << 24, 3 << 24) else ""
+        raise ZooError(f"{who}: GGUF version {version}{big}; supported: 2 and 3, little-endian")
+    n_tensors, n_fields = c.scalar("Q"), c.scalar("Q")
+    if n_tensors > MAX_TENSORS or n_fields > MAX_FIELDS:
+        raise ZooError(
+            f"{who}: claims {n_tensors} tensors and {n_fields} fields; the limits are {MAX_TENSORS} and {MAX_FIELDS}"
+        )
+    if 24 * n_tensors + 13 * n_fields > size:
+        raise ZooError(
+            f"{who}: claims {n_tensors} tensors and {n_fields} fields, more than it holds: damaged"
+        )
+    metadata: dict[str, Any] = {}
+    for _ in range(n_fields):
+        key = c.string()
+        if key in metadata:
+            raise ZooError(f"{who}: header has the field {key!r} twice; which one is meant?")
+        metadata[key] = c.value(c.scalar("I"), key)
+    infos = [_tensor_info(c) for _ in range(n_tensors)]
+    align = metadata.get("general.alignment", 32)
+    if type(align) is not int or align < 1 or align & (align - 1):
+        raise ZooError(f"{who}: general.alignment is {align!r}; expected a power of two")
+    data_start = -(-c.at // align) * align
+    return metadata, _place(infos, data_start, align, size, name, who)
 
 
 def _tensor_info(c: _Cursor) -> tuple[str, str, tuple[int, ...], int]:

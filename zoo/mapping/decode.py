@@ -11,8 +11,8 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +20,11 @@ import numpy as np
 from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, TensorRef
+from zoo.layout import Slot
 from zoo.mapping import changes
 from zoo.mapping.rules import Change
-from zoo.quant import host
-from zoo.quant.base import Component, Scheme
+from zoo.quant import blocks, host
+from zoo.quant.base import Component, Scheme, grid
 from zoo.quant.floats import bits, exponents, from_float, to_fp32
 from zoo.quant.schemes import block_size, scheme
 
@@ -117,6 +118,9 @@ class Cast:
         return from_float(x, self.dtype, self.ref.name)
 
 
+NOT_FINITE = "{} in {}: some of its blocks have scales that are NaN or infinite"
+
+
 @dataclass
 class Blocks:
     """Elements of one of ggml's block types, whose rows are sequences of blocks with scales inside. `warn` is told of a
@@ -142,11 +146,58 @@ class Blocks:
         raw = self.files(self.ref.file, self.ref.offset + first * row_bytes, (last - first) * row_bytes)
         x = ggml.dequantise(raw, self.ref.dtype, (last - first, columns))
         if not np.isfinite(x).all():
-            self.warn(
-                f"{self.ref.name} in {self.ref.file}: some of its blocks have scales that are NaN or infinite"
-            )
+            self.warn(NOT_FINITE.format(self.ref.name, self.ref.file))
         start = at - first * columns
         return from_float(x.reshape(-1)[start : start + n], self.dtype, self.ref.name)
+
+
+@dataclass
+class Runs:
+    """Elements of a tensor whose rows are in several loaders by turns: `runs` are (loader, its first row, rows), in order."""
+
+    runs: list[tuple[Blocks, int, int]]
+    columns: int
+    chunk = 1 << 18
+    most = MADE
+
+    @property
+    def grain(self) -> int:
+        return self.columns
+
+    def read(self, at: int, n: int) -> Array:
+        found, row, end = [], 0, at + n
+        for loader, first, rows in self.runs:
+            begin, last = max(at, row * self.columns), min(end, (row + rows) * self.columns)
+            if begin < last:
+                found.append(loader.read(begin + (first - row) * self.columns, last - begin))
+            row += rows
+        return np.concatenate(found)
+
+
+def expanded(
+    refs: Mapping[str, TensorRef],
+    how: Scheme,
+    slot: Slot,
+    files: Files,
+    dtype: str,
+    warn: Callable[[str], None],
+) -> Blocks | Runs:
+    """The logical elements of a canonical weight that is carried in ggml's blocks; `refs`: its components, by their names."""
+    columns = slot.shape[-1]
+    loaders: list[tuple[Blocks, tuple[int, ...]]] = []
+    for part in how.components:
+        ref = refs[part.name]
+        typed = replace(ref, dtype=blocks.type_of(how, part.name).upper(), shape=(*ref.shape[:-1], columns))
+        loaders.append((Blocks(typed, files, dtype, warn), grid(part, slot.parts, columns)[0]))
+    if len(loaders) == 1:
+        return loaders[0][0]
+    matrices, runs = math.prod(slot.shape[:-2]), []
+    for e in range(matrices):
+        for k in range(len(slot.parts)):
+            for loader, rows in loaders:
+                if rows[k]:
+                    runs.append((loader, e * sum(rows) + sum(rows[:k]), rows[k]))
+    return Runs(runs, columns)
 
 
 @dataclass
@@ -177,6 +228,23 @@ class Undone:
                 "edited? Take a GGUF that llama.cpp's converter wrote"
             )
         return from_float(w, self.dtype, self.ref.name)
+
+
+@dataclass
+class Redone:
+    """What a source held of a canonical tensor's elements: `Undone` backwards."""
+
+    ref: TensorRef
+    files: Files
+    dtype: str
+    change: Change
+    chunk = 1 << 18
+    most = MADE
+    grain = 1
+
+    def read(self, at: int, n: int) -> Array:
+        x = to_fp32(Raw(self.ref, self.files).read(at, n), self.ref.dtype).astype(np.float32, copy=False)
+        return from_float(changes.stored(x, self.change), self.dtype, self.ref.name)
 
 
 _FORMS = {"1 +": ("1 + w", "norm weights"), "-exp": ("-exp(w)", "decays of a state")}

@@ -590,6 +590,8 @@ class Execution:
                 continue
             if o.scheme is not None or o.name.endswith("scale"):
                 self._check_scales(o, k)
+            elif (kind := self.plan.block_type(o)) is not None:
+                self._check_blocks(self.plan.checkpoint.tensors[o.sources[k]], kind)
             self._move(o, k, copies, through)
         for name in (n for file in files for n in self._extras.get(file, ())):
             ref = self.plan.checkpoint.tensors[name]
@@ -669,6 +671,21 @@ class Execution:
             ref = self.plan.checkpoint.tensors[name]
             if bad := decode.bad_scales(ref, decode.Files(self.mover.source)):
                 self._warn(f"{name} in {ref.file}: its scales are {bad}")
+
+    def _check_blocks(self, ref: TensorRef, kind: str) -> None:
+        """Of blocks that are carried as they are, the scales inside: a pass over them, some rows at a time."""
+        import numpy as np
+
+        from zoo.mapping import decode
+        from zoo.quant import blocks
+
+        files, row = decode.Files(self.mover.source), ref.shape[-1]
+        step = max(1, COPY // row) * row
+        for at in range(0, ref.nbytes, step):
+            raw = files(ref.file, ref.offset + at, min(step, ref.nbytes - at))
+            if not blocks.finite(np.asarray(raw), kind):
+                self._warn(decode.NOT_FINITE.format(ref.name, ref.file))
+                return
 
     def _warn(self, text: str) -> None:
         if self.strict:
@@ -795,7 +812,8 @@ def _source_zip(plan: Plan) -> bytes | None:
     under its own name: raw headers of the weight files, or all that lies around their tensors, and their index."""
     ckpt = plan.checkpoint
     kept: dict[str, bytes] = {f"headers/{name}": raw for name, raw in ckpt.headers.items()}
-    kept |= {f"around/{name}": raw for name, raw in ckpt.around.items()}
+    if ckpt.format != "gguf" or plan.dtype is None:  # of a GGUF that is dequantised nothing can be given back
+        kept |= {f"around/{name}": raw for name, raw in ckpt.around.items()}
     if INDEX in ckpt.carried:
         kept[INDEX] = ckpt.path(INDEX).read_bytes()
     if not kept:

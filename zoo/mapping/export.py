@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from zoo._version import __version__
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats import meta, params_out
+from zoo.formats import gguf, meta, params_out
 from zoo.formats.around import Hollow
 from zoo.formats.base import (
     ITEMSIZE,
@@ -48,10 +49,11 @@ from zoo.formats.wrapped import unwrapped
 from zoo.layout import Slot, layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
-from zoo.mapping.moves import Copy, Rearrange, in_kernel
+from zoo.mapping.moves import Copy, Loader, Rearrange, in_kernel
 from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.printable import warn
+from zoo.quant.blocks import is_one
 from zoo.quant.schemes import scheme
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class _Job:
     small: dict[str, bytes]
     carried: list[str]
     exact: bool  # the release's own files
+    expands: frozenset[str] = frozenset()  # the schemes of what is written as numbers
 
     def add_card(self, c: Canonical, dtype: str | None, about: About | None) -> None:
         from zoo import card
@@ -113,7 +116,7 @@ def export(
     """Write the release that the canonical folder `canon` was made of to the folder `dst`, and return it.
 
     `format`: "hf", a Hugging Face checkpoint; "source", the files as they came: the vendor's own names if it had other ones, a
-    trainer's wrappers in them, pickles (no GGUF); "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
+    trainer's wrappers in them, pickles, GGUFs whose blocks are all carried; "gguf", a file of llama.cpp's with matrices of `type` (`export_gguf`), of which the first is returned;
     "meta" or "mistral", `params.json` and `consolidated.00.pth` or `consolidated.safetensors`, from any source. `dtype` ("bf16",
     "fp16", "fp32"): convert the model's floating-point tensors to it, as `zoo convert` does. `shard_size`: bytes
     of tensors per file at most, in new files; Meta's are one. New files get a model card (`zoo.card`), and with `card` those
@@ -202,14 +205,23 @@ def _move(
     file, base = job.sheet.place[name]
     dtype, loop = job.dtypes[name], mover.loop(fit, backwards=True)
     size = ITEMSIZE[dtype]
-    if from_.dtype == dtype and in_kernel(loop, size):
+    if from_.dtype == dtype and not fit.change and in_kernel(loop, size):
         src_at, dst_at = from_.offset + fit.canonical.offset * size, base + fit.source.offset * size
         copies += mover.copies(from_.file, src_at, file, dst_at, size, loop)
         return
     from zoo.mapping import decode
 
     files = decode.Files(mover.source)
-    loader = decode.Raw(from_, files) if from_.dtype == dtype else decode.Cast(from_, files, dtype)
+    loader: Loader
+    stem = o.name.removesuffix(".weight")
+    if (how := c.quant.get(stem)) in job.expands and o.name.endswith(".weight"):
+        s = scheme(how)
+        parts = {part.name: c.tensors[f"{stem}.{part.name}"] for part in s.components}
+        loader = decode.expanded(parts, s, layout(c.spec)[o.name], files, dtype, partial(warn, log, "%s"))
+    elif fit.change:
+        loader = decode.Redone(from_, files, dtype, fit.change)
+    else:
+        loader = decode.Raw(from_, files) if from_.dtype == dtype else decode.Cast(from_, files, dtype)
     through.append(Rearrange(loader, file, base, size, loop, fit.canonical.offset, fit.source.offset))
 
 
@@ -288,13 +300,16 @@ def _cast_to(c: Canonical, dtype: str | None) -> dict[str, str]:
     weights are those that the vendor singled out: they stay."""
     if dtype is None:
         return {}
-    if c.quant:
-        slot, how = next(iter(c.quant.items()))
+    if codes := c.codes:
+        slot, how = next(iter(codes.items()))
         raise ZooError(
-            f"{c.root}: {len(c.quant)} weights are quantised ({slot}: {how}); export them as they are, or convert the source again with "
+            f"{c.root}: {len(codes)} weights are quantised ({slot}: {how}); export them as they are, or convert the source again with "
             "--dtype"
         )
-    narrow = dtype != "F32" and any(t.dtype != "F32" and len(t.shape) > 1 for t in c.tensors.values())
+    blocks = {n for n in c.tensors if n.rpartition(".")[0] in c.quant and c.tensors[n].dtype == "U8"}
+    narrow = dtype != "F32" and any(
+        t.dtype != "F32" and len(t.shape) > 1 for n, t in c.tensors.items() if n not in blocks
+    )
     return {n: dtype for n, t in c.tensors.items() if t.dtype != dtype and not (narrow and t.dtype == "F32")}
 
 
@@ -366,12 +381,21 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
     if missing := [n for n in plan.extras if n not in c.extra_tensors]:
         raise ZooError(f"{c.root}: extra tensor {missing[0]} is missing; convert again")
     small = {INDEX: kept[INDEX]} if INDEX in kept else {}
+    carried = [] if source["format"] == "gguf" else _carried(c)  # whose small files are made of the one
     dtypes = {name: ref.dtype for name, ref in tensors.items()}
+    for o in plan.outputs.values():
+        if plan.block_type(o) is not None:
+            dtypes |= dict.fromkeys(o.sources, o.dtype)
+        elif lost := [n for n in o.sources if dtypes[n] not in ITEMSIZE]:
+            raise ZooError(
+                f"{c.root}: the released files cannot be made again (blocks of {lost[0]}, {dtypes[lost[0]]}, were dequantised to "
+                f'{o.dtype}); export with format "hf" or "gguf"'
+            )
     filled = {
         sheet.place[name] for o in plan.outputs.values() for name in o.sources
     }  # names of the same bytes
     extras = [n for n in plan.extras if sheet.place[n] not in filled]
-    return _Job(sheet, plan.outputs, dtypes, extras, small, _carried(c), exact=True)
+    return _Job(sheet, plan.outputs, dtypes, extras, small, carried, exact=True)
 
 
 def _around_again(c: Canonical, kept: Mapping[str, bytes], sheet: Sheet) -> dict[str, TensorRef]:
@@ -380,7 +404,11 @@ def _around_again(c: Canonical, kept: Mapping[str, bytes], sheet: Sheet) -> dict
     for file, size in source["files"].items():
         who = f"{c.root / SOURCE}: {file}"
         hollow = Hollow(kept[f"around/{file}"], size, who)
-        found[file] = read_open(io.BufferedReader(hollow), file, who, budget=budget)
+        if source["format"] == "gguf":
+            begin = hollow.pieces[0][1] if hollow.pieces and hollow.pieces[0][0] == 0 else b""
+            found[file] = gguf.parse_header(begin, size, file, who)[1]
+        else:
+            found[file] = read_open(io.BufferedReader(hollow), file, who, budget=budget)
         sheet.sizes[file], sheet.around[file] = size, hollow.pieces
     if source["format"] == "meta":
         found = {file: meta.own(refs) for file, refs in found.items()}
@@ -448,7 +476,9 @@ def _as_new(
         small[INDEX] = index
     carried = [n for n in _carried(c) if n != "config.json" and not n.endswith(".index.json")]
     small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
-    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
+    return _Job(
+        sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False, expands=_blocks(c)
+    )
 
 
 def _lay_out(
@@ -469,10 +499,10 @@ def _as_vendors(
 ) -> _Job:
     """Meta's or Mistral's own files: their names by the rules of the family that has them, params.json as it came or made of the
     Spec. One file, as the vendors' own code opens, unless a size is asked for."""
-    if c.quant:
-        slot, how = next(iter(c.quant.items()))
+    if codes := c.codes:
+        slot, how = next(iter(codes.items()))
         raise ZooError(
-            f"{c.root}: {len(c.quant)} weights are quantised ({slot}: {how}), which are not written in {naming}'s names but as they were "
+            f"{c.root}: {len(codes)} weights are quantised ({slot}: {how}), which are not written in {naming}'s names but as they were "
             "released in them; convert the source again with --dtype"
         )
     ours = c.source["naming"] == naming
@@ -507,7 +537,9 @@ def _as_vendors(
     ]
     small["params.json"] = _params(c, params, ours)
     small |= _vendors_tokenizer(c, naming, carried)
-    return _Job(sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False)
+    return _Job(
+        sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False, expands=_blocks(c)
+    )
 
 
 def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> dict[str, bytes]:
@@ -529,6 +561,11 @@ def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> d
     called = "tekken.json or tokenizer.model.v*" if naming == "mistral" else "tokenizer.model"
     warn(log, "%s: no %s is written, which %s's own code reads: %s", c.root, called, naming.title(), why)
     return {}
+
+
+def _blocks(c: Canonical) -> frozenset[str]:
+    """The schemes of what is in ggml's blocks."""
+    return frozenset(how for slot, how in c.quant.items() if slot not in c.codes)
 
 
 def _config_is_ours(c: Canonical) -> bool:
@@ -595,6 +632,11 @@ def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output
     """A canonical tensor, or the components of a quantised one, by this rule. Raises ZooError or IndexError if it does not
     apply."""
     how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
+    if how is not None and is_one(scheme(how)):  # no other format has them: as numbers
+        recipe = compile_rule(rule, slot, c.spec, spell, 1)
+        sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
+        yield Output(slot.name, "F32", slot.shape, slot.layer, sources, recipe.fits)
+        return
     for part in scheme(how).components if how else (None,):
         name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
         if (ref := c.tensors.get(name)) is None:
@@ -623,7 +665,7 @@ def _config(c: Canonical, embed: str, cast: bool) -> bytes:
     dtype = names.get(embed)
     parts = [config, *(v for k, v in config.items() if k == "text_config" and isinstance(v, dict))]
     for part in parts:
-        if not c.quant:
+        if not c.codes:
             part.pop("quantization_config", None)
         if dtype and (part is config or "dtype" in part or "torch_dtype" in part):
             part["dtype" if "dtype" in part else "torch_dtype"] = dtype

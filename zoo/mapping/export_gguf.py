@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
 from zoo.plain import by_descriptor
 from zoo.printable import warn
-from zoo.quant import ggml
+from zoo.quant import blocks, ggml
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
 
@@ -61,6 +62,9 @@ _FILE_TYPE = {
     "Q5_0": 8,
     "Q5_1": 9,
     "BF16": 32,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
     "TQ1_0": 36,
     "TQ2_0": 37,
     "MXFP4_MOE": 38,
@@ -82,13 +86,15 @@ class _Piece:
 
 @dataclass
 class _Tensor:
-    """A tensor to write: its type, logical shape, and makings. `scales`: of MXFP4, those of the codes' `pieces`."""
+    """A tensor to write: its type, logical shape, and makings. `scales`: of MXFP4, those of the codes' `pieces`. `carried`: the
+    pieces are of its blocks as bytes."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     pieces: list[_Piece]
     scales: list[_Piece]
+    carried: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +127,13 @@ def export_gguf(
     type = type and type.lower()
     if type is not None and type not in TYPES:
         raise ZooError(_not_made_here(type, c, target))
-    wanted = (type or _stored(c)).upper()
+    own = _own_blocks(c)
+    if type is not None and own:
+        raise ZooError(
+            f"{c.root}: its weights are in GGUF's blocks ({', '.join(sorted(own))}), which are written as they are, without a type; for "
+            f"{type} convert the source with --dtype fp32, which is exact, and export that"
+        )
+    wanted = own.most_common(1)[0][0] if own else (type or _stored(c)).upper()
     family = gguf_out.form_of(families.get(c.source["family"], c.source.get("package")))
     tensors = list(_tensors(c, family, wanted))
     spec = dataclasses.replace(c.spec, family=family.name)
@@ -262,6 +274,18 @@ def _not_made_here(type: str, c: Canonical, target: Path) -> str:
     )
 
 
+def _own_blocks(c: Canonical) -> Counter[str]:
+    """The types of ggml's blocks that weights are carried in, and how many values are."""
+    found = Counter[str]()
+    for slot, how in c.quant.items():
+        if blocks.is_one(s := scheme(how)):
+            for part in s.components:
+                kind = blocks.type_of(s, part.name)
+                ref, block = c.tensors[f"{slot}.{part.name}"], blocks.TYPES[kind]
+                found[kind.upper()] += ref.size // block.nbytes * block.columns
+    return found
+
+
 def _stored(c: Canonical) -> str:
     dtype = c.tensors["embed.weight"].dtype
     if "embed" in c.quant:
@@ -329,9 +353,17 @@ def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
         )
     pieces: dict[str, list[_Piece]] = {}
     scales: dict[str, list[_Piece]] = {}
+    kinds: dict[str, str] = {}  # of tensors whose blocks are carried
     for slot in layout(c.spec).values():
         stem = slot.name.removesuffix(".weight")
         how = c.quant.get(stem) if slot.name.endswith(".weight") else None
+        if how is not None and blocks.is_one(s := scheme(how)):
+            for own in s.components:
+                for fit in _fits(c, family, slot, own):
+                    name = fit.name.replace("{i}", str(slot.layer))
+                    kinds[name] = blocks.type_of(s, own.name)
+                    pieces.setdefault(name, []).append(_Piece(f"{stem}.{own.name}", fit))
+            continue
         if how not in (None, "mxfp4"):
             raise ZooError(_no_type(c, slot.name, how))
         for part, into in zip(scheme(how).components if how else (None,), (pieces, scales)):
@@ -342,8 +374,13 @@ def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:
         shape = made[0].fit.shape
         if name in scales:
             yield _Tensor(name, "MXFP4", (*shape[:-2], shape[-2] * _GROUP), made, scales[name])
-        else:
-            yield _Tensor(name, _type(name, shape, wanted), shape, made, [])
+        elif name in kinds:
+            block = blocks.TYPES[kinds[name]]
+            logical = (*shape[:-1], shape[-1] // block.nbytes * block.columns)
+            yield _Tensor(name, kinds[name].upper(), logical, made, [], carried=True)
+        else:  # beside carried blocks, what is no vector is as it is stored
+            kind = _type(name, shape, _dtype(c, made) if kinds else wanted)
+            yield _Tensor(name, kind, shape, made, [])
 
 
 def _fits(c: Canonical, family: Family, slot: Slot, part: Component | None) -> tuple[Fit, ...]:
@@ -396,10 +433,10 @@ def _moves(
     through: list[Rearrange | _Made] = []
     for t in tensors:
         dst, base = places[t.name]
-        if t.type != _dtype(c, t.pieces) or any(p.fit.change for p in t.pieces):
+        if not t.carried and (t.type != _dtype(c, t.pieces) or any(p.fit.change for p in t.pieces)):
             through.append(_Made(c, t, dst, base))
             continue
-        size = ITEMSIZE[t.type]
+        size = 1 if t.carried else ITEMSIZE[t.type]
         for p in t.pieces:
             ref, loop = c.tensors[p.name], mover.loop(p.fit, backwards=True)
             mover.open(ref.file, c.path(ref))

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,9 +30,10 @@ from zoo.formats.safetensors import INDEX
 from zoo.layout import Slot, layout
 from zoo.mapping.moves import restride
 from zoo.mapping.rules import Box, Cat, Expr, Fit, Rule, RuleSet, Stack, Target, Transpose, respell
-from zoo.quant import foreign
+from zoo.quant import blocks, foreign
 from zoo.quant.base import Component, Scheme, Unread, grid
 from zoo.quant.schemes import CACHE_SCALE, detect
+from zoo.quant.schemes import scheme as scheme_called
 from zoo.spec import Layer, Spec
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -140,6 +141,13 @@ class Plan:
             h.update(repr((o.name, o.dtype, o.shape, way, o.sources, seen[id(o.fits)][:64])).encode())
         return h.hexdigest()[:32]
 
+    def block_type(self, o: Output) -> str | None:
+        """The type of ggml's blocks that an output holds as bytes; None if it holds none."""
+        stem, _, part = o.name.rpartition(".")
+        if (how := self.quant.get(stem)) is None or not blocks.is_one(s := scheme_called(how)):
+            return None
+        return blocks.type_of(s, part) if any(part == c.name for c in s.components) else None
+
     def sources_of(self, o: Output, k: int) -> list[str]:
         """All source tensors that the k-th fit of an output needs: the weight and what stands beside it."""
         return [o.sources[k], *o.beside(k).values()]
@@ -178,7 +186,7 @@ class Plan:
             f"source     {len(refs):,} tensors in {len(c.files)} file(s), {sum(r.nbytes for r in refs.values()):,} bytes",
             f"canonical  {len(self.outputs):,} tensors of {n_sources:,} source tensors, "
             f"{sum(o.nbytes for o in self.outputs.values()):,} bytes",
-            f"dtype      {self.dtype or 'as released'} ({', '.join(sorted({o.dtype for o in self.outputs.values()}))})",
+            f"dtype      {self.dtype or self._kept()} ({', '.join(sorted({o.dtype for o in self.outputs.values()}))})",
         ]
         if self.quant:
             schemes: dict[str, int] = {}
@@ -193,6 +201,10 @@ class Plan:
                 reasons.setdefault(reason, []).append(name)
             lines += [f"extras     {len(names):,} tensors: {reason}" for reason, names in reasons.items()]
         return "\n".join([*lines, *(f"note       {n}" for n in (*c.notes, *self.notes))])
+
+    def _kept(self) -> str:
+        blocks_too = any(self.block_type(o) for o in self.outputs.values())
+        return "blocks as released, all else in fp32" if blocks_too else "as released"
 
     def to_json(self) -> dict[str, Any]:
         """All of it, with one entry per canonical tensor."""
@@ -230,7 +242,7 @@ class Plan:
 
 def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None = None) -> Plan:
     """The plan of converting `ckpt`. `dtype`: "bf16", "fp16" or "fp32", or None to keep what is released
-    (block types of GGUF are never kept: the reader says what they become).
+    (of GGUF's block types those that can be carried; the others become fp32, which a note says).
 
     Raises ZooError if no family claims the config, or, with everything that does not fit listed
     (`PlanError`), if the rules and the tensors do not account for each other.
@@ -247,8 +259,9 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             f"{ckpt.root}: family {family.name} has no rules for {ckpt.format} files (names of "
             f"{' or '.join(ckpt.naming)}); it has rules for {', '.join(family.rules)}"
         )
-    wanted = dtype or ckpt.default_dtype
-    asked = DTYPES[wanted] if wanted else None
+    asked = DTYPES[dtype] if dtype else None
+    if asked is None and ckpt.format == "gguf" and not _has_blocks(ckpt):
+        asked = "F32"  # which its norms are in, whatever the rest is
     best: Match | None = None
     for naming in namings:
         m = match(spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming, asked, ckpt.config)
@@ -288,10 +301,17 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
         best.notes.append(
             f"the config calls the weights quantised ({words}), but they are plain: taken as they are"
         )
+    if best.blocks:  # they are moved as the bytes that they lie in
+        refs = {n: blocks.as_bytes(r) if n in best.blocks else r for n, r in ckpt.tensors.items()}
+        ckpt = replace(ckpt, tensors=refs)
     return Plan(
         ckpt, family, best.naming, best.prefix, best.spec, best.outputs, best.extras, asked, best.quant,
         notes=(*unread, *best.notes),
     )  # fmt: skip
+
+
+def _has_blocks(ckpt: Checkpoint) -> bool:
+    return any(t.dtype.lower() in blocks.TYPES for t in ckpt.tensors.values())
 
 
 PLAIN = (
@@ -395,6 +415,7 @@ class Match:
     kept: str = ""  # why weights that are quantised can be dequantised only
     head: list[str] = field(default_factory=list)  # a stored head, although the spec says it is tied
     notes: list[str] = field(default_factory=list)
+    blocks: set[str] = field(default_factory=set)  # tensors of ggml's blocks that are carried as bytes
 
     @property
     def odd(self) -> tuple[str, ...]:
@@ -459,6 +480,7 @@ class _Matcher:
         self.keep_fp32 = dtype in ("BF16", "F16") and narrow and naming != "gguf"
         # ggml has no rank: a file that it wrote lacks leading axes of one, which that of the converter has.
         self.of_ggml = naming == "gguf"
+        self.widened: dict[str, str] = {}  # slots whose blocks cannot be carried, and why
 
     def run(self) -> Match:
         for slot in layout(self.spec).values():
@@ -473,7 +495,64 @@ class _Matcher:
         if self.spec.tied:
             self.note_head()
         _sort_rest(self.out, self.spec, self.rules, self.spell, self.tensors, self.used)
+        if self.dtype is None:
+            self.out.blocks.update(n for n in self.out.extras if self.tensors[n].dtype not in ITEMSIZE)
+        self.note_widened()
         return self.out
+
+    def way(self, leaf: str) -> Scheme | None:
+        """How the weight that a rule calls `leaf` is quantised. Blocks of ggml's count where they are carried: those that are dequantised
+        are read as numbers of another dtype."""
+        found = detect(leaf, self.tensors, self.config)
+        return None if self.dtype is not None and blocks.is_one(found) else found
+
+    def of_blocks(self, slot: Slot, rule: Rule, n: int) -> Scheme | None:
+        """The scheme by which all of a slot's parts are carried as ggml's blocks; None where they cannot, which is noted."""
+        if slot.stacked and rule.one_by_one and slot.shape[0] > len(self.tensors):
+            return None
+        plain = self.recipe(rule, n, slot, None, None)
+        if isinstance(plain, str):
+            return None
+        names = plain.sources(slot.layer, self.tensors)
+        if any(name not in self.tensors for name in names):
+            return None
+        kinds = _types_by_part(slot, plain.fits, [self.tensors[name].dtype for name in names])
+        why = ""
+        if any(len(k) > 1 for k in kinds):
+            why = "experts of several types"
+        elif odd := sorted({*itertools.chain(*kinds)} - {t.upper() for t in blocks.TYPES}):
+            mixed = all(k in FLOATS for k in odd)
+            why = (
+                f"its parts are {' and '.join(sorted({*itertools.chain(*kinds)}))}"
+                if mixed
+                else _not_carried(odd)
+            )
+        elif not slot.codes:
+            why = "neither a linear map nor a table of tokens"
+        elif transposes(rule.expr):
+            why = "blocks run along the inputs, which the file has for rows here"
+        else:
+            made = blocks.of_types([k.pop().lower() for k in kinds])
+            found = (self.recipe(rule, n, slot, made, part) for part in made.components)
+            why = next((text for text in found if isinstance(text, str)), "")
+            if not why:
+                return made
+            why = why.removeprefix(f"{slot.name}: ").partition("; dequantise with")[0]
+        self.widened[slot.name] = why
+        return None
+
+    def note_widened(self) -> None:
+        """Says of blocks that are dequantised, though nothing was asked for, which and why."""
+        if self.dtype is not None:
+            return
+        reasons: dict[str, list[str]] = {}
+        for name, o in self.out.outputs.items():
+            kinds = {self.tensors[s].dtype for s in o.sources} - {*ITEMSIZE}
+            if kinds and not self.out.blocks.issuperset(o.sources):
+                reasons.setdefault(self.widened.get(name) or _not_carried(sorted(kinds)), []).append(name)
+        for why, names in reasons.items():
+            said = ", ".join(text for text, _ in fold(names))
+            self.out.notes.append(f"dequantised to fp32, which is exact: {said}: {why}")
 
     def recipe(
         self, rule: Rule, n: int, slot: Slot, scheme: Scheme | None, part: Component | None
@@ -523,7 +602,9 @@ class _Matcher:
             if slot.name.endswith(".weight") and len(slot.shape) > 1:
                 leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
                 try:
-                    scheme = detect(leaf, self.tensors, self.config)
+                    scheme = self.way(leaf)
+                    if blocks.is_one(scheme):
+                        scheme = self.of_blocks(slot, rule, n)
                 except Unread as e:
                     self.out.unread = self.out.unread or str(e)
                     return None
@@ -619,8 +700,12 @@ class _Matcher:
                 continue
             leaves = [self.spell(x.name({"i": str(slot.layer), "e": 0, "r": 0})) for x in rule.expr.leaves()]
             try:
-                ways = {x: detect(x, self.tensors, self.config) for x in leaves}
+                ways = {x: self.way(x) for x in leaves}
             except ZooError:  # said where the rule is chosen
+                return False
+            if any(
+                map(blocks.is_one, ways.values())
+            ):  # of several types they are carried, too, each part as its own
                 return False
             there = all(w is not None or x in self.tensors for x, w in ways.items())
             if not there or len({w and w.name for w in ways.values()}) < 2:
@@ -724,6 +809,9 @@ class _Matcher:
         dtypes: set[str] = set()
         for source, fit in zip(sources, recipe.fits, strict=True):
             ref = tensors[source]
+            if part is not None and ref.dtype.lower() in blocks.TYPES:
+                ref = blocks.as_bytes(ref)
+                self.out.blocks.add(source)
             dtypes.add(ref.dtype)
             if part is None and slot.counts:
                 if ref.dtype not in COUNTS:
@@ -754,9 +842,8 @@ class _Matcher:
             return True
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else _common(dtypes)
         if part is None:
-            if dtype not in ITEMSIZE and self.dtype is None:
-                self.out.problems.append(f"{sources[0]}: {dtype} is not carried; convert with --dtype")
-                return False
+            if dtype not in ITEMSIZE or (self.of_ggml and dtype in FLOATS):
+                dtype = "F32"  # unless asked otherwise
             is_float = dtype in FLOATS or dtype not in ITEMSIZE
             if self.dtype is not None and is_float and not (self.keep_fp32 and dtype == "F32"):
                 dtype = self.dtype
@@ -825,6 +912,8 @@ def compile_rule(
         unit, part is not None and part.unit is None, {"i": "{i}"}, n_ranks,
     )  # fmt: skip
     fits = tuple(rule.expr.compile(target))
+    if part is not None and part.holds is not None:  # of the others nothing
+        fits = tuple(fit for fit in fits if math.prod(fit.canonical.shape))
     if sum(math.prod(f.canonical.shape) for f in fits if not f.copy) != math.prod(shape):
         raise ZooError(
             "its rule does not fill all of it"
@@ -846,6 +935,23 @@ def _stored(fit: Fit, axes: str) -> Fit:
     strides = [math.prod(fit.shape[k + 1 :]) for k in range(len(lead))]
     box = restride(fit.source, fit.shape, (*strides, 1, rows))
     return replace(fit, shape=(*lead, columns, rows), source=box)
+
+
+def _types_by_part(slot: Slot, fits: Sequence[Fit], dtypes: Sequence[str]) -> list[set[str]]:
+    """Of each part of a slot the dtypes of the tensors that its rows come from, the k-th of which gives the k-th fit."""
+    ends = list(itertools.accumulate(slot.parts))
+    found: list[set[str]] = [set() for _ in slot.parts]
+    for fit, dtype in zip(fits, dtypes, strict=True):
+        first = fit.canonical.offset // slot.shape[-1] % slot.shape[-2]
+        rows = fit.canonical.shape[-2] if len(slot.parts) > 1 else slot.shape[-2]
+        for k, end in enumerate(ends):
+            if first < end and first + rows > end - slot.parts[k]:
+                found[k].add(dtype)
+    return found
+
+
+def _not_carried(types: Iterable[str]) -> str:
+    return f"blocks of type {' and '.join(types)} are not carried"
 
 
 def _spelled(leaves: list[str], part: Component) -> tuple[str, ...]:

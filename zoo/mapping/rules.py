@@ -415,7 +415,7 @@ class Swap(Expr):
 
     def compile(self, t: Target) -> Iterator[Fit]:
         a, b, n = _count(self.a, t), _count(self.b, t), t.box.shape[self.axis]
-        if t.unit != (1, 1) or t.per_leaf or n % (a * b):
+        if t.unit[self.axis - t.out_axis] != 1 or t.per_leaf or n % (a * b):
             raise ZooError(
                 f"{n} rows or columns in blocks of {t.unit} cannot be reordered as {a} times {b}; dequantise with --dtype"
             )

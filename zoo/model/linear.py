@@ -85,10 +85,15 @@ class Weights(nn.Module):
         `zoo.kernels.cpu.quantised.times`."""
         if self.scheme is None or x.device.type != "cpu" or x.dtype == torch.float64 or is_recorded(x):
             return None
-        made = kernels("quantised")
+        made = kernels("blocks" if self.in_blocks else "quantised")
         if made is None or (w := self._codes(made)) is None or not made.fits(w, rows):
             return None
         return partial(made.times, w=w)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is carried in ggml's blocks."""
+        return self.scheme is not None and self.scheme.startswith("gguf-")
 
     def _codes(self, made: Any) -> Any:
         """Codes as the kernels of a CPU read them; None for those that they do not know."""
@@ -106,11 +111,11 @@ class Weights(nn.Module):
             return expanded(packed, dtype)
         if (
             self.weight.device.type == "cpu"
-            and (made := kernels("expand")) is not None
+            and (made := kernels("blocks" if self.in_blocks else "expand")) is not None
             and not is_recorded(self.weight)
         ):
-            w = self._codes(kernels("quantised"))
-            if w is not None and made.fits(w, dtype):
+            w = self._codes(made if self.in_blocks else kernels("quantised"))
+            if w is not None and made.widens(w, dtype):
                 return made.expanded(w, dtype, expert)
         from zoo.quant import dequantise
 
@@ -193,7 +198,7 @@ class Stacked(Weights):
 
 class Table(Weights):
     """An embedding: `weight` [rows, d], and, where tied, the head. `across`: each rank has as many rows. Of codes only the rows that are
-    asked for are expanded, to `asked` (None: the dtype of their scales, of those that are bytes bf16)."""
+    asked for are expanded, to `asked` (None: the dtype of their scales, of those that are bytes bf16; of GGUF's blocks fp32)."""
 
     across: Across | None = None
     asked: torch.dtype | None = None
@@ -206,7 +211,9 @@ class Table(Weights):
         """That of its rows."""
         if self.scheme is None:
             return self.weight.dtype
-        scale: Tensor = self.get_buffer("scale")
+        scale = dict(self.named_buffers(recurse=False)).get("scale")
+        if scale is None:  # within the codes, as in a GGUF: its numbers are of fp32
+            return self.asked or torch.float32
         stored = scale.dtype if scale.dtype.is_floating_point and scale.element_size() > 1 else torch.bfloat16
         return self.asked or stored
 

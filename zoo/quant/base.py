@@ -33,7 +33,7 @@ class Component:
     released tensor, of rows (o) and columns (i); the canonical one always has "oi"; "flat" has one, over all elements row
     after row. `ndim`: axes of a constant, beyond one of size 1. `varies`: each released tensor has a shape of its own.
     `spellings`: (suffix of the rule's name, suffix of the component's) in the order in which they are tried; the first is
-    Hugging Face's.
+    Hugging Face's. `holds`: the fused parts whose rows it has, where other components have those of others; None: all.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Component:
     axes: str = "oi"
     ndim: int = 0
     varies: bool = False
+    holds: tuple[int, ...] | None = None
 
     def names(self, leaf: str) -> list[str]:
         """What the component of the weight that a rule calls `leaf` may be called."""
@@ -93,7 +94,10 @@ def grid(component: Component, parts: Iterable[int], columns: int) -> tuple[tupl
     """(rows per part, shape after the rows) of a component of a weight with these parts and columns."""
     assert component.unit is not None
     (u, v), (m, n) = component.unit, component.per
-    rows = tuple(m * (math.ceil(p / u) if u else 1) for p in parts)
+    held = component.holds
+    rows = tuple(
+        m * (math.ceil(p / u) if u else 1) if held is None or k in held else 0 for k, p in enumerate(parts)
+    )
     return rows, (n * (math.ceil(columns / v) if v else 1), *component.trailing)
 
 

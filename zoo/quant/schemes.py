@@ -27,10 +27,10 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, TensorRef
-from zoo.quant import awq, bitsandbytes, compressed, fp4, gptq, integers, mlx
+from zoo.quant import awq, bitsandbytes, blocks, compressed, fp4, gptq, integers, mlx
 from zoo.quant.base import CODES, SCALES, Component, Scheme, grid
 
-MODULES = (gptq, awq, integers, fp4, bitsandbytes, mlx)
+MODULES = (gptq, awq, integers, fp4, bitsandbytes, mlx, blocks)
 
 _ACT_SCALE = Component(  # of what a weight multiplies, for engines that round that too
     "act_scale", SCALES, None,

@@ -7,7 +7,7 @@ that the two can disagree. Needs the package gguf.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,11 @@ def make(case: FamilyCase, of: Gguf, at: Path, quant: str = "F32", **settings: A
 
 
 def write(src: Path, dst: Path, of: Gguf, *, quant: str = "F32", tables: Mapping[str, Any] | None = None,
-          **more: Any) -> Path:  # fmt: skip
+          types: Callable[[str], str] | None = None, **more: Any) -> Path:  # fmt: skip
     """The checkpoint in the folder `src` as the GGUF `dst`, which is returned.
 
-    quant: a type that gguf-py can quantise to, for matrices of fitting width. tables: tensors of constants, by name.
+    quant: a type that gguf-py can quantise to, for matrices of fitting width. tables: tensors of constants, by name. types: instead of
+    `quant`, the type of each matrix by its name in the file; of those that gguf-py cannot make, any blocks (`some_blocks`).
     more: fields to set besides, whole keys.
     """
     import gguf
@@ -81,15 +82,35 @@ def write(src: Path, dst: Path, of: Gguf, *, quant: str = "F32", tables: Mapping
         if of.interleaved and re.search(r"attn_[qk]$", new):
             x = interleaved(x, config["num_attention_heads" if new.endswith("q") else "num_key_value_heads"])
         wide = x.ndim > 1 and x.shape[-1] % 32 == 0 and "norm" not in new
-        kind = gguf.GGMLQuantizationType[quant if wide else "F32"]
+        kind = gguf.GGMLQuantizationType[(types(full) if types else quant) if wide else "F32"]
         plain = kind == gguf.GGMLQuantizationType.F32
-        data = x.numpy() if plain else gguf.quants.quantize(x.numpy(), kind)
+        if kind.name in ("Q4_K", "Q5_K", "Q6_K"):
+            data = some_blocks(kind.name, tuple(x.shape))
+        else:
+            data = x.numpy() if plain else gguf.quants.quantize(x.numpy(), kind)
         w.add_tensor(full, data, raw_dtype=None if plain else kind)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
     return dst
+
+
+def some_blocks(type: str, shape: tuple[int, ...]) -> Any:
+    """Blocks of a tensor of that shape: bytes [.., bytes of a row] of any codes, with scales that make values of up to about 1."""
+    import numpy as np
+
+    from zoo.quant import blocks
+
+    block = blocks.TYPES[type.lower()]
+    n = int(np.prod(shape)) // block.columns
+    raw = np.random.default_rng(len(shape) + n).integers(0, 256, (n, block.nbytes), dtype=np.uint8)
+    scale = 2.0**-10 if block.columns == 256 else 2.0**-7
+    for at in block.halves:
+        raw[:, at : at + 2] = (
+            np.random.default_rng(at + n).normal(0, scale, (n, 1)).astype(np.float16).view(np.uint8)
+        )
+    return raw.reshape(*shape[:-1], -1)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -32,7 +32,7 @@ from zoo.verify.faults import CATALOGUE, Fault, Subject
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import relative_error
 from zoo.verify.oracle import DTYPES, Oracle
-from zoo.verify.ours import build, subject_of, table_of, used_rows, whole_table, with_embedding
+from zoo.verify.ours import build, in_numbers, subject_of, table_of, used_rows, whole_table, with_embedding
 from zoo.verify.remedies import (
     PLACES,
     Remedy,
@@ -150,6 +150,7 @@ def _search(
         ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids, device)
     else:
         ids, clean = batch.ids, subject_of(folder, DTYPES[dtype], device=device)
+    clean = in_numbers(clean, DTYPES[dtype])
     ids = ids.to(device)
     bound = tolerance.layer_bound(dtype, last, spread).value
     said = folder.source.get("config")

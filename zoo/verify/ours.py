@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoo.formats import canonical
 from zoo.formats.base import TensorRef
 from zoo.kernels.route import SCORES, route, route_reference
+from zoo.layout import layout
 from zoo.model import Decoder
 from zoo.model.linear import Stacked, Weights
 from zoo.model.load import DTYPES as TORCH
@@ -25,6 +26,7 @@ from zoo.model.load import Source, kept, kept_by, refuse_quantised
 from zoo.model.moe import Router
 from zoo.model.upload import Upload
 from zoo.quant import dequantise, looked_up
+from zoo.quant.blocks import is_one
 from zoo.quant.schemes import scheme
 from zoo.spec import CompressedAttention, LatentAttention, Spec
 from zoo.spec import Router as RouterSpec
@@ -382,6 +384,21 @@ def subject_of(
         table, how = table_of(made)
         made = with_embedding(made, whole_table(table, how, dtype))
     return made
+
+
+def in_numbers(subject: Subject, dtype: torch.dtype) -> Subject:
+    """With the numbers of `dtype` in place of ggml's blocks: mistakes are made with rows and columns of those."""
+    tensors, quant = dict(subject.tensors), dict(subject.quant)
+    for slot, how in subject.quant.items():
+        if not is_one(scheme(how)):
+            continue
+        del quant[slot]
+        stored = {c.name: tensors.pop(f"{slot}.{c.name}", None) for c in scheme(how).components}
+        parts = {name: t for name, t in stored.items() if t is not None}
+        if parts:  # of a layer that is looked at
+            rows = layout(subject.spec)[f"{slot}.weight"].parts
+            tensors[f"{slot}.weight"] = dequantise(how, parts, rows, dtype)
+    return replace(subject, tensors=tensors, quant=quant)
 
 
 def table_of(subject: Subject) -> tuple[dict[str, Tensor], str | None]:

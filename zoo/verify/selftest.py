@@ -24,7 +24,7 @@ from zoo.verify.faults import Fault, Subject, applicable
 from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import references, relative_error
 from zoo.verify.oracle import DTYPES, OnLayer, Oracle
-from zoo.verify.ours import Ours, build, subject_of
+from zoo.verify.ours import Ours, build, in_numbers, subject_of
 from zoo.verify.stage import Progress, Stage, silent
 from zoo.verify.tolerance import Spread
 
@@ -96,9 +96,9 @@ def run(
     """Inject every applicable fault; what was caught where, ready for the certificate. Those that change not a
     bit of any output are listed by name, and count for nothing."""
     recorded = Recorded.of(oracle, inputs, spread)
-    clean = subject_of(folder, DTYPES[dtype], device=device)
+    clean = in_numbers(subject_of(folder, DTYPES[dtype], device=device), DTYPES[dtype])
     results = []
-    faults = applicable(folder.spec, folder.quant)
+    faults = applicable(folder.spec, clean.quant)
     for n, fault in enumerate(faults):
         say(Stage(f"fault {n + 1} of {len(faults)}: {fault.name}", done=n, of=len(faults)))
         results.append(_try(fault, clean, folder, recorded, dtype, plan))
@@ -123,7 +123,8 @@ def _try(
     if at.level is None and fault.kind == "spec" and _same(clean, faulty, recorded):
         return None  # e.g. a clamp that these weights never reach
     by_bytes = None
-    if fault.kind == "weights" and plan is not None and changed and set(changed) <= set(folder.tensors):
+    as_stored = all(n in folder.tensors and t.shape == folder.tensors[n].shape for n, t in changed.items())
+    if fault.kind == "weights" and plan is not None and changed and as_stored:
         by_bytes = exact.bytes_level(folder, plan, changed).verdict == "failed"
     if at.level is None and by_bytes:
         at = Caught("bytes")

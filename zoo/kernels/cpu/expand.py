@@ -50,7 +50,7 @@ from zoo.kernels.cpu.vectors import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fits(w: Codes, dtype: torch.dtype) -> bool:
+def widens(w: Codes, dtype: torch.dtype) -> bool:
     """Whether `expanded` makes such numbers of these codes."""
     each = each_of(w, False)
     known = each in (0, 1) or (each == 2 and w.zero is w.shift)  # neither
@@ -125,7 +125,7 @@ def _rows(
                     numbers = [shuffled(b, low, high, of_half) for of_half in lanes]
                 for v, y in enumerate(numbers):
                     offset = b.add(b.mul(i, number(step * dtype.itemsize)), number(v * 16 * dtype.itemsize))
-                    _store(b, y, dtype, to_row, offset)
+                    store(b, y, dtype, to_row, offset)
             return []
 
         def of_group(g: Any) -> list[tuple[Any, Any, Any]]:
@@ -158,7 +158,7 @@ def _rows(
     return addresses(15, code, mark)
 
 
-def _store(b: Any, y: Any, dtype: torch.dtype, row: Any, offset: Any) -> None:
+def store(b: Any, y: Any, dtype: torch.dtype, row: Any, offset: Any) -> None:
     """16 numbers, rounded to the nearest, to even where two are."""
     if dtype == torch.float32:
         stored = y
