@@ -285,9 +285,7 @@ def main() -> None:
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`. Models are in bf16 unless said.\n\n## {newest['device']}\n\n"
         f"{speed(rows)}\n\n{where}\n\n### How it was measured\n\n{note}\n\n{right}\n\n"
-        f"{other(loads[-1] if loads else None, rows)}
-
-{beside}{on_cpu(cpus)}{carried(codes)}{blocks(lying)}{converting(converted, ways, parts)}"
+        f"{other(loads[-1] if loads else None, rows)}\n\n{beside}{on_cpu(cpus)}{carried(codes)}{blocks(lying)}{converting(converted, ways, parts)}"
     )
     (ROOT / "docs/performance.md").write_text(page)
     readme = ROOT / "README.md"
