@@ -240,8 +240,19 @@ def _model(
     return c | {"num_hidden_layers": n}, [*ends, *(t for i in range(n) for t in layer(i))]
 
 
-def write(folder: Path, config: dict[str, Any], tensors: list[Any], shard: float = 1e9) -> None:
-    """Shards of random bytes; scales are ones, so that they are sound."""
+def normal() -> bytes:
+    """Numbers of bf16 as weights are, 32 MiB. Of random bytes one in 64 is subnormal, and a CPU takes a hundred times as long to compute
+    with those."""
+    import torch
+
+    x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) / 32
+    return bytes(x.bfloat16().view(torch.uint8).numpy().data) * 16
+
+
+def write(
+    folder: Path, config: dict[str, Any], tensors: list[Any], shard: float = 1e9, block: bytes | None = None
+) -> None:
+    """Shards of random bytes, or of `block` again and again; scales are ones, so that they are sound."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shards: list[list[Any]] = [[]]
@@ -249,8 +260,9 @@ def write(folder: Path, config: dict[str, Any], tensors: list[Any], shard: float
         if shards[-1] and sum(map(_nbytes, shards[-1])) + _nbytes(t) > shard:
             shards.append([])
         shards[-1].append(t)
-    block, weight_map = os.urandom(32 << 20), {}
-    block = bytes(b & 0xBF for b in block[: 1 << 20]) * 32  # no huge exponents, no NaN in any dtype
+    weight_map = {}
+    if block is None:  # no huge exponents, no NaN in any dtype
+        block = bytes(b & 0xBF for b in os.urandom(1 << 20)) * 32
     for k, part in enumerate(shards):
         name = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
         header, at = {}, 0

@@ -479,7 +479,7 @@ def speed(work: Path) -> dict[str, Any]:
         ("moe, 6 GB", bench.moe, 6.0, ""),
     ):
         source, canon, file, copied = (work / x for x in ("source", "canon", "out/x.gguf", "y.gguf"))
-        bench.write(source, *maker(gb))
+        bench.write(source, *maker(gb), block=bench.normal() if type else None)
         zoo.convert(source, canon)
         shutil.rmtree(source)
         runs, starts, room = [], [], int(1.2e9 * gb)

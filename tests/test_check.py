@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 import test_hub_cache
+import tiny
 from hub_server import HubServer
 from test_hub_cache import REPO, library, offline, plain
 from verified import canonical, copy
@@ -100,6 +101,42 @@ def test_without_any_list_it_says_that_only_headers_were_looked_at(release: Path
     assert "as far as its headers tell" in report.verdict and "unaltered" not in report.verdict
     shards(here)[0].unlink()
     assert not check(here).whole
+
+
+def test_an_index_is_held_to_the_headers_and_what_it_leaves_out_is_said(
+    release: Path, tmp_path: Path
+) -> None:
+    here = shutil.copytree(release, tmp_path / "here")
+    index = here / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    files = list(told["weight_map"].values())
+    name = next(n for n, file in told["weight_map"].items() if files.count(file) > 1)
+    del told["weight_map"][name]
+    told["metadata"]["total_size"] = 1
+    index.write_text(json.dumps(told))
+    report = check(here)
+    assert report.whole and f"does not list {name}" in report.notes[-2] and "total_size 1" in report.notes[-1]
+    told["weight_map"]["model.nothing"] = shards(here)[0].name
+    index.write_text(json.dumps(told))
+    assert "says 'model.nothing' is in" in "".join(check(here).problems)
+
+
+def test_a_canonical_folder_without_a_certificate_is_held_to_what_it_says_itself(tmp_path: Path) -> None:
+    source = copy(tiny.make("llama", tmp_path / "release"), tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    folder = zoo.convert(source, tmp_path / "canon")
+    assert check(folder).whole and not check(folder).notes
+    (folder / "mine.txt").write_text("x")
+    (folder / "tokenizer.json").unlink()
+    (folder / "source.zip").unlink()
+    report = check(folder)
+    assert [p.partition(",")[0] for p in report.problems] == [
+        "tokenizer.json: missing",
+        "source.zip: missing",
+    ]
+    assert report.notes == ["here, and not of it: mine.txt"]
+    next(folder.glob("*.safetensors")).unlink()
+    assert "there is no such file" in check(folder).problems[0]
 
 
 def test_a_canonical_folder_is_held_to_its_certificate(

@@ -113,6 +113,19 @@ def test_the_help_of_every_command_has_examples_that_it_takes_and_zoos_own_names
     assert {c for of in SECTIONS.values() for c in of} == set(names)
 
 
+def test_bounds_of_numbers_are_told_in_words() -> None:
+    for name in cli.list_commands(click.Context(cli)):
+        assert "<=" not in (help := CliRunner().invoke(cli, [name, "--help"]).output), help
+    for args, said in (
+        (["show", "x", "--batch", "0"], "0 is not in the range 1 to 2^40."),
+        (["lora", "a", "b", "c", "--rank", "0"], "0 is not in the range 1 or more."),
+        (["list", "--year", "1"], "1 is not in the range 1900 to 2099."),
+        (["generate", ".", "x", "--seed", "-1"], "-1 is not in the range 0 to 2^63 - 1."),
+        (["generate", ".", "x", "--temperature", "-1"], "-1.0 is not in the range 0 or more."),
+    ):
+        assert said in CliRunner().invoke(cli, args).output, args
+
+
 # ------------------------------------------------------------------ failing
 
 

@@ -24,6 +24,7 @@ from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer, gguf_vocab, open_checkpoint
 from zoo.formats.gguf import read_header
 from zoo.quant import ggml
+from zoo.quant.floats import to_fp32
 from zoo.testing import build
 from zoo.testing import gguf as testing_gguf
 
@@ -168,8 +169,14 @@ def test_blocks_of_eight_bits_are_those_of_the_gguf_package() -> None:
     x = np.concatenate([x, *(np.concatenate([h, ends], 1) for h in (halves, *near))])
     x[5, 7] = np.inf
     with np.errstate(all="ignore"):
-        want = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
-    assert ggml.q8_0(x).tobytes() == want.tobytes()
+        forms = {
+            "F32": x,
+            "BF16": (x.view(np.uint32) >> 16).astype(np.uint16),
+            "F16": x.astype(np.float16).view(np.uint16),
+        }
+        for dtype, raw in forms.items():
+            want = gguf.quants.quantize(to_fp32(raw, dtype), gguf.GGMLQuantizationType.Q8_0)
+            assert ggml.q8_0(raw, dtype).tobytes() == want.tobytes(), dtype
 
 
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(

@@ -168,7 +168,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "rslora, patterns": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 2},
                          "alpha_pattern": {r"layers\.0\..*down_proj": 11}},
     "dora, embedding": {"target_modules": ["v_proj", "up_proj", "embed_tokens"], "use_dora": True},
-    "whole, biases": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"], "bias": "all"},
+    "whole, biases": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm", "k_proj"], "bias": "all"},
 }  # fmt: skip
 CASES = [
     *(("llama_bias", way) for way in WAYS),

@@ -139,6 +139,15 @@ def test_a_card_that_somebody_edited_there_is_kept_and_weights_of_an_earlier_pus
         push(canon, REPO, private=True)
 
 
+def test_another_models_files_that_stay_in_the_repository_are_named(hub: HubServer, canon: Path) -> None:
+    hub.repo(REPO).commit(
+        {"adapter_config.json": "{}", "pytorch_model.bin": b"theirs", "notes.txt": "theirs"}
+    )
+    (note,) = push(canon, REPO).notes
+    assert note.endswith("adapter_config.json, pytorch_model.bin") and "keeps" in note
+    assert files(hub)["pytorch_model.bin"] == b"theirs"
+
+
 def test_a_gguf_is_not_exported_and_the_command_that_uploads_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     result = CliRunner().invoke(cli, ["push", str(tmp_path / "x.gguf"), REPO, "--dry-run"])

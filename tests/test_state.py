@@ -17,6 +17,7 @@ from test_save import held, same
 
 import zoo
 from zoo.cli import cli
+from zoo.cli.export import Size
 from zoo.errors import ZooError
 from zoo.formats.dcp import open_saved
 from zoo.testing import build
@@ -65,7 +66,9 @@ def test_an_export_in_another_dtype_or_in_smaller_files_has_the_releases_names(t
     assert same(in_files(tmp_path / "small"), old) and len(files) > 3
     index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == old.keys()
-    assert CliRunner().invoke(cli, [*args[:-1], "many"]).exit_code == 2
+    for size in ("many", "0", "1.5GB", "iB", "9" * 5000):
+        assert CliRunner().invoke(cli, [*args[:-1], size]).exit_code == 2, size
+    assert Size().convert("3 KiB", None, None) == 3072 and Size().convert("3kb", None, None) == 3000
 
     done = CliRunner().invoke(cli, ["export", str(canon), str(tmp_path / "bf16"), "--dtype", "bf16"])
     assert done.exit_code == 0, done.output

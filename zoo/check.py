@@ -23,7 +23,8 @@ from typing import Any
 from zoo import card
 from zoo.errors import ZooError
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import files_below, inside, leads_out, read_json
+from zoo.formats.base import TensorRef, files_below, inside, leads_out, place_of, read_json
+from zoo.formats.safetensors import INDEX
 from zoo.formats.sets import Ambiguous
 from zoo.hub import cache, repo
 from zoo.hub.files import RemoteFile
@@ -345,9 +346,12 @@ def _tensors(folder: Path, report: Report) -> None:
             found = canonical.read(folder)
             report.tensors, report.family = len(found.tensors), found.spec.family
             report.read = {canonical.JSON, *found.files}
+            _beside(found, report)
             return
         ckpt = open_checkpoint(folder)
         report.tensors = len(ckpt.tensors)
+        if INDEX in ckpt.carried:
+            _index(folder, ckpt.tensors, report)
         report.read = {*ckpt.files, *(n for n in ("config.json",) if n in ckpt.carried)}
         report.notes += ckpt.notes
         report.family = make_plan(ckpt).family.name
@@ -355,6 +359,36 @@ def _tensors(folder: Path, report: Report) -> None:
         report.notes.append(f"whether every tensor is in place was not looked at: {e}")
     except ZooError as e:
         report.problems.append(str(e))
+
+
+def _beside(found: canonical.Canonical, report: Report) -> None:
+    """What a canonical folder says that it holds beside its tensors, and what else is in it."""
+    from zoo.mapping.export import HEADED
+
+    carried = [
+        place_of(found.root, n).relative_to(found.root).as_posix() for n in found.json.get("carried", [])
+    ]
+    missing = [n for n in carried if not certificate.is_there(found.root, n)]
+    named = {p.partition(":")[0] for p in report.problems}
+    report.problems += [f"{n}: missing, which {canonical.JSON} lists" for n in missing if n not in named]
+    if found.source["format"] in HEADED and not certificate.is_there(found.root, canonical.SOURCE):
+        report.problems.append(
+            f"{canonical.SOURCE}: missing, of which the release's own files are made again"
+        )
+    own = {*carried, *found.files, canonical.JSON, INDEX, *canonical.BESIDE, *certificate.BESIDE}
+    if report.against is None and (added := sorted(n for n in files_below(found.root) if n not in own)):
+        report.notes.append(f"here, and not of it: {_some(added)}")
+
+
+def _index(folder: Path, tensors: Mapping[str, TensorRef], report: Report) -> None:
+    """What the index leaves out, or counts otherwise, though it contradicts no header."""
+    told = read_json(folder / INDEX, "it lists the shards")
+    if left := [n for n in tensors if n not in told["weight_map"]]:
+        report.notes.append(f"{INDEX}: does not list {_some(left)}, which the files have")
+    about, nbytes = told.get("metadata"), sum(t.nbytes for t in tensors.values())
+    said = about.get("total_size") if isinstance(about, dict) else None
+    if said is not None and said != nbytes:
+        report.notes.append(f"{INDEX}: says total_size {said!r:.40}; the tensors have {nbytes}")
 
 
 def _some(names: list[str]) -> str:

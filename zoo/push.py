@@ -34,6 +34,8 @@ from zoo.verify import certificate
 StrPath = str | os.PathLike[str]
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """Files of an earlier push that would stand beside those of this one."""
+_ALSO = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".model", "adapter_config.json", "tokenizer.json")
+"""Endings of what software may take for a part of this model, where it stays in the repository."""
 
 
 @dataclass
@@ -156,6 +158,10 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
         out.notes.append(
             f"{out.repo} has a {card.FILE} that somebody wrote or edited: it was kept (delete it there, and push again)"
         )
+    if left := sorted(n for n in held - {*out.files, *stale} if n.endswith(_ALSO)):
+        out.notes.append(
+            f"{out.repo} also has, and keeps, of somebody else or an earlier commit: {', '.join(left[:8])}"
+        )
     if stale:
         out.notes.append(f"removed, weights of an earlier commit: {', '.join(sorted(stale)[:8])}")
     done = api.upload_folder(
@@ -188,7 +194,10 @@ def _refuse_name(repo: str) -> None:
     except HFValidationError:
         repo = ""
     if repo.count("/") != 1:
-        raise HubError("a repository on the Hub is called owner/name: to which should it go?", "repo")
+        raise HubError(
+            "a repository on the Hub is called owner/name, of letters, digits, '-', '_' and '.', and 96 of them at most: to which should it go?",
+            "repo",
+        )
 
 
 def _refuse_no_token() -> None:

@@ -11,9 +11,9 @@ Not covered: the signature itself, and what git and huggingface-hub keep beside 
 
 from __future__ import annotations
 
+import ast
 import base64
 import logging
-import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -125,10 +125,12 @@ def _said(folder: Path, key: Path) -> Iterator[None]:
         raise ZooError(f"{folder / SIGNATURE}: is not signed by the key {key}, or was altered") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as e:
         if (told := str(e)).startswith("Signature mismatch"):
-            listed = re.sub(r": Expected 'Digest\(.*?'\)', Actual 'Digest\(.*?'\)'", "", told)
             raise ZooError(
-                f"{folder}: not as it was signed: {listed.partition(': ')[2].strip('[]'):.600}"
+                f"{folder}: not as it was signed: {_differing(told.partition(': ')[2]):.600}"
             ) from None
+        if "because it is a symlink" in told:
+            name = told.partition("'")[2].partition("'")[0]
+            raise ZooError(f"{name}: a symlink; signatures are of files") from None
         raise ZooError(f"{folder}: {told:.300} (key {key}: PEM of P-256, P-384 or P-521 is taken)") from None
     except OSError as e:
         raise ZooError(f"{e.filename or folder}: {e.strerror or e}") from None
@@ -138,3 +140,12 @@ def _said(folder: Path, key: Path) -> Iterator[None]:
         raise ZooError(
             f"{folder / SIGNATURE}: no signature as model-signing writes it ({e!r:.200})"
         ) from None
+
+
+def _differing(listed: str) -> str:
+    """What the library lists, as Python spells a list, without the digests."""
+    try:
+        told = [str(x).partition(": Expected 'Digest(")[0] for x in ast.literal_eval(listed)]
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return listed
+    return "; ".join(told)

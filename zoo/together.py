@@ -15,3 +15,10 @@ def of_first(value: T, group: dist.ProcessGroup | None = None) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
+
+
+def first_said(value: T | None) -> T | None:
+    """Of the default group, on all ranks: the value of the first rank that has one."""
+    told: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return next((x for x in told if x is not None), None)

@@ -321,6 +321,34 @@ def _not_pulled(name: str) -> str | None:
     return f"the release {folder} is not here: `zoo pull {folder}` brings it to ./{folder}"
 
 
+class Whole(click.IntRange):
+    """A whole number within bounds, which help and refusals tell in words."""
+
+    name = "integer"
+
+    def _describe_range(self) -> str:  # click's help asks for it
+        return _in_words(self)
+
+
+class Number(click.FloatRange):
+    """The same of any number."""
+
+    name = "number"
+
+    def _describe_range(self) -> str:
+        return _in_words(self)
+
+
+def _in_words(bounds: click.IntRange | click.FloatRange) -> str:
+    least = str(bounds.min)
+    if (most := bounds.max) is None:
+        return f"{least} or more"
+    for less, text in ((0, ""), (1, " - 1")):
+        if most > 1 << 20 and (power := int(most) + less).bit_count() == 1:
+            return f"{least} to 2^{power.bit_length() - 1}{text}"
+    return f"{least} to {most}"
+
+
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
 
 

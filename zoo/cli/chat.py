@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zoo.cli._common import Here, common, emit, note, say
+from zoo.cli._common import Here, Whole, common, emit, note, say
 from zoo.cli._state import State
 from zoo.cli.generate import computing, drawing, drawn, follow, within
 from zoo.errors import ZooError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--max-new-tokens",
     default=1024,
     show_default=True,
-    type=click.IntRange(1),
+    type=Whole(1),
     help="The longest answer.",
 )
 @drawing

@@ -19,14 +19,19 @@ def written_since(canon: Path) -> str | None:
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes, with or without a unit of the powers of 1000."""
+    """A number of bytes, with or without a unit: of the powers of 1000 (GB), or of 1024 (GiB)."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if (m := re.fullmatch(r"(\d+) ?([KMGT]?)B?", str(value).upper())) is None or not int(m[1]):
-            self.fail(f"{value!r} is no size; expected a number with a unit, as in 500MB or 5GB", param, ctx)
-        return int(m[1]) * int(1000 ** " KMGT".index(m[2] or " "))
+        m = re.fullmatch(r"([0-9]{1,18}) ?([KMGT]?)(I?)B?", str(value).upper())
+        if m is None or (m[3] and not m[2]) or not int(m[1]):
+            self.fail(
+                f"{value!r:.60} is no size; expected a whole number with a unit, as in 500MB or 5GB",
+                param,
+                ctx,
+            )
+        return int(m[1]) * int((1024 if m[3] else 1000) ** " KMGT".index(m[2] or " "))
 
 
 @click.command(short_help="A canonical folder back into the release")

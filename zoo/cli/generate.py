@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zoo.cli._common import DTYPE, F, Here, common, emit, note, say
+from zoo.cli._common import DTYPE, F, Here, Number, Whole, common, emit, note, say
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
 from zoo.printable import printable
@@ -35,14 +35,14 @@ def drawing(command: F) -> F:
         "--temperature",
         default=0.0,
         show_default=True,
-        type=click.FloatRange(0),
+        type=Number(0),
         help="Draw tokens at this temperature from all; 0: greedy.",
     )
     seed = click.option(
         "--seed",
         default=0,
         show_default=True,
-        type=click.IntRange(0, (1 << 63) - 1),
+        type=Whole(0, (1 << 63) - 1),
         help="The same seed draws the same tokens.",
     )
     return sample(temperature(seed(command)))
@@ -58,7 +58,7 @@ def computing(command: F) -> F:
 @click.command(short_help="Let a converted model answer a prompt")
 @click.argument("canon", type=Here(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
-@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=Whole(1))
 @drawing
 @click.option("--raw", is_flag=True, help="The prompt as it is, not as a message in the chat template.")
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")

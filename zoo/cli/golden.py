@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import DTYPE, Here, common, emit, on, say
+from zoo.cli._common import DTYPE, Here, Whole, common, emit, on, say
 from zoo.cli._progress import working
 
 
@@ -28,7 +28,7 @@ _out = click.option("-o", "--output", required=True, type=click.Path(dir_okay=Fa
 _dtype = click.option(
     "--dtype", type=DTYPE, default="fp32", show_default=True, help="What upstream computes in."
 )
-_length = click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
+_length = click.option("--max-length", default=4096, show_default=True, type=Whole(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 
 
 @command.command()

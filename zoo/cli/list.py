@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zoo.cli._common import common, emit, fold, note, say, table, window
+from zoo.cli._common import Whole, common, emit, fold, note, say, table, window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="The releases zoo knows, filtered by words, year, vendor")
 @click.argument("words", nargs=-1)
-@click.option("--year", type=click.IntRange(1900, 2099), help="Only those released in this year.")
+@click.option("--year", type=Whole(1900, 2099), help="Only those released in this year.")
 @click.option("--vendor", help="Only those of this vendor, or of this owner on the Hub: meta, qwen, mistral.")
 @click.option(
     "--has",

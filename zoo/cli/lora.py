@@ -6,16 +6,14 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import common, emit, say, table
+from zoo.cli._common import Whole, common, emit, say, table
 
 
 @click.command(short_help="What training changed, as a PEFT adapter")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("tuned", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option(
-    "--rank", type=click.IntRange(1), default=32, show_default=True, help="Of each matrix' difference."
-)
+@click.option("--rank", type=Whole(1), default=32, show_default=True, help="Of each matrix' difference.")
 @click.option("--force", is_flag=True, help="Replace DST if it is an adapter.")
 @common
 def command(base: Path, tuned: Path, dst: Path, rank: int, force: bool, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from zoo.cli._common import (
     DTYPE,
     Here,
     ReleaseName,
+    Whole,
     common,
     emit,
     in_parts,
@@ -65,9 +66,7 @@ class Layers(click.ParamType[list[int]]):
 @in_parts
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched and written, from headers alone.")
 @click.option("--force", is_flag=True, help="Replace the folder if there is one.")
-@click.option(
-    "--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Files that arrive at once."
-)
+@click.option("--workers", type=Whole(1, 64), default=4, show_default=True, help="Files that arrive at once.")
 @common
 def command(
     name: str, to: Path | None, dtype: str | None, revision: str | None, format: str | None, file: str | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import Source, common, emit, pairs, say, shortened, terminal_width, window
+from zoo.cli._common import Source, Whole, common, emit, pairs, say, shortened, terminal_width, window
 
 if TYPE_CHECKING:
     from zoo.draw import Facts
@@ -44,11 +44,11 @@ FACTS = (
 )
 @click.option(
     "--context",
-    type=click.IntRange(1, 2**40),
+    type=Whole(1, 2**40),
     metavar="N",
     help="Count the KV cache for N tokens. Default: all.",
 )
-@click.option("--batch", type=click.IntRange(1, 2**40), metavar="N", help="Of N sequences. Default: 1.")
+@click.option("--batch", type=Whole(1, 2**40), metavar="N", help="Of N sequences. Default: 1.")
 @click.option(
     "--kv-dtype",
     type=click.Choice(["fp32", "bf16", "fp16", "fp8"]),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli._common import DTYPE, Here, common, emit, failed, note, on, say, say_verdict, table
+from zoo.cli._common import DTYPE, Here, Whole, common, emit, failed, note, on, say, say_verdict, table
 from zoo.cli._progress import working
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
@@ -49,7 +49,7 @@ LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
     help="One layer in memory at a time, on both sides: for models of any size. Default: where both do not fit whole.",
 )
 @on("Where both sides compute: cpu, cuda, cuda:1, or auto (a GPU if there is one).")
-@click.option("--max-length", default=4096, show_default=True, type=click.IntRange(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
+@click.option("--max-length", default=4096, show_default=True, type=Whole(8), help="Cross the model's windows and other limits up to this many tokens.")  # fmt: skip
 @click.option("--self-test", is_flag=True, help="Also inject every fault of the catalogue, and require that it is caught.")  # fmt: skip
 @click.option("--signature", "signed_by", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PUBLIC.pem", help="First hold CANON to its signature (model.sig) by this key. It covers parity.json, which is left as it is then. Needs zoo-weights[sign].")  # fmt: skip
 @click.option("--check-certificate", is_flag=True, help="Only hash everything again, and say whether the certificate still holds.")  # fmt: skip

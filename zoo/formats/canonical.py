@@ -136,11 +136,11 @@ def read(path: str | os.PathLike[str]) -> Canonical:
         raise ZooError(
             f"{root / JSON}: carried names {name!r:.200}, which can't be opened: {e.strerror}"
         ) from None
-    _refuse_more_than(root, spec, layers)
     index = read_json(root / INDEX, "a canonical checkpoint has one")
+    files = {name: inside(root, name, INDEX) for name in index_files(index, str(root / INDEX))}
+    _refuse_more_than(root, spec, layers)
     tensors: dict[str, TensorRef] = {}
-    for name in index_files(index, str(root / INDEX)):
-        file = inside(root, name, INDEX)
+    for name, file in files.items():
         for ref in parse_header(read_header(file), name, file.stat().st_size, str(file)):
             tensors[ref.name] = ref
     check_index(index["weight_map"], tensors, root / INDEX)

@@ -384,7 +384,11 @@ def _described(
         except ZooError as e:
             return [str(e), *UNSAID]  # worse than any difference
 
-    _, asked = read(offered)
+    try:
+        _, asked = read(offered)
+    except ZooError as e:
+        told = str(e).removeprefix(f"{who}: ")
+        raise ZooError(f"{who}: a GGUF of architecture {arch} cannot say it: {told}") from None
     fields = {k: v for k, v in offered.items() if k in asked or k == "vocab_size"}
     wrong = judged(fields)
     for key in UNSAID if wrong else ():  # what the architecture implies to more digits than a field has

@@ -31,6 +31,7 @@ from zoo.families import Family
 from zoo.formats import gguf, meta, params_out
 from zoo.formats.around import Hollow
 from zoo.formats.base import (
+    FLOATS,
     ITEMSIZE,
     Checkpoint,
     TensorRef,
@@ -129,7 +130,8 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype is not None and format not in ("hf", *VENDORS):
-        raise ZooError(f'a dtype is for formats "hf", "meta" and "mistral", not {format!r}')
+        instead = ", whose matrices get a type (--type)" if format == "gguf" else ""
+        raise ZooError(f'a dtype is for formats "hf", "meta" and "mistral", not {format!r}{instead}')
     if shard_size is not None and format not in ("hf", "gguf", "mistral"):
         raise ZooError(f'a size of files is for formats "hf", "gguf" and "mistral", not {format!r}')
     if format == "gguf":
@@ -306,11 +308,11 @@ def _cast_to(c: Canonical, dtype: str | None) -> dict[str, str]:
             f"{c.root}: {len(codes)} weights are quantised ({slot}: {how}); export them as they are, or convert the source again with "
             "--dtype"
         )
-    blocks = {n for n in c.tensors if n.rpartition(".")[0] in c.quant and c.tensors[n].dtype == "U8"}
-    narrow = dtype != "F32" and any(
-        t.dtype != "F32" and len(t.shape) > 1 for n, t in c.tensors.items() if n not in blocks
-    )
-    return {n: dtype for n, t in c.tensors.items() if t.dtype != dtype and not (narrow and t.dtype == "F32")}
+    numbers = {n: t for n, t in c.tensors.items() if t.dtype in FLOATS}  # no tables of whole ones
+    blocks = [n for n, t in c.tensors.items() if n.rpartition(".")[0] in c.quant and t.dtype == "U8"]
+    narrow = dtype != "F32" and any(t.dtype != "F32" and len(t.shape) > 1 for t in numbers.values())
+    stay = {n for n, t in numbers.items() if t.dtype == dtype or (narrow and t.dtype == "F32")}
+    return dict.fromkeys([n for n in (*numbers, *blocks) if n not in stay], dtype)
 
 
 def _carried(c: Canonical) -> list[str]:

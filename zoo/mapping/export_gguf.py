@@ -143,7 +143,8 @@ def export_gguf(
     fields = _general(c, tensors, wanted) | described.fields
     fields |= gguf_vocab.fields(_small(c), c.spec.vocab_size, str(c.root))
 
-    writer = gguf.GGUFWriter(None, described.arch, split_max_size=shard_size)
+    total = sum(t.nbytes for t in tensors) + sum(4 * len(t) for t in described.tables.values())
+    writer = gguf.GGUFWriter(None, described.arch, split_max_size=shard_size if shard_size < total else 0)
     for key, value in fields.items():
         _add(writer, key, value)
     for name, table in described.tables.items():
@@ -548,7 +549,10 @@ def _box(flat: Array, box: Box) -> Array:
 
 def _converted(raw: Array, dtype: str, t: _Tensor, change: Change) -> Array:
     """Rows in the bits of one of GGUF's types."""
-    x = to_fp32(np.ascontiguousarray(raw), dtype).astype(np.float32, copy=False)
+    raw = np.ascontiguousarray(raw)
+    if t.type == "Q8_0" and not change and dtype != "F64":
+        return ggml.q8_0(raw, dtype)
+    x = to_fp32(raw, dtype).astype(np.float32, copy=False)
     x = changes.stored(x, change)
     if t.type in _PLAIN:
         return from_float(x, t.type, t.name)

@@ -208,7 +208,8 @@ def read_adapter(root: Path) -> Adapter:
         if (m := WITHIN.match(name)) is None:
             if "lora_" in name or "token_adapter" in name:
                 raise ZooError(f"{root}: {key!r} is none of LoRA's or DoRA's tensors: merge it with peft")
-            out.whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = t
+            if ".original_module." not in name:  # the bias of a module that `modules_to_save` replaces
+                out.whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = t
             continue
         depth = m["nested"].count(".base_layer")
         low, part = parts.setdefault((m["module"], depth), Low()), m["part"]

@@ -37,7 +37,7 @@ from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
-from zoo.together import of_first
+from zoo.together import first_said
 
 StrPath = str | os.PathLike[str]
 CALLED = {dtype: name for name, dtype in TORCH.items()}
@@ -77,16 +77,15 @@ def save(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    old = canonical.read(like)
-    refuse_part(old)
     ranks: _Alone = _Alone()
-    if isinstance(values, str | os.PathLike):
-        state = of_dcp(Path(values), old)
-    else:
-        named = dict(values.state_dict() if isinstance(values, nn.Module) else values)
-        ranks = _Together() if any(_is_sharded(t) for t in named.values()) else ranks
-        state = of_tensors(named, ranks)
-    fitted = fit(old, state, DTYPES[dtype] if dtype else None)
+    if not isinstance(values, str | os.PathLike):
+        values = dict(values.state_dict() if isinstance(values, nn.Module) else values)
+        ranks = _Together() if any(_is_sharded(t) for t in values.values()) else ranks
+    with ranks.agreeing():
+        old = canonical.read(like)
+        refuse_part(old)
+        state = of_tensors(values, ranks) if isinstance(values, dict) else of_dcp(Path(values), old)
+        fitted = fit(old, state, DTYPES[dtype] if dtype else None)
     _refuse_other_head(fitted, state, ranks)
     with contextlib.ExitStack() as stack:
         new = Values(
@@ -390,7 +389,7 @@ class _Together(_Alone):
             yield
         except (ZooError, OSError) as e:
             raised = e
-        said = of_first(None if raised is None else str(raised))
+        said = first_said(None if raised is None else str(raised))
         if raised is not None:
             raise raised
         if said is not None:

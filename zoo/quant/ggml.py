@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
+from zoo.quant.floats import to_fp32
 from zoo.scratch import scratch
 
 CHUNK = 1 << 18  # elements at a time: what is made of them stays in a core's cache
@@ -65,40 +66,54 @@ def dequantise(
     return out.reshape(shape)
 
 
-def q8_0(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+def q8_0(x: NDArray[Any], dtype: str = "F32") -> NDArray[np.uint8]:
     """Blocks [n, 34] of the elements in their order, a multiple of 32: the largest magnitude of each 32 over 127, in fp16; then each
-    element over that (in fp32) as a whole number, halves away from zero. (llama.cpp's quantize_row_q8_0_ref.)
+    element over that (in fp32) as a whole number, halves away from zero. (llama.cpp's quantize_row_q8_0_ref.) `x`: bit patterns of
+    `dtype`, or numbers of fp32.
 
     The bytes that `gguf.quants.quantize` makes of numbers, several times as fast: what it takes stays in a core's cache and is used again."""
     x = x.reshape(-1)
     out = np.empty((x.size // 32, 34), np.uint8)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for at in range(0, x.size, _Q8):
-            _q8_0(x[at : at + _Q8], out[at // 32 : (at + _Q8) // 32])
+            _q8_0(x[at : at + _Q8], dtype, out[at // 32 : (at + _Q8) // 32].view(np.uint16))
     return out
 
 
-_Q8 = 1 << 15  # elements at a time
+_Q8 = 1 << 16  # elements at a time
+_SIGN, _HALF = np.array([0x80000000, 0x3EFFFFFF], np.uint32)
+"""A whole half would round up the number below a half."""
 
 
-def _q8_0(x: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-    n = x.size
-    a, b = scratch("q8", (2, n), np.float32)
-    np.abs(x, out=a)
+def _q8_0(raw: NDArray[Any], dtype: str, out: NDArray[np.uint16]) -> None:
+    """`out` [n / 32, 17]: bytes two by two."""
+    n = raw.size
+    x, a, b = scratch("q8", (3, n), np.float32)
+    if dtype == "BF16":  # without their signs its bits have the order of magnitudes, and half the size
+        np.left_shift(raw, np.uint32(16), out=x.view(np.uint32))
+        sizes, other = a.view(np.uint16)[:n], b.view(np.uint16)[:n]
+        np.bitwise_and(raw, np.uint16(0x7FFF), out=sizes)
+    else:
+        np.copyto(x, to_fp32(raw, dtype))
+        sizes, other = a, b
+        np.abs(x, out=sizes)
     # The largest of each and its next, of the next two, four, ...: along short rows numpy's own takes three times as long.
+    left = n
     for k in (1, 2, 4, 8, 16):
-        np.maximum(a[: n - k], a[k:n], out=b[: n - k])
-        n, (a, b) = n - k, (b, a)
-    scale = a[: len(x) : 32] / np.float32(127)
-    out[:, :2] = scale.astype(np.float16)[:, None].view(np.uint8)
-    a, b = scratch("q8", (2, x.size), np.float32)
-    np.multiply(x, np.repeat(np.where(scale == 0, np.float32(0), 1 / scale), 32), out=a)
-    # To be cut towards zero: with nearly a half of the same sign. A whole half would round up the number below a half.
-    half = b.view(np.uint32)
-    np.bitwise_and(a.view(np.uint32), np.uint32(0x80000000), out=half)
-    np.bitwise_or(half, np.nextafter(np.float32(0.5), np.float32(0)).view(np.uint32), out=half)
+        np.maximum(sizes[: left - k], sizes[k:left], out=other[: left - k])
+        left, (sizes, other) = left - k, (other, sizes)
+    largest = sizes[:n:32]
+    scale = (to_fp32(largest, dtype) if dtype == "BF16" else largest) / np.float32(127)
+    out[:, 0] = scale.astype(np.float16).view(np.uint16)
+    inverse = np.where(scale == 0, np.float32(0), 1 / scale)
+    np.multiply(x.reshape(-1, 32), inverse[:, None], out=a.reshape(-1, 32))
+    half = b.view(np.uint32)  # of the same sign: then it is cut towards zero
+    np.bitwise_and(a.view(np.uint32), _SIGN, out=half)
+    np.bitwise_or(half, _HALF, out=half)
     np.add(a, b, out=a)
-    out[:, 2:] = a.astype(np.int8).view(np.uint8).reshape(-1, 32)
+    codes = x.view(np.int8)[:n]
+    np.copyto(codes, a, casting="unsafe")
+    out[:, 1:] = codes.view(np.uint16).reshape(-1, 16)
 
 
 def _block(type_name: str, who: str) -> tuple[Any, int, int]:
