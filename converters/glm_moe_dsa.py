@@ -21,10 +21,7 @@ def spec(c: Config) -> Spec:
     c.refuse(moe_layer_freq=1, rope_interleave=True, indexer_rope_interleave=True, moe_router_dtype="float32")
     Config(read.rope_parameters(c), f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
     if "layer_types" in c:
-        # as transformers calls them now, and as it did when NVIDIA's copy of GLM-5.2 was made
-        c.each_layer(
-            "layer_types", c["num_hidden_layers"], ("indexed_attention", "deepseek_sparse_attention")
-        )
+        c.each_layer("layer_types", c["num_hidden_layers"], deepseek_v32.SPARSE)
     own = deepseek_v3.latent_attention(c, indexer=deepseek_v32.indexer(c, interleaved=True))
     mixers: list[Mixer] = []
     last: int | None = None

@@ -511,7 +511,8 @@ class _Matcher:
         return (*named, *other)
 
     def choose(self, slot: Slot) -> tuple[Rule, int, Scheme | None, Recipe, list[str]] | None:
-        """The first rule for the slot whose source tensors all exist, else the one that lacks the fewest."""
+        """The first rule for the slot whose source tensors all exist and have its shapes; else the first whose source tensors
+        exist, or lack the fewest."""
         layer = None if slot.layer is None else self.spec.layers[slot.layer]
         best: tuple[Rule, int, Scheme | None, Recipe, list[str]] | None = None
         fewest = -1
@@ -549,14 +550,22 @@ class _Matcher:
             lacks = sum(name not in self.tensors for name in sources)
             if best is None or lacks < fewest:
                 best, fewest = (rule, n, scheme, recipe, sources), lacks
-            if not lacks:
-                return best
+            if not lacks and (scheme is not None or self.fit(recipe, sources)):
+                return rule, n, scheme, recipe, sources
         if best is None or (reasons and fewest):
             self.out.problems.append(
                 "; ".join(reasons) or f"{slot.name}: no rule of this family fills it (key {slot.key!r})"
             )
             return None
         return best
+
+    def fit(self, recipe: Recipe, sources: list[str]) -> bool:
+        """Whether the source tensors have the shapes that the recipe asks for."""
+        shapes = ((self.tensors[s].shape, fit.shape) for s, fit in zip(sources, recipe.fits, strict=True))
+        return all(self.same(is_, asked) for is_, asked in shapes)
+
+    def same(self, shape: tuple[int, ...], asked: tuple[int, ...]) -> bool:
+        return shape == asked or (self.of_ggml and _ranked(shape) == _ranked(asked))
 
     def fill(
         self, slot: Slot, rule: Rule, n: int, scheme: Scheme | None, recipe: Recipe, sources: list[str]
@@ -736,8 +745,7 @@ class _Matcher:
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
                 self.out.codes.append(source)
                 self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
-            same = ref.shape == fit.shape or (self.of_ggml and _ranked(ref.shape) == _ranked(fit.shape))
-            if not same and not (part is not None and part.varies):
+            if not self.same(ref.shape, fit.shape) and not (part is not None and part.varies):
                 of = f" (for {fold_one(name)} {list(recipe.shape)})" if keep else ""
                 wrong = f": shape {list(ref.shape)}, expected {list(fit.shape)}{of}"
                 self.out.misshapen.setdefault(wrong, []).append((source, ref.file))
