@@ -167,12 +167,15 @@ HF: tuple[RuleLine, ...] = (
     hf.MTP_LAYERS,
 )
 _VISION = "sees images; the text model does not"
+_WRAPPED = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+"""Kimi K2.5's language model. transformers saves its layers as `blocks`, as the vision tower's are called."""
 RULES = {
     "hf": rules(
         *HF,
         extra("vision_tower.*", _VISION),
         extra("mm_projector.*", _VISION),
-        prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
+        extra("model.mm_projector.*", _VISION),
+        prefixes=({}, _WRAPPED, {"model.layers.": "language_model.model.blocks.", **_WRAPPED}),
     ),
     "transformers": rules(
         *hf.in_memory(HF, *hf.STACKED),

@@ -10,7 +10,7 @@ What is unusual, beyond deepseek_v32:
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Mixer, Spec, ZooError, read, rules
+from zoo.family import Config, Disagreement, Family, Mixer, Spec, ZooError, read, rules
 
 from . import deepseek_v3, deepseek_v32
 
@@ -56,4 +56,22 @@ def indexer_types(c: Config) -> list[str]:
 
 RULES = {"hf": rules(*deepseek_v32.HF), "transformers": deepseek_v32.RULES["transformers"]}
 
-FAMILY = Family("glm_moe_dsa", ("glm_moe_dsa",), ("GlmMoeDsaForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="the pairing of rotary channels",
+        upstream="turns neighbours since 5.11, and halves before, in the attention and in the indexer",
+        vendor="turns neighbours: rope_interleave and indexer_rope_interleave are true in its configs",
+        follows="vendor",
+        why="it is how the releases were trained",
+        source="https://huggingface.co/zai-org/GLM-5/blob/main/config.json",
+        since="2026-02",
+    ),
+)
+FAMILY = Family(
+    "glm_moe_dsa",
+    ("glm_moe_dsa",),
+    ("GlmMoeDsaForCausalLM",),
+    spec,
+    RULES,
+    disagreements=DISAGREEMENTS,
+)

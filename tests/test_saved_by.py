@@ -172,3 +172,17 @@ def test_nemotron_hs_embedding_is_called_otherwise_by_transformers_up_to_5_15(tm
 
     odd = rewritten("nemotron_h", tmp_path / "odd", change)
     assert same(assemble(odd), assemble(tiny.make("nemotron_h", tmp_path / "plain")))
+
+
+def test_kimi_k25s_layers_are_called_blocks_by_transformers(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        build.rename(
+            tensors, lambda n: n.replace("language_model.model.layers.", "language_model.model.blocks.")
+        )
+
+    odd = rewritten("kimi_k25", tmp_path / "odd", change)
+    assert same(assemble(odd), assemble(tiny.make("kimi_k25", tmp_path / "plain")))
+    assert (
+        make_plan(open_checkpoint(odd)).extras.keys()
+        == make_plan(open_checkpoint(tmp_path / "plain")).extras.keys()
+    )

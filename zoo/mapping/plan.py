@@ -979,14 +979,33 @@ def _prefix(ruleset: RuleSet, tensors: Mapping[str, TensorRef]) -> tuple[tuple[s
         (leaf.pattern for r in ruleset.by_key.get("embed.weight", ()) for leaf in r.expr.leaves()), ""
     )
     first = embed.partition(".")[0] + "."
+    spellings = (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else []))
     for key in ("embed.weight", "head.weight"):  # a tied file may have kept the head alone
-        for prefix in (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else [])):
-            spell = respell(ruleset, prefix)
-            for rule in ruleset.by_key.get(key, ()):
-                names = [spell(leaf.pattern.replace("{r}", "0")) for leaf in rule.expr.leaves()]
-                if names and all(n in tensors for n in names):
-                    return prefix
+        there = [
+            prefix
+            for prefix in spellings
+            if any(
+                all(name in tensors for name in _sources(rule, respell(ruleset, prefix)))
+                for rule in ruleset.by_key.get(key, ())
+            )
+        ]
+        if there:  # where several have it, it is one under which there is a first layer
+            return next((p for p in there if len(there) > 1 and _has_layer(ruleset, p, tensors)), there[0])
     return ruleset.prefixes[0]
+
+
+def _sources(rule: Rule, spell: Callable[[str], str]) -> list[str]:
+    """The names of a rule's sources in the first layer, of the first expert and rank."""
+    patterns = (leaf.pattern for leaf in rule.expr.leaves())
+    return [spell(p.replace("{i}", "0").replace("{e}", "0").replace("{r}", "0")) for p in patterns]
+
+
+def _has_layer(
+    ruleset: RuleSet, prefix: tuple[tuple[str, str], ...], tensors: Mapping[str, TensorRef]
+) -> bool:
+    spell = respell(ruleset, prefix)
+    inside = (rule for key, rules in ruleset.by_key.items() if key.startswith("layers.") for rule in rules)
+    return any(name in tensors for rule in inside for name in _sources(rule, spell))
 
 
 def _sort_rest(
