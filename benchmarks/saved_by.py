@@ -87,6 +87,16 @@ WHY: tuple[tuple[str, str, str], ...] = (
         "up to 4.51 or later eager attention gave all layers the window of the last ones",
     ),
     (
+        r"olmo3\w*",
+        r"5\.\d\..*|5\.10\..*",
+        "a theta beside those of each kind of layer, by which it computed: it says both",
+    ),
+    (
+        r"gemma3n.*",
+        r"4\..*|5\.[0-5]\..*",
+        "without a cache, as here, layers that share keys and values took their own in 4.57 to 5.5; with one it is equal",
+    ),
+    (
         r"gemma[23]_?\w*",
         r"4\..*",
         "up to 4.51 or later layer_types were not read, and this one has others than its class would make",
@@ -118,7 +128,7 @@ WHY: tuple[tuple[str, str, str], ...] = (
         r"5\.\d\..*|5\.1[0-4]\..*",
         "5.10 does not know the field that makes this variant: it is another model",
     ),
-    (r"deepseek_v4_pro", r"5\.1[0-4]\..*", "5.10 mixes the release's names with its own"),
+    (r"deepseek_v4\w*", r"5\.1[0-4]\..*", "5.10 mixes the release's names with its own"),
     (
         r"mixtral|qwen2_moe_step",
         r"4\.4.*",

@@ -62,22 +62,16 @@ def test_a_part_of_a_head_that_no_rope_parameters_overrule_is_still_refused() ->
         families.spec_of(config("llama-3.1-8b", partial_rotary_factor=0.5))
 
 
-def test_defaults_of_rope_beside_those_of_each_kind_of_layer_say_nothing() -> None:
-    """transformers 5.0 puts a theta and a type beside the objects."""
+def test_a_theta_beside_those_of_each_kind_of_layer_is_refused() -> None:
+    """transformers 5.0 to 5.10 saves OLMo 3 so, and then computes with the one beside."""
     old = config("olmo-3-7b")
-    kinds = {
-        "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
-    }
     for key in ("rope_theta", "rope_scaling", "rope_parameters"):
         old.pop(key, None)
-    stray = {"rope_theta": 10000.0, "rope_type": "default"}
-    assert families.spec_of({**old, "rope_parameters": kinds | stray}) == families.spec_of(
-        {**old, "rope_parameters": kinds}
-    )
-    silent = kinds | {"sliding_attention": {"rope_type": "default"}}
-    with pytest.raises(ZooError, match="rope_theta"):
-        families.spec_of({**old, "rope_parameters": silent | stray})
+    one = {"rope_type": "default", "rope_theta": 500000.0}
+    kinds = {"full_attention": one, "sliding_attention": one}
+    families.spec_of({**old, "rope_parameters": kinds})
+    with pytest.raises(ZooError, match="rope_parameters.rope_theta is 10000.0"):
+        families.spec_of({**old, "rope_parameters": kinds | {"rope_theta": 10000.0, "rope_type": "default"}})
 
 
 def test_sparse_layers_have_two_names() -> None:

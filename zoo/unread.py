@@ -291,19 +291,12 @@ def _idle(key: str, value: Any, beside: Mapping[str, Any], spec: Spec) -> bool:
                 isinstance(m, Attention) for m in mixers
             )
         case "rope_theta" | "partial_rotary_factor":
-            # transformers 5 (before 5.20) puts its defaults beside the objects of each kind of layer, and reads those alone
-            return not _rotates(spec) or _for_each_kind(beside, key)
+            return not _rotates(spec)
         case "rope_scaling" | "rope_parameters":
             kind = value.get("rope_type") or value.get("type") if isinstance(value, Mapping) else value
             return kind == "default" or not _rotates(spec)
         case _:
             return False
-
-
-def _for_each_kind(settings: Mapping[str, Any], key: str) -> bool:
-    """Whether `settings` are RoPE's, an object for each kind of layer, and each says `key` itself."""
-    each = [x for name, x in settings.items() if name.endswith("_attention") or name in ("main", "compress")]
-    return bool(each) and all(isinstance(x, Mapping) and dict(x).get(key) is not None for x in each)
 
 
 def _rotates(spec: Spec) -> bool:
