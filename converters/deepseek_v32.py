@@ -13,11 +13,14 @@ from zoo.family import Config, Disagreement, Family, Indexer, Norm, Spec, hf, re
 
 from . import deepseek_v3
 
+SPARSE = ("indexed_attention", "deepseek_sparse_attention")
+"""What transformers calls such layers since 5.18, and what it called them before."""
+
 
 def spec(c: Config) -> Spec:
     c.refuse(moe_layer_freq=1, rope_interleave=True)
     if "layer_types" in c:
-        c.each_layer("layer_types", c["num_hidden_layers"], ("indexed_attention",))
+        c.each_layer("layer_types", c["num_hidden_layers"], SPARSE)
     mixer = deepseek_v3.latent_attention(c, indexer=indexer(c))
     return deepseek_v3.decoder("deepseek_v32", c, mixer, deepseek_v3.router(c))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.family import MLP, Attention, Config, Family, Layer, Spec, gguf, hf, read, rules
+from zoo.family import MLP, Attention, Config, Disagreement, Family, Layer, Spec, gguf, hf, read, rules
 
 
 def spec(c: Config) -> Spec:
@@ -27,11 +27,9 @@ def spec(c: Config) -> Spec:
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
     )
-    for key in (
-        "hidden_act",
-        "hidden_activation",
-    ):  # some copies have the second, which was meant to mend the first
-        c.choice(key, ("gelu", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+    tanh = "gelu_pytorch_tanh"
+    c.choice("hidden_act", ("gelu", tanh), tanh)
+    c.choice("hidden_activation", (tanh,), tanh)  # some copies have it, which was meant to mend the first
     mlp = MLP(c["intermediate_size"], "gelu_tanh")
     return Spec(
         family="gemma",
@@ -64,4 +62,23 @@ def gguf_config(f: gguf.Fields, out: dict[str, Any]) -> dict[str, Any]:
     return {"head_dim": gguf.head_dim(f, out), "hidden_act": "gelu_pytorch_tanh"}
 
 
-FAMILY = Family("gemma", ("gemma",), ("GemmaForCausalLM",), spec, RULES, gguf={"gemma": gguf_config})
+DISAGREEMENTS = (
+    Disagreement(
+        about="which GELU a hidden_act of gelu is",
+        upstream="takes the tanh form up to 4.47 and since 5.18, and the exact one between",
+        vendor="takes the tanh form",
+        follows="vendor",
+        why="it is how the releases were trained, and they say gelu; what was trained between has both in its weights",
+        source="https://github.com/huggingface/transformers/pull/29402",
+        since="2025-01",
+    ),
+)
+FAMILY = Family(
+    "gemma",
+    ("gemma",),
+    ("GemmaForCausalLM",),
+    spec,
+    RULES,
+    gguf={"gemma": gguf_config},
+    disagreements=DISAGREEMENTS,
+)

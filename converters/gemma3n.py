@@ -106,6 +106,8 @@ RULES = {
     "hf": rules(
         *hf.ENDS,
         *hf.PER_LAYER,
+        # transformers up to 5.0 saves the language model with `language_model` behind every `model` of a name
+        ("per_layer.proj.weight", "model.per_layer_model.language_model_projection.weight"),
         ("altup.expand.weight", stack("model.altup_projections.{e}.weight")),
         ("altup.merge.weight", stack("model.altup_unembed_projections.{e}.weight")),
         *hf.FOUR_NORMS,

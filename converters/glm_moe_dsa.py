@@ -10,7 +10,7 @@ What is unusual, beyond deepseek_v32:
 
 from __future__ import annotations
 
-from zoo.family import Config, Family, Mixer, Spec, ZooError, read, rules
+from zoo.family import Config, Disagreement, Family, Mixer, Spec, ZooError, read, rules
 
 from . import deepseek_v3, deepseek_v32
 
@@ -21,10 +21,7 @@ def spec(c: Config) -> Spec:
     c.refuse(moe_layer_freq=1, rope_interleave=True, indexer_rope_interleave=True, moe_router_dtype="float32")
     Config(read.rope_parameters(c), f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
     if "layer_types" in c:
-        # as transformers calls them now, and as it did when NVIDIA's copy of GLM-5.2 was made
-        c.each_layer(
-            "layer_types", c["num_hidden_layers"], ("indexed_attention", "deepseek_sparse_attention")
-        )
+        c.each_layer("layer_types", c["num_hidden_layers"], deepseek_v32.SPARSE)
     own = deepseek_v3.latent_attention(c, indexer=deepseek_v32.indexer(c, interleaved=True))
     mixers: list[Mixer] = []
     last: int | None = None
@@ -59,4 +56,22 @@ def indexer_types(c: Config) -> list[str]:
 
 RULES = {"hf": rules(*deepseek_v32.HF), "transformers": deepseek_v32.RULES["transformers"]}
 
-FAMILY = Family("glm_moe_dsa", ("glm_moe_dsa",), ("GlmMoeDsaForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="the pairing of rotary channels",
+        upstream="turns neighbours since 5.11, and halves before, in the attention and in the indexer",
+        vendor="turns neighbours: rope_interleave and indexer_rope_interleave are true in its configs",
+        follows="vendor",
+        why="it is how the releases were trained",
+        source="https://huggingface.co/zai-org/GLM-5/blob/main/config.json",
+        since="2026-02",
+    ),
+)
+FAMILY = Family(
+    "glm_moe_dsa",
+    ("glm_moe_dsa",),
+    ("GlmMoeDsaForCausalLM",),
+    spec,
+    RULES,
+    disagreements=DISAGREEMENTS,
+)

@@ -21,6 +21,7 @@ from zoo.family import (
     MLP,
     Attention,
     Config,
+    Disagreement,
     Family,
     Layer,
     MoE,
@@ -197,6 +198,23 @@ def own_config(c: Config, tensors: Collection[str]) -> dict[str, Any]:
     return out
 
 
+def _activates_otherwise(spec: Spec) -> bool:
+    experts = (layer.ffn.expert for layer in spec.layers if isinstance(layer.ffn, MoE))
+    return any((e.limit, e.alpha) != (7.0, 1.702) for e in experts)
+
+
+DISAGREEMENTS = (
+    Disagreement(
+        about="an activation of the experts with other constants than the releases'",
+        upstream="reads swiglu_limit and swiglu_alpha since 5.19; before, it computed with 7.0 and 1.702 whatever they said",
+        vendor="reads swiglu_limit; 1.702 is in its code",
+        follows="vendor",
+        why="who writes another limit means it; if transformers before 5.19 trained the model, write 7.0 and 1.702",
+        source="https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py",
+        since="2025-08",
+        applies=_activates_otherwise,
+    ),
+)
 FAMILY = Family(
     "gpt_oss",
     ("gpt_oss",),
@@ -205,4 +223,5 @@ FAMILY = Family(
     RULES,
     {"openai": own_config},
     {"gpt-oss": gguf_config},
+    DISAGREEMENTS,
 )

@@ -14,6 +14,7 @@ from . import granite
 
 
 def spec(c: Config) -> Spec:
+    c.choice("position_embedding_type", ("rope",), "rope")  # as transformers 4 saved it
     rope = read.whole_rope(c, read.rope_parameters(c), read.head_dim(c))
     has_shared = c["model_type"] == "granitemoeshared" and c.get("shared_intermediate_size", 0) > 0
     experts = moe(c, shared_mlp(c) if has_shared else None)

@@ -5,12 +5,25 @@ Granite's four factors (see granite.py), and
 - RoPE only where `position_embedding_type` is "rope"; the hybrids have no positions at all;
 - in every layer an MLP of `shared_intermediate_size`, beside experts (see granitemoe.py) or, where
   `num_local_experts` is 0, alone;
-- transformers 5 calls the kinds "linear_attention" and "full_attention", releases "mamba" and "attention".
+- transformers calls the kinds "linear_attention" and "full_attention" since 5.18, releases and versions before "mamba" and "attention".
 """
 
 from __future__ import annotations
 
-from zoo.family import FFN, Attention, Config, Family, Mamba, Mixer, Norm, Spec, hf, read, rules
+from zoo.family import (
+    FFN,
+    Attention,
+    Config,
+    Disagreement,
+    Family,
+    Mamba,
+    Mixer,
+    Norm,
+    Spec,
+    hf,
+    read,
+    rules,
+)
 
 from . import granite, granitemoe
 from .nemotron_h import dt_floor
@@ -62,4 +75,25 @@ HF = (
 )
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *granitemoe.HELD))}
 
-FAMILY = Family("granitemoehybrid", ("granitemoehybrid",), ("GraniteMoeHybridForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="the norm behind Mamba-2 where it has groups",
+        upstream="norms each group by itself since 5.23; before, its CUDA kernels did, and without them all groups were one",
+        vendor="norms each group by itself (mamba_ssm)",
+        follows="vendor",
+        why="models are trained with the kernels; releases have one group, where both are the same",
+        source="https://github.com/state-spaces/mamba/blob/main/mamba_ssm/modules/mamba2.py",
+        since="2026-11",
+        applies=lambda spec: any(
+            isinstance(m := layer.mixer, Mamba) and m.n_groups > 1 for layer in spec.layers
+        ),
+    ),
+)
+FAMILY = Family(
+    "granitemoehybrid",
+    ("granitemoehybrid",),
+    ("GraniteMoeHybridForCausalLM",),
+    spec,
+    RULES,
+    disagreements=DISAGREEMENTS,
+)

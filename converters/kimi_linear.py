@@ -55,17 +55,14 @@ def spec(c: Config) -> Spec:
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
     )
-    if "linear_attn_config" in c:
-        linear = c.sub("linear_attn_config")
-        heads, head_dim, conv = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
-    else:
-        heads, head_dim, conv = c["linear_num_heads"], c["linear_head_dim"], c["linear_conv_kernel_dim"]
+    heads = delta_size(c, "num_heads", "linear_num_heads")
+    head_dim = delta_size(c, "head_dim", "linear_head_dim")
     delta = DeltaNet(
         n_k_heads=heads,
         n_v_heads=heads,
         k_head_dim=head_dim,
         v_head_dim=head_dim,
-        conv=conv,
+        conv=delta_size(c, "short_conv_kernel_size", "linear_conv_kernel_dim"),
         decay="channel",
         out_gate="sigmoid",
         out_norm=Norm(norm.eps, rounding="last"),
@@ -101,17 +98,29 @@ def spec(c: Config) -> Spec:
     )
 
 
+def delta_size(c: Config, released: str, flat: str) -> int:
+    """A size of the linear layers in the release's `linear_attn_config`, or as transformers 5 writes it, or in both."""
+    if "linear_attn_config" not in c:
+        return int(c[flat])
+    size: int = c.sub("linear_attn_config")[released]
+    c.choice(flat, (size,), size)
+    return size
+
+
 def layer_types(c: Config) -> list[str]:
-    """One list as transformers 5 writes it, or the release's two lists of layers, counted from 1."""
+    """One list as transformers 5 writes it, or the release's two lists of layers, counted from 1, or both."""
     n = c["num_hidden_layers"]
-    if "layer_types" in c:
+    if "linear_attn_config" not in c:
         return c.each_layer("layer_types", n, (read.FULL, read.LINEAR))
     lists = c.sub("linear_attn_config")
     types: dict[int, str] = dict.fromkeys(lists["full_attn_layers"], read.FULL)
     types |= dict.fromkeys(lists["kda_layers"], read.LINEAR)
     if sorted(types) != list(range(1, n + 1)):
         raise ZooError(f"{lists.where}: full_attn_layers and kda_layers do not make layers 1 to {n}")
-    return [types[i] for i in range(1, n + 1)]
+    kinds = [types[i] for i in range(1, n + 1)]
+    if read.layer_types(c, kinds.__getitem__, (read.FULL, read.LINEAR)) != kinds:
+        raise ZooError(f"{c.where}: layer_types and linear_attn_config differ: delete one of them")
+    return kinds
 
 
 _D, _B = "model.layers.{i}.self_attn.", "model.layers.{i}.block_sparse_moe"

@@ -15,6 +15,7 @@ from zoo.family import (
     MLP,
     Attention,
     Config,
+    Disagreement,
     Family,
     Layer,
     MoE,
@@ -82,4 +83,22 @@ _HELD = (
 )
 RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
 
-FAMILY = Family("minimax_m2", ("minimax_m2",), ("MiniMaxM2ForCausalLM",), spec, RULES)
+DISAGREEMENTS = (
+    Disagreement(
+        about="how much of a head turns",
+        upstream="rotary_dim channels since 5.18; before, it read no such field and turned whole heads",
+        vendor="rotary_dim channels, half of a head",
+        follows="vendor",
+        why="it is how the release was trained; what transformers before 5.18 trained has both in its weights",
+        source="https://huggingface.co/MiniMaxAI/MiniMax-M2/blob/main/config.json",
+        since="2025-11",
+    ),
+)
+FAMILY = Family(
+    "minimax_m2",
+    ("minimax_m2",),
+    ("MiniMaxM2ForCausalLM",),
+    spec,
+    RULES,
+    disagreements=DISAGREEMENTS,
+)

@@ -32,7 +32,7 @@ from zoo.family import (
     rules,
 )
 
-from . import deepseek_v3
+from . import deepseek_v2, deepseek_v3
 
 
 def spec(config: Config) -> Spec:
@@ -144,4 +144,5 @@ FAMILY = Family(
     spec,
     RULES,
     {"mistral": own_config},
+    disagreements=deepseek_v2.DISAGREEMENTS,
 )

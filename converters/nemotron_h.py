@@ -126,6 +126,7 @@ def layer_kinds(c: Config) -> list[str]:
 _M = "backbone.layers.{i}.mixer."
 HF = (
     ("embed.weight", "backbone.embeddings.weight"),
+    ("embed.weight", "backbone.embedding.weight"),  # as transformers up to 5.15 saves it
     ("norm.weight", "backbone.norm_f.weight"),
     ("head.weight", "lm_head.weight"),
     ("layers.{i}.attn_norm.weight", "backbone.layers.{i}.norm.weight"),

@@ -9,7 +9,7 @@ What is unusual:
 - Sizes of DeltaNet's heads may be left out: as many heads as attention has, keys of 3/4 of their share of the width, values
   twice as wide.
 - DeltaNet's layers call their norms `attention_layer_norm` and `feedforward_layer_norm`. transformers, saving, also calls
-  attention's so, and cuts the convolutions of q, k and v into thirds.
+  attention's so, and cuts the convolutions of q, k and v into thirds (since 5.15), though v's is wider.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from zoo.family import (
     Spec,
     cat,
     hf,
+    pieces,
     read,
     rules,
     squeeze,
@@ -79,6 +80,10 @@ DELTA: tuple[RuleLine, ...] = (
     ("layers.{i}.delta.qkvz.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkvg"))),
     ("layers.{i}.delta.ba.weight", cat(*(f"{_D}{x}_proj.weight" for x in "ba"))),
     ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
+    (
+        "layers.{i}.delta.conv.weight",
+        pieces(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv")),
+    ),  # as transformers saves it
     ("layers.{i}.delta.A_log", _D + "A_log"),
     ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
     ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),

@@ -311,8 +311,10 @@ def rope_parameters(
         out["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     if out.get("rope_theta") is None:
         out["rope_theta"] = c.get(theta, default_theta) if default_theta is not None else c[theta]
-    if out.get("partial_rotary_factor") is None and "partial_rotary_factor" in c:
-        out["partial_rotary_factor"] = c["partial_rotary_factor"]
+    # transformers 5 keeps a field of its own beside rope_parameters, often the class' default, and reads it where these are silent
+    if out.get("partial_rotary_factor") in (None, dict.get(c.data, "partial_rotary_factor")):
+        if "partial_rotary_factor" in c:
+            out["partial_rotary_factor"] = c["partial_rotary_factor"]
     for key, value in out.items():
         sound(key, value, f"{c.where}: rope_parameters")
     return out

@@ -202,9 +202,9 @@ original_max_position_embeddings""".split()
 
 
 def judge(c: Config, spec: Spec) -> list[str]:
-    """Notes on the fields of `c` that nobody read and zoo does not know. Raises ZooError, naming every one, for
-    those that change numbers and are neither neutral nor what `spec` says anyway."""
-    refused, unknown = [], []
+    """Notes on the fields of `c` that nobody read: those that zoo does not know, and those that others overrule. Raises
+    ZooError, naming every one, for those that change numbers and are neither neutral nor what `spec` says anyway."""
+    refused, unknown, notes = [], [], []
     says: dict[str, set[Any]] | None = None
     for path, value in c.data.unread():
         key = path[-1]
@@ -217,7 +217,14 @@ def judge(c: Config, spec: Spec) -> list[str]:
         if any(_same(value, x) for x in neutral) or _idle(key, value, _beside(c, path), spec):
             continue
         says = says or _said_by(spec)
-        if not any(_same(value, x) for x in says.get(key, ())):
+        if any(_same(value, x) for x in says.get(key, ())):
+            continue
+        if key == "partial_rotary_factor" and (counts := _in_rope_parameters(key, _beside(c, path))):
+            notes.append(
+                f"config: {'.'.join(path)} is {str(value)[:40]}, and rope_parameters has {str(counts)[:80]}, which counts, "
+                "as in transformers 5 (before 5.20 it writes its class' default beside)"
+            )
+        else:
             refused.append(f"{'.'.join(path)} is {str(value)[:80]}")
     if refused:
         raise ZooError(
@@ -225,7 +232,18 @@ def judge(c: Config, spec: Spec) -> list[str]:
             f"{'it' if len(refused) == 1 else 'them'}: the model would compute other numbers. Is it of another family "
             "(--family)? If upstream ignores a field, delete it from the config"
         )
-    return [f"config: nobody reads {', '.join(unknown)} (unknown to zoo)"] if unknown else []
+    if unknown:
+        notes.append(f"config: nobody reads {', '.join(unknown)} (unknown to zoo)")
+    return notes
+
+
+def _in_rope_parameters(key: str, beside: Mapping[str, Any]) -> list[Any]:
+    """What `rope_parameters` beside a field say of it: of all layers, or of each kind; nothing if some are silent."""
+    p = beside.get("rope_parameters")
+    if not isinstance(p, Mapping):
+        return []
+    said = [dict.get(dict(x), key) for x in p.values() if isinstance(x, Mapping)] or [p.get(key)]
+    return [] if None in said else said
 
 
 def _same(a: Any, b: Any) -> bool:

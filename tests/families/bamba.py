@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from zoo import families
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Variant, build, rope
 from zoo.testing.full_size import attention, edited, mixers, read
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
+
+from .granitemoehybrid import upstream_norms_each_group_by_itself
 
 # fmt: off
 
@@ -25,6 +27,11 @@ def released(config: Settings) -> Settings:
     return out | {"attn_rotary_emb": 6, "mamba_dt_rank": 4, "use_mamba_kernels": True}
 
 
+def upstream_turns_half_of_a_head() -> None:
+    model = build.fresh(CASE.variants[0])
+    assert len(model.model.rotary_emb.inv_freq) == 12 // 2 // 2  # pairs
+
+
 # fmt: off
 CASE = FamilyCase(
     "bamba",
@@ -40,6 +47,10 @@ CASE = FamilyCase(
             "biases everywhere but in the convolution, tied", decodes_otherwise=_DECODES),
     ),
     released_text=released,
+    disputes={
+        "the norm behind Mamba-2 where it has groups": lambda: upstream_norms_each_group_by_itself(CASE.variants[0]),
+        "how much of a head turns": upstream_turns_half_of_a_head,
+    },
     refused=(
         ("bamba-9b-v2", {"attn_rotary_emb": 128}, "attn_rotary_emb is 128, but of head_dim 128 half, 64"),
         ("bamba-9b-v2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

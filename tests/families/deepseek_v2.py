@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Variant, rope, yarn
+import math
+
+import pytest
+
+from zoo import families
+from zoo.spec import LatentAttention
+from zoo.testing import BASE, FamilyCase, Variant, build, rope, yarn
+from zoo.testing.full_size import read
 from zoo.testing.released import drop, drop_default, flat_rope
 from zoo.testing.variant import Settings
 
@@ -26,6 +33,11 @@ def released(config: Settings) -> Settings:
     return flat_rope(config, "type") | {"moe_layer_freq": 1, "scoring_func": "softmax", "ep_size": 1}
 
 
+def upstream_scales_scores() -> None:
+    attention = build.fresh(CASE.variants[0]).model.layers[0].self_attn
+    assert attention.scaling > 1.1 * attention.qk_head_dim**-0.5
+
+
 # fmt: off
 CASE = FamilyCase(
     "deepseek_v2",
@@ -42,6 +54,7 @@ CASE = FamilyCase(
     ),
     grouped=False,
     released_text=released,
+    disputes={"YaRN's factor on the scores": upstream_scales_scores},
     refused=(
         ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
         ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
@@ -50,3 +63,13 @@ CASE = FamilyCase(
     ),
 )
 # fmt: on
+
+
+def test_the_dispute_about_yarn_concerns_models_with_it_alone() -> None:
+    spec = families.spec_of(read("deepseek-v2"))
+    mixer = spec.layers[0].mixer
+    assert isinstance(mixer, LatentAttention) and mixer.scale == pytest.approx(
+        192**-0.5 * (0.1 * 0.707 * math.log(40) + 1) ** 2
+    )
+    assert families.disagreements(spec)
+    assert not families.disagreements(families.spec_of(read("deepseek-v2") | {"rope_scaling": None}))

@@ -5,7 +5,7 @@ Norms are (1 + w); embeddings are scaled.
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Gguf, Variant, rope
+from zoo.testing import BASE, FamilyCase, Gguf, Variant, build, rope
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
 
@@ -26,6 +26,12 @@ def released(config: Settings) -> Settings:
     return flat_rope(config) | {"hidden_act": "gelu"}
 
 
+def upstream_takes_the_tanh_form() -> None:
+    variant = CASE.variants[0]
+    model = build.fresh(variant.with_text({**variant.text, "hidden_act": "gelu"}))
+    assert type(model.model.layers[0].mlp.act_fn).__name__ == "GELUTanh"
+
+
 # fmt: off
 CASE = FamilyCase(
     "gemma",
@@ -38,9 +44,11 @@ CASE = FamilyCase(
     refused=(
         ("gemma-7b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma-7b", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
+        ("gemma-7b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ("gemma-7b", {"head_dim": None}, "'head_dim' is missing"),
     ),
     released_text=released,
+    disputes={"which GELU a hidden_act of gelu is": upstream_takes_the_tanh_form},
     gguf=(
         Gguf(
             "gemma", lambda c: {"attention.key_length": c["head_dim"], "attention.value_length": c["head_dim"]},

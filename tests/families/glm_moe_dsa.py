@@ -37,6 +37,12 @@ def released(config: Settings) -> Settings:
     }  # fmt: skip
 
 
+def upstream_turns_neighbours() -> None:
+    from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as theirs
+
+    assert hasattr(theirs, "apply_rotary_pos_emb_interleave")
+
+
 # fmt: off
 CASE = FamilyCase(
     "glm_moe_dsa",
@@ -63,6 +69,7 @@ CASE = FamilyCase(
         ("glm-5", {"index_topk_pattern": "FSX"}, "index_topk_pattern is 'FSX'"),
         ("glm-5.2", {"indexer_types": ["shared"] * 78}, "no layer before it has one"),
     ),
+    disputes={"the pairing of rotary channels": upstream_turns_neighbours},
     optional_rules={
         "layers.{i}.attn.q.weight": "DeepSeek V3's queries without a latent",
     },

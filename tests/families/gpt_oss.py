@@ -65,6 +65,13 @@ def released(config: Settings) -> Settings:
     return flat_rope(config)
 
 
+def upstream_reads_limit_and_gain() -> None:
+    for variant in CASE.variants:
+        experts = build.fresh(variant).model.layers[0].mlp.experts
+        said = variant.build()[0]
+        assert (experts.limit, experts.alpha) == (said.swiglu_limit, said.swiglu_alpha) != (7.0, 1.702)
+
+
 # fmt: off
 # What bf16 logits differ by from upstream's with sdpa, in the median over tokens.
 _ROUNDS = "0.08 apart with attention written out as upstream's is; the cause is not known yet"
@@ -95,6 +102,7 @@ CASE = FamilyCase(
         ("gpt-oss-20b", {"sliding_window": None}, "sliding_window"),
     ),
     released_text=released,
+    disputes={"an activation of the experts with other constants than the releases'": upstream_reads_limit_and_gain},
     gguf=(
         Gguf(
             "gpt-oss", gguf_fields, settings={"swiglu_limit": 7.0}, weights=gguf_weights,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo import families
-from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Variant, rope
+from zoo.testing import BASE, FULL, LINEAR, FamilyCase, Variant, build, rope
 from zoo.testing.full_size import mixers, read
 from zoo.testing.released import drop
 from zoo.testing.variant import Settings
@@ -30,6 +30,13 @@ def released(config: Settings) -> Settings:
     return granite.released(drop(config, "time_step_limit"))
 
 
+def upstream_norms_each_group_by_itself(variant: Variant | None = None) -> None:
+    mixers = [m for m in build.fresh(variant or CASE.variants[0]).modules() if hasattr(m, "n_groups")]
+    assert mixers
+    for m in mixers:
+        assert m.n_groups > 1 and m.norm.group_size * m.n_groups == m.intermediate_size
+
+
 # fmt: off
 CASE = FamilyCase(
     "granitemoehybrid",
@@ -54,6 +61,7 @@ CASE = FamilyCase(
         ("granite-4.0-h-small", {"num_experts_per_tok": 73}, "73 of 72 experts cannot be chosen"),
     ),
     released_text=released,
+    disputes={"the norm behind Mamba-2 where it has groups": upstream_norms_each_group_by_itself},
 )
 # fmt: on
 

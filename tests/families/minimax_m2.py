@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.testing import BASE, FamilyCase, Listed, Variant, rope
+from zoo.testing import BASE, FamilyCase, Listed, Variant, names, rope
+from zoo.testing.full_size import read
 from zoo.testing.released import flat_rope
 from zoo.testing.variant import Settings
 
@@ -19,6 +20,11 @@ def released(config: Settings) -> Settings:
         "shared_intermediate_size": 0,
         "attn_type_list": [1] * config["num_hidden_layers"],
     }
+
+
+def upstream_reads_rotary_dim() -> None:
+    config = names.upstream_config(CASE, read("minimax-m2"))
+    assert (config.rope_parameters["partial_rotary_factor"], config.head_dim) == (0.5, 128)
 
 
 # fmt: off
@@ -44,5 +50,6 @@ CASE = FamilyCase(
         ("minimax-m2", {"num_experts_per_tok": None}, "num_experts_per_tok"),
     ),
     released_text=released,
+    disputes={"how much of a head turns": upstream_reads_rotary_dim},
 )
 # fmt: on

@@ -40,6 +40,11 @@ _MISTRAL4 = BASE | _MLA | {
     ),
 }
 
+def upstream_scales_scores() -> None:
+    attention = build.fresh(CASE.variants[0]).model.layers[0].self_attn
+    assert attention.scaling > 1.1 * attention.qk_head_dim**-0.5
+
+
 CASE = FamilyCase(
     "mistral_large3",
     (
@@ -69,6 +74,7 @@ CASE = FamilyCase(
     classes={"mistral4": "Mistral4ForCausalLM"},
     upstream_keys=tied_as_its_text,
     keeps={"mistral4": ("rope_parameters",)},
+    disputes={"YaRN's factor on the scores": upstream_scales_scores},
 )
 # fmt: on
 

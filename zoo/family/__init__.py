@@ -22,6 +22,7 @@ from zoo.mapping.rules import (
     extra,
     flatten,
     per_head,
+    pieces,
     ranks,
     rope_halves,
     rules,
@@ -63,6 +64,6 @@ __all__ = [
     "FFN", "MLP", "Alibi", "AltUp", "Attention", "CompressedAttention", "Compressor", "Config", "DeltaNet",
     "Disagreement", "Expr", "Family", "HyperConnections", "Indexer", "LatentAttention", "Layer", "Mamba", "Mamba1",
     "Mixer", "MoE", "Norm", "PerLayerEmbedding", "QKNorm", "QueryScale", "Rope", "RopeScaling", "Rounding", "Router",
-    "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra", "flatten", "per_head", "ranks",
+    "RuleLine", "ShortConv", "Source", "Spec", "ZooError", "cat", "deinterleave", "extra", "flatten", "per_head", "pieces", "ranks",
     "rope_halves", "rules", "squeeze", "stack", "transpose", "ungroup",
 ]  # fmt: skip

@@ -590,7 +590,8 @@ class _Matcher:
         return (*named, *other)
 
     def choose(self, slot: Slot) -> tuple[Rule, int, Scheme | None, Recipe, list[str]] | None:
-        """The first rule for the slot whose source tensors all exist, else the one that lacks the fewest."""
+        """The first rule for the slot whose source tensors all exist and have its shapes; else the first whose source tensors
+        exist, or lack the fewest."""
         layer = None if slot.layer is None else self.spec.layers[slot.layer]
         best: tuple[Rule, int, Scheme | None, Recipe, list[str]] | None = None
         fewest = -1
@@ -630,14 +631,22 @@ class _Matcher:
             lacks = sum(name not in self.tensors for name in sources)
             if best is None or lacks < fewest:
                 best, fewest = (rule, n, scheme, recipe, sources), lacks
-            if not lacks:
-                return best
+            if not lacks and (scheme is not None or self.fit(recipe, sources)):
+                return rule, n, scheme, recipe, sources
         if best is None or (reasons and fewest):
             self.out.problems.append(
                 "; ".join(reasons) or f"{slot.name}: no rule of this family fills it (key {slot.key!r})"
             )
             return None
         return best
+
+    def fit(self, recipe: Recipe, sources: list[str]) -> bool:
+        """Whether the source tensors have the shapes that the recipe asks for."""
+        shapes = ((self.tensors[s].shape, fit.shape) for s, fit in zip(sources, recipe.fits, strict=True))
+        return all(self.same(is_, asked) for is_, asked in shapes)
+
+    def same(self, shape: tuple[int, ...], asked: tuple[int, ...]) -> bool:
+        return shape == asked or (self.of_ggml and _ranked(shape) == _ranked(asked))
 
     def fill(
         self, slot: Slot, rule: Rule, n: int, scheme: Scheme | None, recipe: Recipe, sources: list[str]
@@ -824,8 +833,7 @@ class _Matcher:
                 good = ", ".join((*FLOATS, "F8_E4M3 with scales") if scaled else FLOATS)
                 self.out.codes.append(source)
                 self.out.problems.append(f"{source} in {ref.file}: {ref.dtype} {what}; expected {good}")
-            same = ref.shape == fit.shape or (self.of_ggml and _ranked(ref.shape) == _ranked(fit.shape))
-            if not same and not (part is not None and part.varies):
+            if not self.same(ref.shape, fit.shape) and not (part is not None and part.varies):
                 of = f" (for {fold_one(name)} {list(recipe.shape)})" if keep else ""
                 wrong = f": shape {list(ref.shape)}, expected {list(fit.shape)}{of}"
                 self.out.misshapen.setdefault(wrong, []).append((source, ref.file))
@@ -1077,14 +1085,33 @@ def _prefix(ruleset: RuleSet, tensors: Mapping[str, TensorRef]) -> tuple[tuple[s
         (leaf.pattern for r in ruleset.by_key.get("embed.weight", ()) for leaf in r.expr.leaves()), ""
     )
     first = embed.partition(".")[0] + "."
+    spellings = (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else []))
     for key in ("embed.weight", "head.weight"):  # a tied file may have kept the head alone
-        for prefix in (*ruleset.prefixes, *([((first, ""),)] if embed.count(".") > 1 else [])):
-            spell = respell(ruleset, prefix)
-            for rule in ruleset.by_key.get(key, ()):
-                names = [spell(leaf.pattern.replace("{r}", "0")) for leaf in rule.expr.leaves()]
-                if names and all(n in tensors for n in names):
-                    return prefix
+        there = [
+            prefix
+            for prefix in spellings
+            if any(
+                all(name in tensors for name in _sources(rule, respell(ruleset, prefix)))
+                for rule in ruleset.by_key.get(key, ())
+            )
+        ]
+        if there:  # where several have it, it is one under which there is a first layer
+            return next((p for p in there if len(there) > 1 and _has_layer(ruleset, p, tensors)), there[0])
     return ruleset.prefixes[0]
+
+
+def _sources(rule: Rule, spell: Callable[[str], str]) -> list[str]:
+    """The names of a rule's sources in the first layer, of the first expert and rank."""
+    patterns = (leaf.pattern for leaf in rule.expr.leaves())
+    return [spell(p.replace("{i}", "0").replace("{e}", "0").replace("{r}", "0")) for p in patterns]
+
+
+def _has_layer(
+    ruleset: RuleSet, prefix: tuple[tuple[str, str], ...], tensors: Mapping[str, TensorRef]
+) -> bool:
+    spell = respell(ruleset, prefix)
+    inside = (rule for key, rules in ruleset.by_key.items() if key.startswith("layers.") for rule in rules)
+    return any(name in tensors for rule in inside for name in _sources(rule, spell))
 
 
 def _sort_rest(

@@ -229,6 +229,26 @@ class Cat(Expr):
 
 
 @dataclass(frozen=True)
+class Pieces(Expr):
+    """The tensor was cut into equal pieces (the last may be shorter), wherever its fused parts end."""
+
+    pieces: tuple[Expr, ...]
+
+    def compile(self, t: Target) -> Iterator[Fit]:
+        n, k = sum(t.parts), len(self.pieces)
+        size = -(-n // k)
+        if (last := n - size * (k - 1)) < 1:
+            raise ZooError(f"a rule cuts {n} rows into {k} pieces")
+        sizes = (*(size,) * (k - 1), last)
+        for piece, rows, box in zip(self.pieces, sizes, t.box.split(t.out_axis, sizes), strict=True):
+            yield from piece.compile(t.with_(box=box, parts=(rows,), rows=(rows,)))
+
+    def leaves(self) -> Iterator[Leaf]:
+        for piece in self.pieces:
+            yield from piece.leaves()
+
+
+@dataclass(frozen=True)
 class Stack(Expr):
     expr: Expr
 
@@ -554,6 +574,11 @@ def cat(*parts: Source) -> Expr:
     return Cat(tuple(leaf(p) for p in parts))
 
 
+def pieces(*parts: Source) -> Expr:
+    """Equal pieces of what the layout has as one, along the output axis, wherever its own parts end: `torch.chunk`'s."""
+    return Pieces(tuple(leaf(p) for p in parts))
+
+
 def stack(expr: Source) -> Expr:
     """One source tensor per expert `{e}`, stacked on a new leading axis."""
     return Stack(leaf(expr))
@@ -688,7 +713,7 @@ RuleLine = tuple[str, Source] | tuple[str, Source, Callable[[Layer | None, Spec]
 class RuleSet:
     """All rules of one naming of a family's tensors.
 
-    Several rules may stand for one key: the first whose source tensors exist is taken. `prefixes`
+    Several rules may stand for one key: the first whose source tensors exist, of shapes that fit, is taken. `prefixes`
     are alternative spellings of the names' beginnings: the first whose embedding exists is taken.
     """
 

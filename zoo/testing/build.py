@@ -126,9 +126,13 @@ def fresh(variant: Variant, seed: int = 0) -> Any:
 
 def perturbed(variant: Variant, seed: int = 0) -> Any:
     """The variant with every parameter and every persistent buffer moved away from its initial value."""
+    return perturb(fresh(variant, seed), seed)
+
+
+def perturb(model: Any, seed: int) -> Any:
+    """Move every parameter and every persistent buffer of a model, and return it."""
     import torch
 
-    model = fresh(variant, seed)
     seen = set()
     with torch.no_grad():
         for name, value in model.state_dict(keep_vars=True).items():

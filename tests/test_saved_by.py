@@ -1,0 +1,182 @@
+"""What other versions of transformers save is read for what it means. benchmarks/saved_by.py builds and saves with them; here
+lie the kinds of what they write otherwise than today's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import zoo
+from zoo import families, manifest
+from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.mapping.plan import make_plan
+from zoo.testing import build
+from zoo.testing.assemble import assemble, same
+
+
+def config(release: str, **changes: Any) -> dict[str, Any]:
+    return {**(manifest.find(release).config or {}), **changes}
+
+
+def by_5(release: str, partial: float, **beside: Any) -> dict[str, Any]:
+    """RoPE as transformers 5 saves it, and what it leaves beside."""
+    old = config(release)
+    theta = old.pop("rope_theta", 10000.0)
+    for key in ("rope_scaling", "partial_rotary_factor"):
+        old.pop(key, None)
+    rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": partial}
+    return {**old, "rope_parameters": rope, **beside}
+
+
+@pytest.mark.parametrize(
+    ("release", "default"),
+    [("glm-4.5", 0.5), ("glm-4-32b-0414", 0.5), ("phi-2", 0.5), ("stablelm-3b-4e1t", 0.25), ("qwen3-next-80b-a3b-instruct", 0.25)],
+)  # fmt: skip
+def test_a_class_default_beside_rope_parameters_does_not_count_and_is_noted(
+    release: str, default: float
+) -> None:
+    spec, notes = families.read(by_5(release, 0.75, partial_rotary_factor=default))
+    alone, none = families.read(by_5(release, 0.75))
+    assert spec == alone != families.spec_of(by_5(release, default))
+    [note] = set(notes) - set(none)
+    assert (
+        f"partial_rotary_factor is {default}" in note and "rope_parameters has [0.75], which counts" in note
+    )
+
+
+def test_a_part_that_is_no_whole_number_of_channels_is_the_same_beside_rope_parameters() -> None:
+    """0.67 of 12 channels are 8.04, of which 8 turn: 8 of 12 is not 0.67."""
+    said = by_5("glm-4.5", 0.67, head_dim=12, partial_rotary_factor=0.67)
+    spec, notes = families.read(said)
+    assert spec.layers[0].mixer.rope.dim == 8 and not [n for n in notes if "partial" in n]  # type: ignore[union-attr]
+
+
+def test_a_part_of_a_head_that_no_rope_parameters_overrule_is_still_refused() -> None:
+    with pytest.raises(ZooError, match="partial_rotary_factor is 0.5"):
+        families.spec_of(config("llama-3.1-8b", partial_rotary_factor=0.5))
+
+
+def test_a_theta_beside_those_of_each_kind_of_layer_is_refused() -> None:
+    """transformers 5.0 to 5.10 saves OLMo 3 so, and then computes with the one beside."""
+    old = config("olmo-3-7b")
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        old.pop(key, None)
+    one = {"rope_type": "default", "rope_theta": 500000.0}
+    kinds = {"full_attention": one, "sliding_attention": one}
+    families.spec_of({**old, "rope_parameters": kinds})
+    with pytest.raises(ZooError, match="rope_parameters.rope_theta is 10000.0"):
+        families.spec_of({**old, "rope_parameters": kinds | {"rope_theta": 10000.0, "rope_type": "default"}})
+
+
+def test_sparse_layers_have_two_names() -> None:
+    of = config("deepseek-v3.2")
+    for name in ("indexed_attention", "deepseek_sparse_attention"):
+        said = {**of, "layer_types": [name] * of["num_hidden_layers"]}
+        assert families.spec_of(said) == families.spec_of(of)
+
+
+def test_coheres_switch_of_layers_goes_with_a_list_of_them() -> None:
+    """transformers 5 makes a list of the pattern, and leaves `layer_switch` where it was."""
+    of = config("tiny-aya-3b")
+    of.pop("sliding_window_pattern", None)
+    kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(of["num_hidden_layers"])]
+    listed = {**of, "layer_types": kinds}
+    listed.pop("layer_switch", None)
+    assert families.spec_of({**listed, "layer_switch": 3}) == families.spec_of(listed)
+    with pytest.raises(ZooError, match="layer_switch is 4, which is not the pattern"):
+        families.spec_of({**listed, "layer_switch": 4})
+
+
+def test_kimi_linears_lists_stay_beside_what_is_made_of_them() -> None:
+    of = config("kimi-linear-48b-a3b")
+    linear = of["linear_attn_config"]
+    n = of["num_hidden_layers"]
+    kinds = [
+        "full_attention" if i + 1 in linear["full_attn_layers"] else "linear_attention" for i in range(n)
+    ]
+    flat = {
+        "layer_types": kinds, "linear_num_heads": linear["num_heads"], "linear_head_dim": linear["head_dim"],
+        "linear_conv_kernel_dim": linear["short_conv_kernel_size"],
+    }  # fmt: skip
+    assert families.read(of | flat) == families.read(of)
+    with pytest.raises(ZooError, match="layer_types and linear_attn_config differ"):
+        families.spec_of(of | flat | {"layer_types": kinds[1:] + kinds[:1]})
+    with pytest.raises(ZooError, match="linear_head_dim is 64"):
+        families.spec_of(of | flat | {"linear_head_dim": 64})
+
+
+def test_granites_experts_have_rope_whether_it_is_said_or_not() -> None:
+    """transformers 4 says it."""
+    said = config("granite-3.1-1b-a400m")
+    assert families.spec_of(said | {"position_embedding_type": "rope"}) == families.spec_of(said)
+    with pytest.raises(ZooError, match="position_embedding_type is 'nope'"):
+        families.spec_of(said | {"position_embedding_type": "nope"})
+
+
+def rewritten(name: str, at: Path, change: Any) -> Path:
+    """A tiny checkpoint with other tensors."""
+    tiny.make(name, at)
+    tensors = build.read_tensors(at)
+    change(tensors, json.loads((at / "config.json").read_text()))
+    build.write_tensors(at, tensors)
+    return at
+
+
+def thirds(tensors: dict[str, torch.Tensor], _: Any) -> None:
+    """transformers holds the convolutions of q, k and v as one, and since 5.15 saves it in equal pieces."""
+    for i in {name.split(".")[2] for name in tensors if "q_conv1d" in name}:
+        names = [f"model.layers.{i}.linear_attn.{x}_conv1d.weight" for x in "qkv"]
+        cut = torch.cat([tensors[n] for n in names]).chunk(3)
+        assert [t.shape for t in cut] != [tensors[n].shape for n in names]
+        tensors |= {n: t.clone() for n, t in zip(names, cut, strict=True)}
+
+
+@pytest.mark.parametrize("name", ["olmo_hybrid", "olmo_hybrid_rope"])
+def test_olmo_hybrids_convolutions_in_thirds_are_the_same_and_come_back(name: str, tmp_path: Path) -> None:
+    whole = tiny.make(name, tmp_path / "whole")
+    cut = rewritten(name, tmp_path / "cut", thirds)
+    assert same(assemble(cut), assemble(whole))
+    zoo.convert(cut, tmp_path / "canon")
+    zoo.export(tmp_path / "canon", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+
+
+def test_gemma_3ns_projection_of_embeddings_by_transformers_4_is_the_same(tmp_path: Path) -> None:
+    """`model` in names became `model.language_model` wherever it stood."""
+
+    def change(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        build.rename(tensors, lambda n: n.replace("model.", "model.language_model."))
+        odd = "model.language_model.per_layer_model.language_model_projection.weight"
+        tensors[odd] = tensors.pop("model.language_model.per_layer_model_projection.weight")
+
+    odd = rewritten("gemma3n", tmp_path / "odd", change)
+    assert same(assemble(odd), assemble(tiny.make("gemma3n", tmp_path / "plain")))
+    assert not make_plan(open_checkpoint(odd)).extras
+
+
+def test_nemotron_hs_embedding_is_called_otherwise_by_transformers_up_to_5_15(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+
+    odd = rewritten("nemotron_h", tmp_path / "odd", change)
+    assert same(assemble(odd), assemble(tiny.make("nemotron_h", tmp_path / "plain")))
+
+
+def test_kimi_k25s_layers_are_called_blocks_by_transformers(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        build.rename(
+            tensors, lambda n: n.replace("language_model.model.layers.", "language_model.model.blocks.")
+        )
+
+    odd = rewritten("kimi_k25", tmp_path / "odd", change)
+    assert same(assemble(odd), assemble(tiny.make("kimi_k25", tmp_path / "plain")))
+    assert (
+        make_plan(open_checkpoint(odd)).extras.keys()
+        == make_plan(open_checkpoint(tmp_path / "plain")).extras.keys()
+    )
