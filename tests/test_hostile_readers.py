@@ -28,6 +28,7 @@ from zoo.formats.base import MAX_DEPTH, TensorRef, files_below
 from zoo.formats.dcp import open_saved
 from zoo.hub import cache
 from zoo.hub.files import RemoteFile
+from zoo.hub.http import Watch
 from zoo.mapping import export_gguf, merge
 from zoo.quant import bitsandbytes, schemes
 from zoo.quant.base import MAX_SHAPES, check_shape
@@ -317,8 +318,23 @@ def test_a_mark_of_the_cache_is_not_written_through_a_link(
     mark = cache._mark(blob, file)
     mark.parent.mkdir(parents=True)
     mark.symlink_to(mine)
-    cache.mark_verified(blob, file)
+    cache.mark_verified(blob, file, Watch())
     assert mine.read_text() == "mine" and not mark.is_symlink()
+
+
+def test_a_link_in_place_of_the_marks_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.constants, "HF_HOME", str(tmp_path / "home"))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "zoo").symlink_to(elsewhere)
+    (blob := tmp_path / "blob").write_bytes(b"x")
+    told: list[str] = []
+    watch = Watch()
+    monkeypatch.setattr(watch, "note", told.append)
+    for _ in range(2):
+        cache.mark_verified(blob, RemoteFile("blob", 1, "0" * 64, None), watch)
+    assert len(told) == 1 and told[0].startswith(f"{tmp_path / 'home' / 'zoo'} is a link")
+    assert "set HF_HOME" in told[0] and not list(elsewhere.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the folder is held where it has such a path")

@@ -360,6 +360,23 @@ def test_a_folder_that_is_a_link_is_not_written_through(server: HubServer, tmp_p
     assert list(outside.iterdir()) == []
 
 
+def test_a_network_that_is_slow_to_connect_counts_against_no_server(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "REDIRECTS", 0.2)
+    sent = http._sent
+
+    def slow(session: Any, request: Any) -> Any:
+        if "/resolve/" in request.url.path:
+            time.sleep(0.3)
+        return sent(session, request)
+
+    monkeypatch.setattr(http, "_sent", slow)
+    snapshot = hub.resolve("org/toy")
+    large = max(snapshot.files, key=lambda f: f.size)
+    assert hub.download(snapshot, [large.path]).is_dir() and server.requests(origin="cdn")
+
+
 def test_a_redirect_to_something_other_than_http_is_refused(server: HubServer) -> None:
     server.fail("redirect", "config.json", location="file:///etc/passwd")
     refused("server", pull)

