@@ -360,6 +360,16 @@ def test_a_folder_that_is_a_link_is_not_written_through(server: HubServer, tmp_p
     assert list(outside.iterdir()) == []
 
 
+def test_nothing_is_asked_of_a_hub_that_nobody_asked_for(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own headers cost a request to the endpoint, whose answer it reads however long it is."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
+    pull()
+    assert server.log and not [r for r in server.log if "org/toy" not in r.path]
+
+
 def test_a_network_that_is_slow_to_connect_counts_against_no_server(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

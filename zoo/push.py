@@ -258,9 +258,10 @@ def _is_ours_to_mend(error: BaseException) -> bool:
 
 @contextmanager
 def _token_for_the_hub_alone() -> Iterator[None]:
-    """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it."""
+    """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it. Nor
+    does it ask the endpoint which programs to name in its headers, whose answer it would read however long it is."""
     import httpx2
-    from huggingface_hub import set_client_factory
+    from huggingface_hub import constants, set_client_factory
 
     try:  # there is no public way to ask for it; seen in huggingface-hub 2.4
         from huggingface_hub.utils._http import _GLOBAL_CLIENT_FACTORY as made
@@ -287,11 +288,14 @@ def _token_for_the_hub_alone() -> Iterator[None]:
         }
         return client
 
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     set_client_factory(guarded)
     try:
         yield
     finally:
         set_client_factory(made)
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
 
 
 @contextmanager

@@ -328,12 +328,13 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
         if file.path.endswith(".index.json"):
             weight_map = read_json(folder / file.path, "it lists the shards").get("weight_map")
             whole = file.path.removesuffix(".index.json")
-            if any(f.path == whole for f in remote.weights):  # transformers reads that one
+            if any(f.path == whole for f in remote.files):  # transformers reads that one
                 named.add(whole)
             elif isinstance(weight_map, dict):
                 named |= {os.path.join(os.path.dirname(file.path), str(v)) for v in weight_map.values()}
-    kept = tuple(f for f in remote.files if f not in remote.weights or f.path in named)
-    return Remote(remote.source, remote.snapshot, kept) if any(f in kept for f in remote.weights) else remote
+    weights = {f.path for f in remote.weights}
+    kept = tuple(f for f in remote.files if f.path not in weights or f.path in named)
+    return Remote(remote.source, remote.snapshot, kept) if named & weights else remote
 
 
 def gguf_header(who: str, path: str, size: int, mirror: Path, read: Callable[[int, int], bytes]) -> None:

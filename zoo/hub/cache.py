@@ -30,7 +30,7 @@ from huggingface_hub import constants
 from zoo.bounded import parse_json
 from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
-from zoo.hub.files import RemoteFile, Snapshot
+from zoo.hub.files import MAX_FILES, RemoteFile, Snapshot
 from zoo.hub.http import MAX_JSON, Watch
 from zoo.plain import first_text, open_plain, write_plain
 
@@ -289,7 +289,7 @@ def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
             if not stat.S_ISREG((found := os.fstat(fd)).st_mode) or found.st_size > MAX_JSON:
                 return None
             told = parse_json(f.read(MAX_JSON))
-        if told["format_version"] != TREE_CACHE_FORMAT_VERSION:
+        if told["format_version"] != TREE_CACHE_FORMAT_VERSION or len(told["files"]) > MAX_FILES:
             return None
         entries = {path: TreeCacheEntry.from_json(e) for path, e in told["files"].items()}
         if not _is_whole(repo, commit, entries):

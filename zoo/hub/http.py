@@ -24,10 +24,11 @@ from typing import Any, Protocol
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import constants, get_session
+from huggingface_hub import __version__ as library
+from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers
 
+from zoo._version import __version__
 from zoo.bounded import parse_json, whole
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
 from zoo.patience import patience
@@ -399,10 +400,13 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
         hubs = trusted_origins()
     except ValueError as error:
         raise _no_address(error) from None
-    plain = build_hf_headers(token=False, library_name="zoo")
-    private = build_hf_headers(library_name="zoo")
-    sent_token = "authorization" in private
-    if not private.get("authorization", "").isascii():
+    # Not the library's own headers: to make them it asks the endpoint which programs it should know, and reads whatever comes.
+    agent = f"zoo/{__version__}; hf_hub/{library}"
+    plain = {"user-agent": f"{agent}; origin/{by}" if (by := constants.HF_HUB_USER_AGENT_ORIGIN) else agent}
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    private = plain | ({"authorization": f"Bearer {token}"} if token else {})
+    sent_token = token is not None
+    if token and not token.isascii():
         raise HubError(
             "your token has characters that no token has: set it again (HF_TOKEN, `hf auth login`)", "token"
         )
