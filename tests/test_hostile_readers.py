@@ -27,10 +27,11 @@ from zoo.alike import alike
 from zoo.check import NOTES, check
 from zoo.cli import cli
 from zoo.errors import ZooError
-from zoo.formats import canonical, gguf_vocab
+from zoo.formats import canonical, gguf_vocab, safetensors
 from zoo.formats import pickle as weights
 from zoo.formats.base import MAX_DEPTH, TensorRef, files_below
 from zoo.formats.dcp import open_saved
+from zoo.formats.wrapped import unwrapped
 from zoo.hub import cache
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
@@ -410,3 +411,22 @@ def test_what_a_folder_says_of_itself_is_shown_as_far_as_people_read(tmp_path: P
     (canon / "zoo.json").write_text(json.dumps(told))
     shown = CliRunner().invoke(cli, ["inspect", str(canon)]).output
     assert len(shown) < 20_000 and "--json has all" in shown
+
+
+def test_a_header_of_objects_without_end_is_refused_before_they_are_made() -> None:
+    raw = b"{" + b",".join(b'"k%d":{}' % i for i in range(600_000)) + b"}"
+    began = time.process_time()
+    with pytest.raises(ZooError, match="header names 600000 tensors"):
+        list(safetensors.parse_header(raw, "x", 8 + len(raw), "x"))
+    assert time.process_time() - began < 0.5
+
+
+def test_wrappers_in_wrappers_are_taken_off_in_one_go() -> None:
+    assert unwrapped(["module.a.b", "module.module.c"]) == {
+        "module.a.b": "a.b",
+        "module.module.c": "module.c",
+    }
+    assert not unwrapped([]) and not unwrapped(["a", "module.b"])
+    began = time.process_time()
+    assert unwrapped(["module." * 500 + f"{i}.w" for i in range(2000)])["module." * 500 + "7.w"] == "7.w"
+    assert time.process_time() - began < 1

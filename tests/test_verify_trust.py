@@ -361,6 +361,15 @@ def test_of_a_thousand_problems_few_are_shown_and_a_list_without_end_is_refused(
         certificate.check(folder)
 
 
+def test_a_certificate_of_checks_without_end_is_none(folder: Path) -> None:
+    edited_certificate(
+        folder, lambda d: d["levels"]["plan"].update(checks=d["levels"]["plan"]["checks"] * 500)
+    )
+    with pytest.raises(ZooError, match="not as zoo writes it .*checks"):
+        certificate.check(folder)
+    assert "it is not as zoo writes it" in CliRunner().invoke(cli, ["report", str(folder)]).output
+
+
 def test_a_report_is_no_longer_than_people_read(folder: Path) -> None:
     def long(data: dict[str, Any]) -> None:
         data["levels"]["plan"]["notes"] = ["x"] * 50_000

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SCHEMA = "zoo-parity-1"
 MAX_FILES = 20_000
 """Of a folder, twice as many as it may carry."""
+MAX_CHECKS = 1000
+"""Of a level: there are some ten."""
 READERS = 8
 """Files, or tensors, that are looked at at once."""
 FILE = "parity.json"
@@ -539,6 +541,8 @@ def contradictions(data: Mapping[str, Any]) -> list[str]:
     out, levels = [], []
     out += [f"{n:.100}: is no level of a comparison" for n in data["levels"] if n not in LEVELS]
     for name, was in data["levels"].items():
+        if (n := len(was["checks"])) > MAX_CHECKS:
+            raise ValueError(f"level {name!r:.100} has {n:,} checks")
         level = Level(name, [Check.from_json(c) for c in was["checks"]])
         levels.append(level)
         marks = [c["passed"] for c in was["checks"]]
