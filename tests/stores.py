@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import pytest
@@ -42,6 +43,52 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
+
+
+class False_S3:
+    """A socket that says `start` to whatever is asked, then `drip` `every` so many seconds, until nobody listens; `sent` bytes in
+    all."""
+
+    def __init__(self) -> None:
+        self.start, self.drip, self.every, self.sent = b"", b"", 0.0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                peer, _ = self.listener.accept()
+                threading.Thread(target=self.serve, args=(peer,), daemon=True).start()
+
+    def serve(self, peer: socket.socket) -> None:
+        with peer, suppress(OSError):
+            peer.recv(1 << 16)
+            peer.sendall(self.start)
+            while True:
+                time.sleep(self.every)
+                self.sent += peer.send(self.drip) if self.drip else 0
+                if not self.drip and not peer.recv(1 << 16):
+                    return
+
+
+@contextmanager
+def false_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[False_S3]:
+    """The real client of S3, pointed at a `False_S3`."""
+    s3fs = pytest.importorskip("s3fs")
+    server = False_S3()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "the-key-of-a-user",
+        "AWS_SECRET_ACCESS_KEY": "the-secret-of-a-user",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.listener.getsockname()[1]}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        yield server
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.listener.close()
 
 
 class Told(MemoryFileSystem):

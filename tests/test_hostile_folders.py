@@ -236,6 +236,13 @@ def test_what_a_false_hub_makes_the_library_raise_is_said_in_a_sentence() -> Non
         {}["id"]
 
 
+def test_a_mistake_of_zoos_own_is_not_put_down_to_the_hub() -> None:
+    for what in ("None.private", "__import__('json').loads(7)"):
+        code = compile(what, "push.py", "eval")
+        with pytest.raises((AttributeError, TypeError)), _refusals("me/x"):
+            eval(code, {"__name__": "zoo.push"})
+
+
 @pytest.mark.parametrize(
     "lines", [[{"step": [1], "said": []}], [{"step": "x"}], [{"finished": True, "said": 7}], [{"step": "x", "said": [{}]}], [7]]
 )  # fmt: skip

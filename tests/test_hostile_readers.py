@@ -8,6 +8,8 @@ import json
 import math
 import os
 import pickle
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,29 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import verified
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from zoo import gallery
+from zoo import gallery, remote
+from zoo.alike import alike
 from zoo.check import NOTES, check
+from zoo.cli import cli
 from zoo.errors import ZooError
-from zoo.formats import canonical, gguf_vocab
+from zoo.formats import canonical, gguf_vocab, safetensors
 from zoo.formats import pickle as weights
 from zoo.formats.base import MAX_DEPTH, TensorRef, files_below
 from zoo.formats.dcp import open_saved
+from zoo.formats.wrapped import unwrapped
 from zoo.hub import cache
-from zoo.hub.files import RemoteFile
+from zoo.hub.files import RemoteFile, Snapshot
+from zoo.hub.http import Watch
+from zoo.manifest import Source
 from zoo.mapping import export_gguf, merge
+from zoo.mapping.plan import fold
 from zoo.quant import bitsandbytes, schemes
 from zoo.quant.base import MAX_SHAPES, check_shape
+from zoo.remote import Remote
 
 # ---- torch.distributed.checkpoint
 
@@ -317,8 +327,23 @@ def test_a_mark_of_the_cache_is_not_written_through_a_link(
     mark = cache._mark(blob, file)
     mark.parent.mkdir(parents=True)
     mark.symlink_to(mine)
-    cache.mark_verified(blob, file)
+    cache.mark_verified(blob, file, Watch())
     assert mine.read_text() == "mine" and not mark.is_symlink()
+
+
+def test_a_link_in_place_of_the_marks_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.constants, "HF_HOME", str(tmp_path / "home"))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "zoo").symlink_to(elsewhere)
+    (blob := tmp_path / "blob").write_bytes(b"x")
+    told: list[str] = []
+    watch = Watch()
+    monkeypatch.setattr(watch, "note", told.append)
+    for _ in range(2):
+        cache.mark_verified(blob, RemoteFile("blob", 1, "0" * 64, None), watch)
+    assert len(told) == 1 and told[0].startswith(f"{tmp_path / 'home' / 'zoo'} is a link")
+    assert "set HF_HOME" in told[0] and not list(elsewhere.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the folder is held where it has such a path")
@@ -353,3 +378,55 @@ def test_a_vocabulary_that_is_none_is_refused(change: dict[str, Any]) -> None:
     whole = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}} | change
     with pytest.raises(ZooError):
         gguf_vocab.fields({"tokenizer.json": json.dumps(whole).encode()}, 4, "x")
+
+
+def test_names_are_likened_to_those_that_could_be_meant() -> None:
+    """How alike two names are takes as long as their lengths multiplied, and a repository may list 100,000 of any length."""
+    assert alike("config.jsn", ["config.json", "x"]) == ["config.json"]
+    letters = [chr(0x4E00 + i) for i in range(200)] * 5
+    names = ["".join(random.Random(i).sample(letters, 1000)) for i in range(30)]
+    began = time.process_time()
+    assert alike(names[0], names * 3000) == alike("config.json", names) == []
+    assert time.process_time() - began < 1
+
+
+def test_of_names_without_end_a_message_looks_at_some() -> None:
+    seen = []
+    names = (seen.append(i) or "a" * 4000 + f".{i}" for i in range(50_000))  # type: ignore[func-returns-value]
+    assert len(fold(names)) == 1 and len(seen) < 2200
+
+
+def test_a_repository_of_ten_thousand_shards_without_an_index_is_narrowed_at_once(tmp_path: Path) -> None:
+    files = tuple(RemoteFile(f"model-{i:05}.safetensors", 1, "0" * 64, None) for i in range(10_000))
+    snapshot = Snapshot("a/b", "main", "0" * 40, files)
+    began = time.process_time()
+    whole = Remote(Source("hub", "a/b"), snapshot, files)
+    assert remote._narrowed(whole, tmp_path) is whole
+    assert time.process_time() - began < 1
+
+
+def test_what_a_folder_says_of_itself_is_shown_as_far_as_people_read(tmp_path: Path) -> None:
+    canon = verified.copy(verified.canonical("llama"), tmp_path / "c")
+    told = json.loads((canon / "zoo.json").read_text()) | {"notes": ["x" * 5000] * 1000}
+    (canon / "zoo.json").write_text(json.dumps(told))
+    shown = CliRunner().invoke(cli, ["inspect", str(canon)]).output
+    assert len(shown) < 20_000 and "--json has all" in shown
+
+
+def test_a_header_of_objects_without_end_is_refused_before_they_are_made() -> None:
+    raw = b"{" + b",".join(b'"k%d":{}' % i for i in range(600_000)) + b"}"
+    began = time.process_time()
+    with pytest.raises(ZooError, match="header names 600000 tensors"):
+        list(safetensors.parse_header(raw, "x", 8 + len(raw), "x"))
+    assert time.process_time() - began < 0.5
+
+
+def test_wrappers_in_wrappers_are_taken_off_in_one_go() -> None:
+    assert unwrapped(["module.a.b", "module.module.c"]) == {
+        "module.a.b": "a.b",
+        "module.module.c": "module.c",
+    }
+    assert not unwrapped([]) and not unwrapped(["a", "module.b"])
+    began = time.process_time()
+    assert unwrapped(["module." * 500 + f"{i}.w" for i in range(2000)])["module." * 500 + "7.w"] == "7.w"
+    assert time.process_time() - began < 1

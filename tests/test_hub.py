@@ -360,6 +360,33 @@ def test_a_folder_that_is_a_link_is_not_written_through(server: HubServer, tmp_p
     assert list(outside.iterdir()) == []
 
 
+def test_nothing_is_asked_of_a_hub_that_nobody_asked_for(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own headers cost a request to the endpoint, whose answer it reads however long it is."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
+    pull()
+    assert not [r.target for r in server.requests(origin="hub") if "org/toy" not in r.target]
+
+
+def test_a_network_that_is_slow_to_connect_counts_against_no_server(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "REDIRECTS", 0.2)
+    sent = http._sent
+
+    def slow(session: Any, request: Any) -> Any:
+        if "/resolve/" in request.url.path:
+            time.sleep(0.3)
+        return sent(session, request)
+
+    monkeypatch.setattr(http, "_sent", slow)
+    snapshot = hub.resolve("org/toy")
+    large = max(snapshot.files, key=lambda f: f.size)
+    assert hub.download(snapshot, [large.path]).is_dir() and server.requests(origin="cdn")
+
+
 def test_a_redirect_to_something_other_than_http_is_refused(server: HubServer) -> None:
     server.fail("redirect", "config.json", location="file:///etc/passwd")
     refused("server", pull)

@@ -179,6 +179,19 @@ def test_a_file_list_that_the_hub_never_sent_is_not_trusted(
     assert {p.name for p in library(server).iterdir()} == {p.name for p in release.iterdir()}  # it was mended
 
 
+def test_a_list_of_more_files_than_any_hub_sends_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "MAX_FILES", 2)
+    commit = "0" * 40
+    (trees := cache.folder("a/b") / "trees").mkdir(parents=True)
+    for n in (2, 3):
+        files = {f"{i}.json": {"size": 1, "blob_id": "1" * 40} for i in range(n)}
+        (trees / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": files}))
+        assert (cache.read_tree("a/b", commit) is None) == (n > 2)
+
+
 def test_a_list_of_fewer_files_than_the_hub_names_is_fetched_again(
     server: HubServer, release: Path, tmp_path: Path
 ) -> None:

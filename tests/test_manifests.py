@@ -255,6 +255,12 @@ def test_a_wrong_manifest_is_refused_with_its_file_and_key(change: dict[str, Any
         manifest.build("x-1b", {**GOOD, **change})
 
 
+@pytest.mark.parametrize("space", "\u00a0\u202f\u3000")
+def test_spaces_of_other_kinds_are_text(space: str) -> None:
+    """As of a licence that was copied off a page."""
+    assert manifest.build("x-1b", {**GOOD, "licence": f"Apache{space}2.0"}).licence == f"Apache{space}2.0"
+
+
 @pytest.mark.parametrize("key", ["name", "family", "formats", "sources"])
 def test_a_missing_key_is_refused_with_its_file_and_key(key: str) -> None:
     with pytest.raises(ZooError, match=f"x-1b.toml: {key}: missing"):

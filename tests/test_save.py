@@ -112,10 +112,31 @@ def test_a_state_that_does_not_fit_is_refused_whole_by_pattern(tmp_path: Path) -
     odd = trained("llama_tied") | {"head.weight": torch.zeros(131, 36)}
     said = refused(odd, verified.canonical("llama_tied"), tmp_path)
     assert "head.weight differs from embed.weight, but the Spec ties them" in said
+    assert "a list to save; expected a model, tensors by name" in refused([torch.ones(2)], like, tmp_path)
+    assert "a tensor called 0" in refused({0: torch.ones(2)}, like, tmp_path)
+    assert "holds '', a int" in refused({"": 1}, like, tmp_path)
     part = verified.copy(like, tmp_path / "part")
     told = json.loads((part / "zoo.json").read_text()) | {"layers": [0, 1]}
     (part / "zoo.json").write_text(json.dumps(told))
     assert "2 of 3 layers" in refused(trained("llama"), part, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_no_numbers_are_saved_with_a_note(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {k: t.to(dtype) for k, t in trained("llama").items()}
+    state["norm.weight"][:2] = float("nan")
+    state["layers.1.attn.out.weight"][0, 0] = float("-inf")
+    new = zoo.save(state, verified.canonical("llama"), tmp_path / "new")
+    note = "NaN or infinite: 3 elements in 2 tensors, the first layers.1.attn.out.weight (1)"
+    assert read(new).json["notes"][-1] == note and caplog.messages == [f"{new}: {note}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.uint8])
+def test_elements_of_a_byte_are_looked_at_too(dtype: torch.dtype) -> None:
+    held = torch.tensor([[0, 1], [0xFF, 2]], dtype=torch.uint8).view(dtype)
+    assert made.not_finite(held) == (0 if dtype == torch.uint8 else 1)
 
 
 def test_values_keep_their_dtype_unless_another_is_asked_for(tmp_path: Path) -> None:

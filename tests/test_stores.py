@@ -12,6 +12,7 @@ import math
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,8 +150,12 @@ def test_s3s_hash_of_a_file_that_came_in_parts_is_held_to_its_bytes(
     with open(tmp_path / "parts", "w+b") as to:
         assert store.fetch(file, to.fileno()) is True
         assert (tmp_path / "parts").read_bytes() == data
-        real = store.fs.cat_file
-        monkeypatch.setattr(store.fs, "cat_file", lambda *a, **k: real(*a, **k)[:-1] + b"?")
+        real = store.fs._cat_file
+
+        async def other(*args: Any, **how: Any) -> bytes:
+            return bytes((await real(*args, **how))[:-1] + b"?")
+
+        monkeypatch.setattr(store.fs, "_cat_file", other)
         with pytest.raises(ZooError, match="s3://bucket/in: parts: the bytes that came are not those"):
             store.fetch(file, to.fileno())
 
@@ -416,6 +421,87 @@ def test_headers_are_not_read_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ZooError, match="begins with zeros"), described("memory://x"):
         pass
     assert len(asked) <= AT_ONCE
+
+
+@pytest.fixture
+def false_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[stores.False_S3]:
+    with stores.false_s3(monkeypatch) as server:
+        yield server
+
+
+FOREVER = b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: 9000000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"403 Forbidden", b"503 Slow Down"])
+@pytest.mark.parametrize("what", ["list", "read"])
+def test_an_answer_of_s3_that_does_not_end_is_read_no_further_than_a_block(
+    false_s3: stores.False_S3, status: bytes, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["s3fs"].S3FileSystem, "retries", 2)
+    false_s3.start, false_s3.drip, false_s3.every = FOREVER % status, b"a" * (1 << 20), 0
+    store = Store("s3://bucket/model")
+    with pytest.raises(ZooError, match="is longer than 8,388,608 bytes"):
+        store.files() if what == "list" else store.read("x", 0, 8)
+    assert false_s3.sent < 20 * (8 << 20)  # the client tries again
+
+
+@pytest.mark.parametrize(
+    ("start", "drip"),
+    [
+        (b"", b""),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+        (FOREVER % b"200 OK", b"a"),
+        (FOREVER % b"403 Forbidden", b"a"),
+    ],
+    ids=["silence", "headers", "a body", "an error"],
+)
+@pytest.mark.parametrize("what", ["list", "read", "ask", "put", "send"])
+def test_an_answer_of_s3_that_trickles_has_a_deadline(
+    false_s3: stores.False_S3,
+    start: bytes,
+    drip: bytes,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("zoo.stores.ASKED", 0.1)
+    monkeypatch.setattr("zoo.stores.LISTED", 0.1)
+    monkeypatch.setattr("zoo.stores.SLOWEST", 1 << 40)
+    false_s3.start, false_s3.drip, false_s3.every = start, drip, 0.02
+    store = Store("s3://bucket/model")
+    (tmp_path / "x").write_bytes(b"x")
+    fd = os.open(tmp_path / "x", os.O_RDONLY)
+    calls: dict[str, Any] = {
+        "list": store.files, "read": lambda: store.read("x", 0, 8), "ask": lambda: store.file("x"),
+        "put": lambda: store.put("x", b"x"), "send": lambda: store.send("x", fd),
+    }  # fmt: skip
+    began = time.monotonic()
+    with pytest.raises(ZooError, match="no whole answer came in time"):
+        calls[what]()
+    os.close(fd)
+    assert time.monotonic() - began < 5
+
+
+def test_a_listing_without_end_is_ended_by_what_it_takes(
+    told: type[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of clients that have no event loop, too."""
+    ended = threading.Event()
+
+    def find(self: Told, path: str, **how: Any) -> Any:
+        pages = []
+        try:
+            while True:
+                pages.append(b"x" * (1 << 20))
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(told, "find", find)
+    monkeypatch.setattr("zoo.stores.GROWTH", 32 << 20)
+    with pytest.raises(ZooError, match="told://b/model: cannot be listed: the answer takes over 32 MiB"):
+        zoo.plan("told://b/model")
+    assert ended.wait(5)
 
 
 def test_what_a_client_says_of_keys_is_shown_to_nobody(

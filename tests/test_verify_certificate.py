@@ -112,16 +112,19 @@ def test_what_was_not_judged_does_not_pass() -> None:
 
 
 def test_numbers_that_json_cannot_hold_are_words() -> None:
-    check = Check("error", float("inf"), 1.0, "")
+    check = Check("|logit error| max", float("inf"), 1.0, "", 1)
     assert not check.passed
     assert json.loads(json.dumps(check.to_json()))["value"] == "inf"
 
 
 def test_a_check_passes_at_its_bound_and_says_how_far_it_was() -> None:
-    assert Check("error", 2.0, 4.0, "").margin == 2.0
-    assert Check("error", 4.0, 4.0, "").passed and not Check("error", 4.1, 4.0, "").passed
-    assert Check("agreement", 0.99, 0.9, "", at_least=True).passed
-    assert not Check("agreement", 0.8, 0.9, "", at_least=True).passed
+    assert Check("|logit error| max", 2.0, 4.0, "", 1).margin == 2.0
+    assert (
+        Check("|logit error| max", 4.0, 4.0, "", 1).passed
+        and not Check("|logit error| max", 4.1, 4.0, "", 1).passed
+    )
+    assert Check("top-1 agreement", 0.99, 0.9, "", 1, at_least=True).passed
+    assert not Check("top-1 agreement", 0.8, 0.9, "", 1, at_least=True).passed
 
 
 def test_a_certificate_that_says_more_is_kept(tmp_path: Path) -> None:
@@ -185,8 +188,11 @@ def test_shapes_alone_pass_only_where_they_were_asked_for(tmp_path: Path) -> Non
     assert json.loads((folder / "parity.json").read_text())["verdict"] == "failed"
     (folder / "parity.json").unlink()
     asked = CliRunner().invoke(command, [str(folder), "--level", "plan"])
-    assert asked.exit_code == 0 and asked.output.startswith("PASSED")
-    assert certificate.check(folder) == []
+    assert asked.exit_code == 0 and asked.output.startswith("PASSED (plan only)")
+    assert certificate.check(folder) == [
+        "it compared shapes alone, no value: verify again, up to bytes at least"
+    ]
+    assert "(shapes alone, no value)" in (certificate.standing(folder) or "")
 
 
 def _names(folder: Path) -> list[str]:
@@ -226,6 +232,23 @@ def _no_levels(data: dict[str, Any]) -> None:
     data["levels"] = {}
 
 
+def _of(level: str, **what: Any) -> Callable[[dict[str, Any]], None]:
+    """The first check of a level, which passes, says this too."""
+
+    def edit(data: dict[str, Any]) -> None:
+        data["levels"][level]["checks"][0] |= what
+
+    return edit
+
+
+def _another_check(data: dict[str, Any]) -> None:
+    data["levels"]["logits"]["checks"] = data["levels"]["plan"]["checks"][:1]
+
+
+def _no_count(data: dict[str, Any]) -> None:
+    del data["levels"]["bytes"]["checks"][0]["compared"]
+
+
 def _no_values(data: dict[str, Any]) -> None:
     data["levels"] = {"plan": data["levels"]["plan"]}
     data["not_checked"] = ["bytes: the source is not there any more"]
@@ -239,6 +262,20 @@ def _no_values(data: dict[str, Any]) -> None:
         (_beyond_its_bound, "is marked passed, but inf is not <= "),
         (_no_levels, "it has no levels: nothing was compared"),
         (_no_values, "its verdict is 'passed', but neither the source's bytes nor logits were compared"),
+        (_of("logits", bound=1e300), "'|logit error| p50' is marked passed, but its bound is wider than"),
+        (_of("logits", bound=1e300, scale=1e300), "marked passed, but its bound is none"),
+        (_of("logits", bound=1e9, scale=1e12), "its checks are of logits larger than"),
+        (_of("layers", bound=1.0), "its bound is wider than 0.5"),
+        (_of("logits", bound=-1, relation=">="), "its bound is the least that it may be"),
+        (_of("logits", value=-1), "its value, -1, is none that can be measured"),
+        (_of("bytes", bound=5, value=5), "it counts what differs, and 5 may"),
+        (
+            _of("bytes", compared=0),
+            "'elements that differ from the source' is marked passed, but it compared nothing",
+        ),
+        (_of("plan", compared=0), "'layout tensors missing' is marked passed, but it compared nothing"),
+        (_no_count, "it does not say how many things it compared"),
+        (_another_check, "logits: it has no check of |logit error| p50"),
     ],
 )
 def test_a_certificate_that_contradicts_itself_does_not_hold(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,11 +22,15 @@ from safetensors.torch import load_file, save_file
 from verified import canonical, copy, with_tensor
 
 import zoo
+from zoo.cli import cli
 from zoo.cli.inspect import look
 from zoo.cli.verify import command
 from zoo.errors import ZooError
-from zoo.verify import certificate, recording
+from zoo.verify import certificate, judge, recording, tolerance
+from zoo.verify.compare import Measured
 from zoo.verify.golden import Golden
+from zoo.verify.metrics import references
+from zoo.verify.tolerance import Spread
 
 
 def run(*args: object) -> Any:
@@ -192,7 +197,10 @@ def test_a_certificate_opens_no_file_of_the_users_own(
     [
         (lambda d: d["canonical"]["files"].clear(), "vouches for none of model-00001-of-00001.safetensors"),
         (lambda d: d["levels"].update(all=d["levels"].pop("bytes")), "all: is no level"),
-        (lambda d: d["levels"]["bytes"]["checks"][0].update(value="-inf"), "marked passed, but -inf"),
+        (
+            lambda d: d["levels"]["bytes"]["checks"][0].update(value="-inf"),
+            "marked passed, but its value, -inf, is none",
+        ),
     ],
     ids=["no files", "another level", "less than any number"],
 )
@@ -319,3 +327,86 @@ def test_a_removed_source_still_leaves_the_copys_certificate_readable(folder: Pa
     zoo.verify(folder, level="bytes")
     shutil.rmtree(folder.parent / "source")
     assert look(folder)[0]["verified"].startswith("passed on ")
+
+
+# ---- what compared nothing
+
+
+def test_a_certificate_with_a_bound_that_everything_meets_is_shown_as_none(folder: Path) -> None:
+    """To all that read one: the report, the check of the files, what a folder is said to be."""
+    edited_certificate(folder, lambda d: d["levels"]["bytes"]["checks"][0].update(compared=0))
+    report = CliRunner().invoke(cli, ["report", str(folder)])
+    assert report.exit_code == 0 and "(failed: bytes: 'elements that differ" in report.output
+    page = (folder / "report.html").read_text()
+    assert '<p class="verdict failed">failed</p>' in page and "it compared nothing</li>" in page
+    assert look(folder)[0]["verified"].startswith(
+        "nothing is proven: its certificate contradicts itself (bytes:"
+    )
+    checked = CliRunner().invoke(cli, ["check", str(folder)])
+    assert checked.exit_code == 0 and "proves nothing of the model: bytes: 'elements" in checked.output
+    assert "is still that of" not in zoo.verify(folder, level="plan").kept
+
+
+def test_of_a_thousand_problems_few_are_shown_and_a_list_without_end_is_refused(folder: Path) -> None:
+    def listing(n: int) -> Callable[[dict[str, Any]], None]:
+        return lambda d: d["canonical"]["files"].update(
+            {f"f{i}": {"sha256": "0", "bytes": 1} for i in range(n)}
+        )
+
+    edited_certificate(folder, listing(1000))
+    shown = run(folder, "--check-certificate")
+    assert shown.exit_code == 1 and len(shown.output.splitlines()) < 50 and "960 more" in shown.output
+    edited_certificate(folder, listing(30_000))
+    with pytest.raises(ZooError, match=r"lists 30,00\d files \(limit 20,000\)"):
+        certificate.check(folder)
+
+
+def test_a_certificate_of_checks_without_end_is_none(folder: Path) -> None:
+    edited_certificate(
+        folder, lambda d: d["levels"]["plan"].update(checks=d["levels"]["plan"]["checks"] * 500)
+    )
+    with pytest.raises(ZooError, match="not as zoo writes it .*checks"):
+        certificate.check(folder)
+    assert "it is not as zoo writes it" in CliRunner().invoke(cli, ["report", str(folder)]).output
+
+
+def test_a_report_is_no_longer_than_people_read(folder: Path) -> None:
+    def long(data: dict[str, Any]) -> None:
+        data["levels"]["plan"]["notes"] = ["x"] * 50_000
+        data["canonical"]["files"].update({f"f{i}": {"sha256": "0", "bytes": 1} for i in range(50_000)})
+
+    edited_certificate(folder, long)
+    assert CliRunner().invoke(cli, ["report", str(folder)]).exit_code == 0
+    page = (folder / "report.html").read_text()
+    assert len(page) < 3 << 20 and "levels.plan.notes: 50,000 entries, of which 5,000 are shown" in page
+
+
+def test_shapes_alone_are_said_to_be_no_proof_by_all_that_read_a_certificate(folder: Path) -> None:
+    zoo.verify(folder, level="plan")
+    assert run(folder, "--check-certificate").exit_code == 1
+    report = CliRunner().invoke(cli, ["report", str(folder)])
+    assert "(passed, plan only: it compared shapes alone" in report.output
+    assert "What it does not prove, or is not shown" in (folder / "report.html").read_text()
+    assert "it compared shapes alone" in CliRunner().invoke(cli, ["check", str(folder)]).output
+
+
+def test_a_model_of_zeros_is_compared_all_the_same(tmp_path: Path) -> None:
+    """Its differences are 0, of tokens and elements that were looked at."""
+    source = tiny.make("llama", tmp_path / "source")
+    tensors = {k: torch.zeros_like(t) for k, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    cert = zoo.verify(zoo.convert(source, tmp_path / "c"), level="logits", require="logits")
+    assert cert.passed and all(c.compared for level in cert.levels for c in level.checks)
+    assert certificate.check(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize("far", [30.0, math.inf])
+def test_upstream_that_is_as_far_from_itself_as_from_any_model_judges_nothing(far: float) -> None:
+    """Weights can be such that upstream's own two ways agree in nothing; twice that would let anything pass."""
+    ids, logits = torch.zeros(8, dtype=torch.int64), torch.randn(8, 50) * 5
+    measured = Measured([], spread=Spread(("eager", "sdpa"), dict.fromkeys(tolerance.QUANTILES, far)))
+    for at, reference in references(logits, ids):
+        measured.settled.add(torch.randn(8, 50)[at] * 5, reference)
+    level = judge.logits_level(measured, "fp32")
+    assert level.checks[0].value <= level.checks[0].bound and not level.checks[0].passed
+    assert level.verdict == "failed" and level.notes

@@ -357,7 +357,7 @@ def _certificate(c: Canonical, what: _Export) -> list[str]:
             f"{_code(oracle.get('version') or '')} {_code(oracle.get('class') or oracle.get('name') or '')}"
         )
         stands = _stands(c, what)
-    except (ZooError, LookupError, TypeError, ValueError, AttributeError):
+    except (ZooError, *certificate.ODD):
         return [
             "## Certificate",
             f"Its {_code(certificate.FILE)} is not as zoo writes it: nothing is proven.",
@@ -386,6 +386,8 @@ def _stands(c: Canonical, what: _Export) -> str:
         return "**It does not hold**: " + "; ".join(map(_code, what.problems[:8])) + "."
     if what.problems is not None:
         return "It holds: every canonical file that it names was hashed again before this was uploaded."
+    if why_not := certificate.doubts(_read(c)):
+        return "**It proves nothing**: " + _code(why_not[0]) + "."
     told = certificate.standing(c.root) or ""
     if told.startswith("not as it is now"):
         return "**The folder has been changed since**, so it is not of these weights: " + _code(told) + "."
@@ -395,11 +397,12 @@ def _stands(c: Canonical, what: _Export) -> str:
 def _bytes_hold(c: Canonical, what: _Export) -> bool:
     """Whether a certificate that is of this folder as it is says that every byte is the source's."""
     try:
-        level = _read(c)["levels"]["bytes"]["verdict"]
+        said = _read(c)
+        sound = said["levels"]["bytes"]["verdict"] == "passed" and not certificate.doubts(said)
         told = certificate.standing(c.root) or ""
-    except (ZooError, LookupError, TypeError):
+    except (ZooError, *certificate.ODD):
         return False
-    return level == "passed" and not what.problems and not told.startswith("not as it is now")
+    return sound and not what.problems and not told.startswith("not as it is now")
 
 
 def _level(name: str, level: Mapping[str, Any]) -> tuple[str, ...]:

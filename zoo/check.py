@@ -134,7 +134,7 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
         certified = by or (root / certificate.FILE if canonical.detect(root) else None)
         if certified is not None and certified.is_file():
             report.against = f"the certificate {by or certificate.FILE}"
-            listed = _certified(certified, root)
+            listed = _certified(certified, root, report)
             if bad := next((n for n in listed if leads_out(n)), None):
                 raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
             report.problems += [f"{n}: missing" for n in listed if n not in source.files]
@@ -182,10 +182,10 @@ def _listed(
         return {f.path: f for f in snapshot.files}
     if by is not None:
         report.against = f"the certificate {by}"
-        return _certified(by, folder)
+        return _certified(by, folder, report)
     if (folder / certificate.FILE).is_file() and canonical.detect(folder):
         report.against = f"its certificate {certificate.FILE}"
-        return _certified(folder / certificate.FILE, folder)
+        return _certified(folder / certificate.FILE, folder, report)
     if noted:
         report.against = (
             f"what huggingface-hub noted of its download, commit {_some(sorted(c[:12] for c in commits))}"
@@ -235,8 +235,9 @@ def _of_hash(folder: Path, path: str, blob: str) -> RemoteFile:
     return RemoteFile(path, size, blob if len(blob) == 64 else None, blob if len(blob) == 40 else None)
 
 
-def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
-    """The files that a certificate lists, of its canonical folder or of its source: whichever has more of what is here."""
+def _certified(file: Path, folder: Path, report: Report) -> dict[str, RemoteFile]:
+    """The files that a certificate lists, of its canonical folder or of its source: whichever has more of what is here. Where
+    it proves nothing of the model, that is noted: its hashes may be right all the same."""
     said = read_json(file, "it is the certificate", given=True)
     sides = [s.get("files") for s in (said.get("canonical"), said.get("source")) if isinstance(s, dict)]
     lists = [s for s in sides if isinstance(s, dict) and s]
@@ -248,6 +249,10 @@ def _certified(file: Path, folder: Path) -> dict[str, RemoteFile]:
         raise ZooError(f"{file}: not as zoo writes it ({e!r:.200}); verify again") from None
     if not made:
         raise ZooError(f"{file}: it lists no files; verify again")
+    if doubts := certificate.doubts(said):
+        report.notes.append(
+            f"the certificate lists these files, and proves nothing of the model: {doubts[0]}"
+        )
     best = max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
     if card.FILE in best and card.of_an_export(
         folder, [card.FILE]

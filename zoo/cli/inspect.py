@@ -43,7 +43,7 @@ def command(path: Path | str, family: str | None, tensors: bool, as_json: bool) 
         return
     architecture, several = about.pop("architecture", {}), about.pop("sets", [])
     about.pop("numbers", None)  # the architecture's lines say them
-    lines = [(k.replace("_", " "), _text(v)) for k, v in about.items() if v not in (None, "", [], {})]
+    lines = [(k.replace("_", " "), _cut(_text(v))) for k, v in about.items() if v not in (None, "", [], {})]
     say(pairs([*lines, *architecture.items()]))
     if several:
         say()
@@ -209,6 +209,14 @@ def _counts(things: Any) -> dict[str, int]:
     for thing in things:
         out[str(thing)] = out.get(str(thing), 0) + 1
     return out
+
+
+SHOWN = 4000
+"""Characters of one thing that is said of a checkpoint."""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters; --json has all)"
 
 
 def _text(value: Any) -> str:

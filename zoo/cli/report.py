@@ -36,7 +36,10 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     try:
         with working(as_json) as stage:
             stage("drawing")
-            page = report.page(data, report.of_folder(canon, data))
+            doubts = certificate.doubts(data)
+            if data["verdict"] == "passed" and not certificate.sound(data):
+                data = {**data, "verdict": "failed"}
+            page = report.page(data, report.of_folder(canon, data), doubts)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
     text = page.encode("utf-8", "backslashreplace")  # names may be in another encoding
@@ -49,4 +52,5 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     else:
         only = data.get("rests_on")
         only = f", {only} only" if data["verdict"] == "passed" and only in ("plan", "bytes", "layers") else ""
-        say(f"{path} ({data['verdict']}{only})")
+        why = f": {doubts[0]}" if doubts else ""
+        say(f"{path} ({data['verdict']}{only}{why})")

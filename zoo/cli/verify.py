@@ -31,6 +31,7 @@ class _Canon(Here):
         return super().convert(value, param, ctx)
 
 
+SHOWN = 40  # problems of a certificate, a line each
 LEVELS = click.Choice(["plan", "bytes", "layers", "logits", "decode"])
 
 
@@ -166,8 +167,10 @@ def _check(canon: Path, as_json: bool) -> None:
         emit({"holds": not problems, "problems": problems, "not_checked": [why_not] if why_not else []})
     elif problems:
         say_verdict(f"{canon}: the certificate does not hold any more")
-        for p in problems:
+        for p in problems[:SHOWN]:
             say(f"  {p}")
+        if (more := len(problems) - SHOWN) > 0:
+            say(f"  and {more:,} more (--json has them all)")
     elif why_not:
         say_verdict(
             f"{canon}: the certificate holds; every canonical file and rule is what it was, but {why_not}"

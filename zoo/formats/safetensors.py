@@ -145,6 +145,10 @@ def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorR
             raise ZooError(f"{who}: header names {twice!r} twice")
         return d
 
+    if (objects := raw.count(b"{")) > 2 * MAX_TENSORS:  # before they are made; a name may have some, too
+        raise ZooError(
+            f"{who}: header names {objects - 1} tensors (limit {MAX_TENSORS}): no release's file has as many"
+        )
     try:
         header = parse_json(raw, pairs)
     except ValueError as e:

@@ -29,8 +29,8 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
         plain = {name: ".".join(p for p in name.split(".") if p not in ANYWHERE) for name in names}
     else:  # most checkpoints, and some have 100,000 names
         plain = {name: name for name in names}
-    while plain and all(name.startswith(OUTERMOST + ".") for name in plain.values()):
-        plain = {name: short.removeprefix(OUTERMOST + ".") for name, short in plain.items()}
+    if outer := min(map(_outer, plain.values()), default=0):
+        plain = {name: short[outer:] for name, short in plain.items()}
     if all(name == short for name, short in plain.items()):
         return {}
     first: dict[str, str] = {}
@@ -41,6 +41,14 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
                 "Save the model again, unwrapped"
             )
     return plain
+
+
+def _outer(name: str) -> int:
+    """How many characters of a name are the outermost wrapper's, which may be wrapped again."""
+    at, part = 0, OUTERMOST + "."
+    while name.startswith(part, at):
+        at += len(part)
+    return at
 
 
 def look_through(ckpt: Checkpoint) -> Checkpoint:

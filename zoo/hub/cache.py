@@ -19,7 +19,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +30,18 @@ from huggingface_hub import constants
 from zoo.bounded import parse_json
 from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
-from zoo.hub.files import RemoteFile, Snapshot
+from zoo.hub.files import MAX_FILES, RemoteFile, Snapshot
 from zoo.hub.http import MAX_JSON, Watch
 from zoo.plain import first_text, open_plain, write_plain
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk
+_links_told: set[str] = set()
+_telling = threading.Lock()
+
+
+class Linked(OSError):
+    """A link lies where zoo makes folders of its own."""
 
 
 class Hasher(Protocol):
@@ -127,7 +133,7 @@ def verify(path: Path, file: RemoteFile, watch: Watch) -> None:
     if digest.hexdigest() != file.blob:
         watch.advance(-file.size)
         raise Damaged(file.blob, digest.hexdigest())
-    mark_verified(path, file)
+    mark_verified(path, file, watch)
 
 
 def hash_prefix(path: Path | int, length: int, digest: Hasher, watch: Watch) -> None:
@@ -173,13 +179,29 @@ def is_verified(path: Path, file: RemoteFile) -> bool:
         return False
 
 
-def mark_verified(path: Path, file: RemoteFile) -> None:
-    """Remember that `path` holds `file`. Does nothing where the cache can't be written."""
-    with suppress(OSError):
+def mark_verified(path: Path, file: RemoteFile, watch: Watch) -> None:
+    """Remember that `path` holds `file`. Does nothing where the cache can't be written, and says so of a link."""
+    try:
         mark = _mark(path, file)
         plain_folders(mark.parent, home())
         settled = time.time() - path.stat().st_mtime > SETTLED
         write_plain(mark, b"" if settled else boot().encode())
+    except Linked as error:
+        say_once(error, watch.note)
+    except OSError:
+        pass
+
+
+def say_once(error: Linked, note: Callable[[str], None]) -> None:
+    """Note once in a process that zoo keeps nothing of its own behind a link."""
+    with _telling:
+        if str(error) in _links_told:
+            return
+        _links_told.add(str(error))
+    note(
+        f"{error}, and zoo writes through none: which files were hashed is not remembered, and each is hashed every time. Put a folder "
+        f"in the link's place, or set HF_HOME ({home()}) to a folder on the disk that it leads to"
+    )
 
 
 # ---- links and names
@@ -207,15 +229,15 @@ def link(snapshot: Snapshot, file: RemoteFile) -> None:
 
 def plain_folders(path: Path, root: Path) -> None:
     """Create `path` below `root` out of real folders: one that is a link would lead writes elsewhere. `root` may be a link to a
-    folder of its own name, as of a model that was moved to a larger disk."""
+    folder of its own name, as of a model that was moved to a larger disk. Raises `Linked`, and OSError."""
     root.mkdir(parents=True, exist_ok=True)
     if root.is_symlink() and root.name != root.resolve().name:
-        raise OSError(f"{root} is a link to a folder of another name; a folder was expected")
+        raise Linked(f"{root} is a link to a folder of another name; a folder was expected")
     at = root
     for part in path.relative_to(root).parts:
         at /= part
         if at.is_symlink():
-            raise OSError(f"{at} is a link; a folder was expected")
+            raise Linked(f"{at} is a link; a folder was expected")
         at.mkdir(exist_ok=True)
 
 
@@ -257,31 +279,40 @@ def read_tree(repo: str, commit: str) -> list[dict[str, Any]] | None:
     Not trusted, as if it were not there: a list with a file that has no git blob id, which the Hub never sends, or
     without a file that the snapshot links to, or weights in it. Tools (zoo among them, once) have made such lists of what was cached.
     """
-    # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Its own reader takes whatever lies there, however large.
+    # Undocumented; seen in huggingface-hub 2.4 (pin: >=2.4,<3). Its own reader takes whatever lies there, however large: of it
+    # only what an entry is called comes from there.
     try:
+        from huggingface_hub._tree_cache import TREE_CACHE_FORMAT_VERSION, TreeCacheEntry
+
         fd = os.open(folder(repo) / "trees" / f"{commit}.json", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as f:
             if not stat.S_ISREG((found := os.fstat(fd)).st_mode) or found.st_size > MAX_JSON:
                 return None
             told = parse_json(f.read(MAX_JSON))
-        if told["format_version"] != 1 or not _is_whole(repo, commit, told["files"]):
+        if told["format_version"] != TREE_CACHE_FORMAT_VERSION or len(told["files"]) > MAX_FILES:
+            return None
+        entries = {path: TreeCacheEntry.from_json(e) for path, e in told["files"].items()}
+        if not _is_whole(repo, commit, entries):
             return None
         return [
             {
                 "path": path,
-                "size": e["lfs_size"] if e.get("lfs_sha256") is not None else e["size"],
-                "sha256": e.get("lfs_sha256"),
-                "git_sha1": e["blob_id"],
-                "xet_hash": e.get("xet_hash"),
+                "size": e.size if e.lfs_sha256 is None else e.lfs_size,
+                "sha256": e.lfs_sha256,
+                "git_sha1": e.blob_id,
+                "xet_hash": e.xet_hash,
             }
-            for path, e in told["files"].items()
+            for path, e in entries.items()
         ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # it is fetched again
+    except (
+        ImportError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    ):  # it is fetched again  # fmt: skip
         return None
 
 
 def _is_whole(repo: str, commit: str, entries: Mapping[str, Any]) -> bool:
-    ids = all(isinstance(e["blob_id"], str) and _GIT.fullmatch(e["blob_id"]) for e in entries.values())
+    """Of entries as the library has them."""
+    ids = all(isinstance(e.blob_id, str) and _GIT.fullmatch(e.blob_id) for e in entries.values())
     belong = (
         e["path"] for e in read_snapshot(repo, commit) if _is_hashed(e) or e["path"].endswith(WEIGHT_SUFFIXES)
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from huggingface_hub import constants
 
+from zoo.alike import alike
 from zoo.hub.errors import About, HubError
+
+MAX_FILES = 100_000
+"""Of a repository."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Snapshot:
         """The file at `path`. Raises HubError, with the nearest names, if there is none."""
         if path in self._by_path:
             return self._by_path[path]
-        near = difflib.get_close_matches(path, self._by_path, n=3)
+        near = alike(path, self._by_path)
         hint = f" Nearest: {', '.join(near)}." if near else ""
         raise HubError(f"{self.repo} has no file {path!r} at commit {self.commit}.{hint}", "file")
 

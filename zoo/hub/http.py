@@ -7,7 +7,6 @@ any size, the token kept from other hosts.
 
 from __future__ import annotations
 
-import ctypes
 import email.utils
 import math
 import queue
@@ -25,13 +24,15 @@ from typing import Any, Protocol
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import constants, get_session
+from huggingface_hub import __version__ as library
+from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers
 
+from zoo._version import __version__
 from zoo.bounded import parse_json, whole
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
 from zoo.patience import patience
+from zoo.within import end
 
 SEGMENT = 16 << 30  # bytes asked for at once: content delivery networks refuse bodies over 50 GB
 MAX_JSON = 64 << 20  # bytes of one page of an API answer
@@ -45,7 +46,7 @@ SMALL = 1 << 20
 API_BODY = 20.0  # seconds for the body of an answer of the API: a page of the Hub's is some 100 kB
 SHORTEST = 64  # bytes: a body whose chunks are shorter than this, on the whole, costs more time than any that is sent
 HEADERS = 12.0  # seconds from the request to the last of the headers; the timeout of a read is 10
-REDIRECTS = 20.0  # seconds for all redirects of a request together; one more may begin
+REDIRECTS = 20.0  # seconds that servers may take for all redirects of a request together; one more may begin
 ANSWER = 90.0  # seconds for all of it, addresses that don't answer and proxies included
 DIRECT = 8 << 20  # bodies at least this long are read from the socket (see `_chunks`)
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})  # the last are Cloudflare's
@@ -399,16 +400,19 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
         hubs = trusted_origins()
     except ValueError as error:
         raise _no_address(error) from None
-    plain = build_hf_headers(token=False, library_name="zoo")
-    private = build_hf_headers(library_name="zoo")
-    sent_token = "authorization" in private
-    if not private.get("authorization", "").isascii():
+    # Not the library's own headers: to make them it asks the endpoint which programs it should know, and reads whatever comes.
+    agent = f"zoo/{__version__}; hf_hub/{library}"
+    plain = {"user-agent": f"{agent}; origin/{by}" if (by := constants.HF_HUB_USER_AGENT_ORIGIN) else agent}
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    private = plain | ({"authorization": f"Bearer {token}"} if token else {})
+    sent_token = token is not None
+    if token and not token.isascii():
         raise HubError(
             "your token has characters that no token has: set it again (HF_TOKEN, `hf auth login`)", "token"
         )
-    began = time.monotonic()
+    took = 0.0
     for _ in range(MAX_REDIRECTS):
-        if time.monotonic() - began > REDIRECTS * patience():
+        if took > REDIRECTS * patience():
             raise Transient(f"redirects, and no answer in {REDIRECTS:.0f} s", slow=True)
         trusted = origin(url) in hubs  # a mirror may send us on to the Hub
         headers = dict(private if trusted else plain) | {"Accept-Encoding": "gzip"}
@@ -418,11 +422,14 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
             request = session.build_request(
                 "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-            response = _sent(session, request)
+            response, seconds = _sent(session, request)
+        took += seconds
         try:
             _reached.set()
             if response.status_code >= 300:
+                began = time.monotonic()
                 _drain(response)
+                took += time.monotonic() - began
             if response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
                 url = _redirect(url, response.headers["Location"], about)
                 continue
@@ -440,18 +447,19 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
     raise HubError(f"{about}: more than {MAX_REDIRECTS} redirects, the last to {url}", "server")
 
 
-def _sent(session: httpx2.Client, request: httpx2.Request) -> httpx2.Response:
-    """The response, its headers read, within `HEADERS` of the request or Transient.
+def _sent(session: httpx2.Client, request: httpx2.Request) -> tuple[httpx2.Response, float]:
+    """The response, its headers read, within `HEADERS` of the request or Transient; and how many seconds that took.
 
     The client's own timeout is for each read: a header a byte at a time, or one 100 Continue after the other, has none.
-    So the request is made by a thread of its own, which is stopped when its time is over. Connecting has limits already.
+    So the request is made by a thread of its own, which is stopped when its time is over. Connecting has limits already, and
+    counts for neither: a slow network is no slow server.
     """
     answer: queue.SimpleQueue[httpx2.Response | BaseException] = queue.SimpleQueue()
-    asked, late = threading.Event(), threading.Event()
+    asked, late = list[float](), threading.Event()
 
     def trace(event: str, _: object) -> None:
         if event.endswith("send_request_headers.started"):
-            asked.set()
+            asked.append(time.monotonic())
 
     def work() -> None:
         try:
@@ -466,27 +474,21 @@ def _sent(session: httpx2.Client, request: httpx2.Request) -> httpx2.Response:
     request.extensions = {**request.extensions, "trace": trace}
     thread = threading.Thread(target=work, daemon=True, name="zoo-request")
     thread.start()
-    limit = time.monotonic() + ANSWER
+    limit, most = time.monotonic() + ANSWER * patience(), _window(HEADERS)
     came: httpx2.Response | BaseException | None = None
-    seen = False
-    while came is None and (left := limit - time.monotonic()) > 0:
-        if not seen and asked.is_set():
-            seen, limit = True, min(limit, time.monotonic() + HEADERS)
+    while came is None and (left := min([limit, *(at + most for at in asked[:1])]) - time.monotonic()) > 0:
         with suppress(queue.Empty):
             came = answer.get(timeout=min(left, 1.0))
     if came is None:
         late.set()
-        # Raised in the thread at its next step of Python; one that waits for bytes ends by the timeout of its read.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError)
-        )
+        end(thread)  # one that waits for bytes ends by the timeout of its read
         with suppress(queue.Empty):
             if isinstance(last := answer.get_nowait(), httpx2.Response):
                 last.close()
-        raise Transient(f"no complete answer came in {HEADERS:.0f} s", slow=True)
+        raise Transient(f"no complete answer came in {most:.0f} s", slow=True)
     if isinstance(came, BaseException):
         raise came
-    return came
+    return came, time.monotonic() - asked[0] if asked else 0.0
 
 
 def _drain(response: httpx2.Response) -> None:

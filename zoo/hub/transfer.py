@@ -106,7 +106,7 @@ def download(
                     _receive(file, snapshot.url(file.path), part, about, watch, verify=verify)
                     os.replace(part, blob)
                     if verify:
-                        cache.mark_verified(blob, file)
+                        cache.mark_verified(blob, file, watch)
                 for name in same:
                     cache.link(snapshot, name)
                 watch.advance(file.size * (len(same) - 1))
@@ -144,7 +144,7 @@ def hashed(snapshot: Snapshot, paths: Iterable[str], *, progress: Progress | Non
         with open(at, "rb", buffering=0) as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()
         files[path] = replace(file, sha256=found, hashed_here=True)
-        cache.mark_verified(at, files[path])
+        cache.mark_verified(at, files[path], watch)
     watch.note(
         f"{snapshot.repo}: the cache holds no hash of {len(files)} files ({next(iter(files))}, ...): hash computed here, "
         "not compared with the Hub's"
@@ -181,7 +181,7 @@ def download_to(
                     _receive(file, snapshot.url(path), part, about, watch, verify=verify)
                 os.replace(part, dest)
                 if verify:
-                    cache.mark_verified(dest, file)
+                    cache.mark_verified(dest, file, watch)
             dest.with_name(dest.name + ".lock").unlink(missing_ok=True)
     return dest
 

@@ -11,7 +11,6 @@ an `Output` adds the names. That is what makes the plan of 92,000 tensors a matt
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoo import families
+from zoo.alike import alike
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import sets
@@ -1299,12 +1299,18 @@ def fold_one(name: str) -> str:
 
 MOST_FOLDED = 100_000
 """Names that are looked at for a message; the largest release has 92,000 tensors."""
+MOST_CHARACTERS = 8 << 20
+"""Of them all."""
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(text, first name) per group of names that differ in their numbers only; of the first `MOST_FOLDED` names."""
+    """(text, first name) per group of names that differ in their numbers only; of the first `MOST_FOLDED` names, as far as
+    `MOST_CHARACTERS` go."""
     groups: dict[str, list[str]] = {}
+    left = MOST_CHARACTERS
     for name in itertools.islice(names, MOST_FOLDED):
+        if (left := left - len(name)) < 0:
+            break
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
     out = []
     for group in groups.values():
@@ -1332,6 +1338,6 @@ def _nearest(names: Iterable[str], among: Collection[str]) -> dict[str, str]:
     candidates = [first for _, first in fold(among)][:200]
     near = {}
     for _, first in fold(names)[:50]:
-        if found := difflib.get_close_matches(first, candidates, 1, 0.75):
+        if found := alike(first, candidates, 1, 0.75):
             near[first] = found[0]
     return near

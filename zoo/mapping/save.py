@@ -79,6 +79,11 @@ def save(
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     ranks: _Alone = _Alone()
     if not isinstance(values, str | os.PathLike):
+        if not isinstance(values, nn.Module | Mapping):
+            raise ZooError(
+                f"a {type(values).__name__} to save; expected a model, tensors by name (model.state_dict()), or the path of a "
+                "torch.distributed.checkpoint folder"
+            )
         values = dict(values.state_dict() if isinstance(values, nn.Module) else values)
         ranks = _Together() if any(_is_sharded(t) for t in values.values()) else ranks
     with ranks.agreeing():
@@ -117,14 +122,18 @@ def save(
 
 def of_tensors(named: Mapping[str, Any], ranks: _Alone | None = None) -> State:
     """Tensors in memory. Raises ZooError for what is none, or has no values."""
-    if odd := next((n for n, t in named.items() if not isinstance(t, Tensor)), None):
+    if (nameless := next((n for n in named if not isinstance(n, str)), None)) is not None:
+        raise ZooError(
+            f"the state has a tensor called {nameless!r:.60}: expected names, as model.state_dict() has them"
+        )
+    if (odd := next((n for n, t in named.items() if not isinstance(t, Tensor)), None)) is not None:
         raise ZooError(
             f"the state holds {odd!r}, a {type(named[odd]).__name__}: expected tensors only; give the part of it that is the "
             "model's (state['model'], say)"
         )
-    if odd := next((n for n, t in named.items() if t.is_meta), None):
+    if (odd := next((n for n, t in named.items() if t.is_meta), None)) is not None:
         raise ZooError(f"{odd} of the state is on the device meta: it has no values to save")
-    if odd := next((n for n, t in named.items() if t.dtype not in CALLED), None):
+    if (odd := next((n for n, t in named.items() if t.dtype not in CALLED), None)) is not None:
         raise ZooError(f"{odd} of the state is {named[odd].dtype}, which no checkpoint holds")
     try:
         plain = unwrapped(named) or {n: n for n in named}

@@ -12,6 +12,7 @@ whose numbers these are. It carries no certificate: nothing about it is proven.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import uuid
@@ -31,12 +32,15 @@ from zoo.mapping.execute import Mover, Progress, Sheet, refuse_overlap, shard_si
 from zoo.mapping.folder import Folder
 from zoo.mapping.moves import Copy
 from zoo.mapping.plan import TIED
+from zoo.printable import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = ("naming", "prefix", "family", "family_given", "package", "config", "rules", "n_ranks")
 """Of what `source` says of a folder, that which is as true of one with other values."""
+CHUNK = 1 << 22  # elements looked at a time
+log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Values:
         refuse_overlap(like.root, Path(dst))
         self.like, self.quant, self.said, self.notes = like, dict(quant), dict(said), list(notes)
         self.extras = {name: why for name, (_, why) in extras.items()}
+        self.not_finite: dict[str, int] = {}  # elements by tensor
         model, aside = list(tensors), [new for new, _ in extras.values()]
         self.tensors = [*model, *aside]
         listed = [(n.name, n.dtype, n.shape) for n in self.tensors]
@@ -129,6 +134,8 @@ class Values:
         """The elements of a tensor, in row-major order. Raises ZooError if the disk does not take them."""
         file, at = self.sheet.place[new.name]
         for piece in pieces:
+            if n := not_finite(piece):
+                self.not_finite[new.name] = self.not_finite.get(new.name, 0) + n
             data = _bytes_of(piece)
             try:
                 done = 0
@@ -140,8 +147,14 @@ class Values:
             self.mover.report(len(data))
 
     def finish(self) -> Path:
-        """Write what describes the folder, and let it appear."""
+        """Write what describes the folder, and let it appear. Values that are no numbers are noted: whoever looks for where they
+        come from saves them, too."""
         root = self.like.root
+        if self.not_finite:
+            first, n = next(iter(self.not_finite.items()))
+            said = f"NaN or infinite: {sum(self.not_finite.values()):,} elements in {len(self.not_finite)} tensors, the first {first} ({n:,})"
+            self.notes.append(said)
+            warn(log, "%s: %s", self.folder.dst, said)
         carried = [n for n in self.like.json.get("carried", []) if place_of(root, n).is_file()]
         for name in carried:
             place = place_of(root, name)
@@ -199,6 +212,20 @@ def _converted(like: Canonical, model: list[New]) -> str | None:
     if all(had.get(new.name) == new.dtype for new in model) and len(had) == len(model):
         return like.source.get("dtype")
     return next(new.dtype for new in model if new.name == "embed.weight")
+
+
+def not_finite(t: Tensor) -> int:
+    """How many elements are NaN or infinite."""
+    import torch
+
+    if not t.is_floating_point():
+        return 0
+    found = 0
+    for part in t.detach().reshape(-1).split(CHUNK):
+        part = part.float() if part.element_size() == 1 else part
+        if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
+            found += part.numel() - int(part.isfinite().sum())
+    return found
 
 
 def _bytes_of(t: Tensor) -> memoryview:

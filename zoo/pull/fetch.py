@@ -81,7 +81,8 @@ class Job:
         snapshot, files = self.remote.snapshot, self.remote.files
         if self.part is not None and _by_its_files(self.plan.checkpoint):
             mine = {self.path(f) for f in self.needed}
-            files = tuple(f for f in files if f not in self.remote.weights or f.path in mine)
+            weights = set(self.remote.weights)
+            files = tuple(f for f in files if f not in weights or f.path in mine)
         fetch, there = to_fetch(self.opened, True, files)
         at = cache.folder(snapshot.repo)
         check_space(self.target, {at: fetch - there, self.target: to_write(self.plan, self.part)})
@@ -164,7 +165,8 @@ class Job:
         """Have the small files, hashed, beside where the weights will arrive."""
         from zoo import hub
 
-        small = [f for f in self.remote.files if f not in self.remote.weights]
+        weights = set(self.remote.weights)
+        small = [f for f in self.remote.files if f not in weights]
         cached = hub.download(self.remote.snapshot, [f.path for f in small])
         begin_beside(self.work)
         for file in small:

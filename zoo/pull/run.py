@@ -348,7 +348,9 @@ def alone(dst: str, progress: Progress) -> Iterator[None]:
         except filelock.Timeout:
             progress.note(f"another process is pulling to {dst}: waiting for it")
             lock.acquire()
-    except OSError:  # a home that can't be written: the conversion has a lock of its own
+    except OSError as error:  # a home that can't be written: the conversion has a lock of its own
+        if isinstance(error, cache.Linked):
+            cache.say_once(error, progress.note)
         yield
         return
     try:

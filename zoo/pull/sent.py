@@ -52,7 +52,6 @@ def convert_to_store(
     with alone(store.url, progress):
         _left(store, force)
         here = _scratch(store)
-        here.parent.mkdir(parents=True, exist_ok=True)
         if is_local(src):
             convert(src, here, force=True, progress=progress, **how)
         else:
@@ -120,8 +119,12 @@ def _left(store: Store, force: bool) -> dict[str, Stored]:
 
 
 def _scratch(store: Store) -> Path:
-    """Where the folder is made that will be sent; the same for the same place."""
+    """Where the folder is made that will be sent; the same for the same place. Raises ZooError where it can't be made."""
     from zoo.hub import cache
 
-    place = hashlib.sha256(store.url.encode()).hexdigest()[:32]
-    return cache.home() / "zoo" / "stores" / place / "canonical"
+    place = cache.home() / "zoo" / "stores" / hashlib.sha256(store.url.encode()).hexdigest()[:32]
+    try:
+        cache.plain_folders(place, cache.home())
+    except OSError as error:
+        raise ZooError(f"{store}: what is sent there is made on this disk first: {error}") from None
+    return place / "canonical"

@@ -24,11 +24,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, inside, leads_out, read_json
 from zoo.plain import write_plain
+from zoo.verify import limits
 
 if TYPE_CHECKING:
     from zoo.verify.sharing import Sharing
 
 SCHEMA = "zoo-parity-1"
+MAX_FILES = 20_000
+"""Of a folder, twice as many as it may carry."""
+MAX_CHECKS = 1000
+"""Of a level: there are some ten."""
 READERS = 8
 """Files, or tensors, that are looked at at once."""
 FILE = "parity.json"
@@ -44,27 +49,40 @@ NOT_COMPARED = (
     "neither the source's bytes nor logits were compared, so nothing is known of the values: name the source, or a "
     "golden file, with --against SRC"
 )
+SHAPES_ALONE = "shapes alone, no value"
+"""What a certificate of the plan is of."""
+ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What JSON raises that is no certificate, where it is read as one."""
 Verdict = Literal["passed", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`. Both must be finite: what
-    upstream itself gives as infinite or no number can't be judged by.
+    """One judged number. It passes when `value` is at most (`at_least`: at least) `bound`, unless it is `blind`: it compared
+    nothing, or the bound is none or so wide that whatever there is would pass.
 
-    `why` says where the bound comes from. `value` and `bound` of an exact check count differences: 0 and 0.
+    `why` says where the bound comes from. `compared`: of how many tensors, elements, tokens or files the value is; None where a
+    certificate does not say. `scale`: the largest |logit|, which limits how wide the bound of an error of logits may be. `value` and
+    `bound` of an exact check count differences: 0 and 0.
     """
 
     name: str
     value: float
     bound: float
     why: str
+    compared: int | None
+    scale: float = 1.0
     at_least: bool = False
+
+    @property
+    def blind(self) -> str | None:
+        """Why it judges nothing; None: it does."""
+        return limits.blind(self.name, self.value, self.bound, self.at_least, self.scale, self.compared)
 
     @property
     def passed(self) -> bool:
         within = self.value >= self.bound if self.at_least else self.value <= self.bound
-        return within and math.isfinite(self.bound) and math.isfinite(self.value)
+        return within and math.isfinite(self.value) and self.blind is None
 
     @property
     def margin(self) -> float | None:
@@ -74,8 +92,11 @@ class Check:
 
     @classmethod
     def from_json(cls, d: Mapping[str, Any]) -> Check:
-        at_least = {"<=": False, ">=": True}[d["relation"]]
-        return cls(d["name"], float(d["value"]), float(d["bound"]), d["why"], at_least)
+        at_least, compared = {"<=": False, ">=": True}[d["relation"]], d.get("compared")
+        if not isinstance(d["name"], str) or type(compared) not in (int, type(None)):
+            raise ValueError(f"a check {d['name']!r:.80} that compared {compared!r:.80}")
+        scale = float(d.get("scale", 1.0))
+        return cls(d["name"], float(d["value"]), float(d["bound"]), d["why"], compared, scale, at_least)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,6 +106,8 @@ class Check:
             "bound": _number(self.bound),
             "margin": self.margin,
             "passed": self.passed,
+            "compared": self.compared,
+            "scale": _number(self.scale),
             "why": self.why,
         }
 
@@ -98,6 +121,11 @@ class Level:
     figures: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def count(self, name: str, differing: int, of: int, why: str) -> None:
+        """Add a check that none `of` so many differ. Where there are none, there is nothing to check."""
+        if of:
+            self.checks.append(Check(name, differing, 0, why, of))
 
     @property
     def verdict(self) -> Verdict:
@@ -239,8 +267,10 @@ def keep(cert: Certificate, folder: Path) -> None:
     except ZooError:
         old = {}
     try:
-        why, more = _stands(old, cert), _says_more(old, cert)
-    except (LookupError, TypeError, ValueError, AttributeError):  # not as zoo writes it: it says nothing
+        why, more = _stands(old, cert), False
+        if old and sound(old):
+            more = _says_more(old, cert)
+    except ODD:  # not as zoo writes it: it says nothing
         why, more = None, False
     if why is not None:
         cert.kept = f"{FILE} is still that of {old.get('created')}, {why}; -o FILE keeps this one elsewhere"
@@ -286,10 +316,14 @@ def standing(folder: Path) -> str | None:
         odd += [n for n, s in now.items() if s.st_mtime > when and n not in odd]
         odd += [n for n in canonical_files(folder) if n not in recorded]
         levels = [n for n, x in data["levels"].items() if x["verdict"] == "passed"]
-        verdict = data["verdict"]
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
+        verdict, why_not = data["verdict"], contradictions(data)
+    except (*ODD, OSError) as e:
         raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r:.200}); verify again") from None
     said = f"{verdict} on {data['created']}, up to {levels[-1] if levels else 'nothing'}"
+    if why_not:
+        return f"nothing is proven: its certificate contradicts itself ({why_not[0]}); `zoo verify {folder}` makes another"
+    if levels == ["plan"]:
+        said += f" ({SHAPES_ALONE})"
     if odd:
         listed = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         return f"not as it is now: {listed} changed since ({said}); `zoo verify {folder} --check-certificate` hashes it"
@@ -411,7 +445,7 @@ def check(folder: Path, source: bool = True) -> list[str]:
         raise ZooError(f"{folder / FILE}: schema is {data.get('schema')!r}; expected {SCHEMA!r}")
     try:
         return _problems(folder, data, source)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
+    except (*ODD, OSError) as e:
         raise ZooError(f"{folder / FILE}: not as zoo writes it ({e!r})") from None
 
 
@@ -426,10 +460,7 @@ def unchecked(folder: Path) -> str | None:
 
 
 def _problems(folder: Path, data: Mapping[str, Any], with_source: bool) -> list[str]:
-    problems = []
-    if data.get("verdict") != "passed":
-        problems.append(f"its verdict was {data.get('verdict')!r}")
-    problems += _contradictions(data)
+    problems = _doubts(data)
     recorded = data["canonical"]["files"]
     if unvouched := sorted(_needed(folder) - recorded.keys()):
         problems.append(f"it vouches for none of {', '.join(unvouched[:4])}, which the model is read from")
@@ -470,24 +501,63 @@ def _source_changed(path: Path, source: Mapping[str, Any]) -> list[str]:
     except ZooError as e:
         return [f"cannot be opened any more: {e!s:.300}"]
     belong = {*ckpt.files, *ckpt.carried}
-    strange = [f"{n:.200}: is no file of the checkpoint there" for n in source["files"] if n not in belong]
+    strange = [
+        f"{n:.200}: "
+        + ("is no file of the checkpoint there" if leads_out(n) or is_there(ckpt.root, n) else "gone")
+        for n in source["files"]
+        if n not in belong
+    ]
     return strange + _changed(ckpt.root, {n: was for n, was in source["files"].items() if n in belong})
 
 
-def _contradictions(data: Mapping[str, Any]) -> list[str]:
-    """Verdicts that do not follow from the numbers beside them: zoo writes none, so somebody edited the file."""
+def doubts(data: Mapping[str, Any]) -> list[str]:
+    """Why a certificate proves nothing, whatever the files are: by its own words."""
+    try:
+        return _doubts(data)
+    except ODD as e:
+        return [f"it is not as zoo writes it ({e!r:.200})"]
+
+
+def sound(data: Mapping[str, Any]) -> bool:
+    """Whether its verdict follows from what it compared, be that shapes alone."""
+    try:
+        return not contradictions(data)
+    except ODD:
+        return False
+
+
+def _doubts(data: Mapping[str, Any]) -> list[str]:
+    """The same. Raises one of `ODD` for what is no certificate."""
+    out = [] if data.get("verdict") == "passed" else [f"its verdict was {data.get('verdict')!r:.100}"]
+    out += contradictions(data)
+    if not any(x["checks"] for n, x in data["levels"].items() if n != "plan") and data["levels"]:
+        out.append(f"it compared {SHAPES_ALONE}: verify again, up to bytes at least")
+    return out
+
+
+def contradictions(data: Mapping[str, Any]) -> list[str]:
+    """Verdicts that do not follow from the numbers beside them, and checks that judge nothing: zoo writes none, so somebody edited
+    the file. Raises as `_doubts`."""
     out, levels = [], []
     out += [f"{n:.100}: is no level of a comparison" for n in data["levels"] if n not in LEVELS]
     for name, was in data["levels"].items():
+        if (n := len(was["checks"])) > MAX_CHECKS:
+            raise ValueError(f"level {name!r:.100} has {n:,} checks")
         level = Level(name, [Check.from_json(c) for c in was["checks"]])
         levels.append(level)
         marks = [c["passed"] for c in was["checks"]]
         # Numbers are kept to six digits: what failed by less looks equal to its bound, so only "passed" is doubted.
-        out += [
-            f"{name}: {c.name!r} is marked passed, but {c.value:g} is not {'>=' if c.at_least else '<='} {c.bound:g}"
-            for c, marked in zip(level.checks, marks, strict=True)
-            if marked and not c.passed
-        ]
+        for c, marked in zip(level.checks, marks, strict=True):
+            if marked and not c.passed:
+                beyond = f"{c.value:g} is not {'>=' if c.at_least else '<='} {c.bound:g}"
+                out.append(f"{name}: {c.name!r:.100} is marked passed, but {c.blind or beyond}")
+        if level.checks and not any(c.name.startswith(limits.FIRST.get(name, ())) for c in level.checks):
+            out.append(f"{name}: it has no check of {' or '.join(limits.FIRST.get(name, ('anything',)))}")
+        largest = was["figures"].get("largest_logit") if name == "logits" else None
+        if largest is not None and any(c.scale > max(1.0, float(largest)) * (1 + 1e-5) for c in level.checks):
+            out.append(
+                f"{name}: its checks are of logits larger than {float(largest):g}, which was the largest"
+            )
         follows = "skipped" if not marks else "passed" if all(marks) else "failed"
         if was["verdict"] != follows:
             out.append(f"{name}: its verdict is {was['verdict']!r}, but that of its checks is {follows!r}")
@@ -506,6 +576,8 @@ def _contradictions(data: Mapping[str, Any]) -> list[str]:
 
 def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     out = []
+    if len(files) > MAX_FILES:
+        raise ZooError(f"{root}: its certificate lists {len(files):,} files (limit {MAX_FILES:,}): refused")
     for name, was in files.items():
         if leads_out(name):
             raise ZooError(

@@ -76,8 +76,14 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
         and folder.tensors[s.name].shape != s.shape
     ]  # fmt: skip
     level.checks += [
-        Check("layout tensors missing", len(missing), 0, f"the Spec's layout has {len(present)} tensors"),
-        Check("tensors of another shape", len(wrong), 0, "shapes of the layout"),
+        Check(
+            "layout tensors missing",
+            len(missing),
+            0,
+            f"the Spec's layout has {len(present)} tensors",
+            len(present),
+        ),
+        Check("tensors of another shape", len(wrong), 0, "shapes of the layout", len(present) - len(missing)),
     ]
     level.figures = {"canonical_tensors": len(folder.tensors), "extras": len(folder.extra_tensors)}
     level.notes += missing[:5] + wrong[:5]
@@ -104,26 +110,26 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     schemes = [n for n in {**folder.quant, **plan.quant} if folder.quant.get(n) != plan.quant.get(n)]
     lost = [n for n in refs if n not in used and n not in plan.extras] if folder.layers is None else []
     aside = [n for n in plan.extras if n not in folder.extra_tensors and n not in folder.extras]
-    level.checks += [
-        Check("canonical tensors not as planned", len(made), 0, f"the plan has {len(plan.outputs)} tensors"),
-        Check("source tensors unaccounted for", len(lost), 0, f"the source has {len(refs)} tensors"),
-        Check(
-            "source tensors used in part or twice", len(partial), 0, "each element of a source is used once"
-        ),
-        Check(
-            "weights of another quantisation",
-            len(schemes),
-            0,
-            f"the plan has {len(plan.quant)} quantised ones",
-        ),
-        Check("extras not kept", len(aside), 0, f"{len(plan.extras)} source tensors are kept aside"),
-        Check(
-            "Spec differs from the source's",
-            len(apart),
-            0,
-            "Spec made from the source's config",
-        ),
-    ]
+    whole_of = (
+        0 if folder.layers is not None else 1
+    )  # of a part of the layers some sources are not used, as is meant
+    codes, fields = {**folder.quant, **plan.quant}, flat(plan.spec.to_dict())
+    planned = Check(
+        "canonical tensors not as planned",
+        len(made),
+        0,
+        f"the plan has {len(plan.outputs)} tensors",
+        len(plan.outputs),
+    )
+    level.checks.append(planned)
+    for name, wrong_ones, of, why in (
+        ("source tensors unaccounted for", lost, whole_of * len(refs), f"the source has {len(refs)} tensors"),
+        ("source tensors used in part or twice", partial, whole_of * len(used), "each element of a source is used once"),
+        ("weights of another quantisation", schemes, len(codes), f"the plan has {len(plan.quant)} quantised ones"),
+        ("extras not kept", aside, len(plan.extras), f"{len(plan.extras)} source tensors are kept aside"),
+        ("Spec differs from the source's", apart, len(fields), "Spec made from the source's config"),
+    ):  # fmt: skip
+        level.count(name, len(wrong_ones), of, why)
     level.figures |= {"source_tensors": len(refs), "rules": plan.rules_version}
     level.notes += [f"Spec: {text}" for text in apart[:5]]
     if plan.spec.dtype != folder.spec.dtype:
@@ -315,6 +321,7 @@ class Bytes:
                 sum(bad.values()),
                 0,
                 f"{compared:,} elements compared",
+                compared,
             )
         ]
         if self.override is None:
@@ -334,11 +341,8 @@ class Bytes:
     def _beside(self, level: Level) -> None:
         """What a folder has beside the model's tensors: extras, and files that are carried."""
         folder, plan = self.folder, self.plan
-        moved = [
-            n
-            for n in plan.extras
-            if n in folder.extra_tensors and not _same_bytes(folder, plan.checkpoint, n)
-        ]
+        kept = [n for n in plan.extras if n in folder.extra_tensors]
+        moved = [n for n in kept if not _same_bytes(folder, plan.checkpoint, n)]
         given = set(plan.carried) & set(plan.checkpoint.carried)  # the source's index is kept elsewhere
         given -= card.of_an_export(plan.checkpoint.root, given)
         changed = [
@@ -354,14 +358,16 @@ class Bytes:
         changed += [
             n for n, data in plan.checkpoint.synthesised.items() if not _holds(place_of(folder.root, n), data)
         ]
-        level.checks += [
-            Check(
-                "extras that differ from the source", len(moved), 0, f"{len(plan.extras)} kept byte for byte"
-            ),
-            Check(
-                "carried files that differ", len(changed), 0, f"{len(plan.carried)} files carried verbatim"
-            ),
-        ]
+        level.count(
+            "extras that differ from the source",
+            len(moved),
+            len(kept),
+            f"{len(plan.extras)} kept byte for byte",
+        )
+        files = len(given) + len(plan.checkpoint.synthesised)
+        level.count(
+            "carried files that differ", len(changed), files, f"{len(plan.carried)} files carried verbatim"
+        )
         level.notes += moved[:5] + changed[:5]
 
 

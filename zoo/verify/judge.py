@@ -11,7 +11,7 @@ import torch
 
 from zoo.model import Decoder
 from zoo.model.rope import far_from
-from zoo.verify import tolerance
+from zoo.verify import limits, tolerance
 from zoo.verify.certificate import Check, Level
 from zoo.verify.choices import Choices, watched
 from zoo.verify.compare import Measured
@@ -56,15 +56,22 @@ def layers_level(m: Measured, dtype: str) -> Level:
             value,
             bound.value,
             bound.why,
+            len(m.layers[i]),
         )
     ]
     extra = abs(m.oracle_layers - len(m.layers))
     level.checks.append(
-        Check("layers more or fewer than the oracle's", extra, 0, f"the oracle has {m.oracle_layers}")
+        Check(
+            "layers more or fewer than the oracle's",
+            extra,
+            0,
+            f"the oracle has {m.oracle_layers}",
+            len(m.layers),
+        )
     )
     if first is not None:
         level.notes.append(f"layer {first} is the first that departs")
-    _note_not_finite(level)
+    _note_blind(level)
     level.figures = {"first_departing": first, "which": which, "layers": figures}
     return level
 
@@ -73,7 +80,7 @@ def logits_level(m: Measured, dtype: str) -> Level:
     """Logits of settled tokens by quantiles; all tokens by KL, top-1 and perplexity."""
     level = Level("logits")
     everything, settled = m.everything, m.settled if m.settled.n else m.everything
-    summary = everything.summary()
+    summary, scale = everything.summary(), everything.largest
     names = ["p50", "p99", "max" if dtype == "fp32" else "p99.9"]
     # A token that chooses other experts departs as far as in bf16, where upstream's spread is 8 times as large.
     if dtype == "fp16" and m.chooses:
@@ -81,26 +88,42 @@ def logits_level(m: Measured, dtype: str) -> Level:
     for name in names:
         bound = tolerance.logit_bound(dtype, name, m.spread, settled.largest)
         level.checks.append(
-            Check(f"|logit error| {name}", settled.error.at(QUANTILES[name]), bound.value, bound.why)
+            Check(
+                f"|logit error| {name}",
+                settled.error.at(QUANTILES[name]),
+                bound.value,
+                bound.why,
+                settled.n,
+                scale,
+            )
         )
     if m.columns is not None and m.columns.n:
         share, bound = tolerance.columns_apart(m.columns, m.spread)
         check = Check(
-            "logits of one id beside those of others, worst id", float(share.max()), bound.value, bound.why
+            "logits of one id beside those of others, worst id",
+            float(share.max()),
+            bound.value,
+            bound.why,
+            m.columns.n,
         )
         level.checks.append(check)
         if not check.passed:
             level.notes.append(_ids_apart(share, bound.value))
     q, kl = tolerance.kl_bound(dtype, m.spread)
     kl_value = settled.kl.at(tolerance.KL_QUANTILES[q])
-    level.checks.append(Check(f"KL divergence {q}", kl_value, kl.value, kl.why))
-    level.checks.append(_top1(m, dtype, settled))
+    level.checks.append(Check(f"KL divergence {q}", kl_value, kl.value, kl.why, settled.n, scale))
+    _add_top1(level, m, dtype, settled)
     if settled.n_next:
         a, b = settled.perplexities
         bound = tolerance.perplexity_bound(dtype, m.spread)
-        level.checks.append(Check("|ln perplexity difference|", _log_ratio(a, b), bound.value, bound.why))
+        level.checks.append(
+            Check(
+                "|ln perplexity difference|", _log_ratio(a, b), bound.value, bound.why, settled.n_next, scale
+            )
+        )
     if m.ties.n:
-        level.checks.append(_share_of_ties(m, dtype))
+        if dtype == "fp32":  # in lower precision it may be any number
+            level.checks.append(_share_of_ties(m))
         level.notes.append(
             f"{m.ties.n} of {everything.n} tokens are at a near tie between experts, where either choice is right: "
             f"of these the largest error is {m.ties.error.max:.2g}, the median {m.ties.error.at(0.5):.2g}"
@@ -109,7 +132,7 @@ def logits_level(m: Measured, dtype: str) -> Level:
         level.notes.append(
             f"{m.turned} choices between experts, which hang by rounding, were made as the oracle's: either is right"
         )
-    _note_not_finite(level)
+    _note_blind(level)
     level.figures = {
         **summary,
         "spread": m.spread.to_json(),
@@ -128,29 +151,34 @@ def _ids_apart(share: torch.Tensor, bound: float) -> str:
     return f"the logits of {len(order)} ids depart far more than the others': {ids}; look at their rows of the head"
 
 
-def _note_not_finite(level: Level) -> None:
+def _note_blind(level: Level) -> None:
+    """What can't be judged fails, and says why: of a bound that is wide `why` has how far upstream is from itself."""
     if not all(math.isfinite(c.bound) for c in level.checks):
         why = "none: upstream's own values are not finite"
         level.checks = [c if math.isfinite(c.bound) else replace(c, why=why) for c in level.checks]
         level.notes.append(
             "upstream itself gives values that are infinite or no numbers: nothing can be judged by them"
         )
+    level.notes += [f"{c.name}: {c.blind}" for c in level.checks if math.isfinite(c.bound) and c.blind]
 
 
 def _log_ratio(a: float, b: float) -> float:
     return abs(math.log(a / b)) if a > 0 and b > 0 else math.inf
 
 
-def _top1(m: Measured, dtype: str, settled: LogitMetrics) -> Check:
+def _add_top1(level: Level, m: Measured, dtype: str, settled: LogitMetrics) -> None:
     if dtype == "fp32":
         reach = 2 * tolerance.logit_bound(dtype, "max", m.spread, settled.largest).value
         beyond = sum(lead > reach for lead in m.leads)
-        return Check(
-            "tokens whose best id differs", beyond, 0,
-            f"not counted: {len(m.leads) - beyond} where the two best are within twice the error bound",
-        )  # fmt: skip
+        why = f"not counted: {len(m.leads) - beyond} where the two best are within twice the error bound"
+        level.checks.append(Check("tokens whose best id differs", beyond, 0, why, settled.n))
+        return
     bound = agreement(m.spread, settled.n)
-    return Check("top-1 agreement", settled.top1 / max(1, settled.n), bound.value, bound.why, True)
+    if bound.value <= 0:
+        level.notes.append(f"top-1 agreement is not judged: of {settled.n} tokens any would do ({bound.why})")
+        return
+    share = settled.top1 / max(1, settled.n)
+    level.checks.append(Check("top-1 agreement", share, bound.value, bound.why, settled.n, at_least=True))
 
 
 def agreement(spread: Spread, n: int) -> Bound:
@@ -164,15 +192,9 @@ def agreement(spread: Spread, n: int) -> Bound:
     return Bound(p - 3 * math.sqrt(variance) - 1 / n, why)
 
 
-def _share_of_ties(m: Measured, dtype: str) -> Check:
+def _share_of_ties(m: Measured) -> Check:
     n = m.settled.n + m.ties.n
-    limit = 0.05 if dtype == "fp32" else 1.0
-    return Check(
-        "share of tokens set apart at near ties",
-        m.ties.n / n,
-        limit,
-        "few in fp32; any number in lower precision",
-    )
+    return Check("share of tokens set apart at near ties", m.ties.n / n, limits.FEW_TIES, "few in fp32", n)
 
 
 def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: str, n: int) -> Level:
@@ -224,7 +246,16 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
             error.error.at(0.5),
             Bound(WRONG_CACHE * median.value, f"{WRONG_CACHE:g} {why}"),
         )
-    level.checks.append(Check(f"cached against uncached |logit error| {name}", value, bound.value, bound.why))
+    level.checks.append(
+        Check(
+            f"cached against uncached |logit error| {name}",
+            value,
+            bound.value,
+            bound.why,
+            error.n,
+            error.largest,
+        )
+    )
     if not level.checks[-1].passed:
         whole, cached = (_logits(decoder, x, None) for x in (uncached, by_pieces))
         level.notes.append(_departing(cached, whole, bound.value, by_cache, at_once))
@@ -244,7 +275,11 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
             )
             theirs = _greedy_uncached(oracle, prompt, n)
     equal = _equal(mine, theirs)
-    level.checks.append(greedy(ours, prompt, theirs, equal, dtype, m.spread, error.largest))
+    if (check := greedy(ours, prompt, theirs, equal, dtype, m.spread, error.largest)) is not None:
+        level.checks.append(check)
+    else:
+        level.notes.append(f"the greedy continuation is not judged: of {len(theirs)} tokens any would do")
+    _note_blind(level)
     level.figures = {
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip
@@ -324,11 +359,12 @@ def greedy(
     dtype: str,
     spread: Spread,
     largest: float,
-) -> Check:
-    """Every token that the oracle chose is ours too, given the tokens before it, or within a tie of ours."""
+) -> Check | None:
+    """Every token that the oracle chose is ours too, given the tokens before it, or within a tie of ours. None where there
+    are too few to judge by."""
     n = len(theirs)
     if equal == n:
-        return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache")
+        return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache", n)
     reach = 2 * tolerance.logit_bound("fp32", "max", spread, largest).value
     text = torch.cat([prompt[0], theirs])[None].to(ours.device)
     logits = ours.decoder(text)[0, prompt.shape[1] - 1 : -1].float().cpu()  # [n, V]
@@ -336,14 +372,16 @@ def greedy(
     alike, beyond = int((lead == 0).sum()), int((~(lead <= reach)).sum())
     if dtype != "fp32":
         bound = agreement(spread, n)
+        if bound.value <= 0:
+            return None
         # Where two ids are apart by less than the usual error of both, either is right.
         tie = 2 * tolerance.logit_bound(dtype, "p50", spread, largest).value
         settled = int((lead <= tie).sum())
         why = f"{equal} of {n} equal running freely, {alike} given the oracle's text; a tie: {tie:.2g}; {bound.why}"
         name = "greedy tokens alike or within a tie, given the oracle's text"
-        return Check(name, settled / n, bound.value, why, True)
+        return Check(name, settled / n, bound.value, why, n, at_least=True)
     return Check(
         "greedy tokens that differ beyond a tie", beyond, 0,
         f"{equal} of {n} equal running freely; {alike} of {n} given the oracle's text, where ours prefers another id by "
-        f"at most {float(lead.max()):.2g} (a tie: {reach:.2g}, twice the error bound)",
+        f"at most {float(lead.max()):.2g} (a tie: {reach:.2g}, twice the error bound)", n,
     )  # fmt: skip

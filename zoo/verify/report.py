@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from zoo.manifest import Manifest
 
 Json = Mapping[str, Any]
+SHOWN = 5000
+"""Of a list or an object, whose length is whoever's who wrote the certificate, so many entries: a model has 4,096 layers at most."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,27 @@ class Model:
     untold: str = ""
 
 
-def page(cert: Json, model: Model | None = None) -> str:
-    """The report of a certificate (as its JSON). Raises ValueError and the like for JSON that is no certificate."""
+def page(cert: Json, model: Model | None = None, doubts: Sequence[str] = ()) -> str:
+    """The report of a certificate (as its JSON). `doubts`: why it proves nothing. Raises ValueError and the like for JSON that is no certificate."""
+    cut: list[str] = []
+    cert = _short(cert, "", cut)
     try:
-        return _environment().get_template("report.html").render(_said(cert, model))
+        return _environment().get_template("report.html").render(_said(cert, model, [*doubts, *cut[:SHOWN]]))
     except jinja2.TemplateError as e:
         raise ValueError(f"{e}") from None
+
+
+def _short(x: Any, where: str, cut: list[str]) -> Any:
+    """The same with the first entries of what is longer than any of ours; of which `cut` then tells."""
+    if not isinstance(x, dict | list):
+        return x
+    if len(x) > SHOWN:
+        cut.append(f"{where}: {len(x):,} entries, of which {SHOWN:,} are shown")
+    if isinstance(x, list):
+        return [_short(y, where, cut) for y in x[:SHOWN]]
+    return {
+        k: _short(y, f"{where}.{k}" if where else str(k), cut) for k, y in itertools.islice(x.items(), SHOWN)
+    }
 
 
 def of_folder(root: Path, cert: Json) -> Model:
@@ -138,7 +156,7 @@ def _environment() -> jinja2.Environment:
     return made
 
 
-def _said(cert: Json, model: Model | None) -> dict[str, Any]:
+def _said(cert: Json, model: Model | None, doubts: Sequence[str]) -> dict[str, Any]:
     """What the template is given."""
     from zoo import gallery
 
@@ -152,6 +170,7 @@ def _said(cert: Json, model: Model | None) -> dict[str, Any]:
         "sentence": _sentence(cert),
         "nearest": _nearest(cert),
         "model": shown,
+        "doubts": doubts,
         "notes": _notes(cert),
         "layers": _layers(cert),
         "logits": _logits(cert),

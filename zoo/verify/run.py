@@ -575,7 +575,7 @@ def files_level(ckpt: Checkpoint) -> Check | None:
     why = f"from_pretrained reads {', '.join(theirs[:3])}" + (
         f" and {len(theirs) - 3} more" if theirs[3:] else ""
     )
-    return Check("files read by zoo or upstream alone", len(odd), 0, why)
+    return Check("files read by zoo or upstream alone", len(odd), 0, why, len({*theirs, *ckpt.files}))
 
 
 def _exported(

@@ -35,7 +35,8 @@ from zoo.quant.floats import to_fp32
 from zoo.quant.schemes import scheme
 from zoo.spec import Spec
 from zoo.verify.certificate import Check, Level
-from zoo.verify.exact import Array, flat_of, in_pieces, plan_level, rounded, spec_differences, view_of
+from zoo.verify.exact import Array, flat, flat_of, in_pieces, plan_level, rounded, spec_differences, view_of
+from zoo.verify.limits import COARSE
 from zoo.verify.reading import mapped, mapped_range
 
 PLAIN = ("F32", "F16", "BF16")
@@ -74,9 +75,6 @@ STEPS = {
     "TQ1_0": _Steps(1, 0.5, True, 256),
     "TQ2_0": _Steps(1, 0.5, True, 256),
 }
-COARSE = 0.5
-"""Of types that llama.cpp alone makes, how large the difference may be, in the root mean square, against the tensor: 1.4 is a
-tensor in another's place, 1 is zeros, and 0.3 what two bits leave."""
 
 
 def of(folder: Canonical, file: Path) -> Plan:
@@ -141,10 +139,11 @@ def written_plan_level(folder: Canonical, plan: Plan) -> Level:
     used = {s for o in plan.outputs.values() for s in o.sources}
     aside = [n for n in plan.checkpoint.tensors if n not in used and n not in plan.extras]
     apart = spec_differences(_as_written(folder), plan.spec)
+    held, fields = len(plan.checkpoint.tensors), len(flat(plan.spec.to_dict()))
     level.checks += [
-        Check("tensors of one alone", len(lost), 0, f"the file makes {len(plan.outputs)} tensors"),
-        Check("tensors of the file unaccounted for", len(aside), 0, f"the file has {len(plan.checkpoint.tensors)}"),
-        Check("Spec differs from the file's", len(apart), 0, "Spec made from the file's fields"),
+        Check("tensors of one alone", len(lost), 0, f"the file makes {len(plan.outputs)} tensors", len(slots)),
+        Check("tensors of the file unaccounted for", len(aside), 0, f"the file has {held}", held),
+        Check("Spec differs from the file's", len(apart), 0, "Spec made from the file's fields", fields),
     ]  # fmt: skip
     level.figures |= {"file_tensors": len(plan.checkpoint.tensors), "rules": plan.rules_version}
     level.notes += lost[:5] + aside[:5] + [f"Spec: {text}" for text in apart[:5]]
@@ -193,13 +192,12 @@ def written_bytes_level(folder: Canonical, plan: Plan) -> Level:
             apart = float(np.sqrt(np.square(found - want, dtype=np.float64).mean()))
             coarse[source] = apart / size
             counted["coarse"] += ref.size
-    level.checks.append(
-        Check(
-            "elements other than the folder's, rounded to their type",
-            sum(wrong.values()),
-            0,
-            f"{counted['rounded to nearest']:,} elements compared",
-        )
+    n = counted["rounded to nearest"]
+    level.count(
+        "elements other than the folder's, rounded to their type",
+        sum(wrong.values()),
+        n,
+        f"{n:,} elements compared",
     )
     for values, bound, what, why in (
         (beyond, 1.0, "furthest element of a block", "the largest rounding of its type, of {:,} elements"),
@@ -207,7 +205,7 @@ def written_bytes_level(folder: Canonical, plan: Plan) -> Level:
     ):  # fmt: skip
         if values:
             n = counted["in steps"] if values is beyond else counted["coarse"]
-            level.checks.append(Check(what, max(values.values()), bound, why.format(n)))
+            level.checks.append(Check(what, max(values.values()), bound, why.format(n), n))
             level.notes += [f"{n}: {v:.3g}" for n, v in values.items() if not v <= bound][:8]
     level.notes += [f"{n}: {c:,} elements differ" for n, c in wrong.items() if c][:8]
     level.figures = {"elements": sum(counted.values()), "differing": {n: c for n, c in wrong.items() if c}}
@@ -295,7 +293,7 @@ def _add_texts(level: Level, folder: Canonical, ckpt: Checkpoint) -> None:
         same = template.find(folder.root) == template.find(Path(holder))
     mine.close()
     level.checks += [
-        Check("texts with other ids", len(apart), 0, f"{len(TEXTS)} texts, by the folder's tokenizer and the file's"),
-        Check("another chat template", int(not same), 0, "the folder's"),
+        Check("texts with other ids", len(apart), 0, f"{len(TEXTS)} texts, by the folder's tokenizer and the file's", len(TEXTS)),
+        Check("another chat template", int(not same), 0, "the folder's", 1),
     ]  # fmt: skip
     level.notes += apart[:8]
