@@ -309,7 +309,7 @@ def test_nothing_to_compare_with_is_an_error_that_says_so() -> None:
 
 
 def test_a_level_that_is_asked_for_is_judged_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["zoo.verify.run"], "upstream_available", lambda: False)
+    monkeypatch.setattr(sys.modules["zoo.verify.against"], "upstream_available", lambda: False)
     cert = zoo.verify(canonical("llama"), write=False)  # as far as can be judged here
     assert cert.passed and cert.not_checked == [
         "layers, logits, decode: transformers is not installed (pip install 'zoo-weights[upstream]')"

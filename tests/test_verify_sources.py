@@ -22,6 +22,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.testing import FamilyCase, Gguf, gguf
 from zoo.testing.build import read_config, write_config
+from zoo.verify import gguf_parsed
 from zoo.verify.gguf_parsed import metadata_once
 
 CHANNELS = {
@@ -259,6 +260,7 @@ def test_upstream_is_shown_what_gguf_py_reads_of_a_file(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, values in lists.items():
         some.add_array(name, values)
+    some.add_array("one number", [7])
     some.add_string("one", "text"), some.add_float32("real number", 0.1), some.add_uint64("number", 1 << 40)
     some.add_tensor("t", np.arange(6, dtype=np.float32))
     for write in (some.write_header_to_file, some.write_kv_data_to_file, some.write_tensors_to_file):
@@ -266,19 +268,35 @@ def test_upstream_is_shown_what_gguf_py_reads_of_a_file(tmp_path: Path) -> None:
     some.close()
 
     def seen() -> dict[str, Any]:
-        reader = gguf_py.GGUFReader(file)
-        return {
-            name: ([p.tolist() for p in f.parts], f.data, f.types, [parsed._gguf_parse_value(f.parts[i], f.types) for i in f.data])
-            for name, f in reader.fields.items()
-        } | {t.name: (t.data.tolist(), t.data_offset) for t in reader.tensors}  # fmt: skip
+        """As `load_gguf_checkpoint` reads a field."""
+        reader, found = gguf_py.GGUFReader(file), {}
+        for name, f in reader.fields.items():
+            value = [parsed._gguf_parse_value(f.parts[i], f.types) for i in f.data]
+            found[name] = value[0] if len(value) == 1 else value
+        return found | {t.name: (t.data.tolist(), t.data_offset) for t in reader.tensors}
 
     plain = seen()
     with metadata_once():
-        assert seen() == plain
+        assert json.dumps(seen()) == json.dumps(plain)
         assert gguf_py.GGUFReader(file) is gguf_py.GGUFReader(file)
-    assert all(plain[name][-1] == pytest.approx(values) for name, values in lists.items() if name != "texts")
-    assert plain["texts"][-1] == lists["texts"]
+    assert all(plain[name] == pytest.approx(values) for name, values in lists.items() if name != "texts")
+    assert plain["texts"] == lists["texts"] and plain["one number"] == 7
     assert gguf_py.GGUFReader.__module__.startswith("gguf")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "BF16", "IQ4_XS", "MXFP4"])
+def test_upstream_dequantises_a_gguf_by_all_cores_to_the_same_values(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = gguf_py.GGMLQuantizationType[kind]
+    size = gguf_py.GGML_QUANT_SIZES[of][1]
+    raw = np.random.default_rng(0).integers(0, 64, (3, 11, 2 * size), np.uint8)  # finite scales
+    plain = gguf_py.dequantize(raw, of)
+    monkeypatch.setattr(gguf_parsed, "NUMBERS", 4 * plain.shape[-1])
+    with metadata_once():
+        made = gguf_py.dequantize(raw, of)
+    assert made.shape == plain.shape and made.dtype == plain.dtype
+    assert np.array_equal(made.view(np.uint32), plain.view(np.uint32))
 
 
 def ggufs_that_upstream_does_not_load() -> list[tuple[FamilyCase, Gguf]]:

@@ -76,7 +76,7 @@ def test_a_proof_that_compared_no_logits_does_not_read_like_one_that_did(folder:
 def test_a_required_level_that_cannot_be_judged_is_a_failure(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["zoo.verify.run"], "upstream_available", lambda: False)
+    monkeypatch.setattr(sys.modules["zoo.verify.against"], "upstream_available", lambda: False)
     assert run(folder).exit_code == 0
     required = run(folder, "--require", "logits")
     assert required.exit_code == 1 and required.output.startswith("FAILED")

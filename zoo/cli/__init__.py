@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from zoo import pages
 from zoo._version import __version__
 from zoo.cli import _common
 
@@ -82,4 +83,5 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process."""
+    pages.large()
     sys.exit(_common.run(cli, args))

@@ -1,7 +1,7 @@
 """Proof: is a canonical checkpoint what upstream would compute? Levels, oracles, bounds, seeded faults.
 
-Start at `run.verify`. `compare` runs both sides, `judge` holds the measurements against the bounds of
-`tolerance`, `certificate` is the outcome. docs/verification.md explains it to a reader of certificates.
+Start at `run.verify`. `against` opens what a folder is compared with, `compare` runs both sides, `judge` holds the measurements
+against the bounds of `tolerance`, `certificate` is the outcome. docs/verification.md explains it to a reader of certificates.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from zoo import pages
 from zoo.errors import ZooError
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC
 
@@ -26,6 +27,7 @@ def check_upstream(level: str) -> None:
 
 def verify(canon: Any, against: Any = None, **how: Any) -> Certificate:
     """See `zoo.verify.run.verify`."""
+    pages.large()
     from zoo.verify.run import verify
 
     return verify(canon, against, **how)

@@ -8,7 +8,6 @@ has finished one, so that neither side's hidden states are ever all in memory.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from zoo.verify.metrics import Columns, LogitMetrics, Reference, best_ids, refer
 from zoo.verify.oracle import Oracle, Transformers
 from zoo.verify.ours import Ours
 from zoo.verify.sharing import Sharing
+from zoo.verify.stage import Clock
 from zoo.verify.tolerance import QUANTILES, Spread, representative
 
 SKETCH = 64
@@ -62,19 +62,18 @@ class Kept:
 
     LIMIT = 512 << 20
 
-    def __init__(self, on_disk: bool = False) -> None:
+    def __init__(self) -> None:
         self._memory: dict[int, Tensor] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._on_disk = on_disk
 
     def put(self, b: int, logits: Tensor) -> None:
-        if logits.device.type == "cuda" and not self._on_disk:
+        if logits.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(logits.device)
             if free > total // 4:
                 self._memory[b] = logits
                 return
         held = [x.nbytes for x in self._memory.values() if x.device.type == "cpu"]
-        if self._on_disk or (held and sum(held) + logits.nbytes > self.LIMIT):
+        if held and sum(held) + logits.nbytes > self.LIMIT:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zoo-verify-")
             torch.save(logits, Path(self._folder.name) / f"{b}.pt")
         else:
@@ -179,47 +178,18 @@ def form_of(logits: Tensor, dtype: str) -> str | None:
     return None
 
 
-class Clock:
-    """Seconds by what they were spent on."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stack: list[tuple[str, float]] = []
-
-    def __call__(self, name: str) -> Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        now = time.perf_counter()
-        if self._stack:
-            self._spend(now)
-        self._stack.append((self._name, now))
-
-    def __exit__(self, *_: Any) -> None:
-        now = time.perf_counter()
-        self._spend(now)
-        self._stack.pop()
-        if self._stack:
-            self._stack[-1] = (self._stack[-1][0], now)
-
-    def _spend(self, now: float) -> None:
-        name, since = self._stack[-1]
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - since
-
-
 class SpreadMeter:
     """How far an oracle is from itself: it hears the second way first, then the first. `ways`: their names, or None."""
 
-    def __init__(self, inputs: Inputs, d: int, dtype: str, kept: Kept) -> None:
-        """`d`: the model's width. `kept`: where the second way's logits wait for the first's."""
+    def __init__(self, inputs: Inputs, d: int, dtype: str) -> None:
+        """`d`: the model's width."""
         self.batches, self.d, self.dtype = inputs.batches, d, dtype
         self.ways: tuple[str, str] | None = None
         self.layers: dict[int, dict[int, list[float]]] = {}  # layer -> batch -> of each token: what is judged
         self.states: dict[int, dict[int, list[float]]] = {}  # against the state as it is: what a router sees
         self.of = {b: Apart(LogitMetrics(five=False), columns_of(dtype)) for b in range(len(self.batches))}
         self._sketches: dict[tuple[int, int], Tensor] = {}
-        self._second = kept
+        self._second = Kept()  # logits that wait for the first way's
         self._sketch: dict[int, Sketch] = {}
 
     def keep_layer(self, b: int, i: int, x: Tensor | Sketched) -> None:
@@ -391,7 +361,6 @@ def measure(
     inputs: Inputs,
     dtype: str,
     spread: Spread | None = None,
-    on_disk: bool = False,
     clock: Clock | None = None,
     longest: Longest | None = None,
     sharing: Sharing | None = None,
@@ -399,51 +368,91 @@ def measure(
     """Everything that layers and logits are judged by. `spread`: a known one (of a recording), else measured.
     `clock`: what counts the seconds. `longest`: states are held against the longest that they have been. `sharing`: ranks
     that have some of the batches each, if the oracle goes by it; all get the same."""
-    batches = inputs.batches
-    n_layers, d = ours.spec.n_layers, ours.spec.d_model
-
-    def nothing() -> Measured:
-        return Measured([[] for _ in range(n_layers)], columns=columns_of(dtype), chooses=ours.chooses)
-
-    # Each batch by itself, and in the end their sum: which were together in a pass leaves no trace in how floats were rounded.
-    of = {b: nothing() for b in range(len(batches))}
     clock = clock or Clock()
+    together = hasattr(oracle, "drive_both")
+    meter = SpreadMeter(inputs, ours.spec.d_model, dtype) if spread is None else None
     # Where experts are chosen, tokens are sorted into settled and tied when the spread of all is known: before any logits if
     # all batches go through the layers together.
-    together = hasattr(oracle, "drive_both")
-    waits = spread is None and not together and any(ours.has_experts(i) for i in range(n_layers))
-    on_disk = on_disk and not together  # else each batch's are used at once
-    meter = SpreadMeter(inputs, d, dtype, Kept(on_disk)) if spread is None else None
+    waits = meter is not None and not together and any(map(ours.has_experts, range(ours.spec.n_layers)))
+    beside = Beside(ours, inputs.batches, dtype, meter, spread or Spread(), waits, clock, longest)
+    with clock("oracle"):
+        if meter is None:
+            drive(oracle, inputs.batches, beside.on_layer, beside.on_logits)
+        else:
+            drive_both(oracle, inputs.batches, meter, beside.on_layer, beside.on_logits, clock)
+    with clock("metrics"):
+        beside.judge_waiting()
+    if sharing is not None:
+        beside.told(sharing)
+    out = beside.result()
+    if meter is not None and meter.ways is None and not is_upstream(oracle):
+        out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
+    return out
 
-    def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
-        out = of[b]
+
+class Beside:
+    """Ours beside a run of an oracle: it hears of each state and of the logits, brings ours there too, and keeps how far they are
+    apart. Each batch by itself, and in the end their sum: which were together in a pass leaves no trace in how floats were rounded."""
+
+    def __init__(
+        self,
+        ours: Ours,
+        batches: Sequence[Batch],
+        dtype: str,
+        meter: SpreadMeter | None,
+        spread: Spread,
+        waits: bool,
+        clock: Clock,
+        longest: Longest | None,
+    ) -> None:
+        """`spread`: what is known of it where no `meter` measures it. `waits`: logits are kept until all are there."""
+        self.ours, self.batches, self.dtype, self.meter, self.spread = ours, batches, dtype, meter, spread
+        self.clock, self.longest = clock, longest
+        self.of = {b: self._nothing() for b in range(len(batches))}
+        self.waiting: dict[int, Tensor | None] | None = {} if waits else None  # batch -> its margins
+        self.kept_ours, self.kept_theirs = Kept(), Kept()
+
+    def _nothing(self) -> Measured:
+        return Measured(
+            [[] for _ in range(self.ours.spec.n_layers)],
+            columns=columns_of(self.dtype),
+            chooses=self.ours.chooses,
+        )
+
+    def on_layer(self, b: int, i: int, x: Tensor | Sketched) -> None:
+        ours, batch, out, d = self.ours, self.batches[b], self.of[b], self.ours.spec.d_model
         out.oracle_layers = max(out.oracle_layers, i + 1)
-        with clock("ours"):
+        with self.clock("ours"):
             if b not in ours.state:
-                ours.begin(b, batches[b].ids)
-            mine = ours.layer(b, i) if i < n_layers else None
-        with clock("metrics"):
-            own = rows(mine, batches[b], d) if mine is not None else None
-            theirs = x.values if isinstance(x, Sketched) else rows(x, batches[b], d)
-            theirs = None if theirs is None else theirs.to(ours.device)
+                ours.begin(b, batch.ids)
+            mine = ours.layer(b, i) if i < ours.spec.n_layers else None
+        with self.clock("metrics"):
+            own = rows(mine, batch, d) if mine is not None else None
+            theirs = x.values if isinstance(x, Sketched) else rows(x, batch, d)
+            if theirs is None:
+                return
+            theirs = theirs.to(ours.device)
             if own is not None and isinstance(x, Sketched):
                 own = x.of(own)
-            share = longest.share(b, theirs) if longest is not None and theirs is not None else None
-            if meter is not None and theirs is not None:
-                meter.on_layer(b, i, theirs, share)
-            if theirs is not None and own is not None and theirs.shape == own.shape:
+            share = None if self.longest is None else self.longest.share(b, theirs)
+            if self.meter is not None:
+                self.meter.on_layer(b, i, theirs, share)
+            if own is not None and theirs.shape == own.shape:
                 error = relative_error(own, theirs)
-                if meter is not None and dtype == "fp32" and isinstance(x, Tensor) and ours.has_experts(i):
-                    error = settle(ours, b, i, batches[b], theirs, error, meter.noise_after(i, b), out)
+                if (
+                    self.meter is not None
+                    and self.dtype == "fp32"
+                    and isinstance(x, Tensor)
+                    and ours.has_experts(i)
+                ):
+                    error = settle(ours, b, i, batch, theirs, error, self.meter.noise_after(i, b), out)
                 out.layers[i] += (error if share is None else error * share).tolist()
 
-    kept_ours, kept_theirs = Kept(on_disk), Kept(on_disk)
-    waiting: dict[int, Tensor | None] = {}
-
-    def on_logits(b: int, theirs: Tensor) -> None:
-        with clock("ours"):
+    def on_logits(self, b: int, theirs: Tensor) -> None:
+        ours, batch = self.ours, self.batches[b]
+        with self.clock("ours"):
             if b not in ours.state:  # an oracle without hidden states
-                ours.begin(b, batches[b].ids)
+                ours.begin(b, batch.ids)
             mine = ours.finish(b)
         if theirs.shape[-1] != mine.shape[-1]:
             raise ZooError(
@@ -451,22 +460,29 @@ def measure(
                 "its ids alone (columns beyond are padding), or compare with the model that the folder was converted from"
             )
         theirs = theirs.to(ours.device)
-        with clock("metrics"):
-            of[b].theirs_are = form_of(theirs[0, : min(8, batches[b].lengths[0])], dtype)
+        with self.clock("metrics"):
+            self.of[b].theirs_are = form_of(theirs[0, : min(8, batch.lengths[0])], self.dtype)
             margins = ours.margins(b)
-            if not waits:
-                judge_batch(b, mine, theirs, margins)
+            if self.waiting is None:
+                self._judge(b, mine, theirs, margins)
             else:
-                waiting[b] = margins
-                kept_ours.put(b, mine)
-                kept_theirs.put(b, theirs)
+                self.waiting[b] = margins
+                self.kept_ours.put(b, mine)
+                self.kept_theirs.put(b, theirs)
 
-    def judge_batch(b: int, mine: Tensor, theirs: Tensor, margins: Tensor | None) -> None:
-        batch, out = batches[b], of[b]
+    def judge_waiting(self) -> None:
+        """Logits that waited for the spread of all."""
+        for b, margins in sorted((self.waiting or {}).items()):
+            self._judge(b, self.kept_ours.pop(b), self.kept_theirs.pop(b), margins)
+        self.kept_ours.close()
+        self.kept_theirs.close()
+
+    def _judge(self, b: int, mine: Tensor, theirs: Tensor, margins: Tensor | None) -> None:
+        batch, out, meter = self.batches[b], self.of[b], self.meter
         other = meter.second_logits(b) if meter is not None else None
-        other = None if other is None else other.to(ours.device)
-        noise = meter.noise() if meter is not None else spread.layers  # type: ignore[union-attr]
-        tied = near_ties(margins, batch, noise, ours, dtype)
+        other = None if other is None else other.to(self.ours.device)
+        noise = self.spread.layers if meter is None else meter.noise()
+        tied = near_ties(margins, batch, noise, self.ours, self.dtype)
         first = 0
         for r, n in enumerate(batch.lengths):  # a row at a time: views, no copies of what is large
             for at, reference in references(theirs[r, :n], batch.following[r, :n]):
@@ -476,29 +492,22 @@ def measure(
             out.settled.sample(mine[r, :n], theirs[r, :n])
             first += n
 
-    with clock("oracle"):
-        if meter is None:
-            drive(oracle, batches, on_layer, on_logits)
-        else:
-            drive_both(oracle, batches, meter, on_layer, on_logits, clock)
-    with clock("metrics"):
-        for b in sorted(waiting):
-            judge_batch(b, kept_ours.pop(b), kept_theirs.pop(b), waiting[b])
-        kept_ours.close()
-        kept_theirs.close()
-    if sharing is not None and meter is not None:
-        own = {b: (of[b], meter.of[b]) for b in sharing.mine([x.ids.numel() for x in batches])}
-        for seen, visited in sharing.all((own, {i: v.cpu() for i, v in ours.visited.items()})):
-            of |= {b: measured for b, (measured, _) in seen.items()}
+    def told(self, sharing: Sharing) -> None:
+        """What the others have measured, of several ranks, each of which had some of the batches."""
+        if (meter := self.meter) is None:
+            return
+        own = {b: (self.of[b], meter.of[b]) for b in sharing.mine([x.ids.numel() for x in self.batches])}
+        for seen, visited in sharing.all((own, {i: v.cpu() for i, v in self.ours.visited.items()})):
+            self.of |= {b: measured for b, (measured, _) in seen.items()}
             meter.of |= {b: apart for b, (_, apart) in seen.items()}
-            ours.has_visited(visited)
-    out = nothing()
-    for b in sorted(of):
-        out += of[b]
-    out.spread = meter.result() if meter is not None else (spread or Spread())
-    if meter is not None and meter.ways is None and not is_upstream(oracle):
-        out.spread = rounding(dtype, out.settled.largest, "the oracle is run one way")
-    return out
+            self.ours.has_visited(visited)
+
+    def result(self) -> Measured:
+        out = self._nothing()
+        for b in sorted(self.of):
+            out += self.of[b]
+        out.spread = self.spread if self.meter is None else self.meter.result()
+        return out
 
 
 def settle(

@@ -44,6 +44,7 @@ from zoo.verify.remedies import (
     routed_scale_fitted,
     searched,
 )
+from zoo.verify.settings import Settings
 from zoo.verify.tolerance import Spread
 
 EMBEDDING, HEAD = "the embedding", "the final norm or the head"
@@ -61,13 +62,12 @@ def diagnose(
     oracle: Oracle,
     asked: Inputs,
     measured: Measured,
-    dtype: str,
-    expected: Spec | None = None,
-    stream: bool = False,
-    device: str | torch.device = "cpu",
+    expected: Spec | None,
+    how: Settings,
 ) -> dict[str, Any]:
     """Where ours departs first, and what would explain it; ready for the certificate. `expected`: the Spec that
-    the source's config gives. `stream`: hold no layers but those that must be run. `device`: where ours is run."""
+    the source's config gives. Streamed, no layers are held but those that must be run."""
+    dtype = how.dtype
     first = next(
         (i for i, tokens in enumerate(measured.layers)
          if tokens and not tolerance.representative(dtype, tokens) <= _finite_bound(dtype, i, measured.spread)),
@@ -84,12 +84,10 @@ def diagnose(
     told = bool(out["suggestions"])
     if shown:
         try:
-            batch = _telling(asked, measured, dtype, first)
-            shape = measured.spread, dtype, first, stream, measured.oracle_layers
-            _search(out, folder, oracle, batch, *shape, device)
+            _search(out, folder, oracle, _telling(asked, measured, dtype, first), measured, first, how)
             told = bool(out["suggestions"])
         except (MemoryError, RuntimeError) as e:
-            if not stream:
+            if not how.stream:
                 raise
             # The verdict stands without it.
             out["suggestions"].append(f"the search for the cause ended early: {e}")
@@ -134,19 +132,16 @@ def _search(
     folder: Canonical,
     oracle: Oracle,
     batch: Batch,
-    spread: Spread,
-    dtype: str,
+    measured: Measured,
     first: int | None,
-    stream: bool,
-    oracle_layers: int,
-    device: str | torch.device,
+    how: Settings,
 ) -> None:
     """Add to `out` the part that departs in layer `first` (None: in the ends), and what would explain it."""
-    spec = folder.spec
+    spec, spread, dtype, device = folder.spec, measured.spread, how.dtype, how.device
     feeding = [] if first is None else _feeding(spec, first)
     last = spec.n_layers - 1 if first is None else first
     seen = watch(oracle, batch, first, {last - 1, last, *(i - 1 for i in feeding)}, device)
-    if stream:
+    if how.stream:
         ids, clean = one_layer(folder, DTYPES[dtype], first, feeding, batch.ids, device)
     else:
         ids, clean = batch.ids, subject_of(folder, DTYPES[dtype], device=device)
@@ -177,9 +172,9 @@ def _search(
         out["suggestions"].append(_adds_up(first))
     elif finite:
         every = None
-        if not stream and first is not None and oracle_layers == spec.n_layers > 1:
+        if not how.stream and first is not None and measured.oracle_layers == spec.n_layers > 1:
             every = Whole(watch(oracle, batch, None, set(range(spec.n_layers)), device), dtype, spread)
-        _made_again(out, probe, clean, before, LARGE if stream else None, every)
+        _made_again(out, probe, clean, before, LARGE if how.stream else None, every)
     out["suggestions"] = list(dict.fromkeys(out["suggestions"]))[:8]
 
 

@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.model import Decoder
 from zoo.verify.compare import OnLayer as OnBatchLayer
-from zoo.verify.compare import OnLogits
+from zoo.verify.compare import OnLogits, SpreadMeter
 from zoo.verify.device import has_room
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import OnLayer, Transformers
+from zoo.verify.stage import Clock
 from zoo.verify.stream import StreamedTransformers
 
 
@@ -35,10 +36,14 @@ class InFloat64:
         self.avoid_ids = oracle.avoid_ids
 
     def __enter__(self) -> None:
-        self.oracle.model.double()
+        self._set(torch.float64)
 
     def __exit__(self, *_: Any) -> None:
-        self.oracle.model.float()
+        self._set(torch.float32)
+
+    def _set(self, dtype: torch.dtype) -> None:
+        model = self.oracle.model
+        model.double() if dtype == torch.float64 else model.float()
 
     def describe(self) -> dict[str, Any]:
         return self.oracle.describe() | {"dtype": "float64"}
@@ -51,38 +56,36 @@ class InFloat64:
 
     @contextlib.contextmanager
     def second_way(self) -> Iterator[tuple[str, str]]:
-        self.oracle.model.float()
+        self._set(torch.float32)
         try:
             yield "float64", "fp32"
         finally:
-            self.oracle.model.double()
+            self._set(torch.float64)
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
         return self.oracle.greedy(ids, n)
 
     @property
     def fits(self) -> bool:
-        """Whether the weights in float64 take at most half of the memory that is free."""
-        return has_room(self.oracle.device, 8 * sum(p.numel() for p in self.oracle.model.parameters()))
+        """Whether the weights that are held at a time take, in float64, at most half of the memory that is free."""
+        return has_room(self.oracle.device, 8 * self._held())
+
+    def _held(self) -> int:
+        return sum(p.numel() for p in self.oracle.model.parameters())
 
 
-class StreamedInFloat64:
-    """As `InFloat64`, of upstream streamed: each layer's weights are widened as they are read."""
+class StreamedInFloat64(InFloat64):
+    """Of upstream streamed: each layer's weights, read once, are widened for one of the ways."""
+
+    oracle: StreamedTransformers
 
     def __init__(self, oracle: StreamedTransformers) -> None:
-        self.oracle = oracle
-        self.avoid_ids = oracle.avoid_ids
+        super().__init__(oracle)
+        self._narrow = oracle.weights.fp32
 
-    def __enter__(self) -> None:
-        self._narrow = self.oracle.weights.fp32
-        self._set(torch.float64, frozenset())
-
-    def __exit__(self, *_: Any) -> None:
-        self._set(torch.float32, self._narrow)
-
-    def _set(self, dtype: torch.dtype, kept: frozenset[str]) -> None:
+    def _set(self, dtype: torch.dtype) -> None:
         oracle, wide = self.oracle, dtype == torch.float64
-        oracle.weights.dtype, oracle.weights.fp32 = dtype, kept
+        oracle.weights.dtype, oracle.weights.fp32 = dtype, frozenset() if wide else self._narrow
         oracle.around_pass = _WidenedPass if wide else contextlib.nullcontext
         oracle.around_step = _default_float64 if wide else contextlib.nullcontext
         for name in ("one", "mapped_one", "load"):  # a pass reads weights, too: those as they lie in the file
@@ -94,31 +97,18 @@ class StreamedInFloat64:
                 if b is not None and b.is_floating_point() and not b.is_meta:
                     m._buffers[name] = b.to(dtype)
 
-    def describe(self) -> dict[str, Any]:
-        return self.oracle.describe() | {"dtype": "float64"}
+    def drive_both(
+        self,
+        batches: Sequence[Batch],
+        meter: SpreadMeter,
+        on_layer: OnBatchLayer,
+        on_logits: OnLogits,
+        clock: Clock,
+    ) -> None:
+        self.oracle.drive_both(batches, meter, on_layer, on_logits, clock, self.second_way)
 
-    def drive(self, batches: Sequence[Batch], on_layer: OnBatchLayer, on_logits: OnLogits) -> None:
-        self.oracle.drive(batches, on_layer, on_logits)
-
-    def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
-        return self.oracle.run(ids, lengths, on_layer)
-
-    @contextlib.contextmanager
-    def second_way(self) -> Iterator[tuple[str, str]]:
-        self._set(torch.float32, self._narrow)
-        try:
-            yield "float64", "fp32"
-        finally:
-            self._set(torch.float64, frozenset())
-
-    def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        return None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the largest layer in float64 takes at most half of the memory that is free."""
-        largest = max(sum(p.numel() for p in x.parameters()) for x in self.oracle.layers)
-        return has_room(self.oracle.device, 8 * largest)
+    def _held(self) -> int:
+        return max(sum(p.numel() for p in x.parameters()) for x in self.oracle.layers)
 
 
 def _as_written(read: Callable[..., Any]) -> Callable[..., Any]:

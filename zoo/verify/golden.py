@@ -36,7 +36,6 @@ from zoo.formats.base import FLOATS
 from zoo.verify.certificate import machine
 from zoo.verify.compare import (
     Claimed,
-    Kept,
     OnLayer,
     OnLogits,
     Sketch,
@@ -340,7 +339,7 @@ def record(
     oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about: dict[str, Any] | None = None
 ) -> Path:
     """Run `oracle` on `inputs` both ways and write a golden file to `path`. `d`: the model's width."""
-    meter = SpreadMeter(inputs, d, dtype, Kept())
+    meter = SpreadMeter(inputs, d, dtype)
     tensors: dict[str, Tensor] = {}
     width = 0
 

@@ -7,9 +7,10 @@ Where the memory is more than can be had, the model is streamed.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from zoo.layout import active_params, layout, total_params
 from zoo.printable import decimal
 from zoo.spec import Spec
 from zoo.verify import inputs
+from zoo.verify.against import recorded_source
 from zoo.verify.certificate import READERS, cores
 from zoo.verify.device import available
+from zoo.verify.golden import is_golden
 from zoo.verify.metrics import LogitMetrics, references
-from zoo.verify.oracle import DTYPES
+from zoo.verify.oracle import DTYPES, Oracle, from_pretrained_files, upstream_available
+from zoo.verify.settings import Settings
+from zoo.verify.stage import Stage
 
 TEXT = 500
 """Tokens of the standard inputs beside the rows that cross a model's limits."""
@@ -57,20 +62,50 @@ class Need:
         return dict(vars(self))
 
 
-def needed(
+def foreseen(
     folder: Canonical,
-    source: Path | None,
-    dtype: str,
-    device: torch.device,
-    streamed: bool,
-    decodes: bool,
-    max_length: int = inputs.MAX_CROSSED,
+    against: str | os.PathLike[str] | Oracle | None,
+    how: Settings,
+    may_stream: bool,
     ranks: int = 1,
-) -> Need:
-    """Of both sides of a comparison of logits, `streamed` or with both models whole. `source`: what upstream reads, if
-    it is here. `decodes`: whether tokens are generated too. `ranks`: how many share ours, whole."""
-    spec, size = folder.spec, DTYPES[dtype].itemsize
-    crossed = [n for n in inputs.limits(spec, dtype).values() if n < max_length]
+) -> tuple[Need | None, str | None]:
+    """What the run will need, and said; and why the two models are streamed after all, where that is left open (`may_stream`).
+    None where upstream is not run here. `ranks`: how many have a part of ours each."""
+    path = recorded_source(folder) if against is None else against
+    if not isinstance(path, str | os.PathLike) or not (source := Path(path)).exists() or is_golden(source):
+        return None, None
+    if not upstream_available():
+        return None, None
+    need = needed(folder, source, how, ranks)
+    if need.fits or not may_stream:
+        how.say(Stage(str(need), seconds=need.seconds))
+        return need, None
+    what = f"both sides take {decimal(need.memory)} in {how.dtype}, and {decimal(need.available or 0)} can be had"
+    if not _can_stream(source):
+        how.say(
+            f"{what}; only folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
+        )
+        return need, None
+    need = needed(folder, source, replace(how, stream=True))
+    how.say(Stage(f"{need}: streaming, since {what}", seconds=need.seconds))
+    return need, what
+
+
+def _can_stream(path: Path) -> bool:
+    """Whether it is a GGUF file, or a folder where upstream would read safetensors files."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    if not (path / "config.json").is_file():
+        return False
+    names = from_pretrained_files(path)
+    return names is not None and all(n.endswith(".safetensors") for n in names)
+
+
+def needed(folder: Canonical, source: Path | None, how: Settings, ranks: int = 1) -> Need:
+    """Of both sides of a comparison of logits, streamed or with both models whole. `source`: what upstream reads, if it is
+    here. `ranks`: how many share ours, whole."""
+    spec, size = folder.spec, DTYPES[how.dtype].itemsize
+    crossed = [n for n in inputs.limits(spec, how.dtype).values() if n < how.max_length]
     rows = [max(crossed) + 64, min(crossed) + 2] if crossed else []
     tokens, longest = TEXT + sum(rows), max(sum(rows), 4 * 64)
     logits = 3 * longest * spec.vocab_size * size  # upstream's, both ways, and ours
@@ -79,10 +114,10 @@ def needed(
     ours = folder_size(folder.root) if folder.quant else theirs  # quantised weights stay so
     # Hashed; and read once in a pass, or compared and then loaded.
     return Need(
-        memory=logits + (largest_part(spec) * size if streamed else theirs + ours // ranks),
-        available=available(device),
-        reads=files * (2 if streamed else 3),
-        seconds=_seconds(folder, files, dtype, device, tokens, decodes and not streamed),
+        memory=logits + (largest_part(spec) * size if how.stream else theirs + ours // ranks),
+        available=available(how.device),
+        reads=files * (2 if how.stream else 3),
+        seconds=_seconds(folder, files, how, tokens),
     )
 
 
@@ -101,20 +136,18 @@ def folder_size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.iterdir() if p.is_file())
 
 
-def _seconds(
-    folder: Canonical, files: int, dtype: str, device: torch.device, tokens: int, decodes: bool
-) -> float | None:
-    spec = folder.spec
+def _seconds(folder: Canonical, files: int, how: Settings, tokens: int) -> float | None:
+    spec, device = folder.spec, how.device
     if total_params(spec) < WORTH_IT:
         return None
-    active, size = active_params(spec), DTYPES[dtype].itemsize
+    active, dtype = active_params(spec), DTYPES[how.dtype]
     total = 2 * files / _hashing(folder)  # comparing bytes takes about as long
     n = 2048
-    many, one, w = (torch.randn(m, n, device=device, dtype=DTYPES[dtype]) for m in (256, 1, n))
+    many, one, w = (torch.randn(m, n, device=device, dtype=dtype) for m in (256, 1, n))
     total += 3 * tokens * active * _took(lambda: many @ w, device) / (256 * n * n)
     total += 2 * tokens * _metrics_of_one(spec.vocab_size, device)
-    if decodes:
-        total += STEPS * active * size * _took(lambda: one @ w, device) / (n * n * size)
+    if "decode" in how.wanted and not how.stream:
+        total += STEPS * active * _took(lambda: one @ w, device) / (n * n)
     return total
 
 

@@ -6,52 +6,52 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
-
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint
 from zoo.formats.canonical import Canonical
 from zoo.model.load import load
 from zoo.verify import inputs, judge
+from zoo.verify.against import Against
 from zoo.verify.certificate import Certificate, Level
-from zoo.verify.compare import Clock, Longest, Measured, measure
+from zoo.verify.compare import Longest, Measured, measure
 from zoo.verify.device import exact as exact_on
 from zoo.verify.exact import Bytes, converted_to, plan_of
+from zoo.verify.golden import Golden
 from zoo.verify.inputs import Inputs
 from zoo.verify.oracle import DTYPES, Oracle, Transformers
 from zoo.verify.ours import Ours, Streamed, build, subject_of
 from zoo.verify.ranks import Following, Leading, Ranks
 from zoo.verify.reading import Window
 from zoo.verify.rounded import rounding_of
-from zoo.verify.stage import Progress
+from zoo.verify.settings import Settings
 
 NO_DECODE = "not done while streaming (it would read all weights once per token)"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, in what arithmetic, where, and who hears of it."""
+    """What is compared, and how."""
 
     folder: Canonical
-    oracle: Oracle
-    checkpoint: Checkpoint | None
-    wanted: tuple[str, ...]
-    dtype: str
-    stream: bool
+    other: Against
+    how: Settings
     window: Window | None
     """What an oracle is read through that goes through its layers beside ours."""
-    device: torch.device
-    max_length: int
-    n_greedy: int
-    say: Progress
-    clock: Clock
+    of_bytes: Bytes | None
+    """The bytes level, where it rides along there."""
     ranks: Ranks | None = None
+    """That share ours, whole."""
 
-    def into(
-        self, cert: Certificate, of_bytes: Bytes | None, texts: Future[inputs.Texts] | None
-    ) -> tuple[Inputs, Measured]:
-        """Judge the levels wanted; `of_bytes`: the bytes level, as far as it rides along in the pass. Of ranks that stream
-        together the first judges, and goes on alone.
+    @property
+    def oracle(self) -> Oracle:
+        assert self.other.oracle is not None
+        return self.other.oracle
+
+    @property
+    def dtype(self) -> str:
+        return self.how.dtype
+
+    def into(self, cert: Certificate, texts: Future[inputs.Texts] | None) -> tuple[Inputs, Measured]:
+        """Judge the levels wanted. Of ranks that stream together the first judges, and goes on alone.
 
         Raises ZooError if a recording is of another model or dtype."""
         sharing = None if self.window is None else self.window.sharing
@@ -62,9 +62,9 @@ class Comparison:
         led = self._led(self.oracle)
         if led is not None:
             led.task(asked, spread)
-        with self.clock("reading ours"):
+        with self.how.clock("reading ours"):
             ours = self._ours(self.dtype, self.window)
-        self.say(f"layers and logits of {asked.n_tokens} tokens")
+        self.how.say(f"layers and logits of {asked.n_tokens} tokens")
         began = time.perf_counter()
         if self._recorded not in (None, self.dtype):  # made in fp32, and ours in less
             wide = self._ours("fp32", None)
@@ -76,24 +76,23 @@ class Comparison:
             asked,
             self.dtype,
             spread=spread,
-            on_disk=self.stream,
-            clock=self.clock,
+            clock=self.how.clock,
             sharing=sharing,
         )
         spent = time.perf_counter() - began
         if self.window is not None and sharing is not None:
-            if of_bytes is not None:
-                of_bytes.told()
+            if self.of_bytes is not None:
+                self.of_bytes.told()
             self.window.sharing = None
             sharing.close()
             if not sharing.first:
                 return asked, measured
-        if of_bytes is not None:
-            with self.clock("plan and bytes"):
-                cert.levels.append(of_bytes.level())
+        if self.of_bytes is not None:
+            with self.how.clock("plan and bytes"):
+                cert.levels.append(self.of_bytes.level())
         levels = judged(measured, self.dtype)
         if self.dtype == "fp32" and any(x.verdict == "failed" for x in levels.values()):
-            with self.clock("float64"):
+            with self.how.clock("float64"):
                 again = self._against_float64(ours, asked)
             if again is not None:
                 measured, levels = again
@@ -104,9 +103,9 @@ class Comparison:
             )
         levels["logits"].seconds = spent
         self._enter(cert, levels)
-        if "decode" in self.wanted and self.stream:
+        if "decode" in self.how.wanted and self.how.stream:
             cert.not_checked.append(f"decode: {NO_DECODE}")
-        elif "decode" in self.wanted:
+        elif "decode" in self.how.wanted:
             cert.levels.append(self._decode(led, ours, asked, measured))
         if any(x.verdict == "failed" for x in cert.levels if x.name in ("layers", "logits")):
             self._diagnose(cert, asked, measured)
@@ -115,8 +114,6 @@ class Comparison:
     @property
     def _recorded(self) -> str | None:
         """The dtype that the oracle was recorded in; None: it is no recording."""
-        from zoo.verify.golden import Golden
-
         return self.oracle.about["dtype"] if isinstance(self.oracle, Golden) else None
 
     def _asked(self, cert: Certificate, texts: Future[inputs.Texts] | None) -> Inputs:
@@ -125,7 +122,7 @@ class Comparison:
             self.folder.spec,
             self.folder.root,
             getattr(self.oracle, "avoid_ids", frozenset()),
-            self.max_length,
+            self.how.max_length,
             theirs=getattr(self.oracle, "limits", None),
             dtype=self.dtype,
             made=None if texts is None else texts.result(),
@@ -154,16 +151,16 @@ class Comparison:
     def _ours(self, dtype: str, window: Window | None) -> Ours:
         if self.ranks is not None:
             return shared(self.folder, dtype, self.ranks)
-        if not self.stream:
-            return Ours(build(subject_of(self.folder, DTYPES[dtype], device=self.device)))
-        ours = Streamed(self.folder, DTYPES[dtype], self.device, window)
+        if not self.how.stream:
+            return Ours(build(subject_of(self.folder, DTYPES[dtype], device=self.how.device)))
+        ours = Streamed(self.folder, DTYPES[dtype], self.how.device, window)
         if window is not None:
             window.riders.append(ours)
         return ours
 
     def _enter(self, cert: Certificate, levels: dict[str, Level]) -> None:
         """Put layers and logits into the certificate, as far as they are wanted and there is something to judge."""
-        for name in (n for n in levels if n in self.wanted):
+        for name in (n for n in levels if n in self.how.wanted):
             made = levels[name]
             if not made.checks:
                 cert.not_checked.append(
@@ -175,12 +172,16 @@ class Comparison:
             cert.levels.append(made)
 
     def _decode(self, led: Leading | None, ours: Ours, asked: Inputs, measured: Measured) -> Level:
-        self.say(f"{self.n_greedy} greedy tokens")
+        self.how.say(f"{self.how.n_greedy} greedy tokens")
         began = time.perf_counter()
         if led is not None:
-            led.task(asked, getattr(self.oracle, "spread", None), measured=measured, n_greedy=self.n_greedy)
-        with self.clock("decode"):
-            level = judge.decode_level(led or self.oracle, ours, asked, measured, self.dtype, self.n_greedy)
+            led.task(
+                asked, getattr(self.oracle, "spread", None), measured=measured, n_greedy=self.how.n_greedy
+            )
+        with self.how.clock("decode"):
+            level = judge.decode_level(
+                led or self.oracle, ours, asked, measured, self.dtype, self.how.n_greedy
+            )
         level.seconds = time.perf_counter() - began
         return level
 
@@ -188,12 +189,10 @@ class Comparison:
         """Layer, part and cause of what departs."""
         from zoo.verify import diagnose
 
-        self.say("looking for the cause")
-        expected = None if self.checkpoint is None else plan_of(self.folder, self.checkpoint).spec
-        with self.clock("diagnosis"):
-            cert.diagnosis = diagnose.diagnose(
-                self.folder, self.oracle, asked, measured, self.dtype, expected, self.stream, self.device
-            )
+        self.how.say("looking for the cause")
+        expected = None if self.other.checkpoint is None else plan_of(self.folder, self.other.checkpoint).spec
+        with self.how.clock("diagnosis"):
+            cert.diagnosis = diagnose.diagnose(self.folder, self.oracle, asked, measured, expected, self.how)
         if (copied := converted_to(self.folder)) in ("bf16", "fp16") and self.dtype == "fp32":
             cert.diagnosis["suggestions"].insert(
                 0,
@@ -205,23 +204,19 @@ class Comparison:
         from zoo.verify.float64 import InFloat64, StreamedInFloat64
         from zoo.verify.stream import StreamedTransformers
 
-        wide: InFloat64 | StreamedInFloat64
-        if type(self.oracle) is Transformers:
-            wide = InFloat64(self.oracle)
-        elif isinstance(self.oracle, StreamedTransformers):
-            wide = StreamedInFloat64(self.oracle)
-        else:
+        oracle = self.oracle
+        if not isinstance(oracle, Transformers):
             return None
+        wide = StreamedInFloat64(oracle) if isinstance(oracle, StreamedTransformers) else InFloat64(oracle)
         if not wide.fits:
             return None
-        self.say("upstream in float64, for how far its fp32 is from that")
-        streamed = isinstance(wide, StreamedInFloat64)
+        self.how.say("upstream in float64, for how far its fp32 is from that")
         try:
             with wide:
                 led = self._led(wide)
                 if led is not None:
                     led.task(asked, None)
-                measured = measure(led or wide, ours, asked, "fp32", on_disk=streamed, longest=Longest())
+                measured = measure(led or wide, ours, asked, "fp32", longest=Longest())
         except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
             if self.ranks is not None:  # the others are waiting in the middle of it
                 raise

@@ -12,10 +12,11 @@ from zoo.formats.opening import open_checkpoint
 from zoo.spec import Spec
 from zoo.verify import certificate, golden
 from zoo.verify import inputs as standard
+from zoo.verify.against import readable
 from zoo.verify.certificate import NO_TRANSFORMERS
 from zoo.verify.device import chosen, described, exact
 from zoo.verify.oracle import Transformers, upstream_available
-from zoo.verify.run import readable, versions
+from zoo.verify.run import versions
 from zoo.verify.stage import Progress, silent
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from zoo.verify.compare import Kept, Sketched, SpreadMeter, drive_both, rows
+from zoo.verify.compare import Sketched, SpreadMeter, drive_both, rows
 from zoo.verify.inputs import Inputs
 from zoo.verify.metrics import references
 from zoo.verify.oracle import OnLayer
@@ -51,7 +51,7 @@ class TwoPrecisions:
 def rounding_of(wide: Ours, low: Ours, inputs: Inputs, dtype: str) -> Spread:
     """The spread between the two on these inputs."""
     oracle = TwoPrecisions(wide, low, dtype)
-    meter = SpreadMeter(inputs, wide.spec.d_model, dtype, Kept())
+    meter = SpreadMeter(inputs, wide.spec.d_model, dtype)
 
     def on_layer(b: int, i: int, x: Tensor | Sketched) -> None:
         if isinstance(x, Tensor) and (r := rows(x, inputs.batches[b], wide.spec.d_model)) is not None:

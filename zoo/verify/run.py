@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,53 +23,25 @@ from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
-from zoo.formats.opening import open_checkpoint
-from zoo.printable import decimal
-from zoo.quant import foreign
-from zoo.quant.schemes import scheme
-from zoo.spec import Spec
+from zoo.verify import against as opened
 from zoo.verify import certificate, exact, inputs
-from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC, Certificate, Check, Level
-from zoo.verify.compare import Clock
+from zoo.verify.against import Against, StrPath
+from zoo.verify.certificate import LEVELS, NUMERIC, Certificate, Level
 from zoo.verify.device import chosen, described
 from zoo.verify.device import exact as exact_on
 from zoo.verify.exact import plan_of
-from zoo.verify.need import Need, needed
+from zoo.verify.golden import is_golden
+from zoo.verify.need import foreseen
 from zoo.verify.numeric import NO_DECODE, Comparison, follow
-from zoo.verify.oracle import (
-    DTYPES,
-    CannotLoad,
-    DequantisedWhole,
-    NoUpstream,
-    Oracle,
-    Transformers,
-    from_pretrained_files,
-    upstream_available,
-)
+from zoo.verify.oracle import DTYPES, NoUpstream, Oracle
 from zoo.verify.ranks import Ranks
 from zoo.verify.reading import Window
+from zoo.verify.settings import Settings
 from zoo.verify.sharing import Sharing
-from zoo.verify.stage import Progress, Stage, silent
+from zoo.verify.stage import Progress, silent
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from zoo.mapping.plan import Plan
-
-StrPath = str | os.PathLike[str]
-
-
-@dataclass
-class Against:
-    """What a canonical folder is compared with: a source's files, an oracle, either or both."""
-
-    checkpoint: Checkpoint | None = None
-    path: Path | None = None
-    oracle: Oracle | None = None
-    why_no_source: str | None = None
-    why_no_oracle: str | None = None
-    written: Plan | None = None  # the reading of a GGUF that was made of the folder
-    cleanup: tempfile.TemporaryDirectory[str] | None = None
 
 
 def verify(
@@ -128,10 +96,10 @@ def verify(
         )
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    wanted = wanted_by(level)
-    say = progress or silent
-    started, clock = time.perf_counter(), Clock()
-    on = chosen(device)
+    started = time.perf_counter()
+    how = Settings(
+        wanted_by(level), dtype, chosen(device), bool(stream), max_length, n_greedy, progress or silent
+    )
     file = None
     if Path(canon).is_file():
         if not isinstance(against, str | os.PathLike) or not Path(against).is_dir():
@@ -144,83 +112,78 @@ def verify(
     if mesh is not None and mesh.size() > 1:
         if self_test:
             raise ZooError("the self-test is for one process: ranks share a whole model")
-        ranks = Ranks(mesh, on)
-    numeric = [n for n in NUMERIC if n in wanted]
+        ranks = Ranks(mesh, how.device)
     need = why_streamed = None
-    if level == "decode" or self_test:
-        stream = bool(stream)
-    if numeric and (ranks is None or ranks.first):
-        with clock("what it needs"):
+    if how.numeric and (ranks is None or ranks.first):
+        may_stream = stream is None and level != "decode" and not self_test
+        with how.clock("what it needs"):
             need, why_streamed = foreseen(
-                folder,
-                against,
-                dtype,
-                on,
-                stream,
-                "decode" in numeric,
-                max_length,
-                say,
-                1 if ranks is None else ranks.mesh.size(),
+                folder, against, how, may_stream, 1 if ranks is None else ranks.mesh.size()
             )
-    stream = bool(stream) or why_streamed is not None
+    how = replace(how, stream=how.stream or why_streamed is not None)
     sharing = None
     if ranks is not None:
-        stream = ranks.said(stream and bool(numeric))
-        if ranks.said(stream and _recorded(against)):
+        how = replace(how, stream=ranks.said(how.stream and bool(how.numeric)))
+        if ranks.said(how.stream and _recorded(against)):
             raise ZooError(
                 "ranks stream where upstream reads the weights; a recording, or another oracle, is for one process"
             )
-        if stream:
+        if how.stream:
             sharing = Sharing(ranks.mesh)
         elif not ranks.first:
             return follow(folder, dtype, ranks)
     # Of processes and processors of their own, while Python opens.
-    aside = ThreadPoolExecutor(3, "zoo-verify")
+    aside = ThreadPoolExecutor(4, "zoo-verify")
     hashing = aside.submit(_canonical, folder, sharing)
-    texts = aside.submit(inputs.texts, folder.root, folder.spec.vocab_size) if numeric else None
-    say("opening the source")
-    with clock("opening"):
-        window = Window(sharing) if stream else None
-        other = resolve(folder, against) if file is None else _file_of(folder, file)
+    texts = aside.submit(inputs.texts, folder.root, folder.spec.vocab_size) if how.numeric else None
+    how.say("opening the source")
+    with how.clock("opening"):
+        window = Window(sharing) if how.stream else None
+        other = opened.resolve(folder, against) if file is None else opened.file_of(folder, file)
         hashing_source = aside.submit(_source, folder, other, sharing)
+        # In another dtype upstream sets torch's own meanwhile, of all threads.
+        early = how.numeric and not how.stream and dtype == "fp32" and file is None
+        unheard = replace(how, say=silent)
+        exactly = aside.submit(_exact_levels, folder, other, unheard, None, hashing) if early else None
         aside.shutdown(wait=False)
         if file is not None:
-            _open_reading(other, folder, dtype, window, bool(numeric), on)
-        elif numeric and other.oracle is None and other.checkpoint is not None:
-            _open_oracle(other, folder, other.checkpoint, dtype, window, on)
+            opened.open_reading(other, folder, how, window)
+        elif how.numeric and other.oracle is None and other.checkpoint is not None:
+            opened.open_oracle(other, folder, other.checkpoint, how, window)
         held = contextlib.ExitStack()
     try:
-        held.enter_context(exact_on(on))
-        why_not = _why_not(folder, other, stream, level)
+        held.enter_context(exact_on(how.device))
+        why_not = _why_not(folder, other, how.stream, level)
         if why_not and (level in NUMERIC or self_test):
             raise ZooError(f"{folder.root}: {level or 'the self-test'} can't be judged: {why_not}")
-        if self_test and not numeric:
+        if self_test and not how.numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
-        with clock("hashes"):
+        with how.clock("hashes"):
             canonical_files, source_files = hashing.result(), hashing_source.result()
             if sharing is not None:
                 _merge(sharing, canonical_files, source_files)
         cert = Certificate(
             canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
-            disagreements=_disagreements(folder.spec, other.oracle), required=require,
-            versions=versions(), device=described(on) | ({} if ranks is None else {"ranks": ranks.mesh.size()}),
+            disagreements=opened.disagreements(folder.spec, other.oracle), required=require,
+            versions=versions(), device=described(how.device) | ({} if ranks is None else {"ranks": ranks.mesh.size()}),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             places=_places(folder, other), need=None if need is None else need.to_json(),
         )  # fmt: skip
         # Ours and bytes go along with an oracle that reads its weights, not with a recording.
-        in_pass = window if numeric and not why_not and hasattr(other.oracle, "drive_both") else None
-        with clock("plan and bytes"):
-            of_bytes = _exact_levels(cert, folder, other, wanted, in_pass, say)
-        if numeric and why_not:
-            cert.not_checked.append(f"{', '.join(numeric)}: {why_not}")
-        elif numeric:
-            assert other.oracle is not None
+        in_pass = window if how.numeric and not why_not and hasattr(other.oracle, "drive_both") else None
+        how.say("plan and bytes")
+        with how.clock("plan and bytes"):
+            found = exactly.result() if exactly else _exact_levels(folder, other, how, in_pass, hashing)
+            cert.rules, of_bytes = found.rules, found.of_bytes
+            cert.levels += found.levels
+            cert.not_checked += found.not_checked
+        if how.numeric and why_not:
+            cert.not_checked.append(f"{', '.join(how.numeric)}: {why_not}")
+        elif how.numeric:
+            compared = Comparison(folder, other, how, in_pass, of_bytes, None if how.stream else ranks)
             try:
-                asked, measured = Comparison(
-                    folder, other.oracle, other.checkpoint, wanted, dtype, stream, in_pass, on, max_length, n_greedy,
-                    say, clock, None if stream else ranks,
-                ).into(cert, of_bytes, texts)  # fmt: skip
+                asked, measured = compared.into(cert, texts)
                 if sharing is not None and not sharing.first:
                     return sharing.of_first(cert)
                 if why_streamed is not None:
@@ -231,22 +194,22 @@ def verify(
             except NoUpstream as e:  # streamed, it loads as it runs
                 if level in NUMERIC or self_test:
                     raise
-                cert.not_checked.append(f"{', '.join(numeric)}: {e}")
+                cert.not_checked.append(f"{', '.join(how.numeric)}: {e}")
                 self_test = False
                 if of_bytes is not None and cert.level("bytes") is None:
-                    with clock("plan and bytes"):
+                    with how.clock("plan and bytes"):
                         cert.levels.append(of_bytes.level())
             if self_test and not cert.failed:
                 from zoo.verify import selftest
 
                 plan = None if other.checkpoint is None else plan_of(folder, other.checkpoint)
-                with clock("self-test"):
-                    cert.faults = selftest.run(
-                        folder, other.oracle, asked, measured.spread, dtype, plan, say, on
-                    )
+                assert other.oracle is not None
+                with how.clock("self-test"):
+                    cert.faults = selftest.run(folder, other.oracle, asked, measured.spread, plan, how)
         total = time.perf_counter() - started
-        clock.seconds["the rest"] = total - sum(clock.seconds.values())
-        cert.timing = {k: round(v, 3) for k, v in clock.seconds.items()} | {"total": round(total, 3)}
+        seconds = how.clock.seconds
+        seconds["the rest"] = total - sum(seconds.values())
+        cert.timing = {k: round(v, 3) for k, v in seconds.items()} | {"total": round(total, 3)}
         judged = {x.name for x in cert.levels if x.verdict != "skipped"}
         if not judged or (level is not None and level not in judged and not cert.failed):
             what = f"{level} can't" if judged else "nothing can"
@@ -269,6 +232,13 @@ def wanted_by(level: str | None) -> tuple[str, ...]:
     return LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
 
 
+def _recorded(against: StrPath | Oracle | None) -> bool:
+    """Whether it is a recording, or an oracle that is no path."""
+    if against is None:
+        return False
+    return not isinstance(against, str | os.PathLike) or is_golden(Path(against))
+
+
 def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: str | None) -> str | None:
     """Why the numeric levels, or the one asked for, can't be judged; None if they can."""
     if other.oracle is None:
@@ -278,385 +248,75 @@ def _why_not(folder: canonical.Canonical, other: Against, stream: bool, level: s
     return NO_DECODE if stream and level == "decode" else None
 
 
-def foreseen(
-    folder: canonical.Canonical,
-    against: StrPath | Oracle | None,
-    dtype: str,
-    on: torch.device,
-    stream: bool | None,
-    decodes: bool,
-    max_length: int,
-    say: Progress,
-    ranks: int = 1,
-) -> tuple[Need | None, str | None]:
-    """What the run will need, and said; and why the two models are streamed, where `stream` leaves that open. None where
-    upstream is not run here. `ranks`: how many have a part of ours each."""
-    path = _recorded_source(folder) if against is None else against
-    if not isinstance(path, str | os.PathLike) or not Path(path).exists() or _is_golden(Path(path)):
-        return None, None
-    if not upstream_available():
-        return None, None
-    need = needed(folder, Path(path), dtype, on, bool(stream), decodes, max_length, ranks)
-    if need.fits or stream is not None:
-        say(Stage(str(need), seconds=need.seconds))
-        return need, None
-    what = f"both sides take {decimal(need.memory)} in {dtype}, and {decimal(need.available or 0)} can be had"
-    if not _can_stream(Path(path)):
-        say(
-            f"{what}; only folders of safetensors, and GGUF files, are streamed without being asked to (--stream)"
-        )
-        return need, None
-    need = needed(folder, Path(path), dtype, on, True, False, max_length)
-    say(Stage(f"{need}: streaming, since {what}", seconds=need.seconds))
-    return need, what
-
-
-def _recorded(against: StrPath | Oracle | None) -> bool:
-    """Whether it is a recording, or an oracle that is no path."""
-    if against is None:
-        return False
-    return not isinstance(against, str | os.PathLike) or _is_golden(Path(against))
-
-
-def _can_stream(path: Path) -> bool:
-    """Whether it is a GGUF file, or a folder where upstream would read safetensors files."""
-    if path.is_file():
-        return path.suffix == ".gguf"
-    if not (path / "config.json").is_file():
-        return False
-    names = from_pretrained_files(path)
-    return names is not None and all(n.endswith(".safetensors") for n in names)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What to compare with
-
-
-def resolve(folder: canonical.Canonical, against: StrPath | Oracle | None) -> Against:
-    """Open the source that `against` stands for; and the oracle, if it is one or a recording."""
-    if against is not None and not isinstance(against, str | os.PathLike):
-        return Against(oracle=against, why_no_source="the oracle was given as an object")
-    if against is not None and _is_golden(Path(against)):
-        from zoo.verify.golden import Golden
-
-        source = _recorded_source(folder)
-        golden = Golden(Path(against), folder.spec.family)
-        if source is None:
-            return Against(oracle=golden, why_no_source="compared with a recording; the source is not here")
-        return Against(open_checkpoint(source), source, golden)
-    path = _recorded_source(folder) if against is None else Path(against)
-    if path is None and (values := folder.source.get("values")):
-        why = f"its values are no release's ({values.get('by')}, from {values.get('from')}); name what they should equal with --against"
-        return Against(why_no_source=why, why_no_oracle=why)
-    if path is None:
-        where = folder.source.get("path") or folder.source.get("root") or "an unknown place"
-        return Against(
-            why_no_source=f"the source it was converted from ({where}) is not there any more",
-            why_no_oracle=f"the source ({where}) is not there any more; name one with --against",
-        )
-    if not path.exists():
-        raise ZooError(f"{path}: no such file or folder to verify against")
-    return Against(open_checkpoint(path), path)
-
-
-def _file_of(folder: canonical.Canonical, file: Path) -> Against:
-    """A GGUF written of the folder."""
-    from zoo.verify import written
-
-    plan = written.of(folder, file)
-    return Against(plan.checkpoint, file, written=plan)
-
-
-def _open_reading(
-    out: Against,
-    folder: canonical.Canonical,
-    dtype: str,
-    window: Window | None,
-    needs_oracle: bool,
-    device: torch.device,
-) -> None:
-    """Upstream's reading of a GGUF written of the folder, where it holds the folder's values."""
-    from zoo.verify import written
-
-    plan, file = out.written, out.path
-    assert plan is not None
-    path, rounded = readable(plan.checkpoint), written.rounded_types(folder, plan)
-    if rounded:
-        out.why_no_oracle = (
-            f"the file rounds the folder's values to {', '.join(rounded)}: they are held to that rounding; `zoo convert "
-            f"{file} FOLDER` and `zoo verify FOLDER` compare what is left with upstream's reading of it"
-        )
-    elif not upstream_available():
-        out.why_no_oracle = NO_TRANSFORMERS
-    elif path is None:
-        out.why_no_oracle = "upstream cannot read a GGUF of several files"
-    elif needs_oracle:
-        try:
-            oracle = _upstream(folder.spec, path, dtype, None, window, device)
-        except (CannotLoad, NoUpstream) as e:  # an export of the folder would say nothing of the file
-            out.why_no_oracle = str(e)
-        else:
-            # Its loader drops many a field: the experts of Mixtral, the caps of Gemma 2 where they are not 50 and 30.
-            out.why_no_oracle = written.read_otherwise(folder, oracle.model.config.to_dict())
-            out.oracle = None if out.why_no_oracle else oracle
-
-
-def _recorded_source(folder: canonical.Canonical) -> Path | None:
-    recorded = folder.source.get("path") or folder.source.get("root")
-    return Path(recorded) if recorded and isinstance(recorded, str) and Path(recorded).exists() else None
-
-
-def _is_golden(path: Path) -> bool:
-    from zoo.verify.golden import is_golden
-
-    return bool(is_golden(path))
-
-
-def _open_oracle(
-    out: Against,
-    folder: canonical.Canonical,
-    ckpt: Checkpoint,
-    dtype: str,
-    window: Window | None,
-    device: torch.device,
-) -> None:
-    if not upstream_available():
-        out.why_no_oracle = NO_TRANSFORMERS
-        return
-    path, why_chosen = readable(ckpt), "as asked for: left to itself it reads other files"
-    if path == ckpt.root and ckpt.chosen is None and len(ckpt.files) == 1 and not from_pretrained_files(path):
-        ckpt = replace(ckpt, chosen=next(iter(ckpt.files)))
-        why_chosen = "under a name that it looks for: left to itself it finds no weights there"
-    why = f"upstream cannot read {ckpt.format} files"
-    try:
-        if path is not None:
-            if path != ckpt.root or ckpt.chosen is None or _takes_the_same(ckpt):
-                out.oracle = _upstream(folder.spec, path, dtype, None, window, device)
-                return
-            note = f"upstream was given {ckpt.chosen} alone, {why_chosen}"
-            if window is None:
-                path, out.cleanup = alone(ckpt)
-            out.oracle = _upstream(folder.spec, path, dtype, note, window, device, ckpt.files)
-            return
-    except DequantisedWhole as e:
-        note = (
-            f"{str(e).removesuffix('.')}, so it was given what zoo's formulas say that the codes stand for, under the source's "
-            "names: those formulas have tests of their own"
-        )
-        plan = _dequantising(folder, ckpt)
-        try:
-            out.oracle = _upstream(folder.spec, ckpt.root, dtype, note, window, device, ckpt.files, plan)
-        except NoUpstream as e:
-            out.why_no_oracle = str(e)
-        return
-    except CannotLoad as e:
-        # Of a plain folder of plain weights an export would be the same files again.
-        quantised = folder.quant or foreign.said(ckpt.config)
-        if ckpt.format != "gguf" and (window is not None or not quantised):
-            out.why_no_oracle = str(e)
-            return
-        why = str(e).removesuffix(".")
-    except NoUpstream as e:
-        out.why_no_oracle = str(e)
-        return
-    # Of fp8 in Mistral's format, too, an export would keep a form that upstream's classes do not read.
-    plain = dtype if folder.quant and (path is not None or ckpt.format == "mistral") else None
-    given = (
-        "the canonical weights"
-        if plain is None
-        else f"the source, converted again and dequantised to {plain},"
-    )
-    independent = "the bytes level is independent of that"
-    if any(scheme(q).module for q in folder.quant.values()) or (
-        not folder.quant and foreign.said(ckpt.config)
-    ):
-        independent += ", but for what a code stands for: that formula has tests of its own"
-    note = (
-        f"{why}, so it was given {given} under its own names: a mistake that import and export share would not show here "
-        f"({independent})"
-    )
-    try:
-        given_path, out.cleanup = _exported(folder, ckpt, plain)
-    except ZooError as e:
-        out.why_no_oracle = f"{why}, and it cannot be given an export: {e}"
-        return
-    try:
-        out.oracle = _upstream(folder.spec, given_path, dtype, note, window, device)
-    except CannotLoad as e:
-        assert out.cleanup is not None
-        out.cleanup.cleanup()
-        raise ZooError(f"{why}, so it was given an export, and that failed: {e}") from e
-    except NoUpstream as e:
-        out.why_no_oracle = str(e)
-
-
-def _disagreements(spec: Spec, oracle: Oracle | None) -> list[dict[str, Any]]:
-    """Those known of this model, each with how the oracle stood to it."""
-    corrected = getattr(oracle, "corrected", [])
-    of_zoo = isinstance(oracle, Transformers)
-    return [
-        d.to_json()
-        | {"oracle": "corrected" if d.about in corrected else "as it is" if of_zoo else "not known"}
-        for d in families.disagreements(spec)
-    ]
-
-
-def _upstream(
-    spec: Spec,
-    path: Path,
-    dtype: str,
-    note: str | None,
-    window: Window | None,
-    device: torch.device,
-    files: Iterable[str] | None = None,
-    plan: Plan | None = None,
-) -> Transformers:
-    """Upstream's model of the checkpoint, corrected where it is known to be on the other side of a disagreement."""
-    if window is not None:
-        from zoo.verify.stream import StreamedTransformers
-
-        oracle: Transformers = StreamedTransformers(path, dtype, note, files, device, window, plan)
-    else:
-        oracle = Transformers(path, dtype, note, device)
-    for d in families.disagreements(spec):
-        if d.correct is not None:
-            d.correct(oracle.model)
-            oracle.corrected.append(d.about)
-    return oracle
-
-
-def readable(ckpt: Checkpoint) -> Path | None:
-    """The path that transformers can load this checkpoint from, or None."""
-    if ckpt.format == "gguf" and len(ckpt.files) == 1:
-        return ckpt.path(next(iter(ckpt.files)))
-    if (
-        "hf" in ckpt.naming
-        and (ckpt.root / "config.json").is_file()
-        and ckpt.format in ("safetensors", "pickle")
-    ):
-        return ckpt.root
-    return None
-
-
-def _takes_the_same(ckpt: Checkpoint) -> bool:
-    return from_pretrained_files(ckpt.root) == tuple(sorted(ckpt.files))
-
-
-def alone(ckpt: Checkpoint) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
-    """A folder of links to the files of the set that was chosen, under the names that `from_pretrained` looks for."""
-    assert ckpt.chosen is not None
-    holder = tempfile.TemporaryDirectory(prefix="zoo-verify-")
-    root, here = Path(holder.name), ckpt.root.resolve()
-    for name in ckpt.carried:
-        if name != "config.json" and not name.endswith(".index.json"):
-            (root / name).symlink_to(here / name)
-    config = {k: v for k, v in ckpt.config.items() if k != "transformers_weights"}
-    (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    whole = "pytorch_model.bin" if ckpt.format == "pickle" else "model.safetensors"
-    if ckpt.chosen in ckpt.files:
-        (root / whole).symlink_to((here / ckpt.chosen).resolve())
-    else:
-        # What zoo reads is read as a stranger's: a link that leads out is refused.
-        shutil.copyfile(here / ckpt.chosen, root / f"{whole}.index.json")
-        for name in ckpt.files:
-            (root / name).symlink_to((here / name).resolve())
-    return root, holder
-
-
-def files_level(ckpt: Checkpoint) -> Check | None:
-    """That the source's files are those that upstream itself would open; None where it would open none of them, or the
-    user said which."""
-    if readable(ckpt) != ckpt.root or ckpt.chosen is not None:
-        return None
-    theirs = from_pretrained_files(ckpt.root)
-    if theirs is None:
-        return None
-    odd = sorted(set(theirs) ^ set(ckpt.files))
-    why = f"from_pretrained reads {', '.join(theirs[:3])}" + (
-        f" and {len(theirs) - 3} more" if theirs[3:] else ""
-    )
-    return Check("files read by zoo or upstream alone", len(odd), 0, why, len({*theirs, *ckpt.files}))
-
-
-def _exported(
-    folder: canonical.Canonical, ckpt: Checkpoint, dtype: str | None
-) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
-    """The folder's weights under upstream's names; with a `dtype`, the checkpoint's, converted to it first."""
-    from zoo.mapping.execute import convert
-    from zoo.mapping.export import export
-    from zoo.mapping.plan import make_plan
-
-    holder = tempfile.TemporaryDirectory(prefix="zoo-verify-")
-    path = Path(holder.name) / "exported"
-    try:
-        root = folder.root
-        if dtype is not None:
-            root = convert(make_plan(ckpt, dtype=dtype), Path(holder.name) / "plain")
-        export(root, path, format="hf")
-    except BaseException:
-        holder.cleanup()
-        raise
-    return path, holder
-
-
 # ---------------------------------------------------------------------------------------------------
 # Levels
 
 
+@dataclass
+class _Exact:
+    """The levels plan and bytes, ready for the certificate."""
+
+    rules: dict[str, Any] | None = None
+    levels: list[Level] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    of_bytes: exact.Bytes | None = None
+    """By what bytes are compared later, as they pass a window."""
+
+
 def _exact_levels(
-    cert: Certificate,
     folder: canonical.Canonical,
     other: Against,
-    wanted: tuple[str, ...],
+    how: Settings,
     window: Window | None,
-    say: Progress,
-) -> exact.Bytes | None:
-    """The levels plan and bytes. With a `window`, bytes are compared as they pass there: by what is returned."""
-    plan, why, of_bytes = other.written, other.why_no_source, None
+    files: Future[dict[str, Any]],
+) -> _Exact:
+    """The levels plan and bytes. With a `window`, bytes are compared as they pass there. `files`: the folder's hashes."""
+    out = _Exact()
+    plan, why = other.written, other.why_no_source
     if plan is not None:
         from zoo.verify import written
 
-        cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        out.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
         for name, level in (("plan", written.written_plan_level), ("bytes", written.written_bytes_level)):
-            if name in wanted:
-                say(name)
+            if name in how.wanted:
+                how.say(name)
                 t = time.perf_counter()
-                cert.levels.append(level(folder, plan))
-                cert.levels[-1].seconds = time.perf_counter() - t
-        return None
+                out.levels.append(level(folder, plan))
+                out.levels[-1].seconds = time.perf_counter() - t
+        return out
     if other.checkpoint is not None:
-        say("planning")
+        how.say("planning")
         plan = plan_of(folder, other.checkpoint)
-        cert.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
+        out.rules = {"family": plan.family.name, "naming": plan.naming, "version": plan.rules_version}
         if folder.source.get("family_given"):
-            cert.rules["family_given"] = True
-    for name in ("plan", "bytes"):
-        if name not in wanted:
-            continue
-        if name == "bytes" and plan is None:
-            if changed := certificate.departed(folder.root, cert.canonical["files"]):
-                raise ZooError(
-                    f"{folder.root / changed}: not what {certificate.FILE} vouches for, and {why}: convert again, or delete "
-                    f"{certificate.FILE} if the change is meant"
-                )
-            cert.not_checked.append(f"bytes: {why}")
-            continue
-        if name == "bytes" and plan is not None and window is not None:
-            of_bytes = exact.Bytes(folder, plan, window=window)
-            window.riders.append(of_bytes)
-            continue
-        say(name)
+            out.rules["family_given"] = True
+    if "plan" in how.wanted:
+        how.say("plan")
         t = time.perf_counter()
-        made = exact.plan_level(folder, plan, why) if name == "plan" else exact.bytes_level(folder, plan)  # type: ignore[arg-type]
+        made = exact.plan_level(folder, plan, why)
         made.seconds = time.perf_counter() - t
-        if name == "plan" and other.checkpoint is not None:
-            if (same := files_level(other.checkpoint)) is not None:
+        if other.checkpoint is not None:
+            if (same := opened.files_level(other.checkpoint)) is not None:
                 made.checks.append(same)
             made.notes += [n for n in other.checkpoint.notes if n.startswith("weights: ")]
-        if name == "plan":
-            made.notes += _unknown_fields(folder, other.checkpoint)
-        cert.levels.append(made)
-    return of_bytes
+        made.notes += _unknown_fields(folder, other.checkpoint)
+        out.levels.append(made)
+    if "bytes" not in how.wanted:
+        return out
+    if plan is None:
+        if changed := certificate.departed(folder.root, files.result()["files"]):
+            raise ZooError(
+                f"{folder.root / changed}: not what {certificate.FILE} vouches for, and {why}: convert again, or delete "
+                f"{certificate.FILE} if the change is meant"
+            )
+        out.not_checked.append(f"bytes: {why}")
+    elif window is not None:
+        out.of_bytes = exact.Bytes(folder, plan, window=window)
+        window.riders.append(out.of_bytes)
+    else:
+        how.say("bytes")
+        out.levels.append(exact.bytes_level(folder, plan))
+    return out
 
 
 def _unknown_fields(folder: canonical.Canonical, ckpt: Checkpoint | None) -> list[str]:
@@ -669,12 +329,6 @@ def _unknown_fields(folder: canonical.Canonical, ckpt: Checkpoint | None) -> lis
         return families.read(config, family, f"{folder.root / canonical.JSON}: the source's config")[1]
     except ZooError as e:
         return [f"which fields of the config zoo does not know was not looked at: {e}"]
-
-
-def _dequantising(folder: canonical.Canonical, ckpt: Checkpoint) -> Plan:
-    from zoo.mapping.plan import make_plan
-
-    return make_plan(ckpt, families.get(folder.spec.family, folder.source.get("package")), "fp32")
 
 
 # ---------------------------------------------------------------------------------------------------

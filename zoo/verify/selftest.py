@@ -25,7 +25,8 @@ from zoo.verify.inputs import Batch, Inputs
 from zoo.verify.metrics import references, relative_error
 from zoo.verify.oracle import DTYPES, OnLayer, Oracle
 from zoo.verify.ours import Ours, build, in_numbers, subject_of
-from zoo.verify.stage import Progress, Stage, silent
+from zoo.verify.settings import Settings
+from zoo.verify.stage import Stage
 from zoo.verify.tolerance import Spread
 
 if TYPE_CHECKING:
@@ -88,20 +89,19 @@ def run(
     oracle: Oracle,
     inputs: Inputs,
     spread: Spread,
-    dtype: str,
     plan: Plan | None,
-    say: Progress = silent,
-    device: str | torch.device = "cpu",
+    how: Settings,
 ) -> dict[str, Any]:
     """Inject every applicable fault; what was caught where, ready for the certificate. Those that change not a
     bit of any output are listed by name, and count for nothing."""
     recorded = Recorded.of(oracle, inputs, spread)
-    clean = in_numbers(subject_of(folder, DTYPES[dtype], device=device), DTYPES[dtype])
+    dtype = DTYPES[how.dtype]
+    clean = in_numbers(subject_of(folder, dtype, device=how.device), dtype)
     results = []
     faults = applicable(folder.spec, clean.quant)
     for n, fault in enumerate(faults):
-        say(Stage(f"fault {n + 1} of {len(faults)}: {fault.name}", done=n, of=len(faults)))
-        results.append(_try(fault, clean, folder, recorded, dtype, plan))
+        how.say(Stage(f"fault {n + 1} of {len(faults)}: {fault.name}", done=n, of=len(faults)))
+        results.append(_try(fault, clean, folder, recorded, how.dtype, plan))
     silent = [f.name for f, r in zip(faults, results, strict=True) if r is None]
     made = [r for r in results if r is not None]
     caught = sum(bool(r["caught"]) for r in made)

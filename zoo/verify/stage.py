@@ -1,9 +1,10 @@
-"""What a run says of itself while it works: a text, and what is known of its end."""
+"""What a run says of itself while it works, and what its time was spent on."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 
 class Stage(str):
@@ -27,3 +28,32 @@ Progress = Callable[[str], None]
 
 def silent(_stage: str) -> None:
     """A `Progress` that nobody hears."""
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stack: list[tuple[str, float]] = []
+
+    def __call__(self, name: str) -> Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self._spend(now)
+        self._stack.append((self._name, now))
+
+    def __exit__(self, *_: Any) -> None:
+        now = time.perf_counter()
+        self._spend(now)
+        self._stack.pop()
+        if self._stack:
+            self._stack[-1] = (self._stack[-1][0], now)
+
+    def _spend(self, now: float) -> None:
+        name, since = self._stack[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - since

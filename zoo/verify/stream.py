@@ -30,7 +30,7 @@ from zoo.formats.base import Checkpoint, read_json
 from zoo.mapping.plan import Plan
 from zoo.verify import room
 from zoo.verify.carrying import Carrier
-from zoo.verify.compare import Clock, OnLayer, OnLogits, SpreadMeter
+from zoo.verify.compare import OnLayer, OnLogits, SpreadMeter
 from zoo.verify.inputs import Batch
 from zoo.verify.oracle import (
     DTYPES,
@@ -48,6 +48,7 @@ from zoo.verify.oracle import OnLayer as OnOneLayer
 from zoo.verify.reading import Ahead, Passing, Range, Window
 from zoo.verify.sharing import Sharing
 from zoo.verify.skeleton import skeleton
+from zoo.verify.stage import Clock
 from zoo.verify.stream_gguf import GGUFWeights
 from zoo.verify.stream_gguf import config_and_class as of_gguf
 from zoo.verify.stream_given import GivenWeights
@@ -140,16 +141,18 @@ class StreamedTransformers(Transformers):
         on_layer: OnLayer,
         on_logits: OnLogits,
         clock: Clock,
+        other: Callable[[], contextlib.AbstractContextManager[tuple[str, str] | None]] | None = None,
     ) -> None:
-        """The same both ways, on the weights that are read once; `meter` hears the second, which goes first. Of several ranks
-        each has some of the batches."""
+        """The same both ways, on the weights that are read once; `meter` hears the second (`second_way`, or the `other` given),
+        which goes first. Of several ranks each has some of the batches."""
+        other = other or self.second_way
 
         @contextlib.contextmanager
         def second() -> Iterator[None]:
-            with clock("oracle, second way"), self.second_way():
+            with clock("oracle, second way"), other():
                 yield
 
-        with self.second_way() as meter.ways:
+        with other() as meter.ways:
             pass
         ways = [_Way(contextlib.nullcontext, on_layer, on_logits)]
         if meter.ways is not None:
@@ -188,12 +191,12 @@ class StreamedTransformers(Transformers):
 
     def _through(self, i: int, ways: Sequence[_Way]) -> None:
         """Layer `i`, to just after it; both ways have the same weights, unless one widens them."""
-        layer, widened = self.layers[i], None
+        layer, loaded = self.layers[i], None
         for way in ways:
             with way.open():
-                if widened != self.weights.widened:
+                if loaded != (wide := (self.weights.dtype, self.weights.widened)):
                     self.weights.load(layer, f"layer {i}")
-                    widened = self.weights.widened
+                    loaded = wide
                 for w in way.workers.values():
                     w.step()
         self.weights.unload(layer)
