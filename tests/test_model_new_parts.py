@@ -192,8 +192,10 @@ def test_a_decoder_with_the_part_has_the_tensors_of_its_layout_and_is_described(
 def test_with_a_cache_the_part_computes_the_same(name: str) -> None:
     m = filled(PARTS[name][0])
     whole, cache = m(ids()), m.cache(2, 12)
-    pieces = [m(p, cache) for p in ids().split((3, 1, 2, 1), 1)]
-    close(torch.cat(pieces, 1), whole, atol=2e-5)
+    pieces = torch.cat([m(p, cache) for p in ids().split((3, 1, 2, 1), 1)], 1)
+    # As a whole, since the largest of 560 roundings is twice another machine's: of streams, which multiply them, 1.2e-6 on a Xeon
+    # with AMX, of all else at most 5e-7.
+    assert (pieces - whole).norm() < 4e-6 * whole.norm()
 
 
 @pytest.mark.parametrize("name", PARTS)
