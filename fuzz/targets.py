@@ -41,7 +41,8 @@ from zoo.formats.base import ITEMSIZE
 from zoo.hub import http, repo
 from zoo.hub.errors import About, Damaged, HubError, Transient
 from zoo.mapping import export_gguf, merge, parts
-from zoo.mapping.plan import PlanError, make_plan
+from zoo.mapping.plan import make_plan
+from zoo.mapping.unmatched import PlanError
 from zoo.model.load import Source
 from zoo.pull import stored
 from zoo.stores import Store

@@ -37,7 +37,7 @@ from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Watch
 from zoo.manifest import Source
 from zoo.mapping import export_gguf, merge
-from zoo.mapping.plan import fold
+from zoo.mapping.fold import fold
 from zoo.quant import bitsandbytes, schemes
 from zoo.quant.base import MAX_SHAPES, check_shape
 from zoo.remote import Remote

@@ -16,7 +16,7 @@ import tiny
 import zoo
 from zoo.errors import ZooError
 from zoo.formats.safetensors import parse_header
-from zoo.mapping.plan import fold
+from zoo.mapping.fold import fold
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import TensorRef
 from zoo.layout import active_params, total_params
-from zoo.mapping.plan import make_plan, match
+from zoo.mapping.match import match
+from zoo.mapping.plan import make_plan
 from zoo.spec import Attention, MoE
 from zoo.testing.assemble import assemble, in_other_names, same
 from zoo.testing.full_size import account, attention, edited, read, refs

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.base import Checkpoint
-from zoo.mapping.plan import PlanError, fold, make_plan
+from zoo.mapping.fold import fold
+from zoo.mapping.plan import make_plan
+from zoo.mapping.unmatched import PlanError
 from zoo.testing.assemble import assemble
 from zoo.testing.names import holes
 

@@ -65,7 +65,8 @@ from zoo.mapping.moves import (
     woven,
 )
 from zoo.mapping.parts import Part, Shared, shares
-from zoo.mapping.plan import Output, Plan
+from zoo.mapping.plan import Plan
+from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit
 from zoo.mapping.ways import BUFFERED, KERNEL, WAYS, Chooser, Clock, Unfit, copy
 from zoo.printable import warn

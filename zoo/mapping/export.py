@@ -50,8 +50,10 @@ from zoo.formats.wrapped import unwrapped
 from zoo.layout import Slot, layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
 from zoo.mapping.folder import Folder
+from zoo.mapping.match import match
 from zoo.mapping.moves import Copy, Loader, Rearrange, in_kernel
-from zoo.mapping.plan import DTYPES, Output, Plan, compile_rule, match
+from zoo.mapping.plan import DTYPES, Plan
+from zoo.mapping.recipe import Output, compile_rule
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.printable import warn
 from zoo.quant.blocks import is_one

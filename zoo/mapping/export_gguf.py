@@ -40,7 +40,7 @@ from zoo.mapping import changes, decode
 from zoo.mapping.execute import Mover, Progress
 from zoo.mapping.folder import clear_held, own
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
-from zoo.mapping.plan import compile_rule
+from zoo.mapping.recipe import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
 from zoo.plain import by_descriptor

@@ -36,9 +36,10 @@ from zoo.formats.canonical import Canonical
 from zoo.layout import Slot, layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.export import outputs_of, prefix_of, rules_of
+from zoo.mapping.fold import fold
 from zoo.mapping.folder import Folder
 from zoo.mapping.merge import CONFIG, WEIGHTS, placed
-from zoo.mapping.plan import Output, fold
+from zoo.mapping.recipe import Output
 from zoo.mapping.rules import respell
 from zoo.mapping.save import assembled
 from zoo.mapping.values import extras_of, refuse_part, release_of

@@ -38,7 +38,8 @@ from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.export import by_rule
-from zoo.mapping.plan import Output, fold, transposes
+from zoo.mapping.fold import fold
+from zoo.mapping.recipe import Output, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged

@@ -31,8 +31,11 @@ from zoo.formats.canonical import Canonical
 from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
-from zoo.mapping.plan import DTYPES, TIED, Match, Output, PlanError, match
+from zoo.mapping.match import TIED, Match, match
+from zoo.mapping.plan import DTYPES
+from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit, RuleSet, respell, rules
+from zoo.mapping.unmatched import PlanError
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme

@@ -18,7 +18,7 @@ from zoo.formats import canonical, dcp
 from zoo.formats.canonical import Canonical
 from zoo.mapping.execute import refuse_overlap
 from zoo.mapping.export import outputs_of, prefix_of, released_names, rules_of
-from zoo.mapping.plan import TIED
+from zoo.mapping.match import TIED
 from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part

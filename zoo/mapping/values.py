@@ -30,8 +30,8 @@ from zoo.formats.safetensors import INDEX
 from zoo.layout import VERSION
 from zoo.mapping.execute import Mover, Progress, Sheet, refuse_overlap, shard_size_of
 from zoo.mapping.folder import Folder
+from zoo.mapping.match import TIED
 from zoo.mapping.moves import Copy
-from zoo.mapping.plan import TIED
 from zoo.printable import warn
 
 if TYPE_CHECKING:

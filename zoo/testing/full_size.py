@@ -13,7 +13,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.layout import layout
-from zoo.mapping.plan import Match, match
+from zoo.mapping.match import Match, match
 from zoo.shipped import RELEASES
 from zoo.spec import Attention, CompressedAttention, DeltaNet, LatentAttention, Mamba, Mamba1, MoE, Spec
 

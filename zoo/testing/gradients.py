@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import families
-from zoo.mapping.plan import match
+from zoo.mapping.match import match
 from zoo.mapping.save import namings, of_tensors, put_together
 from zoo.model.load import train
 

@@ -826,7 +826,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def match_names(spec: Spec, config: dict[str, Any], kinds: dict[str, Any]) -> Any:
     """The rules' account of names whose shapes are not known."""
-    from zoo.mapping.plan import match
+    from zoo.mapping.match import match
 
     nameless = full_size.refs(dict.fromkeys(kinds, ("BF16", ())))
     return match(spec, families.find(config).rules["hf"], nameless)

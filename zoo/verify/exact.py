@@ -28,7 +28,8 @@ from zoo.formats.base import FLOATS, ITEMSIZE, Checkpoint, TensorRef, place_of, 
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping import changes
-from zoo.mapping.plan import Output, Plan
+from zoo.mapping.plan import Plan
+from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.formats.base import TensorRef
-from zoo.mapping.plan import Output, Plan
+from zoo.mapping.plan import Plan
+from zoo.mapping.recipe import Output
 from zoo.quant.schemes import leaf_of
 from zoo.verify.exact import dequantised
 from zoo.verify.reading import Range, Window

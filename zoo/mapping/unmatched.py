@@ -1,0 +1,176 @@
+"""Why a checkpoint has no plan: everything unexpected, missing or of another shape, and what it looks like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from zoo.alike import alike
+from zoo.errors import ZooError
+from zoo.families import Family
+from zoo.formats import sets
+from zoo.formats.base import Checkpoint
+from zoo.mapping.fold import fold, span
+from zoo.mapping.match import Match
+
+ADAPTED = re.compile(
+    r"\.(lora_(A|B|magnitude_vector)|lora_embedding_[AB]|base_layer|original_module|modules_to_save|vera_lambda_[bd]|hada_w[12]_[ab]"
+    r"|oft_[rR]|ia3_l)(\.|$)"
+)
+"""Parts of names that only peft's modules have: the base and what is to be added to it lie side by side."""
+
+
+class PlanError(ZooError):
+    """The tensors and the rules do not account for each other. `match` holds the details."""
+
+    def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
+        self.match = m
+        missing = [name for names in m.missing.values() for name in names]
+        said = (
+            _cut_short(ckpt, missing)
+            or _adapted(ckpt)
+            or _other_rows(ckpt, m)
+            or _renamed(ckpt, family, missing, m)
+        )
+        if said is not None:
+            super().__init__(said)
+            return
+        lines = [
+            f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written",
+            *_other_depth(m),
+        ]
+        if missing:
+            lines.append(f"missing ({len(missing)}):")
+            near = _nearest(missing, m.unexpected or ckpt.tensors)
+            for text, first in fold(missing):
+                hint = near.get(first)
+                lines.append(f"  {text}" + (f"   nearest: {hint}" if hint else ""))
+            if set(m.missing) == {"head.weight"}:
+                lines.append(
+                    "  (if the head is the embedding, say so in config.json: tie_word_embeddings true)"
+                )
+        if m.unexpected:
+            lines.append(f"unexpected ({len(m.unexpected)}): no rule uses them")
+            near = _nearest(m.unexpected, missing)
+            for text, first in fold(m.unexpected):
+                ref, hint = ckpt.tensors[first], near.get(first)
+                lines.append(
+                    f"  {text} {list(ref.shape)} in {ref.file}" + (f"   nearest: {hint}" if hint else "")
+                )
+        for wrong, at in m.misshapen.items():
+            files = dict(at)
+            lines += [
+                (f"{text} in {files[first]}" if text == first else text) + wrong
+                for text, first in fold(files)
+            ]
+        lines += _alike(m.problems)
+        super().__init__("\n".join(lines))
+
+
+def _other_rows(ckpt: Checkpoint, m: Match) -> str | None:
+    """Where all that does not fit is the number of rows of the embedding and the head: that, and what to do."""
+    at = [(name, file) for found in m.misshapen.values() for name, file in found]
+    if not at or m.missing or m.unexpected or m.problems:
+        return None
+    v, d = m.spec.vocab_size, m.spec.d_model
+    shapes = {ckpt.tensors[name].shape for name, _ in at}
+    if len(shapes) > 1 or not {"embed.weight", "head.weight"}.isdisjoint(m.outputs):
+        return None
+    (shape,) = shapes
+    if len(shape) != 2 or shape[1] != d or len(at) > 2:
+        return None
+    n = shape[0]
+    names = " and ".join(f"{name} in {file}" for name, file in at)
+    fewer = "the model would lack tokens" if n < v else f"{n - v} are padding, or tokens that were added"
+    return (
+        f"{ckpt.root}: {names}: {n} rows, but the config's vocab_size is {v} ({fewer}). Upstream doesn't load this "
+        f"either. If these weights are the model, set vocab_size to {n} in config.json; nothing was written"
+    )
+
+
+def _cut_short(ckpt: Checkpoint, missing: list[str]) -> str | None:
+    """Where tensors are missing and the files are numbered, but not all of their numbers are here: that."""
+    away = sets.incomplete(ckpt.files) if missing else None
+    return (
+        f"{ckpt.root}: {away}, nor an index that names others: the download is not complete" if away else None
+    )
+
+
+def _adapted(ckpt: Checkpoint) -> str | None:
+    """Where tensors of adapters lie among the model's: that, and what to do."""
+    found = [name for name in ckpt.tensors if ADAPTED.search(name)]
+    if not found:
+        return None
+    return (
+        f"{ckpt.root}: {len(found)} of {len(ckpt.tensors)} tensors are an adapter's that was not merged ({found[0]}): merge it (peft: "
+        "model.merge_and_unload()), save the result, and convert that; nothing was written"
+    )
+
+
+def _renamed(ckpt: Checkpoint, family: Family, missing: list[str], m: Match) -> str | None:
+    """Where every tensor that is not expected is one that is missing, under another prefix, always the same: that."""
+    if not missing or len(missing) != len(m.unexpected) or m.misshapen or m.problems:
+        return None
+    wanted, first = set(missing), m.unexpected[0].split(".")
+    tails = {".".join(first[i:]) for i in range(1, len(first))}
+    tail, want = max(
+        ((t, w) for w in wanted for t in tails if w == t or w.endswith("." + t)),
+        key=lambda x: len(x[0]),
+        default=("", ""),
+    )
+    if not tail:
+        return None
+    theirs, ours = m.unexpected[0].removesuffix(tail), want.removesuffix(tail)
+    if not all(n.startswith(theirs) and ours + n.removeprefix(theirs) in wanted for n in m.unexpected):
+        return None
+    fit = (
+        f"where family {family.name} has {ours!r}, and fit otherwise"
+        if ours
+        else f"without which they fit family {family.name}"
+    )
+    return (
+        f"{ckpt.root}: names of tensors begin with {theirs!r}, {fit}: a wrapper's, or another tool's, which is none that zoo looks "
+        "through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
+    )
+
+
+def _other_depth(m: Match) -> list[str]:
+    """A line where whole layers are missing, or more than the config has are there."""
+    there, n = {_layer(name) for name in m.outputs}, m.spec.n_layers
+    gone = sorted({i for i in map(_layer, m.missing) if i is not None} - there)
+    said = f"layers by the config (num_hidden_layers): {n}; "
+    if gone:
+        return [f"{said}of {_numbers(map(str, gone))} the files hold nothing"]
+    numbers = [next((p for p in name.split(".") if p.isascii() and p.isdigit()), "") for name in m.unexpected]
+    if numbers and all(len(x) < 9 and x and int(x) >= n for x in numbers):
+        return [f"{said}the files hold {_numbers(numbers)} too"]
+    return []
+
+
+def _numbers(numbers: Iterable[str]) -> str:
+    first, _, last = (said := span(numbers).strip("{}")).partition("-")
+    return first if first == last else said
+
+
+def _layer(name: str) -> int | None:
+    """The layer of a canonical tensor."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
+
+
+def _alike(problems: Iterable[str]) -> list[str]:
+    """Of problems that differ in the layer's number only the first, and how many there are."""
+    groups: dict[str, list[str]] = {}
+    for text in dict.fromkeys(problems):  # what is wrong with the config is wrong for each weight
+        groups.setdefault(re.sub(r"\blayers\.\d+\.", "layers.*.", text), []).append(text)
+    return [g[0] + (f" (and {len(g) - 1} more like it)" if len(g) > 1 else "") for g in groups.values()]
+
+
+def _nearest(names: Iterable[str], among: Collection[str]) -> dict[str, str]:
+    """For the first name of each group, the name most like it."""
+    candidates = [first for _, first in fold(among)][:200]
+    near = {}
+    for _, first in fold(names)[:50]:
+        if found := alike(first, candidates, 1, 0.75):
+            near[first] = found[0]
+    return near
