@@ -7,8 +7,8 @@ A store cannot rename a folder, so that one appears whole there by its order of 
     zoo.json              after all others
                           then what an old folder left is removed, and zoo-incomplete.json last
 
-The folder is made on this disk, under HF_HOME, and goes once it is sent. A run that was killed is started again: what the
-store has already, with the same size and hash, is not sent again.
+The folder is made on this disk, under HF_HOME, and goes once it is sent, just before zoo-incomplete.json does. A run that was
+killed is started again: what the store has already, with the same size and hash, is not sent again.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def convert_to_store(
         else:
             pull(os.fspath(src), here, progress=progress, **how)
         send(here, store, force, progress)
-        shutil.rmtree(here.parent)
+        shutil.rmtree(here.parent)  # before the place is complete: then nobody comes back for it
+        store.remove([INCOMPLETE])
     return store.url
 
 
 def send(folder: Path, store: Store, force: bool, progress: Progress) -> None:
-    """Have the files of the canonical folder `folder` in the store, zoo.json last."""
+    """Have the files of the canonical folder `folder` in the store, zoo.json last, and `INCOMPLETE` still beside them."""
     there = _left(store, force)
     names = sorted(files_below(folder), key=lambda n: (n == JSON, not n.endswith(".safetensors"), n))
     sizes = {n: (folder / n).stat().st_size for n in names}
@@ -93,7 +94,6 @@ def send(folder: Path, store: Store, force: bool, progress: Progress) -> None:
             raise
     one(names[-1])
     store.remove(n for n in there if n not in {*names, INCOMPLETE})
-    store.remove([INCOMPLETE])
 
 
 def _left(store: Store, force: bool) -> dict[str, Stored]:
