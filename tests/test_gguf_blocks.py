@@ -109,6 +109,14 @@ def test_logits_are_those_of_the_dequantised_model(types: Callable[[str], str], 
         torch.testing.assert_close(carried(IDS), want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
 
+def test_text_is_generated_and_kernels_of_other_codes_leave_blocks_alone(tmp_path: Path) -> None:
+    canon = zoo.convert(released(tmp_path, q4_k_m), tmp_path / "canon")
+    model = load(canon)
+    assert all(m.packed() is None for m in (model.embed, *(m for _, m in model.matrices())) if m.scheme)
+    plain = load(zoo.convert(tmp_path / "w.gguf", tmp_path / "plain", dtype="fp32"))
+    assert torch.equal(model.generate(IDS[:1], 20), plain.generate(IDS[:1], 20))
+
+
 def test_elsewhere_blocks_are_written_as_the_numbers_that_they_are(tmp_path: Path) -> None:
     file = released(tmp_path, q4_k_m)
     for dtype in (None, "bf16"):

@@ -18,9 +18,9 @@ from zoo.quant.base import Scheme, check_shape, grid
 def paired(s: Scheme, components: dict[str, Tensor], parts: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
     """Codes [.., N, K / 2], two to a byte, the low one first, and fp32 [.., N, 2 G], scale and offset of each group in turn; None
     for other schemes, groups of columns in an order of their own, and tensors of shapes that do not fit."""
-    codes, scale = components["weight"], components["scale"]
     if s.bits != 4 or s.module not in ("gptq", "awq", "integers", "mlx"):
         return None
+    codes, scale = components["weight"], components["scale"]
     if s.module == "mlx":
         offset = components.get("shift")
         if offset is None:

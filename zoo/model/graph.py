@@ -43,8 +43,8 @@ class Model(Protocol):
 def capturable(model: Model, tokens: int) -> bool:
     """Whether a pass of so many tokens can be captured: on a GPU, and nothing in it waits for the host."""
     weight = model.embed.weight
-    there = model.embed.scheme is None or model.embed.packed() is not None
-    kernels = weight.is_cuda and has_triton(weight) and there and model.embed.dtype != torch.float64
+    kernels = weight.is_cuda and has_triton(weight) and model.embed.dtype != torch.float64
+    kernels = kernels and (model.embed.scheme is None or model.embed.packed() is not None)
     if model.across is not None:  # of many tokens each rank counts those that chose its experts
         counted = tokens > APIECE and any(isinstance(x.ffn, MoE) for x in model.spec.layers)
         kernels = kernels and model.across.capturable and not counted
