@@ -27,7 +27,7 @@ def paired(s: Scheme, components: dict[str, Tensor], parts: tuple[int, ...]) -> 
             return None
         offset = offset.float()
     else:
-        if (zero := _zeros(s, components, parts)) is None or zero.shape != scale.shape:
+        if (zero := zeros(s, components, parts)) is None or zero.shape != scale.shape:
             return None
         offset = -zero.float() * scale.float()
     if s.module == "awq":
@@ -51,8 +51,9 @@ def in_order(order: Tensor | None, k: int, group: int) -> bool:
     return bool((order.reshape(-1, k) == torch.arange(k, device=order.device) // group).all())
 
 
-def _zeros(s: Scheme, components: dict[str, Tensor], parts: tuple[int, ...]) -> Tensor | None:
-    """Zero points [.., N, G]. Each released tensor has words of its own, of which the last may hold more rows than there are."""
+def zeros(s: Scheme, components: dict[str, Tensor], parts: tuple[int, ...]) -> Tensor | None:
+    """Zero points [.., N, G]; None: there are none. Each released tensor has words of its own, of which the last may hold more rows than
+    there are."""
     words = components.get("zero")
     if words is None:
         return None

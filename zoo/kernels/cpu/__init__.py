@@ -142,6 +142,13 @@ def _alone(rows: int) -> tuple[Numbers, Numbers]:
     return np.zeros(1, np.int64), np.array([rows])
 
 
+def biased(out: Tensor, bias: Tensor | None, experts: Tensor | None, counts: Tensor | None) -> None:
+    """Add to each row of `out` (fp32) the bias [N], or that of its expert [E, N] (see `grouped`)."""
+    if bias is not None:
+        of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
+        out += of_rows.float()
+
+
 def taken(tokens: Tensor | None, rows: int) -> Numbers:
     """Which row of x is multiplied when, of `rows` in all; without `tokens` as they come."""
     return _in_order(rows) if tokens is None else tokens.numpy()

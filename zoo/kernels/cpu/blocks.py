@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, grouped, threads
+from zoo.kernels.cpu import biased, compiled, grouped, threads
 from zoo.kernels.cpu.block_types import KINDS, NAMES, Group, fma
 from zoo.kernels.cpu.expand import DTYPES, store
 from zoo.kernels.cpu.quantised import BLOCK, FEW, LARGE, kind_of, mark_of
@@ -148,9 +148,7 @@ def times(
                 sizes,
                 t,
             )
-    if bias is not None:
-        of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
-        out += of_rows.float()
+    biased(out, bias, experts, counts)
     return out.to(dtype)
 
 

@@ -10,7 +10,6 @@ scale * move + shift. Codes stay where a release has them; zero points, a few hu
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -20,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoo.kernels.affine import in_order, zeros
 from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, aligned, has_nan, quantised
-from zoo.quant.base import Scheme, check_shape, grid
+from zoo.quant.base import Scheme, check_shape
 from zoo.quant.schemes import scheme as named
 
 
@@ -132,11 +132,11 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
     else:
         return None
     group = s.group or k
-    if not _in_order(c.get("order"), k, group):
+    if not in_order(c.get("order"), k, group):
         return None
     if (shape := c.get("shape")) is not None:
         check_shape(shape, parts, k)
-    zero = _zeros(s, c, parts, scale)
+    zero = _zeros(s, c, parts)
     if zero is None:
         own = 0 if codes.dtype == torch.int8 else 1 << s.bits - 1
         move = -own - MIDDLE[form]
@@ -147,27 +147,14 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
     return _by_rows(form, codes, parts, k, group, scale, zero if bool(zero.any()) else None)
 
 
-def _zeros(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], scale: Tensor) -> Tensor | None:
+def _zeros(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Tensor | None:
     """Zero points [.., N, G]; None: there are none."""
     zero = c.get("zero")
     if zero is None:
         return None
     if c["weight"].dtype == torch.int8:
         return _each_row(zero, c["weight"], parts)[..., None] if s.name.startswith("int8-tensor") else zero
-    part = s.component("zero")
-    assert part.unit is not None
-    rows, _ = grid(part, parts, 1)
-    unpack = importlib.import_module(f"zoo.quant.{s.module}").zeros
-    of_each = [
-        torch.cat([unpack(z, s)[:p] for z, p in zip(of_one.split(rows), parts, strict=True)])
-        for of_one in zero.reshape(-1, *zero.shape[-2:])
-    ]
-    return torch.stack(of_each).view(scale.shape)
-
-
-def _in_order(order: Tensor | None, k: int, group: int) -> bool:
-    """Whether columns are in groups one after the other."""
-    return order is None or bool((order.reshape(-1, k) == torch.arange(k) // group).all())
+    return zeros(s, c, parts)
 
 
 def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:

@@ -27,7 +27,7 @@ from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, compiles_for, dots, grouped, threads, widen
+from zoo.kernels.cpu import biased, compiled, compiles_for, dots, grouped, threads, widen
 from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
 from zoo.kernels.cpu.carried import carried as carried
 from zoo.kernels.cpu.vectors import (
@@ -130,9 +130,7 @@ def times(
             r.mark, w.codes.data_ptr(), ordered.data_ptr(), sums.data_ptr(), w.scale.data_ptr(), w.begins, r.moved, r.factor.data_ptr(),
             out.data_ptr(), w.n, w.k * ordered.element_size(), r.sizes, r.table, which, sizes, t,
         )  # fmt: skip
-    if bias is not None:
-        of_rows = bias if experts is None or counts is None else bias[experts].repeat_interleave(counts, 0)
-        out += of_rows.float()
+    biased(out, bias, experts, counts)
     return out.to(dtype or x.dtype)
 
 
