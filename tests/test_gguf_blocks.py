@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,6 +116,34 @@ def test_text_is_generated_and_kernels_of_other_codes_leave_blocks_alone(tmp_pat
     assert all(m.packed() is None for m in (model.embed, *(m for _, m in model.matrices())) if m.scheme)
     plain = load(zoo.convert(tmp_path / "w.gguf", tmp_path / "plain", dtype="fp32"))
     assert torch.equal(model.generate(IDS[:1], 20), plain.generate(IDS[:1], 20))
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_what_is_kept_aside_stays_the_bytes_of_its_blocks(dtype: str | None, tmp_path: Path) -> None:
+    ckpt = open_checkpoint(released(tmp_path, q4_k_m))
+    ref = next(r for r in ckpt.tensors.values() if r.dtype == "Q4_K")
+    aside = replace(
+        ref, name="rope_freqs.weight", dtype="Q3_K", shape=(256,), nbytes=110
+    )  # a type that is not carried
+    tensors = {**ckpt.tensors, aside.name: aside}
+    plan = make_plan(replace(ckpt, tensors=tensors), dtype=dtype)
+    planned = plan.checkpoint.tensors
+    assert (
+        planned[aside.name].dtype == "U8"
+        and planned[aside.name].shape == (110,)
+        and aside.name in plan.extras
+    )
+    assert blocks.as_planned(tensors, planned) == planned, "as a pull finds them when the files are here"
+
+
+def test_in_memory_blocks_are_the_numbers_that_they_are(tmp_path: Path) -> None:
+    canon = zoo.convert(released(tmp_path, q4_k_m), tmp_path / "canon")
+    plain = zoo.convert(tmp_path / "w.gguf", tmp_path / "plain", dtype="fp32")
+    for names in ("hf", "transformers"):
+        found, want = zoo.state_dict(canon, names), zoo.state_dict(plain, names)
+        assert found.keys() == want.keys()
+        for name, x in want.items():
+            assert torch.equal(found[name], x), name
 
 
 def test_elsewhere_blocks_are_written_as_the_numbers_that_they_are(tmp_path: Path) -> None:

@@ -125,8 +125,7 @@ class _Matcher:
         if self.spec.tied:
             self.note_head()
         _sort_rest(self.out, self.spec, self.rules, self.spell, self.tensors, self.used)
-        if self.dtype is None:
-            self.out.blocks.update(n for n in self.out.extras if self.tensors[n].dtype not in ITEMSIZE)
+        self.out.blocks.update(n for n in self.out.extras if self.tensors[n].dtype not in ITEMSIZE)
         self.note_widened()
         return self.out
 
@@ -173,7 +172,7 @@ class _Matcher:
 
     def note_widened(self) -> None:
         """Says of blocks that are dequantised, though nothing was asked for, which and why."""
-        if self.dtype is not None:
+        if self.dtype is not None or not self.of_ggml:
             return
         reasons: dict[str, list[str]] = {}
         for name, o in self.out.outputs.items():
@@ -482,8 +481,7 @@ class _Matcher:
         if part is None:
             if dtype not in ITEMSIZE or (self.of_ggml and dtype in FLOATS):
                 dtype = "F32"  # unless asked otherwise
-            is_float = dtype in FLOATS or dtype not in ITEMSIZE
-            if self.dtype is not None and is_float and not (self.keep_fp32 and dtype == "F32"):
+            if self.dtype is not None and dtype in FLOATS and not (self.keep_fp32 and dtype == "F32"):
                 dtype = self.dtype
         elif len(dtypes) > 1:
             self.out.problems.append(

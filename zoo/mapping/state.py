@@ -10,12 +10,14 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import canonical, dcp
 from zoo.formats.canonical import Canonical
+from zoo.layout import layout
 from zoo.mapping.execute import refuse_overlap
 from zoo.mapping.export import outputs_of, prefix_of, released_names, rules_of
 from zoo.mapping.match import TIED
@@ -23,6 +25,8 @@ from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part
 from zoo.model.load import Source
+from zoo.quant import dequantise
+from zoo.quant.schemes import scheme
 
 NAMES = ("hf", "transformers", "canonical")
 
@@ -32,7 +36,8 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
     `from_pretrained(None, config=..., state_dict=...)`; "transformers", those that its class has in memory (experts packed, a tied head
     twice), for `load_state_dict`; or "canonical".
 
-    Tensors are views of mapped files where they can be: writing to one changes no file. Raises ZooError if `canon` is no
+    Tensors are views of mapped files where they can be: writing to one changes no file. Blocks of a GGUF, which only "canonical" has names
+    for, are dequantised to fp32 in memory. Raises ZooError if `canon` is no
     canonical folder, or its family has no such names.
     """
     if names not in NAMES:
@@ -46,8 +51,15 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
     spell = respell(rules, prefix_of(c, rules) if rules is family.rules["hf"] else rules.prefixes[0])
     released: Collection[str] = released_names(c) if names == "hf" else ()
     parts: dict[str, list[tuple[Tensor, Fit]]] = {}
+    expanded = {*c.quant} - {*c.codes}  # ggml's blocks, which no other names have
     for o in outputs_of(c, rules, spell, released):
-        held = source.tensor(c.tensors[o.name])
+        stem = o.name.removesuffix(".weight")
+        if stem in expanded and o.name != stem:
+            how = c.quant[stem]
+            own = {p.name: source.tensor(c.tensors[f"{stem}.{p.name}"]) for p in scheme(how).components}
+            held = dequantise(how, own, layout(c.spec)[o.name].parts, torch.float32)
+        else:
+            held = source.tensor(c.tensors[o.name])
         for name, fit in zip(o.sources, o.fits):
             parts.setdefault(name, []).append((held, fit))
     out = {name: _one(pieces) for name, pieces in parts.items()}

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.kernels.best import likeliest
@@ -36,7 +36,7 @@ class Model(Protocol):
     def cache(self, batch: int, max_len: int) -> Cache: ...
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor: ...
     def finish(self, x: Tensor) -> Tensor: ...
-    def matrices(self) -> Iterable[tuple[str, Weights]]: ...
+    def modules(self) -> Iterable[nn.Module]: ...
     def __call__(self, ids: Tensor) -> Tensor: ...
 
 
@@ -44,12 +44,13 @@ def capturable(model: Model, tokens: int) -> bool:
     """Whether a pass of so many tokens can be captured: on a GPU, and nothing in it waits for the host."""
     weight = model.embed.weight
     kernels = weight.is_cuda and has_triton(weight) and model.embed.dtype != torch.float64
-    kernels = kernels and (model.embed.scheme is None or model.embed.packed() is not None)
     if model.across is not None:  # of many tokens each rank counts those that chose its experts
         counted = tokens > APIECE and any(isinstance(x.ffn, MoE) for x in model.spec.layers)
         kernels = kernels and model.across.capturable and not counted
     return kernels and all(
-        (w := m.packed()) is not None and (w.whole or not w.lead) for _, m in model.matrices()
+        (w := m.packed()) is not None and (w.whole or not w.lead)
+        for m in model.modules()
+        if isinstance(m, Weights)
     )
 
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.formats.base import TensorRef
+from zoo.formats.base import ITEMSIZE, TensorRef
 from zoo.quant.base import CODES, Component, Scheme
 from zoo.quant.packed import Array
 
@@ -107,7 +107,7 @@ def as_bytes(ref: TensorRef) -> TensorRef:
 def as_planned(tensors: Mapping[str, TensorRef], planned: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     """These tensors of a file, those of blocks as bytes that are bytes in what was `planned` of it."""
     return {
-        n: as_bytes(r) if r.dtype.lower() in TYPES and n in planned and planned[n].dtype == "U8" else r
+        n: as_bytes(r) if r.dtype not in ITEMSIZE and n in planned and planned[n].dtype == "U8" else r
         for n, r in tensors.items()
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -159,7 +160,12 @@ def _note_blind(level: Level) -> None:
         level.notes.append(
             "upstream itself gives values that are infinite or no numbers: nothing can be judged by them"
         )
-    level.notes += [f"{c.name}: {c.blind}" for c in level.checks if math.isfinite(c.bound) and c.blind]
+    level.notes += _of_blind([c for c in level.checks if math.isfinite(c.bound)])
+
+
+def _of_blind(checks: Iterable[Check]) -> list[str]:
+    """Of checks that can't judge, why."""
+    return [f"{c.name}: {c.blind}" for c in checks if c.blind]
 
 
 def _log_ratio(a: float, b: float) -> float:
@@ -256,7 +262,7 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
             error.largest,
         )
     )
-    if not level.checks[-1].passed:
+    if not value <= bound.value:  # NaN, too; of a bound that is too wide a note is made below
         whole, cached = (_logits(decoder, x, None) for x in (uncached, by_pieces))
         level.notes.append(_departing(cached, whole, bound.value, by_cache, at_once))
     del whole, cached, uncached, by_pieces
@@ -265,6 +271,7 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     chosen = oracle.greedy(prompt, n) if n > 0 else None
     if chosen is None:
         level.notes.append("the oracle does not generate: the greedy continuation was not compared")
+        level.notes += _of_blind(level.checks)
         return level
     theirs = chosen.cpu()
     mine = decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
@@ -279,7 +286,7 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         level.checks.append(check)
     else:
         level.notes.append(f"the greedy continuation is not judged: of {len(theirs)} tokens any would do")
-    _note_blind(level)
+    level.notes += _of_blind(level.checks)
     level.figures = {
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip

@@ -72,7 +72,7 @@ def blind(
     if compared < 1:
         return "it compared nothing"
     if not (math.isfinite(bound) and math.isfinite(scale) and scale <= _LARGEST):
-        return "its bound is none: upstream's own values are not finite"
+        return "its bound is none: what it is made of is not finite"
     limit = next((x for x in LIMITS if name.startswith(x.begins)), None)
     if at_least != (limit is not None and limit.at_least):
         return f"its bound is the {'least' if at_least else 'most'} that it may be, and of this check it is the other"
