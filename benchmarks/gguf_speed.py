@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ class Side:
 
 def measured(file: Path, work: Path, pairs: int, threads: int) -> dict[str, Any]:
     import zoo
+    from zoo.formats.canonical import read
 
     canon = zoo.convert(file, work / "carried")
     plain = zoo.convert(file, work / "plain", dtype="fp32")
@@ -125,7 +127,7 @@ def measured(file: Path, work: Path, pairs: int, threads: int) -> dict[str, Any]
 
     rates = {"zoo": mine, "llama.cpp": other, "zoo from fp32": wide}
     return {
-        "types": zoo_types(canon),
+        "types": dict(Counter(read(canon).quant.values())),
         "bytes": file.stat().st_size,
         "tokens/s": {name: round(1 / statistics.median(s for s, _ in of), 1) for name, of in rates.items()},
         "CPU ms a token": {
@@ -134,15 +136,6 @@ def measured(file: Path, work: Path, pairs: int, threads: int) -> dict[str, Any]
         "zoo's tokens/s over llama.cpp's": share(0),
         "the same, by CPU seconds": share(1),
     }
-
-
-def zoo_types(canon: Path) -> dict[str, int]:
-    from zoo.formats.canonical import read
-
-    counts: dict[str, int] = {}
-    for how in read(canon).quant.values():
-        counts[how] = counts.get(how, 0) + 1
-    return counts
 
 
 def files(work: Path) -> dict[str, Path]:

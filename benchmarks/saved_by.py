@@ -15,6 +15,7 @@ Exit code 1 for any result that is neither equal nor told in WHY. Needs tests/ b
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -140,6 +141,7 @@ WHY: tuple[tuple[str, str, str], ...] = (
 WAYS = ("released", "own", "exported")
 
 
+@functools.cache
 def variants() -> dict[str, Any]:
     """All variants by name, those of TOO among them."""
     import dataclasses

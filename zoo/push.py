@@ -26,6 +26,7 @@ from zoo import card
 from zoo._version import __version__
 from zoo.errors import ZooError
 from zoo.formats import canonical
+from zoo.formats.base import WEIGHT_SUFFIXES
 from zoo.hub import HubError, http
 from zoo.mapping.execute import Progress
 from zoo.mapping.export import export, sizes
@@ -35,7 +36,7 @@ from zoo.verify import certificate
 StrPath = str | os.PathLike[str]
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """Files of an earlier push that would stand beside those of this one."""
-_ALSO = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".model", "adapter_config.json", "tokenizer.json")
+_ALSO = (*WEIGHT_SUFFIXES, ".model", "adapter_config.json", "tokenizer.json")
 """Endings of what software may take for a part of this model, where it stays in the repository."""
 
 

@@ -40,7 +40,7 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
             if data["verdict"] == "passed" and not certificate.sound(data):
                 data = {**data, "verdict": "failed"}
             page = report.page(data, report.of_folder(canon, data), doubts)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
+    except (*certificate.ODD, RecursionError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
     text = page.encode("utf-8", "backslashreplace")  # names may be in another encoding
     if output is None:  # a link that lies there, in a folder of somebody's, is not followed

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.codes import even, sharing
 from zoo.kernels.launch import NVIDIA, hopper, triton
 from zoo.kernels.weights import FP8, FP8_ROWS, MXFP4, Weight
 
@@ -52,8 +53,7 @@ def constants(w: Weight, experts: int = 1) -> dict[str, Any]:
     warps = next(n for n in (8, 4, 2, 1) if n == 1 or (n <= most and n * 8 * piece <= w.k))
     step = 4 * warps * piece
     return {
-        "COLUMNS": w.columns if w.columns < w.k else 0, "WARPS": warps,
-        "EVEN": w.k % step == 0 and w.k >= 2 * step, "num_warps": warps * experts,
+        "COLUMNS": sharing(w), "WARPS": warps, "EVEN": even(w, step, 2), "num_warps": warps * experts,
     }  # fmt: skip
 
 

@@ -293,7 +293,7 @@ def _why_not(c: Canonical) -> str:
         return f"converted to {source['dtype']}"
     kept = (
         " without what is around their tensors: too much, or an earlier zoo"
-        if source["format"] in PICKLES
+        if source["format"] in (*PICKLES, "gguf")
         else ""
     )
     return f"they were {source['format']} files{kept}"
@@ -569,7 +569,7 @@ def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> d
 
 def _blocks(c: Canonical) -> frozenset[str]:
     """The schemes of what is in ggml's blocks."""
-    return frozenset(how for slot, how in c.quant.items() if slot not in c.codes)
+    return frozenset(how for how in c.quant.values() if is_one(scheme(how)))
 
 
 def _config_is_ours(c: Canonical) -> bool:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import TensorRef
+from zoo.kernels.affine import in_order
 from zoo.layout import layout
 from zoo.model.across import Across
 from zoo.model.decoder import Decoder
@@ -130,11 +131,12 @@ class Source:
                 )
             floating = ref.dtype not in DTYPES or DTYPES[ref.dtype].is_floating_point
             owner, _, leaf = name.rpartition(".")
-            cast = dtype if floating and leaf not in kept_by(module.get_submodule(owner)) else None
+            of = module.get_submodule(owner)
+            cast = dtype if floating and leaf not in kept_by(of) else None
             parameter = nn.Parameter(self.on(device, ref, cast, cut), requires_grad=False)
-            if isinstance(router := module.get_submodule(owner), Router) and leaf == "table":
-                self._refuse_other_experts(ref, parameter, sum(router.parts))
-            setattr(module.get_submodule(owner), leaf, parameter)
+            if isinstance(of, Router) and leaf == "table":
+                self._refuse_other_experts(ref, parameter, sum(of.parts))
+            setattr(of, leaf, parameter)
 
     def _refuse_other_experts(self, ref: TensorRef, table: Tensor, n: int) -> None:
         """Raise ZooError if a table says experts that are not among the `n` there are: a GPU would read beyond them."""
@@ -163,8 +165,7 @@ class Source:
     def _unordered(self, ref: TensorRef, how: str, columns: int) -> Cut:
         """Nothing, of the groups that a weight's columns are in: where columns are cut, these are one after the other. Raises
         ZooError where they are not."""
-        group = scheme(how).group or columns
-        if not bool((self.tensor(ref).view(-1, columns) == torch.arange(columns) // group).all()):
+        if not in_order(self.tensor(ref), columns, scheme(how).group or columns):
             raise ZooError(
                 f"{self.folder.path(ref)}: {ref.name} puts the columns of a weight ({how}) into groups in an order of its own, so "
                 "that ranks cannot each have some; convert the source again with --dtype bf16"

@@ -111,9 +111,7 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     schemes = [n for n in {**folder.quant, **plan.quant} if folder.quant.get(n) != plan.quant.get(n)]
     lost = [n for n in refs if n not in used and n not in plan.extras] if folder.layers is None else []
     aside = [n for n in plan.extras if n not in folder.extra_tensors and n not in folder.extras]
-    whole_of = (
-        0 if folder.layers is not None else 1
-    )  # of a part of the layers some sources are not used, as is meant
+    all_of = folder.layers is None  # of a part of the layers some sources are not used, as is meant
     codes, fields = {**folder.quant, **plan.quant}, flat(plan.spec.to_dict())
     planned = Check(
         "canonical tensors not as planned",
@@ -124,8 +122,8 @@ def plan_level(folder: Canonical, plan: Plan | None, why_no_plan: str | None) ->
     )
     level.checks.append(planned)
     for name, wrong_ones, of, why in (
-        ("source tensors unaccounted for", lost, whole_of * len(refs), f"the source has {len(refs)} tensors"),
-        ("source tensors used in part or twice", partial, whole_of * len(used), "each element of a source is used once"),
+        ("source tensors unaccounted for", lost, len(refs) if all_of else 0, f"the source has {len(refs)} tensors"),
+        ("source tensors used in part or twice", partial, len(used) if all_of else 0, "each element of a source is used once"),
         ("weights of another quantisation", schemes, len(codes), f"the plan has {len(plan.quant)} quantised ones"),
         ("extras not kept", aside, len(plan.extras), f"{len(plan.extras)} source tensors are kept aside"),
         ("Spec differs from the source's", apart, len(fields), "Spec made from the source's config"),

@@ -12,6 +12,7 @@ Margin: docs/performance.md.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,37 +79,24 @@ def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) 
     s = named(scheme)
     if any(not c.is_contiguous() for c in components.values()):
         return None
-    runs, k = [], 0
+    found, k = [], 0  # first row of the weight, kind, codes, first row of these, rows
     for part in s.components:
         kind, codes = blocks.type_of(s, part.name), components[part.name]
         block = blocks.TYPES[kind]
         k = codes.shape[-1] // block.nbytes * block.columns
-        rows, _ = grid(part, parts, k)
         begin = 0
-        for p, count in enumerate(rows):
+        for p, count in enumerate(grid(part, parts, k)[0]):
             if count:
-                run = Run(NAMES.index(kind), codes[..., begin : begin + count, :], sum(parts[:p]), count)
-                runs.append(run)
+                found.append((sum(parts[:p]), NAMES.index(kind), codes, begin, count))
                 begin += count
-    runs.sort(key=lambda r: r.first)
-    return Carried(tuple(_joined(runs, components, s)), sum(parts), k)
-
-
-def _joined(runs: Sequence[Run], components: dict[str, Tensor], s: Any) -> list[Run]:
-    """Neighbours of one type as one run."""
-    out: list[Run] = []
-    for run in runs:
-        last = out[-1] if out else None
-        if last is not None and last.kind == run.kind:
-            name = next(c.name for c in s.components if blocks.type_of(s, c.name) == NAMES[run.kind])
-            whole = components[name]
-            begin = last.codes.storage_offset() - whole.storage_offset()
-            begin //= whole.shape[-1]
-            rows = last.rows + run.rows
-            out[-1] = Run(run.kind, whole[..., begin : begin + rows, :], last.first, rows)
-        else:
-            out.append(run)
-    return out
+    found.sort(key=lambda f: f[0])
+    runs = []
+    for of_kind, same in itertools.groupby(found, key=lambda f: f[1]):  # neighbours of one type are one run
+        some = list(same)
+        first, _, codes, begin, _ = some[0]
+        rows = sum(f[4] for f in some)
+        runs.append(Run(of_kind, codes[..., begin : begin + rows, :], first, rows))
+    return Carried(tuple(runs), sum(parts), k)
 
 
 def fits(w: Carried, rows: int) -> bool:
