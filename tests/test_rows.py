@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from built import built, decoder
 from torch import Tensor
 
-from zoo.kernels import product
+from zoo.kernels import cpu, product
 from zoo.kernels.cpu import kernels
 from zoo.kernels.product import kernel
 
@@ -123,6 +124,21 @@ def test_a_forked_process_leaves_the_products_to_torch() -> None:
         assert kernel(x, w, 1)
     """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_one_process_at_a_time_compiles() -> None:
+    """Of two, each would write numba's index as it has read it, and find the other's code under its own key."""
+    fcntl = pytest.importorskip("fcntl")
+    folder = os.open(Path(cpu.__file__).parent, os.O_RDONLY)
+    try:
+        with cpu.one_process():
+            with cpu.one_process():  # what calls another kernel
+                pass
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX)  # unless another test compiles
+    finally:
+        os.close(folder)
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -7,7 +7,9 @@ import importlib
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,22 +80,68 @@ def _watch_forks() -> None:
         os.register_at_fork(after_in_child=_after_fork)
 
 
+SETTINGS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+"""Sums may change their order; numbers are not assumed to be finite."""
+
+
 def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
-    """numba's njit. Sums may change their order; numbers are not assumed to be finite."""
+    """numba's njit."""
     import numba
 
     def compile_later(function: Callable[..., None]) -> Any:
-        settings = {
-            "nogil": True,
-            "error_model": "numpy",
-            "fastmath": {"reassoc", "contract", "nsz"},
-        } | options
+        settings = {"nogil": True} | SETTINGS | options
         try:
-            return numba.njit(function, cache=True, **settings)
+            made = numba.njit(function, cache=True, **settings)
         except RuntimeError:  # nowhere to keep it: neither beside this file nor under the user's home
             return numba.njit(function, **settings)
+        found_or_made = made.compile
+
+        def by_one_process(signature: Any) -> Any:
+            with one_process():
+                return found_or_made(signature)
+
+        made.compile = by_one_process
+        return made
 
     return compile_later
+
+
+_within = threading.RLock()
+_depth = 0
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Alone of all processes that look for these kernels where numba keeps them, or compile them. Its index is read, added to, written, and
+    names the next file: of two that do so at once one finds the other's code under its own key. And nothing is compiled twice."""
+    global _depth
+    with _within:
+        _depth += 1
+        try:
+            with _locked() if _depth == 1 else nullcontext():
+                yield
+        finally:
+            _depth -= 1
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """A lock on this folder, which need not be ours to write to. None where there are none."""
+    try:
+        import fcntl
+
+        folder = os.open(Path(__file__).parent, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):  # a file system without flock
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # a child may have been forked, and have the folder open, too
+            fcntl.flock(folder, fcntl.LOCK_UN)
+        os.close(folder)
 
 
 class threads:

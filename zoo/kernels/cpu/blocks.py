@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.cpu import biased, compiled, grouped, threads
+from zoo.kernels.cpu import biased, grouped
 from zoo.kernels.cpu.block_types import KINDS, NAMES, Group, fma
+from zoo.kernels.cpu.codes import numbers
 from zoo.kernels.cpu.expand import DTYPES, store
 from zoo.kernels.cpu.quantised import BLOCK, FEW, LARGE, kind_of, mark_of
+from zoo.kernels.cpu.shares import given, share, together
 from zoo.kernels.cpu.vectors import FLOAT, FLOATS, addresses, at, fetch, load, loop, number, or_last, shuffled
 from zoo.quant import blocks
 from zoo.quant.base import grid
@@ -40,7 +41,7 @@ ROWS = 4  # of blocks, taken at a time
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of one type: `codes` [.., rows, bytes], whose rows are those from `first` on of the weight. `told`: what `_grouped` is told of
+    """Rows of one type: `codes` [.., rows, bytes], whose rows are those from `first` on of the weight. `told`: what a share is told of
     them, the same at every call."""
 
     kind: int
@@ -53,9 +54,9 @@ class Run:
         kind, codes = KINDS[self.kind], self.codes
         stack = codes.stride(0) if codes.ndim > 2 else 0
         n_blocks = codes.shape[-1] // blocks.TYPES[kind.type].nbytes
+        order = _order(self.kind)
         told = (
-            mark_of(*divmod(self.kind, 6)), codes.data_ptr(), codes.shape[-1], stack, _order(self.kind), kind.sums, np.float32(kind.middle),
-            self.rows, n_blocks,
+            codes.data_ptr(), codes.shape[-1], stack, order.ctypes.data, len(order), kind.sums, int(kind.middle), self.rows, n_blocks,
         )  # fmt: skip
         object.__setattr__(self, "told", told)
 
@@ -123,19 +124,11 @@ def times(
     out = torch.empty(m, w.n)
     ordered = scratch("ordered x", (m, w.k), np.float32)
     of_groups = scratch("sums of x", (m, max(1, w.k // 16)), np.float32)
-    with threads() as t:
-        for run in w.runs:
-            _grouped(
-                *run.told,
-                x.numpy(),
-                ordered,
-                of_groups,
-                out.data_ptr() + 4 * run.first,
-                w.n * 4,
-                which,
-                sizes,
-                t,
-            )
+    for run in w.runs:
+        together(
+            _times(run.kind), *run.told, x.data_ptr(), ordered.ctypes.data, of_groups.ctypes.data, of_groups.shape[1], m, w.k,
+            out.data_ptr() + 4 * run.first, w.n * 4, which.ctypes.data, sizes.ctypes.data, len(which), first=_ordering(),
+        )  # fmt: skip
     biased(out, bias, experts, counts)
     return out.to(dtype)
 
@@ -204,50 +197,60 @@ def _block(
     return addresses(8, code, mark)
 
 
-@compiled()
-def _ordered(x, order, sums, middle, ordered, of_groups):
+@functools.cache
+def _ordering() -> int:
     """Rows of x in the order of a type's columns, and their sums: one to a block of 32; 16 to one of 256, those of its groups times what
     codes are taken less, and once more."""
-    m, k = x.shape
-    columns = len(order)
-    for row in range(m):
-        for first in range(0, k, columns):
-            for i in range(columns):
-                ordered[row, first + i] = x[row, first + order[i]]
-            if sums == 1:
-                total = np.float32(0)
+
+    def ordered(told, thread, threads):
+        _, _, _, order_at, columns, sums, middle, _, _, x_at, ordered_at, sums_at, groups, m, k = given(
+            told, 15
+        )
+        order = numbers(order_at, 0, columns, np.int64(0))
+        x, ordered = numbers(x_at, 0, (m, k), np.float32(0)), numbers(ordered_at, 0, (m, k), np.float32(0))
+        of_groups = numbers(sums_at, 0, (m, groups), np.float32(0))
+        for row in range(m):
+            for first in range(0, k, columns):
                 for i in range(columns):
-                    total += x[row, first + i]
-                of_groups[row, first // columns] = total / np.float32(16)  # each lane has a part of it
-            elif sums == 16:
-                to = first // columns * 16
-                for g in range(8):
+                    ordered[row, first + i] = x[row, first + order[i]]
+                if sums == 1:
                     total = np.float32(0)
-                    for i in range(32):
-                        total += x[row, first + 32 * g + i]
-                    of_groups[row, to + g], of_groups[row, to + 8 + g] = middle * total, total
+                    for i in range(columns):
+                        total += x[row, first + i]
+                    of_groups[row, first // columns] = total / np.float32(16)  # each lane has a part of it
+                elif sums == 16:
+                    to = first // columns * 16
+                    for g in range(8):
+                        total = np.float32(0)
+                        for i in range(32):
+                            total += x[row, first + 32 * g + i]
+                        of_groups[row, to + g], of_groups[row, to + 8 + g] = np.float32(middle) * total, total
+
+    return share(ordered)
 
 
-@compiled(parallel=True)
-def _grouped(
-    mark, codes, stride, stack, order, sums, middle, n, n_blocks, x, ordered, of_groups, out, across, experts, counts, threads
-):  # fmt: skip
-    """Each thread computes its share of the results of every group. codes and out: where they lie; a matrix of a stack is `stack` bytes, a
-    row of blocks `stride`, a row of out `across`."""
-    _ordered(x, order, sums, middle, ordered, of_groups)
-    step = -(-n // (BLOCK * threads)) * BLOCK
-    of_x, of_sums = ordered.ctypes.data, of_groups.ctypes.data
-    x_row, sums_row = x.shape[1] * 4, of_groups.shape[1] * 4
-    for t in prange(threads):
-        first, last, start = t * step, min(n, (t + 1) * step), 0
-        for g in range(len(experts)):
+@functools.cache
+def _times(kind: int) -> int:
+    """Results of every group. A matrix of a stack is `stack` bytes, a row of blocks `stride`, a row of out `across`."""
+    mark = mark_of(*divmod(kind, 6))
+
+    def times(told, thread, threads):
+        (
+            codes, stride, stack, _, _, _, _, n, n_blocks, _, x, sums, groups, _, k, out, across, experts_at, counts_at, many,
+        ) = given(told, 20)  # fmt: skip
+        experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
+        step = -(-n // (BLOCK * threads)) * BLOCK
+        begin, last, start = thread * step, min(n, (thread + 1) * step), 0
+        for g in range(many):
             matrix = codes + experts[g] * stack
-            for i in range(first, last, 4):
+            for i in range(begin, last, 4):
                 for row in range(start, start + counts[g]):
                     _block(
-                        mark, matrix, stride, i, last - 1, of_x + row * x_row, of_sums + row * sums_row, n_blocks, out + row * across,
+                        mark, matrix, stride, i, last - 1, x + row * k * 4, sums + row * groups * 4, n_blocks, out + row * across,
                     )  # fmt: skip
             start += counts[g]
+
+    return share(times)
 
 
 # ------------------------------------------------------------------------------ widened
@@ -265,13 +268,12 @@ def expanded(w: Carried, dtype: torch.dtype, expert: int | None = None) -> Tenso
         return torch.stack([expanded(w, dtype, e) for e in range(len(first))])
     out = torch.empty(w.n, w.k, dtype=dtype)
     row = w.k * out.element_size()
-    with threads() as t:
-        for run in w.runs:
-            codes = run.codes if expert is None else run.codes[expert]
-            _expanded(
-                mark_of(*divmod(run.kind, 6), DTYPES.index(dtype)), codes.data_ptr(), codes.shape[-1], out.data_ptr() + row * run.first, row,
-                run.rows, w.k // len(KINDS[run.kind].order), t,
-            )  # fmt: skip
+    for run in w.runs:
+        codes = run.codes if expert is None else run.codes[expert]
+        together(
+            _expanding(run.kind, DTYPES.index(dtype)), codes.data_ptr(), codes.shape[-1], out.data_ptr() + row * run.first, row, run.rows,
+            w.k // len(KINDS[run.kind].order),
+        )  # fmt: skip
     return out
 
 
@@ -311,10 +313,15 @@ def _side_by_side(b: Any, vectors: list[Any], order: Sequence[int]) -> list[tupl
     return out
 
 
-@compiled(parallel=True, fastmath=False)
-def _expanded(mark, codes, stride, out, across, n, n_blocks, threads):
-    """Each thread writes its share of the rows."""
-    step = -(-n // threads)
-    for t in prange(threads):
-        for row in range(t * step, min(n, (t + 1) * step)):
+@functools.cache
+def _expanding(kind: int, dtype: int) -> int:
+    """The rows of a run as numbers of DTYPES[dtype]."""
+    mark = mark_of(*divmod(kind, 6), dtype)
+
+    def expanding(told, thread, threads):
+        codes, stride, out, across, n, n_blocks = given(told, 6)
+        step = -(-n // threads)
+        for row in range(thread * step, min(n, (thread + 1) * step)):
             _row(mark, codes + row * stride, n_blocks, out + row * across)
+
+    return share(expanding, fastmath=False)

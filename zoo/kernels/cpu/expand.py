@@ -10,15 +10,15 @@ bits 29 and 153, NVFP4 25 and 235; most of it is that new memory is first touche
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import compiled, threads, widen
+from zoo.kernels.cpu import widen
 from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
 from zoo.kernels.cpu.quantised import (
     BLOCK,
@@ -32,6 +32,7 @@ from zoo.kernels.cpu.quantised import (
     mark_of,
     ready,
 )
+from zoo.kernels.cpu.shares import given, share, together
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     FLOAT,
@@ -61,14 +62,15 @@ def expanded(w: Codes, dtype: torch.dtype, expert: int | None = None) -> Tensor:
     """The weight [N, K] or [E, N, K] in `dtype`, or that of an expert."""
     if expert is None and w.scale.ndim > 2:
         return torch.stack([expanded(w, dtype, e) for e in range(len(w.scale))])
-    r, e = ready(w, False), expert or 0
+    r = ready(w, False)
     out = torch.empty(w.n, w.k, dtype=dtype)
-    s = r.sizes
-    with threads() as t:
-        _expanded(
-            mark_of(*r.kind, DTYPES.index(dtype)), w.codes.data_ptr() + e * w.n // int(s[0]) * int(s[1]), w.scale.data_ptr() + e * int(s[6]), w.begins,
-            r.moved + e * int(s[7]), r.factor.data_ptr() + e * int(s[8]), out.data_ptr(), w.n, w.k * out.element_size(), s, r.table, t,
-        )  # fmt: skip
+    together(
+        _expanding(r.kind, DTYPES.index(dtype)),
+        *r.told,
+        expert or 0,
+        out.data_ptr(),
+        w.k * out.element_size(),
+    )
     return out
 
 
@@ -177,14 +179,21 @@ def _words(value: int) -> Any:
     return ir.Constant(WORDS, [ir.Constant(WORD, value)] * 16)
 
 
-@compiled(parallel=True, fastmath=False)
-def _expanded(mark, codes, scale, begins, moved, factor, out, n, across, sizes, table, threads):  # fmt: skip
-    """Each thread writes its share of the rows; arguments as of `zoo.kernels.cpu.quantised._grouped`."""
-    together, stride, chunks, group, groups, move = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
-    step, block = -(-n // (BLOCK * threads)) * BLOCK, max(4, together)
-    for t in prange(threads):
-        last = min(n, (t + 1) * step)
-        for i in range(t * step, last, block):
+@functools.cache
+def _expanding(kind: Kind, dtype: int) -> int:
+    """The rows of a matrix, or of that of an expert, as numbers of DTYPES[dtype] (see `zoo.kernels.cpu.quantised._Ready`)."""
+    mark = mark_of(*kind, dtype)
+
+    def expanding(told, thread, threads):
+        (
+            codes, scale, begins, moved, factor, table, n, at_once, stride, chunks, group, groups, move, scales, moves, factors, e, out, across,
+        ) = given(told, 19)  # fmt: skip
+        step, block = -(-n // (BLOCK * threads)) * BLOCK, max(4, at_once)
+        last = min(n, (thread + 1) * step)
+        for i in range(thread * step, last, block):
             _rows(
-                mark, codes, stride, i, last - 1, scale, begins.ctypes.data, moved, factor, chunks, group, groups, move, table, out, across,
+                mark, codes + e * n // at_once * stride, stride, i, last - 1, scale + e * scales, begins, moved + e * moves,
+                factor + e * factors, chunks, group, groups, move, table, out, across,
             )  # fmt: skip
+
+    return share(expanding, fastmath=False)

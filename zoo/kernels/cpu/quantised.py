@@ -17,19 +17,21 @@ Unusual: vectors have 512 bits in what is compiled, whatever the CPU has: LLVM c
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import biased, compiled, compiles_for, dots, grouped, threads, widen
+from zoo.kernels.cpu import biased, compiles_for, dots, grouped, widen
 from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
 from zoo.kernels.cpu.carried import carried as carried
+from zoo.kernels.cpu.codes import numbers
+from zoo.kernels.cpu.shares import given, share, together
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     FLOAT,
@@ -125,27 +127,23 @@ def times(
     ordered = widen.order(x, w.form, paired)
     sums = x.reshape(m, -1, w.group).sum(-1, dtype=torch.float32) if r.kind.moved else ordered
     out = torch.empty(m, w.n)
-    with threads() as t:
-        _grouped(
-            r.mark, w.codes.data_ptr(), ordered.data_ptr(), sums.data_ptr(), w.scale.data_ptr(), w.begins, r.moved, r.factor.data_ptr(),
-            out.data_ptr(), w.n, w.k * ordered.element_size(), r.sizes, r.table, which, sizes, t,
-        )  # fmt: skip
+    together(
+        _times(r.kind), *r.told, sums.data_ptr(), ordered.data_ptr(), w.k * ordered.element_size(), out.data_ptr(), which.ctypes.data,
+        sizes.ctypes.data, len(which),
+    )  # fmt: skip
     biased(out, bias, experts, counts)
     return out.to(dtype or x.dtype)
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """What `_grouped` is told of codes, the same at every call. `sizes`: rows of codes that are read at once, and bytes of such a row;
-    chunks of a row, and of a group; groups of a row; the bits of `Codes.move`; bytes of scales, of `moved` and of factors from one
-    expert to the next. `moved`, `table`: where they lie."""
+    """What a share is told of codes, the same at every call: in `told` where they lie, their scales, what each row's begin at, what moves
+    them, the factors and the table, and then `sizes`: rows in all, and rows that are read at once, bytes of such a row; chunks of a row, and
+    of a group; groups of a row; the bits of `Codes.move`; bytes of scales, of what moves and of factors from one expert to the next."""
 
     kind: Kind
-    mark: tuple[Any, ...]
-    sizes: Any
-    moved: int
-    factor: Tensor
-    table: int
+    told: tuple[int, ...]
+    kept: Tensor  # what is pointed to, and nobody else has
 
 
 def ready(w: Codes, paired: bool) -> _Ready:
@@ -173,16 +171,16 @@ def _ready(w: Codes, paired: bool) -> _Ready:
     if w.form == Form.E4M3 and not paired:
         factor = factor * 256.0
     step, groups = widen.columns(w.form, paired), -(-w.k // w.group)
-    chunks, together = w.k // step, 8 if w.form == Form.ROWS4 else 1
-    sizes = [
-        together, chunks * widen.chunk_bytes(w.form, paired), chunks, chunks if each else min(w.group, w.k) // step, groups,
-        int(np.float32(w.move).view(np.int32)), w.scale.shape[-2] * w.scale.shape[-1] * w.scale.element_size(),
-        0 if moved is None else w.n * groups * moved.element_size(), w.n * 4 if factor.ndim > 1 else 0,
-    ]  # fmt: skip
-    return _Ready(
-        kind, mark_of(*kind), np.array(sizes), 0 if moved is None else moved.data_ptr(), factor.contiguous(),
-        widen.table(w.form, paired).ctypes.data,
+    chunks, at_once = w.k // step, 8 if w.form == Form.ROWS4 else 1
+    factor = factor.contiguous()
+    told = (
+        w.codes.data_ptr(), w.scale.data_ptr(), w.begins.ctypes.data, 0 if moved is None else moved.data_ptr(), factor.data_ptr(),
+        widen.table(w.form, paired).ctypes.data, w.n, at_once, chunks * widen.chunk_bytes(w.form, paired), chunks,
+        chunks if each else min(w.group, w.k) // step, groups, int(np.float32(w.move).view(np.int32)),
+        w.scale.shape[-2] * w.scale.shape[-1] * w.scale.element_size(), 0 if moved is None else w.n * groups * moved.element_size(),
+        w.n * 4 if factor.ndim > 1 else 0,
     )  # fmt: skip
+    return _Ready(kind, told, factor)
 
 
 @intrinsic
@@ -301,23 +299,28 @@ def _moved_size(kind: Kind) -> int:
     return {BY_SCALE: 0, BY_ZERO: 2, BY_SHIFT: widen.SIZES[kind.scale]}[kind.moved]
 
 
-@compiled(parallel=True)
-def _grouped(
-    mark, codes, x, sums, scale, begins, moved, factor, out, n, x_row, sizes, table, experts, counts, threads
-):  # fmt: skip
-    """Each thread computes its share of the results of every group. codes, x, sums, scale, moved, factor, table and out: where they lie;
-    a row of x is `x_row` bytes; `sizes` as in `_Ready`."""
-    together, stride, chunks, group, groups, move = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
-    step, block = -(-n // (BLOCK * threads)) * BLOCK, max(4, together)
-    for t in prange(threads):
-        first, last, start = t * step, min(n, (t + 1) * step), 0
-        for g in range(len(experts)):
+@functools.cache
+def _times(kind: Kind) -> int:
+    """Results of every group of rows of x, of which each is `x_row` bytes and has these sums (see `_Ready`)."""
+    mark = mark_of(*kind)
+
+    def times(told, thread, threads):
+        (
+            codes, scale, begins, moved, factor, table, n, at_once, stride, chunks, group, groups, move, scales, moves, factors, sums, x, x_row,
+            out, experts_at, counts_at, many,
+        ) = given(told, 23)  # fmt: skip
+        experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
+        step, block = -(-n // (BLOCK * threads)) * BLOCK, max(4, at_once)
+        first, last, start = thread * step, min(n, (thread + 1) * step), 0
+        for g in range(many):
             e = experts[g]
-            of_codes, of_scales = codes + e * n // together * stride, scale + e * sizes[6]
+            of_codes, of_scales = codes + e * n // at_once * stride, scale + e * scales
             for i in range(first, last, block):
                 for row in range(start, start + counts[g]):
                     _block(
-                        mark, of_codes, stride, i, last - 1, x + row * x_row, sums + row * groups * 4, of_scales, begins.ctypes.data,
-                        moved + e * sizes[7], factor + e * sizes[8], chunks, group, groups, move, table, out + row * n * 4,
+                        mark, of_codes, stride, i, last - 1, x + row * x_row, sums + row * groups * 4, of_scales, begins, moved + e * moves,
+                        factor + e * factors, chunks, group, groups, move, table, out + row * n * 4,
                     )  # fmt: skip
             start += counts[g]
+
+    return share(times)
