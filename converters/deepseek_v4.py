@@ -200,7 +200,6 @@ HF: tuple[RuleLine, ...] = (
     (_A + "q_up.weight", _A + "wq_b.weight"),
     (_A + "kv.weight", _A + "wkv.weight"),
     (_A + "kv_norm.weight", _A + "kv_norm.weight"),
-    (_A + "kv_norm.weight", _A + "norm.weight"),  # as transformers saves it
     (_A + "sinks", _A + "attn_sink"),
     (_A + "out_down.weight", _A + "wo_a.weight"),
     (_A + "out.weight", _A + "wo_b.weight"),
@@ -219,7 +218,7 @@ HF: tuple[RuleLine, ...] = (
     (_L + "moe.shared.down.weight", _L + "ffn.shared_experts.w2.weight"),
     extra("mtp.*", hf.MTP),
 )
-_SAVED = {
+_SPELT = {
     "embed.": "model.embed_tokens.", "norm.": "model.norm.", "layers.": "model.layers.", "hc_head_": "model.hc_head.hc_",
 }  # fmt: skip
 """Where transformers saves what its conversion does not rename back."""
@@ -256,7 +255,16 @@ IN_MEMORY: tuple[RuleLine, ...] = (
     *hf.STACKED,
     *hf.gated_mlp(_L + "moe.shared", "model.layers.{i}.mlp.shared_experts"),
 )
-RULES = {"hf": rules(*HF, prefixes=({}, _SAVED)), "transformers": rules(*IN_MEMORY)}
+_MIXED: tuple[RuleLine, ...] = (
+    ("head.weight", "head.weight"),
+    *hf.numbered("model.layers.{i}.mlp.experts.{e}", "w1", "w3", "w2"),
+)
+"""What transformers up to 5.14 renames when it saves: all else keeps its name in memory."""
+RULES = {
+    "hf": rules(*HF),
+    "transformers": rules(*IN_MEMORY, *_MIXED),
+    "saved": rules(*HF, (_A + "kv_norm.weight", _A + "norm.weight"), prefixes=(_SPELT,)),
+}
 
 DISAGREEMENTS = (
     Disagreement(

@@ -26,7 +26,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import canonical, dcp
-from zoo.formats.base import Checkpoint, TensorRef
+from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef
 from zoo.formats.canonical import Canonical
 from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
@@ -227,7 +227,15 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
     family = families.get(like.source["family"], like.source.get("package"))
     names = namings(like.spec, family)
     tried = [
-        match(like.spec, ruleset, refs, 1, naming, dtype, like.source["config"] if naming == "hf" else {})
+        match(
+            like.spec,
+            ruleset,
+            refs,
+            1,
+            naming,
+            dtype,
+            like.source["config"] if naming in ("hf", "saved") else {},
+        )
         for naming, ruleset in names.items()
     ]
     for m in tried:
@@ -262,7 +270,7 @@ def namings(spec: Spec, family: Family) -> dict[str, RuleSet]:
         [*(slot.key for slot in layout(spec).values()), "head.weight"]
     )  # tied: a copy, if anything
     own = rules(*((key, key) for key in keys))
-    theirs = {n: family.rules[n] for n in ("hf", "transformers") if n in family.rules}
+    theirs = {n: family.rules[n] for n in HF_NAMINGS if n in family.rules}
     return {"canonical": own, **theirs}
 
 
