@@ -136,6 +136,10 @@ def of_tensors(named: Mapping[str, Any], ranks: _Alone | None = None) -> State:
         )
     if (odd := next((n for n, t in named.items() if t.is_meta), None)) is not None:
         raise ZooError(f"{odd} of the state is on the device meta: it has no values to save")
+    if (odd := next((n for n, t in named.items() if t.layout is not torch.strided), None)) is not None:
+        raise ZooError(
+            f"{odd} of the state lies in memory as {named[odd].layout}: expected plain tensors (t.to_dense())"
+        )
     if (odd := next((n for n, t in named.items() if t.dtype not in CALLED), None)) is not None:
         raise ZooError(f"{odd} of the state is {named[odd].dtype}, which no checkpoint holds")
     try:
@@ -250,7 +254,11 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
         )
     if m.n_problems:
         config = dict(like.source["config"])
-        raise PlanError(Checkpoint(Path(state.what), "state", (m.naming,), config, refs, {}), family, m)
+        errors = [
+            PlanError(Checkpoint(Path(state.what), "state", (x.naming,), config, refs, {}), family, x)
+            for x in (m, *tried)
+        ]
+        raise next((e for e in errors if e.known), errors[0])
     outputs = dict(m.outputs)
     for new in quantised:
         outputs[new.name] = _itself(new.name, new)
