@@ -319,7 +319,7 @@ def compared(work: Path, version: str, said: dict[str, Any]) -> dict[str, Any]:
     try:
         ours, notes = logits(to, name)
     except ZooError as e:
-        return {"result": "refused", "says": str(e).replace(f"{to}/", "")[:600]}
+        return {"result": "refused", "says": str(e).replace(f"{to}/", "").replace(f"{work}/", "")[:600]}
     except Exception as e:
         if os.environ.get("TRACE"):
             traceback.print_exc()

@@ -153,8 +153,13 @@ def rotary(c: Config, of: str) -> Rope:
         p = read.rope_parameters(c, theta=theta)
         p.setdefault("attention_factor", 1.0)
     share = float(c["qk_rope_head_dim"] / c["head_dim"])
+    outer = (
+        said if isinstance(said, Mapping) and of in said else {}
+    )  # 5.10 leaves those of "main" beside it, too
     for beside, value in (
         (c.get(theta, p["rope_theta"]), p["rope_theta"]),
+        (outer.get("rope_theta", p["rope_theta"]) if of == "main" else p["rope_theta"], p["rope_theta"]),
+        (outer.get("partial_rotary_factor", share), share),
         (c.get("partial_rotary_factor", share), share),
         (p.get("partial_rotary_factor", share), share),
     ):

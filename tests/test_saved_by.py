@@ -81,6 +81,25 @@ def test_sparse_layers_have_two_names() -> None:
         assert families.spec_of(said) == families.spec_of(of)
 
 
+def test_deepseek_v4s_rope_beside_that_of_each_kind_is_that_of_layers_without_entries() -> None:
+    """Transformers 5.10 says it both ways."""
+    of = config("deepseek-v4-flash")
+    share = of["qk_rope_head_dim"] / of["head_dim"]
+    main = {"rope_type": "default", "rope_theta": of["rope_theta"], "partial_rotary_factor": share}
+    compress = {
+        **of["rope_scaling"],
+        "rope_type": "yarn",
+        "rope_theta": of["compress_rope_theta"],
+        "attention_factor": 1.0,
+    }
+    said = {**of, "rope_parameters": {"main": main, "compress": compress, **main}}
+    said.pop("rope_scaling")
+    assert families.spec_of(said) == families.spec_of(of)
+    said["rope_parameters"] |= {"rope_theta": 7.0}
+    with pytest.raises(ZooError, match=r"its RoPE \(main\) is said twice, by 7.0 and by"):
+        families.spec_of(said)
+
+
 def test_coheres_switch_of_layers_goes_with_a_list_of_them() -> None:
     """transformers 5 makes a list of the pattern, and leaves `layer_switch` where it was."""
     of = config("tiny-aya-3b")
