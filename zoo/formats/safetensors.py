@@ -15,6 +15,7 @@ from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.base import (
+    HF_NAMINGS,
     ITEMSIZE,
     MAX_NAME,
     Checkpoint,
@@ -74,7 +75,7 @@ def open_files(
         check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
     # The index of another set would describe files that the copy does not have.
     carried = tuple(n for n in carried_files(root) if n != INDEX or n == entry or sets.names(root, n, files))
-    return Checkpoint(root, "safetensors", ("hf", "transformers"), config, tensors, files, carried, headers)
+    return Checkpoint(root, "safetensors", HF_NAMINGS, config, tensors, files, carried, headers)
 
 
 def weight_files(root: Path) -> list[str]:

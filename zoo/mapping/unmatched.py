@@ -21,7 +21,8 @@ ADAPTED = re.compile(
 
 
 class PlanError(ZooError):
-    """The tensors and the rules do not account for each other. `match` holds the details."""
+    """The tensors and the rules do not account for each other. `match` holds the details. `known`: whether one cause explains all
+    of it, which the message then is."""
 
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
@@ -32,6 +33,7 @@ class PlanError(ZooError):
             or _other_rows(ckpt, m)
             or _renamed(ckpt, family, missing, m)
         )
+        self.known = said is not None
         if said is not None:
             super().__init__(said)
             return
