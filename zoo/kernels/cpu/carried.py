@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.affine import in_order, zeros
+from zoo.kernels.affine import each_row, in_order, zeros
 from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, aligned, has_nan, quantised
 from zoo.quant.base import Scheme, check_shape
 from zoo.quant.schemes import scheme as named
@@ -125,7 +125,7 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
     if codes.dtype == torch.int8:
         form, k = Form.INT8, codes.shape[-1]
         if s.name.startswith("int8-tensor"):
-            scale = _each_row(scale, codes, parts)[..., None]
+            scale = each_row(scale, codes, parts)[..., None]
     elif s.bits in (4, 8):
         form = Form.ROWS4 if s.module == "awq" else Form.UINT8 if s.bits == 8 else Form.INT4
         k = codes.shape[-1] * (1 if s.module == "awq" else 32 // s.bits)
@@ -136,7 +136,7 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
         return None
     if (shape := c.get("shape")) is not None:
         check_shape(shape, parts, k)
-    zero = _zeros(s, c, parts)
+    zero = zeros(s, c, parts)
     if zero is None:
         own = 0 if codes.dtype == torch.int8 else 1 << s.bits - 1
         move = -own - MIDDLE[form]
@@ -145,16 +145,6 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
         return None
     zero = -zero.to(torch.float16) - MIDDLE[form]
     return _by_rows(form, codes, parts, k, group, scale, zero if bool(zero.any()) else None)
-
-
-def _zeros(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Tensor | None:
-    """Zero points [.., N, G]; None: there are none."""
-    zero = c.get("zero")
-    if zero is None:
-        return None
-    if c["weight"].dtype == torch.int8:
-        return _each_row(zero, c["weight"], parts)[..., None] if s.name.startswith("int8-tensor") else zero
-    return zeros(s, c, parts)
 
 
 def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
@@ -175,18 +165,9 @@ def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | Non
 def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
     codes, factor, exact = c["weight"], None, True
     if s.group == 16:
-        of_all = _each_row(c["global_scale"].float(), codes, parts)
+        of_all = each_row(c["global_scale"].float(), codes, parts)
         exact = s.name == "nvfp4"
         factor = of_all if exact else 1 / of_all
     return _by_rows(
         Form.E2M1, codes, parts, codes.shape[-1] * 2, s.group, c["scale"], factor=factor, exact=exact
     )
-
-
-def _each_row(x: Tensor, codes: Tensor, parts: tuple[int, ...]) -> Tensor:
-    """A constant of each released tensor, or of all of them, for each row of the weight: [N] or [E, N]."""
-    if codes.ndim > 2:
-        each = x if x.ndim and len(x) == len(codes) else [x] * len(codes)
-        return torch.stack([_each_row(y, codes[0], parts) for y in each])
-    of_parts = x.reshape(-1).expand(len(parts)) if x.numel() == 1 else x.reshape(len(parts))
-    return of_parts.repeat_interleave(torch.tensor(parts)).contiguous()
