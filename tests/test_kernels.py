@@ -600,8 +600,12 @@ if INTERPRETED or COMPILED:
         x = rand(1, k)
         close(linear.linear(x, packed), linear.linear_reference(x, w), 5)
         assert torch.equal(weights.expanded(packed, torch.float32), w)
-        if in_order:
-            assert weights.quantised(scheme, c | {"order": c["order"].flip(-1)}, (n,)) is None
+        if in_order:  # of groups that are not of one size, and of experts, each of which has an order of its own, not
+            odd = torch.where(torch.arange(k) == 0, 1, c["order"])
+            assert weights.quantised(scheme, c | {"order": odd}, (n,)) is None
+            stacked = {name: x[None].expand(2, *x.shape).contiguous() for name, x in c.items()}
+            assert weights.quantised(scheme, stacked, (n,)) is not None
+            assert weights.quantised(scheme, stacked | {"order": stacked["order"].flip(-1)}, (n,)) is None
 
     @pytest.mark.parametrize("lead", [(), (3,)])
     @pytest.mark.parametrize(
