@@ -186,6 +186,21 @@ def hold_widened(scheme: str, codes: ModuleType, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("scheme", ["int8-channel", "fp8-block", "mxfp4", "int4-group32", "awq4-group32"])
+def test_codes_may_begin_at_any_byte_that_their_elements_can(scheme: str, codes: ModuleType) -> None:
+    """As those of a file do, that is mapped: every second header ends where 16 bytes do."""
+    c, x, found = components(scheme, (64,), 384), torch.randn(1, 384), []
+    size = c["weight"].element_size()
+    for by in (0, size, 8):
+        room = torch.empty(c["weight"].nbytes + 32, dtype=torch.uint8)
+        first = -room.data_ptr() % 16 + by
+        moved = room[first : first + c["weight"].nbytes].view(c["weight"].dtype).view(c["weight"].shape)
+        w = codes.carried(scheme, {**c, "weight": moved.copy_(c["weight"])}, (64,))
+        assert w is not None and w.codes.data_ptr() % 16 == by
+        found.append(codes.times(x, w))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_a_code_that_is_no_number_is_left_to_torch(codes: ModuleType) -> None:
     c = components("fp8-channel", (1024,), 512)
     good = codes.carried("fp8-channel", c, (1024,))

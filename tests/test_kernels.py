@@ -600,7 +600,9 @@ if INTERPRETED or COMPILED:
         x = rand(1, k)
         close(linear.linear(x, packed), linear.linear_reference(x, w), 5)
         assert torch.equal(weights.expanded(packed, torch.float32), w)
-        if in_order:  # of groups that are not of one size, and of experts, each of which has an order of its own, not
+        if (
+            in_order
+        ):  # of groups that are not of one size, and of experts, each of which has an order of its own, not
             odd = torch.where(torch.arange(k) == 0, 1, c["order"])
             assert weights.quantised(scheme, c | {"order": odd}, (n,)) is None
             stacked = {name: x[None].expand(2, *x.shape).contiguous() for name, x in c.items()}

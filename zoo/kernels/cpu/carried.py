@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoo.kernels.affine import each_row, in_order, zeros
-from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, aligned, has_nan, quantised
+from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, has_nan, quantised
 from zoo.quant.base import Scheme, check_shape
 from zoo.quant.schemes import scheme as named
 
@@ -67,8 +67,8 @@ class Codes:
 def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
     """The weight of these components; None where the kernel does not know them. Raises ZooError as `zoo.quant.dequantise`."""
     s, codes = named(scheme), components["weight"]
-    if any(not c.is_contiguous() for c in components.values()) or not aligned(codes):
-        return None
+    if any(not c.is_contiguous() for c in components.values()):
+        return None  # codes may begin at any byte: those of a file that is mapped do
     if s.module in ("gptq", "integers", "awq") or scheme.startswith("int4"):
         return _integers(s, components, parts)
     if s.module == "mlx":
@@ -84,7 +84,9 @@ def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) 
             return None
         return None if has_nan(codes) else _by_rows(Form.E4M3, codes, parts, codes.shape[-1], 32, scale)
     w = quantised(scheme, components, parts)
-    return None if w is None or w.kind not in (FP8, FP8_ROWS) or not w.words else _fp8(w)
+    if w is None or w.kind not in (FP8, FP8_ROWS):
+        return None
+    return _fp8(w) if w.words or (w.k % 32 == 0 and not has_nan(codes)) else None
 
 
 def _fp8(w: Weight) -> Codes | None:
