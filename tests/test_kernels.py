@@ -658,11 +658,8 @@ if INTERPRETED or COMPILED:
         """As `stored`."""
         scheme = form.rstrip("*")
         c = components(scheme, parts, k, *lead)
-        if scheme == "mlx-mxfp8":
-            byte = c["weight"].view(torch.uint8)
-            byte[byte & 127 == 127] = 0  # NaN
         if form.endswith("*"):
-            c["order"] = (torch.randperm(k) // named(scheme).group).int()
+            c["order"] = (torch.randperm(k) // named(scheme).group).int().repeat(len(parts), 1)
         packed = weights.quantised(scheme, c, parts)
         assert packed is not None and packed.kind == FORMS[form] and packed.lead == lead and packed.words
         assert (packed.order is not None) == form.endswith("*")

@@ -63,7 +63,7 @@ def by_groups(s: Scheme, components: dict[str, Tensor]) -> tuple[dict[str, Tenso
     if codes.ndim > 2 or bool((order != order[0]).any()):
         return None
     columns = order[0].argsort(stable=True)
-    if not in_order(order[0][columns], k, s.group):
+    if not in_order(order[0][columns], k, s.group or k):
         return None
     each = codes.view(torch.uint8)
     if s.bits == 4:

@@ -96,7 +96,9 @@ class Weights(nn.Module):
         made = kernels("blocks" if self.in_blocks else "quantised")
         if made is None or (w := self._codes(made)) is None or not made.fits(w, rows):
             return None
-        return partial(made.times, w=w)
+        times = partial(made.times, w=w)
+        order = None if self.in_blocks else w.order
+        return times if order is None else lambda x, **how: times(x.index_select(-1, order), **how)
 
     @property
     def in_blocks(self) -> bool:
@@ -123,7 +125,7 @@ class Weights(nn.Module):
             and not is_recorded(self.weight)
         ):
             w = self._codes(made if self.in_blocks else kernels("quantised"))
-            if w is not None and made.widens(w, dtype):
+            if w is not None and (self.in_blocks or w.order is None) and made.widens(w, dtype):
                 return made.expanded(w, dtype, expert)
         from zoo.quant import dequantise
 

@@ -10,7 +10,7 @@ scale * move + shift. Codes stay where a release has them; zero points, a few hu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.affine import each_row, in_order, zeros
+from zoo.kernels.affine import by_groups, each_row, zeros
 from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, has_nan, quantised
 from zoo.quant.base import Scheme, check_shape
+from zoo.quant.bitsandbytes import ONE_OF_127
 from zoo.quant.schemes import scheme as named
 
 
@@ -45,7 +46,8 @@ MIDDLE = {Form.INT8: 0.5, Form.UINT8: 0.5 - 128, Form.INT4: -8.0, Form.ROWS4: -8
 class Codes:
     """Weights [N, K] or [E, N, K]. `codes` as `Form` says; `scale` [.., R, G] as stored, of which row n uses that which `begins[n]`
     bytes behind the first begins, each for `group` columns. `zero` [.., N, G] fp16 or `shift` [.., N, G] in the dtype of scales;
-    `move`: see above. `factor` fp32 [N] or [E, N]. `exact`: whether factor times scale is what the scheme's formula has, to the bit."""
+    `move`: see above. `factor` fp32 [N] or [E, N]. `exact`: whether factor times scale is what the scheme's formula has, to the bit.
+    `order` [K] int64: the column of the weight that each column of codes is (None: the same), in which x is to be."""
 
     form: Form
     codes: Tensor
@@ -59,6 +61,7 @@ class Codes:
     shift: Tensor | None = None
     move: float = 0.0
     exact: bool = True
+    order: Tensor | None = None
     ready: dict[bool, Any] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )  # what is made of it once
@@ -70,19 +73,27 @@ def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) 
     if any(not c.is_contiguous() for c in components.values()):
         return None  # codes may begin at any byte: those of a file that is mapped do
     if s.module in ("gptq", "integers", "awq") or scheme.startswith("int4"):
-        return _integers(s, components, parts)
+        order = None
+        if "order" in components and s.bits in (4, 8):
+            if (sorted_ := by_groups(s, components)) is None:
+                return None
+            components, order = sorted_
+        w = _integers(s, components, parts)
+        return w if w is None or order is None else replace(w, order=order)
+    if scheme in ("fp8-block-1x32", "mlx-mxfp8"):
+        codes, scale = codes.view(torch.float8_e4m3fn), components["scale"]
+        if scale.element_size() != 1 or has_nan(codes):
+            return None
+        return _by_rows(Form.E4M3, codes, parts, codes.shape[-1], 32, scale)
     if s.module == "mlx":
         return _mlx(s, components, parts)
+    if scheme == "bnb8":
+        return _bnb8(components, parts)
     if s.module == "fp4":
         return _e2m1(s, components, parts)
     if scheme == "mxfp4":
         k = codes.shape[-2] * 32
         return _by_rows(Form.E2M1, codes, parts, k, 32, components["scale"])
-    if scheme == "fp8-block-1x32":
-        scale = components["scale"]
-        if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-            return None
-        return None if has_nan(codes) else _by_rows(Form.E4M3, codes, parts, codes.shape[-1], 32, scale)
     w = quantised(scheme, components, parts)
     if w is None or w.kind not in (FP8, FP8_ROWS):
         return None
@@ -134,8 +145,6 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
     else:
         return None
     group = s.group or k
-    if not in_order(c.get("order"), k, group):
-        return None
     if (shape := c.get("shape")) is not None:
         check_shape(shape, parts, k)
     zero = zeros(s, c, parts)
@@ -151,7 +160,7 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
 
 def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
     codes, scale, shift = c["weight"], c["scale"], c.get("shift")
-    if s.bits not in (4, 8) or s.name == "mlx-mxfp8":
+    if s.bits not in (4, 8):
         return None
     k = codes.shape[-1] * (32 // s.bits)
     if shift is not None:
@@ -162,6 +171,13 @@ def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | Non
     if s.name == "mlx-nvfp4":
         scale = scale.view(torch.float8_e4m3fn)
     return _by_rows(Form.E2M1, codes, parts, k, s.group, scale)
+
+
+def _bnb8(c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
+    if (form := c.get("form")) is not None and bool((form != 0).any()):
+        return None  # a layout that is not read
+    codes, scale = c["weight"], c["scale"].float() * ONE_OF_127
+    return _by_rows(Form.INT8, codes, parts, codes.shape[-1], 0, scale, move=-MIDDLE[Form.INT8], exact=False)
 
 
 def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
