@@ -78,8 +78,8 @@ def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) 
             if (sorted_ := by_groups(s, components)) is None:
                 return None
             components, order = sorted_
-        w = _integers(s, components, parts)
-        return w if w is None or order is None else replace(w, order=order)
+        of_integers = _integers(s, components, parts)
+        return of_integers if of_integers is None or order is None else replace(of_integers, order=order)
     if scheme in ("fp8-block-1x32", "mlx-mxfp8"):
         codes, scale = codes.view(torch.float8_e4m3fn), components["scale"]
         if scale.element_size() != 1 or has_nan(codes):
