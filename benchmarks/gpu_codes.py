@@ -178,7 +178,7 @@ def main() -> int:
                     {k: round(v, 4) if isinstance(v, float) else v for k, v in result["rows"][-1].items()},
                     flush=True,
                 )
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

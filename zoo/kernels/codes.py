@@ -24,7 +24,20 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, triton
-from zoo.kernels.weights import FOUR_BITS, FP8, INTEGERS, MXFP4, NVFP4, PLAIN, Weight
+from zoo.kernels.weights import (
+    AFFINE4,
+    AFFINE8,
+    FOUR_BITS,
+    FP8,
+    INT4,
+    INT8,
+    INTEGERS,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    PLAIN,
+    Weight,
+)
 
 COLUMNS = 8
 """Columns of x that tensor cores multiply at once, at the least."""
@@ -54,8 +67,11 @@ def pays(x: Tensor, w: Weight) -> bool:
 
 def tile(w: Weight) -> tuple[int, int, int, int, int]:
     """Rows and channels of a tile, tiles fetched ahead, warps and stages. Measured on an H200."""
-    if w.kind in (MXFP4, NVFP4):
+    if w.kind == MXFP4 or (w.kind == MXFP8 and not w.lead and w.n <= 4096):
         return 128, 128, 2, 4, 3
+    if w.kind == NVFP4 or (w.kind == AFFINE8 and not w.lead and _block(w) == 128):
+        few = w.kind == NVFP4 and (bool(w.lead) or 4096 < w.n < LARGE)
+        return 128, 128, 2 if few else 4, 4, 3
     block = _block(w) if not w.lead and w.n <= 4096 else min(64, _block(w))
     ahead = (2 if w.kind in FOUR_BITS else 4) if w.lead else 1 if w.n >= LARGE else 4
     return 128, block, ahead, 4, 3
@@ -63,7 +79,7 @@ def tile(w: Weight) -> tuple[int, int, int, int, int]:
 
 def joined_tile(w: Weight) -> tuple[int, int, int, int, int]:
     """`tile` for the experts of a token, joined: low ones, of which each program holds most of its rows before h is there."""
-    return 32, _block(w), 4 if w.kind in (MXFP4, NVFP4) else 6, 2, 3
+    return 32, _block(w), 4 if w.kind == MXFP4 else 6, 2, 3
 
 
 def _block(w: Weight) -> int:
@@ -75,16 +91,16 @@ def shares(w: Weight) -> tuple[int, int, int, int, int, int]:
     """`tile` for several rows of x, and by how many programs the columns are shared. Measured on an H200."""
     high, block = 64, _block(w)
     split = max(1, min(8, PROGRAMS // ceil_div(w.n, high), w.k // (block * 2)))
-    return high, block, 2 if w.kind in INTEGERS else 1, 4, 4, 1 << (split.bit_length() - 1)
+    return high, block, 2 if w.kind in (INT4, AFFINE4) else 1, 4, 4, 1 << (split.bit_length() - 1)
 
 
 def grouped_tile(average: float, *weights: Weight) -> tuple[int, int, int, int, int]:
     """Rows of x, rows and channels of the weights of a tile of the grouped products, warps and stages, when an expert has
     `average` rows of x. Measured on an H200: where few rows wait for what is read, as much as can be is read at a time."""
     if average <= 32:
-        long = all(w.k % 128 == 0 and w.columns % 128 == 0 for w in weights)
+        long = all(w.k % 128 == 0 and (w.kind == NVFP4 or w.columns % 128 == 0) for w in weights)
         return 16 if average <= 16 else 32, 128, 128 if long else 64, 4, 3 if long else 4
-    return 64, 128, 64, 4, 4 if weights[0].kind == FP8 else 3
+    return 64, 128, 64, 4, 4 if weights[0].kind in (FP8, INT8) else 3
 
 
 def constants(w: Weight, together: int = 1) -> dict[str, Any]:

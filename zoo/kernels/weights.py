@@ -255,8 +255,13 @@ def laid_out(w: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def ordered(x: Tensor, w: Weight) -> Tensor:
-    """x [.., K] in the order of the columns of codes."""
-    return x if w.order is None else x.index_select(-1, w.order)
+    """x [.., K] in the order of the columns of codes. On a GPU. (torch's own takes 120 us for 2048 rows of 14336.)"""
+    if w.order is None:
+        return x
+    x, block = x.contiguous(), 1024
+    out = torch.empty_like(x)
+    _ordered[(x.numel() // w.k, ceil_div(w.k, block))](x, w.order, out, w.k, BLOCK=block, num_warps=4)
+    return out
 
 
 def _logical(y: Tensor, w: Weight) -> Tensor:
@@ -603,12 +608,12 @@ if triton is not None:
         """W[n, start : start + BLOCK_K] in `DTYPE`, [BLOCK_N, BLOCK_K]; times 2^-60 (`TINY`, of mxfp4 in bf16)."""
         n = n.to(tl.int64)
         if KIND >= 3:
-            UNIT: tl.constexpr = 16 if KIND == 6 else 32
-            g, i = tl.arange(0, BLOCK_K // UNIT), tl.arange(0, UNIT // 2)
-            byte = start // 2 + g[:, None] * (UNIT // 2) + i[None, :]
+            g, i = tl.arange(0, BLOCK_K // 32), tl.arange(0, 16)
+            byte = start // 2 + g[:, None] * 16 + i[None, :]
             at = w_ptr + n[:, None, None] * (K // 2) + byte[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (byte < K // 2)[None, :, :], other=0)
-            group = start // UNIT + g
+            UNIT: tl.constexpr = 16 if KIND == 6 else 32
+            group = start // UNIT + tl.arange(0, BLOCK_K // UNIT)
             s_at = s_ptr + n[:, None] * s_columns + scale_column(group, UNIT, columns, KIND)[None, :]
             s = tl.load(s_at, mask=n_mask[:, None] & (group < K // UNIT)[None, :], other=0)[:, :, None]
             if TINY:
@@ -628,9 +633,15 @@ if triton is not None:
                 if KIND == 6:
                     times, over = head(s_ptr + n[:, None, None] * s_columns, n_mask[:, None, None])
                     factor = tl.div_rn(factor * times, over)  # one of them is 1
-                low, high = (fp4(w) * factor).to(DTYPE), (fp4(w >> 4) * factor).to(DTYPE)
+                    factor = tl.reshape(
+                        tl.broadcast_to(factor, (BLOCK_N, BLOCK_K // 16, 8)), (BLOCK_N, BLOCK_K // 32, 16)
+                    )
+                low, high = fp4(w) * factor, fp4(w >> 4) * factor
+                if KIND == 3:
+                    low, high = low.to(DTYPE), high.to(DTYPE)
             pair = tl.join(low, high)
-            return tl.reshape(pair, (BLOCK_N, BLOCK_K))
+            # (Of nvfp4 rounded last: Triton 3.6 has no way from what is reshaped to its tensor cores' shared memory.)
+            return tl.reshape(pair, (BLOCK_N, BLOCK_K)).to(DTYPE)
         elif KIND < 0:
             g = tl.arange(0, BLOCK_K // 32)
             k, group = start + g[:, None] * 32 + tl.arange(0, 32)[None, :], start // 32 + g
@@ -657,6 +668,12 @@ if triton is not None:
                 s = tl.load(s_ptr + row * s_columns + start // columns, mask=n_mask, other=0.0).to(tl.float32)
                 w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
             return w
+
+    @Kernel
+    def _ordered(x_ptr, order_ptr, out_ptr, K, BLOCK: tl.constexpr):
+        row, k = tl.program_id(0).to(tl.int64) * K, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.load(order_ptr + k, mask=k < K, other=0)
+        tl.store(out_ptr + row + k, tl.load(x_ptr + row + at, mask=k < K), mask=k < K)
 
     @Kernel
     def _expanded(
