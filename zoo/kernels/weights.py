@@ -255,9 +255,11 @@ def laid_out(w: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def ordered(x: Tensor, w: Weight) -> Tensor:
-    """x [.., K] in the order of the columns of codes. On a GPU. (torch's own takes 120 us for 2048 rows of 14336.)"""
+    """x [.., K] in the order of the columns of codes. On a GPU. (One row of 4096 by torch takes 4 us more, 2048 of 14336 60 less.)"""
     if w.order is None:
         return x
+    if x.numel() > 64 * w.k:
+        return x.index_select(-1, w.order)
     x, block = x.contiguous(), 1024
     out = torch.empty_like(x)
     _ordered[(x.numel() // w.k, ceil_div(w.k, block))](x, w.order, out, w.k, BLOCK=block, num_warps=4)
