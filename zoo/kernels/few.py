@@ -14,7 +14,7 @@ from zoo.kernels import codes, quads
 from zoo.kernels.gated import code
 from zoo.kernels.launch import Kernel, ceil_div, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
-from zoo.kernels.weights import FOUR_BITS, FP8, FP8_ROWS, Weight
+from zoo.kernels.weights import FOUR_BITS, PLAIN, Weight
 from zoo.spec import MLP
 
 if triton is not None:
@@ -131,7 +131,7 @@ def _few_quads(
 
 def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
     """Rows and channels of a tile of a chosen expert's gate and up weights, and its warps. Measured on an H100."""
-    if w.kind in (FP8, FP8_ROWS):
+    if w.kind != PLAIN and w.kind not in FOUR_BITS:
         return 8, min(512, power_of_2(w.k, w.group)), 2
     return tile(w.n * experts, w, gated)
 
