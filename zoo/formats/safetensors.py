@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from zoo.bounded import parse_json
+from zoo.bounded import parse_json, uncollected
 from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.base import (
@@ -134,6 +134,7 @@ def header_length(first8: bytes, size: int, who: str) -> int:
     return int(n)
 
 
+@uncollected()
 def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorRef]:
     """Tensors of a header. Checks dtypes, shapes against byte counts, and that the ranges tile the
     data part of a file of `size` bytes without overlap or gap."""
