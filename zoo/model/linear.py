@@ -68,9 +68,10 @@ class Weights(nn.Module):
         if few and (w := self.packed()) is not None and few_rows(x, w):
             return linear(x, w, onto)
         if times := self.coded(x, x.shape[:-1].numel()):
-            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype)).view(*x.shape[:-1], -1)
-        else:
-            y = product(x, self.dense(x.dtype), self.offset(x.dtype))
+            more = None if onto is None else onto.reshape(-1, onto.shape[-1])
+            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype), onto=more)
+            return y.view(*x.shape[:-1], -1)
+        y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
 
     def unrounded(self, x: Tensor) -> Tensor:
