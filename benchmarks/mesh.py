@@ -17,101 +17,22 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import datetime
-import gc
 import json
-import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from about import machine
 from gpu import config_of
+from over_ranks import CHUNK, Bench, cold, place, plain_read, started
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PROMPT, NEW, ROUNDS, LOADS = 2048, 64, 9, 3
 REST = 0.3  # seconds before each prompt, see gpu.py
-CHUNK, THREADS = 1 << 24, 8
-
-
-class Bench:
-    """The ranks of this run, and what rank 0 writes down."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-
-        self.rank, self.n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.tiny, self.rows, self.args = args.tiny, dict[str, Any](), args
-        long = datetime.timedelta(hours=1)
-        if self.tiny:
-            self.device = torch.device("cpu")
-            dist.init_process_group("gloo", timeout=long)
-        else:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl", timeout=long, device_id=self.device)
-        self.mesh = init_device_mesh(self.device.type, (self.n,))
-        self.side = dist.new_group(backend="gloo", timeout=long)  # to wait without keeping a GPU busy
-
-    def put(self, what: str, value: object) -> None:
-        if self.rank == 0:
-            self.rows[what] = value
-            print(json.dumps({what: value}), flush=True)
-
-    def wait(self) -> None:
-        import torch
-        import torch.distributed as dist
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(group=self.side)
-
-    def of_first(self, value: Any) -> Any:
-        from zoo.together import of_first
-
-        return of_first(value, self.side)
-
-    def seconds(self, run: Callable[[], object], together: bool = True) -> float:
-        """How long a run takes: of all ranks together, from when all are ready until all are done."""
-        if together:
-            self.wait()
-        start = time.perf_counter()
-        kept = run()
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        if together:
-            self.wait()
-        took = time.perf_counter() - start
-        del kept
-        return took
-
-    def median_ms(self, run: Callable[[], object], rest: float = 0.0, together: bool = True) -> float:
-        """Median over rounds, after two that are not counted."""
-        taken = []
-        for i in range((2 if self.tiny else self.args.rounds) + 2):
-            time.sleep(0 if self.tiny else rest)
-            took = self.seconds(run, together)
-            if i >= 2:
-                taken.append(took)
-        return 1e3 * statistics.median(taken)
-
-    def free(self) -> None:
-        import torch
-
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -173,41 +94,6 @@ def written(bench: Bench, spec: Any, folder: Path) -> int:
         (folder / "zoo.json").write_text(json.dumps({**about, "quant": {}, "source": {}, "extras": {}}))
     bench.wait()
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-
-
-def plain_read(bench: Bench, folder: Path) -> None:
-    """This rank's share of the files' bytes, in runs of neighbours, from first to last."""
-    pieces = []
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        run = -(-size // bench.n)
-        start, end = bench.rank * run, min(size, (bench.rank + 1) * run)
-        pieces += [(file, at, min(at + (1 << 28), end)) for at in range(start, end, 1 << 28)]
-
-    def one(piece: tuple[Path, int, int]) -> None:
-        file, at, end = piece
-        buffer = bytearray(CHUNK)
-        with open(file, "rb", buffering=0) as f:
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            f.seek(at)
-            while at < end:
-                at += f.readinto(memoryview(buffer)[: min(CHUNK, end - at)])
-
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(one, pieces))
-
-
-def cold(bench: Bench) -> bool:
-    """Whether the page cache could be dropped."""
-    done = False
-    if bench.rank == 0 and not bench.tiny and not bench.args.warm:
-        os.sync()
-        try:
-            Path("/proc/sys/vm/drop_caches").write_text("3")
-            done = True
-        except OSError:
-            pass
-    return bool(bench.of_first(done))
 
 
 def loads(bench: Bench, folder: Path, size: int, what: str) -> Any:
@@ -430,17 +316,6 @@ def large(bench: Bench, tmp: Path) -> None:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def place(bench: Bench, tmp: Path | None) -> Iterator[Path]:
-    """A folder of rank 0's making, gone at the end."""
-    made = bench.of_first(tempfile.mkdtemp(prefix="zoo-mesh-", dir=tmp) if bench.rank == 0 else None)
-    try:
-        yield Path(made)
-    finally:
-        if bench.rank == 0:
-            shutil.rmtree(made, ignore_errors=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parts: dict[str, Callable[[Bench, Path], None]] = {"speed": speed, "large": large}
@@ -454,29 +329,13 @@ def main() -> int:
     parser.add_argument("--tmp", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        print((__doc__ or "").split("\n\n")[1], file=sys.stderr)
+    bench = started(args, "mesh.py", __doc__ or "")
+    if bench is None:
         return 2
-    import torch
-    import torch.distributed as dist
-
-    if not args.tiny and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        print(
-            f"benchmarks/mesh.py needs a GPU for each rank; torch sees {torch.cuda.device_count()}.",
-            file=sys.stderr,
-        )
-        return 2
-    bench = Bench(args)
-    if bench.device.type == "cuda":
-        bench.put("device", [torch.cuda.get_device_name(), bench.n, torch.__version__])
     with place(bench, args.tmp) as tmp:
         for name in args.parts:
             parts[name](bench, tmp)
-    if bench.rank == 0 and args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**machine("mesh.py"), **bench.rows}, indent=1) + "\n")
-    bench.wait()
-    dist.destroy_process_group()
+    bench.end()
     return 0
 
 

@@ -7,13 +7,17 @@ from typing import Any
 
 def components(scheme: str, parts: tuple[int, ...], columns: int, *lead: int) -> dict[str, Any]:
     """Codes and scales of weights [*lead, sum(parts), columns], on torch's default device. What they stand for is of the
-    order of 0.1; scales are as releases have them: bf16 of int4, exponents of mxfp4, fp32 of fp8."""
+    order of 0.1; scales are as releases have them: bf16 of int4, exponents of mxfp4, fp32 of fp8. `scheme` ends in a star: its columns
+    are in groups of an order of their own."""
     import torch
 
     from zoo.quant.schemes import block_size
     from zoo.quant.schemes import scheme as named
 
     n = sum(parts)
+    if scheme.endswith("*"):
+        group = torch.randperm(columns) // named(scheme[:-1]).group
+        return {**components(scheme[:-1], parts, columns, *lead), "order": group.int()}
     if named(scheme).module:
         return _described(named(scheme), parts, columns, lead)
     height, width = block_size(scheme)
@@ -29,6 +33,8 @@ def components(scheme: str, parts: tuple[int, ...], columns: int, *lead: int) ->
         )
     else:
         codes = torch.randn(*lead, n, columns, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+        if width == 32:  # mxfp8
+            scale = torch.randint(120, 124, (*lead, *grid), dtype=torch.uint8)
     return {"weight": codes, "scale": scale}
 
 

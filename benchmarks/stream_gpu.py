@@ -19,7 +19,6 @@ a verdict is not "passed", 2 if there is no GPU.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import os
@@ -31,9 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import reading
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-READERS, RUN, BUFFER = 8, 1 << 28, 1 << 24
+READERS, BUFFER = 8, 1 << 24
 PASS = ("waiting for files", "oracle", "oracle, second way", "ours", "metrics", "plan and bytes")
 LIMITS = {"llama-3.1-8b": 6.0, "gpt-oss-20b": 12.0}
 TINY = {
@@ -110,20 +111,7 @@ def put_out(files: list[Path]) -> None:
 
 def raw_rate(files: list[Path]) -> float:
     """Bytes a second."""
-    runs = [(f, at) for f in files for at in range(0, f.stat().st_size, RUN)]
-
-    def read(run: tuple[Path, int]) -> int:
-        into, done = memoryview(bytearray(BUFFER)), 0
-        with open(run[0], "rb", buffering=0) as f:
-            f.seek(run[1])
-            while done < RUN and (n := f.readinto(into)):
-                done += n
-        return min(done, RUN)
-
-    began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(READERS) as threads:
-        total = sum(threads.map(read, runs))
-    return total / (time.perf_counter() - began)
+    return sum(f.stat().st_size for f in files) / reading.seconds_of(reading.runs(files), READERS, BUFFER)
 
 
 def first(files: list[Path], size: float) -> list[Path]:

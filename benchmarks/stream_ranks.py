@@ -1,16 +1,17 @@
 """What streaming and loading are made of, on one GPU and on several: copying from files, passes over layers, `zoo.load(mesh=)`.
 
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 benchmarks/stream_ranks.py [--parts copying streaming loading] [--layers 12]
-        [--buffers 4] [--readers 16] [--tmp /dev/shm | --kept DIR] [--out FILE]
+        [--buffers 4] [--readers 16] [--cold] [--tmp DIR | --kept DIR] [--out FILE]
     torchrun --nproc-per-node 2 benchmarks/stream_ranks.py --tiny        # on a CPU, with gloo: whether it runs, no figures
 
 So many layers of the shape of Llama 3.1 70B, of random bf16 weights, as a release and as the canonical folder made of it.
 
-`copying`: GB/s of the threads of `zoo.model.upload` from these files to one GPU, and to all at once; the same while the main
+`copying`: GB/s of `zoo.model.upload` from these files to one GPU, and to all at once; the same while the main
 thread starts small kernels, and how many of these a second beside how many without; and of threads that read and copy nowhere.
 `streaming`: `zoo.verify` up to logits in bf16, by one GPU and by all, in turn; the first of each loads kernels. Seconds of a
 layer, by phase, are medians without the first and the last; "brought" is from asking for a layer until its bytes are there.
-`loading`: the folder by all ranks, in turn with plain reads of the same files (benchmarks/mesh.py), warm; and rank 0's phases.
+`loading`: the folder by all ranks, in turn with plain reads of the same files (of 8 threads on each), warm, and with --cold from the
+disk too; and rank 0's phases.
 
 --buffers (MiB) and --readers: several are tried one after the other. Needs tests/ beside it, and transformers. Rank 0 prints
 lines of JSON, and appends all to --out. Exit code 1 if a verdict is not "passed", 2 without GPUs.
@@ -19,10 +20,7 @@ lines of JSON, and appends all to --out. Exit code 1 if a verdict is not "passed
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
-import json
-import os
 import statistics
 import sys
 import time
@@ -31,7 +29,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mesh import Bench, place, plain_read
+import reading
+from over_ranks import Bench, cold, place, plain_read, started
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -95,25 +94,25 @@ def copied(bench: Bench, parts: list[tuple[Path, int]], together: bool, busy: bo
 
     from zoo.model import upload
 
-    into = torch.empty(SPAN, dtype=torch.uint8, device=bench.device)
     lanes = upload.Lanes(torch.cuda.Stream(bench.device), upload.READERS, upload.BUFFER)
+    into = torch.empty(SPAN, dtype=torch.uint8, device=bench.device)
     step = max(1, -(-SPAN // upload.BUFFER // lanes.readers)) * upload.BUFFER
-    tasks = [(path, at + x, into[x : x + step]) for path, at in parts for x in range(0, SPAN, step)]
+    cuts = range(0, SPAN, step)
 
-    def copy(some: list[Any]) -> float:
-        runs = [lanes.fill(path, at, there, torch.uint8) for path, at, there in some]
+    def copy(some: list[tuple[Path, int]]) -> float:
+        runs = [lanes.fill(path, at + x, into[x : x + step], torch.uint8) for path, at in some for x in cuts]
         kernels = small_kernels(lambda: all(r.done() for r in runs[-8:])) if busy else 0.0
         for r in runs:
             r.result()
         lanes.stream.synchronize()
         return kernels
 
-    copy(tasks[: 8 * lanes.readers])  # buffers are made
+    copy(parts[:2])  # buffers are made
     kernels = 0.0
 
     def timed() -> None:
         nonlocal kernels
-        kernels = copy(tasks)
+        kernels = copy(parts)
 
     took = bench.seconds(timed, together)
     lanes.close()
@@ -132,28 +131,13 @@ def small_kernels(until: Callable[[], bool]) -> float:
     return n / (time.perf_counter() - began)
 
 
-def read_nowhere(parts: list[tuple[Path, int]], threads: int, size: int) -> float:
-    """Seconds of threads that read the same into a buffer of that size each."""
-
-    def one(part: tuple[Path, int]) -> None:
-        buffer = bytearray(size)
-        with open(part[0], "rb", buffering=0) as f:
-            f.seek(part[1])
-            for _ in range(0, SPAN, size):
-                f.readinto(buffer)
-
-    began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, parts))
-    return time.perf_counter() - began
-
-
 def copying(bench: Bench, folder: Path) -> None:
     import torch
 
     if bench.tiny:
         return
     parts = spans(bench, folder)
+    pieces = [(path, at, at + SPAN) for path, at in parts]
     size = len(parts) * SPAN / 1e9
     pinned = torch.empty(SPAN, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(SPAN, dtype=torch.uint8, device=bench.device)
@@ -172,7 +156,7 @@ def copying(bench: Bench, folder: Path) -> None:
     bench.wait()
     for mib, threads in itertools.product(bench.args.buffers, bench.args.readers):
         if bench.rank == 0:
-            took = min(read_nowhere(parts, threads, mib << 20) for _ in range(2))
+            took = min(reading.seconds_of(pieces, threads, mib << 20) for _ in range(2))
             bench.put(f"read by one process, {threads} threads, {mib} MiB each, GB/s", size / took)
     bench.wait()
     for what in variants(bench):
@@ -183,7 +167,7 @@ def copying(bench: Bench, folder: Path) -> None:
             row |= {"one beside kernels, GB/s": size / took, "kernels a second": kernels}
         bench.wait()
         row["all, GB/s"] = bench.n * size / copied(bench, parts, True, False)[0]
-        bench.put(f"copied by {what}", row)
+        bench.put(f"copied: {what}", row)
 
 
 # --- streaming -----------------------------------------------------------------------------------------------
@@ -204,11 +188,12 @@ class Phases:
         from zoo.verify.carrying import Carrier
         from zoo.verify.reading import Window
 
-        clock, let_go, bring = run.Clock, Window.let_go, Carrier._bring
+        settings, let_go, bring = run.Settings, Window.let_go, Carrier._bring
 
-        def made() -> Any:
-            self.clocks.append(clock())
-            return self.clocks[-1]
+        def made(*args: Any) -> Any:
+            found = settings(*args)
+            self.clocks.append(found.clock)
+            return found
 
         def left(window: Window) -> None:
             with self.clocks[-1]("the next"):  # what is under way is counted up to here
@@ -224,11 +209,11 @@ class Phases:
                 carrier.joining.synchronize()
             self.brought.append(time.perf_counter() - began)
 
-        run.Clock, Window.let_go, Carrier._bring = made, left, brought  # type: ignore[assignment, misc, method-assign]
+        run.Settings, Window.let_go, Carrier._bring = made, left, brought  # type: ignore[assignment, misc, method-assign]
         try:
             yield
         finally:
-            run.Clock, Window.let_go, Carrier._bring = clock, let_go, bring  # type: ignore[misc, method-assign]
+            run.Settings, Window.let_go, Carrier._bring = settings, let_go, bring  # type: ignore[misc, method-assign]
 
     def of_a_layer(self) -> dict[str, float]:
         """Medians."""
@@ -324,17 +309,22 @@ def loading(bench: Bench, folder: Path) -> None:
     import zoo
 
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    plain_read(bench, folder)
+    states = ["warm"] * bench.args.rounds + ["cold"] * bench.args.cold
     for what in variants(bench):
-        for k in range(bench.args.rounds):
+        plain_read(bench, folder)
+        for k, state in enumerate(states):
+            if state == "cold" and not cold(bench):
+                continue
             read = bench.seconds(lambda: plain_read(bench, folder))
+            if state == "cold":
+                cold(bench)
             spent: dict[str, float] = {}
             with load_phases(spent):
                 took = bench.seconds(lambda: zoo.load(folder, device=bench.device, mesh=bench.mesh))
             bench.free()
             row = {"plain read GB/s": size / read / 1e9, "load GB/s": size / took / 1e9, "of it": read / took,
                    "seconds": took, "phases": {k: round(v, 4) for k, v in spent.items()}}  # fmt: skip
-            bench.put(f"loaded by {what}, round {k + 1}", row)
+            bench.put(f"loaded, {state}: {what}, round {k + 1}", row)
             bench.keep()
 
 
@@ -349,6 +339,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--buffers", type=int, nargs="*", default=[4], help="MiB")
     parser.add_argument("--readers", type=int, nargs="*", default=[16])
+    parser.add_argument("--cold", action="store_true", help="load with the page cache dropped, too")
     parser.add_argument(
         "--exact", action="store_true", help="the last run of each waits for bytes to be there"
     )
@@ -357,38 +348,17 @@ def main() -> int:
     parser.add_argument("--kept", type=Path, help="where the files are, or are made and left")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        print((__doc__ or "").split("\n\n")[1], file=sys.stderr)
+    bench = started(args, "stream_ranks.py", __doc__ or "")
+    if bench is None:
         return 2
-    import torch
-    import torch.distributed as dist
-    from about import machine
-
-    if not args.tiny and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        print(
-            f"benchmarks/stream_ranks.py needs a GPU for each rank; torch sees {torch.cuda.device_count()}.",
-            file=sys.stderr,
-        )
-        return 2
-    bench = Bench(args)
-    bench.good, bench.keep = True, lambda: keep()
-    if bench.device.type == "cuda":
-        bench.put("device", [torch.cuda.get_device_name(), bench.n, torch.__version__])
-
-    def keep() -> None:
-        if bench.rank == 0 and args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({**machine("stream_ranks.py"), **bench.rows}, indent=1) + "\n")
-
     with place(bench, args.tmp) if args.kept is None else nullcontext(args.kept) as tmp:
         folder = made(bench, tmp)
         for name in args.parts:
             began = time.perf_counter()
             parts[name](bench, folder)
             bench.put(f"{name}: seconds", time.perf_counter() - began)
-            keep()
-    bench.wait()
-    dist.destroy_process_group()
+            bench.keep()
+    bench.end()
     return int(not bench.good)
 
 

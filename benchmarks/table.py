@@ -210,6 +210,26 @@ def on_cpu(runs: list[Run]) -> str:
     return out
 
 
+def products(run: Run) -> str:
+    """The section about benchmarks/gpu_codes.py."""
+    found: dict[str, dict[int, Run]] = {}
+    for r in run["rows"]:
+        found.setdefault(r["what"], {})[r["rows"]] = r
+    lines = [
+        [
+            what, *(f"{1e3 * r[n]['ms']:.0f} ({1e3 * r[n]['bf16 ms']:.0f})" if n in r else "" for n in (1, 16, 2048)),
+            f"{r[1]['of copy']:.0%}" if 1 in r else "",
+        ]
+        for what, r in found.items()
+    ]  # fmt: skip
+    return (
+        "### One product with codes, us\n\nIn brackets that of bf16. Columns: rows of x, or tokens; of one row the codes' share of copy bandwidth. "
+        "A star: inputs in an order of their own.\n\n"
+        + table(["", "1", "16", "2048", "of copy"], lines)
+        + f"\n\n{measured_on(run)}\n\n"
+    )
+
+
 def carried(run: Run) -> str:
     """The section about benchmarks/cpu_codes.py."""
     lines = [
@@ -268,6 +288,7 @@ def main() -> None:
     )
     cpus: list[Run] = json.loads((RESULTS / "cpu.json").read_text())
     codes: Run = json.loads((RESULTS / "cpu-codes.json").read_text())
+    forms: list[Run] = [json.loads((RESULTS / "gpu-codes-forms.json").read_text())]
     lying: Run = json.loads((RESULTS / "gguf-speed.json").read_text())
     parity, shapes = (json.loads((RESULTS / f"gpu-{name}.json").read_text()) for name in ("parity", "shapes"))
     agree = sum(not f["failed"] for f in parity["families"])
@@ -282,6 +303,7 @@ def main() -> None:
         beside += f"## {latest['device']}\n\n{speed(found)}\n\n{measured_on(latest)}\n\n"
         if batches := by_batch(found):
             beside += f"{batches}\n\n"
+        beside += "".join(products(run) for run in forms if run["device"] == latest["device"])
     page = (
         f"# Performance\n\nMade by `benchmarks/table.py` from `benchmarks/results/`. Models are in bf16 unless said.\n\n## {newest['device']}\n\n"
         f"{speed(rows)}\n\n{where}\n\n### How it was measured\n\n{note}\n\n{right}\n\n"

@@ -168,15 +168,13 @@ HF: tuple[RuleLine, ...] = (
 )
 _VISION = "sees images; the text model does not"
 _WRAPPED = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
-"""Kimi K2.5's language model. transformers saves its layers as `blocks`, as the vision tower's are called."""
+"""Kimi K2.5's language model."""
+_TOWER = tuple(extra(f"{x}.*", _VISION) for x in ("vision_tower", "mm_projector", "model.mm_projector"))
+_BLOCKS = {"model.layers.": "language_model.model.blocks.", **_WRAPPED}
+"""As transformers saves it: layers are called as the vision tower's are."""
 RULES = {
-    "hf": rules(
-        *HF,
-        extra("vision_tower.*", _VISION),
-        extra("mm_projector.*", _VISION),
-        extra("model.mm_projector.*", _VISION),
-        prefixes=({}, _WRAPPED, {"model.layers.": "language_model.model.blocks.", **_WRAPPED}),
-    ),
+    "hf": rules(*HF, *_TOWER, prefixes=({}, _WRAPPED)),
+    "saved": rules(*HF, *_TOWER, prefixes=({}, _BLOCKS)),
     "transformers": rules(
         *hf.in_memory(HF, *hf.STACKED),
         extra("model.vision_tower.*", _VISION),

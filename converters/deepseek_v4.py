@@ -153,8 +153,13 @@ def rotary(c: Config, of: str) -> Rope:
         p = read.rope_parameters(c, theta=theta)
         p.setdefault("attention_factor", 1.0)
     share = float(c["qk_rope_head_dim"] / c["head_dim"])
+    outer = (
+        said if isinstance(said, Mapping) and of in said else {}
+    )  # 5.10 leaves those of "main" beside it, too
     for beside, value in (
         (c.get(theta, p["rope_theta"]), p["rope_theta"]),
+        (outer.get("rope_theta", p["rope_theta"]) if of == "main" else p["rope_theta"], p["rope_theta"]),
+        (outer.get("partial_rotary_factor", share), share),
         (c.get("partial_rotary_factor", share), share),
         (p.get("partial_rotary_factor", share), share),
     ):
@@ -200,7 +205,6 @@ HF: tuple[RuleLine, ...] = (
     (_A + "q_up.weight", _A + "wq_b.weight"),
     (_A + "kv.weight", _A + "wkv.weight"),
     (_A + "kv_norm.weight", _A + "kv_norm.weight"),
-    (_A + "kv_norm.weight", _A + "norm.weight"),  # as transformers saves it
     (_A + "sinks", _A + "attn_sink"),
     (_A + "out_down.weight", _A + "wo_a.weight"),
     (_A + "out.weight", _A + "wo_b.weight"),
@@ -219,7 +223,7 @@ HF: tuple[RuleLine, ...] = (
     (_L + "moe.shared.down.weight", _L + "ffn.shared_experts.w2.weight"),
     extra("mtp.*", hf.MTP),
 )
-_SAVED = {
+_SPELT = {
     "embed.": "model.embed_tokens.", "norm.": "model.norm.", "layers.": "model.layers.", "hc_head_": "model.hc_head.hc_",
 }  # fmt: skip
 """Where transformers saves what its conversion does not rename back."""
@@ -256,7 +260,16 @@ IN_MEMORY: tuple[RuleLine, ...] = (
     *hf.STACKED,
     *hf.gated_mlp(_L + "moe.shared", "model.layers.{i}.mlp.shared_experts"),
 )
-RULES = {"hf": rules(*HF, prefixes=({}, _SAVED)), "transformers": rules(*IN_MEMORY)}
+_MIXED: tuple[RuleLine, ...] = (
+    ("head.weight", "head.weight"),
+    *hf.numbered("model.layers.{i}.mlp.experts.{e}", "w1", "w3", "w2"),
+)
+"""What transformers up to 5.14 renames when it saves: all else keeps its name in memory."""
+RULES = {
+    "hf": rules(*HF),
+    "transformers": rules(*IN_MEMORY, *_MIXED),
+    "saved": rules(*HF, (_A + "kv_norm.weight", _A + "norm.weight"), prefixes=(_SPELT,)),
+}
 
 DISAGREEMENTS = (
     Disagreement(

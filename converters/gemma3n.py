@@ -29,6 +29,7 @@ from zoo.family import (
     Norm,
     PerLayerEmbedding,
     QKNorm,
+    RuleLine,
     Spec,
     extra,
     hf,
@@ -102,33 +103,36 @@ def per_layer(t: Config, key: str) -> list[Any]:
 _L = "model.layers.{i}."
 _SCALE = "`altup_correct_scale` is off: nothing reads it"
 
-RULES = {
-    "hf": rules(
-        *hf.ENDS,
-        *hf.PER_LAYER,
-        # transformers up to 5.0 saves the language model with `language_model` behind every `model` of a name
-        ("per_layer.proj.weight", "model.per_layer_model.language_model_projection.weight"),
-        ("altup.expand.weight", stack("model.altup_projections.{e}.weight")),
-        ("altup.merge.weight", stack("model.altup_unembed_projections.{e}.weight")),
-        *hf.FOUR_NORMS,
-        hf.QUERIES_ALONE,
-        *hf.ATTENTION,
-        *hf.QK_NORM,
-        *hf.MLP,
-        ("layers.{i}.altup.router_norm.weight", _L + "altup.router_norm.weight"),
-        ("layers.{i}.altup.router.weight", _L + "altup.modality_router.weight"),
-        ("layers.{i}.altup.predict.weight", _L + "altup.prediction_coefs.weight"),
-        ("layers.{i}.altup.correct.weight", _L + "altup.correction_coefs.weight"),
-        ("layers.{i}.altup.correct_scale", _L + "altup.correct_output_scale"),
-        ("layers.{i}.laurel.down.weight", _L + "laurel.linear_left.weight"),
-        ("layers.{i}.laurel.up.weight", _L + "laurel.linear_right.weight"),
-        ("layers.{i}.laurel.norm.weight", _L + "laurel.post_laurel_norm.weight"),
-        extra("*layers.*.altup.correct_output_scale", _SCALE),
-        *hf.UNREAD_KV,
-        *hf.MODALITIES,
-        prefixes=({}, {"model.": "model.language_model."}, {"model.": "language_model.model."}),
-    ),
-}
+HF: tuple[RuleLine, ...] = (
+    *hf.ENDS,
+    *hf.PER_LAYER,
+    ("altup.expand.weight", stack("model.altup_projections.{e}.weight")),
+    ("altup.merge.weight", stack("model.altup_unembed_projections.{e}.weight")),
+    *hf.FOUR_NORMS,
+    hf.QUERIES_ALONE,
+    *hf.ATTENTION,
+    *hf.QK_NORM,
+    *hf.MLP,
+    ("layers.{i}.altup.router_norm.weight", _L + "altup.router_norm.weight"),
+    ("layers.{i}.altup.router.weight", _L + "altup.modality_router.weight"),
+    ("layers.{i}.altup.predict.weight", _L + "altup.prediction_coefs.weight"),
+    ("layers.{i}.altup.correct.weight", _L + "altup.correction_coefs.weight"),
+    ("layers.{i}.altup.correct_scale", _L + "altup.correct_output_scale"),
+    ("layers.{i}.laurel.down.weight", _L + "laurel.linear_left.weight"),
+    ("layers.{i}.laurel.up.weight", _L + "laurel.linear_right.weight"),
+    ("layers.{i}.laurel.norm.weight", _L + "laurel.post_laurel_norm.weight"),
+    extra("*layers.*.altup.correct_output_scale", _SCALE),
+    *hf.UNREAD_KV,
+    *hf.MODALITIES,
+)
+_SPELT: tuple[dict[str, str], ...] = (
+    {},
+    {"model.": "model.language_model."},
+    {"model.": "language_model.model."},
+)
+_SAVED: RuleLine = ("per_layer.proj.weight", "model.per_layer_model.language_model_projection.weight")
+"""By transformers up to 5.0, which puts `language_model` behind every `model` of a name."""
+RULES = {"hf": rules(*HF, prefixes=_SPELT), "saved": rules(*HF, _SAVED, prefixes=_SPELT)}
 
 DISAGREEMENTS = (
     Disagreement(

@@ -8,7 +8,7 @@ What is unusual:
 - The layer lists of `linear_attn_config` count from 1.
 - DeepSeek's router under other keys (`num_experts_per_token`, `moe_renormalize`, `num_expert_group`), a shared
   expert, the first layer dense. Experts lie under `block_sparse_moe`, w1 (gate), w3 (up), w2 (down); dense layers
-  under `mlp`, except where transformers 5.23 saved them: it renames those too.
+  under `mlp`; transformers renames those too when it saves.
 """
 
 from __future__ import annotations
@@ -140,7 +140,6 @@ HF = (
     ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
     ("layers.{i}.delta.out.weight", _D + "o_proj.weight"),
     *hf.MLP,
-    *hf.gated_mlp("layers.{i}.mlp", _B),
     ("layers.{i}.moe.router.weight", _B + ".gate.weight"),
     ("layers.{i}.moe.router.selection_bias", _B + ".gate.e_score_correction_bias"),
     *hf.numbered(_B + ".experts.{e}", "w1", "w3", "w2"),
@@ -159,7 +158,11 @@ _HELD = (
     *hf.STACKED,
     *hf.gated_mlp("layers.{i}.moe.shared", _MLP + "shared_experts"),
 )
-RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
+RULES = {
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, *_HELD)),
+    "saved": rules(*HF, *hf.gated_mlp("layers.{i}.mlp", _B)),
+}
 
 DISAGREEMENTS = (
     Disagreement(

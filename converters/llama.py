@@ -2,6 +2,7 @@
 
 The plain decoder that the others differ from: RMS pre-norms, grouped-query attention, SwiGLU, RoPE.
 - 3.1 and later stretch RoPE in three bands ("llama3"); 3.2 1B and 3B tie the head.
+- "dynamic" RoPE is of what others made of it: longer contexts of the first two, InternLM3 under Llama's names.
 - `head_dim` may be independent of d_model / n_heads; biases exist behind two flags that no release sets.
 - Llama 2's configs leave `rope_theta` out: it is 10000.
 - Meta's own files (`consolidated.NN.pth`) and llama.cpp's GGUF hold q and k rows in interleaved RoPE order.
@@ -39,7 +40,8 @@ from zoo.family import (
 
 def spec(c: Config) -> Spec:
     c.refuse(rope_interleaved=False)
-    rope = read.whole_rope(c, read.rope_parameters(c, default_theta=10000.0), read.head_dim(c))
+    p = read.rope_parameters(c, default_theta=10000.0)
+    rope = read.whole_rope(c, p, read.head_dim(c), dynamic=True)
     bias = c.get("attention_bias", False)
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=c.get("mlp_bias", False))
     return decoder("llama", c, rope, mlp, qkv_bias=bias, out_bias=bias)

@@ -126,7 +126,6 @@ def layer_kinds(c: Config) -> list[str]:
 _M = "backbone.layers.{i}.mixer."
 HF = (
     ("embed.weight", "backbone.embeddings.weight"),
-    ("embed.weight", "backbone.embedding.weight"),  # as transformers up to 5.15 saves it
     ("norm.weight", "backbone.norm_f.weight"),
     ("head.weight", "lm_head.weight"),
     ("layers.{i}.attn_norm.weight", "backbone.layers.{i}.norm.weight"),
@@ -153,6 +152,7 @@ _HELD = (
 RULES = {
     "hf": rules(*HF),
     "transformers": rules(*hf.in_memory(HF, *_HELD), prefixes=({"backbone.": "model."},)),
+    "saved": rules(*HF, ("embed.weight", "backbone.embedding.weight")),  # by transformers up to 5.15
 }
 
 
@@ -175,6 +175,16 @@ DISAGREEMENTS = (
         since="2026-11",
         applies=lambda spec: any(isinstance(layer.mixer, Mamba) for layer in spec.layers),
         correct=_no_floor,
+    ),
+    Disagreement(
+        about="what a chunk of a long text hands on to the next in Mamba-2",
+        upstream="its state, but from 5.3 to 5.14, where without CUDA kernels each state was weighed by the decays of others",
+        vendor="its state",
+        follows="vendor",
+        why="a sum went over the wrong axis, which upstream has mended; texts of one chunk (128 tokens) were right",
+        source="https://github.com/huggingface/transformers/issues/47246",
+        since="2026-07",
+        applies=lambda spec: any(isinstance(layer.mixer, Mamba) for layer in spec.layers),
     ),
 )
 FAMILY = Family(

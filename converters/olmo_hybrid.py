@@ -80,10 +80,6 @@ DELTA: tuple[RuleLine, ...] = (
     ("layers.{i}.delta.qkvz.weight", cat(*(f"{_D}{x}_proj.weight" for x in "qkvg"))),
     ("layers.{i}.delta.ba.weight", cat(*(f"{_D}{x}_proj.weight" for x in "ba"))),
     ("layers.{i}.delta.conv.weight", cat(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
-    (
-        "layers.{i}.delta.conv.weight",
-        pieces(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv")),
-    ),  # as transformers saves it
     ("layers.{i}.delta.A_log", _D + "A_log"),
     ("layers.{i}.delta.dt_bias", _D + "dt_bias"),
     ("layers.{i}.delta.norm.weight", _D + "o_norm.weight"),
@@ -94,7 +90,6 @@ HF: tuple[RuleLine, ...] = (
     ("layers.{i}.attn_norm.weight", _L + "attention_layer_norm.weight"),
     ("layers.{i}.ffn_norm.weight", _L + "feedforward_layer_norm.weight"),
     *olmo2.POST_NORMS,
-    ("layers.{i}.attn_post_norm.weight", _L + "feedforward_layer_norm.weight"),  # as transformers saves it
     *hf.ATTENTION,
     *hf.QK_NORM,
     *DELTA,
@@ -105,7 +100,15 @@ _HELD = (
     *olmo2.POST_NORMS,
     ("layers.{i}.delta.conv.weight", squeeze(_D + "conv1d.weight", 1)),
 )
-RULES = {"hf": rules(*HF), "transformers": rules(*hf.in_memory(HF, *_HELD))}
+_SAVED: tuple[RuleLine, ...] = (
+    ("layers.{i}.delta.conv.weight", pieces(*(squeeze(f"{_D}{x}_conv1d.weight", 1) for x in "qkv"))),
+    ("layers.{i}.attn_post_norm.weight", _L + "feedforward_layer_norm.weight"),
+)
+RULES = {
+    "hf": rules(*HF),
+    "transformers": rules(*hf.in_memory(HF, *_HELD)),
+    "saved": rules(*HF, *_SAVED),
+}
 
 
 def _without_positions(model: Any) -> None:

@@ -24,7 +24,7 @@ OTHERS = (
     "fp8-block-1x32", "mxfp4-packed", "nvfp4-packed", "mlx-mxfp4", "mlx-nvfp4", "mlx4-group64", "mlx4-group128", "mlx8-group32",
     "mlx8-group64", "awq4-group64", "awq4-group128", "awq4-channel", "gptq4-group32", "gptq4-group128", "gptq4-v2-group64",
     "gptq4-channel", "gptq8-group128", "packed4-group128-zeros", "packed4-channel", "packed8-group128", "int8-group32-zeros",
-    "int8-channel-zeros", "int8-tensor", "int8-tensor-zeros",
+    "int8-channel-zeros", "int8-tensor", "int8-tensor-zeros", "mlx-mxfp8", "bnb8",
 )  # fmt: skip
 
 
@@ -66,6 +66,9 @@ def components(scheme: str, parts: tuple[int, ...], k: int, *lead: int) -> dict[
         else:
             words = torch.randint(-(2**31), 2**31, shape).int()
             out[c.name] = words.view(torch.uint32) if c.dtypes[0] == "U32" else words
+            if scheme == "mlx-mxfp8":
+                byte = words.view(torch.uint8)
+                byte[byte & 127 == 127] = 0  # NaN
     return out
 
 
@@ -152,7 +155,7 @@ def test_codes_are_widened_to_what_the_formula_gives_to_the_bit(scheme: str, cod
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
-    "scheme", sorted({*SCHEMES, *OTHERS} - {"fp8-block", "fp8-channel", "fp8-block-1x32"})
+    "scheme", sorted({*SCHEMES, *OTHERS} - {"fp8-block", "fp8-channel", "fp8-block-1x32", "mlx-mxfp8"})
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_and_so_they_are_of_every_scheme_and_to_every_dtype(
@@ -166,7 +169,7 @@ def hold_widened(scheme: str, codes: ModuleType, dtype: torch.dtype) -> None:
     c = components(scheme, (512, 96), 512)
     w = codes.carried(scheme, c, (512, 96))
     assert w is not None
-    if scheme == "nvfp4-packed":  # which divides by its global scale
+    if scheme in ("nvfp4-packed", "bnb8"):  # which divide by a number of fp32, or multiply twice
         assert not expand.widens(w, dtype)
         return
     assert expand.widens(w, dtype) and not expand.widens(w, torch.float64)
@@ -186,6 +189,21 @@ def hold_widened(scheme: str, codes: ModuleType, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("scheme", ["int8-channel", "fp8-block", "mxfp4", "int4-group32", "awq4-group32"])
+def test_codes_may_begin_at_any_byte_that_their_elements_can(scheme: str, codes: ModuleType) -> None:
+    """As those of a file do, that is mapped: every second header ends where 16 bytes do."""
+    c, x, found = components(scheme, (64,), 384), torch.randn(1, 384), []
+    size = c["weight"].element_size()
+    for by in (0, size, 8):
+        room = torch.empty(c["weight"].nbytes + 32, dtype=torch.uint8)
+        first = -room.data_ptr() % 16 + by
+        moved = room[first : first + c["weight"].nbytes].view(c["weight"].dtype).view(c["weight"].shape)
+        w = codes.carried(scheme, {**c, "weight": moved.copy_(c["weight"])}, (64,))
+        assert w is not None and w.codes.data_ptr() % 16 == by
+        found.append(codes.times(x, w))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_a_code_that_is_no_number_is_left_to_torch(codes: ModuleType) -> None:
     c = components("fp8-channel", (1024,), 512)
     good = codes.carried("fp8-channel", c, (1024,))
@@ -199,12 +217,28 @@ def test_a_code_that_is_no_number_is_left_to_torch(codes: ModuleType) -> None:
         assert codes.carried(scheme, c, (1024,)) is None
 
 
-def test_inputs_in_an_order_of_their_own_are_left_to_torch(codes: ModuleType) -> None:
-    c = components("gptq4-group128", (64,), 512)
-    c["order"] = torch.arange(512, dtype=torch.int32) // 128
-    assert codes.carried("gptq4-group128", c, (64,)) is not None
-    c["order"] = c["order"].flip(0)
-    assert codes.carried("gptq4-group128", c, (64,)) is None
+@pytest.mark.parametrize("scheme", ["gptq4-group128", "packed8-group64-zeros"])
+def test_inputs_in_an_order_of_their_own_are_sorted_by_groups_once(scheme: str, codes: ModuleType) -> None:
+    linear, group = Linear(512, 600, 424), named(scheme).group
+    c = components(scheme, (600, 424), 512)
+    c["order"] = (torch.arange(512) // group).int()
+    w = codes.carried(scheme, c, (600, 424))
+    assert w is not None and w.order is None
+    c["order"] = c["order"][torch.randperm(512)].repeat(2, 1)
+    linear.quantise(scheme, c)
+    x, full = torch.randn(3, 512), dequantise(scheme, c, (600, 424), torch.float64)
+    with torch.inference_mode():
+        assert linear.coded(x, 3) is not None
+        close(linear(x), x.double() @ full.T, x, full)
+        assert torch.equal(linear.dense(torch.bfloat16), full.bfloat16())
+    # Parts with orders of their own, groups of more than one size, and experts are left to torch.
+    c["order"][1] = c["order"][1].flip(0)
+    assert codes.carried(scheme, c, (600, 424)) is None
+    odd = c["order"][0].clone()
+    odd[0] = (odd[0] + 1) % 4
+    assert codes.carried(scheme, c | {"order": odd}, (600, 424)) is None
+    stacked = {n: x[None] for n, x in c.items()}
+    assert codes.carried(scheme, stacked | {"order": odd.sort().values.flip(0)[None]}, (600, 424)) is None
 
 
 def test_a_model_s_matrix_asks_it_where_it_is_large_enough(

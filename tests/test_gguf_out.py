@@ -22,6 +22,7 @@ import zoo
 from zoo.cli import cli
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer, gguf_vocab, open_checkpoint
+from zoo.formats.base import place_of
 from zoo.formats.gguf import read_header
 from zoo.quant import ggml
 from zoo.quant.floats import to_fp32
@@ -109,6 +110,30 @@ def canon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(canon: Path, at: Path, type: str | None = None) -> Path:
     return zoo.export(canon, at / "x.gguf", format="gguf", type=type)
+
+
+def test_what_no_field_says_of_a_tokenizer_is_said(
+    canon: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(canon, tmp_path / "whole")
+    assert not caplog.messages
+    edited = verified.copy(canon, tmp_path / "edited")
+    file = place_of(edited, "tokenizer.json")
+    whole = json.loads(file.read_text())
+    whole["added_tokens"][-1] |= {"rstrip": True, "single_word": True}
+    file.write_text(json.dumps(whole))
+    written(edited, tmp_path / "stripped")
+    spaces, words = caplog.messages
+    assert (
+        "1 added tokens take the spaces behind them along (rstrip: <think>)" in spaces
+        and "single_word" in words
+    )
+    caplog.clear()
+    told = json.loads((edited / "zoo.json").read_text())
+    told["carried"] = [n for n in told["carried"] if "token" not in n]
+    (edited / "zoo.json").write_text(json.dumps(told))
+    written(edited, tmp_path / "none")
+    assert "there is no tokenizer.json: the GGUF has no tokenizer" in caplog.text
 
 
 # --- types --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo import families
 
 
 def in_memory(name: str, dst: Path) -> Path:
@@ -40,7 +41,19 @@ def tensors(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
     return {k: t for file in sorted(folder.glob(pattern)) for k, t in load_file(file).items()}
 
 
+def by_transformers(name: str, dst: Path) -> Path:
+    """The variant as `save_pretrained` writes it."""
+    variant = tiny.VARIANTS[name]
+    tiny.perturbed(variant).save_pretrained(dst)
+    config = json.loads((dst / "config.json").read_text()) | variant.rewrite
+    (dst / "config.json").write_text(json.dumps(config))
+    return dst
+
+
 MAIN = {v.family: v.name for v in reversed(tiny.VARIANTS.values()) if "text_config" not in v.settings}
+
+OTHERWISE = {n for n, family in families.families().items() if "saved" in family.rules}
+"""Families of which transformers saves names that are neither the release's nor those in memory."""
 
 
 @pytest.mark.parametrize("name", MAIN.values())
@@ -59,3 +72,17 @@ def test_upstreams_own_names_convert_to_the_same_tensors_and_export_under_the_re
     aside = set(tensors(expected, "extras-*.safetensors"))  # what the class does not hold
     assert out.keys() - aside == released.keys() - aside
     assert all(torch.equal(out[k], released[k]) for k in released.keys() - aside)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(v, marks=() if k in OTHERWISE else pytest.mark.proof) for k, v in tiny.MAIN.items()]
+)
+def test_what_transformers_saves_exports_under_the_releases_names(name: str, tmp_path: Path) -> None:
+    released = tensors(tiny.make(name, tmp_path / "release"), "*.safetensors")
+    canon = zoo.convert(by_transformers(name, tmp_path / "saved"), tmp_path / "canon")
+    out = tensors(zoo.export(canon, tmp_path / "back"), "*.safetensors")
+    aside = released.keys() - out.keys()
+    assert not out.keys() - released.keys()
+    assert all(torch.equal(out[k], released[k]) for k in out)
+    again = zoo.convert(tmp_path / "release", tmp_path / "expected")
+    assert aside <= set(tensors(again, "extras-*.safetensors")), "all but what the class does not hold"

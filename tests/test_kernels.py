@@ -42,6 +42,7 @@ if not INTERPRETED:  # the switch must be set before Triton is imported
 if INTERPRETED or COMPILED:
     import triton
     import triton.language as tl
+    from test_cpu_codes import components
 
     from zoo.kernels import (
         attention,
@@ -63,6 +64,7 @@ if INTERPRETED or COMPILED:
     )
     from zoo.quant import dequantise
     from zoo.quant.schemes import block_size
+    from zoo.quant.schemes import scheme as named
     from zoo.spec import MLP, Norm, Router
 
     def rand(*shape: int) -> torch.Tensor:
@@ -598,8 +600,14 @@ if INTERPRETED or COMPILED:
         x = rand(1, k)
         close(linear.linear(x, packed), linear.linear_reference(x, w), 5)
         assert torch.equal(weights.expanded(packed, torch.float32), w)
-        if in_order:
-            assert weights.quantised(scheme, c | {"order": c["order"].flip(-1)}, (n,)) is None
+        if (
+            in_order
+        ):  # of groups that are not of one size, and of experts, each of which has an order of its own, not
+            odd = torch.where(torch.arange(k) == 0, 1, c["order"])
+            assert weights.quantised(scheme, c | {"order": odd}, (n,)) is None
+            stacked = {name: x[None].expand(2, *x.shape).contiguous() for name, x in c.items()}
+            assert weights.quantised(scheme, stacked, (n,)) is not None
+            assert weights.quantised(scheme, stacked | {"order": stacked["order"].flip(-1)}, (n,)) is None
 
     @pytest.mark.parametrize("lead", [(), (3,)])
     @pytest.mark.parametrize(
@@ -633,6 +641,100 @@ if INTERPRETED or COMPILED:
         if not lead:
             x = rand(1, k)
             close(linear.linear(x, packed), linear.linear_reference(x, w[0]), 5)
+
+    # Forms of codes beside those of `SCHEMES`; with a star columns are in groups of an order of their own.
+    FORMS = {
+        "nvfp4": weights.NVFP4, "nvfp4-packed": weights.NVFP4, "mlx-nvfp4": weights.NVFP4, "mlx-mxfp4": weights.MXFP4,
+        "fp8-block-1x32": weights.MXFP8, "mlx-mxfp8": weights.MXFP8,
+        "int8-channel": weights.INT8, "int8-tensor": weights.INT8, "bnb8": weights.INT8,
+        "int8-group64": weights.AFFINE8, "int8-channel-zeros": weights.AFFINE8, "int8-tensor-zeros": weights.AFFINE8,
+        "gptq8-group64": weights.AFFINE8, "gptq8-v2-channel": weights.AFFINE8, "packed8-channel": weights.AFFINE8,
+        "packed8-group32-zeros": weights.AFFINE8, "mlx8-group64": weights.AFFINE8,
+        "gptq8-group64*": weights.AFFINE8, "gptq4-group64*": weights.AFFINE4, "packed4-group64*": weights.INT4,
+    }  # fmt: skip
+    ONE_OF_EACH = ("nvfp4", "fp8-block-1x32", "int8-channel", "gptq8-group64")
+
+    def of_form(form: str, parts: tuple[int, ...], k: int, *lead: int) -> tuple[torch.Tensor, weights.Weight]:
+        """As `stored`."""
+        scheme = form.rstrip("*")
+        c = components(scheme, parts, k, *lead)
+        if form.endswith("*"):
+            c["order"] = (torch.randperm(k) // named(scheme).group).int().repeat(len(parts), 1)
+        packed = weights.quantised(scheme, c, parts)
+        assert packed is not None and packed.kind == FORMS[form] and packed.lead == lead and packed.words
+        assert (packed.order is not None) == form.endswith("*")
+        return dequantise(scheme, c, parts, torch.float32), packed
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_form_of_codes_has_the_values_of_its_formula(form: str) -> None:
+        for lead in [()] if form.endswith("*") else [(), (3,)]:
+            w, packed = of_form(form, (16, 8), 192, *lead)
+            # Two products are rounded, and where a scale is of fp32 that with its zero point.
+            near = {"rtol": 2**-23 * (form == "bnb8"), "atol": 2**-15 * (form == "int8-tensor-zeros")}
+            torch.testing.assert_close(weights.expanded(packed, torch.float32), w, **near)
+            if not lead:
+                ids = torch.randint(0, 24, (3, 7))
+                torch.testing.assert_close(weights.looked_up(packed, ids, torch.float32), w[ids], **near)
+
+    @pytest.mark.parametrize("form", [proven(f, now=f in (*ONE_OF_EACH, "gptq4-group64*")) for f in FORMS])
+    def test_rows_times_every_form_of_codes(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        w, packed = of_form(form, (40, 40), 192)
+        bias, onto = served(80), served(5, 80)
+        packed = replace(packed, bias=bias)
+        for rows in (1, 5):
+            x = served(rows, 192) / 1024
+            assert linear.few_rows(x, packed)
+            expected = linear.linear_reference(x.float(), w, bias.float(), onto[:rows].float())
+            near_to(linear.linear(x, packed, onto[:rows]), expected)
+        x = x[:1]
+        near_to(
+            linear.gated_linear(x, packed, MLP(40)),
+            linear.gated_linear_reference(x.float(), w, bias.float(), MLP(40)),
+        )
+        # And of dtypes that tensor cores do not multiply.
+        monkeypatch.setattr(codes, "serves", lambda x, w: False)
+        y = linear.linear(x.float(), replace(packed, bias=bias.float()), onto[:1].float())
+        close(y, linear.linear_reference(x.float(), w, bias.float(), onto[:1].float()), 5)
+
+    @pytest.mark.parametrize("form", [proven(f, now=f in ONE_OF_EACH) for f in FORMS if "*" not in f])
+    @pytest.mark.parametrize("tokens", [proven(1, now=False), 9])
+    def test_experts_of_every_form_of_codes(form: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(codes, "grouped_tile", lambda *_: (16, 128, 64, 4, 3))
+        (up, a), (down, b) = of_form(form, (64, 64), 128, 3), of_form(form, (128,), 64, 3)
+        x, shares = served(tokens, 128) / 1024, torch.rand(tokens, 2)
+        chosen = torch.stack([torch.randperm(3)[:2] for _ in range(tokens)]).int()
+        expected = experts.experts_reference(x.float(), chosen, shares, (up, None), (down, None), MLP(64))
+        near_to(experts.experts(x, chosen, shares, a, b, MLP(64)), expected)
+        monkeypatch.setattr(codes, "serves", lambda x, w: False)
+        close(experts.experts(x.float(), chosen, shares, a, b, MLP(64)), expected, 5)
+
+    @triton.jit
+    def write_factors(scales, products, KIND: tl.constexpr, WORD: tl.constexpr):
+        s = tl.load(scales + tl.arange(0, 256))
+        f = codes.factors(s, KIND)
+        w = tl.full((256,), WORD, tl.uint32)
+        if KIND == 6:
+            pair = codes.fp4(w, f, 0, tl.float32)
+        else:
+            pair = codes.mxfp8(w, f, 1, tl.float32)
+        tl.store(products + tl.arange(0, 256)[:, None] * 2 + tl.arange(0, 2)[None, :], pair)
+
+    @pytest.mark.parametrize(
+        ("kind", "word", "values"), [(6, 0x000C0007, (6.0, -2.0)), (-3, 0xFE000100, (2**-9, -448.0))]
+    )
+    def test_what_codes_are_multiplied_by_is_exact_for_every_scale(
+        kind: int, word: int, values: tuple[float, float]
+    ) -> None:
+        scales = torch.arange(256, dtype=torch.uint8)
+        products = torch.empty(256, 2)
+        write_factors[(1,)](scales, products, KIND=kind, WORD=word)
+        if kind == 6:
+            exact, good = scales.view(torch.float8_e4m3fn).double() / 2**8, scales & 127 < 127
+        else:
+            exact, good = torch.exp2(scales.double() - 127 - 60), (scales >= 72) & (scales < 180)
+        want = exact[:, None] * torch.tensor(values).double()
+        assert torch.equal(products[good].double(), want[good])
+        assert kind == 6 or not products[scales >= 195].isfinite().any()
 
     def test_a_code_of_fp8_that_is_no_number_gives_none() -> None:
         _, packed = stored("fp8-channel", (16,), 64)

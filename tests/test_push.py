@@ -139,12 +139,24 @@ def test_a_card_that_somebody_edited_there_is_kept_and_weights_of_an_earlier_pus
         push(canon, REPO, private=True)
 
 
+def test_what_was_said_of_other_weights_does_not_stay_beside_new_ones(hub: HubServer, canon: Path) -> None:
+    hub.repo(REPO).commit({"parity.json": "{}", "model.sig": "{}"})
+    (canon / "parity.json").unlink()
+    (note,) = push(canon, REPO).notes
+    assert note.endswith("model.sig, parity.json") and not {"model.sig", "parity.json"} & files(hub).keys()
+
+
 def test_another_models_files_that_stay_in_the_repository_are_named(hub: HubServer, canon: Path) -> None:
     hub.repo(REPO).commit(
-        {"adapter_config.json": "{}", "pytorch_model.bin": b"theirs", "notes.txt": "theirs"}
+        {
+            "adapter_config.json": "{}",
+            "pytorch_model.bin": b"theirs",
+            "chat_template.jinja": "theirs",
+            "notes.txt": "theirs",
+        }
     )
     (note,) = push(canon, REPO).notes
-    assert note.endswith("adapter_config.json, pytorch_model.bin") and "keeps" in note
+    assert note.endswith("adapter_config.json, chat_template.jinja, pytorch_model.bin") and "keeps" in note
     assert files(hub)["pytorch_model.bin"] == b"theirs"
 
 

@@ -177,6 +177,32 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.parametrize(
+    "variant, pack, config, ends",
+    [
+        # keys and values of layers that take another's; a layer that predicts further tokens
+        ("gemma4_shared", packs.int8(), ints(8, 0, form="int-quantized"), ("k_proj.weight", "k_proj.weight_scale")),
+        ("glm4_moe", packs.packed(8, 0), ints(8, 0), ("eh_proj.weight_packed", "eh_proj.weight_shape")),
+    ],
+)  # fmt: skip
+def test_weights_that_the_model_does_not_use_are_kept_aside_with_all_that_stands_beside_their_codes(
+    variant: str, pack: packs.Pack, config: dict[str, Any], ends: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tiny.make(variant, tmp_path / "hf", dtype="float32")
+    tensors = read_tensors(path)
+    coded, _ = packs.quantise(
+        tensors, pack, lambda n: n.endswith("_proj.weight") and tensors[n].shape[-1] % 4 == 0
+    )
+    write_config(path, read_config(path) | {"quantization_config": config})
+    write_tensors(path, coded)
+    plan = make_plan(open_checkpoint(path))
+    assert plan.quant and all(any(n.endswith(end) for n in plan.extras) for end in ends)
+    vendor.canonical(path, tmp_path / "carried")
+    export(tmp_path / "carried", tmp_path / "back")
+    for file in path.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (3, 5)])
 def test_words_are_taken_apart_whatever_their_strides(shape: tuple[int, int]) -> None:
     words = torch.empty_strided(shape, (8, 9), dtype=torch.int32).fill_(258)

@@ -109,6 +109,13 @@ def test_a_state_that_does_not_fit_is_refused_whole_by_pattern(tmp_path: Path) -
     assert "an adapter's that was not merged" in refused(lora, like, tmp_path)
     meta = trained("llama") | {"norm.weight": torch.empty(36, device="meta")}
     assert "norm.weight of the state is on the device meta" in refused(meta, like, tmp_path)
+    sparse = trained("llama") | {"norm.weight": torch.ones(36).to_sparse()}
+    assert "norm.weight of the state lies in memory as torch.sparse_coo" in refused(sparse, like, tmp_path)
+    inside = {
+        f"student.{k}": t
+        for k, t in load_file(verified.ROOT / "llama-float32-source/model.safetensors").items()
+    }
+    assert "names of tensors begin with 'student.', without which they fit" in refused(inside, like, tmp_path)
     odd = trained("llama_tied") | {"head.weight": torch.zeros(131, 36)}
     said = refused(odd, verified.canonical("llama_tied"), tmp_path)
     assert "head.weight differs from embed.weight, but the Spec ties them" in said

@@ -81,6 +81,25 @@ def test_sparse_layers_have_two_names() -> None:
         assert families.spec_of(said) == families.spec_of(of)
 
 
+def test_deepseek_v4s_rope_beside_that_of_each_kind_is_that_of_layers_without_entries() -> None:
+    """Transformers 5.10 says it both ways."""
+    of = config("deepseek-v4-flash")
+    share = of["qk_rope_head_dim"] / of["head_dim"]
+    main = {"rope_type": "default", "rope_theta": of["rope_theta"], "partial_rotary_factor": share}
+    compress = {
+        **of["rope_scaling"],
+        "rope_type": "yarn",
+        "rope_theta": of["compress_rope_theta"],
+        "attention_factor": 1.0,
+    }
+    said = {**of, "rope_parameters": {"main": main, "compress": compress, **main}}
+    said.pop("rope_scaling")
+    assert families.spec_of(said) == families.spec_of(of)
+    said["rope_parameters"] |= {"rope_theta": 7.0}
+    with pytest.raises(ZooError, match=r"its RoPE \(main\) is said twice, by 7.0 and by"):
+        families.spec_of(said)
+
+
 def test_coheres_switch_of_layers_goes_with_a_list_of_them() -> None:
     """transformers 5 makes a list of the pattern, and leaves `layer_switch` where it was."""
     of = config("tiny-aya-3b")
@@ -128,6 +147,18 @@ def rewritten(name: str, at: Path, change: Any) -> Path:
     return at
 
 
+def tensors_of(folder: Path) -> dict[str, list[Any]]:
+    return {name: t.tolist() for name, t in build.read_tensors(folder).items()}
+
+
+def came_back(saved: Path, tmp_path: Path) -> dict[str, list[Any]]:
+    """What is exported of a folder that was saved so; its own file is given back to the byte where that is asked for."""
+    canon = zoo.convert(saved, tmp_path / "canon")
+    own = zoo.export(canon, tmp_path / "source", format="source") / "model.safetensors"
+    assert own.read_bytes() == (saved / "model.safetensors").read_bytes()
+    return tensors_of(zoo.export(canon, tmp_path / "out"))
+
+
 def thirds(tensors: dict[str, torch.Tensor], _: Any) -> None:
     """transformers holds the convolutions of q, k and v as one, and since 5.15 saves it in equal pieces."""
     for i in {name.split(".")[2] for name in tensors if "q_conv1d" in name}:
@@ -138,13 +169,13 @@ def thirds(tensors: dict[str, torch.Tensor], _: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["olmo_hybrid", "olmo_hybrid_rope"])
-def test_olmo_hybrids_convolutions_in_thirds_are_the_same_and_come_back(name: str, tmp_path: Path) -> None:
+def test_olmo_hybrids_convolutions_in_thirds_are_the_same_and_come_back_whole(
+    name: str, tmp_path: Path
+) -> None:
     whole = tiny.make(name, tmp_path / "whole")
     cut = rewritten(name, tmp_path / "cut", thirds)
     assert same(assemble(cut), assemble(whole))
-    zoo.convert(cut, tmp_path / "canon")
-    zoo.export(tmp_path / "canon", tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+    assert came_back(cut, tmp_path) == tensors_of(whole)
 
 
 def test_gemma_3ns_projection_of_embeddings_by_transformers_4_is_the_same(tmp_path: Path) -> None:
@@ -158,6 +189,10 @@ def test_gemma_3ns_projection_of_embeddings_by_transformers_4_is_the_same(tmp_pa
     odd = rewritten("gemma3n", tmp_path / "odd", change)
     assert same(assemble(odd), assemble(tiny.make("gemma3n", tmp_path / "plain")))
     assert not make_plan(open_checkpoint(odd)).extras
+    back = came_back(odd, tmp_path)
+    assert (
+        "model.language_model.per_layer_model_projection.weight" in back and "model.norm.weight" not in back
+    )
 
 
 def test_nemotron_hs_embedding_is_called_otherwise_by_transformers_up_to_5_15(tmp_path: Path) -> None:
@@ -165,7 +200,31 @@ def test_nemotron_hs_embedding_is_called_otherwise_by_transformers_up_to_5_15(tm
         tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
 
     odd = rewritten("nemotron_h", tmp_path / "odd", change)
-    assert same(assemble(odd), assemble(tiny.make("nemotron_h", tmp_path / "plain")))
+    plain = tiny.make("nemotron_h", tmp_path / "plain")
+    assert same(assemble(odd), assemble(plain))
+    assert came_back(odd, tmp_path) == tensors_of(plain)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "deepseek_v4_pro"])
+def test_deepseek_v4_by_transformers_up_to_5_14_has_names_of_memory_but_for_the_head_and_experts(
+    name: str, tmp_path: Path
+) -> None:
+    """Its conversion was anchored at names without `model.`, and those of experts at their end."""
+    plain = tiny.make(name, tmp_path / "plain")
+    held, own = tiny.perturbed(tiny.VARIANTS[name]).state_dict(), tmp_path / "mixed"
+    mixed = dict(held)
+    for key in [k for k in held if k.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        stem, _, which = key.rpartition(".")
+        for e, t in enumerate(mixed.pop(key)):
+            parts = dict(zip(("w1", "w3"), t.chunk(2), strict=True)) if which == "gate_up_proj" else {"w2": t}
+            mixed |= {f"{stem}.{e}.{w}.weight": x for w, x in parts.items()}
+    mixed["head.weight"] = mixed.pop("lm_head.weight")
+    own.mkdir()
+    (own / "config.json").write_bytes((plain / "config.json").read_bytes())
+    build.write_tensors(own, {k: t.clone() for k, t in mixed.items()})
+    assert same(assemble(own), assemble(plain))
+    back = came_back(own, tmp_path)
+    assert back == {k: v for k, v in tensors_of(plain).items() if not k.startswith("mtp.")}
 
 
 def test_kimi_k25s_layers_are_called_blocks_by_transformers(tmp_path: Path) -> None:
@@ -175,8 +234,7 @@ def test_kimi_k25s_layers_are_called_blocks_by_transformers(tmp_path: Path) -> N
         )
 
     odd = rewritten("kimi_k25", tmp_path / "odd", change)
-    assert same(assemble(odd), assemble(tiny.make("kimi_k25", tmp_path / "plain")))
-    assert (
-        make_plan(open_checkpoint(odd)).extras.keys()
-        == make_plan(open_checkpoint(tmp_path / "plain")).extras.keys()
-    )
+    plain = tiny.make("kimi_k25", tmp_path / "plain")
+    assert same(assemble(odd), assemble(plain))
+    assert make_plan(open_checkpoint(odd)).extras.keys() == make_plan(open_checkpoint(plain)).extras.keys()
+    assert came_back(odd, tmp_path) == tensors_of(plain)

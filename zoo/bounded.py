@@ -1,7 +1,7 @@
 """JSON from strangers, under one budget: what it can make of a machine's memory and time is counted before it is parsed.
 
 Sixty megabytes of `[],[],` become two gigabytes of lists, and a number of 400 digits an error wherever it is first
-used as a float. So: brackets and commas are counted in the text, numbers are looked at where they are read.
+used as a float. So: brackets, commas and colons are counted in the text, numbers are looked at where they are read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ MAX_CONTAINERS = 2 << 20
 """Lists and objects of one text. A header of 140,000 tensors (a trillion parameters in fp8) has 420,000."""
 MAX_VALUES = 4 << 20
 """Commas of one text."""
+MAX_KEYS = 3 << 19
+"""Colons of one text. Each key may be another: four million of them take ten seconds. A header of 262,144 tensors has a million."""
 MAX_DIGITS = 20
 """Of a whole number: 2^64 has 20."""
 
@@ -43,17 +45,19 @@ def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
         raise ValueError(f"it has {n} lists and objects; at most {MAX_CONTAINERS} are read")
     if (n := raw.count(b",")) > MAX_VALUES:
         raise ValueError(f"it has {n} values; at most {MAX_VALUES} are read")
+    if (n := raw.count(b":")) > MAX_KEYS:
+        raise ValueError(f"it has {n} keys; at most {MAX_KEYS} are read")
     numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real} if _long_number(raw) else {}
     try:
-        with _uncollected():
+        with uncollected():
             return json.loads(raw, object_pairs_hook=pairs, **numbers)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Nothing is given up while a text is parsed, and looking for it takes longer than the parsing."""
+def uncollected() -> Iterator[None]:
+    """Meanwhile nothing is looked through for garbage: of many small objects that are all kept, which takes longer than making them."""
     if not gc.isenabled():
         yield
         return

@@ -241,6 +241,8 @@ def _certified(file: Path, folder: Path, report: Report) -> dict[str, RemoteFile
     said = read_json(file, "it is the certificate", given=True)
     sides = [s.get("files") for s in (said.get("canonical"), said.get("source")) if isinstance(s, dict)]
     lists = [s for s in sides if isinstance(s, dict) and s]
+    for names in lists:
+        certificate.refuse_list(names, str(file))
     try:
         made = [
             {n: RemoteFile(n, int(f["bytes"]), str(f["sha256"]), None) for n, f in s.items()} for s in lists

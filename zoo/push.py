@@ -34,9 +34,12 @@ from zoo.sign import sign
 from zoo.verify import certificate
 
 StrPath = str | os.PathLike[str]
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-"""Files of an earlier push that would stand beside those of this one."""
-_ALSO = (*WEIGHT_SUFFIXES, ".model", "adapter_config.json", "tokenizer.json")
+_STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|parity\.json|model\.sig")
+"""Files of an earlier push that would stand beside those of this one: weights, and what was said of those."""
+_ALSO = (
+    *WEIGHT_SUFFIXES, ".model", ".jinja", "adapter_config.json", "chat_template.json", "generation_config.json", "tekken.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 """Endings of what software may take for a part of this model, where it stays in the repository."""
 
 
@@ -148,7 +151,7 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
     if revision is not None:
         api.create_branch(out.repo, branch=revision, exist_ok=True)
     held = {str(n) for n in api.list_repo_files(out.repo, revision=revision)} if there else set()
-    stale = [n for n in held if _WEIGHTS.fullmatch(n) and n not in out.files]
+    stale = [n for n in held if _STALE.fullmatch(n) and n not in out.files]
     keep = card.FILE in held and not _is_ours(api, out.repo, revision)
     if keep and certificate.SIGNATURE in out.files:
         raise ZooError(
@@ -165,7 +168,7 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
             f"{out.repo} also has, and keeps, of somebody else or an earlier commit: {', '.join(left[:8])}"
         )
     if stale:
-        out.notes.append(f"removed, weights of an earlier commit: {', '.join(sorted(stale)[:8])}")
+        out.notes.append(f"removed, as of an earlier commit's weights: {', '.join(sorted(stale)[:8])}")
     done = api.upload_folder(
         repo_id=out.repo,
         folder_path=folder,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from zoo import families
 from zoo.errors import ZooError
+from zoo.formats import open_checkpoint
+from zoo.mapping.plan import make_plan
 from zoo.model.decoder import Decoder
-from zoo.testing import BASE, FamilyCase, Variant, rope
+from zoo.testing import BASE, FamilyCase, Variant, build, rope
+from zoo.testing.assemble import assemble
+from zoo.testing.built import decoder
 from zoo.testing.full_size import attention, edited, read
 from zoo.testing.released import flat_rope
 from zoo.testing.variant import Settings
@@ -64,6 +71,23 @@ CASE = FamilyCase(
 def test_q_k_and_v_may_have_biases_where_nothing_else_has() -> None:
     a = attention(families.spec_of(edited("internlm3-8b-instruct", qkv_bias=True)), 0)
     assert a.qkv_bias and not a.out_bias
+
+
+def test_saved_by_llamas_class_it_is_a_llama_of_the_same_numbers(tmp_path: Path) -> None:
+    """Many have it so: under Llama's names it needs no code of its own."""
+    variant = CASE.variant("internlm3")
+    theirs = build.perturbed(variant)
+    theirs.save_pretrained(tmp_path)
+    plan = make_plan(open_checkpoint(tmp_path))
+    assert plan.family.name == "llama" and plan.spec.layers == families.spec_of(own(tmp_path)).layers
+    ids = build.tokens(variant)
+    ours = decoder(plan.spec, assemble(tmp_path, plan))(ids)
+    assert (ours - build.logits(theirs, ids)).abs().max() < 5e-5
+
+
+def own(folder: Path) -> Settings:
+    """The config in InternLM3's own words."""
+    return released(json.loads((folder / "config.json").read_text())) | _ITS_OWN
 
 
 def test_a_text_beyond_the_context_of_dynamic_rope_is_refused() -> None:

@@ -121,7 +121,7 @@ def test_kimi_linears_dense_layers_are_found_where_transformers_saves_them(name:
     hf = load_file(folder / "model.safetensors")
     renamed = {n.replace(".mlp.", ".block_sparse_moe."): t for n, t in hf.items()}
     assert renamed.keys() != hf.keys()
-    assert same(assemble(in_other_names(folder, renamed, "hf")), assemble(folder))
+    assert same(assemble(in_other_names(folder, renamed, "saved")), assemble(folder))
 
 
 def test_layers_that_kimi_linear_lists_twice_or_never_are_refused() -> None:

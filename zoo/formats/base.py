@@ -30,6 +30,10 @@ ITEMSIZE = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 COUNTS = ("I64", "I32")
 """Of a table of whole numbers (`Slot.counts`)."""
+HF_NAMINGS = ("hf", "transformers", "saved")
+"""Names that files of Hugging Face's kind may have, in the order in which they are tried: a release's; those that transformers' classes
+have in memory; what `save_pretrained` writes where that is neither, each spelling (`RuleSet.prefixes`) at the place of the
+release's that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)

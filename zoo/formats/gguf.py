@@ -11,16 +11,15 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.bounded import uncollected
 from zoo.errors import ZooError
 from zoo.formats import gguf_config, gguf_tokenizer, sets
 from zoo.formats.around import taken
@@ -67,19 +66,7 @@ def detect(path: Path) -> bool:
     return bool(named(path, "*.gguf"))
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Meanwhile nothing is looked through for garbage: of a million small objects that are all kept, a quarter of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@_uncollected()
+@uncollected()
 def open(path: Path) -> Checkpoint:
     """Open a GGUF file, the first file of a split set, or a folder that holds one of either."""
     root, names = (path.parent, files_of_set(path.name)) if path.is_file() else (path, _files_of(path))

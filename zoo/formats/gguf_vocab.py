@@ -58,6 +58,25 @@ def fields(files: Mapping[str, bytes], vocab_size: int, who: str) -> dict[str, A
     return {f"tokenizer.ggml.{k}": v for k, v in out.items()} | templates
 
 
+def unsaid(files: Mapping[str, bytes], who: str) -> Iterator[str]:
+    """A sentence on each thing that a tokenizer does, or that a GGUF should have, and no field says."""
+    if "tokenizer.json" not in files:
+        yield "there is no tokenizer.json: the GGUF has no tokenizer, and llama.cpp takes token ids only"
+        return
+    for key, what in (
+        ("lstrip", "take the spaces before them along"),
+        ("rstrip", "take the spaces behind them along"),
+        ("single_word", "are none inside a word"),
+    ):
+        added = _json(files, "tokenizer.json", who).get("added_tokens") or ()
+        names = [str(t.get("content")) for t in added if t.get(key) is True]
+        if names:
+            yield (
+                f"{len(names)} added tokens {what} ({key}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), which llama.cpp does "
+                "where it knows the model by its name (Phi-3), and else not: a text that has them so has other ids there"
+            )
+
+
 def _json(files: Mapping[str, bytes], name: str, who: str) -> dict[str, Any]:
     try:
         found = parse_json(files.get(name, b"{}"))

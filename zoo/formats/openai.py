@@ -13,12 +13,16 @@ from zoo.errors import ZooError
 from zoo.formats import safetensors
 from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, named, read_json
 
+MAX_OWN = 1 << 20
+"""Bytes of their config, which has some 500: another's that is large is not parsed twice."""
 _OWN_KEYS = {"num_experts", "experts_per_token", "initial_context_length", "rope_ntk_beta"}
 
 
 def detect(path: Path) -> bool:
     root = path if path.is_dir() else path.parent
     if not (root / "config.json").is_file() or not named(root, "*.safetensors"):
+        return False
+    if (root / "config.json").stat().st_size > MAX_OWN:
         return False
     try:
         config = read_json(root / "config.json", "")

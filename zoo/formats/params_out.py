@@ -124,6 +124,8 @@ def meta_params(spec: Spec, who: str) -> Iterator[dict[str, Any]]:
     if not isinstance(mixer, Attention):
         raise ZooError(f"{who}: has latent attention, which Meta's params.json cannot say")
     scaling = mixer.rope.scaling if mixer.rope else None
+    if scaling is not None and scaling.kind != "llama3":
+        raise ZooError(f"{who}: its RoPE is scaled ({scaling.kind}), which Meta's params.json cannot say")
     shared = {
         "dim": spec.d_model,
         "n_layers": spec.n_layers,

@@ -26,6 +26,7 @@ from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.around import taken
 from zoo.formats.base import (
+    HF_NAMINGS,
     ITEMSIZE,
     MAX_NAME,
     Checkpoint,
@@ -92,7 +93,7 @@ def open(path: Path) -> Checkpoint:
     if entry not in files:
         check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
     return Checkpoint(
-        root, "pickle", ("hf", "transformers"), config, tensors, files, carried_files(root), notes=tuple(notes),
+        root, "pickle", HF_NAMINGS, config, tensors, files, carried_files(root), notes=tuple(notes),
         around=taken(((root / n, n) for n in files), tensors.values()),
     )  # fmt: skip
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from zoo.bounded import parse_json
+from zoo.bounded import parse_json, uncollected
 from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.base import (
+    HF_NAMINGS,
     ITEMSIZE,
     MAX_NAME,
     Checkpoint,
@@ -74,7 +75,7 @@ def open_files(
         check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
     # The index of another set would describe files that the copy does not have.
     carried = tuple(n for n in carried_files(root) if n != INDEX or n == entry or sets.names(root, n, files))
-    return Checkpoint(root, "safetensors", ("hf", "transformers"), config, tensors, files, carried, headers)
+    return Checkpoint(root, "safetensors", HF_NAMINGS, config, tensors, files, carried, headers)
 
 
 def weight_files(root: Path) -> list[str]:
@@ -133,6 +134,7 @@ def header_length(first8: bytes, size: int, who: str) -> int:
     return int(n)
 
 
+@uncollected()
 def parse_header(raw: bytes, file: str, size: int, who: str) -> Iterable[TensorRef]:
     """Tensors of a header. Checks dtypes, shapes against byte counts, and that the ranges tile the
     data part of a file of `size` bytes without overlap or gap."""

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, named, read_json
+from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef, carried_files, inside, named, read_json
 from zoo.formats.safetensors import parse_header, read_header
 
 _FILE = re.compile(r"(?P<group>.+)-TP-(?P<rank>\d{3}|common)\.safetensors")
@@ -46,7 +46,7 @@ def open(path: Path) -> Checkpoint:
                 tensors[full] = TensorRef(full, t.dtype, t.shape, t.file, t.offset, t.nbytes)
     n_ranks = max((len(g) for g in ranks.values()), default=1)
     return Checkpoint(
-        root, "sharded", ("hf", "transformers"), config, tensors, files, carried_files(root), headers, n_ranks=n_ranks
+        root, "sharded", HF_NAMINGS, config, tensors, files, carried_files(root), headers, n_ranks=n_ranks
     )  # fmt: skip
 
 

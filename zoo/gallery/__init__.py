@@ -49,8 +49,12 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
         files[f"r/{r.manifest.name}.html"] = pages.release(r, releases)
         if r.drawing is not None:
             files[f"svg/{r.drawing}"] = r.svg
-    for folder in (out, out / "r", out / "svg"):
-        folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_plain(
+        out / DATA, files.pop(DATA).encode()
+    )  # first: what a full disk leaves is a gallery, and can be written again
+    for folder in (out / "r", out / "svg"):
+        folder.mkdir(exist_ok=True)
     for old in (*(out / "r").glob("*.html"), *(out / "svg").glob("*.svg")):
         if str(old.relative_to(out)) not in files:
             old.unlink()  # of an earlier gallery

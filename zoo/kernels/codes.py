@@ -12,7 +12,8 @@ weight is eight rows of a tile, of which each needs one column.
 Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
 4096 54 and 23 us (62 % of copy), 4096 x 14336 33 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 37 (75 %), 25 and 25,
 10 and 10, so `zoo.kernels.quads` and `weights.rows_times` take those. 16 rows, where the weight was expanded: int4 143 and
-30, 74 and 18, 31 and 10; fp8 154 and 37, 82 and 21, 34 and 10. Experts are in `zoo.kernels.experts`. What is left: with four bits a
+30, 74 and 18, 31 and 10; fp8 154 and 37, 82 and 21, 34 and 10. Experts are in `zoo.kernels.experts`. One row of nvfp4 55 and 37 (42 % of copy),
+43 and 20, 17 and 9; of bytes with a row's scale 42 and 38, 24 and 26, 12 and 10; 16 rows of these 157 and 38, 82 and 22, 34 and 12. What is left: with four bits a
 program issues 2.6 instructions for a weight, of which 1.2 widen and multiply it, and the GPU has room for 3 x 10^13 in a second.
 """
 
@@ -24,7 +25,20 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, triton
-from zoo.kernels.weights import FOUR_BITS, FP8, INTEGERS, MXFP4, Weight
+from zoo.kernels.weights import (
+    AFFINE4,
+    AFFINE8,
+    FOUR_BITS,
+    FP8,
+    INT4,
+    INT8,
+    INTEGERS,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    PLAIN,
+    Weight,
+)
 
 COLUMNS = 8
 """Columns of x that tensor cores multiply at once, at the least."""
@@ -37,7 +51,7 @@ if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.launch import after_previous
-    from zoo.kernels.weights import WHOLE
+    from zoo.kernels.weights import WHOLE, e4m3, head, scale_column
 
 
 def serves(x: Tensor, w: Weight) -> bool:
@@ -46,17 +60,21 @@ def serves(x: Tensor, w: Weight) -> bool:
 
 
 def pays(x: Tensor, w: Weight) -> bool:
-    """Whether that is the fastest way for one row of x: for codes of four bits, and experts in fp8 with blocks. Where
+    """Whether that is the fastest way for one row of x: for all codes but fp8 (of that experts with blocks). Where
     `zoo.kernels.quads` serves it is faster still."""
-    return serves(x, w) and (w.kind in FOUR_BITS or (w.kind == FP8 and bool(w.lead)) or INTERPRET)
+    other = w.kind in FOUR_BITS or w.kind < PLAIN
+    return serves(x, w) and (other or (w.kind == FP8 and bool(w.lead)) or INTERPRET)
 
 
 def tile(w: Weight) -> tuple[int, int, int, int, int]:
     """Rows and channels of a tile, tiles fetched ahead, warps and stages. Measured on an H200."""
-    if w.kind == MXFP4:
+    if w.kind == MXFP4 or (w.kind == MXFP8 and not w.lead and w.n <= 4096):
         return 128, 128, 2, 4, 3
+    if w.kind == NVFP4 or (w.kind == AFFINE8 and not w.lead and _block(w) == 128):
+        few = w.kind == NVFP4 and (bool(w.lead) or 4096 < w.n < LARGE)
+        return 128, 128, 2 if few else 4, 4, 3
     block = _block(w) if not w.lead and w.n <= 4096 else min(64, _block(w))
-    ahead = (4 if w.kind == FP8 else 2) if w.lead else 1 if w.n >= LARGE else 4
+    ahead = (2 if w.kind in FOUR_BITS else 4) if w.lead else 1 if w.n >= LARGE else 4
     return 128, block, ahead, 4, 3
 
 
@@ -74,16 +92,16 @@ def shares(w: Weight) -> tuple[int, int, int, int, int, int]:
     """`tile` for several rows of x, and by how many programs the columns are shared. Measured on an H200."""
     high, block = 64, _block(w)
     split = max(1, min(8, PROGRAMS // ceil_div(w.n, high), w.k // (block * 2)))
-    return high, block, 2 if w.kind in INTEGERS else 1, 4, 4, 1 << (split.bit_length() - 1)
+    return high, block, 2 if w.kind in (INT4, AFFINE4) else 1, 4, 4, 1 << (split.bit_length() - 1)
 
 
 def grouped_tile(average: float, *weights: Weight) -> tuple[int, int, int, int, int]:
     """Rows of x, rows and channels of the weights of a tile of the grouped products, warps and stages, when an expert has
     `average` rows of x. Measured on an H200: where few rows wait for what is read, as much as can be is read at a time."""
     if average <= 32:
-        long = all(w.k % 128 == 0 and w.columns % 128 == 0 for w in weights)
+        long = all(w.k % 128 == 0 and (w.kind == NVFP4 or w.columns % 128 == 0) for w in weights)
         return 16 if average <= 16 else 32, 128, 128 if long else 64, 4, 3 if long else 4
-    return 64, 128, 64, 4, 4 if weights[0].kind == FP8 else 3
+    return 64, 128, 64, 4, 4 if weights[0].kind in (FP8, INT8) else 3
 
 
 def constants(w: Weight, together: int = 1) -> dict[str, Any]:
@@ -143,15 +161,19 @@ if triton is not None:
             return tl.join(low * 2.0**123 - ZERO, high * 2.0**123 - ZERO)
 
     @triton.jit
-    def mxfp4(w, factor, p: tl.constexpr, DTYPE: tl.constexpr):
-        """Words of eight e2m1 codes -> the values of codes p and p + 4 times those of `factor`, over 2^126."""
-        if p == 0:
-            magnitude = w << 6
-        elif p == 1:
-            magnitude = w << 2
-        else:
-            magnitude = w >> (4 * p - 6)
-        pair = (magnitude & 0x01C001C0) | ((w << (12 - 4 * p)) & 0x80008000)
+    def int8(w, p: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+        """Words of four codes -> codes p and p + 2 over 64. (INT8: they have a sign.)"""
+        if p == 1:
+            w = w >> 8
+        if KIND == -1:
+            w = w ^ 0x00800080  # 128 more
+        ZERO: tl.constexpr = 2.0 if KIND == -1 else 0.0
+        low, high = halves(w & 0x00FF00FF, DTYPE)
+        return tl.join(low * 2.0**127 - ZERO, high * 2.0**127 - ZERO)
+
+    @triton.jit
+    def pair_times(pair, factor, DTYPE: tl.constexpr):
+        """Words of two bf16 times others."""
         if DTYPE == tl.bfloat16:  # the compiler would multiply them one by one
             pair = tl.inline_asm_elementwise(
                 "mul.bf16x2 $0, $1, $2;", "=r,r,r", [pair, factor], dtype=tl.uint32, is_pure=True, pack=1
@@ -164,6 +186,24 @@ if triton is not None:
         return tl.join(low, high)
 
     @triton.jit
+    def fp4(w, factor, p: tl.constexpr, DTYPE: tl.constexpr):
+        """Words of eight e2m1 codes -> the values of codes p and p + 4 times those of `factor`, over 2^126."""
+        if p == 0:
+            magnitude = w << 6
+        elif p == 1:
+            magnitude = w << 2
+        else:
+            magnitude = w >> (4 * p - 6)
+        return pair_times((magnitude & 0x01C001C0) | ((w << (12 - 4 * p)) & 0x80008000), factor, DTYPE)
+
+    @triton.jit
+    def mxfp8(w, factor, p: tl.constexpr, DTYPE: tl.constexpr):
+        """Words of four e4m3 codes -> the values of codes p and p + 2 times those of `factor`, over 2^120. No code is NaN."""
+        if p == 0:
+            w = w << 8
+        return pair_times(((w >> 4) & 0x07F007F0) | (w & 0x80008000), factor, DTYPE)
+
+    @triton.jit
     def fp8(w, p: tl.constexpr, DTYPE: tl.constexpr):
         """Words of four e4m3 codes -> the values of codes p and p + 2. No code is NaN."""
         if p == 0:
@@ -172,9 +212,16 @@ if triton is not None:
         return tl.join(low * 2.0**120, high * 2.0**120)
 
     @triton.jit
-    def factors(s):
-        """Words of two bf16, both 2^(s - 127 + 126 - 60), of e8m0 exponents s."""
-        return tl.minimum(s.to(tl.uint32) + 66, 255) * 0x00800080
+    def factors(s, KIND: tl.constexpr = 3):
+        """Words of two bf16, both what values are to be multiplied by: of e8m0 exponents s 2^(s - 127 + 126 - 60), of e4m3 codes 120 for
+        126; NVFP4: of scales s in e4m3 those times 2^(126 - 8)."""
+        if KIND == 6:
+            both = (e4m3(s) * 2.0**126).to(tl.uint32, bitcast=True) >> 16
+            return both * 0x00010001
+        elif KIND == -3:
+            return tl.minimum(s.to(tl.uint32) + 60, 255) * 0x00800080
+        else:
+            return tl.minimum(s.to(tl.uint32) + 66, 255) * 0x00800080
 
     # Words of a tile are numbered (j, c, i): c are the four threads that share a row, i the words of a run; their codes (half, p).
 
@@ -194,18 +241,28 @@ if triton is not None:
         KIND: tl.constexpr,
         DTYPE: tl.constexpr,
     ):
-        """Words [R, W] of codes -> numbers [R, K] (mxfp4: times 2^-60 and the `exponents` [R, K / 32]; integers: over 64)."""
+        """Words [R, W] of codes -> numbers [R, K] (with `exponents` [R, K / 32]: times those and 2^-60; NVFP4: times the scales [R, K / 16]
+        and 2^-8; integers: over 64)."""
         P: tl.constexpr = 4 if KIND >= 3 else 2
         J: tl.constexpr = K // (8 * P * RUN)
         w = tl.reshape(w, (R, J, 4, RUN))
+        if KIND == 3 or KIND == 6 or KIND == -3:
+            UNIT: tl.constexpr = 16 if KIND == 6 else 32  # columns that share a scale, and words of these
+            OF_ONE: tl.constexpr = UNIT // (8 if KIND >= 3 else 4)
+            f = factors(exponents, KIND)
+            f = tl.reshape(tl.broadcast_to(f[:, :, None], (R, K // UNIT, OF_ONE)), (R, J, 4, RUN))
         if KIND < 3:
-            a = tl.permute(tl.join(fp8(w, 0, DTYPE), fp8(w, 1, DTYPE)), (0, 1, 5, 3, 2, 4))
+            if KIND == -3:
+                both = tl.join(mxfp8(w, f, 0, DTYPE), mxfp8(w, f, 1, DTYPE))
+            elif KIND < 0:
+                both = tl.join(int8(w, 0, KIND, DTYPE), int8(w, 1, KIND, DTYPE))
+            else:
+                both = tl.join(fp8(w, 0, DTYPE), fp8(w, 1, DTYPE))
+            a = tl.permute(both, (0, 1, 5, 3, 2, 4))
         else:
-            if KIND == 3:
-                f = factors(exponents)
-                f = tl.reshape(tl.broadcast_to(f[:, :, None], (R, K // 32, 4)), (R, J, 4, RUN))
-                even = tl.join(mxfp4(w, f, 0, DTYPE), mxfp4(w, f, 2, DTYPE))
-                odd = tl.join(mxfp4(w, f, 1, DTYPE), mxfp4(w, f, 3, DTYPE))
+            if KIND == 3 or KIND == 6:
+                even = tl.join(fp4(w, f, 0, DTYPE), fp4(w, f, 2, DTYPE))
+                odd = tl.join(fp4(w, f, 1, DTYPE), fp4(w, f, 3, DTYPE))
             else:
                 even = tl.join(int4(w, 0, KIND, DTYPE), int4(w, 2, KIND, DTYPE))
                 odd = tl.join(int4(w, 1, KIND, DTYPE), int4(w, 3, KIND, DTYPE))
@@ -230,16 +287,18 @@ if triton is not None:
 
     @triton.jit
     def scales_tile(s_at, first, K, COLUMNS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-        """Scales [R], exponents [R, BLOCK / 32], or scales with their offsets in the upper half [R], of BLOCK channels from
-        `first` [R] on, where there are such."""
-        if KIND == 1:
+        """Scales [R], exponents [R, BLOCK / 32] (NVFP4: scales [R, BLOCK / 16]), or scales with their offsets in the upper half [R], of
+        BLOCK channels from `first` [R] on, where there are such."""
+        if KIND == 1 or KIND == -1:
             return first
-        elif KIND == 5:
+        elif KIND == 5 or KIND == -2:
             pair = s_at.to(tl.pointer_type(tl.uint64)) + (first // COLUMNS if COLUMNS > 0 else first * 0)
             return tl.load(pair, mask=first < K, other=0)
-        elif KIND == 3:
-            group = (first // 32)[:, None] + tl.arange(0, BLOCK // 32)[None, :]
-            return tl.load(s_at[:, None] + group, mask=group * 32 < K, other=0)
+        elif KIND == 3 or KIND == 6 or KIND == -3:
+            UNIT: tl.constexpr = 16 if KIND == 6 else 32
+            group = (first // UNIT)[:, None] + tl.arange(0, BLOCK // UNIT)[None, :]
+            at = s_at[:, None] + scale_column(group, UNIT, UNIT, KIND)
+            return tl.load(at, mask=group * UNIT < K, other=0)
         else:
             group = first // COLUMNS if COLUMNS > 0 else first * 0
             return tl.load(s_at + group, mask=first < K, other=0.0)
@@ -264,14 +323,14 @@ if triton is not None:
     ):  # fmt: skip
         """acc plus a tile of words w with scales s times x [M, BLOCK]."""
         dtype: tl.constexpr = x.dtype
-        if KIND == 5:
+        if KIND == 5 or KIND == -2:
             x_sum = tl.sum(x.to(tl.float32), 1)
         x = arranged(x, M, BLOCK, 4 if KIND >= 3 else 2, RUN)
         a = widened(w, s, R, BLOCK, RUN, KIND, dtype)
-        if KIND == 1 or KIND == 3:
+        if KIND == 1 or KIND == 3 or KIND == 6 or KIND == -1 or KIND == -3:
             acc = tl.dot(a, x, acc, input_precision="ieee")
             return settled(acc, dtype) if M > 8 else acc  # of eight columns nobody goes ahead
-        elif KIND == 5:
+        elif KIND == 5 or KIND == -2:
             return affine(acc, tl.dot(a, x, input_precision="ieee"), s, x_sum)
         else:
             return acc + tl.dot(a, x, input_precision="ieee") * s.to(tl.float32)[:, None]
@@ -310,9 +369,8 @@ if triton is not None:
         for start in range(AHEAD * STEP, K, STEP):
             w = words_tile(at, word, words, start, CODES, EVEN)
             x = x_tile(x_at, x_k, start, K, EVEN)
-            if (
-                KIND == 3
-            ):  # carried around the loop they have the compiler move what is widened through shared memory
+            # Carried around the loop, what codes are multiplied by has the compiler move what is widened through shared memory.
+            if KIND == 3 or KIND == 6 or KIND == -3:
                 s = scales_tile(s_at, chunk + start, K, COLUMNS, KIND, BLOCK)
                 acc = plus_tile(acc, w, s, x, KIND, R, M, BLOCK, RUN)
             else:
@@ -328,9 +386,14 @@ if triton is not None:
         """Sums of products with `widened` numbers, made whole: times a row's scale, where there is one, or a power of two."""
         if KIND == 1:
             return acc * tl.load(s_at).to(tl.float32)[:, None]
-        elif KIND == 3:
+        elif KIND == -1:
+            return acc * (tl.load(s_at).to(tl.float32) * 64.0)[:, None]
+        elif KIND == 3 or KIND == -3:
             return acc * WHOLE
-        elif KIND >= 4:
+        elif KIND == 6:
+            times, over = head(s_at, None)
+            return acc * (times * 256.0 / over)[:, None]
+        elif KIND >= 4 or KIND == -2:
             return acc * 64.0
         else:
             return acc

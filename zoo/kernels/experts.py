@@ -39,7 +39,7 @@ from zoo.kernels import codes
 from zoo.kernels.few import few_tokens
 from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, power_of_2, triton
-from zoo.kernels.weights import MXFP4, PLAIN, Weight
+from zoo.kernels.weights import MXFP4, PLAIN, SCALED, Weight
 from zoo.spec import MLP
 
 GROUP = 8
@@ -253,7 +253,7 @@ def _many_codes(
 
 def _as_codes(x: Tensor, w: Weight) -> bool:
     """Whether grouped products widen the codes of w in registers: rows of whole tiles."""
-    return codes.serves(x, w) and w.k % 64 == 0 and (w.kind == MXFP4 or w.columns % 64 == 0)
+    return codes.serves(x, w) and w.k % 64 == 0 and (w.kind in SCALED or w.columns % 64 == 0)
 
 
 def _sum(
@@ -504,7 +504,7 @@ if triton is not None:
         s = scales_tile(s_at, first, K, COLUMNS, KIND, BLOCK_K)
         for start in range(0, K, BLOCK_K):
             w, x = tl.load(at + start // CODES), tl.load(x_at + start)
-            if KIND == 3:  # see `codes_times`
+            if KIND == 3 or KIND == 6 or KIND == -3:  # see `codes_times`
                 s = scales_tile(s_at, first + start, K, COLUMNS, KIND, BLOCK_K)
                 s_next = s
             else:
@@ -512,7 +512,7 @@ if triton is not None:
             a = widened(w, s, BLOCK_N, BLOCK_K, 16 // CODES, KIND, dtype)
             if KIND == 2:
                 acc += tl.dot(a, tl.trans(x), input_precision="ieee") * s.to(tl.float32)[:, None]
-            elif KIND == 5:
+            elif KIND == 5 or KIND == -2:
                 acc = affine(
                     acc, tl.dot(a, tl.trans(x), input_precision="ieee"), s, tl.sum(x.to(tl.float32), 1)
                 )

@@ -7,6 +7,8 @@ what the kernel before gives is there (`zoo.kernels.launch.in_turn`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from zoo.kernels import codes, quads
 from zoo.kernels.gated import code
 from zoo.kernels.launch import Kernel, ceil_div, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
-from zoo.kernels.weights import FOUR_BITS, FP8, FP8_ROWS, Weight
+from zoo.kernels.weights import FOUR_BITS, PLAIN, Weight
 from zoo.spec import MLP
 
 if triton is not None:
@@ -46,11 +48,24 @@ def few_tokens(
     read, sharing = x, k  # so many pairs read one row
     if weight_input:
         read, sharing = x[:, None] * weights.to(x.dtype)[..., None], 1
+    together = power_of_2(k)
+    way = None
     if quads.serves(x, up) and quads.serves(x, down) and k <= 16:
-        _few_quads(read, sharing, h, out, chosen, weights, up, down, spec, weight_input, shared, residual)
-        return out
-    if codes.pays(x, up) and codes.pays(x, down):
-        _few_codes(read, sharing, h, out, chosen, weights, up, down, spec, weight_input, shared, residual)
+        way = _few_up_quads, _few_down_quads, quads.constants
+    elif codes.pays(x, up) and codes.pays(x, down):
+        way = _few_up_codes, _few_down_codes, codes.constants
+    if way is not None:
+        first, second, constants = way
+        how = constants(up)
+        first[(ceil_div(up.n, _rows(how)), n * k)](
+            read, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, spec.limit or 0.0, spec.alpha,
+            KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **how, **overlap(x),
+        )  # fmt: skip
+        how = constants(down, together)
+        second[(ceil_div(down.n, _rows(how)), n)](
+            h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales,
+            KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together, **how, **overlap(x),
+        )  # fmt: skip
         return out
     rows, block, warps = up_tile(k, up, spec.gated)
     _few_up[(ceil_div(up.n, rows), n * k)](
@@ -59,7 +74,6 @@ def few_tokens(
         KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
         ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
-    together = power_of_2(k)
     rows, block, warps = down_tile(together, down)
     _few_down[(ceil_div(down.n, rows // together), n)](
         h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales, down.columns,
@@ -69,69 +83,15 @@ def few_tokens(
     return out
 
 
-def _few_codes(
-    x: Tensor,
-    sharing: int,
-    h: Tensor,
-    out: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Weight,
-    down: Weight,
-    spec: MLP,
-    weight_input: bool,
-    shared: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    """`_few` by `zoo.kernels.codes`, into h and out."""
-    (n, k), f = chosen.shape, down.k
-    how = codes.constants(up)
-    _few_up_codes[(ceil_div(up.n * how["M"], how["R"]), n * k)](
-        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        **how, **overlap(x),
-    )  # fmt: skip
-    together = power_of_2(k)
-    how = codes.constants(down, together)
-    _few_down_codes[(ceil_div(down.n * how["M"], how["R"]), n)](
-        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales,
-        KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
-        **how, **overlap(x),
-    )  # fmt: skip
-
-
-def _few_quads(
-    x: Tensor,
-    sharing: int,
-    h: Tensor,
-    out: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Weight,
-    down: Weight,
-    spec: MLP,
-    weight_input: bool,
-    shared: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    """`_few` by `zoo.kernels.quads`, into h and out."""
-    (n, k), f = chosen.shape, down.k
-    _few_up_quads[(ceil_div(up.n, quads.ROWS), n * k)](
-        x, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, spec.limit or 0.0, spec.alpha,
-        KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None,
-        **quads.constants(up), **overlap(x),
-    )  # fmt: skip
-    together = power_of_2(k)
-    _few_down_quads[(ceil_div(down.n, quads.ROWS), n)](
-        h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales,
-        KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together,
-        **quads.constants(down, together), **overlap(x),
-    )  # fmt: skip
+def _rows(how: dict[str, Any]) -> int:
+    """The rows of a weight that a program takes."""
+    rows: int = how["R"] // how["M"] if "R" in how else quads.ROWS
+    return rows
 
 
 def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
     """Rows and channels of a tile of a chosen expert's gate and up weights, and its warps. Measured on an H100."""
-    if w.kind in (FP8, FP8_ROWS):
+    if w.kind != PLAIN and w.kind not in FOUR_BITS:
         return 8, min(512, power_of_2(w.k, w.group)), 2
     return tile(w.n * experts, w, gated)
 

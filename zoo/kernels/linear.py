@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from zoo.kernels import codes, quads
 from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
-from zoo.kernels.weights import FP8, FP8_ROWS, INTEGERS, MXFP4, PLAIN, Weight
+from zoo.kernels.weights import FOUR_BITS, MXFP4, PLAIN, Weight, ordered
 from zoo.spec import MLP
 
 MOST = 64
@@ -70,6 +70,7 @@ def few_rows(x: Tensor, w: Weight) -> bool:
 def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """`linear_reference` of few rows (see `few_rows`). `dtype`: of the result."""
     out = torch.empty(*x.shape[:-1], w.n, dtype=dtype or x.dtype, device=x.device)
+    x = ordered(x, w)
     if x.numel() > x.shape[-1]:
         _several(x, w, residual, out)
         return out
@@ -122,7 +123,7 @@ def _several(x: Tensor, w: Weight, residual: Tensor | None, out: Tensor) -> None
 def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
     """`gated_linear_reference` of one row (see `one_row`), as one kernel."""
     f = w.n // 2
-    out = x.new_empty(*x.shape[:-1], f)
+    out, x = x.new_empty(*x.shape[:-1], f), ordered(x, w)
     if quads.serves(x, w):
         _gated_linear_quads[(ceil_div(f, quads.ROWS // 2),)](
             x, *w.pointers, out, f, w.k, w.n_scales[1], spec.limit or 0.0, spec.alpha,
@@ -153,9 +154,9 @@ def tile(n: int, w: Weight, gated: bool = False) -> tuple[int, int, int]:
     Small, so that the many loads in flight are spread over programs. Measured on an H100."""
     if w.kind == MXFP4:
         rows, block, warps = 16, 1024, 8
-    elif w.kind in INTEGERS:
+    elif w.kind in FOUR_BITS:
         rows, block, warps = 8 if gated else 4, 1024, 8
-    elif w.kind in (FP8, FP8_ROWS):
+    elif w.kind != PLAIN:
         rows, block, warps = 4, 1024, 2
     elif gated:
         rows, block, warps = 2, 2048, 4

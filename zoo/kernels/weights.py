@@ -1,4 +1,4 @@
-"""A weight as kernels read it: plain, fp8 with scales, mxfp4, int4 or integers with offsets, one matrix or one per expert.
+"""A weight as kernels read it: plain, fp8, mxfp8, mxfp4, nvfp4 or integers of four and eight bits, one matrix or one per expert.
 
 Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
 partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
@@ -10,15 +10,16 @@ with four barriers: a layer of an 8B model takes 81 us in a step on an H200, 85 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.affine import in_order, paired
+from zoo.kernels.affine import by_groups, each_row, paired
 from zoo.kernels.launch import Kernel, ceil_div, triton
 from zoo.quant.base import Scheme, check_shape
+from zoo.quant.bitsandbytes import ONE_OF_127
 from zoo.quant.fp8 import scale_grid
 from zoo.quant.schemes import block_size
 from zoo.quant.schemes import scheme as named
@@ -28,17 +29,22 @@ if triton is not None:
 
     from zoo.kernels.launch import ASM, after_previous
 
-PLAIN, FP8_ROWS, FP8, MXFP4, INT4, AFFINE4 = range(6)  # FP8_ROWS: a row of the weight has one scale
-INTEGERS, FOUR_BITS = (INT4, AFFINE4), (MXFP4, INT4, AFFINE4)
+PLAIN, FP8_ROWS, FP8, MXFP4, INT4, AFFINE4, NVFP4 = range(7)  # FP8_ROWS: a row of the weight has one scale
+INT8, AFFINE8, MXFP8 = -1, -2, -3  # INT8: bytes with a sign, a row of which has one scale
+"""Kinds of codes. Those of four bits are 3 and more, which is what kernels ask; all others have a byte each."""
+INTEGERS, FOUR_BITS = (INT4, AFFINE4, AFFINE8), (MXFP4, INT4, AFFINE4, NVFP4)
+SCALED = (MXFP4, NVFP4, MXFP8)  # scales of few columns, by which codes are multiplied before they meet x
+HEAD = 16
+"""Bytes before the scales of a row in nvfp4: two numbers of fp32, by the first of which they are multiplied, and by the second divided."""
 SCALE_ROWS = 128  # of a weight in fp8 that share a scale, as a rule: then no table is read to find it
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes, integers: [E, N, K / 2]) and for quantised ones `scale` [E, R, C] and
-    `rows` [N] int32, the row of `scale` that a row of the weight uses (None: row n // 128, where codes are of four bits n).
-    AFFINE4: each scale has its offset behind it (see `zoo.kernels.affine`).
-    `bias` [E, N]. A lone matrix has E = 1."""
+    """`codes` [E, N, K] (mxfp4: [E, N, K / 32, 16] bytes, others of four bits: [E, N, K / 2]) and for quantised ones `scale` [E, R, C] and
+    `rows` [N] int32, the row of `scale` that a row of the weight uses (None: of fp8 row n // 128, of others n).
+    AFFINE4, AFFINE8: each scale has its offset behind it (see `zoo.kernels.affine`). NVFP4: bytes, see `HEAD`.
+    `bias` [E, N]. `order` [K] int64: the column of the weight that each column of codes is (None: the same). A lone matrix has E = 1."""
 
     codes: Tensor
     n: int
@@ -49,6 +55,7 @@ class Weight:
     columns: int = 0  # how many columns share a scale
     bias: Tensor | None = None
     words: bool = False  # whether rows of codes are whole words of 32 bits, 16 bytes at a time, none of a NaN
+    order: Tensor | None = None
     # What is made of it once: descriptions of its tiles for the copy engine, by their shape and by where the codes lie.
     tiles: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
@@ -69,7 +76,8 @@ class Weight:
     @property
     def whole(self) -> bool:
         """Whether rows of codes are whole runs of 16 bytes, where one row of x is multiplied by such."""
-        return self.kind not in (FP8, FP8_ROWS) or (self.k % 16 == 0 and aligned(self.codes))
+        one_byte = self.kind != PLAIN and self.kind not in FOUR_BITS
+        return not one_byte or (self.k % 16 == 0 and aligned(self.codes))
 
     @property
     def lead(self) -> torch.Size:
@@ -86,40 +94,88 @@ def quantised(
     scheme: str, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None = None
 ) -> Weight | None:
     """The weight of these components as the kernels read it; None where they cannot (see `zoo.quant`). GPTQ and packed integers of
-    four bits lie as int4 does: with zero points of 8, and inputs in order, they are int4. With others they have offsets, as AWQ
-    and MLX's integers of four bits do."""
-    as_int4, as_mxfp4 = scheme.startswith("int4"), scheme in ("mxfp4", "mxfp4-packed", "mxfp4-bytes")
-    if named(scheme).module and not as_mxfp4:
-        as_int4 = symmetric(named(scheme), components)
-        if not as_int4:
-            return _affine(named(scheme), components, parts, bias)
-    codes, scale = components["weight"], components["scale"]
-    if not codes.is_contiguous() or not scale.is_contiguous():
-        return None
-    n = sum(parts)
-    rows, columns = block_size(scheme)
-    if as_mxfp4:
-        if scheme != "mxfp4":  # the same bytes, not told apart by groups
-            codes = codes.view(torch.uint8).unflatten(-1, (-1, 16))
-        return Weight(
-            codes,
-            n,
-            codes.shape[-2] * 32,
-            MXFP4,
-            scale.view(torch.uint8),
-            None,
-            columns,
-            bias,
-            aligned(codes),
-        )
-    if as_int4:
-        k = codes.shape[-1] * 8
-        columns = columns or k
-        if k % 32 or columns % 32:
+    four bits lie as int4 does: with zero points of 8 they are int4. With others, or of eight bits, they have offsets, as AWQ and MLX's
+    integers do. Where inputs are in groups of an order of their own, codes are laid out by groups once, beside the released ones."""
+    s, order = named(scheme), None
+    if "order" in components and s.bits in (4, 8):
+        if (sorted_ := by_groups(s, components)) is None:
             return None
-        if (shape := components.get("shape")) is not None:
-            check_shape(shape, parts, k)
-        return Weight(codes.view(torch.uint8), n, k, INT4, scale, None, columns, bias, aligned(codes))
+        components, order = sorted_
+    if not all(c.is_contiguous() for c in components.values()):
+        return None
+    if s.module == "fp4" or scheme in ("mxfp4", "mlx-mxfp4", "mlx-nvfp4"):
+        return _e2m1(s, components, parts, bias)
+    if scheme in ("fp8-block-1x32", "mlx-mxfp8"):
+        return _mxfp8(components, parts, bias)
+    if scheme.startswith("int4") or symmetric(s, components):
+        w = _int4(s, components, parts, bias)
+    elif scheme in ("int8-channel", "int8-tensor", "bnb8"):
+        w = _int8(s, components, parts, bias)
+    elif s.module:
+        w = _affine(s, components, parts, bias)
+    else:
+        w = _fp8(scheme, components, parts, bias)
+    return w if w is None or order is None else replace(w, order=order)
+
+
+def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
+    codes, scale, n = c["weight"].view(torch.uint8), c["scale"].view(torch.uint8), sum(parts)
+    if s.group != 16:
+        codes = (
+            codes if s.name == "mxfp4" else codes.unflatten(-1, (-1, 16))
+        )  # the same bytes, not told apart by groups
+        return Weight(codes, n, codes.shape[-2] * 32, MXFP4, scale, None, 32, bias, aligned(codes))
+    k = codes.shape[-1] * 2
+    if k % 32 or scale.shape != (*codes.shape[:-1], k // 16) or has_nan(scale):
+        return None
+    of_all = c.get("global_scale")
+    factor = torch.ones(*codes.shape[:-1], 2, device=codes.device)
+    if of_all is not None:
+        factor[..., 0 if s.name == "nvfp4" else 1] = each_row(of_all.float(), c["weight"], parts)
+    head = torch.nn.functional.pad(factor.view(torch.uint8), (0, HEAD - 8))
+    scale = torch.cat((head, scale, scale.new_zeros(*scale.shape[:-1], -scale.shape[-1] % 16)), -1)
+    return Weight(codes, n, k, NVFP4, scale, None, 16, bias, aligned(codes))
+
+
+def _mxfp8(c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
+    codes, scale = c["weight"].view(torch.float8_e4m3fn), c["scale"]
+    k = codes.shape[-1]
+    if scale.element_size() != 1 or k % 32 or scale.shape != (*codes.shape[:-1], k // 32):
+        return None
+    words = aligned(codes) and not has_nan(codes)
+    return Weight(codes, sum(parts), k, MXFP8, scale.view(torch.uint8), None, 32, bias, words)
+
+
+def _int4(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
+    codes, k = c["weight"], c["weight"].shape[-1] * 8
+    columns = s.group or k
+    if k % 32 or columns % 32:
+        return None
+    if (shape := c.get("shape")) is not None:
+        check_shape(shape, parts, k)
+    return Weight(
+        codes.view(torch.uint8), sum(parts), k, INT4, c["scale"], None, columns, bias, aligned(codes)
+    )
+
+
+def _int8(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
+    codes, scale = c["weight"], c["scale"]
+    n, k = codes.shape[-2:]
+    if s.name == "int8-tensor":
+        scale = each_row(scale, codes, parts)[..., None]
+    elif s.module == "bitsandbytes":
+        if (form := c.get("form")) is not None and bool((form != 0).any()):
+            return None
+        scale = scale.float() * ONE_OF_127
+    if scale.shape != (*codes.shape[:-1], 1) or n != sum(parts):
+        return None
+    words = k % 32 == 0 and aligned(codes)
+    return Weight(codes, n, k, INT8, scale, None, k, bias, words)
+
+
+def _fp8(scheme: str, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
+    codes, scale, n = c["weight"], c["scale"], sum(parts)
+    rows, columns = block_size(scheme)
     k = codes.shape[-1]
     if columns % 128 and columns < k:
         return None
@@ -138,34 +194,28 @@ def quantised(
 
 
 def symmetric(s: Scheme, components: dict[str, Tensor]) -> bool:
-    """Whether codes of such a scheme are four bits each, less 8, in words along the inputs, whose groups are in order."""
+    """Whether codes of such a scheme are four bits each, less 8, in words along the inputs. (Groups are in order.)"""
     if s.bits != 4 or s.module not in ("gptq", "integers"):
         return False
-    zero, order = components.get("zero"), components.get("order")
-    if zero is not None:
-        eights = (
-            0x77777777 if s.module == "gptq" and not s.name.startswith("gptq4-v2") else 0x88888888 - (1 << 32)
-        )
-        if bool((zero != eights).any()):  # the first format of GPTQ has them less one
-            return False
-    k = components["weight"].shape[-1] * 8
-    return in_order(order, k, s.group or k)
+    zero = components.get("zero")
+    less_one = s.module == "gptq" and not s.name.startswith(
+        "gptq4-v2"
+    )  # the first format of GPTQ has them so
+    return zero is None or not bool((zero != (0x77777777 if less_one else 0x88888888 - (1 << 32))).any())
 
 
 def _affine(
     s: Scheme, components: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None
 ) -> Weight | None:
-    if (
-        not all(c.is_contiguous() for c in components.values())
-        or (made := paired(s, components, parts)) is None
-    ):
+    if (made := paired(s, components, parts)) is None:
         return None
     codes, scale = made
-    n, k = codes.shape[-2], codes.shape[-1] * 2
+    n, k = codes.shape[-2], codes.shape[-1] * (8 // s.bits)
     columns = s.group or k
     if k % 32 or columns % 32:
         return None
-    return Weight(codes, n, k, AFFINE4, scale, None, columns, bias, aligned(codes))
+    kind = AFFINE4 if s.bits == 4 else AFFINE8
+    return Weight(codes, n, k, kind, scale, None, columns, bias, aligned(codes))
 
 
 def aligned(codes: Tensor) -> bool:
@@ -181,6 +231,11 @@ def has_nan(codes: Tensor) -> bool:
 
 def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
     """The weights in `dtype`, [E, N, K] or, of a lone matrix, [N, K]. On a GPU; see `zoo.quant` for elsewhere."""
+    return _logical(laid_out(w, dtype), w)
+
+
+def laid_out(w: Weight, dtype: torch.dtype) -> Tensor:
+    """`expanded`, the columns as codes have them (see `ordered`)."""
     out = torch.empty(*w.lead, w.n, w.k, dtype=dtype, device=w.codes.device)
     block_n, block_k = 32, 128
     grid = (ceil_div(w.k, block_k), ceil_div(w.n, block_n), out.numel() // (w.n * w.k))
@@ -199,6 +254,23 @@ def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def ordered(x: Tensor, w: Weight) -> Tensor:
+    """x [.., K] in the order of the columns of codes. On a GPU. (One row of 4096 by torch takes 4 us more, 2048 of 14336 60 less.)"""
+    if w.order is None:
+        return x
+    if x.numel() > 64 * w.k:
+        return x.index_select(-1, w.order)
+    x, block = x.contiguous(), 1024
+    out = torch.empty_like(x)
+    _ordered[(x.numel() // w.k, ceil_div(w.k, block))](x, w.order, out, w.k, BLOCK=block, num_warps=4)
+    return out
+
+
+def _logical(y: Tensor, w: Weight) -> Tensor:
+    """y [.., K], of columns as codes have them, in the order of the weight's."""
+    return y if w.order is None else torch.empty_like(y).index_copy_(-1, w.order, y)
+
+
 def looked_up(w: Weight, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows of a lone matrix that `ids` [...] (int64, 0 to N - 1) say, in `dtype`: [..., K]. On a GPU; see `zoo.quant.looked_up`."""
     out = torch.empty(*ids.shape, w.k, dtype=dtype, device=w.codes.device)
@@ -207,7 +279,7 @@ def looked_up(w: Weight, ids: Tensor, dtype: torch.dtype) -> Tensor:
         *w.pointers[:3], ids.contiguous(), out, ids.numel(), w.n, w.k, w.n_scales[1], w.columns,
         KIND=w.kind, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip
-    return out
+    return _logical(out, w)
 
 
 if triton is not None:
@@ -245,8 +317,8 @@ if triton is not None:
 
     @triton.jit
     def two_values(w, c: tl.constexpr, KIND: tl.constexpr):
-        """Words of eight codes -> the values of codes c and c + 4, each half a word, in fp32 (mxfp4: times 2^-14)."""
-        if KIND == 3:
+        """Words of eight codes -> the values of codes c and c + 4, each half a word, in fp32 (of e2m1: times 2^-14)."""
+        if KIND == 3 or KIND == 6:
             if c < 3:
                 pair = (w << (9 - 4 * c)) & 0x0E000E00
             else:
@@ -263,27 +335,50 @@ if triton is not None:
         return low, high
 
     @triton.jit
+    def e4m3(s):
+        """The values of bytes of e4m3, none of which is NaN, times 2^-8, which is what they are as bits of a half."""
+        s = s.to(tl.uint16)
+        return (((s & 0x7F) << 7) | ((s & 0x80) << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+    @triton.jit
     def scale_of(s, KIND: tl.constexpr):
-        """What `two_values` are to be multiplied by, of a stored scale."""
+        """What values of codes (of e2m1 as of `two_values` and `fp4`) are to be multiplied by, of a stored scale."""
         if KIND == 3:
             return fp4_scale(s)
+        elif KIND == 6:
+            return e4m3(s) * 4194304.0  # 2^8 and 2^14
+        elif KIND == -3:
+            return (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)
         else:
             return s.to(tl.float32)
 
     @triton.jit
-    def scale_column(group, columns, KIND: tl.constexpr):
-        """Where the scale of 32 columns of four-bit codes is in its row. (Of pairs the offset is behind it.)"""
+    def head(s_at, mask):
+        """What the scales of rows in nvfp4, which begin at s_at, are to be multiplied and divided by (see `HEAD`)."""
+        at = s_at.to(tl.pointer_type(tl.float32))
+        if mask is None:
+            return tl.load(at), tl.load(at + 1)
+        else:
+            return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=1.0)
+
+    @triton.jit
+    def scale_column(group, unit, columns, KIND: tl.constexpr):
+        """Where the scale of a group of `unit` columns is in its row. (Of pairs the offset is behind it.)"""
         if KIND == 3:
             return group
-        elif KIND == 5:
-            return group * 32 // columns * 2
+        elif KIND == 6:
+            return 16 + group * unit // 16  # HEAD
+        elif KIND == 1 or KIND == -1:
+            return group * 0
+        elif KIND == 5 or KIND == -2:
+            return group * unit // columns * 2
         else:
-            return group * 32 // columns
+            return group * unit // columns
 
     @triton.jit
     def scale_row(rows_ptr, n, n_mask, KIND: tl.constexpr):
         """The row of scales that rows n of a matrix use."""
-        if KIND == 0 or KIND >= 3:
+        if KIND <= 0 or KIND >= 3:
             return n
         elif rows_ptr is None:
             return n // 128  # SCALE_ROWS
@@ -321,6 +416,27 @@ if triton is not None:
     def one_fp8(w):
         """Words whose last byte is an e4m3 code -> its value in fp32."""
         return w.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def of_bytes(w, KIND: tl.constexpr):
+        """Words of four codes of eight bits -> the values of the first, second, third and fourth, in fp32."""
+        if KIND == -1:
+            w = w.to(tl.int32, bitcast=True)
+            return (
+                (w << 24 >> 24).to(tl.float32),
+                (w << 16 >> 24).to(tl.float32),
+                (w << 8 >> 24).to(tl.float32),
+                (w >> 24).to(tl.float32),
+            )
+        elif KIND == -2:
+            return (
+                (w & 255).to(tl.float32),
+                ((w >> 8) & 255).to(tl.float32),
+                ((w >> 16) & 255).to(tl.float32),
+                (w >> 24).to(tl.float32),
+            )
+        else:
+            return of_fp8(w)
 
     @triton.jit
     def fourths(low, high):
@@ -369,11 +485,18 @@ if triton is not None:
             at = w_ptr.to(tl.pointer_type(tl.uint32)) + n[:, None, None] * (groups * 4) + word[None, :, :]
             s_ptr += s_row[:, None] * s_columns
             w = tl.load(at, mask=n_mask[:, None, None] & (j < groups)[None, :, None], other=0)
-            if KIND == 1:
+            SHARED: tl.constexpr = KIND == 1 or KIND == -1  # a row has one scale
+            if SHARED:
                 s = tl.load(s_ptr, mask=n_mask[:, None], other=0.0)
             else:
-                s_at = s_ptr + (j * 16 // columns)[None, :]
-                s = tl.load(s_at, mask=n_mask[:, None] & (j < groups)[None, :], other=0.0)
+                s_at, there = (
+                    s_ptr + scale_column(j, 16, columns, KIND)[None, :],
+                    n_mask[:, None] & (j < groups)[None, :],
+                )
+                s = tl.load(s_at, mask=there, other=0)
+            o = s
+            if KIND == -2:
+                o = tl.load(s_at + 1, mask=there, other=0)
             if WAIT:
                 after_previous(OVERLAP)
             x_at = x_ptr + (j[:, None] * 16 + tl.arange(0, 8)[None, :])[None, :, :]
@@ -387,21 +510,26 @@ if triton is not None:
                 ahead = start + J
                 there = n_mask[:, None] & (ahead + j < groups)[None, :]
                 w_next = tl.load(at + ahead * 4, mask=there[:, :, None], other=0)
-                s_next = s
-                if KIND == 2:
-                    s_next = tl.load(s_ptr + ((ahead + j) * 16 // columns)[None, :], mask=there, other=0.0)
-                a, b, c, d = of_fp8(w)
+                s_next, o_next = s, o
+                if not SHARED:
+                    s_at = s_ptr + scale_column(ahead + j, 16, columns, KIND)[None, :]
+                    s_next = tl.load(s_at, mask=there, other=0)
+                if KIND == -2:
+                    o_next = tl.load(s_at + 1, mask=there, other=0)
+                a, b, c, d = of_bytes(w, KIND)
                 xa, xb, xc, xd = fourths(low.to(tl.float32), high.to(tl.float32))
-                if KIND == 2:
-                    total += (a * xa + b * xb + c * xc + d * xd) * s.to(tl.float32)[:, :, None]
+                if not SHARED:
+                    total += (a * xa + b * xb + c * xc + d * xd) * scale_of(s, KIND)[:, :, None]
+                    if KIND == -2:
+                        total += (xa + xb + xc + xd) * o[:, :, None]
                 else:
                     total += a * xa
                     total += b * xb
                     total += c * xc
                     total += d * xd
-                w, s = w_next, s_next
+                w, s, o = w_next, s_next, o_next
             y = tl.sum(tl.sum(total, 2), 1)
-            if KIND == 1:
+            if SHARED:
                 y *= tl.sum(s.to(tl.float32), 1)  # of one column
             return y
         else:
@@ -414,11 +542,11 @@ if triton is not None:
             at = w_ptr.to(tl.pointer_type(tl.uint32)) + n[:, None, None] * words + word[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (word < words)[None, :, :], other=0)
             s_ptr += s_row[:, None] * s_columns
-            s_at = s_ptr + scale_column(g, columns, KIND)[None, :]
-            s = tl.load(s_at, mask=n_mask[:, None] & (g < groups)[None, :], other=0)
+            there = n_mask[:, None] & (g < groups)[None, :]
+            s = scales_of_32(s_ptr, g, there, columns, KIND)
             o = s
             if KIND == 5:
-                o = tl.load(s_at + 1, mask=n_mask[:, None] & (g < groups)[None, :], other=0)
+                o = tl.load(s_ptr + scale_column(g, 32, columns, KIND)[None, :] + 1, mask=there, other=0)
             if WAIT:
                 after_previous(OVERLAP)
             if OWN_X:
@@ -430,11 +558,13 @@ if triton is not None:
                     at + ahead, mask=n_mask[:, None, None] & (ahead + word < words)[None, :, :], other=0
                 )
                 g_next = ahead // 4 + g
-                s_at = s_ptr + scale_column(g_next, columns, KIND)[None, :]
-                s_next = tl.load(s_at, mask=n_mask[:, None] & (g_next < groups)[None, :], other=0)
+                there = n_mask[:, None] & (g_next < groups)[None, :]
+                s_next = scales_of_32(s_ptr, g_next, there, columns, KIND)
                 o_next = o
                 if KIND == 5:
-                    o_next = tl.load(s_at + 1, mask=n_mask[:, None] & (g_next < groups)[None, :], other=0)
+                    o_next = tl.load(
+                        s_ptr + scale_column(g_next, 32, columns, KIND)[None, :] + 1, mask=there, other=0
+                    )
                 part, x_sum = (
                     tl.zeros([ROWS, G, 4], dtype=tl.float32),
                     tl.zeros([ROWS, G, 4], dtype=tl.float32),
@@ -449,11 +579,28 @@ if triton is not None:
                     part += high * x_high
                     if KIND == 5:
                         x_sum += x_low + x_high
-                total += tl.sum(part, 2) * scale_of(s, KIND)
+                if KIND == 6:
+                    total += tl.sum(part * scale_of(s, KIND), 2)
+                else:
+                    total += tl.sum(part, 2) * scale_of(s, KIND)
                 if KIND == 5:
                     total += tl.sum(x_sum, 2) * o
                 w, s, o = w_next, s_next, o_next
-            return tl.sum(total, 1)
+            y = tl.sum(total, 1)
+            if KIND == 6:
+                times, over = head(s_ptr, n_mask[:, None])
+                y *= tl.sum(times / over, 1)  # of one column
+            return y
+
+    @triton.jit
+    def scales_of_32(s_ptr, g, there, columns, KIND: tl.constexpr):
+        """The scales of groups g [G] of 32 columns of four-bit codes, of rows whose own begin at s_ptr [ROWS, 1]: [ROWS, G], or, where
+        there are two to a group, those of its four words, [ROWS, G, 4]."""
+        if KIND == 6:
+            of_word = 16 + g[:, None] * 2 + tl.arange(0, 4)[None, :] // 2  # HEAD
+            return tl.load(s_ptr[:, :, None] + of_word[None, :, :], mask=there[:, :, None], other=0)
+        else:
+            return tl.load(s_ptr + scale_column(g, 32, columns, KIND)[None, :], mask=there, other=0)
 
     @triton.jit
     def weight_tile(
@@ -467,9 +614,10 @@ if triton is not None:
             byte = start // 2 + g[:, None] * 16 + i[None, :]
             at = w_ptr + n[:, None, None] * (K // 2) + byte[None, :, :]
             w = tl.load(at, mask=n_mask[:, None, None] & (byte < K // 2)[None, :, :], other=0)
-            group = start // 32 + g
-            s_at = s_ptr + n[:, None] * s_columns + scale_column(group, columns, KIND)[None, :]
-            s = tl.load(s_at, mask=n_mask[:, None] & (group < K // 32)[None, :], other=0)[:, :, None]
+            UNIT: tl.constexpr = 16 if KIND == 6 else 32
+            group = start // UNIT + tl.arange(0, BLOCK_K // UNIT)
+            s_at = s_ptr + n[:, None] * s_columns + scale_column(group, UNIT, columns, KIND)[None, :]
+            s = tl.load(s_at, mask=n_mask[:, None] & (group < K // UNIT)[None, :], other=0)[:, :, None]
             if TINY:
                 low, high = tiny_fp4(w, s)
             elif KIND == 4:
@@ -483,9 +631,36 @@ if triton is not None:
                     ((w >> 4).to(tl.float32) * s + o).to(DTYPE),
                 )
             else:
-                low, high = (fp4(w) * fp4_scale(s)).to(DTYPE), (fp4(w >> 4) * fp4_scale(s)).to(DTYPE)
+                factor = scale_of(s, KIND)
+                if KIND == 6:
+                    times, over = head(s_ptr + n[:, None, None] * s_columns, n_mask[:, None, None])
+                    factor = tl.div_rn(factor * times, over)  # one of them is 1
+                    factor = tl.reshape(
+                        tl.broadcast_to(factor, (BLOCK_N, BLOCK_K // 16, 8)), (BLOCK_N, BLOCK_K // 32, 16)
+                    )
+                low, high = fp4(w) * factor, fp4(w >> 4) * factor
+                if KIND == 3:
+                    low, high = low.to(DTYPE), high.to(DTYPE)
             pair = tl.join(low, high)
-            return tl.reshape(pair, (BLOCK_N, BLOCK_K))
+            # (Of nvfp4 rounded last: Triton 3.6 has no way from what is reshaped to its tensor cores' shared memory.)
+            return tl.reshape(pair, (BLOCK_N, BLOCK_K)).to(DTYPE)
+        elif KIND < 0:
+            g = tl.arange(0, BLOCK_K // 32)
+            k, group = start + g[:, None] * 32 + tl.arange(0, 32)[None, :], start // 32 + g
+            at, there = (
+                w_ptr + n[:, None, None] * K + k[None, :, :],
+                n_mask[:, None, None] & (k < K)[None, :, :],
+            )
+            if KIND == -3:
+                w = tl.load(at, mask=there, other=0.0).to(tl.float32)
+            else:
+                w = tl.load(at, mask=there, other=0).to(tl.float32)
+            s_at = s_ptr + n[:, None] * s_columns + scale_column(group, 32, columns, KIND)[None, :]
+            there = n_mask[:, None] & (group * 32 < K)[None, :]
+            w *= scale_of(tl.load(s_at, mask=there, other=0), KIND)[:, :, None]
+            if KIND == -2:
+                w += tl.load(s_at + 1, mask=there, other=0)[:, :, None]
+            return tl.reshape(w.to(DTYPE), (BLOCK_N, BLOCK_K))
         else:
             k = start + tl.arange(0, BLOCK_K)
             at = w_ptr + n[:, None] * K + k[None, :]
@@ -495,6 +670,12 @@ if triton is not None:
                 s = tl.load(s_ptr + row * s_columns + start // columns, mask=n_mask, other=0.0).to(tl.float32)
                 w = (w.to(tl.float32) * s[:, None]).to(DTYPE)
             return w
+
+    @Kernel
+    def _ordered(x_ptr, order_ptr, out_ptr, K, BLOCK: tl.constexpr):
+        row, k = tl.program_id(0).to(tl.int64) * K, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.load(order_ptr + k, mask=k < K, other=0)
+        tl.store(out_ptr + row + k, tl.load(x_ptr + row + at, mask=k < K), mask=k < K)
 
     @Kernel
     def _expanded(

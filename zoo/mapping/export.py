@@ -465,13 +465,13 @@ def _as_new(
     """A checkpoint in Hugging Face names, those that were `released` where a tensor may have several, from what the canonical
     tensors are now, in other dtypes where `cast` says so."""
     rules = rules_of(family)
-    from_hf, prefix = c.source["naming"] == "hf", prefix_of(c, rules)
+    prefix = prefix_of(c, rules)
     outputs: dict[str, Output] = {}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for o in outputs_of(c, rules, respell(rules, prefix), released):
         o = outputs[o.name] = replace(o, dtype=cast.get(o.name, o.dtype))
         tensors += [(name, o.dtype, fit.shape) for name, fit in zip(o.sources, o.fits)]
-    extras = [n for n in c.extra_tensors if from_hf]  # of other files they have no name here
+    extras = [n for n in c.extra_tensors if has_own_extras(c)]  # of other files they have no name here
     unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
     listed = [*unique.values(), *((n, c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)]
     sheet = Sheet()
@@ -599,9 +599,16 @@ def rules_of(family: Family, naming: str = "hf") -> RuleSet:
 
 def prefix_of(c: Canonical, rules: RuleSet) -> tuple[tuple[str, str], ...]:
     """How the release spelt the beginnings of names, as far as it is known."""
-    if c.source["naming"] != "hf":
-        return rules.prefixes[0]
-    return tuple((a, b) for a, b in c.source["prefix"])
+    said = tuple((a, b) for a, b in c.source["prefix"])
+    if c.source["naming"] == "saved":
+        saved = families.get(c.source["family"], c.source.get("package")).rules["saved"]
+        return dict(zip(saved.prefixes, rules.prefixes, strict=False)).get(said, said)
+    return said if c.source["naming"] == "hf" else rules.prefixes[0]
+
+
+def has_own_extras(c: Canonical) -> bool:
+    """Whether what the folder keeps aside has the release's names."""
+    return c.source["naming"] in ("hf", "saved")
 
 
 def outputs_of(
@@ -660,7 +667,7 @@ def _config(c: Canonical, embed: str, cast: bool) -> bytes:
     export changes dtypes."""
     source = c.source
     given = place_of(c.root, "config.json")
-    has_own = source["naming"] == "hf" and "config.json" in _carried(c)
+    has_own = source["naming"] in ("hf", "saved") and "config.json" in _carried(c)
     if has_own and source.get("dtype") is None and not cast:
         return given.read_bytes()
     config = read_json(given, "it is the release's config") if has_own else {}

@@ -141,7 +141,9 @@ def export_gguf(
     _say_what_is_left(c)
     _say_what_is_kept(tensors, wanted)
     fields = _general(c, tensors, wanted) | described.fields
-    fields |= gguf_vocab.fields(_small(c), c.spec.vocab_size, str(c.root))
+    fields |= gguf_vocab.fields(small := _small(c), c.spec.vocab_size, str(c.root))
+    for text in gguf_vocab.unsaid(small, str(c.root)):
+        warn(log, "%s: %s", c.root, text)
 
     total = sum(t.nbytes for t in tensors) + sum(4 * len(t) for t in described.tables.values())
     writer = gguf.GGUFWriter(None, described.arch, split_max_size=shard_size if shard_size < total else 0)

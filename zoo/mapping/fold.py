@@ -18,6 +18,8 @@ MOST_FOLDED = 100_000
 
 MOST_CHARACTERS = 8 << 20
 """Of them all."""
+LONGEST = 256
+"""Of a name that is folded; a longer one, which no release has, stands alone."""
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -28,7 +30,8 @@ def fold(names: Iterable[str]) -> list[tuple[str, str]]:
     for name in itertools.islice(names, MOST_FOLDED):
         if (left := left - len(name)) < 0:
             break
-        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+        short = name if len(name) > LONGEST else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        groups.setdefault(short, []).append(name)
     out = []
     for group in groups.values():
         if len(group) == 1:

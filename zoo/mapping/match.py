@@ -20,7 +20,7 @@ from zoo.mapping.recipe import Output, Recipe, beside, compile_rule, fuses, stor
 from zoo.mapping.rules import Fit, Rule, RuleSet, respell
 from zoo.quant import blocks
 from zoo.quant.base import Component, Scheme, Unread
-from zoo.quant.schemes import CACHE_SCALE, detect
+from zoo.quant.schemes import CACHE_SCALE, coded, detect, leaf_of
 from zoo.spec import Layer, Spec
 
 
@@ -124,7 +124,7 @@ class _Matcher:
                 break
         if self.spec.tied:
             self.note_head()
-        _sort_rest(self.out, self.spec, self.rules, self.spell, self.tensors, self.used)
+        _sort_rest(self.out, self.spec, self.rules, self.spell, self.tensors, self.used, self.config)
         self.out.blocks.update(n for n in self.out.extras if self.tensors[n].dtype not in ITEMSIZE)
         self.note_widened()
         return self.out
@@ -571,7 +571,13 @@ def _has_layer(
 
 
 def _sort_rest(
-    out: Match, spec: Spec, ruleset: RuleSet, spell: Any, tensors: Mapping[str, TensorRef], used: set[str]
+    out: Match,
+    spec: Spec,
+    ruleset: RuleSet,
+    spell: Any,
+    tensors: Mapping[str, TensorRef],
+    used: set[str],
+    config: Mapping[str, Any],
 ) -> None:
     """Tensors that no rule uses are extras, or unexpected."""
     extras = []
@@ -596,3 +602,13 @@ def _sort_rest(
                 out.extras[name] = "a value head, which reinforcement learning trains beside the model's own"
             else:
                 out.unexpected.append(name)
+    if not out.unexpected:
+        return
+    # What stands beside the codes of a weight that is kept aside, and codes that are not called as it is.
+    of = {name: leaf_of(names[0]) for _, names in coded(tensors, config) for name in names}
+    for name in out.unexpected:
+        for e in extras:
+            if name in of and e.matches(of[name], spec, tensors):
+                out.extras[name] = e.reason
+                break
+    out.unexpected[:] = [name for name in out.unexpected if name not in out.extras]

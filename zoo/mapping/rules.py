@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from zoo.errors import ZooError
+from zoo.quant.schemes import codes_of
 from zoo.spec import Layer, Spec
 
 Change = Literal["", "1 +", "-exp"]
@@ -674,7 +675,7 @@ class Extra:
 
     `pattern` is a glob; `{i}` in it stands for the index of a layer that the Spec does not have (beyond
     the last one), or of one for which `when` holds: so a tensor of a real layer can't slip through.
-    `beside`: the layer must have the tensor of this name too, so that a real layer that the config does not count can't.
+    `beside`: the layer must have the weight of this name too, plain or in codes, so that a real layer that the config does not count can't.
     """
 
     pattern: str
@@ -693,7 +694,9 @@ class Extra:
         m = self._regex.match(name)
         if m is None or "i" not in m.groupdict():
             return m is not None
-        if self.beside is not None and f"{name[: m.end('i')]}.{self.beside}" not in names:
+        if self.beside is not None and not any(
+            f"{name[: m.end('i')]}.{there}" in names for there in codes_of(self.beside)
+        ):
             return False
         i = int(m["i"])
         return i >= spec.n_layers if self.when is None else i < spec.n_layers and self.when(spec.layers[i])

@@ -26,7 +26,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import canonical, dcp
-from zoo.formats.base import Checkpoint, TensorRef
+from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef
 from zoo.formats.canonical import Canonical
 from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
@@ -136,6 +136,10 @@ def of_tensors(named: Mapping[str, Any], ranks: _Alone | None = None) -> State:
         )
     if (odd := next((n for n, t in named.items() if t.is_meta), None)) is not None:
         raise ZooError(f"{odd} of the state is on the device meta: it has no values to save")
+    if (odd := next((n for n, t in named.items() if t.layout is not torch.strided), None)) is not None:
+        raise ZooError(
+            f"{odd} of the state lies in memory as {named[odd].layout}: expected plain tensors (t.to_dense())"
+        )
     if (odd := next((n for n, t in named.items() if t.dtype not in CALLED), None)) is not None:
         raise ZooError(f"{odd} of the state is {named[odd].dtype}, which no checkpoint holds")
     try:
@@ -227,7 +231,15 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
     family = families.get(like.source["family"], like.source.get("package"))
     names = namings(like.spec, family)
     tried = [
-        match(like.spec, ruleset, refs, 1, naming, dtype, like.source["config"] if naming == "hf" else {})
+        match(
+            like.spec,
+            ruleset,
+            refs,
+            1,
+            naming,
+            dtype,
+            like.source["config"] if naming in ("hf", "saved") else {},
+        )
         for naming, ruleset in names.items()
     ]
     for m in tried:
@@ -242,7 +254,11 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
         )
     if m.n_problems:
         config = dict(like.source["config"])
-        raise PlanError(Checkpoint(Path(state.what), "state", (m.naming,), config, refs, {}), family, m)
+        errors = [
+            PlanError(Checkpoint(Path(state.what), "state", (x.naming,), config, refs, {}), family, x)
+            for x in (m, *tried)
+        ]
+        raise next((e for e in errors if e.known), errors[0])
     outputs = dict(m.outputs)
     for new in quantised:
         outputs[new.name] = _itself(new.name, new)
@@ -262,7 +278,7 @@ def namings(spec: Spec, family: Family) -> dict[str, RuleSet]:
         [*(slot.key for slot in layout(spec).values()), "head.weight"]
     )  # tied: a copy, if anything
     own = rules(*((key, key) for key in keys))
-    theirs = {n: family.rules[n] for n in ("hf", "transformers") if n in family.rules}
+    theirs = {n: family.rules[n] for n in HF_NAMINGS if n in family.rules}
     return {"canonical": own, **theirs}
 
 

@@ -19,7 +19,7 @@ from zoo.formats import canonical, dcp
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping.execute import refuse_overlap
-from zoo.mapping.export import outputs_of, prefix_of, released_names, rules_of
+from zoo.mapping.export import has_own_extras, outputs_of, prefix_of, released_names, rules_of
 from zoo.mapping.match import TIED
 from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
@@ -63,7 +63,7 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
         for name, fit in zip(o.sources, o.fits):
             parts.setdefault(name, []).append((held, fit))
     out = {name: _one(pieces) for name, pieces in parts.items()}
-    if c.source["naming"] == "hf":
+    if has_own_extras(c):
         for name, ref in c.extra_tensors.items():
             if c.extras.get(name) != TIED or names == "hf":
                 out[name] = source.tensor(ref)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from zoo.alike import alike
 from zoo.errors import ZooError
@@ -21,7 +22,8 @@ ADAPTED = re.compile(
 
 
 class PlanError(ZooError):
-    """The tensors and the rules do not account for each other. `match` holds the details."""
+    """The tensors and the rules do not account for each other. `match` holds the details. `known`: whether one cause explains all
+    of it, which the message then is."""
 
     def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
         self.match = m
@@ -32,17 +34,19 @@ class PlanError(ZooError):
             or _other_rows(ckpt, m)
             or _renamed(ckpt, family, missing, m)
         )
+        self.known = said is not None
         if said is not None:
             super().__init__(said)
             return
+        lost, over = fold(missing), fold(m.unexpected)
         lines = [
             f"{ckpt.root}: its tensors do not fit family {family.name} ({m.naming} names); nothing was written",
             *_other_depth(m),
         ]
         if missing:
             lines.append(f"missing ({len(missing)}):")
-            near = _nearest(missing, m.unexpected or ckpt.tensors)
-            for text, first in fold(missing):
+            near = _nearest(lost, over or fold(ckpt.tensors))
+            for text, first in lost:
                 hint = near.get(first)
                 lines.append(f"  {text}" + (f"   nearest: {hint}" if hint else ""))
             if set(m.missing) == {"head.weight"}:
@@ -51,8 +55,8 @@ class PlanError(ZooError):
                 )
         if m.unexpected:
             lines.append(f"unexpected ({len(m.unexpected)}): no rule uses them")
-            near = _nearest(m.unexpected, missing)
-            for text, first in fold(m.unexpected):
+            near = _nearest(over, lost)
+            for text, first in over:
                 ref, hint = ckpt.tensors[first], near.get(first)
                 lines.append(
                     f"  {text} {list(ref.shape)} in {ref.file}" + (f"   nearest: {hint}" if hint else "")
@@ -111,16 +115,11 @@ def _renamed(ckpt: Checkpoint, family: Family, missing: list[str], m: Match) -> 
     """Where every tensor that is not expected is one that is missing, under another prefix, always the same: that."""
     if not missing or len(missing) != len(m.unexpected) or m.misshapen or m.problems:
         return None
-    wanted, first = set(missing), m.unexpected[0].split(".")
-    tails = {".".join(first[i:]) for i in range(1, len(first))}
-    tail, want = max(
-        ((t, w) for w in wanted for t in tails if w == t or w.endswith("." + t)),
-        key=lambda x: len(x[0]),
-        default=("", ""),
-    )
+    wanted, first = set(missing), m.unexpected[0]
+    tail, want = max(((_tail(first, w), w) for w in wanted), key=lambda x: len(x[0]))
     if not tail:
         return None
-    theirs, ours = m.unexpected[0].removesuffix(tail), want.removesuffix(tail)
+    theirs, ours = first.removesuffix(tail), want.removesuffix(tail)
     if not all(n.startswith(theirs) and ours + n.removeprefix(theirs) in wanted for n in m.unexpected):
         return None
     fit = (
@@ -132,6 +131,14 @@ def _renamed(ckpt: Checkpoint, family: Family, missing: list[str], m: Match) -> 
         f"{ckpt.root}: names of tensors begin with {theirs!r}, {fit}: a wrapper's, or another tool's, which is none that zoo looks "
         "through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
     )
+
+
+def _tail(name: str, of: str) -> str:
+    """The last parts that two names have in common, but for the first part of `name`."""
+    parts = name.split(".")[1:]
+    same = itertools.takewhile(lambda ab: ab[0] == ab[1], zip(reversed(parts), reversed(of.split("."))))
+    n = sum(1 for _ in same)
+    return ".".join(parts[len(parts) - n :])
 
 
 def _other_depth(m: Match) -> list[str]:
@@ -166,11 +173,11 @@ def _alike(problems: Iterable[str]) -> list[str]:
     return [g[0] + (f" (and {len(g) - 1} more like it)" if len(g) > 1 else "") for g in groups.values()]
 
 
-def _nearest(names: Iterable[str], among: Collection[str]) -> dict[str, str]:
-    """For the first name of each group, the name most like it."""
-    candidates = [first for _, first in fold(among)][:200]
+def _nearest(groups: list[tuple[str, str]], among: list[tuple[str, str]]) -> dict[str, str]:
+    """For the first name of each group, as `fold` has them, the name most like it."""
+    candidates = [first for _, first in among][:200]
     near = {}
-    for _, first in fold(names)[:50]:
+    for _, first in groups[:50]:
         if found := alike(first, candidates, 1, 0.75):
             near[first] = found[0]
     return near

@@ -19,7 +19,7 @@ from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product, unrounded
-from zoo.kernels.weights import Weight, expanded, plain, quantised
+from zoo.kernels.weights import Weight, expanded, laid_out, ordered, plain, quantised
 from zoo.kernels.weights import looked_up as rows_of
 from zoo.model.across import Across
 
@@ -67,12 +67,21 @@ class Weights(nn.Module):
         few = x.numel() <= MOST * x.shape[-1] and has_triton(x)
         if few and (w := self.packed()) is not None and few_rows(x, w):
             return linear(x, w, onto)
-        if times := self.coded(x, x.shape[:-1].numel()):
+        if (w := self._reordered(x)) is not None:
+            y = product(ordered(x, w), laid_out(w, x.dtype), self.offset(x.dtype))
+        elif times := self.coded(x, x.shape[:-1].numel()):
             more = None if onto is None else onto.reshape(-1, onto.shape[-1])
             y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype), onto=more)
             return y.view(*x.shape[:-1], -1)
-        y = product(x, self.dense(x.dtype), self.offset(x.dtype))
+        else:
+            y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
+
+    def _reordered(self, x: Tensor) -> Weight | None:
+        """The weight as the kernels read it, where its codes have columns in another order: then x is put into that."""
+        if self.scheme is None or not has_triton(x) or (w := self.packed()) is None or w.order is None:
+            return None
+        return w
 
     def unrounded(self, x: Tensor) -> Tensor:
         """`times` on a CPU, in fp32: for sums that go on."""
@@ -89,7 +98,9 @@ class Weights(nn.Module):
         made = kernels("blocks" if self.in_blocks else "quantised")
         if made is None or (w := self._codes(made)) is None or not made.fits(w, rows):
             return None
-        return partial(made.times, w=w)
+        times = partial(made.times, w=w)
+        order = None if self.in_blocks else w.order
+        return times if order is None else lambda x, **how: times(x.index_select(-1, order), **how)
 
     @property
     def in_blocks(self) -> bool:
@@ -116,7 +127,7 @@ class Weights(nn.Module):
             and not is_recorded(self.weight)
         ):
             w = self._codes(made if self.in_blocks else kernels("quantised"))
-            if w is not None and made.widens(w, dtype):
+            if w is not None and (self.in_blocks or w.order is None) and made.widens(w, dtype):
                 return made.expanded(w, dtype, expert)
         from zoo.quant import dequantise
 

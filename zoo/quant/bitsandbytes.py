@@ -23,6 +23,7 @@ from zoo.quant.base import CODES, Component, Scheme
 from zoo.quant.packed import Array, constants, counted, fp32, indices, is_torch
 
 NAME = re.compile(r"bnb4-block(32|64|128|256|512|1024|2048|4096)(-nested)?|bnb8", re.ASCII)
+ONE_OF_127 = 7.874015718698502e-3  # as bitsandbytes has it
 NESTED = 256  # blocks that share what their absmax is scaled by
 KINDS = ("nf4", "fp4")
 MAX_STATE = 1 << 16  # bytes of its JSON, which has some 100
@@ -93,7 +94,7 @@ def values(c: Mapping[str, Array], s: Scheme, i: int = 1, at: int = 0) -> Array:
     if s.bits == 8:
         if (form := c.get("form")) is not None and bool((form != 0).any()):
             raise ZooError("weight_format: expected 0 (rows), the layout that zoo reads")
-        return fp32(c["weight"]) * c["scale"] * 7.874015718698502e-3
+        return fp32(c["weight"]) * c["scale"] * ONE_OF_127
     size = int(s.name.removesuffix("-nested").removeprefix("bnb4-block"))
     state = _state(c["state"], size, s.name.endswith("-nested"))
     blocks = len(c["absmax"])

@@ -7,8 +7,8 @@ Packed are code + 2^(bits - 1), in `weight_packed` [out, in * bits / 32] along t
 [out, in], `weight_scale` [out, 1], [out, groups] or one number, and a `weight_zero_point` like it where it is not symmetric.
 Activations, which an engine for W8A8 rounds too, are not rounded here.
 
-`int4-groupN` (symmetric) is the one that kernels are made for: see `zoo.quant.int4`. They take packed codes of four bits and GPTQ's
-too where those are symmetric and in order (`zoo.kernels.weights.symmetric`).
+`int4-groupN` (symmetric) has a formula of its own: see `zoo.quant.int4`. Packed codes of four bits and GPTQ's lie as it does: where they are
+symmetric, kernels take them for it (`zoo.kernels.weights.symmetric`).
 
 Source: compressed-tensors 0.20, compressors/pack_quantized and naive_quantized, `_dequantize`.
 """

@@ -140,6 +140,11 @@ def leaf_of(codes: str) -> str:
     return re.sub(r"\.qweight$", ".weight", codes.removesuffix("_packed"))
 
 
+def codes_of(leaf: str) -> tuple[str, ...]:
+    """What the weight that rules call `leaf`, or its codes, may be stored under: `leaf_of` backwards."""
+    return leaf, f"{leaf}_packed", f"{leaf.removesuffix('.weight')}.qweight"
+
+
 def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the weight that a rule calls `leaf`, by what is beside it; the block size and the
     strategy by the config's `quantization_config`. None: it is a plain tensor, or not there.

@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ SIGNATURE = "model.sig"
 BESIDE = (FILE, SIGNATURE, "report.html")
 """What zoo writes of a folder, into it, and no certificate is about."""
 LEVELS = ("plan", "bytes", "layers", "logits", "decode")
+DTYPES = ("fp32", "bf16", "fp16")
+"""What both sides can be computed in."""
 NUMERIC = LEVELS[2:]
 """The levels that run both sides."""
 NO_TRANSFORMERS = "transformers is not installed (pip install 'zoo-weights[upstream]')"
@@ -310,7 +312,7 @@ def standing(folder: Path) -> str | None:
     data = read_json(folder / FILE, "it is the certificate")
     try:
         when = datetime.datetime.fromisoformat(data["created"]).timestamp() + 1  # it is in whole seconds
-        recorded = data["canonical"]["files"]
+        refuse_list(recorded := data["canonical"]["files"], str(folder))
         now = {n: (folder / n).stat() for n in recorded if not leads_out(n) and (folder / n).is_file()}
         odd = [n for n, was in recorded.items() if n not in now or now[n].st_size != was["bytes"]]
         odd += [n for n, s in now.items() if s.st_mtime > when and n not in odd]
@@ -563,6 +565,7 @@ def contradictions(data: Mapping[str, Any]) -> list[str]:
             out.append(f"{name}: its verdict is {was['verdict']!r}, but that of its checks is {follows!r}")
     if not levels:
         return ["it has no levels: nothing was compared"]
+    out += _without_means(data, {x.name for x in levels if x.checks})
     whole = Certificate(
         data["canonical"], data["source"], data["rules"], data["oracle"], data["dtype"], levels,
         not_checked=data["not_checked"], faults=data["faults"],
@@ -574,10 +577,38 @@ def contradictions(data: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def refuse_list(files: Collection[str], who: str) -> None:
+    """Raises ZooError where a certificate lists more files than a folder may hold, or one under several names: each is looked up, and
+    hashed as often as it is named."""
+    if len(files) > MAX_FILES:
+        raise ZooError(f"{who}: its certificate lists {len(files):,} files (limit {MAX_FILES:,}): refused")
+    if odd := next((n for n in files if Path(n).as_posix() != n), None):
+        raise ZooError(
+            f"{who}: its certificate names the file {odd!r:.100}, which zoo does not spell so: refused"
+        )
+
+
+def _without_means(data: Mapping[str, Any], judged: set[str]) -> list[str]:
+    """What a certificate says was judged, although by its own words there was nothing to judge it by."""
+    out = []
+    if data["dtype"] not in DTYPES:
+        out.append(f"it was computed in {data['dtype']!r:.40}, which is none of {', '.join(DTYPES)}")
+    if (kind := data["oracle"].get("kind")) in (None, "none") and not judged.isdisjoint(NUMERIC):
+        out.append(f"numbers were compared, but its oracle is {kind!r}")
+    if "bytes" in judged and not data["source"]:
+        out.append("bytes were compared, but it names no source")
+    if (faults := data["faults"]) and not 0 < faults["applicable"] == len(faults["results"]):
+        out.append(
+            f"its self-test injected {faults['applicable']} faults and tells of {len(faults['results'])}"
+        )
+    if not all(isinstance(text, str) for text in data["not_checked"]) or isinstance(data["not_checked"], str):
+        raise ValueError("not_checked should be a list of texts")
+    return out
+
+
 def _changed(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     out = []
-    if len(files) > MAX_FILES:
-        raise ZooError(f"{root}: its certificate lists {len(files):,} files (limit {MAX_FILES:,}): refused")
+    refuse_list(files, str(root))
     for name, was in files.items():
         if leads_out(name):
             raise ZooError(

@@ -21,6 +21,8 @@ import contextlib
 import datetime
 import itertools
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,9 @@ TOP1 = 0.8
 """The smallest share of equal best ids that is believed: measured at least 0.87."""
 OUTLIER = 64
 """How many times as large as most logits the largest is believed to be."""
+MAX_BATCHES, MAX_TOKENS = 256, 1 << 17
+"""Of a recording, padding among the tokens: those that zoo makes have some ten batches, and 131,072 tokens of a vocabulary of that size are
+68 GB of logits. A file of kilobytes could name millions of batches."""
 _WHOLE = ("I64", "I32", "I16", "I8", "U8")
 _HELD = {
     "ids": (_WHOLE, 2), "lengths": (_WHOLE, 1), "prompt": (_WHOLE, 1), "greedy": (_WHOLE, 1),
@@ -239,11 +244,18 @@ class Golden:
         return None if d is None else d.float()
 
     def _inputs(self) -> Inputs:
+        if (n := sum(name.startswith("ids.") for name in self.names)) > MAX_BATCHES:
+            raise ZooError(
+                f"{self.path}: {n:,} batches (limit {MAX_BATCHES}): record fewer, of more rows each"
+            )
+        left = MAX_TOKENS
         batches: list[Batch] = []
         text = self.about.get("text", [])
         while f"ids.{len(batches)}" in self.names:
             b = len(batches)
             ids = self._ids(b)
+            if (left := left - ids.numel()) < 0:
+                raise ZooError(f"{self.path}: more than {MAX_TOKENS:,} tokens (up to ids.{b}): record fewer")
             lengths = self._get(f"lengths.{b}")
             sizes = tuple(lengths.tolist()) if lengths is not None else (ids.shape[1],) * len(ids)
             if len(sizes) != len(ids) or not all(type(n) is int and 0 < n <= ids.shape[1] for n in sizes):
@@ -397,21 +409,18 @@ def write_inputs(inputs: Inputs, path: Path, dtype: str, family: str | None = No
 
 def check_output(path: Path) -> None:
     """Raises ZooError if no file can be made at `path`: before upstream is run, not after."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.touch()
-        part.unlink()
+        with tempfile.TemporaryDirectory(prefix=f".{path.name:.40}.", dir=path.parent):
+            pass
     except OSError as e:
         raise ZooError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        save_file(
-            {k: t.cpu().contiguous() for k, t in tensors.items()}, part, metadata={"zoo": json.dumps(about)}
-        )
-        part.replace(path)
+    kept = {k: t.cpu().contiguous() for k, t in tensors.items()}
+    try:  # in a folder that nobody else can plant a link in: the library opens files by path
+        with tempfile.TemporaryDirectory(prefix=f".{path.name:.40}.", dir=path.parent) as own:
+            save_file(kept, part := Path(own) / "part", metadata={"zoo": json.dumps(about)})
+            os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
         raise ZooError(f"{path}: cannot be written: {e}") from None

@@ -21,7 +21,9 @@ COARSE = 0.5
 tensor in another's place, 1 is zeros, and 0.3 what two bits leave."""
 FEW_TIES = 0.05
 """Of tokens in fp32, the share that may be at a near tie."""
-_LARGEST = 3.5e38  # of a float32
+_LARGEST = 65504.0
+"""The largest |logit| that a bound may go by: fp16's largest number. Those of releases are below a thousand; where there are larger
+ones (a vocabulary that is masked by the least float), any error is small beside them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def blind(
     if compared < 1:
         return "it compared nothing"
     if not (math.isfinite(bound) and math.isfinite(scale) and scale <= _LARGEST):
-        return "its bound is none: what it is made of is not finite"
+        return f"its bound is none: what it is made of is not finite, or logits beyond {_LARGEST:g}"
     limit = next((x for x in LIMITS if name.startswith(x.begins)), None)
     if at_least != (limit is not None and limit.at_least):
         return f"its bound is the {'least' if at_least else 'most'} that it may be, and of this check it is the other"

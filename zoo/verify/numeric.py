@@ -84,7 +84,6 @@ class Comparison:
             if self.of_bytes is not None:
                 self.of_bytes.told()
             self.window.sharing = None
-            sharing.close()
             if not sharing.first:
                 return asked, measured
         if self.of_bytes is not None:

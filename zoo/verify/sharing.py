@@ -6,7 +6,8 @@ nothing is added up in another order than by one process: the numbers are its ow
 another, as each needs the states that the one before leaves; tensor-parallel layers round otherwise, and upstream's classes
 are not cut.)
 
-What ranks say to each other is said in turn by their main threads, over gloo; weights have a group of their own.
+What ranks say to each other is said in turn by their main threads, over gloo; weights go by the mesh's own group, in which
+nothing else is said meanwhile.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class Sharing:
     """The ranks of a mesh with one axis, as one of them sees them. Made by all of them at once."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        members = dist.get_process_group_ranks(mesh.get_group())
+        self.group = mesh.get_group()
+        members = dist.get_process_group_ranks(self.group)
         self.rank, self.n = mesh.get_local_rank(), mesh.size()
         # The others wait here while the first judges alone: NCCL would end them after ten minutes, gloo after thirty.
         self.words = dist.new_group(
             members, backend="gloo", timeout=timedelta(days=7), use_local_synchronization=True
         )
-        self.weights = dist.new_group(members, use_local_synchronization=True)
 
     @property
     def first(self) -> bool:
@@ -75,19 +76,11 @@ class Sharing:
         if nbytes > WHOLE:
             part = self._part(nbytes)
             own = whole[self.rank * part : (self.rank + 1) * part]
-            dist.all_gather_into_tensor(whole, own, group=self.weights)
+            dist.all_gather_into_tensor(whole, own, group=self.group)
 
     def of_first(self, value: T) -> T:
         """What the first rank says, on all."""
         return of_first(value, self.words)
-
-    def close(self) -> None:
-        """No more weights are read together. All ranks do this."""
-        self.all(None)
-        # NCCL's group holds memory. torch gives its name to the next group of these ranks: to `words`, which does not see what NCCL
-        # left in the store under it. Of gloo's group that would be old addresses, at which ranks wait for good: it stays.
-        if dist.get_backend(self.weights) == "nccl":
-            dist.destroy_process_group(self.weights)
 
     def _part(self, nbytes: int) -> int:
         return -(-nbytes // (self.n * ALIGNED)) * ALIGNED

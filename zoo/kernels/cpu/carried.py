@@ -10,7 +10,7 @@ scale * move + shift. Codes stay where a release has them; zero points, a few hu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.kernels.affine import in_order, zeros
-from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, aligned, has_nan, quantised
+from zoo.kernels.affine import by_groups, each_row, zeros
+from zoo.kernels.weights import FP8, FP8_ROWS, SCALE_ROWS, Weight, has_nan, quantised
 from zoo.quant.base import Scheme, check_shape
+from zoo.quant.bitsandbytes import ONE_OF_127
 from zoo.quant.schemes import scheme as named
 
 
@@ -45,7 +46,8 @@ MIDDLE = {Form.INT8: 0.5, Form.UINT8: 0.5 - 128, Form.INT4: -8.0, Form.ROWS4: -8
 class Codes:
     """Weights [N, K] or [E, N, K]. `codes` as `Form` says; `scale` [.., R, G] as stored, of which row n uses that which `begins[n]`
     bytes behind the first begins, each for `group` columns. `zero` [.., N, G] fp16 or `shift` [.., N, G] in the dtype of scales;
-    `move`: see above. `factor` fp32 [N] or [E, N]. `exact`: whether factor times scale is what the scheme's formula has, to the bit."""
+    `move`: see above. `factor` fp32 [N] or [E, N]. `exact`: whether factor times scale is what the scheme's formula has, to the bit.
+    `order` [K] int64: the column of the weight that each column of codes is (None: the same), in which x is to be."""
 
     form: Form
     codes: Tensor
@@ -59,6 +61,7 @@ class Codes:
     shift: Tensor | None = None
     move: float = 0.0
     exact: bool = True
+    order: Tensor | None = None
     ready: dict[bool, Any] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )  # what is made of it once
@@ -67,24 +70,34 @@ class Codes:
 def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
     """The weight of these components; None where the kernel does not know them. Raises ZooError as `zoo.quant.dequantise`."""
     s, codes = named(scheme), components["weight"]
-    if any(not c.is_contiguous() for c in components.values()) or not aligned(codes):
-        return None
+    if any(not c.is_contiguous() for c in components.values()):
+        return None  # codes may begin at any byte: those of a file that is mapped do
     if s.module in ("gptq", "integers", "awq") or scheme.startswith("int4"):
-        return _integers(s, components, parts)
+        order = None
+        if "order" in components and s.bits in (4, 8):
+            if (sorted_ := by_groups(s, components)) is None:
+                return None
+            components, order = sorted_
+        of_integers = _integers(s, components, parts)
+        return of_integers if of_integers is None or order is None else replace(of_integers, order=order)
+    if scheme in ("fp8-block-1x32", "mlx-mxfp8"):
+        codes, scale = codes.view(torch.float8_e4m3fn), components["scale"]
+        if scale.element_size() != 1 or has_nan(codes):
+            return None
+        return _by_rows(Form.E4M3, codes, parts, codes.shape[-1], 32, scale)
     if s.module == "mlx":
         return _mlx(s, components, parts)
+    if scheme == "bnb8":
+        return _bnb8(components, parts)
     if s.module == "fp4":
         return _e2m1(s, components, parts)
     if scheme == "mxfp4":
         k = codes.shape[-2] * 32
         return _by_rows(Form.E2M1, codes, parts, k, 32, components["scale"])
-    if scheme == "fp8-block-1x32":
-        scale = components["scale"]
-        if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-            return None
-        return None if has_nan(codes) else _by_rows(Form.E4M3, codes, parts, codes.shape[-1], 32, scale)
     w = quantised(scheme, components, parts)
-    return None if w is None or w.kind not in (FP8, FP8_ROWS) or not w.words else _fp8(w)
+    if w is None or w.kind not in (FP8, FP8_ROWS):
+        return None
+    return _fp8(w) if w.words or (w.k % 32 == 0 and not has_nan(codes)) else None
 
 
 def _fp8(w: Weight) -> Codes | None:
@@ -125,18 +138,16 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
     if codes.dtype == torch.int8:
         form, k = Form.INT8, codes.shape[-1]
         if s.name.startswith("int8-tensor"):
-            scale = _each_row(scale, codes, parts)[..., None]
+            scale = each_row(scale, codes, parts)[..., None]
     elif s.bits in (4, 8):
         form = Form.ROWS4 if s.module == "awq" else Form.UINT8 if s.bits == 8 else Form.INT4
         k = codes.shape[-1] * (1 if s.module == "awq" else 32 // s.bits)
     else:
         return None
     group = s.group or k
-    if not in_order(c.get("order"), k, group):
-        return None
     if (shape := c.get("shape")) is not None:
         check_shape(shape, parts, k)
-    zero = _zeros(s, c, parts)
+    zero = zeros(s, c, parts)
     if zero is None:
         own = 0 if codes.dtype == torch.int8 else 1 << s.bits - 1
         move = -own - MIDDLE[form]
@@ -147,19 +158,9 @@ def _integers(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes 
     return _by_rows(form, codes, parts, k, group, scale, zero if bool(zero.any()) else None)
 
 
-def _zeros(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Tensor | None:
-    """Zero points [.., N, G]; None: there are none."""
-    zero = c.get("zero")
-    if zero is None:
-        return None
-    if c["weight"].dtype == torch.int8:
-        return _each_row(zero, c["weight"], parts)[..., None] if s.name.startswith("int8-tensor") else zero
-    return zeros(s, c, parts)
-
-
 def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
     codes, scale, shift = c["weight"], c["scale"], c.get("shift")
-    if s.bits not in (4, 8) or s.name == "mlx-mxfp8":
+    if s.bits not in (4, 8):
         return None
     k = codes.shape[-1] * (32 // s.bits)
     if shift is not None:
@@ -172,21 +173,19 @@ def _mlx(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | Non
     return _by_rows(Form.E2M1, codes, parts, k, s.group, scale)
 
 
+def _bnb8(c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
+    if (form := c.get("form")) is not None and bool((form != 0).any()):
+        return None  # a layout that is not read
+    codes, scale = c["weight"], c["scale"].float() * ONE_OF_127
+    return _by_rows(Form.INT8, codes, parts, codes.shape[-1], 0, scale, move=-MIDDLE[Form.INT8], exact=False)
+
+
 def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...]) -> Codes | None:
     codes, factor, exact = c["weight"], None, True
     if s.group == 16:
-        of_all = _each_row(c["global_scale"].float(), codes, parts)
+        of_all = each_row(c["global_scale"].float(), codes, parts)
         exact = s.name == "nvfp4"
         factor = of_all if exact else 1 / of_all
     return _by_rows(
         Form.E2M1, codes, parts, codes.shape[-1] * 2, s.group, c["scale"], factor=factor, exact=exact
     )
-
-
-def _each_row(x: Tensor, codes: Tensor, parts: tuple[int, ...]) -> Tensor:
-    """A constant of each released tensor, or of all of them, for each row of the weight: [N] or [E, N]."""
-    if codes.ndim > 2:
-        each = x if x.ndim and len(x) == len(codes) else [x] * len(codes)
-        return torch.stack([_each_row(y, codes[0], parts) for y in each])
-    of_parts = x.reshape(-1).expand(len(parts)) if x.numel() == 1 else x.reshape(len(parts))
-    return of_parts.repeat_interleave(torch.tensor(parts)).contiguous()
