@@ -93,7 +93,8 @@ def steps(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor
     return text, made
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen2"])  # qwen2: biases
+# qwen2: biases; gemma2: two windows and capped scores; phi3: a window, which the text outgrows
+@pytest.mark.parametrize("name", ["smollm2", "qwen2", "gemma2", "phi3"])
 def test_layers_of_a_gguf_are_one_call_from_the_second_token_on(
     name: str, tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,18 @@ def test_layers_of_a_gguf_are_one_call_from_the_second_token_on(
         for token in text[0]:
             again(token[None])
     assert cache.length == 32
+
+
+def test_a_text_that_outgrows_the_kernel_goes_on_without_it(
+    tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny.CASES["llama"]
+    model = zoo.load(zoo.convert(released(tmp_path, lambda _: "Q8_0", case, case.gguf[0]), tmp_path / "canon"))
+    want = model.generate(PROMPT, 20)
+    for module in (attention, tape):
+        monkeypatch.setattr(module, "LONG", 12)
+    text, (step,) = steps(model, monkeypatch)
+    assert step.tape is not None and torch.equal(text, want)
 
 
 def test_what_torch_computes_between_is_not_left_out(
