@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, triton
+from zoo.kernels.cpu import kernels
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, is_recorded, overlap, triton
 from zoo.spec import MLP, Activation
 
 if triton is not None:
@@ -21,6 +22,7 @@ if triton is not None:
 
     from zoo.kernels.launch import after_previous
 
+SOME = 1024  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
 CODES: dict[Activation, int] = {
     "silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu_clamped": 4, "relu": 5, "quick_gelu": 6,
 }  # fmt: skip
@@ -70,9 +72,9 @@ def gated_reference(h: Tensor, spec: MLP) -> Tensor:
 
 
 def gated(h: Tensor, spec: MLP) -> Tensor:
-    """`gated_reference`, as one kernel where Triton runs."""
+    """`gated_reference`, as one kernel where Triton runs, and for a token where numba does."""
     if not has_triton(h) or h.dtype == torch.float64:
-        return gated_reference(h, spec)
+        return _compiled(h, spec) if _alone(h, spec) else gated_reference(h, spec)
     f = h.shape[-1] // 2 if spec.gated else h.shape[-1]
     h = h.contiguous()
     out = h.new_empty(*h.shape[:-1], f)
@@ -82,6 +84,17 @@ def gated(h: Tensor, spec: MLP) -> Tensor:
         ACT=code(spec), GATED=spec.gated, BLOCK=block, num_warps=4, **overlap(h),
     )  # fmt: skip
     return out
+
+
+def _alone(h: Tensor, spec: MLP) -> bool:
+    """Whether h is a token on a CPU, large enough to ask for a kernel."""
+    one = h.device.type == "cpu" and SOME <= h.numel() == h.shape[-1] and not is_recorded(h)
+    return one and spec.gated and spec.limit is None
+
+
+def _compiled(h: Tensor, spec: MLP) -> Tensor:
+    cpu = kernels("gated")
+    return cpu.gated(h, spec.act) if cpu is not None and cpu.fits(h, spec.act) else gated_reference(h, spec)
 
 
 if triton is not None:

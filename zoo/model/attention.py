@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.kernels.attention import attention, decode
-from zoo.kernels.launch import has_triton
+from zoo.kernels.cpu import kernels
+from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.rope import place, place_fits, rotate
 from zoo.layout import qk_norm_shape
 from zoo.model.cache import Context, Slots, Visible
@@ -22,6 +23,10 @@ from zoo.spec import Attention as AttentionSpec
 
 BLOCK = 512  # queries whose scores are held at once where they are written out
 SHORTEST = 64  # queries in a block of a windowed layer, at least
+LONG = (
+    512  # keys, from which torch's attention makes up for the calls around it: of 4096 it takes half as long
+)
+SOME = 512  # channels of queries, from which a CPU's kernel is worth asking for (the first time that takes seconds)
 
 
 def attend(
@@ -150,7 +155,7 @@ class Attention(nn.Module):
         gate = rest.pop(0) if s.gate else None
         if s.clip is not None:
             q, *rest = (t.clamp(-s.clip, s.clip) for t in (q, *rest))
-        y = self._fused(q, rest, ctx) if has_triton(x) else None
+        y = self._fused(q, rest, ctx) if has_triton(x) else self._one_token(q, rest, ctx)
         if y is None:
             y = self._plain(q, rest, ctx)
         if gate is not None:
@@ -242,6 +247,32 @@ class Attention(nn.Module):
             q, keys, values, scale=s.scale, start=ctx.start, window=s.window, chunk=s.chunk,
             sinks=self.sinks, softcap=s.softcap,
         )  # fmt: skip
+
+    def _one_token(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor | None:
+        """`_plain` of one token in one call on a CPU. None where the kernel does not serve it."""
+        s, n, entry = self.spec, self.spec.qk_norm, ctx.stored(self.layer)
+        if q.device.type != "cpu" or is_recorded(q) or ctx.T != 1 or ctx.fixed or q.shape[-1] < SOME:
+            return None
+        if not isinstance(entry, Slots) or self.shares or s.kv_from is not None:
+            return None
+        if s.alibi is not None or s.query_scale is not None or ctx.n_slots(entry.size, entry.ring) > LONG:
+            return None
+        if s.value_from_key or s.value_norm is not None or s.value_scale != 1.0:
+            return None
+        if n is not None and (n.over != "head" or n.after_rope or n.norm.kind != "rms"):
+            return None
+        if ctx.visible(s.window, s.chunk).allowed is not None or (kernel := kernels("attend")) is None:
+            return None
+        weights = (None, None) if n is None else (self.q_norm.weight, self.k_norm.weight)
+        (q, k, v), (keys, values) = (x[:, 0] for x in (q, *rest)), entry.tensors
+        table = None if s.rope is None else ctx.rope(s.rope)
+        if not kernel.fits(q, k, v, keys, values, table, *weights):
+            return None
+        y: Tensor = kernel.attend(
+            q, k, v, keys, values, ctx.start % entry.size, ctx.n_slots(entry.size, entry.ring), table,
+            s.rope is not None and s.rope.interleaved, None if n is None else n.norm, *weights, s.scale, self.sinks, s.softcap,
+        )  # fmt: skip
+        return y.view(len(q), 1, s.n_heads, s.v_head_dim)
 
     def _keys_values(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         s = self.spec

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.model import tape
 from zoo.model.cache import Cache, checked
 from zoo.model.graph import Model, Step, capturable
+from zoo.model.tape import tapeable
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
@@ -50,7 +52,8 @@ def stream(
     cache.fixed = False
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     token = ids.new_zeros(len(ids))
-    graph, text, begun, borders = None, [ids], 0, cache.borders
+    graph: Step | tape.Step | None = None
+    text, begun, borders = [ids], 0, cache.borders
     if any(cache.length <= border < ids.shape[1] for border in borders):
         cache.reset()
     for n in range(max_new_tokens):
@@ -60,6 +63,8 @@ def stream(
                 cache.fixed, graph, begun = False, None, n
             if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model, len(ids)):
                 graph = Step(model, cache, len(ids))
+            elif n == begun + 1 and tapeable(model, len(ids)):
+                graph = tape.Step(model, cache)
             if graph is not None:
                 logits = graph(token)
             else:

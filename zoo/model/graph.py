@@ -19,7 +19,7 @@ from zoo.errors import ZooError
 from zoo.kernels.best import likeliest
 from zoo.kernels.launch import has_triton
 from zoo.model.across import APIECE, Across
-from zoo.model.cache import Cache
+from zoo.model.cache import Cache, Context
 from zoo.model.linear import Table, Weights
 from zoo.spec import MoE, Spec
 
@@ -30,10 +30,13 @@ class Model(Protocol):
     spec: Spec
     embed: Table
     across: Across | None
+    held: tuple[int, ...] | None
+    layers: nn.ModuleList
 
     @property
     def device(self) -> torch.device: ...
     def cache(self, batch: int, max_len: int) -> Cache: ...
+    def start(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Context]: ...
     def run(self, ids: Tensor, cache: Cache | None = None) -> Tensor: ...
     def finish(self, x: Tensor) -> Tensor: ...
     def modules(self) -> Iterable[nn.Module]: ...

@@ -70,7 +70,9 @@ class Weights(nn.Module):
         if (w := self._reordered(x)) is not None:
             y = product(ordered(x, w), laid_out(w, x.dtype), self.offset(x.dtype))
         elif times := self.coded(x, x.shape[:-1].numel()):
-            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype)).view(*x.shape[:-1], -1)
+            more = None if onto is None else onto.reshape(-1, onto.shape[-1])
+            y = times(x.reshape(-1, x.shape[-1]), bias=self.offset(x.dtype), onto=more)
+            return y.view(*x.shape[:-1], -1)
         else:
             y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y

@@ -25,9 +25,10 @@ MANY = 1 << 17  # numbers, from which threads are worth their start where little
 
 class _Caller(threading.local):
     threads = 0  # numba counts them per caller
+    tape: Any = None  # see `zoo.kernels.cpu.shares.Tape`
 
 
-_caller = _Caller()
+caller = _Caller()
 
 
 @functools.cache
@@ -145,17 +146,22 @@ def _locked() -> Iterator[None]:
 
 
 class threads:
-    """As many threads as torch has, for this caller's loops alone: `with threads() as n`."""
+    """As many threads as torch has, for this caller's loops alone: `with threads() as n`. `taped`: what is done with them is."""
+
+    def __init__(self, taped: bool = False) -> None:
+        self.taped = taped
 
     def __enter__(self) -> int:
+        if caller.tape is not None and not self.taped:
+            caller.tape.whole = False
         torchs = torch.get_num_threads()
         n = min(torchs, _most())
         _one_at_a_time.acquire()
-        if _caller.threads != n:
+        if caller.threads != n:
             import numba
 
             numba.set_num_threads(n)
-            _caller.threads = n
+            caller.threads = n
             # numba's start of OpenMP sets its own number for this thread, torch's too
             if torch.get_num_threads() != torchs:
                 torch.set_num_threads(torchs)

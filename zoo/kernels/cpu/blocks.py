@@ -113,8 +113,9 @@ def times(
     counts: Tensor | None = None,
     tokens: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """x [M, K] times the weight [N, K] in blocks, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x). Or, of a stack [E, N, K]
+    """x [M, K] times the weight [N, K] in blocks, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x), added to `onto`. Or, of a stack [E, N, K]
     with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens] (int64) in
     place of x, where given."""
     dtype = dtype or x.dtype
@@ -124,13 +125,21 @@ def times(
     out = torch.empty(m, w.n)
     ordered = scratch("ordered x", (m, w.k), np.float32)
     of_groups = scratch("sums of x", (m, max(1, w.k // 16)), np.float32)
+    adds = dtype == torch.float32 and experts is None  # what is left to add, each thread to its share
+    more = [None if y is None or not adds else y.float().contiguous() for y in (bias, onto)]
+    of_bias, of_onto = (0 if y is None else y.data_ptr() for y in more)
     for run in w.runs:
+        at = 4 * run.first
         together(
-            _times(run.kind), *run.told, x.data_ptr(), ordered.ctypes.data, of_groups.ctypes.data, of_groups.shape[1], m, w.k,
-            out.data_ptr() + 4 * run.first, w.n * 4, which.ctypes.data, sizes.ctypes.data, len(which), first=_ordering(),
+            _times(run.kind), *run.told, x.data_ptr(), ordered, of_groups, of_groups.shape[1], m, w.k,
+            out.data_ptr() + at, w.n * 4, which, sizes, len(which), of_bias and of_bias + at, of_onto and of_onto + at,
+            first=_ordering(),
         )  # fmt: skip
+    if adds:
+        return out
     biased(out, bias, experts, counts)
-    return out.to(dtype)
+    y = out.to(dtype)
+    return y if onto is None else onto + y
 
 
 def _plus(b: Any, group: Group, vector: Callable[[int], Any], total: Any) -> Any:
@@ -236,8 +245,8 @@ def _times(kind: int) -> int:
 
     def times(told, thread, threads):
         (
-            codes, stride, stack, _, _, _, _, n, n_blocks, _, x, sums, groups, _, k, out, across, experts_at, counts_at, many,
-        ) = given(told, 20)  # fmt: skip
+            codes, stride, stack, _, _, _, _, n, n_blocks, _, x, sums, groups, m, k, out, across, experts_at, counts_at, many, bias_at, onto_at,
+        ) = given(told, 22)  # fmt: skip
         experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
         step = -(-n // (BLOCK * threads)) * BLOCK
         begin, last, start = thread * step, min(n, (thread + 1) * step), 0
@@ -249,6 +258,16 @@ def _times(kind: int) -> int:
                         mark, matrix, stride, i, last - 1, x + row * k * 4, sums + row * groups * 4, n_blocks, out + row * across,
                     )  # fmt: skip
             start += counts[g]
+        bias = numbers(bias_at, 0, n, np.float32(0))
+        for row in range(m):
+            result = numbers(out, row * across // 4, n, np.float32(0))
+            onto = numbers(onto_at, row * across // 4, n, np.float32(0))
+            if bias_at:
+                for i in range(begin, last):
+                    result[i] += bias[i]
+            if onto_at:
+                for i in range(begin, last):
+                    result[i] += onto[i]
 
     return share(times)
 

@@ -27,6 +27,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def bits(x: float) -> int:
+    """An fp32 number as the integer of its bits: see `number`."""
+    return int(np.float32(x).view(np.int32))
+
+
 def rows_of(x: Tensor) -> NDArray[np.int64]:
     """Where each row of D numbers, side by side, of x [.., D] begins."""
     starts = np.zeros(1, np.int64)
@@ -50,6 +55,16 @@ def _pointer(context: Any, address: Any, first: Any, code: Any) -> Any:
 def numbers(address, first, shape, code):
     """An array of what lies at a tensor's `data_ptr()`, from its number `first` on, of the kind of `code`."""
     return carray(_pointer(address, first, code), shape)
+
+
+@intrinsic
+def number(context: Any, bits: Any) -> Any:
+    """The fp32 number of these bits."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], WORD), FLOAT)
+
+    return types.float32(types.intp), code
 
 
 @intrinsic

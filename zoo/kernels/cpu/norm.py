@@ -17,7 +17,8 @@ from numba import prange
 from torch import Tensor
 
 from zoo.kernels.cpu import MANY, Numbers, compiled, threads
-from zoo.kernels.cpu.codes import CODE, address, narrow, numbers, rows_of, wide
+from zoo.kernels.cpu.codes import CODE, address, bits, narrow, number, numbers, rows_of, wide
+from zoo.kernels.cpu.shares import given, share, together
 
 
 def fits(x: Tensor, onto: Tensor | None, weight: Tensor | None) -> bool:
@@ -40,14 +41,30 @@ def rms_norm(
     starts = _evenly(rows, d) if x.is_contiguous() else rows_of(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     onto = None if onto is None else onto.contiguous()
+    if rows * d < MANY:
+        together(
+            0, x.data_ptr(), starts, address(weight), address(onto), out.data_ptr(), d, plus_one, early, bits(eps), rows,
+            first=_alone(x.dtype, x.dtype if weight is None else weight.dtype),
+        )  # fmt: skip
+        return out
     where = x.data_ptr(), starts, address(weight), address(onto), out.data_ptr()
     how = CODE[x.dtype], CODE[x.dtype if weight is None else weight.dtype], d, plus_one, early, eps
-    if rows * d < MANY:
-        _some(*where, *how, 0, rows)
-    else:
-        with threads() as t:
-            _all(*where, *how, rows, t)
+    with threads() as t:
+        _all(*where, *how, rows, t)
     return out
+
+
+@functools.cache
+def _alone(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """All rows, by one thread."""
+    code, weight_code = CODE[dtype], CODE[weight_dtype]
+
+    def alone(told, thread, threads):
+        x, starts_at, weight, onto, out, d, plus_one, early, eps, rows = given(told, 10)
+        starts = numbers(starts_at, 0, rows, np.int64(0))
+        _some(x, starts, weight, onto, out, code, weight_code, d, plus_one, early, number(eps), 0, rows)
+
+    return share(alone)
 
 
 @functools.lru_cache(64)

@@ -115,8 +115,9 @@ def times(
     counts: Tensor | None = None,
     tokens: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x). Or, of a stack [E,
+    """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x), added to `onto`. Or, of a stack [E,
     N, K] with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens]
     (int64) in place of x, where given."""
     x = x if tokens is None else x[tokens]
@@ -128,11 +129,12 @@ def times(
     sums = x.reshape(m, -1, w.group).sum(-1, dtype=torch.float32) if r.kind.moved else ordered
     out = torch.empty(m, w.n)
     together(
-        _times(r.kind), *r.told, sums.data_ptr(), ordered.data_ptr(), w.k * ordered.element_size(), out.data_ptr(), which.ctypes.data,
-        sizes.ctypes.data, len(which),
+        _times(r.kind), *r.told, sums.data_ptr(), ordered.data_ptr(), w.k * ordered.element_size(), out.data_ptr(), which,
+        sizes, len(which),
     )  # fmt: skip
     biased(out, bias, experts, counts)
-    return out.to(dtype or x.dtype)
+    y = out.to(dtype or x.dtype)
+    return y if onto is None else onto + y
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,17 @@ kinds it would be compiled with each: 0.9 s of a processor for a product in ggml
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, prange, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
-from zoo.kernels.cpu import SETTINGS, compiled, one_process, threads
+from zoo.kernels.cpu import SETTINGS, caller, compiled, one_process, threads
 from zoo.kernels.cpu.vectors import ADDRESS, addresses, at
 
 _kept: list[Any] = []  # whose addresses are in use
@@ -46,10 +48,44 @@ def given(context: Any, address: Any, n: Any) -> Any:
     return found(types.intp, n), code
 
 
-def together(function: int, *arguments: int, first: int = 0) -> None:
-    """Each thread its share of a function; before it one of them all of `first`, if there is one, told the same."""
-    with threads() as t:
-        _together(first, function, np.array(arguments, np.int64), t)
+def together(function: int, *arguments: int | NDArray[Any], first: int = 0) -> NDArray[np.int64]:
+    """Each thread its share of a function; before it one of them all of `first`; zero: there is none. Both are told the same, of arrays
+    where they lie. It is returned: while a `Tape` runs it is what is told at each replay."""
+    told = np.array([a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments], np.int64)
+    with threads(taped=True) as t:
+        _together(first, function, told, t)
+    if caller.tape is not None:
+        caller.tape.calls.append((first, function, told))
+        caller.tape.kept += [a for a in arguments if isinstance(a, np.ndarray)]
+    return told
+
+
+class Tape:
+    """Calls of `together`, kept as they are made (`with tape.running()`), and made again by one native call. `whole`: whether no other
+    kernel of ours computed meanwhile. Tensors that the calls read and write must be kept, too; arrays are.
+
+    What a CUDA graph is to a GPU: a line of Python between two products takes five microseconds, and a token of a small model has
+    thousands of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int, NDArray[np.int64]]] = []
+        self.kept: list[Any] = []
+        self.moves: list[Any] = []  # what has to be told the position before a replay: `move(position)`
+        self.whole = True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        caller.tape = self
+        try:
+            yield
+        finally:
+            caller.tape = None
+        table = [(first, function, told.ctypes.data) for first, function, told in self.calls]
+        self._table = np.array(table, np.int64).reshape(-1, 3)
+
+    def replay(self) -> None:
+        with threads(taped=True) as t:
+            _again(self._table, t)
 
 
 @intrinsic
@@ -67,5 +103,17 @@ def _together(first, function, arguments, threads):
     where = arguments.ctypes.data
     if first:
         _call(first, where, 0, 1)
-    for t in prange(threads):
-        _call(function, where, t, threads)
+    if function:
+        for t in prange(threads):
+            _call(function, where, t, threads)
+
+
+@compiled(parallel=True)
+def _again(calls, threads):
+    for i in range(len(calls)):
+        first, function, where = calls[i, 0], calls[i, 1], calls[i, 2]
+        if first:
+            _call(first, where, 0, 1)
+        if function:
+            for t in prange(threads):
+                _call(function, where, t, threads)

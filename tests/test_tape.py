@@ -1,0 +1,152 @@
+"""One token after the other on a CPU: attention in one call, and the layers as calls that are made again."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_gguf_blocks import released
+
+import zoo
+from zoo.kernels import gated, norm
+from zoo.kernels.attention import attention_reference
+from zoo.kernels.rope import place_reference
+from zoo.model import attention, tape
+from zoo.model.decoder import Decoder
+from zoo.spec import MLP, Norm
+
+pytest.importorskip("numba")
+from zoo.kernels.cpu import attend, blocks
+
+PROMPT = torch.tensor([[3, 5, 7, 11, 13]])
+
+
+@pytest.fixture
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are asked for tiny models, too."""
+    for module in (attention, norm, gated):
+        monkeypatch.setattr(module, "SOME", 0)
+    monkeypatch.setattr(blocks, "LARGE", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_of_a_token_is_that_of_its_parts(dtype: torch.dtype, batch: int) -> None:
+    h, kv, d, dv, slots = 6, 2, 32, 48, 20
+    norms = (None, Norm(eps=1e-6, rounding="first"), Norm(eps=1e-6, rounding="last", weight="plus_one"))
+    more: tuple[tuple[Any, Any], ...] = ((None, None), (torch.randn(h), None), (None, 3.0))
+    for n, interleaved, (sinks, softcap) in itertools.product(norms, (False, True), more):
+        projected = torch.randn(batch, 1, (h + kv) * d + kv * dv).to(dtype)
+        q, k, v = projected.split([h * d, kv * d, kv * dv], -1)
+        keys, values = torch.randn(batch, kv, slots, d).to(dtype), torch.randn(batch, kv, slots, dv).to(dtype)
+        kind = torch.float32 if interleaved else dtype
+        table = torch.randn(1, 12).to(kind), torch.randn(1, 12).to(kind)  # not of all channels
+        weights = (None, None) if n is None else (torch.randn(d).to(dtype), torch.randn(d).to(dtype))
+        of_keys, of_values = keys.clone(), values.clone()
+        slot, seen = 8, 9
+        heads = (x.view(batch, 1, -1, c) for x, c in ((q, d), (k, d), (v, dv)))
+        placed = place_reference(
+            *heads, of_keys.transpose(1, 2), of_values.transpose(1, 2), torch.tensor([slot]), table, interleaved, *weights, n
+        )  # fmt: skip
+        assert attend.fits(q, k, v, keys, values, table, *weights)
+        found = attend.attend(
+            q[:, 0], k[:, 0], v[:, 0], keys, values, slot, seen, table, interleaved, n, *weights, 0.2, sinks, softcap
+        )  # fmt: skip
+        assert torch.equal(values, of_values)
+        if n is None:
+            assert torch.equal(keys, of_keys)
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(keys, of_keys, **tolerance)
+        want = attention_reference(
+            placed.float(), *(x[:, :, :seen].transpose(1, 2).float() for x in (of_keys, of_values)), scale=0.2, start=seen - 1,
+            sinks=sinks, softcap=softcap,
+        )  # fmt: skip
+        # scores reach 20 here: the last place of one is as much of its share of the sum
+        tolerance["atol"] = max(tolerance["atol"], 64 * torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(found.view(batch, 1, h, dv).float(), want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_activations_of_a_token_round_as_the_expression_does(
+    act: Any, dtype: torch.dtype, of_any_size: None
+) -> None:
+    h, spec = (4 * torch.randn(1, 1, 3000)).to(dtype), MLP(1500, act)
+    found, want = gated.gated(h, spec), gated.gated_reference(h, spec)
+    if dtype == torch.bfloat16:
+        assert (found != want)[want.abs() > 1e-3].double().mean() < 0.02
+    # where 1 + tanh is nearly 0 there is less than its last place to agree on
+    torch.testing.assert_close(found, want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def steps(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, list[tape.Step]]:
+    """20 tokens, and what made them."""
+    made: list[tape.Step] = []
+    begin = tape.Step.__init__
+    monkeypatch.setattr(tape.Step, "__init__", lambda self, *a: made.append(self) or begin(self, *a))
+    text = model.generate(PROMPT, 20)
+    monkeypatch.setattr(tape.Step, "__init__", begin)
+    return text, made
+
+
+# qwen2: biases; gemma2: two windows and capped scores; phi3: a window, which the text outgrows
+@pytest.mark.parametrize("name", ["smollm2", "qwen2", "gemma2", "phi3"])
+def test_layers_of_a_gguf_are_one_call_from_the_second_token_on(
+    name: str, tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny.CASES[{"smollm2": "llama"}.get(name, name)]
+    file = released(tmp_path, lambda n: "Q4_K" if "ffn" in n else "Q8_0", case, case.gguf[0])
+    canon = zoo.convert(file, tmp_path / "canon")
+    text, (step,) = steps(zoo.load(canon), monkeypatch)
+    assert step.tape is not None and len(step.tape.calls) > 10
+    assert torch.equal(
+        text, zoo.load(zoo.convert(file, tmp_path / "plain", dtype="fp32")).generate(PROMPT, 20)
+    )
+    model = zoo.load(canon)
+    cache = model.cache(1, 32)
+    model(PROMPT, cache)
+    again, plainly = tape.Step(model, cache), model.cache(1, 32)
+    model(PROMPT, plainly)
+    for token in text[0, 5:]:
+        assert torch.equal(again(token[None]), model(token[None, None], plainly)[:, -1])
+    assert cache.length == plainly.length and int(cache.position) == cache.length
+    with pytest.raises(zoo.ZooError, match="room for 32"):
+        for token in text[0]:
+            again(token[None])
+    assert cache.length == 32
+
+
+def test_a_text_that_outgrows_the_kernel_goes_on_without_it(
+    tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny.CASES["llama"]
+    model = zoo.load(zoo.convert(released(tmp_path, lambda _: "Q8_0", case, case.gguf[0]), tmp_path / "canon"))
+    want = model.generate(PROMPT, 20)
+    for module in (attention, tape):
+        monkeypatch.setattr(module, "LONG", 12)
+    text, (step,) = steps(model, monkeypatch)
+    assert step.tape is not None and torch.equal(text, want)
+
+
+def test_what_torch_computes_between_is_not_left_out(
+    tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny.CASES["llama"]
+    canon = zoo.convert(released(tmp_path, lambda _: "Q8_0", case, case.gguf[0]), tmp_path / "canon")
+    model = zoo.load(canon)
+    want = model.generate(PROMPT, 20)
+    plain = attention.Attention._one_token
+    monkeypatch.setattr(
+        attention.Attention, "_one_token", lambda *_: None
+    )  # as where the kernel does not serve
+    text, (step,) = steps(model, monkeypatch)
+    assert step.tape is None and torch.equal(text, want)
+    monkeypatch.setattr(attention.Attention, "_one_token", plain)
+    calls: list[int] = []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    text, made = steps(model, monkeypatch)
+    assert not made and len(calls) == 20 and torch.equal(text, want)
