@@ -124,7 +124,9 @@ def test_a_text_that_outgrows_the_kernel_goes_on_without_it(
     tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = tiny.CASES["llama"]
-    model = zoo.load(zoo.convert(released(tmp_path, lambda _: "Q8_0", case, case.gguf[0]), tmp_path / "canon"))
+    model = zoo.load(
+        zoo.convert(released(tmp_path, lambda _: "Q8_0", case, case.gguf[0]), tmp_path / "canon")
+    )
     want = model.generate(PROMPT, 20)
     for module in (attention, tape):
         monkeypatch.setattr(module, "LONG", 12)

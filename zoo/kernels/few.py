@@ -7,6 +7,7 @@ what the kernel before gives is there (`zoo.kernels.launch.in_turn`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def few_tokens(
     if weight_input:
         read, sharing = x[:, None] * weights.to(x.dtype)[..., None], 1
     together = power_of_2(k)
-    way = None
+    way: tuple[Kernel, Kernel, Callable[..., dict[str, Any]]] | None = None
     if quads.serves(x, up) and quads.serves(x, down) and k <= 16:
         way = _few_up_quads, _few_down_quads, quads.constants
     elif codes.pays(x, up) and codes.pays(x, down):
