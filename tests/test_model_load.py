@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import weakref
 from pathlib import Path
@@ -154,6 +155,21 @@ def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
         upload.Upload("cuda") as up,
     ):
         up(file, 600, (101,), torch.float32)
+
+
+def test_a_thread_that_reads_hundreds_of_shards_keeps_few_open(tmp_path: Path) -> None:
+    lane = upload._Lane(None, 16)  # type: ignore[arg-type]  # a stream is for what it copies
+    files = [tmp_path / str(i) for i in range(3 * upload.FILES)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    for file in files + files[:1]:
+        assert os.pread(lane._opened(file), 9, 0) == file.name.encode()
+        assert len(lane.files) <= upload.FILES
+    held = list(lane.files.values())
+    lane.close()
+    for handle in held:
+        with pytest.raises(OSError):
+            os.fstat(handle)
 
 
 # --- quantised ----------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ READERS, RUN, BUFFER = 8, 2**28, 2**22
 GAP = 2**16
 """Bytes between rows, up to which they are read along rather than asked about: a call for each row costs Python's lock, for
 which all readers queue, some 5 us; a gap costs its copy, 5 us for 64 KB, which no other waits for."""
+FILES = 8
+"""That a thread keeps open: of hundreds of shards and 16 threads each, a process may not have as many handles (1024, as a rule)."""
 VECTOR = 1024  # buffers that one call fills, at most (IOV_MAX)
 
 
@@ -144,10 +146,7 @@ class _Lane:
     ) -> None:
         """Fills `into` [N], of any dtype, from N numbers of dtype `stored` at `offset` of the file; with a `stride` (bytes)
         from rows of `row` numbers that begin so far apart."""
-        if path not in self.files:
-            self.files[path] = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(self.files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        file, size = self.files[path], stored.itemsize
+        file, size = self._opened(path), stored.itemsize
         at_once, stride = self.buffer // size // row * row, stride or row * size
         with torch.cuda.stream(self.stream):
             if not self.buffers:
@@ -160,9 +159,19 @@ class _Lane:
                 read_rows(path, file, start_of, buffer.view[: n * size], row * size, stride)
                 buffer.empty(into, start, n, stored)
 
+    def _opened(self, path: Path) -> int:
+        """A handle on the file. The one opened first is closed for it, where there are many."""
+        if path not in self.files:
+            if len(self.files) >= FILES:
+                os.close(self.files.pop(next(iter(self.files))))
+            self.files[path] = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(self.files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self.files[path]
+
     def close(self) -> None:
         for file in self.files.values():
             os.close(file)
+        self.files.clear()
 
 
 class _Buffer:
