@@ -14,7 +14,7 @@ layer, by phase, are medians without the first and the last; "brought" is from a
 disk too; and rank 0's phases.
 
 --buffers (MiB) and --readers: several are tried one after the other. Needs tests/ beside it, and transformers. Rank 0 prints
-lines of JSON, and appends all to --out. Exit code 1 if a verdict is not "passed", 2 without GPUs.
+lines of JSON, and writes all to --out. Exit code 1 if a verdict is not "passed", 2 without GPUs.
 """
 
 from __future__ import annotations

@@ -176,6 +176,14 @@ def test_a_recording_is_not_written_through_links(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_could_not_be_read_again_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = SimpleNamespace(ids=torch.zeros(2, 40, dtype=torch.long))
+    golden.refuse_long(SimpleNamespace(batches=[batch]))  # type: ignore[arg-type]
+    monkeypatch.setattr(golden, "MAX_TOKENS", 79)
+    with pytest.raises(ZooError, match="1 batches of 80 tokens in all.*smaller --max-length"):
+        golden.refuse_long(SimpleNamespace(batches=[batch]))  # type: ignore[arg-type]
+
+
 # ---- disks that fill up
 
 
@@ -222,3 +230,8 @@ def test_a_report_that_does_not_fit_leaves_the_one_before(
     assert out.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["c", "r.html"]
     assert _common.run(cli, ["report", str(folder), "-o", str(out)]) == 0
     assert "<html" in out.read_text()
+    os.mkfifo(pipe := tmp_path / "pipe")
+    held = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert _common.run(cli, ["report", str(folder), "-o", str(pipe)]) == 0
+    assert os.read(held, 9).lower() == b"<!doctype" and pipe.is_fifo()
+    os.close(held)

@@ -140,10 +140,12 @@ def test_a_card_that_somebody_edited_there_is_kept_and_weights_of_an_earlier_pus
 
 
 def test_what_was_said_of_other_weights_does_not_stay_beside_new_ones(hub: HubServer, canon: Path) -> None:
-    hub.repo(REPO).commit({"parity.json": "{}", "model.sig": "{}"})
+    shards = {f"model-{i:05}-of-00009.safetensors": b"old" for i in range(1, 10)}
+    hub.repo(REPO).commit({"parity.json": "{}", "model.sig": "{}", **shards})
     (canon / "parity.json").unlink()
     (note,) = push(canon, REPO).notes
-    assert note.endswith("model.sig, parity.json") and not {"model.sig", "parity.json"} & files(hub).keys()
+    assert ": model.sig, parity.json, model-00001-of" in note and note.endswith("and 3 more")
+    assert not {"model.sig", "parity.json", *shards} & files(hub).keys()
 
 
 def test_another_models_files_that_stay_in_the_repository_are_named(hub: HubServer, canon: Path) -> None:

@@ -120,6 +120,33 @@ def test_layers_of_a_gguf_are_one_call_from_the_second_token_on(
     assert cache.length == 32
 
 
+def test_hooks_and_weights_that_come_between_two_tokens_are_not_left_out(
+    tmp_path: Path, of_any_size: None
+) -> None:
+    case = tiny.CASES["llama"]
+    model = zoo.load(
+        zoo.convert(released(tmp_path, lambda _: "Q8_0", case, case.gguf[0]), tmp_path / "canon")
+    )
+    cache, calls, token = model.cache(1, 32), [], torch.tensor([7])
+    model(PROMPT, cache)
+    step = tape.Step(model, cache)
+    step(token)
+    assert step.tape is not None
+    handle = model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    step(token)
+    handle.remove()
+    assert calls == [1]
+    norm = model.layers[0].attn_norm
+    norm.weight = torch.nn.Parameter(norm.weight * 3, requires_grad=False)
+    again = model.cache(1, 32)
+    model(torch.cat((PROMPT, token[None], token[None]), -1), again)
+    for entry, other in zip(cache.slots, again.slots, strict=True):
+        assert entry is not None and other is not None
+        for to, new in zip(entry.tensors, other.tensors, strict=True):
+            to.copy_(new)
+    torch.testing.assert_close(step(token), model(token[None], again)[:, -1], rtol=1e-5, atol=1e-5)
+
+
 def test_a_text_that_outgrows_the_kernel_goes_on_without_it(
     tmp_path: Path, of_any_size: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

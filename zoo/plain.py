@@ -49,7 +49,11 @@ def by_descriptor(fd: int, folder: Path) -> Path:
 
 
 def write_plain(path: Path, data: bytes) -> None:
-    """`data` at `path`, whole or not at all, in place of whatever has the name: a link there is replaced, not followed."""
+    """`data` at `path`, whole or not at all, in place of whatever has the name: a link there is replaced, not followed. What is no
+    file (a pipe, a terminal, /dev/stdout wherever that leads) is written to."""
+    if path.absolute().parts[1:2] in (("dev",), ("proc",)) or (path.exists() and not path.is_file()):
+        path.write_bytes(data)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:

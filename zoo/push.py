@@ -165,10 +165,12 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
         )
     if left := sorted(n for n in held - {*out.files, *stale} if n.endswith(_ALSO)):
         out.notes.append(
-            f"{out.repo} also has, and keeps, of somebody else or an earlier commit: {', '.join(left[:8])}"
+            f"{out.repo} also has, and keeps, of somebody else or an earlier commit: {_some(left)}"
         )
     if stale:
-        out.notes.append(f"removed, as of an earlier commit's weights: {', '.join(sorted(stale)[:8])}")
+        # the certificate and the signature first: they are no weights, and of shards there may be hundreds
+        stale.sort(key=lambda n: (n not in (certificate.FILE, certificate.SIGNATURE), n))
+        out.notes.append(f"removed, as of an earlier commit's weights: {_some(stale)}")
     done = api.upload_folder(
         repo_id=out.repo,
         folder_path=folder,
@@ -178,6 +180,10 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
         delete_patterns=stale or None,
     )
     out.url = str(done.commit_url)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _is_ours(api: Any, repo: str, revision: str | None) -> bool:

@@ -43,10 +43,7 @@ def command(canon: Path, output: Path | None, as_json: bool) -> None:
     except (*certificate.ODD, RecursionError) as e:
         raise ZooError(f"{canon / certificate.FILE}: not as zoo writes it ({e!r})") from None
     text = page.encode("utf-8", "backslashreplace")  # names may be in another encoding
-    if path.exists() and not path.is_file():  # a pipe or a terminal that was named
-        path.write_bytes(text)
-    else:  # whole or not at all; a link that lies there is not followed
-        write_plain(path, text)
+    write_plain(path, text)
     if as_json:
         emit({"report": str(path), "verdict": data["verdict"]})
     else:

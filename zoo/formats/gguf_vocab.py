@@ -63,12 +63,12 @@ def unsaid(files: Mapping[str, bytes], who: str) -> Iterator[str]:
     if "tokenizer.json" not in files:
         yield "there is no tokenizer.json: the GGUF has no tokenizer, and llama.cpp takes token ids only"
         return
+    added = _json(files, "tokenizer.json", who).get("added_tokens") or ()
     for key, what in (
         ("lstrip", "take the spaces before them along"),
         ("rstrip", "take the spaces behind them along"),
         ("single_word", "are none inside a word"),
     ):
-        added = _json(files, "tokenizer.json", who).get("added_tokens") or ()
         names = [str(t.get("content")) for t in added if t.get(key) is True]
         if names:
             yield (

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, triton
+from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, hopper, triton
 from zoo.kernels.weights import (
     AFFINE4,
     AFFINE8,
@@ -37,6 +37,7 @@ from zoo.kernels.weights import (
     MXFP8,
     NVFP4,
     PLAIN,
+    SCALED,
     Weight,
 )
 
@@ -55,7 +56,9 @@ if triton is not None:
 
 
 def serves(x: Tensor, w: Weight) -> bool:
-    """Whether `codes_times` takes the codes of w as words, and x. The interpreter multiplies no bf16."""
+    """Whether `codes_times` takes the codes of w as words, and x. The interpreter multiplies no bf16, and GPUs before Hopper no pairs."""
+    if w.kind in SCALED and x.is_cuda and not hopper(x):
+        return False
     return w.words and has_triton(x) and x.dtype == (torch.float32 if INTERPRET else torch.bfloat16)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.affine import by_groups, each_row, paired
-from zoo.kernels.launch import Kernel, ceil_div, triton
+from zoo.kernels.launch import Kernel, ceil_div, hopper, triton
 from zoo.quant.base import Scheme, check_shape
 from zoo.quant.bitsandbytes import ONE_OF_127
 from zoo.quant.fp8 import scale_grid
@@ -128,6 +128,10 @@ def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor 
     k = codes.shape[-1] * 2
     if k % 32 or scale.shape != (*codes.shape[:-1], k // 16) or has_nan(scale):
         return None
+    if codes.is_cuda and not hopper(
+        codes
+    ):  # e4m3 in Triton is of compute capability 8.9, pairs of bf16 are multiplied from 9.0 on
+        return None
     of_all = c.get("global_scale")
     factor = torch.ones(*codes.shape[:-1], 2, device=codes.device)
     if of_all is not None:
@@ -140,7 +144,13 @@ def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor 
 def _mxfp8(c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
     codes, scale = c["weight"].view(torch.float8_e4m3fn), c["scale"]
     k = codes.shape[-1]
-    if scale.element_size() != 1 or k % 32 or scale.shape != (*codes.shape[:-1], k // 32):
+    if codes.is_cuda and not hopper(codes):  # e4m3 in Triton is of compute capability 8.9
+        return None
+    if (
+        scale.dtype not in (torch.uint8, torch.float8_e8m0fnu)
+        or k % 32
+        or scale.shape != (*codes.shape[:-1], k // 32)
+    ):
         return None
     words = aligned(codes) and not has_nan(codes)
     return Weight(codes, sum(parts), k, MXFP8, scale.view(torch.uint8), None, 32, bias, words)

@@ -251,7 +251,15 @@ class Attention(nn.Module):
     def _one_token(self, q: Tensor, rest: list[Tensor], ctx: Context) -> Tensor | None:
         """`_plain` of one token in one call on a CPU. None where the kernel does not serve it."""
         s, n, entry = self.spec, self.spec.qk_norm, ctx.stored(self.layer)
-        if q.device.type != "cpu" or is_recorded(q) or ctx.T != 1 or ctx.fixed or q.shape[-1] < SOME:
+        learnt = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if (
+            q.device.type != "cpu"
+            or learnt
+            or is_recorded(q)
+            or ctx.T != 1
+            or ctx.fixed
+            or q.shape[-1] < SOME
+        ):
             return None
         if not isinstance(entry, Slots) or self.shares or s.kv_from is not None:
             return None

@@ -35,7 +35,7 @@ class Weights(nn.Module):
         self.parts = parts
         self.scheme: str | None = None
         self._packed: tuple[int, int, Weight | None] | None = None
-        self._carried: tuple[int, Any] | None = None
+        self._carried: tuple[tuple[int, int], Any] | None = None
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[:-1])) if bias else None)
 
@@ -109,9 +109,13 @@ class Weights(nn.Module):
 
     def _codes(self, made: Any) -> Any:
         """Codes as the kernels of a CPU read them; None for those that they do not know."""
-        if self._carried is None or self._carried[0] != id(self.weight):
+        where = (
+            id(self.weight),
+            self.weight.data_ptr(),
+        )  # memory that is shared with other processes is other memory
+        if self._carried is None or self._carried[0] != where:
             w = made.carried(self.scheme, dict(self.named_buffers(recurse=False)), self.parts)
-            self._carried = id(self.weight), w
+            self._carried = where, w
         return self._carried[1]
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:

@@ -47,16 +47,22 @@ class Step:
         self.model, self.cache = model, cache
         self.tape: Any = None
         self.tried = False
+        self.modules = list(model.layers.modules())
 
     @torch.inference_mode()
     def __call__(self, token: Tensor) -> Tensor:
         """token [1] -> logits [1, V] of the next. Raises ZooError if the cache is full."""
         cache, model = self.cache, self.model
         position = cache.length
-        x, ctx = model.start(token[:, None], cache)
         try:
+            x, ctx = model.start(token[:, None], cache)
             # Kernels are gone in a process that was forked meanwhile.
-            if self.tape is None or position >= LONG or kernels("shares") is None:
+            if (
+                self.tape is None
+                or position >= LONG
+                or kernels("shares") is None
+                or self._where() != self.known
+            ):
                 x = self._first(x, ctx)
             else:
                 self.x.copy_(x)
@@ -84,10 +90,22 @@ class Step:
         with tape.running(), meanwhile:
             self.out = _through(self.model, self.x, ctx)
         if tape.whole and meanwhile.nothing:
-            layers = self.model.layers  # whose weights may be replaced before the last token
-            tape.kept += [meanwhile.made, *(w.detach() for w in (*layers.parameters(), *layers.buffers()))]
-            self.tape = tape
+            tape.kept += [meanwhile.made, *self._tensors()]
+            self.tape, self.known = tape, self._where()
         return self.out
+
+    def _tensors(self) -> list[Tensor]:
+        """All that the layers read which is not made for the token."""
+        found = [
+            t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+        ]
+        return found + [t for entry in self.cache.slots if entry is not None for t in entry.tensors]
+
+    def _where(self) -> object:
+        """What a replay goes by: weights and cache that lie where they lay, and nobody's hooks. It is asked before each: weights may be
+        replaced, and hooks come, between two tokens."""
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        return [t.data_ptr() for t in self._tensors()], hooks
 
 
 def _through(model: Model, x: Tensor, ctx: Context) -> Tensor:

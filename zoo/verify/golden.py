@@ -407,6 +407,16 @@ def write_inputs(inputs: Inputs, path: Path, dtype: str, family: str | None = No
     return path
 
 
+def refuse_long(inputs: Inputs) -> None:
+    """Raises ZooError if a recording of these could not be read again: before upstream is run, not after."""
+    n = sum(b.ids.numel() for b in inputs.batches)
+    if n > MAX_TOKENS or len(inputs.batches) > MAX_BATCHES:
+        raise ZooError(
+            f"{len(inputs.batches)} batches of {n:,} tokens in all, padding among them; a recording has {MAX_BATCHES} and {MAX_TOKENS:,} at most: "
+            "record with a smaller --max-length"
+        )
+
+
 def check_output(path: Path) -> None:
     """Raises ZooError if no file can be made at `path`: before upstream is run, not after."""
     try:

@@ -42,6 +42,7 @@ def record(
     say("opening upstream")
     oracle = Transformers(path, dtype, device=where)
     asked = standard.make(spec, root, oracle.avoid_ids, max_length, theirs=oracle.limits, dtype=dtype)
+    golden.refuse_long(asked)
     say("hashing the source")
     about = {
         "source": {
@@ -68,6 +69,7 @@ def inputs(src: Path, output: Path, dtype: str, max_length: int) -> dict[str, An
     golden.check_output(output)
     spec, root, _ = _open(src)
     asked = standard.make(spec, root, frozenset(), max_length, dtype=dtype)
+    golden.refuse_long(asked)
     golden.write_inputs(asked, output, dtype, spec.family)
     return {"output": str(output), "tokens": asked.n_tokens, "batches": len(asked.batches)}
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -107,6 +108,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
     return compile_later
 
 
+PATIENCE = 60.0
+"""Seconds that a process waits for another to compile, which takes a second."""
 _within = threading.RLock()
 _depth = 0
 
@@ -136,8 +139,15 @@ def _locked() -> Iterator[None]:
         yield
         return
     try:
+        # Not for ever: a process may have been stopped while it compiles, or have left a child that holds the folder open.
+        until = time.monotonic() + PATIENCE
         with suppress(OSError):  # a file system without flock
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
         yield
     finally:
         with suppress(OSError):  # a child may have been forked, and have the folder open, too
@@ -157,14 +167,18 @@ class threads:
         torchs = torch.get_num_threads()
         n = min(torchs, _most())
         _one_at_a_time.acquire()
-        if caller.threads != n:
-            import numba
+        try:
+            if caller.threads != n:
+                import numba
 
-            numba.set_num_threads(n)
-            caller.threads = n
-            # numba's start of OpenMP sets its own number for this thread, torch's too
-            if torch.get_num_threads() != torchs:
-                torch.set_num_threads(torchs)
+                numba.set_num_threads(n)
+                caller.threads = n
+                # numba's start of OpenMP sets its own number for this thread, torch's too
+                if torch.get_num_threads() != torchs:
+                    torch.set_num_threads(torchs)
+        except BaseException:
+            _one_at_a_time.release()
+            raise
         return n
 
     def __exit__(self, *_: object) -> None:

@@ -46,6 +46,8 @@ def fits(
         return False
     if table is not None and not all(t.dtype in CODE and t.is_contiguous() for t in table):
         return False
+    if len({w.dtype for w in weights if w is not None}) > 1:
+        return False
     return all(w is None or (w.dtype in CODE and w.dim() == 1 and w.is_contiguous()) for w in weights)
 
 

@@ -82,7 +82,7 @@ def carried(scheme: str, components: dict[str, Tensor], parts: tuple[int, ...]) 
         return of_integers if of_integers is None or order is None else replace(of_integers, order=order)
     if scheme in ("fp8-block-1x32", "mlx-mxfp8"):
         codes, scale = codes.view(torch.float8_e4m3fn), components["scale"]
-        if scale.element_size() != 1 or has_nan(codes):
+        if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu) or has_nan(codes):
             return None
         return _by_rows(Form.E4M3, codes, parts, codes.shape[-1], 32, scale)
     if s.module == "mlx":
