@@ -68,7 +68,6 @@ CASE = FamilyCase(
     ),
     refused=(
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_type is 'longrope'"),
-        ("llama-3.1-8b", {"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope_type is 'dynamic'"),
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3"}}, "'factor' is missing"),
         ("llama-3.1-8b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

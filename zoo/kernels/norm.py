@@ -27,7 +27,7 @@ if triton is not None:
     from zoo.kernels.launch import after_previous
 
 GateAct = Literal["silu", "sigmoid"]
-SOME = 512  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
+SOME = 2048  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
