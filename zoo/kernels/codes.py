@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.launch import INTERPRET, ceil_div, has_triton, hopper, triton
+from zoo.kernels.launch import INTERPRET, NVIDIA, ceil_div, has_triton, hopper, triton
 from zoo.kernels.weights import (
     AFFINE4,
     AFFINE8,
@@ -104,7 +104,16 @@ def grouped_tile(average: float, *weights: Weight) -> tuple[int, int, int, int, 
     if average <= 32:
         long = all(w.k % 128 == 0 and (w.kind == NVFP4 or w.columns % 128 == 0) for w in weights)
         return 16 if average <= 16 else 32, 128, 128 if long else 64, 4, 3 if long else 4
+    if weights[0].kind == FP8 and all(w.k % 128 == 0 and w.columns % 128 == 0 for w in weights):
+        return 64, 128, 128, 4, 3
     return 64, 128, 64, 4, 4 if weights[0].kind in (FP8, INT8) else 3
+
+
+def grouped_registers(average: float, *weights: Weight) -> dict[str, int]:
+    """As launch arguments, the registers that a thread of the grouped products may have at most. With so many of 4 bits a fourth program
+    runs beside three others, which wait for each other's tiles: products of prompts by 5 to 6 % faster, measured on an H200."""
+    four = NVIDIA and average > 32 and all(w.kind in (MXFP4, INT4) for w in weights)
+    return {"maxnreg": 128} if four else {}
 
 
 def constants(w: Weight, together: int = 1) -> dict[str, Any]:

@@ -24,7 +24,7 @@ tokens (`benchmarks/gpu_codes.py`): the first in int4 32 and 12, 200 and 111, 96
 nearer to exact ones than weights rounded to bf16 are (errors of 0.34 and 0.44 % of an expert's output).
 
 Tried and not faster there: asking for a row's bytes in L2 before x exists (by bulk copies; all of a step took 13 to 35 % longer), tiles
-of 128 rows of x in prompts (mxfp4 1462 us), more scales in flight than one tile's (Triton copies nothing asynchronously then).
+of 128 rows of x in prompts (mxfp4 1440 us by eight warps), or of 256 rows of codes, more scales in flight than one tile's (Triton copies nothing asynchronously then).
 """
 
 from __future__ import annotations
@@ -236,7 +236,13 @@ def _many_codes(
     order, tiles = sort_by_expert(chosen, n_experts, block_m)
     n_tiles = tiles.shape[1]
     common: dict[str, Any] = dict(
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=GROUP, num_warps=warps, num_stages=stages
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP=GROUP,
+        num_warps=warps,
+        num_stages=stages,
+        **codes.grouped_registers(n * k / n_experts, up, down),
     )
     _many_up_codes[(n_tiles * ceil_div(f, block_n // 2 if spec.gated else block_n),)](
         codes.in_order(x, up), order, tiles, *up.pointers, h, n_tiles, k, f, up.n, up.k, *up.n_scales,
