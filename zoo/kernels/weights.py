@@ -241,7 +241,9 @@ def expanded(w: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def laid_out(w: Weight, dtype: torch.dtype) -> Tensor:
-    """`expanded`, the columns as codes have them (see `ordered`)."""
+    """`expanded`, the columns as codes have them (see `ordered`). It moves 3.9 TB/s on an H200, of 4.2 that a copy does.
+
+    Tried and slower, for products of 2048 rows of x: some 33 MB at a time, which L2 would hold until they are multiplied (by 0 to 8 %)."""
     out = torch.empty(*w.lead, w.n, w.k, dtype=dtype, device=w.codes.device)
     block_n, block_k = 32, 128
     grid = (ceil_div(w.k, block_k), ceil_div(w.n, block_n), out.numel() // (w.n * w.k))
