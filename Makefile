@@ -17,7 +17,7 @@ BIN         := $(VENV)/bin
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors saved-by prove proofs docs dist clean
+.PHONY: help venv test lint types unit fuzz fuzz-guided demo bench bench-gpu llama-cpp vendors saved-by prove proofs stamp docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -89,6 +89,9 @@ saved-by: $(VENV)/.dev  ## what other versions of transformers save, read by zoo
 prove: $(VENV)/.dev  ## one family against upstream: make prove FAMILY=qwen3
 	@test -n "$(FAMILY)" || { echo "which family? make prove FAMILY=qwen3"; exit 2; }
 	$(ONE_THREAD) $(BIN)/python tests/prove.py $(FAMILY) --jobs $(JOBS)
+
+stamp: $(VENV)/.dev  ## after a change that leaves every family what was proven: zoo list needs not look again
+	$(BIN)/python tests/prove.py --stamp
 
 proofs: $(VENV)/.dev  ## every family against upstream again: docs/families.md, and the PROVEN column of zoo list
 	$(ONE_THREAD) $(BIN)/python tests/prove.py --jobs $(JOBS)

@@ -163,6 +163,10 @@ def _no_floor(model: Any) -> None:
             module.time_step_limit = tuple(model.config.time_step_limit)
 
 
+def _has_mamba(spec: Spec) -> bool:
+    return any(isinstance(layer.mixer, Mamba) for layer in spec.layers)
+
+
 DISAGREEMENTS = (
     Disagreement(
         about="a floor under dt in Mamba-2",
@@ -173,7 +177,7 @@ DISAGREEMENTS = (
         "5.20 on Super 120B (mlx-lm 1026)",
         source="https://github.com/huggingface/transformers/pull/48989",
         since="2026-11",
-        applies=lambda spec: any(isinstance(layer.mixer, Mamba) for layer in spec.layers),
+        applies=_has_mamba,
         correct=_no_floor,
     ),
     Disagreement(
@@ -184,7 +188,7 @@ DISAGREEMENTS = (
         why="a sum went over the wrong axis, which upstream has mended; texts of one chunk (128 tokens) were right",
         source="https://github.com/huggingface/transformers/issues/47246",
         since="2026-07",
-        applies=lambda spec: any(isinstance(layer.mixer, Mamba) for layer in spec.layers),
+        applies=_has_mamba,
     ),
 )
 FAMILY = Family(

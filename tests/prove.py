@@ -3,6 +3,7 @@
     python tests/prove.py NAME [NAME ...]     families, or variants of them; `make prove FAMILY=NAME`
     python tests/prove.py                     all of them: `make proofs`
     python tests/prove.py --releases NAME     after adding releases: only their configs, where the proof is of what the family is
+    python tests/prove.py --stamp             after changes that leave every family as it was proven: `make stamp`
 
 Each variant of a family's case (`tests/families/<name>.py`) is saved by upstream's class with every parameter perturbed,
 converted, verified at all levels (fp32, CPU) with seeded faults, which must move numbers, exported, and compared with the
@@ -228,8 +229,6 @@ def write(results: dict[str, list[dict[str, Any]]], counts: dict[str, Any]) -> N
     """The rows, versions and counts of these families, all of whose variants passed."""
     import tiny
 
-    from zoo import proof
-
     rows = {n: r for n, r in rows_of(TABLE.read_text(encoding="utf-8")).items() if n in tiny.CASES}
     proofs = json.loads(PROOFS.read_text(encoding="utf-8")) if PROOFS.is_file() else {}
     of = {kind: dict(proofs.get(kind, {})) for kind in ("families", "variants")}
@@ -237,9 +236,17 @@ def write(results: dict[str, list[dict[str, Any]]], counts: dict[str, Any]) -> N
         rows[name] = [r["row"] for r in proven]
         of["families"][name], of["variants"][name] = versions(name)
     TABLE.write_text(table(rows), encoding="utf-8")
-    known = {kind: {n: v for n, v in sorted(of[kind].items()) if n in tiny.CASES} for kind in of}
-    now = {n: versions(n) for n in known["families"]}
-    same = all(now[n] == (known["families"][n], known["variants"][n]) for n in now)
+    stamp({kind: {n: v for n, v in sorted(of[kind].items()) if n in tiny.CASES} for kind in of})
+    whole = json.loads(COUNTS.read_text(encoding="utf-8")) | counts
+    COUNTS.write_text(json.dumps(dict(sorted(whole.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def stamp(known: dict[str, dict[str, str]]) -> list[str]:
+    """Writes what was proven, by families and by variants, with the version of the sources if all of it is so today; else
+    the families that are something else now."""
+    from zoo import proof
+
+    changed = [n for n, was in known["families"].items() if versions(n) != (was, known["variants"][n])]
     found = {
         "about": {
             "written by": "make prove FAMILY=NAME, make proofs",
@@ -248,11 +255,10 @@ def write(results: dict[str, list[dict[str, Any]]], counts: dict[str, Any]) -> N
         **known,
         "releases": dict.fromkeys(WEIGHTS, "weights"),
         # Says "all as it was": only where that is so of every family, this run's or not.
-        "sources": proof.sources_version() if same else "",
+        "sources": "" if changed else proof.sources_version(),
     }
     PROOFS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    whole = json.loads(COUNTS.read_text(encoding="utf-8")) | counts
-    COUNTS.write_text(json.dumps(dict(sorted(whole.items())), indent=1) + "\n", encoding="utf-8")
+    return changed
 
 
 def as_proven(family: str) -> list[dict[str, Any]]:
@@ -275,7 +281,17 @@ def main() -> None:
         action="store_true",
         help="count the releases' configs and write the rows; run no variant, which have been proven as they are",
     )
+    parser.add_argument(
+        "--stamp",
+        action="store_true",
+        help="only say of which sources the proofs are, if every family is what it was when it was proven",
+    )
     args = parser.parse_args()
+    if args.stamp:
+        proofs = json.loads(PROOFS.read_text(encoding="utf-8"))
+        if changed := stamp({kind: proofs[kind] for kind in ("families", "variants")}):
+            sys.exit(f"something else than what was proven, so prove them: {', '.join(changed)}")
+        return
     import tiny
 
     provable = {n: [v.name for v in case.variants] for n, case in tiny.CASES.items() if case.variants}

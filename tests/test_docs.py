@@ -107,6 +107,8 @@ def test_every_family_is_in_the_table_and_its_proof_is_of_what_it_is_today() -> 
                 f"{name}: rules or release Specs have changed: {again}"
             )
             assert proofs["variants"][name] == variants, f"{name}: rules or variants have changed: {again}"
+    # Else `zoo list` reads every family and config to say which are as they were: 1 s in place of 0.1.
+    assert proofs["sources"] == proof.sources_version(), "all are as they were proven: run `make stamp`"
 
 
 def test_each_model_of_the_gallery_is_a_release_of_ours_or_is_missing_for_a_reason() -> None:

@@ -69,6 +69,7 @@ CASE = FamilyCase(
     refused=(
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_type is 'longrope'"),
         ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3"}}, "'factor' is missing"),
+        ("llama-3.1-8b", {"rope_scaling": {"type": "dynamic"}}, "'factor' is missing"),
         ("llama-3.1-8b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama-3.1-8b", {"num_hidden_layers": None}, "'num_hidden_layers' is missing"),

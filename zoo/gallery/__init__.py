@@ -50,9 +50,8 @@ def write(out: Path, names: Iterable[str] = ()) -> list[Release]:
         if r.drawing is not None:
             files[f"svg/{r.drawing}"] = r.svg
     out.mkdir(parents=True, exist_ok=True)
-    write_plain(
-        out / DATA, files.pop(DATA).encode()
-    )  # first: what a full disk leaves is a gallery, and can be written again
+    # First: what a full disk leaves is a gallery, and can be written again.
+    write_plain(out / DATA, files.pop(DATA).encode())
     for folder in (out / "r", out / "svg"):
         folder.mkdir(exist_ok=True)
     for old in (*(out / "r").glob("*.html"), *(out / "svg").glob("*.svg")):

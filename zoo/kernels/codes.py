@@ -215,7 +215,7 @@ if triton is not None:
         return tl.join(low * 2.0**120, high * 2.0**120)
 
     @triton.jit
-    def factors(s, KIND: tl.constexpr = 3):
+    def factors(s, KIND: tl.constexpr):
         """Words of two bf16, both what values are to be multiplied by: of e8m0 exponents s 2^(s - 127 + 126 - 60), of e4m3 codes 120 for
         126; NVFP4: of scales s in e4m3 those times 2^(126 - 8)."""
         if KIND == 6:

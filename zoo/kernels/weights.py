@@ -121,16 +121,14 @@ def quantised(
 def _e2m1(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
     codes, scale, n = c["weight"].view(torch.uint8), c["scale"].view(torch.uint8), sum(parts)
     if s.group != 16:
-        codes = (
-            codes if s.name == "mxfp4" else codes.unflatten(-1, (-1, 16))
-        )  # the same bytes, not told apart by groups
+        if s.name != "mxfp4":  # the same bytes, not told apart by groups
+            codes = codes.unflatten(-1, (-1, 16))
         return Weight(codes, n, codes.shape[-2] * 32, MXFP4, scale, None, 32, bias, aligned(codes))
     k = codes.shape[-1] * 2
     if k % 32 or scale.shape != (*codes.shape[:-1], k // 16) or has_nan(scale):
         return None
-    if codes.is_cuda and not hopper(
-        codes
-    ):  # e4m3 in Triton is of compute capability 8.9, pairs of bf16 are multiplied from 9.0 on
+    # e4m3 in Triton is of compute capability 8.9, and pairs of bf16 are multiplied from 9.0 on.
+    if codes.is_cuda and not hopper(codes):
         return None
     of_all = c.get("global_scale")
     factor = torch.ones(*codes.shape[:-1], 2, device=codes.device)
@@ -208,9 +206,7 @@ def symmetric(s: Scheme, components: dict[str, Tensor]) -> bool:
     if s.bits != 4 or s.module not in ("gptq", "integers"):
         return False
     zero = components.get("zero")
-    less_one = s.module == "gptq" and not s.name.startswith(
-        "gptq4-v2"
-    )  # the first format of GPTQ has them so
+    less_one = s.module == "gptq" and not s.name.startswith("gptq4-v2")  # GPTQ's first format has them so
     return zero is None or not bool((zero != (0x77777777 if less_one else 0x88888888 - (1 << 32))).any())
 
 

@@ -31,6 +31,7 @@ from zoo.families import Family
 from zoo.formats import gguf, meta, params_out
 from zoo.formats.around import Hollow
 from zoo.formats.base import (
+    AS_RELEASED,
     FLOATS,
     ITEMSIZE,
     Checkpoint,
@@ -608,7 +609,7 @@ def prefix_of(c: Canonical, rules: RuleSet) -> tuple[tuple[str, str], ...]:
 
 def has_own_extras(c: Canonical) -> bool:
     """Whether what the folder keeps aside has the release's names."""
-    return c.source["naming"] in ("hf", "saved")
+    return c.source["naming"] in AS_RELEASED
 
 
 def outputs_of(
@@ -667,7 +668,7 @@ def _config(c: Canonical, embed: str, cast: bool) -> bytes:
     export changes dtypes."""
     source = c.source
     given = place_of(c.root, "config.json")
-    has_own = source["naming"] in ("hf", "saved") and "config.json" in _carried(c)
+    has_own = source["naming"] in AS_RELEASED and "config.json" in _carried(c)
     if has_own and source.get("dtype") is None and not cast:
         return given.read_bytes()
     config = read_json(given, "it is the release's config") if has_own else {}

@@ -24,7 +24,7 @@ from zoo.spec import Attention as AttentionSpec
 BLOCK = 512  # queries whose scores are held at once where they are written out
 SHORTEST = 64  # queries in a block of a windowed layer, at least
 LONG = (
-    512  # keys, from which torch's attention makes up for the calls around it: of 4096 it takes half as long
+    512  # keys, from which torch's attention makes up for the calls around it: for 4096 it takes half as long
 )
 SOME = 512  # channels of queries, from which a CPU's kernel is worth asking for (the first time that takes seconds)
 
@@ -254,16 +254,20 @@ class Attention(nn.Module):
         learnt = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if (
             q.device.type != "cpu"
-            or learnt
-            or is_recorded(q)
             or ctx.T != 1
             or ctx.fixed
             or q.shape[-1] < SOME
+            or learnt
+            or is_recorded(q)
         ):
             return None
         if not isinstance(entry, Slots) or self.shares or s.kv_from is not None:
             return None
-        if s.alibi is not None or s.query_scale is not None or ctx.n_slots(entry.size, entry.ring) > LONG:
+        if (
+            s.alibi is not None
+            or s.query_scale is not None
+            or (seen := ctx.n_slots(entry.size, entry.ring)) > LONG
+        ):
             return None
         if s.value_from_key or s.value_norm is not None or s.value_scale != 1.0:
             return None
@@ -277,7 +281,7 @@ class Attention(nn.Module):
         if not kernel.fits(q, k, v, keys, values, table, *weights):
             return None
         y: Tensor = kernel.attend(
-            q, k, v, keys, values, ctx.start % entry.size, ctx.n_slots(entry.size, entry.ring), table,
+            q, k, v, keys, values, ctx.start % entry.size, seen, table,
             s.rope is not None and s.rope.interleaved, None if n is None else n.norm, *weights, s.scale, self.sinks, s.softcap,
         )  # fmt: skip
         return y.view(len(q), 1, s.n_heads, s.v_head_dim)

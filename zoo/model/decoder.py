@@ -294,7 +294,7 @@ class Decoder(nn.Module):
         try:
             x, ctx = self.start(ids, cache)
             with preferring_cudnn(x.device):
-                through = partial(self._through, ctx=ctx)
+                through = partial(self.through, ctx=ctx)
                 x = (
                     self.across.by_rows(through, x)
                     if self.across is not None and self.by_rows
@@ -306,7 +306,8 @@ class Decoder(nn.Module):
             raise
         return x
 
-    def _through(self, x: Tensor, ctx: Context) -> Tensor:
+    def through(self, x: Tensor, ctx: Context) -> Tensor:
+        """The first layer's input -> the last one's output, shaped as it is."""
         for layer in self.layers:
             x = layer(x, ctx)
         return x

@@ -11,7 +11,6 @@ from zoo.errors import ZooError
 from zoo.model import tape
 from zoo.model.cache import Cache, checked
 from zoo.model.graph import Model, Step, capturable
-from zoo.model.tape import tapeable
 
 SHORT = 8
 """Capturing a step costs about as much as running this many."""
@@ -63,7 +62,7 @@ def stream(
                 cache.fixed, graph, begun = False, None, n
             if n == begun + 1 and max_new_tokens - begun > SHORT and capturable(model, len(ids)):
                 graph = Step(model, cache, len(ids))
-            elif n == begun + 1 and tapeable(model, len(ids)):
+            elif n == begun + 1 and tape.tapeable(model, len(ids)):
                 graph = tape.Step(model, cache)
             if graph is not None:
                 logits = graph(token)

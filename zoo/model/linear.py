@@ -109,10 +109,8 @@ class Weights(nn.Module):
 
     def _codes(self, made: Any) -> Any:
         """Codes as the kernels of a CPU read them; None for those that they do not know."""
-        where = (
-            id(self.weight),
-            self.weight.data_ptr(),
-        )  # memory that is shared with other processes is other memory
+        # A weight that is shared with other processes keeps its name, and lies elsewhere.
+        where = id(self.weight), self.weight.data_ptr()
         if self._carried is None or self._carried[0] != where:
             w = made.carried(self.scheme, dict(self.named_buffers(recurse=False)), self.parts)
             self._carried = where, w

@@ -5,15 +5,18 @@ What `graph` is on a GPU. The layers of a token are run once as they are; where 
 kept, the layers are run as they are each time.
 
 Margin, one thread of a Xeon with AVX-512 that had other work beside, time of the processor for a token: SmolLM2 135M in Q8_0 88 ms as it was, 64
-with attention in one call, 30 replayed (medians of 4 turns); Gemma 3 270M in Q4_K_M 140, 85 and 60 (the least of 4).
+with attention in one call, 30 replayed (medians of 4 turns); Gemma 3 270M in Q4_K_M 140, 85 and 60 (the least of 4). That was with the norms
+and activations of models so narrow in kernels, too. These are torch's now (`SOME` in `zoo.kernels.norm` and `gated`: other sums take small models of the
+tests over their bounds), so layers are replayed from 2048 channels on, of which nothing was measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.kernels.cpu import kernels
@@ -29,9 +32,7 @@ def tapeable(model: Model, batch: int) -> bool:
     layers."""
     if batch != 1 or model.device.type != "cpu" or model.across is not None or model.held is not None:
         return False
-    if kernels("shares") is None or any(
-        m._forward_hooks or m._forward_pre_hooks for m in model.layers.modules()
-    ):
+    if kernels("shares") is None or _hooked(model.layers.modules()):
         return False
     spec = model.spec
     # What a token sees of its chunk changes with more than its position.
@@ -81,14 +82,14 @@ class Step:
     def _first(self, x: Tensor, ctx: Context) -> Tensor:
         """The layers as they are; kept, the first time, if that can be."""
         if self.tried:
-            return _through(self.model, x, ctx)
+            return self.model.through(x, ctx)
         self.tried = True
         ropes = {getattr(layer.mixer, "rope", None) for layer in self.model.spec.layers}
         self.tables: dict[Rope, tuple[Tensor, Tensor]] = {r: ctx.rope(r) for r in ropes if r is not None}
         self.x = x.clone()
         tape, meanwhile = kernels("shares").Tape(), _Meanwhile()
         with tape.running(), meanwhile:
-            self.out = _through(self.model, self.x, ctx)
+            self.out = self.model.through(self.x, ctx)
         if tape.whole and meanwhile.nothing:
             tape.kept += [meanwhile.made, *self._tensors()]
             self.tape, self.known = tape, self._where()
@@ -104,14 +105,11 @@ class Step:
     def _where(self) -> object:
         """What a replay goes by: weights and cache that lie where they lay, and nobody's hooks. It is asked before each: weights may be
         replaced, and hooks come, between two tokens."""
-        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
-        return [t.data_ptr() for t in self._tensors()], hooks
+        return [t.data_ptr() for t in self._tensors()], _hooked(self.modules)
 
 
-def _through(model: Model, x: Tensor, ctx: Context) -> Tensor:
-    for layer in model.layers:
-        x = layer(x, ctx)
-    return x
+def _hooked(modules: Iterable[nn.Module]) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 class _Meanwhile(TorchDispatchMode):

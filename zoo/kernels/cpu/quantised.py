@@ -31,7 +31,7 @@ from torch import Tensor
 from zoo.kernels.cpu import biased, compiles_for, dots, grouped, widen
 from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
 from zoo.kernels.cpu.carried import carried as carried
-from zoo.kernels.cpu.codes import numbers
+from zoo.kernels.cpu.codes import bits, numbers
 from zoo.kernels.cpu.shares import given, share, together
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
@@ -182,7 +182,7 @@ def _ready(w: Codes, paired: bool) -> _Ready:
     told = (
         w.codes.data_ptr(), w.scale.data_ptr(), w.begins.ctypes.data, 0 if moved is None else moved.data_ptr(), factor.data_ptr(),
         widen.table(w.form, paired).ctypes.data, w.n, at_once, chunks * widen.chunk_bytes(w.form, paired), chunks,
-        chunks if each else min(w.group, w.k) // step, groups, int(np.float32(w.move).view(np.int32)),
+        chunks if each else min(w.group, w.k) // step, groups, bits(w.move),
         w.scale.shape[-2] * w.scale.shape[-1] * w.scale.element_size(), 0 if moved is None else w.n * groups * moved.element_size(),
         w.n * 4 if factor.ndim > 1 else 0,
     )  # fmt: skip
