@@ -28,8 +28,7 @@ from zoo.spec import Attention, Rope
 
 
 def tapeable(model: Model, batch: int) -> bool:
-    """Whether it is worth trying: one sequence, on a CPU, weights in GGUF's blocks (around others torch computes), nobody's hooks between
-    layers."""
+    """Whether it is worth trying: one sequence, on a CPU, weights in codes (around others torch computes), nobody's hooks between layers."""
     if batch != 1 or model.device.type != "cpu" or model.across is not None or model.held is not None:
         return False
     if kernels("shares") is None or _hooked(model.layers.modules()):
@@ -37,8 +36,8 @@ def tapeable(model: Model, batch: int) -> bool:
     spec = model.spec
     # What a token sees of its chunk changes with more than its position.
     chunks = any(isinstance(x.mixer, Attention) and x.mixer.chunk for x in spec.layers)
-    blocks = any(isinstance(m, Weights) and m.in_blocks for m in model.layers.modules())
-    return blocks and not (chunks or spec.altup or spec.hyper or spec.per_layer_embedding or spec.reads_ids)
+    codes = any(isinstance(m, Weights) and m.scheme is not None for m in model.layers.modules())
+    return codes and not (chunks or spec.altup or spec.hyper or spec.per_layer_embedding or spec.reads_ids)
 
 
 class Step:

@@ -28,11 +28,11 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import biased, compiles_for, dots, grouped, widen
+from zoo.kernels.cpu import biased, compiled, compiles_for, dots, grouped, widen
 from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
 from zoo.kernels.cpu.carried import carried as carried
-from zoo.kernels.cpu.codes import bits, numbers
-from zoo.kernels.cpu.shares import given, share, together
+from zoo.kernels.cpu.codes import CODE, address, bits, narrow, numbers, wide
+from zoo.kernels.cpu.shares import given, run, share, together
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     FLOAT,
@@ -49,6 +49,7 @@ from zoo.kernels.cpu.vectors import (
     number,
     or_last,
 )
+from zoo.scratch import scratch
 
 FEW = 48
 """Rows of x up to which this is faster than widening all of the weight and multiplying that. (6144 x 4096 in four bits on one core: 48
@@ -124,21 +125,28 @@ def times(
     """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x), added to `onto`. Or, of a stack [E,
     N, K] with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens]
     (int64) in place of x, where given."""
-    x = x if tokens is None else x[tokens]
+    x, dtype = (x if tokens is None else x[tokens]).contiguous(), dtype or x.dtype
     m = len(x)
     which, sizes = grouped(experts, counts, m)
     paired = _pairs(x, w)
     r = ready(w, paired)
-    ordered = widen.order(x, w.form, paired)
-    sums = x.reshape(m, -1, w.group).sum(-1, dtype=torch.float32) if r.kind.moved else ordered
-    out = torch.empty(m, w.n)
+    ordered = scratch("ordered x", (m, w.k), np.uint16 if paired else np.float32)
+    sums = scratch("sums of x", (m, w.k // w.group if r.kind.moved else 1), np.float32)
+    # What is left to do with results, each thread does with its own.
+    ends = experts is None and all(y is None or y.dtype == dtype for y in (bias, onto))
+    more = [None if y is None or not ends else y.contiguous() for y in (bias, onto)]
+    out = torch.empty(m, w.n, dtype=dtype if ends else torch.float32)
+    found = scratch("unrounded", (m, w.n), np.float32) if ends else out.data_ptr()
     together(
-        _times(r.kind), *r.told, sums.data_ptr(), ordered.data_ptr(), w.k * ordered.element_size(), out.data_ptr(), which,
-        sizes, len(which),
+        _times(r.kind), *r.told, sums, ordered, ordered[0].nbytes, found, which, sizes, len(which),
+        x.data_ptr(), m, w.k, w.group if r.kind.moved else 0, *widen.order(w.form, paired),
+        _ended(dtype) if ends else 0, *map(address, more), address(out), first=_ordered(x.dtype, paired),
     )  # fmt: skip
+    if ends:
+        return out
     biased(out, bias, experts, counts)
-    y = out.to(dtype or x.dtype)
-    return y if onto is None else onto + y
+    out = out.to(dtype)
+    return out if onto is None else onto + out
 
 
 @dataclass(frozen=True)
@@ -312,8 +320,8 @@ def _times(kind: Kind) -> int:
     def times(told, thread, threads):
         (
             codes, scale, begins, moved, factor, table, n, at_once, stride, chunks, group, groups, move, scales, moves, factors, sums, x, x_row,
-            out, experts_at, counts_at, many,
-        ) = given(told, 23)  # fmt: skip
+            out, experts_at, counts_at, many, _, _, _, _, _, _, _, end_of, _, _, _,
+        ) = given(told, 34)  # fmt: skip
         experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
         step = -(-n // (BLOCK * threads)) * BLOCK
         first, last, start = thread * step, min(n, (thread + 1) * step), 0
@@ -329,5 +337,65 @@ def _times(kind: Kind) -> int:
                         factor + e * factors, chunks, group, groups, move, table, out + row * n * 4,
                     )  # fmt: skip
             start += counts[g]
+        if end_of:
+            run(end_of, told, first, last)
 
     return share(times)
+
+
+@compiled()
+def _as_it_is(number, to):
+    return number
+
+
+@compiled()
+def _converted(number, to):
+    return narrow(wide(number), to)
+
+
+@functools.cache
+def _ordered(dtype: torch.dtype, paired: bool) -> int:
+    """Rows of x as chunks are multiplied by them, and the sums of their groups."""
+    code, to = CODE[dtype], CODE[torch.bfloat16 if paired else torch.float32]
+    put = _as_it_is if code is to else _converted
+
+    def ordered(told, thread, threads):
+        (
+            _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, sums_at, ordered_at, _, _, _, _, _, x_at, m, k, group, outer, inner, some,
+            _, _, _, _,
+        ) = given(told, 34)  # fmt: skip
+        x, y = numbers(x_at, 0, m * k, code), numbers(ordered_at, 0, m * k, to)
+        for first in range(0, m * k, outer * inner * some):
+            for i in range(outer):
+                for j in range(inner):
+                    for c in range(some):
+                        y[first + (j * outer + i) * some + c] = put(x[first + (i * inner + j) * some + c], to)
+        if group:
+            sums = numbers(sums_at, 0, m * (k // group), np.float32(0))
+            for g in range(len(sums)):
+                total = np.float32(0)
+                for i in range(g * group, (g + 1) * group):
+                    total += wide(x[i])
+                sums[g] = total
+
+    return share(ordered)
+
+
+@functools.cache
+def _ended(dtype: torch.dtype) -> int:
+    """Results first .. last of every row: plus the bias, rounded, and added to what there is."""
+    code = CODE[dtype]
+
+    def ended(told, first, last):
+        (
+            _, _, _, _, _, _, n, _, _, _, _, _, _, _, _, _, _, _, _, found_at, _, _, _, _, m, _, _, _, _, _, _, bias_at, onto_at, out_at,
+        ) = given(told, 34)  # fmt: skip
+        bias = numbers(bias_at, 0, n, code)
+        for row in range(m):
+            found, onto = numbers(found_at, row * n, n, np.float32(0)), numbers(onto_at, row * n, n, code)
+            out = numbers(out_at, row * n, n, code)
+            for i in range(first, last):
+                y = narrow(found[i] + wide(bias[i]) if bias_at else found[i], code)
+                out[i] = narrow(wide(onto[i]) + wide(y), code) if onto_at else y
+
+    return share(ended)
