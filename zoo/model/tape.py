@@ -5,9 +5,7 @@ What `graph` is on a GPU. The layers of a token are run once as they are; where 
 kept, the layers are run as they are each time.
 
 Margin, one thread of a Xeon with AVX-512 that had other work beside, time of the processor for a token: SmolLM2 135M in Q8_0 88 ms as it was, 64
-with attention in one call, 30 replayed (medians of 4 turns); Gemma 3 270M in Q4_K_M 140, 85 and 60 (the least of 4). That was with the norms
-and activations of models so narrow in kernels, too. These are torch's now (`SOME` in `zoo.kernels.norm` and `gated`: other sums take small models of the
-tests over their bounds), so layers are replayed from 2048 channels on, of which nothing was measured.
+with attention in one call, 30 replayed (medians of 4 turns); Gemma 3 270M in Q4_K_M 140, 85 and 60 (the least of 4).
 """
 
 from __future__ import annotations

@@ -230,8 +230,8 @@ def _block(
                 for v in range(vectors)
             ]
             offset = b.mul(i, number(size))
-            for address in of_codes:
-                fetch(b, b.add(address, b.add(offset, number(AHEAD))), lines)
+            for row_at in of_codes:
+                fetch(b, b.add(row_at, b.add(offset, number(AHEAD))), lines)
             out = []
             for sum, values in zip(
                 sums, widen.chunk(b, form, paired, of_codes, offset, looked_up), strict=True
