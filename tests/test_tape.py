@@ -17,12 +17,16 @@ from zoo.kernels.attention import attention_reference
 from zoo.kernels.rope import place_reference
 from zoo.model import attention, tape
 from zoo.model.decoder import Decoder
-from zoo.spec import MLP, Norm
+from zoo.spec import MLP, Layer, Norm, QKNorm, Rope, Spec
+from zoo.spec import Attention as AttentionSpec
 
 pytest.importorskip("numba")
-from zoo.kernels.cpu import attend, blocks
+from test_cpu_codes import components
+
+from zoo.kernels.cpu import attend, blocks, quantised
 
 PROMPT = torch.tensor([[3, 5, 7, 11, 13]])
+RMS = Norm(1e-6)
 
 
 @pytest.fixture
@@ -30,7 +34,8 @@ def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are asked for tiny models, too."""
     for module in (attention, norm, gated):
         monkeypatch.setattr(module, "SOME", 0)
-    monkeypatch.setattr(blocks, "LARGE", 0)
+    for module in (blocks, quantised):
+        monkeypatch.setattr(module, "LARGE", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,6 +123,34 @@ def test_layers_of_a_gguf_are_one_call_from_the_second_token_on(
         for token in text[0]:
             again(token[None])
     assert cache.length == 32
+
+
+def of_codes(scheme: str) -> Decoder:
+    """A model of random codes and, of the rest, numbers of bf16."""
+    torch.manual_seed(0)
+    how = {"scale": 64**-0.5, "qk_norm": QKNorm(RMS, "head"), "rope": Rope(10_000.0, 64), "qkv_bias": True}
+    layer = Layer(AttentionSpec(4, 2, 64, **how), MLP(256), attn_norm=RMS, ffn_norm=RMS)
+    model = Decoder(Spec("llama", 128, 61, (layer, layer), RMS, tied=False, context_length=64))
+    for name, m in list(model.matrices()):
+        if name != "head":
+            m.quantise(scheme, components(scheme, m.parts, m.weight.shape[-1]))
+    for name, p in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        t = torch.randn(p.shape).bfloat16() + ("norm" in name)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(t, requires_grad=False))
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel", "mxfp4", "awq4-group32"])
+def test_so_are_layers_of_codes(scheme: str, of_any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of_codes(scheme)
+    text, (step,) = steps(model, monkeypatch)
+    assert step.tape is not None and len(step.tape.calls) == 2 * 8
+    cache, plainly = model.cache(1, 32), model.cache(1, 32)
+    model(PROMPT, cache), model(PROMPT, plainly)
+    again = tape.Step(model, cache)
+    for token in text[0, 5:]:
+        assert torch.equal(again(token[None]), model(token[None, None], plainly)[:, -1])
 
 
 def test_hooks_and_weights_that_come_between_two_tokens_are_not_left_out(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _memory = threading.local()
+LINE = 64  # bytes that a CPU reads at once: a vector that lies across two costs two
 
 
 def scratch(name: str, shape: int | tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
@@ -19,6 +20,8 @@ def scratch(name: str, shape: int | tuple[int, ...], dtype: Any = np.uint8) -> N
     held: dict[str, NDArray[np.uint8]] = _memory.__dict__
     if name not in held or held[name].nbytes < n:
         held.pop(name, None)
-        held[name] = np.empty(n, np.uint8)
+        room = np.empty(n + LINE, np.uint8)
+        first = -room.ctypes.data % LINE
+        held[name] = room[first : first + n]
     found: NDArray[Any] = held[name][:n].view(dtype)
     return found.reshape(shape)

@@ -130,7 +130,8 @@ def test_a_gguf_has_the_factors_in_its_weights(tmp_path: Path) -> None:
     ids = torch.arange(11, 31)[None]
     with torch.inference_mode():
         released, ours = (zoo.load(folder, dtype=torch.float32)(ids) for folder in folders)
-    assert (released - ours).abs().max() < 2e-6 * released.abs().max()
+    # A product that is stored is rounded once more: over 20 seeds that made 1.0 to 3.5e-6 of the largest logit, by torch's norms as by ours.
+    assert (released - ours).abs().max() < 7e-6 * released.abs().max()
     # Written again as they are, they would be lost: no field of the architecture says them.
     with pytest.raises(ZooError, match=r"falcon-h1 cannot say it: spec.*would be read as"):
         zoo.export(folders[0], tmp_path / "out.gguf", format="gguf")

@@ -22,7 +22,7 @@ if triton is not None:
 
     from zoo.kernels.launch import after_previous
 
-SOME = 4096  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
+SOME = 1024  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
 CODES: dict[Activation, int] = {
     "silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu_clamped": 4, "relu": 5, "quick_gelu": 6,
 }  # fmt: skip

@@ -27,7 +27,8 @@ if triton is not None:
     from zoo.kernels.launch import after_previous
 
 GateAct = Literal["silu", "sigmoid"]
-SOME = 2048  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
+SOME, WIDE = 2048, 512
+"""Numbers, or those of a row, from which a CPU's kernel is worth asking for (the first time that takes a second)."""
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
@@ -122,7 +123,8 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, norm: Norm, act: GateAct, f
 
 def _compiled(x: Tensor, onto: Tensor | None, weight: Tensor | None, norm: Norm) -> Tensor | None:
     """By `zoo.kernels.cpu.norm`; None where that does not serve."""
-    if x.device.type != "cpu" or x.numel() < SOME or norm.kind != "rms":
+    small = x.numel() < SOME and x.shape[-1] < WIDE
+    if small or x.device.type != "cpu" or norm.kind != "rms":
         return None
     if is_recorded(x) or (cpu := kernels("norm")) is None or not cpu.fits(x, onto, weight):
         return None

@@ -5,9 +5,7 @@ What `graph` is on a GPU. The layers of a token are run once as they are; where 
 kept, the layers are run as they are each time.
 
 Margin, one thread of a Xeon with AVX-512 that had other work beside, time of the processor for a token: SmolLM2 135M in Q8_0 88 ms as it was, 64
-with attention in one call, 30 replayed (medians of 4 turns); Gemma 3 270M in Q4_K_M 140, 85 and 60 (the least of 4). That was with the norms
-and activations of models so narrow in kernels, too. These are torch's now (`SOME` in `zoo.kernels.norm` and `gated`: other sums take small models of the
-tests over their bounds), so layers are replayed from 2048 channels on, of which nothing was measured.
+with attention in one call, 30 replayed (medians of 4 turns); Gemma 3 270M in Q4_K_M 140, 85 and 60 (the least of 4).
 """
 
 from __future__ import annotations
@@ -28,8 +26,7 @@ from zoo.spec import Attention, Rope
 
 
 def tapeable(model: Model, batch: int) -> bool:
-    """Whether it is worth trying: one sequence, on a CPU, weights in GGUF's blocks (around others torch computes), nobody's hooks between
-    layers."""
+    """Whether it is worth trying: one sequence, on a CPU, weights in codes (around others torch computes), nobody's hooks between layers."""
     if batch != 1 or model.device.type != "cpu" or model.across is not None or model.held is not None:
         return False
     if kernels("shares") is None or _hooked(model.layers.modules()):
@@ -37,8 +34,8 @@ def tapeable(model: Model, batch: int) -> bool:
     spec = model.spec
     # What a token sees of its chunk changes with more than its position.
     chunks = any(isinstance(x.mixer, Attention) and x.mixer.chunk for x in spec.layers)
-    blocks = any(isinstance(m, Weights) and m.in_blocks for m in model.layers.modules())
-    return blocks and not (chunks or spec.altup or spec.hyper or spec.per_layer_embedding or spec.reads_ids)
+    codes = any(isinstance(m, Weights) and m.scheme is not None for m in model.layers.modules())
+    return codes and not (chunks or spec.altup or spec.hyper or spec.per_layer_embedding or spec.reads_ids)
 
 
 class Step:

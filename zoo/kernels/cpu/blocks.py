@@ -1,6 +1,6 @@
 """ggml's blocks times a few rows of x on a CPU: a weight is read as a GGUF has it, and widened in registers (`block_types`).
 
-Four rows of blocks meet one row of x, a block at a time. What a group of columns is moved by, its min, is multiplied by the sum of x over
+Four rows of blocks, a quarter of a thread's share apart (`quantised` says why), meet one row of x, a block at a time. What a group of columns is moved by, its min, is multiplied by the sum of x over
 the group, and costs nothing where codes are read. x stays in fp32: llama.cpp rounds it to eight bits, which makes products of bytes of
 them, and logits that are percents beside these.
 
@@ -28,7 +28,7 @@ from zoo.kernels.cpu import biased, grouped
 from zoo.kernels.cpu.block_types import KINDS, NAMES, Group, fma
 from zoo.kernels.cpu.codes import numbers
 from zoo.kernels.cpu.expand import DTYPES, store
-from zoo.kernels.cpu.quantised import BLOCK, FEW, LARGE, kind_of, mark_of
+from zoo.kernels.cpu.quantised import AHEAD, BLOCK, FEW, LARGE, kind_of, mark_of
 from zoo.kernels.cpu.shares import given, share, together
 from zoo.kernels.cpu.vectors import FLOAT, FLOATS, addresses, at, fetch, load, loop, number, or_last, shuffled
 from zoo.quant import blocks
@@ -158,31 +158,30 @@ def _block(
     codes: Any,
     stride: Any,
     row: Any,
+    apart: Any,
     last: Any,
     x: Any,
     sums: Any,
     n_blocks: Any,
     out: Any,
 ) -> Any:
-    """The rows row .. row + 3, `last` at most, of blocks, each `stride` bytes and `n_blocks` blocks, times one row of x in its order, whose
+    """Four rows of blocks from `row` on, so many `apart`, `last` at most, each `stride` bytes and `n_blocks` blocks, times one row of x in its order, whose
     sums lie at `sums`; results to `out`."""
     high, low = kind_of(mark)
     kind = KINDS[6 * high + low]
     size, columns = blocks.TYPES[kind.type].nbytes, len(kind.order)
 
     def code(
-        b: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, sums: Any, n_blocks: Any, out: Any
-    ) -> None:
-        which = [or_last(b, row, r, last) for r in range(ROWS)]
+        b: Any, codes: Any, stride: Any, row: Any, apart: Any, last: Any, x: Any, sums: Any, n_blocks: Any, out: Any
+    ) -> None:  # fmt: skip
+        which = [or_last(b, row, b.mul(apart, number(r)), last) for r in range(ROWS)]
         of_codes = [b.add(codes, b.mul(stride, r)) for r in which]
-        ahead = b.mul(stride, number(ROWS))
 
         def plus_block(i: Any, totals: list[Any]) -> list[Any]:
             offset, x_at = b.mul(i, number(size)), b.add(x, b.mul(i, number(4 * columns)))
             here = [b.add(address, offset) for address in of_codes]
             for address in here:
-                # Rows are too short for a CPU to find out by itself what comes: the same of the rows after these.
-                fetch(b, b.add(address, ahead), -(-size // 64))
+                fetch(b, b.add(address, number(AHEAD)), -(-size // 64))
             vector = functools.cache(lambda v: load(b, at(b, x_at, 64 * v, FLOATS)))
             begun = [kind.begin(b, row) for row in here]
             if kind.moved is not None:
@@ -203,7 +202,7 @@ def _block(
             y = b.call(add_up, [ir.Constant(FLOAT, 0.0), total], fastmath=("reassoc",))
             b.store(y, at(b, out, b.mul(r, number(4)), FLOAT))
 
-    return addresses(8, code, mark)
+    return addresses(9, code, mark)
 
 
 @functools.cache
@@ -250,12 +249,13 @@ def _times(kind: int) -> int:
         experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
         step = -(-n // (BLOCK * threads)) * BLOCK
         begin, last, start = thread * step, min(n, (thread + 1) * step), 0
+        apart = max(1, -(-(last - begin) // ROWS))
         for g in range(many):
             matrix = codes + experts[g] * stack
-            for i in range(begin, last, 4):
+            for i in range(begin, min(last, begin + apart)):
                 for row in range(start, start + counts[g]):
                     _block(
-                        mark, matrix, stride, i, last - 1, x + row * k * 4, sums + row * groups * 4, n_blocks, out + row * across,
+                        mark, matrix, stride, i, apart, last - 1, x + row * k * 4, sums + row * groups * 4, n_blocks, out + row * across,
                     )  # fmt: skip
             start += counts[g]
         bias = numbers(bias_at, 0, n, np.float32(0))

@@ -36,7 +36,7 @@ def _silu(gate, up, out):
     for i in range(len(gate)):
         x = wide(gate[i])
         e = exp(-abs(x))
-        y = x * ((one if x >= 0 else e) / (one + e))
+        y = (x if x >= 0 else x * e) / (one + e)
         out[i] = narrow(wide(narrow(y, gate[i])) * wide(up[i]), gate[i])
 
 

@@ -1,7 +1,8 @@
 """Codes of four and eight bits times a few rows of x on a CPU: a weight is read as it is stored, and widened in registers.
 
 Four rows of codes (of AWQ, whose words have eight, eight) meet one row of x, some of their columns at a time; what a group of columns
-comes to is multiplied by its scale once. An e4m3 code is moved to where fp16 has its parts, which every CPU here widens; a code of four
+comes to is multiplied by its scale once. The four lie a quarter of a thread's share apart, so that each begins where its last one ended:
+four streams, which a CPU brings ahead by itself, where of four neighbours it would see none. An e4m3 code is moved to where fp16 has its parts, which every CPU here widens; a code of four
 bits is the place of its value in a table of sixteen, which one instruction of AVX-512 looks up (elsewhere it is computed). Of four bits
 each byte holds two neighbours: x is put into the order of their halves.
 
@@ -27,11 +28,11 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor
 
-from zoo.kernels.cpu import biased, compiles_for, dots, grouped, widen
+from zoo.kernels.cpu import biased, compiled, compiles_for, dots, grouped, widen
 from zoo.kernels.cpu.carried import FOUR_BITS, Codes, Form
 from zoo.kernels.cpu.carried import carried as carried
-from zoo.kernels.cpu.codes import bits, numbers
-from zoo.kernels.cpu.shares import given, share, together
+from zoo.kernels.cpu.codes import CODE, address, bits, narrow, numbers, wide
+from zoo.kernels.cpu.shares import given, run, share, together
 from zoo.kernels.cpu.vectors import (
     ADDRESS,
     FLOAT,
@@ -48,6 +49,7 @@ from zoo.kernels.cpu.vectors import (
     number,
     or_last,
 )
+from zoo.scratch import scratch
 
 FEW = 48
 """Rows of x up to which this is faster than widening all of the weight and multiplying that. (6144 x 4096 in four bits on one core: 48
@@ -55,6 +57,9 @@ rows 26 to 37 ms, where widening takes 25 and the product 13.)"""
 LARGE = 1 << 18
 """Codes of a matrix from which it is: of fewer, a call costs more than it saves."""
 BLOCK = 8  # rows of codes that a thread's share is a multiple of
+AHEAD = 1024
+"""Bytes of a stream that are asked for ahead, too: with both, one core of a Xeon reads 8.3 GB/s of four bits (by itself 7.0, and four
+neighbours, asked for, 6.7) and 10.7 of eight (8.7, 8.5)."""
 NOT_MOVED, BY_SCALE, BY_ZERO, BY_SHIFT = range(4)
 
 
@@ -120,21 +125,28 @@ def times(
     """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x), added to `onto`. Or, of a stack [E,
     N, K] with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens]
     (int64) in place of x, where given."""
-    x = x if tokens is None else x[tokens]
+    x, dtype = (x if tokens is None else x[tokens]).contiguous(), dtype or x.dtype
     m = len(x)
     which, sizes = grouped(experts, counts, m)
     paired = _pairs(x, w)
     r = ready(w, paired)
-    ordered = widen.order(x, w.form, paired)
-    sums = x.reshape(m, -1, w.group).sum(-1, dtype=torch.float32) if r.kind.moved else ordered
-    out = torch.empty(m, w.n)
+    ordered = scratch("ordered x", (m, w.k), np.uint16 if paired else np.float32)
+    sums = scratch("sums of x", (m, w.k // w.group if r.kind.moved else 1), np.float32)
+    # What is left to do with results, each thread does with its own.
+    ends = experts is None and all(y is None or y.dtype == dtype for y in (bias, onto))
+    more = [None if y is None or not ends else y.contiguous() for y in (bias, onto)]
+    out = torch.empty(m, w.n, dtype=dtype if ends else torch.float32)
+    found = scratch("unrounded", (m, w.n), np.float32) if ends else out.data_ptr()
     together(
-        _times(r.kind), *r.told, sums.data_ptr(), ordered.data_ptr(), w.k * ordered.element_size(), out.data_ptr(), which,
-        sizes, len(which),
+        _times(r.kind), *r.told, sums, ordered, ordered[0].nbytes, found, which, sizes, len(which),
+        x.data_ptr(), m, w.k, w.group if r.kind.moved else 0, *widen.order(w.form, paired),
+        _ended(dtype) if ends else 0, *map(address, more), address(out), first=_ordered(x.dtype, paired),
     )  # fmt: skip
+    if ends:
+        return out
     biased(out, bias, experts, counts)
-    y = out.to(dtype or x.dtype)
-    return y if onto is None else onto + y
+    out = out.to(dtype)
+    return out if onto is None else onto + out
 
 
 @dataclass(frozen=True)
@@ -187,11 +199,11 @@ def _ready(w: Codes, paired: bool) -> _Ready:
 
 @intrinsic
 def _block(
-    context: Any, mark: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, sums: Any, scale: Any, begins: Any, moved: Any,
-    factor: Any, chunks: Any, group: Any, groups: Any, move: Any, table: Any, out: Any,
+    context: Any, mark: Any, codes: Any, stride: Any, row: Any, apart: Any, last: Any, x: Any, sums: Any, scale: Any, begins: Any,
+    moved: Any, factor: Any, chunks: Any, group: Any, groups: Any, move: Any, table: Any, out: Any,
 ) -> Any:  # fmt: skip
-    """The rows row .. row + 3 (of `Form.ROWS4` + 7), `last` at most, of codes, each `stride` bytes and `chunks` chunks, times one row of
-    x, whose groups have these `sums`; `group` chunks share a scale, of which each row's begin `begins[row]` bytes behind `scale`."""
+    """Four rows of codes from `row` on (of `Form.ROWS4` eight), so many `apart`, `last` at most, each `stride` bytes and `chunks` chunks,
+    times one row of x, whose groups have these `sums`; `group` chunks share a scale, of which each row's begin `begins[row]` bytes behind `scale`."""
     kind = Kind(*kind_of(mark))
     form, paired = Form(kind.form), bool(kind.paired)
     rows, lines = (8, 1 + paired) if form == Form.ROWS4 else (4, 1)
@@ -199,14 +211,14 @@ def _block(
     vectors = widen.columns(form, paired) * (2 if paired else 4) // 64
 
     def code(
-        b: Any, codes: Any, stride: Any, row: Any, last: Any, x: Any, sums: Any, scale: Any, begins: Any, moved: Any, factor: Any,
-        chunks: Any, group: Any, groups: Any, move: Any, table: Any, out: Any,
+        b: Any, codes: Any, stride: Any, row: Any, apart: Any, last: Any, x: Any, sums: Any, scale: Any, begins: Any, moved: Any,
+        factor: Any, chunks: Any, group: Any, groups: Any, move: Any, table: Any, out: Any,
     ) -> None:  # fmt: skip
-        which = [or_last(b, row, r, last) for r in range(rows)]
+        which = [or_last(b, row, b.mul(apart, number(r)), last) for r in range(rows)]
         if rows == 8:
-            of_codes, ahead = [b.add(codes, b.mul(stride, b.lshr(row, number(3))))], stride
+            of_codes = [b.add(codes, b.mul(stride, b.lshr(row, number(3))))]
         else:
-            of_codes, ahead = [b.add(codes, b.mul(stride, r)) for r in which], b.mul(stride, number(rows))
+            of_codes = [b.add(codes, b.mul(stride, r)) for r in which]
         of_scales = [b.add(scale, b.load(at(b, begins, b.mul(r, number(8)), ADDRESS))) for r in which]
         looked_up = widen.looked_up(b, form, paired, table)
         zeros = [ir.Constant(FLOATS, None)] * rows
@@ -218,9 +230,8 @@ def _block(
                 for v in range(vectors)
             ]
             offset = b.mul(i, number(size))
-            for address in of_codes:
-                # Rows are too short for a CPU to find out by itself what comes: the same of the rows after these.
-                fetch(b, b.add(address, b.add(ahead, offset)), lines)
+            for row_at in of_codes:
+                fetch(b, b.add(row_at, b.add(offset, number(AHEAD))), lines)
             out = []
             for sum, values in zip(
                 sums, widen.chunk(b, form, paired, of_codes, offset, looked_up), strict=True
@@ -289,7 +300,7 @@ def _block(
             of_row = b.mul(r, number(4))
             b.store(b.fmul(y, b.load(at(b, factor, of_row, FLOAT))), at(b, out, of_row, FLOAT))
 
-    return addresses(16, code, mark)  # what codes mean is told by the types of `mark`, which is no numbers
+    return addresses(17, code, mark)  # what codes mean is told by the types of `mark`, which is no numbers
 
 
 def _plus(b: Any, total: Any, x: Any, y: Any) -> Any:
@@ -309,20 +320,82 @@ def _times(kind: Kind) -> int:
     def times(told, thread, threads):
         (
             codes, scale, begins, moved, factor, table, n, at_once, stride, chunks, group, groups, move, scales, moves, factors, sums, x, x_row,
-            out, experts_at, counts_at, many,
-        ) = given(told, 23)  # fmt: skip
+            out, experts_at, counts_at, many, _, _, _, _, _, _, _, end_of, _, _, _,
+        ) = given(told, 34)  # fmt: skip
         experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
-        step, block = -(-n // (BLOCK * threads)) * BLOCK, max(4, at_once)
+        step = -(-n // (BLOCK * threads)) * BLOCK
         first, last, start = thread * step, min(n, (thread + 1) * step), 0
+        apart = 1 if at_once > 1 else max(1, -(-(last - first) // 4))
+        end = last if at_once > 1 else min(last, first + apart)
         for g in range(many):
             e = experts[g]
             of_codes, of_scales = codes + e * n // at_once * stride, scale + e * scales
-            for i in range(first, last, block):
+            for i in range(first, end, at_once):
                 for row in range(start, start + counts[g]):
                     _block(
-                        mark, of_codes, stride, i, last - 1, x + row * x_row, sums + row * groups * 4, of_scales, begins, moved + e * moves,
+                        mark, of_codes, stride, i, apart, last - 1, x + row * x_row, sums + row * groups * 4, of_scales, begins, moved + e * moves,
                         factor + e * factors, chunks, group, groups, move, table, out + row * n * 4,
                     )  # fmt: skip
             start += counts[g]
+        if end_of:
+            run(end_of, told, first, last)
 
     return share(times)
+
+
+@compiled()
+def _as_it_is(number, to):
+    return number
+
+
+@compiled()
+def _converted(number, to):
+    return narrow(wide(number), to)
+
+
+@functools.cache
+def _ordered(dtype: torch.dtype, paired: bool) -> int:
+    """Rows of x as chunks are multiplied by them, and the sums of their groups."""
+    code, to = CODE[dtype], CODE[torch.bfloat16 if paired else torch.float32]
+    put = _as_it_is if code is to else _converted
+
+    def ordered(told, thread, threads):
+        (
+            _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, sums_at, ordered_at, _, _, _, _, _, x_at, m, k, group, outer, inner, some,
+            _, _, _, _,
+        ) = given(told, 34)  # fmt: skip
+        x, y = numbers(x_at, 0, m * k, code), numbers(ordered_at, 0, m * k, to)
+        for first in range(0, m * k, outer * inner * some):
+            for i in range(outer):
+                for j in range(inner):
+                    for c in range(some):
+                        y[first + (j * outer + i) * some + c] = put(x[first + (i * inner + j) * some + c], to)
+        if group:
+            sums = numbers(sums_at, 0, m * (k // group), np.float32(0))
+            for g in range(len(sums)):
+                total = np.float32(0)
+                for i in range(g * group, (g + 1) * group):
+                    total += wide(x[i])
+                sums[g] = total
+
+    return share(ordered)
+
+
+@functools.cache
+def _ended(dtype: torch.dtype) -> int:
+    """Results first .. last of every row: plus the bias, rounded, and added to what there is."""
+    code = CODE[dtype]
+
+    def ended(told, first, last):
+        (
+            _, _, _, _, _, _, n, _, _, _, _, _, _, _, _, _, _, _, _, found_at, _, _, _, _, m, _, _, _, _, _, _, bias_at, onto_at, out_at,
+        ) = given(told, 34)  # fmt: skip
+        bias = numbers(bias_at, 0, n, code)
+        for row in range(m):
+            found, onto = numbers(found_at, row * n, n, np.float32(0)), numbers(onto_at, row * n, n, code)
+            out = numbers(out_at, row * n, n, code)
+            for i in range(first, last):
+                y = narrow(found[i] + wide(bias[i]) if bias_at else found[i], code)
+                out[i] = narrow(wide(onto[i]) + wide(y), code) if onto_at else y
+
+    return share(ended)

@@ -89,7 +89,8 @@ class Tape:
 
 
 @intrinsic
-def _call(context: Any, function: Any, arguments: Any, thread: Any, threads: Any) -> Any:
+def run(context: Any, function: Any, arguments: Any, thread: Any, threads: Any) -> Any:
+    """A share by its address."""
     kind = ir.FunctionType(ir.VoidType(), [ADDRESS] * 3)
 
     def code(b: Any, function: Any, *told: Any) -> None:
@@ -102,10 +103,10 @@ def _call(context: Any, function: Any, arguments: Any, thread: Any, threads: Any
 def _together(first, function, arguments, threads):
     where = arguments.ctypes.data
     if first:
-        _call(first, where, 0, 1)
+        run(first, where, 0, 1)
     if function:
         for t in prange(threads):
-            _call(function, where, t, threads)
+            run(function, where, t, threads)
 
 
 @compiled(parallel=True)
@@ -113,7 +114,7 @@ def _again(calls, threads):
     for i in range(len(calls)):
         first, function, where = calls[i, 0], calls[i, 1], calls[i, 2]
         if first:
-            _call(first, where, 0, 1)
+            run(first, where, 0, 1)
         if function:
             for t in prange(threads):
-                _call(function, where, t, threads)
+                run(function, where, t, threads)

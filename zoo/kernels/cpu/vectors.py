@@ -53,9 +53,9 @@ def store(builder: Any, value: Any, where: Any) -> None:
     builder.store(value, where).align = 2
 
 
-def or_last(builder: Any, row: Any, i: int, last: Any) -> Any:
+def or_last(builder: Any, row: Any, i: Any, last: Any) -> Any:
     """row + i, or the last row."""
-    row = builder.add(row, number(i))
+    row = builder.add(row, number(i) if isinstance(i, int) else i)
     return builder.select(builder.icmp_signed("<", row, last), row, last)
 
 

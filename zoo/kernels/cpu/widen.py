@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numpy.typing import NDArray
-from torch import Tensor
 
 from zoo.kernels.cpu import compiles_for
 from zoo.kernels.cpu.carried import FOUR_BITS, Form
@@ -56,16 +55,14 @@ def columns(form: Form, paired: bool) -> int:
     return 64 if paired else 32 if form in FOUR_BITS else 16
 
 
-def order(x: Tensor, form: Form, paired: bool) -> Tensor:
-    """x [M, K] as chunks are multiplied by it: bf16 if `paired`, fp32 if not."""
-    m, step = len(x), columns(form, paired)
+def order(form: Form, paired: bool) -> tuple[int, int, int]:
+    """The columns of a chunk, [A, B, C], as those of x are to lie that it is multiplied by: [B, A, C]."""
     if form in FOUR_BITS:  # the low halves of bytes, then the high ones
-        x = x.reshape(m, -1, step // 2, 2).transpose(2, 3)
-    elif paired and form == Form.ROWS4:  # words of two sixteens of columns become one
-        x = x.reshape(m, -1, 2, 16).transpose(2, 3)
-    elif paired:  # as `_of_tables` gives them
-        x = x.reshape(m, -1, 4, 2, 8).transpose(2, 3)
-    return (x if paired else x.float()).contiguous()
+        return columns(form, paired) // 2, 2, 1
+    if not paired:
+        return 1, 1, columns(form, paired)
+    # Words of two sixteens of columns become one; bytes are as `_of_tables` gives them.
+    return (2, 16, 1) if form == Form.ROWS4 else (4, 2, 8)
 
 
 @functools.cache
