@@ -164,7 +164,12 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
             raise ZooError(
                 f"{c.root / ref.file}: {ref.name} is {ref.dtype}; {how} has {' or '.join(part.dtypes)} there"
             )
-        if part.unit is not None:
+        if part.unit is None:
+            try:
+                part.refuse_constant(ref.shape, slot.shape[-1])
+            except ZooError as e:
+                raise ZooError(f"{c.root / ref.file}: {ref.name}: {e}; convert again") from None
+        else:
             rows, rest = grid(part, slot.parts, slot.shape[-1])
             want = (*slot.shape[:-2], sum(rows), *rest)
             if len(slot.shape) < 2 or ref.shape != want:
@@ -265,5 +270,5 @@ def _check(c: Canonical) -> None:
                 f"{c.root / ref.file}: {slot.name} has shape {list(ref.shape)}, its Spec needs {list(slot.shape)}"
             )
     for name in c.tensors:
-        if name not in slots and not any(f"{name.rsplit('.', 1)[0]}" == q for q in c.quant):
+        if name not in slots and name.rsplit(".", 1)[0] not in c.quant:
             raise ZooError(f"{c.root}: tensor {name!r} is not one of its Spec")

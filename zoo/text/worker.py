@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ MEMORY = 768 << 20
 """Of addresses; that tokenizer takes 610 MiB."""
 RENDERING = 256 << 20
 """More than there was before, to find and render a template."""
+ADDED = 256
+"""Tokens around a text."""
 LONGEST = 300
 """Characters of somebody else's message that are passed on."""
 
@@ -95,7 +98,12 @@ class _Worker:
             ) from None
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return list(self._own("can't split the text", lambda: self.loaded.encode(text, special)))
+        ids = list(self._own("can't split the text", lambda: self.loaded.encode(text, special)))
+        if len(ids) > (most := most_tokens(text)) and len(ids) > most_tokens(unicodedata.normalize("NFKC", text)):
+            raise ZooError(
+                f"{self.root}: its tokenizer makes {len(ids)} tokens of {len(text)} characters (limit {most}): refused; give token ids (--ids)"
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return str(self._own("can't spell the ids", lambda: self.loaded.decode(ids)))
@@ -107,6 +115,12 @@ class _Worker:
             raise
         except BaseException as error:
             raise ZooError(f"{self.root}: its tokenizer {what} ({_said(error)})") from None
+
+
+def most_tokens(text: str) -> int:
+    """More than any tokenizer makes of a text, unless a step of it repeats what it was given: a model reads them all. A byte is a token
+    at most, and a space that is spelled in bytes three; more stand around it."""
+    return ADDED + 3 * len(text.encode("utf-8", "surrogatepass"))
 
 
 def _said(error: BaseException) -> str:
