@@ -169,7 +169,9 @@ def test_a_self_test_that_has_nothing_to_find_is_none(monkeypatch: pytest.Monkey
     monkeypatch.setattr(selftest.Recorded, "of", lambda *_: None)
     monkeypatch.setattr(selftest, "subject_of", lambda *_, **__: None)
     monkeypatch.setattr(selftest, "in_numbers", lambda *_: SimpleNamespace(quant={}))
-    monkeypatch.setattr(selftest, "applicable", lambda *_: [SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+    monkeypatch.setattr(
+        selftest, "applicable", lambda *_: [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
+    )
     monkeypatch.setattr(selftest, "_try", lambda *_: None)
     with pytest.raises(ZooError, match="of 2 faults that could be seeded none changes a bit"):
         selftest.run(folder, unused, unused, unused, None, how)

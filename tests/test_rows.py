@@ -159,7 +159,12 @@ def test_a_kept_kernel_is_of_todays_sources_and_not_of_its_own_files_alone(
         return bool(again.stats.cache_hits)
 
     cpu.stamp_by_all_sources()
-    assert [found(made["f"]), found(made["f"]), found(elsewhere["other"]), found(elsewhere["other"])] == [False, True, False, True]
+    assert [found(made["f"]), found(made["f"]), found(elsewhere["other"]), found(elsewhere["other"])] == [
+        False,
+        True,
+        False,
+        True,
+    ]
     monkeypatch.setattr(cpu, "_sources", lambda: "of another day")
     assert [found(made["f"]), found(elsewhere["other"])] == [False, True]
     assert here.is_dir() and not list(here.glob("__pycache__/norm.f-*"))

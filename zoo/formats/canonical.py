@@ -24,7 +24,8 @@ from zoo.formats.base import (
     place_of,
     read_json,
 )
-from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
+from zoo.formats.safetensors import INDEX, check_index, parse_header, read_header
+from zoo.formats.sets import index_files
 from zoo.layout import VERSION, Slot, layout
 from zoo.quant.blocks import is_one
 from zoo.quant.schemes import grid, scheme
@@ -166,7 +167,7 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
             )
         if part.unit is None:
             try:
-                part.refuse_constant(ref.shape, slot.shape[-1])
+                part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
             except ZooError as e:
                 raise ZooError(f"{c.root / ref.file}: {ref.name}: {e}; convert again") from None
         else:

@@ -198,7 +198,7 @@ class _Matcher:
         if (found := self.recipes.get(key)) is None:
             try:
                 if part is not None and constant is not None:
-                    part.refuse_constant(own, slot.shape[-1])
+                    self.refuse_constant(constant, part, slot)
                 if part is None:
                     found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks)
                     if scheme is not None and scheme.turned:
@@ -213,6 +213,14 @@ class _Matcher:
                 found = f"{slot.name}: {e}"
             self.recipes[key] = found
         return found
+
+    def refuse_constant(self, ref: TensorRef, part: Component, slot: Slot) -> None:
+        """Raises ZooError for one that does not go with the slot, which is a problem even where it may be absent."""
+        try:
+            part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
+        except ZooError as e:
+            self.out.problems.append(f"{ref.name} in {ref.file}: {e}")
+            raise
 
     def rules_for(self, slot: Slot) -> tuple[Rule, ...]:
         """The rules for a slot. A tied file may have kept either name of the one matrix: the head's come last."""

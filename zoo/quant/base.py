@@ -54,13 +54,17 @@ class Component:
         """What the component of the weight that a rule calls `leaf` may be called."""
         return [leaf.removesuffix(a) + b for a, b in self.spellings if leaf.endswith(a)]
 
-    def refuse_constant(self, shape: tuple[int, ...], columns: int) -> None:
-        """Raises ZooError where a constant of this shape belongs to no weight of so many columns."""
-        wrong = "which holds nothing" if 0 in shape else ""
-        if self.axes == "i" and shape[-1:] != (columns,):
-            wrong = f"expected a number for each of {columns} inputs"
-        if self.name == "shape" and (math.prod(shape) % 2 or math.prod(shape) > MAX_SHAPES):
+    def refuse_constant(self, shape: tuple[int, ...], weight: tuple[int, ...], n_parts: int) -> None:
+        """Raises ZooError where a constant of this shape belongs to no weight [..., rows, columns] of so many fused parts."""
+        n, matrices, wrong = math.prod(shape), math.prod(weight[:-2]), ""
+        if not n:
+            wrong = "which holds nothing"
+        elif self.axes == "i" and shape[-1:] != weight[-1:]:
+            wrong = f"expected a number for each of {weight[-1]} inputs"
+        elif self.name == "shape" and (n % 2 or n > MAX_SHAPES):
             wrong = "expected rows and columns"
+        elif not self.ndim and n not in (1, matrices, n_parts, matrices * n_parts):
+            wrong = "expected one number, or one for each matrix"
         if wrong:
             raise ZooError(f"its {self.name} has the shape {list(shape)}, {wrong}")
 

@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from zoo.errors import ZooError
 from zoo.patience import patience
@@ -99,7 +99,9 @@ class _Worker:
 
     def encode(self, text: str, special: bool) -> list[int]:
         ids = list(self._own("can't split the text", lambda: self.loaded.encode(text, special)))
-        if len(ids) > (most := most_tokens(text)) and len(ids) > most_tokens(unicodedata.normalize("NFKC", text)):
+        if len(ids) > (most := most_tokens(text)) and len(ids) > most_tokens(
+            unicodedata.normalize("NFKC", text)
+        ):
             raise ZooError(
                 f"{self.root}: its tokenizer makes {len(ids)} tokens of {len(text)} characters (limit {most}): refused; give token ids (--ids)"
             )
@@ -154,24 +156,29 @@ def _limit_time(do: str, root: Path) -> None:
             signal.setitimer(signal.ITIMER_PROF, more * min(seconds + CPU_MIB * (size >> 20), CPU_MOST))
 
 
-def main() -> None:
-    out = os.fdopen(os.dup(1), "wb")
-    with open(os.devnull, "wb") as nothing:  # what libraries print is no answer
-        os.dup2(nothing.fileno(), 1)
-    worker = _Worker(Path(sys.argv[1]))
-    for line in sys.stdin.buffer:
+def serve(root: Path, asked: Iterable[bytes], out: IO[bytes]) -> None:
+    """Answer requests about the folder `root`, each within its limits, until there are no more."""
+    worker = _Worker(root)
+    for line in asked:
         request = json.loads(line)
         do = request.pop("do")
         _limit_memory(do)
-        _limit_time(do, worker.root)
+        _limit_time(do, root)
         try:
             answer = {"is": getattr(worker, do)(**request)}
         except ZooError as error:
             answer = {"error": str(error)}
         except BaseException as error:
-            answer = {"error": f"{worker.root}: the text can't be worked on ({_said(error)})"}
+            answer = {"error": f"{root}: the text can't be worked on ({_said(error)})"}
         out.write(json.dumps(answer).encode() + b"\n")
         out.flush()
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "wb") as nothing:  # what libraries print is no answer
+        os.dup2(nothing.fileno(), 1)
+    serve(Path(sys.argv[1]), sys.stdin.buffer, out)
 
 
 if __name__ == "__main__":
