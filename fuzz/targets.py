@@ -17,7 +17,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -36,11 +35,21 @@ from safetensors.torch import save_file
 
 from zoo import bounded, card, check, convert, draw, export, families, manifest, sign, url
 from zoo.errors import ZooError
-from zoo.formats import canonical, dcp, dcp_metadata, gguf, gguf_vocab, open_checkpoint, pickle, safetensors
+from zoo.formats import (
+    canonical,
+    dcp,
+    dcp_metadata,
+    gguf,
+    gguf_vocab,
+    open_checkpoint,
+    pickle,
+    safetensors,
+    sets,
+)
 from zoo.formats.base import ITEMSIZE
 from zoo.hub import http, repo
 from zoo.hub.errors import About, Damaged, HubError, Transient
-from zoo.mapping import export_gguf, merge, parts
+from zoo.mapping import execute, export_gguf, merge, parts
 from zoo.mapping.plan import make_plan
 from zoo.mapping.unmatched import PlanError
 from zoo.model.load import Source
@@ -74,7 +83,7 @@ def header(data: bytes) -> None:
 
 def index(data: bytes) -> None:
     """model.safetensors.index.json."""
-    safetensors.index_files(safetensors.read_json(_file("index.json", data), "an index"), "index.json")
+    sets.index_files(safetensors.read_json(_file("index.json", data), "an index"), "index.json")
 
 
 def config(data: bytes) -> None:
@@ -122,63 +131,63 @@ def text(data: bytes) -> None:
 
 
 class _Worker:
-    """The process that reads a tokenizer, forked of one that has imported all it needs: `Text` starts one for each folder, which takes
-    half a second. It has the worker's limits, and `Text` knows it by what it asks of a Popen."""
+    """The process that reads a tokenizer, for one input after the other: `Text` starts one for each folder, which takes half a second. It
+    has the worker's limits; another is started where they, or a panic, have ended it, and now and then, so that none is left of what
+    inputs before took. `Text` knows it by what it asks of a Popen."""
 
     LOOP = """
-import os, socket, struct, sys, tokenizers
+import os, signal, socket, sys, tokenizers
+from pathlib import Path
 from zoo.text import template, tokenizer, worker
 here = socket.socket(fileno=int(sys.argv[1]))
-while True:
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+for _ in range(300):
     root, pipes, *_ = socket.recv_fds(here, 1 << 16, 2)
     if not root:
         break
-    if not (pid := os.fork()):
-        here.close()
-        for n, pipe in enumerate(pipes):
-            os.dup2(pipe, n)
-            os.close(pipe)
-        sys.stdin, sys.argv[1] = open(0), root.decode()
-        try:
-            worker.main()
-        finally:
-            os._exit(0)
-    for pipe in pipes:
-        os.close(pipe)
-    here.sendall(struct.pack("<i", pid))
-    here.sendall(struct.pack("<i", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+    with open(pipes[0], "rb") as asked, open(pipes[1], "wb") as out:
+        worker.serve(Path(root.decode()), asked, out)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    here.sendall(b"0")
 """
-    parent: socket.socket | None = None
+    process: subprocess.Popen[bytes] | None = None
+    here: socket.socket | None = None
     last: _Worker | None = None
 
     def __init__(self, text: Text) -> None:
-        if _Worker.last is not None:  # what it returned is read before the next one's number
-            _Worker.last.kill()
-            _Worker.last.wait()
+        if _Worker.last is not None:  # one that was given up is still being served
+            _Worker.last.end()
         _Worker.last = self
-        if _Worker.parent is None:
-            _Worker.parent, theirs = socket.socketpair()
-            quiet = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
-            command = [sys.executable, "-c", self.LOOP, str(theirs.fileno())]
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            subprocess.Popen(
-                command,
-                env={**os.environ, **quiet, "PYTHONPATH": path},
-                pass_fds=[theirs.fileno()],
-                stderr=subprocess.DEVNULL,
-            )
-            theirs.close()
         (asked, into), (out, said) = os.pipe(), os.pipe()
-        socket.send_fds(_Worker.parent, [str(text.root).encode()], [asked, said])
+        while not self._sent(text, asked, said):  # one that has ended is noticed when it is asked
+            self._start()
         os.close(asked)
         os.close(said)
         self.stdin, self.stdout = open(into, "wb"), open(out, "rb")  # noqa: SIM115
         self.returncode: int | None = None
-        self.pid = self._number()
 
-    def _number(self) -> int:
-        assert _Worker.parent is not None
-        return int(struct.unpack("<i", _Worker.parent.recv(4, socket.MSG_WAITALL))[0])
+    @staticmethod
+    def _sent(text: Text, asked: int, said: int) -> bool:
+        if _Worker.here is None or _Worker.process is None or _Worker.process.poll() is not None:
+            return False
+        try:
+            return bool(socket.send_fds(_Worker.here, [str(text.root).encode()], [asked, said]))
+        except OSError:
+            return False
+
+    @staticmethod
+    def _start() -> None:
+        if _Worker.process is not None and _Worker.here is not None:
+            _Worker.here.close()
+            _Worker.process.wait()
+        _Worker.here, theirs = socket.socketpair()
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        _Worker.process = subprocess.Popen(
+            [sys.executable, "-c", _Worker.LOOP, str(theirs.fileno())], env={**os.environ, **quiet, "PYTHONPATH": path},
+            pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -187,15 +196,27 @@ while True:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            assert _Worker.parent is not None
-            if not select.select([_Worker.parent], [], [], timeout)[0]:
+            assert _Worker.here is not None and _Worker.process is not None
+            if not select.select([_Worker.here], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("worker", timeout or 0)
-            self.returncode = self._number()
+            try:
+                self.returncode = 0 if _Worker.here.recv(1) else _Worker.process.wait()
+            except ConnectionError:
+                self.returncode = _Worker.process.wait()
         return self.returncode
 
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+        try:
+            self.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.wait()
+
     def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        if self.poll() is None and _Worker.process is not None:
+            _Worker.process.kill()
 
 
 Text._start = lambda self: _Worker(self)  # type: ignore[method-assign,return-value,assignment]
@@ -206,9 +227,12 @@ def gguf_header(data: bytes) -> None:
 
 
 def pickled(data: bytes) -> None:
-    (root := FOLDER / "pickled").mkdir(exist_ok=True)
-    (root / "config.json").write_text(json.dumps(LLAMA))
-    pickle.open(_file("pickled/pytorch_model.bin", data))
+    """pytorch_model.bin, and the folder that it lies in where it can be read."""
+    if not (root := FOLDER / "pickled").exists():
+        root.mkdir()
+        (root / "config.json").write_text(json.dumps(LLAMA))
+    pickle.read_pickle(file := _file("pickled/pytorch_model.bin", data), file.name)
+    pickle.open(file)
 
 
 def zoo_json(data: bytes) -> None:
@@ -395,8 +419,9 @@ def quantised(data: bytes) -> None:
         json.dumps(LLAMA | {"quantization_config": found, "num_hidden_layers": 1})
     )
     (root / "model.safetensors").write_bytes(_sized(header))
+    plan = make_plan(safetensors.open(root), dtype="bf16")
     shutil.rmtree(to := FOLDER / "dequantised", ignore_errors=True)
-    convert(root, to, dtype="bf16")
+    execute.convert(plan, to, threads=1)
 
 
 def vocabulary(data: bytes) -> None:
@@ -414,14 +439,21 @@ def vocabulary(data: bytes) -> None:
     writer.close()
 
 
+_holds_no_model: list[str] = []
+
+
 def listed(data: bytes) -> None:
     """A certificate's list of files, as `zoo check` takes it, and a note of huggingface-hub's."""
     root, (told, _, note) = FOLDER / "listed", data.partition(b"\n")
     (root / check.NOTES).mkdir(parents=True, exist_ok=True)
     (root / "a.json").write_text("{}")
     (root / check.NOTES / "a.json.metadata").write_bytes(note)
+    if not _holds_no_model:  # which no list changes
+        check._tensors(root, found := check.Report(root))
+        _holds_no_model.extend(found.problems)
+        check._tensors = lambda _, report: report.problems.extend(_holds_no_model)
     by = _file("by.json", told)
-    assert check.check(root).problems  # it holds no model
+    assert check.check(root).problems
     assert check.check(root, by=by).problems
 
 

@@ -21,10 +21,12 @@ from zoo import bounded, gallery
 from zoo.check import check
 from zoo.cli import _common, cli
 from zoo.errors import ZooError
+from zoo.formats import safetensors
+from zoo.formats.base import TensorRef
 from zoo.formats.safetensors import parse_header
 from zoo.mapping import unmatched
 from zoo.mapping.fold import LONGEST, fold
-from zoo.verify import certificate, golden
+from zoo.verify import certificate, golden, selftest
 
 # ---- names, keys, headers
 
@@ -65,10 +67,27 @@ def test_a_text_of_more_keys_than_any_header_has_is_refused_before_it_is_parsed(
     assert time.process_time() - start < 1
 
 
-def test_a_header_leaves_the_collector_as_it_was() -> None:
-    with pytest.raises(ZooError):
-        list(parse_header(b"[]", "f", 10, "f"))
-    assert gc.isenabled()
+@pytest.mark.parametrize("on", [True, False])
+def test_a_header_is_read_without_the_collector_and_leaves_it_as_it_was(
+    on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during = []
+
+    def ref(*told: Any) -> TensorRef:
+        during.append(gc.isenabled())
+        return TensorRef(*told)
+
+    monkeypatch.setattr(safetensors, "TensorRef", ref)
+    valid = b'{"w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}'
+    try:
+        (gc.enable if on else gc.disable)()
+        (found,) = parse_header(valid, "f", 10 + len(valid), "f")
+        assert found.shape == (2,) and during == [False] and gc.isenabled() == on
+        with pytest.raises(ZooError):
+            parse_header(valid, "f", 9, "f")
+        assert gc.isenabled() == on
+    finally:
+        gc.enable()
 
 
 # ---- certificates
@@ -140,6 +159,22 @@ def test_no_file_is_hashed_as_often_as_a_list_likes(names: list[str], says: str,
     for look in (certificate.check, certificate.standing, lambda p: check(p, by=p / "parity.json")):
         with pytest.raises(ZooError, match=says):
             look(tmp_path)
+
+
+def test_a_self_test_that_has_nothing_to_find_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a certificate that `--check-certificate` then called contradictory."""
+    folder: Any = SimpleNamespace(root="canon", spec=None)
+    how: Any = SimpleNamespace(dtype="fp32", device="cpu", say=lambda _: None)
+    unused: Any = None
+    monkeypatch.setattr(selftest.Recorded, "of", lambda *_: None)
+    monkeypatch.setattr(selftest, "subject_of", lambda *_, **__: None)
+    monkeypatch.setattr(selftest, "in_numbers", lambda *_: SimpleNamespace(quant={}))
+    monkeypatch.setattr(
+        selftest, "applicable", lambda *_: [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
+    )
+    monkeypatch.setattr(selftest, "_try", lambda *_: None)
+    with pytest.raises(ZooError, match="of 2 faults that could be seeded none changes a bit"):
+        selftest.run(folder, unused, unused, unused, None, how)
 
 
 # ---- recordings

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,34 @@ def test_one_process_at_a_time_compiles() -> None:
         fcntl.flock(folder, fcntl.LOCK_EX)  # unless another test compiles
     finally:
         os.close(folder)
+
+
+def test_a_kept_kernel_is_of_todays_sources_and_not_of_its_own_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel has in it what it calls, of other files."""
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    (tmp_path / "other.py").write_text("def other(x):\n    return x\n")
+    exec(compile((tmp_path / "other.py").read_text(), str(tmp_path / "other.py"), "exec"), elsewhere := {})
+    one = (here := Path(cpu.__file__).parent) / "norm.py"
+    exec(compile("def f(x):\n    return x + 1\n", str(one), "exec"), made := {})
+
+    def found(function: Any) -> bool:
+        again = numba.njit(function, cache=True)
+        assert again(1) in (1, 2)
+        return bool(again.stats.cache_hits)
+
+    cpu.stamp_by_all_sources()
+    assert [found(made["f"]), found(made["f"]), found(elsewhere["other"]), found(elsewhere["other"])] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    monkeypatch.setattr(cpu, "_sources", lambda: "of another day")
+    assert [found(made["f"]), found(elsewhere["other"])] == [False, True]
+    assert here.is_dir() and not list(here.glob("__pycache__/norm.f-*"))
 
 
 @pytest.mark.parametrize("most", [1, 3])

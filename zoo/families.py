@@ -224,6 +224,8 @@ def _named(config: Mapping[str, Any]) -> list[str]:
 
 MAX_FIELDS = 10_000
 """Of a config, or of its text_config: some 50 are usual, and each family looks at all of them."""
+MAX_ARCHITECTURES = 100
+"""That a config names; releases name one. Each is looked for in each family."""
 
 
 class NoFamily(ZooError):
@@ -267,10 +269,12 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def _refuse_many(config: Mapping[str, Any], where: str) -> None:
-    """Raises ZooError for a config of more fields than any release has."""
+    """Raises ZooError for a config of more fields, or names of its class, than any release has."""
     text = config.get("text_config")
     if (n := max(len(config), len(text) if isinstance(text, Mapping) else 0)) > MAX_FIELDS:
         raise ZooError(f"{where}: {n} fields; at most {MAX_FIELDS} are read")
+    if isinstance(listed := config.get("architectures"), list) and len(listed) > MAX_ARCHITECTURES:
+        raise ZooError(f"{where}: {len(listed)} architectures; at most {MAX_ARCHITECTURES} are read")
 
 
 def _near(config: Mapping[str, Any], where: str) -> str:

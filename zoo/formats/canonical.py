@@ -24,7 +24,8 @@ from zoo.formats.base import (
     place_of,
     read_json,
 )
-from zoo.formats.safetensors import INDEX, check_index, index_files, parse_header, read_header
+from zoo.formats.safetensors import INDEX, check_index, parse_header, read_header
+from zoo.formats.sets import index_files
 from zoo.layout import VERSION, Slot, layout
 from zoo.quant.blocks import is_one
 from zoo.quant.schemes import grid, scheme
@@ -164,7 +165,12 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
             raise ZooError(
                 f"{c.root / ref.file}: {ref.name} is {ref.dtype}; {how} has {' or '.join(part.dtypes)} there"
             )
-        if part.unit is not None:
+        if part.unit is None:
+            try:
+                part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
+            except ZooError as e:
+                raise ZooError(f"{c.root / ref.file}: {ref.name}: {e}; convert again") from None
+        else:
             rows, rest = grid(part, slot.parts, slot.shape[-1])
             want = (*slot.shape[:-2], sum(rows), *rest)
             if len(slot.shape) < 2 or ref.shape != want:
@@ -265,5 +271,5 @@ def _check(c: Canonical) -> None:
                 f"{c.root / ref.file}: {slot.name} has shape {list(ref.shape)}, its Spec needs {list(slot.shape)}"
             )
     for name in c.tensors:
-        if name not in slots and not any(f"{name.rsplit('.', 1)[0]}" == q for q in c.quant):
+        if name not in slots and name.rsplit(".", 1)[0] not in c.quant:
             raise ZooError(f"{c.root}: tensor {name!r} is not one of its Spec")

@@ -13,7 +13,8 @@ from pathlib import Path
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
-from zoo.formats.safetensors import check_index, index_files, parse_header, read_header
+from zoo.formats.safetensors import check_index, parse_header, read_header
+from zoo.formats.sets import index_files
 
 INDEX = "consolidated.safetensors.index.json"
 

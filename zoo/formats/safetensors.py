@@ -91,13 +91,6 @@ def weight_files(root: Path) -> list[str]:
     return names
 
 
-def index_files(index: dict[str, Any], who: str) -> list[str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ZooError(f"{who}: expected an object 'weight_map' of tensor names to file names")
-    return sorted(set(weight_map.values()))
-
-
 def check_index(weight_map: dict[str, str], tensors: dict[str, TensorRef], index: Path) -> None:
     """The index and the shards' headers must tell the same story."""
     for name, file in weight_map.items():

@@ -29,6 +29,9 @@ _NO_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|rng_state|scaler|adapter_model|mmproj)\b.*|.*mmproj.*|openvino_.*|\._.*"
 )
 
+MAX_SHARDS = 10_000
+"""Of a set, each of which is looked up."""
+
 
 def is_index(name: str, suffix: str) -> bool:
     """Whether a file is called as an index of shards with this suffix is, a variant's too."""
@@ -54,10 +57,17 @@ def members(root: Path, entry: str) -> list[str]:
     """The files of weights of a set: itself, or those that it, an index, names."""
     if not _INDEX.fullmatch(entry):
         return [entry]
-    weight_map = read_json(root / entry, "it lists the shards").get("weight_map")
+    return index_files(read_json(root / entry, "it lists the shards"), str(root / entry))
+
+
+def index_files(index: dict[str, Any], who: str) -> list[str]:
+    """The files that an index names, each once."""
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ZooError(f"{root / entry}: expected an object 'weight_map' of tensor names to file names")
-    return sorted(set(weight_map.values()))
+        raise ZooError(f"{who}: expected an object 'weight_map' of tensor names to file names")
+    if len(found := sorted(set(weight_map.values()))) > MAX_SHARDS:
+        raise ZooError(f"{who}: names {len(found)} files (limit {MAX_SHARDS}): no release has as many")
+    return found
 
 
 def names(root: Path, index: str, files: Iterable[str]) -> bool:

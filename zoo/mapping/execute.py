@@ -611,6 +611,8 @@ class Execution:
 
     def _move(self, o: Output, k: int, copies: list[Copy], through: list[Rearrange]) -> None:
         ref, fit = self.plan.checkpoint.tensors[o.sources[k]], o.fits[k]
+        if not ref.size:
+            return
         dst, base = self.sheet.place[o.name]
         size = ITEMSIZE[o.dtype]
         src_box = fit.source

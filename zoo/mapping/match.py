@@ -189,12 +189,16 @@ class _Matcher:
         """The rule compiled for a slot (or a component of it), or why it does not apply."""
         kind = None if slot.layer is None else self.kind_of[slot.layer]
         own: tuple[int, ...] = ()
+        constant = None
         if part is not None and part.unit is None:  # a constant per source tensor: its shape is its own
             leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
-            own = next((self.tensors[s].shape for s in part.names(leaf) if s in self.tensors), ())
+            constant = next((self.tensors[s] for s in part.names(leaf) if s in self.tensors), None)
+            own = () if constant is None else constant.shape
         key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
         if (found := self.recipes.get(key)) is None:
             try:
+                if part is not None and constant is not None:
+                    self.refuse_constant(constant, part, slot)
                 if part is None:
                     found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks)
                     if scheme is not None and scheme.turned:
@@ -209,6 +213,14 @@ class _Matcher:
                 found = f"{slot.name}: {e}"
             self.recipes[key] = found
         return found
+
+    def refuse_constant(self, ref: TensorRef, part: Component, slot: Slot) -> None:
+        """Raises ZooError for one that does not go with the slot, which is a problem even where it may be absent."""
+        try:
+            part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
+        except ZooError as e:
+            self.out.problems.append(f"{ref.name} in {ref.file}: {e}")
+            raise
 
     def rules_for(self, slot: Slot) -> tuple[Rule, ...]:
         """The rules for a slot. A tied file may have kept either name of the one matrix: the head's come last."""

@@ -19,6 +19,8 @@ class Unread(ZooError):
     """Weights are quantised in a way that zoo does not read: what the config says of it, and what is read."""
 
 
+MAX_SHAPES = 1 << 16
+"""Numbers of a `weight_shape`: two for each expert of a stack."""
 SCALES = ("F32", "BF16", "F16")
 CODES = (("", ""),)
 """Spelling of codes that are where the weight would be."""
@@ -51,6 +53,20 @@ class Component:
     def names(self, leaf: str) -> list[str]:
         """What the component of the weight that a rule calls `leaf` may be called."""
         return [leaf.removesuffix(a) + b for a, b in self.spellings if leaf.endswith(a)]
+
+    def refuse_constant(self, shape: tuple[int, ...], weight: tuple[int, ...], n_parts: int) -> None:
+        """Raises ZooError where a constant of this shape belongs to no weight [..., rows, columns] of so many fused parts."""
+        n, matrices, wrong = math.prod(shape), math.prod(weight[:-2]), ""
+        if not n:
+            wrong = "which holds nothing"
+        elif self.axes == "i" and shape[-1:] != weight[-1:]:
+            wrong = f"expected a number for each of {weight[-1]} inputs"
+        elif self.name == "shape" and (n % 2 or n > MAX_SHAPES):
+            wrong = "expected rows and columns"
+        elif not self.ndim and n not in (1, matrices, n_parts, matrices * n_parts):
+            wrong = "expected one number, or one for each matrix"
+        if wrong:
+            raise ZooError(f"its {self.name} has the shape {list(shape)}, {wrong}")
 
     def released(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the released tensor, of that [..., rows, columns] of the grid."""
@@ -145,10 +161,6 @@ def count(q: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
     if type(value) is not int or not least <= value < 10**6:  # the name of a scheme has six digits
         raise Unread(f"config.json: quantization_config has {key} {value!r:.40}; expected a whole number")
     return value
-
-
-MAX_SHAPES = 1 << 16
-"""Numbers of a `weight_shape`: two for each expert of a stack."""
 
 
 def check_shape(shape: Any, parts: tuple[int, ...], columns: int, who: str = "") -> None:

@@ -68,7 +68,7 @@ def detect(leaf: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any
         if bits > 8 or bits == 7:
             raise Unread(f"config.json: quantization has bits {bits}; of MLX zoo reads 1 to 6 and 8")
         return _named(f"mlx{bits}-group{group}")
-    if mode not in FLOATS or biases:
+    if not isinstance(mode, str) or mode not in FLOATS or biases:
         raise Unread(
             f"config.json: quantization has mode {mode!r:.40}, and {stem} {'has' if biases else 'has no'} biases; of MLX zoo reads "
             f"affine with biases, and {', '.join(FLOATS)} without"

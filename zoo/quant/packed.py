@@ -148,7 +148,9 @@ def affine(
     zero = zero if isinstance(zero, int) else fp32(zero)
     if order is None and group and (at or n % group):
         order = counted(at, at + n, codes) // group
-    if order is not None and not _blocks(order := order.reshape(-1), group, n):
+    if order is not None and (found := len(order := order.reshape(-1))) != n:
+        raise ZooError(f"{n} inputs are put into groups by {found} numbers; expected one each")
+    if order is not None and not _blocks(order, group, n):
         if n and not 0 <= int(order.min()) <= int(order.max()) < scale.shape[i]:
             raise ZooError(
                 f"inputs are of groups {int(order.min())} to {int(order.max())}; there are scales of {scale.shape[i]} groups"

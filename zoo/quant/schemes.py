@@ -225,11 +225,11 @@ def _row_blocks(weights: Mapping[str, Any]) -> list[Any] | None:
 def _two_numbers(block: Any) -> tuple[int, int]:
     if block is None:
         return 128, 128
-    if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
-        block = [int(n) for n in block.split("x")]
-    two = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    if not two:
+    if isinstance(block, str) and (m := re.fullmatch(r"(\d{1,6})x(\d{1,6})", block, re.ASCII)):
+        block = [int(n) for n in m.groups()]
+    two = isinstance(block, list | tuple) and len(block) == 2
+    if not two or not all(type(n) is int and 0 < n < 10**6 for n in block):  # a scheme's name has six digits
         raise ZooError(
-            f"config.json: quantization_config has block size {block!r}; expected two positive numbers"
+            f"config.json: quantization_config has block size {block!r:.80}; expected two positive numbers"
         )
     return block[0], block[1]

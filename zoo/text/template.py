@@ -26,7 +26,7 @@ from zoo.text import PLACES
 
 MAX_TEMPLATE = 4 << 20
 """Bytes of a template; the longest released ones have some 100 kB."""
-MAX_ADDED, TIMES = 1 << 16, 8
+MAX_ADDED, TIMES = 1 << 14, 8
 """Characters that a template may write beside the messages, and how often each of these: a prompt costs the model more than it
 costs the template."""
 

@@ -175,7 +175,7 @@ def _versioned(config: Mapping[str, Any]) -> str:
         raise ZooError(
             f"tokenizer_config.json: fast_tokenizer_files is {str(listed)[:80]}; expected names of files"
         )
-    from packaging.version import InvalidVersion, Version
+    from packaging.version import Version
 
     of = {found[1]: name for name in listed if (found := re.search(r"tokenizer\.(.*)\.json", name))}
     chosen = _JSON
@@ -183,7 +183,7 @@ def _versioned(config: Mapping[str, Any]) -> str:
         try:
             if Version(version) > Version(TRANSFORMERS):
                 break
-        except InvalidVersion:
+        except ValueError:  # InvalidVersion, and what Python refuses: a number of thousands of digits
             raise ZooError(
                 f"tokenizer_config.json: fast_tokenizer_files lists {name[:80]!r}, which names no version of transformers"
             ) from None

@@ -11,10 +11,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from zoo.errors import ZooError
 from zoo.patience import patience
@@ -29,6 +30,8 @@ MEMORY = 768 << 20
 """Of addresses; that tokenizer takes 610 MiB."""
 RENDERING = 256 << 20
 """More than there was before, to find and render a template."""
+ADDED = 256
+"""Tokens around a text."""
 LONGEST = 300
 """Characters of somebody else's message that are passed on."""
 
@@ -95,7 +98,14 @@ class _Worker:
             ) from None
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return list(self._own("can't split the text", lambda: self.loaded.encode(text, special)))
+        ids = list(self._own("can't split the text", lambda: self.loaded.encode(text, special)))
+        if len(ids) > (most := most_tokens(text)) and len(ids) > most_tokens(
+            unicodedata.normalize("NFKC", text)
+        ):
+            raise ZooError(
+                f"{self.root}: its tokenizer makes {len(ids)} tokens of {len(text)} characters (limit {most}): refused; give token ids (--ids)"
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return str(self._own("can't spell the ids", lambda: self.loaded.decode(ids)))
@@ -107,6 +117,12 @@ class _Worker:
             raise
         except BaseException as error:
             raise ZooError(f"{self.root}: its tokenizer {what} ({_said(error)})") from None
+
+
+def most_tokens(text: str) -> int:
+    """More than any tokenizer makes of a text, unless a step of it repeats what it was given: a model reads them all. A byte is a token
+    at most, and a space that is spelled in bytes three; more stand around it."""
+    return ADDED + 3 * len(text.encode("utf-8", "surrogatepass"))
 
 
 def _said(error: BaseException) -> str:
@@ -140,24 +156,29 @@ def _limit_time(do: str, root: Path) -> None:
             signal.setitimer(signal.ITIMER_PROF, more * min(seconds + CPU_MIB * (size >> 20), CPU_MOST))
 
 
-def main() -> None:
-    out = os.fdopen(os.dup(1), "wb")
-    with open(os.devnull, "wb") as nothing:  # what libraries print is no answer
-        os.dup2(nothing.fileno(), 1)
-    worker = _Worker(Path(sys.argv[1]))
-    for line in sys.stdin.buffer:
+def serve(root: Path, asked: Iterable[bytes], out: IO[bytes]) -> None:
+    """Answer requests about the folder `root`, each within its limits, until there are no more."""
+    worker = _Worker(root)
+    for line in asked:
         request = json.loads(line)
         do = request.pop("do")
         _limit_memory(do)
-        _limit_time(do, worker.root)
+        _limit_time(do, root)
         try:
             answer = {"is": getattr(worker, do)(**request)}
         except ZooError as error:
             answer = {"error": str(error)}
         except BaseException as error:
-            answer = {"error": f"{worker.root}: the text can't be worked on ({_said(error)})"}
+            answer = {"error": f"{root}: the text can't be worked on ({_said(error)})"}
         out.write(json.dumps(answer).encode() + b"\n")
         out.flush()
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "wb") as nothing:  # what libraries print is no answer
+        os.dup2(nothing.fileno(), 1)
+    serve(Path(sys.argv[1]), sys.stdin.buffer, out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoo.errors import ZooError
 from zoo.formats.canonical import Canonical
 from zoo.verify import exact, judge, tolerance
 from zoo.verify.compare import Measured, Sketched, columns_of, drive, judge_rows, near_ties, rows
@@ -93,7 +94,7 @@ def run(
     how: Settings,
 ) -> dict[str, Any]:
     """Inject every applicable fault; what was caught where, ready for the certificate. Those that change not a
-    bit of any output are listed by name, and count for nothing."""
+    bit of any output are listed by name, and count for nothing. Raises ZooError where all of them are."""
     recorded = Recorded.of(oracle, inputs, spread)
     dtype = DTYPES[how.dtype]
     clean = in_numbers(subject_of(folder, dtype, device=how.device), dtype)
@@ -104,6 +105,11 @@ def run(
         results.append(_try(fault, clean, folder, recorded, how.dtype, plan))
     silent = [f.name for f, r in zip(faults, results, strict=True) if r is None]
     made = [r for r in results if r is not None]
+    if not made:
+        raise ZooError(
+            f"{folder.root}: the self-test has nothing to find: of {len(faults)} faults that could be seeded none changes a bit of any "
+            "output; verify without it"
+        )
     caught = sum(bool(r["caught"]) for r in made)
     return {
         "applicable": len(made), "caught": caught, "score": f"{caught}/{len(made)}", "results": made,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
 import platform
@@ -86,9 +87,42 @@ SETTINGS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 """Sums may change their order; numbers are not assumed to be finite."""
 
 
+HERE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def _sources() -> str:
+    """What tells the sources of these kernels from others: of all files here, and of those whose constants are compiled into them."""
+    files = sorted((*HERE.glob("*.py"), *(HERE.parents[1] / "quant").glob("*.py")))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+@functools.cache
+def stamp_by_all_sources() -> None:
+    """Have numba look for kernels that were compiled from today's sources. It goes by the file that a kernel is written in, and a kernel has
+    in it what it calls, mostly of other files: after a change of one of those the code from before would run."""
+    from numba.core.caching import CacheImpl
+
+    def ours(kind: Any) -> Any:
+        class Locator(kind):  # type: ignore[misc]
+            @classmethod
+            def from_function(cls, function: Any, file: str) -> Any:
+                return super().from_function(function, file) if Path(file).resolve().parent == HERE else None
+
+            def get_source_stamp(self) -> Any:
+                return super().get_source_stamp(), _sources()
+
+        return Locator
+
+    kinds = CacheImpl._locator_classes
+    CacheImpl._locator_classes = [*map(ours, kinds), *kinds]
+
+
 def compiled(**options: Any) -> Callable[[Callable[..., None]], Any]:
     """numba's njit."""
     import numba
+
+    stamp_by_all_sources()
 
     def compile_later(function: Callable[..., None]) -> Any:
         settings = {"nogil": True} | SETTINGS | options

@@ -1,0 +1,196 @@
+"""What stands beside quantised weights, lists of files and names of classes that once did harm: each test builds one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zoo import families
+from zoo.errors import ZooError
+from zoo.formats import canonical, open_checkpoint, sets
+from zoo.formats.base import TensorRef
+from zoo.mapping.execute import convert
+from zoo.mapping.plan import make_plan
+from zoo.quant import packed, schemes
+from zoo.quant.base import MAX_SHAPES
+from zoo.text import tokenizer, worker
+
+O_PROJ = "model.layers.0.self_attn.o_proj"
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
+Shapes = dict[str, tuple[str, list[int]]]
+
+
+def write(path: Path, tensors: Shapes) -> None:
+    """A safetensors file of ones in every byte."""
+    header, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        n = math.prod(shape) * BYTES[dtype]
+        header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + n]}, at + n
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"\1" * at)
+
+
+D, WIDE, KV, VOCAB = 64, 128, 32, 256
+LLAMA = {
+    "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"], "hidden_size": D, "intermediate_size": WIDE,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 512,
+}  # fmt: skip
+IN_LAYER = {
+    "self_attn.q_proj": [D, D], "self_attn.k_proj": [KV, D], "self_attn.v_proj": [KV, D], "mlp.gate_proj": [WIDE, D], "mlp.up_proj": [WIDE, D],
+    "mlp.down_proj": [D, WIDE], "input_layernorm": [D], "post_attention_layernorm": [D],
+}  # fmt: skip
+
+
+def quantised(root: Path, config: dict[str, Any], beside: Shapes) -> Path:
+    """A release of a Llama with one of its weights [64, 64] quantised."""
+    root.mkdir()
+    (root / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": config}))
+    plain: Shapes = {f"model.layers.0.{n}.weight": ("F32", shape) for n, shape in IN_LAYER.items()}
+    plain |= {f"{n}.weight": ("F32", [VOCAB, D]) for n in ("model.embed_tokens", "lm_head")}
+    plain["model.norm.weight"] = ("F32", [D])
+    write(root / "model.safetensors", plain | {f"{O_PROJ}.{n}": x for n, x in beside.items()})
+    return root
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+WORDS: Shapes = {"qweight": ("I32", [8, 64]), "qzeros": ("I32", [2, 8]), "scales": ("F16", [2, 64])}
+PACKED = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized",
+    "config_groups": {"g": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}}},
+}  # fmt: skip
+CODES: Shapes = {"weight_packed": ("I32", [64, 8]), "weight_scale": ("BF16", [64, 2])}
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+FLOATS: Shapes = {
+    "weight": ("U8", [64, 32]),
+    "weight_scale": ("F8_E4M3", [64, 4]),
+    "weight_scale_2": ("F32", []),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize(
+    ("config", "beside", "says"),
+    [
+        (GPTQ, WORDS | {"g_idx": ("I32", [7])}, "expected a number for each of"),
+        (GPTQ, WORDS | {"g_idx": ("I32", [0])}, "which holds nothing"),
+        (GPTQ, WORDS | {"g_idx": ("I32", [])}, "expected a number for each of"),
+        (PACKED, CODES | {"weight_shape": ("I64", [0])}, "which holds nothing"),
+        (PACKED, CODES | {"weight_shape": ("I64", [3])}, "expected rows and columns"),
+        (PACKED, CODES | {"weight_shape": ("I64", [MAX_SHAPES + 2])}, "expected rows and columns"),
+        (NVFP4, FLOATS | {"weight_scale_2": ("F32", [0])}, "which holds nothing"),
+        (NVFP4, FLOATS | {"weight_scale_2": ("F32", [64])}, "expected one number"),
+        (NVFP4, FLOATS | {"input_scale": ("F32", [0])}, "which holds nothing"),
+    ],
+)  # fmt: skip
+def test_a_constant_beside_codes_has_a_number_for_what_it_is_of(
+    tmp_path: Path, config: dict[str, Any], beside: Shapes, says: str, dtype: str | None
+) -> None:
+    with pytest.raises(ZooError, match=says):
+        make_plan(open_checkpoint(quantised(tmp_path / "source", config, beside)), dtype=dtype)
+
+
+def test_such_a_constant_is_refused_in_a_canonical_folder_too(tmp_path: Path) -> None:
+    plan = make_plan(open_checkpoint(quantised(tmp_path / "source", NVFP4, FLOATS)))
+    canon = convert(plan, tmp_path / "canon")
+    canonical.read(canon)
+    file = canon / canonical.read(canon).tensors["layers.0.attn.out.global_scale"].file
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    told = next(t for n, t in header.items() if n == "layers.0.attn.out.global_scale")
+    assert told["shape"] in ([], [1])
+    shapes = {n: (t["dtype"], t["shape"]) for n, t in header.items() if n != "__metadata__"}
+    write(file, shapes | {"layers.0.attn.out.global_scale": ("F32", [3])})
+    with pytest.raises(ZooError, match=r"global_scale.*has the shape \[3\], expected one number"):
+        canonical.read(canon)
+
+
+def test_inputs_are_put_into_groups_by_a_number_each() -> None:
+    codes, scale = np.zeros((2, 8), np.uint8), np.ones((2, 2), np.float32)
+    for n in (0, 7, 16):
+        with pytest.raises(ZooError, match=f"by {n} numbers"):
+            packed.affine(codes, 1, scale, 4, 1, order=np.zeros(n, np.int32))
+
+
+@pytest.mark.parametrize("block", ["9" * 4400 + "x1", [10**7, 3], "0x1", "\u0663x1"])
+def test_a_block_that_no_scheme_is_called_by_is_refused(block: Any) -> None:
+    tensors = {
+        n: TensorRef(n, d, (64, 64), "f", 0, 0)
+        for n, d in (("w.weight", "F8_E4M3"), ("w.weight_scale_inv", "F32"))
+    }
+    with pytest.raises(ZooError, match="block size"):
+        schemes.detect(
+            "w.weight", tensors, {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
+        )
+
+
+def test_a_mode_that_is_no_text_is_refused() -> None:
+    tensors = {
+        f"w.{n}": TensorRef(f"w.{n}", d, (64, 8), "f", 0, 0)
+        for n, d in (("weight", "U32"), ("scales", "F16"), ("biases", "F16"))
+    }
+    with pytest.raises(ZooError, match="mode"):
+        schemes.detect("w.weight", tensors, {"quantization": {"bits": 4, "group_size": 32, "mode": ["a"]}})
+
+
+def test_a_config_names_few_classes() -> None:
+    began = time.process_time()
+    with pytest.raises(ZooError, match="1000000 architectures"):
+        families.spec_of({"architectures": ["a"] * 1_000_000, "model_type": "x"})
+    assert time.process_time() - began < 1  # it took 10 s
+
+
+def test_an_index_names_no_more_files_than_a_release_has() -> None:
+    with pytest.raises(ZooError, match="names 10001 files"):
+        sets.index_files({"weight_map": {f"w{n}": f"{n}.safetensors" for n in range(10_001)}}, "x")
+
+
+# ---- tokenizers
+
+
+def test_a_version_of_thousands_of_digits_is_none(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"fast_tokenizer_files": [f"tokenizer.{'9' * 5000}.json"]})
+    )
+    with pytest.raises(ZooError, match="names no version"):
+        tokenizer.file_of(tmp_path)
+
+
+@pytest.mark.parametrize(("times", "refused"), [(1, False), (3, False), (4, True), (1000, True)])
+def test_a_tokenizer_makes_no_novel_of_a_text(tmp_path: Path, times: int, refused: bool) -> None:
+    """A post-processor may repeat the text, and a model reads all that it makes."""
+    whole = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}] * times,
+        "pair": [],
+        "special_tokens": {},
+    }
+    told = {
+        "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior":
+        "Isolated", "invert": False}, "post_processor": whole, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    made = worker._Worker(tmp_path)
+    if refused:
+        with pytest.raises(ZooError, match="its tokenizer makes .* tokens of 300 characters"):
+            made.encode("a" * 300, True)
+    else:
+        assert len(made.encode("a" * 300, True)) == 300 * times
+
+
+def test_a_letter_that_stands_for_many_is_no_repetition(tmp_path: Path) -> None:
+    """U+FDFA is three bytes, and 33 once it is normalised."""
+    told = {
+        "version": "1.0", "added_tokens": [], "normalizer": {"type": "NFKC"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+        "trim_offsets": True, "use_regex": False}, "post_processor": None, "decoder": None,
+        "model": {"type": "BPE", "vocab": {chr(c): n for n, c in enumerate(tokenizer.byte_spelling().values())}, "merges": []},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    assert len(worker._Worker(tmp_path).encode("\ufdfa" * 100, True)) == 3300
