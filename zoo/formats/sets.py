@@ -54,10 +54,15 @@ def members(root: Path, entry: str) -> list[str]:
     """The files of weights of a set: itself, or those that it, an index, names."""
     if not _INDEX.fullmatch(entry):
         return [entry]
-    weight_map = read_json(root / entry, "it lists the shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ZooError(f"{root / entry}: expected an object 'weight_map' of tensor names to file names")
-    return sorted(set(weight_map.values()))
+    return sorted(set(weight_map(root / entry).values()))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Of each tensor that an index names the file, without a "./" in front."""
+    said = read_json(index, "it lists the shards").get("weight_map")
+    if not isinstance(said, dict) or not all(isinstance(v, str) for v in said.values()):
+        raise ZooError(f"{index}: expected an object 'weight_map' of tensor names to file names")
+    return {name: file.removeprefix("./") for name, file in said.items()}
 
 
 def names(root: Path, index: str, files: Iterable[str]) -> bool:
