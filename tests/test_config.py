@@ -327,3 +327,10 @@ def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is
         ours(own | {"num_hidden_layers": 4_000_000_000})
     with pytest.raises(ZooError, match=r"^config\.json: rope_theta is .abc.; expected a finite number$"):
         ours(own | {"rope_theta": "abc"})
+
+
+def test_a_field_whose_other_values_are_refused_themselves_is_not_blamed() -> None:
+    config = {**(manifest.find("minimax-m2").config or {}), "rotary_dim": 9}
+    with pytest.raises(ZooError, match="would rotate 9") as e:
+        families.spec_of(config)
+    assert "attn_type_list" not in str(e.value) and "shared_intermediate_size" not in str(e.value)
