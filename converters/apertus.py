@@ -21,7 +21,7 @@ def spec(c: Config) -> Spec:
         n_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=read.whole_rope(c, read.rope_parameters(c), head_dim),
+        rope=read.whole_rope(c, read.rope_parameters(c, needed=True), head_dim),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=QKNorm(norm),

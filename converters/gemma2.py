@@ -2,7 +2,7 @@
 
 A Gemma with
 - norms before AND after both branches, as Gemma 3 has them (`post_attention_layernorm` is attention's post-norm here);
-- soft caps: attention's scores at 50, before the mask; the logits at 30;
+- soft caps: attention's scores at 50, before the mask; the logits at 30 (so, too, where the fields are missing; null: none);
 - scores scaled by query_pre_attn_scalar^-0.5, which is not head_dim^-0.5 in the 27B;
 - layers that alternate, a window first (`layer_types`, or by parity).
 """
@@ -29,7 +29,7 @@ def spec(c: Config) -> Spec:
             window=c["sliding_window"] if kind == read.SLIDING else None,
             qkv_bias=c.get("attention_bias", False),
             out_bias=c.get("attention_bias", False),
-            softcap=c.get("attn_logit_softcapping"),
+            softcap=c.said("attn_logit_softcapping", 50.0),
         )
 
     kinds = read.layer_types(c, read.every(2))
@@ -44,7 +44,7 @@ def spec(c: Config) -> Spec:
         tied=c.get("tie_word_embeddings", True),
         context_length=c["max_position_embeddings"],
         embed_scale=d**0.5,
-        logit_softcap=c.get("final_logit_softcapping"),
+        logit_softcap=c.said("final_logit_softcapping", 30.0),
         dtype=read.dtype(c),
     )
 

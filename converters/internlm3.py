@@ -16,7 +16,7 @@ def spec(c: Config) -> Spec:
     bias = c.first("bias", "mlp_bias", default=False)
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=bias)
     qkv_bias = c.first("qkv_bias", "attention_bias", default=False)
-    rope = read.whole_rope(c, read.rope_parameters(c), read.head_dim(c), dynamic=True)
+    rope = read.whole_rope(c, read.rope_parameters(c), read.head_dim(c))
     return llama.decoder("internlm3", c, rope, mlp, qkv_bias=qkv_bias, out_bias=bias)
 
 

@@ -41,7 +41,7 @@ from zoo.family import (
 def spec(c: Config) -> Spec:
     c.refuse(rope_interleaved=False)
     p = read.rope_parameters(c, default_theta=10000.0)
-    rope = read.whole_rope(c, p, read.head_dim(c), dynamic=True)
+    rope = read.whole_rope(c, p, read.head_dim(c))
     bias = c.get("attention_bias", False)
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS), bias=c.get("mlp_bias", False))
     return decoder("llama", c, rope, mlp, qkv_bias=bias, out_bias=bias)

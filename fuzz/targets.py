@@ -83,7 +83,7 @@ def header(data: bytes) -> None:
 
 def index(data: bytes) -> None:
     """model.safetensors.index.json."""
-    sets.index_files(safetensors.read_json(_file("index.json", data), "an index"), "index.json")
+    sets.weight_map(_file("index.json", data))
 
 
 def config(data: bytes) -> None:

@@ -10,6 +10,7 @@ import pytest
 from zoo import families, manifest
 from zoo.config import ACTIVATIONS, Config, rope, rope_parameters, yarn_attention_factor, yarn_mscale
 from zoo.errors import ZooError
+from zoo.spec import RopeScaling
 
 
 def c(**data: Any) -> Config:
@@ -259,10 +260,24 @@ def test_a_partial_rotary_factor_beside_the_settings_joins_them() -> None:
     assert rope_parameters(inner)["partial_rotary_factor"] == 0.25
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic", "mrope", "proportional"])
+@pytest.mark.parametrize("kind", ["longrope", "ntk", "mrope", "proportional"])
 def test_an_unknown_kind_of_rope_is_refused_by_name(kind: str) -> None:
     with pytest.raises(ZooError, match=f"rope_parameters: rope_type is '{kind}'"):
         rope(c(), {"rope_type": kind, "rope_theta": 1e4}, 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2.5-7b", "mistral-7b-v0.1", "pythia-1.4b", "gemma-3-1b", "deepseek-v3", "glm-4.5-air"]
+)
+def test_dynamic_rope_that_a_trainer_wrote_is_plain_up_to_the_context_in_every_family(name: str) -> None:
+    config = dict(manifest.find(name).config or {})
+    config.pop("rope_parameters", None)
+    plain, changed = (
+        families.spec_of({**config, "rope_scaling": s}) for s in (None, {"type": "dynamic", "factor": 2.0})
+    )
+    ropes = {layer.mixer.rope for layer in changed.layers} - {layer.mixer.rope for layer in plain.layers}
+    (scaled,) = ropes
+    assert scaled.scaling == RopeScaling("dynamic", 2.0, config["max_position_embeddings"])
 
 
 @pytest.mark.parametrize(
@@ -312,3 +327,10 @@ def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is
         ours(own | {"num_hidden_layers": 4_000_000_000})
     with pytest.raises(ZooError, match=r"^config\.json: rope_theta is .abc.; expected a finite number$"):
         ours(own | {"rope_theta": "abc"})
+
+
+def test_a_field_whose_other_values_are_refused_themselves_is_not_blamed() -> None:
+    config = {**(manifest.find("minimax-m2").config or {}), "rotary_dim": 9}
+    with pytest.raises(ZooError, match="would rotate 9") as e:
+        families.spec_of(config)
+    assert "attn_type_list" not in str(e.value) and "shared_intermediate_size" not in str(e.value)

@@ -132,6 +132,13 @@ def test_a_part_of_names_that_is_not_on_the_list_is_not_looked_through(llama: Pa
     assert "begin with 'transformer.', where family llama has 'model.'" in said and "\n" not in said
 
 
+def test_another_prefix_is_found_by_whichever_naming_of_the_family_the_files_have(tmp_path: Path) -> None:
+    source = tiny.make("qwen3_moe", tmp_path / "source")
+    plain = load_file(source / "model.safetensors")
+    said = refused(again(source, tmp_path / "other", {f"actor.{k}": v for k, v in plain.items()}))
+    assert "names of tensors begin with 'actor.', without which they fit family qwen3_moe" in said
+
+
 @pytest.mark.parametrize("how", ["base_layer.", "lora"])
 def test_an_adapter_that_was_not_merged_is_called_that(how: str, llama: Path, tmp_path: Path) -> None:
     plain = load_file(llama / "model.safetensors")
@@ -146,11 +153,42 @@ def test_an_adapter_that_was_not_merged_is_called_that(how: str, llama: Path, tm
     assert "an adapter's that was not merged" in said and "merge_and_unload" in said and "\n" not in said
 
 
-def test_a_value_head_is_kept_aside(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["v_head.summary", "v_head", "value_head", "score"])
+def test_a_value_head_is_kept_aside(name: str, llama: Path, tmp_path: Path) -> None:
     plain = load_file(llama / "model.safetensors")
-    head = {"v_head.summary.weight": torch.ones(1, 36), "v_head.summary.bias": torch.ones(1)}
+    head = {f"{name}.weight": torch.ones(1, 36), f"{name}.bias": torch.ones(1)}
     plan = plan_of(again(llama, tmp_path / "trl", plain | head))
     assert set(plan.extras) == set(head) and "value head" in plan.summary()
+    classifier = plain | {f"{name}.weight": torch.ones(2, 36)}
+    assert "no rule uses them" in refused(again(llama, tmp_path / "classes", classifier))
+
+
+@pytest.mark.parametrize("leaf", ["inv_freq", "original_inv_freq", "cos_cached"])
+def test_frequencies_that_a_version_saved_are_kept_aside_in_every_family(leaf: str, tmp_path: Path) -> None:
+    source = tiny.make("qwen3", tmp_path / "source")
+    plain = load_file(source / "model.safetensors")
+    saved = {f"model.layers.0.self_attn.rotary_emb.{leaf}": torch.ones(5)}
+    plan = plan_of(again(source, tmp_path / "old", plain | saved))
+    assert set(plan.extras) == set(saved) and "rotary frequencies" in plan.summary()
+
+
+def test_weights_under_the_key_of_a_trainers_dict_are_found(llama: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "trained").mkdir()
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    plain = load_file(llama / "model.safetensors")
+    torch.save({"epoch": 3, "model_state_dict": plain}, folder / "pytorch_model.bin")
+    assert same(canonical(folder, tmp_path / "a"), canonical(llama, tmp_path / "b"))
+
+
+def test_an_index_may_name_its_shards_from_here(llama: Path, tmp_path: Path) -> None:
+    folder = again(llama, tmp_path / "shards")
+    (folder / "model.safetensors").rename(folder / (shard := "model-00001-of-00001.safetensors"))
+    names = load_file(folder / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, f"./{shard}")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ckpt = open_checkpoint(folder)
+    assert list(ckpt.files) == [shard] and not ckpt.notes  # nothing else is here
+    assert zoo.verify(zoo.convert(folder, tmp_path / "canon"), level="bytes", write=False).passed
 
 
 def test_a_head_that_is_missing_is_said_with_the_field_that_ties_it(tied: Path, tmp_path: Path) -> None:
@@ -167,6 +205,25 @@ def test_layers_that_the_config_has_more_or_fewer_of_are_said_by_their_numbers(
     assert f"{said}: 1; the files hold 1-2 too" in refused(
         again(llama, tmp_path / "deep", num_hidden_layers=1)
     )
+
+
+def test_layers_that_were_taken_out_are_said_by_the_numbers_that_are_left(
+    llama: Path, tmp_path: Path
+) -> None:
+    plain = load_file(llama / "model.safetensors")
+    pruned = {
+        k.replace(".layers.2.", ".layers.5.").replace(".layers.1.", ".layers.3."): v for k, v in plain.items()
+    }
+    said = refused(again(llama, tmp_path / "pruned", pruned))
+    assert (
+        "the config has 3 layers (num_hidden_layers), 0-2, and the files hold as many under other numbers: 0,3,5"
+        in said
+    )
+
+
+def test_a_reward_model_is_called_that(llama: Path, tmp_path: Path) -> None:
+    other = again(llama, tmp_path / "other", architectures=["LlamaForRewardModel"])
+    assert "LlamaForRewardModel gives no logits of the next token" in refused(other)
 
 
 def test_a_classifier_is_called_what_it_lacks(llama: Path, tmp_path: Path) -> None:

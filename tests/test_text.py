@@ -179,6 +179,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     ),
     "Phi 2's": with_json({"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": True}, "phi", text=metaspace()),
     "extra_special_tokens by name": with_json({**FAST, "extra_special_tokens": {"image_token": "<tool>"}}),
+    "a model's own named tokens, in an object": with_json({**FAST, "model_specific_special_tokens": {"image_token": "<tool>"}}),
     "a model's own named token": with_json({**FAST, "image_token": "<tool>"}),
     "special tokens not in the vocabulary": with_json({**FAST, "bos_token": "<mine>", "pad_token": "<tool>"}),
     "add_bos_token beside tokenizer.json": with_json({**FAST, "bos_token": "<s>", "add_bos_token": True}),

@@ -82,6 +82,16 @@ def test_a_field_on_no_list_is_refused_where_its_name_says_what_it_scales(key: s
     assert families.read(config(rope_base=config()["rope_theta"]))[1] == []
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_two_thetas_that_differ_are_named_both(key: str) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 4321.0}
+    with pytest.raises(
+        ZooError,
+        match=r"rope_theta is 1000000 \(and 4321\.0 in the settings of RoPE, which was read: delete one\)",
+    ):
+        families.spec_of(config(**{key: rope}))
+
+
 def test_all_that_is_refused_is_named_at_once() -> None:
     with pytest.raises(
         ZooError, match=r"softcapping is 50\.0; residual_multiplier is 0\.22; .* does not read them"

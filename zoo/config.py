@@ -276,11 +276,13 @@ def rope_parameters(
     transformers 5 writes `rope_parameters` (one dict, or one per layer type); releases have a theta
     (under the key `theta`) and a dict under the key `scaling` (its kind under `type` or `rope_type`).
     `scaling` None: a released scaling does not concern these layers. `default_theta` is for families
-    whose older releases leave theta out. `needed`: upstream puts a YaRN of its own in where a config has neither.
+    whose older releases leave theta out. `needed`: upstream puts a scaled RoPE of its own in where a config has neither.
     Both at once, saying different things, are refused: which one counts differs between upstream's versions.
     """
     if needed and not (isinstance(said := c.first("rope_parameters", "rope_scaling"), Mapping) and said):
-        raise ZooError(f"{c.where}: rope_parameters is {said!r}, and upstream would put a YaRN of its own in")
+        raise ZooError(
+            f"{c.where}: rope_parameters is {said!r}, and upstream would put a scaled RoPE of its own in"
+        )
     p: Any = c.get("rope_parameters")
     old: Any = c.get(scaling) if scaling else None
     for key, settings in (("rope_parameters", p), (scaling, old)):
@@ -334,7 +336,7 @@ def rope(
     `longrope`: the names by which a family's configs ask for LongRoPE ("longrope", "su", "yarn" in Phi-3's); none: it is
     refused."""
     q = Config(p, f"{c.where}: rope_parameters")
-    kind = q.choice("rope_type", dict.fromkeys(("default", "linear", "llama3", "yarn", *longrope)))
+    kind = q.choice("rope_type", dict.fromkeys(("default", "linear", "dynamic", "llama3", "yarn", *longrope)))
     theta = float(q["rope_theta"])
     if kind == "default":
         return Rope(theta, dim, None, interleaved, rounding)
@@ -343,6 +345,10 @@ def rope(
     factor = float(q["factor"])
     if kind == "linear":
         return Rope(theta, dim, RopeScaling("linear", factor), interleaved, rounding)
+    if kind == "dynamic":  # trainers write it into the config of any family
+        return Rope(
+            theta, dim, RopeScaling("dynamic", factor, c["max_position_embeddings"]), interleaved, rounding
+        )
     original = _whole(
         q, q.first("original_max_position_embeddings", default=c.get("max_position_embeddings"))
     )

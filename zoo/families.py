@@ -246,7 +246,7 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
     def claims(among: Mapping[str, Family]) -> list[Family]:
         by_name = [f for f in among.values() if any(a in f.architectures for a in named)]
-        headless = all(a.endswith("Model") for a in named)  # or none is named
+        headless = all(a.endswith("Model") and not a.endswith(_NO_LOGITS) for a in named)  # or none is named
         if not by_name and headless:
             return [f for f in among.values() if model_type in f.model_types]
         return sorted(by_name, key=lambda f: kind not in f.model_types)

@@ -331,7 +331,8 @@ def _narrowed(remote: Remote, folder: Path) -> Remote:
             if any(f.path == whole for f in remote.files):  # transformers reads that one
                 named.add(whole)
             elif isinstance(weight_map, dict):
-                named |= {os.path.join(os.path.dirname(file.path), str(v)) for v in weight_map.values()}
+                folder_of = os.path.dirname(file.path)
+                named |= {os.path.join(folder_of, str(v).removeprefix("./")) for v in weight_map.values()}
     weights = {f.path for f in remote.weights}
     kept = tuple(f for f in remote.files if f.path not in weights or f.path in named)
     return Remote(remote.source, remote.snapshot, kept) if named & weights else remote

@@ -225,7 +225,13 @@ def judge(c: Config, spec: Spec) -> list[str]:
                 "as in transformers 5 (before 5.20 it writes its class' default beside)"
             )
         else:
-            refused.append(f"{'.'.join(path)} is {str(value)[:80]}")
+            other = _in_rope_parameters(key, _beside(c, path))
+            beside = (
+                f" (and {str(other[0])[:40]} in the settings of RoPE, which was read: delete one)"
+                if other
+                else ""
+            )
+            refused.append(f"{'.'.join(path)} is {str(value)[:80]}{beside}")
     if refused:
         raise ZooError(
             f"{c.where}: {'; '.join(refused)}; and the family {spec.family} does not read "
@@ -238,8 +244,8 @@ def judge(c: Config, spec: Spec) -> list[str]:
 
 
 def _in_rope_parameters(key: str, beside: Mapping[str, Any]) -> list[Any]:
-    """What `rope_parameters` beside a field say of it: of all layers, or of each kind; nothing if some are silent."""
-    p = beside.get("rope_parameters")
+    """What `rope_parameters`, or `rope_scaling`, beside a field say of it: of all layers, or of each kind; nothing if some are silent."""
+    p = beside.get("rope_parameters") or beside.get("rope_scaling")
     if not isinstance(p, Mapping):
         return []
     said = [dict.get(dict(x), key) for x in p.values() if isinstance(x, Mapping)] or [p.get(key)]

@@ -39,6 +39,7 @@ CASE = FamilyCase(
         ("apertus-8b", {"qk_norm": False}, "qk_norm is False"),
         ("apertus-8b", {"post_norm": True}, "post_norm is True"),
         ("apertus-8b", {"mlp_bias": True}, "mlp_bias is True"),
+        ("apertus-8b", {"rope_scaling": None}, "none of the fields 'rope_parameters', 'rope_scaling'"),
     ),
 )
 # fmt: on

@@ -38,7 +38,7 @@ CASE = FamilyCase(
     released_text=released,
     refused=(
         ("afm-4.5b", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
-        ("afm-4.5b", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("afm-4.5b", {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
     ),
 )
 # fmt: on

@@ -25,7 +25,7 @@ CASE = FamilyCase(
     main="cohere_plus",
     refused=(
         ("aya-23-8b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
-        ("aya-23-8b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("aya-23-8b", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
         ("aya-23-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ),
     released_text=plain_rope,

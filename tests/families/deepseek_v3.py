@@ -183,7 +183,7 @@ CASE = FamilyCase(
         ("deepseek-v3", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
         ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ("deepseek-v3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("deepseek-v3", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is 'dynamic'"),
+        ("deepseek-v3", {"rope_scaling": {"type": "ntk", "factor": 2}}, "rope_type is 'ntk'"),
         ("deepseek-v3", {"n_group": 256, "topk_group": 4}, "groups of 1 experts cannot be judged by their best 2"),
         ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank"),
     ),

@@ -5,7 +5,9 @@ Norms are (1 + w); embeddings are scaled; layers alternate, a window first.
 
 from __future__ import annotations
 
+from zoo import families
 from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Gguf, Variant, rope
+from zoo.testing.full_size import attention, read
 from zoo.testing.released import drop, flat_rope
 from zoo.testing.variant import Settings
 
@@ -62,3 +64,14 @@ CASE = FamilyCase(
     ),
 )
 # fmt: on
+
+
+def test_caps_that_the_config_leaves_out_are_the_releases_and_null_means_none() -> None:
+    released = dict(read("gemma2-2b"))
+    caps = {
+        "attn_logit_softcapping": released.pop("attn_logit_softcapping"),
+        "final_logit_softcapping": released.pop("final_logit_softcapping"),
+    }
+    assert families.spec_of(released) == families.spec_of({**released, **caps})
+    without = families.spec_of({**released, **dict.fromkeys(caps)})
+    assert without.logit_softcap is None and attention(without, 0).softcap is None

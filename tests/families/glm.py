@@ -43,7 +43,7 @@ CASE = FamilyCase(
     main="glm_third",
     refused=(
         ("glm-4-9b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
-        ("glm-4-9b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("glm-4-9b", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
         ("glm-4-9b", {"sliding_window": 512}, "sliding_window"),
     ),
     released_text=flat_rope,

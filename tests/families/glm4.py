@@ -22,7 +22,7 @@ CASE = FamilyCase(
     ),
     refused=(
         ("glm-4-32b-0414", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
-        ("glm-4-32b-0414", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("glm-4-32b-0414", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
         ("glm-4-32b-0414", {"sliding_window": 512}, "sliding_window"),
     ),
     released_text=flat_rope,

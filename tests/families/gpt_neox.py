@@ -68,7 +68,7 @@ CASE = FamilyCase(
     grouped=False,
     refused=(
         ("pythia-1.4b", {"hidden_act": "gelu_10"}, "hidden_act is 'gelu_10'"),
-        ("pythia-1.4b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("pythia-1.4b", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
         ("pythia-1.4b", {"rotary_pct": 1.5}, "RoPE would rotate 192 of 128 channels"),
     ),
     released_text=released,

@@ -34,7 +34,7 @@ CASE = FamilyCase(
     ),
     refused=(
         ("granite-4.1-8b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
-        ("granite-4.1-8b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("granite-4.1-8b", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
         ("granite-4.1-8b", {"sliding_window": 512}, "sliding_window"),
     ),
     released_text=released,

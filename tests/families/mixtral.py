@@ -39,7 +39,7 @@ CASE = FamilyCase(
     refused=(
         ("mixtral-8x7b", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ("mixtral-8x7b", {"num_experts_per_tok": 9}, "9 of 8 experts cannot be chosen"),
-        ("mixtral-8x7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("mixtral-8x7b", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
     ),
     released_text=released,
     gguf=(

@@ -28,7 +28,7 @@ CASE = FamilyCase(
     keeps={"nanochat": ("rope_parameters",)},
     refused=(
         ("nanochat-d20", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
-        ("nanochat-d20", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
+        ("nanochat-d20", {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type is 'ntk'"),
     ),
 )
 # fmt: on

@@ -68,7 +68,7 @@ CASE = FamilyCase(
     ),
     refused=(
         ("phi-4-mini", {"attention_bias": True}, "attention_bias is True"),
-        ("phi-4-mini", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("phi-4-mini", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
         ("phi-4-mini", {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}}, "'short_factor' is missing"),
         ("phi-4-mini", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
     ),

@@ -24,7 +24,7 @@ CASE = FamilyCase(
     ),
     refused=(
         ("stablelm-3b-4e1t", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
-        ("stablelm-3b-4e1t", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("stablelm-3b-4e1t", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'"),
     ),
     released_text=flat_rope,
 )

@@ -11,7 +11,7 @@ from zoo.config import rope_parameters as rope_parameters
 from zoo.config import yarn_mscale as yarn_mscale
 from zoo.errors import ZooError
 from zoo.soundness import layer_count as layer_count
-from zoo.spec import Norm, Rope, RopeScaling, Rounding
+from zoo.spec import Norm, Rope, Rounding
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Kinds of layers, as configs call them in `layer_types`."""
@@ -69,15 +69,9 @@ def whole_rope(
     *,
     interleaved: bool = False,
     rounding: Rounding | Literal["both"] = "first",
-    dynamic: bool = False,
 ) -> Rope:
-    """RoPE over the whole head; a config that wants only a part of it rotated is refused. `dynamic`: whether the family's
-    configs may ask for a RoPE that is plain within the context and has its factor from the end of that on."""
-    q = Config(p, f"{c.where}: rope_parameters")
-    q.refuse(partial_rotary_factor=1.0)
-    if dynamic and p["rope_type"] == "dynamic":
-        scaling = RopeScaling("dynamic", float(q["factor"]), c["max_position_embeddings"])
-        return Rope(float(q["rope_theta"]), head_dim, scaling, interleaved, rounding)
+    """RoPE over the whole head; a config that wants only a part of it rotated is refused."""
+    Config(p, f"{c.where}: rope_parameters").refuse(partial_rotary_factor=1.0)
     return rope(c, p, head_dim, interleaved=interleaved, rounding=rounding)
 
 

@@ -25,7 +25,7 @@ from zoo.formats.base import (
     read_json,
 )
 from zoo.formats.safetensors import INDEX, check_index, parse_header, read_header
-from zoo.formats.sets import index_files
+from zoo.formats.sets import weight_map
 from zoo.layout import VERSION, Slot, layout
 from zoo.quant.blocks import is_one
 from zoo.quant.schemes import grid, scheme
@@ -137,14 +137,14 @@ def read(path: str | os.PathLike[str]) -> Canonical:
         raise ZooError(
             f"{root / JSON}: carried names {name!r:.200}, which can't be opened: {e.strerror}"
         ) from None
-    index = read_json(root / INDEX, "a canonical checkpoint has one")
-    files = {name: inside(root, name, INDEX) for name in index_files(index, str(root / INDEX))}
+    index = weight_map(root / INDEX, "a canonical checkpoint has one")
+    files = {name: inside(root, name, INDEX) for name in sorted({*index.values()})}
     _refuse_more_than(root, spec, layers)
     tensors: dict[str, TensorRef] = {}
     for name, file in files.items():
         for ref in parse_header(read_header(file), name, file.stat().st_size, str(file)):
             tensors[ref.name] = ref
-    check_index(index["weight_map"], tensors, root / INDEX)
+    check_index(index, tensors, root / INDEX)
     aside = {n: t for n, t in tensors.items() if t.file.startswith("extras-")}
     model = {n: t for n, t in tensors.items() if not t.file.startswith("extras-")}
     canonical = Canonical(root, spec, quant, model, aside, source, extras, layers, j)

@@ -14,7 +14,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
 from zoo.formats.safetensors import check_index, parse_header, read_header
-from zoo.formats.sets import index_files
+from zoo.formats.sets import weight_map
 
 INDEX = "consolidated.safetensors.index.json"
 
@@ -40,7 +40,7 @@ def open(path: Path) -> Checkpoint:
         headers[name] = raw = read_header(file)
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if (root / INDEX).exists():
-        check_index(read_json(root / INDEX, "")["weight_map"], tensors, root / INDEX)
+        check_index(weight_map(root / INDEX), tensors, root / INDEX)
     config = families.own_config("mistral", params, tensors, str(where))
     return Checkpoint(
         root, "mistral", ("mistral",), config, tensors, files, carried_files(root), headers,
@@ -50,8 +50,7 @@ def open(path: Path) -> Checkpoint:
 
 def _weight_files(root: Path) -> list[str]:
     if (root / INDEX).exists():
-        index = read_json(root / INDEX, "delete it if consolidated.safetensors is whole")
-        return index_files(index, str(root / INDEX))
+        return sorted({*weight_map(root / INDEX, "delete it if consolidated.safetensors is whole").values()})
     names = sorted(p.name for p in root.glob("consolidated*.safetensors"))
     if len(names) > 1:
         raise ZooError(f"{root}: {len(names)} shards but no {INDEX}: is the download complete?")

@@ -41,7 +41,7 @@ from zoo.formats.safetensors import check_index
 
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
-UNDER = ("state_dict", "model", "module")  # keys that trainers put weights under
+UNDER = ("state_dict", "model", "module", "model_state_dict")  # keys that trainers put weights under
 MAX_STEPS = (
     1 << 22
 )  # of a checkpoint: a byte of a pickle may make an object of 72; a tensor takes some 30 steps
@@ -91,7 +91,7 @@ def open(path: Path) -> Checkpoint:
         files[name] = file.stat().st_size
         add_tensors(tensors, read_pickle(file, name, notes, budget), file)
     if entry not in files:
-        check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
+        check_index(sets.weight_map(root / entry), tensors, root / entry)
     return Checkpoint(
         root, "pickle", HF_NAMINGS, config, tensors, files, carried_files(root), notes=tuple(notes),
         around=taken(((root / n, n) for n in files), tensors.values()),

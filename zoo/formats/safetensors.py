@@ -72,7 +72,7 @@ def open_files(
             )
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if entry is not None and entry not in files:
-        check_index(read_json(root / entry, "")["weight_map"], tensors, root / entry)
+        check_index(sets.weight_map(root / entry), tensors, root / entry)
     # The index of another set would describe files that the copy does not have.
     carried = tuple(n for n in carried_files(root) if n != INDEX or n == entry or sets.names(root, n, files))
     return Checkpoint(root, "safetensors", HF_NAMINGS, config, tensors, files, carried, headers)

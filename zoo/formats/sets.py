@@ -57,17 +57,17 @@ def members(root: Path, entry: str) -> list[str]:
     """The files of weights of a set: itself, or those that it, an index, names."""
     if not _INDEX.fullmatch(entry):
         return [entry]
-    return index_files(read_json(root / entry, "it lists the shards"), str(root / entry))
+    return sorted({*weight_map(root / entry).values()})
 
 
-def index_files(index: dict[str, Any], who: str) -> list[str]:
-    """The files that an index names, each once."""
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ZooError(f"{who}: expected an object 'weight_map' of tensor names to file names")
-    if len(found := sorted(set(weight_map.values()))) > MAX_SHARDS:
-        raise ZooError(f"{who}: names {len(found)} files (limit {MAX_SHARDS}): no release has as many")
-    return found
+def weight_map(index: Path, why: str = "it lists the shards") -> dict[str, str]:
+    """Of each tensor that an index names the file, without a "./" in front. `why` it is read, for the error."""
+    said = read_json(index, why).get("weight_map")
+    if not isinstance(said, dict) or not all(isinstance(v, str) for v in said.values()):
+        raise ZooError(f"{index}: expected an object 'weight_map' of tensor names to file names")
+    if (n := len(set(said.values()))) > MAX_SHARDS:
+        raise ZooError(f"{index}: names {n} files (limit {MAX_SHARDS}): no release has as many")
+    return {name: file.removeprefix("./") for name, file in said.items()}
 
 
 def names(root: Path, index: str, files: Iterable[str]) -> bool:

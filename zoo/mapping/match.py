@@ -538,7 +538,10 @@ def _not_carried(types: Iterable[str]) -> str:
 TIED = "a copy of the embedding: the config ties the head to it"
 
 
-VALUE_HEAD = re.compile(r"v_head\.(summary\.)?(weight|bias)")  # trl's; upstream's language models have none
+VALUE_HEAD = re.compile(r"(v_head|value_head|critic_head|reward_head|score)\.(summary\.)?(weight|bias)")
+"""trl's, DeepSpeed-Chat's, OpenRLHF's, of one number for each token; upstream's language models have none."""
+FREQUENCIES = re.compile(r".*\.rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)")
+"""Buffers of RoPE, as versions of before 2024 and vendors' own code save them."""
 
 
 def _common(dtypes: set[str]) -> str:
@@ -610,7 +613,9 @@ def _sort_rest(
         else:
             if CACHE_SCALE.search(name) and math.prod(tensors[name].shape) == 1:
                 out.extras[name] = "a scale of cached keys or values, which are not quantised here"
-            elif VALUE_HEAD.fullmatch(name):
+            elif FREQUENCIES.fullmatch(name):
+                out.extras[name] = "rotary frequencies; computed from the config"
+            elif VALUE_HEAD.fullmatch(name) and tensors[name].shape[:1] == (1,):
                 out.extras[name] = "a value head, which reinforcement learning trains beside the model's own"
             else:
                 out.unexpected.append(name)

@@ -210,6 +210,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
     if asked is None and ckpt.format == "gguf" and not _has_blocks(ckpt):
         asked = "F32"  # which its norms are in, whatever the rest is
     best: Match | None = None
+    tried: list[Match] = []
     for naming in namings:
         m = match(spec, family.rules[naming], ckpt.tensors, ckpt.n_ranks, naming, asked, ckpt.config)
         if spec.tied and m.head:
@@ -225,6 +226,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
                 ckpt.config,
             )
             m.notes.append("the config does not say whether the head is tied, and the files hold none: it is")
+        tried.append(m)
         if best is None or m.n_problems < best.n_problems:
             best = m
         if not m.n_problems:
@@ -243,7 +245,7 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
             raise ZooError(
                 f"{ckpt.root}: its weights are quantised as {what}, which zoo does not read: {PLAIN}"
             )
-        raise PlanError(ckpt, family, best)
+        raise PlanError(ckpt, family, best, tried)
     if (words := foreign.said(ckpt.config)) is not None and not quantised(best, ckpt.tensors):
         best.notes.append(
             f"the config calls the weights quantised ({words}), but they are plain: taken as they are"

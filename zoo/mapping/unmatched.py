@@ -12,7 +12,7 @@ from zoo.families import Family
 from zoo.formats import sets
 from zoo.formats.base import Checkpoint
 from zoo.mapping.fold import fold, span
-from zoo.mapping.match import Match
+from zoo.mapping.match import Match, match
 
 ADAPTED = re.compile(
     r"\.(lora_(A|B|magnitude_vector)|lora_embedding_[AB]|base_layer|original_module|modules_to_save|vera_lambda_[bd]|hada_w[12]_[ab]"
@@ -25,14 +25,16 @@ class PlanError(ZooError):
     """The tensors and the rules do not account for each other. `match` holds the details. `known`: whether one cause explains all
     of it, which the message then is."""
 
-    def __init__(self, ckpt: Checkpoint, family: Family, m: Match) -> None:
+    def __init__(self, ckpt: Checkpoint, family: Family, m: Match, tried: Iterable[Match] = ()) -> None:
+        """`m`: the match that fits best, of those that were `tried`, one for each naming of the family."""
         self.match = m
-        missing = [name for names in m.missing.values() for name in names]
+        missing = _missing(m)
         said = (
             _cut_short(ckpt, missing)
             or _adapted(ckpt)
             or _other_rows(ckpt, m)
-            or _renamed(ckpt, family, missing, m)
+            or _other_numbers(ckpt, m)
+            or next(filter(None, (_renamed(ckpt, family, other) for other in (m, *tried))), None)
         )
         self.known = said is not None
         if said is not None:
@@ -111,16 +113,44 @@ def _adapted(ckpt: Checkpoint) -> str | None:
     )
 
 
-def _renamed(ckpt: Checkpoint, family: Family, missing: list[str], m: Match) -> str | None:
-    """Where every tensor that is not expected is one that is missing, under another prefix, always the same: that."""
-    if not missing or len(missing) != len(m.unexpected) or m.misshapen or m.problems:
+def _missing(m: Match) -> list[str]:
+    return [name for names in m.missing.values() for name in names]
+
+
+def _other_numbers(ckpt: Checkpoint, m: Match) -> str | None:
+    """Where whole layers are missing and as many are there under numbers beyond the last: that, and what to do."""
+    n = m.spec.n_layers
+    gone = {i for i in map(_layer, m.missing) if i is not None}
+    over = {int(found[1]) for name in m.unexpected if (found := _NUMBER.search(name))}
+    if not gone or len(gone) != len(over) or min(over) < n or m.misshapen or m.problems:
         return None
-    wanted, first = set(missing), m.unexpected[0]
-    tail, want = max(((_tail(first, w), w) for w in wanted), key=lambda x: len(x[0]))
+    if len(_missing(m)) != len(m.unexpected) or {i for i in map(_layer, m.outputs) if i is not None} & gone:
+        return None
+    there = _numbers(map(str, sorted({*range(n)} - gone | over)))
+    return (
+        f"{ckpt.root}: the config has {n} layers (num_hidden_layers), 0-{n - 1}, and the files hold as many under other numbers: {there}. "
+        "Layers were taken out, and those behind not numbered anew: name them in order; nothing was written"
+    )
+
+
+_NUMBER = re.compile(r"\.(\d{1,8})\.")
+
+
+def _renamed(ckpt: Checkpoint, family: Family, m: Match) -> str | None:
+    """Where all fits that is not expected, once one prefix of it, always the same, is another's: that."""
+    missing = _missing(m)
+    if not missing or not m.unexpected:
+        return None
+    first = m.unexpected[0]
+    tail, want = max(((_tail(first, w), w) for w in set(missing)), key=lambda x: len(x[0]))
     if not tail:
         return None
     theirs, ours = first.removesuffix(tail), want.removesuffix(tail)
-    if not all(n.startswith(theirs) and ours + n.removeprefix(theirs) in wanted for n in m.unexpected):
+    odd = {n: ours + n.removeprefix(theirs) for n in m.unexpected if n.startswith(theirs)}
+    named = {odd.get(n, n): t for n, t in ckpt.tensors.items()}
+    if len(odd) < len(m.unexpected) or len(named) < len(ckpt.tensors):
+        return None
+    if match(m.spec, family.rules[m.naming], named, ckpt.n_ranks, m.naming, None, ckpt.config).n_problems:
         return None
     fit = (
         f"where family {family.name} has {ours!r}, and fit otherwise"

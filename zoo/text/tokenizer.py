@@ -590,6 +590,8 @@ def _finish(
     extras = fields.get("extra_special_tokens") or []
     model_tokens = {k: v for k, v in fields.items() if k.endswith("_token") and k not in NAMED}
     model_tokens |= extras if isinstance(extras, dict) else {}
+    if not model_tokens and isinstance(named := fields.get("model_specific_special_tokens"), dict):
+        model_tokens = named  # as transformers 5 saves them
     for key, value in {**{k: fields[k] for k in NAMED if k in fields}, **model_tokens}.items():
         if value is None:
             special.pop(key, None)

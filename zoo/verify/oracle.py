@@ -252,7 +252,8 @@ def from_pretrained_files(root: Path) -> tuple[str, ...] | None:
     entry = _entry(root)
     if entry is None or not entry.endswith(".json"):
         return None if entry is None else (entry,)
-    return tuple(sorted(set(read_json(root / entry, "it lists the shards")["weight_map"].values())))
+    named = read_json(root / entry, "it lists the shards")["weight_map"].values()
+    return tuple(sorted({str(name).removeprefix("./") for name in named}))
 
 
 def _entry(root: Path) -> str | None:
