@@ -86,3 +86,30 @@ def test_what_transformers_saves_exports_under_the_releases_names(name: str, tmp
     assert all(torch.equal(out[k], released[k]) for k in out)
     again = zoo.convert(tmp_path / "release", tmp_path / "expected")
     assert aside <= set(tensors(again, "extras-*.safetensors")), "all but what the class does not hold"
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "step3p5"])
+def test_what_stands_beside_a_language_model_goes_along_under_names_that_upstream_opens(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Experts packed, within a class that sees images: the tower's names below its own are those in memory."""
+    held = in_memory(name, tmp_path / "held")
+    canon = zoo.convert(held, tmp_path / "canon")
+    caplog.clear()
+    back = zoo.export(canon, tmp_path / "back")
+    aside = tensors(canon, "extras-*.safetensors")
+    assert f"{len(aside)} tensors beside the model are written as model.m" in caplog.text
+    out = tensors(back, "*.safetensors")
+    for kept, t in aside.items():
+        found = [n for n in (kept, kept.removeprefix("model.")) if n in out]
+        assert len(found) == 1 and torch.equal(out[found[0]], t)
+    assert (back / "config.json").read_bytes() == (held / "config.json").read_bytes()
+    again = zoo.convert(back, tmp_path / "again")
+    assert len(tensors(again, "extras-*.safetensors")) == len(aside)
+    memory = zoo.state_dict(canon, names="transformers")
+    model = tiny.upstream(back)
+    loaded = model.load_state_dict(memory, strict=False)
+    assert not loaded.unexpected_keys and not [n for n in loaded.missing_keys if "inv_freq" not in n]
+    assert torch.equal(
+        tiny.logits(model, tiny.tokens(name)), tiny.logits(tiny.upstream(back), tiny.tokens(name))
+    )

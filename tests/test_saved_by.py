@@ -238,3 +238,65 @@ def test_kimi_k25s_layers_are_called_blocks_by_transformers(tmp_path: Path) -> N
     assert same(assemble(odd), assemble(plain))
     assert make_plan(open_checkpoint(odd)).extras.keys() == make_plan(open_checkpoint(plain)).extras.keys()
     assert came_back(odd, tmp_path) == tensors_of(plain)
+
+
+def test_modules_that_a_quantised_config_names_are_called_as_what_is_exported(tmp_path: Path) -> None:
+    """Kimi K2.5 in fp8, its layers called blocks: the release's names come back in lists too, and patterns mean what they meant."""
+    from test_quant_models import fp8_blocks, linear
+
+    odd, at, stem = tmp_path / "odd", "language_model.model.blocks", "language_model.model.layers"
+    tiny.make("kimi_k25", odd)
+    tensors = build.read_tensors(odd)
+    plain = {name: t for name, t in tensors.items() if not linear(name, t)}
+    made, settings = fp8_blocks({name: t for name, t in tensors.items() if name not in plain})
+    build.rename(made := plain | made, lambda n: n.replace(stem, at))
+    build.write_tensors(odd, made)
+    same_still = [
+        "lm_head",
+        "gate",
+        "Linear",
+        "vision_tower",
+        r"re:.*mlp\.gate$",
+        "re:(",
+        3,
+        "model.embed_tokens",
+    ]
+    settings["modules_to_not_convert"] = [
+        *same_still, at, f"{at}.0", f"{at}.1.mlp.gate", r"re:.*\.blocks\.0\.self_attn$", f"{at}.*.mlp.gate",
+    ]  # fmt: skip
+    settings["config_groups"] = {"group_0": {"targets": ["Linear", f"{at}.0.mlp.down_proj"]}}
+    settings["quantized_layers"] = {f"{at}.0.self_attn.o_proj": {"quant_algo": "FP8"}}
+    config = build.read_config(odd)
+    config["text_config"]["quantization_config"] = settings
+    build.write_config(odd, config)
+
+    canon = zoo.convert(odd, tmp_path / "canon")
+    out = zoo.export(canon, tmp_path / "out")
+    names = build.read_tensors(out).keys()
+    assert f"{stem}.0.self_attn.o_proj.weight_scale_inv" in names and not [n for n in names if at in n]
+    found = build.read_config(out)["text_config"].pop("quantization_config")
+    sparse = sorted({n.removesuffix(".weight") for n in names if n.endswith("mlp.gate.weight")})
+    assert found["modules_to_not_convert"] == list(
+        dict.fromkeys([*same_still, stem, f"{stem}.0", f"{stem}.1.mlp.gate", f"{stem}.0.self_attn", *sparse])
+    )
+    assert found["config_groups"] == {"group_0": {"targets": ["Linear", f"{stem}.0.mlp.down_proj"]}}
+    assert found["quantized_layers"] == {f"{stem}.0.self_attn.o_proj": {"quant_algo": "FP8"}}
+    source = zoo.export(canon, tmp_path / "source", format="source")
+    assert (source / "config.json").read_bytes() == (odd / "config.json").read_bytes()
+    tensors_out = zoo.export(zoo.convert(out, tmp_path / "again"), tmp_path / "same")
+    assert (tensors_out / "config.json").read_bytes() == (out / "config.json").read_bytes()
+
+
+def test_rope_in_the_words_of_transformers_5_is_told_of_when_it_is_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = tiny.make("llama", tmp_path / "5")
+    config = build.read_config(of)
+    assert "rope_parameters" in config and "rope_theta" not in config
+    zoo.export(zoo.convert(of, tmp_path / "canon-5"), tmp_path / "out-5")
+    assert "4.x opens it without a word" in caplog.text
+    caplog.clear()
+    old = tiny.make("llama", tmp_path / "4", released_config=True)
+    assert "rope_parameters" not in build.read_config(old)
+    zoo.export(zoo.convert(old, tmp_path / "canon-4"), tmp_path / "out-4")
+    assert "4.x" not in caplog.text

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from zoo.model import Decoder
     from zoo.spec import Spec
     from zoo.verify.certificate import Certificate
+    from zoo.verify.oracle import Oracle
 
     StrPath = str | os.PathLike[str]
 
@@ -249,7 +250,7 @@ def state_dict(canon: StrPath, names: str = "hf") -> dict[str, torch.Tensor]:
 
 
 @translated
-def verify(canon: StrPath, against: StrPath | None = None, **how: Any) -> Certificate:
+def verify(canon: StrPath, against: StrPath | Oracle | None = None, **how: Any) -> Certificate:
     """Compare a canonical folder with upstream's implementation.
 
     Args:

@@ -12,6 +12,7 @@ Unusual here: a hash that was found right before is computed again, since a disk
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Collection, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import card
-from zoo.errors import ZooError
+from zoo.errors import ZooError, translated
 from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef, files_below, inside, leads_out, place_of, read_json
 from zoo.formats.safetensors import INDEX
@@ -32,6 +33,7 @@ from zoo.hub.http import Progress, Watch
 from zoo.pull import stored
 from zoo.verify import certificate
 
+StrPath = str | os.PathLike[str]
 NOTES = Path(".cache/huggingface/download")
 """Where huggingface-hub notes beside a download (`local_dir`) what it fetched: commit, etag and time, a line each."""
 MAX_NOTE = 4096  # bytes
@@ -91,13 +93,14 @@ class Report:
         }
 
 
+@translated
 def check(
-    folder: Path,
+    folder: StrPath,
     name: str | None = None,
     *,
     revision: str | None = None,
-    by: Path | None = None,
-    signed_by: Path | None = None,
+    by: StrPath | None = None,
+    signed_by: StrPath | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files;
@@ -111,11 +114,11 @@ def check(
     if name is not None and by is not None:
         raise ZooError("a repository and a certificate: name one of them")
     report = Report(folder)
-    listed = _listed(folder, name, revision, by, report)
+    listed = _listed(folder, name, revision, None if by is None else Path(by), report)
     if listed is not None:
         _files(folder, listed, report, Watch(progress))
     if signed_by is not None:
-        _signature(folder, signed_by, report)
+        _signature(folder, Path(signed_by), report)
     _tensors(folder, report)
     return report
 

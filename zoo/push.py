@@ -24,7 +24,7 @@ from typing import Any
 
 from zoo import card
 from zoo._version import __version__
-from zoo.errors import ZooError
+from zoo.errors import ZooError, translated
 from zoo.formats import canonical
 from zoo.formats.base import WEIGHT_SUFFIXES
 from zoo.hub import HubError, http
@@ -64,6 +64,7 @@ class Pushed:
         }
 
 
+@translated
 def push(
     canon: StrPath,
     repo: str,
@@ -72,7 +73,7 @@ def push(
     revision: str | None = None,
     dtype: str | None = None,
     unproven: bool = False,
-    key: Path | None = None,
+    key: StrPath | None = None,
     password: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,

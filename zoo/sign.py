@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import base64
 import logging
+import os
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from zoo.bounded import parse_json
-from zoo.errors import ZooError
+from zoo.errors import ZooError, translated
 from zoo.formats.base import read_json
 from zoo.plain import write_plain
 from zoo.verify.certificate import SIGNATURE
 
+StrPath = str | os.PathLike[str]
 BESIDE = (SIGNATURE, ".cache")
 MAX_KEY = 1 << 16
 
@@ -47,11 +49,13 @@ def _pem(key: Path) -> bytes:
         raise ZooError(f"{key}: {e.strerror or e}") from None
 
 
-def sign(folder: Path, key: Path, password: str | None = None) -> Path:
+@translated
+def sign(folder: StrPath, key: StrPath, password: str | None = None) -> Path:
     """Sign every file of `folder` with the private key in the PEM file `key`; the signature's path.
 
     Raises ZooError if model-signing is not installed, the key is none of the kinds it takes, or the folder holds links.
     """
+    folder, key = Path(folder), Path(key)
     _refuse_no_folder(folder)
     signing, hashing = _library()
     _pem(key)
@@ -66,11 +70,13 @@ def sign(folder: Path, key: Path, password: str | None = None) -> Path:
     return folder / SIGNATURE
 
 
-def check(folder: Path, key: Path) -> int:
+@translated
+def check(folder: StrPath, key: StrPath) -> int:
     """Hold every file of `folder` to its signature by the public key in the PEM file `key`; how many files there are.
 
     Raises ZooError, naming the files, if one is altered, missing or not signed, or the signature is another key's.
     """
+    folder, key = Path(folder), Path(key)
     _refuse_no_folder(folder)
     path = folder / SIGNATURE
     if not path.is_file():

@@ -17,7 +17,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,8 @@ from zoo.families import Family
 from zoo.formats import gguf, meta, params_out
 from zoo.formats.around import Hollow
 from zoo.formats.base import (
-    AS_RELEASED,
     FLOATS,
+    HF_NAMINGS,
     ITEMSIZE,
     Checkpoint,
     TensorRef,
@@ -48,14 +48,16 @@ from zoo.formats.pickle import Archive, Budget, read_open
 from zoo.formats.safetensors import INDEX, parse_header
 from zoo.formats.sharded import full_name
 from zoo.formats.wrapped import unwrapped
-from zoo.layout import Slot, layout
+from zoo.layout import layout
 from zoo.mapping.execute import SHARD, Mover, Progress, Sheet
+from zoo.mapping.export_config import config_of, misread, renamed
 from zoo.mapping.folder import Folder
-from zoo.mapping.match import match
+from zoo.mapping.match import TIED, match
 from zoo.mapping.moves import Copy, Loader, Rearrange, in_kernel
+from zoo.mapping.names_out import aside_of, outputs_of, prefix_of, rules_of
 from zoo.mapping.plan import DTYPES, Plan
-from zoo.mapping.recipe import Output, compile_rule
-from zoo.mapping.rules import Fit, Rule, RuleSet, respell
+from zoo.mapping.recipe import Output
+from zoo.mapping.rules import Fit, respell
 from zoo.printable import warn
 from zoo.quant.blocks import is_one
 from zoo.quant.schemes import scheme
@@ -183,7 +185,11 @@ def export(
             folder.write(name, data)
         for name in job.carried:
             folder.write(name, place_of(c.root, name).read_bytes())
-        return folder.publish()
+        out = folder.publish()
+    if format in ("hf", "source") and (config := out / "config.json").is_file():
+        if told := misread(read_json(config, "it was exported")):
+            warn(log, "%s: %s", out, told)
+    return out
 
 
 def sizes(
@@ -472,18 +478,44 @@ def _as_new(
     for o in outputs_of(c, rules, respell(rules, prefix), released):
         o = outputs[o.name] = replace(o, dtype=cast.get(o.name, o.dtype))
         tensors += [(name, o.dtype, fit.shape) for name, fit in zip(o.sources, o.fits)]
-    extras = [n for n in c.extra_tensors if has_own_extras(c)]  # of other files they have no name here
+    aside = aside_of(c, rules)
+    extras = [*aside]  # of other files they have no name here
+    if left := [n for n in c.extra_tensors if n not in extras and c.extras.get(n) != TIED]:
+        warn(
+            log, "%s: %d tensors beside the model are not written (%s, ...), which are of another format than Hugging Face's: %s",
+            c.root, len(left), left[0], c.extras.get(left[0], "no part of it"),
+        )  # fmt: skip
+    if extras and c.source["naming"] == "transformers":
+        warn(
+            log, "%s: %d tensors beside the model are written as %s, ...: below that, their names are those that transformers has in "
+            "memory, which it opens too", c.root, len(extras), aside[extras[0]],
+        )  # fmt: skip
     unique = {t[0]: t for t in tensors}  # a source may serve several canonical tensors
-    listed = [*unique.values(), *((n, c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)]
+    beside = ((aside[n], c.extra_tensors[n].dtype, c.extra_tensors[n].shape) for n in extras)
+    listed = [*unique.values(), *beside]
     sheet = Sheet()
     small: dict[str, bytes] = {}
     if index := _lay_out(sheet, listed, "model", shard_size):
         small[INDEX] = index
+    sheet.place |= {n: sheet.place[aside[n]] for n in extras}
     carried = [n for n in _carried(c) if n != "config.json" and not n.endswith(".index.json")]
-    small["config.json"] = _config(c, outputs["embed.weight"].dtype, bool(cast))
+    modules = {} if cast or not c.codes else _modules(c, family, outputs, released)
+    small["config.json"] = config_of(c, _carried(c), outputs["embed.weight"].dtype, bool(cast), modules)
     return _Job(
         sheet, outputs, {n: d for n, d, _ in listed}, extras, small, carried, exact=False, expands=_blocks(c)
     )
+
+
+def _modules(
+    c: Canonical, family: Family, outputs: Mapping[str, Output], released: Collection[str]
+) -> dict[str, set[str]]:
+    """What the source calls modules -> what the export does, where these are not the same names."""
+    naming = c.source["naming"]
+    if naming == "hf" or naming not in HF_NAMINGS:
+        return {}
+    theirs = family.rules[naming]
+    prefix = tuple((a, b) for a, b in c.source["prefix"])
+    return renamed(outputs_of(c, theirs, respell(theirs, prefix), released), outputs.values())
 
 
 def _lay_out(
@@ -589,96 +621,3 @@ def _params(c: Canonical, made: Mapping[str, Any], ours: bool) -> bytes:
     if not stored:
         return given
     return encoded({k: v for k, v in said.items() if k not in stored}, indent=2) + b"\n"
-
-
-def rules_of(family: Family, naming: str = "hf") -> RuleSet:
-    """The rules of the names that Hugging Face's files have, or, with naming "transformers", its classes in memory."""
-    if "hf" not in family.rules:
-        raise ZooError(f"family {family.name} has no Hugging Face names; it has {', '.join(family.rules)}")
-    return family.rules.get(naming, family.rules["hf"])
-
-
-def prefix_of(c: Canonical, rules: RuleSet) -> tuple[tuple[str, str], ...]:
-    """How the release spelt the beginnings of names, as far as it is known."""
-    said = tuple((a, b) for a, b in c.source["prefix"])
-    if c.source["naming"] == "saved":
-        saved = families.get(c.source["family"], c.source.get("package")).rules["saved"]
-        return dict(zip(saved.prefixes, rules.prefixes, strict=False)).get(said, said)
-    return said if c.source["naming"] == "hf" else rules.prefixes[0]
-
-
-def has_own_extras(c: Canonical) -> bool:
-    """Whether what the folder keeps aside has the release's names."""
-    return c.source["naming"] in AS_RELEASED
-
-
-def outputs_of(
-    c: Canonical, rules: RuleSet, spell: Any, released: Collection[str] = (), called: str = "Hugging Face"
-) -> Iterator[Output]:
-    """Canonical tensors with the names and shapes of the first rule that applies to each; of several that do, of the first
-    whose names were released."""
-    for slot in layout(c.spec).values():
-        layer = None if slot.layer is None else c.spec.layers[slot.layer]
-        reason = "no rule fills it"
-        first: list[Output] = []
-        for rule in rules.by_key.get(slot.key, ()):
-            if rule.when is not None and not rule.when(layer, c.spec):
-                continue
-            try:
-                made = list(by_rule(c, rule, slot, spell))
-            except (ZooError, IndexError) as e:
-                reason = str(e) or "its codes have no name there"
-                continue
-            first = first or made
-            if all(name in released for o in made for name in o.sources):
-                first = made
-                break
-            if not released:
-                break
-        if not first:
-            raise ZooError(f"{c.root}: {slot.name} has no {called} form: {reason}; convert with --dtype")
-        yield from first
-
-
-def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
-    """A canonical tensor, or the components of a quantised one, by this rule. Raises ZooError or IndexError if it does not
-    apply."""
-    how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
-    if how is not None and is_one(scheme(how)):  # no other format has them: as numbers
-        recipe = compile_rule(rule, slot, c.spec, spell, 1)
-        sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
-        yield Output(slot.name, "F32", slot.shape, slot.layer, sources, recipe.fits)
-        return
-    for part in scheme(how).components if how else (None,):
-        name = slot.name if part is None else f"{slot.name.removesuffix('.weight')}.{part.name}"
-        if (ref := c.tensors.get(name)) is None:
-            continue  # an optional component
-        recipe = compile_rule(rule, slot, c.spec, spell, 1, part)
-        if part is not None and part.unit is None and recipe.shape != ref.shape:
-            # a constant of each released tensor, which is a list there: an int4 weight's shape, a scale [1]
-            recipe = compile_rule(rule, slot, c.spec, spell, 1, part, ref.shape[-1:])
-        sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
-        if recipe.shape != ref.shape:
-            raise ZooError(f"{name} is {list(ref.shape)}, expected {list(recipe.shape)}")
-        yield Output(name, ref.dtype, recipe.shape, slot.layer, sources, recipe.fits)
-
-
-def _config(c: Canonical, embed: str, cast: bool) -> bytes:
-    """config.json: as released, except for what the conversion changed. `embed`: the dtype of the embedding; `cast`: whether the
-    export changes dtypes."""
-    source = c.source
-    given = place_of(c.root, "config.json")
-    has_own = source["naming"] in AS_RELEASED and "config.json" in _carried(c)
-    if has_own and source.get("dtype") is None and not cast:
-        return given.read_bytes()
-    config = read_json(given, "it is the release's config") if has_own else {}
-    config = config or dict(source["config"])
-    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-    dtype = names.get(embed)
-    parts = [config, *(v for k, v in config.items() if k == "text_config" and isinstance(v, dict))]
-    for part in parts:
-        if not c.codes:
-            part.pop("quantization_config", None)
-        if dtype and (part is config or "dtype" in part or "torch_dtype" in part):
-            part["dtype" if "dtype" in part else "torch_dtype"] = dtype
-    return encoded(config, indent=2) + b"\n"

@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 from zoo import families
-from zoo.errors import ZooError
+from zoo.errors import ZooError, translated
 from zoo.formats import canonical
 from zoo.formats.base import ITEMSIZE, encoded, files_below
 from zoo.formats.canonical import Canonical
 from zoo.layout import Slot, layout
 from zoo.mapping.execute import Progress
-from zoo.mapping.export import outputs_of, prefix_of, rules_of
 from zoo.mapping.fold import fold
 from zoo.mapping.folder import Folder
 from zoo.mapping.merge import CONFIG, WEIGHTS, placed
+from zoo.mapping.names_out import outputs_of, prefix_of, rules_of
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import respell
 from zoo.mapping.save import assembled
@@ -78,6 +78,7 @@ class Extracted:
         }
 
 
+@translated
 def extract(
     base: StrPath,
     tuned: StrPath,
@@ -149,7 +150,7 @@ class _Adapter:
         self.old, self.rank, self.report = old, rank, report
         family = families.get(old.source["family"], old.source.get("package"))
         rules = rules_of(family, "transformers")
-        prefix = prefix_of(old, rules) if rules is family.rules["hf"] else rules.prefixes[0]
+        prefix = prefix_of(old, rules)
         slots = layout(old.spec)
         self.names: dict[str, list[tuple[Output, int]]] = {}
         self.slots: dict[str, Slot] = {}

@@ -37,8 +37,8 @@ from zoo.formats.base import TensorRef, inside, read_json
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
-from zoo.mapping.export import by_rule
 from zoo.mapping.fold import fold
+from zoo.mapping.names_out import by_rule
 from zoo.mapping.recipe import Output, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements

@@ -19,8 +19,9 @@ from zoo.formats import canonical, dcp
 from zoo.formats.canonical import Canonical
 from zoo.layout import layout
 from zoo.mapping.execute import refuse_overlap
-from zoo.mapping.export import has_own_extras, outputs_of, prefix_of, released_names, rules_of
+from zoo.mapping.export import released_names
 from zoo.mapping.match import TIED
+from zoo.mapping.names_out import aside_of, outputs_of, prefix_of, rules_of
 from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part
@@ -48,7 +49,7 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
         return {name: source.tensor(ref) for name, ref in c.tensors.items()}
     family = families.get(c.source["family"], c.source.get("package"))
     rules = rules_of(family, names)
-    spell = respell(rules, prefix_of(c, rules) if rules is family.rules["hf"] else rules.prefixes[0])
+    spell = respell(rules, prefix_of(c, rules))
     released: Collection[str] = released_names(c) if names == "hf" else ()
     parts: dict[str, list[tuple[Tensor, Fit]]] = {}
     expanded = {*c.quant} - {*c.codes}  # ggml's blocks, which no other names have
@@ -63,10 +64,9 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
         for name, fit in zip(o.sources, o.fits):
             parts.setdefault(name, []).append((held, fit))
     out = {name: _one(pieces) for name, pieces in parts.items()}
-    if has_own_extras(c):
-        for name, ref in c.extra_tensors.items():
-            if c.extras.get(name) != TIED or names == "hf":
-                out[name] = source.tensor(ref)
+    for name, called in aside_of(c, rules).items():
+        if c.extras.get(name) != TIED or names == "hf":
+            out[called if names == "hf" else name] = source.tensor(c.extra_tensors[name])
     if names == "transformers" and c.spec.tied:
         head, embed = (
             next(rule.expr.leaves()).pattern

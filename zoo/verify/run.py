@@ -20,7 +20,7 @@ import torch
 
 from zoo import families
 from zoo._version import __version__
-from zoo.errors import ZooError
+from zoo.errors import ZooError, translated
 from zoo.formats import canonical
 from zoo.formats.base import Checkpoint
 from zoo.verify import against as opened
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+@translated
 def verify(
     canon: StrPath,
     against: StrPath | Oracle | None = None,
@@ -96,6 +97,10 @@ def verify(
         )
     if dtype not in DTYPES:
         raise ZooError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not (isinstance(against, str | os.PathLike | None) or hasattr(against, "describe")):
+        raise ZooError(
+            f"against is {against!r:.60}; expected the path of a checkpoint or of a golden file, an oracle, or None"
+        )
     started = time.perf_counter()
     how = Settings(
         wanted_by(level), dtype, chosen(device), bool(stream), max_length, n_greedy, progress or silent
