@@ -64,7 +64,9 @@ def named(
             try:
                 spec(_with(config, path, other))
             except Exception as e:
-                if odd and str(e) != str(error) and path[-1] not in str(e):  # which would say that `other` is odd
+                if (
+                    odd and str(e) != str(error) and path[-1] not in str(e)
+                ):  # which would say that `other` is odd
                     perhaps.setdefault(path, said)
             else:
                 sure[path] = said
