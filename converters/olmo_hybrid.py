@@ -4,7 +4,7 @@ What is unusual:
 - Three layers of gated DeltaNet to one of attention. Attention's are OLMo 2's (see there): norms on what the branches
   give; DeltaNet's have theirs before the branches.
 - DeltaNet's projections are all apart (q, k, v, gate, beta, decay), and so are its convolutions; its output norm has a
-  fixed eps of 1e-5; beta is doubled (`linear_allow_neg_eigval`).
+  fixed eps of 1e-5; beta is doubled (`linear_allow_neg_eigval`). A_log stays in fp32.
 - No positions in the releases: `rope_parameters` is null, or has a theta that is null.
 - Sizes of DeltaNet's heads may be left out: as many heads as attention has, keys of 3/4 of their share of the width, values
   twice as wide.
@@ -72,6 +72,7 @@ def delta(c: Config) -> DeltaNet:
         out_gate="silu",
         out_norm=Norm(OUT_NORM_EPS),
         beta_scale=2.0 if c.get("linear_allow_neg_eigval", True) else 1.0,
+        fp32_decay=True,
     )
 
 

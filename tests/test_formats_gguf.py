@@ -494,9 +494,13 @@ def test_a_released_gguf_has_the_logits_of_transformers_own_loader(tmp_path: Pat
     with torch.inference_mode():
         ours, carried = (load(tmp_path / name)(ids) for name in ("zoo", "carried"))
         exact = load(tmp_path / "zoo", dtype=torch.float64)(ids)
-    assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()  # 30 layers; logits reach 40
-    # from the blocks (Q4_1) another order of sums: 1.5e-6 of the largest from exact ones, where both others are 1.4e-5
-    assert (carried - exact).abs().max() <= 5e-6 * theirs.abs().max()
+
+    def off(logits: torch.Tensor) -> float:
+        return float((logits - exact).abs().max() / exact.abs().max())
+
+    # 30 layers; logits reach 40. transformers' are 1.1e-5 of that from exact ones, ours 4.5e-6 and, from the blocks (Q4_1), 1.2e-6
+    assert off(ours) <= off(theirs) <= 3e-5
+    assert off(carried) <= 5e-6
 
 
 BYTE_LEVEL = {

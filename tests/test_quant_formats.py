@@ -400,7 +400,12 @@ def spoilt(kind: str, at: Path, end: str, change: Callable[[torch.Tensor], torch
             lambda t: t + 1,
             r"weight_shape says \[\d+, (65|97)\], the packed codes hold",
         ),
-        ("nvfp4, packed", "_global_scale", lambda t: t.repeat(2), "global scale has 2 numbers, expected one"),
+        (
+            "nvfp4, packed",
+            "_global_scale",
+            lambda t: t.repeat(2),
+            r"global_scale has the shape \[2\], expected one number",
+        ),
         ("bitsandbytes 8", ".weight_format", lambda t: t + 1, "weight_format: expected 0"),
         ("bnb4", ".quant_map", lambda t: t[:8].clone(), r"its table has 8 numbers; \d+ blocks need 16"),
         ("bnb4", "__nf4", lambda t: t[:-1].clone(), "quant_state: expected JSON"),

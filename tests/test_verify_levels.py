@@ -410,7 +410,7 @@ def test_what_decoding_rounds_otherwise_is_held_against_float64(monkeypatch: pyt
     monkeypatch.setattr(sys.modules["zoo.verify.tolerance"], "logit_bound", lambda *_: none)
     cert = zoo.verify(canonical("llama"), write=False)
     check = cert.level("decode").checks[0]  # type: ignore[union-attr]
-    assert check.why.startswith("from ours in float64: 2 x how far one pass in fp32 is from that")
+    assert check.why.startswith("from ours in float64: 2 x how far passes in fp32 are from that")
     assert check.passed and 0 < check.value < FLOOR_FP32
 
 

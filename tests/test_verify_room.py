@@ -61,6 +61,19 @@ CASES = {
 }
 
 
+def test_the_room_of_every_familys_layers_is_known_where_these_differ_too() -> None:
+    for name in tiny.MAIN.values():
+        config = tiny.VARIANTS[name].build()[0].get_text_config()
+        assert room._highest(config, "num_attention_heads") >= 1, name
+        assert room._highest(config, "num_experts_per_tok") >= 1, name
+    differ = tiny.VARIANTS["step3p5"].build()[0].get_text_config()
+    with pytest.raises(RuntimeError, match="per-layer"):
+        _ = differ.num_attention_heads
+    assert room._highest(differ, "num_attention_heads") == max(
+        layer.num_attention_heads for layer in differ.per_layer_config
+    )
+
+
 @pytest.mark.parametrize(
     "case", ["logits", *(pytest.param(c, marks=pytest.mark.proof) for c in CASES if c != "logits")]
 )

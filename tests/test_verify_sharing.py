@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def shared_by(n: int, work: Path, runs: list[tuple[Path, str, str | None]], monk
             dist.init_process_group("gloo", init_method=f"file://{work}/meeting", rank=rank, world_size=n)
             mesh = init_device_mesh("cpu", (n,))
             with pytest.raises(ZooError, match="ranks stream where upstream reads the weights"):
-                zoo.verify(runs[0][0], object(), stream=True, mesh=mesh)
+                zoo.verify(runs[0][0], SimpleNamespace(describe=dict), stream=True, mesh=mesh)
         monkeypatch.setattr(
             StreamedTransformers,
             "_ahead",

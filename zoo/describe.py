@@ -267,6 +267,8 @@ def _extras(m: Mixer) -> str:
         out.append(_temperature(m.query_scale))
     if isinstance(m, DeltaNet) and m.beta_scale != 1:
         out.append(f"beta x {m.beta_scale:g}")
+    if isinstance(m, DeltaNet) and m.fp32_decay:
+        out.append("A_log in fp32")
     if isinstance(m, Mamba):
         parts = ", ".join(f"{x:.4g}" for x in m.parts_scales)
         out += [f"state space's gate, input, B, C and dt x {parts}"] if parts else []

@@ -283,7 +283,8 @@ class DeltaNet:
     `decay`: one number per head ("head", Gated DeltaNet) or one per key channel ("channel", KDA).
     `out_gate`: the normalised output is multiplied by silu or sigmoid of a gate.
     `out_norm` is over v_head_dim. `beta_scale` multiplies beta, which is otherwise below 1: with 2 the state can also turn
-    against a key (negative eigenvalues, arXiv 2411.12537).
+    against a key (negative eigenvalues, arXiv 2411.12537). `fp32_decay`: the log of the decay (A_log) stays in fp32 in a model of
+    lower precision.
     """
 
     n_k_heads: int
@@ -295,6 +296,7 @@ class DeltaNet:
     out_gate: Literal["silu", "sigmoid"]
     out_norm: Norm
     beta_scale: float = 1.0
+    fp32_decay: bool = False
     kind: Literal["delta"] = "delta"
 
 

@@ -357,6 +357,8 @@ def _delta(m: DeltaNet) -> Iterator[Line]:
     yield Line(f"decay per {'head' if r.decay == 'head' else 'channel'}, short convolution of {r.conv}")
     if r.beta_scale != 1:
         yield Line(f"beta × {number(m.beta_scale)}", True)
+    if r.fp32_decay:
+        yield Line("its A_log is kept in fp32", True)
     yield Line(f"output: {norm(r.out_norm)}, {r.out_gate} gate")
     yield from r.rest()
 

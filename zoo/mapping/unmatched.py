@@ -139,7 +139,7 @@ _NUMBER = re.compile(r"\.(\d{1,8})\.")
 def _renamed(ckpt: Checkpoint, family: Family, m: Match) -> str | None:
     """Where all fits that is not expected, once one prefix of it, always the same, is another's: that."""
     missing = _missing(m)
-    if not missing or not m.unexpected:
+    if not missing or not m.unexpected or m.naming not in family.rules:
         return None
     first = m.unexpected[0]
     tail, want = max(((_tail(first, w), w) for w in set(missing)), key=lambda x: len(x[0]))

@@ -39,6 +39,7 @@ class DeltaNet(nn.Module):
     def __init__(self, spec: DeltaSpec, d: int, layer: int) -> None:
         super().__init__()
         self.spec, self.layer = spec, layer
+        self.KEPT = ("A_log",) if spec.fp32_decay else ()
         k, v = spec.n_k_heads * spec.k_head_dim, spec.n_v_heads * spec.v_head_dim
         if spec.decay == "head":
             self.qkvz = Linear(d, k, k, v, v)

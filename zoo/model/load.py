@@ -174,7 +174,7 @@ class Source:
 
 
 def kept_by(module: nn.Module) -> tuple[str, ...]:
-    """Parameters of the module itself that keep their dtype whatever is asked for, as upstream keeps them: its class says `KEPT`."""
+    """Parameters of the module itself that keep their dtype whatever is asked for, as upstream keeps them: the module says `KEPT`."""
     return getattr(module, "KEPT", ())
 
 

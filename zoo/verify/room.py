@@ -63,6 +63,9 @@ def _width(w: Tensor, top_k: int) -> int:
 
 
 def _highest(config: Any, key: str) -> int:
-    """A number of upstream's config, or the highest of its layers'; 1 where it has none."""
+    """A number of upstream's config, or the highest of its layers'; 1 where it has none. A config whose layers differ has no such
+    number of the whole model: asking for one is an error there."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(int(getattr(layer, key, None) or 1) for layer in config.per_layer_config)
     found = getattr(config, key, None) or 1
     return max(found) if isinstance(found, Iterable) else int(found)
