@@ -282,6 +282,16 @@ def test_a_share_of_few_tokens_is_given_what_few_tokens_vary_by() -> None:
     assert bounds[0] < bounds[1] < 0.8  # one that is known from few tokens allows more
 
 
+@pytest.mark.parametrize(("name", "judged"), [("mixtral", False), ("llama", True)])
+def test_in_bf16_a_token_of_other_experts_does_not_decide_alone(name: str, judged: bool) -> None:
+    """A thousandth of 458 tokens' logits are half of those of one."""
+    cert = zoo.verify(canonical(name), dtype="bf16", level="logits", write=False)
+    level = cert.level("logits")
+    assert cert.passed and level is not None
+    assert any(c.name == "|logit error| p99" for c in level.checks)
+    assert any(c.name == "|logit error| p99.9" for c in level.checks) == judged
+
+
 def test_of_greedy_tokens_a_tie_is_no_difference() -> None:
     spread = Spread(("a", "b"), {"p50": 0.01}, top1_agreement=1.0, tokens=200)
 

@@ -24,6 +24,7 @@ from zoo.testing import FamilyCase, Gguf, gguf
 from zoo.testing.build import read_config, write_config
 from zoo.verify import gguf_parsed
 from zoo.verify.gguf_parsed import metadata_once
+from zoo.verify.oracle import placeholder_ids
 
 CHANNELS = {
     "qwen3 channels": ("qwen3", {}, fp8_channels, "fp8-channel"),
@@ -341,3 +342,13 @@ def test_a_gguf_that_upstream_fails_to_load_and_that_has_no_export_is_judged_by_
     assert cert.not_checked == [f"layers, logits, decode: {why}"]
     with pytest.raises(ZooError, match="logits can't be judged: .* and it cannot be given an export"):
         zoo.verify(folder, level="logits", write=False)
+
+
+def test_ids_that_a_wrapper_looks_up_in_its_towers_are_not_asked_for() -> None:
+    from transformers import Gemma3nConfig
+
+    found = placeholder_ids(Gemma3nConfig())
+    assert (
+        set(range(262_144, 262_400)) <= found
+    )  # of images and sounds: the last 256 rows of the text's own table
+    assert 262_143 not in found and len(found) < 300

@@ -616,9 +616,16 @@ def hooks(layers: nn.ModuleList, on_layer: OnLayer | None, ids: Tensor) -> Itera
 
 
 def placeholder_ids(config: Any) -> frozenset[int]:
-    """Ids that stand for an image, a video or a sound in a wrapper's input."""
-    found = set()
-    for key, value in config.to_dict().items():
+    """Ids that stand for an image, a video or a sound in a wrapper's input. Gemma 3n's are the last of its vocabulary, from where its
+    towers' own begin (`vocab_offset`): the text model has rows for them too, which the wrapper does not look up."""
+    found: set[int] = set()
+    said = config.to_dict()
+    begins = [
+        part["vocab_offset"] for part in said.values() if isinstance(part, dict) and part.get("vocab_offset")
+    ]
+    if begins:
+        found.update(range(min(begins), config.get_text_config().vocab_size))
+    for key, value in said.items():
         if isinstance(value, int) and any(
             w in key for w in ("image", "video", "audio", "vision", "boi", "eoi", "boa")
         ):
