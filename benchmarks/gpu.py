@@ -417,8 +417,6 @@ def write_canonical(model: Any, folder: Path) -> None:
     """The model's tensors as a canonical folder of files of about 4 GB."""
     import safetensors.torch
 
-    from zoo.layout import VERSION
-
     shards: list[dict[str, Any]] = [{}]
     for name, t in model.state_dict().items():
         if sum(x.nbytes for x in shards[-1].values()) > 4e9:
@@ -433,19 +431,18 @@ def write_canonical(model: Any, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
-    spec = model.spec.to_dict()
-    (folder / "zoo.json").write_text(
-        json.dumps(
-            {
-                "layout_version": VERSION,
-                "zoo_version": "0",
-                "spec": spec,
-                "quant": {},
-                "source": {},
-                "extras": {},
-            }
-        )
-    )
+    (folder / "zoo.json").write_text(json.dumps(about(model.spec)))
+
+
+def about(spec: Any) -> dict[str, Any]:
+    """zoo.json of a canonical folder of random weights."""
+    from zoo.layout import VERSION
+
+    source = {
+        "path": "random", "format": "safetensors", "family": spec.family, "naming": "hf", "prefix": [], "config": {}, "n_ranks": 1,
+    }  # fmt: skip
+    said = {"layout_version": VERSION, "zoo_version": "0", "spec": spec.to_dict(), "quant": {}}
+    return said | {"source": source, "extras": {}}
 
 
 # --- the run ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu import config_of
+from gpu import about, config_of
 from over_ranks import CHUNK, Bench, cold, place, plain_read, started
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def written(bench: Bench, spec: Any, folder: Path) -> int:
     """A canonical folder of random bf16 weights, a file for each layer, written by all ranks at once; its bytes."""
     import torch
 
-    from zoo.layout import VERSION, layout
+    from zoo.layout import layout
 
     if bench.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,7 @@ def written(bench: Bench, spec: Any, folder: Path) -> int:
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": index})
         )
-        about = {"layout_version": VERSION, "zoo_version": "0", "spec": spec.to_dict()}
-        (folder / "zoo.json").write_text(json.dumps({**about, "quant": {}, "source": {}, "extras": {}}))
+        (folder / "zoo.json").write_text(json.dumps(about(spec)))
     bench.wait()
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
