@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+OVER = "zoo's tokens/s over llama.cpp's"
 RESULTS = ROOT / "benchmarks/results"
 BEGIN, END = "<!-- performance: made by benchmarks/table.py -->", "<!-- /performance -->"
 Run = dict[str, Any]
@@ -252,16 +253,18 @@ def blocks(run: Run) -> str:
     models = {name: r for name, r in run.items() if isinstance(r, dict) and "types" in r}
     lines = [
         [
-            name, *(f"{ms(r['CPU ms a token'][side])}" for side in ("zoo", "llama.cpp", "zoo from fp32")),
-            f"{r['the same, by CPU seconds']:.2f}",
+            name, *(f"{r['tokens/s'][side]:.1f}" for side in ("zoo", "llama.cpp", "zoo from fp32")),
+            f"{r[OVER]:.2f}", f"{r['the same, by CPU seconds']:.2f}",
         ]
         for name, r in models.items()
     ]  # fmt: skip
     return (
-        "\n### A GGUF's blocks, beside llama.cpp\n\nA token decoded, in milliseconds of a processor (medians of pairs; the processors had other work beside, and the load "
-        f"was {run['load'][0]:.0f}), and how many tokens zoo makes of the CPU seconds in which llama.cpp makes one. Where matrices are small, most of "
-        "zoo's time is spent between them.\n\n"
-        + table(["", "zoo, ms", "llama.cpp, ms", "zoo from fp32, ms", "share"], lines)
+        "\n### A GGUF's blocks, beside llama.cpp\n\nTokens decoded in a second (medians of pairs, taken in turn), and how many zoo makes in the time, and of the "
+        "CPU seconds, in which llama.cpp makes one. llama.cpp was built with AVX2, FMA and F16C (built for the machine itself it ended in an illegal "
+        f"instruction there); zoo's kernels are compiled for the machine. The load was {run['load'][0]:.1f} before.\n\n"
+        + table(
+            ["", "zoo, a second", "llama.cpp", "zoo from fp32", "zoo / llama.cpp", "by CPU seconds"], lines
+        )
         + f"\n\n{run['cpu']}, {run['cores']} cores: threads: {run['threads']}, {run['date'][:10]}; `{run['command']}`.\n\n"
     )
 
