@@ -16,6 +16,7 @@ import vendor
 from families.mistral_large3 import make_mistral_format
 from safetensors.torch import load_file, save_file
 from test_quant_models import MLA, MODELS, Quantiser, Tensors, fp8_channels, linear, quantised
+from verified import canonical as canonical_of
 
 import zoo
 from zoo.errors import ZooError
@@ -352,3 +353,31 @@ def test_ids_that_a_wrapper_looks_up_in_its_towers_are_not_asked_for() -> None:
         set(range(262_144, 262_400)) <= found
     )  # of images and sounds: the last 256 rows of the text's own table
     assert 262_143 not in found and len(found) < 300
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_in_upstreams_own_code_is_not_judged_and_called_so(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSeek V4's in fp16: a weight that its class keeps in fp32 meets numbers that are not."""
+    from transformers.models.llama import modeling_llama
+
+    theirs = {"__name__": modeling_llama.__name__, "linear": torch.nn.functional.linear}
+    exec("def forward(self, x): return linear(x.half(), self.down_proj.weight)", theirs)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", theirs["forward"])
+    cert = zoo.verify(canonical_of("llama"), stream=stream, write=False)
+    said = "upstream's LlamaForCausalLM fails in fp32: RuntimeError: .*verify in another --dtype"
+    with pytest.raises(ZooError, match=said):
+        zoo.verify(canonical_of("llama"), stream=stream, level="logits", write=False)
+    assert cert.level("logits") is None and any(
+        "LlamaForCausalLM fails in fp32" in x for x in cert.not_checked
+    )
+
+
+def test_what_fails_in_ours_while_upstream_runs_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("of ours")
+
+    monkeypatch.setattr("zoo.model.ffn.FeedForward.forward", wrong)
+    with pytest.raises(RuntimeError, match="^of ours$"):
+        zoo.verify(canonical_of("llama"), write=False)

@@ -17,7 +17,7 @@ from zoo.verify.device import exact as exact_on
 from zoo.verify.exact import Bytes, converted_to, plan_of
 from zoo.verify.golden import Golden
 from zoo.verify.inputs import Inputs
-from zoo.verify.oracle import DTYPES, Oracle, Transformers
+from zoo.verify.oracle import DTYPES, CannotRun, Oracle, Transformers
 from zoo.verify.ours import Ours, Streamed, build, subject_of
 from zoo.verify.ranks import Following, Leading, Ranks
 from zoo.verify.reading import Window
@@ -216,7 +216,12 @@ class Comparison:
                 if led is not None:
                     led.task(asked, None)
                 measured = measure(led or wide, ours, asked, "fp32", longest=Longest())
-        except (RuntimeError, TypeError, ValueError):  # of a model that can't be run so: nothing is learnt
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            CannotRun,
+        ):  # of a model that can't be run so: nothing is learnt
             if self.ranks is not None:  # the others are waiting in the middle of it
                 raise
             return None

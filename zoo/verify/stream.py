@@ -39,6 +39,7 @@ from zoo.verify.oracle import (
     config_and_class,
     decoder_layers,
     from_pretrained_files,
+    its_own_failure,
     placeholder_ids,
     quiet,
     read_otherwise,
@@ -405,7 +406,8 @@ class _Worker:
         workers[threading.get_ident()] = self
         try:
             if not self._stopping:
-                with torch.inference_mode(), self.oracle.around_pass():
+                own = its_own_failure(self.oracle.model, self.oracle.dtype)
+                with torch.inference_mode(), self.oracle.around_pass(), own:
                     ids = self.batch.ids.to(self.oracle.device)
                     self.logits = self.oracle.model(input_ids=ids, use_cache=False).logits
         except _Stopped:
