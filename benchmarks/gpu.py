@@ -431,10 +431,10 @@ def write_canonical(model: Any, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
-    (folder / "zoo.json").write_text(json.dumps(about(model.spec)))
+    (folder / "zoo.json").write_text(json.dumps(zoo_json(model.spec)))
 
 
-def about(spec: Any) -> dict[str, Any]:
+def zoo_json(spec: Any) -> dict[str, Any]:
     """zoo.json of a canonical folder of random weights."""
     from zoo.layout import VERSION
 

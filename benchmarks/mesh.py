@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu import about, config_of
+from gpu import config_of, zoo_json
 from over_ranks import CHUNK, Bench, cold, place, plain_read, started
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def written(bench: Bench, spec: Any, folder: Path) -> int:
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": index})
         )
-        (folder / "zoo.json").write_text(json.dumps(about(spec)))
+        (folder / "zoo.json").write_text(json.dumps(zoo_json(spec)))
     bench.wait()
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 

@@ -32,7 +32,7 @@ def test_what_is_measured_on_several_gpus_runs_on_a_cpu(script: str, last: str, 
 def test_a_folder_of_random_weights_that_is_measured_is_one_that_zoo_reads(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from gpu import about
+        from gpu import zoo_json
     finally:
         sys.path.pop(0)
     import tiny
@@ -41,5 +41,5 @@ def test_a_folder_of_random_weights_that_is_measured_is_one_that_zoo_reads(tmp_p
     from zoo.formats import canonical
 
     folder = zoo.convert(tiny.make("llama", tmp_path / "source"), tmp_path / "canonical")
-    (folder / "zoo.json").write_text(json.dumps(about(zoo.spec(folder))))
+    (folder / "zoo.json").write_text(json.dumps(zoo_json(zoo.spec(folder))))
     assert canonical.read(folder).source["family"] == "llama"

@@ -381,3 +381,18 @@ def test_what_fails_in_ours_while_upstream_runs_is_ours(monkeypatch: pytest.Monk
     monkeypatch.setattr("zoo.model.ffn.FeedForward.forward", wrong)
     with pytest.raises(RuntimeError, match="^of ours$"):
         zoo.verify(canonical_of("llama"), write=False)
+
+
+@pytest.mark.parametrize(
+    "short", [MemoryError("no"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_short_memory_in_upstreams_code_is_no_failure_of_its_own(
+    short: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    theirs = {"__name__": modeling_llama.__name__, "short": short}
+    exec("def forward(self, x): raise short", theirs)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", theirs["forward"])
+    with pytest.raises(type(short), match=re.escape(str(short))):
+        zoo.verify(canonical_of("llama"), write=False)

@@ -64,9 +64,8 @@ def named(
             try:
                 spec(_with(config, path, other))
             except Exception as e:
-                if (
-                    odd and str(e) != str(error) and path[-1] not in str(e)
-                ):  # which would say that `other` is odd
+                refuses_other = path[-1] in str(e)
+                if odd and str(e) != str(error) and not refuses_other:
                     perhaps.setdefault(path, said)
             else:
                 sure[path] = said

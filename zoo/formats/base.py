@@ -34,8 +34,6 @@ HF_NAMINGS = ("hf", "transformers", "saved")
 """Names that files of Hugging Face's kind may have, in the order in which they are tried: a release's; those that transformers' classes
 have in memory; what `save_pretrained` writes where that is neither, each spelling (`RuleSet.prefixes`) at the place of the
 release's that it stands for."""
-AS_RELEASED = ("hf", "saved")
-"""Of these, what goes with files in which a release's own config holds, and its own names for what is kept aside."""
 
 
 @dataclass(frozen=True, slots=True)

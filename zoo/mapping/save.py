@@ -26,7 +26,7 @@ from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import canonical, dcp
-from zoo.formats.base import AS_RELEASED, HF_NAMINGS, Checkpoint, TensorRef
+from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef
 from zoo.formats.canonical import Canonical
 from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
@@ -238,7 +238,7 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
             1,
             naming,
             dtype,
-            like.source["config"] if naming in AS_RELEASED else {},
+            like.source["config"] if naming in ("hf", "saved") else {},
         )
         for naming, ruleset in names.items()
     ]
@@ -256,7 +256,7 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
         config = dict(like.source["config"])
         errors = [
             PlanError(Checkpoint(Path(state.what), "state", (x.naming,), config, refs, {}), family, x)
-            for x in (m, *tried)
+            for x in (m, *(x for x in tried if x is not m))
         ]
         raise next((e for e in errors if e.known), errors[0])
     outputs = dict(m.outputs)

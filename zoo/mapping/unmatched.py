@@ -21,6 +21,9 @@ ADAPTED = re.compile(
 """Parts of names that only peft's modules have: the base and what is to be added to it lie side by side."""
 
 
+_NUMBER = re.compile(r"\.(\d{1,8})\.")
+
+
 class PlanError(ZooError):
     """The tensors and the rules do not account for each other. `match` holds the details. `known`: whether one cause explains all
     of it, which the message then is."""
@@ -34,7 +37,10 @@ class PlanError(ZooError):
             or _adapted(ckpt)
             or _other_rows(ckpt, m)
             or _other_numbers(ckpt, m)
-            or next(filter(None, (_renamed(ckpt, family, other) for other in (m, *tried))), None)
+            or next(
+                filter(None, (_renamed(ckpt, family, x) for x in (m, *(x for x in tried if x is not m)))),
+                None,
+            )
         )
         self.known = said is not None
         if said is not None:
@@ -131,9 +137,6 @@ def _other_numbers(ckpt: Checkpoint, m: Match) -> str | None:
         f"{ckpt.root}: the config has {n} layers (num_hidden_layers), 0-{n - 1}, and the files hold as many under other numbers: {there}. "
         "Layers were taken out, and those behind not numbered anew: name them in order; nothing was written"
     )
-
-
-_NUMBER = re.compile(r"\.(\d{1,8})\.")
 
 
 def _renamed(ckpt: Checkpoint, family: Family, m: Match) -> str | None:

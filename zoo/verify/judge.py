@@ -26,6 +26,8 @@ from zoo.verify.tolerance import QUANTILES, Bound, Spread
 WRONG_CACHE = 0.75
 """Of the bound on the median logit error, with a wrong cache: measured 1.0-42 (27 tiny models that choose experts or keys, three
 seeds each, positions off by one), with a right one at most 0.5; by p90 1.3-37 and at most 1.02."""
+FEW = 4000
+"""Settled tokens, below which the highest thousandth of logits is that of fewer than four."""
 
 
 def layers_level(m: Measured, dtype: str) -> Level:
@@ -75,10 +77,6 @@ def layers_level(m: Measured, dtype: str) -> Level:
     _note_blind(level)
     level.figures = {"first_departing": first, "which": which, "layers": figures}
     return level
-
-
-FEW = 4000
-"""Settled tokens, below which the highest thousandth of logits is that of fewer than four."""
 
 
 def logits_level(m: Measured, dtype: str) -> Level:

@@ -216,12 +216,8 @@ class Comparison:
                 if led is not None:
                     led.task(asked, None)
                 measured = measure(led or wide, ours, asked, "fp32", longest=Longest())
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            CannotRun,
-        ):  # of a model that can't be run so: nothing is learnt
+        except (RuntimeError, TypeError, ValueError, CannotRun):
+            # Of a model that can't be run so nothing is learnt.
             if self.ranks is not None:  # the others are waiting in the middle of it
                 raise
             return None

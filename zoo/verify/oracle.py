@@ -126,11 +126,8 @@ class Transformers:
         }
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OnLayer | None = None) -> Tensor:
-        with (
-            torch.inference_mode(),
-            hooks(self.layers, on_layer, ids),
-            its_own_failure(self.model, self.dtype),
-        ):
+        own = its_own_failure(self.model, self.dtype)
+        with torch.inference_mode(), hooks(self.layers, on_layer, ids), own:
             logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
 
@@ -444,8 +441,11 @@ def its_own_errors(path: Path) -> Iterator[None]:
     except (ZooError, MemoryError):
         raise
     except Exception as e:
-        what = (str(e).splitlines() or [""])[0]
-        raise CannotLoad(f"{path}: upstream cannot load this: {type(e).__name__}: {what}") from e
+        raise CannotLoad(f"{path}: upstream cannot load this: {_first_line(e)}") from e
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 @contextlib.contextmanager
@@ -579,21 +579,23 @@ class CannotRun(NoUpstream):
 @contextlib.contextmanager
 def its_own_failure(model: nn.Module, dtype: str) -> Iterator[None]:
     """What fails in upstream's code while it computes (DeepSeek V4 in fp16, transformers 5.23) is no bug of ours, and no verdict.
-    What fails in ours, which is called by its hooks, is. Memory that is short stays what it is."""
+    What fails in ours, which is called by its hooks, is. Memory that is short stays what it is, and so does what a GPU says later than
+    it happened, of whose kernels nobody knows."""
     try:
         yield
-    except (torch.OutOfMemoryError, ZooError):
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, ZooError):
         raise
     except Exception as e:
+        if "can't allocate memory" in str(e):  # torch's own, of a CPU: a RuntimeError
+            raise
         frames = [
             frame.f_globals.get("__name__", "").partition(".")[0]
             for frame, _ in traceback.walk_tb(e.__traceback__)
         ]
         if next((name for name in reversed(frames) if name in ("zoo", "transformers")), "zoo") == "zoo":
             raise
-        what = (str(e).splitlines() or [""])[0]
         raise CannotRun(
-            f"upstream's {type(model).__name__} fails in {dtype}: {type(e).__name__}: {what}; verify in another --dtype"
+            f"upstream's {type(model).__name__} fails in {dtype}: {_first_line(e)}; verify in another --dtype"
         ) from e
 
 
