@@ -1,4 +1,4 @@
-"""One product with codes at a time, at released shapes, as `zoo.kernels.codes` or `quads` makes it and without them.
+"""One product with codes at a time, at released shapes, as `zoo.kernels.codes` or `stream` makes it and without them.
 
     python benchmarks/gpu_codes.py [--schemes NAME ...] [--out FILE]
 
@@ -125,18 +125,19 @@ def row(
     what: str, made: tuple[list[Callable[[], Any]], float], few: bool, t: int, copy: float
 ) -> dict[str, Any]:
     """`few`: whether `zoo.kernels.codes` has a part in it."""
-    from zoo.kernels import codes, quads
+    from zoo.kernels import codes, stream
 
     runs, size = made
     out: dict[str, Any] = {"what": what, "rows": t}
-    own = codes.serves, codes.pays, quads.serves
+    own = codes.serves, codes.pays, stream.serves, stream.serves_experts
     if few:
         try:
-            codes.serves = codes.pays = quads.serves = lambda x, w: False
+            codes.serves = codes.pays = lambda x, w: False
+            stream.serves = stream.serves_experts = lambda *_: False
             before = runs[0]().float()
             out["without ms"] = replayed_ms(runs)
         finally:
-            codes.serves, codes.pays, quads.serves = own
+            codes.serves, codes.pays, stream.serves, stream.serves_experts = own
         after = runs[0]().float()
         out["differ by"] = float((after - before).norm() / before.norm())
     out["ms"] = replayed_ms(runs)

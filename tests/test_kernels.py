@@ -57,7 +57,6 @@ if INTERPRETED or COMPILED:
         linear,
         near,
         norm,
-        quads,
         rope,
         route,
         weights,
@@ -511,43 +510,6 @@ if INTERPRETED or COMPILED:
             assert (y.float() - expected).norm() <= 0.015 * expected.norm()
         else:
             close(y, expected, 5)
-
-    if COMPILED:  # the interpreter knows no assembler
-
-        @pytest.mark.parametrize(
-            ("scheme", "f", "k"),
-            [("fp8-channel", 2053, 4096), ("fp8-block", 2176, 4224), ("fp8-block", 2100, 6112)],
-        )
-        def test_a_row_times_a_large_weight_in_fp8(scheme: str, f: int, k: int) -> None:
-            w, packed = stored(scheme, (f, f), k)
-            x, onto = served(1, k), served(1, 2 * f)
-            assert quads.serves(x, packed)
-            y = linear.linear(x, packed, onto)
-            near_to(y, linear.linear_reference(x.float(), w, None, onto.float()))
-            assert torch.equal(y, linear.linear(x, packed, onto))
-            near_to(
-                linear.gated_linear(x, packed, MLP(f)),
-                linear.gated_linear_reference(x.float(), w, None, MLP(f)),
-            )
-
-        @pytest.mark.parametrize("gated", [True, False])
-        @pytest.mark.parametrize(("d", "f", "top_k"), [(96, 352, 3), (2880, 1024, 4), (64, 32, 9)])
-        def test_a_token_and_its_experts_in_mxfp4(d: int, f: int, top_k: int, gated: bool) -> None:
-            spec = MLP(f, act="silu" if gated else "relu2", gated=gated)
-            up, a = stored("mxfp4", (f, f) if gated else (f,), d, 12)
-            down, b = stored("mxfp4", (d,), f, 12)
-            biased = [served(12, up.shape[1]), served(12, d)]
-            a, b = replace(a, bias=biased[0]), replace(b, bias=biased[1])
-            x, shares = served(2, d), torch.rand(2, top_k)
-            chosen = torch.stack([torch.randperm(12)[:top_k] for _ in range(2)]).int()
-            assert quads.serves(x, a) and quads.serves(x, b)
-            wide = [t.float() for t in biased]
-            expected = experts.experts_reference(
-                x.float(), chosen, shares, (up, wide[0]), (down, wide[1]), spec
-            )
-            y = experts.experts(x, chosen, shares, a, b, spec)
-            near_to(y, expected)
-            assert torch.equal(y, experts.experts(x, chosen, shares, a, b, spec))
 
     @pytest.mark.parametrize(
         "scheme", [proven(s, now=s in ("int4-group64", "mlx4-group32")) for s in SCHEMES[1:]]

@@ -11,7 +11,7 @@ weight is eight rows of a tile, of which each needs one column.
 
 Margin on an H200 (a copy moves 4.2 TB/s; `benchmarks/gpu_codes.py`), without and with. One row: int4 in groups of 128, 28672 x
 4096 54 and 23 us (62 % of copy), 4096 x 14336 33 and 15, 6144 x 4096 15 and 7; fp8 with a scale to a row 56 and 37 (75 %), 25 and 25,
-10 and 10, so `zoo.kernels.quads` and `weights.rows_times` take those. 16 rows, where the weight was expanded: int4 143 and
+10 and 10, so `weights.rows_times` takes those (and all of one row, on Hopper, `zoo.kernels.stream`). 16 rows, where the weight was expanded: int4 143 and
 30, 74 and 18, 31 and 10; fp8 154 and 37, 82 and 21, 34 and 10. Experts are in `zoo.kernels.experts`. One row of nvfp4 55 and 37 (42 % of copy),
 43 and 20, 17 and 9; of bytes with a row's scale 42 and 38, 24 and 26, 12 and 10; 16 rows of these 157 and 38, 82 and 22, 34 and 12. What is left: with four bits a
 program issues 2.6 instructions for a weight, of which 1.2 widen and multiply it, and the GPU has room for 3 x 10^13 in a second.
@@ -64,7 +64,7 @@ def serves(x: Tensor, w: Weight) -> bool:
 
 def pays(x: Tensor, w: Weight) -> bool:
     """Whether that is the fastest way for one row of x: for all codes but fp8 (of that experts with blocks). Where
-    `zoo.kernels.quads` serves it is faster still."""
+    `zoo.kernels.stream` serves it is faster still."""
     other = w.kind in FOUR_BITS or w.kind < PLAIN
     return serves(x, w) and (other or (w.kind == FP8 and bool(w.lead)) or INTERPRET)
 

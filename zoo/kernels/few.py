@@ -7,13 +7,10 @@ what the kernel before gives is there (`zoo.kernels.launch.in_turn`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from zoo.kernels import codes, quads
+from zoo.kernels import codes, stream
 from zoo.kernels.gated import code
 from zoo.kernels.launch import Kernel, ceil_div, overlap, power_of_2, triton
 from zoo.kernels.linear import tile
@@ -27,7 +24,6 @@ if triton is not None:
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import in_turn
     from zoo.kernels.linear import gate_and_up_rows, one_row_of_codes
-    from zoo.kernels.quads import one_row_times, row_of_thread, two_rows_times
     from zoo.kernels.weights import rows_times, scale_row
 
 
@@ -44,26 +40,22 @@ def few_tokens(
 ) -> Tensor:
     """`zoo.kernels.experts.experts` of few tokens."""
     (n, k), f = chosen.shape, down.k
+    if not weight_input and stream.serves_experts(x, chosen, weights, up, down, spec):
+        return stream.experts(x, chosen, weights, up, down, spec, shared, residual)
     h = x.new_empty(n * k, f)
     out = torch.empty_like(x)
     read, sharing = x, k  # so many pairs read one row
     if weight_input:
         read, sharing = x[:, None] * weights.to(x.dtype)[..., None], 1
     together = power_of_2(k)
-    way: tuple[Kernel, Kernel, Callable[..., dict[str, Any]]] | None = None
-    if quads.serves(x, up) and quads.serves(x, down) and k <= 16:
-        way = _few_up_quads, _few_down_quads, quads.constants
-    elif codes.pays(x, up) and codes.pays(x, down):
-        way = _few_up_codes, _few_down_codes, codes.constants
-    if way is not None:
-        first, second, constants = way
-        how = constants(up)
-        first[(ceil_div(up.n, _rows(how)), n * k)](
+    if codes.pays(x, up) and codes.pays(x, down):
+        how = codes.constants(up)
+        _few_up_codes[(ceil_div(up.n, how["R"] // how["M"]), n * k)](
             read, chosen, *up.pointers, h, sharing, f, up.n, up.k, *up.n_scales, spec.limit or 0.0, spec.alpha,
             KIND=up.kind, ACT=code(spec), GATED=spec.gated, HAS_BIAS=up.bias is not None, **how, **overlap(x),
         )  # fmt: skip
-        how = constants(down, together)
-        second[(ceil_div(down.n, _rows(how)), n)](
+        how = codes.constants(down, together)
+        _few_down_codes[(ceil_div(down.n, how["R"] // how["M"]), n)](
             h, chosen, weights, *down.pointers, shared, residual, out, k, f, down.n, *down.n_scales,
             KIND=down.kind, HAS_BIAS=down.bias is not None, WEIGHTED=not weight_input, EXPERTS=together, **how, **overlap(x),
         )  # fmt: skip
@@ -82,12 +74,6 @@ def few_tokens(
         ROWS=rows, BLOCK=block, num_warps=warps, **overlap(x),
     )  # fmt: skip
     return out
-
-
-def _rows(how: dict[str, Any]) -> int:
-    """The rows of a weight that a program takes."""
-    rows: int = how["R"] // how["M"] if "R" in how else quads.ROWS
-    return rows
 
 
 def up_tile(experts: int, w: Weight, gated: bool) -> tuple[int, int, int]:
@@ -169,127 +155,6 @@ if triton is not None:
         )  # fmt: skip
         n, mask = rows_of(tl.arange(0, R // M), F, GATED, R // M)
         finish_up(y, n, mask, e, pair, b_ptr, h_ptr, F, N, limit, alpha, ACT, GATED, HAS_BIAS, R // M)
-
-    @Kernel
-    def _few_up_quads(
-        x_ptr, chosen_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, h_ptr, sharing, F, N, K, s_rows, s_columns,
-        limit, alpha,
-        KIND: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        COLUMNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        pair = tl.program_id(1).to(tl.int64)
-        in_turn(OVERLAP)
-        e = tl.load(chosen_ptr + pair).to(tl.int64)
-        w_ptr += e * N * (K // (2 if KIND >= 3 else 1))
-        s_ptr += e * s_rows * s_columns
-        if GATED:
-            base = tl.program_id(0) * 8
-            row, mask = row_of_thread(base, F, WARPS)
-            next_row, next_mask = row + F, mask
-        else:
-            base = tl.program_id(0) * 16
-            row, mask = row_of_thread(base, F, WARPS)
-            next_row, next_mask = row_of_thread(base + 8, F, WARPS)
-        y, z = one_row_times(
-            x_ptr + pair // sharing * K, w_ptr, s_ptr, rows_ptr, row, mask, next_row, next_mask, K, s_columns,
-            KIND, COLUMNS, EVEN, WARPS, OVERLAP, False,
-        )  # fmt: skip
-        lane = tl.arange(0, 32)
-        f, first = base + lane // 4, lane % 4 == 0
-        mask, next_f = first & (f < F), f + (F if GATED else 8)
-        next_mask = mask if GATED else first & (next_f < F)
-        dtype = h_ptr.dtype.element_ty
-        if HAS_BIAS:
-            y += tl.load(b_ptr + e * N + f, mask=mask, other=0.0).to(tl.float32)
-            z += tl.load(b_ptr + e * N + next_f, mask=next_mask, other=0.0).to(tl.float32)
-        y, z = y.to(dtype).to(tl.float32), z.to(dtype).to(tl.float32)
-        if GATED:
-            h = activate(y, z, limit, alpha, ACT, True, dtype)
-        else:
-            h = activate(y, y, limit, alpha, ACT, False, dtype)
-            z = activate(z, z, limit, alpha, ACT, False, dtype)
-            tl.store(h_ptr + pair * F + next_f, z.to(dtype), mask=next_mask)
-        tl.store(h_ptr + pair * F + f, h.to(dtype), mask=mask)
-
-    @Kernel
-    def _few_down_quads(
-        h_ptr, chosen_ptr, weights_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, shared_ptr, residual_ptr, out_ptr,
-        top_k, F, N, s_rows, s_columns,
-        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
-        COLUMNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        # All of a token's experts are read at once, so that none waits for another's. WARPS have one each.
-        token, base = tl.program_id(1).to(tl.int64), tl.program_id(0) * 16
-        i = tl.arange(0, 32 * WARPS * EXPERTS)
-        pair, _ = pair_of(token, i // (32 * WARPS), top_k)
-        e = tl.load(chosen_ptr + pair, cache_modifier=".cg").to(tl.int64)  # see `in_turn`
-        row, mask = row_of_thread(base, N, WARPS * EXPERTS)
-        next_row, next_mask = row_of_thread(base + 8, N, WARPS * EXPERTS)
-        y, z = two_rows_times(
-            h_ptr, pair * F, w_ptr, e * N + row, e * N + next_row,
-            s_ptr, e * s_rows + scale_row(rows_ptr, row, mask, KIND), e * s_rows + scale_row(rows_ptr, next_row, next_mask, KIND),
-            i // 32 % WARPS * 4 + i % 4, F, s_columns, KIND, COLUMNS, 4 * WARPS, EVEN, OVERLAP, True,
-        )  # fmt: skip
-        y = tl.sum(tl.reshape(y, (EXPERTS, WARPS, 32)), 1)
-        z = tl.sum(tl.reshape(z, (EXPERTS, WARPS, 32)), 1)
-        finish_rows(
-            y,
-            token,
-            base,
-            top_k,
-            chosen_ptr,
-            b_ptr,
-            weights_ptr,
-            shared_ptr,
-            residual_ptr,
-            out_ptr,
-            N,
-            HAS_BIAS,
-            WEIGHTED,
-            EXPERTS,
-        )
-        finish_rows(
-            z,
-            token,
-            base + 8,
-            top_k,
-            chosen_ptr,
-            b_ptr,
-            weights_ptr,
-            shared_ptr,
-            residual_ptr,
-            out_ptr,
-            N,
-            HAS_BIAS,
-            WEIGHTED,
-            EXPERTS,
-        )
-
-    @triton.jit
-    def pair_of(token, j, top_k):
-        """The pairs of a token and its experts j [..], if there is one (else some), and whether there is."""
-        return token * top_k + tl.where(j < top_k, j, 0), j < top_k
-
-    @triton.jit
-    def finish_rows(
-        y, token, base, top_k, chosen_ptr, b_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, N,
-        HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
-    ):  # fmt: skip
-        """Stores 8 rows from base on of the sum over experts, of sums y [EXPERTS, 32], four the same."""
-        dtype = out_ptr.dtype.element_ty
-        lane = tl.arange(0, 32)
-        n = base + lane // 4
-        pair, there = pair_of(token, tl.arange(0, EXPERTS)[:, None], top_k)
-        mask = there & (n < N)[None, :]
-        e = tl.load(chosen_ptr + pair, cache_modifier=".cg").to(tl.int64)
-        y = weighted(
-            y, n[None, :], mask, e, pair + n[None, :] * 0, b_ptr, weights_ptr, N, HAS_BIAS, WEIGHTED, dtype
-        )
-        total = tl.sum(tl.where(mask, y, 0.0), 0)
-        mask = (lane % 4 == 0) & (n < N)
-        at = token * N + n
-        total = with_others(total, shared_ptr, residual_ptr, at, mask, dtype)
-        tl.store(out_ptr + at, total.to(dtype), mask=mask)
 
     @triton.jit
     def rows_of(r, F, GATED: tl.constexpr, ROWS: tl.constexpr):

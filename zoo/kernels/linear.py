@@ -2,15 +2,15 @@
 
 `y = x W^T + b`, with the residual added, or with the gate's activation between gate and up, in the same
 kernel. Weights are plain, fp8, mxfp4 or integers. Several rows go to cuBLAS or, of codes, to `zoo.kernels.codes`, as
-one row does where that, or `zoo.kernels.quads`, is faster.
+one row does where that, or on Hopper `zoo.kernels.stream`, is faster.
 
 Unusual: with programmatic launch the first tile of the weight is on its way before x exists.
 
 Margin, bf16 on an H100, of the copy's bandwidth (3.0 TB/s), here and by cuBLAS: 3072 x 2048 78 % and 56 %;
 2048 x 2048 72 and 43; 2 x 8192 x 2048 with the gate 93 and 84 (without it); 4096 x 4096 about 84 and 66;
 2 x 14336 x 4096 99 and 93; 128256 x 2048 103 and 92. Without programmatic launch the first is 61 %. Of a
-step of an 8B model in fp8 on an H200, 80 us a layer, gate and up take 33 us (3.5 TB/s), down 18, qkv 10, out 6.5 and what stands between
-them 8; in int4 24, 11, 6 and 4 of 60.
+step of an 8B model in fp8 on an H200, 67 us a layer, its products take 54 (4.0 TB/s, see `zoo.kernels.stream`) and what stands
+between them 13, before norms were made on the way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels import codes, quads
+from zoo.kernels import codes, stream
 from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
 from zoo.kernels.weights import FOUR_BITS, MXFP4, PLAIN, Weight, ordered
@@ -34,7 +34,6 @@ if triton is not None:
     from zoo.kernels.codes import codes_times, own_columns
     from zoo.kernels.gated import activate
     from zoo.kernels.launch import after_previous
-    from zoo.kernels.quads import one_row_times, row_of_thread
     from zoo.kernels.weights import rows_times, scale_row
 
 
@@ -67,19 +66,26 @@ def few_rows(x: Tensor, w: Weight) -> bool:
     return several or one_row(x, w)
 
 
-def linear(x: Tensor, w: Weight, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """`linear_reference` of few rows (see `few_rows`). `dtype`: of the result."""
+def takes_norm(x: Tensor, w: Weight | None, norm: stream.Before, gated: bool = False) -> bool:
+    """Whether `linear` or `gated_linear` makes a norm of one row x on its way."""
+    return w is not None and one_row(x, w) and stream.serves(x, w, gated, norm)
+
+
+def linear(
+    x: Tensor,
+    w: Weight,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    norm: stream.Before | None = None,
+) -> Tensor:
+    """`linear_reference` of few rows (see `few_rows`). `dtype`: of the result. `norm`: of x, see `takes_norm`."""
     out = torch.empty(*x.shape[:-1], w.n, dtype=dtype or x.dtype, device=x.device)
     x = ordered(x, w)
     if x.numel() > x.shape[-1]:
         _several(x, w, residual, out)
         return out
-    if quads.serves(x, w):
-        _linear_quads[(ceil_div(w.n, quads.ROWS),)](
-            x, *w.pointers, residual, out, w.n, w.k, w.n_scales[1],
-            KIND=w.kind, HAS_BIAS=w.bias is not None, HAS_RESIDUAL=residual is not None,
-            **quads.constants(w), **overlap(x),
-        )  # fmt: skip
+    if out.dtype == x.dtype and stream.serves(x, w):
+        stream.times(x, w, residual, out, norm)
         return out
     if codes.pays(x, w):
         how = codes.constants(w)
@@ -120,16 +126,12 @@ def _several(x: Tensor, w: Weight, residual: Tensor | None, out: Tensor) -> None
         )  # fmt: skip
 
 
-def gated_linear(x: Tensor, w: Weight, spec: MLP) -> Tensor:
-    """`gated_linear_reference` of one row (see `one_row`), as one kernel."""
+def gated_linear(x: Tensor, w: Weight, spec: MLP, norm: stream.Before | None = None) -> Tensor:
+    """`gated_linear_reference` of one row (see `one_row`), as one kernel. `norm`: of x, see `takes_norm`."""
     f = w.n // 2
     out, x = x.new_empty(*x.shape[:-1], f), ordered(x, w)
-    if quads.serves(x, w):
-        _gated_linear_quads[(ceil_div(f, quads.ROWS // 2),)](
-            x, *w.pointers, out, f, w.k, w.n_scales[1], spec.limit or 0.0, spec.alpha,
-            KIND=w.kind, ACT=code(spec), HAS_BIAS=w.bias is not None,
-            **quads.constants(w), **overlap(x),
-        )  # fmt: skip
+    if stream.serves(x, w, gated=True):
+        stream.gated_times(x, w, spec, out, norm)
         return out
     if codes.pays(x, w):
         how = codes.constants(w)
@@ -221,48 +223,6 @@ if triton is not None:
         )  # fmt: skip
         n = tl.program_id(0) * (R // M) + tl.arange(0, R // M)
         finish_row(y, n, n < N, b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
-
-    @Kernel
-    def _linear_quads(
-        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, residual_ptr, out_ptr, N, K, s_columns,
-        KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-        COLUMNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        base = tl.program_id(0) * 16
-        row, mask = row_of_thread(base, N, WARPS)
-        next_row, next_mask = row_of_thread(base + 8, N, WARPS)
-        y, z = one_row_times(
-            x_ptr, w_ptr, s_ptr, rows_ptr, row, mask, next_row, next_mask, K, s_columns,
-            KIND, COLUMNS, EVEN, WARPS, OVERLAP, True,
-        )  # fmt: skip
-        lane = tl.arange(0, 32)
-        n, first = base + lane // 4, lane % 4 == 0
-        finish_row(y, n, first & (n < N), b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
-        finish_row(z, n + 8, first & (n + 8 < N), b_ptr, residual_ptr, out_ptr, HAS_BIAS, HAS_RESIDUAL)
-
-    @Kernel
-    def _gated_linear_quads(
-        x_ptr, w_ptr, s_ptr, rows_ptr, b_ptr, out_ptr, F, K, s_columns, limit, alpha,
-        KIND: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-        COLUMNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        base = tl.program_id(0) * 8
-        f, mask = row_of_thread(base, F, WARPS)
-        gate, up = one_row_times(
-            x_ptr, w_ptr, s_ptr, rows_ptr, f, mask, f + F, mask, K, s_columns,
-            KIND, COLUMNS, EVEN, WARPS, OVERLAP, True,
-        )  # fmt: skip
-        lane = tl.arange(0, 32)
-        f = base + lane // 4
-        mask = (lane % 4 == 0) & (f < F)
-        if HAS_BIAS:
-            gate += tl.load(b_ptr + f, mask=mask, other=0.0).to(tl.float32)
-            up += tl.load(b_ptr + F + f, mask=mask, other=0.0).to(tl.float32)
-        dtype = out_ptr.dtype.element_ty
-        h = activate(
-            gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), limit, alpha, ACT, True, dtype
-        )
-        tl.store(out_ptr + f, h.to(dtype), mask=mask)
 
     @Kernel
     def _linear_several(

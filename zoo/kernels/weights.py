@@ -2,7 +2,7 @@
 
 Unusual: quantised weights are expanded in registers, where they are used. One row (`rows_times`) multiplies
 partial sums by the scales; tiles of a matrix product (`weight_tile`) are expanded and rounded to the dtype
-of x first, as a weight expanded beforehand would be. bf16 times codes is `zoo.kernels.codes` or `quads`, mostly.
+of x first, as a weight expanded beforehand would be. bf16 times codes is `zoo.kernels.codes` or `stream`, mostly.
 
 Margin: what a thread multiplies of x it fetches as the codes of fp8 lie. Fetched as x lies, x went through shared memory for each tile,
 with four barriers: a layer of an 8B model takes 81 us in a step on an H200, 85 before.
@@ -178,7 +178,7 @@ def _int8(s: Scheme, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor 
     if scale.shape != (*codes.shape[:-1], 1) or n != sum(parts):
         return None
     words = k % 32 == 0 and aligned(codes)
-    return Weight(codes, n, k, INT8, scale, None, k, bias, words)
+    return Weight(codes, n, k, INT8, scale.float(), None, k, bias, words)
 
 
 def _fp8(scheme: str, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor | None) -> Weight | None:
@@ -189,7 +189,7 @@ def _fp8(scheme: str, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor
         return None
     if scheme == "fp8-tensor" or scale.dtype not in (torch.float32, torch.bfloat16):
         scale = scale_grid(scale, tuple(codes.shape[:-2]), parts, k, (rows, columns)).contiguous()
-    kind, columns = FP8 if 0 < columns < k else FP8_ROWS, columns or k
+    kind, columns, scale = FP8 if 0 < columns < k else FP8_ROWS, columns or k, scale.float()
     words = k % 32 == 0 and aligned(codes) and not has_nan(codes)
     if rows == SCALE_ROWS and not any(part % rows for part in parts[:-1]):
         return Weight(codes, n, k, kind, scale, None, columns, bias, words)

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from zoo.kernels.attention import attention, decode
 from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import has_triton, is_recorded
+from zoo.kernels.linear import takes_norm
 from zoo.kernels.rope import place, place_fits, rotate
 from zoo.layout import qk_norm_shape
 from zoo.model.cache import Context, Slots, Visible
 from zoo.model.linear import Linear
-from zoo.model.norm import Norm
+from zoo.model.norm import Norm, Unnormed
 from zoo.spec import Attention as AttentionSpec
 
 BLOCK = 512  # queries whose scores are held at once where they are written out
@@ -147,15 +148,19 @@ class Attention(nn.Module):
             self.v_norm = Norm(spec.value_norm, V)
         self.register_parameter("sinks", nn.Parameter(torch.empty(H)) if spec.sinks else None)
 
-    def forward(self, x: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
+    def reads(self, x: Unnormed) -> bool:
+        """Whether the first product makes the norm of x."""
+        return has_triton(x.x) and takes_norm(x.x, self.qkv.packed(), x.norm)
+
+    def forward(self, x: Tensor | Unnormed, ctx: Context, onto: Tensor | None = None) -> Tensor:
         """Normed x [B, T, d] -> [B, T, d], added to `onto`."""
         s = self.spec
-        fused = self.qkv(x)
+        fused = self.qkv(x) if isinstance(x, Tensor) else self.qkv.of_unnormed(x.x, x.norm)
         q, *rest = fused.split(self.qkv.parts, -1) if len(self.qkv.parts) > 1 else (fused,)
         gate = rest.pop(0) if s.gate else None
         if s.clip is not None:
             q, *rest = (t.clamp(-s.clip, s.clip) for t in (q, *rest))
-        y = self._fused(q, rest, ctx) if has_triton(x) else self._one_token(q, rest, ctx)
+        y = self._fused(q, rest, ctx) if has_triton(fused) else self._one_token(q, rest, ctx)
         if y is None:
             y = self._plain(q, rest, ctx)
         if gate is not None:

@@ -30,7 +30,7 @@ from zoo.model.mamba import Mamba
 from zoo.model.mamba1 import Mamba1
 from zoo.model.mla import LatentAttention
 from zoo.model.moe import MoE
-from zoo.model.norm import Norm
+from zoo.model.norm import Norm, Unnormed
 from zoo.model.short_conv import ShortConv
 from zoo.spec import MLP, Spec
 from zoo.spec import Attention as AttentionSpec
@@ -106,17 +106,21 @@ class Layer(nn.Module):
     def ffn(self) -> nn.Module:
         return self.moe if isinstance(self.spec.ffn, MoESpec) else self.mlp
 
-    def mix(self, normed: Tensor, ctx: Context, onto: Tensor | None) -> Tensor:
+    def mix(self, normed: Tensor | Unnormed, ctx: Context, onto: Tensor | None) -> Tensor:
         """`onto` + the mixer's branch of normed x."""
-        mixer = self.mixer if self.spec.beside is None else self._both
-        return self._add(partial(mixer, normed, ctx), self.attn_post_norm, onto)
+        if self.spec.beside is not None:
+            assert isinstance(normed, Tensor)
+            return self._add(partial(self._both, normed, ctx), self.attn_post_norm, onto)
+        return self._add(partial(self.mixer, normed, ctx), self.attn_post_norm, onto)
 
     def _both(self, normed: Tensor, ctx: Context, onto: Tensor | None = None) -> Tensor:
         """`onto` + what the mixer and the state space beside it make of normed x."""
         y: Tensor = self.mixer(normed, ctx, self.mamba(normed, ctx))
         return y if onto is None else onto + y
 
-    def feed(self, normed: Tensor, x: Tensor, onto: Tensor | None, ids: Tensor | None = None) -> Tensor:
+    def feed(
+        self, normed: Tensor | Unnormed, x: Tensor, onto: Tensor | None, ids: Tensor | None = None
+    ) -> Tensor:
         """`onto` + the feed-forward branch of normed x, of tokens `ids`."""
         ffn = partial(self.moe, raw=x, ids=ids) if isinstance(self.spec.ffn, MoESpec) else self.mlp
         return self._add(partial(ffn, normed), self.ffn_post_norm, onto)
@@ -151,10 +155,20 @@ class Layer(nn.Module):
             # The norm adds the residual of several tokens; of a single one the mixer's last product does.
             normed, x = self.ffn_norm(self.mix(self.attn_norm(x), ctx, None), None, x)
         elif s.mixer is not None:
-            x = self.mix(self.attn_norm(x), ctx, x)
+            x = self.mix(self._normed(self.attn_norm, x, None if s.beside else self.mixer), ctx, x)
         if s.ffn is not None:
-            x = self.feed(self.ffn_norm(x) if normed is None else normed, x, x, ctx.ids)
+            normed = self._normed(self.ffn_norm, x, self.ffn) if normed is None else normed
+            x = self.feed(normed, x, x, ctx.ids)
         return x
+
+    def _normed(self, norm: nn.Module, x: Tensor, reader: nn.Module | None) -> Tensor | Unnormed:
+        """The norm of x, or of a token that which its reader makes (not where somebody looks at it)."""
+        if isinstance(norm, Norm) and isinstance(reader, Attention | FeedForward) and not norm._forward_hooks:
+            later = Unnormed(x, (norm.weight, norm.spec))
+            if norm.spread is None and x.numel() == x.shape[-1] and reader.reads(later):
+                return later
+        normed: Tensor = norm(x)
+        return normed
 
 
 class StreamLayer(Layer):

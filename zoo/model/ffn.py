@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from zoo.kernels.gated import activation, gated
 from zoo.kernels.launch import has_triton
-from zoo.kernels.linear import gated_linear, one_row
+from zoo.kernels.linear import gated_linear, one_row, takes_norm
 from zoo.model.linear import Linear, scaled
+from zoo.model.norm import Unnormed
 from zoo.spec import MLP
 
 
@@ -71,11 +72,23 @@ class FeedForward(nn.Module):
         if spec.act == "xielu":
             self.act = XIELU()
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    @property
+    def _plain(self) -> bool:
+        s = self.spec
+        return s.gated and not s.sparsity and s.gate_scale == 1.0
+
+    def reads(self, x: Unnormed) -> bool:
+        """Whether the first product makes the norm of x."""
+        return self._plain and has_triton(x.x) and takes_norm(x.x, self.gate_up.packed(), x.norm, gated=True)
+
+    def forward(self, x: Tensor | Unnormed, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., d], added to `onto`."""
         s = self.spec
-        plain = s.gated and not s.sparsity and s.gate_scale == 1.0
-        if plain and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
+        if not isinstance(x, Tensor):
+            w = self.gate_up.packed()
+            assert w is not None
+            h = gated_linear(x.x, w, s, x.norm)
+        elif self._plain and has_triton(x) and (w := self.gate_up.packed()) and one_row(x, w):
             h = gated_linear(x, w, s)
         elif s.act == "xielu":
             h = self.act(self.up(x))

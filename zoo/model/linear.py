@@ -19,6 +19,7 @@ from zoo.kernels.launch import has_triton, is_recorded
 from zoo.kernels.linear import MOST, few_rows, linear, one_row
 from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product, unrounded
+from zoo.kernels.stream import Before
 from zoo.kernels.weights import Weight, expanded, laid_out, ordered, plain, quantised
 from zoo.kernels.weights import looked_up as rows_of
 from zoo.model.across import Across
@@ -76,6 +77,12 @@ class Weights(nn.Module):
         else:
             y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
+
+    def of_unnormed(self, x: Tensor, norm: Before) -> Tensor:
+        """`times` of the norm of one row x, made on its way (see `zoo.kernels.linear.takes_norm`)."""
+        w = self.packed()
+        assert w is not None
+        return linear(x, w, norm=norm)
 
     def _reordered(self, x: Tensor) -> Weight | None:
         """The weight as the kernels read it, where its codes have columns in another order: then x is put into that."""

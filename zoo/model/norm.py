@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
         y = nn.functional.layer_norm(x.float(), x.shape[-1:], eps=norm.eps) * w
         return (y if b is None else y + b).to(x.dtype)
     return nn.functional.layer_norm(x, x.shape[-1:], w, b, norm.eps)
+
+
+@dataclass(frozen=True)
+class Unnormed:
+    """A token x [.., D] and the norm of it that the product which reads it makes on its way."""
+
+    x: Tensor
+    norm: tuple[Tensor | None, NormSpec]
 
 
 class Norm(nn.Module):
