@@ -19,7 +19,7 @@ from zoo.verify.compare import Measured
 from zoo.verify.float64 import logits_of
 from zoo.verify.inputs import Inputs, prompt_of
 from zoo.verify.metrics import LogitMetrics, quantile, references, relative_error
-from zoo.verify.oracle import Oracle
+from zoo.verify.oracle import CannotRun, Oracle
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import QUANTILES, Bound, Spread
 
@@ -276,19 +276,16 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     del whole, cached, uncached, by_pieces
     prompt = prompt_of(asked)[:, : max(1, limit - n)]
     n = min(n, limit - prompt.shape[1])
-    chosen = oracle.greedy(prompt, n) if n > 0 else None
-    if chosen is None:
-        level.notes.append("the oracle does not generate: the greedy continuation was not compared")
+    continued, why_not = None, "the oracle does not generate"
+    try:
+        continued = _continued(oracle, ours, prompt, n, level)
+    except CannotRun as e:
+        why_not = str(e)
+    if continued is None:
+        level.notes.append(f"the greedy continuation was not compared: {why_not}")
         level.notes += _of_blind(level.checks)
         return level
-    theirs = chosen.cpu()
-    mine = decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
-    if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
-        if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
-            level.notes.append(
-                "the oracle's cached decode departs from its own uncached logits: the latter were followed"
-            )
-            theirs = _greedy_uncached(oracle, prompt, n)
+    mine, theirs = continued
     equal = _equal(mine, theirs)
     if (check := greedy(ours, prompt, theirs, equal, dtype, m.spread, error.largest)) is not None:
         level.checks.append(check)
@@ -299,6 +296,23 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip
     return level
+
+
+def _continued(
+    oracle: Oracle, ours: Ours, prompt: torch.Tensor, n: int, level: Level
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ours and the oracle's greedy tokens [n] after `prompt` [1, T]; None if the oracle can't. Raises CannotRun."""
+    if n < 1 or (chosen := oracle.greedy(prompt, n)) is None:
+        return None
+    theirs = chosen.cpu()
+    mine = ours.decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
+    if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
+        if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
+            theirs = _greedy_uncached(oracle, prompt, n)
+            level.notes.append(
+                "the oracle's cached decode departs from its own uncached logits: the latter were followed"
+            )
+    return mine, theirs
 
 
 LOOKED_AT = 1 << 25

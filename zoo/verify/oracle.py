@@ -57,7 +57,8 @@ class Oracle(Protocol):
         ...
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        """The next `n` greedy tokens after `ids` [1, T], with a KV cache: [n]; None if it can't."""
+        """The next `n` greedy tokens after `ids` [1, T], with a KV cache: [n]; None if it can't. Raises CannotRun where upstream's own
+        code fails at it."""
         ...
 
     avoid_ids: frozenset[int]
@@ -225,7 +226,7 @@ class Transformers:
         return torch.cat(rows)
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        with torch.inference_mode():
+        with torch.inference_mode(), its_own_failure(self.model, f"{self.dtype} with a cache"):
             out = self.model(input_ids=ids.to(self.device), use_cache=True)
             tokens = [out.logits[0, -1].argmax()]
             while len(tokens) < n:
