@@ -308,7 +308,7 @@ def _continued(
     mine = ours.decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
     if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
         if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
-            theirs = _greedy_uncached(oracle, prompt, n)
+            theirs = greedy_uncached(oracle, prompt, n)
             level.notes.append(
                 "the oracle's cached decode departs from its own uncached logits: the latter were followed"
             )
@@ -391,12 +391,21 @@ def _departs_from_itself(oracle: Oracle, ids: torch.Tensor) -> bool:
     return int(logits.argmax()) != int(ids[-1])
 
 
-def _greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tensor:
+def greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tensor:
     ids = prompt
     for _ in range(n):
         step = oracle.run(ids, (ids.shape[1],))[:, -1:].argmax(-1).cpu()
         ids = torch.cat([ids, step], 1)
     return ids[0, prompt.shape[1] :]
+
+
+def as_generated(ours: Ours, text: torch.Tensor, begun: int) -> torch.Tensor:
+    """Logits [n, V] of the tokens after the first `begun` and more of `text` [1, T], each of the length that the text had then: beyond
+    LongRoPE's border the angles of all positions are others."""
+    last = text.shape[1]
+    ends = sorted({*(n for n in far_from(ours.spec) if begun <= n < last), last})
+    parts = [ours.decoder(text[:, :z])[0, a:] for a, z in pairwise([begun - 1, *ends])]
+    return torch.cat(parts).float().cpu()
 
 
 def greedy(
@@ -414,8 +423,8 @@ def greedy(
     if equal == n:
         return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache", n)
     reach = 2 * tolerance.logit_bound("fp32", "max", spread, largest).value
-    text = torch.cat([prompt[0], theirs])[None].to(ours.device)
-    logits = ours.decoder(text)[0, prompt.shape[1] - 1 : -1].float().cpu()  # [n, V]
+    text = torch.cat([prompt[0], theirs[:-1]])[None].to(ours.device)
+    logits = as_generated(ours, text, prompt.shape[1])
     lead = logits.amax(-1) - logits.gather(1, theirs[:, None])[:, 0]
     alike, beyond = int((lead == 0).sum()), int((~(lead <= reach)).sum())
     if dtype != "fp32":
