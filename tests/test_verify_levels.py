@@ -421,6 +421,15 @@ def test_in_fp16_a_token_of_other_experts_is_no_wrong_copy(name: str, tmp_path: 
     assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="fp16", level="logits", write=False).passed
 
 
+def test_heads_of_an_indexer_are_weighed_in_fp32_in_every_dtype() -> None:
+    """Otherwise ours looks at other keys than the vendor's code, and upstream's in fp16, which was called a wrong copy."""
+    folder = canonical("glm_moe_dsa_shared")
+    assert zoo.verify(folder, dtype="fp16", level="logits", write=False).passed
+    weights = zoo.load(folder, dtype=torch.float16).layers[0].attn.indexer.head_weights
+    x = torch.randn(2, weights.weight.shape[1], dtype=torch.float16)
+    assert weights.weight.dtype == torch.float32 and torch.equal(weights(x), x.float() @ weights.weight.T)
+
+
 @pytest.mark.parametrize("name", ["phi3_short", "minicpm3"])
 def test_a_text_that_crosses_longropes_border_is_judged_as_it_was_generated(name: str) -> None:
     """The angles of all its tokens are others then: both sides read it anew, and each token is judged by what was read when it came."""
