@@ -39,7 +39,7 @@ def spec(c: Config) -> Spec:
         family="cohere2_moe",
         d_model=c["hidden_size"],
         vocab_size=c["vocab_size"],
-        layers=tuple(map(layer, layer_kinds(c, sum(dense)), dense)),
+        layers=tuple(map(layer, layer_kinds(c), dense)),
         norm=norm,
         tied=c.get("tie_word_embeddings", True),
         context_length=c["max_position_embeddings"],
@@ -56,8 +56,9 @@ def dense_layers(c: Config) -> list[bool]:
     return [kind == "dense" for kind in c.each_layer("mlp_layer_types", n, ("dense", "sparse"))]
 
 
-def layer_kinds(c: Config, n_dense: int) -> list[str]:
-    """The kind of each layer; without `layer_types`, the dense ones and the others each start a pattern."""
+def layer_kinds(c: Config) -> list[str]:
+    """The kind of each layer; without `layer_types`, the first dense ones and the others each start a pattern."""
+    n_dense = c.get("first_k_dense_replace", 0)
     first = read.every(c.get("prefix_dense_sliding_window_pattern", 1))
     then = read.every(c.get("sliding_window_pattern", 4))
     return read.layer_types(c, lambda i: first(i) if i < n_dense else then(i - n_dense))

@@ -14,6 +14,9 @@ from zoo.family import MLP, Attention, Config, Family, Layer, Norm, QKNorm, Spec
 
 from . import olmo2
 
+WINDOW = 4096
+"""Of upstream's class, where a config does not say; null is none."""
+
 
 def spec(c: Config) -> Spec:
     norm = Norm(c["rms_norm_eps"])
@@ -36,7 +39,7 @@ def attentions(c: Config) -> list[Attention]:
     """Each layer's attention. Of layers with and without a window, those without have no RoPE."""
     head_dim = read.head_dim(c)
     rope = read.whole_rope(c, read.rope_parameters(c), head_dim)
-    hybrid = "sliding_window" in c
+    window = c.said("sliding_window", WINDOW)
 
     def attention(kind: str) -> Attention:
         sliding = kind == read.SLIDING
@@ -45,8 +48,8 @@ def attentions(c: Config) -> list[Attention]:
             n_kv_heads=c["num_key_value_heads"],
             head_dim=head_dim,
             scale=head_dim**-0.5,
-            rope=rope if sliding or not hybrid else None,
-            window=c["sliding_window"] if sliding else None,
+            rope=rope if sliding or window is None else None,
+            window=(window or c["sliding_window"]) if sliding else None,
             qk_norm=QKNorm(Norm(c["rms_norm_eps"])),
         )
 
@@ -54,7 +57,7 @@ def attentions(c: Config) -> list[Attention]:
 
 
 def layer_types(c: Config) -> list[str]:
-    if "sliding_window" not in c:
+    if c.said("sliding_window", WINDOW) is None:
         return read.layer_types(c, lambda _: read.FULL)
     pattern = c.get("sliding_window_pattern", 4)
     if isinstance(pattern, int):

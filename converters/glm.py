@@ -21,7 +21,7 @@ def spec(c: Config) -> Spec:
 
 def attention(c: Config) -> Attention:
     p, head_dim = read.rope_parameters(c), read.head_dim(c)
-    turned = int(head_dim * p.get("partial_rotary_factor", 0.5))
+    turned = read.turned(c, p, head_dim, 0.5)
     return Attention(
         n_heads=c["num_attention_heads"],
         n_kv_heads=c["num_key_value_heads"],

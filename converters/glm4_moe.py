@@ -22,7 +22,7 @@ def spec(c: Config) -> Spec:
         n_kv_heads=c["num_key_value_heads"],
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=read.rope(c, p, int(head_dim * p.get("partial_rotary_factor", 0.5))),
+        rope=read.rope(c, p, read.turned(c, p, head_dim, 0.5)),
         qkv_bias=c.get("attention_bias", False),
         qk_norm=QKNorm(Norm(c["rms_norm_eps"])) if c.get("use_qk_norm", False) else None,
     )

@@ -97,9 +97,9 @@ def spec(c: Config) -> Spec:
 
 
 def rope(c: Config, kind: str) -> Rope:
-    """RoPE of a kind of layer. How much of a head turns is said there or not at all, never beside the kinds."""
+    """RoPE of a kind of layer."""
     p, every = read.rope_parameters(c, kind), c.sub("rope_parameters")
-    made = read.rope(c, p, int(c["head_dim"] * every.sub(kind).get("partial_rotary_factor", 1.0)))
+    made = read.partial_rope(c, p, c["head_dim"])
     original = every.get("original_max_position_embeddings")
     if made.scaling is not None and original not in (None, made.scaling.original_context):
         raise ZooError(

@@ -39,7 +39,7 @@ def spec(c: Config) -> Spec:
     if "attn_type_list" in c:
         c.each_layer("attn_type_list", n, (1,))
     norm, head_dim, p = Norm(c["rms_norm_eps"]), c["head_dim"], read.rope_parameters(c)
-    rotary_dim = c.get("rotary_dim", int(head_dim * p.get("partial_rotary_factor", 1.0)))
+    rotary_dim = c.get("rotary_dim", read.turned(c, p, head_dim))
     if p.get("partial_rotary_factor", rotary_dim / head_dim) != rotary_dim / head_dim and "rotary_dim" in c:
         raise ZooError(f"{c.where}: rotary_dim and partial_rotary_factor differ: delete one of them")
     attention = Attention(

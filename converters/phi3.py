@@ -32,9 +32,15 @@ from zoo.family import (
 
 def spec(c: Config) -> Spec:
     c.refuse(attention_bias=False, mlp_bias=False, lm_head_bias=False)
-    c.get("original_max_position_embeddings")  # where RoPE is plain it says nothing
     n_heads, head_dim, norm = c["num_attention_heads"], read.head_dim(c), Norm(c["rms_norm_eps"])
     p = read.rope_parameters(c, default_theta=10000.0)
+    # Upstream's class has this field, 4096 where a config has none, and never looks for it among the settings.
+    original = c.get("original_max_position_embeddings", 4096)
+    if p.setdefault("original_max_position_embeddings", original) != original:
+        raise ZooError(
+            f"{c.where}: original_max_position_embeddings is {p['original_max_position_embeddings']} in the settings of RoPE, and "
+            f"upstream would take {original}, the field beside them: write the same there"
+        )
     attention = Attention(
         n_heads=n_heads,
         n_kv_heads=c.get("num_key_value_heads", n_heads),

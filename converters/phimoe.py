@@ -31,7 +31,6 @@ from zoo.family import (
 
 
 def spec(c: Config) -> Spec:
-    c.get("original_max_position_embeddings")  # where RoPE is plain it says nothing
     norm, head_dim = Norm(c["rms_norm_eps"], kind="layer", rounding="last"), read.head_dim(c)
     p = read.rope_parameters(c, default_theta=1e6)
     attention = Attention(

@@ -80,7 +80,7 @@ def mixers(c: Config) -> list[Mixer]:
         n_kv_heads=c["num_key_value_heads"],
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=read.rope(c, p, int(head_dim * p.get("partial_rotary_factor", 0.25))),
+        rope=read.rope(c, p, read.turned(c, p, head_dim, 0.25)),
         qkv_bias=c.get("attention_bias", False),
         out_bias=c.get("attention_bias", False),
         qk_norm=QKNorm(norm),

@@ -10,7 +10,7 @@ import pytest
 from zoo import families, manifest
 from zoo.config import ACTIVATIONS, Config, rope, rope_parameters, yarn_attention_factor, yarn_mscale
 from zoo.errors import ZooError
-from zoo.spec import RopeScaling
+from zoo.spec import Attention, RopeScaling
 
 
 def c(**data: Any) -> Config:
@@ -241,10 +241,57 @@ def test_truncate_is_read_beside_the_layer_types_as_upstream_does() -> None:
     assert rope_parameters(c(rope_parameters=yarn))["truncate"] is False
 
 
-def test_an_original_context_beside_the_settings_counts_before_the_one_inside() -> None:
-    yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    config = c(rope_parameters=yarn, original_max_position_embeddings=77)
-    assert rope_parameters(config)["original_max_position_embeddings"] == 77
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize("inside", [{}, {ORIGINAL: 64}])
+def test_an_original_context_beside_the_settings_is_none_of_theirs_but_in_phi_3(
+    inside: dict[str, int],
+) -> None:
+    """transformers 5.23 reads it there for the classes that have such a field."""
+    yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, **inside}
+    llama = {
+        **(manifest.find("llama-3.1-8b").config or {}),
+        "rope_theta": None,
+        "rope_scaling": None,
+        "rope_parameters": yarn,
+    }
+    assert isinstance(
+        mixer := families.spec_of({**llama, ORIGINAL: inside.get(ORIGINAL, 131072)}).layers[0].mixer,
+        Attention,
+    )
+    assert (
+        mixer.rope
+        and mixer.rope.scaling
+        and mixer.rope.scaling.original_context == inside.get(ORIGINAL, 131072)
+    )
+    with pytest.raises(ZooError, match=f"{ORIGINAL} is 77.*the family llama does not read it"):
+        families.spec_of({**llama, ORIGINAL: 77})
+    plain = {**llama, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert families.spec_of({**plain, ORIGINAL: 77}) == families.spec_of(plain)
+    phi = {**(manifest.find("phi-4-mini").config or {})}
+    scaling = {**phi["rope_scaling"], **inside}
+    for original in (64, None):
+        config = {**phi, "rope_scaling": scaling, ORIGINAL: original}
+        if inside.get(ORIGINAL, original or 4096) == (original or 4096):
+            families.spec_of(config)
+        else:
+            with pytest.raises(
+                ZooError, match=f"{ORIGINAL} is 64 in the settings of RoPE, and upstream would take 4096"
+            ):
+                families.spec_of(config)
+
+
+def test_a_null_share_of_a_head_that_turns_is_no_default() -> None:
+    """transformers 5 turns whole heads then, and its default counts only where the field is absent."""
+    glm = dict(manifest.find("glm-4-9b").config or {})
+    for part, dim in ((0.5, 64), (0.25, 32)):
+        mixer = families.spec_of({**glm, "partial_rotary_factor": part}).layers[0].mixer
+        assert isinstance(mixer, Attention) and mixer.rope and mixer.rope.dim == dim
+    with pytest.raises(ZooError, match=r"partial_rotary_factor is null.* releases of this family turn 0\.5"):
+        families.spec_of({**glm, "partial_rotary_factor": None})
+    llama = dict(manifest.find("llama-3.1-8b").config or {})
+    assert families.spec_of({**llama, "partial_rotary_factor": None}) == families.spec_of(llama)
 
 
 def test_theta_is_never_guessed_unless_the_family_knows_it() -> None:

@@ -48,14 +48,17 @@ IN_LAYER = {
 }  # fmt: skip
 
 
-def quantised(root: Path, config: dict[str, Any], beside: Shapes) -> Path:
-    """A release of a Llama with one of its weights [64, 64] quantised."""
+def quantised(root: Path, config: dict[str, Any], beside: Shapes, layers: int = 1) -> Path:
+    """A release of a Llama with one weight [64, 64] of each layer quantised."""
     root.mkdir()
-    (root / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": config}))
-    plain: Shapes = {f"model.layers.0.{n}.weight": ("F32", shape) for n, shape in IN_LAYER.items()}
-    plain |= {f"{n}.weight": ("F32", [VOCAB, D]) for n in ("model.embed_tokens", "lm_head")}
-    plain["model.norm.weight"] = ("F32", [D])
-    write(root / "model.safetensors", plain | {f"{O_PROJ}.{n}": x for n, x in beside.items()})
+    said = {"quantization_config": config, "num_hidden_layers": layers}
+    (root / "config.json").write_text(json.dumps(LLAMA | said))
+    tensors: Shapes = {f"{n}.weight": ("F32", [VOCAB, D]) for n in ("model.embed_tokens", "lm_head")}
+    tensors["model.norm.weight"] = ("F32", [D])
+    for i in range(layers):
+        tensors |= {f"model.layers.{i}.{n}.weight": ("F32", shape) for n, shape in IN_LAYER.items()}
+        tensors |= {f"{O_PROJ.replace('0', str(i))}.{n}": x for n, x in beside.items()}
+    write(root / "model.safetensors", tensors)
     return root
 
 
@@ -92,8 +95,10 @@ FLOATS: Shapes = {
 def test_a_constant_beside_codes_has_a_number_for_what_it_is_of(
     tmp_path: Path, config: dict[str, Any], beside: Shapes, says: str, dtype: str | None
 ) -> None:
-    with pytest.raises(ZooError, match=says):
-        make_plan(open_checkpoint(quantised(tmp_path / "source", config, beside)), dtype=dtype)
+    with pytest.raises(ZooError, match=says) as e:
+        make_plan(open_checkpoint(quantised(tmp_path / "source", config, beside, layers=2)), dtype=dtype)
+    (told,) = str(e.value).splitlines()[1:]  # each once, by the tensor's own name
+    assert told.startswith(f"{O_PROJ}.") and told.endswith("(and 1 more like it)")
 
 
 def test_such_a_constant_is_refused_in_a_canonical_folder_too(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +56,9 @@ from zoo.spec import (
 from zoo.split import Cut, allowed, component_cut, pieces, split, uneven
 from zoo.testing.built import checkpoint
 from zoo.verify.compare import rounding
+from zoo.verify.inputs import Batch, Inputs
+from zoo.verify.oracle import CannotRun
+from zoo.verify.ranks import Following, Leading, Task
 from zoo.verify.tolerance import FACTOR, logit_bound
 
 ROOT = Path(__file__).parents[1]
@@ -480,3 +485,26 @@ def test_torchrun_verifies_as_one_process_does_and_generates_the_same(name: str,
     ids = ["1 2 3", "--ids", "-n", "12", "--json"]
     one = zoo.load(canon).generate(torch.tensor([[1, 2, 3]]), 12)[0, 3:].tolist()
     assert json.loads(torchrun("generate", str(canon), *ids))["tokens"] == one
+
+
+def test_where_upstream_fails_every_rank_hears_of_it() -> None:
+    """They wait for what it says."""
+    words: SimpleQueue[Any] = SimpleQueue()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise CannotRun("upstream's own code fails")
+
+    first: Any = SimpleNamespace(said=lambda x=None: words.put(x))
+    other: Any = SimpleNamespace(said=lambda: words.get_nowait())
+    asked = Inputs([Batch(torch.zeros(1, 4).long(), (4,), ("",), (False,))], {}, {}, None)
+    leading = Leading(SimpleNamespace(run=fails, greedy=fails, drive=fails), first)  # type: ignore[arg-type]
+    following = Following(Task(asked, None, True, False, True), other)
+    ids = asked.batches[0].ids
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("run", (ids, (4,))), ("greedy", (ids, 2)), ("drive", (asked.batches, fails, fails))
+    ]  # fmt: skip
+    for one in (leading, following):
+        for name, given in calls:
+            with pytest.raises(CannotRun, match="own code fails"):
+                getattr(one, name)(*given)
+    assert words.empty()

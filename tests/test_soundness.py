@@ -8,7 +8,7 @@ import pytest
 
 from zoo.errors import ZooError
 from zoo.soundness import refuse_unsound
-from zoo.spec import MLP, Attention, Layer, Mamba, Norm, Spec
+from zoo.spec import MLP, Attention, Layer, Mamba, MoE, Norm, Router, Spec
 
 OWN = Attention(n_heads=4, n_kv_heads=2, head_dim=6, scale=1.0)
 
@@ -49,3 +49,17 @@ def test_keys_and_values_that_are_not_there_to_take_are_refused(
 ) -> None:
     with pytest.raises(ZooError, match=f"^zoo.json: .*{says}"):
         refuse_unsound(spec(*mixers), "zoo.json")
+
+
+def test_scores_that_are_nothing_and_experts_that_are_not_eligible_are_refused() -> None:
+    with pytest.raises(ZooError, match=r"scores times 0\.0 tell no key from another"):
+        refuse_unsound(spec(replace(OWN, scale=0.0)), "zoo.json")
+    for top_k, says in ((4, None), (5, "5 experts cannot be chosen of the 4 in 2 of 4 groups")):
+        moe = MoE(8, MLP(8), Router(top_k, "softmax", n_groups=4, top_groups=2))
+        one = spec(OWN)
+        grouped = replace(one, layers=(replace(one.layers[0], ffn=moe),))
+        if says is None:
+            refuse_unsound(grouped, "zoo.json")
+            continue
+        with pytest.raises(ZooError, match=says):
+            refuse_unsound(grouped, "zoo.json")

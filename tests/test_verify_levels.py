@@ -19,6 +19,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.formats.canonical import read
 from zoo.model.cache import Cache, Context
+from zoo.model.rope import far_from
 from zoo.spec import Attention
 from zoo.testing.build import write_tensors
 from zoo.verify import judge
@@ -28,7 +29,7 @@ from zoo.verify.faults.base import CATALOGUE
 from zoo.verify.faults.spec import map_spec
 from zoo.verify.float64 import InFloat64, logits_of
 from zoo.verify.oracle import Transformers
-from zoo.verify.ours import subject_of
+from zoo.verify.ours import Ours, subject_of
 from zoo.verify.tolerance import FLOOR_FP32, Bound
 
 
@@ -418,6 +419,29 @@ def test_what_decoding_rounds_otherwise_is_held_against_float64(monkeypatch: pyt
 def test_in_fp16_a_token_of_other_experts_is_no_wrong_copy(name: str, tmp_path: Path) -> None:
     source = tiny.make(name, tmp_path / "hf", dtype="float16", seed=1)
     assert zoo.verify(zoo.convert(source, tmp_path / "zoo"), dtype="fp16", level="logits", write=False).passed
+
+
+def test_heads_of_an_indexer_are_weighed_in_fp32_in_every_dtype() -> None:
+    """Otherwise ours looks at other keys than the vendor's code, and upstream's in fp16, which was called a wrong copy."""
+    folder = canonical("glm_moe_dsa_shared")
+    assert zoo.verify(folder, dtype="fp16", level="logits", write=False).passed
+    weights = zoo.load(folder, dtype=torch.float16).layers[0].attn.indexer.head_weights
+    x = torch.randn(2, weights.weight.shape[1], dtype=torch.float16)
+    assert weights.weight.dtype == torch.float32 and torch.equal(weights(x), x.float() @ weights.weight.T)
+
+
+@pytest.mark.parametrize("name", ["phi3_short", "minicpm3"])
+def test_a_text_that_crosses_longropes_border_is_judged_as_it_was_generated(name: str) -> None:
+    """The angles of all its tokens are others then: both sides read it anew, and each token is judged by what was read when it came."""
+    folder = canonical(name)
+    decoder, upstream = zoo.load(folder), Transformers(folder.parent / f"{name}-float32-source")
+    ids = torch.arange(7, 40)[None]
+    (border,) = far_from(decoder.spec)
+    tokens = upstream.greedy(ids, n=border - 20)
+    assert tokens is not None and ids.shape[1] < border < ids.shape[1] + len(tokens)
+    assert tokens.equal(judge.greedy_uncached(upstream, ids, len(tokens)))
+    text = torch.cat([ids[0], tokens[:-1]])[None]
+    assert judge.as_generated(Ours(decoder), text, ids.shape[1]).argmax(-1).equal(tokens)
 
 
 def test_ours_in_float64_is_what_fp32_rounds() -> None:

@@ -23,7 +23,7 @@ from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.testing import FamilyCase, Gguf, gguf
 from zoo.testing.build import read_config, write_config
-from zoo.verify import gguf_parsed
+from zoo.verify import gguf_parsed, recording
 from zoo.verify.gguf_parsed import metadata_once
 from zoo.verify.oracle import placeholder_ids
 
@@ -372,6 +372,28 @@ def test_what_fails_in_upstreams_own_code_is_not_judged_and_called_so(
     assert cert.level("logits") is None and any(
         "LlamaForCausalLM fails in fp32" in x for x in cert.not_checked
     )
+
+
+def test_where_upstream_fails_with_a_cache_alone_the_rest_is_judged_and_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    theirs = {"__name__": modeling_llama.__name__, "forward": modeling_llama.LlamaMLP.forward}
+    exec("def one(self, x): return forward(self, x) if x.shape[1] > 1 else x.no_such_thing", theirs)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", theirs["one"])
+    cert = zoo.verify(canonical_of("llama"), write=False)
+    assert cert.passed and [x.name for x in cert.levels] == ["plan", "bytes", "layers", "logits", "decode"]
+    decode = cert.level("decode")
+    assert decode is not None and [c.name for c in decode.checks] == [
+        "cached against uncached |logit error| max"
+    ]
+    said = "LlamaForCausalLM fails in fp32 with a cache: AttributeError"
+    assert any(x.startswith("the greedy continuation was not compared: ") and said in x for x in decode.notes)
+    golden = tmp_path / "golden.safetensors"
+    about = recording.record(canonical_of("llama"), golden, "fp32", 64)
+    assert said in about["notes"][0]
+    assert zoo.verify(canonical_of("llama"), against=golden, write=False).passed
 
 
 def test_what_fails_in_ours_while_upstream_runs_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ _WHOLE = re.compile(
 )
 """Fields that count something: whole numbers, or a list of them."""
 _REAL = re.compile(
-    r"""(?!altup_|apply_)(\w+_)?(eps|epsilon|theta|factor|multipliers?|scaling|mscale|mscale_all_dim|softcapping|soft_cap|beta|beta_fast|beta_slow
+    r"""(?!altup_|apply_|rope_scaling)(\w+_)?(eps|epsilon|theta|factor|multipliers?|scaling|mscale|mscale_all_dim|softcapping|soft_cap|beta|beta_fast|beta_slow
     | alpha|base|base_freq|pct|limits?) | query_pre_attn_scalar | scale_(emb|depth) | (logit|routed?|attention_value|expert_weights)_scale""",
     re.VERBOSE,
 )
@@ -309,14 +309,12 @@ def rope_parameters(
     if layer_type is not None:  # upstream reads this one beside the layer types, never inside
         out.pop("truncate", None)
         out |= {"truncate": p["truncate"]} if p is not None and "truncate" in p else {}
-    elif out["rope_type"] in ("llama3", "yarn", "longrope", "su") and "original_max_position_embeddings" in c:
-        out["original_max_position_embeddings"] = c["original_max_position_embeddings"]
     if out.get("rope_theta") is None:
         out["rope_theta"] = c.get(theta, default_theta) if default_theta is not None else c[theta]
     # transformers 5 keeps a field of its own beside rope_parameters, often the class' default, and reads it where these are silent
     if out.get("partial_rotary_factor") in (None, dict.get(c.data, "partial_rotary_factor")):
-        if "partial_rotary_factor" in c:
-            out["partial_rotary_factor"] = c["partial_rotary_factor"]
+        if "partial_rotary_factor" in c.data:  # null is kept, which is no default: see `read.turned`
+            out["partial_rotary_factor"] = c.said("partial_rotary_factor", None)
     for key, value in out.items():
         sound(key, value, f"{c.where}: rope_parameters")
     return out

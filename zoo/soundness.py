@@ -93,6 +93,8 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
             yield f"the original context of scaled RoPE is {n}"
         case MoE(n_experts=n) if n > MAX_EXPERTS:
             yield f"{n} experts are more than {MAX_EXPERTS}"
+        case Attention(scale=s) | LatentAttention(scale=s) if not s > 0:
+            yield f"scores times {s} tell no key from another"
         case MLP(sparsity=share) if not 0 <= share < 1:
             yield f"a share of {share} of activations cannot be left out"
         case QueryScale(period=period) if period <= 0:
@@ -109,6 +111,8 @@ def _unsound(x: Any, name: str) -> Iterator[str]:
             yield f"groups of {n // g} experts cannot be judged by their best {t}"
         case MoE(n_experts=n, router=Router(n_groups=g, top_groups=t)) if g < 1 or n % g or not 0 < t <= g:
             yield f"{n} experts in {g} groups, of which {t} are eligible: they do not divide"
+        case MoE(n_experts=n, router=Router(top_k=k, n_groups=g, top_groups=t)) if k > n // g * t:
+            yield f"{k} experts cannot be chosen of the {n // g * t} in {t} of {g} groups"
 
 
 def _unsound_part(x: Any) -> Iterator[str]:

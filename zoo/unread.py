@@ -270,8 +270,8 @@ def _idle(key: str, value: Any, beside: Mapping[str, Any], spec: Spec) -> bool:
     kinds = beside.get("layer_types") or []
     full = isinstance(kinds, list) and set(kinds) == {"full_attention"}
     windowed = any(isinstance(m.mixer, Attention) and m.mixer.window for m in spec.layers)
-    if key in _SCALED:  # settings of scaled RoPE, where it is not scaled
-        return (beside.get("rope_type") or beside.get("type")) in ("default", "original")
+    if key in _SCALED and (kind := beside.get("rope_type") or beside.get("type")):  # settings of scaled RoPE
+        return kind in ("default", "original")
     match key:
         case "sliding_window":
             return not windowed and (beside.get("use_sliding_window") is False or full)
@@ -296,6 +296,8 @@ def _idle(key: str, value: Any, beside: Mapping[str, Any], spec: Spec) -> bool:
             return any(isinstance(m, LatentAttention) for m in mixers) and not any(
                 isinstance(m, Attention) for m in mixers
             )
+        case "original_max_position_embeddings":  # beside the settings
+            return not _scaled(spec)
         case "rope_theta" | "partial_rotary_factor":
             return not _rotates(spec)
         case "rope_scaling" | "rope_parameters":
@@ -303,6 +305,11 @@ def _idle(key: str, value: Any, beside: Mapping[str, Any], spec: Spec) -> bool:
             return kind == "default" or not _rotates(spec)
         case _:
             return False
+
+
+def _scaled(spec: Spec) -> bool:
+    ropes = [getattr(layer.mixer, "rope", None) for layer in spec.layers]
+    return any(r is not None and r.scaling is not None for r in ropes)
 
 
 def _rotates(spec: Spec) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from zoo import families
+from zoo.errors import ZooError
 from zoo.testing import BASE, FULL, SLIDING, FamilyCase, Variant, llama3, rope
 from zoo.testing.full_size import attention, read
 from zoo.testing.released import flat_rope
@@ -59,3 +62,11 @@ def test_full_layers_have_rope_only_where_no_layer_has_a_window() -> None:
     hybrid, full = (families.spec_of(read(stem)) for stem in ("exaone-4.0-32b", "exaone-4.0-1.2b"))
     assert [attention(hybrid, i).rope is None for i in range(4)] == [False, False, False, True]
     assert all(attention(full, i).rope is not None for i in range(full.n_layers))
+
+
+def test_a_window_that_is_absent_is_upstreams_and_one_that_is_null_none() -> None:
+    config = read("exaone-4.0-32b")
+    absent = {k: v for k, v in config.items() if k != "sliding_window"}
+    assert families.spec_of(absent) == families.spec_of(config | {"sliding_window": 4096})
+    with pytest.raises(ZooError, match="'sliding_window' is missing"):
+        families.spec_of(config | {"sliding_window": None})

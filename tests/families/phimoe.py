@@ -57,7 +57,7 @@ CASE = FamilyCase(
         ("phi-3.5-moe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3"),
         ("phi-3.5-moe", {"router_jitter_noise": 0.0}, "near is more than 0, not 0.0"),
         ("phi-3.5-moe", {"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'"),
-        ("phi-3.5-moe", {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}}, "'short_factor' is missing"),
+        ("phi-3.5-moe", {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096, "long_factor": [1.0] * 64}}, "'short_factor' is missing"),
     ),
     disputes={"LongRoPE beyond the original context": upstream_has_no_long_table},
 )

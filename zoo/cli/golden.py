@@ -48,6 +48,8 @@ def record(src: Path, output: Path, dtype: str, max_length: int, device: str, as
         emit(about)
     else:
         say(f"{output}: {about['tokens']} tokens, {output.stat().st_size:,} bytes, by {about['by']}")
+        for note in about["notes"]:
+            say(f"note: {note}")
 
 
 @command.command()

@@ -79,7 +79,19 @@ def partial_rope(
     c: Config, p: Mapping[str, Any], head_dim: int, default: float = 1.0, *, longrope: tuple[str, ...] = ()
 ) -> Rope:
     """RoPE over the first `partial_rotary_factor` of a head, rounded down; over `default` where the config is silent."""
-    return rope(c, p, int(head_dim * float(p.get("partial_rotary_factor") or default)), longrope=longrope)
+    return rope(c, p, turned(c, p, head_dim, default), longrope=longrope)
+
+
+def turned(c: Config, p: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
+    """How many channels of a head RoPE turns, by `partial_rotary_factor`, rounded down; `default` where the config is silent.
+    Raises ZooError for null where that is not the whole head: of transformers 5 it is, whose default is for a field that is absent."""
+    part = p.get("partial_rotary_factor", default)
+    if part is None and default != 1.0:
+        raise ZooError(
+            f"{c.where}: partial_rotary_factor is null, by which upstream turns whole heads or stops; releases of this family turn "
+            f"{default:g} of each: write which"
+        )
+    return int(head_dim * float(1.0 if part is None else part))
 
 
 def layer_types(

@@ -188,17 +188,11 @@ class _Matcher:
     ) -> Recipe | str:
         """The rule compiled for a slot (or a component of it), or why it does not apply."""
         kind = None if slot.layer is None else self.kind_of[slot.layer]
-        own: tuple[int, ...] = ()
-        constant = None
-        if part is not None and part.unit is None:  # a constant per source tensor: its shape is its own
-            leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
-            constant = next((self.tensors[s] for s in part.names(leaf) if s in self.tensors), None)
-            own = () if constant is None else constant.shape
+        constant = None if part is None else self.constant(rule, slot, part)
+        own = () if constant is None else constant.shape
         key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
         if (found := self.recipes.get(key)) is None:
             try:
-                if part is not None and constant is not None:
-                    self.refuse_constant(constant, part, slot)
                 if part is None:
                     found = compile_rule(rule, slot, self.spec, self.spell, self.n_ranks)
                     if scheme is not None and scheme.turned:
@@ -214,13 +208,12 @@ class _Matcher:
             self.recipes[key] = found
         return found
 
-    def refuse_constant(self, ref: TensorRef, part: Component, slot: Slot) -> None:
-        """Raises ZooError for one that does not go with the slot, which is a problem even where it may be absent."""
-        try:
-            part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
-        except ZooError as e:
-            self.out.problems.append(f"{ref.name} in {ref.file}: {e}")
-            raise
+    def constant(self, rule: Rule, slot: Slot, part: Component) -> TensorRef | None:
+        """The first source tensor of a component that is a constant of each, whose shape is its own; None of any other."""
+        if part.unit is not None:
+            return None
+        leaf = self.spell(next(rule.expr.leaves()).name({"i": str(slot.layer), "e": 0, "r": 0}))
+        return next((self.tensors[s] for s in part.names(leaf) if s in self.tensors), None)
 
     def rules_for(self, slot: Slot) -> tuple[Rule, ...]:
         """The rules for a slot. A tied file may have kept either name of the one matrix: the head's come last."""
@@ -304,6 +297,13 @@ class _Matcher:
             self.out.quant[slot.name.removesuffix(".weight")] = scheme.name
         components: dict[str, tuple[str, ...]] = {}
         for part in scheme.components:
+            if (ref := self.constant(rule, slot, part)) is not None:
+                try:
+                    part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
+                except ZooError as e:  # even where it may be absent
+                    self.out.problems.append(f"{ref.name} in {ref.file}: {e}")
+                    self.use(slot, rule, n, scheme)
+                    return
             found = self.recipe(rule, n, slot, scheme, part)
             if isinstance(found, str) and part.optional:
                 continue  # if it is there all the same, no rule uses it, which is said

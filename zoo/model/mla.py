@@ -158,11 +158,22 @@ class Scorer(nn.Module):
         return scores.topk(self.spec.top_k, -1).indices
 
 
+class HeadWeights(Linear):
+    """x [B, T, d] -> the weight of each head's scores [B, T, Hi], in fp32 whatever the model is in, by weights of the file's own dtype:
+    so it is in the vendor's code (DeepSeek-V3.2-Exp's inference/model.py), and upstream in fp16. In bf16 upstream rounds."""
+
+    KEPT = ("weight",)
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)), onto)
+
+
 class Indexer(Scorer):
     """A scorer of the tokens' own keys."""
 
     def __init__(self, spec: IndexerSpec, d: int, q_rank: int, layer: int) -> None:
         super().__init__(spec, d, q_rank, layer)
+        self.head_weights = HeadWeights(d, spec.n_heads)
         self.k = Linear(d, spec.head_dim)
         self.k_norm = Norm(spec.key_norm, spec.head_dim)
 

@@ -49,8 +49,8 @@ from zoo.verify.compare import (
 )
 from zoo.verify.inputs import Batch, Inputs, prompt_of
 from zoo.verify.metrics import references
+from zoo.verify.oracle import CannotRun, Oracle
 from zoo.verify.oracle import OnLayer as OnOneLayer
-from zoo.verify.oracle import Oracle
 from zoo.verify.tolerance import Spread
 
 SCHEMA = "zoo-golden-1"
@@ -349,8 +349,8 @@ def believed(told: Spread, dtype: str, largest: float, said: str) -> Claimed:
 
 def record(
     oracle: Oracle, inputs: Inputs, d: int, path: Path, dtype: str, about: dict[str, Any] | None = None
-) -> Path:
-    """Run `oracle` on `inputs` both ways and write a golden file to `path`. `d`: the model's width."""
+) -> list[str]:
+    """Run `oracle` on `inputs` both ways and write a golden file to `path`; notes on what it lacks. `d`: the model's width."""
     meter = SpreadMeter(inputs, d, dtype)
     tensors: dict[str, Tensor] = {}
     width = 0
@@ -377,8 +377,12 @@ def record(
     if width:
         tensors["directions"] = Sketch(width).directions
     prompt = prompt_of(inputs)
-    if (tokens := oracle.greedy(prompt, N_GREEDY)) is not None:
-        tensors |= {"prompt": prompt[0].clone(), "greedy": tokens}
+    notes = []
+    try:
+        if (tokens := oracle.greedy(prompt, N_GREEDY)) is not None:
+            tensors |= {"prompt": prompt[0].clone(), "greedy": tokens}
+    except CannotRun as e:
+        notes.append(f"without a greedy continuation: {e}")
     by = oracle.describe()
     if "loaded_from" in by:  # a recording travels: no path of this machine
         by["loaded_from"] = Path(by["loaded_from"]).resolve().name
@@ -388,7 +392,7 @@ def record(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     write(path, tensors, told)
-    return path
+    return notes
 
 
 def describe_inputs(inputs: Inputs) -> dict[str, Any]:

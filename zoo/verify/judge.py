@@ -19,7 +19,7 @@ from zoo.verify.compare import Measured
 from zoo.verify.float64 import logits_of
 from zoo.verify.inputs import Inputs, prompt_of
 from zoo.verify.metrics import LogitMetrics, quantile, references, relative_error
-from zoo.verify.oracle import Oracle
+from zoo.verify.oracle import CannotRun, Oracle
 from zoo.verify.ours import Ours
 from zoo.verify.tolerance import QUANTILES, Bound, Spread
 
@@ -276,19 +276,16 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
     del whole, cached, uncached, by_pieces
     prompt = prompt_of(asked)[:, : max(1, limit - n)]
     n = min(n, limit - prompt.shape[1])
-    chosen = oracle.greedy(prompt, n) if n > 0 else None
-    if chosen is None:
-        level.notes.append("the oracle does not generate: the greedy continuation was not compared")
+    continued, why_not = None, "the oracle does not generate"
+    try:
+        continued = _continued(oracle, ours, prompt, n, level)
+    except CannotRun as e:
+        why_not = str(e)
+    if continued is None:
+        level.notes.append(f"the greedy continuation was not compared: {why_not}")
         level.notes += _of_blind(level.checks)
         return level
-    theirs = chosen.cpu()
-    mine = decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
-    if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
-        if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
-            level.notes.append(
-                "the oracle's cached decode departs from its own uncached logits: the latter were followed"
-            )
-            theirs = _greedy_uncached(oracle, prompt, n)
+    mine, theirs = continued
     equal = _equal(mine, theirs)
     if (check := greedy(ours, prompt, theirs, equal, dtype, m.spread, error.largest)) is not None:
         level.checks.append(check)
@@ -299,6 +296,23 @@ def decode_level(oracle: Oracle, ours: Ours, asked: Inputs, m: Measured, dtype: 
         "prompt_tokens": prompt.shape[1], "equal": equal, "generated": mine.tolist(), "oracle": theirs.tolist(),
     }  # fmt: skip
     return level
+
+
+def _continued(
+    oracle: Oracle, ours: Ours, prompt: torch.Tensor, n: int, level: Level
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ours and the oracle's greedy tokens [n] after `prompt` [1, T]; None if the oracle can't. Raises CannotRun."""
+    if n < 1 or (chosen := oracle.greedy(prompt, n)) is None:
+        return None
+    theirs = chosen.cpu()
+    mine = ours.decoder.generate(prompt.to(ours.device), len(theirs))[0, prompt.shape[1] :].cpu()
+    if (equal := _equal(mine, theirs)) < len(theirs) and not getattr(oracle, "fixed_inputs", False):
+        if _departs_from_itself(oracle, torch.cat([prompt[0], theirs[: equal + 1]])):
+            theirs = greedy_uncached(oracle, prompt, n)
+            level.notes.append(
+                "the oracle's cached decode departs from its own uncached logits: the latter were followed"
+            )
+    return mine, theirs
 
 
 LOOKED_AT = 1 << 25
@@ -377,12 +391,21 @@ def _departs_from_itself(oracle: Oracle, ids: torch.Tensor) -> bool:
     return int(logits.argmax()) != int(ids[-1])
 
 
-def _greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tensor:
+def greedy_uncached(oracle: Oracle, prompt: torch.Tensor, n: int) -> torch.Tensor:
     ids = prompt
     for _ in range(n):
         step = oracle.run(ids, (ids.shape[1],))[:, -1:].argmax(-1).cpu()
         ids = torch.cat([ids, step], 1)
     return ids[0, prompt.shape[1] :]
+
+
+def as_generated(ours: Ours, text: torch.Tensor, begun: int) -> torch.Tensor:
+    """Logits [n, V] of the tokens after the first `begun` and more of `text` [1, T], each of the length that the text had then: beyond
+    LongRoPE's border the angles of all positions are others."""
+    last = text.shape[1]
+    ends = sorted({*(n for n in far_from(ours.spec) if begun <= n < last), last})
+    parts = [ours.decoder(text[:, :z])[0, a:] for a, z in pairwise([begun - 1, *ends])]
+    return torch.cat(parts).float().cpu()
 
 
 def greedy(
@@ -400,8 +423,8 @@ def greedy(
     if equal == n:
         return Check("greedy tokens that differ", 0, 0, f"{n} tokens, each side with its own cache", n)
     reach = 2 * tolerance.logit_bound("fp32", "max", spread, largest).value
-    text = torch.cat([prompt[0], theirs])[None].to(ours.device)
-    logits = ours.decoder(text)[0, prompt.shape[1] - 1 : -1].float().cpu()  # [n, V]
+    text = torch.cat([prompt[0], theirs[:-1]])[None].to(ours.device)
+    logits = as_generated(ours, text, prompt.shape[1])
     lead = logits.amax(-1) - logits.gather(1, theirs[:, None])[:, 0]
     alike, beyond = int((lead == 0).sum()), int((~(lead <= reach)).sum())
     if dtype != "fp32":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -216,7 +217,9 @@ class Comparison:
                 if led is not None:
                     led.task(asked, None)
                 measured = measure(led or wide, ours, asked, "fp32", longest=Longest())
-        except (RuntimeError, TypeError, ValueError, CannotRun):
+        except CannotRun:  # of which every rank hears
+            return None
+        except (RuntimeError, TypeError, ValueError):
             # Of a model that can't be run so nothing is learnt.
             if self.ranks is not None:  # the others are waiting in the middle of it
                 raise
@@ -249,7 +252,8 @@ def follow(folder: Canonical, dtype: str, ranks: Ranks) -> Certificate:
             oracle = Following(task, ranks)
             ours = ours or shared(folder, dtype, ranks)
             if task.measured is None:
-                measure(oracle, ours, task.asked, dtype, spread=task.spread)
+                with contextlib.suppress(CannotRun):  # the first rank says so in the certificate
+                    measure(oracle, ours, task.asked, dtype, spread=task.spread)
             else:
                 judge.decode_level(oracle, ours, task.asked, task.measured, dtype, task.n_greedy)
     cert: Certificate = ranks.said()

@@ -57,7 +57,8 @@ class Oracle(Protocol):
         ...
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        """The next `n` greedy tokens after `ids` [1, T], with a KV cache: [n]; None if it can't."""
+        """The next `n` greedy tokens after `ids` [1, T], with a KV cache: [n]; None if it can't. Raises CannotRun where upstream's own
+        code fails at it."""
         ...
 
     avoid_ids: frozenset[int]
@@ -225,14 +226,28 @@ class Transformers:
         return torch.cat(rows)
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        with torch.inference_mode():
-            out = self.model(input_ids=ids.to(self.device), use_cache=True)
-            tokens = [out.logits[0, -1].argmax()]
-            while len(tokens) < n:
-                step = tokens[-1].view(1, 1)
-                out = self.model(input_ids=step, use_cache=True, past_key_values=out.past_key_values)
-                tokens.append(out.logits[0, -1].argmax())
-        return torch.stack(tokens).cpu()
+        borders = longrope_borders(self.model.config)
+        text = step = ids.to(self.device)
+        cache = None
+        with torch.inference_mode(), its_own_failure(self.model, f"{self.dtype} with a cache"):
+            for _ in range(n):
+                out = self.model(input_ids=step, use_cache=True, past_key_values=cache)
+                step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                if (
+                    text.shape[1] in borders
+                ):  # as generate() of the classes that were released so (Phi 3, Phi-3.5-MoE)
+                    step, cache = torch.cat([text, step], 1), None
+                text = torch.cat([text, step[:, -1:]], 1)
+        return text[0, ids.shape[1] :].cpu()
+
+
+def longrope_borders(config: Any) -> set[int]:
+    """The lengths of a text beyond which LongRoPE's angles are others, for all its positions, by upstream's own config."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [p for p in (rope, *rope.values()) if isinstance(p, dict) and p.get("rope_type") == "longrope"]
+    said = [p.get("original_max_position_embeddings") for p in kinds]
+    return {n for x in said if (n := x or getattr(text, "original_max_position_embeddings", None))}
 
 
 def _pad(x: Tensor, length: int) -> Tensor:

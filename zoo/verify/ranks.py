@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from zoo.together import of_first
 from zoo.verify.compare import Batch, Measured, OnLayer, OnLogits, Sketched, drive, is_upstream
 from zoo.verify.inputs import Inputs
+from zoo.verify.oracle import CannotRun, Oracle
 from zoo.verify.oracle import OnLayer as OfOneBatch
-from zoo.verify.oracle import Oracle
 from zoo.verify.tolerance import Spread
 
 
@@ -86,11 +86,15 @@ class Leading:
             self.ranks.said((b, None, None))
             on_logits(b, self.ranks.tensor(x))
 
-        drive(self.oracle, batches, layer, logits)
+        with self._failure_told():
+            drive(self.oracle, batches, layer, logits)
         self.ranks.said(None)
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OfOneBatch | None = None) -> Tensor:
-        return self.ranks.tensor(self.oracle.run(ids, lengths))
+        with self._failure_told():
+            logits = self.oracle.run(ids, lengths)
+        self.ranks.said(None)
+        return self.ranks.tensor(logits)
 
     @contextlib.contextmanager
     def second_way(self) -> Iterator[tuple[str, str] | None]:
@@ -98,8 +102,18 @@ class Leading:
             yield self.ranks.said(ways)
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        found = self.oracle.greedy(ids, n)
+        with self._failure_told():
+            found = self.oracle.greedy(ids, n)
         return self.ranks.said(None if found is None else found.cpu())  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """Upstream's own failure is raised on every rank: the others wait for what it says."""
+        try:
+            yield
+        except CannotRun as e:
+            self.ranks.said(e)
+            raise
 
 
 class Following:
@@ -115,7 +129,7 @@ class Following:
         return {"kind": "another rank's"}
 
     def drive(self, batches: Sequence[Batch], on_layer: OnLayer, on_logits: OnLogits) -> None:
-        while (event := self.ranks.said()) is not None:
+        while (event := self._said()) is not None:
             b, i, sketched = event
             if i is None:
                 on_logits(b, self.ranks.tensor())
@@ -123,6 +137,7 @@ class Following:
                 on_layer(b, i, self.ranks.tensor() if sketched is None else sketched)
 
     def run(self, ids: Tensor, lengths: Sequence[int], on_layer: OfOneBatch | None = None) -> Tensor:
+        self._said()
         return self.ranks.tensor()
 
     @contextlib.contextmanager
@@ -130,4 +145,9 @@ class Following:
         yield self.ranks.said()
 
     def greedy(self, ids: Tensor, n: int) -> Tensor | None:
-        return self.ranks.said()  # type: ignore[no-any-return]
+        return self._said()  # type: ignore[no-any-return]
+
+    def _said(self) -> Any:
+        if isinstance(said := self.ranks.said(), CannotRun):
+            raise said
+        return said

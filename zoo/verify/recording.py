@@ -55,12 +55,13 @@ def record(
     }
     say(f"upstream's logits of {asked.n_tokens} tokens, both ways")
     with exact(where):
-        golden.record(oracle, asked, spec.d_model, output, dtype, about)
+        notes = golden.record(oracle, asked, spec.d_model, output, dtype, about)
     told = oracle.describe()
     return {
         "output": str(output),
         "tokens": asked.n_tokens,
         "by": f"transformers {told['version']}, {told['class']}",
+        "notes": notes,
     }
 
 
