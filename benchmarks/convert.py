@@ -125,8 +125,8 @@ def _nbytes(t: tuple[str, str, tuple[int, ...]]) -> int:
     return n
 
 
-def dense(gb: float) -> tuple[dict[str, Any], list[Any]]:
-    c = dict(_LLAMA)
+def dense(gb: float, **sizes: int) -> tuple[dict[str, Any], list[Any]]:
+    c = _LLAMA | sizes
     d, f = c["hidden_size"], c["intermediate_size"]
 
     def layer(i: int) -> list[Any]:

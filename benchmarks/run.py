@@ -20,6 +20,7 @@ CPU = {
     "formats": ["formats.py"],
     "pull-speed": ["pull.py", "speed"],
     "pull-kills": ["pull.py", "kills"],
+    "kills": ["kills.py"],
     "pull-disk": ["pull.py", "disk", "--shards", "8"],
     "verify-time": ["verify.py", "time"],
     "verify-memory": ["verify.py", "memory"],

@@ -447,6 +447,28 @@ def test_a_pickle_that_is_more_work_than_any_release_is_refused(
         read_pickle(packed(data, tmp_path / "w.bin"), "w.bin", [])
 
 
+ALIKE = [k * (2**61 - 1) + 1 for k in range(20_000)]
+"""Numbers of one hash: each that is added to a dict is compared with all that are there."""
+LONG = [b"\x8a\x10" + n.to_bytes(16, "little") for n in ALIKE]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        steps(b"}(", b"".join(n + b"N" for n in LONG), b"u"),
+        steps(b"\x8f(", b"".join(LONG), b"\x90"),
+        steps(b"ccollections\nOrderedDict\n](", b"".join(n + b"N\x86" for n in LONG), b"e\x85R"),
+        steps(b"]", b"".join(b"p%d\n" % n for n in ALIKE[5:])),
+    ],
+    ids=["dict", "set", "pairs", "memo"],
+)
+def test_numbers_that_are_hashed_to_the_same_are_no_keys(data: bytes, tmp_path: Path) -> None:
+    start = time.process_time()
+    with pytest.raises(ZooError, match=r"a key in it is|a number that is none, or beyond all"):
+        read_pickle(packed(data, tmp_path / "w.bin"), "w.bin", [])
+    assert time.process_time() - start < 1  # 60,000 of them took minutes
+
+
 def test_the_files_of_a_checkpoint_have_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.formats.pickle.MAX_STEPS", 1000)
     monkeypatch.setattr("zoo.formats.pickle.MAX_DIRECTORY", 1000)

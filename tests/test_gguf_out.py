@@ -3,6 +3,7 @@ the family (`zoo.testing.suite`)."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -289,6 +290,25 @@ def test_a_file_that_is_there_is_replaced_only_with_force(canon: Path, tmp_path:
     args = ["export", str(canon), str(file), "--format", "gguf", "--force"]
     assert CliRunner().invoke(cli, args).exit_code == 0
     assert zoo.verify(file, canon, level="plan").passed
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_what_a_killed_export_left_is_taken_and_what_others_put_there_is_not(
+    canon: Path, tmp_path: Path
+) -> None:
+    (partial := tmp_path / "x.gguf.partial").mkdir()
+    (partial / "x-00001-of-00002.gguf").write_bytes(b"half")
+    held = os.open(partial, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ZooError, match="another process is writing it"):
+        written(canon, tmp_path)
+    os.close(held)
+    (partial / "mine").write_text("mine")
+    with pytest.raises(ZooError, match="is in the way, and zoo did not make it"):
+        written(canon, tmp_path)
+    assert sorted(p.name for p in partial.iterdir()) == ["mine", "x-00001-of-00002.gguf"]
+    (partial / "mine").unlink()
+    written(canon, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 

@@ -168,6 +168,15 @@ def test_pages_are_asked_for_here_wherever_their_links_lead(
     assert server.requests(origin="cdn") == []
 
 
+@pytest.mark.parametrize("link", ["x" * 60_000, ".elsewhere.org/x", "@elsewhere.org/x", "?a", "https://[::1"])
+def test_a_link_that_is_no_path_of_ours_is_the_end(server: HubServer, link: str) -> None:
+    """Put behind the endpoint's name it was another host's, or no address, which was called a bug in zoo."""
+    response = httpx2.Response(200, headers={"Link": f'<{link}>; rel="next"'})
+    assert http._next_page(response) is None
+    response = httpx2.Response(200, headers={"Link": '</api/models?cursor=1>; rel="next"'})
+    assert http._next_page(response) == f"{constants.ENDPOINT}/api/models?cursor=1"
+
+
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504, 522])
 def test_both_api_calls_survive_a_server_that_is_busy(server: HubServer, code: int) -> None:
     server.fail("status", "org/toy/revision", code=code, retry_after="0")

@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
 import zoo
+from zoo.bounded import parse_json
 from zoo.errors import ZooError
+from zoo.formats.base import TensorRef
 from zoo.formats.safetensors import parse_header
 from zoo.mapping.fold import fold
+from zoo.quant.foreign import codes_of
 
 
 @pytest.fixture
@@ -79,7 +84,71 @@ def test_a_shape_of_hundreds_of_thousands_of_axes_is_not_multiplied(source: Path
 def test_a_name_of_megabytes_is_refused_before_it_is_looked_at(source: Path) -> None:
     raw = b'{"' + b"1." * 10_000_000 + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
     (source / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
-    assert "name has 20000000 characters" in at_most(5, 300, lambda: zoo.plan(source))
+    assert "a key of 20000000 bytes" in at_most(5, 300, lambda: zoo.plan(source))
+    raw = b'{"' + b"n" * 600 + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    assert "name has 600 characters (limit 512)" in at_most(5, 300, lambda: zoo.plan(source))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b'{"' + b"k" * (20 << 20) + "é".encode() + b'" : 1}', "a key of"),
+        (b'{"a": "' + b"t" * (20 << 20) + b'"}', "a text, or numbers, of"),
+        (b'{"' + b'\\"' * (5 << 20) + b'": 1}', "quotation marks in its texts"),
+    ],
+    ids=["key", "text", "quotes"],
+)
+def test_a_key_or_text_of_megabytes_is_refused_before_it_is_parsed(
+    text: bytes, says: str, source: Path
+) -> None:
+    """A wide letter makes each of its characters take four bytes, and each message, note and file that is made of it."""
+    (source / "config.json").write_bytes((source / "config.json").read_bytes()[:-2] + b"," + text[1:])
+    assert says in at_most(1, 150, lambda: zoo.plan(source))
+
+
+def test_an_index_of_more_tensors_than_any_release_has_is_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.formats.sets.MAX_TENSORS", 10)
+    names = {f"w{i}": "model-00001-of-00001.safetensors" for i in range(11)}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    with pytest.raises(ZooError, match=r"names 11 tensors \(limit 10\)"):
+        zoo.plan(source)
+
+
+def test_spaces_are_no_text() -> None:
+    spaces = b" " * (6 << 20)
+    assert parse_json(b'{"a": 1, ' + spaces + b'"b": "x"}' + spaces) == {"a": 1, "b": "x"}
+    assert parse_json(b'{"' + b"k" * 4096 + b'":1}') == {"k" * 4096: 1}
+
+
+def test_tensors_of_many_files_count_together(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.formats.base.MAX_TENSORS", 10)
+    with pytest.raises(ZooError, match=r"the files have \d+ tensors \(limit 10\)"):
+        zoo.plan(source)
+
+
+def test_more_tensors_that_are_no_part_of_the_model_than_any_release_has_are_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(0) for i in range(4)}
+    save_file(tensors, source / "model.safetensors")
+    assert len(zoo.plan(source).extras) == 4
+    monkeypatch.setattr("zoo.mapping.plan.MAX_EXTRAS", 3)
+    with pytest.raises(ZooError, match=r"4 tensors are no part of the model \(limit 3\), 'model.layers.0"):
+        zoo.plan(source)
+
+
+def test_of_what_begins_a_name_only_what_could_be_meant_is_made() -> None:
+    """Of a name of 256 dots that would be 256 texts of up to 512 characters, and a file may have 200,000 such names."""
+    names = [f"{'a.' * 250}{i}" for i in range(20_000)]
+    codes = {n: TensorRef(n, "U8", (1, 1), "f", 0, 1) for n in names}
+    start = time.process_time()
+    assert codes_of({}, codes, {"model.a.weight", "model.b.weight"}) is None
+    assert time.process_time() - start < 1
 
 
 def test_a_header_of_more_tensors_than_any_release_has_is_refused(

@@ -19,9 +19,15 @@ MAX_VALUES = 4 << 20
 """Commas of one text."""
 MAX_KEYS = 3 << 19
 """Colons of one text. Each key may be another: four million of them take ten seconds. A header of 262,144 tensors has a million."""
+MAX_KEY, MAX_TEXT = 4 << 10, 4 << 20
+"""Bytes of a key and of a text. A template has some 100,000, the notes of a trainer in a header a million; where one letter of
+a text is wide, each takes four bytes, and so it does in whatever is made of it."""
+MAX_QUOTES = 1 << 20
+"""Quotation marks in texts, which hide how long these are."""
 MAX_DIGITS = 20
 """Of a whole number: 2^64 has 20."""
 
+_SPACES = (b" ", b"\n", b"\t", b"\r")  # a header may be padded with any number
 _DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 
 Pairs = Callable[[list[tuple[str, Any]]], Any]
@@ -47,6 +53,7 @@ def parse_json(text: bytes | str, pairs: Pairs | None = None) -> Any:
         raise ValueError(f"it has {n} values; at most {MAX_VALUES} are read")
     if (n := raw.count(b":")) > MAX_KEYS:
         raise ValueError(f"it has {n} keys; at most {MAX_KEYS} are read")
+    _refuse_long(raw)
     numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real} if _long_number(raw) else {}
     try:
         with uncollected():
@@ -66,6 +73,27 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _refuse_long(raw: bytes) -> None:
+    """Raises ValueError for a key or a text that is too long. Looks for quotation marks at steps of less than either may have:
+    nearly all that is honest has one within each."""
+    if (n := raw.count(b'\\"')) > MAX_QUOTES:
+        raise ValueError(f"it has {n} quotation marks in its texts; at most {MAX_QUOTES} are read")
+    at, step = 0, MAX_KEY // 2
+    while at + step < len(raw):
+        if raw.find(b'"', at, at + step) >= 0:
+            at += step
+            continue
+        begin, end = raw.rfind(b'"', 0, at) + 1, raw.find(b'"', at)
+        end = len(raw) if end < 0 else end
+        if end - begin > MAX_KEY and raw[end + 1 : end + 65].lstrip().startswith(b":"):
+            raise ValueError(f"it has a key of {end - begin} bytes; at most {MAX_KEY} are read")
+        if end - begin > MAX_TEXT and end - begin - sum(map(raw[begin:end].count, _SPACES)) > MAX_TEXT:
+            raise ValueError(
+                f"it has a text, or numbers, of {end - begin} bytes; at most {MAX_TEXT} are read"
+            )
+        at = end + 1
 
 
 def _long_number(raw: bytes) -> bool:

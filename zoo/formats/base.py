@@ -130,8 +130,10 @@ def refuse_pointer(start: bytes, who: str, text: bool = False) -> None:
         )
 
 
-MAX_NAME = 4096
+MAX_NAME = 512
 """Characters of a tensor's name; released ones have some 100."""
+MAX_TENSORS = 1 << 18
+"""Of a checkpoint, and so of each of its files; the largest releases have some 210,000."""
 MAX_JSON = 256 << 20
 """Bytes of a config or an index; the largest releases have some 10 MB."""
 
@@ -272,13 +274,18 @@ def files_below(folder: Path) -> set[str]:
 
 
 def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path) -> None:
-    """Add those of one file to those of the others. Raises ZooError for a name that two files have."""
+    """Add those of one file to those of the others. Raises ZooError for a name that two files have, and for more of them all
+    than any release has."""
     for ref in refs:
         if (other := tensors.get(ref.name)) is not None:
             raise ZooError(
                 f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant? Say it with --file"
             )
         tensors[ref.name] = ref
+    if len(tensors) > MAX_TENSORS:
+        raise ZooError(
+            f"{file}: with its own the files have {len(tensors)} tensors (limit {MAX_TENSORS}): no release has as many"
+        )
 
 
 def carried_files(root: Path) -> tuple[str, ...]:

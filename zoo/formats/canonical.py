@@ -180,6 +180,7 @@ def _check_quantised(c: Canonical, slot: Slot, how: str) -> None:
 
 
 MAX_CARRIED = 10_000
+MAX_RANKS = 256  # that a release was cut for: Meta's have up to 16
 NEEDED = ("format", "family", "naming", "prefix", "config", "n_ranks")
 """Of `source`, what merging, exporting and saving ask for."""
 
@@ -203,8 +204,10 @@ def _as_written(j: Mapping[str, Any], spec: Spec, layers: tuple[int, ...] | None
     if missing := [k for k in NEEDED if source.get(k) is None]:
         raise ValueError(f"source has no {missing[0]}")
     config, n, prefix = source["config"], source["n_ranks"], source["prefix"]
-    if not isinstance(config, dict) or type(n) is not int or n < 1:
-        raise ValueError("of source, config should be an object, and n_ranks a number of ranks")
+    if not isinstance(config, dict) or type(n) is not int or not 1 <= n <= MAX_RANKS:
+        raise ValueError(
+            f"of source, config should be an object, and n_ranks a number of ranks, 1 to {MAX_RANKS}"
+        )
     if not isinstance(prefix, list) or not all(_is_pair(x) for x in prefix):
         raise ValueError("source.prefix should be pairs of short texts")
     if source.get("family_given", True) is not True:

@@ -122,7 +122,7 @@ class Fields:
 
     def layers_with(self, tensor: str) -> set[int]:
         """The layers that have a tensor of this name."""
-        found = (re.fullmatch(rf"blk\.(\d+)\.{re.escape(tensor)}", name) for name in self.tensors)
+        found = (re.fullmatch(rf"blk\.([0-9]{{1,9}})\.{re.escape(tensor)}", name) for name in self.tensors)
         return {int(m[1]) for m in found if m}
 
     def has(self, tensor: str) -> bool:

@@ -22,7 +22,7 @@ from zoo.formats.around import taken
 from zoo.formats.base import Checkpoint, TensorRef, carried_files, inside, read_json
 from zoo.formats.pickle import Budget, read_pickle
 
-_FILE = re.compile(r"consolidated\.(\d+)\.pth")
+_FILE = re.compile(r"consolidated\.([0-9]{1,5})\.pth")
 # Cut along its input axis everywhere, and whole along it in sum: n_heads * head_dim.
 _GAUGE = "layers.0.attention.wo.weight"
 

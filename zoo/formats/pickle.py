@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from zoo.bounded import uncollected, whole
 from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.around import taken
@@ -43,7 +44,7 @@ INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB
 UNDER = ("state_dict", "model", "module", "model_state_dict")  # keys that trainers put weights under
 MAX_STEPS = (
-    1 << 22
+    3 << 20
 )  # of a checkpoint: a byte of a pickle may make an object of 72; a tensor takes some 30 steps
 MAX_DIRECTORY = 16 << 20  # bytes of its archives' directories; an entry takes 60 or so
 
@@ -140,6 +141,7 @@ MAX_EXPANDED = (
     1 << 20
 )  # bytes of a tensor whose storage has fewer: one number could stand for a tensor of any size
 MAX_COUNT = 1 << 62  # of elements, in any direction
+MAX_NUMBER = 1 << 60  # of a key or of a place in the memo: its own hash
 
 
 class _Short(reprlib.Repr):
@@ -157,8 +159,9 @@ short = _Short().repr
 
 
 def _key(key: Any) -> Any:
-    """A key of a dict: text or a number, as in every file of weights. Others could be hashed without end."""
-    if isinstance(key, str | int | float | bytes | None):
+    """A key of a dict: text or a number, as in every file of weights. Others could be hashed without end, and whole numbers of more
+    than 60 bits all be hashed to the same."""
+    if isinstance(key, str | float | bytes | None) or (isinstance(key, int) and abs(key) < MAX_NUMBER):
         return key
     raise ZooError(f"a key in it is {short(key)}: weights are named by text")
 
@@ -336,6 +339,14 @@ def _dict(x: Any) -> dict[Any, Any]:
     return x
 
 
+def _put(self: Any) -> None:
+    """A place in the memo, given in digits."""
+    place = whole(self.readline()[:-1].decode("ascii"))
+    if place is None or place >= MAX_NUMBER:
+        raise ZooError("it keeps something under a number that is none, or beyond all")
+    self.memo[place] = self.stack[-1]
+
+
 def _refuse(self: Any) -> None:
     raise ZooError("it makes objects in a way that weights do not need")
 
@@ -349,6 +360,7 @@ _Unpickler.dispatch |= {
     pickle.SETITEM[0]: _set_item,
     pickle.SETITEMS[0]: _set_items,
     pickle.DICT[0]: _new_dict,
+    pickle.PUT[0]: _put,
     pickle.FROZENSET[0]: _new_set,
     pickle.ADDITEMS[0]: _add_items,
     pickle.BUILD[0]: _build,
@@ -376,7 +388,8 @@ class _Bounded:
 
 def _load(file: BinaryIO, who: str, budget: Budget) -> Any:
     try:
-        return _Unpickler(_Bounded(file), who, budget).load()
+        with uncollected():
+            return _Unpickler(_Bounded(file), who, budget).load()
     except ZooError as e:
         raise e if str(e).startswith(who) else ZooError(f"{who}: {e}") from None
     except RecursionError:

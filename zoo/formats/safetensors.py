@@ -18,6 +18,7 @@ from zoo.formats.base import (
     HF_NAMINGS,
     ITEMSIZE,
     MAX_NAME,
+    MAX_TENSORS,
     Checkpoint,
     TensorRef,
     add_tensors,
@@ -31,7 +32,6 @@ from zoo.formats.base import (
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 MAX_HEADERS = 256 << 20  # bytes, of all files of a checkpoint together: they are kept for the round trip
-MAX_TENSORS = 1 << 18  # of a file, as of a GGUF; the largest releases have some 210,000 in all theirs
 MAX_RANK = 64  # axes of a tensor
 INDEX = "model.safetensors.index.json"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint, inside, read_json
+from zoo.formats.base import MAX_TENSORS, Checkpoint, inside, read_json
 from zoo.printable import decimal
 
 ORDER = (
@@ -65,6 +65,8 @@ def weight_map(index: Path, why: str = "it lists the shards") -> dict[str, str]:
     said = read_json(index, why).get("weight_map")
     if not isinstance(said, dict) or not all(isinstance(v, str) for v in said.values()):
         raise ZooError(f"{index}: expected an object 'weight_map' of tensor names to file names")
+    if len(said) > MAX_TENSORS:  # before it is gone over, which is more than once
+        raise ZooError(f"{index}: names {len(said)} tensors (limit {MAX_TENSORS}): no release has as many")
     if (n := len(set(said.values()))) > MAX_SHARDS:
         raise ZooError(f"{index}: names {n} files (limit {MAX_SHARDS}): no release has as many")
     return {name: file.removeprefix("./") for name, file in said.items()}

@@ -275,6 +275,8 @@ def _next_page(response: httpx2.Response) -> str | None:
         there = urlsplit(url)
     except ValueError:
         return None
+    if not there.path.startswith("/"):  # behind the endpoint's name it would be part of another host's
+        return None
     return f"{constants.ENDPOINT}{there.path}?{there.query}"
 
 
@@ -558,20 +560,20 @@ def _translated() -> Iterator[None]:
     except httpx2.ConnectError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise HubError(
-                f"the certificate of {constants.ENDPOINT} can't be verified: {error}", "network"
+                f"the certificate of {constants.ENDPOINT} can't be verified: {error!s:.200}", "network"
             ) from None
-        raise Transient(f"no connection ({error})", unreachable=True) from None
+        raise Transient(f"no connection ({error!s:.200})", unreachable=True) from None
     except (httpx2.ConnectTimeout, httpx2.ProxyError) as error:
-        raise Transient(f"no connection ({error or 'timed out'})", unreachable=True) from None
+        raise Transient(f"no connection ({str(error)[:200] or 'timed out'})", unreachable=True) from None
     except (httpx2.TimeoutException, TimeoutError):
         raise Transient(f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s") from None
     except httpx2.RemoteProtocolError as error:
         cut = "disconnected" in str(error) or "closed" in str(error)  # else it is no HTTP, and will not be
-        raise Transient(f"the connection broke ({error})", slow=not cut) from None
+        raise Transient(f"the connection broke ({error!s:.200})", slow=not cut) from None
     except (httpx2.TransportError, httpx2.DecodingError) as error:
-        raise Transient(f"the connection broke ({error or type(error).__name__})") from None
+        raise Transient(f"the connection broke ({str(error)[:200] or type(error).__name__})") from None
     except OSError as error:
-        raise Transient(f"the connection broke ({error})") from None
+        raise Transient(f"the connection broke ({error!s:.200})") from None
     except RuntimeError as error:
         if "closed" not in str(error):
             raise

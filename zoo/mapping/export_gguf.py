@@ -38,7 +38,7 @@ from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
 from zoo.mapping import changes, decode
 from zoo.mapping.execute import Mover, Progress
-from zoo.mapping.folder import clear_held, own
+from zoo.mapping.folder import clear_held, in_the_way, locked
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
 from zoo.mapping.recipe import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
@@ -168,19 +168,17 @@ def _write(
     progress: Progress | None,
 ) -> list[Path]:
     files: list[Path] = writer.format_shard_names(target)
-    if not force and (there := [f for f in files if f.exists()]):
-        raise ZooError(f"{there[0]}: exists; --force replaces it")
     partial = target.with_name(target.name + ".partial")
     total = sum(t.nbytes for t in tensors)
+    _refuse_there(files, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    held = locked(partial, target)
+    if not all(n.startswith(target.stem) and n.endswith(".gguf") for n in os.listdir(held)):
+        os.close(held)
+        raise ZooError(in_the_way(partial))
     try:
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise ZooError(
-            f"{partial}: exists; another export is writing it, or one was killed: remove it then"
-        ) from None
-    held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        own(partial, held)
+        clear_held(held, "")  # what a run that was killed has left
+        _refuse_there(files, force)  # another one may have written it meanwhile
         here = by_descriptor(held, partial)
         if shutil.disk_usage(here).free < total:
             raise ZooError(f"{target}: needs {total:,} bytes; its disk has less free")
@@ -213,10 +211,15 @@ def _write(
     finally:
         writer.close()
         clear_held(held, "")
-        os.close(held)
         with contextlib.suppress(OSError):
             partial.rmdir()
+        os.close(held)  # gives the lock back
     return files
+
+
+def _refuse_there(files: list[Path], force: bool) -> None:
+    if not force and (there := [f for f in files if f.exists()]):
+        raise ZooError(f"{there[0]}: exists; --force replaces it")
 
 
 @dataclass

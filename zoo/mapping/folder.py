@@ -81,7 +81,7 @@ class Folder:
         self._check_destination()
         try:
             self.dst.parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = locked(self.partial, self.dst)
         except OSError as e:
             raise ZooError(f"{self.dst}: cannot be written: {e.strerror} ({e.filename})") from None
         try:
@@ -220,32 +220,6 @@ class Folder:
     def _check_destination(self) -> None:
         check_destination(self.dst, self.force, self.ours)
 
-    def _take_lock(self) -> None:
-        if self.partial.is_symlink():
-            raise ZooError(in_the_way(self.partial))
-        while True:
-            self.partial.mkdir(exist_ok=True)
-            fd = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                own(self.partial, fd)
-            except BaseException:
-                os.close(fd)
-                raise
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                raise ZooError(
-                    f"{self.dst}: another process is writing it ({self.partial} is locked)"
-                ) from None
-            try:
-                if os.path.samestat(os.fstat(fd), os.lstat(self.partial)):
-                    self._lock = fd
-                    return
-            except FileNotFoundError:
-                pass
-            os.close(fd)  # it was published or removed between the two calls
-
     def _resume(self) -> None:
         # Without a state: nobody's, or complete and killed before it was renamed.
         if not self._has(STATE) and os.listdir(self._held):
@@ -314,6 +288,29 @@ class Folder:
         if self._lock is not None:
             os.close(self._lock)  # gives the lock back
             self._lock = None
+
+
+def locked(partial: Path, dst: Path) -> int:
+    """A descriptor of the folder in which `dst` is made, itself made where it is missing, that holds its lock. Raises ZooError where
+    another process holds it, or the folder is a link or another user's."""
+    if partial.is_symlink():
+        raise ZooError(in_the_way(partial))
+    while True:
+        partial.mkdir(exist_ok=True)
+        fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            own(partial, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.lstat(partial)):
+                    return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise ZooError(f"{dst}: another process is writing it ({partial} is locked)") from None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # it was published or removed between the two calls
 
 
 def check_destination(dst: Path, force: bool, ours: Callable[[Path], bool]) -> None:

@@ -60,8 +60,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the weights which the adapter is added to."""
 LONGEST = 500
 """Characters of a name or a pattern of an adapter."""
-MAX_TENSORS = 1 << 18
-"""Of an adapter; one of every expert of the largest mixtures has 100,000."""
+MAX_TENSORS = 150_000
+"""Of an adapter; one of every expert of Kimi K2 has 139,000."""
 MATCHING = 3.0
 """Seconds for all of an adapter's patterns, compiled and matched."""
 ENDLESS = re.compile(r"\)[*+{?]|\(\?|\\[1-9]|(?:[^\\][*+{?].*){4}|(?:\(.*){4}", re.DOTALL)

@@ -187,6 +187,10 @@ class Plan:
 # Making one
 
 
+MAX_EXTRAS = 1 << 16
+"""Tensors that are kept aside; the experts of a layer that predicts more tokens are some thousand."""
+
+
 def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None = None) -> Plan:
     """The plan of converting `ckpt`. `dtype`: "bf16", "fp16" or "fp32", or None to keep what is released
     (of GGUF's block types those that can be carried; the others become fp32, which a note says).
@@ -246,6 +250,11 @@ def make_plan(ckpt: Checkpoint, family: Family | None = None, dtype: str | None 
                 f"{ckpt.root}: its weights are quantised as {what}, which zoo does not read: {PLAIN}"
             )
         raise PlanError(ckpt, family, best, tried)
+    if len(best.extras) > MAX_EXTRAS:
+        raise ZooError(
+            f"{ckpt.root}: {len(best.extras)} tensors are no part of the model (limit {MAX_EXTRAS}), {next(iter(best.extras))!r} for one: "
+            f"{next(iter(best.extras.values()))}. No release has as many: refused"
+        )
     if (words := foreign.said(ckpt.config)) is not None and not quantised(best, ckpt.tensors):
         best.notes.append(
             f"the config calls the weights quantised ({words}), but they are plain: taken as they are"

@@ -21,7 +21,8 @@ ADAPTED = re.compile(
 """Parts of names that only peft's modules have: the base and what is to be added to it lie side by side."""
 
 
-_NUMBER = re.compile(r"\.(\d{1,8})\.")
+_NUMBER = re.compile(r"\.([0-9]{1,8})\.")
+_FIRST = re.compile(r"(?:^|\.)([0-9]{1,8})(?:\.|$)")
 
 
 class PlanError(ZooError):
@@ -181,10 +182,13 @@ def _other_depth(m: Match) -> list[str]:
     said = f"layers by the config (num_hidden_layers): {n}; "
     if gone:
         return [f"{said}of {_numbers(map(str, gone))} the files hold nothing"]
-    numbers = [next((p for p in name.split(".") if p.isascii() and p.isdigit()), "") for name in m.unexpected]
-    if numbers and all(len(x) < 9 and x and int(x) >= n for x in numbers):
-        return [f"{said}the files hold {_numbers(numbers)} too"]
-    return []
+    numbers = []
+    for name in m.unexpected:
+        found = _FIRST.search(name)
+        if not found or int(found[1]) < n:
+            return []
+        numbers.append(found[1])
+    return [f"{said}the files hold {_numbers(numbers)} too"] if numbers else []
 
 
 def _numbers(numbers: Iterable[str]) -> str:

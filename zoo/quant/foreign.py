@@ -78,9 +78,12 @@ def beside(root: Path) -> str | None:
 def name_of(config: Mapping[str, Any], tensors: Collection[str]) -> str | None:
     """What the weights are quantised as, in one phrase, if zoo does not read that; None if it does, or may."""
     method = quantization(config).get("quant_method")
+    names = "\n".join(
+        (*tensors, "")
+    )  # searched as one text: there may be 100,000 of them, and signs are many
     signs = ((end, what) for end, what in SIGNS.items() if method not in CALLED.get(end, ()))
-    sign = next((what for end, what in signs if any(n.endswith(end) for n in tensors)), None)
-    ends = {end for end in (".qweight", ".qzeros") if any(n.endswith(end) for n in tensors)}
+    sign = next((what for end, what in signs if f"{end}\n" in names), None)
+    ends = {end for end in (".qweight", ".qzeros") if f"{end}\n" in names}
     if ends == {".qweight"} and method in CALLED[".qweight"]:
         sign = f"{str(method).upper()} without zero points, as engines lay it out for Marlin's kernels"
     phrase = said(config)
@@ -110,7 +113,8 @@ def codes_of(
     if said(config) is not None:
         return None
     codes = {n: t.dtype for n, t in tensors.items() if t.dtype not in FLOATS and len(t.shape) > 1}
-    at = {n[:i] for n in codes for i, c in enumerate(n) if c == "."} | codes.keys()
+    longest = max(map(len, wanted), default=0)  # what begins a name may be as many texts as it has dots
+    at = {n[:i] for n in codes for i, c in enumerate(n[: longest + 1]) if c == "."} | codes.keys()
     if len(wanted) < 2 or not all(name in at or name.removesuffix(".weight") in at for name in wanted):
         return None
     one = min(codes, key=lambda n: "scale" in n)

@@ -137,7 +137,8 @@ def coded(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Iterat
 
 def leaf_of(codes: str) -> str:
     """What rules call the weight whose codes are stored under this name."""
-    return re.sub(r"\.qweight$", ".weight", codes.removesuffix("_packed"))
+    plain = codes.removesuffix("_packed")
+    return f"{plain.removesuffix('.qweight')}.weight" if plain.endswith(".qweight") else plain
 
 
 def codes_of(leaf: str) -> tuple[str, ...]:
