@@ -92,6 +92,23 @@ def test_what_a_trainer_saves_of_upstreams_model_gets_the_releases_names_back(
     assert same(load_file(back / "model.safetensors"), released)
 
 
+def test_a_tower_under_names_in_memory_is_the_folders_or_refused(tmp_path: Path) -> None:
+    """It was there twice, with old values under the release's names and the trained ones under the others."""
+    like = verified.canonical("gemma3_vision")
+    state = tiny.upstream(verified.ROOT / "gemma3_vision-float32-source").state_dict()
+    trained = {k: t + 1 if "multi_modal_projector" in k else t for k, t in state.items()}
+    new, expected = held(zoo.save(trained, like, tmp_path / "a")), held(like)
+    assert new.keys() == expected.keys()
+    assert all(torch.equal(new[k], t + ("multi_modal" in k)) for k, t in expected.items())
+
+    like = verified.canonical("kimi_k25")
+    state = tiny.upstream(verified.ROOT / "kimi_k25-float32-source").state_dict()
+    said = refused(state, like, tmp_path)
+    assert "21 tensors of the state (model.vision_tower." in said and "leave them out of the state" in said
+    new_kimi = zoo.save({k: t for k, t in state.items() if "vision_tower" not in k}, like, tmp_path / "b")
+    assert same(held(new_kimi), held(like)), "the projector is only called otherwise"
+
+
 def test_a_state_that_does_not_fit_is_refused_whole_by_pattern(tmp_path: Path) -> None:
     like, state = verified.canonical("llama"), trained("llama")
     for i in range(3):

@@ -32,6 +32,7 @@ from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.match import TIED, Match, match
+from zoo.mapping.names_out import held_aside
 from zoo.mapping.plan import DTYPES
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit, RuleSet, respell, rules
@@ -248,6 +249,7 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
     m = min(tried, key=lambda m: m.n_problems)
     ours = _aside(m, names[m.naming], like, refs)
     m.unexpected = [n for n in m.unexpected if n not in ours]
+    m.problems += _held_twice(like, ours)
     if m.quant or (dtype is None and any(o.scheme for o in m.outputs.values())):
         m.problems.append(
             f"{next(iter(m.quant))}: quantised in the state under a release's names; give the canonical ones, or plain weights"
@@ -300,17 +302,33 @@ def _aside(
     prefix = tuple((a, b) for a, b in like.source["prefix"])
     released = respell(ruleset, prefix) if m.naming == "hf" else (lambda name: name)
     back = respell(ruleset, tuple((new, old) for old, new in m.prefix if new))
+    held = {called: name for name, called in held_aside(like).items()}
     out = {}
     for name in (*m.extras, *m.unexpected):
         why = m.extras.get(name)
         if why == TIED:
             continue
-        kept = next((n for n in (name, released(back(name))) if n in like.extra_tensors), None)
+        spellings = (name, held.get(name), released(back(name)), name.removeprefix("model."))
+        kept = next((n for n in spellings if n in like.extra_tensors), None)
         if kept is not None and like.extra_tensors[kept].shape == refs[name].shape:
             out[name] = kept, like.extras.get(kept, why or "kept aside before")
         elif why is not None:
             out[name] = name, why
     return out
+
+
+def _held_twice(like: Canonical, ours: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    """What the state has beside the model, and the folder too, under names of which it is not known that they mean the same: in one
+    folder they would be two, of which a reader takes either."""
+    given = {kept for kept, _ in ours.values()}
+    for why in dict.fromkeys(why for _, why in ours.values()):
+        new = [n for n, (kept, w) in ours.items() if w == why and kept not in like.extra_tensors]
+        old = [n for n, w in extras_of(like).items() if w == why and n not in given]
+        if new and old:
+            yield (
+                f"{len(new)} tensors of the state ({new[0]}, ...: {why}), and {len(old)} that {like.root} has under other names ({old[0]}, ...): "
+                "leave them out of the state, and the folder's go along; if they were trained, save_pretrained and `zoo convert` that"
+            )
 
 
 def _itself(source: str, new: New) -> Output:
