@@ -249,8 +249,8 @@ def test_rows_that_are_no_whole_blocks_are_kept_in_f16(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("WARNING", logger="zoo"):
-        file = zoo.export(verified.canonical("qwen2"), tmp_path / "x.gguf", format="gguf", type="q8_0")
-    assert "rows of 44 are no blocks of 32; kept in F16" in caplog.text
+        file = zoo.export(verified.canonical("mistral"), tmp_path / "x.gguf", format="gguf", type="q8_0")
+    assert "rows of 38 are no blocks of 32; kept in F16" in caplog.text
     assert {t.dtype for t in open_checkpoint(file).tensors.values()} == {"F16", "F32"}
 
 
@@ -469,3 +469,25 @@ def test_a_file_is_held_against_a_folder_and_nothing_else(canon: Path, tmp_path:
             zoo.verify(file, against)
     with pytest.raises(ZooError, match="of files only a GGUF is held against a folder"):
         zoo.verify(canon.parent / "hf" / "model.safetensors", canon)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        ("gemma", {"tie_word_embeddings": False}, "gemma has no head but the embedding"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "asks for a head beside the embedding"),
+        ("qwen3", {"attention_bias": True}, "has no bias behind attention"),
+        ("qwen2", {"head_dim": 24}, "together as wide as the model"),
+        ("deepseek_v3", {"q_lora_rank": None}, "asks for the rank of queries"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 97.0, "factor": 2.0}}, "RoPE is linear"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_does_not_run_is_refused_though_fields_could_say_it(
+    family: str, settings: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    case = tiny.CASES[family]
+    of, like = case.gguf[0], case.variants[0]
+    source = build.make(case, like.with_text(like.text | of.settings | settings), tmp_path / "hf")
+    with pytest.raises(ZooError, match="it does not run this model") as e:
+        written(zoo.convert(source, tmp_path / "canon"), tmp_path / "out")
+    assert says in str(e.value) and not (tmp_path / "out").exists()
