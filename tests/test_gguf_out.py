@@ -480,6 +480,8 @@ def test_a_file_is_held_against_a_folder_and_nothing_else(canon: Path, tmp_path:
         ("qwen2", {"head_dim": 24}, "together as wide as the model"),
         ("deepseek_v3", {"q_lora_rank": None}, "asks for the rank of queries"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 97.0, "factor": 2.0}}, "RoPE is linear"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 97.0, "factor": 4.0, "original_max_position_embeddings": 64}}, "of all channels"),
+        ("starcoder2", {"use_bias": False}, "asks for biases"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_does_not_run_is_refused_though_fields_could_say_it(
@@ -491,3 +493,12 @@ def test_what_llama_cpp_does_not_run_is_refused_though_fields_could_say_it(
     with pytest.raises(ZooError, match="it does not run this model") as e:
         written(zoo.convert(source, tmp_path / "canon"), tmp_path / "out")
     assert says in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_a_type_for_experts_of_which_there_are_none_and_a_window_that_llama_cpp_lacks_are_told(
+    canon: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(canon, tmp_path, "mxfp4_moe")
+    assert "the model has none: its matrices are Q8_0" in caplog.text
+    written(verified.canonical("phi3"), tmp_path / "phi3")
+    assert "has no window for Phi-3" in caplog.text

@@ -333,9 +333,24 @@ UNOPENED: tuple[tuple[tuple[str, ...], Callable[[Spec, Iterable[str]], bool], st
         lambda s, _: _kind(s) == "linear",
         "scales scores by YaRN's magnitude where RoPE is linear, too",
     ),
+    (
+        ("deepseek2",),
+        lambda s, _: _kind(s) == "yarn" and not _mscale(s),
+        "takes YaRN's magnitude to be of all channels (mscale_all_dim)",
+    ),
+    (
+        ("starcoder2",),
+        lambda _, names: not any(n.endswith("attn_output.bias") for n in names),
+        "asks for biases",
+    ),
 )
 """Architectures, models that a file can say and llama.cpp does not open or computes otherwise, and what its graph does.
 Source: load_arch_tensors of llama.cpp, and its refusals (llama-cpp-python 0.3.36)."""
+
+OTHERWISE_THERE: tuple[tuple[str, Callable[[Spec], bool], str], ...] = (
+    ("phi3", lambda s: _windows(s) > 0, "has no window for Phi-3: texts beyond it come out otherwise there"),
+)
+"""Architectures, the models of which llama.cpp computes some texts otherwise, as from its own converter's files, and what."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -372,11 +387,13 @@ def _llama3(rope: Rope, r: RopeScaling) -> Iterator[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """An architecture of llama.cpp and its fields that say a Spec, keys with the architecture's name."""
+    """An architecture of llama.cpp and its fields that say a Spec, keys with the architecture's name. `otherwise`: what llama.cpp is
+    known to compute otherwise."""
 
     arch: str
     fields: dict[str, Any]
     tables: Tables
+    otherwise: tuple[str, ...] = ()
 
 
 def describe(family: Family, spec: Spec, tensors: Mapping[str, tuple[int, ...]], who: str) -> Described:
@@ -440,7 +457,8 @@ def _described(
         without = {k: v for k, v in fields.items() if k != key}
         if key in fields and key not in NEEDED.get(arch, ()) and not judged(without):
             fields = without
-    return Described(arch, {f"{arch}.{k}": v for k, v in fields.items()}, constants)
+    otherwise = [told for its, meant, told in OTHERWISE_THERE if its == arch and meant(spec)]
+    return Described(arch, {f"{arch}.{k}": v for k, v in fields.items()}, constants, tuple(otherwise))
 
 
 def _plain(spec: Spec) -> Spec:
