@@ -33,8 +33,9 @@ from torch import Tensor
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import canonical, pickle, safetensors
-from zoo.formats.base import TensorRef, inside, read_json
+from zoo.formats.base import inside, read_json
 from zoo.formats.canonical import Canonical
+from zoo.formats.trained import Mapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.fold import fold
@@ -43,7 +44,7 @@ from zoo.mapping.recipe import Output, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
-from zoo.model.load import DTYPES, Source
+from zoo.model.load import Source
 
 StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -256,16 +257,8 @@ def _tensors(root: Path) -> dict[str, Tensor]:
         raise ZooError(
             f"{file}: {len(refs)} tensors (limit {MAX_TENSORS}), more than any adapter has: refused"
         )
-    raw = torch.from_file(str(file), False, size, dtype=torch.uint8)
-    return {ref.name: _view(raw, ref, file) for ref in refs}
-
-
-def _view(raw: Tensor, ref: TensorRef, file: Path) -> Tensor:
-    if (dtype := DTYPES.get(ref.dtype)) is None:
-        raise ZooError(f"{file}: {ref.name!r:.200} has dtype {ref.dtype}, which torch cannot hold")
-    flat = raw[ref.offset : ref.offset + ref.nbytes]
-    flat = (flat.clone() if ref.offset % dtype.itemsize else flat).view(dtype)
-    return flat.view(ref.shape) if ref.strides is None else flat.as_strided(ref.shape, ref.strides)
+    mapped = Mapped(root)
+    return {ref.name: mapped.tensor(ref) for ref in refs}
 
 
 # ---------------------------------------------------------------------------------------------------
