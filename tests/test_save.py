@@ -296,6 +296,14 @@ def test_a_trainers_checkpoint_is_converted_beside_a_folder_that_says_what_it_is
     (note,) = inspected(tmp_path / "new")["notes"]
     assert note == f"left out: {len(state) + 1} entries of dcp that are not the model's (optimizer, step)"
 
+    outermost = {**state, **{k: t for k, t in app.items() if k != "model"}, "train_state": torch.ones(1)}
+    dcp.save(outermost, checkpoint_id=str(tmp_path / "outermost"), no_dist=True)  # as torchtitan has it
+    assert same(held(zoo.save(tmp_path / "outermost", like, tmp_path / "again")), state)
+    (note,) = read(tmp_path / "again").json["notes"]
+    assert note.startswith(f"left out: {len(state) + 2} entries") and note.endswith(
+        "(optimizer, step, train_state)"
+    )
+
     both = {"model": state, "ema": state}
     dcp.save(both, checkpoint_id=str(tmp_path / "two"), no_dist=True)
     assert "holds several models ('ema.', 'model.')" in refused(tmp_path / "two", like, tmp_path / "x")

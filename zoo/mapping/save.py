@@ -45,6 +45,11 @@ from zoo.spec import Spec, differences
 from zoo.together import first_said
 
 StrPath = str | os.PathLike[str]
+BESIDE = (
+    "optimizer", "optimizers", "optim", "lr_scheduler", "lr_schedulers", "scheduler", "dataloader", "train_state", "trainer", "step", "epoch",
+    "rng_state", "scaler",
+)  # fmt: skip
+"""What trainers put beside a model, also where its own names stand outermost (torchtitan)."""
 CALLED = {dtype: name for name, dtype in TORCH.items()}
 
 
@@ -197,14 +202,15 @@ def _of_files(
 ) -> State:
     """The model among these tensors, and a note on the rest and on `other` entries."""
     prefix = _model_in(path, tensors, _first_names(like))
-    named = {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)}
+    theirs = {n for n in tensors if not n.startswith(prefix) or n.partition(".")[0] in BESIDE}
+    named = {n.removeprefix(prefix): n for n in tensors if n not in theirs}
     try:
         plain = unwrapped(named) or {n: n for n in named}
     except ZooError as e:
         raise ZooError(f"{path}: {e}") from None
     full = {plain[n]: whole for n, whole in named.items()}
     refs = {n: replace(tensors[whole], name=n) for n, whole in full.items()}
-    left = [*(n for n in tensors if not n.startswith(prefix)), *other]
+    left = [*(n for n in tensors if n in theirs), *other]
     kinds = ", ".join(sorted({n.partition(".")[0] for n in left})[:8])
     notes = (
         (f"left out: {len(left)} entries of {path.name} that are not the model's ({kinds})",) if left else ()
