@@ -170,10 +170,16 @@ _VISION = "sees images; the text model does not"
 _WRAPPED = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
 """Kimi K2.5's language model."""
 _TOWER = tuple(extra(f"{x}.*", _VISION) for x in ("vision_tower", "mm_projector", "model.mm_projector"))
+_BESIDE = {
+    "mm_projector.pre_norm.": "model.mm_projector.pre_norm.",
+    "mm_projector.proj.0.": "model.mm_projector.in_proj.",
+    "mm_projector.proj.2.": "model.mm_projector.out_proj.",
+    "vision_tower.": "",  # its rows are moved, too
+}
 _BLOCKS = {"model.layers.": "language_model.model.blocks.", **_WRAPPED}
 """As transformers saves it: layers are called as the vision tower's are."""
 RULES = {
-    "hf": rules(*HF, *_TOWER, prefixes=({}, _WRAPPED)),
+    "hf": rules(*HF, *_TOWER, prefixes=({}, _WRAPPED), beside=(_BESIDE,)),
     "saved": rules(*HF, *_TOWER, prefixes=({}, _BLOCKS)),
     "transformers": rules(
         *hf.in_memory(HF, *hf.STACKED),

@@ -85,6 +85,12 @@ RULES = {
         *hf.MLP,
         *hf.VISION,
         prefixes=hf.WRAPPERS,
+        beside=(
+            {
+                "vision_tower.vision_model.": "model.vision_tower.",
+                "multi_modal_projector.": "model.multi_modal_projector.",
+            },
+        ),
     ),
     "gguf": rules(
         *gguf.norms_plus_one(*gguf.ENDS, *gguf.PRE_NORMS, *gguf.POST_NORMS, *gguf.QK_NORM),

@@ -184,6 +184,12 @@ RULES = {
         *hf.MODALITIES,
         extra("model.vision_embedder.*", "embeds the patches of images; text needs none of it"),
         prefixes=hf.WRAPPERS,
+        beside=(  # of the unified class
+            {
+                "model.vision_embedder.": "model.embed_vision.",
+                "model.embed_vision.": "model.embed_vision.multimodal_embedder.",
+            },
+        ),
     ),
 }
 FAMILY = Family(

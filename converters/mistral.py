@@ -111,6 +111,7 @@ RULES = {
         hf.INV_FREQ,
         *hf.VISION,
         prefixes=hf.WRAPPERS,
+        beside=hf.WITHIN_MODEL,
     ),
     "mistral": rules(
         ("embed.weight", "tok_embeddings.weight"),

@@ -81,9 +81,7 @@ def _w123(key: str, source: str) -> tuple[RuleLine, ...]:
 
 _L = "layers.{i}."
 RULES = {
-    "hf": rules(
-        *HF, prefixes=({}, {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."})
-    ),
+    "hf": rules(*HF, prefixes=hf.WRAPPERS, beside=hf.WITHIN_MODEL),
     "mistral": rules(
         ("embed.weight", "tok_embeddings.weight"),
         ("norm.weight", "norm.weight"),

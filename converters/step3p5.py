@@ -187,9 +187,10 @@ _VISION = tuple(
     for part in ("vision_model", "vit_large_projector", "multi_modal_projector")
 )
 _WITHIN = {"model.": "model.language_model."}
+_BESIDE = {"vit_large_projector.": "model.multi_modal_projector.", "vision_model.": ""}
 _MTP = extra("model.language_model.layers.{i}.*", hf.MTP, beside="eh_proj.weight")
 RULES = {
-    "hf": rules(*HF, _MTP, *_VISION, prefixes=({}, _WITHIN)),
+    "hf": rules(*HF, _MTP, *_VISION, prefixes=({}, _WITHIN), beside=(_BESIDE,)),
     "transformers": rules(*hf.in_memory(HF, *_HELD), *_VISION, prefixes=(_WITHIN,)),
 }
 

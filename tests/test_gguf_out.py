@@ -250,8 +250,8 @@ def test_rows_that_are_no_whole_blocks_are_kept_in_f16(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("WARNING", logger="zoo"):
-        file = zoo.export(verified.canonical("qwen2"), tmp_path / "x.gguf", format="gguf", type="q8_0")
-    assert "rows of 44 are no blocks of 32; kept in F16" in caplog.text
+        file = zoo.export(verified.canonical("mistral"), tmp_path / "x.gguf", format="gguf", type="q8_0")
+    assert "rows of 38 are no blocks of 32; kept in F16" in caplog.text
     assert {t.dtype for t in open_checkpoint(file).tensors.values()} == {"F16", "F32"}
 
 
@@ -489,3 +489,36 @@ def test_a_file_is_held_against_a_folder_and_nothing_else(canon: Path, tmp_path:
             zoo.verify(file, against)
     with pytest.raises(ZooError, match="of files only a GGUF is held against a folder"):
         zoo.verify(canon.parent / "hf" / "model.safetensors", canon)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        ("gemma", {"tie_word_embeddings": False}, "gemma has no head but the embedding"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "asks for a head beside the embedding"),
+        ("qwen3", {"attention_bias": True}, "has no bias behind attention"),
+        ("qwen2", {"head_dim": 24}, "together as wide as the model"),
+        ("deepseek_v3", {"q_lora_rank": None}, "asks for the rank of queries"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 97.0, "factor": 2.0}}, "RoPE is linear"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 97.0, "factor": 4.0, "original_max_position_embeddings": 64}}, "of all channels"),
+        ("starcoder2", {"use_bias": False}, "asks for biases"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_does_not_run_is_refused_though_fields_could_say_it(
+    family: str, settings: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    case = tiny.CASES[family]
+    of, like = case.gguf[0], case.variants[0]
+    source = build.make(case, like.with_text(like.text | of.settings | settings), tmp_path / "hf")
+    with pytest.raises(ZooError, match="it does not run this model") as e:
+        written(zoo.convert(source, tmp_path / "canon"), tmp_path / "out")
+    assert says in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_a_type_for_experts_of_which_there_are_none_and_a_window_that_llama_cpp_lacks_are_told(
+    canon: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(canon, tmp_path, "mxfp4_moe")
+    assert "the model has none: its matrices are Q8_0" in caplog.text
+    written(verified.canonical("phi3"), tmp_path / "phi3")
+    assert "has no window for Phi-3" in caplog.text

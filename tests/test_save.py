@@ -14,7 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 import verified
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_in_memory_names import by_transformers
 from test_quant_models import fp8_blocks, quantised
 
 import zoo
@@ -90,6 +91,23 @@ def test_what_a_trainer_saves_of_upstreams_model_gets_the_releases_names_back(
     back = zoo.export(new, tmp_path / "back")
     released = {k: t for f in release.glob("*.safetensors") for k, t in load_file(f).items()}
     assert same(load_file(back / "model.safetensors"), released)
+
+
+def test_a_tower_under_names_in_memory_is_the_folders_or_refused(tmp_path: Path) -> None:
+    """It was there twice, with old values under the release's names and the trained ones under the others."""
+    like = verified.canonical("gemma3_vision")
+    state = tiny.upstream(verified.ROOT / "gemma3_vision-float32-source").state_dict()
+    trained = {k: t + 1 if "multi_modal_projector" in k else t for k, t in state.items()}
+    new, expected = held(zoo.save(trained, like, tmp_path / "a")), held(like)
+    assert new.keys() == expected.keys()
+    assert all(torch.equal(new[k], t + ("multi_modal" in k)) for k, t in expected.items())
+
+    like = verified.canonical("kimi_k25")
+    state = tiny.upstream(verified.ROOT / "kimi_k25-float32-source").state_dict()
+    said = refused(state, like, tmp_path)
+    assert "21 tensors of the state (model.vision_tower." in said and "leave them out of the state" in said
+    new_kimi = zoo.save({k: t for k, t in state.items() if "vision_tower" not in k}, like, tmp_path / "b")
+    assert same(held(new_kimi), held(like)), "the projector is only called otherwise"
 
 
 def test_a_state_that_does_not_fit_is_refused_whole_by_pattern(tmp_path: Path) -> None:
@@ -278,11 +296,46 @@ def test_a_trainers_checkpoint_is_converted_beside_a_folder_that_says_what_it_is
     (note,) = inspected(tmp_path / "new")["notes"]
     assert note == f"left out: {len(state) + 1} entries of dcp that are not the model's (optimizer, step)"
 
+    outermost = {**state, **{k: t for k, t in app.items() if k != "model"}, "train_state": torch.ones(1)}
+    dcp.save(outermost, checkpoint_id=str(tmp_path / "outermost"), no_dist=True)  # as torchtitan has it
+    assert same(held(zoo.save(tmp_path / "outermost", like, tmp_path / "again")), state)
+    (note,) = read(tmp_path / "again").json["notes"]
+    assert note.startswith(f"left out: {len(state) + 2} entries") and note.endswith(
+        "(optimizer, step, train_state)"
+    )
+
     both = {"model": state, "ema": state}
     dcp.save(both, checkpoint_id=str(tmp_path / "two"), no_dist=True)
     assert "holds several models ('ema.', 'model.')" in refused(tmp_path / "two", like, tmp_path / "x")
     dcp.save({"w": torch.ones(2)}, checkpoint_id=str(tmp_path / "none"), no_dist=True)
     assert "holds no tensor called embed.weight or" in refused(tmp_path / "none", like, tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["gpt2_release", pytest.param("gemma3_vision", marks=pytest.mark.proof)])
+def test_files_that_a_trainer_wrote_get_the_names_of_the_folder_that_was_trained(
+    name: str, tmp_path: Path
+) -> None:
+    """With a config beside them or without, in a file of a trainer's own name, under names in memory or those of save_pretrained."""
+    like = verified.canonical(name)
+    source = verified.ROOT / f"{name}-float32-source"
+    state = tiny.upstream(source).state_dict()
+    state = {k: t for k, t in state.items() if k != "lm_head.weight"}  # tied: one tensor twice
+    by_transformers(name, tmp_path / "saved")
+    (tmp_path / "alone").mkdir()
+    save_file(state, tmp_path / "alone" / "model.safetensors")
+    torch.save({"model": {f"module.{k}": t for k, t in state.items()}, "step": 3}, tmp_path / "last.pt")
+    released = {k: t for f in source.glob("*.safetensors") for k, t in load_file(f).items()}
+    for i, written in enumerate(("saved", "alone", "last.pt")):
+        args = ["convert", str(tmp_path / written), str(tmp_path / f"{i}"), "--like", str(like)]
+        done = CliRunner().invoke(cli, args)
+        assert done.exit_code == 0, done.output
+        back = zoo.export(tmp_path / f"{i}", tmp_path / f"hf{i}")
+        assert same({k: t for f in back.glob("*.safetensors") for k, t in load_file(f).items()}, released)
+    said = refused(tmp_path / "saved", verified.canonical("llama"), tmp_path)
+    assert "its config.json (family " in said and "is of another model than" in said
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert "not what a trainer writes" in refused(tmp_path / "x.gguf", like, tmp_path)
+    assert "no such file" in refused(tmp_path / "nothing", like, tmp_path)
 
 
 class Evil:

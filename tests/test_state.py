@@ -47,6 +47,26 @@ def test_a_state_has_the_releases_names_or_those_of_its_class_and_loads(name: st
     assert same(model.state_dict(), tiny.upstream(verified.ROOT / f"{name}-float32-source").state_dict())
 
 
+@pytest.mark.parametrize(
+    "name", ["gpt2_release", "gemma3_vision", *(pytest.param(n, marks=pytest.mark.proof) for n in ("opt_bare", "bloom_bare", "mistral3", "gemma4_unified"))]
+)  # fmt: skip
+def test_names_in_memory_are_those_of_the_class_where_the_files_begin_otherwise(name: str) -> None:
+    """Released without `transformer.`, or within a class that sees images: a trainer's load_state_dict(strict=False) would load none."""
+    held = tiny.upstream(verified.ROOT / f"{verified.canonical(name).name}-source").state_dict()
+    state = zoo.state_dict(verified.canonical(name), names="transformers")
+    assert not held.keys() - state.keys()
+    assert all(torch.equal(state[k], t) for k, t in held.items())
+
+
+def test_a_tower_that_the_class_holds_otherwise_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Kimi's vision tower has its rows moved in memory: no name says that."""
+    zoo.state_dict(verified.canonical("kimi_k25"), names="transformers")
+    assert (
+        "17 tensors beside the model (vision_tower." in caplog.text
+        and "load_state_dict leaves them" in caplog.text
+    )
+
+
 def test_a_state_of_released_names_is_views_of_the_files_that_change_no_file(tmp_path: Path) -> None:
     canon = verified.canonical("llama")
     state = zoo.state_dict(canon)

@@ -213,7 +213,8 @@ def save(
 
     Args:
         values: A model; tensors by name: canonical names, Hugging Face's, or those that transformers has in memory, in a
-            trainer's wrappers or not; or the path of a torch.distributed.checkpoint folder.
+            trainer's wrappers or not; or the path of what a trainer wrote: a torch.distributed.checkpoint folder, safetensors,
+            PyTorch's files.
         like: The canonical folder that was trained, whose Spec, tokenizer and templates go along.
         to: The folder to write, which does not exist.
         dtype: What to convert values to; None: as they are.

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "--like",
     type=click.Path(path_type=Path),
     metavar="CANON",
-    help="SRC is a trainer's folder of torch.distributed.checkpoint: its values, in the Spec of this canonical folder.",
+    help="SRC is what a trainer wrote (torch.distributed.checkpoint, safetensors, PyTorch): its values, in the Spec of this canonical folder.",
 )
 @common
 def command(

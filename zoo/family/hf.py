@@ -114,6 +114,14 @@ WRAPPERS: tuple[dict[str, str], ...] = (
 )
 """Where a multimodal wrapper puts its language model: as released, and as transformers 5 has it in memory."""
 
+WITHIN_MODEL: tuple[dict[str, str], ...] = (
+    {
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+)
+"""What stands beside the language model in `Mistral3ForConditionalGeneration`, as released and as transformers 5 has it in memory."""
+
 VISION: tuple[RuleLine, ...] = tuple(
     extra(f"{prefix}{part}.*", reason)
     for prefix in ("", "model.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -304,6 +304,55 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 """What llama.cpp itself asks of a file, whatever zoo's reading takes for granted."""
 
 
+def _lacks_a_query_latent(s: Spec) -> bool:
+    """But for the sizes by which llama.cpp knows the small models that have none."""
+    known = s.n_layers in (26, 27) or (s.n_layers == 48 and s.vocab_size == 128256)
+    return (m := _latent(s)) is not None and m.q_rank is None and not known
+
+
+def _narrow(s: Spec) -> bool:
+    return any(isinstance(m, Attention) and m.n_heads * m.head_dim != s.d_model for m in _mixers(s))
+
+
+UNOPENED: tuple[tuple[tuple[str, ...], Callable[[Spec, Iterable[str]], bool], str], ...] = (
+    (("cohere2", "gemma", "gemma2"), lambda s, _: not s.tied, "has no head but the embedding"),
+    (("gptneox", "gpt-oss"), lambda s, _: s.tied, "asks for a head beside the embedding (output.weight)"),
+    (
+        ("gemma", "gemma2", "gemma3", "qwen3", "qwen3moe"),
+        lambda _, names: any(n.endswith("attn_output.bias") for n in names),
+        "has no bias behind attention (attn_output.bias)",
+    ),
+    (
+        ("chatglm", "phi3", "qwen2"),
+        lambda s, _: _narrow(s),
+        "has heads that are together as wide as the model",
+    ),
+    (("deepseek2",), lambda s, _: _lacks_a_query_latent(s), "asks for the rank of queries (q_lora_rank)"),
+    (
+        ("deepseek2",),
+        lambda s, _: _kind(s) == "linear",
+        "scales scores by YaRN's magnitude where RoPE is linear, too",
+    ),
+    (
+        ("deepseek2",),
+        lambda s, _: _kind(s) == "yarn" and not _mscale(s),
+        "takes YaRN's magnitude to be of all channels (mscale_all_dim)",
+    ),
+    (
+        ("starcoder2",),
+        lambda _, names: not any(n.endswith("attn_output.bias") for n in names),
+        "asks for biases",
+    ),
+)
+"""Architectures, models that a file can say and llama.cpp does not open or computes otherwise, and what its graph does.
+Source: load_arch_tensors of llama.cpp, and its refusals (llama-cpp-python 0.3.36)."""
+
+OTHERWISE_THERE: tuple[tuple[str, Callable[[Spec], bool], str], ...] = (
+    ("phi3", lambda s: _windows(s) > 0, "has no window for Phi-3: texts beyond it come out otherwise there"),
+)
+"""Architectures, the models of which llama.cpp computes some texts otherwise, as from its own converter's files, and what."""
+
+
 # ---------------------------------------------------------------------------------------------------
 # Constants that lie in tensors
 
@@ -338,11 +387,13 @@ def _llama3(rope: Rope, r: RopeScaling) -> Iterator[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """An architecture of llama.cpp and its fields that say a Spec, keys with the architecture's name."""
+    """An architecture of llama.cpp and its fields that say a Spec, keys with the architecture's name. `otherwise`: what llama.cpp is
+    known to compute otherwise."""
 
     arch: str
     fields: dict[str, Any]
     tables: Tables
+    otherwise: tuple[str, ...] = ()
 
 
 def describe(family: Family, spec: Spec, tensors: Mapping[str, tuple[int, ...]], who: str) -> Described:
@@ -362,6 +413,11 @@ def describe(family: Family, spec: Spec, tensors: Mapping[str, tuple[int, ...]],
 def _described(
     family: Family, arch: str, spec: Spec, tensors: Mapping[str, tuple[int, ...]], who: str
 ) -> Described:
+    for archs, meant, does in UNOPENED:
+        if arch in archs and meant(spec, tensors):
+            raise ZooError(
+                f"{who}: llama.cpp's graph of architecture {arch} {does}: it does not run this model"
+            )
     constants = {n: tuple(shortest(float(np.float32(x))) for x in t) for n, t in tables(spec).items()}
     refs = {n: TensorRef(n, "F32", shape, "", 0, 0) for n, shape in tensors.items()}
     refs |= {n: TensorRef(n, "F32", (len(t),), "", 0, 0) for n, t in constants.items()}
@@ -401,7 +457,8 @@ def _described(
         without = {k: v for k, v in fields.items() if k != key}
         if key in fields and key not in NEEDED.get(arch, ()) and not judged(without):
             fields = without
-    return Described(arch, {f"{arch}.{k}": v for k, v in fields.items()}, constants)
+    otherwise = [told for its, meant, told in OTHERWISE_THERE if its == arch and meant(spec)]
+    return Described(arch, {f"{arch}.{k}": v for k, v in fields.items()}, constants, tuple(otherwise))
 
 
 def _plain(spec: Spec) -> Spec:

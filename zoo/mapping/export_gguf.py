@@ -138,6 +138,8 @@ def export_gguf(
     tensors = list(_tensors(c, family, wanted))
     spec = dataclasses.replace(c.spec, family=family.name)
     described = gguf_out.describe(family, spec, {t.name: t.shape for t in tensors}, str(c.root))
+    for text in described.otherwise:
+        warn(log, "%s: llama.cpp %s", c.root, text)
     _say_what_is_left(c)
     _say_what_is_kept(tensors, wanted)
     fields = _general(c, tensors, wanted) | described.fields
@@ -317,7 +319,9 @@ def _say_what_is_left(c: Canonical) -> None:
 
 
 def _say_what_is_kept(tensors: list[_Tensor], wanted: str) -> None:
-    """Of the matrices that are no blocks of the type: once for each length of their rows."""
+    """Of the matrices that are no blocks of the type: once for each length of their rows. And of a type that no matrix is for."""
+    if wanted == "MXFP4_MOE" and not any(t.type == "MXFP4" for t in tensors):
+        warn(log, "mxfp4_moe is for stacks of experts, and the model has none: its matrices are Q8_0")
     kept: dict[int, list[str]] = {}
     for t in tensors:
         if t.type == "F16" != wanted and not (wanted.startswith("TQ") and t.name in _ENDS):

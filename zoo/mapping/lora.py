@@ -150,7 +150,7 @@ class _Adapter:
         self.old, self.rank, self.report = old, rank, report
         family = families.get(old.source["family"], old.source.get("package"))
         rules = rules_of(family, "transformers")
-        prefix = prefix_of(old, rules)
+        prefix = prefix_of(old, rules, "transformers")
         slots = layout(old.spec)
         self.names: dict[str, list[tuple[Output, int]]] = {}
         self.slots: dict[str, Slot] = {}

@@ -33,17 +33,18 @@ from torch import Tensor
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import canonical, pickle, safetensors
-from zoo.formats.base import TensorRef, inside, read_json
+from zoo.formats.base import inside, read_json
 from zoo.formats.canonical import Canonical
+from zoo.formats.trained import Mapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.fold import fold
-from zoo.mapping.names_out import by_rule
+from zoo.mapping.names_out import by_rule, held_aside
 from zoo.mapping.recipe import Output, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
-from zoo.model.load import DTYPES, Source
+from zoo.model.load import Source
 
 StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -256,16 +257,8 @@ def _tensors(root: Path) -> dict[str, Tensor]:
         raise ZooError(
             f"{file}: {len(refs)} tensors (limit {MAX_TENSORS}), more than any adapter has: refused"
         )
-    raw = torch.from_file(str(file), False, size, dtype=torch.uint8)
-    return {ref.name: _view(raw, ref, file) for ref in refs}
-
-
-def _view(raw: Tensor, ref: TensorRef, file: Path) -> Tensor:
-    if (dtype := DTYPES.get(ref.dtype)) is None:
-        raise ZooError(f"{file}: {ref.name!r:.200} has dtype {ref.dtype}, which torch cannot hold")
-    flat = raw[ref.offset : ref.offset + ref.nbytes]
-    flat = (flat.clone() if ref.offset % dtype.itemsize else flat).view(dtype)
-    return flat.view(ref.shape) if ref.strides is None else flat.as_strided(ref.shape, ref.strides)
+    mapped = Mapped(root)
+    return {ref.name: mapped.tensor(ref) for ref in refs}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -279,11 +272,12 @@ Change = Callable[[Tensor], Tensor]
 @dataclass
 class Places:
     """`places`: name of a released tensor -> the parts of canonical tensors that it is (output, fit); `names`: the same from the
-    other side. `swapped`: those that hold [in, out]; `tied`: names of the head that is the embedding. `changed`: what the
-    adapter changes; of these, `aside` are tensors kept aside."""
+    other side. `beside`: names that tensors kept aside have in memory -> those of the folder. `swapped`: those that hold [in, out];
+    `tied`: names of the head that is the embedding. `changed`: what the adapter changes; of these, `aside` are tensors kept aside."""
 
     places: dict[str, list[tuple[Output, int]]] = field(default_factory=dict)
     names: dict[str, dict[str, None]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
     swapped: set[str] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
     changed: dict[str, Change] = field(default_factory=dict)
@@ -326,7 +320,7 @@ def _find(like: Canonical, adapter: Adapter) -> Places:
 def placed(like: Canonical, rules: RuleSet, prefix: tuple[tuple[str, str], ...]) -> Places:
     """Where the tensors that these rules name lie in a canonical folder."""
     spell = respell(rules, prefix)
-    out = Places()
+    out = Places(beside={called: name for name, called in held_aside(like).items()})
     for slot in layout(like.spec).values():
         layer = None if slot.layer is None else like.spec.layers[slot.layer]
         keys = (slot.key, "head.weight") if slot.key == "embed.weight" and like.spec.tied else (slot.key,)
@@ -362,7 +356,12 @@ def _changes(like: Canonical, adapter: Adapter, places: Places) -> list[str]:
         if (at := places.places.get(name)) is not None:
             o, k = at[0]
             return o.fits[k].shape
-        return like.extra_tensors[name].shape if name in like.extra_tensors else None
+        ref = like.extra_tensors.get(home(name))
+        return None if ref is None else ref.shape
+
+    def home(name: str) -> str:
+        """The folder's name of a tensor."""
+        return name if name in places.places or name in like.extra_tensors else places.beside.get(name, name)
 
     for name, t in adapter.whole.items():
         if (shape := known(name)) is None:
@@ -373,14 +372,14 @@ def _changes(like: Canonical, adapter: Adapter, places: Places) -> list[str]:
                 "peft, and convert the result"
             )
         else:
-            per_weight.setdefault(name, []).append(lambda w, t=t: t.float())  # type: ignore[misc]
+            per_weight.setdefault(home(name), []).append(lambda w, t=t: t.float())  # type: ignore[misc]
     for module, lows in adapter.low.items():
-        for low in lows:
-            if (found := _weight_of(module, low, known, places)) is None:
+        for depth, low in enumerate(lows):
+            if (found := _weight_of(adapter, module, depth, known, places)) is None:
                 rest.append(module)
                 continue
             name, parameter, experts = found
-            per_weight.setdefault(name, []).append(
+            per_weight.setdefault(home(name), []).append(
                 _change(adapter, module, parameter, low, experts, name in places.swapped)
             )
             if low.bias is None:
@@ -390,7 +389,7 @@ def _changes(like: Canonical, adapter: Adapter, places: Places) -> list[str]:
                     f"{adapter.root}: adds a bias {list(low.bias.shape)} to {module}, which has none of that shape in this model (lora_bias)"
                 )
             s = adapter.scale(module, parameter, len(low.a) if low.a is not None else 1)
-            per_weight.setdefault(bias, []).append(lambda b, t=low.bias, s=s: b + s * t.float())  # type: ignore[misc]
+            per_weight.setdefault(home(bias), []).append(lambda b, t=low.bias, s=s: b + s * t.float())  # type: ignore[misc]
     places.changed = {name: _in_turn(steps) for name, steps in per_weight.items()}
     places.aside = {n for n in places.changed if n not in places.places}
     return rest
@@ -408,9 +407,16 @@ def _in_turn(steps: list[Change]) -> Change:
 Known = Callable[[str], tuple[int, ...] | None]
 
 
-def _weight_of(module: str, low: Low, known: Known, places: Places) -> tuple[str, str | None, int] | None:
-    """The weight of a module that a LoRA is for: its name, that of the parameter where it is no `weight`, and how many experts
-    it is of (0: it is one matrix)."""
+def _weight_of(
+    adapter: Adapter, module: str, depth: int, known: Known, places: Places
+) -> tuple[str, str | None, int] | None:
+    """The weight of a module that its `depth`th LoRA, from the innermost on, is for: its name, that of the parameter where it is no
+    `weight`, and how many experts it is of (0: it is one matrix).
+
+    Parameters that fit alike (experts without a gate) are told apart by `target_parameters`, and by their order: PEFT wraps those of a
+    module as its class lists them, which is the order of the rules."""
+    lows = adapter.low[module]
+    low = lows[depth]
     assert low.a is not None and low.b is not None
     if known(f"{module}.weight") is not None:
         return f"{module}.weight", None, 0
@@ -425,6 +431,11 @@ def _weight_of(module: str, low: Low, known: Known, places: Places) -> tuple[str
             if len(low.a) % shape[0] == 0 and len(low.a) == low.b.shape[1]:
                 fitting.append((name, parameter, shape[0]))
     if len({frozenset(o.name for o, _ in places.places[name]) for name, *_ in fitting}) > 1:
+        told = adapter.config.get("target_parameters")
+        ends = tuple(f".{t}" for t in told if isinstance(t, str)) if isinstance(told, list) else ()
+        meant = [at for at in fitting if f".{at[0]}".endswith(ends)]
+        if len(meant) == len(lows):
+            return meant[depth]
         raise ZooError(
             f"the adapter's {module} may be for {' or '.join(name for name, *_ in fitting)}, which have one shape: merge it with peft"
         )
@@ -434,14 +445,15 @@ def _weight_of(module: str, low: Low, known: Known, places: Places) -> tuple[str
 def _change(
     adapter: Adapter, module: str, parameter: str | None, low: Low, experts: int, swapped: bool
 ) -> Change:
-    """What a LoRA or DoRA makes of a weight."""
+    """What a LoRA or DoRA makes of a weight. `swapped`: it is a Conv1D's, [in, out]; the config's `fan_in_fan_out` says what peft met
+    last, and peft itself goes by the module."""
     assert low.a is not None and low.b is not None
     a, b = low.a.float(), low.b.float()
     rank = len(a) // max(experts, 1)
     s = adapter.scale(module, parameter, rank)
 
     def change(w: Tensor) -> Tensor:
-        turned = low.embedding or bool(adapter.config.get("fan_in_fan_out"))  # the weight is [in, out]
+        turned = low.embedding or swapped  # the weight is [in, out]
         made = (len(b), a.shape[1])
         if tuple(w.shape[1:] if experts else w.shape) not in (
             (made, made[::-1]) if experts else (made[:: -1 if turned else 1],)

@@ -12,7 +12,7 @@ from zoo.formats.base import HF_NAMINGS
 from zoo.formats.canonical import Canonical
 from zoo.layout import Slot, layout
 from zoo.mapping.recipe import Output, compile_rule
-from zoo.mapping.rules import Rule, RuleSet
+from zoo.mapping.rules import Rule, RuleSet, respell
 from zoo.quant.blocks import is_one
 from zoo.quant.schemes import scheme
 
@@ -24,8 +24,25 @@ def rules_of(family: Family, naming: str = "hf") -> RuleSet:
     return family.rules.get(naming, family.rules["hf"])
 
 
-def prefix_of(c: Canonical, rules: RuleSet) -> tuple[tuple[str, str], ...]:
-    """How these rules spell the beginnings of names where the source spelt them as it did, as far as it is known."""
+Prefix = tuple[tuple[str, str], ...]
+WITHIN: Prefix = (("model.", "model.language_model."),)
+"""Where transformers 5 has the language model of a class that sees images."""
+
+
+def prefix_of(c: Canonical, rules: RuleSet, naming: str = "hf") -> Prefix:
+    """How these rules, which are `rules_of` this naming, spell the beginnings of names where the source spelt them as it did, as far as
+    it is known."""
+    spelt = _as_the_source(c, rules)
+    if naming != "transformers":
+        return spelt
+    # Cut short: a file of the class below the one with a head.
+    if spelt and all(len(new) < len(old) for old, new in spelt):
+        return ()
+    wrapped = any(new.startswith("language_model.") for _, new in spelt)
+    return WITHIN if wrapped and WITHIN in rules.prefixes else spelt
+
+
+def _as_the_source(c: Canonical, rules: RuleSet) -> Prefix:
     said, naming = tuple((a, b) for a, b in c.source["prefix"]), c.source["naming"]
     if naming not in HF_NAMINGS:
         return rules.prefixes[0]
@@ -53,6 +70,21 @@ def aside_of(c: Canonical, rules: RuleSet) -> dict[str, str]:
         )
 
     return {name: released(name) for name in c.extra_tensors}
+
+
+def held_aside(c: Canonical) -> dict[str, str]:
+    """The same tensors as the folder has them -> as transformers has them in memory; "": it has others in their place."""
+    names = c.extra_tensors
+    if c.source["naming"] != "hf":  # they are called so already, or have no such names
+        return {name: name for name in names} if c.source["naming"] in HF_NAMINGS else {}
+    rules = rules_of(families.get(c.source["family"], c.source.get("package")))
+    spelt = dict[str, str]()
+    for group in rules.beside:
+        if all(any(name.startswith(old) for name in names) for old, _ in group):
+            spelt |= group
+    other = tuple(old for old, new in spelt.items() if not new)
+    called = respell(rules, tuple(spelt.items()))
+    return {name: "" if name.startswith(other) else called(name) for name in names}
 
 
 def outputs_of(

@@ -717,12 +717,15 @@ class RuleSet:
     """All rules of one naming of a family's tensors.
 
     Several rules may stand for one key: the first whose source tensors exist, of shapes that fit, is taken. `prefixes`
-    are alternative spellings of the names' beginnings: the first whose embedding exists is taken.
+    are alternative spellings of the names' beginnings: the first whose embedding exists is taken. `beside`: beginnings of
+    released names of what stands beside the model, and what transformers has in memory ("": other tensors); each group is of one
+    class, and meant where there are tensors of each of its beginnings.
     """
 
     rules: tuple[Rule, ...]
     extras: tuple[Extra, ...]
     prefixes: tuple[tuple[tuple[str, str], ...], ...] = ((),)
+    beside: tuple[tuple[tuple[str, str], ...], ...] = ()
 
     @functools.cached_property
     def by_key(self) -> dict[str, tuple[Rule, ...]]:
@@ -740,7 +743,9 @@ class RuleSet:
         return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
 
 
-def rules(*lines: RuleLine, prefixes: tuple[dict[str, str], ...] = ({},)) -> RuleSet:
+def rules(
+    *lines: RuleLine, prefixes: tuple[dict[str, str], ...] = ({},), beside: tuple[dict[str, str], ...] = ()
+) -> RuleSet:
     """A rule set from lines `(canonical key, source expression[, when(layer, spec)])` and extras."""
     made = tuple(
         Rule(line[0], leaf(line[1]), line[2] if len(line) > 2 else None)
@@ -748,7 +753,8 @@ def rules(*lines: RuleLine, prefixes: tuple[dict[str, str], ...] = ({},)) -> Rul
         if not isinstance(line, Extra)
     )
     extras = tuple(line for line in lines if isinstance(line, Extra))
-    return RuleSet(made, extras, tuple(tuple(p.items()) for p in prefixes))
+    spelt, held = (tuple(tuple(p.items()) for p in each) for each in (prefixes, beside))
+    return RuleSet(made, extras, spelt, held)
 
 
 def respell(rule_set: RuleSet, prefix: tuple[tuple[str, str], ...]) -> Callable[[str], str]:

@@ -28,10 +28,12 @@ from zoo.families import Family
 from zoo.formats import canonical, dcp
 from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef
 from zoo.formats.canonical import Canonical
+from zoo.formats.trained import Mapped, open_trained
 from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.match import TIED, Match, match
+from zoo.mapping.names_out import held_aside
 from zoo.mapping.plan import DTYPES
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit, RuleSet, respell, rules
@@ -39,10 +41,15 @@ from zoo.mapping.unmatched import PlanError
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import DTYPES as TORCH
 from zoo.quant.schemes import scheme
-from zoo.spec import Spec
+from zoo.spec import Spec, differences
 from zoo.together import first_said
 
 StrPath = str | os.PathLike[str]
+BESIDE = (
+    "optimizer", "optimizers", "optim", "lr_scheduler", "lr_schedulers", "scheduler", "dataloader", "train_state", "trainer", "step", "epoch",
+    "rng_state", "scaler",
+)  # fmt: skip
+"""What trainers put beside a model, also where its own names stand outermost (torchtitan)."""
 CALLED = {dtype: name for name, dtype in TORCH.items()}
 
 
@@ -69,8 +76,8 @@ def save(
 ) -> Path:
     """Write the canonical folder `to`: the Spec of the canonical folder `like`, and these values; return it.
 
-    `values`: a model, the path of a torch.distributed.checkpoint folder, or tensors by name: the canonical names, those of Hugging Face's files, or those that
-    transformers has in memory; a trainer's wrappers in names are looked through. Each floating-point tensor may have any
+    `values`: a model, the path of a trainer's checkpoint (`of_path`), or tensors by name: the canonical names, those of Hugging Face's
+    files, or those that transformers has in memory; a trainer's wrappers in names are looked through. Each floating-point tensor may have any
     floating-point dtype, and keeps it unless `dtype` says otherwise ("bf16", "fp16", "fp32"; as `zoo convert` does).
     Where tensors are DTensors, every rank calls this, and rank 0 writes; one tensor at a time is gathered. What `like` keeps
     aside (a vision tower, MTP heads) goes along as it is, unless the state has it too.
@@ -92,7 +99,7 @@ def save(
     with ranks.agreeing():
         old = canonical.read(like)
         refuse_part(old)
-        state = of_tensors(values, ranks) if isinstance(values, dict) else of_dcp(Path(values), old)
+        state = of_tensors(values, ranks) if isinstance(values, dict) else of_path(Path(values), old)
         fitted = fit(old, state, DTYPES[dtype] if dtype else None)
     _refuse_other_head(fitted, state, ranks)
     with contextlib.ExitStack() as stack:
@@ -154,31 +161,66 @@ def of_tensors(named: Mapping[str, Any], ranks: _Alone | None = None) -> State:
     return State(refs, lambda name: (ranks or _Alone()).whole(tensors[name]), "the state")
 
 
-def of_dcp(path: Path, like: Canonical) -> State:
-    """The model in a folder of torch.distributed.checkpoint; what else a trainer keeps there is left out, with a note.
+def of_path(path: Path, like: Canonical) -> State:
+    """The model in a trainer's checkpoint: a folder of torch.distributed.checkpoint, safetensors, PyTorch's pickles. What else the trainer
+    keeps there is left out, with a note.
 
-    Raises ZooError if the folder holds no model of that family, or two.
+    Raises ZooError if there is no model of that family, or two, or if a config beside it says another architecture.
     """
-    saved = dcp.open_saved(path)
-    prefix = _model_in(path, saved.tensors, _first_names(like))
-    named = {n.removeprefix(prefix): n for n in saved.tensors if n.startswith(prefix)}
+    if dcp.detect(path):
+        saved = dcp.open_saved(path)
+        return _of_files(path, saved.tensors, like, saved.get, saved.other)
+    found = open_trained(path)
+    if found.config:
+        _refuse_another(path, families.spec_of(found.config, where=str(path)), like)
+    mapped = Mapped(found.root)
+    state = _of_files(path, found.tensors, like, lambda name: mapped.tensor(found.tensors[name]))
+    return replace(state, notes=(*found.notes, *state.notes))
+
+
+def family_of(like: Canonical) -> Family:
+    return families.get(like.source["family"], like.source.get("package"))
+
+
+def _refuse_another(path: Path, spec: Spec, like: Canonical) -> None:
+    """Raises ZooError for another architecture; what says how values are stored, and whether two matrices are one, is no part of that."""
+    ours = like.spec
+    same = replace(spec, family=ours.family, dtype=ours.dtype, notes=ours.notes, tied=ours.tied)
+    for told in differences(ours, same):
+        raise ZooError(
+            f"{path}: its config.json (family {spec.family}) is of another model than {like.root}: {told}. Is it what was trained of it? If "
+            "not, convert it without --like"
+        )
+
+
+def _of_files(
+    path: Path,
+    tensors: Mapping[str, TensorRef],
+    like: Canonical,
+    get: Callable[[str], Tensor],
+    other: Iterable[str] = (),
+) -> State:
+    """The model among these tensors, and a note on the rest and on `other` entries."""
+    prefix = _model_in(path, tensors, _first_names(like))
+    theirs = {n for n in tensors if not n.startswith(prefix) or n.partition(".")[0] in BESIDE}
+    named = {n.removeprefix(prefix): n for n in tensors if n not in theirs}
     try:
         plain = unwrapped(named) or {n: n for n in named}
     except ZooError as e:
         raise ZooError(f"{path}: {e}") from None
     full = {plain[n]: whole for n, whole in named.items()}
-    refs = {n: replace(saved.tensors[whole], name=n) for n, whole in full.items()}
-    left = [*(n for n in saved.tensors if not n.startswith(prefix)), *saved.other]
+    refs = {n: replace(tensors[whole], name=n) for n, whole in full.items()}
+    left = [*(n for n in tensors if n in theirs), *other]
     kinds = ", ".join(sorted({n.partition(".")[0] for n in left})[:8])
     notes = (
         (f"left out: {len(left)} entries of {path.name} that are not the model's ({kinds})",) if left else ()
     )
-    return State(refs, lambda name: saved.get(full[name]), str(path), notes)
+    return State(refs, lambda name: get(full[name]), str(path), notes)
 
 
 def _first_names(like: Canonical) -> set[str]:
     """What the embedding may be called."""
-    family = families.get(like.source["family"], like.source.get("package"))
+    family = family_of(like)
     return {
         respell(ruleset, prefix)(leaf.pattern)
         for ruleset in namings(like.spec, family).values()
@@ -228,7 +270,7 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
         for part in scheme(quant[slot]).components:
             if (ref := refs.pop(f"{slot}.{part.name}", None)) is not None:
                 quantised.append(New(ref.name, ref.dtype, ref.shape))
-    family = families.get(like.source["family"], like.source.get("package"))
+    family = family_of(like)
     names = namings(like.spec, family)
     tried = [
         match(
@@ -248,6 +290,7 @@ def fit(like: Canonical, state: State, dtype: str | None) -> Fitted:
     m = min(tried, key=lambda m: m.n_problems)
     ours = _aside(m, names[m.naming], like, refs)
     m.unexpected = [n for n in m.unexpected if n not in ours]
+    m.problems += _held_twice(like, ours)
     if m.quant or (dtype is None and any(o.scheme for o in m.outputs.values())):
         m.problems.append(
             f"{next(iter(m.quant))}: quantised in the state under a release's names; give the canonical ones, or plain weights"
@@ -300,17 +343,35 @@ def _aside(
     prefix = tuple((a, b) for a, b in like.source["prefix"])
     released = respell(ruleset, prefix) if m.naming == "hf" else (lambda name: name)
     back = respell(ruleset, tuple((new, old) for old, new in m.prefix if new))
+    held = {called: name for name, called in held_aside(like).items()}
     out = {}
     for name in (*m.extras, *m.unexpected):
         why = m.extras.get(name)
         if why == TIED:
             continue
-        kept = next((n for n in (name, released(back(name))) if n in like.extra_tensors), None)
+        spellings = (
+            name, held.get(name), held.get(f"model.{name}"), released(back(name)), name.removeprefix("model."),
+        )  # fmt: skip
+        kept = next((n for n in spellings if n in like.extra_tensors), None)
         if kept is not None and like.extra_tensors[kept].shape == refs[name].shape:
             out[name] = kept, like.extras.get(kept, why or "kept aside before")
         elif why is not None:
             out[name] = name, why
     return out
+
+
+def _held_twice(like: Canonical, ours: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    """What the state has beside the model, and the folder too, under names of which it is not known that they mean the same: in one
+    folder they would be two, of which a reader takes either."""
+    given = {kept for kept, _ in ours.values()}
+    for why in dict.fromkeys(why for _, why in ours.values()):
+        new = [n for n, (kept, w) in ours.items() if w == why and kept not in like.extra_tensors]
+        old = [n for n, w in extras_of(like).items() if w == why and n not in given]
+        if new and old:
+            yield (
+                f"{len(new)} tensors of the state ({new[0]}, ...: {why}), and {len(old)} that {like.root} has under other names ({old[0]}, ...): "
+                "leave them out of the state, and the folder's go along; if they were trained, save_pretrained and `zoo convert` that"
+            )
 
 
 def _itself(source: str, new: New) -> Output:

@@ -6,6 +6,7 @@ order (a head's rows of a fused projection, an expert of a stack, a transpose), 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -21,13 +22,16 @@ from zoo.layout import layout
 from zoo.mapping.execute import refuse_overlap
 from zoo.mapping.export import released_names
 from zoo.mapping.match import TIED
-from zoo.mapping.names_out import aside_of, outputs_of, prefix_of, rules_of
+from zoo.mapping.names_out import aside_of, held_aside, outputs_of, prefix_of, rules_of
 from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part
 from zoo.model.load import Source
+from zoo.printable import warn
 from zoo.quant import dequantise
 from zoo.quant.schemes import scheme
+
+log = logging.getLogger(__name__)
 
 NAMES = ("hf", "transformers", "canonical")
 
@@ -49,7 +53,7 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
         return {name: source.tensor(ref) for name, ref in c.tensors.items()}
     family = families.get(c.source["family"], c.source.get("package"))
     rules = rules_of(family, names)
-    spell = respell(rules, prefix_of(c, rules))
+    spell = respell(rules, prefix_of(c, rules, names))
     released: Collection[str] = released_names(c) if names == "hf" else ()
     parts: dict[str, list[tuple[Tensor, Fit]]] = {}
     expanded = {*c.quant} - {*c.codes}  # ggml's blocks, which no other names have
@@ -64,10 +68,19 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
         for name, fit in zip(o.sources, o.fits):
             parts.setdefault(name, []).append((held, fit))
     out = {name: _one(pieces) for name, pieces in parts.items()}
-    for name, called in aside_of(c, rules).items():
+    aside = aside_of(c, rules) if names == "hf" else held_aside(c)
+    for name, called in aside.items():
         if c.extras.get(name) != TIED or names == "hf":
-            out[called if names == "hf" else name] = source.tensor(c.extra_tensors[name])
-    if names == "transformers" and c.spec.tied:
+            out[called or name] = source.tensor(c.extra_tensors[name])
+    if names == "hf":
+        return out
+    if left := [name for name, called in aside.items() if not called]:
+        warn(
+            log, "%s: %d tensors beside the model (%s, ...) have the release's names, and transformers' class has others in their place: "
+            "load_state_dict leaves them as they were; `zoo export` and from_pretrained load them",
+            c.root, len(left), min(left),
+        )  # fmt: skip
+    if c.spec.tied:
         head, embed = (
             next(rule.expr.leaves()).pattern
             for key in ("head.weight", "embed.weight")
