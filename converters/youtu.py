@@ -16,7 +16,7 @@ from .deepseek_v3 import MLA, latent_attention
 def spec(c: Config) -> Spec:
     c.refuse(num_key_value_heads=c["num_attention_heads"], mlp_bias=False)
     norm = Norm(c["rms_norm_eps"])
-    mixer = latent_attention(c, interleaved=bool(c.get("rope_interleave", True)))
+    mixer = latent_attention(c, interleaved=bool(c.said("rope_interleave", True)))
     mlp = MLP(c["intermediate_size"], c.table("hidden_act", read.ACTIVATIONS))
     return Spec(
         family="youtu",

@@ -61,6 +61,32 @@ def test_every_foreign_field_that_changes_numbers_is_refused_by_name(m: Any) -> 
     assert left > len(FOREIGN) / 2
 
 
+@pytest.mark.parametrize("within", ["", "rope_parameters"])
+def test_a_share_of_a_head_that_turns_is_read_or_refused_in_every_family_that_turns_any(within: str) -> None:
+    """RoPE's settings are read for every family; not every family asks them for this."""
+    first = {m.family: m for m in reversed(CONFIGS)}
+    refused = set()
+    for family, m in first.items():
+        spec, text = families.spec_of(m.config), m.config.get("text_config")
+        part = m.config if text is None else text
+        said = part.get("rope_parameters") or part.get("rope_scaling") or {}
+        theta = {"rope_theta": part["rope_theta"]} if part.get("rope_theta") else {}
+        if within and (not theta or any(isinstance(x, dict) for x in said.values())):
+            continue
+        share = {"partial_rotary_factor": 0.1875}
+        changed = {
+            **part,
+            **({"rope_scaling": None, within: {**said, **theta, **share}} if within else share),
+        }
+        try:
+            other = families.spec_of(changed if text is None else {**m.config, "text_config": changed})
+        except ZooError:
+            refused.add(family)
+            continue
+        assert other != spec or not any(getattr(x.mixer, "rope", None) for x in spec.layers), family
+    assert "deepseek_v3" in refused
+
+
 def _mixers(spec: Any) -> set[str]:
     return {layer.mixer.kind for layer in spec.layers if layer.mixer is not None}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from zoo.config import Config
 from zoo.errors import ZooError
-from zoo.spec import MLP, Attention, LatentAttention, MoE, Spec
+from zoo.spec import MLP, Attention, LatentAttention, MoE, Rope, Spec
 
 SILENT = re.compile(
     r"""
@@ -232,6 +232,7 @@ def judge(c: Config, spec: Spec) -> list[str]:
                 else ""
             )
             refused.append(f"{'.'.join(path)} is {str(value)[:80]}{beside}")
+    refused += _other_shares(c.data, spec)
     if refused:
         raise ZooError(
             f"{c.where}: {'; '.join(refused)}; and the family {spec.family} does not read "
@@ -241,6 +242,34 @@ def judge(c: Config, spec: Spec) -> list[str]:
     if unknown:
         notes.append(f"config: nobody reads {', '.join(unknown)} (unknown to zoo)")
     return notes
+
+
+def _other_shares(data: Mapping[str, Any], spec: Spec, *at: str) -> Iterator[str]:
+    """The shares of a head that are to turn of which no layer turns so many channels, read or not: RoPE's settings are read for
+    every family, and not every family asks them for this."""
+    for key, value in dict(data).items():
+        within_rope = bool(at) and at[-1] in (
+            "rope_parameters",
+            "rope_scaling",
+        )  # an object for each kind of layer
+        if isinstance(value, Mapping) and (
+            within_rope or key in ("text_config", "rope_parameters", "rope_scaling")
+        ):
+            yield from _other_shares(value, spec, *at, key)
+        elif key == "partial_rotary_factor" and type(value) in (int, float) and _rotates(spec):
+            if not any(_turns(layer.mixer, value) for layer in spec.layers):
+                yield f"{'.'.join((*at, key))} is {value}"
+
+
+def _turns(mixer: Any, share: float) -> bool:
+    """Whether RoPE turns this share of a head's channels, rounded down, or all of the part of a head that is there for it."""
+    rope: Rope | None = getattr(mixer, "rope", None)
+    if rope is None:
+        return False
+    if isinstance(mixer, LatentAttention):
+        return share in (1, mixer.rope_dim / (mixer.nope_dim + mixer.rope_dim))
+    turned = rope.dim if rope.turning is None else 2 * rope.turning
+    return bool(turned <= share * mixer.head_dim < turned + (1 if rope.turning is None else 2))
 
 
 def _in_rope_parameters(key: str, beside: Mapping[str, Any]) -> list[Any]:

@@ -56,3 +56,9 @@ def test_the_first_release_says_the_same_in_other_keys() -> None:
         "model_type": "youtu_llm", "rope_theta": config["rope_parameters"]["rope_theta"], "rope_scaling": None,
     }  # fmt: skip
     assert families.spec_of(first) == families.spec_of(config)
+
+
+def test_a_null_pairing_is_halves_as_upstream_has_it() -> None:
+    config = read("youtu-llm-2b")
+    null, halves = (families.spec_of(config | {"rope_interleave": said}) for said in (None, False))
+    assert null == halves != families.spec_of(config | {"rope_interleave": True})
