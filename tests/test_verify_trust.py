@@ -410,3 +410,13 @@ def test_upstream_that_is_as_far_from_itself_as_from_any_model_judges_nothing(fa
     level = judge.logits_level(measured, "fp32")
     assert level.checks[0].value <= level.checks[0].bound and not level.checks[0].passed
     assert level.verdict == "failed" and level.notes
+
+
+def test_folders_that_are_given_the_other_way_round_are_told_how(folder: Path) -> None:
+    """Somebody who asks whether a folder of transformers' is a canonical one's, and of two canonical ones."""
+    source = folder.parent / "source"
+    with pytest.raises(ZooError, match=r"the other way round, `zoo verify .*/c --against .*/source -o FILE`"):
+        zoo.verify(source, against=folder)
+    with pytest.raises(ZooError, match=r"a canonical folder like .*`zoo export .*/c FOLDER`"):
+        zoo.verify(folder, against=folder)
+    assert not (folder / "parity.json").exists()

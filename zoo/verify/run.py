@@ -44,6 +44,19 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def _refuse_other_way_round(canon: StrPath, against: StrPath) -> None:
+    """A canonical folder is compared with files that others open; which are these, and what makes them, is said."""
+    if (Path(canon) / canonical.JSON).is_file():
+        raise ZooError(
+            f"{against}: a canonical folder like {canon}: compare with files that others open: `zoo export {against} FOLDER`, and "
+            f"`zoo verify {canon} --against FOLDER`"
+        )
+    raise ZooError(
+        f"{canon}: no canonical folder, and {against} is one: the other way round, `zoo verify {against} --against {canon} -o FILE` holds it to "
+        "these files"
+    )
+
+
 @translated
 def verify(
     canon: StrPath,
@@ -112,6 +125,8 @@ def verify(
                 f"{canon}: a file is held against the canonical folder it was written of (--against CANON)"
             )
         file, canon, against, write = Path(canon), against, canon, False
+    elif isinstance(against, str | os.PathLike) and (Path(against) / canonical.JSON).is_file():
+        _refuse_other_way_round(canon, against)
     folder = canonical.read(canon)
     ranks = None
     if mesh is not None and mesh.size() > 1:
