@@ -34,7 +34,8 @@ from hub_client import Spy, environment, pointed_at, raw_answers
 from hub_server import HubServer, Repo
 from huggingface_hub import constants
 
-from zoo import hub
+from zoo import endpoint, hub
+from zoo.errors import ZooError
 from zoo.hub import HubError, cache, http
 from zoo.hub.errors import Transient
 
@@ -1221,6 +1222,16 @@ def test_pages_of_one_file_each_are_not_read_for_ever(
 )
 def test_a_wait_that_is_no_number_of_seconds_is_no_bug(headers: dict[str, str]) -> None:
     assert http._retry_after(httpx2.Response(429, headers=headers)) is None
+
+
+@pytest.mark.parametrize("told", ["http://[", "http://x:port", "http://x:99999999"])
+def test_an_endpoint_that_is_no_address_is_named(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", told)
+    with pytest.raises(ZooError, match="HF_ENDPOINT is 'http://.*, which is no address"):
+        endpoint.check()
+    for fine in ("", "https://huggingface.co", "http://[::1]:8080"):
+        monkeypatch.setenv("HF_ENDPOINT", fine)
+        endpoint.check()
 
 
 @pytest.mark.parametrize(

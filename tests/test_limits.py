@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.bounded import parse_json
+from zoo.config import sound
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.formats.safetensors import parse_header
+from zoo.mapping import export_config
 from zoo.mapping.fold import fold
 from zoo.quant.foreign import codes_of
 
@@ -115,6 +117,37 @@ def test_an_index_of_more_tensors_than_any_release_has_is_refused(
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
     with pytest.raises(ZooError, match=r"names 11 tensors \(limit 10\)"):
+        zoo.plan(source)
+
+
+@pytest.mark.parametrize("text", ["1" * 60_000 + "x", "1." + "1" * 60_000 + "x", "1e" + "1" * 60_000 + "x"])
+def test_a_text_that_begins_like_a_number_is_looked_at_once(text: str) -> None:
+    start = time.process_time()
+    assert sound("hidden_act", text, "config.json") == text
+    assert time.process_time() - start < 0.5  # it took minutes
+    for number in ("5", " 5. ", "-.5e+3", "1.5"):
+        with pytest.raises(ZooError, match="without quotes"):
+            sound("hidden_act", number, "config.json")
+
+
+def test_a_config_of_modules_that_could_be_matched_for_ever_is_not_exported() -> None:
+    modules = {"model.layers.0.mlp": ["layers.0.mlp"]}
+    for entry in ("re:(a+)+$", "re:" + "a" * 501, r"re:(.*)\1\1"):
+        with pytest.raises(ZooError, match="could be matched without end"):
+            export_config._respell({"ignore": [entry]}, modules)
+    q = {"ignore": ["re:.*mlp", "re:(", "lm_head"]}
+    assert not export_config._respell(q, modules)
+    with pytest.raises(ZooError, match="lists 10001 of ignore"):
+        export_config._respell({"ignore": ["a"] * 10_001}, modules)
+
+
+def test_no_more_small_files_are_carried_than_any_release_has(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.formats.base.MAX_CARRIED", 5)
+    for i in range(6):
+        (source / f"notes-{i}.txt").write_text("x")
+    with pytest.raises(ZooError, match="more than 5 small files lie beside the weights"):
         zoo.plan(source)
 
 

@@ -50,7 +50,7 @@ _LIST = re.compile(
 """Fields that list numbers."""
 _TRUTH = re.compile(r"norm_topk_prob|tie_word_embeddings")
 """Fields that are true or false, whatever they are read with; others are so where their default is."""
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def sound(key: str, value: Any, where: str, default: Any = None) -> Any:

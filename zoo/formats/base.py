@@ -288,10 +288,14 @@ def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: 
         )
 
 
+MAX_CARRIED = 2_000
+"""Of them; a release has some 20."""
+
+
 def carried_files(root: Path) -> tuple[str, ...]:
     """Small files beside the weights that belong to the model: config, tokenizer, templates, licence.
-    Code is never carried (`*.py` of repositories with remote code)."""
-    out = []
+    Code is never carried (`*.py` of repositories with remote code). Raises ZooError for more of them than any release has."""
+    out: list[str] = []
     for p in sorted([*root.iterdir(), *(root / TEMPLATES).glob("*.jinja")]):
         keep = p.suffix in _CARRY_SUFFIXES or p.name.upper().startswith(
             ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "TOKENIZER.MODEL.V")
@@ -307,4 +311,9 @@ def carried_files(root: Path) -> tuple[str, ...]:
                 name = p.relative_to(root).as_posix()
                 inside(root, name, str(root))
                 out.append(name)
+                if len(out) > MAX_CARRIED:
+                    raise ZooError(
+                        f"{root}: more than {MAX_CARRIED} small files lie beside the weights ({name} is one), and each would be carried "
+                        "along: give a folder of the model's own"
+                    )
     return tuple(out)

@@ -14,6 +14,11 @@ What the library does well is left to it: its session (proxies, certificates, of
 (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, ...), its cache layout. Importing this package imports huggingface_hub.
 """
 
+from zoo import endpoint
+
+endpoint.check()  # the library fails at one that is none, while it is imported
+
+# ruff: noqa: E402
 from zoo.hub.cache import cached
 from zoo.hub.errors import HubError
 from zoo.hub.files import RemoteFile, Snapshot

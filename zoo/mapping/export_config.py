@@ -12,14 +12,18 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from zoo.errors import ZooError
 from zoo.formats.base import HF_NAMINGS, encoded, place_of, read_json
 from zoo.formats.canonical import Canonical
 from zoo.mapping.recipe import Output
+from zoo.patterns import endless
 
 LISTS = (
     "modules_to_not_convert", "modules_to_convert", "ignore", "exclude_modules", "llm_int8_skip_modules", "ignored_layers", "targets",
 )  # fmt: skip
 """Keys of lists of modules, whoever quantised: names, parts of names, patterns with `*`, or regular expressions after `re:`."""
+MAX_LISTED = 10_000
+"""Of them, each of which is held against every module."""
 MODULES = ("quantized_layers",)
 """Keys of objects by module."""
 
@@ -103,6 +107,10 @@ def _respell(q: Any, modules: Modules) -> bool:
         return changed
     for key, value in q.items():
         if key in LISTS and isinstance(value, list):
+            if len(value) > MAX_LISTED:
+                raise ZooError(
+                    f"quantization_config of config.json lists {len(value)} of {key} (limit {MAX_LISTED}): no release has as many"
+                )
             new = [n for entry in value for n in _entry(entry, modules)]
             if changed_here := new != value:
                 q[key] = list(dict.fromkeys(new))
@@ -128,9 +136,13 @@ def _entry(entry: Any, modules: Modules) -> list[Any]:
 def _fits(entry: str, module: str) -> bool:
     """Whether an entry means this module, itself or as a part of what it names."""
     if entry.startswith("re:"):
+        if endless(entry[3:]):
+            raise ZooError(
+                f"quantization_config of config.json has {entry!r:.80}, which could be matched without end: refused"
+            )
         try:
             return re.match(entry[3:], module) is not None
-        except re.error:
+        except (re.error, OverflowError, RecursionError):
             return False
     if "*" in entry:
         return fnmatch.fnmatchcase(module, entry)

@@ -45,6 +45,7 @@ from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import Source
+from zoo.patterns import endless
 
 StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -60,13 +61,11 @@ OTHERWISE = (
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the weights which the adapter is added to."""
 LONGEST = 500
-"""Characters of a name or a pattern of an adapter."""
+"""Characters of a name in an adapter."""
 MAX_TENSORS = 150_000
 """Of an adapter; one of every expert of Kimi K2 has 139,000."""
 MATCHING = 3.0
 """Seconds for all of an adapter's patterns, compiled and matched."""
-ENDLESS = re.compile(r"\)[*+{?]|\(\?|\\[1-9]|(?:[^\\][*+{?].*){4}|(?:\(.*){4}", re.DOTALL)
-"""Patterns whose matching may take for ever: of repeated groups, looks around and back, more than three repetitions or groups."""
 
 
 def merge(
@@ -147,7 +146,7 @@ class Adapter:
         out, began = list[tuple[re.Pattern[str], float]](), time.process_time()
         for p, alpha in told.items():
             self._refuse_endless(began)
-            if len(p) > LONGEST or ENDLESS.search(p):
+            if endless(p):
                 raise ZooError(
                     f"{self.root / CONFIG}: alpha_pattern has {p!r:.80}, which could be matched without end: not read"
                 )
