@@ -340,6 +340,20 @@ def test_one_part_is_done_by_one_process_at_a_time(source: Path, tmp_path: Path)
         convert(plan, tmp_path / "c", part=Part(2, 2))
 
 
+@pytest.mark.parametrize("wrote", [OSError(28, "No space left on device"), 3])
+def test_a_part_whose_notes_do_not_fit_on_the_disk_says_so(
+    wrote: OSError | int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(fd: int, data: bytes) -> int:
+        if isinstance(wrote, OSError):
+            raise wrote
+        return wrote
+
+    monkeypatch.setattr("zoo.mapping.parts.os.write", write)
+    with pytest.raises(ZooError, match=r"cannot be written: (No space left|no space left)"):
+        convert(make_plan(open_checkpoint(source)), tmp_path / "c", part=Part(1, 2))
+
+
 def test_a_file_that_lost_bytes_is_not_published(source: Path, tmp_path: Path) -> None:
     plan, dst = plan_of(source), tmp_path / "c"
     convert(plan, dst, part=together(1, 2))

@@ -352,7 +352,12 @@ class Shared(Folder):
     def _append(self, step: Mapping[str, Any]) -> None:
         assert self._journal is not None
         line = json.dumps({**step, "boot": boot()}).encode() + b"\n"
-        assert os.write(self._journal, line) == len(line)
+        try:
+            whole = os.write(self._journal, line) == len(line)
+        except OSError as e:
+            raise ZooError(f"{self.partial}: cannot be written: {e.strerror}") from None
+        if not whole:  # the disk is full; a line that was cut is not believed
+            raise ZooError(f"{self.partial}: cannot be written: no space left")
         if step["synced"]:
             os.fsync(self._journal)
 
