@@ -203,3 +203,18 @@ def test_names_with_stars_and_any_number_of_digits_are_listed() -> None:
     said = dict(fold(names))
     assert "a.*.b (2 tensors)" in said and "c.* (2 tensors)" in said and "d.{3-4} (2 tensors)" in said
     assert said[long] == long and "e.1" in said
+
+
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [
+        (r".*mlp\.(gate|up|gate_up|down)_proj.*", False), (r".*mlp\.(?:gate|up)_proj$", False), (r"^(?!.*lm_head).*", False),
+        (r"(?<!x)q_proj", False), (r"(?:a|a)*b", True), (r"(a+)+b", True), (r"(?P<x>a+)(?P=x)", True), (r".*a.*b.*c.*d", True), ("a" * 501, True),
+    ],
+)  # fmt: skip
+def test_patterns_that_could_be_matched_for_ever_are_told_from_those_of_releases(
+    pattern: str, refused: bool
+) -> None:
+    from zoo.patterns import endless
+
+    assert endless(pattern) == refused

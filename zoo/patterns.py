@@ -6,8 +6,8 @@ import re
 
 LONGEST = 500
 """Characters of one."""
-_ENDLESS = re.compile(r"\)[*+{?]|\(\?|\\[1-9]|(?:[^\\][*+{?].*){4}|(?:\(.*){4}", re.DOTALL)
-"""Repeated groups, looks around and back, more than three repetitions or groups."""
+_ENDLESS = re.compile(r"\)[*+{?]|\(\?(?![:=!]|<[=!])|\\[1-9]|(?:[^\\(][*+{?].*){4}|(?:\(.*){4}", re.DOTALL)
+"""Repeated groups, groups that are looked back at or set flags, more than three repetitions or groups."""
 
 
 def endless(pattern: str) -> bool:
