@@ -51,7 +51,10 @@ def spec(c: Config) -> Spec:
 def attention_of(c: Config) -> Attention:
     """Grouped heads, half of each rotated."""
     head_dim = read.head_dim(c)
-    rope = read.partial_rope(c, read.rope_parameters(c, default_theta=10000.0), head_dim, default=0.5)
+    p = read.rope_parameters(c, default_theta=10000.0)
+    if p.get("partial_rotary_factor") is None:  # upstream's class puts its own in
+        p["partial_rotary_factor"] = 0.5
+    rope = read.partial_rope(c, p, head_dim)
     if (said := c.get("attn_rotary_emb", rope.dim)) != rope.dim:
         raise ZooError(
             f"{c.where}: attn_rotary_emb is {said}, but of head_dim {head_dim} half, {rope.dim}, turn"

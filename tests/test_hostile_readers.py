@@ -153,7 +153,7 @@ def adapter(path: Path, tensors: dict[str, torch.Tensor], **told: Any) -> merge.
         ".*.*.*.*x",
         "a" * 501,
         "(",
-        "(?=a)",
+        "(?=a)*b",
         r"(a)\1",
         "a{99999999999}",
     ],

@@ -251,12 +251,13 @@ def test_longrope_divides_by_the_short_table_until_a_position_lies_beyond(
 
 
 def test_longrope_is_read_from_a_config_by_the_names_that_a_family_has_for_it() -> None:
-    told = {"type": "su", "short_factor": [1, 2], "long_factor": [3, 4.5]}
-    ends = {
-        "max_position_embeddings": 131072,
+    told = {
+        "type": "su",
+        "short_factor": [1, 2],
+        "long_factor": [3, 4.5],
         "original_max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
     }
+    ends = {"max_position_embeddings": 131072, "rope_theta": 10000.0}
     c = Config({**ends, "rope_scaling": told})
     names = ("longrope", "su", "yarn")
     s = config.rope(c, config.rope_parameters(c), 4, longrope=names).scaling

@@ -120,7 +120,7 @@ def test_a_list_that_grows_when_it_is_read_is_refused(signed: Path, tmp_path: Pa
     told = json.loads((signed / sign.SIGNATURE).read_text())
     told["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
     (path := tmp_path / sign.SIGNATURE).write_text(json.dumps(told))
-    with pytest.raises(ZooError, match="nested too deeply|lists and objects"):
+    with pytest.raises(ZooError, match="nested too deeply|lists and objects|a text, or numbers, of"):
         sign.listed(path)
 
 

@@ -298,7 +298,11 @@ def test_of_greedy_tokens_a_tie_is_no_difference() -> None:
     def share(lead: float) -> float:
         logits = torch.zeros(1, 41, 6)
         logits[..., 2], logits[..., 3] = 4.0, 4.0 + lead  # the oracle's is 2
-        ours = SimpleNamespace(decoder=lambda _ids: logits, device=torch.device("cpu"))
+        ours = SimpleNamespace(
+            decoder=lambda ids: logits[:, : ids.shape[1]],
+            device=torch.device("cpu"),
+            spec=SimpleNamespace(layers=()),
+        )
         prompt, theirs = torch.zeros(1, 1, dtype=torch.int64), torch.full((40,), 2)
         return judge.greedy(ours, prompt, theirs, 0, "bf16", spread, 4.0).value  # type: ignore[arg-type]
 

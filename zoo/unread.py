@@ -257,7 +257,9 @@ def _other_shares(data: Mapping[str, Any], spec: Spec, *at: str) -> Iterator[str
         ):
             yield from _other_shares(value, spec, *at, key)
         elif key == "partial_rotary_factor" and type(value) in (int, float) and _rotates(spec):
-            if not any(_turns(layer.mixer, value) for layer in spec.layers):
+            if not _in_rope_parameters(key, data) and not any(
+                _turns(layer.mixer, value) for layer in spec.layers
+            ):
                 yield f"{'.'.join((*at, key))} is {value}"
 
 
