@@ -84,7 +84,7 @@ def linear(
     if x.numel() > x.shape[-1]:
         _several(x, w, residual, out)
         return out
-    if out.dtype == x.dtype and stream.serves(x, w):
+    if norm is not None or (out.dtype == x.dtype and stream.serves(x, w)):
         stream.times(x, w, residual, out, norm)
         return out
     if codes.pays(x, w):
@@ -130,7 +130,7 @@ def gated_linear(x: Tensor, w: Weight, spec: MLP, norm: stream.Before | None = N
     """`gated_linear_reference` of one row (see `one_row`), as one kernel. `norm`: of x, see `takes_norm`."""
     f = w.n // 2
     out, x = x.new_empty(*x.shape[:-1], f), ordered(x, w)
-    if stream.serves(x, w, gated=True):
+    if norm is not None or stream.serves(x, w, gated=True):
         stream.gated_times(x, w, spec, out, norm)
         return out
     if codes.pays(x, w):

@@ -150,7 +150,7 @@ class Plan(NamedTuple):
 
 
 def _plan(x: Tensor, w: Weight, mode: int, top_k: int) -> Plan:
-    return _planned(_multiprocessors(x.device.index or 0), w.n, w.k, w.kind, mode, top_k)
+    return _planned(cuda.multiprocessors(x.device.index or 0), w.n, w.k, w.kind, mode, top_k)
 
 
 @functools.cache
@@ -166,11 +166,6 @@ def _planned(multiprocessors: int, n: int, k: int, kind: int, mode: int, top_k: 
     of_x = chunks * 8 * (64 if kind in FOUR_BITS else 32) + (chunks * 8 if kind in (INT4, AFFINE4) else 0)
     shared = WARPS * depth * 2048 + slots * (of_x + per * team * 64)
     return Plan(ceil_div(units, per), per, team, depth, at_once, first, shared)
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(

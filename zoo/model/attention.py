@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.kernels.attend import Turn
+from zoo.kernels.attend import attend as attend_one
+from zoo.kernels.attend import serves as attends_one
 from zoo.kernels.attention import attention, decode
 from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import has_triton, is_recorded
-from zoo.kernels.linear import takes_norm
 from zoo.kernels.rope import place, place_fits, rotate
 from zoo.layout import qk_norm_shape
 from zoo.model.cache import Context, Slots, Visible
@@ -150,7 +152,7 @@ class Attention(nn.Module):
 
     def reads(self, x: Unnormed) -> bool:
         """Whether the first product makes the norm of x."""
-        return has_triton(x.x) and takes_norm(x.x, self.qkv.packed(), x.norm)
+        return self.qkv.makes_norm(x.x, x.norm)
 
     def forward(self, x: Tensor | Unnormed, ctx: Context, onto: Tensor | None = None) -> Tensor:
         """Normed x [B, T, d] -> [B, T, d], added to `onto`."""
@@ -232,6 +234,13 @@ class Attention(nn.Module):
         if not place_fits(norm, q, k, v, keys, values):
             return None
         interleaved = s.rope is not None and s.rope.interleaved
+        if T == 1 and keys is not None and values is not None and s.query_scale is None:
+            turn = Turn(norm, weights, after, table, interleaved)
+            if attends_one(q, k, v, keys, values, turn, s.window, s.chunk, self.sinks):
+                return attend_one(
+                    q, k, v, keys, values, ctx.positions[:1], turn, scale=s.scale, window=s.window, chunk=s.chunk,
+                    sinks=self.sinks, softcap=s.softcap,
+                )[:, None]  # fmt: skip
         q = place(q, k, v, keys, values, ctx.positions[:1], table, interleaved, *weights, norm, after)
         if keys is None or values is None:
             keys, values = k, v

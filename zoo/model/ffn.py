@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.gated import activation, gated
 from zoo.kernels.launch import has_triton
-from zoo.kernels.linear import gated_linear, one_row, takes_norm
+from zoo.kernels.linear import gated_linear, one_row
 from zoo.model.linear import Linear, scaled
 from zoo.model.norm import Unnormed
 from zoo.spec import MLP
@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
 
     def reads(self, x: Unnormed) -> bool:
         """Whether the first product makes the norm of x."""
-        return self._plain and has_triton(x.x) and takes_norm(x.x, self.gate_up.packed(), x.norm, gated=True)
+        return self._plain and self.gate_up.makes_norm(x.x, x.norm, gated=True)
 
     def forward(self, x: Tensor | Unnormed, onto: Tensor | None = None) -> Tensor:
         """x [..., d] -> [..., d], added to `onto`."""

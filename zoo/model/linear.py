@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import has_triton, is_recorded
-from zoo.kernels.linear import MOST, few_rows, linear, one_row
+from zoo.kernels.linear import MOST, few_rows, linear, one_row, takes_norm
 from zoo.kernels.near import some_rows
 from zoo.kernels.product import kernel, product, unrounded
 from zoo.kernels.stream import Before
@@ -78,8 +78,12 @@ class Weights(nn.Module):
             y = product(x, self.dense(x.dtype), self.offset(x.dtype))
         return y if onto is None else onto + y
 
+    def makes_norm(self, x: Tensor, norm: Before, gated: bool = False) -> bool:
+        """Whether `of_unnormed` (`gated`: `zoo.kernels.linear.gated_linear`) serves a row x."""
+        return has_triton(x) and takes_norm(x, self.packed(), norm, gated)
+
     def of_unnormed(self, x: Tensor, norm: Before) -> Tensor:
-        """`times` of the norm of one row x, made on its way (see `zoo.kernels.linear.takes_norm`)."""
+        """`times` of the norm of one row x, made on its way (see `makes_norm`)."""
         w = self.packed()
         assert w is not None
         return linear(x, w, norm=norm)

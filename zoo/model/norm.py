@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.kernels.norm import add_rms_norm, factor, rms_norm, rms_norm_add
+from zoo.kernels.stream import Before
 from zoo.model.across import Spread
 from zoo.spec import Norm as NormSpec
 
@@ -27,7 +28,7 @@ class Unnormed:
     """A token x [.., D] and the norm of it that the product which reads it makes on its way."""
 
     x: Tensor
-    norm: tuple[Tensor | None, NormSpec]
+    norm: Before
 
 
 class Norm(nn.Module):

@@ -1,6 +1,6 @@
 """Kernels in CUDA C++, compiled by NVRTC when first asked for: what Triton has no words for.
 
-Unusual: constants are macros before the source, so that each set of them is a kernel of its own, as in Triton. Launched
+Unusual: constants are macros before the source (and `common.cu`), so that each set of them is a kernel of its own, as in Triton. Launched
 programmatically (see `zoo.kernels.launch`). NVRTC and the driver are spoken to through `cuda-bindings`, which torch brings
 along where it was built for CUDA; without it, or before Hopper, Triton's kernels run.
 """
@@ -37,6 +37,11 @@ def shared(device: int) -> int:
     driver, _ = bindings
     most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return int(_checked(driver.cuDeviceGetAttribute(most, device)))
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -86,8 +91,7 @@ class Source:
         self, device: int, programs: int, threads: int, shared: int, constants: dict[str, int]
     ) -> tuple[Any, Any]:
         driver, _ = bindings
-        with torch.cuda.device(device):
-            function = _function(self.name, device, tuple(constants.items()))
+        function, _ = _function(self.name, device, tuple(constants.items()))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -101,43 +105,50 @@ class Source:
 
 
 @functools.cache
-def _function(name: str, device: int, constants: tuple[tuple[str, int], ...]) -> Any:
-    """The compiled kernel, in the device's context, which is current."""
+def _function(name: str, device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Any, Any]:
+    """The compiled kernel, and the module that it is of and lives as long as."""
     driver, _ = bindings
-    torch.cuda.current_stream()  # makes the context current
-    module = _checked(
-        driver.cuModuleLoadData(_compiled(name, constants, torch.cuda.get_device_capability(device)))
-    )
-    function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-    most, rather = (
+    most, rather, clusters = (
         driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
         driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+        driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
     )
-    _checked(driver.cuFuncSetAttribute(function, most, shared(device)))
-    _checked(driver.cuFuncSetAttribute(function, rather, 100))
-    _MODULES.append(module)
-    return function
-
-
-_MODULES: list[Any] = []  # a function is of its module
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes the context current
+        image = _compiled(name, constants, torch.cuda.get_device_capability(device))
+        module = _checked(driver.cuModuleLoadData(image))
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        for attribute, value in ((most, shared(device)), (rather, 100), (clusters, 1)):
+            _checked(driver.cuFuncSetAttribute(function, attribute, value))
+    return function, module
 
 
 @functools.cache
 def _compiled(name: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+    """The kernel of a file for GPUs of a capability. Raises RuntimeError with the compiler's words."""
     _, nvrtc = bindings
-    macros = "".join(f"#define {key} ({int(value)})\n" for key, value in constants)
-    source = files(__package__).joinpath(f"{name}.cu").read_text()
-    program = _checked(nvrtc.nvrtcCreateProgram((macros + source).encode(), f"{name}.cu".encode(), 0, [], []))
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"-std=c++17"]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if error:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{name}.cu does not compile ({error!r}): {log.decode(errors='replace')}")
-    image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    nvrtc.nvrtcDestroyProgram(program)
+    text = source(name, constants).encode()
+    program = _checked(nvrtc.nvrtcCreateProgram(text, f"{name}.cu".encode(), 0, [], []))
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if error:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"{name}.cu does not compile ({error!r}): {log.decode(errors='replace')}")
+        image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
     return image
+
+
+def source(name: str, constants: tuple[tuple[str, int], ...]) -> str:
+    """What is compiled: constants, what kernels share, the file."""
+    macros = "".join(f"#define {key} ({int(value)})\n" for key, value in constants)
+    return macros + "".join(
+        files(__package__).joinpath(f"{part}.cu").read_text() for part in ("common", name)
+    )
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -12,11 +12,6 @@
 // (of x before, 0: none, then as zoo/kernels/norm.py numbers them, one more), PLUS_ONE, WIDE (its weight is in fp32), AT_ONCE steps are on
 // their way, of which FIRST before x is there.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-
 constexpr bool FOUR = KIND >= 3;       // codes of four bits
 constexpr int CODES = FOUR ? 8 : 4;    // of a word
 constexpr int PIECE = FOUR ? 32 : 16;  // channels of 16 bytes
@@ -40,7 +35,6 @@ constexpr int S_STEP = KIND == 2 ? 4 : KIND == 3 ? 8 : KIND == 4 ? 2 * S_SIZE : 
 constexpr int S_HELD = KIND == 2 ? 2 : KIND == 4 ? S_SIZE : KIND == 3 || KIND == 6 ? 4 : KIND == 5 ? 8 : 0;
 constexpr int STEP = 2048;  // bytes of a warp: 16 rows, 128 of each
 
-__device__ __forceinline__ u32 at_shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool there) {
   if (EVEN) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
@@ -48,19 +42,11 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
   }
 }
-__device__ __forceinline__ float bf16(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float upper(u32 v) { return __uint_as_float(v & 0xFFFF0000); }
 __device__ __forceinline__ float fp16(u16 v) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
   return r;
 }
-__device__ __forceinline__ u16 bits(float v) {
-  u16 r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
-}
-__device__ __forceinline__ float rounded(float v) { return bf16(bits(v)); }
 __device__ __forceinline__ u32 times2(u32 a, u32 b) {
   u32 r;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
@@ -71,12 +57,6 @@ __device__ __forceinline__ u32 plus_times2(u32 a, u32 b, u32 c) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-__device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // A word of codes -> pairs of bf16, half a word apart: of e4m3 2^-120 times the values, of e2m1 2^-126, of four bits 2^-133, or, the second
 // and the fourth pair, 2^-129; of bytes with a sign 2^-6 (see zoo/kernels/codes.py).
 __device__ __forceinline__ void widen(u32 w, u32* p) {
@@ -130,7 +110,6 @@ __device__ __forceinline__ float activate(float gate, float up, float limit, flo
   return GATED ? rounded(rounded(y) * up) : rounded(y);
 }
 
-__device__ __forceinline__ float square(float v) { return v * v; }
 __device__ __forceinline__ u32 part(uint4 v, int m) { return m == 0 ? v.x : m == 1 ? v.y : m == 2 ? v.z : v.w; }
 // Two channels from `at` on, times 1 / rms and the weight, rounded as `zoo.kernels.norm.normalise` does.
 __device__ __forceinline__ u32 normed(u32 x, float rms, const void* norm, int at) {
@@ -165,7 +144,7 @@ stream(const u8* __restrict__ w, const u8* __restrict__ s, const int* __restrict
   const int start_unit = MODE == 1 ? (first + team) % of_expert : first + team, start_pair = MODE == 1 ? (first + team) / of_expert : x_slot;
 
   if (MODE == 1) {  // experts are not chosen before
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_previous();
   }
   auto expert_of = [&](int i) { return MODE == 0 ? 0 : (int)__ldcg(chosen + i); };
 
@@ -218,7 +197,7 @@ stream(const u8* __restrict__ w, const u8* __restrict__ s, const int* __restrict
           turn();
         }
       }
-      if (f_left == 0) asm volatile("griddepcontrol.launch_dependents;");
+      if (f_left == 0) launch_dependents();
     }
     asm volatile("cp.async.commit_group;");
     f_slot = f_slot + 1 == DEPTH ? 0 : f_slot + 1;
@@ -228,7 +207,7 @@ stream(const u8* __restrict__ w, const u8* __restrict__ s, const int* __restrict
   if (steps > 0) turn_expert();
 #pragma unroll
   for (int i = 0; i < FIRST; i++) fetch(held[i]);
-  if (steps == 0) asm volatile("griddepcontrol.launch_dependents;");
+  if (steps == 0) launch_dependents();
 
   // What this thread's sum is completed with: of a row (MODE 2: and of one of the experts).
   constexpr int OF_ROW = MODE == 2 ? TOP_K : 1;
@@ -255,7 +234,7 @@ stream(const u8* __restrict__ w, const u8* __restrict__ s, const int* __restrict
       if (GATED) plus_up = bf16(bias[(i64)e * n + l_row + half]);
     }
   }
-  if (MODE != 1) asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (MODE != 1) wait_for_previous();
   float more = 0.f, onto = 0.f;
   if (last && MODE == 2) share = WEIGHT ? __ldcg((const float*)shares + l_pair) : bf16(__ldcg((const u16*)shares + l_pair));
   if (last && shared) more = bf16(shared[l_row]);
