@@ -18,6 +18,9 @@ from zoo.model import Decoder, moe
 pytest.importorskip("numba")
 from zoo.kernels.cpu import dots, scatter, tiles
 
+# One process of the tests compiles: another would wait for it, or compile for itself.
+pytestmark = pytest.mark.xdist_group("compiled for the CPU")
+
 each = pytest.mark.parametrize("of", [
     pytest.param(tiles, id="tiles", marks=pytest.mark.skipif(not tiles.available(), reason="this CPU has no AMX")),
     pytest.param(dots, id="dots", marks=pytest.mark.skipif(not dots.available(), reason="this CPU has no AVX-512 bf16")),

@@ -15,6 +15,9 @@ from zoo.quant import dequantise
 from zoo.quant.base import grid
 from zoo.quant.schemes import scheme as named
 
+# One process of the tests compiles: another would wait for it, or compile for itself.
+pytestmark = pytest.mark.xdist_group("compiled for the CPU")
+
 SCHEMES = (
     "fp8-block", "fp8-channel", "mxfp4", "int4-group32", "int4-group128",
     "awq4-group32", "mlx4-group32", "int8-channel",  # zero points and eight rows to a word, biases, whole bytes

@@ -16,6 +16,9 @@ from zoo.spec import Norm
 pytest.importorskip("numba")
 from zoo.kernels.cpu import norm as cpu
 
+# One process of the tests compiles: another would wait for it, or compile for itself.
+pytestmark = pytest.mark.xdist_group("compiled for the CPU")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 4096), (3, 5, 1000), (70, 2048), (2, 40, 9, 256)]
 

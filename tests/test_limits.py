@@ -144,7 +144,7 @@ def test_a_config_of_modules_that_could_be_matched_for_ever_is_not_exported() ->
 def test_no_more_small_files_are_carried_than_any_release_has(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zoo.formats.base.MAX_CARRIED", 5)
+    monkeypatch.setattr("zoo.formats.base.MAX_SMALL_FILES", 5)
     for i in range(6):
         (source / f"notes-{i}.txt").write_text("x")
     with pytest.raises(ZooError, match="more than 5 small files lie beside the weights"):

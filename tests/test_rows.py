@@ -22,6 +22,9 @@ from zoo.kernels.product import kernel
 pytest.importorskip("numba")
 from zoo.kernels.cpu import rows
 
+# One process of the tests compiles: another would wait for it, or compile for itself.
+pytestmark = pytest.mark.xdist_group("compiled for the CPU")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -25,6 +25,9 @@ from test_cpu_codes import components
 
 from zoo.kernels.cpu import attend, blocks, quantised
 
+# One process of the tests compiles: another would wait for it, or compile for itself.
+pytestmark = pytest.mark.xdist_group("compiled for the CPU")
+
 PROMPT = torch.tensor([[3, 5, 7, 11, 13]])
 RMS = Norm(1e-6)
 

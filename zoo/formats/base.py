@@ -288,7 +288,7 @@ def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: 
         )
 
 
-MAX_CARRIED = 2_000
+MAX_SMALL_FILES = 2_000
 """Of them; a release has some 20."""
 
 
@@ -311,9 +311,9 @@ def carried_files(root: Path) -> tuple[str, ...]:
                 name = p.relative_to(root).as_posix()
                 inside(root, name, str(root))
                 out.append(name)
-                if len(out) > MAX_CARRIED:
+                if len(out) > MAX_SMALL_FILES:
                     raise ZooError(
-                        f"{root}: more than {MAX_CARRIED} small files lie beside the weights ({name} is one), and each would be carried "
+                        f"{root}: more than {MAX_SMALL_FILES} small files lie beside the weights ({name} is one), and each would be carried "
                         "along: give a folder of the model's own"
                     )
     return tuple(out)

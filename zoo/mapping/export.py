@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import families
 from zoo._version import __version__
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
@@ -54,7 +53,7 @@ from zoo.mapping.export_config import config_of, misread, renamed
 from zoo.mapping.folder import Folder
 from zoo.mapping.match import TIED, match
 from zoo.mapping.moves import Copy, Loader, Rearrange, in_kernel
-from zoo.mapping.names_out import aside_of, outputs_of, prefix_of, rules_of
+from zoo.mapping.names_out import aside_of, family_of, outputs_of, prefix_of, rules_of
 from zoo.mapping.plan import DTYPES, Plan
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Fit, respell
@@ -259,7 +258,7 @@ def _checked(
 def _job(c: Canonical, format: str, shard_size: int | None, dtype: str | None = None) -> _Job:
     source = c.source
     cast = _cast_to(c, dtype)
-    family = families.get(source["family"], source.get("package"))
+    family = family_of(c)
     kept = _kept(c)
     headers = _headers(kept)
     naming = format if format in VENDORS else "hf"

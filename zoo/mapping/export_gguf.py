@@ -40,6 +40,7 @@ from zoo.mapping import changes, decode
 from zoo.mapping.execute import Mover, Progress
 from zoo.mapping.folder import clear_held, in_the_way, locked
 from zoo.mapping.moves import Copy, Rearrange, in_kernel
+from zoo.mapping.names_out import family_of
 from zoo.mapping.recipe import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
@@ -134,7 +135,7 @@ def export_gguf(
             f"{type} convert the source with --dtype fp32, which is exact, and export that"
         )
     wanted = own.most_common(1)[0][0] if own else (type or _stored(c)).upper()
-    family = gguf_out.form_of(families.get(c.source["family"], c.source.get("package")))
+    family = gguf_out.form_of(family_of(c))
     tensors = list(_tensors(c, family, wanted))
     spec = dataclasses.replace(c.spec, family=family.name)
     described = gguf_out.describe(family, spec, {t.name: t.shape for t in tensors}, str(c.root))

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import families
 from zoo.errors import ZooError, translated
 from zoo.formats import canonical
 from zoo.formats.base import ITEMSIZE, encoded, files_below
@@ -38,7 +37,7 @@ from zoo.mapping.execute import Progress
 from zoo.mapping.fold import fold
 from zoo.mapping.folder import Folder
 from zoo.mapping.merge import CONFIG, WEIGHTS, placed
-from zoo.mapping.names_out import outputs_of, prefix_of, rules_of
+from zoo.mapping.names_out import family_of, outputs_of, prefix_of, rules_of
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import respell
 from zoo.mapping.save import assembled
@@ -148,7 +147,7 @@ class _Adapter:
 
     def __init__(self, old: Canonical, rank: int, report: Extracted) -> None:
         self.old, self.rank, self.report = old, rank, report
-        family = families.get(old.source["family"], old.source.get("package"))
+        family = family_of(old)
         rules = rules_of(family, "transformers")
         prefix = prefix_of(old, rules, "transformers")
         slots = layout(old.spec)

@@ -184,12 +184,17 @@ class _Matcher:
             self.out.notes.append(f"dequantised to fp32, which is exact: {said}: {why}")
 
     def recipe(
-        self, rule: Rule, n: int, slot: Slot, scheme: Scheme | None, part: Component | None
+        self,
+        rule: Rule,
+        n: int,
+        slot: Slot,
+        scheme: Scheme | None,
+        part: Component | None,
+        own: tuple[int, ...] = (),
     ) -> Recipe | str:
-        """The rule compiled for a slot (or a component of it), or why it does not apply."""
+        """The rule compiled for a slot (or a component of it), or why it does not apply. `own`: the shape of a component that is a
+        `constant`."""
         kind = None if slot.layer is None else self.kind_of[slot.layer]
-        constant = None if part is None else self.constant(rule, slot, part)
-        own = () if constant is None else constant.shape
         key = (slot.key, n, kind, scheme and scheme.name, part and part.name, own)
         if (found := self.recipes.get(key)) is None:
             try:
@@ -297,14 +302,16 @@ class _Matcher:
             self.out.quant[slot.name.removesuffix(".weight")] = scheme.name
         components: dict[str, tuple[str, ...]] = {}
         for part in scheme.components:
+            own: tuple[int, ...] = ()
             if (ref := self.constant(rule, slot, part)) is not None:
+                own = ref.shape
                 try:
                     part.refuse_constant(ref.shape, slot.shape, len(slot.parts))
                 except ZooError as e:  # even where it may be absent
                     self.out.problems.append(f"{ref.name} in {ref.file}: {e}")
                     self.use(slot, rule, n, scheme)
                     return
-            found = self.recipe(rule, n, slot, scheme, part)
+            found = self.recipe(rule, n, slot, scheme, part, own)
             if isinstance(found, str) and part.optional:
                 continue  # if it is there all the same, no rule uses it, which is said
             if isinstance(found, str):

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import canonical, pickle, safetensors
 from zoo.formats.base import inside, read_json
@@ -39,7 +38,7 @@ from zoo.formats.trained import Mapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.fold import fold
-from zoo.mapping.names_out import by_rule, held_aside
+from zoo.mapping.names_out import by_rule, family_of, held_aside
 from zoo.mapping.recipe import Output, transposes
 from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
@@ -294,7 +293,7 @@ class Places:
 def _find(like: Canonical, adapter: Adapter) -> Places:
     """The canonical places of all that the adapter changes, under the names that fit it best. Raises ZooError, listing the
     rest by pattern, if there are none that fit all of it."""
-    family = families.get(like.source["family"], like.source.get("package"))
+    family = family_of(like)
     best: Places | None = None
     fewest: list[str] = []
     for naming in ("transformers", "hf"):

@@ -17,6 +17,11 @@ from zoo.quant.blocks import is_one
 from zoo.quant.schemes import scheme
 
 
+def family_of(c: Canonical) -> Family:
+    """The family whose rules the folder was converted by. Raises ZooError if there is none here of that name, with the package to install."""
+    return families.get(c.source["family"], c.source.get("package"))
+
+
 def rules_of(family: Family, naming: str = "hf") -> RuleSet:
     """The rules of the names that Hugging Face's files have, or, with naming "transformers", its classes in memory."""
     if "hf" not in family.rules:
@@ -46,7 +51,7 @@ def _as_the_source(c: Canonical, rules: RuleSet) -> Prefix:
     said, naming = tuple((a, b) for a, b in c.source["prefix"]), c.source["naming"]
     if naming not in HF_NAMINGS:
         return rules.prefixes[0]
-    theirs = families.get(c.source["family"], c.source.get("package")).rules[naming]
+    theirs = family_of(c).rules[naming]
     if rules is theirs:
         return said
     if len(theirs.prefixes) != len(rules.prefixes):  # one has some of the other's
@@ -77,7 +82,7 @@ def held_aside(c: Canonical) -> dict[str, str]:
     names = c.extra_tensors
     if c.source["naming"] != "hf":  # they are called so already, or have no such names
         return {name: name for name in names} if c.source["naming"] in HF_NAMINGS else {}
-    rules = rules_of(families.get(c.source["family"], c.source.get("package")))
+    rules = rules_of(family_of(c))
     spelt = dict[str, str]()
     for group in rules.beside:
         if all(any(name.startswith(old) for name in names) for old, _ in group):

@@ -33,7 +33,7 @@ from zoo.formats.wrapped import unwrapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.match import TIED, Match, match
-from zoo.mapping.names_out import held_aside
+from zoo.mapping.names_out import family_of, held_aside
 from zoo.mapping.plan import DTYPES
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit, RuleSet, respell, rules
@@ -176,10 +176,6 @@ def of_path(path: Path, like: Canonical) -> State:
     mapped = Mapped(found.root)
     state = _of_files(path, found.tensors, like, lambda name: mapped.tensor(found.tensors[name]))
     return replace(state, notes=(*found.notes, *state.notes))
-
-
-def family_of(like: Canonical) -> Family:
-    return families.get(like.source["family"], like.source.get("package"))
 
 
 def _refuse_another(path: Path, spec: Spec, like: Canonical) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import canonical, dcp
 from zoo.formats.canonical import Canonical
@@ -22,7 +21,7 @@ from zoo.layout import layout
 from zoo.mapping.execute import refuse_overlap
 from zoo.mapping.export import released_names
 from zoo.mapping.match import TIED
-from zoo.mapping.names_out import aside_of, held_aside, outputs_of, prefix_of, rules_of
+from zoo.mapping.names_out import aside_of, family_of, held_aside, outputs_of, prefix_of, rules_of
 from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part
@@ -51,7 +50,7 @@ def state_dict(canon: str | os.PathLike[str] | Canonical, names: str = "hf") -> 
     source = Source(c)
     if names == "canonical":
         return {name: source.tensor(ref) for name, ref in c.tensors.items()}
-    family = families.get(c.source["family"], c.source.get("package"))
+    family = family_of(c)
     rules = rules_of(family, names)
     spell = respell(rules, prefix_of(c, rules, names))
     released: Collection[str] = released_names(c) if names == "hf" else ()
