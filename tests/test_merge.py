@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,6 +20,8 @@ from test_save import held, inspected
 import zoo
 from zoo.cli import cli
 from zoo.errors import ZooError
+from zoo.mapping.merge import OTHERWISE as OTHERWISE_MERGED
+from zoo.mapping.merge import READ
 
 Tensors = dict[str, torch.Tensor]
 BASE = "base_model.model."
@@ -153,6 +156,23 @@ def test_what_is_not_merged_here_is_refused_by_name(tmp_path: Path) -> None:
     assert isinstance(done.exception, ZooError) and "adapter_config.json: missing" in str(done.exception)
 
 
+def test_a_field_that_nobody_here_knows_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    q = "model.layers.0.self_attn.q_proj"
+    a, b = lora(released("llama")[f"{q}.weight"])
+    parts = {f"{q}.lora_A.weight": a, f"{q}.lora_B.weight": b}
+    folder = adapter(
+        tmp_path / "adapter", parts, use_mora=True, later={"x": 1}, unset=None, task_type="CAUSAL_LM"
+    )
+    zoo.merge(verified.canonical("llama"), folder, tmp_path / "new")
+    assert "later, use_mora: not known here" in caplog.text and "unset" not in caplog.text
+
+
+def test_all_fields_of_pefts_config_are_known() -> None:
+    """A field that a newer peft has is one that merging may depend on."""
+    peft = pytest.importorskip("peft")
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= READ | set(OTHERWISE_MERGED)
+
+
 def test_a_tied_table_is_changed_where_the_adapter_holds_it_for_both_ends(tmp_path: Path) -> None:
     """As peft saves one that it trained with `ensure_weight_tying`."""
     table = torch.randn(131, 36)
@@ -182,13 +202,17 @@ CASES = [
     ("gemma3_vision", {"target_modules": "all-linear"}),
     ("mistral3", {"target_modules": "all-linear", "use_dora": True}),
     ("gemma4_unified", {"target_modules": "all-linear"}),
+    # PEFT looks for the name of a parameter, not for that of the module that it is in
+    ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+                 "alpha_pattern": {"mlp.experts": 50, "experts.down_proj": 20}}),
     ("nemotron_h_latent", {"target_modules": ["q_proj"], "target_parameters": ["experts.up_proj", "experts.down_proj"]}),
     ("nemotron_h_dtmin", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
 ]  # fmt: skip
 
 
 OFTEN = ["dora, embedding", "whole, biases"]  # the rest is asked by `make proofs`
-ALSO = ("gemma3_vision", "nemotron_h_latent")  # a tower under names in memory; two parameters of one shape
+# a tower under names in memory; two parameters of one shape; patterns of parameters
+ALSO = ("gemma3_vision", "nemotron_h_latent", "mixtral")
 
 
 @pytest.mark.parametrize(

@@ -116,13 +116,35 @@ def test_the_certificate_of_another_source_does_not_replace_the_folders_own(
     tensors = {k: t * 1.5 for k, t in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     result = run(folder, "--against", other, "--level", "bytes")
-    assert (
-        result.exit_code == 1 and "and this is of another; -o FILE keeps this one elsewhere" in result.output
+    assert result.exit_code == 1 and "nothing was kept: this is a failure against other files" in " ".join(
+        result.output.split()
     )
     assert (folder / "parity.json").read_bytes() == before
     run(folder, "--against", other, "--level", "bytes", "-o", tmp_path / "else.json")
     assert json.loads((tmp_path / "else.json").read_text())["verdict"] == "failed"
     assert (folder / "parity.json").read_bytes() == before
+
+
+def test_the_folders_own_source_takes_the_place_of_any_other(folder: Path, tmp_path: Path) -> None:
+    """Of a copy of the source nothing is kept where there is the source's; the source's replaces whatever is there."""
+    parity, alike = folder / "parity.json", tmp_path / "alike"
+    shutil.copytree(tmp_path / "source", alike)
+    narrow = zoo.export(folder, tmp_path / "narrow", dtype="bf16")
+    cert = zoo.verify(folder, narrow, level="bytes")
+    assert not cert.passed and "nothing was kept: this is a failure against other files" in cert.kept
+    assert not parity.exists()
+    note = f"of these are F32 in the folder, BF16 in {narrow}"
+    assert any(note in text for text in cert.level("bytes").notes)
+    assert zoo.verify(folder, alike, level="bytes").kept == "parity.json written"  # none was there
+    assert zoo.verify(folder, level="bytes").kept == "parity.json written"
+    before = parity.read_bytes()
+    assert "of ../source, whose files are the same; -o FILE" in zoo.verify(folder, alike, level="logits").kept
+    assert "nothing was kept" in zoo.verify(folder, narrow, level="bytes").kept
+    assert "of another source; -o FILE" in zoo.verify(folder, narrow, level="plan").kept
+    assert parity.read_bytes() == before
+    assert zoo.verify(folder, tmp_path / "source", level="logits").kept == "parity.json written"
+    (tmp_path / "source").rename(tmp_path / "moved")
+    assert zoo.verify(folder, tmp_path / "moved", level="logits").kept == "parity.json written"
 
 
 def test_inspect_does_not_call_an_edited_folder_verified(folder: Path) -> None:

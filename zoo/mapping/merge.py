@@ -16,6 +16,7 @@ Its shapes do.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -45,6 +46,9 @@ from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import Source
 from zoo.patterns import endless
+from zoo.printable import warn
+
+log = logging.getLogger("zoo")
 
 StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -57,6 +61,17 @@ OTHERWISE = (
     "megatron_config", "trainable_token_indices",
 )  # fmt: skip
 """Fields of an adapter's config that stand for another formula, or another model, when they are set."""
+READ = frozenset((
+    # of these the tensors, or the names of the modules that they are in, show what was made
+    "r", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "use_dora", "lora_bias", "target_parameters", "ensure_weight_tying",
+    # read here
+    "peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "base_model_name_or_path",
+    # of training, and of other fields that are
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "merge_weights",
+))  # fmt: skip
+"""Fields of an adapter's config of which it is known what they are for: with `OTHERWISE` all of PEFT 0.21."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the weights which the adapter is added to."""
 LONGEST = 500
@@ -170,13 +185,11 @@ class Adapter:
         return float(alpha)
 
     def scale(self, module: str, parameter: str | None, rank: int) -> float:
-        """s of a module, whose patterns are matched as PEFT does: the end of its name."""
+        """s of a module, or of its `parameter`, whose patterns are matched as PEFT does: the end of its name."""
         alpha, patterns = self._alpha(self.config.get("lora_alpha", 8)), self.alphas
         began = time.process_time()
-        for key in (module, *([f"{module}.{parameter}"] if parameter else [])):
-            if (own := next((a for p, a in patterns if p.match(key)), None)) is not None:
-                alpha = own
-                break
+        key = f"{module}.{parameter}" if parameter else module
+        alpha = next((a for p, a in patterns if p.match(key)), alpha)
         self._refuse_endless(began)
         self._matching += time.process_time() - began
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -199,6 +212,13 @@ def read_adapter(root: Path) -> Adapter:
         raise ZooError(
             f"{root / CONFIG}: init_lora_weights is {begun[:40]!r}: it was trained beside weights that this changed first. Save it as "
             "plain LoRA (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)), and merge that"
+        )
+    if unknown := sorted(k for k, v in config.items() if v and k not in READ):
+        warn(
+            log,
+            "%s: %s: not known here, and taken to change nothing of what is merged",
+            root / CONFIG,
+            ", ".join(f"{k:.80}" for k in unknown[:8]),
         )
     out = Adapter(root, config)
     parts: dict[tuple[str, int], Low] = {}

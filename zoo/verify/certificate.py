@@ -261,21 +261,28 @@ class Certificate:
         return path
 
 
-def keep(cert: Certificate, folder: Path) -> None:
+ELSEWHERE = "-o FILE keeps this one elsewhere"
+
+
+def keep(cert: Certificate, folder: Path, own: bool | None = True) -> None:
     """Write the certificate into the folder, where that can be written and holds none that says more, none of a failure
-    that this run did not look at again, and none of the folder's own source where this is of another."""
+    that this run did not look at again, and none of another source, unless this is of the folder's `own`: what it was converted
+    from. None is written of a failure against anything else than that, where it is known: another model's files say nothing of the conversion."""
+    if own is False and cert.failed:
+        cert.kept = f"nothing was kept: this is a failure against other files than the folder was converted from; {ELSEWHERE}"
+        return
     try:
         old = read_json(folder / FILE, "") if (folder / FILE).exists() else {}
     except ZooError:
         old = {}
     try:
-        why, more = _stands(old, cert), False
+        why, more = _stands(old, cert, folder, own), False
         if old and sound(old):
             more = _says_more(old, cert)
     except ODD:  # not as zoo writes it: it says nothing
         why, more = None, False
     if why is not None:
-        cert.kept = f"{FILE} is still that of {old.get('created')}, {why}; -o FILE keeps this one elsewhere"
+        cert.kept = f"{FILE} is still that of {old.get('created')}, {why}"
         return
     if (cert.passed or cert.values_unseen) and not cert.failed and more:
         cert.kept = f"{FILE} is still that of {old.get('created')}, which has more levels"
@@ -287,20 +294,27 @@ def keep(cert: Certificate, folder: Path) -> None:
         cert.kept = f"{FILE} not written: {e.strerror}"
 
 
-def _stands(old: Mapping[str, Any], new: Certificate) -> str | None:
+def _stands(old: Mapping[str, Any], new: Certificate, folder: Path, own: bool | None) -> str | None:
     """Why the certificate that a folder has stays although this one is of other things; None if it need not."""
-    source = old.get("source")
+    was, now = old.get("source") or {}, new.source or {}
     if old.get("schema") != SCHEMA or (old.get("canonical") or {}).get("files") != new.canonical["files"]:
-        return None
-    if source and new.source and source.get("files") != new.source["files"]:
-        if source.get("path") != new.source["path"]:
-            return "of the source it was converted from, and this is of another"
         return None
     levels = old.get("levels") or {}
     failed = [n for n in LEVELS if (levels.get(n) or {}).get("verdict") == "failed"]
     again = {x.name for x in new.levels if x.verdict != "skipped"}
+    elsewhere = bool(was and now) and was.get("path") != now.get("path")
+    another = elsewhere and was.get("files") != now.get("files")
+    if was and not own:
+        if another:
+            return f"of {was.get('path')}, and this is of another source; {ELSEWHERE}"
+        if elsewhere and not failed and (folder / str(was.get("path"))).exists():
+            return f"of {was.get('path')}, whose files are the same; {ELSEWHERE}"
+        if not now and new.failed and not failed:
+            return f"of {was.get('path')}, and this is of no files; {ELSEWHERE}"
+    if another or (was and now and was.get("files") != now.get("files")):
+        return None
     if failed and not new.failed and not again.issuperset(failed) and old.get("dtype") == new.dtype:
-        return f"which failed at {', '.join(failed)}, and this run did not compare that"
+        return f"which failed at {', '.join(failed)}, and this run did not compare that; {ELSEWHERE}"
     return None
 
 

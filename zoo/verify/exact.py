@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -334,6 +334,7 @@ class Bytes:
             "differing": dict(list(bad.items())[:20]),
         }
         level.notes += [f"{n}: {c:,} elements differ" for n, c in list(bad.items())[:8]]
+        level.notes += _rounded(folder, plan, bad)
         level.seconds = self.seconds
         return level
 
@@ -368,6 +369,27 @@ class Bytes:
             "carried files that differ", len(changed), files, f"{len(plan.carried)} files carried verbatim"
         )
         level.notes += moved[:5] + changed[:5]
+
+
+def _rounded(folder: Canonical, plan: Plan, bad: Iterable[str]) -> Iterator[str]:
+    """What to do where tensors differ whose dtype in the source is another: one side may be the other, rounded."""
+    pairs: dict[tuple[str, str], int] = {}
+    for name in bad:
+        mine = folder.tensors[name].dtype
+        theirs = {plan.checkpoint.tensors[s].dtype for s in plan.outputs[name].sources}
+        for dtype in theirs.intersection(FLOATS) - {mine}:
+            pairs[mine, dtype] = pairs.get((mine, dtype), 0) + 1
+    for (mine, dtype), n in pairs.items():
+        narrower, there = ITEMSIZE[dtype] <= ITEMSIZE[mine], plan.checkpoint.root
+        what = (
+            f"compare with files in {mine} (`zoo export` without --dtype), or convert {there} to a folder of its own and verify that"
+            if narrower
+            else f"convert {there} again, with its own dtype or with --dtype, which is rounded in the same way"
+        )
+        yield (
+            f"{n} of these are {mine} in the folder, {dtype} in {there}: what was rounded to {dtype if narrower else mine} has "
+            f"other values; {what}"
+        )
 
 
 def _prefix(layer: int | None) -> str:

@@ -235,7 +235,7 @@ def verify(
             what = f"{level} can't" if judged else "nothing can"
             raise ZooError(f"{folder.root}: {what} be compared: {'; '.join(cert.not_checked)}")
         if write and (sharing is None or sharing.first):
-            certificate.keep(cert, folder.root)
+            certificate.keep(cert, folder.root, against is None or _is_own(folder, other))
         if ranks is not None:
             if sharing is None:
                 ranks.said(None)
@@ -250,6 +250,12 @@ def verify(
 def wanted_by(level: str | None) -> tuple[str, ...]:
     """The levels up to one, all by default."""
     return LEVELS[: LEVELS.index(level or LEVELS[-1]) + 1]
+
+
+def _is_own(folder: canonical.Canonical, other: Against) -> bool | None:
+    """Whether it is compared with what it was converted from, by whatever way that was named; None where that is not known."""
+    source = opened.recorded_source(folder)
+    return None if source is None or other.path is None else source.samefile(other.path)
 
 
 def _recorded(against: StrPath | Oracle | None) -> bool:
