@@ -45,7 +45,7 @@ from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import Source
-from zoo.patterns import endless
+from zoo.patterns import LONGEST_NAME, endless
 
 StrPath = str | os.PathLike[str]
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -175,6 +175,10 @@ class Adapter:
         alpha, patterns = self._alpha(self.config.get("lora_alpha", 8)), self.alphas
         began = time.process_time()
         for key in (module, *([f"{module}.{parameter}"] if parameter else [])):
+            if patterns and len(key) > LONGEST_NAME:
+                raise ZooError(
+                    f"{self.root / CONFIG}: {key:.100}... has {len(key)} characters (limit {LONGEST_NAME}), and is not matched with alpha_pattern"
+                )
             if (own := next((a for p, a in patterns if p.match(key)), None)) is not None:
                 alpha = own
                 break
