@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import struct
 import time
@@ -23,6 +24,7 @@ from zoo.formats.base import TensorRef
 from zoo.formats.safetensors import parse_header
 from zoo.mapping import export_config
 from zoo.mapping.fold import fold
+from zoo.mapping.merge import Adapter
 from zoo.quant.foreign import codes_of
 
 
@@ -192,6 +194,12 @@ def test_a_header_of_more_tensors_than_any_release_has_is_refused(
         zoo.plan(source)
 
 
+def test_names_of_all_tensors_count_together(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.formats.opening.MAX_NAMES", 100)
+    with pytest.raises(ZooError, match=r"the names of its tensors have \d+ characters \(limit 100\)"):
+        zoo.plan(source)
+
+
 def test_headers_of_many_files_count_together(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.formats.safetensors.MAX_HEADERS", 100)
     with pytest.raises(ZooError, match=r"bytes of headers \(limit 100\)"):
@@ -210,6 +218,10 @@ def test_names_with_stars_and_any_number_of_digits_are_listed() -> None:
     [
         (r".*mlp\.(gate|up|gate_up|down)_proj.*", False), (r".*mlp\.(?:gate|up)_proj$", False), (r"^(?!.*lm_head).*", False),
         (r"(?<!x)q_proj", False), (r"(?:a|a)*b", True), (r"(a+)+b", True), (r"(?P<x>a+)(?P=x)", True), (r".*a.*b.*c.*d", True), ("a" * 501, True),
+        # what is escaped is repeated like any other letter, and no group
+        (r"\(*\(*\(*.*.*.*x", True), (r"\\*\\*\\*\\*x", True), (r"\(?\(?\(?.*.*x", True), (r"\(.*\(.*\(.*\(x", False), (r"a{b*c*d*e*}", True),
+        (r"a{1,2}?b{,3}c{3}", False), (r"(a)\1", True), (r"\\1", False), ("a\\", True), (r"(?=a)*b", True),
+        (r"layers\.(" + "|".join(map(str, range(64))) + r")\..*_proj", False), (3 * ("(?:" + "|" * 60 + ")") + ".*x", True), (3 * "(?:a|)" + ".*.*.*x", False),
     ],
 )  # fmt: skip
 def test_patterns_that_could_be_matched_for_ever_are_told_from_those_of_releases(
@@ -218,3 +230,23 @@ def test_patterns_that_could_be_matched_for_ever_are_told_from_those_of_releases
     from zoo.patterns import endless
 
     assert endless(pattern) == refused
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*.*.*\Zb", r"[^q]*[^q]*[^q]*q", 3 * "(?:a|.)" + ".*.*.*q", 2 * ("(?:" + "|" * 20 + ")") + ".*.*q"],
+)
+def test_the_worst_patterns_that_are_matched_take_no_second_of_a_name(pattern: str) -> None:
+    from zoo.patterns import LONGEST_NAME, endless
+
+    assert not endless(pattern)
+    start = time.process_time()
+    for name in ("." * LONGEST_NAME, "a." * (LONGEST_NAME // 2)):
+        assert re.compile(rf"(.*\.)?({pattern})$").match(name) is None
+    assert time.process_time() - start < 2  # of both; behind every dot
+
+
+def test_a_name_longer_than_any_modules_is_not_matched_with_patterns(tmp_path: Path) -> None:
+    adapter = Adapter(tmp_path, {"alpha_pattern": {".*q": 1}})
+    with pytest.raises(ZooError, match=r"has 130 characters \(limit 128\)"):
+        adapter.scale("a." * 65, None, 2)

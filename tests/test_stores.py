@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import socket
 import sys
 import threading
 import time
@@ -444,6 +445,37 @@ def test_an_answer_of_s3_that_does_not_end_is_read_no_further_than_a_block(
     with pytest.raises(ZooError, match="is longer than 8,388,608 bytes"):
         store.files() if what == "list" else store.read("x", 0, 8)
     assert false_s3.sent < 20 * (8 << 20)  # the client tries again
+
+
+ELSEWHERE = (
+    b"HTTP/1.1 %s\r\nLocation: http://%s/bucket/x\r\nx-amz-bucket-region: %s\r\nContent-Type: application/xml\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%s"
+)
+MOVED = b"<Error><Code>PermanentRedirect</Code><Endpoint>%s</Endpoint><Bucket>bucket</Bucket><Message>moved</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("status", "region"), [(b"301 Moved Permanently", b"eu-west-1"), (b"307 Temporary Redirect", b"x@%s/?")]
+)
+@pytest.mark.parametrize("what", ["list", "read"])
+def test_s3_leads_the_keys_of_a_user_to_no_other_host(
+    false_s3: stores.False_S3, status: bytes, region: bytes, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["s3fs"].S3FileSystem, "retries", 1)
+    other = socket.create_server(("127.0.0.1", 0))
+    other.setblocking(False)
+    at = b"127.0.0.1:%d" % other.getsockname()[1]
+    body = MOVED % at
+    false_s3.start = ELSEWHERE % (status, at, region.replace(b"%s", at), len(body), body)
+    store = Store("s3://bucket/model")
+    with other:
+        try:  # a list that only says where else to look is one of nothing, to s3fs
+            assert what == "list" or store.read("x", 0, 8) is None
+            assert what == "read" or not store.files()
+        except ZooError as e:
+            assert "secret" not in str(e)
+        with pytest.raises(BlockingIOError):  # nobody came
+            other.accept()
 
 
 SLOW = {

@@ -1,4 +1,5 @@
-"""S3's client with a limit to each answer: s3fs has whatever comes in memory, of a listing, of an error, of bytes by their range.
+"""S3's client with a limit to each answer, and without redirects: s3fs has whatever comes in memory, of a listing, of an error, of
+bytes by their range; and aiohttp goes wherever an answer says, with the user's session token (`X-Amz-Security-Token`).
 
 The client lets itself be given the class of its sessions (botocore's `config_kwargs`); what reads a body is aiohttp's.
 """
@@ -9,6 +10,7 @@ from typing import Any
 
 import aiohttp
 from aiobotocore.httpsession import AIOHTTPSession
+from multidict import CIMultiDict
 
 PIECE = 1 << 16
 
@@ -46,6 +48,13 @@ def session(most: int) -> type[AIOHTTPSession]:
             await super().start(connection)
             self.content: Any = _Body(self.content, most)
             return self
+
+        @property
+        def headers(self) -> Any:
+            """Without an address to go to: aiohttp then stays. A bucket of another region is botocore's to find, which signs anew."""
+            return CIMultiDict(
+                (k, v) for k, v in self._headers.items() if k.lower() not in ("location", "uri")
+            )
 
     class Session(AIOHTTPSession):  # type: ignore[misc]
         async def _get_session(self, proxy_url: str | None) -> Any:

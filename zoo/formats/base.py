@@ -132,6 +132,8 @@ def refuse_pointer(start: bytes, who: str, text: bool = False) -> None:
 
 MAX_NAME = 512
 """Characters of a tensor's name; released ones have some 100."""
+MAX_NAMES = 32 << 20
+"""Of all names of a checkpoint, which are gone over many times; the largest releases have some 10 million."""
 MAX_TENSORS = 1 << 18
 """Of a checkpoint, and so of each of its files; the largest releases have some 210,000."""
 MAX_JSON = 256 << 20

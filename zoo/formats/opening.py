@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 from zoo.formats import sets, wrapped
-from zoo.formats.base import LFS, WEIGHT_SUFFIXES, Checkpoint, read_json
+from zoo.formats.base import LFS, MAX_NAMES, WEIGHT_SUFFIXES, Checkpoint, read_json
 from zoo.plain import first_text
 
 READERS: dict[str, str] = {
@@ -57,7 +57,12 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         reader = importlib.import_module(READERS[name])
         if format or (reader.detect(p) and not (whole and name in ("mistral", "meta"))):
             open_: Callable[[Path], Checkpoint] = reader.open
-            ckpt = wrapped.look_through(open_(p))
+            opened = open_(p)
+            if (n := sum(map(len, opened.tensors))) > MAX_NAMES:
+                raise ZooError(
+                    f"{p}: the names of its tensors have {n} characters (limit {MAX_NAMES}): no release's have as many"
+                )
+            ckpt = wrapped.look_through(opened)
             if empty := [n for n, t in ckpt.tensors.items() if t.size == 0 and n.endswith("weight")]:
                 raise ZooError(
                     f"{p}: {empty[0]!r} is empty ({len(empty)} weights of {len(ckpt.tensors)} tensors are): saved from DeepSpeed "

@@ -62,7 +62,7 @@ class Files:
             pages = mmap.mmap(
                 fd, skip + n, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=at - skip
             )
-        except OSError:
+        except (OSError, ValueError):  # the second: cut short since its size was asked for
             return None
         whole = np.frombuffer(pages, np.uint8)
         return whole[skip:] if libc.populate(whole.ctypes.data, whole.size) else None

@@ -16,7 +16,7 @@ from zoo.errors import ZooError
 from zoo.formats.base import HF_NAMINGS, encoded, place_of, read_json
 from zoo.formats.canonical import Canonical
 from zoo.mapping.recipe import Output
-from zoo.patterns import endless
+from zoo.patterns import LONGEST, LONGEST_NAME, endless
 
 LISTS = (
     "modules_to_not_convert", "modules_to_convert", "ignore", "exclude_modules", "llm_int8_skip_modules", "ignored_layers", "targets",
@@ -136,7 +136,7 @@ def _entry(entry: Any, modules: Modules) -> list[Any]:
 def _fits(entry: str, module: str) -> bool:
     """Whether an entry means this module, itself or as a part of what it names."""
     if entry.startswith("re:"):
-        if endless(entry[3:]):
+        if endless(entry[3:]) or len(module) > LONGEST_NAME:
             raise ZooError(
                 f"quantization_config of config.json has {entry!r:.80}, which could be matched without end: refused"
             )
@@ -144,6 +144,6 @@ def _fits(entry: str, module: str) -> bool:
             return re.match(entry[3:], module) is not None
         except (re.error, OverflowError, RecursionError):
             return False
-    if "*" in entry:
+    if "*" in entry and len(entry) <= LONGEST:
         return fnmatch.fnmatchcase(module, entry)
     return f".{entry}." in f".{module}."

@@ -45,7 +45,7 @@ from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import Source
-from zoo.patterns import endless
+from zoo.patterns import LONGEST_NAME, endless
 from zoo.printable import warn
 
 log = logging.getLogger("zoo")
@@ -189,6 +189,10 @@ class Adapter:
         alpha, patterns = self._alpha(self.config.get("lora_alpha", 8)), self.alphas
         began = time.process_time()
         key = f"{module}.{parameter}" if parameter else module
+        if patterns and len(key) > LONGEST_NAME:
+            raise ZooError(
+                f"{self.root / CONFIG}: {key:.100}... has {len(key)} characters (limit {LONGEST_NAME}), and is not matched with alpha_pattern"
+            )
         alpha = next((a for p, a in patterns if p.match(key)), alpha)
         self._refuse_endless(began)
         self._matching += time.process_time() - began
