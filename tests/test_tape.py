@@ -15,9 +15,9 @@ import zoo
 from zoo.kernels import gated, norm
 from zoo.kernels.attention import attention_reference
 from zoo.kernels.rope import place_reference
-from zoo.model import attention, tape
+from zoo.model import attention, moe, tape
 from zoo.model.decoder import Decoder
-from zoo.spec import MLP, Layer, Norm, QKNorm, Rope, Spec
+from zoo.spec import MLP, Layer, MoE, Norm, QKNorm, Rope, Router, Spec
 from zoo.spec import Attention as AttentionSpec
 
 pytest.importorskip("numba")
@@ -215,3 +215,65 @@ def test_what_torch_computes_between_is_not_left_out(
     model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     text, made = steps(model, monkeypatch)
     assert not made and len(calls) == 20 and torch.equal(text, want)
+
+
+def of_experts(scheme: str, router: Router) -> Decoder:
+    """The same with a mixture of experts in place of the MLP."""
+    torch.manual_seed(0)
+    moe = MoE(8, MLP(128), router)
+    layer = Layer(
+        AttentionSpec(4, 2, 64, scale=0.125, rope=Rope(10_000.0, 64)), moe, attn_norm=RMS, ffn_norm=RMS
+    )
+    model = Decoder(Spec("llama", 128, 61, (layer, layer), RMS, tied=False, context_length=64))
+    for name, m in list(model.matrices()):
+        if name != "head" and "router" not in name:
+            *lead, _, k = m.weight.shape
+            m.quantise(scheme, components(scheme, m.parts, k, *lead))
+    for name, p in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        dtype = torch.float32 if leaf == "selection_bias" else torch.bfloat16
+        t = (torch.randn(p.shape) + ("norm" in name)).to(dtype)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(t, requires_grad=False))
+    return model
+
+
+ROUTERS = (
+    Router(2, "softmax", normalize=True),
+    Router(3, "softmax", over="chosen", bias=True, rounding="last"),
+    Router(
+        2,
+        "sigmoid",
+        selection_bias=True,
+        normalize=True,
+        normalize_eps=1e-20,
+        scale=2.5,
+        weights_rounding="last",
+    ),
+)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_token_s_experts_are_those_of_torch_and_calls_that_are_made_again(
+    router: Router, of_any_size: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "SOME", 0)
+    model = of_experts("int4-group32", router)
+    text, (step,) = steps(model, monkeypatch)
+    assert step.tape is not None and len(step.tape.calls) == 2 * 11
+    cache, plainly = model.cache(1, 32), model.cache(1, 32)
+    model(PROMPT, cache), model(PROMPT, plainly)
+    again = tape.Step(model, cache)
+    for token in text[0, 5:]:
+        assert torch.equal(again(token[None]), model(token[None, None], plainly)[:, -1])
+    layer = model.layers[0].moe
+    for _ in range(20):
+        x = torch.randn(1, 128).bfloat16()
+        with torch.inference_mode(), monkeypatch.context() as patch:
+            chosen, weights = layer.router(x)
+            found = layer(x, x)
+            patch.setattr(moe.Router, "_of_token", lambda *_: None)
+            patch.setattr(moe, "_of_token", lambda *_: None)
+            by_torch, order = layer.router(x)[0].sort()
+            torch.testing.assert_close(weights, layer.router(x)[1].gather(1, order), rtol=2**-7, atol=0)
+            assert torch.equal(chosen, by_torch)
+            torch.testing.assert_close(found, layer(x, x), rtol=2**-6, atol=2**-6 * float(found.abs().max()))

@@ -22,6 +22,7 @@ if triton is not None:
 
     from zoo.kernels.launch import after_previous
 
+FEW = 16  # rows, up to which a CPU's kernel is asked: a token's experts
 SOME = 1024  # numbers, from which a CPU's kernel is worth asking for (the first time that takes a second)
 CODES: dict[Activation, int] = {
     "silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu_clamped": 4, "relu": 5, "quick_gelu": 6,
@@ -87,9 +88,9 @@ def gated(h: Tensor, spec: MLP) -> Tensor:
 
 
 def _alone(h: Tensor, spec: MLP) -> bool:
-    """Whether h is a token on a CPU, large enough to ask for a kernel."""
-    one = h.device.type == "cpu" and SOME <= h.numel() == h.shape[-1] and not is_recorded(h)
-    return one and spec.gated and spec.limit is None
+    """Whether h is a token on a CPU, or what its experts make of it, large enough to ask for a kernel."""
+    few = h.device.type == "cpu" and SOME <= h.numel() <= FEW * h.shape[-1] and not is_recorded(h)
+    return few and spec.gated and spec.limit is None
 
 
 def _compiled(h: Tensor, spec: MLP) -> Tensor:

@@ -6,6 +6,7 @@ at a time, to the dtype of its input. The logits are those of a model expanded b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -210,6 +211,12 @@ class Stacked(Weights):
         times = kernel(x, self.weight, most)
         return times and partial(times, weight=self.weight)
 
+    def of_token(self, x: Tensor, experts: Tensor) -> Tensor | None:
+        """x [1, in], or [G, in], a row to each of `experts` [G] (int64): [G, out]. None where no kernel of a CPU for codes serves them."""
+        if self.scheme is None or self.in_blocks or (times := self.coded(x, 1)) is None:
+            return None
+        return times(x, bias=self.offset(x.dtype), experts=experts, counts=_ones(len(experts)))
+
     def forward(self, x: Tensor, experts: Tensor, counts: Tensor, tokens: Tensor | None = None) -> Tensor:
         """x [M, in], `counts[0]` rows by the map of `experts[0]`, and so on (int64 [G]): [M, out]. The rows x[tokens]
         (int64) in place of x, where given. One expert, if not `fits`."""
@@ -219,6 +226,13 @@ class Stacked(Weights):
         (expert,) = experts.tolist()
         x = x if tokens is None else x.index_select(0, tokens)
         return product(x, self.dense(x.dtype, expert), self.offset(x.dtype, expert))
+
+
+@functools.lru_cache(64)
+def _ones(n: int) -> Tensor:
+    ones = torch.empty(n, dtype=torch.int64)
+    ones.numpy().fill(1)  # nothing that torch computes, which a `Tape` would not keep
+    return ones
 
 
 class Table(Weights):

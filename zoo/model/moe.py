@@ -28,6 +28,7 @@ from zoo.spec import Rounding
 from zoo.spec import Router as RouterSpec
 
 TOGETHER = 768  # rows of several experts' tokens
+SOME = 1 << 14  # numbers of a router's weight, from which kernels of a CPU are asked for a token's experts
 
 
 class Router(Weights):
@@ -57,6 +58,8 @@ class Router(Weights):
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, d], of tokens `ids` [N] -> the chosen experts [N, top_k] (int64 or int32) and their weights [N, top_k]."""
         dtype = self.weights_dtype(x)
+        if (found := self._of_token(x, dtype)) is not None:
+            return found
         first = dtype if self.expert_scale is None else _rounded("last", x)
         given = None
         if self.table is not None:
@@ -64,6 +67,17 @@ class Router(Weights):
             given = self.table[ids].long()
         chosen, weights = route(self.logits(x), self.selection_bias, self.spec, first, given)
         return chosen, self.scaled(weights, chosen).to(dtype)
+
+    def _of_token(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """`forward` of one token by kernels of a CPU; None where they do not serve it."""
+        if x.device.type != "cpu" or len(x) != 1 or self.weight.numel() < SOME or is_recorded(x):
+            return None
+        if self.scheme is not None or self.table is not None or (cpu := kernels("mixture")) is None:
+            return None
+        x = self.read(x)
+        if not cpu.fits(x, self.weight, self.bias, self.selection_bias, self.spec):
+            return None
+        return cpu.choose(x, self.weight, self.bias, self.selection_bias, self.spec, dtype)
 
     def scaled(self, weights: Tensor, chosen: Tensor) -> Tensor:
         """Weights of the chosen experts, times the scales that these have."""
@@ -89,7 +103,9 @@ class Router(Weights):
 
 
 def _rounded(rounding: Rounding, x: Tensor) -> torch.dtype:
-    return x.dtype if rounding == "first" else torch.promote_types(x.dtype, torch.float32)
+    if rounding == "first" or x.dtype == torch.float64:
+        return x.dtype
+    return torch.float32  # by torch.promote_types it would be a call of torch's, which a tape does not keep
 
 
 def experts(
@@ -108,6 +124,8 @@ def experts(
     triton = has_triton(x) and not spec.expert.sparsity
     if triton and (a := up.packed()) and (b := down.packed()) and fused.fits(x, a, b):
         return fused.experts(x, chosen, weights, a, b, spec.expert, spec.weight_input, shared, residual)
+    if (y := _of_token(x, chosen, weights, up, down, spec, shared, residual)) is not None:
+        return y
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)  # the N k pairs (token, expert), sorted by expert
@@ -140,6 +158,34 @@ def experts(
     y = out.to(x.dtype)
     y = y if shared is None else shared + y
     return y if residual is None else residual + y
+
+
+def _of_token(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Stacked,
+    down: Stacked,
+    spec: MoESpec,
+    *onto: Tensor | None,
+) -> Tensor | None:
+    """`experts` of one token, whose codes kernels of a CPU multiply; None where they do not. Nothing here waits for what was chosen, so
+    that calls can be made again for the next token."""
+    if (
+        x.device.type != "cpu"
+        or len(x) != 1
+        or spec.weight_input
+        or chosen.dtype != torch.int64
+        or is_recorded(x)
+    ):
+        return None
+    if any(y is not None and y.dtype != x.dtype for y in onto) or not chosen.is_contiguous():
+        return None
+    if (cpu := kernels("mixture")) is None or bool((chosen.numpy() < 0).any()):
+        return None
+    h = up.of_token(x, chosen[0])
+    y = None if h is None else down.of_token(activate(h, spec.expert), chosen[0])
+    return None if y is None else cpu.summed(y, weights, *onto)
 
 
 def _parts(sizes: list[int], fits: Callable[[int], bool]) -> Iterator[tuple[slice, int]]:

@@ -124,21 +124,23 @@ def times(
 ) -> Tensor:
     """x [M, K] times the weight [N, K] of these codes, transposed, plus bias [N]: [M, N] in `dtype` (None: that of x), added to `onto`. Or, of a stack [E,
     N, K] with bias [E, N]: the first `counts[0]` rows of x times the weight of `experts[0]`, and so on (int64 [G]); the rows x[tokens]
-    (int64) in place of x, where given."""
+    (int64) in place of x, where given; a lone row of x times the weight of each of several experts."""
     x, dtype = (x if tokens is None else x[tokens]).contiguous(), dtype or x.dtype
     m = len(x)
     which, sizes = grouped(experts, counts, m)
+    shared = m == 1 and len(which) > 1  # one row of x for all
+    rows = len(which) if shared else m
     paired = _pairs(x, w)
     r = ready(w, paired)
     ordered = scratch("ordered x", (m, w.k), np.uint16 if paired else np.float32)
     sums = scratch("sums of x", (m, w.k // w.group if r.kind.moved else 1), np.float32)
     # What is left to do with results, each thread does with its own.
-    ends = experts is None and all(y is None or y.dtype == dtype for y in (bias, onto))
+    ends = all(y is None or y.dtype == dtype for y in (bias, onto))
     more = [None if y is None or not ends else y.contiguous() for y in (bias, onto)]
-    out = torch.empty(m, w.n, dtype=dtype if ends else torch.float32)
-    found = scratch("unrounded", (m, w.n), np.float32) if ends else out.data_ptr()
+    out = torch.empty(rows, w.n, dtype=dtype if ends else torch.float32)
+    found = scratch("unrounded", (rows, w.n), np.float32) if ends else out.data_ptr()
     together(
-        _times(r.kind), *r.told, sums, ordered, ordered[0].nbytes, found, which, sizes, len(which),
+        _times(r.kind), *r.told, sums, 0 if shared else sums[0].nbytes, ordered, 0 if shared else ordered[0].nbytes, found, which, sizes, len(which),
         x.data_ptr(), m, w.k, w.group if r.kind.moved else 0, *widen.order(w.form, paired),
         _ended(dtype) if ends else 0, *map(address, more), address(out), first=_ordered(x.dtype, paired),
     )  # fmt: skip
@@ -319,9 +321,9 @@ def _times(kind: Kind) -> int:
 
     def times(told, thread, threads):
         (
-            codes, scale, begins, moved, factor, table, n, at_once, stride, chunks, group, groups, move, scales, moves, factors, sums, x, x_row,
-            out, experts_at, counts_at, many, _, _, _, _, _, _, _, end_of, _, _, _,
-        ) = given(told, 34)  # fmt: skip
+            codes, scale, begins, moved, factor, table, n, at_once, stride, chunks, group, groups, move, scales, moves, factors, sums, sums_row,
+            x, x_row, out, experts_at, counts_at, many, _, _, _, _, _, _, _, end_of, _, _, _,
+        ) = given(told, 35)  # fmt: skip
         experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
         step = -(-n // (BLOCK * threads)) * BLOCK
         first, last, start = thread * step, min(n, (thread + 1) * step), 0
@@ -333,7 +335,7 @@ def _times(kind: Kind) -> int:
             for i in range(first, end, at_once):
                 for row in range(start, start + counts[g]):
                     _block(
-                        mark, of_codes, stride, i, apart, last - 1, x + row * x_row, sums + row * groups * 4, of_scales, begins, moved + e * moves,
+                        mark, of_codes, stride, i, apart, last - 1, x + row * x_row, sums + row * sums_row, of_scales, begins, moved + e * moves,
                         factor + e * factors, chunks, group, groups, move, table, out + row * n * 4,
                     )  # fmt: skip
             start += counts[g]
@@ -361,9 +363,9 @@ def _ordered(dtype: torch.dtype, paired: bool) -> int:
 
     def ordered(told, thread, threads):
         (
-            _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, sums_at, ordered_at, _, _, _, _, _, x_at, m, k, group, outer, inner, some,
+            _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, sums_at, _, ordered_at, _, _, _, _, _, x_at, m, k, group, outer, inner, some,
             _, _, _, _,
-        ) = given(told, 34)  # fmt: skip
+        ) = given(told, 35)  # fmt: skip
         x, y = numbers(x_at, 0, m * k, code), numbers(ordered_at, 0, m * k, to)
         for first in range(0, m * k, outer * inner * some):
             for i in range(outer):
@@ -383,19 +385,24 @@ def _ordered(dtype: torch.dtype, paired: bool) -> int:
 
 @functools.cache
 def _ended(dtype: torch.dtype) -> int:
-    """Results first .. last of every row: plus the bias, rounded, and added to what there is."""
+    """Results first .. last of every row: plus the bias (of its expert), rounded, and added to what there is."""
     code = CODE[dtype]
 
     def ended(told, first, last):
         (
-            _, _, _, _, _, _, n, _, _, _, _, _, _, _, _, _, _, _, _, found_at, _, _, _, _, m, _, _, _, _, _, _, bias_at, onto_at, out_at,
-        ) = given(told, 34)  # fmt: skip
-        bias = numbers(bias_at, 0, n, code)
-        for row in range(m):
-            found, onto = numbers(found_at, row * n, n, np.float32(0)), numbers(onto_at, row * n, n, code)
-            out = numbers(out_at, row * n, n, code)
-            for i in range(first, last):
-                y = narrow(found[i] + wide(bias[i]) if bias_at else found[i], code)
-                out[i] = narrow(wide(onto[i]) + wide(y), code) if onto_at else y
+            _, _, _, _, _, _, n, _, _, _, _, _, _, _, _, _, _, _, _, _, found_at, experts_at, counts_at, many, _, _, _, _, _, _, _, _, bias_at,
+            onto_at, out_at,
+        ) = given(told, 35)  # fmt: skip
+        experts, counts = numbers(experts_at, 0, many, np.int64(0)), numbers(counts_at, 0, many, np.int64(0))
+        start = 0
+        for g in range(many):
+            bias = numbers(bias_at, experts[g] * n, n, code)
+            for row in range(start, start + counts[g]):
+                found, onto = numbers(found_at, row * n, n, np.float32(0)), numbers(onto_at, row * n, n, code)
+                out = numbers(out_at, row * n, n, code)
+                for i in range(first, last):
+                    y = narrow(found[i] + wide(bias[i]) if bias_at else found[i], code)
+                    out[i] = narrow(wide(onto[i]) + wide(y), code) if onto_at else y
+            start += counts[g]
 
     return share(ended)
