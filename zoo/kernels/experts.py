@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels import codes
+from zoo.kernels import codes, grouped
 from zoo.kernels.few import few_tokens
 from zoo.kernels.gated import code, gated_reference
 from zoo.kernels.launch import Kernel, ceil_div, has_triton, hopper, power_of_2, triton
@@ -187,6 +187,8 @@ def _many(
     shared: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    if not weight_input and grouped.serves(x, up, down, spec) and grouped.pays(chosen, up, down):
+        return _many_grouped(x, chosen, weights, up, down, spec, shared, residual)
     if not weight_input and _as_codes(x, up) and _as_codes(x, down):
         return _many_codes(x, chosen, weights, up, down, spec, shared, residual)
     (n, k), f, n_experts = chosen.shape, down.k, up.codes.shape[0]
@@ -215,6 +217,25 @@ def _many(
         BLOCK_K=block_k, num_warps=warps, num_stages=stages, **common,
     )  # fmt: skip
     _sum(y, weights, shared, residual, out, k, weighted=not weight_input)
+    return out
+
+
+def _many_grouped(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Weight,
+    down: Weight,
+    spec: MLP,
+    shared: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`_many` by `zoo.kernels.grouped`."""
+    out, top_k = torch.empty_like(x), chosen.shape[1]
+    order, tiles = sort_by_expert(chosen, up.codes.shape[0], grouped.MOST)
+    h = grouped.up_rows(x, order, tiles, up, down, spec, top_k)
+    y = grouped.down_rows(h, order, tiles, down)
+    _sum(y, weights, shared, residual, out, top_k, weighted=True)
     return out
 
 

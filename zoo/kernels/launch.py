@@ -99,6 +99,11 @@ def hopper(x: torch.Tensor) -> bool:
     return x.is_cuda and _capability(x.device.index or 0) >= 9
 
 
+def only_hopper(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU of Hopper's kind: what later ones do not have, `wgmma`."""
+    return x.is_cuda and _capability(x.device.index or 0) == 9
+
+
 @functools.cache
 def _capability(device: int) -> int:
     return torch.cuda.get_device_capability(device)[0]

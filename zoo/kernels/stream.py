@@ -41,7 +41,7 @@ GROUP = 128
 """Columns that share a scale, of integers and of fp8 with blocks."""
 MATRIX, UP, DOWN = range(3)  # what is multiplied: a lone matrix, or these of a token's experts
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-_SOURCE = cuda.Source("stream", (*[_POINTER] * 11, *[_INT] * 3, *[_FLOAT] * 3))
+_SOURCE = cuda.Source("stream", (*[_POINTER] * 11, *[_INT] * 3, *[_FLOAT] * 3), ("codes",))
 _SCALES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 
 Before = tuple[Tensor | None, Norm]

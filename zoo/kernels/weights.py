@@ -56,6 +56,7 @@ class Weight:
     bias: Tensor | None = None
     words: bool = False  # whether rows of codes are whole words of 32 bits, 16 bytes at a time, none of a NaN
     order: Tensor | None = None
+    steady: bool = True  # whether no scale of an expert's blocks is 2^64 times another (or is 0, negative or no number)
     # What is made of it once: descriptions of its tiles for the copy engine, by their shape and by where the codes lie.
     tiles: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
@@ -192,7 +193,8 @@ def _fp8(scheme: str, c: dict[str, Tensor], parts: tuple[int, ...], bias: Tensor
     kind, columns, scale = FP8 if 0 < columns < k else FP8_ROWS, columns or k, scale.float()
     words = k % 32 == 0 and aligned(codes) and not has_nan(codes)
     if rows == SCALE_ROWS and not any(part % rows for part in parts[:-1]):
-        return Weight(codes, n, k, kind, scale, None, columns, bias, words)
+        steady = kind == FP8_ROWS or codes.dim() < 3 or _steady(scale)
+        return Weight(codes, n, k, kind, scale, None, columns, bias, words, steady=steady)
     index, first = [], 0
     for part in parts:
         index.append(first + torch.arange(part) // (rows or part))
@@ -233,6 +235,11 @@ def has_nan(codes: Tensor) -> bool:
     flat = codes.view(torch.uint8).flatten()
     pieces = flat.split(1 << 26) if len(flat) else ()
     return any(bool((piece & 127 == 127).any()) for piece in pieces)
+
+
+def _steady(scale: Tensor) -> bool:
+    low, high = scale.aminmax()
+    return 0 < float(low) and float(high) < float(low) * 2.0**64
 
 
 def expanded(w: Weight, dtype: torch.dtype) -> Tensor:

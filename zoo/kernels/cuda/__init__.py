@@ -48,7 +48,7 @@ def multiprocessors(device: int) -> int:
 def _works(device: int) -> bool:
     """Whether NVRTC and the driver are of one mind; said once, if not."""
     try:
-        _function("nothing", device, ())
+        _function(("nothing",), device, ())
     except RuntimeError as e:
         warnings.warn(
             f"Kernels in CUDA C++ do not run on cuda:{device}, Triton's do in their place: {e}", stacklevel=2
@@ -58,10 +58,10 @@ def _works(device: int) -> bool:
 
 
 class Source:
-    """A file `name`.cu beside this one, with a kernel of the same name, and the C types of its arguments."""
+    """A file `name`.cu beside this one, with a kernel of the same name, and the C types of its arguments. `parts`: files before it."""
 
-    def __init__(self, name: str, types: tuple[Any, ...]) -> None:
-        self.name, self.types = name, types
+    def __init__(self, name: str, types: tuple[Any, ...], parts: tuple[str, ...] = ()) -> None:
+        self.name, self.types, self.parts = name, types, (*parts, name)
         self.made: dict[tuple[object, ...], Any] = {}
 
     def launch(
@@ -91,7 +91,7 @@ class Source:
         self, device: int, programs: int, threads: int, shared: int, constants: dict[str, int]
     ) -> tuple[Any, Any]:
         driver, _ = bindings
-        function, _ = _function(self.name, device, tuple(constants.items()))
+        function, _ = _function(self.parts, device, tuple(constants.items()))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -105,7 +105,7 @@ class Source:
 
 
 @functools.cache
-def _function(name: str, device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Any, Any]:
+def _function(parts: tuple[str, ...], device: int, constants: tuple[tuple[str, int], ...]) -> tuple[Any, Any]:
     """The compiled kernel, and the module that it is of and lives as long as."""
     driver, _ = bindings
     most, rather, clusters = (
@@ -115,20 +115,23 @@ def _function(name: str, device: int, constants: tuple[tuple[str, int], ...]) ->
     )
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the context current
-        image = _compiled(name, constants, torch.cuda.get_device_capability(device))
+        image = _compiled(parts, constants, torch.cuda.get_device_capability(device))
         module = _checked(driver.cuModuleLoadData(image))
-        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        function = _checked(driver.cuModuleGetFunction(module, parts[-1].encode()))
         for attribute, value in ((most, shared(device)), (rather, 100), (clusters, 1)):
             _checked(driver.cuFuncSetAttribute(function, attribute, value))
     return function, module
 
 
 @functools.cache
-def _compiled(name: str, constants: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
-    """The kernel of a file for GPUs of a capability. Raises RuntimeError with the compiler's words."""
+def _compiled(
+    parts: tuple[str, ...], constants: tuple[tuple[str, int], ...], capability: tuple[int, int]
+) -> bytes:
+    """The kernel of the last of some files for GPUs of a capability. Raises RuntimeError with the compiler's words."""
     _, nvrtc = bindings
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"-std=c++17"]
-    text = source(name, constants).encode()
+    name, own = parts[-1], "a" if capability == (9, 0) else ""  # Hopper's own instructions
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{own}".encode(), b"-std=c++17"]
+    text = source(parts, constants).encode()
     program = _checked(nvrtc.nvrtcCreateProgram(text, f"{name}.cu".encode(), 0, [], []))
     try:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -143,11 +146,11 @@ def _compiled(name: str, constants: tuple[tuple[str, int], ...], capability: tup
     return image
 
 
-def source(name: str, constants: tuple[tuple[str, int], ...]) -> str:
-    """What is compiled: constants, what kernels share, the file."""
+def source(parts: tuple[str, ...], constants: tuple[tuple[str, int], ...]) -> str:
+    """What is compiled: constants, what kernels share, the files."""
     macros = "".join(f"#define {key} ({int(value)})\n" for key, value in constants)
     return macros + "".join(
-        files(__package__).joinpath(f"{part}.cu").read_text() for part in ("common", name)
+        files(__package__).joinpath(f"{part}.cu").read_text() for part in ("common", *parts)
     )
 
 
