@@ -40,7 +40,9 @@ def test_a_code_meets_the_channel_of_x_that_it_is_of(kind: int, pairs: int) -> N
             for p in range(pairs):
                 for half in range(2):
                     code = (c * words + q) * 2 * pairs + p + half * pairs
-                    step = p if pairs == 4 else p * 2 + q // 2  # of 16 channels, as `multiply` places its pairs
+                    step = (
+                        p if pairs == 4 else p * 2 + q // 2
+                    )  # of 16 channels, as `multiply` places its pairs
                     meets[step * 16 + 2 * c + half + 8 * (q % 2)] = code
     w = weights.Weight(torch.empty(0), 1, 64, kind)
     given = codes.in_order(torch.arange(64.0)[None], w)[0].long().tolist()
@@ -74,15 +76,22 @@ def test_what_is_on_its_way_fits_in_shared_memory() -> None:
 
 
 on_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9), reason="no GPU of Hopper's kind"
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9),
+    reason="no GPU of Hopper's kind",
 )
 
 
 @on_hopper
-@pytest.mark.parametrize("scheme", ["bf16", "fp8-channel", "fp8-block", "int4-group128", "mxfp4", "nvfp4", "int8-channel"])
+@pytest.mark.parametrize(
+    "scheme", ["bf16", "fp8-channel", "fp8-block", "int4-group128", "mxfp4", "nvfp4", "int8-channel"]
+)
 @pytest.mark.parametrize(
     ("n", "d", "f", "top_k", "gated", "act"),
-    [(8, 512, 768, 4, True, "silu"), (4, 2880, 576, 2, True, "silu_clamped"), (4, 704, 640, 1, False, "relu2")],
+    [
+        (8, 512, 768, 4, True, "silu"),
+        (4, 2880, 576, 2, True, "silu_clamped"),
+        (4, 704, 640, 1, False, "relu2"),
+    ],
 )
 def test_experts_of_many_tokens(
     n: int, d: int, f: int, top_k: int, gated: bool, act: str, scheme: str
@@ -116,14 +125,18 @@ def test_experts_of_many_tokens(
     for e in range(n):
         token, j = torch.where(chosen == e)
         if len(token):
-            hidden = gated_reference((x[token].float() @ dense[0][e].T + up.bias[e].float()).bfloat16().float(), spec)  # type: ignore[index]
+            hidden = gated_reference(
+                (x[token].float() @ dense[0][e].T + up.bias[e].float()).bfloat16().float(), spec
+            )  # type: ignore[index]
             expected = hidden.bfloat16().float() @ dense[1][e].T + down.bias[e].float()  # type: ignore[index]
             assert bool(torch.isfinite(y[token, j]).all())
             assert (y[token, j].float() - expected).norm() <= 0.008 * expected.norm()
     again = grouped.down_rows(grouped.up_rows(x, order, tiles, up, down, spec, top_k), order, tiles, down)
     assert torch.equal(again.view_as(y), y)
     whole = experts.experts(x, chosen, shares, up, down, spec, shared=x)
-    assert (whole.float() - x.float() - (y.float() * shares[..., None].float()).sum(1)).norm() <= 0.01 * whole.float().norm()
+    assert (
+        whole.float() - x.float() - (y.float() * shares[..., None].float()).sum(1)
+    ).norm() <= 0.01 * whole.float().norm()
 
 
 @on_hopper

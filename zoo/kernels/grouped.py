@@ -50,7 +50,14 @@ def pays(chosen: Tensor, up: Weight, down: Weight) -> bool:
 
 def _fits(w: Weight, half: int) -> bool:
     """`half`: from which row on the rows of up follow those of gate."""
-    if not w.lead or w.order is not None or w.k % 64 or w.n % 64 or not w.codes.is_contiguous() or w.codes.data_ptr() % 16:
+    if (
+        not w.lead
+        or w.order is not None
+        or w.k % 64
+        or w.n % 64
+        or not w.codes.is_contiguous()
+        or w.codes.data_ptr() % 16
+    ):
         return False
     if w.bias is not None and (w.bias.dtype != torch.bfloat16 or not w.bias.is_contiguous()):
         return False
@@ -65,7 +72,9 @@ def _fits(w: Weight, half: int) -> bool:
         blocks = w.columns == 128 and columns == ceil_div(w.k, 128) and w.rows is None and half % 128 == 0
         return blocks and dtype == torch.float32 and w.steady
     if w.kind == INT4:
-        return dtype in _SCALES and w.columns % 64 == 0 and w.k % w.columns == 0 and columns == w.k // w.columns
+        return (
+            dtype in _SCALES and w.columns % 64 == 0 and w.k % w.columns == 0 and columns == w.k // w.columns
+        )
     return w.kind in (MXFP4, NVFP4, MXFP8)
 
 
@@ -79,7 +88,9 @@ def in_order(x: Tensor, w: Weight) -> Tensor:
     return x if w.kind == PLAIN else codes.in_order(x, w)
 
 
-def up_rows(x: Tensor, order: Tensor, tiles: Tensor, up: Weight, down: Weight, spec: MLP, top_k: int) -> Tensor:
+def up_rows(
+    x: Tensor, order: Tensor, tiles: Tensor, up: Weight, down: Weight, spec: MLP, top_k: int
+) -> Tensor:
     """What down is multiplied by: of the pairs (token, expert) in `order`, in tiles of MOST rows (see `experts.sort_by_expert`), what gate
     and up of their experts make of x [N, D]; [pairs, F], in the order of channels of `down`."""
     h = x.new_empty(len(order), down.k)
@@ -101,7 +112,15 @@ def stages(room: int, kind: int, most: int) -> int:
 
 
 def _launch(
-    x: Tensor, order: Tensor, tiles: Tensor, w: Weight, out: Tensor, up: int, given: int, spec: MLP | None, top_k: int
+    x: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    w: Weight,
+    out: Tensor,
+    up: int,
+    given: int,
+    spec: MLP | None,
+    top_k: int,
 ) -> None:
     device = x.device.index or 0
     gated = spec is not None and spec.gated

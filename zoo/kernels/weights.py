@@ -56,7 +56,9 @@ class Weight:
     bias: Tensor | None = None
     words: bool = False  # whether rows of codes are whole words of 32 bits, 16 bytes at a time, none of a NaN
     order: Tensor | None = None
-    steady: bool = True  # whether no scale of an expert's blocks is 2^64 times another (or is 0, negative or no number)
+    steady: bool = (
+        True  # whether no scale of an expert's blocks is 2^64 times another (or is 0, negative or no number)
+    )
     # What is made of it once: descriptions of its tiles for the copy engine, by their shape and by where the codes lie.
     tiles: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
