@@ -21,7 +21,8 @@ takes 24 layers of the first from 1.67 to 1.64 ms in bf16 and, with tiles of 8 x
 Of codes on an H200, widened in fp32 on their way through shared memory and in the registers of tensor cores, for 1, 16 and 2048
 tokens (`benchmarks/gpu_codes.py`): the first in int4 32 and 12, 200 and 111, 966 and 527 us, in fp8 with blocks 23 and 18, 189 and 136,
 720 and 622; the second in mxfp4 57 and 33, 349 and 240, 1982 and 1265. Of fp8 the sums are multiplied by the scales, not the codes:
-nearer to exact ones than weights rounded to bf16 are (errors of 0.34 and 0.44 % of an expert's output).
+nearer to exact ones than weights rounded to bf16 are (errors of 0.34 and 0.44 % of an expert's output). Codes of prompts on Hopper are
+`zoo.kernels.grouped`.
 
 Tried and not faster there: asking for a row's bytes in L2 before x exists (by bulk copies; all of a step took 13 to 35 % longer), tiles
 of 128 rows of x in prompts (mxfp4 1440 us by eight warps), or of 256 rows of codes, more scales in flight than one tile's (Triton copies nothing asynchronously then).

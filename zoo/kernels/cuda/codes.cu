@@ -18,7 +18,7 @@ __device__ __forceinline__ u32 plus_times2(u32 a, u32 b, u32 c) {
 // A word of codes -> pairs of bf16, half a word apart: of e4m3 2^-120 times the values, of e2m1 2^-126, of four bits 2^-133, or, the second
 // and the fourth pair, 2^-129; of bytes with a sign 2^-6 (see zoo/kernels/codes.py).
 __device__ __forceinline__ void widen(u32 w, u32* p) {
-  if (KIND == 1 || KIND == 2 || KIND == -3) {
+  if (KIND == 1 || KIND == 2) {
     p[0] = ((w << 4) & 0x07F007F0) | ((w << 8) & 0x80008000);
     p[1] = ((w >> 4) & 0x07F007F0) | (w & 0x80008000);
   } else if (KIND == -1) {

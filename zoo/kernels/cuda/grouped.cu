@@ -4,18 +4,21 @@
 // as two tiles of 64: one tile's codes are widened in the registers that tensor cores read, while the other's are multiplied. A third group
 // fetches: STAGES steps of 64 channels are on their way, those of the next tile while the last one's results are written.
 //
+// All products are awaited each ROUND steps: across a loop's end the compiler (ptxas of CUDA 13.0) does not see which registers are read
+// still, and would wait after each of them (its note C7513).
+//
 // Compiled for: KIND, K (columns), COLUMNS (that share a scale, of integers), UP (gate and up, or down), TOP_K (experts that share a row of
 // x), GATED, ACT, SCALE (of integers 0: bf16, 1: fp32, 2: fp16), ORDER (of the channels that are given; 0: as they are, 1: as `channel`
 // puts them for bytes, 2: for four bits), MOST, STAGES, GROUP (tiles of rows of x that follow each other).
 
-constexpr bool FOUR = KIND >= 3, OWN = KIND == 3 || KIND == 6 || KIND == -3;
+constexpr bool FOUR = KIND >= 3, OWN = KIND == 3 || KIND == 6;
 constexpr int BYTES = KIND == 0 ? K * 2 : FOUR ? K / 2 : K;  // of a row
 constexpr int PIECES = KIND == 0 ? 8 : FOUR ? 2 : 4;         // of 16 bytes of it in a step
 constexpr int STEPS = K / 64, ROWS = 256;
 constexpr int A_STEP = ROWS * PIECES * 16, B_STEP = MOST * 128, STEP = A_STEP + B_STEP;
 constexpr int WIDTH = GATED ? 128 : 256;  // columns of a tile's result
 constexpr int S_SIZE = KIND == 4 ? (SCALE == 1 ? 4 : 2) : 4;
-constexpr int S_ROW = KIND == 6 ? 16 + (K / 16 + 15) / 16 * 16 : KIND == 3 || KIND == -3 ? K / 32 : KIND == 2 ? (K + 127) / 128 * 4
+constexpr int S_ROW = KIND == 6 ? 16 + (K / 16 + 15) / 16 * 16 : KIND == 3 ? K / 32 : KIND == 2 ? (K + 127) / 128 * 4
                     : KIND == 4 ? K / COLUMNS * S_SIZE : 4;
 constexpr int ROUND = STEPS % 4 == 0 ? 4 : STEPS % 3 == 0 ? 3 : STEPS % 2 == 0 ? 2 : 1;  // steps between which products do not pause
 constexpr int PER = KIND == 2 ? 2 : KIND == 4 ? COLUMNS / 64 : 1;  // steps that share scales
@@ -187,7 +190,7 @@ __device__ __forceinline__ void multiply(Ring& ring, const Weights& of, const Ti
         } else {
           const u8* at = s + (i64)row[m][hi] * S_ROW;
           if (KIND == 4) soon[m][hi] = S_SIZE == 4 ? __ldg((const u32*)at + step / PER) : __ldg((const u16*)at + step / PER);
-          if (KIND == 3 || KIND == -3) soon[m][hi] = __ldg(at + step * 2 + c / 2);
+          if (KIND == 3) soon[m][hi] = __ldg(at + step * 2 + c / 2);
           if (KIND == 6) soon[m][hi] = __ldg(at + 16 + step * 4 + c);
         }
       }
@@ -265,8 +268,7 @@ __device__ __forceinline__ void multiply(Ring& ring, const Weights& of, const Ti
 #pragma unroll
           for (int hi = 0; hi < 2; hi++) {
             u32 factor = 0, rest = 0;
-            if (KIND == 3) factor = min(now[m][hi] + 66, 255u) * 0x00800080;   // 2^(s - 127 + 126 - 60)
-            if (KIND == -3) factor = min(now[m][hi] + 60, 255u) * 0x00800080;  // of e4m3 120 for 126
+            if (KIND == 3) factor = min(now[m][hi] + 66, 255u) * 0x00800080;  // 2^(s - 127 + 126 - 60)
             if (KIND == 6) {  // e4m3 times 2^(126 - 8), exactly: it has four bits
               float v = bf16((now[m][hi] & 127) << 4) * 1329227995784915872903807060280344576.f;
               factor = (__float_as_uint(v * 332306998946228968225951765070086144.f) >> 16 | (now[m][hi] & 128) << 8) * 0x00010001u;
@@ -313,7 +315,7 @@ __device__ __forceinline__ void multiply(Ring& ring, const Weights& of, const Ti
       if (KIND == 1) v = __ldg((const float*)s + (of.rows ? __ldg(of.rows + r) : r / 128));
       if (KIND == -1) v = __ldg((const float*)s + r) * 64.f;
       if (KIND == 2) v = __uint_as_float(now[0][GATED ? hi : 0]);
-      if (KIND == 3 || KIND == -3) v = 1152921504606846976.f;  // 2^60
+      if (KIND == 3) v = 1152921504606846976.f;  // 2^60
       if (KIND == 4) v = 64.f;
       if (KIND == 6) {
         const float* head = (const float*)(s + (i64)r * S_ROW);

@@ -59,6 +59,11 @@ __device__ __forceinline__ u32 normed(u32 x, float rms, const void* norm, int at
   }
   return bits(y[0]) | (u32)bits(y[1]) << 16;
 }
+// Sums of products: number `at` of the four sets together; a set begins anew.
+__device__ __forceinline__ float sum_of(const float (&acc)[2][2][4], int at) {
+  return acc[0][0][at] + acc[0][1][at] + acc[1][0][at] + acc[1][1][at];
+}
+__device__ __forceinline__ void clear(float (&d)[4]) { d[0] = d[1] = d[2] = d[3] = 0.f; }
 
 // w [E, n, K] codes, s [E, s_rows, ...] scales, rows [n]: the scale of each row (FP8_ROWS), bias [E, n], x [K] or [TOP_K, K];
 // chosen, shares [TOP_K]: the experts of a token and their weights. norm [K]: the weight of the norm. per: units of a program.
@@ -299,25 +304,20 @@ stream(const u8* __restrict__ w, const u8* __restrict__ s, const int* __restrict
           y0 += d[0] * sa[j], y1 += d[2] * sb[j];
           if (KIND == 6) y0 += d[1] * oa[j], y1 += d[3] * ob[j];
         }
-#pragma unroll
-        for (int m = 0; m < 4; m++) acc[j][0][m] = acc[j][1][m] = 0.f;
+        clear(acc[j][0]), clear(acc[j][1]);
       }
     }
     if (KIND == 2) {
-      y0 += (acc[0][0][0] + acc[0][1][0] + acc[1][0][0] + acc[1][1][0]) * sa[0];
-      y1 += (acc[0][0][2] + acc[0][1][2] + acc[1][0][2] + acc[1][1][2]) * sb[0];
-#pragma unroll
-      for (int m = 0; m < 4; m++) acc[0][0][m] = acc[0][1][m] = acc[1][0][m] = acc[1][1][m] = 0.f;
+      y0 += sum_of(acc, 0) * sa[0], y1 += sum_of(acc, 2) * sb[0];
+      clear(acc[0][0]), clear(acc[0][1]), clear(acc[1][0]), clear(acc[1][1]);
     }
     slot = slot + 1 == DEPTH ? 0 : slot + 1;
     x_at += TEAM * 8;
     if (SUMS) sum_at += TEAM * 2;
     if (++step == spu) {
       if (KIND == 1 || KIND == -1) {
-        y0 = acc[0][0][0] + acc[0][1][0] + acc[1][0][0] + acc[1][1][0];
-        y1 = acc[0][0][2] + acc[0][1][2] + acc[1][0][2] + acc[1][1][2];
-#pragma unroll
-        for (int m = 0; m < 4; m++) acc[0][0][m] = acc[0][1][m] = acc[1][0][m] = acc[1][1][m] = 0.f;
+        y0 = sum_of(acc, 0), y1 = sum_of(acc, 2);
+        clear(acc[0][0]), clear(acc[0][1]), clear(acc[1][0]), clear(acc[1][1]);
       }
       if (OWN) {  // a quad's threads have a part each
 #pragma unroll
