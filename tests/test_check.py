@@ -181,9 +181,13 @@ def test_a_clone_is_held_to_gits_index_which_has_pointers_of_large_files(
     report = check(here)
     assert [p.partition(":")[0] for p in report.problems] == ["config.json", shards(here)[1].name]
     assert report.remedy is not None and "git checkout FILE" in report.remedy
-    (here / ".git" / "index").write_bytes(b"DIRC" + b"\xff" * 99)
-    with pytest.raises(ZooError, match="not as git writes it"):
-        check(here)
+    # then what is dropped of the name before, and the rest
+    entry = bytes(24) + (0o100644).to_bytes(4, "big") + bytes(34)
+    names = entry + b"\0" + b"x" * 4000 + b"\0" + (entry + b"\0xx\0") * 99
+    for index in (b"DIRC" + b"\xff" * 99, b"DIRC" + bytes((0, 0, 0, 4, 0, 0, 0, 100)) + names):
+        (here / ".git" / "index").write_bytes(index)
+        with pytest.raises(ZooError, match="not as git writes it"):
+            check(here)
 
 
 def test_without_any_list_it_says_that_only_headers_were_looked_at(release: Path, tmp_path: Path) -> None:
