@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from verified import canonical, copy
 import zoo
 from zoo.check import check
 from zoo.cli import _common, cli
+from zoo.errors import ZooError
 
 release, server = test_hub_cache.release, test_hub_cache.server  # its fixtures
 
@@ -94,6 +97,99 @@ def test_a_snapshot_of_the_cache_is_held_to_the_names_of_its_blobs(server: HubSe
     assert check(here).against is None
 
 
+def test_a_folder_of_the_cache_stands_for_its_snapshot_which_is_held_to_its_own_commit(
+    server: HubServer, release: Path
+) -> None:
+    snapshot = library(server)
+    root = snapshot.parents[1]
+    for at, name in ((root, None), (root, REPO), (snapshot.parent, None), (root.parent, REPO)):
+        report = check(at, name)
+        assert report.whole and report.hashed == len(list(release.iterdir())), at
+        assert any(f"its snapshot {snapshot.name} is looked at" in x for x in report.notes)
+    with pytest.raises(
+        ZooError, match="a cache of the Hub, a folder a model: give one of them: .*models--org--tiny"
+    ):
+        check(root.parent)
+
+    (root / "blobs" / f"{'0' * 64}.incomplete").write_bytes(b"x")
+    for at in (root, snapshot):
+        report = check(at)
+        assert report.whole and "downloads that have not ended, of which nothing is read" in report.notes[-1]
+
+    server.repos[REPO].commit({"config.json": b"{}"})
+    report = check(snapshot, REPO)  # the branch has moved on; the snapshot has not
+    assert report.whole and report.remedy is None
+    report = check(release, REPO)
+    assert not report.whole and any("name that with --revision" in x for x in report.notes)
+    assert check(release, REPO, revision=snapshot.name).whole
+    flip(shards(snapshot)[0].resolve())
+    report = check(snapshot, REPO)
+    assert len(report.problems) == 1 and report.remedy is not None
+    assert f"`hf download {REPO} --revision {snapshot.name}` fetches" in report.remedy
+
+
+def test_what_lies_in_a_files_place_is_called_what_it_is(
+    release: Path, tmp_path: Path, server: HubServer
+) -> None:
+    here = shutil.copytree(release, tmp_path / "here")
+    pointer, page, link = shards(here)[:3]
+    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    page.write_text("<!doctype html>")
+    link.unlink()
+    link.symlink_to("../blobs/x")
+    (here / "model.safetensors.part").write_bytes(b"x")
+    report = check(here, REPO)
+    said = "\n".join(report.problems)
+    assert f"{pointer.name}: a git-lfs pointer" in said and f"{page.name}: a web page" in said
+    assert (
+        f"{link.name}: a link to ../blobs/x, where there is nothing" in said and "bytes, expected" not in said
+    )
+    assert "model.safetensors.part" in report.notes[0] and "have not ended" in report.notes[0]
+    assert report.remedy is not None and report.remedy.endswith(
+        f"--local-dir {here}` fetches what is not there"
+    )
+    for file in here.iterdir():
+        file.unlink()
+    report = check(here, REPO)
+    assert "none of its" in report.problems[0]
+    assert "model.safetensors.index.json: missing" in report.problems
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_clone_is_held_to_gits_index_which_has_pointers_of_large_files(
+    version: int, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = shutil.copytree(release, tmp_path / "here")
+    data = {p: p.read_bytes() for p in shards(here)}
+    for p, held in data.items():
+        digest = hashlib.sha256(held).hexdigest()
+        p.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(held)}\n")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", f"index.version={version}")
+    for args in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "x")):
+        subprocess.run(("git", *who, *args), cwd=here, check=True)
+    assert "a git-lfs pointer" in check(here).problems[0]
+    for p, held in data.items():
+        p.write_bytes(held)
+    for small in (1 << 20, 10_000):  # whole files first, or pointers
+        monkeypatch.setattr("zoo.check.SMALL", small)
+        report = check(here)
+        assert report.whole and "git's index of this clone, commit " in report.verdict, report.problems
+        assert report.hashed == len(list(release.iterdir()))
+    flip(shards(here)[1])
+    (here / "config.json").write_text((here / "config.json").read_text() + " ")
+    report = check(here)
+    assert [p.partition(":")[0] for p in report.problems] == ["config.json", shards(here)[1].name]
+    assert report.remedy is not None and "git checkout FILE" in report.remedy
+    # then what is dropped of the name before, and the rest
+    entry = bytes(24) + (0o100644).to_bytes(4, "big") + bytes(34)
+    names = entry + b"\0" + b"x" * 4000 + b"\0" + (entry + b"\0xx\0") * 99
+    for index in (b"DIRC" + b"\xff" * 99, b"DIRC" + bytes((0, 0, 0, 4, 0, 0, 0, 100)) + names):
+        (here / ".git" / "index").write_bytes(index)
+        with pytest.raises(ZooError, match="not as git writes it"):
+            check(here)
+
+
 def test_without_any_list_it_says_that_only_headers_were_looked_at(release: Path, tmp_path: Path) -> None:
     here = shutil.copytree(release, tmp_path / "here")
     report = check(here)
@@ -153,6 +249,20 @@ def test_a_canonical_folder_is_held_to_its_certificate(
     )
     flip(next(folder.glob("*.safetensors")))
     assert any("altered" in x for x in check(folder).problems)
+
+
+def test_an_export_beside_which_the_certificate_lies_is_held_to_it(tmp_path: Path) -> None:
+    folder = copy(canonical("llama"), tmp_path / "canon")
+    assert zoo.verify(folder, level="bytes").passed
+    out = zoo.export(folder, tmp_path / "out")
+    assert check(out).against is None
+    shutil.copy(folder / "parity.json", out)
+    report = check(out)
+    assert report.whole and "its certificate" in report.verdict
+    flip(next(out.glob("*.safetensors")))
+    assert "altered" in check(out).problems[0]
+    with pytest.raises(ZooError, match="a canonical folder, whose files are zoo's and none of org/tiny"):
+        check(folder, REPO)
 
 
 def test_a_list_that_leads_out_of_the_folder_is_refused(release: Path, tmp_path: Path) -> None:

@@ -183,6 +183,44 @@ def test_a_tied_table_is_changed_where_the_adapter_holds_it_for_both_ends(tmp_pa
     assert "embedding and head of" in refused(folder, tmp_path, verified.canonical("llama_tied"))
 
 
+def test_a_tied_table_is_changed_once_where_peft_trained_one_change_of_low_rank_for_both_ends(
+    tmp_path: Path,
+) -> None:
+    """As peft saves a LoRA of the embedding with `ensure_weight_tying`: what its model computes with it, the merged one does. (Its
+    own merge adds it twice.)"""
+    peft = pytest.importorskip("peft")
+    canon = verified.canonical("llama_tied")
+    model = tiny.upstream(verified.ROOT / "llama_tied-float32-source")
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    )
+    torch.manual_seed(0)
+    for name in ("lora_embedding_A", "lora_embedding_B"):
+        getattr(tuned.base_model.model.model.embed_tokens, name)["default"].data.normal_(std=0.2)
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = tiny.tokens("llama_tied")
+    with torch.no_grad():
+        theirs = tuned(ids).logits
+        ours = zoo.load(zoo.merge(canon, tmp_path / "adapter", tmp_path / "tied"))(ids)
+        assert (theirs - zoo.load(canon)(ids)).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    parts = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    parts = {k.removeprefix(BASE): t for k, t in parts.items()}
+    parts["lm_head.lora_A.weight"] = parts["lm_head.lora_A.weight"] + 1
+    assert "embedding and head of" in refused(adapter(tmp_path / "adapter", parts), tmp_path, canon)
+
+
+def test_a_module_within_one_of_which_a_parameter_is_wrapped_is_found(tmp_path: Path) -> None:
+    """Jamba's A_log by `target_parameters` wraps all of `mamba`: of what is in it peft saves `mamba.base_layer.dt_proj`."""
+    old = released("jamba")
+    key = next(k for k in old if k.endswith("mamba.dt_proj.weight"))
+    a, b = lora(old[key])
+    module = key.removesuffix("dt_proj.weight") + "base_layer.dt_proj"
+    parts = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    new = merged("jamba", adapter(tmp_path / "adapter", parts), tmp_path)
+    torch.testing.assert_close(new[key], old[key] + 2 * (b @ a), rtol=1e-5, atol=1e-6)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "all linear": {"target_modules": "all-linear"},
     "rslora, patterns": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 2},

@@ -2,8 +2,8 @@
 
 Three questions, each as far as it can be answered:
 
-files     are the release's files here, with their sizes and hashes? By the Hub's list, by what huggingface-hub noted beside a
-          download or calls its blobs, or by a certificate; the first of these that there is.
+files     are the release's files here, with their sizes and hashes? By the Hub's list, by a certificate, by what huggingface-hub
+          noted beside a download or calls its blobs, or by a clone's index; the first of these that there is.
 headers   do the files hold what their own headers and the index say?
 tensors   is every tensor of the architecture in its place?
 
@@ -12,8 +12,11 @@ Unusual here: a hash that was found right before is computed again, since a disk
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +27,11 @@ from typing import Any
 from zoo import card
 from zoo.errors import ZooError, translated
 from zoo.formats import canonical, open_checkpoint
-from zoo.formats.base import TensorRef, files_below, inside, leads_out, place_of, read_json
+from zoo.formats.base import TensorRef, files_below, inside, leads_out, place_of, read_json, refuse_pointer
+from zoo.formats.opening import UNENDED, refuse_cache, snapshot_of
 from zoo.formats.safetensors import INDEX
 from zoo.formats.sets import Ambiguous
-from zoo.hub import cache, repo
+from zoo.hub import cache, clone, repo
 from zoo.hub.files import RemoteFile
 from zoo.hub.http import Progress, Watch
 from zoo.pull import stored
@@ -37,18 +41,22 @@ StrPath = str | os.PathLike[str]
 NOTES = Path(".cache/huggingface/download")
 """Where huggingface-hub notes beside a download (`local_dir`) what it fetched: commit, etag and time, a line each."""
 MAX_NOTE = 4096  # bytes
+SMALL = 1 << 20
+"""Bytes of a file of a clone that git-lfs hardly keeps."""
 NEEDED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Endings of what a model is not read right without, beside its weights."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
 NOT_THE_MODELS = (".cache/", ".git/", ".huggingface/")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", re.ASCII)
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass
 class Report:
-    """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole. `vouched`:
-    files whose hash was computed; `read`: those that the model is read from."""
+    """What was found. `against`: what says how the bytes should be; None: nothing does. `problems` make it not whole, `remedy`: what
+    mends them, where that is known. `vouched`: files whose hash was computed; `read`: those that the model is read from."""
 
     folder: Path | str
     against: str | None = None
@@ -58,6 +66,7 @@ class Report:
     family: str | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    remedy: str | None = None
 
     @property
     def hashed(self) -> int:
@@ -90,7 +99,20 @@ class Report:
             "family": self.family,
             "problems": self.problems,
             "notes": self.notes,
+            "remedy": self.remedy,
         }
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The files that a folder should have. `repo` and `commit`: whose, where that is known; `guessed`: the commit is only the branch's
+    newest. `clones`: they are called as git does, large ones by their pointers."""
+
+    files: Mapping[str, RemoteFile]
+    repo: str | None = None
+    commit: str | None = None
+    guessed: bool = False
+    clones: bool = False
 
 
 @translated
@@ -104,7 +126,7 @@ def check(
     progress: Progress | None = None,
 ) -> Report:
     """Look a folder over. `name`: the repository that it should be, at `revision`; `by`: a certificate that lists its files;
-    `signed_by`: the public key by which it should be signed.
+    `signed_by`: the public key by which it should be signed. A folder of the Hub's cache stands for its snapshot.
 
     Raises ZooError where the folder, the certificate or the repository can't be read at all.
     """
@@ -113,10 +135,13 @@ def check(
         raise ZooError(f"{folder}: no folder; a single file is looked at by `zoo inspect`")
     if name is not None and by is not None:
         raise ZooError("a repository and a certificate: name one of them")
-    report = Report(folder)
+    folder, notes = _meant(folder, name, revision)
+    report = Report(folder, notes=notes)
     listed = _listed(folder, name, revision, None if by is None else Path(by), report)
+    _unended(folder, report)
     if listed is not None:
         _files(folder, listed, report, Watch(progress))
+        _remedy(folder, listed, report)
     if signed_by is not None:
         _signature(folder, Path(signed_by), report)
     _tensors(folder, report)
@@ -172,23 +197,43 @@ def check_store(url: str, *, by: Path | None = None, progress: Progress | None =
 # What it should be
 
 
+def _meant(folder: Path, name: str | None, revision: str | None) -> tuple[Path, list[str]]:
+    """The folder that the model's files are in: of one of the Hub's cache the snapshot, and a note."""
+    of_it = folder / f"models--{name.replace('/', '--')}" if name else folder
+    at = of_it if of_it.is_dir() else folder
+    asked = (at if at.name == "snapshots" else at / "snapshots") / (revision or "")
+    held = asked if _COMMIT.fullmatch(asked.name) and asked.is_dir() else snapshot_of(at)
+    if held == folder:
+        refuse_cache(folder)
+        return folder, []
+    return held, [f"{folder} is a folder of the Hub's cache: its snapshot {held.name} is looked at"]
+
+
 def _listed(
     folder: Path, name: str | None, revision: str | None, by: Path | None, report: Report
-) -> Mapping[str, RemoteFile] | None:
+) -> Listed | None:
     """The files that the folder should have; None if nothing says."""
     noted, commits = _noted(folder)
+    cached = _SNAPSHOT.search(folder.resolve().as_posix())
     if name is not None:
-        at = revision or (next(iter(commits)) if len(commits) == 1 else None)
+        if canonical.detect(folder):
+            raise ZooError(
+                f"{folder}: a canonical folder, whose files are zoo's and none of {name}: `zoo check {folder}` holds it to its own certificate, "
+                "`zoo verify` to the release"
+            )
+        known = {*commits, *([cached[3]] if cached else []), *filter(None, [clone.commit(folder)])}
+        at = revision or (known.pop() if len(known) == 1 else None)
         snapshot = repo.resolve(name, at)
         where = "the Hub's list" if snapshot.listed else "what the cache holds"
         report.against = f"{where} of {name}, commit {snapshot.commit[:12]}"
-        return {f.path: f for f in snapshot.files}
+        return Listed({f.path: f for f in snapshot.files}, name, snapshot.commit, at is None)
     if by is not None:
         report.against = f"the certificate {by}"
-        return _certified(by, folder, report)
-    if (folder / certificate.FILE).is_file() and canonical.detect(folder):
+        return Listed(_certified(by, folder, report))
+    own = folder / certificate.FILE
+    if own.is_file() and (canonical.detect(folder) or _lists_weights(own, folder)):
         report.against = f"its certificate {certificate.FILE}"
-        return _certified(folder / certificate.FILE, folder, report)
+        return Listed(_certified(own, folder, report))
     if noted:
         report.against = (
             f"what huggingface-hub noted of its download, commit {_some(sorted(c[:12] for c in commits))}"
@@ -196,11 +241,26 @@ def _listed(
         report.notes.append(
             "files that were never downloaded are not known here: name the repository, owner/name"
         )
-        return noted
+        return Listed(noted)
     if blobs := _blobs(folder):
-        report.against = "the names of the cache's blobs, which are their hashes"
-        return blobs
+        report.against = "the cache's blobs, which are called by their hashes"
+        return Listed(blobs, *((f"{cached[1]}/{cached[2]}", cached[3]) if cached else ()))
+    if ids := clone.blobs(folder):
+        report.against = f"git's index of this clone, commit {(clone.commit(folder) or 'unknown')[:12]}"
+        return Listed({n: _of_hash(folder, n, blob) for n, blob in ids.items()}, clones=True)
     return None
+
+
+def _lists_weights(file: Path, folder: Path) -> bool:
+    """Whether a certificate is of weights that are here, as one is that was pushed with an export."""
+    try:
+        return any(n.endswith(WEIGHTS) for n in _certified(file, folder, Report(folder)) if _here(folder, n))
+    except ZooError:
+        return False
+
+
+def _here(folder: Path, name: str) -> bool:
+    return not leads_out(name) and certificate.is_there(folder, name)
 
 
 def _noted(folder: Path) -> tuple[dict[str, RemoteFile], set[str]]:
@@ -258,7 +318,7 @@ def _certified(file: Path, folder: Path, report: Report) -> dict[str, RemoteFile
         report.notes.append(
             f"the certificate lists these files, and proves nothing of the model: {doubts[0]}"
         )
-    best = max(made, key=lambda m: sum(certificate.is_there(folder, n) for n in m if not leads_out(n)))
+    best = max(made, key=lambda m: sum(_here(folder, n) for n in m))
     if card.FILE in best and card.of_an_export(
         folder, [card.FILE]
     ):  # where the authors' own was, which is beside it
@@ -271,7 +331,8 @@ def _certified(file: Path, folder: Path, report: Report) -> dict[str, RemoteFile
 # What it is
 
 
-def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch: Watch) -> None:
+def _files(folder: Path, wanted: Listed, report: Report, watch: Watch) -> None:
+    listed = wanted.files
     if bad := next((n for n in listed if leads_out(n)), None):
         raise ZooError(f"{report.against} lists {bad!r}, which lies outside of the folder")
     there = {n: f for n, f in listed.items() if certificate.is_there(folder, n)}
@@ -284,29 +345,35 @@ def _files(folder: Path, listed: Mapping[str, RemoteFile], report: Report, watch
         except ZooError as e:
             report.problems.append(str(e))
     if not there:
-        report.problems.append(f"none of the {len(listed)} files of {report.against} is here")
+        report.problems.append(f"none of its {len(listed)} files is here, by {report.against}")
     weights = {_PART.sub("", n) for n in here if n.endswith(WEIGHTS)}
     stems = {_PART.sub("", n) for n in here}
     needed = [n for n in missing if _is_needed(n, weights, stems)]
-    report.problems += [f"{n}: missing" for n in needed]
+    report.problems += [f"{n}: {_absent(folder / n)}" for n in needed]
     if left := sorted(set(missing) - set(needed)):
         report.notes.append(f"not here, and not needed to read the model: {_some(left)}")
     sizes = {n: (folder / n).stat().st_size for n in here}
     for n, f in here.items():
         if sizes[n] != f.size:
-            report.problems.append(f"{n}: {sizes[n]:,} bytes, expected {f.size:,}: fetch it again")
+            report.problems.append(
+                _instead(folder, n) or f"{n}: {sizes[n]:,} bytes, expected {f.size:,}: fetch it again"
+            )
     same = [f for n, f in here.items() if sizes[n] == f.size and f.blob]
     with ThreadPoolExecutor(min(certificate.READERS, certificate.cores())) as pool:
-        for f, found in zip(same, pool.map(lambda f: _hash(folder / f.path, f, watch), same)):
+        for f, found in zip(same, pool.map(lambda f: _hash(folder / f.path, f, watch, wanted.clones), same)):
             report.vouched.add(f.path)
             if found != f.blob:
                 report.problems.append(
-                    f"{f.path}: its hash is {found[:16]}..., expected {f.blob[:16]}...: altered, or damaged"
+                    _instead(folder, f.path)
+                    or f"{f.path}: its hash is {found[:16]}..., expected {f.blob[:16]}...: altered, or damaged"
                 )
     added = sorted(
         n
         for n in files_below(folder)
-        if n not in listed and not n.startswith(NOT_THE_MODELS) and n not in certificate.BESIDE
+        if n not in listed
+        and not n.startswith(NOT_THE_MODELS)
+        and n not in certificate.BESIDE
+        and not _is_unended(n)
     )
     if added:
         report.notes.append(f"here, and not of it: {_some(added)}")
@@ -320,13 +387,78 @@ def _is_needed(path: str, weights: Collection[str], stems: Collection[str]) -> b
     if "/" in path or not path.endswith(NEEDED):
         return False
     index = path.removesuffix(".index.json")
-    return index == path or index in stems
+    return index == path or index in stems or not weights
 
 
-def _hash(path: Path, file: RemoteFile, watch: Watch) -> str:
-    digest = cache.hasher(file)
-    cache.hash_prefix(path, file.size, digest, watch)
-    return digest.hexdigest()
+def _absent(path: Path) -> str:
+    """What is said of a file that is not there."""
+    if not path.is_symlink():
+        return "missing"
+    return f"a link to {path.readlink()}, where there is nothing: was it copied without the files, or are they on another disk?"
+
+
+def _instead(folder: Path, name: str) -> str | None:
+    """What was saved in the place of weights, or of a JSON file, if that can be told."""
+    if not name.endswith((*WEIGHTS, ".json")):
+        return None
+    with open(folder / name, "rb") as f:
+        start = f.read(64)
+    try:
+        refuse_pointer(start, name, text=name.endswith(".json"))
+    except ZooError as e:
+        return str(e)
+    return None
+
+
+def _hash(path: Path, file: RemoteFile, watch: Watch, clones: bool) -> str:
+    """The hash of what is here, of the kind that `file` is listed with."""
+
+    def whole(digest: cache.Hasher) -> str:
+        cache.hash_prefix(path, file.size, digest, watch)
+        return digest.hexdigest()
+
+    found = "" if clones and file.size > SMALL else whole(cache.hasher(file))
+    if clones and found != file.blob:  # of what git-lfs keeps the list has the pointer
+        watch.advance(-file.size if found else 0)
+        found = clone.pointer(whole(hashlib.sha256()), file.size)
+        if found != file.blob and file.size > SMALL:
+            watch.advance(-file.size)
+            found = whole(cache.hasher(file))
+    return found
+
+
+def _unended(folder: Path, report: Report) -> None:
+    """Notes downloads that have not ended: beside the files, and where huggingface-hub keeps the parts of them."""
+    found = sorted(n for n in files_below(folder) if _is_unended(n))
+    if (blobs := folder.parent.parent / "blobs").is_dir() and _SNAPSHOT.search(folder.resolve().as_posix()):
+        found += sorted(f"{blobs}/{p.name}" for p in blobs.iterdir() if _is_unended(p.name))
+    if found:
+        report.notes.append(
+            f"downloads that have not ended, of which nothing is read: {_some(found)}; if nothing is missing, remove them"
+        )
+
+
+def _is_unended(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNENDED)
+
+
+def _remedy(folder: Path, listed: Listed, report: Report) -> None:
+    """What mends a folder that is not whole, as far as its list tells."""
+    if report.whole:
+        return
+    if listed.guessed:
+        report.notes.append(
+            f"nothing here says of which commit it is: it was held to {listed.repo}'s newest. If it is of an earlier one, name that with --revision"
+        )
+    if listed.repo is not None:
+        cached = _SNAPSHOT.search(folder.resolve().as_posix())
+        files = "the files named here" + (" and what their links lead to" if cached else "")
+        into = "" if cached else f" --local-dir {shlex.quote(str(folder))}"
+        report.remedy = f"to mend it, remove {files}; `hf download {listed.repo} --revision {listed.commit}{into}` fetches what is not there"
+    elif listed.clones:
+        report.remedy = (
+            "to mend it, `git lfs pull` fetches what is missing, and `git checkout FILE` takes a change back"
+        )
 
 
 def _signature(folder: Path, key: Path, report: Report) -> None:
@@ -368,7 +500,9 @@ def _tensors(folder: Path, report: Report) -> None:
     except (Ambiguous, NoFamily) as e:
         report.notes.append(f"whether every tensor is in place was not looked at: {e}")
     except ZooError as e:
-        report.problems.append(str(e))
+        named = {p.partition(":")[0] for p in report.problems}
+        if not any(str(e).startswith(f"{folder / n}:") for n in named):  # told already
+            report.problems.append(str(e))
 
 
 def _beside(found: canonical.Canonical, report: Report) -> None:

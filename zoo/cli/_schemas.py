@@ -134,7 +134,7 @@ COMMANDS: dict[str, Schema] = {
     "chat": _object(messages=_list(_object(role=TEXT, content=TEXT))),
     "check": _object(
         folder=TEXT, whole=FLAG, verdict=TEXT, against=_or_null(TEXT), files_hashed=COUNT, tensors=COUNT, family=_or_null(TEXT),
-        problems=_list(TEXT), notes=_list(TEXT),
+        problems=_list(TEXT), notes=_list(TEXT), remedy=_or_null(TEXT),
     ),
     "convert": _one_of(_INSPECTED, _PART),
     "export": _object(path=TEXT, files=_list(TEXT)),

@@ -42,7 +42,8 @@ def command(
     """Say whether FOLDER, which somebody downloaded or copied, is whole and unaltered.
 
     Files, sizes and hashes are held to the Hub's list of OWNER/NAME, to a certificate, or to what the download left beside
-    it; headers to the files and the index; tensors to the architecture. Without any list, headers and tensors alone.
+    it (notes, names of blobs, a clone's index); headers to the files and the index; tensors to the architecture. Without any
+    list, headers and tensors alone. A folder of the Hub's cache stands for its snapshot, which is held to its own commit.
     FOLDER may be the URL of a store (s3://bucket/canon): every byte there is read, and held to the certificate or to the
     store's own hashes. Exit code 1 if something is missing or altered.
 
@@ -73,6 +74,8 @@ def command(
             say(line)
         if (more := len(report.problems) - SHOWN) > 0:
             say(f"and {more:,} more (--json has them all)")
+        if report.remedy is not None:
+            note(report.remedy)
         told = f"{report.tensors:,} tensors" + (
             f" of {report.family}, every one in place" if report.family and report.whole else ""
         )

@@ -84,11 +84,7 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
             if name != "canonical" and (said := sets.note(ckpt, ckpt.chosen)) is not None:
                 ckpt.notes = (*ckpt.notes, said)
             return ckpt
-    models = sorted(str(m) for m in p.glob("models--*")) if p.is_dir() else []
-    if models:
-        raise ZooError(
-            f"{p} is a cache of the Hub, of several models: give one of them: {', '.join(models[:8])}"
-        )
+    refuse_cache(p)
     if p.is_dir() and (p / ".metadata").is_file():
         raise ZooError(
             f"{p}: a trainer's folder of torch.distributed.checkpoint, which has no config: `zoo convert {p} DST --like CANON`, CANON "
@@ -115,12 +111,21 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
     )
 
 
+def refuse_cache(path: Path) -> None:
+    """Raises ZooError, naming them, for the folder that holds the folders of several models (`models--owner--name`)."""
+    if path.is_dir() and (models := sorted(str(m) for m in path.glob("models--*"))):
+        shown = ", ".join(models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+        raise ZooError(f"{path} is a cache of the Hub, a folder a model: give one of them: {shown}")
+
+
 def _points(file: Path) -> bool:
     with contextlib.suppress(OSError), file.open("rb") as f:
         return f.read(len(LFS)) == LFS
     return False
 
 
+UNENDED = ("*.crdownload", "*.part", "*.incomplete", "*.aria2", "*.download")
+"""How browsers and downloaders call what has not arrived yet."""
 OPTIMIZER = ("optimizer*.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin")
 OTHERS = (
     (("*.distcp", "*/*.distcp"), "torch.distributed.checkpoint's shards",
@@ -142,7 +147,7 @@ OTHERS = (
     (("*.npz",), "numpy's (older MLX folders)", "take the release that it was made of"),
     (("*.ggml", "ggml-*.bin", "*.ggmlv3*"), "GGML's, from before GGUF", "llama.cpp's convert_llama_ggml_to_gguf.py makes a GGUF of it"),
     (("*.engine", "*.plan"), "TensorRT's", "take the release that it was built from"),
-    (("*.crdownload", "*.part", "*.incomplete", "*.aria2", "*.download"), "a download that has not ended", "fetch it again, or to its end"),
+    (UNENDED, "a download that has not ended", "fetch it again, or to its end"),
     (OPTIMIZER, "a trainer's state, without the model's weights",
      "give the folder that the model itself was saved to"),
     (("*.zip", "*.tar", "*.tar.gz", "*.tgz", "*.7z"), "an archive", "unpack it first"),

@@ -236,7 +236,8 @@ def read_adapter(root: Path) -> Adapter:
                 out.whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = t
             continue
         depth = m["nested"].count(".base_layer")
-        low, part = parts.setdefault((m["module"], depth), Low()), m["part"]
+        module = m["module"].replace(".base_layer.", ".")  # within a module of which a parameter is wrapped
+        low, part = parts.setdefault((module, depth), Low()), m["part"]
         if m["leaf"] == "bias":
             low.bias = t
         elif part == "lora_magnitude_vector":
@@ -528,12 +529,11 @@ def _refuse_changes(like: Canonical, adapter: Adapter, places: Places) -> None:
 
 
 def _settle_tied(like: Canonical, adapter: Adapter, places: Places) -> None:
-    """Of a head that is the embedding: peft's modules are two, and it trains either alone, unless the adapter holds the same tensor
-    for both (`ensure_weight_tying`), which is then the change of one."""
+    """Of a head that is the embedding: peft's modules are two, and it trains either alone, unless the adapter holds the same for both
+    (`ensure_weight_tying`), which is then the change of one. What is so of low rank peft's own merge adds twice, to the one tensor that
+    both are; computing with the adapter it adds it once to each."""
     ends = [n for n in places.names.get("embed.weight", ()) if like.spec.tied and n in places.changed]
-    found = (adapter.whole.get(n) for n in ends if n.rpartition(".")[0] not in adapter.low)
-    whole = [t for t in found if t is not None]
-    if len(ends) == 2 == len(whole) and torch.equal(*whole):
+    if len(ends) == 2 and _holds_the_same(adapter, *sorted(ends, key=lambda n: n in places.tied)):
         places.changed.pop(next(n for n in ends if n in places.tied))
     elif ends:
         raise ZooError(
@@ -541,6 +541,23 @@ def _settle_tied(like: Canonical, adapter: Adapter, places: Places) -> None:
             "is not what peft trained. Untie the model: in transformers `model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())`, "
             "`model.config.tie_word_embeddings = False`, save_pretrained; `zoo convert` that, and merge into it"
         )
+
+
+def _holds_the_same(adapter: Adapter, embed: str, head: str) -> bool:
+    """Whether an adapter makes the same of the embedding [V, d] and of the head, whose A and B are the other's, turned."""
+    whole = [adapter.whole.get(n) for n in (embed, head)]
+    low = [adapter.low.get(n.removesuffix(".weight"), []) for n in (embed, head)]
+    if [t is None for t in whole] not in ([True, True], [False, False]) or len(low[0]) != len(low[1]):
+        return False
+    if whole[0] is not None and whole[1] is not None and not torch.equal(whole[0], whole[1]):
+        return False
+    for e, h in zip(*low):
+        assert e.a is not None and e.b is not None and h.a is not None and h.b is not None
+        scales = {adapter.scale(n.removesuffix(".weight"), None, len(e.a)) for n in (embed, head)}
+        plain = e.embedding and e.magnitude is None is h.magnitude and e.bias is None is h.bias
+        if not plain or len(scales) > 1 or not (torch.equal(h.a, e.b.T) and torch.equal(h.b, e.a.T)):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------
