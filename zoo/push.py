@@ -256,6 +256,7 @@ def _refusals(repo: str) -> Iterator[None]:
         LookupError,
         TypeError,
         AttributeError,
+        NameError,
         ArithmeticError,
         AssertionError,
     ) as e:  # of what it made of an answer
