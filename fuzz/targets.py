@@ -283,7 +283,7 @@ def headers(data: bytes) -> None:
     names = ("Content-Range", "Content-Length", "Retry-After", "RateLimit", "Content-Encoding", "Link")
     given = {n: v.replace("\r", "").replace("\0", "") for n, v in zip(names, text)}
     answer = httpx2.Response(206, headers=[(n.encode(), v.encode("latin-1")) for n, v in given.items()])
-    http._retry_after(answer)
+    http.retry_after(answer)
     http._next_page(answer)
     with contextlib.suppress(Damaged, Transient):
         http._skip(answer, 0, 10, 10)

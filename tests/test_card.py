@@ -173,3 +173,7 @@ def test_the_commands_of_a_card_prove_the_folder_it_is_of(
     with torch.inference_mode():
         assert torch.isfinite(tiny.logits(tiny.upstream(tmp_path / "FOLDER"), ids)).all()
     assert card.is_ours((tmp_path / "canonical" / "README.md").read_bytes()) and read(tmp_path / "canonical")
+
+
+def test_a_backslash_before_a_bar_makes_no_column_of_a_name() -> None:
+    assert card._code("a\\|<b>") == "`a\\ \\|<b>`" and card._code("a|b") == "`a\\|b`"

@@ -27,9 +27,11 @@ import zoo
 from zoo import hub
 from zoo.cli import _common, cli
 from zoo.errors import MAX_TEXT, ZooError
-from zoo.formats import canonical
+from zoo.formats import canonical, open_checkpoint
 from zoo.hub import cache
-from zoo.mapping.folder import STATE, Folder
+from zoo.mapping import execute
+from zoo.mapping.folder import JOURNAL, STATE, Folder
+from zoo.mapping.plan import make_plan
 from zoo.printable import warn
 
 # ---- what is said
@@ -43,6 +45,11 @@ def test_a_message_is_short_and_printable_whatever_it_was_made_of(text: str) -> 
     assert len(said) <= MAX_TEXT
     assert said.startswith("model.safetensors: ")
     assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0x2028 <= ord(c) < 0x202F for c in said)
+
+
+def test_a_name_in_no_encoding_can_be_written_wherever_it_is_told() -> None:
+    assert str(ZooError("\udcff.bin")).encode() == b"\\udcff.bin"
+    assert json.loads(_common.json_text({"name": "\udcff"}).encode()) == {"name": "\udcff"}
 
 
 def test_a_message_of_ordinary_length_is_as_it_was_written() -> None:
@@ -195,6 +202,55 @@ def test_a_small_file_is_not_written_through_a_link(tmp_path: Path, elsewhere: P
             with pytest.raises(OSError):
                 folder.write(name, b"{}")
     assert untouched(elsewhere)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps({"step": "x", "said": [{}, 7], "synced": True}),
+        "\n".join([json.dumps({"step": "x", "said": ["y"], "synced": True})] * 50_000),
+        "1, 2",
+        "[" * 100_000,
+    ],
+)
+def test_a_journal_that_zoo_did_not_write_is_not_believed(tmp_path: Path, line: str) -> None:
+    with Folder(tmp_path / "c", {}, "job"):
+        pass
+    (tmp_path / "c.partial" / JOURNAL).write_text(f"{line}\n")
+    began = time.process_time()
+    with Folder(tmp_path / "c", {}, "job") as folder:
+        assert folder.done <= {"x"} and {*folder.said} <= {"y"}
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("name", [STATE, JOURNAL])
+def test_a_state_of_a_tebibyte_is_not_read(tmp_path: Path, name: str) -> None:
+    with Folder(tmp_path / "c", {}, "job"):
+        pass
+    with open(tmp_path / "c.partial" / name, "ab") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(ZooError, match="no conversion writes"), Folder(tmp_path / "c", {}, "job"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "large"])
+def test_a_file_that_goes_along_is_looked_at_again_when_it_is_read(tmp_path: Path, kind: str) -> None:
+    source = tiny.make("llama", tmp_path / "source")
+    (tmp_path / "secret").write_text("mine")
+    (source / "LICENSE").write_text("as it was planned")
+    planned = make_plan(open_checkpoint(source))
+    assert "LICENSE" in planned.carried
+    (source / "LICENSE").unlink()
+    if kind == "pipe":
+        os.mkfifo(source / "LICENSE")
+    elif kind == "link":
+        (source / "LICENSE").symlink_to(tmp_path / "secret")
+    else:
+        with open(source / "LICENSE", "wb") as f:
+            f.truncate(1 << 40)
+    with pytest.raises(ZooError, match="LICENSE"):
+        execute.convert(planned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_swapped_gets_nothing_and_loses_nothing(tmp_path: Path, elsewhere: Path) -> None:

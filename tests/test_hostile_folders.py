@@ -234,6 +234,8 @@ def test_a_key_is_a_small_file(tmp_path: Path) -> None:
 def test_what_a_false_hub_makes_the_library_raise_is_said_in_a_sentence() -> None:
     with pytest.raises(HubError, match="answered what no Hub does"), _refusals("me/x"):
         {}["id"]
+    with pytest.raises(HubError, match="UnboundLocalError"), _refusals("me/x"):
+        raise UnboundLocalError("operation")  # of an object that was not asked for
 
 
 def test_a_mistake_of_zoos_own_is_not_put_down_to_the_hub() -> None:
@@ -270,3 +272,13 @@ def test_ranks_and_ports_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(ZooError, match="MASTER_PORT=99999"), together("cpu"):
         pass
+    for address, port in (
+        ("", "29500"),
+        ("256.256.256.256", "29500"),
+        ("x" * 5000, "29500"),
+        ("localhost", "0"),
+    ):
+        monkeypatch.setenv("MASTER_PORT", port)
+        monkeypatch.setenv("MASTER_ADDR", address)
+        with pytest.raises(ZooError, match="expected a host, a port"), together("cpu"):
+            pass

@@ -694,7 +694,7 @@ def test_what_is_read_of_a_connection_that_was_broken_for_its_slowness_is_what_w
         stream = SimpleNamespace(get_extra_info=lambda _: sock)
         response: Any = SimpleNamespace(extensions={"network_stream": stream})
         came = sock.recv(1 << 10)
-        with pytest.raises(Transient), http._paced(response, 0.1, 60.0, slow=False):
+        with pytest.raises(Transient), http.paced(response, 0.1, 60.0, slow=False):
             time.sleep(0.5)
             with suppress(OSError):
                 while data := sock.recv(1 << 16):
@@ -1221,7 +1221,7 @@ def test_pages_of_one_file_each_are_not_read_for_ever(
     ],
 )
 def test_a_wait_that_is_no_number_of_seconds_is_no_bug(headers: dict[str, str]) -> None:
-    assert http._retry_after(httpx2.Response(429, headers=headers)) is None
+    assert http.retry_after(httpx2.Response(429, headers=headers)) is None
 
 
 @pytest.mark.parametrize("told", ["http://[", "http://x:port", "http://x:99999999"])

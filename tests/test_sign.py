@@ -124,6 +124,13 @@ def test_a_list_that_grows_when_it_is_read_is_refused(signed: Path, tmp_path: Pa
         sign.listed(path)
 
 
+def test_a_large_file_that_is_not_signed_is_named_and_not_hashed(signed: Path, keys: Path) -> None:
+    with open(signed / "\udcff.safetensors", "wb") as f:
+        f.truncate(1 << 40)
+    said = refused(signed, keys / "public.pem")
+    assert "not as it was signed: it also has \\udcff.safetensors, of 1,0" in said and said.encode()
+
+
 def test_a_key_that_is_no_file_is_one_sentence(signed: Path, tmp_path: Path) -> None:
     for call in (sign.check, sign.sign):
         with pytest.raises(ZooError, match="directory"):

@@ -24,7 +24,7 @@ from typing import Any
 from zoo import manifest
 from zoo._version import __version__
 from zoo.errors import ZooError
-from zoo.formats.base import place_of, read_json
+from zoo.formats.base import read_json, read_small
 from zoo.formats.canonical import VALUES, Canonical
 from zoo.manifest import Manifest
 from zoo.verify import certificate
@@ -76,7 +76,7 @@ def files(
     """The card, and the README of the source under its other name; and which `carried` files then still go along as they are.
     `exact`: what is exported are the release's files, to the byte; `dtype`: what its weights are converted to."""
     what = _Export(about.repo, about.problems, exact, dtype)
-    theirs = place_of(c.root, FILE).read_bytes() if FILE in carried else None
+    theirs = read_small(c.root, FILE) if FILE in carried else None
     rest = [n for n in carried if n != FILE]
     out = {FILE: _card(c, theirs, what, rest)}
     if theirs is not None and not is_ours(theirs):
@@ -454,8 +454,9 @@ def _plain(name: str) -> str:
 
 
 def _code(x: object) -> str:
-    """A text of others as a code span: one line, its backticks no end of it, its bars no column's."""
-    text = " ".join("".join(ch if ch.isprintable() else " " for ch in str(x)).split())
+    """A text of others as a code span: one line, its backticks no end of it, its bars no column's (also for readers to whom two
+    backslashes before a bar are one, and the bar a column's)."""
+    text = " ".join("".join(ch if ch.isprintable() else " " for ch in str(x)).split()).replace("\\|", "\\ |")
     if not text:
         return ""
     if len(text) > MAX_SAID:

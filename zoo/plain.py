@@ -30,12 +30,19 @@ def open_plain(path: str | os.PathLike[str], flags: int, *, dir_fd: int | None =
     return fd
 
 
+def open_file(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a file to be read. Raises OSError where none is there: a pipe is not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "is no file", os.fspath(path))
+
+
 def first_text(path: str | os.PathLike[str]) -> str:
     """The first 4 KiB of a plain file, of which no more is expected. Raises OSError where it is none, UnicodeDecodeError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_file(path)
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "is no file", os.fspath(path))
         return os.read(fd, 4096).decode()
     finally:
         os.close(fd)

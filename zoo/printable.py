@@ -11,9 +11,11 @@ _TURNS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 """What turns the direction of the text after it, so that a name is shown as another one. (The marks that a right-to-left
 language needs turn nothing else.)"""
 _LINES = (0x2028, 0x2029)
+_NO_TEXT = range(0xD800, 0xE000)
+"""Surrogates: what Python makes of a file's name that is in no encoding of ours, and nothing can write."""
 _HIDDEN = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-_HIDDEN |= {c: f"\\u{c:04x}" for c in (*_TURNS, *_LINES)}
-_HIDDEN_JSON = {c: f"\\u{c:04x}" for c in (*range(127, 160), *_TURNS, *_LINES)}
+_HIDDEN |= {c: f"\\u{c:04x}" for c in (*_TURNS, *_LINES, *_NO_TEXT)}
+_HIDDEN_JSON = {c: f"\\u{c:04x}" for c in (*range(127, 160), *_TURNS, *_LINES, *_NO_TEXT)}
 
 
 def printable(text: str) -> str:

@@ -3,8 +3,8 @@
 What is uploaded is what anybody's software opens: the folder exported to Hugging Face names (the release's own bytes where it is
 as it was converted), its model card, and its certificate. One commit: the repository has all of it or none.
 
-The transport is huggingface_hub's, with its session, token and endpoint; it skips what the Hub has already, so that an upload that
-was interrupted goes on where it stopped. A certificate is held against the folder, file by file, before anything is sent: one that
+The transport of what is sent is huggingface_hub's, with its session, token and endpoint, under limits (`zoo/hub/upload.py`); it skips what
+the Hub has already, so that an upload that was interrupted goes on where it stopped. What is read comes by zoo's own. A certificate is held against the folder, file by file, before anything is sent: one that
 failed, or that is of other weights, stops it.
 """
 
@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo import card
+from zoo import card, hub
 from zoo._version import __version__
 from zoo.errors import ZooError, translated
 from zoo.formats import canonical
 from zoo.formats.base import WEIGHT_SUFFIXES
-from zoo.hub import HubError, http
+from zoo.hub import HubError, upload
 from zoo.mapping.execute import Progress
 from zoo.mapping.export import export, sizes
 from zoo.sign import sign
@@ -41,6 +41,8 @@ _ALSO = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
 """Endings of what software may take for a part of this model, where it stays in the repository."""
+MAX_CARD = 1 << 20
+"""Bytes of a card: zoo writes none so long."""
 
 
 @dataclass
@@ -118,7 +120,7 @@ def push(
             shutil.copyfile(root / certificate.FILE, folder / certificate.FILE)
         if key is not None:
             out.files[certificate.SIGNATURE] = sign(folder, key, password).stat().st_size
-        with _refusals(repo), _bars(), _token_for_the_hub_alone():
+        with _refusals(repo), _bars(), upload.bounded(len(out.files), sum(out.files.values())):
             _upload(folder, out, private, revision)
     return out
 
@@ -135,7 +137,7 @@ def _told(root: Path, problems: list[str] | None) -> str:
 
 
 def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | None) -> None:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     api = HfApi(library_name="zoo", library_version=__version__)
     there = api.repo_exists(out.repo)
@@ -151,9 +153,10 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
         api.create_repo(out.repo, private=private is not False)
     if revision is not None:
         api.create_branch(out.repo, branch=revision, exist_ok=True)
-    held = {str(n) for n in api.list_repo_files(out.repo, revision=revision)} if there else set()
+    found = hub.resolve(out.repo, revision) if there else None
+    held = {f.path for f in found.files} if found else set()
     stale = [n for n in held if _STALE.fullmatch(n) and n not in out.files]
-    keep = card.FILE in held and not _is_ours(api, out.repo, revision)
+    keep = found is not None and card.FILE in held and not _is_ours(found)
     if keep and certificate.SIGNATURE in out.files:
         raise ZooError(
             f"{out.repo}: has a {card.FILE} that somebody wrote or edited, which the signature would not be of. Delete it there and push "
@@ -172,25 +175,28 @@ def _upload(folder: Path, out: Pushed, private: bool | None, revision: str | Non
         # the certificate and the signature first: they are no weights, and of shards there may be hundreds
         stale.sort(key=lambda n: (n not in (certificate.FILE, certificate.SIGNATURE), n))
         out.notes.append(f"removed, as of an earlier commit's weights: {_some(stale)}")
-    done = api.upload_folder(
-        repo_id=out.repo,
-        folder_path=folder,
-        revision=revision,
-        commit_message=f"Upload weights, card and certificate with zoo {__version__}",
-        ignore_patterns=[card.FILE] if keep else None,
-        delete_patterns=stale or None,
+    done = (
+        api.create_commit(  # `upload_folder` would ask for the list of files again, page by page without end
+            out.repo,
+            [
+                *(CommitOperationAdd(n, folder / n) for n in sorted(out.files)),
+                *(CommitOperationDelete(n, is_folder=False) for n in stale),
+            ],
+            revision=revision,
+            commit_message=f"Upload weights, card and certificate with zoo {__version__}",
+        )
     )
-    out.url = str(done.commit_url)
+    out.url = f"{constants.ENDPOINT}/{out.repo}/commit/{str(done.oid)[:40]}"
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _is_ours(api: Any, repo: str, revision: str | None) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        found = api.hf_hub_download(repo, card.FILE, revision=revision, local_dir=folder)
-        return card.is_ours(Path(found).read_bytes())
+def _is_ours(there: hub.Snapshot) -> bool:
+    """Whether the card in a repository is one that zoo wrote, and nobody edited."""
+    size = there.file(card.FILE).size
+    return size <= MAX_CARD and card.is_ours(hub.read_range(there, card.FILE, 0, size))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -250,6 +256,7 @@ def _refusals(repo: str) -> Iterator[None]:
         LookupError,
         TypeError,
         AttributeError,
+        NameError,
         ArithmeticError,
         AssertionError,
     ) as e:  # of what it made of an answer
@@ -260,7 +267,7 @@ def _refusals(repo: str) -> Iterator[None]:
             "server",
         ) from e
     except (httpx2.HTTPError, RuntimeError, ValueError) as e:
-        if _is_ours_to_mend(e):
+        if not isinstance(e, httpx2.HTTPError) and _is_ours_to_mend(e):
             raise
         raise HubError(
             f"{repo}: the upload failed ({said(e.__cause__ or e):.300}). {again}.", "network"
@@ -274,48 +281,6 @@ def _is_ours_to_mend(error: BaseException) -> bool:
         for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
     return [name for name in named if name not in sys.stdlib_module_names][-1:] == ["zoo"]
-
-
-@contextmanager
-def _token_for_the_hub_alone() -> Iterator[None]:
-    """The library sends the token to whatever address an answer names for the last step of an upload: no other host gets it. Nor
-    does it ask the endpoint which programs to name in its headers, whose answer it would read however long it is."""
-    import httpx2
-    from huggingface_hub import constants, set_client_factory
-
-    try:  # there is no public way to ask for it; seen in huggingface-hub 2.4
-        from huggingface_hub.utils._http import _GLOBAL_CLIENT_FACTORY as made
-    except ImportError:
-        raise ZooError(
-            "this huggingface-hub makes its connections in a way that zoo does not know, so that the token can't be kept to the "
-            "Hub: pip install 'huggingface-hub==2.4.*'"
-        ) from None
-    hubs = http.trusted_origins()
-
-    def without(request: httpx2.Request) -> None:
-        try:
-            safe = http.origin(str(request.url)) in hubs
-        except ValueError:  # no address
-            safe = False
-        if not safe:
-            request.headers.pop("authorization", None)
-
-    def guarded() -> httpx2.Client:
-        client = made()
-        client.event_hooks = {
-            **client.event_hooks,
-            "request": [*client.event_hooks.get("request", ()), without],
-        }
-        return client
-
-    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-    set_client_factory(guarded)
-    try:
-        yield
-    finally:
-        set_client_factory(made)
-        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
 
 
 @contextmanager

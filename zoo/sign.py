@@ -31,6 +31,8 @@ from zoo.verify.certificate import SIGNATURE
 StrPath = str | os.PathLike[str]
 BESIDE = (SIGNATURE, ".cache")
 MAX_KEY = 1 << 16
+MAX_OTHER, MOST_OTHERS = 1 << 28, 1000
+"""Bytes, and number, of files that are hashed although the signature does not list them, so that all that differs is told at once."""
 
 
 def is_encrypted(key: Path) -> bool:
@@ -83,8 +85,9 @@ def check(folder: StrPath, key: StrPath) -> int:
         raise ZooError(
             f"{path}: missing: the folder is not signed (`zoo sign {folder} --key PRIVATE.pem` signs one)"
         )
-    hashing, n = _library()[1], len(listed(path))
+    hashing, files = _library()[1], listed(path)
     _pem(key)
+    _refuse_others(folder, files)
     from model_signing import verifying
 
     with _said(folder, key):
@@ -92,7 +95,7 @@ def check(folder: StrPath, key: StrPath) -> int:
         # Of our choice, whatever the signature asks for: every file, and what we leave out.
         config.set_hashing_config(hashing.Config().set_ignored_paths(paths=BESIDE))
         config.verify(folder, path)
-    return n
+    return len(files)
 
 
 def listed(path: Path) -> list[Any]:
@@ -102,6 +105,23 @@ def listed(path: Path) -> list[Any]:
         return list(parse_json(base64.b64decode(payload))["predicate"]["resources"])
     except (ZooError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise ZooError(f"{path}: no signature as model-signing writes it ({e!s:.200})") from None
+
+
+def _refuse_others(folder: Path, signed: list[Any]) -> None:
+    """Raises ZooError for files that the signature does not list where to hash them, as the library does before it compares the lists, would take
+    long: a sparse file of a tebibyte costs who adds it nothing."""
+    names = {x.get("name") for x in signed if isinstance(x, dict) and isinstance(x.get("name"), str)}
+    size, others = 0, list[str]()
+    for at, below, found in os.walk(folder):
+        below[:] = [x for x in below if not x.startswith(".git") and x != ".cache"]  # which may be left out
+        for name in found:
+            path = Path(at) / name
+            if (rest := path.relative_to(folder).as_posix()) not in names and rest not in BESIDE:
+                others.append(rest)
+                size += path.lstat().st_size
+            if size > MAX_OTHER or len(others) > MOST_OTHERS:
+                more = f" and more, of over {size:,} bytes" if len(others) > 1 else f", of {size:,} bytes"
+                raise ZooError(f"{folder}: not as it was signed: it also has {others[-1]}{more}")
 
 
 def _refuse_no_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ end with it: they may be waiting for it, in a place where nothing reaches them b
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -64,10 +65,10 @@ def together(device: str) -> Iterator[Ranks]:
         os.environ.get(k, d) for k, d in (("MASTER_ADDR", ""), ("MASTER_PORT", ""), ("LOCAL_RANK", "0"))
     )
     at, on = whole(port), whole(local)
-    if not address.isprintable() or at is None or at >= 1 << 16 or on is None or on >= n:
+    if not (at and at < 1 << 16) or on is None or on >= n or not _is_host(address):
         raise ZooError(
-            f"MASTER_ADDR={address}, MASTER_PORT={port}, LOCAL_RANK={local}: expected a host, a port, and a rank below {n}: start the ranks by "
-            "torchrun"
+            f"MASTER_ADDR={address:.200}, MASTER_PORT={port:.200}, LOCAL_RANK={local:.200}: expected a host, a port, and a rank below {n}: start "
+            "the ranks by torchrun"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,6 +97,14 @@ def together(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
     finally:
         sys.stdout, sys.stderr = outputs
+
+
+def _is_host(name: str) -> bool:
+    """Whether there is a host of this name: torch asks for one that there is not again and again, for half an hour."""
+    try:
+        return bool(name) and bool(socket.getaddrinfo(name, None))
+    except (OSError, UnicodeError, ValueError):
+        return False
 
 
 def _own(device: str) -> str:

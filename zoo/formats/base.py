@@ -18,6 +18,7 @@ from typing import Any
 
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
+from zoo.plain import open_file
 
 ITEMSIZE = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -196,6 +197,26 @@ def place_of(root: Path, name: str) -> Path:
     return path if (path := root / name).exists() else root / kept_as(name)
 
 
+MAX_SMALL = 256 << 20
+"""Bytes of a file that lies beside weights and goes along."""
+
+
+def read_small(root: Path, name: str) -> bytes:
+    """A file that goes along, of a release or a canonical folder. It was looked at before, and may be another by now: no link out of
+    the folder is followed, no pipe waited for, and nothing read that is larger than any. Raises ZooError."""
+    path = inside(root, place_of(root, name).relative_to(root).as_posix(), str(root))
+    try:
+        with open(open_file(path), "rb") as f:
+            found = os.fstat(f.fileno())
+            if found.st_size > MAX_SMALL or not os.path.samestat(found, path.stat()):
+                raise ZooError(
+                    f"{path}: it was changed meanwhile, or has more than {MAX_SMALL >> 20} MiB: start again"
+                )
+            return f.read()
+    except OSError as e:
+        raise ZooError(f"{path}: cannot be read: {e.strerror}") from None
+
+
 def leads_out(name: str) -> bool:
     """Whether a file's name is not that of a file below the folder that it is put in."""
     parts = Path(name).parts
@@ -307,7 +328,7 @@ def carried_files(root: Path) -> tuple[str, ...]:
             and not is_stray(p.name)
             and p.suffix not in WEIGHT_SUFFIXES
             and p.is_file()
-            and p.stat().st_size < 256 << 20
+            and p.stat().st_size < MAX_SMALL
         ):
             if p.name not in ("zoo.json", "parity.json"):
                 name = p.relative_to(root).as_posix()

@@ -177,7 +177,10 @@ def write(state: Mapping[str, Tensor], dst: str | os.PathLike[str], force: bool 
             checkpoint.save(dict(state), storage_writer=writer, no_dist=True)
         except (OSError, checkpoint.CheckpointException) as e:
             folder.discard()
-            raise ZooError(f"{folder.dst}: cannot be written ({e!s:.300}); nothing is left of it") from e
+            why: BaseException = e
+            if isinstance(e, checkpoint.CheckpointException):  # whose text is a traceback
+                why = next((x for x, _ in e.failures.values()), e)
+            raise ZooError(f"{folder.dst}: cannot be written ({why!s:.300}); nothing is left of it") from e
         return folder.publish()
 
 

@@ -191,7 +191,7 @@ def _body(response: httpx2.Response, about: About, watch: Watch) -> bytes:
         raise HubError(f"{about}: the server's answer is in the encoding {encoding!r:.80}: refused", "server")
     unpack = zlib.decompressobj(47) if encoding != "identity" else None
     data, received, chunks = bytearray(), 0, 0
-    with _paced(response, _window(API_WINDOW), API_BODY * patience(), slow=True) as pace, _translated():
+    with paced(response, window_of(API_WINDOW), API_BODY * patience(), slow=True) as pace, translated():
         for chunk in response.iter_raw():
             watch.check()
             pace.received += len(chunk)
@@ -220,14 +220,14 @@ class _Pace:
         """What came is being put away: a slow disk is no slow server."""
 
 
-def _window(seconds: float) -> float:
+def window_of(seconds: float) -> float:
     """No shorter than what people said that a read may take."""
     said = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     return max(seconds * patience(), said if said > constants.DEFAULT_DOWNLOAD_TIMEOUT else 0.0)
 
 
 @contextmanager
-def _paced(response: httpx2.Response, window: float, most: float, *, slow: bool) -> Iterator[_Pace]:
+def paced(response: httpx2.Response, window: float, most: float, *, slow: bool) -> Iterator[_Pace]:
     """While a body is read: Transient, said to be `slow`, where less than `SLOWEST` came in a `window` of seconds, or more
     than `most` seconds went by. What is yielded is to be told how many bytes came, and while they are put away.
 
@@ -302,8 +302,8 @@ def stream(
             with _opened(url, about, (at, end)) as response:
                 skip = _skip(response, at, end, size)
                 small = stop - start <= SMALL
-                with _paced(
-                    response, _window(API_WINDOW if small else STALL_WINDOW), math.inf, slow=small
+                with paced(
+                    response, window_of(API_WINDOW if small else STALL_WINDOW), math.inf, slow=small
                 ) as pace:
                     for chunk in _chunks(response, skip + end - at, direct):
                         pace.received, pace.busy = pace.received + len(chunk), True
@@ -357,7 +357,7 @@ def _chunks(response: httpx2.Response, length: int, direct: bool) -> Iterator[by
     """
     body = response.iter_raw()
     sock = _socket(response) if direct and length >= DIRECT else None
-    with _translated():
+    with translated():
         left = length
         while left > 0 and (sock is None or left == length) and (data := next(body, b"")):
             left -= len(data)
@@ -396,7 +396,7 @@ def _socket(response: httpx2.Response) -> socket.socket | None:
 @contextmanager
 def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
     """The response to a GET, redirects followed, its body not read. Other answers than 200, 206 and 416 are raised."""
-    with _translated():
+    with translated():
         session = get_session()
     try:
         hubs = trusted_origins()
@@ -420,7 +420,7 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
         headers = dict(private if trusted else plain) | {"Accept-Encoding": "gzip"}
         if span is not None:
             headers |= {"Accept-Encoding": "identity", "Range": f"bytes={span[0]}-{span[1] - 1}"}
-        with _translated():
+        with translated():
             request = session.build_request(
                 "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
@@ -436,7 +436,7 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
                 url = _redirect(url, response.headers["Location"], about)
                 continue
             if response.status_code in RETRYABLE:
-                raise Transient(f"the server answered {response.status_code}", wait=_retry_after(response))
+                raise Transient(f"the server answered {response.status_code}", wait=retry_after(response))
             if response.status_code == 403 and not trusted:
                 raise Transient("the storage host answered 403 (an address that ran out?)")
             if response.status_code not in ((200,) if span is None else (200, 206, 416)):
@@ -444,7 +444,7 @@ def _opened(url: str, about: About, span: tuple[int, int] | None) -> Iterator[ht
             yield response
             return
         finally:
-            with _translated():
+            with translated():
                 response.close()
     raise HubError(f"{about}: more than {MAX_REDIRECTS} redirects, the last to {url}", "server")
 
@@ -476,7 +476,7 @@ def _sent(session: httpx2.Client, request: httpx2.Request) -> tuple[httpx2.Respo
     request.extensions = {**request.extensions, "trace": trace}
     thread = threading.Thread(target=work, daemon=True, name="zoo-request")
     thread.start()
-    limit, most = time.monotonic() + ANSWER * patience(), _window(HEADERS)
+    limit, most = time.monotonic() + ANSWER * patience(), window_of(HEADERS)
     came: httpx2.Response | BaseException | None = None
     while came is None and (left := min([limit, *(at + most for at in asked[:1])]) - time.monotonic()) > 0:
         with suppress(queue.Empty):
@@ -498,7 +498,7 @@ def _drain(response: httpx2.Response) -> None:
     if (whole(response.headers.get("Content-Length", "")) or MAX_DRAINED) >= MAX_DRAINED:
         return
     received = 0
-    with suppress(Transient), _paced(response, DRAINED, DRAINED, slow=True), _translated():
+    with suppress(Transient), paced(response, DRAINED, DRAINED, slow=True), translated():
         for chunk in response.iter_raw():
             received += len(chunk)
             if received > MAX_DRAINED:
@@ -516,9 +516,12 @@ def _redirect(url: str, location: str, about: About) -> str:
     return target
 
 
+HUBS = ("https://huggingface.co", "https://hf.co")
+
+
 def trusted_origins() -> set[tuple[str, str | None, int | None]]:
     """The origins that a token is sent to."""
-    return {origin(u) for u in (constants.ENDPOINT, "https://huggingface.co", "https://hf.co")}
+    return {origin(u) for u in (constants.ENDPOINT, *HUBS)}
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -526,7 +529,7 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _retry_after(response: httpx2.Response) -> float | None:
+def retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to wait: Retry-After (a number or a date) or the Hub's `RateLimit: ...;t=55`."""
     value = response.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", value):
@@ -545,7 +548,7 @@ def _no_address(error: Exception) -> HubError:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Network failures as Transient, or as HubError where trying again is no use."""
     try:
         yield

@@ -42,7 +42,7 @@ from zoo import families
 from zoo._version import __version__
 from zoo.bounded import parse_json
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as, read_json
+from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as, read_json, read_small
 from zoo.formats.canonical import JSON, SOURCE, wrote
 from zoo.formats.pickle_out import Archive
 from zoo.formats.safetensors import INDEX, header_bytes
@@ -69,6 +69,7 @@ from zoo.mapping.plan import Plan
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit
 from zoo.mapping.ways import BUFFERED, KERNEL, WAYS, Chooser, Clock, Unfit, copy
+from zoo.plain import open_file
 from zoo.printable import warn
 from zoo.quant.schemes import scheme
 
@@ -216,7 +217,7 @@ class Mover:
         with self._lock:
             if (fd := self._sources.get(file)) is None:
                 try:
-                    fd = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                    fd = open_file(self._paths[file])
                 except OSError as e:
                     raise ZooError(f"{self._paths[file]}: cannot be read: {e.strerror}") from None
                 self._sources[file] = fd
@@ -528,7 +529,7 @@ class Execution:
         ckpt = self.plan.checkpoint
         for name in self.plan.carried:
             data = ckpt.synthesised.get(name)
-            self.folder.write(kept_as(name), ckpt.path(name).read_bytes() if data is None else data)
+            self.folder.write(kept_as(name), read_small(ckpt.root, name) if data is None else data)
         self.folder.write(INDEX, self.sheet.index())
         if kept := _source_zip(self.plan):
             self.folder.write(SOURCE, kept)
@@ -818,7 +819,7 @@ def _source_zip(plan: Plan) -> bytes | None:
     if ckpt.format != "gguf" or plan.dtype is None:  # of a GGUF that is dequantised nothing can be given back
         kept |= {f"around/{name}": raw for name, raw in ckpt.around.items()}
     if INDEX in ckpt.carried:
-        kept[INDEX] = ckpt.path(INDEX).read_bytes()
+        kept[INDEX] = read_small(ckpt.root, INDEX)
     if not kept:
         return None
     buffer = io.BytesIO()

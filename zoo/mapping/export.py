@@ -41,6 +41,7 @@ from zoo.formats.base import (
     kept_as,
     place_of,
     read_json,
+    read_small,
 )
 from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, read
 from zoo.formats.pickle import Archive, Budget, read_open
@@ -183,7 +184,7 @@ def export(
         for name, data in job.small.items():
             folder.write(name, data)
         for name in job.carried:
-            folder.write(name, place_of(c.root, name).read_bytes())
+            folder.write(name, read_small(c.root, name))
         out = folder.publish()
     if format in ("hf", "source") and (config := out / "config.json").is_file():
         if told := misread(read_json(config, "it was exported")):
@@ -591,7 +592,7 @@ def _vendors_tokenizer(c: Canonical, naming: str, carried: Collection[str]) -> d
         from zoo.text.tiktoken_out import ranks_file
 
         try:
-            return {"tokenizer.model": ranks_file(place_of(c.root, "tokenizer.json").read_bytes())}
+            return {"tokenizer.model": ranks_file(read_small(c.root, "tokenizer.json"))}
         except ZooError as e:
             why = str(e)
     called = "tekken.json or tokenizer.model.v*" if naming == "mistral" else "tokenizer.model"
@@ -614,7 +615,7 @@ def _params(c: Canonical, made: Mapping[str, Any], ours: bool) -> bytes:
     """params.json: as it came with files of this naming, but for what a conversion changed; else what was `made`."""
     if not ours or "params.json" not in _carried(c):
         return encoded(made, indent=2) + b"\n"
-    given = place_of(c.root, "params.json").read_bytes()
+    given = read_small(c.root, "params.json")
     said = parse_json(given)
     stored = [k for k in ("quantization", "quantization_config") if isinstance(said, dict) and k in said]
     if not stored:

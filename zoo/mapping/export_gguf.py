@@ -33,7 +33,7 @@ from zoo import families, libc
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf_out, gguf_vocab
-from zoo.formats.base import ITEMSIZE, TEMPLATES, TensorRef, place_of
+from zoo.formats.base import ITEMSIZE, TEMPLATES, TensorRef, read_small
 from zoo.formats.canonical import Canonical, read
 from zoo.layout import Slot, layout
 from zoo.mapping import changes, decode
@@ -352,7 +352,7 @@ def _small(c: Canonical) -> dict[str, bytes]:
         "token", "special_tokens", "generation_config", "chat_template", f"{TEMPLATES}/", "vocab.", "merges.", "tekken",
     )  # fmt: skip
     names = [n for n in c.json.get("carried", []) if n.startswith(wanted)]
-    return {n: place_of(c.root, n).read_bytes() for n in names}
+    return {n: read_small(c.root, n) for n in names}
 
 
 def _tensors(c: Canonical, family: Family, wanted: str) -> Iterator[_Tensor]:

@@ -42,6 +42,7 @@ from zoo.plain import by_descriptor, open_plain
 
 STATE, JOURNAL = ".zoo-state.json", ".zoo-steps.jsonl"  # names that no file of a checkpoint has
 WHOLE = "whole"  # in a partial folder that several processes fill: the folder in the making (see parts.py)
+MAX_STEPS = 256 << 20  # bytes of what a run has written down
 _SLACK = 8 << 20  # bytes for folders and inodes
 
 
@@ -209,6 +210,8 @@ class Folder:
 
     def _read(self, name: str) -> bytes:
         with open(self._open(name, os.O_RDONLY), "rb") as f:
+            if (size := os.fstat(f.fileno()).st_size) > MAX_STEPS:
+                raise ZooError(too_long(self.partial / name, size))
             return f.read()
 
     def _refuse_outside(self, name: str) -> None:
@@ -234,9 +237,7 @@ class Folder:
             same, rebooted = False, True
         if same:
             try:
-                lines = self._read(JOURNAL).decode().split("\n")[:-1]
-                steps = [parse_json(line) for line in lines]
-                steps = [s for s in steps if s["synced"] or not rebooted]
+                steps = [s for s in steps_of(self._read(JOURNAL)) if s["synced"] or not rebooted]
                 self.done = {s["step"] for s in steps}
                 self.said = [text for s in steps for text in s["said"]]
                 if all(self._stat(n).st_size == size for n, size in self.sizes.items()):
@@ -400,6 +401,27 @@ def own(folder: Path, fd: int | None = None) -> None:
     os.unlink(probe, dir_fd=fd)
     if found != owner:
         raise ZooError(f"{folder}: belongs to another user: {in_the_way(folder).partition(': ')[2]}")
+
+
+def _is_step(x: Any) -> bool:
+    """Whether it is a line that `_append` writes."""
+    said = x.get("said", []) if isinstance(x, dict) else None
+    return (
+        isinstance(said, list)
+        and all(isinstance(t, str) for t in [*said, x.get("step", "")])
+        and ("step" not in x or "said" in x)
+    )
+
+
+def steps_of(journal: bytes) -> list[dict[str, Any]]:
+    """The steps in a journal; a line that a kill cut short, or that zoo did not write, is none. Raises ValueError for what is no
+    journal. All lines are parsed as one text: each by itself took 25 times as long, and their number had no limit."""
+    steps = parse_json(b"[" + b",".join(journal.split(b"\n")[:-1]) + b"]")
+    return [s for s in steps if _is_step(s)]
+
+
+def too_long(path: Path, size: int) -> str:
+    return f"{path}: {size} bytes (limit {MAX_STEPS}), which no conversion writes: remove the folder that it is in"
 
 
 def boot() -> str:

@@ -35,12 +35,24 @@ from typing import Any, Self
 
 from zoo.bounded import parse_json, whole
 from zoo.errors import ZooError
-from zoo.mapping.folder import STATE, WHOLE, Folder, boot, clear_held, in_the_way, own, put, recover
+from zoo.mapping.folder import (
+    MAX_STEPS,
+    STATE,
+    WHOLE,
+    Folder,
+    boot,
+    clear_held,
+    in_the_way,
+    own,
+    put,
+    recover,
+    steps_of,
+    too_long,
+)
 from zoo.plain import open_plain
 
 TURN = ".zoo-turn"
 _NEW = STATE + ".new"
-MAX_STEPS = 256 << 20  # bytes of what other parts have written down
 MOST = 65_536  # parts; more than files that any release has
 
 
@@ -90,20 +102,6 @@ def of_process(environment: Mapping[str, str]) -> tuple[Part, str] | None:
             together = environment.get(local) == (environment[world] if here is None else here)
             return Part(r + 1, n, together), said
     return None
-
-
-def _is_step(x: Any) -> bool:
-    """Whether it is a line that `_append` writes."""
-    said = x.get("said", []) if isinstance(x, dict) else None
-    return (
-        isinstance(said, list)
-        and all(isinstance(t, str) for t in [*said, x.get("step", "")])
-        and ("step" not in x or "said" in x)
-    )
-
-
-def _too_long(path: Path, size: int) -> str:
-    return f"{path}: {size} bytes (limit {MAX_STEPS}), which no conversion writes: remove the folder that it is in"
 
 
 def shares(sizes: Mapping[str, int], n: int) -> list[list[str]]:
@@ -364,7 +362,7 @@ class Shared(Folder):
     def _read_steps(self) -> None:
         assert self._journal is not None
         if (size := os.fstat(self._journal).st_size) > MAX_STEPS:
-            raise ZooError(_too_long(self.partial / self._steps(self.part.number), size))
+            raise ZooError(too_long(self.partial / self._steps(self.part.number), size))
         data = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
         os.ftruncate(self._journal, data.rfind(b"\n") + 1)  # a line that a kill left unfinished
         if not all(self._has(n) and self._stat(n).st_size == size for n, size in self.sizes.items()):
@@ -376,9 +374,8 @@ class Shared(Folder):
     def _believed(self, k: int) -> list[dict[str, Any]]:
         """The steps of part `k` whose bytes are certain to be there: synced, or this machine's since it started."""
         try:
-            lines = self._read_outer(self._steps(k)).split(b"\n")[:-1]
-            steps = [parse_json(line) for line in lines]
-            return [s for s in steps if _is_step(s) and (s["synced"] or s["boot"] == boot())]
+            steps = steps_of(self._read_outer(self._steps(k)))
+            return [s for s in steps if s["synced"] or s["boot"] == boot()]
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
@@ -392,7 +389,7 @@ class Shared(Folder):
     def _read_outer(self, name: str) -> bytes:
         with open(open_plain(name, os.O_RDONLY, dir_fd=self._meeting), "rb") as f:
             if (size := os.fstat(f.fileno()).st_size) > MAX_STEPS:
-                raise ZooError(_too_long(self.partial / name, size))
+                raise ZooError(too_long(self.partial / name, size))
             return f.read()
 
     def _stat_outer(self, name: str) -> os.stat_result:

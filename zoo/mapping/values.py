@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zoo._version import __version__
 from zoo.errors import ZooError
-from zoo.formats.base import ITEMSIZE, TensorRef, encoded, place_of
+from zoo.formats.base import ITEMSIZE, TensorRef, encoded, place_of, read_small
 from zoo.formats.canonical import JSON, SOURCE, VALUES, Canonical, wrote
 from zoo.formats.safetensors import INDEX
 from zoo.layout import VERSION
@@ -158,9 +158,9 @@ class Values:
         carried = [n for n in self.like.json.get("carried", []) if place_of(root, n).is_file()]
         for name in carried:
             place = place_of(root, name)
-            self.folder.write(place.relative_to(root).as_posix(), place.read_bytes())
+            self.folder.write(place.relative_to(root).as_posix(), read_small(root, name))
         if (root / SOURCE).is_file():  # which of several names export is to take
-            self.folder.write(SOURCE, (root / SOURCE).read_bytes())
+            self.folder.write(SOURCE, read_small(root, SOURCE))
         self.folder.write(INDEX, self.sheet.index())
         self.folder.write(JSON, encoded(self._describe(carried), indent=1) + b"\n")
         return self.folder.publish()
