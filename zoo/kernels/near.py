@@ -191,7 +191,8 @@ if triton is not None:
         KIND: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        mask, at, dtype = d < D, row * D + d, out_ptr.dtype.element_ty
+        mask, at = d < D, row * D + d
+        dtype = out_ptr.dtype.element_ty
         w = d.to(tl.float32)
         if KIND != 0:
             w = tl.load(w_ptr + d, mask=mask, other=0.0).to(tl.float32)
@@ -202,7 +203,8 @@ if triton is not None:
                 up = tl.load(flags + r, volatile=True)
                 while up == 0:
                     up = tl.load(flags + r, volatile=True)
-        # Whoever is the last to have seen them takes them down; and nothing is read before that was seen.
+        tl.debug_barrier()  # all threads of this program have seen them
+        # The last program that has takes them down; and nothing is read before that was seen.
         if tl.atomic_add(seen, 1, scope="sys") == tl.num_programs(0) - 1:
             for r in tl.static_range(RANKS):
                 if r != RANK:

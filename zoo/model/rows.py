@@ -123,9 +123,8 @@ class Lanes:
 
     def added(self, kind: int, parts: Tensor, onto: Tensor, norm: Normer, normed: Tensor) -> Tensor:
         """parts [ranks, n, d] of a kind, once they are here, added up, and to `onto` [n, d]: that, and its norm into `normed`."""
-        if norms_sum(
-            parts, norm.weight, norm.spec
-        ):  # it waits itself; what was sent from here is waited for later
+        if norms_sum(parts, norm.weight, norm.spec):
+            # It waits itself; what was sent from here, and is kept until then, is waited for when the next kind has arrived.
             flags = self.flags[self.rank][kind]
             return add_up_norm(parts, onto, norm.weight, norm.spec, normed, flags, self.seen, self.rank)
         self.arrived(kind)
@@ -150,13 +149,13 @@ class Lanes:
         made: list[Tensor] = []
         for i, run in enumerate(runs):
             made = [*made[-1:], times(run)]  # until it was sent
+            if i:  # before the next is sent, which would be waited for, too: 70 us a run
+                take(i - 1)
             with self.beside():
                 for r in self.others:
                     self.place(LOGITS, r, ring, x.dtype)[i % RING, self.rank, : len(run)].copy_(made[-1])
                     self.flag(LOGITS + i % RING, r)
             wide(out[i * LEAST :][:LEAST, self.rank]).copy_(wide(made[-1]))
-            if i:
-                take(i - 1)
         take(len(runs) - 1)
         with self.beside():
             for r in self.others:
