@@ -226,6 +226,33 @@ if INTERPRETED or COMPILED:
             assert torch.equal(near.add_up(parts), near.near_sum_reference(parts))
             assert torch.equal(near.add_up(parts, onto), onto + near.near_sum_reference(parts))
 
+    @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("spec", NORMS)
+    def test_a_sum_over_ranks_and_the_norm_of_it_are_one_kernel_that_waits(
+        spec: Norm, dtype: torch.dtype
+    ) -> None:
+        for ranks, rank, n, d in ((2, 0, 9, 70), (3, 1, 2, 33)):
+            flags, seen = torch.zeros(ranks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+            parts, onto = rand(ranks, n + 1, d).to(dtype)[:, :n], rand(n, d).to(dtype)
+            w, normed = None if spec.weight == "none" else rand(d).to(dtype), rand(n, d).to(dtype)
+            came, places = parts.clone(), [r for r in range(ranks) if r != rank]
+            parts[places] = torch.nan
+
+            def others_write(parts: Any, came: Any, flags: Any, places: Any) -> None:
+                parts[places], flags[places] = came[places], 1
+
+            late = threading.Timer(0.02 if INTERPRETED else 0, others_write, (parts, came, flags, places))
+            late.start()
+            if not INTERPRETED:
+                late.join()
+            assert near.norms_sum(parts, w, spec)
+            total = near.add_up_norm(parts, onto, w, spec, normed, flags, seen, rank)
+            expected = near.add_up_norm_reference(came, onto, w, spec)
+            assert torch.equal(total, expected[0]) and torch.equal(total, near.add_up(came, onto))
+            assert torch.equal(normed, norm.rms_norm(total, w, spec))
+            close(normed, expected[1])
+            assert not flags.any() and not seen.any()
+
     def test_rows_of_a_table_of_which_others_have_the_rest() -> None:
         weight, ids = rand(5, 1030), torch.tensor([[0, 4, 5, 9], [10, 3, 7, 14]])
         whole = torch.zeros(15, 1030)

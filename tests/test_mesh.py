@@ -31,7 +31,8 @@ from zoo.formats import canonical, open_checkpoint
 from zoo.formats.base import TensorRef
 from zoo.kernels.product import unrounded
 from zoo.mapping.plan import make_plan
-from zoo.model.upload import GAP, read_rows
+from zoo.model import upload
+from zoo.model.upload import GAP, SPARED, Mapped, _vectored, read_rows
 from zoo.quant import dequantise
 from zoo.quant.base import grid
 from zoo.quant.schemes import scheme
@@ -329,6 +330,25 @@ def test_columns_are_read_many_rows_to_a_call_and_to_the_last_byte_of_the_file(t
             assert into == b"".join(data[start + i * (row + gap) :][:row] for i in range(n))
             with pytest.raises(ZooError, match=f"file: ends at byte {len(data)}"):
                 read_rows(path, f.fileno(), start + 1, memoryview(into), row, row + gap)
+
+
+@pytest.mark.skipif(_vectored() is None, reason="no process_vm_readv here")
+def test_rows_of_a_file_in_memory_are_read_without_what_lies_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, row, gap, n = tmp_path / "file", 3000, SPARED, 1100
+    data, cut = os.urandom(n * (row + gap) + 7), 7 + 500 * (row + gap) + row // 2
+    path.write_bytes(data)
+    along = upload._read_along
+    monkeypatch.setattr(upload, "_read_along", None)
+    with path.open("r+b") as f:
+        mapped, into = Mapped(f.fileno()), bytearray(n * row)
+        read_rows(path, f.fileno(), 7, memoryview(into), row, row + gap, mapped)
+        assert into == b"".join(data[7 + i * (row + gap) :][:row] for i in range(n))
+        monkeypatch.setattr(upload, "_read_along", along)
+        f.truncate(cut)
+        with pytest.raises(ZooError, match=f"file: ends at byte {cut}"):  # no signal
+            read_rows(path, f.fileno(), 7, memoryview(into), row, row + gap, mapped)
 
 
 def test_what_ranks_add_up_of_bf16_on_cpus_is_rounded_once() -> None:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, triton
+from zoo.kernels.launch import Kernel, ceil_div, has_triton, overlap, power_of_2, triton
+from zoo.kernels.norm import add_rms_norm_reference, constants, fits
+from zoo.spec import Norm
 
 if triton is not None:
     import triton.language as tl
 
     from zoo.kernels.launch import after_previous
+    from zoo.kernels.norm import normalise
 
 BLOCK = 256  # words of a program
 
@@ -111,6 +114,41 @@ def add_up(parts: Tensor, onto: Tensor | None = None) -> Tensor:
     return out
 
 
+def add_up_norm_reference(
+    parts: Tensor, onto: Tensor, weight: Tensor | None, norm: Norm
+) -> tuple[Tensor, Tensor]:
+    """onto [n, d] plus what parts [ranks, n, d] add up to, once that is rounded; and the norm of it."""
+    normed, total = add_rms_norm_reference(onto, near_sum_reference(parts), weight, norm)
+    return total, normed
+
+
+def norms_sum(parts: Tensor, weight: Tensor | None, norm: Norm) -> bool:
+    """Whether `add_up_norm` serves them."""
+    return fits(parts, weight, norm) and parts.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def add_up_norm(
+    parts: Tensor,
+    onto: Tensor,
+    weight: Tensor | None,
+    norm: Norm,
+    normed: Tensor,
+    flags: Tensor,
+    seen: Tensor,
+    rank: int,
+) -> Tensor:
+    """`add_up_norm_reference` (see `norms_sum`), as one kernel, of parts that come while it waits: the sum; the norm of it into
+    `normed` [n, d], contiguous. flags int32 [ranks]: as `arrive` has them. seen int32 [1], zero: how many programs saw them up."""
+    onto, total = onto.contiguous(), torch.empty_like(parts[0])
+    n, d = total.shape
+    block = power_of_2(d)
+    _add_up_norm[(n,)](
+        parts, onto, weight, total, normed, flags, seen, parts.stride(0), d, norm.eps,
+        RANK=rank, RANKS=len(parts), **constants(weight, norm), BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(parts),
+    )  # fmt: skip
+    return total
+
+
 if triton is not None:
 
     @Kernel
@@ -146,6 +184,40 @@ if triton is not None:
             total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
             total += tl.load(onto_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @Kernel
+    def _add_up_norm(
+        parts, onto_ptr, w_ptr, total_ptr, out_ptr, flags, seen, stride, D, eps, RANK: tl.constexpr, RANKS: tl.constexpr,
+        KIND: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        mask, at = d < D, row * D + d
+        dtype = out_ptr.dtype.element_ty
+        w = d.to(tl.float32)
+        if KIND != 0:
+            w = tl.load(w_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        after_previous(OVERLAP)
+        onto = tl.load(onto_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        for r in tl.static_range(RANKS):
+            if r != RANK:
+                up = tl.load(flags + r, volatile=True)
+                while up == 0:
+                    up = tl.load(flags + r, volatile=True)
+        tl.debug_barrier()  # all threads of this program have seen them
+        # The last program that has takes them down; and nothing is read before that was seen.
+        if tl.atomic_add(seen, 1, scope="sys") == tl.num_programs(0) - 1:
+            for r in tl.static_range(RANKS):
+                if r != RANK:
+                    tl.store(flags + r, 0)
+            tl.store(seen, 0)
+        total = tl.load(parts + at, mask=mask, other=0.0).to(tl.float32)
+        for r in tl.static_range(1, RANKS):
+            total += tl.load(parts + r * stride + at, mask=mask, other=0.0).to(tl.float32)
+        total = (total.to(dtype).to(tl.float32) + onto).to(dtype)
+        tl.store(total_ptr + at, total, mask=mask)
+        x = total.to(tl.float32)
+        y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        tl.store(out_ptr + at, normalise(y, w, KIND, PLUS_ONE, dtype).to(dtype), mask=mask)
 
     @triton.jit
     def lower(word):

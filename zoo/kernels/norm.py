@@ -54,7 +54,7 @@ def rms_norm_add_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: No
 
 def rms_norm(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     """`rms_norm_reference`, as one kernel where Triton or numba runs. x [.., D]."""
-    if _fits(x, weight, norm):
+    if fits(x, weight, norm):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         _launch(x, None, weight, norm, out)
         return out
@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
 
 def rms_norm_add(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     """`rms_norm_add_reference`, as one kernel where Triton or numba runs. x, h [.., D], contiguous."""
-    if _fits(x, weight, norm) and x.is_contiguous() and h.is_contiguous():
+    if fits(x, weight, norm) and x.is_contiguous() and h.is_contiguous():
         out = torch.empty_like(x)
         _launch(h, x, weight, norm, out)
         return out
@@ -80,7 +80,7 @@ def add_rms_norm_reference(x: Tensor, h: Tensor, weight: Tensor | None, norm: No
 
 def add_rms_norm(x: Tensor, h: Tensor, weight: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_reference`, as one kernel where Triton runs. x, h [.., D], contiguous."""
-    if _fits(x, weight, norm) and x.is_contiguous() and h.is_contiguous():
+    if fits(x, weight, norm) and x.is_contiguous() and h.is_contiguous():
         out, total = torch.empty_like(x), torch.empty_like(x)
         _launch(h, x, weight, norm, out, total)
         return out, total
@@ -132,9 +132,16 @@ def _compiled(x: Tensor, onto: Tensor | None, weight: Tensor | None, norm: Norm)
     return y
 
 
-def _fits(x: Tensor, weight: Tensor | None, norm: Norm) -> bool:
+def fits(x: Tensor, weight: Tensor | None, norm: Norm) -> bool:
+    """Whether the kernels here serve them."""
     same = weight is None or (weight.dim() == 1 and weight.dtype in (x.dtype, torch.float32))
     return has_triton(x) and norm.kind == "rms" and x.shape[-1] <= 16384 and same and x.dtype != torch.float64
+
+
+def constants(weight: Tensor | None, norm: Norm) -> dict[str, int | bool]:
+    """What a kernel is told of the norm, for `normalise`."""
+    kind = 0 if weight is None else 1 if norm.rounding == "first" else 2
+    return {"KIND": kind, "PLUS_ONE": norm.weight == "plus_one"}
 
 
 def _launch(
@@ -154,8 +161,7 @@ def _launch(
         stride = x.stride(0)
     block = power_of_2(d)
     _rms_norm[(x.numel() // d,)](
-        x, onto, weight, out, total, stride, d, norm.eps,
-        KIND=0 if weight is None else 1 if norm.rounding == "first" else 2, PLUS_ONE=norm.weight == "plus_one",
+        x, onto, weight, out, total, stride, d, norm.eps, **constants(weight, norm),
         ONTO=onto is not None and total is None, TOTAL=total is not None, BLOCK=block, num_warps=min(8, max(1, block // 512)), **overlap(x),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from zoo.errors import ZooError
 from zoo.kernels.near import near_gather_reference
 from zoo.kernels.norm import factor
 from zoo.model.near import Near
-from zoo.model.rows import LEAST, Lanes, Rows
+from zoo.model.rows import LEAST, Lanes, Normer, Rows
 from zoo.spec import Norm
 
 APIECE = 64
@@ -85,6 +85,10 @@ class Across:
             return self.rows.whole(layers(self.rows.own(x)))
         finally:
             self.rows = None
+
+    def normed(self, x: Tensor, norm: Normer) -> Tensor | None:
+        """The norm of x, where it was made along with x (see `Rows.sum`)."""
+        return None if self.rows is None else self.rows.normed(x, norm)
 
     @contextmanager
     def to_be_captured(self) -> Iterator[None]:

@@ -48,7 +48,9 @@ class Layer(nn.Module):
     """x += post(mixer(pre(x))); x += post(ffn(pre(x))); or both branches of the same x, side by side."""
 
     scalar: Tensor | None
-    shared = False  # by ranks: their sum comes without the residual
+    across: Across | None = (
+        None  # ranks that share it: their sum comes without the residual, but in a pass by rows
+    )
 
     def __init__(self, spec: Spec, i: int) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class Layer(nn.Module):
 
     def _one_by_one(self, x: Tensor, ctx: Context) -> Tensor:
         s, normed = self.spec, None
-        by_norm = x.numel() > x.shape[-1] or self.shared
+        by_norm = self.across.rows is None if self.across is not None else x.numel() > x.shape[-1]
         in_norm = isinstance(self.ffn_norm, Norm) and s.attn_post_norm is None and by_norm
         if s.mixer is not None and s.ffn is not None and in_norm:
             # The norm adds the residual of several tokens; of a single one the mixer's last product does.

@@ -24,6 +24,7 @@ from zoo.kernels.stream import Before
 from zoo.kernels.weights import Weight, expanded, laid_out, ordered, plain, quantised
 from zoo.kernels.weights import looked_up as rows_of
 from zoo.model.across import Across
+from zoo.model.rows import Normer
 
 
 class Weights(nn.Module):
@@ -169,10 +170,12 @@ def scaled(last: Callable[..., Tensor], scale: float, onto: Tensor | None) -> Te
 
 class Linear(Weights):
     """x [..., in] -> [..., out]. `parts`: the pieces fused along `out`. `across`: each rank has some of `in`, and what they
-    make of it is added up. `reads`: each has some of `out`, and in a pass by rows is given its rows of x alone."""
+    make of it is added up. `reads`: each has some of `out`, and in a pass by rows is given its rows of x alone. `norm`: what a
+    sum over ranks is given to next."""
 
     across: Across | None = None
     reads: Across | None = None
+    norm: Normer | None = None
 
     def __init__(self, d_in: int, *parts: int, bias: bool = False) -> None:
         super().__init__(sum(parts), d_in, parts=parts, bias=bias)
@@ -181,7 +184,7 @@ class Linear(Weights):
         ranks = self.across or self.reads
         if ranks is not None and ranks.rows is not None:
             if self.across is not None:
-                return ranks.rows.sum(x, self, onto)
+                return ranks.rows.sum(x, self, onto, self.norm)
             y = ranks.rows.spread(x, self)
             return y if onto is None else onto + y
         if self.across is None:

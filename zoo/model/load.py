@@ -138,6 +138,16 @@ class Source:
                 self._refuse_other_experts(ref, parameter, sum(of.parts))
             setattr(of, leaf, parameter)
 
+    def sizes(self, model: Decoder, parts: set[str], dtype: torch.dtype | None) -> list[int]:
+        """Bytes of each tensor that `fill` will make of the decoder's submodules `parts`, of a folder without codes."""
+        refs, found = self.folder.tensors, []
+        for name, p in model.named_parameters() if not self.folder.quant else ():
+            of = ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+            if of in parts and name in refs and (stored := DTYPES.get(refs[name].dtype)) is not None:
+                cast = dtype if stored.is_floating_point and dtype is not None else stored
+                found.append(p.numel() * cast.itemsize)
+        return found
+
     def _refuse_other_experts(self, ref: TensorRef, table: Tensor, n: int) -> None:
         """Raise ZooError if a table says experts that are not among the `n` there are: a GPU would read beyond them."""
         values = self.tensor(ref) if self.upload is not None else table  # an upload may not have come yet
@@ -261,10 +271,15 @@ def load(
         if wanted is not None:
             wanted = tuple(wanted)
             model.held = wanted if len(set(wanted)) < model.spec.n_layers else None
+        if upload is not None:
+            held = {f"layers.{i}" for i in range(model.spec.n_layers) if wanted is None or i in wanted}
+            upload.reserve(source.sizes(model, held | set(ends), dtype))
         for name, module in ends.items():
             source.fill(module, name, device, dtype)
         for i in range(model.spec.n_layers) if wanted is None else wanted:
             source.fill(model.layers[i], f"layers.{i}", device, dtype)
+        if upload is not None:
+            upload.start()
         if across is not None:
             across.meet()  # while files are read
     if trainable:

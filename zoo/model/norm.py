@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.kernels.norm import add_rms_norm, factor, rms_norm, rms_norm_add
 from zoo.kernels.stream import Before
-from zoo.model.across import Spread
+from zoo.model.across import Across, Spread
 from zoo.spec import Norm as NormSpec
 
 
@@ -33,9 +33,10 @@ class Unnormed:
 
 class Norm(nn.Module):
     """A norm over the last axis, its weight of `shape`. Without a weight it has no parameters. `spread`: the axis is longer
-    than what this rank has of it."""
+    than what this rank has of it. `across`: ranks that, in a pass by rows, make it along with the sum that it is of."""
 
     spread: Spread | None = None
+    across: Across | None = None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -53,6 +54,10 @@ class Norm(nn.Module):
         if self.spread is not None:
             assert onto is None and before is None
             return self.spread(x, self.weight, self.spec, self.bias)
+        if self.across is not None and onto is None and before is None:
+            made = self.across.normed(x, self)
+            if made is not None:
+                return made
         if before is not None:
             if self.spec.kind == "rms":
                 return add_rms_norm(before, x, self.weight, self.spec)

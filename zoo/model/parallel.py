@@ -18,6 +18,7 @@ from zoo.model.decoder import Layer as DecoderLayer
 from zoo.model.linear import Linear, Table
 from zoo.model.mamba import Mamba
 from zoo.model.moe import MoE
+from zoo.model.norm import Norm
 from zoo.spec import MLP, Mixer, Spec
 from zoo.spec import Attention as AttentionSpec
 from zoo.spec import Mamba as MambaSpec
@@ -46,7 +47,7 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
             module.across, module.parts = across, tuple(shape[:1])
     for layer, whole, own in zip(model.layers, split.spec.layers, split.local.layers, strict=True):
         assert isinstance(layer, DecoderLayer)
-        layer.shared = True
+        layer.across = across
         if whole.mixer is not None:
             _mixer(layer.mixer, whole.mixer, own.mixer, across)
         if whole.beside is not None:
@@ -55,6 +56,28 @@ def share_out(model: Decoder, split: Split, across: Across) -> None:
             _is(layer.ffn, own.ffn)
             if isinstance(layer.ffn, MoE):
                 _experts(layer.ffn, across)
+    if model.by_rows:
+        _norms_with_sums(model, across)
+
+
+def _norms_with_sums(model: Decoder, across: Across) -> None:
+    """Tell each matrix whose sum over ranks is the residual, and the norm that reads it, of each other."""
+    layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+        s = layer.spec
+        last = None if after is None else after.attn_norm if after.spec.mixer is not None else after.ffn_norm
+        if s.residual_scale != 1.0:
+            continue
+        if isinstance(s.mixer, AttentionSpec) and s.attn_post_norm is None and not s.parallel:
+            _tell(layer.attn.out, layer.ffn_norm if s.ffn is not None else None if s.scalar else last, across)
+        plain = s.ffn_post_norm is None and (s.adds == "in_turn" or not s.parallel) and not s.scalar
+        if isinstance(s.ffn, MLP) and s.ffn.out_scale == 1.0 and plain:
+            _tell(layer.mlp.down, last, across)
+
+
+def _tell(matrix: object, norm: nn.Module | None, across: Across) -> None:
+    if isinstance(matrix, Linear) and isinstance(norm, Norm) and norm.spec.kind == "rms":
+        matrix.__dict__["norm"], norm.across = norm, across  # whose parameters stay its own
 
 
 def _by_rows(spec: Spec) -> bool:

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoo.kernels.near import add_up, arrive
+from zoo.kernels.near import add_up, add_up_norm, add_up_norm_reference, arrive, norms_sum
+from zoo.spec import Norm
 
 LEAST = 256
 """Rows of a rank from which it is worth sharing them out; and rows of which logits are made and sent at once."""
@@ -31,6 +32,8 @@ MOST = 1 << 28
 """Bytes of a place, up to which GPUs write into each other's memory."""
 HIGH, WIDE = 128, 256
 """Rows and columns of results that a multiprocessor has at once in a matrix product of 16-bit numbers on Hopper."""
+SHORT = 4096
+"""Columns of a matrix, below which its product takes less time than to carry it: then it is carried in two pieces."""
 RING = 4
 """Runs of logits that are under way: a rank that sends one knows by what came that the one four before was read."""
 SUM, SPREAD, WHOLE, DONE, LOGITS = range(5)
@@ -42,6 +45,15 @@ class Matrix(Protocol):
 
     def dense(self, dtype: torch.dtype) -> Tensor: ...
     def offset(self, dtype: torch.dtype) -> Tensor | None: ...
+
+
+class Normer(Protocol):
+    """A norm, as `zoo.model.norm.Norm` is one."""
+
+    spec: Norm
+
+    @property
+    def weight(self) -> Tensor | None: ...
 
 
 class Lanes:
@@ -59,6 +71,8 @@ class Lanes:
         self.kept: list[Tensor] = []  # what passes that were captured may write to
         self.flags = self.shared((LOGITS + RING, self.ranks), torch.int32)
         self.up = torch.ones(1, dtype=torch.int32, device=device)
+        self.seen = torch.zeros(1, dtype=torch.int32, device=device)  # for `add_up_norm`
+        self.sent: list[Tensor] = []  # what is under way, or was when that was last waited for
         self.places: dict[int, list[Tensor]] = {}  # of a kind, by rank
         self.round = 0
         if device.type == "cuda":
@@ -104,7 +118,19 @@ class Lanes:
     def arrived(self, kind: int) -> None:
         """What is asked of the GPU from here on waits until all was sent, and is here."""
         torch.cuda.current_stream().wait_stream(self.side)
+        self.sent.clear()
         arrive(self.flags[self.rank][kind], self.rank)
+
+    def added(self, kind: int, parts: Tensor, onto: Tensor, norm: Normer, normed: Tensor) -> Tensor:
+        """parts [ranks, n, d] of a kind, once they are here, added up, and to `onto` [n, d]: that, and its norm into `normed`."""
+        if norms_sum(parts, norm.weight, norm.spec):
+            # It waits itself; what was sent from here, and is kept until then, is waited for when the next kind has arrived.
+            flags = self.flags[self.rank][kind]
+            return add_up_norm(parts, onto, norm.weight, norm.spec, normed, flags, self.seen, self.rank)
+        self.arrived(kind)
+        total, y = add_up_norm_reference(parts, onto, norm.weight, norm.spec)
+        normed.copy_(y)
+        return total
 
     def columns(self, times: Callable[[Tensor], Tensor], x: Tensor, n: int) -> Tensor | None:
         """times(x) [rows, n] of all ranks, x [rows, d], side by side: [rows, ranks n]; None if too large."""
@@ -123,13 +149,13 @@ class Lanes:
         made: list[Tensor] = []
         for i, run in enumerate(runs):
             made = [*made[-1:], times(run)]  # until it was sent
+            if i:  # before the next is sent, which would be waited for, too: 70 us a run
+                take(i - 1)
             with self.beside():
                 for r in self.others:
                     self.place(LOGITS, r, ring, x.dtype)[i % RING, self.rank, : len(run)].copy_(made[-1])
                     self.flag(LOGITS + i % RING, r)
             wide(out[i * LEAST :][:LEAST, self.rank]).copy_(wide(made[-1]))
-            if i:
-                take(i - 1)
         take(len(runs) - 1)
         with self.beside():
             for r in self.others:
@@ -147,6 +173,8 @@ class Rows:
         self.n = self.lead.numel()
         self.each = -(-self.n // lanes.ranks)
         self.here = self.of(lanes.rank)
+        self.made: tuple[Tensor, Normer, Tensor] | None = None
+        """What was last added up, the norm that comes next, and what that makes of it."""
 
     @classmethod
     def fit(cls, lanes: Lanes, x: Tensor) -> Rows | None:
@@ -170,20 +198,35 @@ class Rows:
         x[self.here] = own
         return x.clone().view(*self.lead, self.d)
 
-    def sum(self, x: Tensor, weights: Matrix, onto: Tensor | None) -> Tensor:
-        """x [B, T, in] times this rank's part of a matrix, added up over ranks, and to `onto`: its rows of that [rows, d]."""
-        x, lanes, kept = x.flatten(0, -2), self.lanes, []
+    def sum(self, x: Tensor, weights: Matrix, onto: Tensor | None, norm: Normer | None = None) -> Tensor:
+        """x [B, T, in] times this rank's part of a matrix, added up over ranks, and to `onto`: its rows of that [rows, d].
+        `norm`: what is asked for next of the sum; it is made along with it (see `normed`)."""
+        x, lanes = x.flatten(0, -2), self.lanes
         w, bias = weights.dense(x.dtype), weights.offset(x.dtype)
+        pieces = 2 if x.shape[-1] < SHORT and self.each >= 2 * LEAST else 1
         for r in lanes.others:
-            part = _times(x[self.of(r)], w, bias)
+            rows, place = x[self.of(r)], self._place(SUM, r)[lanes.rank]
+            for some, there in zip(rows.chunk(pieces), place[: len(rows)].chunk(pieces), strict=True):
+                part = _times(some, w, bias)
+                lanes.sent.append(part)
+                with lanes.beside():
+                    there.copy_(part)
             with lanes.beside():
-                self._place(SUM, r)[lanes.rank, : len(part)].copy_(part)
                 lanes.flag(SUM, r)
-            kept.append(part)  # until it was sent
         parts = self._place(SUM, lanes.rank)[:, : self.here.stop - self.here.start]
         _times(x[self.here], w, bias, parts[lanes.rank])
-        lanes.arrived(SUM)
-        return add_up(parts, onto)
+        if norm is None or onto is None:
+            lanes.arrived(SUM)
+            return add_up(parts, onto)
+        normed = self._place(SPREAD, lanes.rank)[lanes.rank, : parts.shape[1]]
+        total = lanes.added(SUM, parts, onto, norm, normed)
+        self.made = total, norm, normed
+        return total
+
+    def normed(self, x: Tensor, norm: Normer) -> Tensor | None:
+        """The norm of x [rows, d], if that was last added up and this was to come next: where `spread` has it from."""
+        made, self.made = self.made, None
+        return made[2] if made is not None and made[0] is x and made[1] is norm else None
 
     def spread(self, own: Tensor, weights: Matrix) -> Tensor:
         """The ranks' rows [rows, d] times this rank's part of a matrix: [B, T, out]."""
@@ -193,9 +236,8 @@ class Rows:
         first = max(1, self.lanes.round // self.each // WIDE) * WIDE
         now = w[:first], None if bias is None else bias[:first]
         _times(own, *now, out[self.here, :first])
-        if first < len(
-            w
-        ):  # a copy within a GPU takes multiprocessors: it would wait beside a product, and all behind it
+        if first < len(w) and own.data_ptr() != x[self.here].data_ptr():
+            # A copy within a GPU takes multiprocessors: it would wait beside a product, and all behind it.
             x[self.here].copy_(own)
         self.lanes.arrived(SPREAD)
         for there in (slice(0, self.here.start), slice(self.here.stop, self.n)):

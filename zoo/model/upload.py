@@ -13,17 +13,20 @@ with 8 and 23 with 16; 16 threads are no faster.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import LifoQueue
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +39,8 @@ GAP = 2**16
 which all readers queue, some 5 us; a gap costs its copy, 5 us for 64 KB, which no other waits for."""
 FILES = 8
 """That a thread keeps open: of hundreds of shards and 16 threads each, a process may not have as many handles (1024, as a rule)."""
+SPARED = 2**12
+"""Bytes between rows, from which they are taken one by one out of a file in memory (see `Mapped`)."""
 VECTOR = 1024  # buffers that one call fills, at most (IOV_MAX)
 
 
@@ -77,7 +82,15 @@ class Upload:
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
         self.lanes = Lanes(torch.cuda.current_stream(self.device), READERS, BUFFER)
+        self.asked: list[tuple[Any, ...]] = []
         self.runs: list[Future[None]] = []
+
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Have torch ask for the memory of tensors of so many bytes at once, where the device has that in one piece: it gives them
+        their parts of it later. A call of the driver for each takes up to a millisecond, in which nobody copies."""
+        large = [-(-n // 512) * 512 for n in sizes if n > 1 << 20]  # others are kept apart
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(sum(large), dtype=torch.uint8, device=self.device)
 
     def __call__(
         self,
@@ -119,7 +132,13 @@ class Upload:
         return out
 
     def _fill(self, path: Path, offset: int, into: Tensor, stored: torch.dtype, *rows: int) -> None:
-        self.runs.append(self.lanes.fill(path, offset, into, stored, *rows))
+        self.asked.append((path, offset, into, stored, *rows))
+
+    def start(self) -> None:
+        """Begin with what was asked for. Threads that read already would keep whoever asks from Python's lock: of the 291 tensors of an
+        8B, two milliseconds each."""
+        asked, self.asked = self.asked, []
+        self.runs += [self.lanes.fill(*run) for run in asked]
 
     def __enter__(self) -> Upload:
         return self
@@ -127,6 +146,8 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self.start()
         self.lanes.close(cancel=error is not None)
         if error is None:
             for run in self.runs:
@@ -140,6 +161,7 @@ class _Lane:
         self.stream, self.buffer = stream, buffer
         self.buffers: list[_Buffer] = []
         self.files: dict[Path, int] = {}
+        self.mapped: dict[Path, Mapped] = {}
 
     def run(
         self, path: Path, offset: int, into: Tensor, stored: torch.dtype, row: int = 1, stride: int = 0
@@ -156,22 +178,32 @@ class _Lane:
                 buffer, start_of = self.buffers[0], offset + start // row * stride
                 self.buffers.reverse()
                 buffer.wait()
-                read_rows(path, file, start_of, buffer.view[: n * size], row * size, stride)
+                read_rows(
+                    path, file, start_of, buffer.view[: n * size], row * size, stride, self._mapped(path)
+                )
                 buffer.empty(into, start, n, stored)
 
     def _opened(self, path: Path) -> int:
         """A handle on the file. The one opened first is closed for it, where there are many."""
         if path not in self.files:
             if len(self.files) >= FILES:
-                os.close(self.files.pop(next(iter(self.files))))
+                oldest = next(iter(self.files))
+                os.close(self.files.pop(oldest))
+                self.mapped.pop(oldest, None)
             self.files[path] = os.open(path, os.O_RDONLY)
             os.posix_fadvise(self.files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self.files[path]
+
+    def _mapped(self, path: Path) -> Mapped:
+        if path not in self.mapped:
+            self.mapped[path] = Mapped(self.files[path])
+        return self.mapped[path]
 
     def close(self) -> None:
         for file in self.files.values():
             os.close(file)
         self.files.clear()
+        self.mapped.clear()
 
 
 class _Buffer:
@@ -233,24 +265,88 @@ def _runtime() -> Any:
     return runtime
 
 
-def read_rows(path: Path, file: int, offset: int, into: memoryview, row: int, stride: int) -> None:
-    """Fill `into` with rows of `row` bytes that begin `stride` apart, from `offset` of the opened file at `path` on. Raises
-    ZooError if it ends before."""
+class Mapped:
+    """An opened file, mapped when rows are first taken out of it by one call (Linux's process_vm_readv, of this process
+    itself). That copies what lies between rows nowhere, and what the file has no more is no signal, as it would be to who reads the
+    map, but a short answer."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.size = file, os.fstat(file).st_size
+        self.start: int | None = None
+
+    def rows(self, offset: int, into: memoryview, row: int, stride: int) -> bool:
+        """Whether `into` was filled with rows of `row` bytes that begin `stride` apart. Not where the last one is not in the
+        system's cache: a disk is read faster from first to last."""
+        last = offset + len(into) - row + (len(into) // row - 1) * (stride - row)
+        call = _vectored()
+        if call is None or last + row > self.size or not self._cached(last + row - 1):
+            return False
+        if self.start is None:
+            self.map = np.frombuffer(mmap.mmap(self.file, self.size, access=mmap.ACCESS_READ), np.uint8)
+            self.start = self.map.ctypes.data
+        there = np.empty((len(into) // row, 2), np.uint64)
+        there[:, 0] = self.start + offset + np.arange(len(there), dtype=np.uint64) * np.uint64(stride)
+        there[:, 1] = row
+        here = np.array([np.frombuffer(into, np.uint8).ctypes.data, len(into)], np.uint64)
+        return int(call(os.getpid(), here.ctypes.data, 1, there.ctypes.data, len(there), 0)) == len(into)
+
+    def _cached(self, at: int) -> bool:
+        try:
+            return os.preadv(self.file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+        except OSError:  # it would wait, or the file system cannot tell
+            return False
+
+
+@functools.cache
+def _vectored() -> Any:
+    """process_vm_readv, which lets go of Python's lock; None where there is none, or a sandbox forbids it."""
+    try:
+        call = ctypes.CDLL(None).process_vm_readv
+    except (OSError, AttributeError):
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_ulong
+    call.argtypes, call.restype = (ctypes.c_int, pointer, size, pointer, size, size), ctypes.c_ssize_t
+    word = np.arange(1, dtype=np.uint64)
+    to = np.ones(1, np.uint64)
+    iov = [np.array([x.ctypes.data, 8], np.uint64) for x in (to, word)]
+    worked = call(os.getpid(), iov[0].ctypes.data, 1, iov[1].ctypes.data, 1, 0) == 8 and to[0] == 0
+    return call if worked and hasattr(os, "RWF_NOWAIT") else None
+
+
+def read_rows(
+    path: Path, file: int, offset: int, into: memoryview, row: int, stride: int, mapped: Mapped | None = None
+) -> None:
+    """Fill `into` with rows of `row` bytes that begin `stride` apart, from `offset` of the opened file at `path` on (`mapped`: the same
+    file). Raises ZooError if it ends before."""
     gap, starts = stride - row, range(0, len(into), row)
     if gap == 0:
         _read(path, file, offset, into)
         return
-    at_once = VECTOR // 2 if gap <= GAP else 1
-    skipped = memoryview(bytearray(gap if at_once > 1 else 0))
+    taken = mapped is not None and gap >= SPARED
+    at_once = VECTOR if taken else VECTOR // 2 if gap <= GAP else 1
+    skipped = memoryview(bytearray(gap if gap <= GAP else 0))
     for first in range(0, len(starts), at_once):
-        rows = [into[at : at + row] for at in starts[first : first + at_once]]
+        some = into[first * row : (first + at_once) * row]
         start = offset + first * stride
+        if taken and mapped is not None and mapped.rows(start, some, row, stride):
+            continue
+        _read_along(path, file, start, some, row, stride, skipped)
+
+
+def _read_along(
+    path: Path, file: int, start: int, into: memoryview, row: int, stride: int, skipped: memoryview
+) -> None:
+    """The rows, and what lies between them into `skipped`, where that has room for it."""
+    gap, at_once = stride - row, VECTOR // 2 if skipped else 1
+    for first in range(0, len(into), at_once * row):
+        rows = [into[at : at + row] for at in range(first, min(first + at_once * row, len(into)), row)]
+        at = start + first // row * stride
         if len(rows) > 1:
             along = [x for one in rows for x in (one, skipped)][:-1]
-            if os.preadv(file, along, start) == len(rows) * stride - gap:
+            if os.preadv(file, along, at) == len(rows) * stride - gap:
                 continue
         for n, one in enumerate(rows):
-            _read(path, file, start + n * stride, one)
+            _read(path, file, at + n * stride, one)
 
 
 def _read(path: Path, file: int, offset: int, into: memoryview) -> None:

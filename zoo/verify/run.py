@@ -178,12 +178,8 @@ def verify(
             raise ZooError(f"{folder.root}: {level or 'the self-test'} can't be judged: {why_not}")
         if self_test and not how.numeric:
             raise ZooError("the self-test compares logits: ask for a level that does")
-        with how.clock("hashes"):
-            canonical_files, source_files = hashing.result(), hashing_source.result()
-            if sharing is not None:
-                _merge(sharing, canonical_files, source_files)
         cert = Certificate(
-            canonical=canonical_files, source=source_files, rules=None, dtype=dtype,
+            canonical={}, source=None, rules=None, dtype=dtype,
             oracle=other.oracle.describe() if other.oracle else {"kind": "none", "why": other.why_no_oracle},
             disagreements=opened.disagreements(folder.spec, other.oracle), required=require,
             versions=versions(), device=described(how.device) | ({} if ranks is None else {"ranks": ranks.mesh.size()}),
@@ -205,6 +201,7 @@ def verify(
             try:
                 asked, measured = compared.into(cert, texts)
                 if sharing is not None and not sharing.first:
+                    _enter_hashes(cert, hashing, hashing_source, sharing)
                     return sharing.of_first(cert)
                 if why_streamed is not None:
                     cert.not_checked = [
@@ -226,6 +223,8 @@ def verify(
                 assert other.oracle is not None
                 with how.clock("self-test"):
                     cert.faults = selftest.run(folder, other.oracle, asked, measured.spread, plan, how)
+        with how.clock("hashes"):  # made while models computed
+            _enter_hashes(cert, hashing, hashing_source, sharing)
         total = time.perf_counter() - started
         seconds = how.clock.seconds
         seconds["the rest"] = total - sum(seconds.values())
@@ -373,9 +372,18 @@ def versions() -> dict[str, str]:
     return out
 
 
-def _merge(sharing: Sharing, *sides: dict[str, Any] | None) -> None:
-    """Have the hashes of all ranks in each of them."""
-    for of in sharing.all([None if side is None else side["files"] for side in sides]):
+def _enter_hashes(
+    cert: Certificate,
+    canonical_files: Future[dict[str, Any]],
+    source_files: Future[dict[str, Any] | None],
+    sharing: Sharing | None,
+) -> None:
+    """Both sides' hashes, of ranks that hashed some files each those of all. All ranks enter them together."""
+    cert.canonical, cert.source = canonical_files.result(), source_files.result()
+    sides = cert.canonical, cert.source
+    for of in (
+        () if sharing is None else sharing.all([None if side is None else side["files"] for side in sides])
+    ):
         for side, files in zip(sides, of, strict=True):
             if side is not None and files is not None:
                 side["files"] = dict(sorted((side["files"] | files).items()))
