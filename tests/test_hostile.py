@@ -294,7 +294,7 @@ def described(converted: Path, dst: Path, change: Callable[[dict[str, Any]], obj
 HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "600,000 layers": lambda d: d["spec"].update(layers=[0] * 600_000),
     "600,000 kinds of layers": lambda d: d["spec"].update(layer_kinds=d["spec"]["layer_kinds"] * 600_000),
-    "4096 layers in small files": lambda d: d["spec"].update(layers=[0] * 4096),
+    "1024 layers in small files": lambda d: d["spec"].update(layers=[0] * 1024),
     "layer 99": lambda d: d.update(layers=[99]),
     "layer -1": lambda d: d.update(layers=[-1]),
     "layer 1e999": lambda d: d.update(layers=[float("inf")]),

@@ -23,6 +23,7 @@ from zoo.formats.base import (
     leads_out,
     place_of,
     read_json,
+    refuse_crowd,
 )
 from zoo.formats.safetensors import INDEX, check_index, parse_header, read_header
 from zoo.formats.sets import weight_map
@@ -115,6 +116,7 @@ def read(path: str | os.PathLike[str]) -> Canonical:
         raise ZooError(f"{root}: no such folder; `zoo pull` or `zoo convert` makes canonical checkpoints")
     if not (root / JSON).exists():
         raise ZooError(f"{root}: not a canonical checkpoint (no {JSON}); make one with `zoo convert`")
+    refuse_crowd(root)
     j = read_json(root / JSON, "it describes the checkpoint")
     if j.get("layout_version") != VERSION:
         raise ZooError(

@@ -116,10 +116,12 @@ def read_header(file: Path) -> bytes:
 
 def header_length(first8: bytes, size: int, who: str) -> int:
     """Header length in bytes from a file's first 8, checked against the file's `size`."""
-    refuse_pointer(first8, who)
     if len(first8) < 8:
+        refuse_pointer(first8, who)
         raise ZooError(f"{who}: {size} bytes is too short for a safetensors file: truncated, fetch it again")
     (n,) = struct.unpack("<Q", first8)
+    if not 0 < n <= MAX_HEADER:  # any other may be a length: 15,392 begins as a web page may, with " <"
+        refuse_pointer(first8, who)
     if n > MAX_HEADER:
         raise ZooError(f"{who}: claims a header of {n} bytes (limit {MAX_HEADER}): not a safetensors file?")
     if 8 + n > size:
