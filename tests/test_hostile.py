@@ -358,6 +358,14 @@ def test_an_entry_of_an_archive_of_headers_is_unpacked_to_what_it_says(
     assert peak < 16 << 20
 
 
+def test_a_small_archive_of_headers_does_not_stand_for_large_ones(converted: Path, tmp_path: Path) -> None:
+    folder = described(converted, tmp_path, lambda d: None)
+    with zipfile.ZipFile(folder / "source.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("headers/model.safetensors", b" " * (24 << 20))
+    with pytest.raises(ZooError, match=r"25165824 bytes, packed to [0-9]+, which headers are not"):
+        zoo.export(folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize(("tensors", "fields"), [(3_000_000, 0), (0, 3_000_000)])
 def test_a_gguf_of_millions_of_entries_is_refused_unread(tmp_path: Path, tensors: int, fields: int) -> None:
     path = tmp_path / "x.gguf"

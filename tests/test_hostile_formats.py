@@ -15,7 +15,17 @@ import pytest
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.formats import base, canonical, gguf, gguf_tokenizer, open_checkpoint, safetensors, sets
+from zoo.formats import (
+    around,
+    base,
+    canonical,
+    gguf,
+    gguf_tokenizer,
+    gguf_vocab,
+    open_checkpoint,
+    safetensors,
+    sets,
+)
 from zoo.formats import pickle as weights
 from zoo.formats.base import TensorRef
 from zoo.mapping.execute import convert
@@ -266,12 +276,17 @@ def test_an_index_without_a_map_beside_one_file_is_refused_by_openais_reader(tmp
             open_checkpoint(tmp_path)
 
 
-def test_headers_of_all_readers_of_safetensors_have_one_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "m-00000-TP-common.safetensors"])
+def test_all_readers_of_safetensors_have_one_budget(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for config in ("params.json", "config.json"):
+        (tmp_path / config).write_text("{}")
+    write(tmp_path / name, {"a" * 50: ("U8", [1]), "b": ("U8", [1])})
+    with monkeypatch.context() as m, pytest.raises(ZooError, match=r"the files have 2 tensors \(limit 1\)"):
+        m.setattr(base.add_tensors, "__defaults__", (1,))
+        open_checkpoint(tmp_path)
     monkeypatch.setattr(safetensors, "MAX_HEADERS", 100)
-    (tmp_path / "params.json").write_text("{}")
-    write(tmp_path / "consolidated.safetensors", {"a" * 50: ("U8", [1])})
     with pytest.raises(ZooError, match=r"bytes of headers \(limit 100\)"):
         open_checkpoint(tmp_path)
 
@@ -336,3 +351,33 @@ def test_a_recording_has_a_short_header(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="which no recording has"):
         golden.Golden(file)
     assert time.process_time() - began < 0.5
+
+
+def test_what_lay_around_tensors_is_in_pieces_that_hold_something() -> None:
+    """A table of millions of empty ones is packed to some kilobytes."""
+    good = struct.pack("<QQQ", 1, 4, 2) + b"ab"
+    assert around.Hollow(good, 10, "x").pieces == [(4, b"ab")]
+    for bad in (
+        struct.pack("<Q", 1 << 20) + bytes(16 << 20),
+        struct.pack("<QQQQQ", 2, 0, 2, 2, 0) + b"ab" + bytes(9),
+        struct.pack("<QQQ", 1, 9, 2) + b"ab",
+    ):
+        with pytest.raises(ZooError, match="not as zoo writes it"):
+            around.Hollow(bad, 10, "x")
+
+
+def test_an_embedding_without_end_is_no_vocabulary() -> None:
+    with pytest.raises(ZooError, match="50000000 rows"):
+        gguf_vocab.fields({"tokenizer.json": b"{}"}, 50_000_000, "x")
+
+
+def test_of_indices_that_are_not_read_some_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3):
+        write(tmp_path / f"{n}.safetensors", {f"w{n}": ("U8", [1])})
+        index = tmp_path / f"m{n}.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {f"w{n}": f"{n}.safetensors"}}))
+    assert [s.name for s in sets.here(tmp_path)] == [f"m{n}.safetensors.index.json" for n in range(3)]
+    monkeypatch.setattr(sets, "MAX_INDICES", 2 * index.stat().st_size)
+    assert next(s.name for s in sets.here(tmp_path)) == "2.safetensors"

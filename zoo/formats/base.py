@@ -137,6 +137,8 @@ MAX_NAMES = 32 << 20
 """Of all names of a checkpoint, which are gone over many times; the largest releases have some 10 million."""
 MAX_TENSORS = 1 << 18
 """Of a checkpoint, and so of each of its files; the largest releases have some 210,000."""
+MAX_HEADERS = 128 << 20
+"""Bytes of the headers of a checkpoint's files, which are kept for the round trip; those of the largest release are 15 MB."""
 MAX_JSON = 256 << 20
 """Bytes of a config or an index; the largest releases have some 10 MB."""
 

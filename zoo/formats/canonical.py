@@ -18,6 +18,7 @@ from zoo.formats.base import (
     FLOATS,
     RELEASED,
     TensorRef,
+    add_tensors,
     files_below,
     inside,
     leads_out,
@@ -144,8 +145,7 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     _refuse_more_than(root, spec, layers)
     tensors: dict[str, TensorRef] = {}
     for name, file in files.items():
-        for ref in parse_header(read_header(file), name, file.stat().st_size, str(file)):
-            tensors[ref.name] = ref
+        add_tensors(tensors, parse_header(read_header(file), name, file.stat().st_size, str(file)), file)
     check_index(index, tensors, root / INDEX)
     aside = {n: t for n, t in tensors.items() if t.file.startswith("extras-")}
     model = {n: t for n, t in tensors.items() if not t.file.startswith("extras-")}
