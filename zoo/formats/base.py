@@ -292,17 +292,17 @@ def files_below(folder: Path) -> set[str]:
 
 
 def add_tensors(
-    tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path, most: int = MAX_TENSORS
+    tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path, most: int | None = None
 ) -> None:
     """Add those of one file to those of the others. Raises ZooError for a name that two files have, and for more of them all
-    than any release has."""
+    than any release has (`most`; MAX_TENSORS)."""
     for ref in refs:
         if (other := tensors.get(ref.name)) is not None:
             raise ZooError(
                 f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant? Say it with --file"
             )
         tensors[ref.name] = ref
-    if len(tensors) > most:
+    if len(tensors) > (most := MAX_TENSORS if most is None else most):
         raise ZooError(
             f"{file}: with its own the files have {len(tensors)} tensors (limit {most}): no release has as many"
         )
