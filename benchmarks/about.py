@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PLACES = ("--json", "--out", "--tmp", "--work", "--kept")
+PLACES = ("--json", "--out", "--tmp", "--work", "--kept", "--before")
 """Options whose value is a place on the machine that measured: of no use to whoever measures again."""
 
 

@@ -134,8 +134,8 @@ def test_a_list_has_an_entry_for_each_layer() -> None:
             -1,
             "max_position_embeddings is -1; expected a whole number above 0 .its context is -1 positions",
         ),
-        ("num_hidden_layers", 0, "num_hidden_layers is 0; expected 1 to 4096"),
-        ("num_hidden_layers", 10**12, "num_hidden_layers is 1000000000000; expected 1 to 4096"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0; expected 1 to 1024"),
+        ("num_hidden_layers", 10**12, "num_hidden_layers is 1000000000000; expected 1 to 1024"),
         (
             "vocab_size",
             -1,
@@ -370,7 +370,7 @@ def test_openais_config_has_the_defaults_of_its_code_and_is_checked_before_it_is
     config = ours(own)
     assert config == ours(own | {"rope_scaling_factor": 32.0})
     assert config["rope_scaling"]["factor"] == 32.0
-    with pytest.raises(ZooError, match="num_hidden_layers is 4000000000; expected 1 to 4096"):
+    with pytest.raises(ZooError, match="num_hidden_layers is 4000000000; expected 1 to 1024"):
         ours(own | {"num_hidden_layers": 4_000_000_000})
     with pytest.raises(ZooError, match=r"^config\.json: rope_theta is .abc.; expected a finite number$"):
         ours(own | {"rope_theta": "abc"})

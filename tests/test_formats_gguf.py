@@ -186,7 +186,7 @@ def test_factors_of_rope_are_those_of_a_head_and_the_only_scaling(changed: Chang
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("block_count", 4_000_000_000, r"block_count is 4000000000; expected 1 to 4096"),
+        ("block_count", 4_000_000_000, r"block_count is 4000000000; expected 1 to 1024"),
         ("block_count", 1.5, r"block_count is 1\.5"),
         ("attention.head_count", 0, "makes no model"),
         ("attention.key_length", float("nan"), "makes no model"),

@@ -208,7 +208,7 @@ def test_the_vision_models_are_refused(ranks: Path) -> None:
         ("use_qk_norm", True, "use_qk_norm is True"),
         ("quantization", {"x": 1}, "quantization is"),
         ("use_scaled_rope", "false", "use_scaled_rope is 'false'"),
-        ("n_layers", 4_000_000_000, "n_layers is 4000000000; expected 1 to 4096"),
+        ("n_layers", 4_000_000_000, "n_layers is 4000000000; expected 1 to 1024"),
         ("multiple_of", 0, "makes no model"),
         ("vocab_size", "abc", "vocab_size is abc; expected a whole number"),
         ("n_heads", [], "makes no model"),

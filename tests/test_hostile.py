@@ -350,7 +350,7 @@ def described(converted: Path, dst: Path, change: Callable[[dict[str, Any]], obj
 HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "600,000 layers": lambda d: d["spec"].update(layers=[0] * 600_000),
     "600,000 kinds of layers": lambda d: d["spec"].update(layer_kinds=d["spec"]["layer_kinds"] * 600_000),
-    "4096 layers in small files": lambda d: d["spec"].update(layers=[0] * 4096),
+    "1024 layers in small files": lambda d: d["spec"].update(layers=[0] * 1024),
     "layer 99": lambda d: d.update(layers=[99]),
     "layer -1": lambda d: d.update(layers=[-1]),
     "layer 1e999": lambda d: d.update(layers=[float("inf")]),
@@ -412,6 +412,14 @@ def test_an_entry_of_an_archive_of_headers_is_unpacked_to_what_it_says(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
+
+
+def test_a_small_archive_of_headers_does_not_stand_for_large_ones(converted: Path, tmp_path: Path) -> None:
+    folder = described(converted, tmp_path, lambda d: None)
+    with zipfile.ZipFile(folder / "source.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("headers/model.safetensors", b" " * (24 << 20))
+    with pytest.raises(ZooError, match=r"25165824 bytes, packed to [0-9]+, which headers are not"):
+        zoo.export(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("tensors", "fields"), [(3_000_000, 0), (0, 3_000_000)])

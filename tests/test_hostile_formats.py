@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,26 @@ import pytest
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.formats import canonical, open_checkpoint, sets
+from zoo.formats import (
+    around,
+    base,
+    canonical,
+    gguf,
+    gguf_tokenizer,
+    gguf_vocab,
+    open_checkpoint,
+    safetensors,
+    sets,
+)
+from zoo.formats import pickle as weights
 from zoo.formats.base import TensorRef
 from zoo.mapping.execute import convert
 from zoo.mapping.plan import make_plan
-from zoo.quant import packed, schemes
+from zoo.quant import compressed, packed, schemes
 from zoo.quant.base import MAX_SHAPES
+from zoo.spec import RopeScaling, _from_json
 from zoo.text import tokenizer, worker
+from zoo.verify import golden
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
@@ -201,3 +216,168 @@ def test_a_letter_that_stands_for_many_is_no_repetition(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(told))
     assert len(worker._Worker(tmp_path).encode("\ufdfa" * 100, True)) == 3300
+
+
+# ---- few bytes that take long
+
+
+def test_no_list_of_a_config_is_gone_over_by_every_family() -> None:
+    config = {
+        "model_type": "nobody's",
+        "rope_scaling": {"rope_type": "longrope", "long_factor": [1.5] * 400_000},
+    }
+    began = time.process_time()
+    with pytest.raises(ZooError, match="400000 entries in a list"):
+        families.find(config)
+    with pytest.raises(ZooError, match="20000 fields"):
+        families.find({"model_type": "llama", "rope_scaling": {f"k{n}": 0 for n in range(20_000)}})
+    with pytest.raises(ZooError, match="100001 with those before"):
+        families.find({"lists": [[0] * 9999 for _ in range(10)]})
+    with pytest.raises(ZooError, match="name has 4000 characters"):
+        families.find({"model_type": "llama", "_" * 4000: 0})
+    with pytest.raises(ZooError, match="400000 entries in a list"):
+        families.own_config("mistral", {"moe": [0] * 400_000}, (), "params.json")
+    assert time.process_time() - began < 1  # the first took minutes
+
+
+def test_a_folder_of_files_without_end_is_not_gone_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "MAX_BESIDE", 2)
+    for n in range(3):
+        (tmp_path / f"{n}").touch()
+    with pytest.raises(ZooError, match="more than 2 files"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "2").rename(tmp_path / "zoo.json")
+    with pytest.raises(ZooError, match="more than 2 files"):
+        canonical.read(tmp_path)
+
+
+def test_what_a_config_says_of_quantised_weights_may_name_each() -> None:
+    listed = [f"model.layers.{n}" for n in range(200_000)]
+    families._refuse_many({"text_config": {"quantization_config": {"ignore": listed}}}, "x")
+    with pytest.raises(ZooError, match="300000 entries"):
+        families._refuse_many({"quantization": {"ignore": [0] * 300_000}}, "x")
+
+
+def test_no_weight_is_held_against_groups_without_end() -> None:
+    groups = {f"g{n}": {"weights": {"num_bits": 8, "type": "float"}} for n in range(65)}
+    with pytest.raises(ZooError, match="65 groups"):
+        compressed.weights({"quantization_config": {"config_groups": groups}}, "float")
+
+
+def test_an_index_without_a_map_beside_one_file_is_refused_by_openais_reader(tmp_path: Path) -> None:
+    told = {"num_experts": 2, "experts_per_token": 1, "initial_context_length": 9, "rope_ntk_beta": 1}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    write(tmp_path / "model.safetensors", {"a": ("U8", [1])})
+    for index in ({}, {"weight_map": ["a"]}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ZooError, match="expected an object 'weight_map'"):
+            open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "m-00000-TP-common.safetensors"])
+def test_all_readers_of_safetensors_have_one_budget(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config in ("params.json", "config.json"):
+        (tmp_path / config).write_text("{}")
+    write(tmp_path / name, {"a" * 50: ("U8", [1]), "b": ("U8", [1])})
+    with monkeypatch.context() as m, pytest.raises(ZooError, match=r"the files have 2 tensors \(limit 1\)"):
+        m.setattr(base, "MAX_TENSORS", 1)
+        open_checkpoint(tmp_path)
+    monkeypatch.setattr(safetensors, "MAX_HEADERS", 100)
+    with pytest.raises(ZooError, match=r"bytes of headers \(limit 100\)"):
+        open_checkpoint(tmp_path)
+
+
+def test_pieces_whose_every_cut_is_two_pieces_make_no_tokenizer() -> None:
+    tokens = ["a" * i + "b" * j for i in range(160) for j in range(160) if 0 < i + j <= 256]
+    began = time.process_time()
+    made, notes = gguf_tokenizer.files(
+        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens}, "x"
+    )
+    assert not made and "pairs of tokens make a token" in notes[0]
+    long = [f"{n:06}" + "x" * 250 for n in range(17_000)]
+    made, notes = gguf_tokenizer.files({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": long}, "x")
+    assert not made and "4352000 characters" in notes[0]
+    assert time.process_time() - began < 4
+
+
+def test_the_arrays_of_a_split_gguf_have_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MAX_VALUES", 5)
+    key = struct.pack("<Q1sIIQ", 1, b"x", 9, 0, 3) + bytes(3)
+    for n in (1, 2):
+        head = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key
+        (tmp_path / f"x-0000{n}-of-00002.gguf").write_bytes(head + bytes(64))
+    with pytest.raises(ZooError, match="its arrays have more than 5 values"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "says"), [(b"\xff", "not UTF-8"), (b"", "truncated")])
+def test_a_text_in_a_list_of_a_gguf_that_is_none_is_refused(tmp_path: Path, text: bytes, says: str) -> None:
+    listed = struct.pack("<Q1sIIQ", 1, b"x", 9, 8, 2) + struct.pack("<Q", 1) + b"a"
+    listed += struct.pack("<Q", 1 if text else 1 << 40) + text
+    (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + listed + bytes(64))
+    with pytest.raises(ZooError, match=says):
+        gguf.read_header(tmp_path / "x.gguf", "x.gguf")
+
+
+def test_what_stands_beside_an_entry_of_an_archive_is_short(tmp_path: Path) -> None:
+    entry = zipfile.ZipInfo("archive/data.pkl")
+    entry.extra = struct.pack("<HH", 0x7777, 0) * 16_000
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as z:
+        z.writestr(entry, b"\x80\x02}.")
+    with pytest.raises(ZooError, match="64000 bytes beside it"):
+        weights.read_pickle(tmp_path / "x.bin", "x.bin")
+
+
+def test_a_headers_length_is_not_taken_for_a_text(tmp_path: Path) -> None:
+    """15,392 is " <" in two bytes, as a web page may begin."""
+    raw = b"{}".ljust(0x3C20)
+    (file := tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    assert safetensors.read_header(file) == raw
+
+
+def test_a_list_in_a_spec_is_no_longer_than_a_model_is_deep(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="expected at most 1024"):
+        _from_json(RopeScaling, {"kind": "longrope", "factor": 2.0, "short": [1.0] * 1025}, "scaling")
+
+
+def test_a_recording_has_a_short_header(tmp_path: Path) -> None:
+    (file := tmp_path / "g.safetensors").write_bytes((golden.MAX_HEADER + 8).to_bytes(8, "little") + b"{")
+    began = time.process_time()
+    assert not golden.is_golden(file)
+    with pytest.raises(ZooError, match="which no recording has"):
+        golden.Golden(file)
+    assert time.process_time() - began < 0.5
+
+
+def test_what_lay_around_tensors_is_in_pieces_that_hold_something() -> None:
+    """A table of millions of empty ones is packed to some kilobytes."""
+    good = struct.pack("<QQQ", 1, 4, 2) + b"ab"
+    assert around.Hollow(good, 10, "x").pieces == [(4, b"ab")]
+    for bad in (
+        struct.pack("<Q", 1 << 20) + bytes(16 << 20),
+        struct.pack("<QQQQQ", 2, 0, 2, 2, 0) + b"ab" + bytes(9),
+        struct.pack("<QQQ", 1, 9, 2) + b"ab",
+    ):
+        with pytest.raises(ZooError, match="not as zoo writes it"):
+            around.Hollow(bad, 10, "x")
+
+
+def test_an_embedding_without_end_is_no_vocabulary() -> None:
+    with pytest.raises(ZooError, match="50000000 rows"):
+        gguf_vocab.fields({"tokenizer.json": b"{}"}, 50_000_000, "x")
+
+
+def test_of_indices_that_are_not_read_some_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3):
+        write(tmp_path / f"{n}.safetensors", {f"w{n}": ("U8", [1])})
+        index = tmp_path / f"m{n}.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {f"w{n}": f"{n}.safetensors"}}))
+    assert [s.name for s in sets.here(tmp_path)] == [f"m{n}.safetensors.index.json" for n in range(3)]
+    monkeypatch.setattr(sets, "MAX_INDICES", 2 * index.stat().st_size)
+    assert next(s.name for s in sets.here(tmp_path)) == "2.safetensors"

@@ -339,7 +339,7 @@ def rope(
     if kind == "default":
         return Rope(theta, dim, None, interleaved, rounding)
     if kind in longrope:
-        return Rope(theta, dim, _longrope(c, q), interleaved, rounding)
+        return Rope(theta, dim, _longrope(c, q, dim), interleaved, rounding)
     factor = float(q["factor"])
     if kind == "linear":
         return Rope(theta, dim, RopeScaling("linear", factor), interleaved, rounding)
@@ -372,7 +372,7 @@ def _whole(q: Config, original: Any) -> int:
     return int(original)
 
 
-def _longrope(c: Config, q: Config) -> RopeScaling:
+def _longrope(c: Config, q: Config, dim: int) -> RopeScaling:
     """LongRoPE as Phi-3's configs have it: cos and sin are multiplied by sqrt(1 + ln(factor) / ln(original context)), where
     factor is by how much the context grew, unless the config says what (for both tables, or as `short_mscale` and
     `long_mscale`)."""
@@ -382,6 +382,9 @@ def _longrope(c: Config, q: Config) -> RopeScaling:
     if magnitude is None:
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     far = q.get("long_mscale")
+    for key in ("short_factor", "long_factor"):
+        if (n := len(q[key])) > dim:  # before a tuple of them is made for each layer
+            raise ZooError(f"{q.where}: {key} lists {n} numbers; {dim} channels turn by {dim // 2}")
     return RopeScaling(
         "longrope", factor, original,
         attention_factor=float(q.get("short_mscale", magnitude)), long_attention_factor=None if far is None else float(far),

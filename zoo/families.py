@@ -18,7 +18,9 @@ from zoo import blame, plugins, unread
 from zoo.config import Config
 from zoo.disagreements import Disagreement
 from zoo.errors import ZooError
+from zoo.formats.base import MAX_TENSORS
 from zoo.mapping.rules import RuleSet
+from zoo.quant.base import SAID
 from zoo.soundness import refuse_unsound
 from zoo.spec import MAX_LAYERS, Spec
 
@@ -175,6 +177,7 @@ def own_config(naming: str, own: Any, tensors: Collection[str], where: str) -> d
 
     `tensors`: the names that the files hold. Raises ZooError, naming `where`, if none does or a value makes no model.
     """
+    _refuse_many(own, where)
     for group in (_built_in, _plugged_in):  # another package's are not even imported where ours will do
         for family in group().values():
             if naming in family.own:
@@ -223,7 +226,11 @@ def _named(config: Mapping[str, Any]) -> list[str]:
 
 
 MAX_FIELDS = 10_000
-"""Of a config, or of its text_config: some 50 are usual, and each family looks at all of them."""
+"""Of an object in a config, and entries of a list: some 50 are usual, one for each layer, and each family looks at all of them."""
+MAX_ENTRIES = 100_000
+"""Of all that is in a config."""
+MAX_FIELD = 256
+"""Characters of a field's name: what it says is looked for by patterns."""
 MAX_ARCHITECTURES = 100
 """That a config names; releases name one. Each is looked for in each family."""
 
@@ -269,12 +276,28 @@ def find(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def _refuse_many(config: Mapping[str, Any], where: str) -> None:
-    """Raises ZooError for a config of more fields, or names of its class, than any release has."""
-    text = config.get("text_config")
-    if (n := max(len(config), len(text) if isinstance(text, Mapping) else 0)) > MAX_FIELDS:
-        raise ZooError(f"{where}: {n} fields; at most {MAX_FIELDS} are read")
+    """Raises ZooError for a config of more fields, entries of lists, or names of its class, than any release has. What it says of
+    quantised weights may name each of them."""
     if isinstance(listed := config.get("architectures"), list) and len(listed) > MAX_ARCHITECTURES:
         raise ZooError(f"{where}: {len(listed)} architectures; at most {MAX_ARCHITECTURES} are read")
+    left: list[tuple[Any, bool]] = [(dict(config), False)]
+    counts = {False: 0, True: 0}
+    while left:
+        part, quantised = left.pop()
+        counts[quantised] += len(part)
+        most, in_all = (MAX_TENSORS, 2 * MAX_TENSORS) if quantised else (MAX_FIELDS, MAX_ENTRIES)
+        if len(part) > most or counts[quantised] > in_all:
+            what = "fields" if isinstance(part, dict) else "entries in a list"
+            n = counts[quantised]
+            raise ZooError(
+                f"{where}: {len(part)} {what}, {n} with those before; at most {most}, and {in_all} in all, are read"
+            )
+        if not isinstance(part, dict):
+            left += [(x, quantised) for x in part if isinstance(x, dict | list)]
+            continue
+        if (longest := max(map(len, part), default=0)) > MAX_FIELD and not quantised:
+            raise ZooError(f"{where}: a field's name has {longest} characters (limit {MAX_FIELD})")
+        left += [(x, quantised or key in SAID) for key, x in part.items() if isinstance(x, dict | list)]
 
 
 def _near(config: Mapping[str, Any], where: str) -> str:

@@ -35,8 +35,8 @@ Rounding = Literal["first", "last"]
 "last", its result, and it is computed in fp32. In fp32 there is no difference."""
 
 
-MAX_LAYERS = 4096
-"""More than that is no model: the deepest release has 126."""
+MAX_LAYERS = 1024
+"""More than that is no model: the deepest release has 126. Nor has any other list of a Spec more: a layer is hashed with what it lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -647,6 +647,8 @@ def _from_json(tp: Any, x: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(x, list):
             raise ZooError(f"zoo.json: {where} should be a list, found {type(x).__name__}")
+        if len(x) > MAX_LAYERS:
+            raise ZooError(f"zoo.json: {where} is a list of {len(x)}; expected at most {MAX_LAYERS}")
         return tuple(_from_json(args[0], v, f"{where}[{n}]") for n, v in enumerate(x))
     if args:  # a union
         if x is None and type(None) in args:

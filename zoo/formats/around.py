@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoo.errors import ZooError
-from zoo.formats.base import TensorRef
+from zoo.formats.base import MAX_TENSORS, TensorRef
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer as Buffer
 
 MAX_AROUND = 32 << 20
 """Bytes, of all files of a checkpoint together. A tensor takes some 200; more than this is an optimiser's state, say."""
+MOST = MAX_AROUND + 16 * MAX_TENSORS
+"""Of them as they are kept, with the places where they lie."""
 _TAIL = 1 << 17  # an archive's directory is looked for in the last 64 KB, tensors or not
 
 
@@ -71,13 +73,16 @@ class Hollow(io.RawIOBase):
         self._at = 0
         try:
             (n,) = struct.unpack_from("<Q", raw)
+            if 17 * n > len(raw):  # each holds a byte
+                raise OverflowError
             table = list(struct.iter_unpack("<QQ", raw[8 : 8 + 16 * n]))
         except (struct.error, OverflowError):
             n, table = -1, []
         start, last = 8 + 16 * len(table), 0
         for at, length in table:
             self.pieces.append((at, raw[start : start + length]))
-            if at < last:
+            if at < last or not length:
+                last = size + 1
                 break
             start, last = start + length, at + length
         if (len(table), start) != (n, len(raw)) or last > size:
@@ -104,7 +109,8 @@ class Hollow(io.RawIOBase):
         if n > self._most:
             raise OSError(f"{n} bytes are asked for, where not as many are kept")
         out[:n] = bytes(n)
-        for at, data in self.pieces[max(0, bisect.bisect(self._starts, begin) - 1) :]:
+        for k in range(max(0, bisect.bisect(self._starts, begin) - 1), len(self.pieces)):
+            at, data = self.pieces[k]
             if at >= begin + n:
                 break
             a, b = max(at, begin), min(at + len(data), begin + n)

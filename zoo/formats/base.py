@@ -6,6 +6,7 @@ A reader looks at headers only. Nothing in this module reads a weight.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -137,6 +138,8 @@ MAX_NAMES = 32 << 20
 """Of all names of a checkpoint, which are gone over many times; the largest releases have some 10 million."""
 MAX_TENSORS = 1 << 18
 """Of a checkpoint, and so of each of its files; the largest releases have some 210,000."""
+MAX_HEADERS = 128 << 20
+"""Bytes of the headers of a checkpoint's files, which are kept for the round trip; those of the largest release are 15 MB."""
 MAX_JSON = 256 << 20
 """Bytes of a config or an index; the largest releases have some 10 MB."""
 
@@ -276,6 +279,19 @@ TEMPLATES = "additional_chat_templates"
 _CARRY_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".jsonl")
 
 
+MAX_BESIDE = 20_000
+"""Files and folders in a checkpoint's folder, which are gone through for each thing that may be there."""
+
+
+def refuse_crowd(folder: Path) -> None:
+    """Raises ZooError for a folder of more than any release has."""
+    with os.scandir(folder) as entries:
+        if next(itertools.islice(entries, MAX_BESIDE, None), None) is not None:
+            raise ZooError(
+                f"{folder}: more than {MAX_BESIDE} files lie in it: give a folder of the model's own, or name its file"
+            )
+
+
 MAX_DEPTH = 64
 """Folders in folders."""
 
@@ -296,18 +312,20 @@ def files_below(folder: Path) -> set[str]:
     return found
 
 
-def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path) -> None:
+def add_tensors(
+    tensors: dict[str, TensorRef], refs: Iterable[TensorRef], file: Path, most: int | None = None
+) -> None:
     """Add those of one file to those of the others. Raises ZooError for a name that two files have, and for more of them all
-    than any release has."""
+    than any release has (`most`; MAX_TENSORS)."""
     for ref in refs:
         if (other := tensors.get(ref.name)) is not None:
             raise ZooError(
                 f"{file}: tensor {ref.name!r} is also in {other.file}; which one is meant? Say it with --file"
             )
         tensors[ref.name] = ref
-    if len(tensors) > MAX_TENSORS:
+    if len(tensors) > (most := MAX_TENSORS if most is None else most):
         raise ZooError(
-            f"{file}: with its own the files have {len(tensors)} tensors (limit {MAX_TENSORS}): no release has as many"
+            f"{file}: with its own the files have {len(tensors)} tensors (limit {most}): no release has as many"
         )
 
 

@@ -18,11 +18,13 @@ from zoo.formats.base import (
     FLOATS,
     RELEASED,
     TensorRef,
+    add_tensors,
     files_below,
     inside,
     leads_out,
     place_of,
     read_json,
+    refuse_crowd,
 )
 from zoo.formats.safetensors import INDEX, check_index, parse_header, read_header
 from zoo.formats.sets import weight_map
@@ -115,6 +117,7 @@ def read(path: str | os.PathLike[str]) -> Canonical:
         raise ZooError(f"{root}: no such folder; `zoo pull` or `zoo convert` makes canonical checkpoints")
     if not (root / JSON).exists():
         raise ZooError(f"{root}: not a canonical checkpoint (no {JSON}); make one with `zoo convert`")
+    refuse_crowd(root)
     j = read_json(root / JSON, "it describes the checkpoint")
     if j.get("layout_version") != VERSION:
         raise ZooError(
@@ -142,8 +145,7 @@ def read(path: str | os.PathLike[str]) -> Canonical:
     _refuse_more_than(root, spec, layers)
     tensors: dict[str, TensorRef] = {}
     for name, file in files.items():
-        for ref in parse_header(read_header(file), name, file.stat().st_size, str(file)):
-            tensors[ref.name] = ref
+        add_tensors(tensors, parse_header(read_header(file), name, file.stat().st_size, str(file)), file)
     check_index(index, tensors, root / INDEX)
     aside = {n: t for n, t in tensors.items() if t.file.startswith("extras-")}
     model = {n: t for n, t in tensors.items() if not t.file.startswith("extras-")}

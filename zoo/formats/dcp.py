@@ -71,7 +71,7 @@ class Saved:
         return out
 
     def _read(self, name: str, dtype: str, piece: Piece) -> Tensor:
-        path = inside(self.root, piece.file, METADATA)
+        path = self.root / piece.file  # which was looked at when the folder was opened
         with open(path, "rb") as f:
             f.seek(piece.at)
             raw = bytearray(f.read(piece.length))

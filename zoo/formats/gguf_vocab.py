@@ -21,6 +21,8 @@ from zoo.formats.gguf_tokenizer import BYTE, CONTROL, SPACE, USER_DEFINED
 
 NORMAL, UNKNOWN, UNUSED = 1, 2, 5  # tokenizer.ggml.token_type
 _SCORE = {CONTROL: -1000.0, USER_DEFINED: -1000.0, UNUSED: -10000.0}  # as the converter has them
+MAX_VOCAB = 1 << 19
+"""Rows of an embedding, each of which is a token in the file; the largest vocabularies have 262,144."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
@@ -37,6 +39,10 @@ def fields(files: Mapping[str, bytes], vocab_size: int, who: str) -> dict[str, A
                 "transformers' AutoTokenizer"
             )
         return {"tokenizer.ggml.model": "none"}
+    if vocab_size > MAX_VOCAB:
+        raise ZooError(
+            f"{who}: an embedding of {vocab_size} rows (limit {MAX_VOCAB}), each a token of a GGUF: no model has as many"
+        )
     whole, config = (_json(files, n, who) for n in ("tokenizer.json", "tokenizer_config.json"))
     where = f"{who}: tokenizer.json"
     try:

@@ -8,12 +8,13 @@ A folder that also holds the release in Hugging Face's names is read by those.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from zoo import families
 from zoo.errors import ZooError
-from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, read_json
-from zoo.formats.safetensors import check_index, parse_header, read_header
+from zoo.formats.base import Checkpoint, read_json
+from zoo.formats.safetensors import open_files
 from zoo.formats.sets import weight_map
 
 INDEX = "consolidated.safetensors.index.json"
@@ -31,19 +32,10 @@ def open(path: Path) -> Checkpoint:
     root = path if path.is_dir() else path.parent
     where = root / "params.json"
     params = read_json(where, "Mistral's files need it to be understood")
-    tensors: dict[str, TensorRef] = {}
-    files: dict[str, int] = {}
-    headers: dict[str, bytes] = {}
-    for name in _weight_files(root):
-        file = inside(root, name, INDEX)
-        files[name] = file.stat().st_size
-        headers[name] = raw = read_header(file)
-        add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
-    if (root / INDEX).exists():
-        check_index(weight_map(root / INDEX), tensors, root / INDEX)
-    config = families.own_config("mistral", params, tensors, str(where))
-    return Checkpoint(
-        root, "mistral", ("mistral",), config, tensors, files, carried_files(root), headers,
+    ckpt = open_files(root, _weight_files(root), {}, INDEX if (root / INDEX).exists() else None)
+    config = families.own_config("mistral", params, ckpt.tensors, str(where))
+    return replace(
+        ckpt, format="mistral", naming=("mistral",), config=config,
         synthesised={"config.json": (json.dumps(config, indent=2) + "\n").encode()},
     )  # fmt: skip
 

@@ -6,12 +6,13 @@ mxfp4 weights are pairs `X.blocks` and `X.scales`; q, k and v are one tensor alr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from zoo import families
 from zoo.errors import ZooError
 from zoo.formats import safetensors
-from zoo.formats.base import Checkpoint, TensorRef, add_tensors, carried_files, inside, named, read_json
+from zoo.formats.base import Checkpoint, named, read_json
 
 MAX_OWN = 1 << 20
 """Bytes of their config, which has some 500: another's that is large is not parsed twice."""
@@ -40,16 +41,7 @@ def open(path: Path) -> Checkpoint:
         if (root / safetensors.INDEX).exists()
         else named(root, "*.safetensors")
     )
-    tensors: dict[str, TensorRef] = {}
-    files: dict[str, int] = {}
-    headers: dict[str, bytes] = {}
-    for name in names:
-        file = inside(root, name, str(root))
-        files[name] = file.stat().st_size
-        headers[name] = raw = safetensors.read_header(file)
-        add_tensors(tensors, safetensors.parse_header(raw, name, files[name], str(file)), file)
-    if (root / safetensors.INDEX).exists():
-        index = read_json(root / safetensors.INDEX, "")["weight_map"]
-        safetensors.check_index(index, tensors, root / safetensors.INDEX)
-    config = families.own_config("openai", own, tensors, str(root / "config.json"))
-    return Checkpoint(root, "openai", ("openai",), config, tensors, files, carried_files(root), headers)
+    indexed = (root / safetensors.INDEX).exists()
+    ckpt = safetensors.open_files(root, names, own, safetensors.INDEX if indexed else None)
+    config = families.own_config("openai", own, ckpt.tensors, str(root / "config.json"))
+    return replace(ckpt, format="openai", naming=("openai",), config=config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 from zoo.formats import sets, wrapped
-from zoo.formats.base import LFS, MAX_NAMES, WEIGHT_SUFFIXES, Checkpoint, read_json
+from zoo.formats.base import LFS, MAX_NAMES, WEIGHT_SUFFIXES, Checkpoint, read_json, refuse_crowd
 from zoo.plain import first_text
 
 READERS: dict[str, str] = {
@@ -50,6 +50,8 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         return replace(found, notes=(note, *found.notes))
     if format is not None and format not in READERS:
         raise ZooError(f"unknown format {format!r}; known: {', '.join(READERS)}")
+    if p.is_dir():
+        refuse_crowd(p)
     refuse_adapter(p)
     # The vendor's own files beside a Hugging Face checkpoint are the second set, as they are for transformers.
     whole = p.is_dir() and (p / "config.json").is_file() and any((p / n).is_file() for n in sets.ORDER)

@@ -47,6 +47,7 @@ MAX_STEPS = (
     3 << 20
 )  # of a checkpoint: a byte of a pickle may make an object of 72; a tensor takes some 30 steps
 MAX_DIRECTORY = 16 << 20  # bytes of its archives' directories; an entry takes 60 or so
+MAX_EXTRA = 256  # of them what stands beside an entry: sizes of 64 bits take 28; Python goes over it in the square of its length
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -541,7 +542,16 @@ class _Held:
         if n > self.most:
             raise ZooError(f"the archive's directory has {n} bytes (limit {self.most}): refused")
         self.given = max(self.given, n)
-        return self.file.read(n)
+        found = self.file.read(n)
+        at = 0
+        while found.startswith(b"PK\1\2", at) and at + 46 <= len(found):  # an entry of a directory
+            name, extra, comment = struct.unpack_from("<3H", found, at + 28)
+            if extra > MAX_EXTRA:
+                raise ZooError(
+                    f"an entry of the archive's directory has {extra} bytes beside it (limit {MAX_EXTRA}): refused"
+                )
+            at += 46 + name + extra + comment
+        return found
 
 
 def _legacy(f: BinaryIO, who: str, budget: Budget) -> tuple[Any, Ranges]:

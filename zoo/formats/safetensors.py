@@ -17,6 +17,7 @@ from zoo.formats import sets
 from zoo.formats.base import (
     HF_NAMINGS,
     ITEMSIZE,
+    MAX_HEADERS,
     MAX_NAME,
     MAX_TENSORS,
     Checkpoint,
@@ -31,7 +32,6 @@ from zoo.formats.base import (
 )
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
-MAX_HEADERS = 256 << 20  # bytes, of all files of a checkpoint together: they are kept for the round trip
 MAX_RANK = 64  # axes of a tensor
 INDEX = "model.safetensors.index.json"
 
@@ -62,14 +62,12 @@ def open_files(
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}
+    kept = 0
     for name in names:
         file = inside(root, name, INDEX)
         files[name] = file.stat().st_size
         headers[name] = raw = read_header(file)
-        if (kept := sum(map(len, headers.values()))) > MAX_HEADERS:
-            raise ZooError(
-                f"{file}: with its header the files have {kept} bytes of headers (limit {MAX_HEADERS})"
-            )
+        refuse_long(kept := kept + len(raw), file)
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if entry is not None and entry not in files:
         check_index(sets.weight_map(root / entry), tensors, root / entry)
@@ -114,12 +112,22 @@ def read_header(file: Path) -> bytes:
     return raw
 
 
+def refuse_long(kept: int, file: Path) -> None:
+    """Raises ZooError where the headers of the files up to this one, `kept` bytes, are longer than any release's."""
+    if kept > MAX_HEADERS:
+        raise ZooError(
+            f"{file}: with its header the files have {kept} bytes of headers (limit {MAX_HEADERS})"
+        )
+
+
 def header_length(first8: bytes, size: int, who: str) -> int:
     """Header length in bytes from a file's first 8, checked against the file's `size`."""
-    refuse_pointer(first8, who)
     if len(first8) < 8:
+        refuse_pointer(first8, who)
         raise ZooError(f"{who}: {size} bytes is too short for a safetensors file: truncated, fetch it again")
     (n,) = struct.unpack("<Q", first8)
+    if not 8 < 8 + n <= size:  # any other is a length: 15,392 begins as a web page may, with " <"
+        refuse_pointer(first8, who)
     if n > MAX_HEADER:
         raise ZooError(f"{who}: claims a header of {n} bytes (limit {MAX_HEADER}): not a safetensors file?")
     if 8 + n > size:

@@ -29,6 +29,8 @@ _NO_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|rng_state|scaler|adapter_model|mmproj)\b.*|.*mmproj.*|openvino_.*|\._.*"
 )
 
+MAX_INDICES = 24 << 20
+"""Bytes of the indices beside the one that is read; that of the largest release has 10 MB."""
 MAX_SHARDS = 10_000
 """Of a set, each of which is looked up."""
 
@@ -84,11 +86,12 @@ def others(ckpt: Checkpoint) -> list[str]:
     """The other sets of weights beside the one that was opened, each by the name that `--file` takes."""
     named: set[str] = set(ckpt.files)
     found = []
+    files_of = _some(ckpt.root)
     for path in sorted(ckpt.root.iterdir()):
         if not _INDEX.fullmatch(path.name) or not path.is_file():
             continue
         try:
-            files = set(members(ckpt.root, path.name))
+            files = set(files_of(path.name))
         except ZooError:  # not the one that is read
             continue
         if files != set(ckpt.files) and any((ckpt.root / f).is_file() for f in files):
@@ -200,11 +203,21 @@ def here(root: Path) -> list[WeightSet]:
     """The sets of weights in a folder and in the folders in it."""
     paths = [p for pattern in ("*", "*/*") for p in root.glob(pattern) if p.is_file()]
     sizes = {p.relative_to(root).as_posix(): p.stat().st_size for p in paths}
+    return listed(sizes, _some(root))
 
-    def index(path: str) -> list[str]:
-        return members((root / path).parent, (root / path).name)
 
-    return listed(sizes, index)
+def _some(root: Path) -> Callable[[str], list[str]]:
+    """`members` of the indices below a folder, which raises ZooError from there on where these are too large together."""
+    left = MAX_INDICES
+
+    def files_of(path: str) -> list[str]:
+        nonlocal left
+        index = root / path
+        if (left := left - index.stat().st_size) < 0:
+            raise ZooError(f"{index}: with those before it over {MAX_INDICES >> 20} MiB of indices: not read")
+        return members(index.parent, index.name)
+
+    return files_of
 
 
 def incomplete(files: Collection[str]) -> str | None:

@@ -7,11 +7,21 @@ of the same tensors under the same names, called `rank{r}.<name>` here: the rule
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef, carried_files, inside, named, read_json
-from zoo.formats.safetensors import parse_header, read_header
+from zoo.formats.base import (
+    HF_NAMINGS,
+    Checkpoint,
+    TensorRef,
+    add_tensors,
+    carried_files,
+    inside,
+    named,
+    read_json,
+)
+from zoo.formats.safetensors import parse_header, read_header, refuse_long
 
 _FILE = re.compile(r"(?P<group>.+)-TP-(?P<rank>\d{3}|common)\.safetensors")
 
@@ -28,22 +38,18 @@ def open(path: Path) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}
+    kept = 0
     for group in ranks.values():
         first: dict[str, TensorRef] = {}
         for name in group.values():
             file = inside(root, name, str(root))
             files[name] = file.stat().st_size
             headers[name] = raw = read_header(file)
+            refuse_long(kept := kept + len(raw), file)
             refs = {t.name: t for t in parse_header(raw, name, files[name], str(file))}
             first = first or refs
             _agree(first, refs, file)
-            for t in refs.values():
-                full = full_name(name, t.name)
-                if full in tensors:
-                    raise ZooError(
-                        f"{file}: tensor {t.name!r} is also in {tensors[full].file}; which one is meant?"
-                    )
-                tensors[full] = TensorRef(full, t.dtype, t.shape, t.file, t.offset, t.nbytes)
+            add_tensors(tensors, (replace(t, name=full_name(name, t.name)) for t in refs.values()), file)
     n_ranks = max((len(g) for g in ranks.values()), default=1)
     return Checkpoint(
         root, "sharded", HF_NAMINGS, config, tensors, files, carried_files(root), headers, n_ranks=n_ranks

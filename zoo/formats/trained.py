@@ -29,10 +29,12 @@ class Mapped:
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """Raises ZooError for a dtype that torch cannot hold."""
-        file = inside(self.root, ref.file, str(self.root))
         if (dtype := DTYPES.get(ref.dtype)) is None:
-            raise ZooError(f"{file}: {ref.name!r:.200} has dtype {ref.dtype}, which torch cannot hold")
+            raise ZooError(
+                f"{self.root / ref.file}: {ref.name!r:.200} has dtype {ref.dtype}, which torch cannot hold"
+            )
         if ref.file not in self._maps:
+            file = inside(self.root, ref.file, str(self.root))
             self._maps[ref.file] = torch.from_file(str(file), False, file.stat().st_size, dtype=torch.uint8)
         flat = self._maps[ref.file][ref.offset : ref.offset + ref.nbytes]
         flat = (flat.clone() if ref.offset % dtype.itemsize else flat).view(dtype)

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from huggingface_hub import is_offline_mode
 
+from zoo.formats.base import MAX_HEADERS
 from zoo.hub import cache
 from zoo.hub.errors import About, Damaged, HubError, bytes_text
 from zoo.hub.files import RemoteFile, Snapshot
@@ -28,7 +29,6 @@ from zoo.plain import open_plain
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter
 MAX_NOTES = 16 << 20  # characters of the notes beside a sparse file
-MAX_HEADERS = 256 << 20  # bytes, of all files together: they are kept
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -28,11 +28,12 @@ from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf, meta, params_out
-from zoo.formats.around import Hollow
+from zoo.formats.around import MOST, Hollow
 from zoo.formats.base import (
     FLOATS,
     HF_NAMINGS,
     ITEMSIZE,
+    MAX_HEADERS,
     Checkpoint,
     TensorRef,
     encoded,
@@ -70,8 +71,10 @@ log = logging.getLogger(__name__)
 FORMATS = ("hf", "source", "gguf", "meta", "mistral")
 VENDORS = ("meta", "mistral")
 """Formats of vendors' own, which are namings too."""
-MAX_KEPT = 1 << 28
-"""Bytes of kept headers; those of the largest release are 15 MB, and no more than this is read of a release."""
+MAX_KEPT = MAX_HEADERS
+"""Bytes of kept headers, unpacked."""
+SMALL, PACKED = 16 << 20, 64
+"""Of them so many are read, and as many times the bytes that they are packed to: headers are packed to a twentieth at best."""
 MAX_DIRECTORY = 1 << 22
 """Bytes of the list of what is kept: a release has some hundred files."""
 
@@ -343,6 +346,8 @@ def _kept(c: Canonical) -> dict[str, bytes]:
         with open(path, "rb") as f, Archive(f, MAX_DIRECTORY) as z:
             if (total := sum(e.file_size for e in z.infolist())) > MAX_KEPT:
                 raise ZooError(f"its entries come to {total} bytes (limit {MAX_KEPT})")
+            if total > SMALL + PACKED * (size := os.fstat(f.fileno()).st_size):
+                raise ZooError(f"its entries come to {total} bytes, packed to {size}, which headers are not")
             return {e.filename: _entry(z, e) for e in z.infolist()}
     except ZooError as e:
         raise ZooError(f"{path}: {e}: not zoo's") from None
@@ -412,6 +417,8 @@ def _as_released(c: Canonical, family: Family, headers: dict[str, bytes], kept: 
 def _around_again(c: Canonical, kept: Mapping[str, bytes], sheet: Sheet) -> dict[str, TensorRef]:
     """The tensors of the pickles of which `kept` has all that is around them, which goes into `sheet`; as their reader read them."""
     source, found, budget = c.source, dict[str, list[TensorRef]](), Budget()
+    if (n := sum(len(raw) for name, raw in kept.items() if name.startswith("around/"))) > MOST:
+        raise ZooError(f"{c.root / SOURCE}: {n} bytes around tensors (limit {MOST}): not zoo's")
     for file, size in source["files"].items():
         who = f"{c.root / SOURCE}: {file}"
         hollow = Hollow(kept[f"around/{file}"], size, who)

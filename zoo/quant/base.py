@@ -22,6 +22,8 @@ class Unread(ZooError):
 MAX_SHAPES = 1 << 16
 """Numbers of a `weight_shape`: two for each expert of a stack."""
 SCALES = ("F32", "BF16", "F16")
+SAID = ("quantization_config", "quantization", "compression_config")
+"""Fields in which a config says it."""
 CODES = (("", ""),)
 """Spelling of codes that are where the weight would be."""
 

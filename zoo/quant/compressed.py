@@ -25,6 +25,8 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "MXFP4A16": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
 }
 """Groups that a config may name instead of writing them out."""
+MAX_GROUPS = 64
+"""Of a config: each is looked at for each weight, and releases have a few."""
 
 
 def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -48,6 +50,10 @@ def weights(config: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     groups = settings(config).get("config_groups") or {}
     if not isinstance(groups, Mapping):
         raise ZooError(f"config.json: config_groups is {str(groups)[:80]}; expected an object")
+    if len(groups) > MAX_GROUPS:
+        raise ZooError(
+            f"config.json: config_groups has {len(groups)} groups (limit {MAX_GROUPS}): no release has as many"
+        )
     found = []
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else PRESETS.get(name)

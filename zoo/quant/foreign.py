@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.formats.base import FLOATS, TensorRef, read_json
-from zoo.quant.base import quantization
+from zoo.quant.base import SAID, quantization
 
 READ = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "bitsandbytes", "modelopt")
 """What `quant_method` says where zoo may read the weights; of compressed-tensors `FORMATS`."""
@@ -47,7 +47,7 @@ def said(config: Mapping[str, Any]) -> str | None:
     """What the config says of quantised weights, in its own words: `quant_method` and what it goes with; None: nothing."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "quantization", "compression_config"):
+        for key in SAID:
             if isinstance(q := part.get(key), Mapping) and q:
                 words = [f"{k} {v!r:.40}" for k, v in _words(q)]
                 return f"{key} has {', '.join(words)}" if words else f"it has a {key}"

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from zoo.quant.base import quantization
+from zoo.quant.base import SAID, quantization
 
 MOST = 6
 """Patterns of names that are told before the rest are counted."""
@@ -21,7 +21,7 @@ _ALGORITHMS = {
 
 def told(config: Mapping[str, Any]) -> str | None:
     """One line; None: the config says nothing of it. Raises ZooError for a `quantization_config` that is no object."""
-    q = quantization(config, "quantization_config", "quantization", "compression_config")
+    q = quantization(config, *SAID)
     if not q:
         return None
     ways = _ways(q)

@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
-_open: Any = safe_open  # the library does not type it
+from zoo.formats import pickle, safetensors
+from zoo.formats.base import FLOATS
 
 
 def _dtype(x: Any) -> bool:
@@ -56,7 +54,6 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     "id2label": _numbered,
 }
 """Settings of running, and which of their values upstream is told."""
-PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def put_aside(
@@ -112,8 +109,9 @@ def _part(
 def _plain(file: Path) -> bool:
     """Whether all tensors of a file of weights are floating-point numbers, as plain weights are."""
     if file.suffix == ".safetensors":
-        with _open(file, "pt") as f:
-            return all(f.get_slice(name).get_dtype() in PLAIN for name in f.keys())  # noqa: SIM118
-    tensors = torch.load(file, map_location="meta", weights_only=True)  # names and dtypes only
-    wide = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    return all(not isinstance(t, torch.Tensor) or t.dtype in wide for t in tensors.values())
+        refs = safetensors.parse_header(
+            safetensors.read_header(file), file.name, file.stat().st_size, str(file)
+        )
+    else:
+        refs = pickle.read_pickle(file, file.name)
+    return all(t.dtype in FLOATS for t in refs)

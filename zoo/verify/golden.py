@@ -82,7 +82,18 @@ _HELD = {
     "logits": (FLOATS, 2), "states": (FLOATS, 2), "directions": (FLOATS, 2),
 }  # fmt: skip
 """The dtypes that the tensors may have, and their axes."""
-_open: Any = safe_open  # the library does not type it
+MAX_HEADER = 8 << 20
+"""Bytes of its header: an entry takes some 100, and what is said of the recording a few thousand."""
+
+
+def _open(path: Path) -> Any:
+    """The file by the library, which the header's length does not keep from taking minutes. Raises ZooError for a longer one than
+    any recording has, OSError, SafetensorError."""
+    with path.open("rb") as f:
+        if (n := int.from_bytes(f.read(8), "little")) > MAX_HEADER:
+            raise ZooError(f"{path}: a header of {n} bytes (limit {MAX_HEADER}), which no recording has")
+    opened: Any = safe_open  # the library does not type it
+    return opened(path, "pt")
 
 
 def is_golden(path: Path) -> bool:
@@ -90,8 +101,8 @@ def is_golden(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return not {"ids.0", "logits.0"}.isdisjoint(_open(path, "pt").keys())
-    except (OSError, SafetensorError):
+        return not {"ids.0", "logits.0"}.isdisjoint(_open(path).keys())
+    except (OSError, SafetensorError, ZooError):
         return False
 
 
@@ -104,7 +115,7 @@ class Golden:
     def __init__(self, path: Path, family: str | None = None) -> None:
         """Open a recording and look it over. `family`: that of the folder which is to be compared with it."""
         self.path = path
-        self.file = _open(path, "pt")
+        self.file = _open(path)
         self.names = set(self.file.keys())
         self.about: dict[str, Any] = self._about()
         if self.about.get("schema") != SCHEMA:

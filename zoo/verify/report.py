@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 SHOWN = 5000
-"""Of a list or an object, whose length is whoever's who wrote the certificate, so many entries: a model has 4,096 layers at most."""
+"""Of a list or an object, whose length is whoever's who wrote the certificate, so many entries: a model has 1,024 layers at most."""
 
 
 @dataclass(frozen=True)
