@@ -265,6 +265,21 @@ def test_an_export_beside_which_the_certificate_lies_is_held_to_it(tmp_path: Pat
         check(folder, REPO)
 
 
+def test_of_several_sets_of_weights_the_headers_of_each_are_looked_at(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    for type in ("f16", "f32"):
+        zoo.export(canonical("qwen3"), here / f"m-{type}.gguf", "gguf", type=type)
+    report = check(here)
+    assert (
+        report.whole
+        and report.tensors > 0
+        and "2 sets of weights (m-f16.gguf, m-f32.gguf)" in report.notes[0]
+    )
+    data = (here / "m-f32.gguf").read_bytes()
+    (here / "m-f32.gguf").write_bytes(data[:-64])
+    assert "m-f32.gguf: tensor" in check(here).problems[0]
+
+
 def test_a_list_that_leads_out_of_the_folder_is_refused(release: Path, tmp_path: Path) -> None:
     file = tmp_path / "parity.json"
     entry = {"bytes": 1, "sha256": "0" * 64}

@@ -5,12 +5,14 @@ vocabularies, weights quantised in ways that zoo does not read, models under nam
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import verified
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -130,6 +132,31 @@ def test_a_part_of_names_that_is_not_on_the_list_is_not_looked_through(llama: Pa
     other = {k.replace("model.", "transformer."): v for k, v in plain.items()}
     said = refused(again(llama, tmp_path / "renamed", other))
     assert "begin with 'transformer.', where family llama has 'model.'" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("layers.0.sa_norm.scale", "torchtune's: "),
+        ("transformer.h.0.norm_1.weight", "LitGPT's: "),
+        ("model.decoder.0.pp_block.attn.qkv_proj.weight", "nanotron's: "),
+        ("decoder.layers.0.self_attention.linear_qkv.weight", "Megatron's: "),
+        ("layers.0.attention.wq.weight", "Meta's, which torchtitan has too: "),
+    ],
+)
+def test_a_trainers_own_names_are_called_whose_they_are(
+    name: str, whose: str, llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    shutil.copy(llama / "config.json", folder)
+    save_file({name: torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    for like in ({}, {"like": verified.canonical("llama")}):
+        with pytest.raises(ZooError, match=f"these names are {whose}"):
+            if like:
+                zoo.save(folder, to=tmp_path / "x", **like)
+            else:
+                zoo.convert(folder, tmp_path / "x")
 
 
 def test_another_prefix_is_found_by_whichever_naming_of_the_family_the_files_have(tmp_path: Path) -> None:

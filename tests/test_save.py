@@ -324,8 +324,10 @@ def test_files_that_a_trainer_wrote_get_the_names_of_the_folder_that_was_trained
     (tmp_path / "alone").mkdir()
     save_file(state, tmp_path / "alone" / "model.safetensors")
     torch.save({"model": {f"module.{k}": t for k, t in state.items()}, "step": 3}, tmp_path / "last.pt")
+    lightning = {"state_dict": {f"model.{k}": t for k, t in state.items()}, "hyper_parameters": {"lr": 0.1}}
+    torch.save(lightning, tmp_path / "last.ckpt")
     released = {k: t for f in source.glob("*.safetensors") for k, t in load_file(f).items()}
-    for i, written in enumerate(("saved", "alone", "last.pt")):
+    for i, written in enumerate(("saved", "alone", "last.pt", "last.ckpt")):
         args = ["convert", str(tmp_path / written), str(tmp_path / f"{i}"), "--like", str(like)]
         done = CliRunner().invoke(cli, args)
         assert done.exit_code == 0, done.output
@@ -334,6 +336,9 @@ def test_files_that_a_trainer_wrote_get_the_names_of_the_folder_that_was_trained
     said = refused(tmp_path / "saved", verified.canonical("llama"), tmp_path)
     assert "its config.json (family " in said and "is of another model than" in said
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert "is DeepSpeed's; python zero_to_fp32.py" in refused(tmp_path / "step", like, tmp_path)
     assert "not what a trainer writes" in refused(tmp_path / "x.gguf", like, tmp_path)
     assert "no such file" in refused(tmp_path / "nothing", like, tmp_path)
 

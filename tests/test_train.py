@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.errors import ZooError
-from zoo.testing.gradients import furthest, gradients
+from zoo.testing.gradients import furthest, gradients, unreached
 
 # Between them: every mixer, every kind of norm and router, several streams. `make proofs` asks every variant of every family.
 FAMILIES = ("deepseek_v3", "gemma3n", "gpt_oss", "nemotron_h", "qwen3_5_moe")
@@ -34,6 +34,42 @@ def test_a_wrong_gradient_is_one_that_the_comparison_sees() -> None:
     q, *rest = ours["layers.1.attn.qkv.weight"].chunk(4)
     ours["layers.1.attn.qkv.weight"] = torch.cat((q * 1.001, *rest))
     assert furthest(ours, theirs)[0] > 1e-4
+
+
+def test_a_parameter_that_gets_no_gradient_is_named_whichever_it_is() -> None:
+    """Of each in turn the model computes with a copy from which nothing leads back; then one gets nothing but zeros."""
+    from torch.nn.utils import parametrize
+
+    class Cut(torch.nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return w.detach()
+
+    model = zoo.load(verified.canonical("gpt_oss"), trainable=True)
+    ids = torch.arange(24)[None]
+
+    def left_out() -> list[str]:
+        model.zero_grad()
+        model(ids).square().mean().backward()
+        return unreached(model)
+
+    assert left_out() == []
+    names = [n for n, _ in model.named_parameters() if n.startswith("layers.1.")]
+    assert len(names) == 13
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        parametrize.register_parametrization(module, leaf, Cut())
+        assert left_out() == [f"{owner}.parametrizations.{leaf}.original"]
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+        model.get_parameter(name).requires_grad_(True)
+    sinks = model.get_parameter("layers.1.attn.sinks")
+    sinks.register_hook(torch.zeros_like)
+    assert left_out() == ["layers.1.attn.sinks"]
+
+    variant = tiny.VARIANTS["gpt_oss"]
+    ours, theirs = gradients(tiny.CASES[variant.family], variant)
+    ours["layers.1.attn.sinks"] = torch.zeros_like(ours["layers.1.attn.sinks"])
+    assert furthest(ours, theirs) == (1.0, "layers.1.attn.sinks")
 
 
 def test_a_few_steps_learn_a_text_and_leave_the_files_as_they_are(tmp_path: Path) -> None:

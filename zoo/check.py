@@ -26,7 +26,7 @@ from typing import Any
 
 from zoo import card
 from zoo.errors import ZooError, translated
-from zoo.formats import canonical, open_checkpoint
+from zoo.formats import canonical, open_checkpoint, sets
 from zoo.formats.base import TensorRef, files_below, inside, leads_out, place_of, read_json, refuse_pointer
 from zoo.formats.opening import UNENDED, refuse_cache, snapshot_of
 from zoo.formats.safetensors import INDEX
@@ -497,12 +497,33 @@ def _tensors(folder: Path, report: Report) -> None:
         report.read = {*ckpt.files, *(n for n in ("config.json",) if n in ckpt.carried)}
         report.notes += ckpt.notes
         report.family = make_plan(ckpt).family.name
-    except (Ambiguous, NoFamily) as e:
+    except Ambiguous:
+        _each(folder, report)
+    except NoFamily as e:
         report.notes.append(f"whether every tensor is in place was not looked at: {e}")
     except ZooError as e:
         named = {p.partition(":")[0] for p in report.problems}
         if not any(str(e).startswith(f"{folder / n}:") for n in named):  # told already
             report.problems.append(str(e))
+
+
+def _each(folder: Path, report: Report) -> None:
+    """Of several sets of weights (a GGUF's block types) the headers of each."""
+    found = sets.here(folder)
+    report.notes.append(
+        f"{len(found)} sets of weights ({_some([s.name for s in found])}): the headers of each were looked at; whether every tensor is in "
+        "place `zoo inspect` says of one that is named"
+    )
+    for weights in found:
+        try:
+            opened = open_checkpoint(folder / weights.name)
+        except ZooError as e:
+            named = {p.partition(":")[0] for p in report.problems}
+            if not any(str(e).startswith(f"{folder / n}:") for n in named):
+                report.problems.append(str(e))
+            continue
+        report.tensors += len(opened.tensors)
+        report.read |= {*weights.files}
 
 
 def _beside(found: canonical.Canonical, report: Report) -> None:

@@ -97,7 +97,8 @@ def open_checkpoint(path: str | os.PathLike[str], format: str | None = None) -> 
         raise sets.Ambiguous(
             f"{p}: no checkpoint in the folder itself; name one below it with --file: {shown}"
         )
-    states = {x for pattern in OPTIMIZER for x in p.glob(pattern)} if p.is_dir() else set()
+    known = (*OPTIMIZER, "*_states.pt")  # DeepSpeed's
+    states = {x for pattern in known for x in p.glob(pattern)} if p.is_dir() else set()
     if p.is_dir() and (theirs := sorted(x.name for x in {*p.glob("*.pt"), *p.glob("*.pth")} - states)):
         raise ZooError(
             f"{p}: {theirs[0]} is called neither as Hugging Face's nor as Meta's files are (torchtune's hf_model_*.pt and "
@@ -135,7 +136,8 @@ OTHERS = (
     (("global_step*/*_states.pt", "*_model_states.pt", "zero_to_fp32.py"), "DeepSpeed's",
      "python zero_to_fp32.py FOLDER OUT, which DeepSpeed put beside it"),
     (("*.ckpt", "*/*.ckpt"), "Lightning's or another trainer's .ckpt",
-     "save the model itself with save_pretrained, from the trainer's own loading"),
+     "save the model itself with save_pretrained, from the trainer's own loading, or name the file, and with --like the canonical folder of "
+     "what was trained"),
     (("*.nemo", "model_weights/common.pt", "weights/common.pt", "*.distckpt"), "NeMo's",
      "export it to Hugging Face with NeMo's exporter (nemo.collections.llm.export_ckpt)"),
     (("mp_rank_*/model_optim_rng.pt", "iter_*/mp_rank_*/model_optim_rng.pt"), "Megatron-LM's",

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.formats import pickle, safetensors, sets, wrapped
 from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef, add_tensors, inside
-from zoo.formats.opening import open_checkpoint
+from zoo.formats.opening import of_another_kind, open_checkpoint
 from zoo.model.load import DTYPES
 
 FORMATS = ("safetensors", "pickle")
@@ -47,7 +47,8 @@ def open_trained(path: Path) -> Checkpoint:
     Raises ZooError if nothing is there, or files that are neither safetensors nor pickles.
     """
     root = path if path.is_dir() else path.parent
-    if not path.exists() or (root / "config.json").is_file():
+    lightning = path.is_file() and path.suffix == ".ckpt"  # a pickle, whose model is asked for by its name
+    if not path.exists() or ((root / "config.json").is_file() and not lightning):
         found = open_checkpoint(path)
         if found.format not in FORMATS:
             raise ZooError(
@@ -61,7 +62,10 @@ def open_trained(path: Path) -> Checkpoint:
         ".bin",
         ".pt",
         ".pth",
+        ".ckpt",
     ):
+        if path.is_dir() and (what := of_another_kind(path)) is not None:
+            raise ZooError(f"{path}: {what}; a single file of PyTorch's can be named itself")
         raise ZooError(
             f"{path}: not what a trainer writes: a folder of torch.distributed.checkpoint (it has no .metadata), safetensors or PyTorch's "
             "files under the names that transformers opens; of others name the file itself"

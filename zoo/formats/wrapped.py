@@ -1,10 +1,11 @@
 """Parts of names that trainers add and that carry nothing: a compiled or distributed module's wrapper is an attribute
-of it, and a checkpoint that was saved without unwrapping has it in every name below.
+of it, and a checkpoint that was saved without unwrapping has it in every name below. And names that are a trainer's own throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from zoo.errors import ZooError
@@ -17,6 +18,26 @@ ANYWHERE = (
     "_forward_module",  # Lightning's strategies
 )
 OUTERMOST = "module"  # DDP and DeepSpeed's engine; inside a model it may be a name like any other
+
+TRAINERS = (
+    (r"(^|\.)layers\.\d+\.sa_norm\.scale$", "torchtune's", "its FullModelHFCheckpointer writes those of Hugging Face"),
+    (r"(^|\.)transformer\.h\.\d+\.norm_1\.weight$", "LitGPT's", "`litgpt convert_from_litgpt` gives them those of Hugging Face"),
+    (r"(^|\.)pp_block\.", "nanotron's", "its convert_nanotron_to_hf.py gives them those of Hugging Face"),
+    (r"(^|\.)(self_attention\.linear_qkv|language_model\.embedding\.word_embeddings)\.", "Megatron's",
+     "export it to Hugging Face with the tool that trained it (Megatron-Bridge's export_ckpt)"),
+    (r"(^|\.)layers\.\d+\.attention\.wq\.weight$", "Meta's, which torchtitan has too",
+     "with torchtitan save it for Hugging Face (checkpoint.last_save_in_hf); Meta's own files are read beside their params.json"),
+)  # fmt: skip
+"""Names of no release and of no class of transformers: a part of them, whose they are, and the way to others."""
+
+
+def trainers(names: Iterable[str]) -> str | None:
+    """Whose names these are, and what to do, where they are known as a trainer's own."""
+    together = "\n".join(names)
+    for part, whose, remedy in TRAINERS:
+        if re.search(part, together, re.MULTILINE):
+            return f"these names are {whose}: {remedy}"
+    return None
 
 
 def unwrapped(names: Collection[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from zoo.formats import canonical, dcp
 from zoo.formats.base import HF_NAMINGS, Checkpoint, TensorRef
 from zoo.formats.canonical import Canonical
 from zoo.formats.trained import Mapped, open_trained
-from zoo.formats.wrapped import unwrapped
+from zoo.formats.wrapped import trainers, unwrapped
 from zoo.layout import layout
 from zoo.mapping.execute import Progress
 from zoo.mapping.match import TIED, Match, match
@@ -236,6 +236,8 @@ def _model_in(path: Path, names: Mapping[str, TensorRef], first: set[str]) -> st
         raise ZooError(
             f"{path}: holds several models ({', '.join(repr(p) for p in outer)}): save the one that is meant by itself"
         )
+    if (whose := trainers(names)) is not None:
+        raise ZooError(f"{path}: {whose}")
     shown = ", ".join(list(names)[:4])
     raise ZooError(
         f"{path}: holds no tensor called {' or '.join(sorted(first))}, alone or below another name; it has {shown}, ..."

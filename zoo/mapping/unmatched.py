@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from zoo.alike import alike
 from zoo.errors import ZooError
 from zoo.families import Family
-from zoo.formats import sets
+from zoo.formats import sets, wrapped
 from zoo.formats.base import Checkpoint
 from zoo.mapping.fold import fold, span
 from zoo.mapping.match import Match, match
@@ -36,6 +36,7 @@ class PlanError(ZooError):
         said = (
             _cut_short(ckpt, missing)
             or _adapted(ckpt)
+            or _trainers(ckpt, m)
             or _other_rows(ckpt, m)
             or _other_numbers(ckpt, m)
             or next(
@@ -120,6 +121,13 @@ def _adapted(ckpt: Checkpoint) -> str | None:
     )
 
 
+def _trainers(ckpt: Checkpoint, m: Match) -> str | None:
+    """Where no embedding is found, and the names are known as a trainer's own: that, and what to do."""
+    foreign = "hf" in ckpt.naming and "embed.weight" not in m.outputs
+    whose = wrapped.trainers(ckpt.tensors) if foreign else None
+    return f"{ckpt.root}: {whose}; nothing was written" if whose else None
+
+
 def _missing(m: Match) -> list[str]:
     return [name for names in m.missing.values() for name in names]
 
@@ -163,7 +171,8 @@ def _renamed(ckpt: Checkpoint, family: Family, m: Match) -> str | None:
     )
     return (
         f"{ckpt.root}: names of tensors begin with {theirs!r}, {fit}: a wrapper's, or another tool's, which is none that zoo looks "
-        "through. If it is the model that is meant, save it from inside the wrapper; nothing was written"
+        "through. If it is the model that is meant, save it from inside the wrapper, or give the canonical folder of what was trained: `--like "
+        "CANON` takes it below any name; nothing was written"
     )
 
 

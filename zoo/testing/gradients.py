@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from zoo import families
 from zoo.mapping.match import match
 from zoo.mapping.save import namings, of_tensors, put_together
-from zoo.model.load import train
+from zoo.model import Decoder
+from zoo.model.load import UNTRAINED, train
 
 from . import build
 from .built import built, checkpoint, decoder
@@ -43,6 +44,17 @@ def gradients(case: FamilyCase, variant: Variant) -> tuple[dict[str, Tensor], di
     )
     assert not found.n_problems, (found.missing, found.unexpected, found.misshapen, found.problems)
     return ours, {o.name: next(put_together(o, state, True)) for o in found.outputs.values()}
+
+
+def unreached(model: Decoder) -> list[str]:
+    """Parameters that the backward pass which was just run left without a gradient, but for those to which none leads upstream either:
+    what chooses (`UNTRAINED`, indexers, a table of experts by token id)."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        if not (name.endswith((*UNTRAINED, ".router.table")) or ".indexer." in name)
+        and (p.grad is None or not p.grad.any())
+    ]
 
 
 def _of(parameter: Tensor | None, like: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from . import build, full_size, gguf, names, released
 from .assemble import assemble, view
 from .built import Built, built, checkpoint, decoder
 from .case import FamilyCase, Gguf
-from .gradients import furthest, gradients
+from .gradients import furthest, gradients, unreached
 from .rounding import agree, sums_as_upstream
 from .variant import Variant
 
@@ -786,12 +786,14 @@ def regions(plan: Plan) -> dict[str, list[tuple[str, Box]]]:
 
 def without_gradient(b: Built, ids: torch.Tensor, where: dict[str, list[tuple[str, Box]]]) -> list[str]:
     """The source tensors for which it takes more than a gradient to see that they matter: all whose change by noise of their own size
-    would, to first order, move logits by no more than 1e-4 (root mean square)."""
+    would, to first order, move logits by no more than 1e-4 (root mean square). A whole canonical tensor that no gradient reaches, where one
+    should, fails."""
     model = decoder(b.spec, b.tensors)
     train(model)
     logits = model(ids)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / logits.numel() ** 0.5
     (logits * weights).sum().backward()
+    assert not unreached(model)
     learnt = dict(model.named_parameters())
 
     def moves(name: str, box: Box) -> float:
