@@ -4,7 +4,7 @@
 
 Medians of interleaved runs, in the interpreter that runs this file. And how long `zoo plan` takes of a checkpoint
 with the 92,000 headers of DeepSeek-V3's release, over holes (needs tests/ beside this folder, and torch); and what the
-largest headers cost that are read: processor, seconds by the clock, MiB. --before names another checkout, whose `zoo list` is run in turn with this one's.
+largest headers cost that are read, of a processor and by the clock. --before names another checkout, whose `zoo list` is run in turn with this one's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def cost(command: list[str], env: dict[str, str]) -> dict[str, Any]:
     _, status, used = os.wait4(child.pid, 0)
     return {
         "exit": os.waitstatus_to_exitcode(status), "cpu_s": round(used.ru_utime + used.ru_stime, 2),
-        "s": round(time.perf_counter() - began, 2), "mib": round(used.ru_maxrss / 1024),
+        "s": round(time.perf_counter() - began, 2),
     }  # fmt: skip
 
 
@@ -133,9 +133,7 @@ def main() -> None:
     print(f"zoo plan, {planned['tensors']:,} tensors: {planned['seconds']:.2f} s")
     largest = limits(max(1, args.rounds // 5))
     for name, f in largest.items():
-        print(
-            f"{name:50} {f['cpu_s']:5.2f} s of a processor, {f['s']:5.2f} s, {f['mib']:4.0f} MiB, exit {f['exit']:.0f}"
-        )
+        print(f"{name:50} {f['cpu_s']:5.2f} s of a processor, {f['s']:5.2f} s, exit {f['exit']:.0f}")
     if args.json:
         about = {"figures": figures, "plan": planned, "limits": largest, "machine": machine("startup.py")}
         args.json.write_text(json.dumps(about, indent=1) + "\n")
