@@ -552,6 +552,7 @@ def test_a_file_is_held_against_a_folder_and_nothing_else(canon: Path, tmp_path:
         ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 97.0, "factor": 2.0}}, "RoPE is linear"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 97.0, "factor": 4.0, "original_max_position_embeddings": 64}}, "of all channels"),
         ("starcoder2", {"use_bias": False}, "asks for biases"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 97.0, "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.7}}, "magnitude to follow from its factor"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_does_not_run_is_refused_though_fields_could_say_it(
