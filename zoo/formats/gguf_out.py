@@ -319,11 +319,17 @@ def _another_magnitude(s: Spec) -> bool:
     scaling = _scaling(s, "yarn")
     if scaling is None or _latent(s) is not None:
         return False
-    return not math.isclose(scaling.attention_factor, 0.1 * math.log(max(1.0, scaling.factor)) + 1, rel_tol=1e-6)
+    return not math.isclose(
+        scaling.attention_factor, 0.1 * math.log(max(1.0, scaling.factor)) + 1, rel_tol=1e-6
+    )
 
 
 UNOPENED: tuple[tuple[tuple[str, ...], Callable[[Spec, Iterable[str]], bool], str], ...] = (
-    ((), lambda s, _: _another_magnitude(s), "takes YaRN's magnitude to follow from its factor, whatever a field says (attention_factor)"),
+    (
+        (),
+        lambda s, _: _another_magnitude(s),
+        "takes YaRN's magnitude to follow from its factor, whatever a field says (attention_factor)",
+    ),
     (("cohere2", "gemma", "gemma2"), lambda s, _: not s.tied, "has no head but the embedding"),
     (("gptneox", "gpt-oss"), lambda s, _: s.tied, "asks for a head beside the embedding (output.weight)"),
     (
