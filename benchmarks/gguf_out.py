@@ -1,6 +1,6 @@
 """What `zoo export --format gguf` writes, opened by llama.cpp itself; and what writing it costs.
 
-    python benchmarks/gguf_out.py [families] [types] [models] [splits] [speed] [--json FILE]
+    python benchmarks/gguf_out.py [families] [types] [models] [splits] [vocabularies] [speed] [--vocabularies FOLDER ...] [--json FILE]
 
 Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tests/ beside this folder.
 
@@ -13,6 +13,9 @@ Needs llama-cpp-python, which takes minutes to build (`make llama-cpp`), and tes
   logits as above, greedy tokens, and token ids of the verifier's texts and of random ones.
 - splits: every way to split text that zoo knows (`tokenizer.ggml.pre`), with SmolLM2's vocabulary: texts of which llama.cpp, and
   transformers, make other ids than zoo.
+- vocabularies: released tokenizers: llama.cpp's own (ggml-vocab-*.gguf in models/ of its sources, with texts and the ids that the vendor's tokenizer
+  gives), and folders with a tokenizer.json. Each is written as zoo writes it; texts of which llama.cpp, or the vendor, makes other ids than zoo:
+  llama.cpp's, the verifier's, random ones, and 10,000 tokens of the vocabulary, each by itself.
 - speed: exporting 2 and 6 GB where tensors only get another name or order, and 2 GB to Q8_0, each time followed by `cp` of the result; peak memory, and
   start-up beside them. Before each, as much memory as it will write is written to and given back: where a host lends it, that costs
   what is measured. Takes 24 GB of disk; sources are in the page cache where 18 GB of memory are free.
@@ -32,7 +35,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -388,13 +391,86 @@ def models(work: Path) -> dict[str, Any]:
     return out
 
 
-def splits(work: Path) -> dict[str, Any]:
+def fields_only(file: Path, fields: Mapping[str, Any]) -> Path:
+    """A GGUF without tensors, as of a Llama."""
     import gguf
+
+    from zoo.testing import gguf as testing_gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    for key, value in fields.items():
+        if key != "general.architecture":
+            testing_gguf._add(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return file
+
+
+def vocabularies(work: Path) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    from zoo.formats import gguf_tokenizer, gguf_vocab
+    from zoo.formats.gguf import read_header
+
+    some = random.Random(0)
+    letters = "abc ABC  \n\t\r.,'s!é漢😀<>|_019T'LL/-ñ ①٣"
+    said = [t for _, t in TEXTS] + ["".join(some.choices(letters, k=some.randrange(60))) for _ in range(400)]
+    sources = [x for at in VOCABULARIES for x in (sorted(at.glob("ggml-vocab-*.gguf")) or [at]) if x.exists()]
+    out: dict[str, Any] = {} if sources else {"not measured": "no --vocabularies"}
+    for source in sources:
+        own: list[tuple[str, list[int]]] = []
+        name = source.name.removeprefix("ggml-vocab-").removesuffix(".gguf")
+        if source.is_dir():
+            files: Mapping[str, bytes] = {f.name: f.read_bytes() for f in source.glob("*.json")}
+        else:
+            files, notes = gguf_tokenizer.files(read_header(source, name)[0], name)
+            if not files:
+                out[name] = notes[0]
+                continue
+            texts, ids = (Path(f"{source}.{end}") for end in ("inp", "out"))
+            if texts.exists():  # the ids are the vendor's tokenizer's, without what begins a text
+                given = texts.read_text().split("\n__ggml_vocab_test__\n")
+                own = [
+                    (t, [int(n) for n in x.split()])
+                    for t, x in zip(given, ids.read_text().split("\n"), strict=False)
+                ]
+        text = Tokenizer.from_str(files["tokenizer.json"].decode())
+        rows = max(text.get_vocab().values()) + 1
+        try:
+            fields = gguf_vocab.fields(files, rows, name)
+        except zoo.ZooError as e:
+            out[name] = str(e)
+            continue
+        llama = Vocabulary(fields_only(work / "x.gguf", fields))
+        numbers = some.sample(range(rows), min(rows, 10_000))
+        spelled = [text.decode([n], skip_special_tokens=False) for n in numbers]
+        pieces = [t for t in spelled if "\ufffd" not in t]  # part of a letter has no text
+        found = {
+            "pre": fields["tokenizer.ggml.pre"],
+            "the vendor's ids": f"{sum(text.encode(t, add_special_tokens=False).ids != x for t, x in own)} of {len(own)} other",
+        }
+        for kind, some_texts in (("texts", [*said, *(t for t, _ in own)]), ("tokens", pieces)):
+            mine = [e.ids for e in text.encode_batch(some_texts)]
+            other = [(t, a, b) for t, a in zip(some_texts, mine, strict=True) if a != (b := llama.tokens(t))]
+            found[kind] = f"{len(other)} of {len(mine)} other in llama.cpp"
+            if other:
+                found[f"first of {kind}"] = str(other[0])[:200]
+        llama.close()
+        out[name] = found
+        print(name, found, flush=True)
+    return out
+
+
+VOCABULARIES: list[Path] = []
+
+
+def splits(work: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from zoo.formats import gguf_tokenizer
     from zoo.formats.gguf import read_header
-    from zoo.testing import gguf as testing_gguf
 
     source = released("smollm2-135m", work)
     if source is None:
@@ -421,15 +497,7 @@ def splits(work: Path) -> dict[str, Any]:
     }
     for pre, _ in gguf_tokenizer.splits():
         mine = fields | {"tokenizer.ggml.pre": pre}
-        file, folder = work / f"{pre}.gguf", work / pre
-        writer = gguf.GGUFWriter(file, "llama")
-        for key, value in mine.items():
-            if key != "general.architecture":
-                testing_gguf._add(writer, key, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        file, folder = fields_only(work / f"{pre}.gguf", mine), work / pre
         folder.mkdir()
         for name, data in dict(gguf_tokenizer.files(mine, pre)[0]).items():
             (folder / name).write_bytes(data)
@@ -521,7 +589,14 @@ def speed(work: Path) -> dict[str, Any]:
     return out
 
 
-PARTS = {"families": families, "types": types, "models": models, "splits": splits, "speed": speed}
+PARTS = {
+    "families": families,
+    "types": types,
+    "models": models,
+    "splits": splits,
+    "vocabularies": vocabularies,
+    "speed": speed,
+}
 
 
 def main() -> None:
@@ -529,8 +604,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--vocabularies", type=Path, action="append", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    VOCABULARIES.extend(args.vocabularies)
     if args.parts != ["speed"]:
         hear()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -565,6 +565,20 @@ def test_a_sentencepiece_vocabulary_gives_its_merges() -> None:
     assert encode(no_prefix, "ab ab") == ["ab", "▁ab"]
 
 
+def test_pieces_are_merged_by_their_scores_as_llama_cpp_does_and_in_their_order_where_all_have_one() -> None:
+    """Llama 2 numbers its runs of spaces first, and merges them last."""
+    tokens = ["<unk>", "▁▁", "▁a", "▁", "a"]
+    fields = SENTENCEPIECE | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 1, 1, 1, 1],
+        "tokenizer.ggml.scores": [0.0, -1e9, 0.0, -1e9, -1.0],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    del fields["tokenizer.ggml.bos_token_id"]
+    assert encode(fields, " a") == ["▁", "▁a"]
+    assert encode(fields | {"tokenizer.ggml.scores": [-1000.0] * 5}, " a") == ["▁▁", "a"]
+
+
 def test_text_is_composed_first_where_the_release_does_it() -> None:
     letters = {
         "tokenizer.ggml.tokens": ["<bos>", "<eos>", "Ã", "©", "Ã©"],

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,55 @@ def test_the_scores_of_pieces_give_the_order_in_which_they_were_learned() -> Non
     ]
 
 
+def test_every_known_way_to_split_text_is_named_again() -> None:
+    """By the first name that llama.cpp has for the same, where merges are skipped or not."""
+    named = {}
+    for pre, _ in gguf_tokenizer.splits():
+        files = dict(gguf_tokenizer.files(BYTE_LEVEL | {"tokenizer.ggml.pre": pre}, "x.gguf")[0])
+        named[pre] = gguf_vocab.fields(files, 272, "x")["tokenizer.ggml.pre"]
+    steps = dict(gguf_tokenizer.splits())
+    for pre, again in named.items():
+        assert steps[again] == steps[pre]
+        assert gguf_tokenizer.ignores_merges(again) == gguf_tokenizer.ignores_merges(pre)
+    assert (
+        named["glm4"] == "llama-bpe" and named["chatglm-bpe"] == "smaug-bpe" and named["refact"] == "smollm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pre", "respell"),
+    [
+        ("deepseek-v3", lambda text: text.replace("\\\\r\\\\n", "\\r\\n")),  # line ends as themselves, as released
+        ("deepseek-coder", lambda text: text.replace('{"type": "Split", "pattern": {"Regex": "\\\\p{N}"}, "behavior": "Isolated", "invert": false}',
+                                                     '{"type": "Digits", "individual_digits": true}')),
+    ],
+)  # fmt: skip
+def test_a_split_is_known_in_each_of_its_spellings(pre: str, respell: Callable[[str], str]) -> None:
+    files = dict(gguf_tokenizer.files(BYTE_LEVEL | {"tokenizer.ggml.pre": pre}, "x.gguf")[0])
+    text = respell(json.dumps(json.loads(files["tokenizer.json"])))
+    assert text != json.dumps(json.loads(files["tokenizer.json"]))
+    fields = gguf_vocab.fields(files | {"tokenizer.json": text.encode()}, 272, "x")
+    assert fields["tokenizer.ggml.pre"] == pre
+
+
+def test_a_tokenizer_config_as_transformers_saves_it_is_read() -> None:
+    """With a length that stands for none, and added tokens that tokenizer.json does not list."""
+    files = dict(gguf_tokenizer.files(byte_level(264), "x.gguf")[0])
+    config = json.loads(files["tokenizer_config.json"]) | {
+        "model_max_length": int(1e30),
+        "added_tokens_decoder": {"264": {"content": "<tool>", "special": False}, "265": {"content": "<s>", "special": True}},
+        "add_bos_token": True,
+    }  # fmt: skip
+    files["tokenizer_config.json"] = json.dumps(config).encode()
+    fields = gguf_vocab.fields(files, 272, "x")
+    assert fields["tokenizer.ggml.tokens"][264:266] == ["<tool>", "<s>"]
+    assert fields["tokenizer.ggml.token_type"][264:266] == [4, 3]
+    assert not list(gguf_vocab.unsaid(files, "x"))
+    whole = json.loads(files["tokenizer.json"]) | {"post_processor": None}
+    (told,) = gguf_vocab.unsaid(files | {"tokenizer.json": json.dumps(whole).encode()}, "x")
+    assert "add_bos_token" in told
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -502,6 +552,7 @@ def test_a_file_is_held_against_a_folder_and_nothing_else(canon: Path, tmp_path:
         ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 97.0, "factor": 2.0}}, "RoPE is linear"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 97.0, "factor": 4.0, "original_max_position_embeddings": 64}}, "of all channels"),
         ("starcoder2", {"use_bias": False}, "asks for biases"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 97.0, "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.7}}, "magnitude to follow from its factor"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_does_not_run_is_refused_though_fields_could_say_it(

@@ -177,6 +177,19 @@ def test_a_release_is_what_its_codes_stand_for_carried_or_dequantised_and_comes_
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.parametrize("kind", ["tensor", "channel"])
+def test_scales_keep_the_releases_names_in_new_files(kind: str, tmp_path: Path) -> None:
+    """Which of `weight_scale` and `weight_scale_inv`, `input_scale` and `activation_scale` is opened is the quantiser's affair."""
+    said = compressed("float-quantized", num_bits=8, type="float", strategy=kind)
+    path, _ = release("llama", packs.fp8(kind), said, tmp_path)
+    vendor.canonical(path, tmp_path / "canon")
+    export(tmp_path / "canon", tmp_path / "small", shard_size=20_000)
+    small, old = read_tensors(tmp_path / "small"), read_tensors(path)
+    assert small.keys() == old.keys() and all(
+        torch.equal(t.float(), small[n].float()) for n, t in old.items()
+    )
+
+
 @pytest.mark.parametrize(
     "variant, pack, config, ends",
     [

@@ -25,7 +25,9 @@ a text is wide, each takes four bytes, and so it does in whatever is made of it.
 MAX_QUOTES = 1 << 20
 """Quotation marks in texts, which hide how long these are."""
 MAX_DIGITS = 20
-"""Of a whole number: 2^64 has 20."""
+"""Of a whole number that counts something: 2^64 has 20."""
+MAX_WHOLE = 40
+"""Digits of any whole number of JSON. transformers saves a tokenizer that has no longest text with a `model_max_length` of int(1e30)."""
 
 _SPACES = (b" ", b"\n", b"\t", b"\r")  # a header may be padded with any number
 _DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
@@ -104,7 +106,7 @@ def _long_number(raw: bytes) -> bool:
 
 
 def _whole(text: str) -> int:
-    if len(text) > MAX_DIGITS + 1:
+    if len(text) > MAX_WHOLE + 1:
         raise ValueError(f"it has a number of {len(text)} digits")
     return int(text)
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -305,6 +306,16 @@ class Here(click.Path):
             self.fail(not_here(value, f"zoo {ctx.info_name if ctx else ''} works"), param, ctx)
         if self.exists and not os.path.lexists(value) and (why := _not_pulled(os.fspath(value))) is not None:
             self.fail(why + self.also, param, ctx)
+        if not self.file_okay and os.path.isfile(value):
+            name = shlex.quote(os.fspath(value))
+            made = param is not None and param.name == "canon"
+            what = f"{'CANON' if made else 'what is asked for'} is a folder"
+            how = (
+                f"`zoo convert {name} FOLDER` makes one of a checkpoint"
+                if made
+                else "give the one that it lies in"
+            )
+            self.fail(f"{name} is a file; {what}: {how}", param, ctx)
         return super().convert(value, param, ctx)
 
 

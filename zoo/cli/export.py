@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        m = re.fullmatch(r"([0-9]{1,18}) ?([KMGT]?)(I?)B?", str(value).upper())
-        if m is None or (m[3] and not m[2]) or not int(m[1]):
+        m = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([KMGT]?)(I?)B?", str(value).upper())
+        n = 0
+        if m is not None and not (m[3] and not m[2]):
+            n = int(Fraction(m[1]) * (1024 if m[3] else 1000) ** " KMGT".index(m[2] or " "))
+        if not n:
             self.fail(
-                f"{value!r:.60} is no size; expected a whole number with a unit, as in 500MB or 5GB",
-                param,
-                ctx,
+                f"{value!r:.60} is no size; expected a number with a unit, as in 500MB or 2.5GB", param, ctx
             )
-        return int(m[1]) * int((1024 if m[3] else 1000) ** " KMGT".index(m[2] or " "))
+        return n
 
 
 @click.command(short_help="A canonical folder back into the release")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zoo.cli._common import common, emit, say
+from zoo.cli._common import Here, common, emit, say
 
 
 def password_of(key: Path | None) -> str | None:
@@ -19,7 +19,7 @@ def password_of(key: Path | None) -> str | None:
 
 
 @click.command(short_help="Sign a folder with a key of your own")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=Here(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--key", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PRIVATE.pem",
     help="A private key of P-256, P-384 or P-521, PEM.",

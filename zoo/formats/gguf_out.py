@@ -314,7 +314,22 @@ def _narrow(s: Spec) -> bool:
     return any(isinstance(m, Attention) and m.n_heads * m.head_dim != s.d_model for m in _mixers(s))
 
 
+def _another_magnitude(s: Spec) -> bool:
+    """Of YaRN: another than follows from its factor. Latent attention has its own rule."""
+    scaling = _scaling(s, "yarn")
+    if scaling is None or _latent(s) is not None:
+        return False
+    return not math.isclose(
+        scaling.attention_factor, 0.1 * math.log(max(1.0, scaling.factor)) + 1, rel_tol=1e-6
+    )
+
+
 UNOPENED: tuple[tuple[tuple[str, ...], Callable[[Spec, Iterable[str]], bool], str], ...] = (
+    (
+        (),
+        lambda s, _: _another_magnitude(s),
+        "takes YaRN's magnitude to follow from its factor, whatever a field says (attention_factor)",
+    ),
     (("cohere2", "gemma", "gemma2"), lambda s, _: not s.tied, "has no head but the embedding"),
     (("gptneox", "gpt-oss"), lambda s, _: s.tied, "asks for a head beside the embedding (output.weight)"),
     (
@@ -344,8 +359,8 @@ UNOPENED: tuple[tuple[tuple[str, ...], Callable[[Spec, Iterable[str]], bool], st
         "asks for biases",
     ),
 )
-"""Architectures, models that a file can say and llama.cpp does not open or computes otherwise, and what its graph does.
-Source: load_arch_tensors of llama.cpp, and its refusals (llama-cpp-python 0.3.36)."""
+"""Architectures (none: all), models that a file can say and llama.cpp does not open or computes otherwise, and what its graph does.
+Source: load_arch_tensors and llama_context of llama.cpp, and its refusals (llama-cpp-python 0.3.36)."""
 
 OTHERWISE_THERE: tuple[tuple[str, Callable[[Spec], bool], str], ...] = (
     ("phi3", lambda s: _windows(s) > 0, "has no window for Phi-3: texts beyond it come out otherwise there"),
@@ -414,7 +429,7 @@ def _described(
     family: Family, arch: str, spec: Spec, tensors: Mapping[str, tuple[int, ...]], who: str
 ) -> Described:
     for archs, meant, does in UNOPENED:
-        if arch in archs and meant(spec, tensors):
+        if (arch in archs or not archs) and meant(spec, tensors):
             raise ZooError(
                 f"{who}: llama.cpp's graph of architecture {arch} {does}: it does not run this model"
             )

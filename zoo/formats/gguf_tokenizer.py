@@ -45,36 +45,58 @@ _TEKKEN = (
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_DIGITS_APART = ({"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True})
+_GPT2 = ({"type": "ByteLevel", "use_regex": True},)
+_DIGITS_APART = ({"type": "Digits", "individual_digits": True}, *_GPT2)
+_IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}")
+# Letters with a case, and what ends a phrase, as DeepSeek LLM's tokenizer.json lists them.
+_CASED = (
+    r"\s?"
+    "[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d"
+    "\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd"
+    "\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59"
+    "\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
+    "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149"
+    "\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e"
+    "\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb"
+    "\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943]+"
+)
+_PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_DEEPSEEK_LLM = (r"[\r\n]", _CASED, _PUNCTUATION, r"\s+$", _IDEOGRAPHS, r"\p{N}")
+_THOUSANDS = r"\d{1,3}(?=(?:\d{3})*\b)"
 
-# tokenizer.ggml.pre -> how text is split: regexes one after the other, or ready-made steps.
-_PRE: dict[str, tuple[Any, ...]] = {
-    "gpt-2": ({"type": "ByteLevel", "use_regex": True},),
-    "smollm": _DIGITS_APART,
-    "starcoder": _DIGITS_APART,
-    "llama-bpe": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "pixtral": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "qwen2": (QWEN2_SPLIT,),
-    "qwen35": (QWEN35_SPLIT,),
-    "deepseek-r1-qwen": (QWEN2_SPLIT,),
-    "gpt-4o": (_O200K,),
-    "llama4": (_O200K,),
-    "tekken": (_TEKKEN,),
-    "deepseek-v3": _DEEPSEEK3,
-}
+# How text is split -> its names as tokenizer.ggml.pre: regexes one after the other, or ready-made steps.
+_SPLITS: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
+    (_GPT2, ("gpt-2", "phi-2", "olmo", "mpt", "gigachat", "mellum", "a.x-4.0", "trillion")),
+    (_DIGITS_APART, ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b")),
+    (
+        (_LLAMA3,),
+        ("llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1", "midm-2.0", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"),
+    ),
+    ((QWEN2_SPLIT,), ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "kormo")),
+    ((QWEN35_SPLIT,), ("qwen35",)),
+    ((_O200K,), ("gpt-4o", "llama4")),
+    ((_THOUSANDS, _O200K), ("tiny_aya",)),
+    ((_TEKKEN,), ("tekken",)),
+    (_DEEPSEEK3, ("deepseek-v3",)),
+    (_DEEPSEEK_LLM, ("deepseek-llm",)),
+    (_DEEPSEEK_CODER, ("deepseek-coder",)),
+)  # fmt: skip
+_PRE = {name: split for split, names in _SPLITS for name in names}
 # Text is normalised first where the released tokenizer.json does it.
-_NFC = ("qwen2", "qwen35")
+_NFC = ("qwen2", "qwen35", "command-r")
 # Merges are skipped for a word that is a token itself (tiktoken's rule).
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken", "gpt-4o", "llama4")
+_IGNORE_MERGES = (
+    "llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1", "midm-2.0", "glm4", "tekken", "gpt-4o", "llama4",
+)  # fmt: skip
 # These vocabularies begin every text with `bos` even where a file does not say so.
-_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken", "deepseek-v3")
+_BOS_BY_DEFAULT = (
+    "llama-bpe", "llama3", "llama-v3", "pixtral", "falcon3", "falcon-h1", "midm-2.0", "tekken", "deepseek-v3",
+)  # fmt: skip
 
 
 def splits() -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -256,17 +278,19 @@ def _sentencepiece(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merges(tokens: list[str], fields: Mapping[str, Any]) -> list[list[str]]:
-    """Pairs of pieces that make a piece, best first: in the order of the vocabulary, which is the order in
-    which the pieces were learned (scores say the same where they are real, and some writers make them up)."""
+    """Pairs of pieces that make a piece, best first: by the scores, as SentencePiece and llama.cpp merge, then in the order of the
+    vocabulary, in which pieces were learned. The two differ: Llama 2's runs of spaces come first and are merged last. Some writers
+    give all pieces one score. Added tokens are found in the text before anything is merged, and no merge makes one."""
     kinds = fields.get("token_type") or [1] * len(tokens)
-    index = {t: n for n, t in enumerate(tokens) if kinds[n] not in (CONTROL, BYTE)}
+    scores = fields.get("scores") or [0.0] * len(tokens)
+    index = {t: n for n, t in enumerate(tokens) if kinds[n] not in (CONTROL, USER_DEFINED, BYTE)}
     pairs = []
     for token, n in index.items():
         for cut in range(1, len(token)):
             left = token[:cut]
             if left in index and (right := token[cut:]) in index:
-                pairs.append((n, index[left], index[right], left, right))
+                pairs.append((-scores[n], n, index[left], index[right], left, right))
         if len(pairs) > MAX_MERGES:
             raise ValueError(f"more than {MAX_MERGES} pairs of tokens make a token")
-    pairs.sort(key=lambda p: p[:3])
+    pairs.sort(key=lambda p: p[:4])
     return [[left, right] for *_, left, right in pairs]

@@ -69,7 +69,13 @@ def unsaid(files: Mapping[str, bytes], who: str) -> Iterator[str]:
     if "tokenizer.json" not in files:
         yield "there is no tokenizer.json: the GGUF has no tokenizer, and llama.cpp takes token ids only"
         return
-    added = _json(files, "tokenizer.json", who).get("added_tokens") or ()
+    whole, config = (_json(files, n, who) for n in ("tokenizer.json", "tokenizer_config.json"))
+    if config.get("add_bos_token") is True and not _around(whole)[0]:
+        yield (
+            "tokenizer_config.json has add_bos_token, but tokenizer.json puts nothing before a text: transformers 5 follows the second, and "
+            "so does the GGUF; earlier versions, and llama.cpp's converter, begin a text with the bos token. A chat template says for itself"
+        )
+    added = whole.get("added_tokens") or ()
     for key, what in (
         ("lstrip", "take the spaces before them along"),
         ("rstrip", "take the spaces behind them along"),
@@ -103,7 +109,7 @@ def _fields(
         )
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     sentencepiece = bool(model.get("byte_fallback"))
-    tokens, types = _tokens(whole, vocab_size, sentencepiece, where)
+    tokens, types = _tokens(whole, config, vocab_size, sentencepiece, where)
     if sentencepiece:
         # What a user defines is looked for in the text as it is, before its spaces are spelled otherwise.
         said = [t.replace(SPACE, " ") if kind == USER_DEFINED else t for t, kind in zip(tokens, types)]
@@ -119,9 +125,10 @@ def _fields(
 
 
 def _tokens(
-    whole: Mapping[str, Any], vocab_size: int, byte_fallback: bool, where: str
+    whole: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int, byte_fallback: bool, where: str
 ) -> tuple[list[str], list[int]]:
-    """Tokens by number, and their types. Rows of the embedding without a token are unused ones."""
+    """Tokens by number, and their types. Rows of the embedding without a token are unused ones. Added tokens are those of
+    tokenizer.json, and what tokenizer_config.json lists besides."""
     model = whole["model"]
     by_number = {n: token for token, n in model["vocab"].items()}
     types = {n: UNUSED if token == f"[PAD{n}]" else NORMAL for n, token in by_number.items()}
@@ -129,7 +136,9 @@ def _tokens(
         types |= {n: BYTE for n, token in by_number.items() if _BYTE.fullmatch(token)}
         if (unknown := model.get("unk_token")) in model["vocab"]:
             types[model["vocab"][unknown]] = UNKNOWN
-    for added in whole.get("added_tokens") or ():
+    listed = config.get("added_tokens_decoder") or {}
+    besides = [{**t, "id": int(n)} for n, t in listed.items() if int(n) not in by_number]
+    for added in (*besides, *(whole.get("added_tokens") or ())):
         by_number[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     if odd := next(
@@ -173,16 +182,24 @@ def _steps(step: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any
     return [step]
 
 
+_ESCAPED = {r"\r": "\r", r"\n": "\n", r"\t": "\t"}
+
+
+def _meant(regex: str) -> str:
+    """A regex in one spelling: ends of lines stand in it as themselves (so in DeepSeek V3's) or escaped."""
+    return re.sub(r"\\.", lambda m: _ESCAPED.get(m[0], m[0]), regex)
+
+
 def _signature(steps: Sequence[Mapping[str, Any]], where: str) -> tuple[Any, ...]:
-    """What splits text: regexes, digits one by one, and whether GPT-2's regex follows."""
+    """What splits text: regexes, and whether GPT-2's own follows."""
     out: list[Any] = []
     for step in steps:
         kind = step["type"]
         if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             pattern = step["pattern"]
-            out.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+            out.append(_meant(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"]))
         elif kind == "Digits":
-            out.append("digits" if step.get("individual_digits") else "runs of digits")
+            out.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "ByteLevel" and not step.get("add_prefix_space"):
             out += ["gpt-2"] if step.get("use_regex", True) else []
         else:

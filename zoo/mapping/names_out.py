@@ -105,7 +105,7 @@ def outputs_of(
             if rule.when is not None and not rule.when(layer, c.spec):
                 continue
             try:
-                made = list(by_rule(c, rule, slot, spell))
+                made = list(by_rule(c, rule, slot, spell, released))
             except (ZooError, IndexError) as e:
                 reason = str(e) or "its codes have no name there"
                 continue
@@ -120,9 +120,11 @@ def outputs_of(
         yield from first
 
 
-def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output]:
-    """A canonical tensor, or the components of a quantised one, by this rule. Raises ZooError or IndexError if it does not
-    apply."""
+def by_rule(
+    c: Canonical, rule: Rule, slot: Slot, spell: Any, released: Collection[str] = ()
+) -> Iterator[Output]:
+    """A canonical tensor, or the components of a quantised one, by this rule; of a component's spellings (scales end in `_scale_inv` or
+    `_scale`, and each quantiser's loader knows its own) that which was `released`. Raises ZooError or IndexError if it does not apply."""
     how = c.quant.get(slot.name.removesuffix(".weight")) if slot.name.endswith(".weight") else None
     if how is not None and is_one(scheme(how)):  # no other format has them: as numbers
         recipe = compile_rule(rule, slot, c.spec, spell, 1)
@@ -137,7 +139,7 @@ def by_rule(c: Canonical, rule: Rule, slot: Slot, spell: Any) -> Iterator[Output
         if part is not None and part.unit is None and recipe.shape != ref.shape:
             # a constant of each released tensor, which is a list there: an int4 weight's shape, a scale [1]
             recipe = compile_rule(rule, slot, c.spec, spell, 1, part, ref.shape[-1:])
-        sources = tuple(recipe.names[0].replace("{i}", str(slot.layer)).split("\n"))
+        sources = tuple(recipe.sources(slot.layer, released))
         if recipe.shape != ref.shape:
             raise ZooError(f"{name} is {list(ref.shape)}, expected {list(recipe.shape)}")
         yield Output(name, ref.dtype, recipe.shape, slot.layer, sources, recipe.fits)
