@@ -147,6 +147,8 @@ def _doubt(fields: Mapping[str, Any]) -> str | None:
         return f"tokenizer of split {pre!r} is not known"
     if fields.get("token_type") and len(fields["token_type"]) != len(tokens):
         return f"the tokenizer has {len(tokens)} tokens and {len(fields['token_type'])} types of tokens"
+    if fields.get("scores") and len(fields["scores"]) != len(tokens):
+        return f"the tokenizer has {len(tokens)} tokens and {len(fields['scores'])} scores"
     spelled = _spelled(tokens) if kind == "llama" else tokens
     index = {token: n for n, token in enumerate(spelled)}
     if len(index) < len(tokens):
