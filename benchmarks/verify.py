@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    from zoo import pages
+    from zoo.system import pages
 
     pages.large()  # as the command does, before anything is converted
     with tempfile.TemporaryDirectory(prefix="zoo-bench-", dir=a.tmp) as folder:

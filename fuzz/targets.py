@@ -33,7 +33,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zoo import bounded, card, check, convert, draw, export, families, manifest, sign, url
+from zoo import card, check, convert, draw, export, families, manifest, sign, url
 from zoo.errors import ZooError
 from zoo.formats import (
     canonical,
@@ -56,6 +56,7 @@ from zoo.model.load import Source
 from zoo.pull import stored
 from zoo.stores import Store
 from zoo.text import Text, sampling
+from zoo.untrusted import bounded
 from zoo.verify import certificate, report
 from zoo.verify.golden import Golden, is_golden
 

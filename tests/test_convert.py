@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats import open_checkpoint
 from zoo.formats.canonical import read
@@ -31,6 +30,7 @@ from zoo.mapping import decode, execute, moves, ways
 from zoo.mapping.execute import Execution, convert
 from zoo.mapping.folder import STATE, Folder
 from zoo.mapping.plan import Plan, make_plan
+from zoo.system import libc
 from zoo.testing.assemble import assemble
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from zoo.hub import cache
 from zoo.mapping import execute
 from zoo.mapping.folder import JOURNAL, STATE, Folder
 from zoo.mapping.plan import make_plan
-from zoo.printable import warn
+from zoo.untrusted.printable import warn
 
 # ---- what is said
 

@@ -17,7 +17,7 @@ import verified
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo import bounded, families, manifest, plugins, sign
+from zoo import families, manifest, plugins, sign
 from zoo.cli import _common, cli
 from zoo.cli._ranks import together
 from zoo.errors import ZooError
@@ -30,9 +30,10 @@ from zoo.mapping.lora import extract
 from zoo.mapping.parts import Part, of_process
 from zoo.mapping.plan import make_plan
 from zoo.model.generate import pick
-from zoo.printable import printable, printable_json
 from zoo.push import _refusals
 from zoo.text import template
+from zoo.untrusted import bounded
+from zoo.untrusted.printable import printable, printable_json
 
 TURNED = "\u202e\u2066"
 """What has the text behind it written the other way round."""

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from zoo import gallery, remote
-from zoo.alike import alike
 from zoo.check import NOTES, check
 from zoo.cli import cli
 from zoo.errors import ZooError
@@ -41,6 +40,7 @@ from zoo.mapping.fold import fold
 from zoo.quant import bitsandbytes, schemes
 from zoo.quant.base import MAX_SHAPES, check_shape
 from zoo.remote import Remote
+from zoo.untrusted.alike import alike
 
 # ---- torch.distributed.checkpoint
 

@@ -13,9 +13,9 @@ from hub_client import pointed_at, raw_answers
 from hub_server import HubServer
 from huggingface_hub import constants, get_session
 
-from zoo.bounded import MAX_CONTAINERS
 from zoo.hub import HubError, http, upload
 from zoo.push import _refusals
+from zoo.untrusted.bounded import MAX_CONTAINERS
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 

@@ -34,9 +34,9 @@ from hub_client import Spy, environment, pointed_at, raw_answers
 from hub_server import HubServer, Repo
 from huggingface_hub import constants
 
-from zoo import endpoint, hub
+from zoo import hub
 from zoo.errors import ZooError
-from zoo.hub import HubError, cache, http
+from zoo.hub import HubError, cache, endpoint, http
 from zoo.hub.errors import Transient
 
 MIB = 1 << 20

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo.bounded import parse_json
 from zoo.config import sound
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
@@ -26,6 +25,7 @@ from zoo.mapping import export_config
 from zoo.mapping.fold import fold
 from zoo.mapping.merge import Adapter
 from zoo.quant.foreign import codes_of
+from zoo.untrusted.bounded import parse_json
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_names_with_stars_and_any_number_of_digits_are_listed() -> None:
 def test_patterns_that_could_be_matched_for_ever_are_told_from_those_of_releases(
     pattern: str, refused: bool
 ) -> None:
-    from zoo.patterns import endless
+    from zoo.untrusted.patterns import endless
 
     assert endless(pattern) == refused
 
@@ -237,7 +237,7 @@ def test_patterns_that_could_be_matched_for_ever_are_told_from_those_of_releases
     [r".*.*.*\Zb", r"[^q]*[^q]*[^q]*q", 3 * "(?:a|.)" + ".*.*.*q", 2 * ("(?:" + "|" * 20 + ")") + ".*.*q"],
 )
 def test_the_worst_patterns_that_are_matched_take_no_second_of_a_name(pattern: str) -> None:
-    from zoo.patterns import LONGEST_NAME, endless
+    from zoo.untrusted.patterns import LONGEST_NAME, endless
 
     assert not endless(pattern)
     start = time.process_time()

@@ -691,7 +691,7 @@ def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -
 def test_a_slow_machine_s_patience_lengthens_the_limits_and_never_shortens_them(
     said: str | None, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zoo.patience import PATIENCE, patience
+    from zoo.untrusted.patience import PATIENCE, patience
 
     monkeypatch.delenv(PATIENCE, raising=False)
     if said is not None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from zoo.layout import active_params, total_params
 from zoo.order import MEANINGS, order, pattern
-from zoo.printable import count
 from zoo.sizes import (
     BITS,
     KV_BYTES,
@@ -42,6 +41,7 @@ from zoo.spec import (
     ShortConv,
     Spec,
 )
+from zoo.untrusted.printable import count
 
 if TYPE_CHECKING:
     from zoo.manifest import Manifest

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from zoo.printable import printable
+from zoo.untrusted.printable import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -28,9 +28,9 @@ from functools import cache
 from typing import Any
 
 from zoo import plugins
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.shipped import RELEASES as OURS
+from zoo.untrusted.bounded import parse_json
 
 FORMATS = {
     "safetensors": "sharded or single safetensors with a config.json",

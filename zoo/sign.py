@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError, translated
 from zoo.formats.base import read_json
-from zoo.plain import write_plain
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.plain import write_plain
 from zoo.verify.certificate import SIGNATURE
 
 StrPath = str | os.PathLike[str]

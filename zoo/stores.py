@@ -28,9 +28,9 @@ from typing import Any
 from zoo.errors import ZooError
 from zoo.formats.base import is_stray, leads_out
 from zoo.mapping.ways import write
-from zoo.patience import patience
+from zoo.untrusted.patience import patience
+from zoo.untrusted.within import Grown, Late, started, wait
 from zoo.url import without_secrets
-from zoo.within import Grown, Late, started, wait
 
 BLOCK, AT_ONCE = 8 << 20, 8
 PART, SENDING = 16 << 20, 3

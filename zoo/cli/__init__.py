@@ -18,9 +18,9 @@ from typing import Any
 
 import click
 
-from zoo import pages
 from zoo._version import __version__
 from zoo.cli import _common
+from zoo.system import pages
 
 SECTIONS = {
     "Find": ("list", "show", "gallery"),

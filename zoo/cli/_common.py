@@ -21,7 +21,7 @@ import click
 
 from zoo.cli._state import State
 from zoo.errors import ZooError
-from zoo.printable import printable, printable_json
+from zoo.untrusted.printable import printable, printable_json
 from zoo.url import is_url, not_here
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import click
 from zoo.cli._common import folded, terminal_width
 from zoo.cli._common import note as say_aside
 from zoo.cli._state import State
-from zoo.printable import decimal, printable, printable_json
+from zoo.untrusted.printable import decimal, printable, printable_json
 
 
 class Bar:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from zoo.bounded import whole
 from zoo.errors import ZooError
+from zoo.untrusted.bounded import whole
 
 if TYPE_CHECKING:
     import torch.distributed as dist

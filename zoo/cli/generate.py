@@ -15,7 +15,7 @@ import click
 from zoo.cli._common import DTYPE, F, Here, Number, Whole, common, emit, note, say
 from zoo.cli._ranks import Ranks, together
 from zoo.errors import ZooError
-from zoo.printable import printable
+from zoo.untrusted.printable import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -67,7 +67,7 @@ def command(path: Path | str, family: str | None, tensors: bool, as_json: bool) 
 
 def sets_table(several: list[dict[str, Any]]) -> str:
     """Sets of weights, each by the name that `--file` takes."""
-    from zoo.printable import decimal
+    from zoo.untrusted.printable import decimal
 
     rows = [(s["name"], str(s["files"]), decimal(s["bytes"]), s.get("quantisation", "")) for s in several]
     return table(("WEIGHTS (--file)", "FILES", "SIZE", "QUANTISATION"), rows, right=(1, 2), short={3: 12})

@@ -131,7 +131,7 @@ def _sorted(found: Iterable[Manifest], by: str) -> tuple[Manifest, ...]:
 
 def _table(found: Iterable[Manifest]) -> str:
     from zoo import manifest
-    from zoo.printable import count
+    from zoo.untrusted.printable import count
 
     rows = [
         (

@@ -82,7 +82,7 @@ def command(
 
 def remote_lines(found: Preview) -> list[tuple[str, str]]:
     """Where a remote source is, what would be fetched and written."""
-    from zoo.printable import decimal
+    from zoo.untrusted.printable import decimal
 
     lines = [("from", _origin(found))]
     if found.opened.remote is not None:

@@ -36,8 +36,8 @@ def command(
     """
     from zoo.cli._progress import Bar, Steps
     from zoo.cli.sign import password_of
-    from zoo.printable import decimal
     from zoo.push import push
+    from zoo.untrusted.printable import decimal
 
     with Bar() as bar:
         bar.phase("exporting")

@@ -9,7 +9,7 @@ import click
 from zoo.cli._common import Here, common, emit, say
 from zoo.cli._progress import working
 from zoo.errors import ZooError
-from zoo.plain import write_plain
+from zoo.untrusted.plain import write_plain
 
 
 @click.command(short_help="A certificate as one HTML page")

@@ -106,7 +106,7 @@ MAX_DRAWN = 4
 def _draw(shown: list[Shown], path: Path) -> None:
     from zoo import draw
     from zoo.errors import ZooError
-    from zoo.plain import write_plain
+    from zoo.untrusted.plain import write_plain
 
     if len(shown) > MAX_DRAWN:
         raise ZooError(f"--svg: {len(shown)} names; side by side there is room for {MAX_DRAWN}")

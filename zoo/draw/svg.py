@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 from zoo.draw.boxes import Canvas, Rect, Text
-from zoo.printable import printable
+from zoo.untrusted.printable import printable
 
 # style: fill and outline on white, fill and outline on black.
 _BOXES = {

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
-from zoo.plain import open_file
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.plain import open_file
 
 ITEMSIZE = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,

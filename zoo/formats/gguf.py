@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.bounded import uncollected
 from zoo.errors import ZooError
 from zoo.formats import gguf_config, gguf_tokenizer, sets
 from zoo.formats.around import taken
@@ -35,6 +34,7 @@ from zoo.formats.base import (
 )
 from zoo.formats.gguf_fields import shortest
 from zoo.quant import ggml
+from zoo.untrusted.bounded import uncollected
 
 MAGIC = b"GGUF"
 

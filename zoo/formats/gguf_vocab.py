@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats import gguf_tokenizer
 from zoo.formats.base import TEMPLATES
 from zoo.formats.gguf_tokenizer import BYTE, CONTROL, SPACE, USER_DEFINED
+from zoo.untrusted.bounded import parse_json
 
 NORMAL, UNKNOWN, UNUSED = 1, 2, 5  # tokenizer.ggml.token_type
 _SCORE = {CONTROL: -1000.0, USER_DEFINED: -1000.0, UNUSED: -10000.0}  # as the converter has them

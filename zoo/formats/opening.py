@@ -12,7 +12,7 @@ from pathlib import Path
 from zoo.errors import ZooError
 from zoo.formats import sets, wrapped
 from zoo.formats.base import LFS, MAX_NAMES, WEIGHT_SUFFIXES, Checkpoint, read_json, refuse_crowd
-from zoo.plain import first_text
+from zoo.untrusted.plain import first_text
 
 READERS: dict[str, str] = {
     "canonical": "zoo.formats.canonical",

@@ -21,8 +21,8 @@ from zoo.config import Config
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.family.consolidated import meta_ffn
-from zoo.printable import warn
 from zoo.spec import MLP, Attention, LatentAttention, MoE, Rope, Spec, differences
+from zoo.untrusted.printable import warn
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from zoo.bounded import uncollected, whole
 from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.around import taken
@@ -39,6 +38,7 @@ from zoo.formats.base import (
     refuse_pointer,
 )
 from zoo.formats.safetensors import check_index
+from zoo.untrusted.bounded import uncollected, whole
 
 INDEX = "pytorch_model.bin.index.json"
 MAX_PICKLE = 256 << 20  # bytes of the pickled names and shapes; the largest release has under 32 MiB

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from zoo.bounded import parse_json, uncollected
 from zoo.errors import ZooError
 from zoo.formats import sets
 from zoo.formats.base import (
@@ -30,6 +29,7 @@ from zoo.formats.base import (
     read_json,
     refuse_pointer,
 )
+from zoo.untrusted.bounded import parse_json, uncollected
 
 MAX_HEADER = 100 << 20  # bytes; the reference implementation's own limit
 MAX_RANK = 64  # axes of a tensor

@@ -15,7 +15,7 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.formats.base import MAX_TENSORS, Checkpoint, inside, read_json
-from zoo.printable import decimal
+from zoo.untrusted.printable import decimal
 
 ORDER = (
     "model.safetensors",

@@ -16,7 +16,7 @@ from typing import Any
 from zoo.errors import ZooError
 from zoo.gallery import pages
 from zoo.gallery.data import Release, collect, document, lines
-from zoo.plain import write_plain
+from zoo.untrusted.plain import write_plain
 
 __all__ = ["write"]
 

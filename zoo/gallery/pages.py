@@ -13,8 +13,8 @@ from zoo.gallery.choices import CHOICES
 from zoo.gallery.data import Release
 from zoo.layout import layout
 from zoo.order import MEANINGS, order
-from zoo.printable import printable
 from zoo.spec import Spec
+from zoo.untrusted.printable import printable
 
 NEAR = 6
 """Releases of its family that the page of one without a drawing names."""

@@ -1,7 +1,8 @@
 """The transport of `zoo pull`: what a repository holds, and its bytes, whole and verified.
 
-Six short files, each on top of the one before:
+Nine short files, each on top of the one before:
 
+- `endpoint.py`  `HF_ENDPOINT`, looked at before the library is imported
 - `errors.py`    every refusal as one message that says what to do
 - `files.py`     a repository at one commit, and its files
 - `http.py`      one request that survives cuts, stalls, 429 and 503, and never shows the token to another host
@@ -9,12 +10,14 @@ Six short files, each on top of the one before:
 - `cache.py`     the Hub's cache as other tools know it, plus two things of our own: parts that can be continued and
                  a memory of what was verified
 - `transfer.py`  `download` and its relatives
+- `upload.py`    the library's client under limits, for the length of an upload
+- `clone.py`     what a git clone says that its files should be
 
 What the library does well is left to it: its session (proxies, certificates, offline mode), its token, its settings
 (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, ...), its cache layout. Importing this package imports huggingface_hub.
 """
 
-from zoo import endpoint
+from zoo.hub import endpoint
 
 endpoint.check()  # the library fails at one that is none, while it is imported
 

@@ -27,12 +27,12 @@ from typing import Any, Protocol
 import filelock
 from huggingface_hub import constants
 
-from zoo.bounded import parse_json
 from zoo.formats.base import WEIGHT_SUFFIXES, is_stray
 from zoo.hub.errors import Damaged
 from zoo.hub.files import MAX_FILES, RemoteFile, Snapshot
 from zoo.hub.http import MAX_JSON, Watch
-from zoo.plain import first_text, open_plain, write_plain
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.plain import first_text, open_plain, write_plain
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 SETTLED = 300.0  # seconds after which written data is taken to have reached the disk

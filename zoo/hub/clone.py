@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zoo.errors import ZooError
 from zoo.hub.files import MAX_FILES
-from zoo.plain import first_text
+from zoo.untrusted.plain import first_text
 
 MAX_INDEX = 64 << 20
 """Bytes; of 100,000 files it has some 10 MB."""

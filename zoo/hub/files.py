@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 
-from zoo.alike import alike
 from zoo.hub.errors import About, HubError
+from zoo.untrusted.alike import alike
 
 MAX_FILES = 100_000
 """Of a repository."""

@@ -29,10 +29,10 @@ from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from zoo._version import __version__
-from zoo.bounded import parse_json, whole
 from zoo.hub.errors import About, Cancelled, Damaged, HubError, Transient, refusal
-from zoo.patience import patience
-from zoo.within import end
+from zoo.untrusted.bounded import parse_json, whole
+from zoo.untrusted.patience import patience
+from zoo.untrusted.within import end
 
 SEGMENT = 16 << 30  # bytes asked for at once: content delivery networks refuse bodies over 50 GB
 MAX_JSON = 64 << 20  # bytes of one page of an API answer

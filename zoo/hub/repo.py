@@ -17,7 +17,7 @@ from zoo.hub import cache
 from zoo.hub.errors import About, HubError
 from zoo.hub.files import MAX_FILES, RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, get_json
-from zoo.patience import patience
+from zoo.untrusted.patience import patience
 
 MAX_PAGES = 200  # of a file list; the Hub's have 1,000 files each
 LISTING = 45.0  # seconds for all pages of a file list, and 4 more for each 1,000 files on them

@@ -24,7 +24,7 @@ from zoo.hub import cache
 from zoo.hub.errors import About, Damaged, HubError, bytes_text
 from zoo.hub.files import RemoteFile, Snapshot
 from zoo.hub.http import Progress, Watch, stream
-from zoo.plain import open_plain
+from zoo.untrusted.plain import open_plain
 
 NOTED = 2 << 20  # bytes of a sparse file that may have to be fetched again after a kill, per connection
 HEADER_GUESS = 256 << 10  # bytes of a shard's start that are asked for at once: most headers are shorter

@@ -16,7 +16,6 @@ from typing import Any
 import httpx2
 from huggingface_hub import constants, set_client_factory
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.hub.errors import HubError, Transient
 from zoo.hub.http import (
@@ -33,8 +32,9 @@ from zoo.hub.http import (
     trusted_origins,
     window_of,
 )
-from zoo.patience import patience
-from zoo.within import started
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.patience import patience
+from zoo.untrusted.within import started
 
 ANSWER = 60.0  # seconds from the last byte of a request to the last of the answer's headers: a commit of many files takes some
 STUCK = 60.0  # seconds in which nothing of a request can be sent

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from zoo.kernels.cpu import kernels
 from zoo.kernels.launch import is_recorded
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 FEW, NATIVE_FEW = 16, 2  # rows, up to which our kernel is faster; where the CPU multiplies the dtype itself
 FEWER = 4  # rows, up to which torch's own product is as fast as one that widens

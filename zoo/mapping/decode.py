@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoo import libc
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS, ITEMSIZE, TensorRef
 from zoo.layout import Slot
@@ -27,6 +26,7 @@ from zoo.quant import blocks, host
 from zoo.quant.base import Component, Scheme, grid
 from zoo.quant.floats import bits, exponents, from_float, to_fp32
 from zoo.quant.schemes import block_size, scheme
+from zoo.system import libc
 
 if TYPE_CHECKING:
     from zoo.mapping.moves import Array

@@ -40,7 +40,6 @@ from typing import Any, Protocol, Self
 
 from zoo import families
 from zoo._version import __version__
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE, TensorRef, encoded, kept_as, read_json, read_small
 from zoo.formats.canonical import JSON, SOURCE, wrote
@@ -69,9 +68,10 @@ from zoo.mapping.plan import Plan
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Box, Fit
 from zoo.mapping.ways import BUFFERED, KERNEL, WAYS, Chooser, Clock, Unfit, copy
-from zoo.plain import open_file
-from zoo.printable import warn
 from zoo.quant.schemes import scheme
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.plain import open_file
+from zoo.untrusted.printable import warn
 
 log = logging.getLogger("zoo")
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo._version import __version__
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf, meta, params_out
@@ -59,9 +58,10 @@ from zoo.mapping.names_out import aside_of, family_of, outputs_of, prefix_of, ru
 from zoo.mapping.plan import DTYPES, Plan
 from zoo.mapping.recipe import Output
 from zoo.mapping.rules import Fit, respell
-from zoo.printable import warn
 from zoo.quant.blocks import is_one
 from zoo.quant.schemes import scheme
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.printable import warn
 
 if TYPE_CHECKING:
     from zoo.card import About

@@ -16,7 +16,7 @@ from zoo.errors import ZooError
 from zoo.formats.base import HF_NAMINGS, encoded, place_of, read_json
 from zoo.formats.canonical import Canonical
 from zoo.mapping.recipe import Output
-from zoo.patterns import LONGEST, LONGEST_NAME, endless
+from zoo.untrusted.patterns import LONGEST, LONGEST_NAME, endless
 
 LISTS = (
     "modules_to_not_convert", "modules_to_convert", "ignore", "exclude_modules", "llm_int8_skip_modules", "ignored_layers", "targets",

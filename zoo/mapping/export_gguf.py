@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo import families, libc
+from zoo import families
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import gguf_out, gguf_vocab
@@ -44,11 +44,12 @@ from zoo.mapping.names_out import family_of
 from zoo.mapping.recipe import compile_rule
 from zoo.mapping.rules import Box, Change, Fit
 from zoo.mapping.ways import write
-from zoo.plain import by_descriptor
-from zoo.printable import warn
 from zoo.quant import blocks, ggml
 from zoo.quant.floats import Array, bits, from_float, to_fp32
 from zoo.quant.schemes import Component, scheme
+from zoo.system import libc
+from zoo.untrusted.plain import by_descriptor
+from zoo.untrusted.printable import warn
 
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from zoo import libc
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import leads_out
-from zoo.plain import by_descriptor, open_plain
+from zoo.system import libc
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.plain import by_descriptor, open_plain
 
 STATE, JOURNAL = ".zoo-state.json", ".zoo-steps.jsonl"  # names that no file of a checkpoint has
 WHOLE = "whole"  # in a partial folder that several processes fill: the folder in the making (see parts.py)

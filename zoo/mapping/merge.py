@@ -45,8 +45,8 @@ from zoo.mapping.rules import Fit, RuleSet, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import New, Values, extras_of, refuse_part, unchanged
 from zoo.model.load import Source
-from zoo.patterns import LONGEST_NAME, endless
-from zoo.printable import warn
+from zoo.untrusted.patterns import LONGEST_NAME, endless
+from zoo.untrusted.printable import warn
 
 log = logging.getLogger("zoo")
 

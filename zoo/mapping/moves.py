@@ -272,7 +272,7 @@ class Woven:
     def run(self, fd: int) -> None:
         import numpy as np
 
-        from zoo.scratch import scratch
+        from zoo.system.scratch import scratch
 
         shape = self.rows, self.length
         parts = [loader.read(at, math.prod(shape)).reshape(shape) for loader, at in self.sources]
@@ -364,7 +364,7 @@ def rearranged(view: Array) -> Array:
     per element, so planes go tile by tile."""
     import numpy as np
 
-    from zoo.scratch import scratch
+    from zoo.system.scratch import scratch
 
     wide = [a for a in range(view.ndim - 1) if view.shape[a] >= 16]
     if view.strides[-1:] == (view.itemsize,) or view.size < 1 << 12 or not wide:
@@ -397,7 +397,7 @@ def rearranged(view: Array) -> Array:
 def _transpose(source: Array, out: Array) -> None:
     """out [N, n, M, m] = source [M, m, N, n], by tiles that are first made compact: their rows then lie a cache line
     further apart than they are long, or they would share few lines of the cache."""
-    from zoo.scratch import scratch
+    from zoo.system.scratch import scratch
 
     m, m2, n, n2 = source.shape
     b = min(n, max(TILE[1] * 2 // (source.itemsize * n2), 8))

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from zoo.bounded import parse_json, whole
 from zoo.errors import ZooError
 from zoo.mapping.folder import (
     MAX_STEPS,
@@ -49,7 +48,8 @@ from zoo.mapping.folder import (
     steps_of,
     too_long,
 )
-from zoo.plain import open_plain
+from zoo.untrusted.bounded import parse_json, whole
+from zoo.untrusted.plain import open_plain
 
 TURN = ".zoo-turn"
 _NEW = STATE + ".new"

@@ -26,9 +26,9 @@ from zoo.mapping.rules import Fit, respell
 from zoo.mapping.save import assembled, elements
 from zoo.mapping.values import refuse_part
 from zoo.model.load import Source
-from zoo.printable import warn
 from zoo.quant import dequantise
 from zoo.quant.schemes import scheme
+from zoo.untrusted.printable import warn
 
 log = logging.getLogger(__name__)
 

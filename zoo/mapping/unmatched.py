@@ -6,13 +6,13 @@ import itertools
 import re
 from collections.abc import Iterable
 
-from zoo.alike import alike
 from zoo.errors import ZooError
 from zoo.families import Family
 from zoo.formats import sets, wrapped
 from zoo.formats.base import Checkpoint
 from zoo.mapping.fold import fold, span
 from zoo.mapping.match import Match, match
+from zoo.untrusted.alike import alike
 
 ADAPTED = re.compile(
     r"\.(lora_(A|B|magnitude_vector)|lora_embedding_[AB]|base_layer|original_module|modules_to_save|vera_lambda_[bd]|hada_w[12]_[ab]"

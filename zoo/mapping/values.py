@@ -32,7 +32,7 @@ from zoo.mapping.execute import Mover, Progress, Sheet, refuse_overlap, shard_si
 from zoo.mapping.folder import Folder
 from zoo.mapping.match import TIED
 from zoo.mapping.moves import Copy
-from zoo.printable import warn
+from zoo.untrusted.printable import warn
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,11 +24,11 @@ from zoo.formats.safetensors import read_header
 from zoo.hub.http import Watch
 from zoo.mapping.folder import Folder, clear, in_the_way, is_ours, own
 from zoo.mapping.parts import Part, Shared
-from zoo.plain import open_plain, write_plain
 from zoo.pull.progress import Passed, Steps
 from zoo.pull.source import Opened
 from zoo.pull.space import check_space, files_of, ranges_of, to_fetch, to_write, written
 from zoo.quant.blocks import as_planned
+from zoo.untrusted.plain import open_plain, write_plain
 
 if TYPE_CHECKING:
     from zoo.hub import Progress

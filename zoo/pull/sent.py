@@ -21,18 +21,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats import canonical
 from zoo.formats.base import files_below
 from zoo.formats.canonical import JSON
 from zoo.hub.http import Watch
-from zoo.plain import open_plain
 from zoo.pull.progress import Quiet
 from zoo.pull.run import alone, convert, pull
 from zoo.pull.source import StrPath, is_local
 from zoo.pull.stored import StoredSource, mirror
 from zoo.stores import INCOMPLETE, SENDING, Store, Stored
+from zoo.untrusted.bounded import parse_json
+from zoo.untrusted.plain import open_plain
 
 if TYPE_CHECKING:
     from zoo.hub import Progress

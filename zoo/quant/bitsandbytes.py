@@ -16,11 +16,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import TensorRef
 from zoo.quant.base import CODES, Component, Scheme
 from zoo.quant.packed import Array, constants, counted, fp32, indices, is_torch
+from zoo.untrusted.bounded import parse_json
 
 NAME = re.compile(r"bnb4-block(32|64|128|256|512|1024|2048|4096)(-nested)?|bnb8", re.ASCII)
 ONE_OF_127 = 7.874015718698502e-3  # as bitsandbytes has it

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError
 from zoo.formats.base import ITEMSIZE
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 Array = NDArray[Any]
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

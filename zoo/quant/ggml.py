@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError
 from zoo.quant.floats import to_fp32
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 CHUNK = 1 << 18  # elements at a time: what is made of them stays in a core's cache
 TYPES = (

@@ -20,7 +20,7 @@ from zoo.quant import fp4
 from zoo.quant.base import Scheme, check_shape
 from zoo.quant.floats import bits, exponents, from_float, round_to_bf16
 from zoo.quant.schemes import block_size, scheme
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 Array = NDArray[Any]
 CHUNK = 1 << 19  # elements at a time: measured on two threads, between waiting for each other and for memory

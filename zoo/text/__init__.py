@@ -23,8 +23,8 @@ from typing import Any, cast
 
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, carried_files, place_of, read_json
-from zoo.patience import PATIENCE, patience
 from zoo.text import mistral, tokenizer
+from zoo.untrusted.patience import PATIENCE, patience
 
 SECONDS = 30
 """A request may take so long by the clock; by its own CPU time less (zoo.text.worker)."""
@@ -76,7 +76,7 @@ class Text:
         return list(self._ask("encode", text=text, special=special))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, without special tokens. It may hold control characters: see zoo.printable."""
+        """The text of the ids, without special tokens. It may hold control characters: see zoo.untrusted.printable."""
         return str(self._ask("decode", ids=list(ids)))
 
     @cached_property

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.gguf_vocab import split_name
 from zoo.text.tokenizer import byte_pairs, byte_spelling
+from zoo.untrusted.bounded import parse_json
 
 _SPLITS = ("llama-bpe", "llama3", "llama-v3", "gpt-4o", "llama4")  # llama.cpp's names for Meta's two
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zoo.errors import ZooError
-from zoo.patience import patience
+from zoo.untrusted.patience import patience
 
 CPU_SECONDS = 2.0
 """Of a request."""

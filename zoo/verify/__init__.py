@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from zoo import pages
 from zoo.errors import ZooError
+from zoo.system import pages
 from zoo.verify.certificate import LEVELS, NO_TRANSFORMERS, NUMERIC
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.errors import ZooError
 from zoo.formats.base import TEMPLATES, inside, leads_out, read_json
-from zoo.plain import write_plain
+from zoo.untrusted.plain import write_plain
 from zoo.verify import limits
 
 if TYPE_CHECKING:

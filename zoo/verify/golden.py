@@ -32,9 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zoo.bounded import parse_json
 from zoo.errors import ZooError
 from zoo.formats.base import FLOATS
+from zoo.untrusted.bounded import parse_json
 from zoo.verify.certificate import machine
 from zoo.verify.compare import (
     Claimed,

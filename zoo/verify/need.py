@@ -18,8 +18,8 @@ import torch
 
 from zoo.formats.canonical import Canonical
 from zoo.layout import active_params, layout, total_params
-from zoo.printable import decimal
 from zoo.spec import Spec
+from zoo.untrusted.printable import decimal
 from zoo.verify import inputs
 from zoo.verify.against import recorded_source
 from zoo.verify.certificate import READERS, cores

@@ -23,7 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from zoo.errors import ZooError
-from zoo.printable import printable
+from zoo.untrusted.printable import printable
 from zoo.verify import certificate, charts
 
 if TYPE_CHECKING:

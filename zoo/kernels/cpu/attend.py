@@ -23,8 +23,8 @@ from zoo.kernels.cpu.codes import CODE, address, bits, narrow, number, numbers, 
 from zoo.kernels.cpu.exp import exp
 from zoo.kernels.cpu.norm import _divided, _early, _late, _scale
 from zoo.kernels.cpu.shares import given, share, together
-from zoo.scratch import scratch
 from zoo.spec import Norm
+from zoo.system.scratch import scratch
 
 NO_NORM, DIVIDED, EARLY, LATE = range(4)
 SLOT, SEEN = 14, 15  # which arguments these are

@@ -34,7 +34,7 @@ from zoo.kernels.cpu.vectors import FLOAT, FLOATS, addresses, at, fetch, load, l
 from zoo.quant import blocks
 from zoo.quant.base import grid
 from zoo.quant.schemes import scheme as named
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 ROWS = 4  # of blocks, taken at a time
 

@@ -16,8 +16,8 @@ from zoo.kernels.cpu import compiled
 from zoo.kernels.cpu.codes import CODE, address, bits, narrow, number, numbers, wide
 from zoo.kernels.cpu.exp import exp
 from zoo.kernels.cpu.shares import given, share, together
-from zoo.scratch import scratch
 from zoo.spec import Router
+from zoo.system.scratch import scratch
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, r: Router) -> bool:

@@ -49,7 +49,7 @@ from zoo.kernels.cpu.vectors import (
     number,
     or_last,
 )
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 FEW = 48
 """Rows of x up to which this is faster than widening all of the weight and multiplying that. (6144 x 4096 in four bits on one core: 48

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zoo.kernels.cpu import compiled, grouped, threads
 from zoo.kernels.cpu.codes import CODE, address, narrow, numbers, wide
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 SHORT = 2048  # numbers in a row of the weight, below which rows are read one after the other
 

@@ -46,7 +46,7 @@ from zoo.kernels.cpu.vectors import (
     shuffled,
     store,
 )
-from zoo.scratch import scratch
+from zoo.system.scratch import scratch
 
 ROWS, PAIRED = 256, 1 << 19
 """Rows, and numbers of x, up to which this is faster."""
