@@ -295,7 +295,9 @@ def _refuse_many(config: Mapping[str, Any], where: str) -> None:
         if not isinstance(part, dict):
             left += [(x, quantised) for x in part if isinstance(x, dict | list)]
             continue
-        if (longest := max((len(k) for k in part if isinstance(k, str)), default=0)) > MAX_FIELD and not quantised:
+        if (
+            longest := max((len(k) for k in part if isinstance(k, str)), default=0)
+        ) > MAX_FIELD and not quantised:
             raise ZooError(f"{where}: a field's name has {longest} characters (limit {MAX_FIELD})")
         left += [(x, quantised or key in SAID) for key, x in part.items() if isinstance(x, dict | list)]
 

@@ -7,7 +7,7 @@ and every way in which it can lie is named. Format: https://github.com/huggingfa
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,21 @@ def open(path: Path) -> Checkpoint:
     entry = path.name if path.is_file() else sets.taken(root, config)
     if entry is None or not (entry.endswith(".safetensors") or sets.is_index(entry, ".safetensors")):
         entry = None
-    return open_files(root, weight_files(root) if entry is None else sets.members(root, entry), config, entry)
+    if entry is None or not sets.is_index(entry, ".safetensors"):
+        return open_files(root, weight_files(root) if entry is None else [entry], config, entry)
+    index = sets.weight_map(root / entry)
+    return open_files(root, sorted({*index.values()}), config, entry, index)
 
 
 def open_files(
-    root: Path, names: Iterable[str], config: dict[str, Any], entry: str | None = None
+    root: Path,
+    names: Iterable[str],
+    config: dict[str, Any],
+    entry: str | None = None,
+    index: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """The checkpoint that is made of these files of a folder; `entry`: the index that names them, or the file."""
+    """The checkpoint that is made of these files of a folder; `entry`: the index that names them, or the file; `index`: what that says,
+    if it was read."""
     tensors: dict[str, TensorRef] = {}
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}
@@ -70,7 +78,7 @@ def open_files(
         refuse_long(kept := kept + len(raw), file)
         add_tensors(tensors, parse_header(raw, name, files[name], str(file)), file)
     if entry is not None and entry not in files:
-        check_index(sets.weight_map(root / entry), tensors, root / entry)
+        check_index(sets.weight_map(root / entry) if index is None else index, tensors, root / entry)
     # The index of another set would describe files that the copy does not have.
     carried = tuple(n for n in carried_files(root) if n != INDEX or n == entry or sets.names(root, n, files))
     return Checkpoint(root, "safetensors", HF_NAMINGS, config, tensors, files, carried, headers)
@@ -89,7 +97,7 @@ def weight_files(root: Path) -> list[str]:
     return names
 
 
-def check_index(weight_map: dict[str, str], tensors: dict[str, TensorRef], index: Path) -> None:
+def check_index(weight_map: Mapping[str, str], tensors: dict[str, TensorRef], index: Path) -> None:
     """The index and the shards' headers must tell the same story."""
     for name, file in weight_map.items():
         ref = tensors.get(name)

@@ -87,8 +87,11 @@ def others(ckpt: Checkpoint) -> list[str]:
     named: set[str] = set(ckpt.files)
     found = []
     files_of = _some(ckpt.root)
+    opened = ckpt.chosen
+    if opened is None and ckpt.format in ("safetensors", "pickle"):
+        opened = taken(ckpt.root, ckpt.config)
     for path in sorted(ckpt.root.iterdir()):
-        if not _INDEX.fullmatch(path.name) or not path.is_file():
+        if path.name == opened or not _INDEX.fullmatch(path.name) or not path.is_file():
             continue
         try:
             files = set(files_of(path.name))

@@ -112,6 +112,8 @@ def _cut_short(ckpt: Checkpoint, missing: list[str]) -> str | None:
 
 def _adapted(ckpt: Checkpoint) -> str | None:
     """Where tensors of adapters lie among the model's: that, and what to do."""
+    if not ADAPTED.search(".\n".join(ckpt.tensors)):  # one look, of most checkpoints
+        return None
     found = [name for name in ckpt.tensors if ADAPTED.search(name)]
     if not found:
         return None
@@ -134,12 +136,14 @@ def _missing(m: Match) -> list[str]:
 
 def _other_numbers(ckpt: Checkpoint, m: Match) -> str | None:
     """Where whole layers are missing and as many are there under numbers beyond the last: that, and what to do."""
+    if len(_missing(m)) != len(m.unexpected):
+        return None
     n = m.spec.n_layers
     gone = {i for i in map(_layer, m.missing) if i is not None}
     over = {int(found[1]) for name in m.unexpected if (found := _NUMBER.search(name))}
     if not gone or len(gone) != len(over) or min(over) < n or m.misshapen or m.problems:
         return None
-    if len(_missing(m)) != len(m.unexpected) or {i for i in map(_layer, m.outputs) if i is not None} & gone:
+    if {i for i in map(_layer, m.outputs) if i is not None} & gone:
         return None
     there = _numbers(map(str, sorted({*range(n)} - gone | over)))
     return (
