@@ -46,6 +46,7 @@ def asked() -> httpx2.Response:
         (b"{" + b"[]," * (MAX_CONTAINERS + 1), "", "longer than"),
         (b"[" * 60_000, "", "nested too deeply"),
     ],
+    ids=["packed", "long", "of many values", "deep"],
 )
 def test_an_answer_beyond_all_limits_is_refused_whatever_its_status(
     body: bytes, head: str, said: str, status: int, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +77,7 @@ def test_no_wait_is_longer_than_a_pulls(monkeypatch: pytest.MonkeyPatch) -> None
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b" "),
         (CONTINUE, CONTINUE),
     ],
+    ids=["headers", "body", "1xx"],
 )
 def test_an_answer_that_trickles_or_never_comes_ends_at_the_second_try(
     begin: bytes, drip: bytes, monkeypatch: pytest.MonkeyPatch
